@@ -1,0 +1,54 @@
+# make demo    trains a VAE on handwritten digits and draws samples
+# make test    runs the tests
+# Each sets up what it needs in .venv, once. PYTHON chooses the interpreter (3.10 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+EXTRAS := train,test,bench,lint
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench wheel cuda-check clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+	@echo "make lint | bench | wheel | cuda-check | clean"
+
+$(VENV)/.build: constraints.txt $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "fastgen needs Python 3.10 or newer, not %d.%d" % sys.version_info[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt setuptools wheel ninja pybind11 numpy torch
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
+	@$(BIN)/fastgen info | grep -E '^(build|  not|library)'
+	touch $@
+
+demo: $(VENV)/.build
+	$(BIN)/fastgen train conv-vae --data digits --out runs/conv-vae --overwrite
+	$(BIN)/fastgen sample runs/conv-vae --n 64 --out runs/conv-vae/grid.png
+
+test: $(VENV)/.build
+	$(BIN)/python -m pytest -m "not slow" $(TESTS)
+
+lint: $(VENV)/.build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files -z 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs -0 $(BIN)/clang-format --dry-run --Werror
+
+bench: $(VENV)/.build
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=.benchmarks/latest.json
+	$(BIN)/python benchmarks/report.py .benchmarks/latest.json
+
+# Compiles every CUDA source for one architecture; prints registers and spills, and fails on a spill.
+CUDA_ARCH ?= 90a
+cuda-check: $(VENV)/.build
+	$(BIN)/python tests/compile_check.py --arch $(CUDA_ARCH)
+
+wheel: $(VENV)/.build
+	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info
+	rm -f fastgen/_C.*so fastgen/_cpu.*so fastgen/_cuda.*so fastgen/_build_report.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

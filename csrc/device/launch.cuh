@@ -1,0 +1,33 @@
+// Launching a kernel: always on the given stream, always checked, never synchronising.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "common/check.h"
+
+namespace fastgen::device {
+
+struct Launch {
+  dim3 grid;
+  dim3 block;
+  size_t shared_bytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+template <typename... Args>
+void launch(const char* name, void (*kernel)(Args...), const Launch& config, Args... args) {
+  void* pointers[] = {&args...};
+  check_cuda(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), config.grid, config.block, pointers,
+                              config.shared_bytes, config.stream),
+             name);
+}
+
+// Streaming multiprocessors of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return count;
+}
+
+}  // namespace fastgen::device

@@ -1,0 +1,57 @@
+// Gradients of mu and logvar, and of the prior where there is one. The noise is made again from the seed.
+//
+// Bytes per element in float32: 12 read (grad_z, mu, logvar) + 8 written, the minimum while mu's value is
+// needed for the KL; without grad_kl mu is not read, without grad_z neither it nor the noise is touched.
+#pragma once
+
+#include "latent/chunk.cuh"
+#include "latent/terms.h"
+
+namespace fastgen::latent {
+
+template <typename T, bool kVector, bool kPrior>
+__global__ void __launch_bounds__(kThreads) latent_backward(BackwardParams p, Plan plan) {
+  const int team = plan.threads_per_row;
+  const int lane = threadIdx.x % team;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * plan.rows_per_block + threadIdx.x / team;
+  if (row >= p.rows) return;
+  const NoiseRow noise_of_row = noise_row(p.noise, row, p.cols);
+  const float grad_kl = p.grad_kl == nullptr ? 0.0f : p.grad_kl[row * p.grad_kl_stride];
+  const int64_t stride = static_cast<int64_t>(team) * plan.splits * kChunk<T>;
+  for (int64_t col = (static_cast<int64_t>(blockIdx.y) * team + lane) * kChunk<T>; col < p.cols; col += stride) {
+    Chunk<T> grad_z = {}, noise = {}, mu = {}, logvar, prior_mu, prior_logvar;
+    load_chunk<T, kVector>(p.logvar, row, col, p.cols, logvar);
+    if (p.grad_z.data != nullptr) {
+      load_chunk<T, kVector>(p.grad_z, row, col, p.cols, grad_z);
+      noise_chunk<T>(noise_of_row, col, noise);
+    }
+    if (p.grad_kl != nullptr) load_chunk<T, kVector>(p.mu, row, col, p.cols, mu);
+    if constexpr (kPrior) {
+      load_optional<T, kVector>(p.prior_mu, row, col, p.cols, prior_mu);
+      load_optional<T, kVector>(p.prior_logvar, row, col, p.cols, prior_logvar);
+    }
+    Chunk<T> grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar;
+#pragma unroll
+    for (int i = 0; i < kChunk<T>; ++i) {
+      const float std = exp_float(0.5f * logvar[i]);
+      Gradients g;
+      if constexpr (kPrior) {
+        g = gradients(grad_z[i], grad_kl, noise[i] * std, mu[i], logvar[i], prior_mu[i], prior_logvar[i]);
+      } else {
+        g = gradients(grad_z[i], grad_kl, noise[i] * std, mu[i], std);
+      }
+      grad_mu[i] = g.mu, grad_logvar[i] = g.logvar;
+      grad_prior_mu[i] = g.prior_mu, grad_prior_logvar[i] = g.prior_logvar;
+    }
+    store_chunk<T, kVector>(p.grad_mu, row, col, p.cols, grad_mu);
+    store_chunk<T, kVector>(p.grad_logvar, row, col, p.cols, grad_logvar);
+    if constexpr (kPrior) {
+      if (p.grad_prior_mu != nullptr) store_chunk<T, kVector>(p.grad_prior_mu, row, col, p.cols, grad_prior_mu);
+      if (p.grad_prior_logvar != nullptr) {
+        store_chunk<T, kVector>(p.grad_prior_logvar, row, col, p.cols, grad_prior_logvar);
+      }
+    }
+  }
+}
+
+}  // namespace fastgen::latent

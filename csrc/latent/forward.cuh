@@ -1,0 +1,66 @@
+// z = mu + noise * e^(logvar / 2), and the KL divergence of each row.
+//
+// A team of plan.threads_per_row threads owns a row (or one of plan.splits parts of it) and goes through it
+// chunk by chunk. Bytes per element in float32: 8 read (mu, logvar) + 4 written (z), the minimum; kl adds
+// 4 / cols. A prior adds what of it is not shared by the batch (at most 8). Noise is made in registers.
+#pragma once
+
+#include "common/reduce.cuh"
+#include "latent/chunk.cuh"
+#include "latent/terms.h"
+
+namespace fastgen::latent {
+
+template <typename T, bool kVector, bool kPrior>
+__global__ void __launch_bounds__(kThreads) latent_forward(ForwardParams p, Plan plan) {
+  const int team = plan.threads_per_row;
+  const int lane = threadIdx.x % team;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * plan.rows_per_block + threadIdx.x / team;
+  float kl = 0.0f;
+  if (row < p.rows) {
+    const NoiseRow noise_of_row = noise_row(p.noise, row, p.cols);
+    const int64_t stride = static_cast<int64_t>(team) * plan.splits * kChunk<T>;
+    for (int64_t col = (static_cast<int64_t>(blockIdx.y) * team + lane) * kChunk<T>; col < p.cols; col += stride) {
+      Chunk<T> mu, logvar, prior_mu, prior_logvar, noise, z;
+      load_chunk<T, kVector>(p.mu, row, col, p.cols, mu);
+      load_chunk<T, kVector>(p.logvar, row, col, p.cols, logvar);
+      if constexpr (kPrior) {
+        load_optional<T, kVector>(p.prior_mu, row, col, p.cols, prior_mu);
+        load_optional<T, kVector>(p.prior_logvar, row, col, p.cols, prior_logvar);
+      }
+      noise_chunk<T>(noise_of_row, col, noise);
+#pragma unroll
+      for (int i = 0; i < kChunk<T>; ++i) {
+        const float std = exp_float(0.5f * logvar[i]);
+        z[i] = mu[i] + noise[i] * std;
+        // Columns past the end were read as mu = logvar = prior = 0, whose term is 0.
+        if constexpr (kPrior) {
+          kl += kl_term(mu[i], logvar[i], prior_mu[i], prior_logvar[i]);
+        } else {
+          kl += kl_term(mu[i], logvar[i], std);
+        }
+      }
+      store_chunk<T, kVector>(p.z, row, col, p.cols, z);
+    }
+  }
+  if (p.kl == nullptr) return;
+  kl = team == kThreads ? block_sum<kThreads>(kl) : team_sum(kl, team);
+  if (lane != 0 || row >= p.rows) return;
+  if (plan.splits == 1) {
+    p.kl[row] = 0.5f * kl;
+  } else {
+    p.partial[row * plan.splits + blockIdx.y] = kl;
+  }
+}
+
+// kl = half the sum of each row's parts, in their order: the same bits whatever block finished first.
+static __global__ void __launch_bounds__(kThreads) latent_sum_parts(const float* partial, float* kl, int64_t rows,
+                                                                    int splits) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (row >= rows) return;
+  float sum = 0.0f;
+  for (int i = 0; i < splits; ++i) sum += partial[row * splits + i];
+  kl[row] = 0.5f * sum;
+}
+
+}  // namespace fastgen::latent

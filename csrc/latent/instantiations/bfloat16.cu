@@ -1,0 +1,8 @@
+#include "latent/launch.cuh"
+
+namespace fastgen::latent {
+
+template void forward<BFloat16>(const ForwardParams&, cudaStream_t);
+template void backward<BFloat16>(const BackwardParams&, cudaStream_t);
+
+}  // namespace fastgen::latent

@@ -1,0 +1,114 @@
+"""Derivatives of attention. The first is the operator's; a derivative of a derivative takes the reference
+formulas, which are right to any order and use memory proportional to N x M."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from fastgen import reference
+from fastgen._autograd.common import must_be_differentiable, needs_autograd, only_wanted
+from fastgen._library import operator
+
+
+def _keep(seed: Tensor | None, dropout_p: float, query: Tensor, key: Tensor) -> Tensor | None:
+    """The whole dropout mask over its probability, (B, H, N, M)."""
+    if seed is None:
+        return None
+    batch, heads, length, _ = query.shape
+    keys, count = key.size(2), batch * heads * length
+    groups = reference.groups_per_row(keys)
+    rows = torch.arange(count, device=seed.device)
+    uniform = reference.uniform_rows(seed, rows, max(count // seed.numel(), 1), groups, 0, groups)
+    keep = (uniform[:, :keys] >= dropout_p).to(query.dtype) / (1 - dropout_p)
+    return keep.reshape(batch, heads, length, keys)
+
+
+class _Attention(Function):
+    @staticmethod
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        seed: Tensor | None,
+        dropout_p: float,
+        window_left: int,
+        window_right: int,
+        scale: float,
+        namespace: str,
+    ) -> tuple[Tensor, Tensor]:
+        result = operator(namespace, "attention_forward")(
+            query, key, value, mask, seed, dropout_p, window_left, window_right, scale
+        )
+        return result[0], result[1]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:5], *output)
+        ctx.save_for_forward(*inputs[:5])
+        ctx.dropout_p, ctx.window_left, ctx.window_right, ctx.scale, ctx.namespace = inputs[5:]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        query, key, value, mask, seed, out, lse = ctx.saved_tensors
+        if grad_out is None and grad_lse is None:
+            return (None,) * 10
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        grad_mask: Tensor | None
+        if must_be_differentiable():
+            grad_lse = None if grad_lse is None else grad_lse.to(query.dtype)
+            keep = _keep(seed, ctx.dropout_p, query, key)
+            grad_query, grad_key, grad_value, grad_mask = reference.attention_backward(
+                grad_out, grad_lse, query, key, value, mask, keep, ctx.window_left, ctx.window_right, ctx.scale
+            )
+        else:
+            mask_grad = mask is not None and ctx.needs_input_grad[3]
+            grad_query, grad_key, grad_value, grad_mask = operator(ctx.namespace, "attention_backward")(
+                grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous(),
+                grad_lse, query, key, value, out, lse, mask, seed,
+                ctx.dropout_p, ctx.window_left, ctx.window_right, ctx.scale, mask_grad,
+            )  # fmt: skip
+        return (*only_wanted(ctx, 0, grad_query, grad_key, grad_value, grad_mask), *(None,) * 6)
+
+
+class _AttentionTangent(_Attention):
+    """With forward mode; apart, because torch.compile traces no Function that has a ``jvp``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
+        query, key, value, mask, seed = ctx.saved_tensors[:5]
+        keep = _keep(seed, ctx.dropout_p, query, key)
+        out, lse = reference.attention_tangent(
+            query, key, value, mask, *tangents[:4], keep, ctx.window_left, ctx.window_right, ctx.scale
+        )
+        return out, lse.to(torch.promote_types(query.dtype, torch.float32))
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    window_left: int,
+    window_right: int,
+    scale: float,
+    namespace: str,
+) -> tuple[Tensor, Tensor]:
+    """``attention_forward`` with derivatives of every order; straight to the operator where none is needed."""
+    arguments = (query, key, value, mask, seed, dropout_p, window_left, window_right, scale)
+    if not needs_autograd(query, key, value, mask):
+        result = operator(namespace, "attention_forward")(*arguments)
+        return result[0], result[1]
+    function = _Attention if torch.compiler.is_compiling() else _AttentionTangent
+    result = function.apply(*arguments, namespace)  # type: ignore[no-untyped-call]
+    return result[0], result[1]

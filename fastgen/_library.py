@@ -1,0 +1,242 @@
+"""Operator registration, the compiled libraries, and the choice between them.
+
+Every operator exists twice: ``fastgen::name``, which a compiled library overrides for its device, and
+``fastgen_reference::name``, which is always the PyTorch implementation. A backend is a namespace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.machinery
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COMPILED, REFERENCE = "fastgen", "fastgen_reference"
+BACKENDS = ("auto", "reference", "compiled")
+COMPILED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_libraries = {namespace: torch.library.Library(namespace, "DEF") for namespace in (COMPILED, REFERENCE)}
+_operators: dict[str, list[str]] = {}
+
+
+def define(
+    family: str,
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    vmap: Callable[..., Any] | None = None,
+) -> None:
+    """Registers an operator in both namespaces: schema, PyTorch implementation, fake and vmap rule.
+
+    ``vmap`` is called as ``vmap(operator, info, in_dims, *args)``.
+    """
+    name = schema.split("(", 1)[0]
+    _operators.setdefault(family, []).append(name)
+    for namespace, library in _libraries.items():
+        library.define(schema)
+        library.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+        if vmap is not None:
+            operator = getattr(getattr(torch.ops, namespace), name)
+            torch.library.register_vmap(
+                f"{namespace}::{name}",
+                lambda info, in_dims, *args, operator=operator: vmap(operator, info, in_dims, *args),
+                lib=library,
+            )
+
+
+def operator(namespace: str, name: str) -> Callable[..., Any]:
+    """The callable of an operator, for example ``operator("fastgen_reference", "attention_forward")``."""
+    return getattr(getattr(torch.ops, namespace), name)  # type: ignore[no-any-return]
+
+
+def operators() -> dict[str, list[str]]:
+    """Operator names by family."""
+    return {family: list(names) for family, names in _operators.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# Compiled libraries
+
+
+@dataclass
+class CompiledLibrary:
+    """A shared library beside this file that registers kernels for one device type."""
+
+    name: str
+    device: str
+    path: Path | None = None
+    problem: str | None = None
+
+    @property
+    def loaded(self) -> bool:
+        return self.path is not None and self.problem is None
+
+    def load(self) -> None:
+        stem = Path(__file__).with_name(self.name)
+        found = [p for s in importlib.machinery.EXTENSION_SUFFIXES if (p := stem.with_name(stem.name + s)).is_file()]
+        if not found:
+            self.problem = f"{self.name} was not built (see FASTGEN_BUILD in the README)"
+            return
+        self.path = found[0]
+        try:
+            torch.ops.load_library(str(self.path))
+        except Exception as error:
+            cause = error.__cause__ or error
+            self.problem = f"{self.path.name} does not load: {str(cause).splitlines()[0].rpartition('/')[2]}"
+
+
+def _load_module() -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module("fastgen._C"), None
+    except ImportError as error:
+        return None, f"_C was not built, or does not load: {error}"
+
+
+_compiled = [CompiledLibrary("_cpu", "cpu"), CompiledLibrary("_cuda", "cuda")]
+build_module, build_module_problem = _load_module()
+
+
+def load_compiled() -> None:
+    """Loads each compiled library, or keeps the reason why not."""
+    for library in _compiled:
+        library.load()
+
+
+def compiled_libraries() -> list[CompiledLibrary]:
+    return list(_compiled)
+
+
+def compiled_architectures() -> list[str]:
+    """CUDA architectures in the compiled library, such as ``["80", "90a", "120", "120+PTX"]``."""
+    if build_module is None:
+        return []
+    return list(build_module.build_info()["cuda_architectures"])
+
+
+def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
+    """Whether machine code or PTX for one of the architectures runs on a device of this capability."""
+    major, minor = capability
+    for name in architectures:
+        number = int(name.rstrip("af+PTX"))
+        built = divmod(number, 10)
+        if name.endswith("+PTX"):
+            if built <= (major, minor):
+                return True
+        elif name.endswith("a"):
+            if built == (major, minor):
+                return True
+        elif built[0] == major and built[1] <= minor:
+            return True
+    return False
+
+
+def why_not_compiled(name: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """None when a compiled kernel of operator ``name`` serves the device, else the reason."""
+    library = next((library for library in _compiled if library.device == device.type), None)
+    if library is None:
+        return f"there are no kernels for device type '{device.type}'"
+    if library.problem is not None:
+        return library.problem
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{COMPILED}::{name}", device.type.upper()):
+        return f"no {device.type} kernel is written for {name} yet"
+    if dtype is not None and dtype not in COMPILED_DTYPES:
+        return f"{name} has no compiled kernel for {dtype}"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if not runs_on(capability, compiled_architectures()):
+            return f"the kernels are compiled for {', '.join(compiled_architectures())}, not for {capability}"
+    return None
+
+
+_reasons: dict[tuple[str, torch.device, torch.dtype], str | None] = {}
+
+
+class _Selection:
+    """The chosen backend. A plain attribute, so that torch.compile guards on it."""
+
+    backend: str = "auto"
+
+
+_selection = _Selection()
+
+
+def _checked_backend(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_selection.backend = _checked_backend(os.environ.get("FASTGEN_BACKEND", "auto"), "FASTGEN_BACKEND")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Chooses the implementation of every fastgen function called inside the block.
+
+    Args:
+        name: ``"auto"`` takes a compiled kernel where there is one and PyTorch elsewhere;
+            ``"reference"`` always takes PyTorch; ``"compiled"`` raises where there is no kernel.
+            Outside any block the environment variable ``FASTGEN_BACKEND`` decides (default ``auto``).
+
+    The choice holds for the whole process, as for torch's own backend flags. A backward pass uses the
+    backend of its forward pass.
+
+    Raises:
+        ValueError: the name is none of these.
+
+    Example:
+        >>> with fastgen.use_backend("reference"):
+        ...     z = fastgen.functional.reparameterize(torch.zeros(2, 3), torch.zeros(2, 3))
+    """
+    previous = _selection.backend
+    _selection.backend = _checked_backend(name, "use_backend")
+    try:
+        yield
+    finally:
+        _selection.backend = previous
+
+
+def current_backend() -> str:
+    """The backend in force: ``"auto"``, ``"reference"`` or ``"compiled"``."""
+    return _selection.backend
+
+
+def _reason(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    key = (name, device, dtype)
+    if key not in _reasons:
+        _reasons[key] = why_not_compiled(name, device, dtype)
+    return _reasons[key]
+
+
+@torch.compiler.assume_constant_result
+def _constant_reason(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    return _reason(name, device, dtype)
+
+
+def select(name: str, tensor: Tensor) -> str:
+    """The namespace that serves operator ``name`` for tensors like this one, under the backend in force.
+
+    Raises:
+        RuntimeError: ``compiled`` is forced and there is no such kernel.
+    """
+    backend = _selection.backend
+    if backend == "reference":
+        return REFERENCE
+    if torch.compiler.is_compiling():
+        reason = _constant_reason(name, tensor.device, tensor.dtype)
+    else:
+        reason = _reason(name, tensor.device, tensor.dtype)
+    if reason is None:
+        return COMPILED
+    if backend == "compiled":
+        raise RuntimeError(f"backend 'compiled' was asked for, but {reason}; use 'auto' or 'reference'")
+    return REFERENCE

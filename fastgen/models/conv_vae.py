@@ -1,0 +1,284 @@
+"""A convolutional variational autoencoder for images whose pixels are counts.
+
+Two latents. z, a vector, says what is in the picture and has the prior N(0, 1). The details, a small map,
+say how it is drawn; their prior is predicted from z, so that samples of both fit together:
+
+    images    -> encode   -> features                 features -> posterior of z
+    z         -> canvas   -> prior of the details     features, canvas -> posterior of the details
+    canvas + details -> decode -> p(pixel | z, details), a distribution over counts 0 .. levels - 1
+
+The loss is the negative evidence lower bound of the counts themselves, a probability mass function, so it
+bounds -log p(images) in nats and can be compared between models (Kingma and Welling, "Auto-encoding
+variational Bayes", 2014; for a learned prior, Soenderby et al., "Ladder variational autoencoders", 2016).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgen import functional
+from fastgen._checks import require_floating, require_positive, require_shape, require_tensor
+from fastgen.nn import GaussianLatent
+
+Likelihood = Literal["beta-binomial", "binomial", "bernoulli"]
+
+LARGEST_COARSE_SIZE = 7
+MAX_CONCENTRATION = 500.0
+
+
+@dataclass(frozen=True)
+class ConvVAEConfig:
+    """Sizes of a ConvVAE. ValueError names the field, what was expected and what came."""
+
+    image_size: int = field(default=8, metadata={"help": "height and width of the images"})
+    channels: int = field(default=1, metadata={"help": "colour channels of the images"})
+    levels: int = field(default=17, metadata={"help": "values a pixel can have: counts 0 .. levels - 1"})
+    latent_dim: int = field(default=4, metadata={"help": "numbers in z"})
+    detail_channels: int = field(default=2, metadata={"help": "channels of the map of details"})
+    width: int = field(default=16, metadata={"help": "channels at full size; doubled at each halving"})
+    hidden_dim: int = field(default=128, metadata={"help": "units between z and the canvas"})
+    likelihood: Likelihood = field(
+        default="beta-binomial",
+        metadata={"help": "distribution of a pixel; bernoulli is for images of two levels"},
+    )
+
+    def __post_init__(self) -> None:
+        for name in (
+            "image_size",
+            "channels",
+            "levels",
+            "latent_dim",
+            "detail_channels",
+            "width",
+            "hidden_dim",
+        ):
+            require_positive(name, getattr(self, name))
+        if self.levels < 2:
+            raise ValueError(f"levels: expected at least 2, got {self.levels}")
+        if self.likelihood not in get_args(Likelihood):
+            raise ValueError(f"likelihood: expected one of {get_args(Likelihood)}, got {self.likelihood!r}")
+        if self.likelihood == "bernoulli" and self.levels != 2:
+            raise ValueError(f"levels: expected 2 with likelihood 'bernoulli', got {self.levels}")
+        if self.image_size < 4 or self.coarse_size << self.halvings != self.image_size:
+            raise ValueError(
+                f"image_size: expected 4 to {LARGEST_COARSE_SIZE}, times a power of 2 (8, 20, 28, 32, 64, ...),"
+                f" got {self.image_size}"
+            )
+
+    @property
+    def halvings(self) -> int:
+        """Times the size is halved: until it is at most LARGEST_COARSE_SIZE."""
+        return math.ceil(math.log2(max(1.0, self.image_size / LARGEST_COARSE_SIZE)))
+
+    @property
+    def coarse_size(self) -> int:
+        return self.image_size >> self.halvings
+
+
+class VAELoss(NamedTuple):
+    """loss: scalar, the mean of nll + beta kl. nll, kl: (B,) in nats per image; -(nll + kl) is the ELBO."""
+
+    loss: Tensor
+    nll: Tensor
+    kl: Tensor
+
+
+def log_binomial_coefficient(trials: int, counts: Tensor) -> Tensor:
+    return math.lgamma(trials + 1) - torch.lgamma(counts + 1) - torch.lgamma(trials - counts + 1)
+
+
+def binomial_log_prob(logits: Tensor, counts: Tensor, trials: int) -> Tensor:
+    """log P(counts) of ``trials`` independent draws, each 1 with probability sigmoid(logits)."""
+    successes = counts * F.logsigmoid(logits) + (trials - counts) * F.logsigmoid(-logits)
+    return log_binomial_coefficient(trials, counts) + successes
+
+
+def beta_binomial_parameters(logits: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+    """(alpha, beta) with mean alpha / (alpha + beta) = sigmoid(logits); the binomial is alpha + beta -> inf.
+
+    The sum is bounded: lgamma of larger numbers would cost float32 its last digits.
+    """
+    concentration = F.softplus(spread + 3).clamp(max=MAX_CONCENTRATION)
+    return concentration * torch.sigmoid(logits) + 1e-6, concentration * torch.sigmoid(-logits) + 1e-6
+
+
+def beta_binomial_log_prob(logits: Tensor, spread: Tensor, counts: Tensor, trials: int) -> Tensor:
+    """log P(counts) of ``trials`` draws whose common probability is itself drawn from Beta(alpha, beta).
+
+    It allows for neighbouring draws that agree, as the bits of one stroke do. Skellam (1948).
+    """
+    alpha, beta = beta_binomial_parameters(logits, spread)
+    with_counts = (
+        torch.lgamma(counts + alpha)
+        + torch.lgamma(trials - counts + beta)
+        - torch.lgamma(trials + alpha + beta)
+    )
+    without = torch.lgamma(alpha) + torch.lgamma(beta) - torch.lgamma(alpha + beta)
+    return log_binomial_coefficient(trials, counts) + with_counts - without
+
+
+class ResidualBlock(nn.Module):
+    """x + two 3x3 convolutions of x, each after GroupNorm and SiLU."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(math.gcd(8, channels), channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(math.gcd(8, channels), channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(h)))
+
+
+def _zeroed(convolution: nn.Conv2d) -> nn.Conv2d:
+    """Starts at 0, where the posterior of the details equals their prior."""
+    nn.init.zeros_(convolution.weight)
+    nn.init.zeros_(convolution.bias) if convolution.bias is not None else None
+    return convolution
+
+
+class ConvVAE(nn.Module):
+    """The model described at the top of this file.
+
+    Images are (B, channels, image_size, image_size), floating, in [0, 1], multiples of 1 / (levels - 1).
+
+    Example:
+        >>> model = ConvVAE(ConvVAEConfig(image_size=8, levels=17))
+        >>> model(torch.zeros(5, 1, 8, 8)).kl.shape
+        torch.Size([5])
+        >>> model.sample(3).shape
+        torch.Size([3, 1, 8, 8])
+    """
+
+    def __init__(self, config: ConvVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = [config.width << i for i in range(config.halvings + 1)]
+        coarse, size = widths[-1], config.coarse_size
+
+        encoder: list[nn.Module] = [
+            nn.Conv2d(config.channels, widths[0], 3, padding=1),
+            ResidualBlock(widths[0]),
+        ]
+        for fine, wide in zip(widths, widths[1:]):
+            encoder += [nn.Conv2d(fine, wide, 4, stride=2, padding=1), ResidualBlock(wide)]
+        self.encoder = nn.Sequential(*encoder)
+        self.posterior = nn.Sequential(
+            nn.SiLU(), nn.Flatten(), nn.Linear(coarse * size**2, 2 * config.latent_dim)
+        )
+        self.latent = GaussianLatent()
+
+        self.canvas = nn.Sequential(
+            nn.Linear(config.latent_dim, config.hidden_dim),
+            nn.SiLU(),
+            nn.Linear(config.hidden_dim, coarse * size**2),
+            nn.Unflatten(1, (coarse, size, size)),
+            ResidualBlock(coarse),
+        )
+        details = config.detail_channels
+        self.detail_prior = nn.Sequential(nn.SiLU(), _zeroed(nn.Conv2d(coarse, 2 * details, 3, padding=1)))
+        self.detail_posterior = nn.Sequential(
+            nn.Conv2d(2 * coarse, coarse, 3, padding=1),
+            nn.SiLU(),
+            _zeroed(nn.Conv2d(coarse, 2 * details, 3, padding=1)),
+        )
+        self.add_details = nn.Conv2d(details, coarse, 3, padding=1)
+
+        decoder: list[nn.Module] = [ResidualBlock(coarse)]
+        for fine, wide in reversed(list(zip(widths, widths[1:]))):
+            decoder += [nn.Conv2d(wide, 4 * fine, 3, padding=1), nn.PixelShuffle(2), ResidualBlock(fine)]
+        per_pixel = 2 if config.likelihood == "beta-binomial" else 1
+        decoder += [nn.SiLU(), nn.Conv2d(widths[0], per_pixel * config.channels, 3, padding=1)]
+        self.decoder = nn.Sequential(*decoder)
+
+    def forward(
+        self, images: Tensor, *, beta: float = 1.0, generator: torch.Generator | None = None
+    ) -> VAELoss:
+        """The loss, from one posterior sample per image.
+
+        Args:
+            images: (B, C, S, S), see the class.
+            beta: weight of the KL in the loss; 1 is the ELBO, less only warms up. nll and kl don't depend on it.
+            generator: source of the noise, on the images' device; default torch's global one.
+
+        Raises:
+            TypeError: images that are not floating. ValueError: another shape than the config's.
+        """
+        features = self._encode(images)
+        z, kl = self.latent(self.posterior(features), generator=generator)
+        canvas = self.canvas(z)
+        prior_mu, prior_logvar = self.detail_prior(canvas).chunk(2, dim=1)
+        mu, logvar = self.detail_posterior(torch.cat([canvas, features], dim=1)).chunk(2, dim=1)
+        details, detail_kl = functional.reparameterize_kl(
+            mu, logvar, prior_mu=prior_mu, prior_logvar=prior_logvar, generator=generator
+        )
+        nll = -self._log_prob(self._decode(canvas, details), images)
+        kl = kl + detail_kl
+        return VAELoss((nll + beta * kl).mean(), nll, kl)
+
+    @torch.no_grad()
+    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """n images (n, C, S, S) from the prior: the expected pixels, in [0, 1], of latents drawn from it.
+
+        Args:
+            n: how many.
+            generator: source of the latents, on any device; one on the CPU draws the same ones for every device.
+
+        Raises:
+            ValueError: n is not a positive integer.
+        """
+        require_positive("n", n)
+        weight = self.add_details.weight
+        noise = _normal((n, self.config.latent_dim), weight, generator)
+        canvas = self.canvas(noise)
+        mu, logvar = self.detail_prior(canvas).chunk(2, dim=1)
+        details = mu + _normal(tuple(mu.shape), mu, generator) * torch.exp(0.5 * logvar)
+        return self._mean(self._decode(canvas, details))
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """The expected pixels (B, C, S, S), in [0, 1], of the images' posterior means: the same on each call.
+
+        Raises: as ``forward``.
+        """
+        features = self._encode(images)
+        canvas = self.canvas(self.posterior(features).chunk(2, dim=1)[0])
+        details = self.detail_posterior(torch.cat([canvas, features], dim=1)).chunk(2, dim=1)[0]
+        return self._mean(self._decode(canvas, details))
+
+    def _encode(self, images: Tensor) -> Tensor:
+        config = self.config
+        require_tensor("images", images)
+        require_floating("images", images)
+        expected = (*images.shape[:1], config.channels, config.image_size, config.image_size)
+        require_shape("images", images, expected, "(B, C, S, S)")
+        return self.encoder(2 * images - 1)
+
+    def _decode(self, canvas: Tensor, details: Tensor) -> Tensor:
+        """Parameters of the pixels' distribution, float32 whatever autocast chose."""
+        return self.decoder(canvas + self.add_details(details)).float()
+
+    def _log_prob(self, parameters: Tensor, images: Tensor) -> Tensor:
+        trials = self.config.levels - 1
+        counts = (images.float() * trials).round()
+        if self.config.likelihood == "beta-binomial":
+            log_prob = beta_binomial_log_prob(*parameters.chunk(2, dim=1), counts, trials)
+        else:
+            log_prob = binomial_log_prob(parameters, counts, trials)
+        return log_prob.flatten(1).sum(dim=1)
+
+    def _mean(self, parameters: Tensor) -> Tensor:
+        return torch.sigmoid(parameters[:, : self.config.channels])
+
+
+def _normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = like.device if generator is None else generator.device
+    return torch.randn(shape, generator=generator, device=device).to(like)

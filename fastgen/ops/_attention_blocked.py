@@ -1,0 +1,181 @@
+"""Attention in plain PyTorch, one tile of scores at a time: O(N) memory, every feature, any device.
+
+Arithmetic is float32 (float64 for float64), whatever the data are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastgen import reference
+
+TILE_BYTES = 16 * 2**20
+"""About how much one tile of scores may hold. Four or five such tiles live at a time."""
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def allocate(like: Tensor, dim: int) -> Tensor:
+    """(B, H, N, dim), laid out as (B, N, H, dim) when ``like`` is: merging the heads is then a view."""
+    batch, heads, length, _ = like.shape
+    if heads > 1 and like.stride(1) < like.stride(2):
+        return like.new_empty(batch, length, heads, dim).transpose(1, 2)
+    return like.new_empty(batch, heads, length, dim)
+
+
+class Tile:
+    """Batches ``b0:b1``, query rows ``i0:i1`` and the key range ``j0:j1`` that the window leaves them.
+
+    Grouped heads are folded into the rows: scores are (b, Hk, G * rows, keys).
+    """
+
+    def __init__(self, query: Tensor, key: Tensor, mask: Tensor | None, seed: Tensor | None, dropout_p: float,
+                 window: tuple[int, int], scale: float, spans: tuple[int, int, int, int]) -> None:  # fmt: skip
+        self.b0, self.b1, self.i0, self.i1 = spans
+        self.query, self.key, self.mask, self.seed = query, key, mask, seed
+        self.dropout_p, self.window, self.scale = dropout_p, window, scale
+        left, right = window
+        keys = key.size(2)
+        self.j0 = min(max(0, self.i0 - left), keys) if left >= 0 else 0
+        self.j1 = max(self.j0, min(keys, self.i1 + right)) if right >= 0 else keys
+        self.groups = query.size(1) // key.size(1)
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """(B, H, N, D) -> (b, Hk, G * rows, D), in the arithmetic type."""
+        part = tensor[self.b0 : self.b1, :, self.i0 : self.i1].to(wide(tensor.dtype))
+        return part.unflatten(1, (-1, self.groups)).flatten(2, 3)
+
+    def keys(self, tensor: Tensor) -> Tensor:
+        """(B, Hk, M, D) -> (b, Hk, keys, D), in the arithmetic type."""
+        return tensor[self.b0 : self.b1, :, self.j0 : self.j1].to(wide(tensor.dtype))
+
+    def row_vector(self, tensor: Tensor) -> Tensor:
+        """(B, H, N) -> (b, Hk, G * rows, 1)."""
+        return self.rows(tensor.unsqueeze(-1))
+
+    def per_head(self, scores: Tensor) -> Tensor:
+        """(b, Hk, G * rows, keys) -> a view (b, Hk, G, rows, keys)."""
+        return scores.unflatten(2, (self.groups, self.i1 - self.i0))
+
+    def mask_part(self, mask: Tensor) -> Tensor:
+        """The mask's (1|b, 1|H, 1|rows, 1|keys) part for this tile, a view."""
+        spans = ((self.b0, self.b1), (0, mask.size(1)), (self.i0, self.i1), (self.j0, self.j1))
+        slices = tuple(slice(None) if n == 1 else slice(*s) for n, s in zip(mask.shape, spans, strict=True))
+        return mask[slices]
+
+    def scores(self) -> Tensor:
+        scores = torch.matmul(self.rows(self.query) * self.scale, self.keys(self.key).transpose(-2, -1))
+        by_head = self.per_head(scores)
+        if self.mask is not None:
+            part = self.mask_part(self.mask)
+            part = part.unflatten(1, (-1, self.groups)) if part.size(1) > 1 else part.unsqueeze(1)
+            by_head.masked_fill_(~part, -math.inf) if part.dtype == torch.bool else by_head.add_(part)
+        device = scores.device
+        rows, cols = torch.arange(self.i0, self.i1, device=device), torch.arange(self.j0, self.j1, device=device)
+        allowed = reference.attended(rows, cols, *self.window)
+        if allowed is not None:
+            by_head.masked_fill_(~allowed, -math.inf)
+        return scores
+
+    def keep(self) -> Tensor | None:
+        """The dropout mask over its probability, (b, Hk, G * rows, keys)."""
+        if self.seed is None:
+            return None
+        batch, heads, length, _ = self.query.shape
+        device = self.query.device
+        b = torch.arange(self.b0, self.b1, device=device).reshape(-1, 1, 1)
+        h = torch.arange(heads, device=device).reshape(1, -1, 1)
+        i = torch.arange(self.i0, self.i1, device=device)
+        rows = ((b * heads + h) * length + i).flatten()
+        first, last = self.j0 // reference.GROUP, reference.groups_per_row(self.j1)
+        uniform = reference.uniform_rows(
+            self.seed,
+            rows,
+            max(batch // self.seed.numel(), 1) * heads * length,
+            reference.groups_per_row(self.key.size(2)),
+            first,
+            last - first,
+        )
+        start = self.j0 - first * reference.GROUP
+        keep = (uniform[:, start : start + self.j1 - self.j0] >= self.dropout_p) / (1 - self.dropout_p)
+        return keep.reshape(self.b1 - self.b0, self.key.size(1), -1, self.j1 - self.j0)
+
+
+def tiles(query: Tensor, key: Tensor, mask: Tensor | None, seed: Tensor | None, dropout_p: float,
+           window_left: int, window_right: int, scale: float) -> Iterator[Tile]:  # fmt: skip
+    batch, heads, length, _ = query.shape
+    row_bytes = max(1, heads * key.size(2) * (8 if query.dtype == torch.float64 else 4))
+    batches = max(1, min(batch, TILE_BYTES // (row_bytes * min(length, 64) or 1)))
+    rows = max(1, min(length, max(16, TILE_BYTES // (row_bytes * batches))))
+    for b0 in range(0, batch, batches):
+        for i0 in range(0, length, rows):
+            spans = (b0, min(b0 + batches, batch), i0, min(i0 + rows, length))
+            yield Tile(query, key, mask, seed, dropout_p, (window_left, window_right), scale, spans)
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seed: Tensor | None,
+                     dropout_p: float, window_left: int, window_right: int, scale: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out = allocate(query, value.size(-1))
+    lse = query.new_empty(query.shape[:3], dtype=wide(query.dtype))
+    for tile in tiles(query, key, mask, seed, dropout_p, window_left, window_right, scale):
+        weights, row_lse = reference.softmax_lse(tile.scores())
+        keep = tile.keep()
+        part = torch.matmul(weights if keep is None else weights.mul_(keep), tile.keys(value))
+        batch, rows = slice(tile.b0, tile.b1), slice(tile.i0, tile.i1)
+        out[batch, :, rows] = part.unflatten(2, (tile.groups, -1)).flatten(1, 2).to(out.dtype)
+        lse[batch, :, rows] = row_lse.unflatten(2, (tile.groups, -1)).flatten(1, 2)
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    window_left: int,
+    window_right: int,
+    scale: float,
+    mask_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    dtype = wide(query.dtype)
+    grad_query = allocate(query, query.size(-1))
+    grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device)
+    grad_value = torch.zeros(value.shape, dtype=dtype, device=value.device)
+    grad_mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device) if mask is not None and mask_grad else None
+    for tile in tiles(query, key, mask, seed, dropout_p, window_left, window_right, scale):
+        batch, rows, keys = slice(tile.b0, tile.b1), slice(tile.i0, tile.i1), slice(tile.j0, tile.j1)
+        tile_lse = tile.row_vector(lse)
+        weights = tile.scores().sub_(tile_lse.masked_fill(tile_lse == -math.inf, 0)).exp_()
+        upstream = tile.rows(grad_out)
+        grad_scores = torch.matmul(upstream, tile.keys(value).transpose(-2, -1))
+        keep = tile.keep()
+        if keep is not None:
+            grad_scores.mul_(keep)
+        row = (upstream * tile.rows(out)).sum(-1, keepdim=True)
+        if grad_lse is not None:
+            row = row - tile.row_vector(grad_lse)
+        grad_scores.sub_(row).mul_(weights)
+        dropped = weights if keep is None else weights.mul_(keep)
+        grad_value[batch, :, keys] += torch.matmul(dropped.transpose(-2, -1), upstream)
+        grad_key[batch, :, keys] += torch.matmul(grad_scores.transpose(-2, -1), tile.rows(query)) * scale
+        part = torch.matmul(grad_scores, tile.keys(key)) * scale
+        grad_query[batch, :, rows] = part.unflatten(2, (tile.groups, -1)).flatten(1, 2).to(query.dtype)
+        if grad_mask is not None:
+            target = tile.mask_part(grad_mask)
+            target += tile.per_head(grad_scores).flatten(1, 2).sum_to_size(target.shape)
+    grad_mask = None if grad_mask is None or mask is None else grad_mask.to(mask.dtype)
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_mask
+
+

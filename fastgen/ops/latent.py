@@ -1,0 +1,116 @@
+"""Gaussian latent: z = mu + noise * e^(logvar / 2) and its KL divergence, on (B, D) matrices.
+
+All operands are (B, D) with a contiguous last dim and any row stride (0 for a prior shared by the
+batch). ``seed`` is (S,) int64, S dividing B; see ``reference.standard_normal``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen import reference
+from fastgen._library import define
+from fastgen.ops._batching import fold, out_dims, unfold
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Arithmetic is float32 unless the data are float64; so is the type of kl."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _widen(*tensors: Tensor | None) -> list[Any]:
+    return [None if t is None else t.to(compute_dtype(t.dtype)) for t in tensors]
+
+
+def _forward(
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    seed: Tensor,
+    with_kl: bool,
+) -> tuple[Tensor, Tensor]:
+    wide_mu, wide_logvar, wide_prior_mu, wide_prior_logvar = _widen(mu, logvar, prior_mu, prior_logvar)
+    noise = reference.standard_normal(seed, *mu.shape).to(wide_mu.dtype)
+    z = wide_mu + noise * (0.5 * wide_logvar).exp()
+    if with_kl:
+        kl = reference.kl_divergence(wide_mu, wide_logvar, wide_prior_mu, wide_prior_logvar)
+    else:
+        kl = wide_mu.new_empty(0)
+    return z.to(mu.dtype), kl
+
+
+def _forward_fake(
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    seed: Tensor,
+    with_kl: bool,
+) -> tuple[Tensor, Tensor]:
+    return mu.new_empty(mu.shape), mu.new_empty(mu.size(0) if with_kl else 0, dtype=compute_dtype(mu.dtype))
+
+
+def _backward(
+    grad_z: Tensor | None,
+    grad_kl: Tensor | None,
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    seed: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = _widen(mu, logvar)
+    noise = reference.standard_normal(seed, *mu.shape).to(wide[0].dtype)
+    priors = _widen(prior_mu, prior_logvar)
+    grads = reference.gaussian_latent_backward(*_widen(grad_z, grad_kl), *wide, noise, *priors)
+    empty = mu.new_empty(0)
+    wanted = (True, True, prior_mu is not None, prior_logvar is not None)
+    # The copies keep outputs apart where the formula returns one tensor twice, or an input.
+    a, b, c, d = (g.to(mu.dtype, copy=True) if want else empty.clone() for g, want in zip(grads, wanted, strict=True))
+    return a, b, c, d
+
+
+def _backward_fake(
+    grad_z: Tensor | None,
+    grad_kl: Tensor | None,
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    seed: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def like(present: bool) -> Tensor:
+        return mu.new_empty(mu.shape) if present else mu.new_empty(0)
+
+    return like(True), like(True), like(prior_mu is not None), like(prior_logvar is not None)
+
+
+def _vmap(operator: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    size = info.batch_size
+    folded = [
+        fold(a, d, size) if a is None or isinstance(a, Tensor) else a for a, d in zip(args, in_dims, strict=True)
+    ]
+    outputs = unfold(operator(*folded), size)
+    return outputs, out_dims(outputs)
+
+
+define(
+    "latent",
+    "latent_forward(Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, Tensor seed, bool with_kl)"
+    " -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    _vmap,
+)
+define(
+    "latent",
+    "latent_backward(Tensor? grad_z, Tensor? grad_kl, Tensor mu, Tensor logvar, Tensor? prior_mu,"
+    " Tensor? prior_logvar, Tensor seed) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+    _vmap,
+)

@@ -1,0 +1,355 @@
+"""The mathematics of every operator, in plain differentiable PyTorch.
+
+This is the oracle: in float64 it decides whether a kernel is right, and nothing else rewrites
+these formulas. It is written for clarity; it may use memory proportional to N x M.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+NOISE_STREAM = 0
+DROPOUT_STREAM = 1
+GROUP = 4
+"""Elements that share one Philox counter. Every row starts on a group boundary."""
+
+_MASK32 = 0xFFFFFFFF
+_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+
+
+# --------------------------------------------------------------------------------------------------
+# Random numbers
+
+
+def philox(seed: Tensor, index: Tensor, stream: int | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+
+    ``seed`` is the 64-bit key, ``index`` and ``stream`` the low and high halves of the 128-bit
+    counter; all int64, broadcast together. Returns four int64 tensors of values in [0, 2^32).
+    """
+    key0, key1 = seed & _MASK32, (seed >> 32) & _MASK32
+    c0, c1 = index & _MASK32, (index >> 32) & _MASK32
+    c2, c3 = torch.as_tensor(stream, device=index.device) & _MASK32, torch.as_tensor(stream) >> 32 & _MASK32
+    for _ in range(10):
+        product0 = c0 * _PHILOX_MULTIPLIERS[0]  # wraps modulo 2^64: the bits are those of uint64
+        product1 = c2 * _PHILOX_MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _MASK32) ^ c1 ^ key0,
+            product1 & _MASK32,
+            ((product0 >> 32) & _MASK32) ^ c3 ^ key1,
+            product0 & _MASK32,
+        )
+        key0 = (key0 + _PHILOX_INCREMENTS[0]) & _MASK32
+        key1 = (key1 + _PHILOX_INCREMENTS[1]) & _MASK32
+    return c0, c1, c2, c3
+
+
+def to_uniform(bits: Tensor) -> Tensor:
+    """u = (x + 0.5) 2^-32 in float32, in (0, 1]. The bits of u are the same on every backend."""
+    return bits.to(torch.float32) * 2.0**-32 + 2.0**-33
+
+
+def box_muller(u0: Tensor, u1: Tensor) -> tuple[Tensor, Tensor]:
+    """Two independent standard normals from two uniforms (Box and Muller, 1958), in float32.
+
+    The angle 2 pi u1 is reduced exactly, in half turns, before sine and cosine are taken, so that
+    all backends agree to a few units in the last place also where the result is near zero.
+    """
+    radius = torch.sqrt(-2.0 * torch.log(u0))
+    half_turns = 2.0 * u1
+    quadrant = torch.round(2.0 * half_turns)
+    rest = math.pi * (half_turns - 0.5 * quadrant)
+    sine, cosine = torch.sin(rest), torch.cos(rest)
+    quadrant = quadrant.to(torch.int32) & 3
+    odd, flip_cos, flip_sin = (quadrant & 1) == 1, (quadrant == 1) | (quadrant == 2), quadrant >= 2
+    cos_all, sin_all = torch.where(odd, sine, cosine), torch.where(odd, cosine, sine)
+    return (
+        radius * torch.where(flip_cos, -cos_all, cos_all),
+        radius * torch.where(flip_sin, -sin_all, sin_all),
+    )
+
+
+def groups_per_row(cols: int) -> int:
+    return (cols + GROUP - 1) // GROUP
+
+
+def _group_index(seed: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
+    """Keys and counters of a (rows, cols) matrix: both broadcast to (S, rows / S * groups_per_row)."""
+    groups = rows // max(seed.numel(), 1) * groups_per_row(cols)
+    return seed.reshape(-1, 1), torch.arange(groups, dtype=torch.int64, device=seed.device).reshape(1, -1)
+
+
+def standard_normal(seed: Tensor, rows: int, cols: int) -> Tensor:
+    """Noise of shape (rows, cols), float32, a function of seed and position alone.
+
+    ``seed`` is int64 of shape (S,); S divides ``rows``, and each seed serves rows / S successive rows
+    whose positions count from zero (this is what a batched transform such as ``vmap`` needs).
+    """
+    x0, x1, x2, x3 = philox(*_group_index(seed, rows, cols), NOISE_STREAM)
+    n0, n1 = box_muller(to_uniform(x0), to_uniform(x1))
+    n2, n3 = box_muller(to_uniform(x2), to_uniform(x3))
+    noise = torch.stack((n0, n1, n2, n3), dim=-1)
+    return noise.reshape(rows, groups_per_row(cols) * GROUP)[:, :cols]
+
+
+def uniform_rows(
+    seed: Tensor, rows: Tensor, rows_per_seed: int, row_groups: int, first_group: int, groups: int
+) -> Tensor:
+    """Uniforms of the dropout stream for the named rows: (len(rows), 4 * groups), float32.
+
+    A row holds ``row_groups`` groups in all; those from ``first_group`` on are made.
+    """
+    key = seed[torch.div(rows, rows_per_seed, rounding_mode="floor")].reshape(-1, 1)
+    columns = torch.arange(first_group, first_group + groups, dtype=torch.int64, device=seed.device)
+    index = (rows % rows_per_seed).reshape(-1, 1) * row_groups + columns
+    bits = torch.stack(philox(key, index, DROPOUT_STREAM), dim=-1)
+    return to_uniform(bits).reshape(rows.numel(), groups * GROUP)
+
+
+# --------------------------------------------------------------------------------------------------
+# Gaussian latent
+
+
+def kl_divergence(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None) -> Tensor:
+    """KL( N(mu, e^logvar) || N(prior_mu, e^prior_logvar) ) in nats, summed over the last dim.
+
+    Kingma and Welling, "Auto-encoding variational Bayes" (2014), appendix B. A missing prior is N(0, I).
+    """
+    difference = mu if prior_mu is None else mu - prior_mu
+    if prior_logvar is None:
+        terms = difference.square() + logvar.exp() - 1 - logvar
+    else:
+        ratio = logvar - prior_logvar
+        terms = difference.square() * (-prior_logvar).exp() + ratio.exp() - 1 - ratio
+    return 0.5 * terms.sum(-1)
+
+
+def gaussian_latent(
+    mu: Tensor, logvar: Tensor, noise: Tensor, prior_mu: Tensor | None = None, prior_logvar: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """z = mu + noise * e^(logvar / 2), and the KL divergence of each row; (B, D) -> (B, D), (B,)."""
+    return mu + noise * (0.5 * logvar).exp(), kl_divergence(mu, logvar, prior_mu, prior_logvar)
+
+
+def gaussian_latent_backward(
+    grad_z: Tensor | None,
+    grad_kl: Tensor | None,
+    mu: Tensor,
+    logvar: Tensor,
+    noise: Tensor,
+    prior_mu: Tensor | None = None,
+    prior_logvar: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of mu, logvar, prior_mu and prior_logvar, all (B, D); a missing prior counts as 0."""
+    grad_mu = grad_logvar = grad_prior_mu = grad_prior_logvar = torch.zeros_like(mu)
+    if grad_z is not None:
+        grad_mu = grad_mu + grad_z
+        grad_logvar = grad_logvar + 0.5 * grad_z * noise * (0.5 * logvar).exp()
+    if grad_kl is not None:
+        upstream = grad_kl.unsqueeze(-1)
+        difference = mu if prior_mu is None else mu - prior_mu
+        ratio = logvar.exp()
+        slope = difference
+        if prior_logvar is not None:
+            ratio = (logvar - prior_logvar).exp()
+            slope = difference * (-prior_logvar).exp()
+        grad_mu = grad_mu + upstream * slope
+        grad_logvar = grad_logvar + 0.5 * upstream * (ratio - 1)
+        grad_prior_mu = -upstream * slope
+        grad_prior_logvar = 0.5 * upstream * (1 - ratio - difference * slope)
+    return grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar
+
+
+# --------------------------------------------------------------------------------------------------
+# Softmax attention
+
+
+def attended(rows: Tensor, cols: Tensor, window_left: int, window_right: int) -> Tensor | None:
+    """Which keys ``cols`` each query of ``rows`` may see: i - left <= j <= i + right; -1 is unbounded."""
+    if window_left < 0 and window_right < 0:
+        return None
+    offset = cols.unsqueeze(0) - rows.unsqueeze(1)
+    allowed = torch.ones_like(offset, dtype=torch.bool)
+    if window_left >= 0:
+        allowed = allowed & (offset >= -window_left)
+    if window_right >= 0:
+        allowed = allowed & (offset <= window_right)
+    return allowed
+
+
+def attention_scores(
+    query: Tensor, key: Tensor, mask: Tensor | None, window_left: int, window_right: int, scale: float
+) -> Tensor:
+    """S = scale Q K^T + b, -inf where masked. A boolean mask is True where attention is allowed."""
+    scores = scale * (query @ key.transpose(-2, -1))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    device = query.device
+    rows, cols = torch.arange(query.size(-2), device=device), torch.arange(key.size(-2), device=device)
+    allowed = attended(rows, cols, window_left, window_right)
+    return scores if allowed is None else scores.masked_fill(~allowed, -math.inf)
+
+
+def softmax_lse(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """P = softmax(S) and l = logsumexp(S) over the last dim. A row of -inf gives P = 0 and l = -inf,
+    and its derivatives are 0, never NaN."""
+    if scores.size(-1) == 0:
+        return scores, scores.new_full(scores.shape[:-1], -math.inf)
+    top = scores.detach().amax(-1, keepdim=True)
+    top = top.masked_fill(top == -math.inf, 0)
+    weights = (scores - top).exp()
+    total = weights.sum(-1, keepdim=True)
+    empty = total == 0
+    total = total.masked_fill(empty, 1)
+    lse = (top + total.log()).masked_fill(empty, -math.inf)
+    return weights / total, lse.squeeze(-1)
+
+
+def expand_heads(tensor: Tensor, heads: int) -> Tensor:
+    """Key or value heads repeated for grouped queries: (B, Hk, M, D) -> (B, H, M, D)."""
+    return tensor if tensor.size(1) == heads else tensor.repeat_interleave(heads // tensor.size(1), dim=1)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    keep: Tensor | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """O = (softmax(S) * keep) V and l = logsumexp(S).
+
+    query (B, H, N, Dk), key (B, Hk, M, Dk), value (B, Hk, M, Dv), mask broadcast to (B, H, N, M), ``keep`` the
+    dropout mask divided by its probability -> (B, H, N, Dv), (B, H, N).
+    """
+    key, value = expand_heads(key, query.size(1)), expand_heads(value, query.size(1))
+    scale = query.size(-1) ** -0.5 if scale is None else scale
+    weights, lse = softmax_lse(attention_scores(query, key, mask, window_left, window_right, scale))
+    return (weights if keep is None else weights * keep) @ value, lse
+
+
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    keep: Tensor | None,
+    window_left: int,
+    window_right: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key, value and of a floating mask; itself differentiable, to any order.
+
+    dP = (dO V^T) keep, d = rowsum(dP P) - dl, dS = P (dP - d), dQ = a dS K, dK = a dS^T Q, dV = (P keep)^T dO.
+    """
+    heads, key_heads = query.size(1), key.size(1)
+    full_key, full_value = expand_heads(key, heads), expand_heads(value, heads)
+    weights, _ = softmax_lse(attention_scores(query, full_key, mask, window_left, window_right, scale))
+    grad_weights = grad_out @ full_value.transpose(-2, -1)
+    dropped = weights
+    if keep is not None:
+        grad_weights, dropped = grad_weights * keep, weights * keep
+    row = (grad_weights * weights).sum(-1, keepdim=True)
+    if grad_lse is not None:
+        row = row - grad_lse.unsqueeze(-1)
+    grad_scores = weights * (grad_weights - row)
+    grad_query = scale * (grad_scores @ full_key)
+    grad_key = scale * (grad_scores.transpose(-2, -1) @ query)
+    grad_value = dropped.transpose(-2, -1) @ grad_out
+    if key_heads != heads:
+        grad_key = grad_key.unflatten(1, (key_heads, -1)).sum(2)
+        grad_value = grad_value.unflatten(1, (key_heads, -1)).sum(2)
+    grad_mask = None
+    if mask is not None and mask.is_floating_point():
+        grad_mask = grad_scores.sum_to_size(mask.shape)
+    return grad_query, grad_key, grad_value, grad_mask
+
+
+def attention_tangent(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    tangent_query: Tensor | None,
+    tangent_key: Tensor | None,
+    tangent_value: Tensor | None,
+    tangent_mask: Tensor | None,
+    keep: Tensor | None,
+    window_left: int,
+    window_right: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Directional derivative of attention's output and logsumexp; itself differentiable.
+
+    W = a (Gq K^T + Q Gk^T) + Gb, w = rowsum(P W), Pt = P (W - w), O' = (Pt keep) V + (P keep) Gv, l' = w.
+    """
+    heads = query.size(1)
+    full_key, full_value = expand_heads(key, heads), expand_heads(value, heads)
+    weights, _ = softmax_lse(attention_scores(query, full_key, mask, window_left, window_right, scale))
+    direction = torch.zeros_like(weights)
+    if tangent_query is not None:
+        direction = direction + scale * (tangent_query @ full_key.transpose(-2, -1))
+    if tangent_key is not None:
+        direction = direction + scale * (query @ expand_heads(tangent_key, heads).transpose(-2, -1))
+    if tangent_mask is not None:
+        direction = direction + tangent_mask
+    lse = (weights * direction).sum(-1, keepdim=True)
+    tangent_weights = weights * (direction - lse)
+    if keep is not None:
+        tangent_weights, weights = tangent_weights * keep, weights * keep
+    out = tangent_weights @ full_value
+    if tangent_value is not None:
+        out = out + weights @ expand_heads(tangent_value, heads)
+    return out, lse.squeeze(-1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Multi-head projection
+
+
+def split_heads(y: Tensor, heads: list[int], head_dims: list[int]) -> list[Tensor]:
+    """(B, N, sum of heads * head_dims) -> one (B, heads, N, head_dim) view for each packed part."""
+    parts = y.split([h * d for h, d in zip(heads, head_dims, strict=True)], dim=-1)
+    return [part.unflatten(-1, (h, d)).transpose(1, 2) for part, h, d in zip(parts, heads, head_dims, strict=True)]
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """(B, H, N, D) -> (B, N, H * D)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def projection(
+    x: Tensor, weight: Tensor, bias: Tensor | None, heads: list[int], head_dims: list[int], channels_first: bool
+) -> list[Tensor]:
+    """x (B, N, C), or (B, C, N) with ``channels_first``; weight (sum of heads * head_dims, C)."""
+    tokens = x.transpose(1, 2) if channels_first else x
+    y = tokens @ weight.t()
+    return split_heads(y if bias is None else y + bias, heads, head_dims)
+
+
+def merge_heads(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    channels_first: bool,
+) -> Tensor:
+    """residual + gate * (join_heads(x) weight^T + bias): x (B, H, N, D), weight (E, H * D) -> (B, N, E) or (B, E, N).
+
+    ``gate`` broadcasts to (B, N, E), whatever the layout of the output.
+    """
+    y = join_heads(x) @ weight.t()
+    y = y if bias is None else y + bias
+    y = y if gate is None else gate * y
+    y = y.transpose(1, 2) if channels_first else y
+    return y if residual is None else residual + y

@@ -1,0 +1,205 @@
+"""Builds the compiled parts of fastgen. FASTGEN_BUILD chooses them:
+
+auto (default)  CUDA if torch has CUDA and nvcc is found, else CPU if a C++ compiler is found, else nothing.
+                Never fails an install; what was not built, and why, is kept for fastgen.info().
+none, cpu, cuda exactly that (cuda includes cpu), or an error with the reason.
+
+No GPU is needed. TORCH_CUDA_ARCH_LIST is honoured; MAX_JOBS defaults to what memory allows. torch must be
+visible to the build: pip install --no-build-isolation.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError:
+    torch = cpp_extension = None
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_ARCHITECTURES = "8.0;9.0a;12.0+PTX"
+TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10
+GIB_PER_JOB = 3
+
+
+class Facts(NamedTuple):
+    """What this machine offers; None where something is missing."""
+
+    torch_version: str | None
+    torch_cuda: str | None
+    nvcc: str | None
+    compiler: str | None
+
+
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME, of PATH, or of PyPI's cuda-toolkit."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    candidates = [Path(home, "bin", "nvcc") for home in homes if home]
+    candidates += [Path(found).resolve() for found in [shutil.which("nvcc")] if found]
+    candidates += [Path(entry, "nvidia", "cu13", "bin", "nvcc") for entry in sys.path]
+    return next((str(path) for path in candidates if path.is_file()), None)
+
+
+def gather_facts() -> Facts:
+    compiler = shutil.which(os.environ.get("CXX", "").split(" ")[0] or "c++") or shutil.which("g++")
+    if torch is None:
+        return Facts(None, None, find_nvcc(), compiler)
+    return Facts(torch.__version__, torch.version.cuda, find_nvcc(), compiler)
+
+
+def choose(mode: str, facts: Facts) -> tuple[list[str], dict[str, str]]:
+    """The targets to build, and for each other one the reason why not."""
+    if mode not in ("auto", "none", "cpu", "cuda"):
+        raise SystemExit(f"FASTGEN_BUILD: expected auto, none, cpu or cuda, got {mode!r}")
+    missing: dict[str, str] = {}
+    if mode == "none":
+        missing = dict.fromkeys(("cpu", "cuda"), "FASTGEN_BUILD=none")
+    elif os.name == "nt":
+        missing = dict.fromkeys(("cpu", "cuda"), "no build for Windows is written")
+    elif facts.torch_version is None:
+        reason = "torch is not visible to the build (pip install torch, then use --no-build-isolation)"
+        missing = dict.fromkeys(("cpu", "cuda"), reason)
+    elif facts.compiler is None:
+        missing = dict.fromkeys(("cpu", "cuda"), "no C++ compiler (c++, g++ or CXX)")
+    elif facts.nvcc is None:
+        missing = {"cuda": "nvcc was not found (CUDA_HOME, PATH)"}
+    elif facts.torch_cuda is None and mode == "auto":
+        missing = {"cuda": "this torch has no CUDA (FASTGEN_BUILD=cuda builds the kernels all the same)"}
+    if mode == "cpu":
+        missing.setdefault("cuda", "FASTGEN_BUILD=cpu")
+    if mode in ("cpu", "cuda") and mode in missing:
+        raise SystemExit(f"FASTGEN_BUILD={mode}: {missing[mode]}")
+    return [target for target in ("cpu", "cuda") if target not in missing], missing
+
+
+def ask_nvcc(nvcc: str, pattern: str, *arguments: str) -> str:
+    done = subprocess.run([nvcc, *arguments], check=True, capture_output=True, text=True)
+    match = re.search(pattern, done.stdout + done.stderr)
+    if match is None:
+        raise SystemExit(f"{nvcc} {' '.join(arguments)} did not answer as expected ({pattern})")
+    return match.group(1)
+
+
+def architecture_names(arch_list: str) -> list[str]:
+    """TORCH_CUDA_ARCH_LIST as names: "8.0;12.0+PTX" -> ["80", "120", "120+PTX"]."""
+    entries = [entry.replace(".", "") for entry in re.split(r"[;\s]+", arch_list.strip())]
+    return [name for e in entries for name in ([e.removesuffix("+PTX"), e] if e.endswith("+PTX") else [e])]
+
+
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def make_extensions(targets: list[str], facts: Facts) -> list[Extension]:
+    if not targets:
+        return []
+    import pybind11
+
+    release, home, names = "", "", []
+    if "cuda" in targets:
+        release = ask_nvcc(facts.nvcc, r"release (\d+\.\d+)", "--version")
+        home = os.path.realpath(ask_nvcc(facts.nvcc, r"TOP=(\S+)", "--dryrun", "-E", "-x", "cu", os.devnull))
+        names = architecture_names(os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES))
+        cpp_extension.CUDA_HOME = home  # None under a CPU-only torch
+    common = ["-std=c++20", "-O3", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized"]
+    vectorised = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+    macros = [("FASTGEN_NAMESPACE", "fastgen"), ("TORCH_TARGET_VERSION", TORCH_TARGET)]
+    build_info = {"CUDA_ARCHITECTURES": " ".join(names), "CUDA_VERSION": release, "TORCH_VERSION": facts.torch_version}
+    csrc, torch_root = str(ROOT / "csrc"), Path(torch.__file__).parent
+    includes, libraries = [csrc, str(torch_root / "include")], [str(torch_root / "lib")]
+    api = sources("csrc/*/api.cpp")
+    # fmt: off
+    extensions = [
+        Extension(
+            "fastgen._C", ["csrc/module.cpp"], include_dirs=[csrc, pybind11.get_include()],
+            define_macros=[(f"FASTGEN_{key}", f'"{value}"') for key, value in build_info.items()],
+            extra_compile_args={"cxx": common},
+        ),
+        Extension(
+            "fastgen._cpu", api + sources("csrc/cpu/*.cpp"),
+            include_dirs=includes, library_dirs=libraries, libraries=["torch", "torch_cpu"],
+            define_macros=[*macros, ("FASTGEN_DISPATCH_KEY", "CPU")],
+            extra_compile_args={"cxx": common + vectorised},
+        ),
+    ]
+    if "cuda" in targets:
+        extensions.append(
+            Extension(
+                "fastgen._cuda", api + sources("csrc/common/*.cpp", "csrc/**/*.cu"),
+                include_dirs=[*includes, f"{home}/include"],
+                library_dirs=[*libraries, f"{home}/lib64", f"{home}/lib"],
+                # libtorch brings libtorch_cuda, wherever the torch that loads this has it.
+                extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-lcudart_static", "-ldl", "-lrt", "-lpthread"],
+                define_macros=[*macros, ("FASTGEN_DISPATCH_KEY", "CUDA"), ("USE_CUDA", None)],
+                extra_compile_args={"cxx": common, "nvcc": ["-std=c++20", "-O3", "-lineinfo"]},
+            )
+        )
+    # fmt: on
+    return extensions
+
+
+def make_commands(mode: str, missing: dict[str, str]) -> dict[str, type]:
+    built: list[str] = []
+
+    def finish(package: Path) -> None:
+        """Leaves no library of an earlier build, and a report of this one."""
+        for path in [path for name in ("C", "cpu", "cuda") if name not in built for path in package.glob(f"_{name}.*so")]:
+            path.unlink()
+        package.mkdir(parents=True, exist_ok=True)
+        report = {"mode": mode, "built": built, "missing": missing}
+        (package / "_build_report.json").write_text(json.dumps(report, indent=1))
+        reasons = "".join(f"; not {name}: {reason}" for name, reason in missing.items())
+        print(f"fastgen: built {', '.join(built) or 'nothing compiled'}{reasons}", file=sys.stderr)
+
+    class BuildLibraries(build_ext if torch is None else cpp_extension.BuildExtension):  # type: ignore[misc]
+        """Builds what was chosen; in auto mode a failure is reported, not raised."""
+
+        def run(self) -> None:
+            super().run()
+            finish(ROOT / "fastgen" if self.inplace else Path(self.build_lib, "fastgen"))
+
+        def build_extension(self, extension: Extension) -> None:
+            name = extension.name.removeprefix("fastgen._")
+            try:
+                super().build_extension(extension)
+                built.append(name)
+            except Exception as error:
+                if mode != "auto":
+                    raise
+                missing[name] = f"the build failed: {str(error).strip().splitlines()[-1]}"
+
+        def copy_extensions_to_source(self) -> None:
+            self.extensions = [e for e in self.extensions if e.name.removeprefix("fastgen._") in built]
+            super().copy_extensions_to_source()
+
+    class BuildPython(build_py):
+        """Where there is nothing to compile, says so."""
+
+        def run(self) -> None:
+            super().run()
+            if not self.distribution.ext_modules:
+                finish(ROOT / "fastgen" if self.editable_mode else Path(self.build_lib, "fastgen"))
+
+    return {"build_ext": BuildLibraries, "build_py": BuildPython}
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30 if hasattr(os, "sysconf") else 4
+    os.environ.setdefault("MAX_JOBS", str(max(1, min(os.cpu_count() or 1, int(gib / GIB_PER_JOB)))))
+    chosen_mode, found = os.environ.get("FASTGEN_BUILD", "auto"), gather_facts()
+    chosen, not_chosen = choose(chosen_mode, found)
+    setup(ext_modules=make_extensions(chosen, found), cmdclass=make_commands(chosen_mode, not_chosen))
