@@ -4,8 +4,7 @@ auto (default)  CUDA if torch has CUDA and nvcc is found, else CPU if a C++ comp
                 Never fails an install; what was not built, and why, is kept for fastgen.info().
 none, cpu, cuda exactly that (cuda includes cpu), or an error with the reason.
 
-No GPU is needed. TORCH_CUDA_ARCH_LIST is honoured; MAX_JOBS defaults to what memory allows. torch must be
-visible to the build: pip install --no-build-isolation.
+No GPU is needed, but torch must be visible: pip install --no-build-isolation. TORCH_CUDA_ARCH_LIST is honoured.
 """
 
 from __future__ import annotations
@@ -16,8 +15,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -35,9 +35,7 @@ TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10
 GIB_PER_JOB = 3
 
 
-class Facts(NamedTuple):
-    """What this machine offers; None where something is missing."""
-
+class Facts(NamedTuple):  # what this machine has
     torch_version: str | None
     torch_cuda: str | None
     nvcc: str | None
@@ -55,9 +53,8 @@ def find_nvcc() -> str | None:
 
 def gather_facts() -> Facts:
     compiler = shutil.which(os.environ.get("CXX", "").split(" ")[0] or "c++") or shutil.which("g++")
-    if torch is None:
-        return Facts(None, None, find_nvcc(), compiler)
-    return Facts(torch.__version__, torch.version.cuda, find_nvcc(), compiler)
+    versions = (None, None) if torch is None else (torch.__version__, torch.version.cuda)
+    return Facts(*versions, find_nvcc(), compiler)
 
 
 def choose(mode: str, facts: Facts) -> tuple[list[str], dict[str, str]]:
@@ -87,10 +84,7 @@ def choose(mode: str, facts: Facts) -> tuple[list[str], dict[str, str]]:
 
 def ask_nvcc(nvcc: str, pattern: str, *arguments: str) -> str:
     done = subprocess.run([nvcc, *arguments], check=True, capture_output=True, text=True)
-    match = re.search(pattern, done.stdout + done.stderr)
-    if match is None:
-        raise SystemExit(f"{nvcc} {' '.join(arguments)} did not answer as expected ({pattern})")
-    return match.group(1)
+    return re.findall(pattern, done.stdout + done.stderr)[0]
 
 
 def architecture_names(arch_list: str) -> list[str]:
@@ -106,7 +100,7 @@ def sources(*patterns: str) -> list[str]:
 def make_extensions(targets: list[str], facts: Facts) -> list[Extension]:
     if not targets:
         return []
-    import pybind11
+    import pybind11  # needed only where there is something to build
 
     release, home, names = "", "", []
     if "cuda" in targets:
@@ -119,36 +113,28 @@ def make_extensions(targets: list[str], facts: Facts) -> list[Extension]:
     macros = [("FASTGEN_NAMESPACE", "fastgen"), ("TORCH_TARGET_VERSION", TORCH_TARGET)]
     build_info = {"CUDA_ARCHITECTURES": " ".join(names), "CUDA_VERSION": release, "TORCH_VERSION": facts.torch_version}
     csrc, torch_root = str(ROOT / "csrc"), Path(torch.__file__).parent
-    includes, libraries = [csrc, str(torch_root / "include")], [str(torch_root / "lib")]
-    api = sources("csrc/*/api.cpp")
-    # fmt: off
-    extensions = [
-        Extension(
-            "fastgen._C", ["csrc/module.cpp"], include_dirs=[csrc, pybind11.get_include()],
-            define_macros=[(f"FASTGEN_{key}", f'"{value}"') for key, value in build_info.items()],
-            extra_compile_args={"cxx": common},
-        ),
-        Extension(
-            "fastgen._cpu", api + sources("csrc/cpu/*.cpp"),
-            include_dirs=includes, library_dirs=libraries, libraries=["torch", "torch_cpu"],
-            define_macros=[*macros, ("FASTGEN_DISPATCH_KEY", "CPU")],
-            extra_compile_args={"cxx": common + vectorised},
-        ),
-    ]
-    if "cuda" in targets:
-        extensions.append(
-            Extension(
-                "fastgen._cuda", api + sources("csrc/common/*.cpp", "csrc/**/*.cu"),
-                include_dirs=[*includes, f"{home}/include"],
-                library_dirs=[*libraries, f"{home}/lib64", f"{home}/lib"],
-                # libtorch brings libtorch_cuda, wherever the torch that loads this has it.
-                extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-lcudart_static", "-ldl", "-lrt", "-lpthread"],
-                define_macros=[*macros, ("FASTGEN_DISPATCH_KEY", "CUDA"), ("USE_CUDA", None)],
-                extra_compile_args={"cxx": common, "nvcc": ["-std=c++20", "-O3", "-lineinfo"]},
-            )
+
+    def stable(key: str, files: list[str], cxx: list[str], **options: Any) -> Extension:
+        """A library on the stable ABI, its operators under one dispatch key."""
+        return Extension(
+            f"fastgen._{key.lower()}",
+            sources("csrc/*/api.cpp") + files,
+            include_dirs=[csrc, str(torch_root / "include"), *([f"{home}/include"] if key == "CUDA" else [])],
+            library_dirs=[str(torch_root / "lib"), *([f"{home}/lib64", f"{home}/lib"] if key == "CUDA" else [])],
+            define_macros=[*macros, ("FASTGEN_DISPATCH_KEY", key), (f"USE_{key}", None)],
+            extra_compile_args={"cxx": common + cxx, "nvcc": ["-std=c++20", "-O3", "-lineinfo"]},
+            **options,
         )
-    # fmt: on
-    return extensions
+
+    defines = [(f"FASTGEN_{key}", f'"{value}"') for key, value in build_info.items()]
+    include, flags = [csrc, pybind11.get_include()], {"cxx": common}
+    module = Extension("fastgen._C", ["csrc/module.cpp"], include, defines, extra_compile_args=flags)
+    cpu = stable("CPU", sources("csrc/cpu/*.cpp"), vectorised, libraries=["torch", "torch_cpu"])
+    if "cuda" not in targets:
+        return [module, cpu]
+    # libtorch brings libtorch_cuda, wherever the torch that loads this has it.
+    link = ["-Wl,--no-as-needed", "-ltorch", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    return [module, cpu, stable("CUDA", sources("csrc/common/*.cpp", "csrc/**/*.cu"), [], extra_link_args=link)]
 
 
 def make_commands(mode: str, missing: dict[str, str]) -> dict[str, type]:
@@ -156,11 +142,11 @@ def make_commands(mode: str, missing: dict[str, str]) -> dict[str, type]:
 
     def finish(package: Path) -> None:
         """Leaves no library of an earlier build, and a report of this one."""
-        for path in [path for name in ("C", "cpu", "cuda") if name not in built for path in package.glob(f"_{name}.*so")]:
+        for path in (path for name in {"C", "cpu", "cuda"} - {*built} for path in [*package.glob(f"_{name}.*so")]):
             path.unlink()
         package.mkdir(parents=True, exist_ok=True)
-        report = {"mode": mode, "built": built, "missing": missing}
-        (package / "_build_report.json").write_text(json.dumps(report, indent=1))
+        report = json.dumps({"mode": mode, "built": built, "missing": missing}, indent=1)
+        (package / "_build_report.json").write_text(report)
         reasons = "".join(f"; not {name}: {reason}" for name, reason in missing.items())
         print(f"fastgen: built {', '.join(built) or 'nothing compiled'}{reasons}", file=sys.stderr)
 
@@ -171,15 +157,24 @@ def make_commands(mode: str, missing: dict[str, str]) -> dict[str, type]:
             super().run()
             finish(ROOT / "fastgen" if self.inplace else Path(self.build_lib, "fastgen"))
 
+        def build_extensions(self) -> None:
+            self.attempt([extension.name for extension in self.extensions], super().build_extensions)
+
         def build_extension(self, extension: Extension) -> None:
-            name = extension.name.removeprefix("fastgen._")
+            self.attempt([extension.name], super().build_extension, extension)
+            if extension.name.removeprefix("fastgen._") not in missing:
+                built.append(extension.name.removeprefix("fastgen._"))
+
+        def attempt(self, names: list[str], build: Callable[..., None], *arguments: Extension) -> None:
             try:
-                super().build_extension(extension)
-                built.append(name)
+                build(*arguments)
             except Exception as error:
                 if mode != "auto":
                     raise
-                missing[name] = f"the build failed: {str(error).strip().splitlines()[-1]}"
+                reason = f"the build failed: {str(error).strip().splitlines()[-1]}"
+                missing.update(
+                    (short, reason) for name in names if (short := name.removeprefix("fastgen._")) not in built
+                )
 
         def copy_extensions_to_source(self) -> None:
             self.extensions = [e for e in self.extensions if e.name.removeprefix("fastgen._") in built]
@@ -200,6 +195,6 @@ if __name__ == "__main__":
     os.chdir(ROOT)
     gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30 if hasattr(os, "sysconf") else 4
     os.environ.setdefault("MAX_JOBS", str(max(1, min(os.cpu_count() or 1, int(gib / GIB_PER_JOB)))))
-    chosen_mode, found = os.environ.get("FASTGEN_BUILD", "auto"), gather_facts()
-    chosen, not_chosen = choose(chosen_mode, found)
-    setup(ext_modules=make_extensions(chosen, found), cmdclass=make_commands(chosen_mode, not_chosen))
+    wanted, found = os.environ.get("FASTGEN_BUILD", "auto"), gather_facts()
+    chosen, not_chosen = choose(wanted, found)
+    setup(ext_modules=make_extensions(chosen, found), cmdclass=make_commands(wanted, not_chosen))

@@ -217,7 +217,7 @@ def _reason(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return _reasons[key]
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _constant_reason(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return _reason(name, device, dtype)
 

@@ -77,15 +77,15 @@ def _checked_attention_inputs(query: Tensor, key: Tensor, value: Tensor, enable_
     if value.shape[:-1] != key.shape[:-1]:
         raise ValueError(f"value: expected the shape of key but for the last dim, {check.shape_of(key)[:-1]}, ...),"
                          f" got {check.shape_of(value)}")  # fmt: skip
-    leading = query.shape[:-2]
+    leading = tuple(query.shape[:-2])
     if enable_gqa and query.dim() >= 3:
         heads, key_heads = query.size(-3), key.size(-3)
         if key_heads == 0 or heads % key_heads != 0:
             raise ValueError(f"key: expected a number of heads that divides query's {heads}, got {key_heads}")
         leading = (*query.shape[:-3], key_heads)
-    if tuple(key.shape[:-2]) != tuple(leading):
+    if tuple(key.shape[:-2]) != leading:
         hint = "" if enable_gqa else " (grouped heads need enable_gqa=True)"
-        raise ValueError(f"key: expected leading dims {tuple(leading)}, got {tuple(key.shape[:-2])}{hint}")
+        raise ValueError(f"key: expected leading dims {leading}, got {tuple(key.shape[:-2])}{hint}")
 
 
 def _four_dims(tensor: Tensor) -> Tensor:
@@ -305,9 +305,7 @@ def _checked_gate(gate: Tensor | None, batch: int, channels: int) -> Tensor | No
         return gate.reshape(1, 1, -1)
     if shape in ((batch, channels), (batch, 1, channels)):
         return gate.reshape(batch, 1, channels)
-    raise ValueError(
-        f"gate: expected one element, (E,) = ({channels},) or (B, E) = ({batch}, {channels}), got {shape}"
-    )
+    raise ValueError(f"gate: expected one element, (E,) = ({channels},) or (B, E) = ({batch}, {channels}), got {shape}")
 
 
 def merge_heads_projection(
@@ -350,7 +348,8 @@ def merge_heads_projection(
     _checked_linear(x, x.size(1) * x.size(3), weight, bias, "E")
     batch, length, channels = x.size(0), x.size(2), weight.size(0)
     wide_gate = _checked_gate(gate, batch, channels)
-    flat, shape = None, (batch, channels, length) if channels_first else (batch, length, channels)
+    flat: Tensor | None = None
+    shape: tuple[int, ...] = (batch, channels, length) if channels_first else (batch, length, channels)
     if residual is not None:
         fits = residual.dim() >= 3 and residual.shape[:2] == (batch, channels)
         if channels_first and fits and math.prod(residual.shape[2:]) == length:

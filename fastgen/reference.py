@@ -16,6 +16,9 @@ DROPOUT_STREAM = 1
 GROUP = 4
 """Elements that share one Philox counter. Every row starts on a group boundary."""
 
+CHUNK = 2**16
+"""Counters worked on at a time: the hundred or so int64 temporaries of Philox then stay in cache."""
+
 _MASK32 = 0xFFFFFFFF
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
@@ -89,10 +92,14 @@ def standard_normal(seed: Tensor, rows: int, cols: int) -> Tensor:
     ``seed`` is int64 of shape (S,); S divides ``rows``, and each seed serves rows / S successive rows
     whose positions count from zero (this is what a batched transform such as ``vmap`` needs).
     """
-    x0, x1, x2, x3 = philox(*_group_index(seed, rows, cols), NOISE_STREAM)
-    n0, n1 = box_muller(to_uniform(x0), to_uniform(x1))
-    n2, n3 = box_muller(to_uniform(x2), to_uniform(x3))
-    noise = torch.stack((n0, n1, n2, n3), dim=-1)
+    key, index = _group_index(seed, rows, cols)
+    parts = []
+    for part in index.split(CHUNK, dim=1):
+        x0, x1, x2, x3 = philox(key, part, NOISE_STREAM)
+        n0, n1 = box_muller(to_uniform(x0), to_uniform(x1))
+        n2, n3 = box_muller(to_uniform(x2), to_uniform(x3))
+        parts.append(torch.stack((n0, n1, n2, n3), dim=-1))
+    noise = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     return noise.reshape(rows, groups_per_row(cols) * GROUP)[:, :cols]
 
 

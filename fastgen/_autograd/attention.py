@@ -86,9 +86,11 @@ class _AttentionTangent(_Attention):
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
         query, key, value, mask, seed = ctx.saved_tensors[:5]
         keep = _keep(seed, ctx.dropout_p, query, key)
+        t_query, t_key, t_value, t_mask = tangents[:4]
         out, lse = reference.attention_tangent(
-            query, key, value, mask, *tangents[:4], keep, ctx.window_left, ctx.window_right, ctx.scale
-        )
+            query, key, value, mask, t_query, t_key, t_value, t_mask, keep,
+            ctx.window_left, ctx.window_right, ctx.scale,
+        )  # fmt: skip
         return out, lse.to(torch.promote_types(query.dtype, torch.float32))
 
 

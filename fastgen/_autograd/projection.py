@@ -90,7 +90,7 @@ class _MergeHeads(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, residual, gate, ctx.channels_first, ctx.namespace = inputs
+        x, weight, bias, _, gate, ctx.channels_first, ctx.namespace = inputs
         ctx.save_for_backward(x, weight, bias, gate)
         ctx.save_for_forward(x, weight, bias, gate)
 

@@ -35,8 +35,17 @@ class Tile:
     Grouped heads are folded into the rows: scores are (b, Hk, G * rows, keys).
     """
 
-    def __init__(self, query: Tensor, key: Tensor, mask: Tensor | None, seed: Tensor | None, dropout_p: float,
-                 window: tuple[int, int], scale: float, spans: tuple[int, int, int, int]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        seed: Tensor | None,
+        dropout_p: float,
+        window: tuple[int, int],
+        scale: float,
+        spans: tuple[int, int, int, int],
+    ) -> None:
         self.b0, self.b1, self.i0, self.i1 = spans
         self.query, self.key, self.mask, self.seed = query, key, mask, seed
         self.dropout_p, self.window, self.scale = dropout_p, window, scale
@@ -49,7 +58,8 @@ class Tile:
     def rows(self, tensor: Tensor) -> Tensor:
         """(B, H, N, D) -> (b, Hk, G * rows, D), in the arithmetic type."""
         part = tensor[self.b0 : self.b1, :, self.i0 : self.i1].to(wide(tensor.dtype))
-        return part.unflatten(1, (-1, self.groups)).flatten(2, 3)
+        folded: Tensor = part.unflatten(1, (-1, self.groups)).flatten(2, 3)
+        return folded
 
     def keys(self, tensor: Tensor) -> Tensor:
         """(B, Hk, M, D) -> (b, Hk, keys, D), in the arithmetic type."""
@@ -61,7 +71,8 @@ class Tile:
 
     def per_head(self, scores: Tensor) -> Tensor:
         """(b, Hk, G * rows, keys) -> a view (b, Hk, G, rows, keys)."""
-        return scores.unflatten(2, (self.groups, self.i1 - self.i0))
+        by_head: Tensor = scores.unflatten(2, (self.groups, self.i1 - self.i0))
+        return by_head
 
     def mask_part(self, mask: Tensor) -> Tensor:
         """The mask's (1|b, 1|H, 1|rows, 1|keys) part for this tile, a view."""
@@ -103,12 +114,21 @@ class Tile:
             last - first,
         )
         start = self.j0 - first * reference.GROUP
-        keep = (uniform[:, start : start + self.j1 - self.j0] >= self.dropout_p) / (1 - self.dropout_p)
-        return keep.reshape(self.b1 - self.b0, self.key.size(1), -1, self.j1 - self.j0)
+        keep = (uniform[:, start : start + self.j1 - self.j0] >= self.dropout_p).to(wide(self.query.dtype))
+        shape = (self.b1 - self.b0, self.key.size(1), self.groups * (self.i1 - self.i0), self.j1 - self.j0)
+        return keep.div_(1 - self.dropout_p).reshape(shape)
 
 
-def tiles(query: Tensor, key: Tensor, mask: Tensor | None, seed: Tensor | None, dropout_p: float,
-           window_left: int, window_right: int, scale: float) -> Iterator[Tile]:  # fmt: skip
+def tiles(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    window_left: int,
+    window_right: int,
+    scale: float,
+) -> Iterator[Tile]:
     batch, heads, length, _ = query.shape
     row_bytes = max(1, heads * key.size(2) * (8 if query.dtype == torch.float64 else 4))
     batches = max(1, min(batch, TILE_BYTES // (row_bytes * min(length, 64) or 1)))
@@ -119,8 +139,17 @@ def tiles(query: Tensor, key: Tensor, mask: Tensor | None, seed: Tensor | None, 
             yield Tile(query, key, mask, seed, dropout_p, (window_left, window_right), scale, spans)
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seed: Tensor | None,
-                     dropout_p: float, window_left: int, window_right: int, scale: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    window_left: int,
+    window_right: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     out = allocate(query, value.size(-1))
     lse = query.new_empty(query.shape[:3], dtype=wide(query.dtype))
     for tile in tiles(query, key, mask, seed, dropout_p, window_left, window_right, scale):
@@ -177,5 +206,3 @@ def backward(
             target += tile.per_head(grad_scores).flatten(1, 2).sum_to_size(target.shape)
     grad_mask = None if grad_mask is None or mask is None else grad_mask.to(mask.dtype)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_mask
-
-

@@ -22,6 +22,12 @@ def fold(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
     return None if front is None else front.flatten(0, 1)
 
 
+def fold_seed(seed: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """Seeds of every slice, one after the other; kernels index them, so they are laid out in memory."""
+    folded = fold(seed, dim, size)
+    return None if folded is None else folded.contiguous()
+
+
 def unfold(outputs: Any, size: int) -> Any:
     """(V * B, ...) -> (V, B, ...), through tuples and lists."""
     if isinstance(outputs, Tensor):

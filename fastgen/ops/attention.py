@@ -22,7 +22,8 @@ from fastgen import reference
 from fastgen._library import define
 from fastgen.ops import _attention_blocked
 from fastgen.ops._attention_blocked import allocate, wide
-from fastgen.ops._batching import fold, out_dims, unfold
+from fastgen.ops._batching import fold, fold_seed, out_dims, unfold
+
 
 def _settle(tensor: Tensor, like: Tensor) -> Tensor:
     """``tensor`` in the layout that the fake promises: that of ``allocate(like)``."""
@@ -34,8 +35,15 @@ def _settle(tensor: Tensor, like: Tensor) -> Tensor:
 # torch's fused CPU kernel
 
 
-def _fused_on_cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seed: Tensor | None,
-                  window_left: int, window_right: int) -> bool:  # fmt: skip
+def _fused_on_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    window_left: int,
+    window_right: int,
+) -> bool:
     return (
         query.device.type == "cpu"
         and seed is None
@@ -171,15 +179,25 @@ def _backward(
     mask_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not mask_grad and _fused_on_cpu(query, key, value, mask, seed, window_left, window_right):
-        grads = _fused_backward(
-            grad_out, grad_lse, query, key, value, out, lse, mask, window_right == 0, scale
-        )  # fmt: skip
+        grads = _fused_backward(grad_out, grad_lse, query, key, value, out, lse, mask, window_right == 0, scale)
         grad_query, grad_key, grad_value = map(_settle, grads, (query, key, value))
         return grad_query, grad_key, grad_value, query.new_empty(0)
     grad_query, grad_key, grad_value, grad_mask = _attention_blocked.backward(
-        grad_out, grad_lse, query, key, value, out, lse, mask, seed, dropout_p, window_left, window_right, scale,
+        grad_out,
+        grad_lse,
+        query,
+        key,
+        value,
+        out,
+        lse,
+        mask,
+        seed,
+        dropout_p,
+        window_left,
+        window_right,
+        scale,
         mask_grad,
-    )  # fmt: skip
+    )
     grad_key, grad_value = _settle(grad_key, key), _settle(grad_value, value)
     return grad_query, grad_key, grad_value, query.new_empty(0) if grad_mask is None else grad_mask
 
@@ -218,7 +236,7 @@ def _vmap_forward(operator: Any, info: Any, in_dims: tuple[Any, ...], *args: Any
     query, key, value = (fold(a, d, size) for a, d in zip(args[:3], in_dims[:3], strict=True))
     assert query is not None
     mask = _fold_mask(args[3], in_dims[3], size, query.size(0) // size)
-    seed = fold(args[4], in_dims[4], size)
+    seed = fold_seed(args[4], in_dims[4], size)
     outputs = unfold(operator(query, key, value, mask, seed, *args[5:]), size)
     return outputs, out_dims(outputs)
 
@@ -229,7 +247,7 @@ def _vmap_backward(operator: Any, info: Any, in_dims: tuple[Any, ...], *args: An
     query = folded[2]
     assert query is not None
     batch = query.size(0) // size
-    mask, seed = _fold_mask(args[7], in_dims[7], size, batch), fold(args[8], in_dims[8], size)
+    mask, seed = _fold_mask(args[7], in_dims[7], size, batch), fold_seed(args[8], in_dims[8], size)
     mask_grad = args[13]
     if mask is not None and mask_grad and mask.size(0) == 1:
         mask = mask.expand(size * batch, *mask.shape[1:])  # each slice wants a gradient of its own

@@ -6,6 +6,7 @@ batch). ``seed`` is (S,) int64, S dividing B; see ``reference.standard_normal``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from fastgen import reference
 from fastgen._library import define
-from fastgen.ops._batching import fold, out_dims, unfold
+from fastgen.ops._batching import fold, fold_seed, out_dims, unfold
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -63,10 +64,12 @@ def _backward(
     prior_logvar: Tensor | None,
     seed: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = _widen(mu, logvar)
-    noise = reference.standard_normal(seed, *mu.shape).to(wide[0].dtype)
-    priors = _widen(prior_mu, prior_logvar)
-    grads = reference.gaussian_latent_backward(*_widen(grad_z, grad_kl), *wide, noise, *priors)
+    wide_grad_z, wide_grad_kl, wide_mu, wide_logvar = _widen(grad_z, grad_kl, mu, logvar)
+    wide_prior_mu, wide_prior_logvar = _widen(prior_mu, prior_logvar)
+    noise = reference.standard_normal(seed, *mu.shape).to(wide_mu.dtype)
+    grads = reference.gaussian_latent_backward(
+        wide_grad_z, wide_grad_kl, wide_mu, wide_logvar, noise, wide_prior_mu, wide_prior_logvar
+    )
     empty = mu.new_empty(0)
     wanted = (True, True, prior_mu is not None, prior_logvar is not None)
     # The copies keep outputs apart where the formula returns one tensor twice, or an input.
@@ -89,13 +92,17 @@ def _backward_fake(
     return like(True), like(True), like(prior_mu is not None), like(prior_logvar is not None)
 
 
-def _vmap(operator: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-    size = info.batch_size
-    folded = [
-        fold(a, d, size) if a is None or isinstance(a, Tensor) else a for a, d in zip(args, in_dims, strict=True)
-    ]
-    outputs = unfold(operator(*folded), size)
-    return outputs, out_dims(outputs)
+def _vmap(seed_at: int) -> Callable[..., tuple[Any, Any]]:
+    """Matrices and seeds fold into the rows; ``seed_at`` is the seed's place among the arguments."""
+
+    def rule(operator: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        size = info.batch_size
+        matrices = [fold(a, d, size) for a, d in zip(args[:seed_at], in_dims[:seed_at], strict=True)]
+        seed = fold_seed(args[seed_at], in_dims[seed_at], size)
+        outputs = unfold(operator(*matrices, seed, *args[seed_at + 1 :]), size)
+        return outputs, out_dims(outputs)
+
+    return rule
 
 
 define(
@@ -104,7 +111,7 @@ define(
     " -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
-    _vmap,
+    _vmap(seed_at=4),
 )
 define(
     "latent",
@@ -112,5 +119,5 @@ define(
     " Tensor? prior_logvar, Tensor seed) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
-    _vmap,
+    _vmap(seed_at=6),
 )

@@ -106,25 +106,15 @@ def _merge_forward_fake(
 def _merge_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, channels_first: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gate's gradient is rowsum(grad * y). Where batches share the gate it comes out of the weight
-    gradient before gating, <grad^T x, W> + <sum grad, b>, and y is not computed again."""
-    grad_tokens = grad.transpose(1, 2) if channels_first else grad
+    """The gate's gradient needs the product before the gate, which is computed again rather than kept."""
+    grad_tokens = _tokens(grad, channels_first)
     tokens = reference.join_heads(x)
     empty = weight.new_empty(0)
     gated = grad_tokens if gate is None else grad_tokens * gate
-    if gate is None or gate.size(0) > 1:
-        grad_weight, grad_bias = _weight_grads(gated, tokens)
-        grad_gate = empty.clone()
-        if gate is not None:
-            grad_gate = (grad_tokens * _linear(tokens, weight, bias)).sum_to_size(gate.shape)
-    else:
-        grad_weight, grad_bias = _weight_grads(grad_tokens, tokens)
-        per_channel = (grad_weight * weight).sum(1)
-        if bias is not None:
-            per_channel = per_channel + grad_bias * bias
-        grad_gate = per_channel.reshape(1, 1, -1).sum_to_size(gate.shape)
-        scale = gate.reshape(-1)
-        grad_weight, grad_bias = grad_weight * scale.unsqueeze(1), grad_bias * scale
+    grad_weight, grad_bias = _weight_grads(gated, tokens)
+    grad_gate = empty.clone()
+    if gate is not None:
+        grad_gate = (grad_tokens * _linear(tokens, weight, bias)).sum_to_size(gate.shape)
     grad_x = torch.matmul(gated, weight).unflatten(-1, (x.size(1), x.size(3))).transpose(1, 2)
     return grad_x, grad_weight, empty if bias is None else grad_bias, grad_gate
 

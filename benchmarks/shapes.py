@@ -1,0 +1,75 @@
+"""The shapes that generative models really use. Tests and benchmarks take theirs from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """(B, H, N, M, Dk, Dv) and what the scores undergo: "", "causal", "bias" (H, N, M) or "padding" of keys."""
+
+    name: str
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    key_dim: int
+    value_dim: int
+    mask: str = ""
+
+    def cut(self, batch: int = 2, length: int = 128) -> AttentionShape:
+        """The same kind of shape, small enough for a test or a laptop."""
+        return replace(
+            self,
+            batch=min(self.batch, batch),
+            queries=min(self.queries, length),
+            keys=min(self.keys, length),
+        )
+
+    @property
+    def flops(self) -> int:
+        """Multiply-adds of the two products of a forward pass, times two; half of them when causal."""
+        full = 2 * self.batch * self.heads * self.queries * self.keys * (self.key_dim + self.value_dim)
+        return full // 2 if self.mask == "causal" else full
+
+
+ATTENTION_SHAPES = {
+    shape.name: shape
+    for shape in (
+        AttentionShape("sagan-64", 64, 1, 1024, 1024, 8, 32),
+        AttentionShape("sagan-256", 64, 1, 1024, 256, 32, 128),
+        AttentionShape("transgan-window", 512, 4, 256, 256, 64, 64),
+        AttentionShape("swin-window", 2048, 4, 49, 49, 32, 32, "bias"),
+        AttentionShape("dit-xl", 32, 16, 256, 256, 72, 72),
+        AttentionShape("vae-mid", 1, 1, 4096, 4096, 512, 512),
+        AttentionShape("char-lm", 64, 6, 256, 256, 64, 64, "causal"),
+        AttentionShape("image-lm", 16, 8, 1024, 1024, 64, 64, "causal"),
+        AttentionShape("seq2seq", 64, 8, 64, 80, 64, 64, "padding"),
+        AttentionShape("long", 1, 16, 16384, 16384, 128, 128),
+        AttentionShape("long-causal", 1, 16, 16384, 16384, 128, 128, "causal"),
+        AttentionShape("decode", 64, 8, 1, 2048, 64, 64),
+    )
+}
+
+LATENT_SHAPES = {
+    "dense-vae": (128, 32),
+    "wide": (4096, 1024),
+    "diffusion-autoencoder": (16, 4, 32, 32),
+    "one-long-row": (1, 2**20),
+    "many-short-rows": (2**18, 4),
+    "odd": (7, 1030),
+}
+"""(B, *) of mu and logvar."""
+
+LATENT_EDGES = [(1, 1), (3, 1), (2, 3), (5, 4), (2, 7), (3, 8), (2, 129), (2, 3, 5), (0, 4), (4, 0), (3,)]
+"""Odd sizes, whole and broken groups of four, and nothing at all."""
+
+PROJECTION_SHAPES = {
+    # name: (B, N, C, heads, head_dims)
+    "sagan-64": (4, 256, 64, (1, 1, 1), (8, 8, 32)),
+    "dit-xl": (2, 64, 1152, (16, 16, 16), (72, 72, 72)),
+    "char-lm": (2, 64, 384, (6, 6, 6), (64, 64, 64)),
+    "grouped": (2, 33, 48, (8, 2, 2), (8, 8, 8)),
+    "odd": (3, 7, 5, (3, 1, 1), (5, 5, 7)),
+}

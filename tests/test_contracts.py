@@ -1,0 +1,448 @@
+"""What every operator and public function promises, whatever it computes."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastgen
+from fastgen import _library, functional
+from fastgen.functional import (
+    merge_heads_projection,
+    multi_head_projection,
+    qkv_projection,
+    reparameterize,
+    reparameterize_kl,
+    scaled_dot_product_attention,
+)
+
+PACKAGE = Path(fastgen.__file__).parent
+SEED = torch.tensor([5])
+
+
+def attention_arguments(masked=False, dropout=False):
+    query, key, value = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 3)
+    mask = torch.randn(4, 1, 6).unsqueeze(0) if masked else None
+    return query, key, value, mask, SEED if dropout else None, 0.5 if dropout else 0.0, -1, -1, 0.4
+
+
+def backward_arguments(**kwargs):
+    *tensors, seed, p, left, right, scale = attention_arguments(**kwargs)
+    out, lse = torch.ops.fastgen_reference.attention_forward(*tensors, seed, p, left, right, scale)
+    return torch.randn_like(out), torch.randn_like(lse), *tensors[:3], out, lse, tensors[3], seed, p, left, right, scale
+
+
+def cases():
+    matrix = lambda: torch.randn(3, 7)  # noqa: E731
+    row = torch.randn(7).expand(3, 7)
+    yield "latent_forward", (matrix(), matrix(), None, None, SEED, True)
+    yield "latent_forward", (matrix(), matrix(), row, row, SEED, False)
+    yield "latent_forward", (*torch.randn(3, 8).chunk(2, 1), None, None, torch.tensor([1, 2, 3]), True)
+    yield "latent_backward", (matrix(), torch.randn(3), matrix(), matrix(), row, row, SEED)
+    yield "latent_backward", (None, torch.randn(3), matrix(), matrix(), None, None, SEED)
+    yield "latent_backward", (matrix(), None, matrix(), matrix(), None, None, SEED)
+    for options in ({}, {"masked": True}, {"dropout": True}):
+        yield "attention_forward", attention_arguments(**options)
+        yield "attention_backward", (*backward_arguments(**options), bool(options.get("masked")))
+    x, weight, bias = torch.randn(2, 5, 6), torch.randn(10, 6), torch.randn(10)
+    yield "projection_forward", (x, weight, bias, [3, 1], [2, 4], False)
+    yield "projection_forward", (x.mT.contiguous(), weight, None, [3, 1], [2, 4], True)
+    grads = [torch.randn(2, 3, 5, 2), torch.randn(2, 1, 5, 4)]
+    yield "projection_backward", (grads, x, weight, True, False)
+    yield "projection_backward", (grads, x.mT.contiguous(), weight, False, True)
+    heads, weight, gate = torch.randn(2, 3, 5, 2), torch.randn(7, 6), torch.randn(1, 1, 7)
+    yield "merge_heads_forward", (heads, weight, torch.randn(7), torch.randn(2, 5, 7), gate, False)
+    yield "merge_heads_forward", (heads, weight, None, None, None, True)
+    yield "merge_heads_backward", (torch.randn(2, 5, 7), heads, weight, torch.randn(7), gate, False)
+    yield "merge_heads_backward", (torch.randn(2, 7, 5), heads, weight, None, None, True)
+
+
+CASES = list(cases())
+
+
+@pytest.mark.parametrize("namespace", ["fastgen", "fastgen_reference"])
+@pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{name}-{i}" for i, (name, _) in enumerate(CASES)])
+def test_opcheck(case, namespace):
+    name, arguments = CASES[case]
+    torch.library.opcheck(getattr(getattr(torch.ops, namespace), name).default, arguments)
+
+
+def test_every_operator_has_an_opcheck_case():
+    names = {name for family in _library.operators().values() for name in family}
+    assert names == {name for name, _ in CASES}
+
+
+# --------------------------------------------------------------------------------------------------
+# torch.compile
+
+
+def leaf(*shape):
+    return torch.randn(*shape, requires_grad=True)
+
+
+FUNCTIONS = {
+    "scaled_dot_product_attention": lambda: (
+        lambda q, k, v, m: scaled_dot_product_attention(q, k, v, m, dropout_p=0.1, window=(3, 1), return_lse=True),
+        (leaf(2, 4, 5, 8), leaf(2, 4, 6, 8), leaf(2, 4, 6, 3), leaf(4, 1, 6)),
+    ),
+    "multi_head_projection": lambda: (
+        lambda x, w: multi_head_projection(x, w, num_heads=2),
+        (leaf(2, 5, 6), leaf(8, 6)),
+    ),
+    "qkv_projection": lambda: (
+        lambda x, w, b: qkv_projection(x, w, b, heads=(2, 1, 1), head_dims=(4, 4, 2), channels_first=True),
+        (leaf(2, 6, 3, 2), leaf(14, 6), leaf(14)),
+    ),
+    "merge_heads_projection": lambda: (
+        lambda x, w, r, g: merge_heads_projection(x, w, residual=r, gate=g),
+        (leaf(2, 4, 5, 2), leaf(6, 8), leaf(2, 5, 6), leaf(1)),
+    ),
+    "reparameterize": lambda: (reparameterize, (leaf(3, 8), leaf(3, 8))),
+    "reparameterize_kl": lambda: (
+        lambda m, v, p: reparameterize_kl(m, v, prior_mu=p),
+        (leaf(3, 8), leaf(3, 8), leaf(8)),
+    ),
+}
+
+
+def test_every_public_function_is_compiled_in_a_test():
+    assert set(FUNCTIONS) == set(functional.__all__)
+
+
+def outputs_and_gradients(function, arguments):
+    torch.manual_seed(1)
+    outputs = function(*arguments)
+    outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    loss = sum(o.square().sum() for o in outputs)
+    return [*outputs, *torch.autograd.grad(loss, arguments)]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_torch_compile_takes_each_function_whole(name, backend):
+    torch._dynamo.reset()
+    function, arguments = FUNCTIONS[name]()
+    with fastgen.use_backend(backend):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for a, b in zip(
+            outputs_and_gradients(compiled, arguments), outputs_and_gradients(function, arguments), strict=True
+        ):
+            torch.testing.assert_close(a, b)
+
+
+def test_inductor_compiles_a_block_of_them():
+    torch._dynamo.reset()
+
+    def block(x, weight, out):
+        q, k, v = qkv_projection(x, weight, heads=(2, 2, 2), head_dims=(4, 4, 4))
+        y = merge_heads_projection(scaled_dot_product_attention(q, k, v), out, residual=x)
+        z, kl = reparameterize_kl(*y.chunk(2, dim=1))
+        return z.sum() + kl.sum()
+
+    x, weight, out = leaf(2, 4, 8), leaf(24, 8), leaf(8, 8)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        plain = block(x, weight, out)
+    compiled = torch.compile(block, fullgraph=True)(x, weight, out)
+    compiled.backward()
+    assert x.grad is not None
+    # Inductor draws its own seed, so only what does not depend on the noise can be compared.
+    assert bool(torch.isfinite(compiled))
+    assert bool(torch.isfinite(plain))
+
+
+def test_a_second_derivative_under_compile_raises_and_is_never_wrong():
+    torch._dynamo.reset()
+    q = leaf(1, 1, 4, 8)
+    out = torch.compile(lambda q: scaled_dot_product_attention(q, q, q).square().sum(), backend="aot_eager")(q)
+    (grad,) = torch.autograd.grad(out, q, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        grad.square().sum().backward()
+
+
+def test_the_forced_backend_is_a_guard_of_compiled_code():
+    torch._dynamo.reset()
+    mu = torch.randn(3, 8)
+    compiled = torch.compile(lambda m: reparameterize(m, m), fullgraph=True, backend="eager")
+    compiled(mu)
+    if _library.why_not_compiled("latent_forward", mu.device) is None:
+        pytest.skip("a kernel is there, so nothing can be refused")
+    with fastgen.use_backend("compiled"), pytest.raises(Exception, match="backend 'compiled' was asked for"):
+        compiled(mu)
+
+
+# --------------------------------------------------------------------------------------------------
+# Bad arguments: the type of the error and what it says, on every backend
+
+
+def t(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype)
+
+
+BAD = {
+    "latent of integers": (
+        lambda: reparameterize(t(2, 3, dtype=torch.int64), t(2, 3)),
+        TypeError,
+        "mu: .*floating.*int64",
+    ),
+    "logvar of integers": (lambda: reparameterize(t(2, 3), t(2, 3, dtype=torch.int32)), TypeError, "logvar: .*int32"),
+    "shapes that differ": (lambda: reparameterize_kl(t(2, 3), t(2, 4)), ValueError, r"logvar: .*\(2, 3\).*\(2, 4\)"),
+    "dtypes that differ": (lambda: reparameterize_kl(t(2, 3), t(2, 3).half()), TypeError, "logvar: .*float32.*float16"),
+    "a scalar latent": (lambda: reparameterize(t(), t()), ValueError, r"mu: expected \(B, \*\)"),
+    "a number for mu": (lambda: reparameterize(1.0, t(1)), TypeError, "mu: expected a tensor, got float"),
+    "a prior that does not fit": (
+        lambda: reparameterize_kl(t(2, 3), t(2, 3), prior_mu=t(4)),
+        ValueError,
+        r"prior_mu: .*\(2, 3\), got \(4,\)",
+    ),
+    "an integer mask": (
+        lambda: scaled_dot_product_attention(t(1, 1, 2, 4), t(1, 1, 3, 4), t(1, 1, 3, 4), t(2, 3, dtype=torch.int64)),
+        TypeError,
+        "attn_mask: .*boolean.*int64",
+    ),
+    "a mask that does not fit": (
+        lambda: scaled_dot_product_attention(t(1, 1, 2, 4), t(1, 1, 3, 4), t(1, 1, 3, 4), t(3, 3)),
+        ValueError,
+        r"attn_mask: .*\(1, 1, 2, 3\), got \(3, 3\)",
+    ),
+    "a negative window": (
+        lambda: scaled_dot_product_attention(t(1, 1, 2, 4), t(1, 1, 3, 4), t(1, 1, 3, 4), window=(-1, 0)),
+        ValueError,
+        "window: expected left .*>= 0.*got -1",
+    ),
+    "a window of one number": (
+        lambda: scaled_dot_product_attention(t(1, 1, 2, 4), t(1, 1, 3, 4), t(1, 1, 3, 4), window=3),
+        ValueError,
+        r"window: expected a pair \(left, right\), got 3",
+    ),
+    "dropout of one": (
+        lambda: scaled_dot_product_attention(t(1, 1, 2, 4), t(1, 1, 3, 4), t(1, 1, 3, 4), dropout_p=1.0),
+        ValueError,
+        r"dropout_p: .*\[0, 1\), got 1.0",
+    ),
+    "key of another width": (
+        lambda: scaled_dot_product_attention(t(1, 1, 2, 4), t(1, 1, 3, 5), t(1, 1, 3, 5)),
+        ValueError,
+        "key: .*head dim 4",
+    ),
+    "value of another length": (
+        lambda: scaled_dot_product_attention(t(1, 1, 2, 4), t(1, 1, 3, 4), t(1, 1, 2, 4)),
+        ValueError,
+        "value: expected",
+    ),
+    "grouped heads unasked": (
+        lambda: scaled_dot_product_attention(t(1, 4, 2, 4), t(1, 2, 3, 4), t(1, 2, 3, 4)),
+        ValueError,
+        "key: .*enable_gqa",
+    ),
+    "heads that do not divide": (
+        lambda: scaled_dot_product_attention(t(1, 4, 2, 4), t(1, 3, 3, 4), t(1, 3, 3, 4), enable_gqa=True),
+        ValueError,
+        "key: .*divides query's 4, got 3",
+    ),
+    "query of integers": (
+        lambda: scaled_dot_product_attention(*(t(1, 2, 4, dtype=torch.int64),) * 3),
+        TypeError,
+        "query: .*int64",
+    ),
+    "value of another dtype": (
+        lambda: scaled_dot_product_attention(t(2, 4), t(2, 4), t(2, 4).double()),
+        TypeError,
+        "value: .*float32.*float64",
+    ),
+    "heads that do not divide the rows": (
+        lambda: multi_head_projection(t(1, 2, 3), t(7, 3), num_heads=2),
+        ValueError,
+        "num_heads: .*7 rows, got 2",
+    ),
+    "no heads": (
+        lambda: multi_head_projection(t(1, 2, 3), t(7, 3), num_heads=0),
+        ValueError,
+        "num_heads: .*positive.*0",
+    ),
+    "a weight of other channels": (
+        lambda: multi_head_projection(t(1, 2, 3), t(4, 5), num_heads=2),
+        ValueError,
+        r"weight: expected \(4, 3\), got \(4, 5\)",
+    ),
+    "a weight of other rows": (
+        lambda: qkv_projection(t(1, 2, 3), t(5, 3), heads=(1, 1, 1), head_dims=(2, 2, 2)),
+        ValueError,
+        "weight: expected 6 rows",
+    ),
+    "tokens with too many dims": (
+        lambda: multi_head_projection(t(1, 2, 2, 3), t(4, 3), num_heads=2),
+        ValueError,
+        r"x: expected \(B, N, C\)",
+    ),
+    "a bias of another size": (
+        lambda: multi_head_projection(t(1, 2, 3), t(4, 3), t(3), num_heads=2),
+        ValueError,
+        "bias: expected shape",
+    ),
+    "a gate of another size": (
+        lambda: merge_heads_projection(t(1, 2, 3, 2), t(5, 4), gate=t(3)),
+        ValueError,
+        "gate: expected one element",
+    ),
+    "a residual of another size": (
+        lambda: merge_heads_projection(t(1, 2, 3, 2), t(5, 4), residual=t(1, 3, 4)),
+        ValueError,
+        "residual: expected shape",
+    ),
+    "an unknown backend": (
+        lambda: fastgen.use_backend("cuda").__enter__(),
+        ValueError,
+        "use_backend: expected one of auto",
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_argument_is_named_with_what_was_expected_and_what_came(name, backend):
+    call, kind, text = BAD[name]
+    with fastgen.use_backend(backend), pytest.raises(kind, match=text):
+        call()
+
+
+def test_forcing_a_backend_that_cannot_serve_raises_with_the_reason():
+    arguments = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
+    with fastgen.use_backend("compiled"):
+        with pytest.raises(RuntimeError, match="backend 'compiled' was asked for, but"):
+            reparameterize(*arguments)
+        with pytest.raises(RuntimeError, match=r"no cpu kernel is written for attention_forward|was not built"):
+            scaled_dot_product_attention(*(torch.zeros(1, 2, 4),) * 3)
+    assert fastgen.current_backend() == "auto"
+
+
+def test_use_backend_is_undone_by_an_error_and_nests():
+    with pytest.raises(ZeroDivisionError), fastgen.use_backend("reference"):
+        with fastgen.use_backend("auto"):
+            assert fastgen.current_backend() == "auto"
+        assert fastgen.current_backend() == "reference"
+        raise ZeroDivisionError
+    assert fastgen.current_backend() == "auto"
+
+
+def test_examples_in_docstrings_run():
+    results = doctest.testmod(functional, extraglobs={"torch": torch, "fastgen": fastgen})
+    assert results.attempted >= len(functional.__all__)
+    assert results.failed == 0
+
+
+# --------------------------------------------------------------------------------------------------
+# The package without its compiled parts, and the floors of the house
+
+PROBE = """
+import torch, fastgen
+mu = torch.zeros(3, 8, requires_grad=True)
+torch.manual_seed(0)
+z, kl = fastgen.functional.reparameterize_kl(mu, torch.zeros(3, 8))
+(z.sum() + kl.sum()).backward()
+q = torch.randn(1, 2, 4, 8)
+fastgen.functional.scaled_dot_product_attention(q, q, q, window=(1, 1))
+print(fastgen.info())
+print("sample", float(z[0, 0]))
+try:
+    with fastgen.use_backend("compiled"):
+        fastgen.functional.reparameterize(mu, mu)
+except RuntimeError as error:
+    print("refused:", error)
+"""
+
+
+def run_copy(tmp_path, **extra):
+    copy = tmp_path / "fastgen"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__", "_build_report.json"))
+    for name, content in extra.items():
+        (copy / name.replace("__", ".")).write_bytes(content)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    return subprocess.run(
+        [sys.executable, "-c", PROBE], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_everything_works_with_every_compiled_library_removed(tmp_path):
+    output = run_copy(tmp_path)
+    assert "_cpu was not built" in output
+    assert "refused: backend 'compiled' was asked for, but _cpu was not built" in output
+    torch.manual_seed(0)
+    mine = reparameterize(torch.zeros(3, 8), torch.zeros(3, 8))
+    theirs = float(output.split("sample ")[1].split()[0])
+    assert abs(theirs - float(mine[0, 0])) < 1e-6
+
+
+def test_a_library_that_does_not_load_is_skipped_with_its_reason(tmp_path):
+    output = run_copy(tmp_path, _cpu__so=b"not a library")
+    assert "library _cpu: _cpu.so does not load" in output
+    assert "sample" in output
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "works"),
+    [
+        ((8, 0), ["80"], True),
+        ((8, 6), ["80"], True),
+        ((9, 0), ["90a"], True),
+        ((9, 0), ["80"], False),
+        ((10, 0), ["80", "90a", "120", "120+PTX"], False),
+        ((12, 1), ["120", "120+PTX"], True),
+        ((13, 0), ["120", "120+PTX"], True),
+        ((9, 0), [], False),
+    ],
+)
+def test_which_devices_a_build_runs_on(capability, architectures, works):
+    assert _library.runs_on(capability, architectures) is works
+
+
+FLOORS = [
+    ("fastgen.reference", "fastgen._library", "fastgen._checks"),
+    ("fastgen.ops",),
+    ("fastgen._autograd",),
+    ("fastgen.functional",),
+    ("fastgen.nn",),
+    ("fastgen.models", "fastgen.integrations", "fastgen.losses"),
+    ("fastgen.train", "fastgen.data", "fastgen.cli", "fastgen.__main__"),
+]
+OUTSIDE = {"fastgen", "fastgen._info", "fastgen.testing"}
+
+
+def floor_of(module):
+    for level, names in enumerate(FLOORS):
+        if any(module == name or module.startswith(name + ".") for name in names):
+            return level
+    return None
+
+
+def imported_modules(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_imports_only_go_down_the_floors():
+    wrong, seen = [], 0
+    for path in PACKAGE.rglob("*.py"):
+        module = ".".join(("fastgen", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+        level = floor_of(module)
+        if level is None:
+            assert module in OUTSIDE, f"{module} stands on no floor"
+            continue
+        for target in imported_modules(path):
+            below = floor_of(target)
+            seen += below is not None
+            if below is not None and below > level:
+                wrong.append(f"{module} imports {target}")
+    assert not wrong
+    assert seen > 20

@@ -1,0 +1,158 @@
+"""Multi-head projections: values, layouts, derivatives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
+
+from benchmarks.shapes import PROJECTION_SHAPES
+from fastgen import reference
+from fastgen.functional import merge_heads_projection, multi_head_projection, qkv_projection
+from fastgen.testing import assert_accurate
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def with_gradients(function, leaves):
+    leaves = [t.detach().clone().requires_grad_() for t in leaves]
+    outputs = function(*leaves)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    torch.manual_seed(3)
+    upstream = [torch.randn(o.shape, dtype=torch.float64).to(torch.bfloat16).to(o) for o in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, upstream)]
+
+
+def check(ours, plain, leaves):
+    results, peers = with_gradients(ours, leaves), with_gradients(plain, leaves)
+    exact = with_gradients(plain, [t.double() for t in leaves])
+    for a, b, c in zip(results, peers, exact, strict=True):
+        assert a.dtype == leaves[0].dtype
+        assert_accurate(a, b, c)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("channels_first", [False, True], ids=["tokens", "feature map"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", PROJECTION_SHAPES)
+def test_qkv_projection_is_a_linear_map_split_into_heads(name, dtype, channels_first, bias, device):
+    batch, length, channels, heads, dims = PROJECTION_SHAPES[name]
+    rows = sum(h * d for h, d in zip(heads, dims, strict=True))
+    x = torch.randn(batch, channels, length, 1) if channels_first else torch.randn(batch, length, channels)
+    leaves = [x, torch.randn(rows, channels) / channels**0.5] + ([torch.randn(rows)] if bias else [])
+    leaves = [t.to(device, dtype) for t in leaves]
+
+    def ours(x, weight, bias=None):
+        return qkv_projection(x, weight, bias, heads=heads, head_dims=dims, channels_first=channels_first)
+
+    def plain(x, weight, bias=None):
+        tokens = x.flatten(2).transpose(1, 2) if channels_first else x
+        return reference.split_heads(F.linear(tokens, weight, bias), list(heads), list(dims))
+
+    check(ours, plain, leaves)
+    for part, h, d in zip(ours(*leaves), heads, dims, strict=True):
+        assert part.shape == (batch, h, length, d)
+        assert part.stride(-1) == 1
+
+
+def test_multi_head_projection_is_one_part_of_it():
+    x, weight, bias = torch.randn(2, 5, 6), torch.randn(8, 6), torch.randn(8)
+    wanted = F.linear(x, weight, bias).unflatten(-1, (4, 2)).transpose(1, 2)
+    torch.testing.assert_close(multi_head_projection(x, weight, bias, num_heads=4), wanted)
+
+
+GATES = {"none": None, "one": (1,), "scalar": (), "channel": "E", "batch": "BE", "batch row": "B1E"}
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", "plain"])
+@pytest.mark.parametrize("channels_first", [False, True], ids=["tokens", "feature map"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_merge_heads_joins_projects_gates_and_adds(dtype, channels_first, residual, gate, device):
+    batch, heads, dim, channels, height, width = 2, 3, 8, 10, 4, 5
+    x = torch.randn(batch, heads, height * width, dim)
+    leaves = [x, torch.randn(channels, heads * dim) / 5, torch.randn(channels)]
+    shape = (batch, channels, height, width) if channels_first else (batch, height * width, channels)
+    sizes = {"E": (channels,), "BE": (batch, channels), "B1E": (batch, 1, channels)}
+    gate_shape = sizes.get(GATES[gate], GATES[gate]) if gate != "none" else None
+    if gate_shape is not None:
+        leaves.append(torch.randn(gate_shape))
+    if residual:
+        leaves.append(torch.randn(shape))
+    leaves = [t.to(device, dtype) for t in leaves]
+
+    def split(rest):
+        rest = list(rest)
+        own_gate = rest.pop(0) if gate_shape is not None else None
+        return own_gate, rest.pop(0) if rest else None
+
+    def ours(x, weight, bias, *rest):
+        own_gate, base = split(rest)
+        y = merge_heads_projection(x, weight, bias, residual=base, gate=own_gate, channels_first=channels_first)
+        return y.reshape(shape)
+
+    def plain(x, weight, bias, *rest):
+        own_gate, base = split(rest)
+        y = F.linear(reference.join_heads(x), weight, bias)
+        if own_gate is not None:
+            y = y * (own_gate.unsqueeze(1) if own_gate.dim() == 2 else own_gate)
+        y = y.transpose(1, 2).reshape(shape) if channels_first else y
+        return y if base is None else base + y
+
+    check(ours, plain, leaves)
+
+
+@pytest.mark.parametrize("channels_first", [False, True], ids=["tokens", "feature map"])
+def test_derivatives_of_first_and_second_order_in_both_modes(channels_first):
+    x = torch.randn(2, 3, 2, 2) if channels_first else torch.randn(2, 4, 3)
+    leaves = [t.double().requires_grad_() for t in (x, torch.randn(9, 3), torch.randn(9))]
+
+    def project(*t):
+        return qkv_projection(*t, heads=(2, 1, 1), head_dims=(2, 2, 3), channels_first=channels_first)
+
+    assert gradcheck(project, leaves, check_forward_ad=True)
+    assert gradgradcheck(project, leaves, check_fwd_over_rev=True)
+    shape = (2, 5, 2, 2) if channels_first else (2, 4, 5)
+    for gate in ((1,), (5,), (2, 5)):
+        parts = (torch.randn(2, 3, 4, 2), torch.randn(5, 6), torch.randn(5), torch.randn(shape), torch.randn(gate))
+        leaves = [t.double().requires_grad_() for t in parts]
+
+        def merge(x, weight, bias, residual, gate):
+            return merge_heads_projection(x, weight, bias, residual=residual, gate=gate, channels_first=channels_first)
+
+        assert gradcheck(merge, leaves, check_forward_ad=True)
+        assert gradgradcheck(merge, leaves, check_fwd_over_rev=True)
+
+
+def test_autocast_keeps_a_float32_residual_stream():
+    x, weight, base, gate = torch.randn(2, 4, 6, 8), torch.randn(5, 32), torch.randn(2, 6, 5), torch.randn(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert multi_head_projection(base, torch.randn(8, 5), num_heads=2).dtype == torch.bfloat16
+        assert merge_heads_projection(x, weight).dtype == torch.bfloat16
+        out = merge_heads_projection(x, weight, residual=base, gate=gate)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, merge_heads_projection(x, weight, residual=base, gate=gate), rtol=0.05, atol=0.2)
+
+
+def test_a_feature_map_is_read_without_a_permuted_copy():
+    x, weight = torch.randn(2, 64, 32, 32), torch.randn(64, 64)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        multi_head_projection(x, weight, num_heads=4, channels_first=True)
+    allocated = sum(e.self_cpu_memory_usage for e in profile.key_averages() if e.self_cpu_memory_usage > 0)
+    assert allocated <= 1.1 * x.numel() * 4, "the output alone"
+
+
+@pytest.mark.parametrize("mapped", [(0, None), (None, 0), (0, 0)], ids=str)
+def test_vmap_over_inputs_and_over_weights(mapped):
+    x, weight = torch.randn(3, 2, 5, 6), torch.randn(3, 8, 6)
+    arguments = [t if dim == 0 else t[0] for t, dim in zip((x, weight), mapped, strict=True)]
+
+    def loss(x, weight):
+        return multi_head_projection(x, weight, num_heads=2).square().sum()
+
+    grads = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=mapped)(*arguments)
+    for i in range(3):
+        own = [t[i] if dim == 0 else t for t, dim in zip(arguments, mapped, strict=True)]
+        for a, b in zip(grads, torch.func.grad(loss, argnums=(0, 1))(*own), strict=True):
+            torch.testing.assert_close(a[i], b)
