@@ -180,9 +180,7 @@ def make_commands(mode: str, missing: dict[str, str]) -> dict[str, type]:
             self.extensions = [e for e in self.extensions if e.name.removeprefix("fastgen._") in built]
             super().copy_extensions_to_source()
 
-    class BuildPython(build_py):
-        """Where there is nothing to compile, says so."""
-
+    class BuildPython(build_py):  # where there is nothing to compile, says so
         def run(self) -> None:
             super().run()
             if not self.distribution.ext_modules:

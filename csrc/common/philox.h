@@ -41,9 +41,7 @@ FASTGEN_HOST_DEVICE Philox4 philox(uint64_t seed, uint64_t index, uint32_t strea
 }
 
 // u = (x + 0.5) 2^-32, in (0, 1].
-FASTGEN_HOST_DEVICE float to_uniform(uint32_t bits) {
-  return static_cast<float>(bits) * 0x1p-32f + 0x1p-33f;
-}
+FASTGEN_HOST_DEVICE float to_uniform(uint32_t bits) { return static_cast<float>(bits) * 0x1p-32f + 0x1p-33f; }
 
 // Two standard normals (Box and Muller, 1958). The angle is reduced exactly, in half turns, so that results
 // near zero keep their relative accuracy.

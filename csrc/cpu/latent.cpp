@@ -171,7 +171,8 @@ void for_each_block(int64_t rows, int64_t cols, const Noise& noise, bool with_no
       if (with_noise && (which != made_seed || first < made || first + needed > made_end)) {
         // Short rows: as many as fit, so that the vectors are full.
         const int64_t rows_left = std::min((end - item - 1) / blocks + 1, (which + 1) * noise.rows_per_seed - row);
-        const int64_t wanted = blocks == 1 ? std::min(kGroups / std::max<int64_t>(1, needed), rows_left) * needed : needed;
+        const int64_t wanted =
+            blocks == 1 ? std::min(kGroups / std::max<int64_t>(1, needed), rows_left) * needed : needed;
         make_noise(static_cast<uint64_t>(noise.seeds[which]), static_cast<uint64_t>(first), wanted, buffer);
         made_seed = which, made = first, made_end = first + wanted;
       }
@@ -185,9 +186,9 @@ void forward(const ForwardParams& p) {
   const int64_t blocks = std::max<int64_t>(1, ceil_div(p.cols, kBlock));
   std::vector<float> parts(blocks > 1 && p.kl != nullptr ? p.rows * blocks : 0);
   for_each_block(p.rows, p.cols, p.noise, true, [&](int64_t row, int64_t col, int64_t count, const float* noise) {
-    const float kl = run(ForwardBlock<T>{at_row<T>(p.mu, row, col), at_row<T>(p.logvar, row, col),
-                                         at_row<T>(p.prior_mu, row, col), at_row<T>(p.prior_logvar, row, col),
-                                         at_row<T>(p.z, row, p.cols, col), noise, count});
+    const float kl =
+        run(ForwardBlock<T>{at_row<T>(p.mu, row, col), at_row<T>(p.logvar, row, col), at_row<T>(p.prior_mu, row, col),
+                            at_row<T>(p.prior_logvar, row, col), at_row<T>(p.z, row, p.cols, col), noise, count});
     if (p.kl == nullptr) return;
     if (blocks > 1) {
       parts[row * blocks + col / kBlock] = kl;
@@ -210,9 +211,9 @@ void backward(const BackwardParams& p) {
     run(BackwardBlock<T>{at_row<T>(p.grad_z, row, col), at_row<T>(p.mu, row, col), at_row<T>(p.logvar, row, col),
                          at_row<T>(p.prior_mu, row, col), at_row<T>(p.prior_logvar, row, col),
                          at_row<T>(p.grad_mu, row, p.cols, col), at_row<T>(p.grad_logvar, row, p.cols, col),
-                         at_row<T>(p.grad_prior_mu, row, p.cols, col),
-                         at_row<T>(p.grad_prior_logvar, row, p.cols, col), with_noise ? noise : kNoNoise,
-                         p.grad_kl == nullptr ? 0.0f : p.grad_kl[row * p.grad_kl_stride], count});
+                         at_row<T>(p.grad_prior_mu, row, p.cols, col), at_row<T>(p.grad_prior_logvar, row, p.cols, col),
+                         with_noise ? noise : kNoNoise, p.grad_kl == nullptr ? 0.0f : p.grad_kl[row * p.grad_kl_stride],
+                         count});
   });
 }
 

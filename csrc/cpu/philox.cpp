@@ -75,10 +75,10 @@ __attribute__((target("avx2"))) void philox_avx2(uint64_t seed, uint64_t first, 
       for (int half = 0; half < 2; ++half) {
         const __m256i product0 = _mm256_mul_epu32(c0[half], multiplier0);
         const __m256i product1 = _mm256_mul_epu32(c2[half], multiplier1);
-        c0[half] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product1, 32), c1[half]),
-                                    _mm256_set1_epi64x(key0));
-        c2[half] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product0, 32), c3[half]),
-                                    _mm256_set1_epi64x(key1));
+        c0[half] =
+            _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product1, 32), c1[half]), _mm256_set1_epi64x(key0));
+        c2[half] =
+            _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product0, 32), c3[half]), _mm256_set1_epi64x(key1));
         c1[half] = product1, c3[half] = product0;
       }
       key0 += kPhiloxIncrement0, key1 += kPhiloxIncrement1;

@@ -17,9 +17,7 @@ constexpr int kVectorElements = kVectorBytes / static_cast<int>(sizeof(T));
 
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(Half value) { return __half2float(__ushort_as_half(value.bits)); }
-__device__ __forceinline__ float to_float(BFloat16 value) {
-  return __bfloat162float(__ushort_as_bfloat16(value.bits));
-}
+__device__ __forceinline__ float to_float(BFloat16 value) { return __bfloat162float(__ushort_as_bfloat16(value.bits)); }
 
 // Round to nearest, ties to even.
 template <typename T>
@@ -39,20 +37,14 @@ __device__ __forceinline__ BFloat16 from_float<BFloat16>(float value) {
 
 // Consecutive elements from a 16-byte aligned address. PTX ISA, "ld" (.global.v4.b32).
 template <typename T>
-__device__ __forceinline__ void load_vector(const T* source, float (&values)[kVectorElements<T>]) {
+__device__ __forceinline__ void load_vector(const T* source, T (&elements)[kVectorElements<T>]) {
   const uint4 raw = *reinterpret_cast<const uint4*>(source);
-  T elements[kVectorElements<T>];
   memcpy(elements, &raw, sizeof(raw));
-#pragma unroll
-  for (int i = 0; i < kVectorElements<T>; ++i) values[i] = to_float(elements[i]);
 }
 
 // The same, stored. PTX ISA, "st" (.global.v4.b32).
 template <typename T>
-__device__ __forceinline__ void store_vector(T* target, const float (&values)[kVectorElements<T>]) {
-  T elements[kVectorElements<T>];
-#pragma unroll
-  for (int i = 0; i < kVectorElements<T>; ++i) elements[i] = from_float<T>(values[i]);
+__device__ __forceinline__ void store_vector(T* target, const T (&elements)[kVectorElements<T>]) {
   uint4 raw;
   memcpy(&raw, elements, sizeof(raw));
   *reinterpret_cast<uint4*>(target) = raw;

@@ -24,9 +24,9 @@ Input input(const MaybeTensor& tensor, const char* name, const Tensor& mu) {
 
 Noise noise(const Tensor& seed, const Tensor& mu) {
   const int64_t count = seed.numel(), rows = mu.size(0);
-  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.dim() == 1 && seed.is_contiguous() &&
-                      seed.device() == mu.device(),
-                  "seed: expected a contiguous int64 vector on mu's device");
+  STD_TORCH_CHECK(
+      seed.scalar_type() == ScalarType::Long && seed.dim() == 1 && seed.is_contiguous() && seed.device() == mu.device(),
+      "seed: expected a contiguous int64 vector on mu's device");
   STD_TORCH_CHECK(count > 0 && rows % count == 0, "seed: expected a number of seeds that divides ", rows, " rows, got ",
                   count);
   return {seed.const_data_ptr<int64_t>(), rows > count ? rows / count : 1};
@@ -62,9 +62,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& mu, const Tensor& logvar, const
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const MaybeTensor& grad_z, const MaybeTensor& grad_kl,
-                                                    const Tensor& mu, const Tensor& logvar,
-                                                    const MaybeTensor& prior_mu, const MaybeTensor& prior_logvar,
-                                                    const Tensor& seed) {
+                                                    const Tensor& mu, const Tensor& logvar, const MaybeTensor& prior_mu,
+                                                    const MaybeTensor& prior_logvar, const Tensor& seed) {
   const DType dtype = dtype_of(mu, "mu");
   const DeviceScope scope(mu);
   BackwardParams p;

@@ -19,29 +19,32 @@ __global__ void __launch_bounds__(kThreads) latent_backward(BackwardParams p, Pl
   const float grad_kl = p.grad_kl == nullptr ? 0.0f : p.grad_kl[row * p.grad_kl_stride];
   const int64_t stride = static_cast<int64_t>(team) * plan.splits * kChunk<T>;
   for (int64_t col = (static_cast<int64_t>(blockIdx.y) * team + lane) * kChunk<T>; col < p.cols; col += stride) {
-    Chunk<T> grad_z = {}, noise = {}, mu = {}, logvar, prior_mu, prior_logvar;
-    load_chunk<T, kVector>(p.logvar, row, col, p.cols, logvar);
-    if (p.grad_z.data != nullptr) {
-      load_chunk<T, kVector>(p.grad_z, row, col, p.cols, grad_z);
-      noise_chunk<T>(noise_of_row, col, noise);
-    }
-    if (p.grad_kl != nullptr) load_chunk<T, kVector>(p.mu, row, col, p.cols, mu);
+    const Chunk<T> logvar = load_chunk<T, kVector>(p.logvar, row, col, p.cols);
+    const Chunk<T> grad_z = load_chunk<T, kVector>(p.grad_z, row, col, p.cols);
+    Chunk<T> mu = {}, prior_mu, prior_logvar, grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar;
+    if (p.grad_kl != nullptr) mu = load_chunk<T, kVector>(p.mu, row, col, p.cols);
     if constexpr (kPrior) {
-      load_optional<T, kVector>(p.prior_mu, row, col, p.cols, prior_mu);
-      load_optional<T, kVector>(p.prior_logvar, row, col, p.cols, prior_logvar);
+      prior_mu = load_chunk<T, kVector>(p.prior_mu, row, col, p.cols);
+      prior_logvar = load_chunk<T, kVector>(p.prior_logvar, row, col, p.cols);
     }
-    Chunk<T> grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar;
 #pragma unroll
-    for (int i = 0; i < kChunk<T>; ++i) {
-      const float std = exp_float(0.5f * logvar[i]);
-      Gradients g;
-      if constexpr (kPrior) {
-        g = gradients(grad_z[i], grad_kl, noise[i] * std, mu[i], logvar[i], prior_mu[i], prior_logvar[i]);
-      } else {
-        g = gradients(grad_z[i], grad_kl, noise[i] * std, mu[i], std);
+    for (int group = 0; group < kChunk<T>; group += kGroup) {
+      float noise[kGroup] = {};
+      if (p.grad_z.data != nullptr) noise_group(noise_of_row, col + group, noise);
+#pragma unroll
+      for (int i = group; i < group + kGroup; ++i) {
+        const float std = exp_float(0.5f * logvar[i]);
+        Gradients g;
+        if constexpr (kPrior) {
+          g = gradients(grad_z[i], grad_kl, noise[i - group] * std, mu[i], logvar[i], prior_mu[i], prior_logvar[i]);
+          grad_prior_mu.set(i, g.prior_mu);
+          grad_prior_logvar.set(i, g.prior_logvar);
+        } else {
+          g = gradients(grad_z[i], grad_kl, noise[i - group] * std, mu[i], std);
+        }
+        grad_mu.set(i, g.mu);
+        grad_logvar.set(i, g.logvar);
       }
-      grad_mu[i] = g.mu, grad_logvar[i] = g.logvar;
-      grad_prior_mu[i] = g.prior_mu, grad_prior_logvar[i] = g.prior_logvar;
     }
     store_chunk<T, kVector>(p.grad_mu, row, col, p.cols, grad_mu);
     store_chunk<T, kVector>(p.grad_logvar, row, col, p.cols, grad_logvar);

@@ -11,43 +11,43 @@ namespace fastgen::latent {
 template <typename T>
 constexpr int kChunk = chunk_elements(sizeof(T));
 
+// In the storage type: a chunk of 16-bit numbers then fills 4 registers, and is widened group by group.
 template <typename T>
-using Chunk = float[kChunk<T>];
+struct Chunk {
+  T elements[kChunk<T>];
 
-// kVector: rows are 16-byte aligned and a whole number of chunks. Otherwise element by element, up to cols.
+  __device__ __forceinline__ float operator[](int i) const { return device::to_float(elements[i]); }
+  __device__ __forceinline__ void set(int i, float value) { elements[i] = device::from_float<T>(value); }
+};
+
+// kVector: rows are 16-byte aligned and a whole number of chunks. Otherwise element by element, up to cols,
+// with zeros beyond; an absent operand is all zeros.
 template <typename T, bool kVector>
-__device__ __forceinline__ void load_chunk(const Input& input, int64_t row, int64_t col, int64_t cols,
-                                           Chunk<T>& values) {
+__device__ __forceinline__ Chunk<T> load_chunk(const Input& input, int64_t row, int64_t col, int64_t cols) {
+  Chunk<T> chunk = {};
+  if (input.data == nullptr) return chunk;
   const T* source = static_cast<const T*>(input.data) + row * input.row_stride + col;
   if constexpr (kVector) {
-    device::load_vector<T>(source, values);
+    device::load_vector(source, chunk.elements);
   } else {
 #pragma unroll
-    for (int i = 0; i < kChunk<T>; ++i) values[i] = col + i < cols ? device::to_float(source[i]) : 0.0f;
+    for (int i = 0; i < kChunk<T>; ++i) {
+      if (col + i < cols) chunk.elements[i] = source[i];
+    }
   }
-}
-
-template <typename T, bool kVector>
-__device__ __forceinline__ void load_optional(const Input& input, int64_t row, int64_t col, int64_t cols,
-                                              Chunk<T>& values) {
-  if (input.data != nullptr) {
-    load_chunk<T, kVector>(input, row, col, cols, values);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kChunk<T>; ++i) values[i] = 0.0f;
-  }
+  return chunk;
 }
 
 template <typename T, bool kVector>
 __device__ __forceinline__ void store_chunk(void* target, int64_t row, int64_t col, int64_t cols,
-                                            const Chunk<T>& values) {
+                                            const Chunk<T>& chunk) {
   T* out = static_cast<T*>(target) + row * cols + col;
   if constexpr (kVector) {
-    device::store_vector<T>(out, values);
+    device::store_vector(out, chunk.elements);
   } else {
 #pragma unroll
     for (int i = 0; i < kChunk<T>; ++i) {
-      if (col + i < cols) out[i] = device::from_float<T>(values[i]);
+      if (col + i < cols) out[i] = chunk.elements[i];
     }
   }
 }
@@ -63,12 +63,9 @@ __device__ __forceinline__ NoiseRow noise_row(const Noise& noise, int64_t row, i
           static_cast<uint64_t>((row - which * noise.rows_per_seed) * ceil_div(cols, kGroup))};
 }
 
-template <typename T>
-__device__ __forceinline__ void noise_chunk(const NoiseRow& row, int64_t col, Chunk<T>& noise) {
-#pragma unroll
-  for (int i = 0; i < kChunk<T>; i += kGroup) {
-    normal_group(row.seed, row.first_group + (col + i) / kGroup, noise + i);
-  }
+// The noise of the group that begins at column col.
+__device__ __forceinline__ void noise_group(const NoiseRow& row, int64_t col, float (&noise)[kGroup]) {
+  normal_group(row.seed, row.first_group + col / kGroup, noise);
 }
 
 }  // namespace fastgen::latent

@@ -21,23 +21,27 @@ __global__ void __launch_bounds__(kThreads) latent_forward(ForwardParams p, Plan
     const NoiseRow noise_of_row = noise_row(p.noise, row, p.cols);
     const int64_t stride = static_cast<int64_t>(team) * plan.splits * kChunk<T>;
     for (int64_t col = (static_cast<int64_t>(blockIdx.y) * team + lane) * kChunk<T>; col < p.cols; col += stride) {
-      Chunk<T> mu, logvar, prior_mu, prior_logvar, noise, z;
-      load_chunk<T, kVector>(p.mu, row, col, p.cols, mu);
-      load_chunk<T, kVector>(p.logvar, row, col, p.cols, logvar);
+      const Chunk<T> mu = load_chunk<T, kVector>(p.mu, row, col, p.cols);
+      const Chunk<T> logvar = load_chunk<T, kVector>(p.logvar, row, col, p.cols);
+      Chunk<T> prior_mu, prior_logvar, z;
       if constexpr (kPrior) {
-        load_optional<T, kVector>(p.prior_mu, row, col, p.cols, prior_mu);
-        load_optional<T, kVector>(p.prior_logvar, row, col, p.cols, prior_logvar);
+        prior_mu = load_chunk<T, kVector>(p.prior_mu, row, col, p.cols);
+        prior_logvar = load_chunk<T, kVector>(p.prior_logvar, row, col, p.cols);
       }
-      noise_chunk<T>(noise_of_row, col, noise);
 #pragma unroll
-      for (int i = 0; i < kChunk<T>; ++i) {
-        const float std = exp_float(0.5f * logvar[i]);
-        z[i] = mu[i] + noise[i] * std;
-        // Columns past the end were read as mu = logvar = prior = 0, whose term is 0.
-        if constexpr (kPrior) {
-          kl += kl_term(mu[i], logvar[i], prior_mu[i], prior_logvar[i]);
-        } else {
-          kl += kl_term(mu[i], logvar[i], std);
+      for (int group = 0; group < kChunk<T>; group += kGroup) {
+        float noise[kGroup];
+        noise_group(noise_of_row, col + group, noise);
+#pragma unroll
+        for (int i = group; i < group + kGroup; ++i) {
+          const float std = exp_float(0.5f * logvar[i]);
+          z.set(i, mu[i] + noise[i - group] * std);
+          // Columns past the end were read as mu = logvar = prior = 0, whose term is 0.
+          if constexpr (kPrior) {
+            kl += kl_term(mu[i], logvar[i], prior_mu[i], prior_logvar[i]);
+          } else {
+            kl += kl_term(mu[i], logvar[i], std);
+          }
         }
       }
       store_chunk<T, kVector>(p.z, row, col, p.cols, z);
@@ -51,16 +55,6 @@ __global__ void __launch_bounds__(kThreads) latent_forward(ForwardParams p, Plan
   } else {
     p.partial[row * plan.splits + blockIdx.y] = kl;
   }
-}
-
-// kl = half the sum of each row's parts, in their order: the same bits whatever block finished first.
-static __global__ void __launch_bounds__(kThreads) latent_sum_parts(const float* partial, float* kl, int64_t rows,
-                                                                    int splits) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (row >= rows) return;
-  float sum = 0.0f;
-  for (int i = 0; i < splits; ++i) sum += partial[row * splits + i];
-  kl[row] = 0.5f * sum;
 }
 
 }  // namespace fastgen::latent

@@ -3,27 +3,33 @@
 
 #include "common/dispatch.h"
 #include "device/launch.cuh"
+#include "latent/config.h"
+#include "latent/sum_parts.cuh"
 
 namespace fastgen::latent {
 
 // Defined in instantiations/.
 template <typename T>
-void forward(const ForwardParams& params, cudaStream_t stream);
+Plan forward(const ForwardParams& params, cudaStream_t stream);
 template <typename T>
 void backward(const BackwardParams& params, cudaStream_t stream);
 
 int multiprocessors() { return device::multiprocessors(); }
 
-void launch_forward(const ForwardParams& params, DType dtype, void* stream) {
-  dispatch_dtype(dtype, [&](auto type) {
-    forward<typename decltype(type)::type>(params, static_cast<cudaStream_t>(stream));
-  });
+void launch_forward(const ForwardParams& p, DType dtype, void* stream) {
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  Plan plan = {};
+  dispatch_dtype(dtype, [&](auto type) { plan = forward<typename decltype(type)::type>(p, cuda_stream); });
+  if (p.kl != nullptr && plan.splits > 1) {
+    const dim3 grid(static_cast<unsigned>(ceil_div(p.rows, kThreads)));
+    device::launch("latent_sum_parts", +latent_sum_parts, {grid, dim3(kThreads), 0, cuda_stream},
+                   static_cast<const float*>(p.partial), p.kl, p.rows, plan.splits);
+  }
 }
 
 void launch_backward(const BackwardParams& params, DType dtype, void* stream) {
-  dispatch_dtype(dtype, [&](auto type) {
-    backward<typename decltype(type)::type>(params, static_cast<cudaStream_t>(stream));
-  });
+  dispatch_dtype(
+      dtype, [&](auto type) { backward<typename decltype(type)::type>(params, static_cast<cudaStream_t>(stream)); });
 }
 
 }  // namespace fastgen::latent

@@ -21,8 +21,9 @@ inline device::Launch launch_config(const Plan& plan, cudaStream_t stream) {
   return {dim3(static_cast<unsigned>(plan.row_blocks), plan.splits), dim3(kThreads), 0, stream};
 }
 
+// Returns the plan, which says how many parts of each row's KL are left to add.
 template <typename T>
-void forward(const ForwardParams& p, cudaStream_t stream) {
+Plan forward(const ForwardParams& p, cudaStream_t stream) {
   const Plan plan = make_plan(p.rows, p.cols, sizeof(T), device::multiprocessors());
   const bool vector = p.cols % kChunk<T> == 0 && vectorizes(p.z, p.cols, sizeof(T)) && vectorizes(p.mu, sizeof(T)) &&
                       vectorizes(p.logvar, sizeof(T)) && vectorizes(p.prior_mu, sizeof(T)) &&
@@ -34,11 +35,7 @@ void forward(const ForwardParams& p, cudaStream_t stream) {
       device::launch("latent_forward", +kernel, launch_config(plan, stream), p, plan);
     });
   });
-  if (p.kl != nullptr && plan.splits > 1) {
-    const dim3 grid(static_cast<unsigned>(ceil_div(p.rows, kThreads)));
-    device::launch("latent_sum_parts", +latent_sum_parts, {grid, dim3(kThreads), 0, stream},
-                   static_cast<const float*>(p.partial), p.kl, p.rows, plan.splits);
-  }
+  return plan;
 }
 
 template <typename T>

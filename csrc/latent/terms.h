@@ -7,9 +7,7 @@
 namespace fastgen::latent {
 
 // Twice the element's share of KL(N(mu, e^logvar) || N(0, 1)); std = e^(logvar / 2).
-FASTGEN_HOST_DEVICE float kl_term(float mu, float logvar, float std) {
-  return mu * mu + (std * std - 1.0f - logvar);
-}
+FASTGEN_HOST_DEVICE float kl_term(float mu, float logvar, float std) { return mu * mu + (std * std - 1.0f - logvar); }
 
 // The same against N(prior_mu, e^prior_logvar).
 FASTGEN_HOST_DEVICE float kl_term(float mu, float logvar, float prior_mu, float prior_logvar) {

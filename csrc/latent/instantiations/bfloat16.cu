@@ -2,7 +2,7 @@
 
 namespace fastgen::latent {
 
-template void forward<BFloat16>(const ForwardParams&, cudaStream_t);
+template Plan forward<BFloat16>(const ForwardParams&, cudaStream_t);
 template void backward<BFloat16>(const BackwardParams&, cudaStream_t);
 
 }  // namespace fastgen::latent

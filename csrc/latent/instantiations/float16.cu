@@ -2,7 +2,7 @@
 
 namespace fastgen::latent {
 
-template void forward<Half>(const ForwardParams&, cudaStream_t);
+template Plan forward<Half>(const ForwardParams&, cudaStream_t);
 template void backward<Half>(const BackwardParams&, cudaStream_t);
 
 }  // namespace fastgen::latent

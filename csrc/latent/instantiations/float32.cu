@@ -2,7 +2,7 @@
 
 namespace fastgen::latent {
 
-template void forward<float>(const ForwardParams&, cudaStream_t);
+template Plan forward<float>(const ForwardParams&, cudaStream_t);
 template void backward<float>(const BackwardParams&, cudaStream_t);
 
 }  // namespace fastgen::latent
