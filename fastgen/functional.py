@@ -375,7 +375,7 @@ def merge_heads_projection(
 
 def _rows(tensor: Tensor) -> Tensor:
     """(B, *) -> (B, D) with a contiguous last dim; a view for the halves of one encoder output."""
-    rows = tensor.reshape(tensor.size(0), math.prod(tensor.shape[1:]))
+    rows = tensor if tensor.dim() == 2 else tensor.reshape(tensor.size(0), math.prod(tensor.shape[1:]))
     return rows if rows.size(1) <= 1 or rows.stride(1) == 1 else rows.contiguous()
 
 
@@ -412,7 +412,7 @@ def _latent(
     seed = _draw_seed(mu.device, generator)
     namespace = select("latent_forward", mu)
     z, kl = _autograd.gaussian_latent(_rows(mu), _rows(logvar), priors[0], priors[1], seed, with_kl, namespace)
-    return z.reshape(mu.shape), kl
+    return z if mu.dim() == 2 else z.reshape(mu.shape), kl
 
 
 def reparameterize(mu: Tensor, logvar: Tensor, *, generator: torch.Generator | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgen import reference
-from fastgen._autograd.common import must_be_differentiable, needs_autograd, only_wanted
+from fastgen._autograd.common import choose, must_be_differentiable, only_wanted
 from fastgen._library import operator
 
 
@@ -27,31 +27,37 @@ def _keep(seed: Tensor | None, dropout_p: float, query: Tensor, key: Tensor) -> 
     return keep.reshape(batch, heads, length, keys)
 
 
+def _run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    window_left: int,
+    window_right: int,
+    scale: float,
+    namespace: str,
+) -> tuple[Tensor, Tensor]:
+    result = operator(namespace, "attention_forward")(
+        query, key, value, mask, seed, dropout_p, window_left, window_right, scale
+    )
+    return result[0], result[1]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5], *output)
+    ctx.save_for_forward(*inputs[:5])
+    ctx.dropout_p, ctx.window_left, ctx.window_right, ctx.scale, ctx.namespace = inputs[5:]
+    ctx.set_materialize_grads(False)
+
+
 class _Attention(Function):
     @staticmethod
-    def forward(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        seed: Tensor | None,
-        dropout_p: float,
-        window_left: int,
-        window_right: int,
-        scale: float,
-        namespace: str,
-    ) -> tuple[Tensor, Tensor]:
-        result = operator(namespace, "attention_forward")(
-            query, key, value, mask, seed, dropout_p, window_left, window_right, scale
-        )
-        return result[0], result[1]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:5], *output)
-        ctx.save_for_forward(*inputs[:5])
-        ctx.dropout_p, ctx.window_left, ctx.window_right, ctx.scale, ctx.namespace = inputs[5:]
-        ctx.set_materialize_grads(False)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _run(*inputs)
+        _save(ctx, inputs, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -77,9 +83,10 @@ class _Attention(Function):
         return (*only_wanted(ctx, 0, grad_query, grad_key, grad_value, grad_mask), *(None,) * 6)
 
 
-class _AttentionTangent(_Attention):
-    """With forward mode; apart, because torch.compile traces no Function that has a ``jvp``."""
-
+class _TransformedAttention(Function):
+    forward = staticmethod(_run)
+    setup_context = staticmethod(_save)
+    backward = _Attention.backward
     generate_vmap_rule = True
 
     @staticmethod
@@ -107,10 +114,7 @@ def attention(
     namespace: str,
 ) -> tuple[Tensor, Tensor]:
     """``attention_forward`` with derivatives of every order; straight to the operator where none is needed."""
-    arguments = (query, key, value, mask, seed, dropout_p, window_left, window_right, scale)
-    if not needs_autograd(query, key, value, mask):
-        result = operator(namespace, "attention_forward")(*arguments)
-        return result[0], result[1]
-    function = _Attention if torch.compiler.is_compiling() else _AttentionTangent
-    result = function.apply(*arguments, namespace)  # type: ignore[no-untyped-call]
+    arguments = (query, key, value, mask, seed, dropout_p, window_left, window_right, scale, namespace)
+    function = choose(_Attention, _TransformedAttention, query, key, value, mask)
+    result = _run(*arguments) if function is None else function.apply(*arguments)  # type: ignore[no-untyped-call]
     return result[0], result[1]

@@ -1,4 +1,9 @@
-"""When a gradient is needed, and when that gradient must itself be differentiable."""
+"""Which autograd function a call needs, and when a gradient must itself be differentiable.
+
+Every operator has two. The plain one is for reverse mode, eager or under torch.compile. The transformed one
+has ``setup_context``, ``jvp`` and a vmap rule besides: torch.func and dual numbers need them, torch.compile
+does not trace them, and each of their calls costs more.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
 
 
 def transforms_active() -> bool:
@@ -14,11 +19,13 @@ def transforms_active() -> bool:
     return bool(forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None)
 
 
-def needs_autograd(*tensors: Tensor | None) -> bool:
-    """Whether the call must go through ``autograd.Function``, rather than straight to the operator."""
+def choose(plain: type[Function], transformed: type[Function], *tensors: Tensor | None) -> type[Function] | None:
+    """The function to apply; None where nobody differentiates and the operator can be called as it is."""
+    if not torch.compiler.is_compiling() and transforms_active():
+        return transformed
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return True
-    return not torch.compiler.is_compiling() and transforms_active()
+        return plain
+    return None
 
 
 def must_be_differentiable() -> bool:

@@ -9,32 +9,38 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgen import reference
-from fastgen._autograd.common import must_be_differentiable, needs_autograd, only_wanted
+from fastgen._autograd.common import choose, must_be_differentiable, only_wanted
 from fastgen._library import operator
+
+
+def _run(
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    seed: Tensor,
+    with_kl: bool,
+    namespace: str,
+) -> tuple[Tensor, Tensor]:
+    result = operator(namespace, "latent_forward")(mu, logvar, prior_mu, prior_logvar, seed, with_kl)
+    return result[0], result[1]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.save_for_forward(*inputs[:5])
+    ctx.with_kl, ctx.namespace = inputs[5:]
+    ctx.set_materialize_grads(False)
+    if not ctx.with_kl:
+        ctx.mark_non_differentiable(output[1])
 
 
 class _GaussianLatent(Function):
     @staticmethod
-    def forward(
-        mu: Tensor,
-        logvar: Tensor,
-        prior_mu: Tensor | None,
-        prior_logvar: Tensor | None,
-        seed: Tensor,
-        with_kl: bool,
-        namespace: str,
-    ) -> tuple[Tensor, Tensor]:
-        result = operator(namespace, "latent_forward")(mu, logvar, prior_mu, prior_logvar, seed, with_kl)
-        return result[0], result[1]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:5])
-        ctx.save_for_forward(*inputs[:5])
-        ctx.with_kl, ctx.namespace = inputs[5:]
-        ctx.set_materialize_grads(False)
-        if not ctx.with_kl:
-            ctx.mark_non_differentiable(output[1])
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _run(*inputs)
+        _save(ctx, inputs, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -55,9 +61,10 @@ class _GaussianLatent(Function):
         return (*only_wanted(ctx, 0, *grads), None, None, None)
 
 
-class _GaussianLatentTangent(_GaussianLatent):
-    """With forward mode; apart, because torch.compile traces no Function that has a ``jvp``."""
-
+class _TransformedGaussianLatent(Function):
+    forward = staticmethod(_run)
+    setup_context = staticmethod(_save)
+    backward = _GaussianLatent.backward
     generate_vmap_rule = True
 
     @staticmethod
@@ -86,9 +93,7 @@ def gaussian_latent(
     namespace: str,
 ) -> tuple[Tensor, Tensor]:
     """``latent_forward`` with derivatives of every order; straight to the operator where none is needed."""
-    if not needs_autograd(mu, logvar, prior_mu, prior_logvar):
-        result = operator(namespace, "latent_forward")(mu, logvar, prior_mu, prior_logvar, seed, with_kl)
-        return result[0], result[1]
-    function = _GaussianLatent if torch.compiler.is_compiling() else _GaussianLatentTangent
-    result = function.apply(mu, logvar, prior_mu, prior_logvar, seed, with_kl, namespace)  # type: ignore[no-untyped-call]
+    arguments = (mu, logvar, prior_mu, prior_logvar, seed, with_kl, namespace)
+    function = choose(_GaussianLatent, _TransformedGaussianLatent, mu, logvar, prior_mu, prior_logvar)
+    result = _run(*arguments) if function is None else function.apply(*arguments)  # type: ignore[no-untyped-call]
     return result[0], result[1]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgen import reference
-from fastgen._autograd.common import must_be_differentiable, needs_autograd, only_wanted
+from fastgen._autograd.common import choose, must_be_differentiable, only_wanted
 from fastgen._library import operator
 
 
@@ -17,26 +17,31 @@ def _to_tokens(x: Tensor, channels_first: bool) -> Tensor:
     return x.transpose(1, 2) if channels_first else x
 
 
+def _run_projection(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    heads: list[int],
+    head_dims: list[int],
+    channels_first: bool,
+    namespace: str,
+) -> tuple[Tensor, ...]:
+    return tuple(operator(namespace, "projection_forward")(x, weight, bias, heads, head_dims, channels_first))
+
+
+def _save_projection(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.save_for_forward(*inputs[:2])
+    ctx.bias = inputs[2] is not None
+    ctx.heads, ctx.head_dims, ctx.channels_first, ctx.namespace = inputs[3:]
+
+
 class _Projection(Function):
     @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        heads: list[int],
-        head_dims: list[int],
-        channels_first: bool,
-        namespace: str,
-    ) -> tuple[Tensor, ...]:
-        parts = operator(namespace, "projection_forward")(x, weight, bias, heads, head_dims, channels_first)
-        return tuple(parts)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[:2])
-        ctx.save_for_forward(*inputs[:2])
-        ctx.bias = inputs[2] is not None
-        ctx.heads, ctx.head_dims, ctx.channels_first, ctx.namespace = inputs[3:]
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _run_projection(*inputs)
+        _save_projection(ctx, inputs, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -53,9 +58,10 @@ class _Projection(Function):
         return (*only_wanted(ctx, 0, grad_x, grad_weight, grad_bias), None, None, None, None)
 
 
-class _ProjectionTangent(_Projection):
-    """With forward mode; apart, because torch.compile traces no Function that has a ``jvp``."""
-
+class _TransformedProjection(Function):
+    forward = staticmethod(_run_projection)
+    setup_context = staticmethod(_save_projection)
+    backward = _Projection.backward
     generate_vmap_rule = True
 
     @staticmethod
@@ -74,25 +80,31 @@ class _ProjectionTangent(_Projection):
         return tuple(part.clone() for part in parts)
 
 
+def _run_merge(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    channels_first: bool,
+    namespace: str,
+) -> Tensor:
+    y: Tensor = operator(namespace, "merge_heads_forward")(x, weight, bias, residual, gate, channels_first)
+    return y
+
+
+def _save_merge(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, _, gate, ctx.channels_first, ctx.namespace = inputs
+    ctx.save_for_backward(x, weight, bias, gate)
+    ctx.save_for_forward(x, weight, bias, gate)
+
+
 class _MergeHeads(Function):
     @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        gate: Tensor | None,
-        channels_first: bool,
-        namespace: str,
-    ) -> Tensor:
-        y: Tensor = operator(namespace, "merge_heads_forward")(x, weight, bias, residual, gate, channels_first)
-        return y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, _, gate, ctx.channels_first, ctx.namespace = inputs
-        ctx.save_for_backward(x, weight, bias, gate)
-        ctx.save_for_forward(x, weight, bias, gate)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _run_merge(*inputs)
+        _save_merge(ctx, inputs, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -116,9 +128,10 @@ class _MergeHeads(Function):
         return (*only_wanted(ctx, 0, grad_x, grad_weight, grad_bias, grad, grad_gate), None, None)
 
 
-class _MergeHeadsTangent(_MergeHeads):
-    """With forward mode; apart, because torch.compile traces no Function that has a ``jvp``."""
-
+class _TransformedMergeHeads(Function):
+    forward = staticmethod(_run_merge)
+    setup_context = staticmethod(_save_merge)
+    backward = _MergeHeads.backward
     generate_vmap_rule = True
 
     @staticmethod
@@ -151,10 +164,11 @@ def projection(
     namespace: str,
 ) -> tuple[Tensor, ...]:
     """``projection_forward`` with derivatives of every order."""
-    if not needs_autograd(x, weight, bias):
-        return tuple(operator(namespace, "projection_forward")(x, weight, bias, heads, head_dims, channels_first))
-    function = _Projection if torch.compiler.is_compiling() else _ProjectionTangent
-    return tuple(function.apply(x, weight, bias, heads, head_dims, channels_first, namespace))  # type: ignore[no-untyped-call]
+    arguments = (x, weight, bias, heads, head_dims, channels_first, namespace)
+    function = choose(_Projection, _TransformedProjection, x, weight, bias)
+    if function is None:
+        return _run_projection(*arguments)
+    return tuple(function.apply(*arguments))  # type: ignore[no-untyped-call]
 
 
 def merge_heads(
@@ -167,9 +181,9 @@ def merge_heads(
     namespace: str,
 ) -> Tensor:
     """``merge_heads_forward`` with derivatives of every order."""
-    if not needs_autograd(x, weight, bias, residual, gate):
-        result: Tensor = operator(namespace, "merge_heads_forward")(x, weight, bias, residual, gate, channels_first)
-        return result
-    function = _MergeHeads if torch.compiler.is_compiling() else _MergeHeadsTangent
-    result = function.apply(x, weight, bias, residual, gate, channels_first, namespace)  # type: ignore[no-untyped-call]
+    arguments = (x, weight, bias, residual, gate, channels_first, namespace)
+    function = choose(_MergeHeads, _TransformedMergeHeads, x, weight, bias, residual, gate)
+    if function is None:
+        return _run_merge(*arguments)
+    result: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
     return result
