@@ -37,12 +37,16 @@ lint: $(VENV)/.build
 	git ls-files -z 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs -0 $(BIN)/clang-format --dry-run --Werror
 
 bench: $(VENV)/.build
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=.benchmarks/latest.json
+	mkdir -p .benchmarks
+	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-only -q --benchmark-json=.benchmarks/latest.json
 	$(BIN)/python benchmarks/report.py .benchmarks/latest.json
 
 # Compiles every CUDA source for one architecture; prints registers and spills, and fails on a spill.
+# Without nvcc the compiler comes from PyPI.
 CUDA_ARCH ?= 90a
+CUDA_WHEELS := cuda-toolkit[nvcc,nvvm,crt,cudart,cccl]==13.0.2
 cuda-check: $(VENV)/.build
+	command -v nvcc >/dev/null || $(PIP) install --quiet '$(CUDA_WHEELS)'
 	$(BIN)/python tests/compile_check.py --arch $(CUDA_ARCH)
 
 wheel: $(VENV)/.build

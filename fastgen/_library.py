@@ -33,16 +33,19 @@ def define(
     implementation: Callable[..., Any],
     fake: Callable[..., Any],
     vmap: Callable[..., Any] | None = None,
+    assisted: Callable[..., Any] | None = None,
 ) -> None:
     """Registers an operator in both namespaces: schema, PyTorch implementation, fake and vmap rule.
 
-    ``vmap`` is called as ``vmap(operator, info, in_dims, *args)``.
+    ``vmap`` is called as ``vmap(operator, info, in_dims, *args)``. ``assisted`` stands in for the implementation
+    in the namespace ``fastgen``; it is PyTorch that may call compiled helper operators.
     """
     name = schema.split("(", 1)[0]
     _operators.setdefault(family, []).append(name)
     for namespace, library in _libraries.items():
         library.define(schema)
-        library.impl(name, implementation, "CompositeExplicitAutograd")
+        chosen = assisted if assisted is not None and namespace == COMPILED else implementation
+        library.impl(name, chosen, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
         if vmap is not None:
             operator = getattr(getattr(torch.ops, namespace), name)
@@ -139,6 +142,11 @@ def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
     return False
 
 
+def has_kernel(name: str, device: torch.device) -> bool:
+    """Whether a loaded library registered a kernel of operator ``name`` for this kind of device."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{COMPILED}::{name}", device.type.upper()))
+
+
 def why_not_compiled(name: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
     """None when a compiled kernel of operator ``name`` serves the device, else the reason."""
     library = next((library for library in _compiled if library.device == device.type), None)
@@ -146,7 +154,7 @@ def why_not_compiled(name: str, device: torch.device, dtype: torch.dtype | None 
         return f"there are no kernels for device type '{device.type}'"
     if library.problem is not None:
         return library.problem
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{COMPILED}::{name}", device.type.upper()):
+    if not has_kernel(name, device):
         return f"no {device.type} kernel is written for {name} yet"
     if dtype is not None and dtype not in COMPILED_DTYPES:
         return f"{name} has no compiled kernel for {dtype}"
@@ -155,9 +163,6 @@ def why_not_compiled(name: str, device: torch.device, dtype: torch.dtype | None 
         if not runs_on(capability, compiled_architectures()):
             return f"the kernels are compiled for {', '.join(compiled_architectures())}, not for {capability}"
     return None
-
-
-_reasons: dict[tuple[str, torch.device, torch.dtype], str | None] = {}
 
 
 class _Selection:
@@ -210,16 +215,24 @@ def current_backend() -> str:
     return _selection.backend
 
 
-def _reason(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+_places: dict[tuple[str, torch.device, torch.dtype], tuple[str, str | None]] = {}
+
+
+def _place(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str | None]:
+    """The namespace that serves these tensors in ``auto``, and why it is not a compiled kernel."""
     key = (name, device, dtype)
-    if key not in _reasons:
-        _reasons[key] = why_not_compiled(name, device, dtype)
-    return _reasons[key]
+    if key not in _places:
+        reason = why_not_compiled(name, device, dtype)
+        # With no kernel for the device, ``fastgen`` still holds PyTorch, assisted by compiled helpers; with one
+        # that does not take these tensors, only ``fastgen_reference`` can serve.
+        refused = reason is not None and has_kernel(name, device)
+        _places[key] = (REFERENCE if refused else COMPILED, reason)
+    return _places[key]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _constant_reason(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    return _reason(name, device, dtype)
+def _constant_place(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str | None]:
+    return _place(name, device, dtype)
 
 
 def select(name: str, tensor: Tensor) -> str:
@@ -231,12 +244,8 @@ def select(name: str, tensor: Tensor) -> str:
     backend = _selection.backend
     if backend == "reference":
         return REFERENCE
-    if torch.compiler.is_compiling():
-        reason = _constant_reason(name, tensor.device, tensor.dtype)
-    else:
-        reason = _reason(name, tensor.device, tensor.dtype)
-    if reason is None:
-        return COMPILED
-    if backend == "compiled":
+    place = _constant_place if torch.compiler.is_compiling() else _place
+    namespace, reason = place(name, tensor.device, tensor.dtype)
+    if backend == "compiled" and reason is not None:
         raise RuntimeError(f"backend 'compiled' was asked for, but {reason}; use 'auto' or 'reference'")
-    return REFERENCE
+    return namespace

@@ -11,6 +11,7 @@
 #include "common/philox.h"
 #include "cpu/clones.h"
 #include "cpu/convert.h"
+#include "cpu/pages.h"
 #include "cpu/philox.h"
 #include "latent/launch.h"
 #include "latent/terms.h"
@@ -183,6 +184,7 @@ void for_each_block(int64_t rows, int64_t cols, const Noise& noise, bool with_no
 
 template <typename T>
 void forward(const ForwardParams& p) {
+  cpu::prefer_large_pages(p.z, p.rows * p.cols * sizeof(T));
   const int64_t blocks = std::max<int64_t>(1, ceil_div(p.cols, kBlock));
   std::vector<float> parts(blocks > 1 && p.kl != nullptr ? p.rows * blocks : 0);
   for_each_block(p.rows, p.cols, p.noise, true, [&](int64_t row, int64_t col, int64_t count, const float* noise) {
@@ -205,6 +207,9 @@ void forward(const ForwardParams& p) {
 
 template <typename T>
 void backward(const BackwardParams& p) {
+  for (void* output : {p.grad_mu, p.grad_logvar, p.grad_prior_mu, p.grad_prior_logvar}) {
+    cpu::prefer_large_pages(output, p.rows * p.cols * sizeof(T));
+  }
   const bool with_noise = p.grad_z.data != nullptr;
   static const float kNoNoise[kBlock] = {};
   for_each_block(p.rows, p.cols, p.noise, with_noise, [&](int64_t row, int64_t col, int64_t count, const float* noise) {

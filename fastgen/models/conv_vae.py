@@ -14,6 +14,7 @@ variational Bayes", 2014; for a learned prior, Soenderby et al., "Ladder variati
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
@@ -67,8 +68,8 @@ class ConvVAEConfig:
             raise ValueError(f"levels: expected 2 with likelihood 'bernoulli', got {self.levels}")
         if self.image_size < 4 or self.coarse_size << self.halvings != self.image_size:
             raise ValueError(
-                f"image_size: expected 4 to {LARGEST_COARSE_SIZE}, times a power of 2 (8, 20, 28, 32, 64, ...),"
-                f" got {self.image_size}"
+                f"image_size: expected 4 to {LARGEST_COARSE_SIZE} times a power of 2 (8, 20, 28, 32, 64, ...)"
+                f", got {self.image_size}"
             )
 
     @property
@@ -115,9 +116,7 @@ def beta_binomial_log_prob(logits: Tensor, spread: Tensor, counts: Tensor, trial
     """
     alpha, beta = beta_binomial_parameters(logits, spread)
     with_counts = (
-        torch.lgamma(counts + alpha)
-        + torch.lgamma(trials - counts + beta)
-        - torch.lgamma(trials + alpha + beta)
+        torch.lgamma(counts + alpha) + torch.lgamma(trials - counts + beta) - torch.lgamma(trials + alpha + beta)
     )
     without = torch.lgamma(alpha) + torch.lgamma(beta) - torch.lgamma(alpha + beta)
     return log_binomial_coefficient(trials, counts) + with_counts - without
@@ -134,14 +133,16 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        return x + self.conv2(F.silu(self.norm2(h)))
+        h: Tensor = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return x + h
 
 
 def _zeroed(convolution: nn.Conv2d) -> nn.Conv2d:
     """Starts at 0, where the posterior of the details equals their prior."""
     nn.init.zeros_(convolution.weight)
-    nn.init.zeros_(convolution.bias) if convolution.bias is not None else None
+    if convolution.bias is not None:
+        nn.init.zeros_(convolution.bias)
     return convolution
 
 
@@ -168,12 +169,10 @@ class ConvVAE(nn.Module):
             nn.Conv2d(config.channels, widths[0], 3, padding=1),
             ResidualBlock(widths[0]),
         ]
-        for fine, wide in zip(widths, widths[1:]):
+        for fine, wide in itertools.pairwise(widths):
             encoder += [nn.Conv2d(fine, wide, 4, stride=2, padding=1), ResidualBlock(wide)]
         self.encoder = nn.Sequential(*encoder)
-        self.posterior = nn.Sequential(
-            nn.SiLU(), nn.Flatten(), nn.Linear(coarse * size**2, 2 * config.latent_dim)
-        )
+        self.posterior = nn.Sequential(nn.SiLU(), nn.Flatten(), nn.Linear(coarse * size**2, 2 * config.latent_dim))
         self.latent = GaussianLatent()
 
         self.canvas = nn.Sequential(
@@ -193,20 +192,18 @@ class ConvVAE(nn.Module):
         self.add_details = nn.Conv2d(details, coarse, 3, padding=1)
 
         decoder: list[nn.Module] = [ResidualBlock(coarse)]
-        for fine, wide in reversed(list(zip(widths, widths[1:]))):
+        for wide, fine in itertools.pairwise(reversed(widths)):
             decoder += [nn.Conv2d(wide, 4 * fine, 3, padding=1), nn.PixelShuffle(2), ResidualBlock(fine)]
         per_pixel = 2 if config.likelihood == "beta-binomial" else 1
         decoder += [nn.SiLU(), nn.Conv2d(widths[0], per_pixel * config.channels, 3, padding=1)]
         self.decoder = nn.Sequential(*decoder)
 
-    def forward(
-        self, images: Tensor, *, beta: float = 1.0, generator: torch.Generator | None = None
-    ) -> VAELoss:
+    def forward(self, images: Tensor, *, beta: float = 1.0, generator: torch.Generator | None = None) -> VAELoss:
         """The loss, from one posterior sample per image.
 
         Args:
             images: (B, C, S, S), see the class.
-            beta: weight of the KL in the loss; 1 is the ELBO, less only warms up. nll and kl don't depend on it.
+            beta: weight of the KL in the loss; 1 is the ELBO, less only warms up. nll and kl don't use it.
             generator: source of the noise, on the images' device; default torch's global one.
 
         Raises:
@@ -230,7 +227,7 @@ class ConvVAE(nn.Module):
 
         Args:
             n: how many.
-            generator: source of the latents, on any device; one on the CPU draws the same ones for every device.
+            generator: source of the latents, on any device; a CPU one draws the same for every device.
 
         Raises:
             ValueError: n is not a positive integer.
@@ -260,17 +257,20 @@ class ConvVAE(nn.Module):
         require_floating("images", images)
         expected = (*images.shape[:1], config.channels, config.image_size, config.image_size)
         require_shape("images", images, expected, "(B, C, S, S)")
-        return self.encoder(2 * images - 1)
+        features: Tensor = self.encoder(2 * images - 1)
+        return features
 
     def _decode(self, canvas: Tensor, details: Tensor) -> Tensor:
         """Parameters of the pixels' distribution, float32 whatever autocast chose."""
-        return self.decoder(canvas + self.add_details(details)).float()
+        parameters: Tensor = self.decoder(canvas + self.add_details(details))
+        return parameters.float()
 
     def _log_prob(self, parameters: Tensor, images: Tensor) -> Tensor:
         trials = self.config.levels - 1
         counts = (images.float() * trials).round()
         if self.config.likelihood == "beta-binomial":
-            log_prob = beta_binomial_log_prob(*parameters.chunk(2, dim=1), counts, trials)
+            logits, spread = parameters.chunk(2, dim=1)
+            log_prob = beta_binomial_log_prob(logits, spread, counts, trials)
         else:
             log_prob = binomial_log_prob(parameters, counts, trials)
         return log_prob.flatten(1).sum(dim=1)

@@ -36,8 +36,6 @@ class GaussianLatent(nn.Module):
         """
         require_tensor("h", h)
         if h.dim() < 2 or h.size(1) % 2 or h.size(1) == 0:
-            raise ValueError(
-                f"h: expected (B, 2L, *), an even number of channels in dim 1, got {shape_of(h)}"
-            )
+            raise ValueError(f"h: expected (B, 2L, *), an even number of channels in dim 1, got {shape_of(h)}")
         mu, logvar = h.chunk(2, dim=1)
         return functional.reparameterize_kl(mu, logvar, generator=generator)

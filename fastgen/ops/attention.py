@@ -5,8 +5,9 @@ mask: boolean (True = attend) or floating, 4-d, each dim full or 1; seed (S,) in
 there is dropout. Query i sees keys i - window_left <= j <= i + window_right; -1 is unbounded, so
 causal is (-1, 0). Outputs: out like query with Dv columns, lse (B, H, N) in float32 (float64 for float64).
 
-On CPU, torch's fused kernel serves whatever it can, with heads padded to one size. The rest takes a
-blocked implementation that holds one tile of scores at a time, never N x M.
+On CPU, torch's fused kernel serves whatever it can, with heads padded to one size, and fastgen's own the
+forward pass where query heads are much narrower than value heads. The rest takes a blocked implementation that
+holds one tile of scores at a time, never N x M.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import reference
-from fastgen._library import define
+from fastgen._library import define, has_kernel
 from fastgen.ops import _attention_blocked
 from fastgen.ops._attention_blocked import allocate, wide
 from fastgen.ops._batching import fold, fold_seed, out_dims, unfold
@@ -148,6 +149,48 @@ def _forward(
     return _attention_blocked.forward(query, key, value, mask, seed, dropout_p, window_left, window_right, scale)
 
 
+def _assisted_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    window_left: int,
+    window_right: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The same, with fastgen's own CPU kernel where the head dims differ."""
+    if (
+        mask is None
+        and _fused_on_cpu(query, key, value, mask, seed, window_left, window_right)
+        and _narrow(query, value)
+        and has_kernel("cpu_attention_forward", query.device)
+    ):
+        out, lse = torch.ops.fastgen.cpu_attention_forward(query, key, value, window_right == 0, scale)
+        return out, lse
+    return _forward(query, key, value, mask, seed, dropout_p, window_left, window_right, scale)
+
+
+def _narrow(query: Tensor, value: Tensor) -> bool:
+    """Whether the kernel takes these head dims, and padding the queries to the values would cost more."""
+    key_dim, value_dim = query.size(-1), value.size(-1)
+    return (
+        query.dtype == torch.float32 and key_dim <= min(64, value_dim // 2) and value_dim <= 256 and value_dim % 16 == 0
+    )
+
+
+def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    right = 0 if is_causal else -1
+    return _attention_blocked.forward(query, key, value, None, None, 0.0, -1, right, scale)
+
+
+def _cpu_forward_fake(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    return allocate(query, value.size(-1)), query.new_empty(query.shape[:3])
+
+
 def _forward_fake(
     query: Tensor,
     key: Tensor,
@@ -269,6 +312,7 @@ define(
     _forward,
     _forward_fake,
     _vmap_forward,
+    assisted=_assisted_forward,
 )
 define(
     "attention",
@@ -277,4 +321,10 @@ define(
     _backward,
     _backward_fake,
     _vmap_backward,
+)
+define(
+    "helpers",
+    "cpu_attention_forward(Tensor query, Tensor key, Tensor value, bool is_causal, float scale) -> (Tensor, Tensor)",
+    _cpu_forward,
+    _cpu_forward_fake,
 )

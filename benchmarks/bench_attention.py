@@ -1,0 +1,91 @@
+"""Attention against torch's scaled_dot_product_attention, on the shapes that generative models use."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.shapes import ATTENTION_SHAPES, AttentionShape
+from fastgen.functional import scaled_dot_product_attention as attention
+
+UNEQUAL = AttentionShape("unequal heads", 8, 1, 1024, 1024, 8, 64)
+EQUAL = AttentionShape("equal heads", 8, 1, 1024, 1024, 64, 64)
+LAPTOP = [UNEQUAL, EQUAL] + [
+    shape.cut(batch=4, length=1024) for name, shape in ATTENTION_SHAPES.items() if not name.startswith("long")
+]
+FULL = list(ATTENTION_SHAPES.values())
+SHAPES = [("cpu", shape) for shape in LAPTOP] + [("cuda", shape) for shape in FULL]
+
+
+@pytest.fixture
+def device(request):
+    """The device that the shape was cut for."""
+    kind = request.getfixturevalue("case")[0]
+    if kind == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device(kind)
+
+
+def inputs(shape, device, requires_grad):
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    sizes = ((shape.queries, shape.key_dim), (shape.keys, shape.key_dim), (shape.keys, shape.value_dim))
+    tensors = [torch.randn(shape.batch, shape.heads, *s, device=device, dtype=dtype) for s in sizes]
+    kwargs = {}
+    if shape.mask == "causal":
+        kwargs["is_causal"] = True
+    elif shape.mask == "bias":
+        kwargs["attn_mask"] = torch.randn(1, shape.heads, shape.queries, shape.keys, device=device, dtype=dtype)
+    elif shape.mask == "padding":
+        lengths = torch.randint(shape.keys // 2, shape.keys + 1, (shape.batch, 1, 1, 1), device=device)
+        kwargs["attn_mask"] = torch.arange(shape.keys, device=device) < lengths
+    return [t.requires_grad_(requires_grad) for t in tensors], kwargs
+
+
+def peers(device, call):
+    """torch's default choice, and on a GPU each backend that takes the shape."""
+    found = {"sdpa": call}
+    if device.type == "cuda":
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+
+            def forced(backend=backend):
+                with sdpa_kernel(backend):
+                    return call()
+
+            try:
+                forced()
+            except RuntimeError:
+                continue
+            found[backend.name.lower()] = forced
+    return found
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=lambda case: f"{case[0]}-{case[1].name}")
+def test_forward(against, device, case):
+    shape = case[1]
+    tensors, kwargs = inputs(shape, device, requires_grad=False)
+    with torch.no_grad():
+        against(
+            lambda: attention(*tensors, **kwargs),
+            peers(device, lambda: F.scaled_dot_product_attention(*tensors, **kwargs)),
+            flops=shape.flops,
+        )
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=lambda case: f"{case[0]}-{case[1].name}")
+def test_forward_and_backward(against, device, case):
+    shape = case[1]
+    tensors, kwargs = inputs(shape, device, requires_grad=True)
+    upstream = torch.randn_like(F.scaled_dot_product_attention(*tensors, **kwargs))
+
+    def step(function):
+        return torch.autograd.grad(function(*tensors, **kwargs), tensors, upstream)
+
+    against(
+        lambda: step(attention),
+        peers(device, lambda: step(F.scaled_dot_product_attention)),
+        flops=shape.flops * 7 // 2,
+        rounds=9,
+    )

@@ -1,0 +1,52 @@
+"""The Gaussian latent against what every library writes: mu + randn * exp(logvar / 2), and a separate KL sum."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.shapes import LATENT_SHAPES
+from fastgen.functional import reparameterize_kl
+
+
+def eager(mu, logvar):
+    z = mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)
+    kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
+    return z, kl
+
+
+def inputs(shape, device, requires_grad=False):
+    torch.manual_seed(0)
+    encoded = torch.randn(shape[0], 2 * shape[1], *shape[2:], device=device)
+    return [t.detach().requires_grad_(requires_grad) for t in encoded.chunk(2, dim=1)]
+
+
+@pytest.mark.parametrize("name", LATENT_SHAPES)
+def test_forward(against, device, name):
+    mu, logvar = inputs(LATENT_SHAPES[name], device)
+    against(
+        lambda: reparameterize_kl(mu, logvar),
+        {"eager": lambda: eager(mu, logvar)},
+        bytes_moved=3 * mu.numel() * mu.element_size(),
+    )
+
+
+@pytest.mark.parametrize("name", LATENT_SHAPES)
+def test_forward_and_backward(against, device, name):
+    mu, logvar = inputs(LATENT_SHAPES[name], device, requires_grad=True)
+    grad_z, grad_kl = torch.randn(mu.shape, device=device), torch.randn(mu.size(0), device=device)
+
+    def step(function):
+        return torch.autograd.grad(function(mu, logvar), (mu, logvar), (grad_z, grad_kl))
+
+    against(
+        lambda: step(reparameterize_kl),
+        {"eager": lambda: step(eager)},
+        bytes_moved=8 * mu.numel() * mu.element_size(),
+    )
+
+
+def test_compiled_peer_on_the_wide_shape(against, device):
+    mu, logvar = inputs(LATENT_SHAPES["wide"], device)
+    compiled = torch.compile(eager)
+    against(lambda: reparameterize_kl(mu, logvar), {"torch.compile": lambda: compiled(mu, logvar)})

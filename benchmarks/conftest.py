@@ -1,0 +1,66 @@
+"""Each benchmark times ours and its peers in turn, in one process, and keeps medians, spread and ratios."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median, quantiles
+from typing import Any
+
+import pytest
+import torch
+
+import fastgen
+from fastgen.testing import interleaved_times, median_ratio
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request) -> torch.device:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def against(benchmark, device) -> Callable[..., dict[str, float]]:
+    """``against(ours, peers, bytes_moved=..., flops=...)`` -> the ratio peer / ours for each peer.
+
+    pytest-benchmark times ``ours``; the ratios come from interleaved rounds and go into ``extra_info``.
+    """
+
+    def run(
+        ours: Callable[[], Any],
+        peers: dict[str, Callable[[], Any]],
+        bytes_moved: int = 0,
+        flops: int = 0,
+        rounds: int = 15,
+    ) -> dict[str, float]:
+        synchronize = device.type == "cuda"
+        times = interleaved_times({"ours": ours, **peers}, rounds=rounds, synchronize=synchronize)
+        ratios = {name: median_ratio(times[name], times["ours"]) for name in peers}
+        rows = {}
+        for name, seconds in times.items():
+            middle = median(seconds)
+            low, _, high = quantiles(seconds, n=4)
+            rows[name] = {"median_ms": middle * 1e3, "quartiles_ms": [low * 1e3, high * 1e3]}
+            if bytes_moved:
+                rows[name]["GB/s"] = bytes_moved / middle / 1e9
+            if flops:
+                rows[name]["TFLOP/s"] = flops / middle / 1e12
+        benchmark.extra_info.update(device=str(device), rows=rows, ratios=ratios)
+
+        def timed() -> None:
+            ours()
+            if synchronize:
+                torch.cuda.synchronize()
+
+        benchmark.pedantic(timed, rounds=5, warmup_rounds=1)
+        return ratios
+
+    return run
+
+
+def pytest_benchmark_update_machine_info(config, machine_info) -> None:
+    machine_info["fastgen"] = fastgen.info().as_dict()
+    machine_info["threads"] = torch.get_num_threads()
+    if torch.cuda.is_available():
+        machine_info["gpu"] = torch.cuda.get_device_name()

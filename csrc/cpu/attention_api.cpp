@@ -1,0 +1,50 @@
+// cpu_attention_forward as an operator: what ops/attention.py calls where torch's fused kernel does not fit.
+#include <tuple>
+
+#include "common/torch_api.h"
+#include "cpu/attention.h"
+
+namespace fastgen::cpu {
+namespace {
+
+void set_strides(const Tensor& tensor, const char* name, int64_t (&strides)[3]) {
+  STD_TORCH_CHECK(tensor.dim() == 4 && tensor.scalar_type() == ScalarType::Float && tensor.stride(3) == 1, name,
+                  ": expected a float32 tensor of four dims, the last of them contiguous");
+  for (int i = 0; i < 3; ++i) strides[i] = tensor.stride(i);
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value, bool is_causal,
+                                   double scale) {
+  AttentionParams p;
+  set_strides(query, "query", p.query_strides);
+  set_strides(key, "key", p.key_strides);
+  set_strides(value, "value", p.value_strides);
+  p.query = query.const_data_ptr<float>(), p.key = key.const_data_ptr<float>();
+  p.value = value.const_data_ptr<float>();
+  p.batch = query.size(0), p.heads = query.size(1), p.queries = query.size(2), p.key_dim = query.size(3);
+  p.key_heads = key.size(1), p.keys = key.size(2), p.value_dim = value.size(3);
+  STD_TORCH_CHECK(key.size(0) == p.batch && key.size(3) == p.key_dim && p.heads % p.key_heads == 0 && p.keys > 0 &&
+                      value.size(0) == p.batch && value.size(1) == p.key_heads && value.size(2) == p.keys,
+                  "key, value: expected shapes that fit the query, and at least one key");
+  STD_TORCH_CHECK(p.key_dim <= kMaxKeyDim && p.value_dim <= kMaxValueDim && p.value_dim % kValueStep == 0,
+                  "query, value: expected head dims up to 64 and 256, the value's a multiple of 16");
+  p.is_causal = is_causal, p.scale = static_cast<float>(scale);
+  // The layout of the query: (B, N, H, D) in memory where it is so there.
+  const bool rows_first = p.heads > 1 && p.query_strides[1] < p.query_strides[2];
+  Tensor out = rows_first ? torch::stable::transpose(
+                                torch::stable::new_empty(query, {p.batch, p.queries, p.heads, p.value_dim}), 1, 2)
+                          : torch::stable::new_empty(query, {p.batch, p.heads, p.queries, p.value_dim});
+  Tensor lse = torch::stable::new_empty(query, {p.batch, p.heads, p.queries});
+  set_strides(out, "out", p.out_strides);
+  p.out = static_cast<float*>(out.mutable_data_ptr()), p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  attention_forward(p);
+  return {out, lse};
+}
+
+}  // namespace
+
+FASTGEN_LIBRARY_IMPL(FASTGEN_NAMESPACE, FASTGEN_DISPATCH_KEY, m) {
+  m.impl("cpu_attention_forward", TORCH_BOX(&forward));
+}
+
+}  // namespace fastgen::cpu

@@ -1,0 +1,3 @@
+"""The training application: loop, checkpoints, pictures, run folders."""
+
+from __future__ import annotations
