@@ -56,14 +56,18 @@ def _devices() -> list[str]:
 def _served_by(name: str, device: torch.device) -> str:
     reason = _library.why_not_compiled(name, device)
     if reason is not None:
-        how = "PyTorch, with torch's fused CPU kernel where it fits" if _uses_fused(name, device) else "PyTorch"
-        return f"{how} ({reason})"
+        return f"{_pytorch(name, device)} ({reason})"
     dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in _library.COMPILED_DTYPES)
     return f"compiled for {dtypes}; PyTorch for other dtypes"
 
 
-def _uses_fused(name: str, device: torch.device) -> bool:
-    return device.type == "cpu" and name.startswith("attention")
+def _pytorch(name: str, device: torch.device) -> str:
+    """Which PyTorch: on CPU attention takes fused kernels where they fit."""
+    if device.type != "cpu" or not name.startswith("attention"):
+        return "PyTorch"
+    helper = name == "attention_forward" and _library.has_kernel("cpu_attention_forward", device)
+    kernels = "torch's fused kernel or fastgen's for narrow heads" if helper else "torch's fused kernel"
+    return f"{kernels} where it fits, else PyTorch"
 
 
 def info() -> Info:
@@ -94,7 +98,7 @@ def info() -> Info:
     libraries = {lib.name: lib.problem or "loaded" for lib in _library.compiled_libraries()}
     libraries["_C"] = _library.build_module_problem or "loaded"
     kinds = [torch.device("cpu")] + ([torch.device("cuda", 0)] if torch.cuda.is_available() else [])
-    names = [name for family in _library.operators().values() for name in family]
+    names = [name for family, names in _library.operators().items() if family != "helpers" for name in names]
     return Info(
         versions,
         _devices(),

@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import fastgen
 from benchmarks.shapes import ATTENTION_SHAPES
-from fastgen import reference
+from fastgen import _library, reference
 from fastgen.functional import scaled_dot_product_attention as attention
 from fastgen.ops import _attention_blocked
 from fastgen.testing import assert_accurate, largest_error
@@ -329,8 +329,54 @@ def test_no_buffer_of_the_size_of_the_scores(kwargs, monkeypatch):
     assert largest < length * length * 4 / 4
 
 
-def test_reference_backend_is_the_same_function():
-    query, key, value = (torch.randn(2, 2, 8, 16) for _ in range(3))
+NARROW = [
+    # (B, H, Hk, N, M, Dk, Dv): rows and keys below, at and above the kernel's blocks of 96 and 128
+    (2, 4, 2, 5, 7, 8, 16),
+    (1, 1, 1, 97, 128, 8, 64),
+    (2, 2, 1, 200, 129, 3, 48),
+    (1, 3, 3, 1, 1, 1, 16),
+    (1, 2, 2, 192, 257, 32, 128),
+    (1, 1, 1, 130, 300, 64, 256),
+    (1, 1, 1, 10, 300, 8, 80),
+]
+
+
+@pytest.mark.parametrize("layout", ["BHND", "BNHD"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("sizes", NARROW, ids=str)
+def test_the_cpu_kernel_for_narrow_queries_is_as_accurate_as_the_plain_formula(sizes, causal, layout):
+    name = "cpu_attention_forward"
+    reason = _library.why_not_compiled(name, torch.device("cpu"))
+    if reason is not None:
+        pytest.skip(reason)
+    batch, heads, key_heads, queries, keys, key_dim, value_dim = sizes
+    shapes = [(heads, queries, key_dim), (key_heads, keys, key_dim), (key_heads, keys, value_dim)]
+    tensors = [torch.randn(batch, *shape) for shape in shapes]
+    if layout == "BNHD":
+        tensors = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]
+    right = 0 if causal else -1
+    plain = reference.attention(*tensors, None, None, -1, right, 0.3)
+    exact = reference.attention(*(t.double() for t in tensors), None, None, -1, right, 0.3)
+    ours = getattr(torch.ops.fastgen, name)(*tensors, causal, 0.3)
+    for a, b, c in zip(ours, plain, exact, strict=True):
+        assert_accurate(a, b, c)
+
+
+def test_the_cpu_kernel_survives_large_scores_and_passes_nan_on():
+    query, key, value = torch.randn(1, 1, 8, 8), torch.randn(1, 1, 200, 8), torch.randn(1, 1, 200, 16)
+    query[0, 0, 0] *= 1e4
+    query[0, 0, 1] = float("nan")
+    out, lse = attention(query, key, value, return_lse=True)
+    assert bool(out[0, 0, 1].isnan().all())
+    others = [0, *range(2, 8)]
+    wanted = formula(query.double(), key.double(), value.double())
+    torch.testing.assert_close(out[0, 0, others].double(), wanted[0, 0, others], rtol=1e-4, atol=1e-4)
+    assert bool(lse[0, 0, others].isfinite().all())
+
+
+@pytest.mark.parametrize("dims", [(16, 16), (8, 32)], ids=str)
+def test_reference_backend_is_the_same_function(dims):
+    query, key, value = torch.randn(2, 2, 8, dims[0]), torch.randn(2, 2, 8, dims[0]), torch.randn(2, 2, 8, dims[1])
     with fastgen.use_backend("reference"):
         again = attention(query, key, value)
-    assert torch.equal(again, attention(query, key, value))
+    torch.testing.assert_close(again, attention(query, key, value))

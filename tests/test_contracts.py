@@ -52,6 +52,8 @@ def cases():
     for options in ({}, {"masked": True}, {"dropout": True}):
         yield "attention_forward", attention_arguments(**options)
         yield "attention_backward", (*backward_arguments(**options), bool(options.get("masked")))
+    narrow = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 16)
+    yield "cpu_attention_forward", (*narrow, True, 0.4)
     x, weight, bias = torch.randn(2, 5, 6), torch.randn(10, 6), torch.randn(10)
     yield "projection_forward", (x, weight, bias, [3, 1], [2, 4], False)
     yield "projection_forward", (x.mT.contiguous(), weight, None, [3, 1], [2, 4], True)

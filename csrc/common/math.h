@@ -8,14 +8,16 @@
 
 namespace fastgen {
 
-// e^x. NaN passes through; overflow gives inf, underflow 0.
+// Added and taken away again, rounds a float below 2^22 to an integer, which then stands in its low bits.
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
+
+// e^x. NaN passes through; overflow gives inf; what would be subnormal gives 0.
 FASTGEN_HOST_DEVICE float exp_float(float x) {
   constexpr float kLog2e = 1.44269504088896341f;
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  // Comparisons with NaN are false, so NaN is left alone. The bounds lie beyond overflow and underflow.
-  x = x > 89.0f ? 89.0f : x;
-  x = x < -104.0f ? -104.0f : x;
-  const float n = rintf(x * kLog2e);
+  constexpr float kLargest = 88.7228394f, kSmallest = -87.3365479f;
+  const float shifted = x * kLog2e + kRound;
+  const float n = shifted - kRound;
   const float r = (x - n * kLn2High) - n * kLn2Low;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -24,12 +26,11 @@ FASTGEN_HOST_DEVICE float exp_float(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  // 2^n in two factors: n reaches from -150 to 128, beyond one exponent field. NaN takes n = 0.
-  const int32_t exponent = static_cast<int32_t>(n == n ? n : 0.0f);
-  const int32_t half = exponent >> 1;
-  const float scale0 = bits_to_float(static_cast<uint32_t>(half + 127) << 23);
-  const float scale1 = bits_to_float(static_cast<uint32_t>(exponent - half + 127) << 23);
-  return p * scale0 * scale1;
+  // p is in (0.7, 1.5): n goes straight into its exponent, which it cannot overflow within the bounds.
+  float result = bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23));
+  result = x > kLargest ? INFINITY : result;
+  result = x < kSmallest ? 0.0f : result;
+  return x == x ? result : x;
 }
 
 // ln x for normal x > 0. Exactly 0 at 1.
@@ -49,9 +50,8 @@ FASTGEN_HOST_DEVICE float log_float(float x) {
   p = p * f - 2.4999993993e-1f;
   p = p * f + 3.3333331174e-1f;
   p = p * f * z;
-  p = p - 2.12194440e-4f * e;
   p = p - 0.5f * z;
-  return (f + p) + 0.693359375f * e;
+  return (f + p) + 0.693147180559945f * e;
 }
 
 // sin and cos of x in [-pi/4, pi/4].

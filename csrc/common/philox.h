@@ -48,9 +48,10 @@ FASTGEN_HOST_DEVICE float to_uniform(uint32_t bits) { return static_cast<float>(
 FASTGEN_HOST_DEVICE void box_muller(float u0, float u1, float& n0, float& n1) {
   const float radius = sqrtf(-2.0f * log_float(u0));
   const float half_turns = 2.0f * u1;
-  const float rounded = rintf(2.0f * half_turns);
+  const float shifted = 2.0f * half_turns + kRound;
+  const float rounded = shifted - kRound;
   const float rest = 3.14159265358979324f * (half_turns - 0.5f * rounded);
-  const uint32_t quadrant = static_cast<uint32_t>(static_cast<int32_t>(rounded)) & 3u;
+  const uint32_t quadrant = float_to_bits(shifted) & 3u;
   const float sine = sin_quarter(rest), cosine = cos_quarter(rest);
   const bool odd = (quadrant & 1u) != 0;
   const float cos_abs = odd ? sine : cosine, sin_abs = odd ? cosine : sine;
