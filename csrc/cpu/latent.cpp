@@ -19,7 +19,7 @@
 namespace fastgen::latent {
 namespace {
 
-constexpr int64_t kBlock = 1024;  // columns; a multiple of kGroup
+constexpr int64_t kBlock = 256;  // columns; a multiple of kGroup. Small, so that memory streams while noise is made
 constexpr int64_t kGroups = kBlock / kGroup;
 constexpr int64_t kElementsPerTask = 16 * 1024;
 
