@@ -165,10 +165,10 @@ FASTGEN_HOST_DEVICE void run_task(const AttentionParams& p, Workspace& w, int64_
     }
   }
   float* out = p.out + batch * p.out_strides[0] + head * p.out_strides[1] + first * p.out_strides[2];
-  float* lse = p.lse + (batch * p.heads + head) * p.queries + first;
+  float* lse = p.lse + (batch * p.queries + first) * p.heads + head;
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < p.value_dim; ++c) out[r * p.out_strides[2] + c] = w.out[r][c] / w.total[r];
-    lse[r] = w.top[r] + log_float(w.total[r]);
+    lse[r * p.heads] = w.top[r] + log_float(w.total[r]);
   }
 }
 

@@ -11,7 +11,7 @@ struct AttentionParams {
   int64_t query_strides[3], key_strides[3], value_strides[3];  // batch, head, row; in elements
   float* out;                                                  // (B, H, N, Dv) with out_strides
   int64_t out_strides[3];
-  float* lse;  // (B, H, N), contiguous
+  float* lse;  // (B, N, H), contiguous
   int64_t batch, heads, key_heads, queries, keys, key_dim, value_dim;
   bool is_causal;
   float scale;

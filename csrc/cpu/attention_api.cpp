@@ -13,6 +13,15 @@ void set_strides(const Tensor& tensor, const char* name, int64_t (&strides)[3]) 
   for (int i = 0; i < 3; ++i) strides[i] = tensor.stride(i);
 }
 
+// A float32 tensor of the host. Not a view: an output that is one may not carry a forward-mode tangent.
+template <int kDims>
+Tensor empty_strided(const int64_t (&sizes)[kDims], const int64_t (&strides)[kDims]) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(kDims, sizes, strides, aoti_torch_dtype_float32(),
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value, bool is_causal,
                                    double scale) {
   AttentionParams p;
@@ -29,12 +38,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   STD_TORCH_CHECK(p.key_dim <= kMaxKeyDim && p.value_dim <= kMaxValueDim && p.value_dim % kValueStep == 0,
                   "query, value: expected head dims up to 64 and 256, the value's a multiple of 16");
   p.is_causal = is_causal, p.scale = static_cast<float>(scale);
-  // The layout of the query: (B, N, H, D) in memory where it is so there.
+  // In memory (B, N, H, Dv) where the query is so; lse (B, N, H). See allocate_out in ops/_attention_blocked.py.
   const bool rows_first = p.heads > 1 && p.query_strides[1] < p.query_strides[2];
-  Tensor out = rows_first ? torch::stable::transpose(
-                                torch::stable::new_empty(query, {p.batch, p.queries, p.heads, p.value_dim}), 1, 2)
-                          : torch::stable::new_empty(query, {p.batch, p.heads, p.queries, p.value_dim});
-  Tensor lse = torch::stable::new_empty(query, {p.batch, p.heads, p.queries});
+  const int64_t row = rows_first ? p.heads * p.value_dim : p.value_dim;
+  const int64_t head = rows_first ? p.value_dim : p.queries * p.value_dim;
+  Tensor out =
+      empty_strided<4>({p.batch, p.heads, p.queries, p.value_dim}, {p.heads * p.queries * p.value_dim, head, row, 1});
+  Tensor lse = empty_strided<3>({p.batch, p.heads, p.queries}, {p.heads * p.queries, 1, p.heads});
   set_strides(out, "out", p.out_strides);
   p.out = static_cast<float*>(out.mutable_data_ptr()), p.lse = static_cast<float*>(lse.mutable_data_ptr());
   attention_forward(p);

@@ -21,12 +21,41 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def allocate(like: Tensor, dim: int) -> Tensor:
-    """(B, H, N, dim), laid out as (B, N, H, dim) when ``like`` is: merging the heads is then a view."""
-    batch, heads, length, _ = like.shape
-    if heads > 1 and like.stride(1) < like.stride(2):
-        return like.new_empty(batch, length, heads, dim).transpose(1, 2)
-    return like.new_empty(batch, heads, length, dim)
+def rows_first(like: Tensor) -> bool:
+    """Whether (B, H, N, D) lies in memory as (B, N, H, D)."""
+    return like.size(1) > 1 and like.stride(1) < like.stride(2)
+
+
+def allocate(like: Tensor, dim: int, in_rows: bool) -> Tensor:
+    """(B, H, N, dim), in memory (B, N, H, dim) with ``in_rows``: merging the heads is then a view.
+
+    Strided from the start: an output that is itself a view may not carry a forward-mode tangent.
+    """
+    shape = (*like.shape[:3], dim)
+    return like.new_empty_strided(shape, strides(shape, in_rows))
+
+
+def strides(shape: tuple[int, int, int, int], in_rows: bool) -> tuple[int, int, int, int]:
+    _, heads, length, dim = shape
+    tail = (dim, heads * dim, 1) if in_rows else (length * dim, dim, 1)
+    return (heads * length * dim, *tail)
+
+
+def allocate_out(query: Tensor, dim: int) -> Tensor:
+    """The output, in the layout of the query."""
+    return allocate(query, dim, rows_first(query))
+
+
+def allocate_grad(like: Tensor) -> Tensor:
+    """A gradient: in rows on CPU, as torch's fused kernel makes it, elsewhere in the layout of its tensor."""
+    return allocate(like, like.size(-1), like.device.type == "cpu" or rows_first(like))
+
+
+def allocate_lse(query: Tensor) -> Tensor:
+    """(B, H, N); on CPU in memory (B, N, H), as torch's fused kernel makes it."""
+    _, heads, length, _ = query.shape
+    tail = (1, heads) if query.device.type == "cpu" else (length, 1)
+    return query.new_empty_strided(query.shape[:3], (heads * length, *tail), dtype=wide(query.dtype))
 
 
 class Tile:
@@ -150,8 +179,7 @@ def forward(
     window_right: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    out = allocate(query, value.size(-1))
-    lse = query.new_empty(query.shape[:3], dtype=wide(query.dtype))
+    out, lse = allocate_out(query, value.size(-1)), allocate_lse(query)
     for tile in tiles(query, key, mask, seed, dropout_p, window_left, window_right, scale):
         weights, row_lse = reference.softmax_lse(tile.scores())
         keep = tile.keep()
@@ -179,7 +207,7 @@ def backward(
     mask_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     dtype = wide(query.dtype)
-    grad_query = allocate(query, query.size(-1))
+    grad_query = allocate_grad(query)
     grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device)
     grad_value = torch.zeros(value.shape, dtype=dtype, device=value.device)
     grad_mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device) if mask is not None and mask_grad else None
@@ -205,4 +233,4 @@ def backward(
             target = tile.mask_part(grad_mask)
             target += tile.per_head(grad_scores).flatten(1, 2).sum_to_size(target.shape)
     grad_mask = None if grad_mask is None or mask is None else grad_mask.to(mask.dtype)
-    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_mask
+    return grad_query, grad_key, grad_value, grad_mask

@@ -22,14 +22,16 @@ from torch import Tensor
 from fastgen import reference
 from fastgen._library import define, has_kernel
 from fastgen.ops import _attention_blocked
-from fastgen.ops._attention_blocked import allocate, wide
+from fastgen.ops._attention_blocked import allocate, allocate_grad, allocate_lse, allocate_out, rows_first, strides
 from fastgen.ops._batching import fold, fold_seed, out_dims, unfold
 
 
-def _settle(tensor: Tensor, like: Tensor) -> Tensor:
-    """``tensor`` in the layout that the fake promises: that of ``allocate(like)``."""
-    target = allocate(like, tensor.size(-1))
-    return tensor if tensor.stride() == target.stride() else target.copy_(tensor)
+def _settle(tensor: Tensor, in_rows: bool) -> Tensor:
+    """``tensor`` in the layout that the fake promises."""
+    batch, heads, length, dim = tensor.shape
+    if tensor.stride() == strides((batch, heads, length, dim), in_rows):
+        return tensor
+    return allocate(tensor, dim, in_rows).copy_(tensor)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -86,10 +88,9 @@ def _fused_forward(
         attn_mask=mask,
         scale=scale,
     )
-    lse = lse.contiguous()
     if mask is not None:
-        lse.masked_fill_((mask.amax(-1) == -math.inf).expand_as(lse), -math.inf)
-    return _settle(out[..., : value.size(-1)], query), lse
+        lse.masked_fill_(mask.amax(-1) == -math.inf, -math.inf)
+    return _settle(out[..., : value.size(-1)], rows_first(query)), lse
 
 
 def _fused_backward(
@@ -188,7 +189,7 @@ def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, sca
 def _cpu_forward_fake(
     query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    return allocate(query, value.size(-1)), query.new_empty(query.shape[:3])
+    return allocate_out(query, value.size(-1)), allocate_lse(query)
 
 
 def _forward_fake(
@@ -202,7 +203,7 @@ def _forward_fake(
     window_right: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    return allocate(query, value.size(-1)), query.new_empty(query.shape[:3], dtype=wide(query.dtype))
+    return allocate_out(query, value.size(-1)), allocate_lse(query)
 
 
 def _backward(
@@ -223,7 +224,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not mask_grad and _fused_on_cpu(query, key, value, mask, seed, window_left, window_right):
         grads = _fused_backward(grad_out, grad_lse, query, key, value, out, lse, mask, window_right == 0, scale)
-        grad_query, grad_key, grad_value = map(_settle, grads, (query, key, value))
+        grad_query, grad_key, grad_value = (_settle(grad, True) for grad in grads)
         return grad_query, grad_key, grad_value, query.new_empty(0)
     grad_query, grad_key, grad_value, grad_mask = _attention_blocked.backward(
         grad_out,
@@ -241,7 +242,7 @@ def _backward(
         scale,
         mask_grad,
     )
-    grad_key, grad_value = _settle(grad_key, key), _settle(grad_value, value)
+    grad_key, grad_value = allocate_grad(key).copy_(grad_key), allocate_grad(value).copy_(grad_value)
     return grad_query, grad_key, grad_value, query.new_empty(0) if grad_mask is None else grad_mask
 
 
@@ -262,8 +263,7 @@ def _backward_fake(
     mask_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_mask = mask.new_empty(mask.shape) if mask is not None and mask_grad else query.new_empty(0)
-    grads = [allocate(tensor, tensor.size(-1)) for tensor in (query, key, value)]
-    return grads[0], grads[1], grads[2], grad_mask
+    return allocate_grad(query), allocate_grad(key), allocate_grad(value), grad_mask
 
 
 def _fold_mask(mask: Tensor | None, dim: int | None, size: int, batch: int) -> Tensor | None:
