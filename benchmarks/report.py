@@ -1,10 +1,11 @@
 """Prints the table of a pytest-benchmark JSON file: medians, throughput, and the ratio to each peer.
 
-usage: python benchmarks/report.py FILE.json
+usage: python benchmarks/report.py FILE.json [--save benchmarks/results/MACHINE-DATE.json]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -40,11 +41,28 @@ def lines(data: dict) -> list[str]:
     return out
 
 
+def kept(data: dict) -> dict:
+    """What is worth committing: figures, machine, commit; no host name, no raw rounds."""
+    benchmarks = {e["fullname"]: e["extra_info"] for e in data["benchmarks"] if "rows" in e["extra_info"]}
+    return {
+        "machine": describe_machine(data["machine_info"]),
+        "versions": data["machine_info"].get("fastgen", {}).get("versions", {}),
+        "commit": data["commit_info"].get("id"),
+        "uncommitted_changes": data["commit_info"].get("dirty"),
+        "date": data["datetime"][:10],
+        "benchmarks": benchmarks,
+    }
+
+
 def main() -> int:
-    if len(sys.argv) != 2:
-        print(__doc__, file=sys.stderr)
-        return 2
-    print("\n".join(lines(json.loads(Path(sys.argv[1]).read_text()))))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path, help="what pytest --benchmark-json wrote")
+    parser.add_argument("--save", type=Path, help="write the figures there, to be committed")
+    arguments = parser.parse_args()
+    data = json.loads(arguments.file.read_text())
+    print("\n".join(lines(data)))
+    if arguments.save:
+        arguments.save.write_text(json.dumps(kept(data), indent=1) + "\n")
     return 0
 
 

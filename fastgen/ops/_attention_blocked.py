@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastgen import reference
 
-TILE_BYTES = 16 * 2**20
-"""About how much one tile of scores may hold. Four or five such tiles live at a time."""
+TILE_BYTES = 4 * 2**20
+"""About how much one tile of scores may hold, so that it stays in cache. Four or five live at a time."""
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

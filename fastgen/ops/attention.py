@@ -118,7 +118,7 @@ def _fused_backward(
         reference.expand_heads(_pad_heads(key, dim), heads),
         reference.expand_heads(_pad_heads(value, dim), heads),
         _pad_heads(out, dim, 0.0 if grad_lse is None else -1.0),
-        lse.masked_fill(lse == -math.inf, 0),
+        lse if mask is None else lse.masked_fill(lse == -math.inf, 0),
         0.0,
         is_causal,
         attn_mask=_additive(mask, query.dtype),
