@@ -51,7 +51,10 @@ def assert_accurate(actual: Tensor, plain: Tensor, exact: Tensor, name: str = "r
 def interleaved_times(
     calls: dict[str, Callable[[], Any]], rounds: int = 15, warmup: int = 2, synchronize: bool = False
 ) -> dict[str, list[float]]:
-    """Seconds of each call, taken in turn so that a drift of the machine's speed meets all alike."""
+    """Seconds of each call, taken in turn so that a drift of the machine's speed meets all alike.
+
+    The order turns too: what ran just before leaves caches and memory behind that help or hinder the next.
+    """
 
     def once(call: Callable[[], Any]) -> float:
         if synchronize:
@@ -66,9 +69,10 @@ def interleaved_times(
         for _ in range(warmup):
             call()
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(once(call))
+    names = list(calls)
+    for turn in range(rounds):
+        for name in names if turn % 2 == 0 else reversed(names):
+            times[name].append(once(calls[name]))
     return times
 
 

@@ -1,7 +1,7 @@
 // Where several blocks shared a row, the last step of its KL.
 #pragma once
 
-#include <cuda_runtime.h>
+#include "device/warp.cuh"
 
 #include "latent/config.h"
 

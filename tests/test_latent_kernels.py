@@ -1,0 +1,66 @@
+"""The CUDA kernels of the Gaussian latent, run on the host, against the PyTorch implementation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastgen.testing import largest_error
+from tests.emulator import build
+
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+
+# Rows of part of a chunk, of part of a warp, of a warp, of a block, and long enough to be split among blocks.
+SHAPES = [(1, 1), (3, 5), (5, 4), (2, 8), (7, 33), (3, 130), (4, 516), (2, 1030), (3, 2048), (1, 9000), (2, 5000)]
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    library = build.register("latent", tmp_path_factory.mktemp("emulated"))
+    yield torch.ops.fastgen_emulated
+    library._destroy()
+
+
+def operands(shape, dtype, prior, aligned):
+    rows, cols = shape
+    mu, logvar = torch.randn(rows, 2 * cols).to(dtype).chunk(2, dim=1)
+    if aligned:
+        mu, logvar = mu.contiguous(), logvar.contiguous()
+    priors = (
+        (torch.randn(cols).to(dtype).expand(rows, cols), torch.randn(rows, cols).to(dtype)) if prior else (None,) * 2
+    )
+    return mu, logvar, *priors
+
+
+@pytest.mark.parametrize("aligned", [True, False], ids=["rows apart", "halves"])
+@pytest.mark.parametrize("prior", [False, True], ids=["unit", "prior"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernels_agree_with_pytorch(emulated, shape, dtype, prior, aligned):
+    tensors = operands(shape, dtype, prior, aligned)
+    seed = torch.arange(shape[0]) if shape[0] % 3 == 0 else torch.tensor([7])
+    grad_z, grad_kl = torch.randn(shape).to(dtype), torch.randn(shape[0])
+    calls = [("latent_forward", (*tensors, seed, True)), ("latent_forward", (*tensors, seed, False))]
+    for upstream in ((grad_z, grad_kl), (None, grad_kl), (grad_z, None)):
+        calls.append(("latent_backward", (*upstream, *tensors, seed)))
+    for name, arguments in calls:
+        ours = getattr(emulated, name)(*arguments)
+        wanted = getattr(torch.ops.fastgen_reference, name)(*arguments)
+        for a, b in zip(ours, wanted, strict=True):
+            assert a.dtype == b.dtype
+            scale = 1 + float(b.abs().max()) if b.numel() else 1
+            assert largest_error(a, b) <= TOLERANCE[b.dtype if b.dtype in TOLERANCE else dtype] * scale
+
+
+def test_bad_operands_are_refused_by_name(emulated):
+    mu, seed = torch.zeros(4, 8), torch.tensor([1])
+    for arguments, text in [
+        ((mu, mu[:, :4], None, None, seed, True), "logvar: expected the shape of mu"),
+        ((mu, mu.half(), None, None, seed, True), "logvar: expected the dtype of mu"),
+        ((mu, torch.zeros(8, 4).t(), None, None, seed, True), "logvar: expected a contiguous last dim"),
+        ((mu, mu, None, None, torch.tensor([1, 2, 3]), True), "seed: expected a number of seeds that divides 4 rows"),
+        ((mu.double(), mu.double(), None, None, seed, True), "mu: expected float32, float16 or bfloat16"),
+    ]:
+        with pytest.raises(RuntimeError, match=text):
+            emulated.latent_forward(*arguments)
