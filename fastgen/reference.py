@@ -36,7 +36,9 @@ def philox(seed: Tensor, index: Tensor, stream: int | Tensor) -> tuple[Tensor, T
     """
     key0, key1 = seed & _MASK32, (seed >> 32) & _MASK32
     c0, c1 = index & _MASK32, (index >> 32) & _MASK32
-    c2, c3 = torch.as_tensor(stream, device=index.device) & _MASK32, torch.as_tensor(stream) >> 32 & _MASK32
+    if isinstance(stream, int):  # filled on the device: a copy from the host would wait
+        stream = torch.full((), stream, dtype=torch.int64, device=index.device)
+    c2, c3 = stream & _MASK32, (stream >> 32) & _MASK32
     for _ in range(10):
         product0 = c0 * _PHILOX_MULTIPLIERS[0]  # wraps modulo 2^64: the bits are those of uint64
         product1 = c2 * _PHILOX_MULTIPLIERS[1]

@@ -191,6 +191,18 @@ def test_a_row_that_sees_nothing_gives_zero_and_zero_gradients(kind, dropout):
     assert bool((grads[0][:, :, dead] == 0).all())
 
 
+@pytest.mark.parametrize("sizes", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0)], ids=str)
+def test_nothing_in_gives_nothing_or_zero_out(sizes):
+    batch, heads, queries, keys = sizes
+    leaves = [torch.randn(batch, heads, n, d, requires_grad=True) for n, d in ((queries, 8), (keys, 8), (keys, 16))]
+    out, lse = attention(*leaves, return_lse=True)
+    assert out.shape == (batch, heads, queries, 16)
+    assert lse.shape == (batch, heads, queries)
+    out.sum().backward()
+    assert all(bool((leaf.grad == 0).all()) for leaf in leaves)
+    assert bool((out == 0).all())
+
+
 def test_scores_of_ten_thousand_stay_finite_and_as_right_as_float32_can_hold_their_logsumexp(device):
     query, key, value = (torch.randn(1, 1, 16, 8, device=device) for _ in range(3))
     query[:, :, 0] *= 1e4

@@ -224,6 +224,15 @@ def test_one_output_alone_has_the_right_gradient(latent_place, which):
         torch.testing.assert_close(grad, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (4, 6)], ids=str)
+def test_a_sum_can_be_the_loss(latent_place, shape):
+    """Its upstream gradients are expanded scalars, with no stride at all."""
+    mu, logvar = (torch.randn(shape, device=latent_place, requires_grad=True) for _ in range(2))
+    z, kl = reparameterize_kl(mu, logvar)
+    (z.sum() + kl.sum()).backward()
+    torch.testing.assert_close(mu.grad, 1 + mu.detach())
+
+
 def test_second_derivatives_agree_between_backends(latent_place):
     mu, logvar, _ = latents((4, 7), torch.float32, latent_place)
 

@@ -125,6 +125,18 @@ def test_derivatives_of_first_and_second_order_in_both_modes(channels_first):
         assert gradgradcheck(merge, leaves, check_fwd_over_rev=True)
 
 
+@pytest.mark.parametrize(("batch", "length"), [(0, 3), (2, 0)])
+def test_nothing_in_gives_nothing_out_and_zero_weight_gradients(batch, length):
+    x, weight = torch.randn(batch, length, 6, requires_grad=True), torch.randn(8, 6, requires_grad=True)
+    y = multi_head_projection(x, weight, num_heads=2)
+    out, gate = torch.randn(5, 8, requires_grad=True), torch.randn(1, requires_grad=True)
+    merged = merge_heads_projection(y, out, gate=gate)
+    assert y.shape == (batch, 2, length, 4)
+    assert merged.shape == (batch, length, 5)
+    merged.sum().backward()
+    assert all(bool((leaf.grad == 0).all()) for leaf in (weight, out, gate))
+
+
 def test_autocast_keeps_a_float32_residual_stream():
     x, weight, base, gate = torch.randn(2, 4, 6, 8), torch.randn(5, 32), torch.randn(2, 6, 5), torch.randn(1)
     with torch.autocast("cpu", torch.bfloat16):

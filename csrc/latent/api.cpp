@@ -18,7 +18,8 @@ Input input(const MaybeTensor& tensor, const char* name, const Tensor& mu) {
                   ": expected the shape of mu, two dims");
   STD_TORCH_CHECK(tensor->scalar_type() == mu.scalar_type(), name, ": expected the dtype of mu");
   STD_TORCH_CHECK(tensor->device() == mu.device(), name, ": expected the device of mu");
-  STD_TORCH_CHECK(tensor->size(1) <= 1 || tensor->stride(1) == 1, name, ": expected a contiguous last dim");
+  STD_TORCH_CHECK(tensor->numel() == 0 || tensor->size(1) == 1 || tensor->stride(1) == 1, name,
+                  ": expected a contiguous last dim");
   return {tensor->const_data_ptr(), tensor->stride(0)};
 }
 

@@ -159,6 +159,8 @@ def tiles(
     scale: float,
 ) -> Iterator[Tile]:
     batch, heads, length, _ = query.shape
+    if heads == 0:
+        return
     row_bytes = max(1, heads * key.size(2) * (8 if query.dtype == torch.float64 else 4))
     batches = max(1, min(batch, TILE_BYTES // (row_bytes * min(length, 64) or 1)))
     rows = max(1, min(length, max(16, TILE_BYTES // (row_bytes * batches))))
