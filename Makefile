@@ -24,8 +24,8 @@ $(VENV)/.build: constraints.txt $(SOURCES)
 	touch $@
 
 demo: $(VENV)/.build
-	$(BIN)/fastgen train conv-vae --data digits --out runs/conv-vae --overwrite
-	$(BIN)/fastgen sample runs/conv-vae --n 64 --out runs/conv-vae/grid.png
+	$(BIN)/fastgen train conv-vae --data digits --out runs/demo --overwrite
+	$(BIN)/fastgen sample runs/demo --n 64 --out runs/demo/grid.png
 
 test: $(VENV)/.build
 	$(BIN)/python -m pytest -m "not slow" $(TESTS)

@@ -46,6 +46,22 @@ def test_forward_and_backward(against, device, name):
     )
 
 
+def test_memory_kept_between_forward_and_backward(device, benchmark):
+    """Bytes that autograd holds besides inputs and outputs: a seed, against the noise and its kin."""
+
+    def kept(function):
+        mu, logvar = inputs(LATENT_SHAPES["wide"], device, requires_grad=True)
+        held = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: held.setdefault(t.data_ptr(), t), lambda t: t):
+            outputs = function(mu, logvar)
+        known = {t.data_ptr() for t in (mu, logvar, *outputs)}
+        return sum(t.numel() * t.element_size() for pointer, t in held.items() if pointer not in known)
+
+    benchmark.extra_info["kept_bytes"] = {"ours": kept(reparameterize_kl), "eager": kept(eager)}
+    benchmark.pedantic(lambda: kept(reparameterize_kl), rounds=1)
+    assert kept(reparameterize_kl) == 8
+
+
 def test_compiled_peer_on_the_wide_shape(against, device):
     mu, logvar = inputs(LATENT_SHAPES["wide"], device)
     compiled = torch.compile(eager)

@@ -18,6 +18,10 @@ def describe_machine(info: dict) -> str:
     return f"{cpu.get('brand_raw', 'unknown CPU')}, {info.get('threads', '?')} threads{gpu}, torch {torch_version}"
 
 
+def name_of(entry: dict) -> str:
+    return entry["fullname"].rpartition("/")[2].replace("bench_", "").replace(".py::test_", ": ")
+
+
 def lines(data: dict) -> list[str]:
     out = [f"Machine: {describe_machine(data['machine_info'])}", ""]
     out += [
@@ -26,12 +30,15 @@ def lines(data: dict) -> list[str]:
     ]
     for entry in data["benchmarks"]:
         extra = entry["extra_info"]
+        if "kept_bytes" in extra:
+            mib = {name: f"{count / 2**20:.3g} MiB" for name, count in extra["kept_bytes"].items()}
+            out.append(f"| {name_of(entry)} | | {mib['ours']} | | eager | {mib['eager']} | |")
         if "rows" not in extra:
             continue
         ours = extra["rows"]["ours"]
         spread = "{:.3g} to {:.3g}".format(*ours["quartiles_ms"])
         rate = next((f"{ours[unit]:.3g} {unit}" for unit in ("GB/s", "TFLOP/s") if unit in ours), "")
-        name = entry["fullname"].rpartition("/")[2].replace("bench_", "").replace(".py::test_", ": ")
+        name = name_of(entry)
         for peer, ratio in extra["ratios"].items():
             time = extra["rows"][peer]["median_ms"]
             out.append(
@@ -43,7 +50,7 @@ def lines(data: dict) -> list[str]:
 
 def kept(data: dict) -> dict:
     """What is worth committing: figures, machine, commit; no host name, no raw rounds."""
-    benchmarks = {e["fullname"]: e["extra_info"] for e in data["benchmarks"] if "rows" in e["extra_info"]}
+    benchmarks = {e["fullname"]: e["extra_info"] for e in data["benchmarks"]}
     return {
         "machine": describe_machine(data["machine_info"]),
         "versions": data["machine_info"].get("fastgen", {}).get("versions", {}),

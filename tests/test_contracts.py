@@ -335,6 +335,20 @@ def test_use_backend_is_undone_by_an_error_and_nests():
     assert fastgen.current_backend() == "auto"
 
 
+@pytest.mark.parametrize(
+    ("name", "outcome"), [("reference", "reference\n"), ("gpu", "FASTGEN_BACKEND: expected one of auto")]
+)
+def test_the_environment_chooses_the_backend(name, outcome):
+    done = subprocess.run(
+        [sys.executable, "-c", "import fastgen; print(fastgen.current_backend())"],
+        env={**os.environ, "FASTGEN_BACKEND": name},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert outcome in done.stdout + done.stderr
+
+
 def test_examples_in_docstrings_run():
     results = doctest.testmod(functional, extraglobs={"torch": torch, "fastgen": fastgen})
     assert results.attempted >= len(functional.__all__)

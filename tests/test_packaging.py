@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -94,6 +95,20 @@ def test_a_compiler_that_fails_does_not_fail_an_automatic_install(tmp_path):
     assert libraries == []
     assert "the build failed" in report["missing"]["cpu"]
     assert "not cpu: the build failed" in line
+
+
+def test_a_source_distribution_holds_what_a_build_needs(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "egg_info", "-e", tmp_path, "sdist", "-d", tmp_path]
+    environment = {**os.environ, "FASTGEN_BUILD": "none"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as contents:
+        names = {name.partition("/")[2] for name in contents.getnames()}
+    tracked = subprocess.run(
+        ["git", "ls-files", "csrc", "fastgen"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert {"setup.py", "csrc/latent/forward.cuh", "csrc/common/math.h", "LICENSE"} <= names
+    assert set(tracked.stdout.split()) <= names
 
 
 @pytest.mark.skipif(setup.find_nvcc() is None, reason="no nvcc")
