@@ -38,9 +38,9 @@ def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """What autocast does to the arguments of a matrix product: float64 and integers stay."""
-    if tensor is None or dtype is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+    if dtype is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(dtype)
 
@@ -91,8 +91,8 @@ def _checked_attention_inputs(query: Tensor, key: Tensor, value: Tensor, enable_
     if key.size(-1) != query.size(-1):
         raise ValueError(f"key: expected query's head dim {query.size(-1)}, got {check.shape_of(key)}")
     if value.shape[:-1] != key.shape[:-1]:
-        raise ValueError(f"value: expected the shape of key but for the last dim, {check.shape_of(key)[:-1]}, ...),"
-                         f" got {check.shape_of(value)}")  # fmt: skip
+        expected = tuple(key.shape[:-1])
+        raise ValueError(f"value: expected key's dims {expected} before its own last, got {check.shape_of(value)}")
     leading = tuple(query.shape[:-2])
     if enable_gqa and query.dim() >= 3:
         heads, key_heads = query.size(-3), key.size(-3)
@@ -185,9 +185,7 @@ def scaled_dot_product_attention(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check.require_tensor(name, tensor)
     low = _autocast_dtype(query)
-    if low is not None:
-        query, key, value = (t.to(low) if t.is_floating_point() and t.dtype != torch.float64 else t
-                             for t in (query, key, value))  # fmt: skip
+    query, key, value = _cast(query, low), _cast(key, low), _cast(value, low)
     _checked_attention_inputs(query, key, value, enable_gqa)
     check.require_probability("dropout_p", dropout_p)
     window_left, window_right = _window_bounds(window, is_causal)
@@ -220,13 +218,13 @@ def _projection_input(x: Tensor, channels_first: bool) -> Tensor:
     return x
 
 
-def _checked_linear(x: Tensor, channels: int, weight: Tensor, bias: Tensor | None, rows: str) -> None:
+def _checked_linear(x: Tensor, channels: int, weight: Tensor, bias: Tensor | None, rows: int | str) -> None:
     check.require_tensor("weight", weight)
     check.require_tensor("bias", bias, optional=True)
     if weight.dim() != 2 or weight.size(1) != channels:
         raise ValueError(f"weight: expected ({rows}, {channels}), got {check.shape_of(weight)}")
     if bias is not None:
-        check.require_shape("bias", bias, (weight.size(0),), f"({rows},)")
+        check.require_shape("bias", bias, (weight.size(0),), "(rows of weight,)")
     check.require_alike("x", x, weight=weight, bias=bias)
 
 
@@ -306,8 +304,8 @@ def qkv_projection(
     if weight.dim() != 2 or weight.size(0) != rows:
         raise ValueError(f"weight: expected {rows} rows, the sum of heads * head_dims, got {check.shape_of(weight)}")
     low = _autocast_dtype(x)
-    tokens, weight, bias = (_cast(t, low) for t in (tokens, weight, bias))  # type: ignore[assignment]
-    _checked_linear(tokens, tokens.size(1 if channels_first else 2), weight, bias, str(rows))
+    tokens, weight, bias = _cast(tokens, low), _cast(weight, low), None if bias is None else _cast(bias, low)
+    _checked_linear(tokens, tokens.size(1 if channels_first else 2), weight, bias, rows)
     return _project(tokens, weight, bias, list(heads), list(head_dims), channels_first)
 
 
@@ -360,7 +358,7 @@ def merge_heads_projection(
     if x.dim() != 4:
         raise ValueError(f"x: expected (B, H, N, D), got {check.shape_of(x)}")
     low = _autocast_dtype(x)
-    x, weight, bias = (_cast(t, low) for t in (x, weight, bias))  # type: ignore[assignment]
+    x, weight, bias = _cast(x, low), _cast(weight, low), None if bias is None else _cast(bias, low)
     _checked_linear(x, x.size(1) * x.size(3), weight, bias, "E")
     batch, length, channels = x.size(0), x.size(2), weight.size(0)
     wide_gate = _checked_gate(gate, batch, channels)

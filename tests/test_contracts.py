@@ -127,16 +127,34 @@ def outputs_and_gradients(function, arguments):
     return [*outputs, *torch.autograd.grad(loss, arguments)]
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_torch_compile_takes_each_function_whole(name, backend):
+def test_torch_compile_takes_each_function_whole(name, backend, dynamic):
     torch._dynamo.reset()
     function, arguments = FUNCTIONS[name]()
     with fastgen.use_backend(backend):
-        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
         for a, b in zip(
             outputs_and_gradients(compiled, arguments), outputs_and_gradients(function, arguments), strict=True
         ):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_torch_compile_takes_one_tensor_in_several_places(dynamic):
+    torch._dynamo.reset()
+    x, weight = leaf(2, 2, 6, 8), leaf(8, 8)
+
+    def function(x, weight):
+        y = scaled_dot_product_attention(x, x, x, is_causal=True)
+        z, kl = reparameterize_kl(weight, weight, prior_mu=weight)
+        return y, z, kl, multi_head_projection(weight.unsqueeze(0), weight, num_heads=2)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for arguments in ((x, weight), (leaf(2, 2, 9, 8), weight)):
+        ours, wanted = (outputs_and_gradients(f, arguments) for f in (compiled, function))
+        for a, b in zip(ours, wanted, strict=True):
             torch.testing.assert_close(a, b)
 
 
@@ -164,7 +182,10 @@ def test_inductor_compiles_a_block_of_them():
 def test_a_second_derivative_under_compile_raises_and_is_never_wrong():
     torch._dynamo.reset()
     q = leaf(1, 1, 4, 8)
-    out = torch.compile(lambda q: scaled_dot_product_attention(q, q, q).square().sum(), backend="aot_eager")(q)
+    compiled = torch.compile(
+        lambda q: scaled_dot_product_attention(q, q, q).square().sum(), backend="aot_eager", fullgraph=True
+    )
+    out = compiled(q)
     (grad,) = torch.autograd.grad(out, q, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         grad.square().sum().backward()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgen import reference
-from fastgen._autograd.common import choose, must_be_differentiable, only_wanted
+from fastgen._autograd.common import apply, choose, must_be_differentiable, only_wanted
 from fastgen._library import operator
 
 
@@ -116,5 +116,5 @@ def attention(
     """``attention_forward`` with derivatives of every order; straight to the operator where none is needed."""
     arguments = (query, key, value, mask, seed, dropout_p, window_left, window_right, scale, namespace)
     function = choose(_Attention, _TransformedAttention, query, key, value, mask)
-    result = _run(*arguments) if function is None else function.apply(*arguments)  # type: ignore[no-untyped-call]
+    result = _run(*arguments) if function is None else apply(function, arguments)
     return result[0], result[1]

@@ -28,6 +28,17 @@ def choose(plain: type[Function], transformed: type[Function], *tensors: Tensor 
     return None
 
 
+def apply(function: type[Function], arguments: tuple[Any, ...]) -> Any:
+    """``function.apply``; under torch.compile, which refuses one tensor in two places, with views for the repeats."""
+    if torch.compiler.is_compiling():
+        distinct: list[Any] = []
+        for argument in arguments:
+            repeated = isinstance(argument, Tensor) and any(argument is other for other in distinct)
+            distinct.append(argument.view_as(argument) if repeated else argument)
+        arguments = tuple(distinct)
+    return function.apply(*arguments)  # type: ignore[no-untyped-call]
+
+
 def must_be_differentiable() -> bool:
     """Inside a backward: whether somebody will differentiate its result (``create_graph=True``, torch.func).
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgen import reference
-from fastgen._autograd.common import choose, must_be_differentiable, only_wanted
+from fastgen._autograd.common import apply, choose, must_be_differentiable, only_wanted
 from fastgen._library import operator
 
 
@@ -168,7 +168,7 @@ def projection(
     function = choose(_Projection, _TransformedProjection, x, weight, bias)
     if function is None:
         return _run_projection(*arguments)
-    return tuple(function.apply(*arguments))  # type: ignore[no-untyped-call]
+    return tuple(apply(function, arguments))
 
 
 def merge_heads(
@@ -185,5 +185,5 @@ def merge_heads(
     function = choose(_MergeHeads, _TransformedMergeHeads, x, weight, bias, residual, gate)
     if function is None:
         return _run_merge(*arguments)
-    result: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
+    result: Tensor = apply(function, arguments)
     return result
