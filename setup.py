@@ -28,6 +28,10 @@ try:
     from torch.utils import cpp_extension
 except ImportError:
     torch = cpp_extension = None
+try:
+    import pybind11
+except ImportError:
+    pybind11 = None
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHITECTURES = "8.0;9.0a;12.0+PTX"
@@ -40,6 +44,7 @@ class Facts(NamedTuple):  # what this machine has
     torch_cuda: str | None
     nvcc: str | None
     compiler: str | None
+    pybind11: bool = True
 
 
 def find_nvcc() -> str | None:
@@ -54,26 +59,24 @@ def find_nvcc() -> str | None:
 def gather_facts() -> Facts:
     compiler = shutil.which(os.environ.get("CXX", "").split(" ")[0] or "c++") or shutil.which("g++")
     versions = (None, None) if torch is None else (torch.__version__, torch.version.cuda)
-    return Facts(*versions, find_nvcc(), compiler)
+    return Facts(*versions, find_nvcc(), compiler, pybind11 is not None)
 
 
 def choose(mode: str, facts: Facts) -> tuple[list[str], dict[str, str]]:
     """The targets to build, and for each other one the reason why not."""
     if mode not in ("auto", "none", "cpu", "cuda"):
         raise SystemExit(f"FASTGEN_BUILD: expected auto, none, cpu or cuda, got {mode!r}")
-    missing: dict[str, str] = {}
-    if mode == "none":
-        missing = dict.fromkeys(("cpu", "cuda"), "FASTGEN_BUILD=none")
-    elif os.name == "nt":
-        missing = dict.fromkeys(("cpu", "cuda"), "no build for Windows is written")
-    elif facts.torch_version is None:
-        reason = "torch is not visible to the build (pip install torch, then use --no-build-isolation)"
-        missing = dict.fromkeys(("cpu", "cuda"), reason)
-    elif facts.compiler is None:
-        missing = dict.fromkeys(("cpu", "cuda"), "no C++ compiler (c++, g++ or CXX)")
-    elif facts.nvcc is None:
+    blockers = [
+        (mode == "none", "FASTGEN_BUILD=none"),
+        (os.name == "nt", "no build for Windows is written"),
+        (facts.torch_version is None, "torch is not visible to the build (install it, then use --no-build-isolation)"),
+        (not facts.pybind11, "pybind11 is not visible to the build (pip install pybind11 ninja)"),
+        (facts.compiler is None, "no C++ compiler (c++, g++ or CXX)"),
+    ]
+    missing = next((dict.fromkeys(("cpu", "cuda"), reason) for blocked, reason in blockers if blocked), {})
+    if not missing and facts.nvcc is None:
         missing = {"cuda": "nvcc was not found (CUDA_HOME, PATH)"}
-    elif facts.torch_cuda is None and mode == "auto":
+    elif not missing and facts.torch_cuda is None and mode == "auto":
         missing = {"cuda": "this torch has no CUDA (FASTGEN_BUILD=cuda builds the kernels all the same)"}
     if mode == "cpu":
         missing.setdefault("cuda", "FASTGEN_BUILD=cpu")
@@ -100,8 +103,6 @@ def sources(*patterns: str) -> list[str]:
 def make_extensions(targets: list[str], facts: Facts) -> list[Extension]:
     if not targets:
         return []
-    import pybind11  # needed only where there is something to build
-
     release, home, names = "", "", []
     if "cuda" in targets:
         release = ask_nvcc(facts.nvcc, r"release (\d+\.\d+)", "--version")

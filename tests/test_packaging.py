@@ -29,6 +29,7 @@ EVERYTHING = setup.Facts("2.13.0", "13.0", "/cuda/bin/nvcc", "/usr/bin/c++")
         ("auto", EVERYTHING._replace(torch_cuda=None), ["cpu"], "torch has no CUDA"),
         ("auto", EVERYTHING._replace(nvcc=None), ["cpu"], "nvcc was not found"),
         ("auto", EVERYTHING._replace(compiler=None), [], "no C\\+\\+ compiler"),
+        ("auto", EVERYTHING._replace(pybind11=False), [], "pip install pybind11"),
         ("auto", EVERYTHING._replace(torch_version=None), [], "no-build-isolation"),
         ("none", EVERYTHING, [], "FASTGEN_BUILD=none"),
         ("cpu", EVERYTHING, ["cpu"], "FASTGEN_BUILD=cpu"),
