@@ -228,13 +228,6 @@ def _checked_linear(x: Tensor, channels: int, weight: Tensor, bias: Tensor | Non
     check.require_alike("x", x, weight=weight, bias=bias)
 
 
-def _project(
-    x: Tensor, weight: Tensor, bias: Tensor | None, heads: list[int], head_dims: list[int], channels_first: bool
-) -> tuple[Tensor, ...]:
-    namespace = select("projection_forward", x)
-    return _autograd.projection(x, weight, bias, heads, head_dims, channels_first, namespace)
-
-
 def multi_head_projection(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, num_heads: int, channels_first: bool = False
 ) -> Tensor:
@@ -306,7 +299,8 @@ def qkv_projection(
     low = _autocast_dtype(x)
     tokens, weight, bias = _cast(tokens, low), _cast(weight, low), None if bias is None else _cast(bias, low)
     _checked_linear(tokens, tokens.size(1 if channels_first else 2), weight, bias, rows)
-    return _project(tokens, weight, bias, list(heads), list(head_dims), channels_first)
+    namespace = select("projection_forward", tokens)
+    return _autograd.projection(tokens, weight, bias, list(heads), list(head_dims), channels_first, namespace)
 
 
 def _checked_gate(gate: Tensor | None, batch: int, channels: int) -> Tensor | None:

@@ -153,7 +153,7 @@ T* at_row(void* output, int64_t row, int64_t cols, int64_t col) {
 }
 
 // Calls body(row, col, count, noise) for every block of the matrix, in parallel, with the block's noise
-// (left unmade where with_noise is false).
+// (null where with_noise is false).
 template <typename Body>
 void for_each_block(int64_t rows, int64_t cols, const Noise& noise, bool with_noise, const Body& body) {
   const int64_t row_groups = ceil_div(cols, kGroup);
@@ -177,7 +177,7 @@ void for_each_block(int64_t rows, int64_t cols, const Noise& noise, bool with_no
         make_noise(static_cast<uint64_t>(noise.seeds[which]), static_cast<uint64_t>(first), wanted, buffer);
         made_seed = which, made = first, made_end = first + wanted;
       }
-      body(row, col, count, buffer + (first - made) * kGroup);
+      body(row, col, count, with_noise ? buffer + (first - made) * kGroup : nullptr);
     }
   });
 }
