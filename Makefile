@@ -41,13 +41,16 @@ bench: $(VENV)/.build
 	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-only -q --benchmark-json=.benchmarks/latest.json
 	$(BIN)/python benchmarks/report.py .benchmarks/latest.json
 
-# Compiles every CUDA source for one architecture; prints registers and spills, and fails on a spill.
-# Without nvcc the compiler comes from PyPI.
-CUDA_ARCH ?= 90a
+# Compiles every CUDA source for each architecture; prints what each kernel uses, and fails on a spill or on a kernel
+# over its budget (tests/kernel_budgets.py). Without nvcc the compiler comes from PyPI. SASS=1 adds the disassembler,
+# with which instructions are counted too: make cuda-check SASS=1
+CUDA_ARCH ?= 80 90a
 CUDA_WHEELS := cuda-toolkit[nvcc,nvvm,crt,cudart,cccl]==13.0.2
+SASS_WHEEL := nvidia-cuda-nvdisasm==13.5.37
 cuda-check: $(VENV)/.build
 	command -v nvcc >/dev/null || $(PIP) install --quiet '$(CUDA_WHEELS)'
-	$(BIN)/python tests/compile_check.py --arch $(CUDA_ARCH)
+	test "$(SASS)" != 1 || $(PIP) install --quiet '$(SASS_WHEEL)'
+	$(BIN)/python tests/compile_check.py $(addprefix --arch ,$(CUDA_ARCH))
 
 wheel: $(VENV)/.build
 	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

@@ -10,11 +10,11 @@ import contextlib
 import importlib
 import importlib.machinery
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,19 @@ COMPILED, REFERENCE = "fastgen", "fastgen_reference"
 BACKENDS = ("auto", "reference", "compiled")
 COMPILED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+
+class Definition(NamedTuple):
+    """An operator, apart from its implementation."""
+
+    name: str
+    schema: str
+    fake: Callable[..., Any]
+    vmap: Callable[..., Any] | None
+
+
 _libraries = {namespace: torch.library.Library(namespace, "DEF") for namespace in (COMPILED, REFERENCE)}
-_operators: dict[str, list[str]] = {}
+_operators: dict[str, list[Definition]] = {}
+_namespaces = {"reference": REFERENCE}  # of the backends that are nothing but a namespace
 
 
 def define(
@@ -40,20 +51,38 @@ def define(
     ``vmap`` is called as ``vmap(operator, info, in_dims, *args)``. ``assisted`` stands in for the implementation
     in the namespace ``fastgen``; it is PyTorch that may call compiled helper operators.
     """
-    name = schema.split("(", 1)[0]
-    _operators.setdefault(family, []).append(name)
+    definition = Definition(schema.split("(", 1)[0], schema, fake, vmap)
+    _operators.setdefault(family, []).append(definition)
     for namespace, library in _libraries.items():
-        library.define(schema)
+        _define_in(namespace, library, definition)
         chosen = assisted if assisted is not None and namespace == COMPILED else implementation
-        library.impl(name, chosen, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
-        if vmap is not None:
-            operator = getattr(getattr(torch.ops, namespace), name)
-            torch.library.register_vmap(
-                f"{namespace}::{name}",
-                lambda info, in_dims, *args, operator=operator: vmap(operator, info, in_dims, *args),
-                lib=library,
-            )
+        library.impl(definition.name, chosen, "CompositeExplicitAutograd")
+
+
+def _define_in(namespace: str, library: torch.library.Library, definition: Definition) -> None:
+    name, schema, fake, vmap = definition
+    library.define(schema)
+    torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+    if vmap is not None:
+        operator = getattr(getattr(torch.ops, namespace), name)
+        torch.library.register_vmap(
+            f"{namespace}::{name}",
+            lambda info, in_dims, *args, operator=operator: vmap(operator, info, in_dims, *args),
+            lib=library,
+        )
+
+
+def add_backend(name: str, namespace: str, families: Iterable[str]) -> None:
+    """Makes ``use_backend(name)`` take operators of another namespace, which a library gives kernels afterwards.
+
+    The operators of the families get their schema, fake and vmap rule there, and no PyTorch implementation. This is
+    how the tests run the CUDA kernels in the emulator.
+    """
+    library = _libraries[namespace] = torch.library.Library(namespace, "DEF")
+    for family in families:
+        for definition in _operators[family]:
+            _define_in(namespace, library, definition)
+    _namespaces[name] = namespace
 
 
 def operator(namespace: str, name: str) -> Callable[..., Any]:
@@ -63,7 +92,7 @@ def operator(namespace: str, name: str) -> Callable[..., Any]:
 
 def operators() -> dict[str, list[str]]:
     """Operator names by family."""
-    return {family: list(names) for family, names in _operators.items()}
+    return {family: [definition.name for definition in known] for family, known in _operators.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -175,7 +204,7 @@ _selection = _Selection()
 
 
 def _checked_backend(name: str, source: str) -> str:
-    if name not in BACKENDS:
+    if name not in BACKENDS and name not in _namespaces:
         raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
     return name
 
@@ -242,8 +271,8 @@ def select(name: str, tensor: Tensor) -> str:
         RuntimeError: ``compiled`` is forced and there is no such kernel.
     """
     backend = _selection.backend
-    if backend == "reference":
-        return REFERENCE
+    if backend in _namespaces:
+        return _namespaces[backend]
     place = _constant_place if torch.compiler.is_compiling() else _place
     namespace, reason = place(name, tensor.device, tensor.dtype)
     if backend == "compiled" and reason is not None:

@@ -1,7 +1,9 @@
-"""Compiles every CUDA source and says what ptxas made of each kernel; fails on a spill.
+"""Compiles every CUDA source and says what became of each kernel; fails on a spill and on a kernel over its budget.
 
-usage: python tests/compile_check.py [--arch 80 --arch 90a] [--json FILE]
-No GPU is needed: only nvcc, from CUDA_HOME, PATH, or PyPI's cuda-toolkit.
+usage: python tests/compile_check.py [--arch 80 --arch 90a] [--json FILE] [SOURCE ...]
+The first table is ptxas's, the second counts instructions. The budgets are in tests/kernel_budgets.py.
+No GPU is needed: only nvcc, from CUDA_HOME, PATH, or PyPI's cuda-toolkit; for the second table also nvdisasm,
+from beside nvcc, PATH, or PyPI's nvidia-cuda-nvdisasm.
 """
 
 from __future__ import annotations
@@ -15,107 +17,210 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from tests.kernel_budgets import Budget
 
 ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURES = ["80", "90a"]
+INSTRUCTIONS = ["HMMA", "HGMMA", "LDSM", "STSM", "MUFU.EX2", "LDL", "STL", "BAR", "SHFL"]
+GLOBAL_ACCESSES = ["LDG", "STG", "LDGSTS"]  # counted by width
+WIDTHS = ["U8", "S8", "U16", "S16", "32", "64", "128", "256"]
 
 
 class Kernel(NamedTuple):
     source: str
     arch: str
+    symbol: str
     name: str
     registers: int
     shared_bytes: int
     stack_bytes: int
     spill_bytes: int
+    instructions: dict[str, int] | None = None  # None: not counted
 
 
-def find_nvcc() -> str | None:
-    spec = importlib.util.spec_from_file_location("fastgen_setup", ROOT / "setup.py")
+def load(path: str) -> ModuleType:
+    """A module of the repository by its path, whatever sys.path is."""
+    spec = importlib.util.spec_from_file_location("fastgen_" + Path(path).stem, ROOT / path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.find_nvcc()
+    return module
 
 
-def demangle(name: str) -> str:
-    if shutil.which("c++filt") is None:
-        return name
-    text = subprocess.run(["c++filt", name], check=True, capture_output=True, text=True).stdout.strip()
-    return re.sub(r"^void |\(.*\)$", "", text.replace("(bool)1", "true").replace("(bool)0", "false"))
+def find_nvcc() -> str | None:
+    return load("setup.py").find_nvcc()
+
+
+def find_nvdisasm(nvcc: str) -> str | None:
+    candidates = [Path(nvcc).with_name("nvdisasm"), *(Path(found) for found in [shutil.which("nvdisasm")] if found)]
+    candidates += [path for entry in sys.path for path in Path(entry).glob("nvidia/*/bin/nvdisasm")]
+    return next((str(path) for path in candidates if path.is_file()), None)
+
+
+def demangle(symbols: list[str]) -> list[str]:
+    """Names with template arguments, without parameters."""
+    done = subprocess.run(["c++filt", "-p"], input="\n".join(symbols), check=True, capture_output=True, text=True)
+    return [name.replace("(bool)1", "true").replace("(bool)0", "false") for name in done.stdout.splitlines()]
+
+
+def bare_name(name: str) -> str:
+    """A demangled name without namespaces and template arguments."""
+    shorter = re.sub(r"<[^<>]*>", "", name)
+    return name.rpartition("::")[2] if shorter == name else bare_name(shorter)
 
 
 def parse_ptxas(source: str, arch: str, report: str) -> list[Kernel]:
-    """The kernels of one ``ptxas -v`` report."""
-    kernels = []
-    pattern = re.compile(
-        r"Compiling entry function '(?P<name>\S+)'.*?"
-        r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
-        r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
-        re.DOTALL,
-    )
-    for match in pattern.finditer(report):
-        shared = re.search(r"(\d+) bytes smem", match["rest"])
-        spills = int(match["stores"]) + int(match["loads"])
-        shared_bytes = int(shared.group(1)) if shared else 0
-        kernels.append(
-            Kernel(
-                source,
-                arch,
-                demangle(match["name"]),
-                int(match["registers"]),
-                shared_bytes,
-                int(match["stack"]),
-                spills,
-            )
+    """The kernels of one ``ptxas -v`` report. What a kernel calls counts as its own."""
+    _, *entries = report.split("Compiling entry function '")
+    symbols = [entry.partition("'")[0] for entry in entries]
+
+    def most(entry: str, pattern: str) -> int:
+        return max((int(number) for number in re.findall(pattern, entry)), default=0)
+
+    return [
+        Kernel(
+            source,
+            arch,
+            symbol,
+            name,
+            registers=int(re.findall(r"Used (\d+) registers", entry)[0]),
+            shared_bytes=most(entry, r"(\d+) bytes smem"),
+            stack_bytes=most(entry, r"(\d+) bytes (?:stack frame|cumulative stack size)"),
+            spill_bytes=sum(int(number) for number in re.findall(r"(\d+) bytes spill (?:stores|loads)", entry)),
         )
-    return kernels
+        for symbol, name, entry in zip(symbols, demangle(symbols), entries, strict=True)
+    ]
 
 
-def compile_one(nvcc: str, source: Path, arch: str) -> tuple[list[Kernel], str]:
-    """The kernels of one source, and the compiler's complaint if it failed."""
-    name = str(source.relative_to(ROOT))
+def classify(opcode: str) -> str | None:
+    """The column that counts an instruction, if any: "LDG.E.128.CONSTANT" -> "LDG.128"."""
+    base, *modifiers = opcode.split(".")
+    if base in GLOBAL_ACCESSES:
+        return f"{base}.{next((modifier for modifier in modifiers if modifier in WIDTHS), '32')}"
+    return next((name for name in INSTRUCTIONS if f"{opcode}.".startswith(f"{name}.")), None)
+
+
+def parse_sass(listing: str) -> dict[str, Counter[str]]:
+    """For each symbol of ``nvdisasm -c``, how many instructions of each column it has."""
+    counts: dict[str, Counter[str]] = {}
+    pattern = re.compile(r"^\.text\.(\S+):|^\s*/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+    for symbol, opcode in pattern.findall(listing):
+        if symbol:
+            current = counts.setdefault(symbol, Counter())
+        elif column := classify(opcode):
+            current[column] += 1
+    return counts
+
+
+def compile_one(nvcc: str, nvdisasm: str | None, source: Path, arch: str) -> tuple[list[Kernel], str]:
+    """The kernels of one source, and the complaint of what failed."""
+    name = str(source.relative_to(ROOT)) if source.is_relative_to(ROOT) else str(source)
+    number = arch.removeprefix("sm_")
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, "-std=c++20", "-O3", "-Xptxas", "-v", f"-arch=sm_{arch}", "-I", str(ROOT / "csrc")]
-        done = subprocess.run(
-            [*command, "-c", str(source), "-o", str(Path(folder, "out.o"))], capture_output=True, text=True, check=False
-        )
+        command = [nvcc, "-std=c++20", "-O3", "-Xptxas", "-v", "-I", str(ROOT / "csrc")]
+        command += ["-gencode", f"arch=compute_{number},code=sm_{number}", "--keep", "--keep-dir", folder]
+        command += ["-c", str(source), "-o", str(Path(folder, "out.o"))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            return [], f"{name} for sm_{number}:\n{done.stderr}"
+        kernels = parse_ptxas(name, number, done.stderr)
+        if nvdisasm is None or not kernels:
+            return kernels, ""
+        (cubin,) = Path(folder).glob("*.cubin")
+        done = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        return [], f"{name} for sm_{arch}:\n{done.stderr}"
-    return parse_ptxas(name, arch, done.stderr), ""
+        return kernels, f"nvdisasm on {name} for sm_{number}:\n{done.stderr}"
+    counts = parse_sass(done.stdout)
+    return [kernel._replace(instructions=dict(counts[kernel.symbol])) for kernel in kernels], ""
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", action="append", help="for example 80 or 90a; may be given several times")
-    parser.add_argument("--json", type=Path, help="write the table there too")
-    arguments = parser.parse_args()
-    nvcc = find_nvcc()
-    if nvcc is None:
-        print("compile check: nvcc was not found (CUDA_HOME, PATH, or pip install cuda-toolkit[nvcc,...])")
-        return 1
-    sources = sorted((ROOT / "csrc").rglob("*.cu"))
-    jobs = [(source, arch) for arch in arguments.arch or ["90a"] for source in sources]
-    start = time.perf_counter()
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        results = list(pool.map(lambda job: compile_one(nvcc, *job), jobs))
-    kernels = [kernel for found, _ in results for kernel in found]
-    errors = [error for _, error in results if error]
+def excesses(kernel: Kernel, budget: Budget) -> list[str]:
+    """What one kernel uses beyond its budget."""
+    found = [
+        f"{used} {field.replace('_', ' ')}, budget {most}"
+        for field, most in budget._asdict().items()
+        if (used := getattr(kernel, field)) > most
+    ]
+    counts = kernel.instructions or {}
+    local = counts.get("LDL", 0) + counts.get("STL", 0)
+    if local and budget.stack_bytes == 0:
+        found.append(f"{local} accesses of local memory (LDL, STL), budget 0")
+    return found
+
+
+def compare(kernels: list[Kernel], budgets: Mapping[str, Budget], everything: bool) -> list[str]:
+    """What is wrong with the kernels or the budgets. everything: no kernel is missing from the list."""
+    problems = []
+    for kernel in kernels:
+        budget = budgets.get(bare_name(kernel.name))
+        found = [f"{kernel.spill_bytes} bytes of spills"] if kernel.spill_bytes else []
+        found += excesses(kernel, budget) if budget else []
+        problems += [f"{kernel.name} for sm_{kernel.arch}: {what}" for what in found]
+    names = {bare_name(kernel.name) for kernel in kernels}
+    problems += [
+        f"{name} has no budget: declare one in tests/kernel_budgets.py" for name in sorted(names - budgets.keys())
+    ]
+    unused = sorted(budgets.keys() - names) if everything else []
+    return problems + [f"tests/kernel_budgets.py: no kernel is called {name}" for name in unused]
+
+
+def print_tables(kernels: list[Kernel]) -> None:
     print(f"{'arch':<6}{'regs':>5}{'smem':>7}{'stack':>7}{'spills':>7}  kernel")
     for kernel in kernels:
         row = f"{kernel.registers:>5}{kernel.shared_bytes:>7}{kernel.stack_bytes:>7}{kernel.spill_bytes:>7}"
         print(f"{kernel.arch:<6}{row}  {kernel.name}")
+    counted = [(kernel, kernel.instructions) for kernel in kernels if kernel.instructions is not None]
+    possible = [*INSTRUCTIONS, *(f"{base}.{width}" for base in GLOBAL_ACCESSES for width in WIDTHS)]
+    columns = [column for column in possible if any(counts.get(column) for _, counts in counted)]
+    if not columns:
+        return
+    print(f"\n{'arch':<6}{''.join(f'{column:>9}' for column in columns)}  kernel")
+    for kernel, counts in counted:
+        print(f"{kernel.arch:<6}{''.join(f'{counts.get(column, 0):>9}' for column in columns)}  {kernel.name}")
+
+
+def main(argv: list[str] | None = None, budgets: Mapping[str, Budget] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sources", nargs="*", type=Path, metavar="SOURCE", help="default: all of csrc")
+    parser.add_argument("--arch", action="append", help="for example 80 or 90a (the default); may be given repeatedly")
+    parser.add_argument("--json", type=Path, help="write the tables there too")
+    arguments = parser.parse_args(argv)
+    nvcc = find_nvcc()
+    if nvcc is None:
+        print("compile check: nvcc was not found (CUDA_HOME, PATH, or pip install cuda-toolkit[nvcc,...])")
+        return 1
+    if shutil.which("c++filt") is None:
+        print("compile check: c++filt was not found (binutils)")
+        return 1
+    nvdisasm = find_nvdisasm(nvcc)
+    sources = [path.resolve() for path in arguments.sources] or sorted((ROOT / "csrc").rglob("*.cu"))
+    jobs = [(source, arch) for arch in arguments.arch or ARCHITECTURES for source in sources]
+    start = time.perf_counter()
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        results = list(pool.map(lambda job: compile_one(nvcc, nvdisasm, *job), jobs))
+    seconds = time.perf_counter() - start
+    kernels = [kernel for found, _ in results for kernel in found]
+    problems = [error for _, error in results if error]
+    everything = not problems and not arguments.sources
+    problems += compare(kernels, load("tests/kernel_budgets.py").BUDGETS if budgets is None else budgets, everything)
+    print_tables(kernels)
+    if nvdisasm is None:
+        print("instructions were not counted: nvdisasm was not found (pip install nvidia-cuda-nvdisasm)")
     if arguments.json:
         arguments.json.write_text(json.dumps([kernel._asdict() for kernel in kernels], indent=1))
-    spilled = [kernel.name for kernel in kernels if kernel.spill_bytes]
-    seconds = time.perf_counter() - start
-    print(f"{len(kernels)} kernels of {len(sources)} sources in {seconds:.0f} s, {len(spilled)} with spills")
-    for problem in [*errors, *(f"spills: {name}" for name in spilled)]:
+    print(f"{len(kernels)} kernels of {len(sources)} sources in {seconds:.0f} s, {len(problems)} problems")
+    for problem in problems:
         print(problem, file=sys.stderr)
-    return 1 if errors or spilled or not kernels else 0
+    return 1 if problems or not kernels else 0
 
 
 if __name__ == "__main__":

@@ -8,18 +8,17 @@ import torch
 from fastgen.testing import largest_error
 from tests.emulator import build
 
-pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 
 # Rows of part of a chunk, of part of a warp, of a warp, of a block, and long enough to be split among blocks.
 SHAPES = [(1, 1), (3, 5), (5, 4), (2, 8), (7, 33), (3, 130), (4, 516), (2, 1030), (3, 2048), (1, 9000), (2, 5000)]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    library = build.register("latent", tmp_path_factory.mktemp("emulated"))
-    yield torch.ops.fastgen_emulated
-    library._destroy()
+@pytest.fixture
+def emulated(emulator):
+    build.register()
+    return torch.ops.fastgen_emulated
 
 
 def operands(shape, dtype, prior, aligned):

@@ -16,10 +16,22 @@ struct Launch {
 
 template <typename... Args>
 void launch(const char* name, void (*kernel)(Args...), const Launch& config, Args... args) {
+  // More than this a kernel has to ask for; the device refuses what it has not.
+  constexpr size_t kSharedBytesForAll = 48 * 1024;
+  if (config.shared_bytes > kSharedBytesForAll) {
+    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(config.shared_bytes)),
+               name);
+  }
   void* pointers[] = {&args...};
   check_cuda(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), config.grid, config.block, pointers,
                               config.shared_bytes, config.stream),
              name);
+}
+
+// Writes zeros, in the stream's order.
+inline void fill_zero(void* target, size_t bytes, cudaStream_t stream) {
+  check_cuda(cudaMemsetAsync(target, 0, bytes, stream), "fill_zero");
 }
 
 // Streaming multiprocessors of the current device.

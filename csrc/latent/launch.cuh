@@ -1,6 +1,8 @@
 // Launchers of one storage type; the instantiations define one each.
 #pragma once
 
+#include <initializer_list>
+
 #include "common/dispatch.h"
 #include "device/launch.cuh"
 #include "latent/backward.cuh"

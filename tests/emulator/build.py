@@ -1,45 +1,155 @@
-"""Compiles the CUDA sources of a family with g++ against the host twins, as operators of another namespace."""
+"""Compiles the emulator, the CUDA sources and the sample kernels with a host compiler, by ninja.
+
+What it makes, below build/emulator/:
+    libemulator.so       core/: the scheduler, the checks, the instructions
+    libemulator_torch.so torch_memory.cpp: tensors as device memory
+    <family>.so          a family's .cu files and its api.cpp, unchanged: operators of the namespace fastgen_emulated
+    emulated_kernels.so  a Python module: the emulator's controls, unit kernels and samples
+"""
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import os
 import shutil
 import subprocess
+import sys
+import sysconfig
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 from fastgen import _library
 
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[1] / "csrc"
+ROOT = HERE.parents[1]
+CSRC = ROOT / "csrc"
+OUT = ROOT / "build" / "emulator"
 NAMESPACE = "fastgen_emulated"
 
 
-def compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "g++").split(" ")[0])
+def compiler() -> str:
+    return os.environ.get("CXX", "g++")
 
 
-def build(family: str, folder: Path) -> Path:
-    """The shared library of one family: its .cu files and its api.cpp, unchanged."""
+def why_not() -> str | None:
+    """None where the emulator can be built, else the reason."""
+    if os.name != "posix":
+        return "the emulator needs a POSIX system"
+    if shutil.which(compiler().split(" ")[0]) is None:
+        return f"no C++ compiler ({compiler()})"
+    if ninja() is None:
+        return "ninja was not found (pip install ninja)"
+    return None
+
+
+def ninja() -> str | None:
+    beside = Path(sys.executable).with_name("ninja")
+    return str(beside) if beside.is_file() else shutil.which("ninja")
+
+
+def families() -> list[str]:
+    """The families that have CUDA kernels."""
+    return [name for name in _library.operators() if any((CSRC / name).glob("*.cu"))]
+
+
+def manifest() -> str:
+    """build.ninja."""
+    import pybind11
+
     torch_root = Path(torch.__file__).parent
-    library = folder / f"{family}_emulated.so"
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-w", f"-I{HERE}", f"-I{CSRC}", f"-I{torch_root / 'include'}"]
-    defines = [f"-DFASTGEN_NAMESPACE={NAMESPACE}", "-DFASTGEN_DISPATCH_KEY=CPU"]
-    defines.append("-DTORCH_TARGET_VERSION=0x020a000000000000")
-    kernels = sorted(str(path) for path in (CSRC / family).rglob("*.cu"))
-    api = [str(CSRC / family / "api.cpp"), str(CSRC / "cpu" / "device_scope.cpp")]
-    link = [f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lpthread"]
-    command = [compiler(), *flags, *defines, "-x", "c++", *kernels, *api, "-o", str(library), *link]
-    subprocess.run(command, check=True)
-    return library
+    # Kernels carry a call before each access to memory; -O1 keeps the accesses as they are written.
+    instrument = "-fsanitize=thread -O1"
+    if "clang" not in subprocess.run([*compiler().split(" "), "--version"], capture_output=True, text=True).stdout:
+        instrument += " --param tsan-instrument-func-entry-exit=0"
+    includes = "-Itests/emulator -Itests/emulator/host -Icsrc"
+    torch_flags = f"-isystem {torch_root}/include -isystem {torch_root}/include/torch/csrc/api/include"
+    stable = f"-DFASTGEN_NAMESPACE={NAMESPACE} -DFASTGEN_DISPATCH_KEY=CPU -DTORCH_TARGET_VERSION=0x020a000000000000"
+    python = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']} -fvisibility=hidden"
+    origin, torch_link = "'-Wl,-rpath,$$ORIGIN' -L$out_dir", f"-L{torch_root}/lib -ltorch -ltorch_cpu -lc10"
+    lines = [
+        f"out_dir = {OUT.relative_to(ROOT)}",
+        "builddir = $out_dir",
+        f"cxx = {compiler()}",
+        f"flags = -std=c++20 -g1 -fPIC -Wall -Wno-unknown-pragmas {includes} -ffile-prefix-map={ROOT}=.",
+        "rule cc",
+        "  command = $cxx $flags $extra -MMD -MF $out.d -x c++ -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        "  command = $cxx -shared $in -o $out $libs",
+    ]
+
+    def library(name: str, sources: list[tuple[Path, str]], libs: str, *after: str) -> None:
+        objects = []
+        for source, extra in sources:
+            path = source.relative_to(ROOT)
+            objects.append(f"$out_dir/{name}/{path}.o")
+            lines.extend([f"build {objects[-1]}: cc {path}", f"  extra = {extra}"])
+        needs = " ".join(f"$out_dir/{other}" for other in after)
+        lines.extend([f"build $out_dir/{name}.so: link {' '.join(objects)} | {needs}", f"  libs = {libs}"])
+
+    library("libemulator", [(path, "-O2") for path in sorted((HERE / "core").glob("*.cpp"))], "-ldl")
+    library(
+        "libemulator_torch",
+        [(HERE / "torch_memory.cpp", f"-O1 {torch_flags}")],
+        f"{origin} -lemulator {torch_link}",
+        "libemulator.so",
+    )
+    for family in families():
+        kernels = [(path, instrument) for path in sorted((CSRC / family).rglob("*.cu"))]
+        api = [(path, f"-O1 {torch_flags} {stable}") for path in (CSRC / family / "api.cpp", HERE / "device_scope.cpp")]
+        libs = f"{origin} -lemulator -lemulator_torch {torch_link}"
+        library(family, kernels + api, libs, "libemulator.so", "libemulator_torch.so")
+    samples = [(path, instrument) for path in sorted((HERE / "kernels").glob("*.cu"))]
+    named = "-DFASTGEN_KERNELS_MODULE=emulated_kernels -DFASTGEN_KERNELS_EMULATED"
+    bindings = [(HERE / name, f"-O1 {python} {named}") for name in ("bindings.cpp", "controls.cpp")]
+    library("emulated_kernels", samples + bindings, f"{origin} -lemulator", "libemulator.so")
+    return "\n".join(lines) + "\n"
 
 
-def register(family: str, folder: Path) -> torch.library.Library:
-    """Builds, defines the operators of the family in the namespace, and loads their kernels."""
-    namespace = torch.library.Library(NAMESPACE, "DEF")
-    for name in _library.operators()[family]:
-        schema = str(getattr(torch.ops.fastgen, name).default._schema)
-        namespace.define(schema.partition("::")[2])
-    torch.ops.load_library(str(build(family, folder)))
-    return namespace
+@cache
+def build() -> Path:
+    """The folder with the built libraries."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    path, text = OUT / "build.ninja", manifest()
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
+    done = subprocess.run([str(ninja()), "-f", str(path)], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        complaint = done.stdout[max(done.stdout.find("FAILED"), 0) :]
+        raise RuntimeError(f"the emulator does not build:\n{complaint}{done.stderr}")
+    return OUT
+
+
+@cache
+def module() -> ModuleType:
+    """The Python module of the emulator."""
+    spec = importlib.util.spec_from_file_location("emulated_kernels", build() / "emulated_kernels.so")
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@cache
+def register() -> None:
+    """Adds the backend "emulated": the families with CUDA kernels."""
+    folder = build()
+    _library.add_backend("emulated", NAMESPACE, families())
+    for family in families():
+        torch.ops.load_library(str(folder / f"{family}.so"))
+
+
+@cache
+def allocator() -> ctypes.CDLL:
+    return ctypes.CDLL(str(build() / "libemulator_torch.so"))
+
+
+def track_tensors(on: bool) -> None:
+    """From now on new tensors are (are not) memory that emulated kernels know."""
+    allocator().fastgen_emulator_install_allocator(int(on))

@@ -1,7 +1,10 @@
-// Host twin of csrc/device/launch.cuh: the grid, block by block.
+// Host twin of csrc/device/launch.cuh.
 #pragma once
 
-#include "device/threads.h"
+#include <cstring>
+#include <tuple>
+
+#include "device/language.h"
 
 namespace fastgen::device {
 
@@ -14,27 +17,20 @@ struct Launch {
 
 template <typename... Args>
 void launch(const char* name, void (*kernel)(Args...), const Launch& config, Args... args) {
-  constexpr unsigned kMaxThreads = 1024, kMaxGridY = 65535;
-  if (config.grid.x == 0 || config.grid.y == 0 || config.grid.y > kMaxGridY || config.block.x > kMaxThreads) {
-    throw std::runtime_error(std::string(name) + ": invalid configuration argument");
-  }
-  const int threads = static_cast<int>(config.block.x);
-  for (unsigned y = 0; y < config.grid.y; ++y) {
-    for (unsigned x = 0; x < config.grid.x; ++x) {
-      Block block(threads);
-      std::vector<std::thread> running;
-      for (int thread = 0; thread < threads; ++thread) {
-        running.emplace_back([&, thread] {
-          threadIdx = dim3(thread, 0, 0), blockIdx = dim3(x, y, 0), current_block = &block;
-          kernel(args...);
-          // A thread that has returned no longer counts in any barrier.
-          block.everyone.arrive_and_drop();
-          block.warps[thread / kWarpSize]->arrive_and_drop();
-        });
-      }
-      for (std::thread& thread : running) thread.join();
-    }
-  }
+  struct Call {
+    void (*kernel)(Args...);
+    std::tuple<Args...> args;
+  } call = {kernel, {args...}};
+  const auto run = [](void* given) {
+    const auto& call = *static_cast<const Call*>(given);
+    std::apply(call.kernel, call.args);
+  };
+  emulator::run_grid(name, {config.grid, config.block, config.shared_bytes, run, &call, sizeof(call)});
+}
+
+inline void fill_zero(void* target, size_t bytes, cudaStream_t) {
+  memset(target, 0, bytes);
+  emulator::host_wrote(target, bytes);
 }
 
 // Few, so that small tests see rows that are split among blocks.

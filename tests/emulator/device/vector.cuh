@@ -1,33 +1,24 @@
-// Host twin of csrc/device/vector.cuh. A misaligned access is an error, as on the device.
+// Host twin of csrc/device/vector.cuh.
 #pragma once
 
-#include "cpu/convert.h"
-#include "device/threads.h"
+#include "device/convert.cuh"
+#include "device/language.h"
 
 namespace fastgen::device {
-
-using cpu::from_float;
-using cpu::to_float;
 
 constexpr int kVectorBytes = 16;
 
 template <typename T>
 constexpr int kVectorElements = kVectorBytes / static_cast<int>(sizeof(T));
 
-inline void require_aligned(const void* address) {
-  if (reinterpret_cast<uintptr_t>(address) % kVectorBytes != 0) std::terminate();
+template <typename T>
+__forceinline__ void load_vector(const T* source, T (&elements)[kVectorElements<T>]) {
+  emulator::load(elements, source, kVectorBytes);
 }
 
 template <typename T>
-void load_vector(const T* source, T (&elements)[kVectorElements<T>]) {
-  require_aligned(source);
-  memcpy(elements, source, kVectorBytes);
-}
-
-template <typename T>
-void store_vector(T* target, const T (&elements)[kVectorElements<T>]) {
-  require_aligned(target);
-  memcpy(target, elements, kVectorBytes);
+__forceinline__ void store_vector(T* target, const T (&elements)[kVectorElements<T>]) {
+  emulator::store(target, elements, kVectorBytes);
 }
 
 }  // namespace fastgen::device

@@ -1,0 +1,85 @@
+// The kernels of kernels/ as Python functions over numpy arrays. Compiled for the host and, where nvcc is, for CUDA.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <memory>
+
+#include "device_memory.h"
+#include "kernels/registry.h"
+
+namespace py = pybind11;
+
+namespace fastgen::kernels {
+
+void bind_controls(py::module_& module);  // controls.cpp, on the host only
+
+namespace {
+
+using Three = std::array<unsigned, 3>;
+
+dim3 to_dim3(const Three& size) { return dim3(size[0], size[1], size[2]); }
+
+// Runs a kernel; the result has the shape and dtype of ``out``. With ``initial`` the kernel finds its values there,
+// else memory that nobody wrote.
+py::array run(const std::string& name, Kernel kernel, const Three& grid, const Three& block, size_t shared_bytes,
+              const std::vector<py::array>& inputs, const py::array& out, bool initial,
+              const std::vector<int>& numbers) {
+  Arguments arguments;
+  if (inputs.size() > std::size(arguments.in) || numbers.size() > std::size(arguments.n)) {
+    throw py::value_error("run: at most 3 inputs and 4 numbers");
+  }
+  std::vector<std::unique_ptr<DeviceMemory>> memory;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const py::array dense = py::array::ensure(inputs[i], py::array::c_style);
+    memory.push_back(std::make_unique<DeviceMemory>(dense.data(), dense.nbytes(), true));
+    arguments.in[i] = memory.back()->data();
+  }
+  py::array result(out.dtype(), std::vector<py::ssize_t>(out.shape(), out.shape() + out.ndim()));
+  const py::array start = py::array::ensure(out, py::array::c_style);
+  DeviceMemory target(initial ? start.data() : nullptr, result.nbytes(), false);
+  arguments.out = target.data();
+  for (size_t i = 0; i < numbers.size(); ++i) arguments.n[i] = numbers[i];
+  device::launch(name.c_str(), kernel, {to_dim3(grid), to_dim3(block), shared_bytes, nullptr}, arguments);
+  target.read(result.mutable_data());
+  return result;
+}
+
+py::array run_kernel(const std::string& name, const Three& grid, const Three& block, size_t shared_bytes,
+                     const std::vector<py::array>& inputs, const py::array& out, bool initial,
+                     const std::vector<int>& numbers) {
+  const auto found = kernels().find(name);
+  if (found == kernels().end()) throw py::key_error("no kernel is called " + name);
+  return run(name, found->second, grid, block, shared_bytes, inputs, out, initial, numbers);
+}
+
+py::array run_planted(size_t index, const Three& grid, const Three& block, size_t shared_bytes,
+                      const std::vector<py::array>& inputs, const py::array& out, bool initial,
+                      const std::vector<int>& numbers) {
+  const Planted& one = planted().at(index);
+  return run(one.sample + " (" + one.mistake + ")", one.kernel, grid, block, shared_bytes, inputs, out, initial,
+             numbers);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(FASTGEN_KERNELS_MODULE, module) {
+  module.def("run", run_kernel);
+  module.def("run_planted", run_planted);
+  module.def("kernels", [] {
+    std::vector<std::string> names;
+    for (const auto& [name, kernel] : kernels()) names.push_back(name);
+    return names;
+  });
+  module.def("planted", [] {
+    std::vector<std::tuple<std::string, std::string, std::string>> rows;
+    for (const Planted& one : planted()) rows.emplace_back(one.sample, one.mistake, one.finding);
+    return rows;
+  });
+#if defined(FASTGEN_KERNELS_EMULATED)
+  bind_controls(module);
+#endif
+}
+
+}  // namespace fastgen::kernels

@@ -1,0 +1,251 @@
+// Every access of a kernel to memory: is it allowed, is the memory written, does a barrier order it?
+#include <cstdio>
+#include <cstring>
+
+#include "core/engine.h"
+
+namespace fastgen::emulator {
+
+namespace {
+
+const char* verb(Touch touch) {
+  switch (touch) {
+    case Touch::kRead: return "reads";
+    case Touch::kWrite: return "writes";
+    case Touch::kAtomic: return "updates";
+  }
+  return "";
+}
+
+std::string hex(uintptr_t value) {
+  char buffer[32];
+  snprintf(buffer, sizeof(buffer), "0x%zx", static_cast<size_t>(value));
+  return buffer;
+}
+
+std::string bytes_at(size_t bytes, const std::string& where) { return std::to_string(bytes) + " bytes at " + where; }
+
+}  // namespace
+
+Stamp Engine::stamp(Site site) {
+  if (site != last_site_) {
+    last_site_ = site;
+    const auto [entry, fresh] = site_numbers_.try_emplace(site, static_cast<uint32_t>(sites_.size()));
+    if (fresh) sites_.push_back(site);
+    last_site_number_ = entry->second;
+  }
+  const Thread& thread = self();
+  if (thread.epoch >= Stamp::kEpochs - 1) fail(kind::kDeadlock, "over a million barriers in one block", site);
+  return Stamp::make(thread.index, thread.epoch, block_number, last_site_number_);
+}
+
+Before Engine::before() const {
+  const Thread& thread = *threads[current_index];
+  return {thread.knowledge == nullptr ? nullptr : thread.knowledge->data(), thread.index,
+          block_number % Stamp::kBlocks};
+}
+
+std::string Engine::accessed_by(Stamp stamp) const {
+  const std::string place = stamp.site() < sites_.size() ? source_of(sites_[stamp.site()]) : "an unknown place";
+  if (stamp.block() != block_number % Stamp::kBlocks) {
+    return name_of(stamp.thread()) + " of block number " + std::to_string(stamp.block()) + " at " + place;
+  }
+  return name_of(stamp.thread()) + " at " + place;
+}
+
+size_t Engine::shared_offset(const void* address, size_t bytes, const char* what, Site site) {
+  const auto begin = reinterpret_cast<uintptr_t>(address);
+  if (!shared.holds(begin)) {
+    fail(kind::kOutOfBounds, std::string(what) + ": address " + hex(begin) + " is not in shared memory", site);
+  }
+  const size_t offset = shared.offset(begin);
+  if (shared.part(offset, bytes) == nullptr) {
+    fail(kind::kOutOfBounds, std::string(what) + " touches " + bytes_at(bytes, shared.describe(offset)), site);
+  }
+  return offset;
+}
+
+void Engine::access_shared(size_t offset, size_t bytes, Touch touch, Site site) {
+  if (!options.checks) return;
+  const Conflict conflict = touch_cells(shared.cells(offset), bytes, touch, stamp(site), readers_, before());
+  if (conflict.kind == Conflict::kNone) return;
+  const std::string what =
+      std::string(verb(touch)) + " " + bytes_at(bytes, shared.describe(offset)) +
+      (conflict.offset > 0 ? ", of which byte " + std::to_string(conflict.offset) + " is the first at fault" : "");
+  switch (conflict.kind) {
+    case Conflict::kUnwritten: fail(kind::kUnwritten, what, site);
+    case Conflict::kInFlight: {
+      if (conflict.other.index() >= copies.size()) {
+        fail(kind::kMisuse, what + ", where an mbarrier lies", site);
+      }
+      const Copy& copy = copies[conflict.other.index()];
+      fail(kind::kAsyncCopy, what + ", which a copy is still writing", site,
+           "copied by " + name_of(copy.owner) + " at " + source_of(copy.site) + ", with no wait since");
+    }
+    default:
+      fail(kind::kRace, what, site,
+           std::string(conflict.other_wrote ? "written" : "read") + " by " + accessed_by(conflict.other) +
+               ", with no barrier between");
+  }
+}
+
+void Engine::access(const void* address, size_t bytes, Touch touch, Site site, bool aligned) {
+  const auto begin = reinterpret_cast<uintptr_t>(address);
+  if (aligned && begin % bytes != 0) {
+    const std::string at = shared.holds(begin) ? shared.describe(shared.offset(begin)) : hex(begin);
+    fail(kind::kMisaligned, std::string(verb(touch)) + " " + bytes_at(bytes, at), site);
+  }
+  if (shared.holds(begin)) {
+    maybe_preempt();
+    const size_t offset = shared.offset(begin);
+    if (shared.part(offset, bytes) == nullptr) {
+      fail(kind::kOutOfBounds, std::string(verb(touch)) + " " + bytes_at(bytes, shared.describe(offset)), site);
+    }
+    access_shared(offset, bytes, touch, site);
+    if (options.count_banks) banks.access(running->warp, running->lane, site, offset, bytes);
+    return;
+  }
+  // The arguments of the launch, and the thread's coordinates.
+  const auto inside = [&](const void* from, size_t size) { return begin - reinterpret_cast<uintptr_t>(from) < size; };
+  if (touch == Touch::kRead &&
+      (inside(request->call, request->call_bytes) || inside(&threadIdx, sizeof(dim3)) ||
+       inside(&blockIdx, sizeof(dim3)) || inside(&blockDim, sizeof(dim3)) || inside(&gridDim, sizeof(dim3)))) {
+    return;
+  }
+  maybe_preempt();
+  Allocation* allocation = global.find(begin);
+  if (allocation == nullptr || begin + bytes > allocation->begin + allocation->bytes) {
+    std::string nearest = ", in no memory the kernel was given";
+    if (allocation != nullptr && begin - allocation->begin < allocation->bytes + (1 << 20)) {
+      nearest = ", which is " + std::to_string(begin - allocation->begin) + " bytes from the start of " +
+                std::to_string(allocation->bytes) + " allocated at " + hex(allocation->begin);
+    }
+    for (int i = 0; i < thread_count; ++i) {
+      if (begin - threads[i]->fiber.stack_begin() < Fiber::kStackBytes) {
+        nearest = ", a local variable of " + name_of(i);
+      }
+    }
+    fail(kind::kOutOfBounds, std::string(verb(touch)) + " " + bytes_at(bytes, hex(begin)) + nearest, site);
+  }
+  const size_t offset = begin - allocation->begin;
+  const auto what_memory = [&] {
+    return hex(begin) + ", " + std::to_string(offset) + " bytes into an allocation of " +
+           std::to_string(allocation->bytes);
+  };
+  if (allocation->read_only && touch != Touch::kRead) {
+    fail(kind::kMisuse, std::string(verb(touch)) + " an operand that is to be read only, at " + what_memory(), site);
+  }
+  if (touch != Touch::kRead) check_source_not_in_flight(begin, bytes, site);
+  const Stamp now = stamp(site);
+  const Before ordered = before();
+  for (size_t done = 0; done < bytes;) {
+    const size_t in_page = Allocation::kPageBytes - (offset + done) % Allocation::kPageBytes;
+    const size_t count = std::min(bytes - done, in_page);
+    Cell* cells = global.cells(*allocation, offset + done, launch_number);
+    Conflict conflict = touch_cells(cells, count, touch, now, readers_, ordered);
+    if (conflict.kind == Conflict::kUnwritten) {
+      // A host operator may have filled it: then the poison is gone.
+      const unsigned char* bytes_there = reinterpret_cast<const unsigned char*>(begin + done);
+      if (bytes_there[conflict.offset] != kPoison) {
+        cells[conflict.offset].write = Stamp::before_launch();
+        continue;
+      }
+      fail(kind::kUnwritten, std::string(verb(touch)) + " " + bytes_at(bytes, what_memory()), site);
+    }
+    if (conflict.kind == Conflict::kRace) {
+      fail(kind::kRace, std::string(verb(touch)) + " " + bytes_at(bytes, what_memory()), site,
+           std::string(conflict.other_wrote ? "written" : "read") + " by " + accessed_by(conflict.other) +
+               ", with no barrier between");
+    }
+    done += count;
+  }
+}
+
+void load(void* registers, const void* address, size_t bytes) {
+  Engine& engine = Engine::get();
+  const auto site = reinterpret_cast<Site>(__builtin_return_address(0));
+  if (running != nullptr && engine.options.checks) engine.access(address, bytes, Touch::kRead, site, true);
+  memcpy(registers, address, bytes);
+}
+
+void store(void* address, const void* registers, size_t bytes) {
+  Engine& engine = Engine::get();
+  const auto site = reinterpret_cast<Site>(__builtin_return_address(0));
+  if (running != nullptr && engine.options.checks) engine.access(address, bytes, Touch::kWrite, site, true);
+  memcpy(address, registers, bytes);
+}
+
+void atomic(void* address, size_t bytes, const void* operand, void* old, void (*update)(void*, const void*)) {
+  Engine& engine = Engine::get();
+  const auto site = reinterpret_cast<Site>(__builtin_return_address(0));
+  ++engine.counters->atomics;
+  if (engine.options.checks) engine.access(address, bytes, Touch::kAtomic, site, true);
+  memcpy(old, address, bytes);
+  update(address, operand);
+}
+
+void* dynamic_shared() { return Engine::get().shared.dynamic(); }
+
+void* shared_variable(const void* key, const char* name, size_t bytes, size_t alignment, Where where) {
+  Engine& engine = Engine::get();
+  void* variable = engine.shared.variable(key, name, bytes, alignment);
+  constexpr size_t kMostStatic = 48 * 1024;  // ptxas refuses more
+  if (variable == nullptr || engine.shared.static_bytes() > kMostStatic) {
+    engine.fail(kind::kMisuse, "over 48 KiB of static shared memory", where);
+  }
+  if (engine.shared.static_bytes() + engine.shared.dynamic_bytes() > engine.options.shared_limit) {
+    engine.fail(kind::kMisuse, "static and dynamic shared memory are over the limit of a block", where);
+  }
+  return variable;
+}
+
+}  // namespace fastgen::emulator
+
+// The compiler's own instrumentation (-fsanitize=thread) calls these before every access that the kernels' code
+// makes, but for local variables that it keeps to itself. The thread's own stack is let through.
+namespace {
+
+using fastgen::emulator::Engine;
+using fastgen::emulator::Fiber;
+using fastgen::emulator::running;
+using fastgen::emulator::Site;
+using fastgen::emulator::Touch;
+
+bool checking = true;
+
+inline __attribute__((always_inline)) void hook(void* address, size_t bytes, Touch touch, bool aligned) {
+  if (running == nullptr || !checking) return;
+  if (reinterpret_cast<uintptr_t>(address) - running->fiber.stack_begin() < Fiber::kStackBytes) return;
+  Engine::get().access(address, bytes, touch, reinterpret_cast<Site>(__builtin_return_address(0)), aligned);
+}
+
+}  // namespace
+
+namespace fastgen::emulator {
+void check_accesses(bool on) { checking = on; }
+}  // namespace fastgen::emulator
+
+extern "C" {
+#define FASTGEN_HOOK(bytes)                                                                                \
+  void __tsan_read##bytes(void* address) { hook(address, bytes, Touch::kRead, true); }                     \
+  void __tsan_write##bytes(void* address) { hook(address, bytes, Touch::kWrite, true); }                   \
+  void __tsan_volatile_read##bytes(void* address) { hook(address, bytes, Touch::kRead, true); }            \
+  void __tsan_volatile_write##bytes(void* address) { hook(address, bytes, Touch::kWrite, true); }          \
+  void __tsan_unaligned_read##bytes(void* address) { hook(address, bytes, Touch::kRead, false); }          \
+  void __tsan_unaligned_write##bytes(void* address) { hook(address, bytes, Touch::kWrite, false); }        \
+  void __tsan_unaligned_volatile_read##bytes(void* address) { hook(address, bytes, Touch::kRead, false); } \
+  void __tsan_unaligned_volatile_write##bytes(void* address) { hook(address, bytes, Touch::kWrite, false); }
+FASTGEN_HOOK(1)
+FASTGEN_HOOK(2)
+FASTGEN_HOOK(4)
+FASTGEN_HOOK(8)
+FASTGEN_HOOK(16)
+#undef FASTGEN_HOOK
+void __tsan_read_range(void* address, size_t bytes) { hook(address, bytes, Touch::kRead, false); }
+void __tsan_write_range(void* address, size_t bytes) { hook(address, bytes, Touch::kWrite, false); }
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+// The guard of a function's static variable.
+uint8_t __tsan_atomic8_load(const volatile uint8_t* address, int) { return __atomic_load_n(address, __ATOMIC_ACQUIRE); }
+}

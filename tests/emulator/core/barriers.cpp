@@ -1,0 +1,259 @@
+// Barriers of a block: bar.sync and bar.arrive (PTX ISA, "bar, barrier"), and mbarrier objects (PTX ISA, "mbarrier").
+#include "core/engine.h"
+
+namespace fastgen::emulator {
+
+void Engine::release(Gathering& into) {
+  Thread& thread = self();
+  into.add(thread.knowledge, thread_count, thread.index, thread.epoch);
+  ++thread.epoch;
+}
+
+void Engine::acquire(const Gathering& from) {
+  if (from.empty()) return;
+  Thread& thread = self();
+  Gathering both;
+  both.add(thread.knowledge, thread_count, thread.index, 0);
+  both.add(from);
+  thread.knowledge = both.share();
+}
+
+// ".aligned": all threads of a warp execute the same instruction.
+void Engine::check_alignment_of_warp(const char* what, const Where& where) {
+  const Thread& thread = self();
+  if (exited[thread.warp] != 0) {
+    const int gone = thread.warp * 32 + __builtin_ctz(exited[thread.warp]);
+    fail(kind::kExited, std::string(what) + " needs the whole warp, but " + name_of(gone) + " has returned", where);
+  }
+  for (int other = thread.warp * 32; other < std::min(thread_count, thread.warp * 32 + 32); ++other) {
+    const Thread& neighbour = *threads[other];
+    if (other == thread.index || neighbour.state != Thread::kWaiting || !neighbour.waiting.aligned) continue;
+    const Waiting& waiting = neighbour.waiting;
+    if (waiting.where.line() != where.line() || waiting.what != what ||
+        std::string_view(waiting.where.file_name()) != where.file_name()) {
+      fail(kind::kDivergence, std::string("threads of one warp are in different instructions: ") + what, where,
+           name_of(other) + " is in " + waiting.what + " at " + source_of(waiting.where));
+    }
+  }
+}
+
+namespace {
+
+std::string barrier_name(int id, int threads) {
+  return "barrier " + std::to_string(id) + " of " + std::to_string(threads) + " threads";
+}
+
+// Arrives; the barrier's name. Waits if asked to, until all have arrived.
+void arrive_at(int id, int threads, bool waits, const Where& where) {
+  Engine& engine = Engine::get();
+  Thread& thread = engine.self();
+  const std::string name = barrier_name(id, threads);
+  engine.check_alignment_of_warp(name.c_str(), where);
+  Barrier& barrier = engine.barriers[id];
+  if (barrier.arrived == 0) {
+    barrier.expected = threads, barrier.first = where;
+  } else if (barrier.expected != threads) {
+    engine.fail(kind::kMisuse, name + " is in use with " + std::to_string(barrier.expected) + " threads", where,
+                "first at " + source_of(barrier.first));
+  }
+  if (!barrier.participants.insert(thread.index).second) {
+    engine.fail(kind::kMisuse, "the thread arrives twice in one phase of " + name, where);
+  }
+  ++barrier.arrived;
+  engine.release(barrier.gathered);
+  if (barrier.arrived == barrier.expected) {
+    const Knowledge all = barrier.gathered.share();
+    for (const int waiting : barrier.waiting) {
+      engine.threads[waiting]->knowledge = all;
+      engine.wake(waiting);
+    }
+    if (waits) thread.knowledge = all;
+    barrier = {};
+  } else if (waits) {
+    barrier.waiting.push_back(thread.index);
+    engine.wait({name, where, true});
+  }
+}
+
+void check_named(int id, int threads, const char* what, const Where& where) {
+  Engine& engine = Engine::get();
+  constexpr int kBarriers = 16;
+  const int most = engine.warp_count * 32;
+  if (id < 0 || id >= kBarriers || threads <= 0 || threads % 32 != 0 || threads > most) {
+    engine.fail(kind::kMisuse,
+                std::string(what) + ": expected a barrier from 0 to 15 and a multiple of 32 threads up to " +
+                    std::to_string(most) + ", got barrier " + std::to_string(id) + " of " + std::to_string(threads),
+                where);
+  }
+}
+
+}  // namespace
+
+void sync_block(Where where) {
+  Engine& engine = Engine::get();
+  if (engine.left_out("sync_block", where)) return;
+  for (int warp = 0; warp < engine.warp_count; ++warp) {
+    if (engine.exited[warp] == 0) continue;
+    const int gone = warp * 32 + __builtin_ctz(engine.exited[warp]);
+    engine.fail(kind::kExited, "sync_block waits for the whole block, but " + engine.name_of(gone) + " has returned",
+                where);
+  }
+  if (running->index == 0) ++engine.counters->block_barriers;
+  arrive_at(0, engine.thread_count, true, where);
+}
+
+void sync_named(int id, int threads, Where where) {
+  Engine& engine = Engine::get();
+  if (engine.left_out("sync_named", where)) return;
+  check_named(id, threads, "sync_named", where);
+  if (running->lane == 0) ++engine.counters->block_barriers;
+  arrive_at(id, threads, true, where);
+}
+
+void arrive_named(int id, int threads, Where where) {
+  Engine& engine = Engine::get();
+  if (engine.left_out("arrive_named", where)) return;
+  check_named(id, threads, "arrive_named", where);
+  arrive_at(id, threads, false, where);
+}
+
+// --------------------------------------------------------------------------------------------------
+// mbarrier
+
+namespace {
+
+constexpr size_t kMbarrierBytes = 8;
+constexpr int kMostArrivals = (1 << 20) - 1;
+constexpr uint64_t kMbarrierMark = uint64_t{1} << 60;  // in the cells of an mbarrier: not an index of a copy
+
+Site caller(void* address) { return reinterpret_cast<Site>(address); }
+
+}  // namespace
+
+Mbarrier& Engine::mbarrier(const void* address, const char* what, Site site) {
+  if (reinterpret_cast<uintptr_t>(address) % kMbarrierBytes != 0) {
+    fail(kind::kMisaligned, std::string(what) + ": an mbarrier lies at a multiple of 8 bytes", site);
+  }
+  const size_t offset = shared_offset(address, kMbarrierBytes, what, site);
+  const auto entry = mbarriers.find(offset);
+  if (entry == mbarriers.end()) {
+    fail(kind::kUnwritten, std::string(what) + ": no mbarrier was initialised at " + shared.describe(offset), site);
+  }
+  if (!before()(entry->second.initialised)) {
+    fail(kind::kRace, std::string(what) + ": the initialisation of the mbarrier at " + shared.describe(offset), site,
+         "by " + accessed_by(entry->second.initialised) + " is not ordered before by a barrier");
+  }
+  return entry->second;
+}
+
+void Engine::complete_if_done(Mbarrier& barrier) {
+  if (barrier.pending != 0 || barrier.bytes != 0) return;
+  ++barrier.phase;
+  barrier.pending = barrier.expected;
+  if (!barrier.current.empty()) barrier.completed.add(barrier.current);
+  barrier.current.clear();
+  for (const int thread : barrier.waiting) wake(thread);
+  barrier.waiting.clear();
+}
+
+void Engine::arrive(Mbarrier& barrier, const Gathering& gathered, int count, const char* what, Site site) {
+  if (barrier.pending < count) {
+    fail(kind::kMisuse,
+         std::string(what) + ": more arrivals than the " + std::to_string(barrier.expected) +
+             " that the mbarrier expects in a phase",
+         site);
+  }
+  barrier.current.add(gathered);
+  barrier.pending -= count;
+  complete_if_done(barrier);
+}
+
+void mbarrier_init(void* address, int count, Where where) {
+  Engine& engine = Engine::get();
+  const Site site = caller(__builtin_return_address(0));
+  if (engine.left_out("mbarrier_init", where)) return;
+  if (reinterpret_cast<uintptr_t>(address) % kMbarrierBytes != 0) {
+    engine.fail(kind::kMisaligned, "mbarrier_init: an mbarrier lies at a multiple of 8 bytes", site);
+  }
+  const size_t offset = engine.shared_offset(address, kMbarrierBytes, "mbarrier_init", site);
+  if (count < 1 || count > kMostArrivals) {
+    engine.fail(kind::kMisuse, "mbarrier_init: expected 1 to 2^20 - 1 arrivals, got " + std::to_string(count), site);
+  }
+  if (engine.mbarriers.contains(offset)) {
+    engine.fail(kind::kMisuse, "mbarrier_init: there is an mbarrier already; invalidate it first", site);
+  }
+  engine.access_shared(offset, kMbarrierBytes, Touch::kWrite, site);
+  for (size_t i = 0; i < kMbarrierBytes; ++i) engine.shared.cells(offset)[i] = {Stamp::reference(kMbarrierMark), {}};
+  Mbarrier& barrier = engine.mbarriers[offset];
+  barrier.initialised = engine.stamp(site);
+  barrier.expected = barrier.pending = count;
+}
+
+void mbarrier_invalidate(void* address, Where where) {
+  Engine& engine = Engine::get();
+  const Site site = caller(__builtin_return_address(0));
+  if (engine.left_out("mbarrier_invalidate", where)) return;
+  engine.mbarrier(address, "mbarrier_invalidate", site);
+  const size_t offset = engine.shared.offset(reinterpret_cast<uintptr_t>(address));
+  engine.mbarriers.erase(offset);
+  for (size_t i = 0; i < kMbarrierBytes; ++i) engine.shared.cells(offset)[i] = {engine.stamp(site), {}};
+}
+
+void mbarrier_expect(void* address, int64_t bytes, Where where) {
+  Engine& engine = Engine::get();
+  if (engine.left_out("mbarrier_expect", where)) return;
+  engine.maybe_preempt();
+  engine.mbarrier(address, "mbarrier_expect", caller(__builtin_return_address(0))).bytes += bytes;
+}
+
+void mbarrier_complete(void* address, int64_t bytes, Where where) {
+  Engine& engine = Engine::get();
+  if (engine.left_out("mbarrier_complete", where)) return;
+  engine.maybe_preempt();
+  Mbarrier& barrier = engine.mbarrier(address, "mbarrier_complete", caller(__builtin_return_address(0)));
+  barrier.bytes -= bytes;
+  engine.complete_if_done(barrier);
+}
+
+void mbarrier_arrive(void* address, int64_t expected_bytes, Where where) {
+  Engine& engine = Engine::get();
+  const Site site = caller(__builtin_return_address(0));
+  if (engine.left_out("mbarrier_arrive", where)) return;
+  engine.maybe_preempt();
+  Mbarrier& barrier = engine.mbarrier(address, "mbarrier_arrive", site);
+  barrier.bytes += expected_bytes;
+  Gathering mine;
+  engine.release(mine);
+  engine.arrive(barrier, mine, 1, "mbarrier_arrive", site);
+}
+
+// The phase with this parity has completed: it is the one before the current phase.
+bool mbarrier_test(const void* address, int parity, Where where) {
+  Engine& engine = Engine::get();
+  if (engine.left_out("mbarrier_test", where)) return true;
+  engine.maybe_preempt();
+  Mbarrier& barrier = engine.mbarrier(address, "mbarrier_test", caller(__builtin_return_address(0)));
+  running->polled = static_cast<int>(barrier.phase & 1) == (parity & 1);
+  if (!running->polled) {
+    engine.acquire(barrier.completed);
+    return true;
+  }
+  // Asking again right away gives the same answer: others go first.
+  engine.polling.push_back(running->index);
+  engine.wait({"mbarrier_test", where});
+  return false;
+}
+
+void mbarrier_wait(const void* address, int parity, Where where) {
+  Engine& engine = Engine::get();
+  if (engine.left_out("mbarrier_wait", where)) return;
+  engine.maybe_preempt();
+  for (;;) {
+    Mbarrier& barrier = engine.mbarrier(address, "mbarrier_wait", caller(__builtin_return_address(0)));
+    if (static_cast<int>(barrier.phase & 1) != (parity & 1)) return engine.acquire(barrier.completed);
+    barrier.waiting.push_back(running->index);
+    engine.wait({"mbarrier_wait for parity " + std::to_string(parity & 1), where});
+  }
+}
+
+}  // namespace fastgen::emulator

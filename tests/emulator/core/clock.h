@@ -1,0 +1,42 @@
+// What a thread knows of the others: vector clocks (Lamport 1978; Mattern 1989; FastTrack, Flanagan and Freund 2009).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace fastgen::emulator {
+
+// An access of thread u in epoch e comes before what a thread does now if knowledge[u] >= e.
+using Knowledge = std::shared_ptr<const std::vector<uint32_t>>;
+
+// The knowledge of several threads together, gathered as they arrive somewhere.
+class Gathering {
+ public:
+  void add(const Knowledge& knowledge, int threads, int thread, uint32_t epoch) {
+    if (epochs_.empty()) epochs_.assign(threads, 0);
+    if (knowledge != nullptr && knowledge != last_) {
+      for (int i = 0; i < threads; ++i) epochs_[i] = std::max(epochs_[i], (*knowledge)[i]);
+      last_ = knowledge;
+    }
+    epochs_[thread] = std::max(epochs_[thread], epoch);
+  }
+  void add(const Gathering& other) {
+    if (epochs_.empty()) epochs_.assign(other.epochs_.size(), 0);
+    for (size_t i = 0; i < other.epochs_.size(); ++i) epochs_[i] = std::max(epochs_[i], other.epochs_[i]);
+  }
+  bool empty() const { return epochs_.empty(); }
+  const std::vector<uint32_t>& epochs() const { return epochs_; }
+  Knowledge share() const { return std::make_shared<const std::vector<uint32_t>>(epochs_); }
+  void clear() {
+    epochs_.clear();
+    last_ = nullptr;
+  }
+
+ private:
+  std::vector<uint32_t> epochs_;
+  Knowledge last_;  // added already; held, so that its address is not used again
+};
+
+}  // namespace fastgen::emulator

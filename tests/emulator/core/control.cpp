@@ -1,0 +1,56 @@
+#include "core/control.h"
+
+#include "core/engine.h"
+
+namespace fastgen::emulator {
+
+void check_accesses(bool on);  // access.cpp
+
+namespace {
+thread_local int operators_running = 0;
+}  // namespace
+
+void enter_operator() { ++operators_running; }
+void leave_operator() { --operators_running; }
+bool in_operator() { return operators_running > 0; }
+
+void configure(const Options& options) {
+  Engine& engine = Engine::get();
+  engine.options = options;
+  engine.launch_number = 0;
+  engine.sites_seen.clear();
+  engine.forget_calls();
+  check_accesses(options.checks);
+}
+
+const Options& options() { return Engine::get().options; }
+
+std::vector<std::string> sites() { return Engine::get().sites_seen; }
+
+Statistics statistics() { return Engine::get().statistics; }
+
+void clear_statistics() { Engine::get().statistics.clear(); }
+
+void add_memory(const void* begin, size_t bytes, bool fresh, bool read_only) {
+  const std::lock_guard lock(Engine::get().mutex);
+  Engine::get().global.add(begin, bytes, fresh, read_only);
+}
+
+void remove_memory(const void* begin) {
+  const std::lock_guard lock(Engine::get().mutex);
+  Engine::get().global.remove(begin);
+}
+
+std::string ranges(const std::vector<int>& numbers) {
+  std::string text = numbers.size() == 1 ? "thread " : "threads ";
+  for (size_t i = 0; i < numbers.size();) {
+    size_t last = i;
+    while (last + 1 < numbers.size() && numbers[last + 1] == numbers[last] + 1) ++last;
+    text += (i == 0 ? "" : ", ") + std::to_string(numbers[i]);
+    if (last > i) text += "-" + std::to_string(numbers[last]);
+    i = last + 1;
+  }
+  return text;
+}
+
+}  // namespace fastgen::emulator

@@ -1,0 +1,46 @@
+// How a test steers the emulator.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace fastgen::emulator {
+
+struct Options {
+  uint64_t seed = 0;                 // of the schedule; each launch draws its own from it
+  bool checks = true;                // of memory accesses; synchronisation is always checked
+  bool count_banks = true;           // of shared memory, per kernel
+  std::string leave_out;             // a synchronising call to skip, as in sites()
+  size_t shared_limit = 227 * 1024;  // dynamic + static bytes a block may have: compute capability 9.0
+};
+
+// Counted per kernel name, summed over launches.
+struct Counters {
+  uint64_t launches = 0, blocks = 0, block_barriers = 0, warp_barriers = 0, shuffles = 0, matrix_products = 0,
+           matrix_loads = 0, async_copies = 0, atomics = 0;
+  // Warp-wide shared-memory accesses, the passes they need over the 32 banks, and those needed without conflicts.
+  uint64_t shared_accesses = 0, shared_passes = 0, shared_passes_least = 0;
+};
+using Statistics = std::map<std::string, Counters>;
+
+// Sets the options and starts counting launches (which choose schedules) from 0 again.
+void configure(const Options& options);
+const Options& options();
+// Synchronising calls met since configure(): "sync_block csrc/common/reduce.cuh:32".
+std::vector<std::string> sites();
+Statistics statistics();
+void clear_statistics();
+
+// Around the host code of an operator. What is allocated meanwhile, its outputs and workspaces, is fresh memory.
+void enter_operator();
+void leave_operator();
+bool in_operator();
+
+// Memory that kernels may touch. ``fresh``: its bytes count as never written.
+void add_memory(const void* begin, size_t bytes, bool fresh, bool read_only = false);
+void remove_memory(const void* begin);
+
+}  // namespace fastgen::emulator

@@ -1,0 +1,79 @@
+// What the host twins of csrc/device/ are made of. Everything here may be called by a kernel or a launcher.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <source_location>
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+using cudaStream_t = void*;
+
+// Of the running thread.
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace fastgen::emulator {
+
+using Where = std::source_location;
+
+struct LaunchRequest {
+  dim3 grid, block;
+  size_t shared_bytes = 0;
+  void (*run)(void* call) = nullptr;  // calls the kernel
+  void* call = nullptr;               // its arguments
+  size_t call_bytes = 0;
+};
+
+// Runs the kernel to its end. Throws Finding, or std::runtime_error where CUDA would refuse the launch.
+void run_grid(const char* name, const LaunchRequest& request);
+// The host has written this device memory.
+void host_wrote(const void* begin, size_t bytes);
+
+// Threads of a warp.
+enum class Shuffle { kXor, kUp, kDown, kIndex };
+uint32_t shuffle(Shuffle mode, uint32_t mask, uint32_t value, int operand, Where where);
+uint32_t ballot(uint32_t mask, bool predicate, Where where);
+void sync_warp(uint32_t mask, Where where);
+
+// Threads of a block.
+void sync_block(Where where);
+void sync_named(int id, int threads, Where where);
+void arrive_named(int id, int threads, Where where);
+
+// Shared memory.
+void* dynamic_shared();
+void* shared_variable(const void* key, const char* name, size_t bytes, size_t alignment, Where where);
+
+// Accesses of a given width, to global or shared memory: must be aligned to it.
+void load(void* registers, const void* address, size_t bytes);
+void store(void* address, const void* registers, size_t bytes);
+
+// Atomic read-modify-write: update(address, operand) changes the memory, the old value is returned in ``old``.
+void atomic(void* address, size_t bytes, const void* operand, void* old, void (*update)(void*, const void*));
+
+// cp.async
+void async_copy(void* target, const void* source, int bytes, int valid, Where where);
+void async_copy_commit(Where where);
+void async_copy_wait(int groups_left, Where where);  // -1: also those not committed
+void async_copy_arrive(void* mbarrier, Where where);
+
+// mbarrier
+void mbarrier_init(void* mbarrier, int count, Where where);
+void mbarrier_invalidate(void* mbarrier, Where where);
+void mbarrier_arrive(void* mbarrier, int64_t expected_bytes, Where where);
+void mbarrier_expect(void* mbarrier, int64_t bytes, Where where);
+void mbarrier_complete(void* mbarrier, int64_t bytes, Where where);
+bool mbarrier_test(const void* mbarrier, int parity, Where where);
+void mbarrier_wait(const void* mbarrier, int parity, Where where);
+
+// ldmatrix and stmatrix: 8x8 matrices of 16-bit elements, one row address a lane.
+void load_matrices(uint32_t* registers, const void* row, int matrices, bool transposed, Where where);
+void store_matrices(void* row, const uint32_t* registers, int matrices, bool transposed, Where where);
+
+// d += a b. Fragments as in the PTX ISA; see matrix.cpp.
+enum class Element { kFloat16, kBFloat16, kTFloat32 };
+void multiply(Element element, float* d, const uint32_t* a, const uint32_t* b, Where where);
+
+}  // namespace fastgen::emulator

@@ -1,0 +1,219 @@
+// The state of a running kernel: its block, warps and threads. Used by the parts of the emulator only.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <mutex>
+#include <random>
+#include <set>
+#include <string>
+#include <tuple>
+#include <unordered_map>
+#include <vector>
+
+#include "core/banks.h"
+#include "core/clock.h"
+#include "core/control.h"
+#include "core/emulator.h"
+#include "core/fiber.h"
+#include "core/memory.h"
+#include "core/report.h"
+
+namespace fastgen::emulator {
+
+// Why a thread does not run.
+struct Waiting {
+  std::string what;  // "barrier 1 of 64 threads"
+  Where where;
+  bool aligned = false;  // the instruction asks that the whole warp executes it
+};
+
+struct Thread {
+  Fiber fiber;
+  int index = 0, warp = 0, lane = 0;
+  dim3 position;
+  enum { kReady, kWaiting, kExited } state = kReady;
+  Waiting waiting;
+  Knowledge knowledge;
+  uint32_t epoch = 1;
+  // Asynchronous copies (indices into Engine::copies): not committed, and committed group by group.
+  std::vector<size_t> open_copies;
+  std::deque<std::vector<size_t>> groups;
+  bool polled = false;
+};
+
+struct Meeting;
+
+// An instruction that lanes of a warp execute together.
+struct WarpInstruction {
+  const char* name;
+  bool aligned;    // the whole warp executes this very instruction
+  bool needs_all;  // also lanes that have exited
+  void (*run)(Meeting&);
+};
+
+struct Meeting {
+  const WarpInstruction* instruction;
+  uint64_t operands;  // what all lanes must agree on
+  uint32_t mask = 0, arrived = 0;
+  Where where;
+  void* lanes[32] = {};  // each lane's operands and results, of a type that the instruction knows
+};
+
+struct Barrier {
+  int expected = 0, arrived = 0;
+  Gathering gathered;
+  std::vector<int> waiting;
+  std::set<int> participants;
+  Where first;
+};
+
+struct Mbarrier {
+  Stamp initialised;
+  int expected = 0, pending = 0;
+  int64_t bytes = 0;  // expected by transactions, not yet complete
+  uint64_t phase = 0;
+  Gathering current, completed;
+  std::vector<int> waiting;
+};
+
+struct Copy {
+  int owner = 0;
+  uintptr_t source = 0;
+  size_t target = 0;  // offset in shared memory
+  int bytes = 0, valid = 0;
+  Site site = 0;
+  bool landed = false, visible = false;
+  size_t place = 0;  // in Engine::flying, until visible
+};
+
+// Something that the hardware does in its own time; every event has happened before a deadlock is called one.
+struct Event {  // cp.async.mbarrier.arrive: the thread's copies are complete
+  int thread = 0;
+  size_t mbarrier = 0;
+  uint32_t epoch = 0;
+  Knowledge knowledge;
+  std::vector<size_t> copies;
+  Site site = 0;
+};
+
+class Engine {
+ public:
+  static Engine& get();
+
+  // --- scheduler.cpp
+  void run_grid(const char* name, const LaunchRequest& request);
+  void thread_main();
+  void yield();                       // lets others run
+  void maybe_preempt();               // perhaps
+  void wait(const Waiting& waiting);  // until woken
+  void wake(int thread);
+  [[noreturn]] void fail(const char* kind, const std::string& what, Site site, const std::string& more = "");
+  [[noreturn]] void fail(const char* kind, const std::string& what, const Where& where, const std::string& more = "");
+  bool chance(uint32_t one_in) { return one_in != 0 && random_() % one_in == 0; }
+  std::string name_of(int thread) const;
+  void forget_calls() { calls_.clear(); }
+  // Remembers a synchronising call; true if it is the one to leave out (see control.h).
+  bool left_out(const char* what, const Where& where);
+
+  // --- access.cpp
+  void access(const void* address, size_t bytes, Touch touch, Site site, bool aligned);
+  Stamp stamp(Site site);
+  Before before() const;
+  std::string accessed_by(Stamp stamp) const;
+  // Accesses to shared memory by offset, on behalf of a thread.
+  size_t shared_offset(const void* address, size_t bytes, const char* what, Site site);
+  void access_shared(size_t offset, size_t bytes, Touch touch, Site site);
+
+  // --- warp.cpp
+  // Waits for the lanes of the mask, then the last of them runs the instruction for all.
+  void meet(const WarpInstruction& instruction, uint64_t operands, uint32_t mask, void* lane, const Where& where);
+  void finish(Meeting& meeting, int warp);
+
+  // --- barriers.cpp
+  void release(Gathering& into);  // what the thread did until now is part of it
+  void acquire(const Gathering& from);
+  void check_alignment_of_warp(const char* what, const Where& where);
+  Mbarrier& mbarrier(const void* address, const char* what, Site site);
+  void arrive(Mbarrier& barrier, const Gathering& gathered, int count, const char* what, Site site);
+  void complete_if_done(Mbarrier& barrier);
+
+  // --- async_copy.cpp
+  void land(size_t copy);
+  void make_visible(const std::vector<size_t>& copies, int owner, uint32_t epoch);
+  void land_some();
+  void forget_copies();
+  void happen(size_t event);
+  void check_source_not_in_flight(uintptr_t address, size_t bytes, Site site);
+
+  Thread& self() { return *threads[current_index]; }
+  uint32_t lanes_of(int warp) const;  // all lanes that the warp has
+
+  std::mutex mutex;  // held while a kernel runs, and while memory comes and goes
+  Options options;
+  GlobalMemory global;
+  Statistics statistics;
+  std::vector<std::string> sites_seen;  // of synchronising calls, in order of appearance
+
+  // Of the running grid and block.
+  const LaunchRequest* request = nullptr;
+  std::string kernel;
+  Counters* counters = nullptr;
+  uint64_t launch_number = 0, launch_seed = 0, block_number = 0;
+  SharedMemory shared;
+  std::vector<std::unique_ptr<Thread>> threads;  // kept from block to block; the first thread_count are in use
+  int thread_count = 0, warp_count = 0, live = 0, current_index = 0;
+  std::vector<std::vector<Meeting*>> meetings;  // by warp
+  Barrier barriers[16];
+  std::map<size_t, Mbarrier> mbarriers;  // by offset in shared memory
+  std::vector<Copy> copies;
+  std::vector<size_t> flying;                              // copies not visible yet
+  uintptr_t sources_begin = UINTPTR_MAX, sources_end = 0;  // bounds of what those read
+  std::vector<Event> events;
+  std::vector<int> polling;  // threads that asked, were told no, and would ask again
+  uint32_t exited[32] = {};
+  BankCounter banks;
+
+ private:
+  void run_block(uint64_t number);
+  void reset_block();
+  int choose();
+  void choose_strategy();
+  [[noreturn]] void stuck();
+  [[noreturn]] void fail_at(const char* kind, const std::string& what, const std::string& place,
+                            const std::string& more);
+  std::string replay_hint() const;
+  void lane_exited(int warp, uint32_t lane);  // warp.cpp
+  [[noreturn]] void abandon(const std::string& report);
+  std::string header(const char* kind, const std::string& what) const;
+  void check_limits(const char* name, const LaunchRequest& request) const;
+  void thread_exited();
+
+  Fiber scheduler_;
+  std::mt19937 random_{0};
+  uint32_t ready_[32] = {}, ready_warps_ = 0;
+  enum { kRandom, kAscending, kDescending, kOneWarpAhead } order_ = kRandom;
+  int warp_rank_[32] = {};
+  uint32_t preempt_one_in_ = 0;
+  std::string failure_;
+  bool failed_ = false;
+  uint64_t switches_ = 0;
+  std::unordered_map<Site, uint32_t> site_numbers_;
+  std::vector<Site> sites_;
+  Readers readers_;
+  std::map<std::tuple<const char*, const char*, unsigned>, bool> calls_;  // synchronising calls: left out or not
+  uint32_t accesses_in_a_row_ = 0;
+  Site last_site_ = 0;
+  uint32_t last_site_number_ = 0;
+
+ public:
+  enum { kEarly, kLate, kWhenever } landing = kLate;
+};
+
+extern Thread* running;  // null outside a kernel
+
+// "threads 0-31, 64" of ascending numbers.
+std::string ranges(const std::vector<int>& numbers);
+
+}  // namespace fastgen::emulator

@@ -1,0 +1,319 @@
+// Runs the threads of a block one at a time, in an order that a seed chooses to be unpleasant.
+#include <algorithm>
+#include <bit>
+#include <numeric>
+
+#include "core/engine.h"
+
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace fastgen::emulator {
+
+Thread* running = nullptr;
+
+namespace {
+
+// A schedule that takes turns for this long is stuck, however busy it looks.
+constexpr uint64_t kMostSwitches = uint64_t{1} << 27;
+// From here on every thread gets its turn, so that a thread that polls meets the one it waits for.
+constexpr uint64_t kSwitchesUntilFair = 1 << 17;
+constexpr uint64_t kMostFutilePolls = 1000;
+
+uint64_t mix(uint64_t a, uint64_t b) {  // splitmix64
+  uint64_t x = a + 0x9E3779B97F4A7C15u * (b + 1);
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+  return x ^ (x >> 31);
+}
+
+int nth_set_bit(uint32_t bits, uint32_t n) {
+  for (; n > 0; --n) bits &= bits - 1;
+  return std::countr_zero(bits);
+}
+
+std::string text(const dim3& at) {
+  return "(" + std::to_string(at.x) + ", " + std::to_string(at.y) + ", " + std::to_string(at.z) + ")";
+}
+
+}  // namespace
+
+Engine& Engine::get() {
+  static Engine engine;
+  return engine;
+}
+
+void run_grid(const char* name, const LaunchRequest& request) {
+  const std::lock_guard lock(Engine::get().mutex);
+  Engine::get().run_grid(name, request);
+}
+
+void host_wrote(const void* begin, size_t bytes) {
+  const std::lock_guard lock(Engine::get().mutex);
+  Engine::get().global.settle(reinterpret_cast<uintptr_t>(begin), bytes);
+}
+
+void Engine::check_limits(const char* name, const LaunchRequest& r) const {
+  const auto refuse = [&](const char* error, const std::string& detail) {
+    throw std::runtime_error(std::string(name) + ": " + error + " (" + detail + ")");
+  };
+  constexpr unsigned kMostX = 2147483647, kMostYZ = 65535, kMostThreads = 1024, kMostDepth = 64;
+  const uint64_t block_threads = uint64_t{r.block.x} * r.block.y * r.block.z;
+  if (block_threads == 0 || block_threads > kMostThreads || r.block.z > kMostDepth) {
+    refuse("invalid configuration argument", "block " + text(r.block) + ", at most 1024 threads, 64 in z");
+  }
+  if (uint64_t{r.grid.x} * r.grid.y * r.grid.z == 0 || r.grid.x > kMostX || std::max(r.grid.y, r.grid.z) > kMostYZ) {
+    refuse("invalid configuration argument", "grid " + text(r.grid) + ", at most (2147483647, 65535, 65535)");
+  }
+  if (r.shared_bytes > options.shared_limit) {
+    refuse("invalid argument", std::to_string(r.shared_bytes) + " bytes of dynamic shared memory, at most " +
+                                   std::to_string(options.shared_limit));
+  }
+}
+
+void Engine::run_grid(const char* name, const LaunchRequest& r) {
+  check_limits(name, r);
+  request = &r;
+  kernel = name;
+  ++launch_number;
+  launch_seed = mix(options.seed, launch_number);
+  random_.seed(static_cast<uint32_t>(launch_seed));
+  gridDim = r.grid, blockDim = r.block;
+  thread_count = static_cast<int>(r.block.x * r.block.y * r.block.z);
+  warp_count = (thread_count + 31) / 32;
+  while (static_cast<int>(threads.size()) < thread_count) threads.push_back(std::make_unique<Thread>());
+  std::vector<uint64_t> blocks(uint64_t{r.grid.x} * r.grid.y * r.grid.z);
+  std::iota(blocks.begin(), blocks.end(), 0);
+  std::shuffle(blocks.begin(), blocks.end(), random_);
+  counters = &statistics[kernel];
+  ++counters->launches, counters->blocks += blocks.size();
+  struct Done {
+    Engine& engine;
+    ~Done() {
+      running = nullptr, engine.request = nullptr;
+      engine.readers_.clear();
+    }
+  } done{*this};
+  for (const uint64_t block : blocks) run_block(block);
+}
+
+void Engine::reset_block() {
+  shared.reset(request->shared_bytes);
+  readers_.clear();
+  meetings.resize(32);
+  for (auto& of_warp : meetings) of_warp.clear();
+  for (Barrier& barrier : barriers) barrier = {};
+  forget_copies();
+  mbarriers.clear(), events.clear(), polling.clear(), banks.clear();
+  std::fill(std::begin(exited), std::end(exited), 0);
+  std::fill(std::begin(ready_), std::end(ready_), 0);
+  ready_warps_ = 0, live = thread_count, failed_ = false, switches_ = 0;
+  for (int i = 0; i < thread_count; ++i) {
+    Thread& thread = *threads[i];
+    thread.index = i, thread.warp = i / 32, thread.lane = i % 32;
+    const unsigned x = i % blockDim.x, y = i / blockDim.x % blockDim.y, z = i / (blockDim.x * blockDim.y);
+    thread.position = dim3(x, y, z);
+    thread.knowledge = nullptr, thread.epoch = 1;
+    thread.open_copies.clear(), thread.groups.clear(), thread.polled = false;
+    thread.fiber.start([] { get().thread_main(); });
+    wake(i);
+  }
+}
+
+void Engine::choose_strategy() {
+  constexpr uint32_t kPreemptions[] = {0, 0, 200, 20};
+  constexpr decltype(order_) kOrders[] = {kRandom, kAscending, kDescending, kOneWarpAhead};
+  constexpr decltype(landing) kLandings[] = {kLate, kEarly, kWhenever};
+  order_ = kOrders[random_() % 4];
+  preempt_one_in_ = kPreemptions[random_() % 4];
+  landing = kLandings[random_() % 3];
+  std::iota(std::begin(warp_rank_), std::end(warp_rank_), 0);
+  std::shuffle(std::begin(warp_rank_), std::end(warp_rank_), random_);
+}
+
+void Engine::run_block(uint64_t number) {
+  block_number = number;
+  blockIdx = dim3(number % gridDim.x, number / gridDim.x % gridDim.y, number / gridDim.x / gridDim.y);
+  reset_block();
+  choose_strategy();
+  uint64_t futile_polls = 0;
+  while (live > 0) {
+    if (ready_warps_ == 0) {
+      if (!events.empty()) {
+        happen(random_() % events.size());
+      } else if (!polling.empty() && ++futile_polls < kMostFutilePolls) {
+        for (const int thread : polling) wake(thread);
+        polling.clear();
+      } else {
+        stuck();
+      }
+      continue;
+    }
+    if (landing == kWhenever) land_some();
+    if (++switches_ == kSwitchesUntilFair) order_ = kRandom;
+    current_index = choose();
+    running = threads[current_index].get();
+    threadIdx = running->position;
+    if (!running->polled) futile_polls = 0;
+    Fiber::change(scheduler_, running->fiber);
+    running = nullptr;
+    if (failed_) throw Finding(failure_);
+    if (switches_ > kMostSwitches) stuck();
+  }
+  // What the hardware still had to do, it does before the block's memory goes to another.
+  while (!events.empty()) happen(0);
+  if (options.count_banks) banks.finish(*counters);
+}
+
+void Engine::thread_main() {
+  request->run(request->call);
+  thread_exited();
+  Fiber::change(running->fiber, scheduler_);
+}
+
+int Engine::choose() {
+  int warp = 0;
+  switch (order_) {
+    case kRandom: warp = nth_set_bit(ready_warps_, random_() % std::popcount(ready_warps_)); break;
+    case kAscending: warp = std::countr_zero(ready_warps_); break;
+    case kDescending: warp = 31 - std::countl_zero(ready_warps_); break;
+    case kOneWarpAhead:
+      for (const int candidate : warp_rank_) {
+        warp = candidate;
+        if ((ready_warps_ >> candidate & 1) != 0) break;
+      }
+      break;
+  }
+  const uint32_t lanes = ready_[warp & 31];
+  if (order_ == kAscending) return warp * 32 + std::countr_zero(lanes);
+  if (order_ == kDescending) return warp * 32 + 31 - std::countl_zero(lanes);
+  return warp * 32 + nth_set_bit(lanes, random_() % std::popcount(lanes));
+}
+
+void Engine::yield() { Fiber::change(running->fiber, scheduler_); }
+
+void Engine::maybe_preempt() {
+  if (preempt_one_in_ != 0 && random_() % preempt_one_in_ == 0) return yield();
+  constexpr uint32_t kLongest = 1 << 22;  // a thread that loops on plain reads lets others go on, too
+  if (++accesses_in_a_row_ % kLongest == 0) yield();
+}
+
+void Engine::wake(int thread) {
+  threads[thread]->state = Thread::kReady;
+  ready_[thread / 32] |= 1u << thread % 32;
+  ready_warps_ |= 1u << thread / 32;
+}
+
+void Engine::wait(const Waiting& waiting) {
+  running->waiting = waiting;
+  running->state = Thread::kWaiting;
+  ready_[running->warp] &= ~(1u << running->lane);
+  if (ready_[running->warp] == 0) ready_warps_ &= ~(1u << running->warp);
+  yield();
+}
+
+uint32_t Engine::lanes_of(int warp) const {
+  const int lanes = std::min(32, thread_count - warp * 32);
+  return lanes == 32 ? 0xffffffffu : (1u << lanes) - 1;
+}
+
+void Engine::thread_exited() {
+  Thread& thread = *running;
+  thread.state = Thread::kExited;
+  const uint32_t bit = 1u << thread.lane;
+  exited[thread.warp] |= bit;
+  ready_[thread.warp] &= ~bit;
+  if (ready_[thread.warp] == 0) ready_warps_ &= ~(1u << thread.warp);
+  --live;
+  if (barriers[0].arrived > 0 && barriers[0].expected == thread_count) {
+    fail(kind::kExited, "the thread returned, but others wait for it in sync_block", barriers[0].first);
+  }
+  lane_exited(thread.warp, bit);
+}
+
+std::string Engine::name_of(int thread) const {
+  return "thread " + std::to_string(thread) + " (warp " + std::to_string(thread / 32) + ", lane " +
+         std::to_string(thread % 32) + ")";
+}
+
+bool Engine::left_out(const char* what, const Where& where) {
+  const auto key = std::make_tuple(what, where.file_name(), where.line());
+  const auto [entry, fresh] = calls_.try_emplace(key, false);
+  if (fresh) {
+    const std::string site = std::string(what) + " " + where.file_name() + ":" + std::to_string(where.line());
+    if (std::find(sites_seen.begin(), sites_seen.end(), site) == sites_seen.end()) sites_seen.push_back(site);
+    entry->second = site == options.leave_out;
+  }
+  return entry->second;
+}
+
+// --------------------------------------------------------------------------------------------------
+// Findings
+
+void Engine::abandon(const std::string& report) {
+  if (running == nullptr) throw Finding(report);
+  // The threads' stacks are left as they are: nothing on them owns anything.
+  failure_ = report, failed_ = true;
+  for (;;) Fiber::change(running->fiber, scheduler_);
+}
+
+std::string Engine::header(const char* kind, const std::string& what) const {
+  return std::string("emulator: ") + kind + "\n  " + what + "\n  kernel " + kernel + ", block " + text(blockIdx);
+}
+
+void Engine::fail(const char* kind, const std::string& what, Site site, const std::string& more) {
+  fail_at(kind, what, source_of(site), more);
+}
+
+void Engine::fail(const char* kind, const std::string& what, const Where& where, const std::string& more) {
+  fail_at(kind, what, source_of(where), more);
+}
+
+void Engine::fail_at(const char* kind, const std::string& what, const std::string& place, const std::string& more) {
+  std::string report = header(kind, what);
+  if (running != nullptr) report += ", " + name_of(current_index);
+  report += "\n  at " + place;
+  if (!more.empty()) report += "\n  " + more;
+  abandon(report + replay_hint());
+}
+
+std::string Engine::replay_hint() const {
+  return "\n  seed " + std::to_string(options.seed) + ", launch " + std::to_string(launch_number) +
+         ": FASTGEN_EMULATOR_SEED=" + std::to_string(options.seed) + " replays it";
+}
+
+// Nothing can run: says where every thread waits.
+void Engine::stuck() {
+  std::map<std::pair<std::string, std::string>, std::vector<int>> places;
+  bool diverged = false, at_barrier = false;
+  int gone = 0;
+  for (int i = 0; i < thread_count; ++i) {
+    const Thread& thread = *threads[i];
+    if (thread.state == Thread::kExited) {
+      ++gone;
+      continue;
+    }
+    const Waiting& waiting = thread.waiting;
+    places[{waiting.what, source_of(waiting.where)}].push_back(i);
+    at_barrier = at_barrier || waiting.what.starts_with("barrier");
+    for (int other = thread.warp * 32; other < i; ++other) {
+      const Waiting& others = threads[other]->waiting;
+      const bool differs = others.what != waiting.what || others.where.line() != waiting.where.line();
+      diverged =
+          diverged || (threads[other]->state == Thread::kWaiting && differs && (others.aligned || waiting.aligned));
+    }
+  }
+  const bool busy = switches_ > kMostSwitches;
+  const char* kind = busy                     ? kind::kDeadlock
+                     : gone > 0 && at_barrier ? kind::kExited
+                     : diverged               ? kind::kDivergence
+                                              : kind::kDeadlock;
+  std::string report = header(kind, busy ? "the threads take turns without end" : "no thread can go on");
+  for (const auto& [place, waiting] : places) {
+    report += "\n  " + ranges(waiting) + (waiting.size() == 1 ? " waits" : " wait") + " in " + place.first + " at " +
+              place.second;
+  }
+  if (gone > 0) report += "\n  " + std::to_string(gone) + (gone == 1 ? " thread has" : " threads have") + " returned";
+  throw Finding(report + replay_hint());
+}
+
+}  // namespace fastgen::emulator

@@ -1,0 +1,74 @@
+// What is known of each byte of memory: its last write, and the reads since.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "core/stamp.h"
+
+namespace fastgen::emulator {
+
+struct Cell {
+  Stamp write;  // none: nobody wrote
+  Stamp read;   // one read, or a reference into Readers
+};
+
+// Whether an access comes before what a thread does now: it is its own, or barriers order them. Blocks are not
+// ordered among each other; every access before the launch (epoch 0) comes before.
+struct Before {
+  const uint32_t* known = nullptr;  // epochs of the block's threads; null: nothing is known of them
+  int thread = 0;
+  uint64_t block = 0;
+
+  bool operator()(Stamp stamp) const {
+    if (stamp.epoch() == 0) return true;
+    if (stamp.block() != block) return false;
+    return stamp.thread() == thread || (known != nullptr && known[stamp.thread()] >= stamp.epoch());
+  }
+};
+
+// Sets of reads, shared between the many bytes that were read alike. A set is its newest read and the rest.
+class Readers {
+ public:
+  // The set with one read more, without those that come before it: what comes after it comes after them. Blocks run
+  // one after the other, so of the reads of other blocks one is enough.
+  Stamp with(Stamp set, Stamp read, const Before& before);
+  // A read in the set that does not come before; none if all do.
+  Stamp unordered(Stamp set, const Before& before) const;
+  void clear();
+
+ private:
+  struct Node {
+    Stamp rest, newest;
+  };
+  struct Hash {
+    size_t operator()(const std::pair<uint64_t, uint64_t>& key) const {
+      return (key.first * 0x9E3779B97F4A7C15u) ^ (key.second * 0xC2B2AE3D27D4EB4Fu >> 7);
+    }
+  };
+  using Table = std::unordered_map<std::pair<uint64_t, uint64_t>, Stamp, Hash>;
+
+  Stamp node(Stamp rest, Stamp newest);
+
+  std::vector<Node> nodes_;
+  Table known_, results_;
+  Stamp last_set_, last_read_, last_result_;
+};
+
+enum class Touch { kRead, kWrite, kAtomic };
+
+// What is wrong with an access, and the other access that makes it so.
+struct Conflict {
+  enum Kind { kNone, kUnwritten, kRace, kInFlight } kind = kNone;
+  size_t offset = 0;  // of the first such byte
+  Stamp other;
+  bool other_wrote = false;
+};
+
+// Checks an access to ``count`` cells and records it. On a conflict it stops there.
+Conflict touch_cells(Cell* cells, size_t count, Touch touch, Stamp now, Readers& readers, const Before& before);
+
+}  // namespace fastgen::emulator

@@ -1,0 +1,13 @@
+// CUDA's words on the host. ``__shared__`` has no twin: kernels take shared memory from device/shared.cuh.
+#pragma once
+
+#include "core/emulator.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+
+// Names the kernel's line in what the emulator reports.
+#define FASTGEN_WHERE emulator::Where where = emulator::Where::current()

@@ -1,0 +1,227 @@
+// One kernel for each part of the device layer: it feeds the instruction from global memory and writes down what every
+// lane got.
+#include "device/atomic.cuh"
+#include "device/barrier.cuh"
+#include "device/copy.cuh"
+#include "device/math.cuh"
+#include "device/mbarrier.cuh"
+#include "device/mma.cuh"
+#include "device/vector.cuh"
+#include "device/warp.cuh"
+#include "kernels/registry.h"
+
+namespace fastgen::kernels {
+namespace {
+
+__device__ __forceinline__ const uint32_t* words(const Arguments& a, int which = 0) {
+  return static_cast<const uint32_t*>(a.in[which]);
+}
+__device__ __forceinline__ uint32_t* results(const Arguments& a) { return static_cast<uint32_t*>(a.out); }
+
+// n[0]: operand, n[1]: mask. Lanes outside the mask write their own value.
+template <int kMode>
+__global__ void shuffles(Arguments a) {
+  const int lane = threadIdx.x;
+  const unsigned mask = static_cast<unsigned>(a.n[1]);
+  uint32_t value = words(a)[lane];
+  if ((mask >> lane & 1) != 0) {
+    if constexpr (kMode == 0) value = device::shuffle_xor(value, a.n[0], mask);
+    if constexpr (kMode == 1) value = device::shuffle_up(value, a.n[0], mask);
+    if constexpr (kMode == 2) value = device::shuffle_down(value, a.n[0], mask);
+    if constexpr (kMode == 3) value = device::shuffle(value, a.n[0], mask);
+  }
+  results(a)[lane] = value;
+}
+const Register kXor("shuffle_xor", shuffles<0>), kUp("shuffle_up", shuffles<1>), kDown("shuffle_down", shuffles<2>),
+    kIndex("shuffle", shuffles<3>);
+
+__global__ void votes(Arguments a) {
+  const bool predicate = words(a)[threadIdx.x] != 0;
+  uint32_t* out = results(a) + 3 * threadIdx.x;
+  out[0] = device::ballot(predicate);
+  out[1] = device::any_lane(predicate);
+  out[2] = device::all_lanes(predicate);
+}
+const Register kVotes("votes", votes);
+
+// float32 -> half, bfloat16, their pairs with the negative, tf32, 2^x
+__global__ void conversions(Arguments a) {
+  const float value = bits_to_float(words(a)[threadIdx.x]);
+  uint32_t* out = results(a) + 6 * threadIdx.x;
+  out[0] = device::from_float<Half>(value).bits;
+  out[1] = device::from_float<BFloat16>(value).bits;
+  out[2] = device::pack<Half>(value, -value);
+  out[3] = device::pack<BFloat16>(value, -value);
+  out[4] = device::to_tf32(value);
+  out[5] = float_to_bits(device::exp2_approx(value));
+}
+const Register kConversions("conversions", conversions);
+
+__global__ void widenings(Arguments a) {
+  const auto bits = static_cast<uint16_t>(words(a)[threadIdx.x]);
+  results(a)[2 * threadIdx.x] = float_to_bits(device::to_float(Half{bits}));
+  results(a)[2 * threadIdx.x + 1] = float_to_bits(device::to_float(BFloat16{bits}));
+}
+const Register kWidenings("widenings", widenings);
+
+// Every thread moves four words, through shared memory.
+__global__ void vectors(Arguments a) {
+  auto* tile = reinterpret_cast<uint32_t*>(device::dynamic_shared());
+  const int at = 4 * threadIdx.x;
+  uint32_t moved[4];
+  device::load_vector(words(a) + at, moved);
+  device::store_vector(tile + at, moved);
+  device::sync_block();
+  const int from = 4 * (blockDim.x - 1 - threadIdx.x);
+  device::load_vector(tile + from, moved);
+  device::store_vector(results(a) + at, moved);
+}
+const Register kVectors("vectors", vectors);
+
+// out: sum of floats, sum, largest, smallest of ints, count of exchanges that saw 0
+__global__ void atomics(Arguments a) {
+  const int value = static_cast<int>(words(a)[threadIdx.x]);
+  auto* out = static_cast<int*>(a.out);
+  device::atomic_add(static_cast<float*>(a.out), static_cast<float>(value));
+  device::atomic_add(out + 1, value);
+  device::atomic_max(out + 2, value);
+  device::atomic_min(out + 3, value);
+  if (device::atomic_exchange(out + 4, 1) == 0) device::atomic_add(out + 5, 1);
+  if (device::atomic_compare_exchange(out + 6, 0, value) == 0) device::atomic_add(out + 7, 1);
+}
+const Register kAtomics("atomics", atomics);
+
+// n[0]: stride of rows in bytes. in: shared memory; out: kMatrices registers a lane.
+template <int kMatrices, bool kTransposed>
+__global__ void matrix_loads(Arguments a) {
+  unsigned char* tile = device::dynamic_shared();
+  const int lane = threadIdx.x, row_words = a.n[0] / 4;
+  for (int i = lane; i < 32 * row_words; i += 32) reinterpret_cast<uint32_t*>(tile)[i] = words(a)[i];
+  device::sync_warp();
+  uint32_t registers[kMatrices];
+  if constexpr (kTransposed) {
+    device::ldmatrix_trans(registers, tile + lane * a.n[0]);
+  } else {
+    device::ldmatrix(registers, tile + lane * a.n[0]);
+  }
+  for (int i = 0; i < kMatrices; ++i) results(a)[lane * kMatrices + i] = registers[i];
+}
+const Register kLoad1("ldmatrix x1", matrix_loads<1, false>), kLoad2("ldmatrix x2", matrix_loads<2, false>),
+    kLoad4("ldmatrix x4", matrix_loads<4, false>), kLoad1t("ldmatrix x1 trans", matrix_loads<1, true>),
+    kLoad2t("ldmatrix x2 trans", matrix_loads<2, true>), kLoad4t("ldmatrix x4 trans", matrix_loads<4, true>);
+
+// in: kMatrices registers a lane; out: the 32 rows of 16 bytes, of which unwritten ones hold 7s.
+template <int kMatrices, bool kTransposed>
+__global__ void matrix_stores(Arguments a) {
+  auto* tile = reinterpret_cast<uint32_t*>(device::dynamic_shared());
+  const int lane = threadIdx.x;
+  for (int i = 0; i < 4; ++i) tile[4 * lane + i] = 7;
+  device::sync_warp();
+  uint32_t registers[kMatrices];
+  for (int i = 0; i < kMatrices; ++i) registers[i] = words(a)[lane * kMatrices + i];
+  if constexpr (kTransposed) {
+    device::stmatrix_trans(tile + 4 * lane, registers);
+  } else {
+    device::stmatrix(tile + 4 * lane, registers);
+  }
+  device::sync_warp();
+  for (int i = 0; i < 4; ++i) results(a)[4 * lane + i] = tile[4 * lane + i];
+}
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+const Register kStore1("stmatrix x1", matrix_stores<1, false>), kStore2("stmatrix x2", matrix_stores<2, false>),
+    kStore4("stmatrix x4", matrix_stores<4, false>), kStore1t("stmatrix x1 trans", matrix_stores<1, true>),
+    kStore2t("stmatrix x2 trans", matrix_stores<2, true>), kStore4t("stmatrix x4 trans", matrix_stores<4, true>);
+#endif
+
+// in: registers of a, b and d, lane by lane; out: of d.
+template <typename T>
+__global__ void products(Arguments a) {
+  const int lane = threadIdx.x;
+  uint32_t left[4], right[2];
+  float sum[4];
+  for (int i = 0; i < 4; ++i) left[i] = words(a, 0)[4 * lane + i];
+  for (int i = 0; i < 2; ++i) right[i] = words(a, 1)[2 * lane + i];
+  for (int i = 0; i < 4; ++i) sum[i] = bits_to_float(words(a, 2)[4 * lane + i]);
+  if constexpr (sizeof(T) == 4) {
+    device::mma_m16n8k8_tf32(sum, left, right);
+  } else {
+    device::mma_m16n8k16<T>(sum, left, right);
+  }
+  for (int i = 0; i < 4; ++i) results(a)[4 * lane + i] = float_to_bits(sum[i]);
+}
+const Register kHalf("mma f16", products<Half>), kBFloat("mma bf16", products<BFloat16>),
+    kTf32("mma tf32", products<float>);
+
+// Every thread copies its kBytes, of which n[0] are valid; the block then reads its neighbour's.
+template <int kBytes>
+__global__ void copies(Arguments a) {
+  unsigned char* tile = device::dynamic_shared();
+  const int thread = threadIdx.x;
+  device::async_copy<kBytes>(tile + thread * kBytes, static_cast<const unsigned char*>(a.in[0]) + thread * kBytes,
+                             a.n[0]);
+  device::async_copy_commit();
+  device::async_copy_wait<0>();
+  device::sync_block();
+  const int from = (thread + 1) % blockDim.x;
+  for (int i = 0; i < kBytes; ++i) static_cast<unsigned char*>(a.out)[thread * kBytes + i] = tile[from * kBytes + i];
+}
+const Register kCopy4("async_copy 4", copies<4>), kCopy8("async_copy 8", copies<8>),
+    kCopy16("async_copy 16", copies<16>);
+
+struct OneBarrier {
+  device::Mbarrier barrier;
+};
+struct OneWord {
+  uint32_t word;
+};
+
+// Three phases; in each, thread n[0] writes a word and arrives with bytes to come, which another thread completes.
+__global__ void phases(Arguments a) {
+  device::Mbarrier* barrier = &device::shared_variable<OneBarrier>().barrier;
+  uint32_t& word = device::shared_variable<OneWord>().word;
+  const int thread = threadIdx.x, writer = a.n[0];
+  if (thread == 0) device::mbarrier_init(barrier, blockDim.x);
+  device::sync_block();
+  for (int phase = 0; phase < 3; ++phase) {
+    if (thread == writer) {
+      word = words(a)[phase];
+      device::mbarrier_arrive_expect(barrier, 16);
+      device::mbarrier_complete(barrier, 16);
+    } else {
+      device::mbarrier_arrive(barrier);
+    }
+    if (phase == 1) {
+      while (!device::mbarrier_test(barrier, phase & 1)) {
+      }
+    } else {
+      device::mbarrier_wait(barrier, phase & 1);
+    }
+    results(a)[phase * blockDim.x + thread] = word;
+    device::sync_block();
+  }
+  if (thread == 0) device::mbarrier_invalidate(barrier);
+}
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+const Register kPhases("phases", phases);
+#endif
+
+// Two pairs of warps, each with a barrier of its own.
+__global__ void pairs(Arguments a) {
+  auto* tile = reinterpret_cast<uint32_t*>(device::dynamic_shared());
+  const int thread = threadIdx.x, pair = thread / 64;
+  tile[thread] = words(a)[thread];
+  device::sync_named(1 + pair, 64);
+  results(a)[thread] = tile[thread ^ 32];
+}
+const Register kPairs("pairs", pairs);
+
+// What a kernel may ask where it is.
+__global__ void coordinates(Arguments a) {
+  const unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+  const unsigned thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+  results(a)[block * blockDim.x * blockDim.y * blockDim.z + thread] = block * 1000 + thread;
+}
+const Register kCoordinates("coordinates", coordinates);
+
+}  // namespace
+}  // namespace fastgen::kernels

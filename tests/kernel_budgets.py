@@ -1,0 +1,27 @@
+"""The most that each CUDA kernel may use: read by tests/compile_check.py, which fails on a kernel over its budget.
+
+A multiprocessor of sm_80 and sm_90a has 65536 registers, given out per warp in multiples of 8 a thread. With 256
+threads a block that is, at most: 32 registers for 8 blocks (all 2048 threads), 40 for 6, 48 for 5, 64 for 4, 80 for 3,
+128 for 2. A budget is one of these steps, for the instantiation that needs most.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Budget(NamedTuple):
+    registers: int
+    shared_bytes: int = 0  # static
+    stack_bytes: int = 0  # 0: no access to local memory either
+
+
+BUDGETS = {
+    # launch_bounds(256): 80 registers keep 3 blocks, whose threads have 24 KiB and more of loads in flight.
+    # Shared: block_sum's float per warp.
+    "latent_forward": Budget(registers=80, shared_bytes=32),
+    # As latent_forward; no sum over the block.
+    "latent_backward": Budget(registers=80),
+    # launch_bounds(256): 32 registers keep 8 blocks, all 2048 threads; a thread does little.
+    "latent_sum_parts": Budget(registers=32),
+}

@@ -1,0 +1,186 @@
+"""tests/compile_check.py: what it reads in the reports of ptxas and nvdisasm, and what it objects to."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from tests import compile_check
+from tests.compile_check import Kernel
+from tests.kernel_budgets import Budget
+
+SCALE, SUM = "_ZN1k5scaleIfLb1EEEvPT_", "_ZN1k36_GLOBAL__N__c2de202b_4_a_cu_91af215a3sumEPf"
+REPORT = f"""\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '{SCALE}' for 'sm_90a'
+ptxas info    : Function properties for {SCALE}
+    1448 bytes stack frame, 1412 bytes spill stores, 1604 bytes spill loads
+ptxas info    : Used 32 registers, used 1 barriers, 1448 bytes cumulative stack size, 400 bytes smem
+ptxas info    : Compile time = 21.790 ms
+ptxas info    : Compiling entry function '{SUM}' for 'sm_90a'
+ptxas info    : Function properties for {SUM}
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 14 registers, used 0 barriers, 256 bytes cumulative stack size, 376 bytes cmem[0]
+ptxas info    : Compile time = 1.806 ms
+ptxas info    : Function properties for helper
+    0 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Compiling entry function 'plain' for 'sm_90a'
+ptxas info    : Function properties for plain
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 16 registers, used 0 barriers
+"""
+LISTING = f"""\
+	.target	sm_90a
+
+//--------------------- .text.{SCALE} --------------------------
+	.section	.text.{SCALE},"ax",@progbits
+	.align	128
+.text.{SCALE}:
+        .type           {SCALE},@function
+{SCALE}:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/                   LDG.E.128.CONSTANT R8, desc[UR6][R4.64] ;
+        /*0020*/              @!P0 LDG.E.LTC128B.64 R6, desc[UR6][R4.64] ;
+        /*0030*/                   LDG.E R19, desc[UR4][R24.64+0xc] ;
+        /*0040*/             @!UP0 LDG.E.U16 R19, desc[UR4][R24.64+0xc] ;
+        /*0050*/                   LDGSTS.E.BYPASS.128 [R0+0x400], desc[UR6][R4.64] ;
+        /*0060*/                   LDSM.16.M88.4 R4, [R3] ;
+        /*0070*/                   HMMA.16816.F32 R4, R8, R12, R4 ;
+        /*0080*/                   HFMA2.MMA R2, -RZ, RZ, 0, 1.78813934326171875e-07 ;
+        /*0090*/                   MUFU.EX2 R5, R5 ;
+        /*00a0*/                   MUFU.RCP R5, R5 ;
+        /*00b0*/              @!P1 BRA `(.L_x_1) ;
+.L_x_1:
+        /*00c0*/                   STL.128 [R1+0x10], R4 ;
+        /*00d0*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*00e0*/              @P0 SHFL.BFLY PT, R5, R4, 0x10, 0x1f ;
+        /*00f0*/                   STG.E.128 desc[UR6][R4.64], R8 ;
+//--------------------- .text.{SUM} --------------------------
+.text.{SUM}:
+{SUM}:
+        /*0000*/                   STG.E desc[UR6][R4.64], R3 ;
+        /*0010*/                   STG.E desc[UR6][R4.64+0x4], R3 ;
+"""
+KERNEL = Kernel("a.cu", "80", SCALE, "k::scale<float, true>", 64, 32, 0, 0)
+BUDGET = Budget(64, 32)
+demangles = pytest.mark.skipif(shutil.which("c++filt") is None, reason="no c++filt")
+
+
+@demangles
+def test_a_ptxas_report_becomes_kernels():
+    assert compile_check.parse_ptxas("a.cu", "90a", REPORT) == [
+        Kernel("a.cu", "90a", SCALE, "k::scale<float, true>", 32, 400, 1448, 1412 + 1604),
+        # The spills of the function it calls are its own, and so is that function's stack.
+        Kernel("a.cu", "90a", SUM, "k::(anonymous namespace)::sum", 14, 0, 256, 12),
+        Kernel("a.cu", "90a", "plain", "plain", 16, 0, 0, 0),
+    ]
+
+
+@demangles
+def test_a_report_without_kernels_is_empty():
+    assert compile_check.parse_ptxas("a.cu", "90a", "ptxas info    : 0 bytes gmem\n") == []
+
+
+def test_instructions_are_counted_for_each_kernel():
+    once = ["LDG.128", "LDG.64", "LDG.32", "LDG.U16", "LDGSTS.128", "STG.128", "LDSM", "HMMA", "MUFU.EX2", "STL"]
+    assert compile_check.parse_sass(LISTING) == {SCALE: dict.fromkeys([*once, "BAR", "SHFL"], 1), SUM: {"STG.32": 2}}
+
+
+@pytest.mark.parametrize(
+    ("name", "bare"),
+    [
+        ("k::scale<k::Half, true>", "scale"),
+        ("k::scale<k::Pair<float, k::Half>, 3u>", "scale"),
+        ("k::Family<float>::run<3>", "run"),
+        ("k::(anonymous namespace)::sum", "sum"),
+        ("plain", "plain"),
+    ],
+)
+def test_a_budget_is_found_by_the_bare_name(name, bare):
+    assert compile_check.bare_name(name) == bare
+
+
+@pytest.mark.parametrize(
+    ("change", "budget", "problems"),
+    [
+        ({}, BUDGET, []),
+        ({"registers": 65}, BUDGET, ["65 registers, budget 64"]),
+        ({"shared_bytes": 48}, BUDGET, ["48 shared bytes, budget 32"]),
+        ({"stack_bytes": 16}, BUDGET, ["16 stack bytes, budget 0"]),
+        ({"stack_bytes": 16}, Budget(64, 32, 16), []),
+        ({"spill_bytes": 8}, BUDGET, ["8 bytes of spills"]),
+        ({"spill_bytes": 8}, Budget(64, 32, 16), ["8 bytes of spills"]),
+        ({"instructions": {"LDL": 2, "STL": 1, "BAR": 4}}, BUDGET, ["3 accesses of local memory (LDL, STL), budget 0"]),
+        ({"instructions": {"LDL": 2, "STL": 1}}, Budget(64, 32, 16), []),
+    ],
+)
+def test_what_a_kernel_uses_is_compared_with_its_budget(change, budget, problems):
+    found = compile_check.compare([KERNEL._replace(**change)], {"scale": budget}, everything=True)
+    assert found == [f"k::scale<float, true> for sm_80: {problem}" for problem in problems]
+
+
+def test_a_kernel_without_a_budget_is_named_once():
+    kernels = [KERNEL, KERNEL._replace(arch="90a")]
+    assert compile_check.compare(kernels, {}, everything=True) == [
+        "scale has no budget: declare one in tests/kernel_budgets.py"
+    ]
+
+
+def test_a_budget_without_a_kernel_is_named_if_all_sources_were_compiled():
+    budgets = {"scale": BUDGET, "gone": BUDGET}
+    assert compile_check.compare([KERNEL], budgets, everything=False) == []
+    assert compile_check.compare([KERNEL], budgets, everything=True) == [
+        "tests/kernel_budgets.py: no kernel is called gone"
+    ]
+
+
+def test_tables_show_the_columns_that_count_something(capsys):
+    compile_check.print_tables([KERNEL._replace(instructions={"LDG.128": 7, "BAR": 1})])
+    first, second = capsys.readouterr().out.split("\n\n")
+    assert " ".join(first.split()) == "arch regs smem stack spills kernel 80 64 32 0 0 k::scale<float, true>"
+    assert " ".join(second.split()) == "arch BAR LDG.128 kernel 80 1 7 k::scale<float, true>"
+
+
+SOURCE = """
+namespace k {
+// 64 values at a time in the 32 registers that 2 blocks of 1024 threads leave.
+__global__ void __launch_bounds__(1024, 2) tight(float* p) {
+  float a[64];
+#pragma unroll
+  for (int i = 0; i < 64; ++i) a[i] = p[i * blockDim.x + threadIdx.x];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 64; ++i) p[i * blockDim.x + threadIdx.x + 1] = a[i] * a[(i * 5 + 3) % 64];
+}
+__global__ void easy(float* p) {
+  __shared__ float shared[32];
+  shared[threadIdx.x] = p[threadIdx.x];
+  __syncthreads();
+  p[threadIdx.x] = shared[31 - threadIdx.x];
+}
+}  // namespace k
+"""
+
+
+@pytest.mark.skipif(compile_check.find_nvcc() is None, reason="no nvcc")
+@demangles
+def test_spills_and_kernels_over_their_budget_fail_the_check(tmp_path, capsys):
+    (tmp_path / "bad.cu").write_text(SOURCE)
+    (tmp_path / "good.cu").write_text(SOURCE.replace("64", "8"))
+    roomy, table = Budget(255, 128, 4096), tmp_path / "table.json"
+    arguments = ["--arch", "90a", "--json", str(table)]
+
+    assert compile_check.main([*arguments, str(tmp_path / "good.cu")], {"tight": roomy, "easy": roomy}) == 0
+    assert not capsys.readouterr().err
+    assert {entry["name"]: entry["shared_bytes"] for entry in json.loads(table.read_text())} == {
+        "k::tight": 0,
+        "k::easy": 128,
+    }
+
+    assert compile_check.main([*arguments, str(tmp_path / "bad.cu")], {"tight": roomy, "easy": Budget(255)}) == 1
+    spilled, over = sorted(capsys.readouterr().err.splitlines(), reverse=True)
+    assert spilled.startswith("k::tight for sm_90a: ")
+    assert spilled.endswith("bytes of spills")
+    assert over == "k::easy for sm_90a: 128 shared bytes, budget 0"
