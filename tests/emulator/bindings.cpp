@@ -13,7 +13,7 @@ namespace py = pybind11;
 
 namespace fastgen::kernels {
 
-void bind_controls(py::module_& module);  // controls.cpp, on the host only
+void bind_controls(py::module_& m);  // controls.cpp, on the host only
 
 namespace {
 
@@ -64,21 +64,21 @@ py::array run_planted(size_t index, const Three& grid, const Three& block, size_
 
 }  // namespace
 
-PYBIND11_MODULE(FASTGEN_KERNELS_MODULE, module) {
-  module.def("run", run_kernel);
-  module.def("run_planted", run_planted);
-  module.def("kernels", [] {
+PYBIND11_MODULE(FASTGEN_KERNELS_MODULE, m) {
+  m.def("run", run_kernel);
+  m.def("run_planted", run_planted);
+  m.def("kernels", [] {
     std::vector<std::string> names;
     for (const auto& [name, kernel] : kernels()) names.push_back(name);
     return names;
   });
-  module.def("planted", [] {
+  m.def("planted", [] {
     std::vector<std::tuple<std::string, std::string, std::string>> rows;
     for (const Planted& one : planted()) rows.emplace_back(one.sample, one.mistake, one.finding);
     return rows;
   });
 #if defined(FASTGEN_KERNELS_EMULATED)
-  bind_controls(module);
+  bind_controls(m);
 #endif
 }
 

@@ -125,15 +125,50 @@ def build() -> Path:
     return OUT
 
 
-@cache
-def module() -> ModuleType:
-    """The Python module of the emulator."""
-    spec = importlib.util.spec_from_file_location("emulated_kernels", build() / "emulated_kernels.so")
+def load(library: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(library.stem, library)
     assert spec is not None
     assert spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
+
+
+@cache
+def module() -> ModuleType:
+    """The Python module of the emulator."""
+    return load(build() / "emulated_kernels.so")
+
+
+def why_not_cuda() -> str | None:
+    """None where the unit kernels can be built and run on a GPU, else the reason."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return "nvcc was not found" if shutil.which("nvcc") is None else None
+
+
+def compile_for_cuda(architecture: str, library: Path) -> None:
+    """The same kernels and bindings, by nvcc, as a Python module for "80" or "90a"."""
+    import pybind11
+
+    sources = [HERE / "bindings.cpp", HERE / "kernels" / "unit.cu", HERE / "kernels" / "samples.cu"]
+    if int(architecture.rstrip("a")) >= 90:
+        sources.append(HERE / "kernels" / "unit_sm90.cu")
+    folders = [CSRC, HERE / "cuda", HERE, pybind11.get_include(), sysconfig.get_paths()["include"]]
+    command = ["nvcc", "-std=c++20", "-O3", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-x", "cu"]
+    command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}", *(f"-I{one}" for one in folders)]
+    command += [f"-DFASTGEN_KERNELS_MODULE={library.stem}", *map(str, sources), "-o", str(library)]
+    subprocess.run(command, check=True)
+
+
+@cache
+def cuda_module() -> ModuleType:
+    """The unit kernels and samples on the GPU."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    major, minor = torch.cuda.get_device_capability()
+    architecture = f"{major}{minor}" + ("a" if major >= 9 else "")
+    compile_for_cuda(architecture, OUT / "cuda_kernels.so")
+    return load(OUT / "cuda_kernels.so")
 
 
 @cache

@@ -9,18 +9,18 @@ namespace py = pybind11;
 
 namespace fastgen::kernels {
 
-void bind_controls(py::module_& module) {
-  py::register_exception<emulator::Finding>(module, "Finding", PyExc_RuntimeError);
-  module.def(
+void bind_controls(py::module_& m) {
+  py::register_exception<emulator::Finding>(m, "Finding", PyExc_RuntimeError);
+  m.def(
       "configure",
       [](uint64_t seed, bool checks, bool count_banks, const std::string& leave_out, size_t shared_limit) {
         emulator::configure({seed, checks, count_banks, leave_out, shared_limit});
       },
       py::arg("seed") = 0, py::arg("checks") = true, py::arg("count_banks") = true, py::arg("leave_out") = "",
       py::arg("shared_limit") = emulator::Options().shared_limit);
-  module.def("sites", emulator::sites);
-  module.def("clear_statistics", emulator::clear_statistics);
-  module.def("statistics", [] {
+  m.def("sites", emulator::sites);
+  m.def("clear_statistics", emulator::clear_statistics);
+  m.def("statistics", [] {
     py::dict kernels;
     for (const auto& [name, c] : emulator::statistics()) {
       py::dict row;

@@ -179,9 +179,13 @@ void atomic(void* address, size_t bytes, const void* operand, void* old, void (*
   Engine& engine = Engine::get();
   const auto site = reinterpret_cast<Site>(__builtin_return_address(0));
   ++engine.counters->atomics;
+  engine.maybe_preempt_at_sync();
   if (engine.options.checks) engine.access(address, bytes, Touch::kAtomic, site, true);
   memcpy(old, address, bytes);
+  Thread* const thread = running;
+  running = nullptr;  // the update is the kernel's code, with its hooks, but was checked already
   update(address, operand);
+  running = thread;
 }
 
 void* dynamic_shared() { return Engine::get().shared.dynamic(); }

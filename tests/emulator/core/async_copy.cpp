@@ -35,7 +35,8 @@ void async_copy(void* target, const void* source, int bytes, int valid, Where wh
     if (engine.options.count_banks) engine.banks.access(running->warp, running->lane, site, offset, bytes);
   }
   const size_t copy = engine.copies.size();
-  engine.copies.push_back({running->index, from, offset, bytes, valid, site, false, false, engine.flying.size()});
+  engine.copies.push_back({running->index, from, offset, bytes, valid, site});
+  engine.copies.back().place = engine.flying.size();
   engine.flying.push_back(copy);
   running->open_copies.push_back(copy);
   engine.sources_begin = std::min(engine.sources_begin, from);
@@ -71,7 +72,8 @@ void Engine::make_visible(const std::vector<size_t>& indices, int owner, uint32_
     flying[copy.place] = flying.back();
     flying.pop_back();
     if (!options.checks) continue;
-    const Stamp written = Stamp::make(owner, epoch, block_number, stamp(copy.site).site());
+    const Stamp written =
+        Stamp::make(owner, copy.arrival != 0 ? copy.arrival : epoch, block_number, stamp(copy.site).site());
     for (int i = 0; i < copy.bytes; ++i) {
       Cell& cell = shared.cells(copy.target)[i];
       if (cell.write == Stamp::reference(index)) cell = {written, {}};
@@ -100,6 +102,7 @@ void async_copy_commit(Where where) {
 void async_copy_wait(int groups_left, Where where) {
   Engine& engine = Engine::get();
   if (engine.left_out("async_copy_wait", where)) return;
+  engine.maybe_preempt_at_sync();
   Thread& thread = *running;
   while (static_cast<int>(thread.groups.size()) > std::max(groups_left, 0)) {
     engine.make_visible(thread.groups.front(), thread.index, thread.epoch);
@@ -115,12 +118,17 @@ void async_copy_arrive(void* mbarrier, Where where) {
   Engine& engine = Engine::get();
   if (engine.left_out("async_copy_arrive", where)) return;
   const auto site = reinterpret_cast<Site>(__builtin_return_address(0));
+  engine.maybe_preempt_at_sync();
   engine.mbarrier(mbarrier, "async_copy_arrive", site);
   Thread& thread = *running;
   Event event = {thread.index,       engine.shared.offset(reinterpret_cast<uintptr_t>(mbarrier)),
                  thread.epoch,       thread.knowledge,
                  thread.open_copies, site};
   for (const auto& group : thread.groups) event.copies.insert(event.copies.end(), group.begin(), group.end());
+  std::erase_if(event.copies, [&](size_t copy) { return engine.copies[copy].visible; });
+  for (const size_t copy : event.copies) {
+    if (engine.copies[copy].arrival == 0) engine.copies[copy].arrival = thread.epoch;
+  }
   ++thread.epoch;
   engine.events.push_back(std::move(event));
   if (engine.landing == Engine::kEarly) engine.happen(engine.events.size() - 1);

@@ -19,7 +19,7 @@ class BankCounter {
   void access(int warp, int lane, Site site, size_t offset, size_t bytes);
   // Adds what was seen to the counters, and forgets it.
   void finish(Counters& counters);
-  void clear() { instructions_.clear(); }
+  void clear() { instructions_.clear(), sums_ = {}; }
 
  private:
   struct Together {

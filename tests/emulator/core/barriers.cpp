@@ -39,40 +39,65 @@ void Engine::check_alignment_of_warp(const char* what, const Where& where) {
 
 namespace {
 
-std::string barrier_name(int id, int threads) {
-  return "barrier " + std::to_string(id) + " of " + std::to_string(threads) + " threads";
+// What the lanes of a warp bring to a barrier of the block.
+struct BarrierLane {
+  Thread* thread;
+  int id, threads;
+  bool waits;
+  Where where;
+  uint64_t phase;  // the barrier's when the warp arrived
+};
+
+std::string name_of(const BarrierLane& lane) {
+  return "barrier " + std::to_string(lane.id) + " of " + std::to_string(lane.threads) + " threads";
 }
 
-// Arrives; the barrier's name. Waits if asked to, until all have arrived.
-void arrive_at(int id, int threads, bool waits, const Where& where) {
+// The warp arrives, as so many threads as a warp has.
+void run_arrival(Meeting& meeting) {
   Engine& engine = Engine::get();
-  Thread& thread = engine.self();
-  const std::string name = barrier_name(id, threads);
-  engine.check_alignment_of_warp(name.c_str(), where);
-  Barrier& barrier = engine.barriers[id];
+  auto* first = static_cast<BarrierLane*>(meeting.lanes[0]);
+  const int warp = first->thread->warp;
+  Barrier& barrier = engine.barriers[first->id];
   if (barrier.arrived == 0) {
-    barrier.expected = threads, barrier.first = where;
-  } else if (barrier.expected != threads) {
-    engine.fail(kind::kMisuse, name + " is in use with " + std::to_string(barrier.expected) + " threads", where,
-                "first at " + source_of(barrier.first));
+    barrier.expected = first->threads, barrier.first = first->where;
+  } else if (barrier.expected != first->threads) {
+    engine.fail(kind::kMisuse, name_of(*first) + " is in use with " + std::to_string(barrier.expected) + " threads",
+                first->where, "first at " + source_of(barrier.first));
   }
-  if (!barrier.participants.insert(thread.index).second) {
-    engine.fail(kind::kMisuse, "the thread arrives twice in one phase of " + name, where);
+  if ((barrier.participants >> warp & 1) != 0) {
+    engine.fail(kind::kMisuse, "the warp arrives twice in one phase of " + name_of(*first), first->where);
   }
-  ++barrier.arrived;
-  engine.release(barrier.gathered);
-  if (barrier.arrived == barrier.expected) {
-    const Knowledge all = barrier.gathered.share();
-    for (const int waiting : barrier.waiting) {
-      engine.threads[waiting]->knowledge = all;
-      engine.wake(waiting);
-    }
-    if (waits) thread.knowledge = all;
-    barrier = {};
-  } else if (waits) {
-    barrier.waiting.push_back(thread.index);
-    engine.wait({name, where, true});
+  barrier.participants |= 1u << warp;
+  barrier.arrived += 32;
+  for (void* each : meeting.lanes) {
+    if (each == nullptr) continue;
+    auto* lane = static_cast<BarrierLane*>(each);
+    Thread& thread = *lane->thread;
+    lane->phase = barrier.phase;
+    barrier.gathered.add(thread.knowledge, engine.thread_count, thread.index, thread.epoch++);
+    if (lane->waits) barrier.waiting.push_back(thread.index);
   }
+  if (barrier.arrived < barrier.expected) return;
+  const Knowledge all = barrier.gathered.share();
+  for (const int waiting : barrier.waiting) {
+    engine.threads[waiting]->knowledge = all;
+    engine.wake(waiting);
+  }
+  const uint64_t next = barrier.phase + 1;
+  barrier = {};
+  barrier.phase = next;
+}
+
+constexpr WarpInstruction kSyncBlock = {"sync_block", true, true, run_arrival};
+constexpr WarpInstruction kSyncNamed = {"sync_named", true, true, run_arrival};
+constexpr WarpInstruction kArriveNamed = {"arrive_named", true, true, run_arrival};
+
+void arrive_at(const WarpInstruction& instruction, int id, int threads, const Where& where) {
+  Engine& engine = Engine::get();
+  BarrierLane mine = {running, id, threads, &instruction != &kArriveNamed, where, 0};
+  const uint64_t operands = static_cast<uint64_t>(id) << 32 | static_cast<uint64_t>(threads);
+  engine.meet(instruction, operands, engine.lanes_of(running->warp), &mine, where);
+  while (mine.waits && engine.barriers[id].phase == mine.phase) engine.wait({name_of(mine), where, true});
 }
 
 void check_named(int id, int threads, const char* what, const Where& where) {
@@ -99,7 +124,7 @@ void sync_block(Where where) {
                 where);
   }
   if (running->index == 0) ++engine.counters->block_barriers;
-  arrive_at(0, engine.thread_count, true, where);
+  arrive_at(kSyncBlock, 0, engine.warp_count * 32, where);
 }
 
 void sync_named(int id, int threads, Where where) {
@@ -107,14 +132,14 @@ void sync_named(int id, int threads, Where where) {
   if (engine.left_out("sync_named", where)) return;
   check_named(id, threads, "sync_named", where);
   if (running->lane == 0) ++engine.counters->block_barriers;
-  arrive_at(id, threads, true, where);
+  arrive_at(kSyncNamed, id, threads, where);
 }
 
 void arrive_named(int id, int threads, Where where) {
   Engine& engine = Engine::get();
   if (engine.left_out("arrive_named", where)) return;
   check_named(id, threads, "arrive_named", where);
-  arrive_at(id, threads, false, where);
+  arrive_at(kArriveNamed, id, threads, where);
 }
 
 // --------------------------------------------------------------------------------------------------
@@ -202,14 +227,14 @@ void mbarrier_invalidate(void* address, Where where) {
 void mbarrier_expect(void* address, int64_t bytes, Where where) {
   Engine& engine = Engine::get();
   if (engine.left_out("mbarrier_expect", where)) return;
-  engine.maybe_preempt();
+  engine.maybe_preempt_at_sync();
   engine.mbarrier(address, "mbarrier_expect", caller(__builtin_return_address(0))).bytes += bytes;
 }
 
 void mbarrier_complete(void* address, int64_t bytes, Where where) {
   Engine& engine = Engine::get();
   if (engine.left_out("mbarrier_complete", where)) return;
-  engine.maybe_preempt();
+  engine.maybe_preempt_at_sync();
   Mbarrier& barrier = engine.mbarrier(address, "mbarrier_complete", caller(__builtin_return_address(0)));
   barrier.bytes -= bytes;
   engine.complete_if_done(barrier);
@@ -219,7 +244,7 @@ void mbarrier_arrive(void* address, int64_t expected_bytes, Where where) {
   Engine& engine = Engine::get();
   const Site site = caller(__builtin_return_address(0));
   if (engine.left_out("mbarrier_arrive", where)) return;
-  engine.maybe_preempt();
+  engine.maybe_preempt_at_sync();
   Mbarrier& barrier = engine.mbarrier(address, "mbarrier_arrive", site);
   barrier.bytes += expected_bytes;
   Gathering mine;
@@ -231,7 +256,7 @@ void mbarrier_arrive(void* address, int64_t expected_bytes, Where where) {
 bool mbarrier_test(const void* address, int parity, Where where) {
   Engine& engine = Engine::get();
   if (engine.left_out("mbarrier_test", where)) return true;
-  engine.maybe_preempt();
+  engine.maybe_preempt_at_sync();
   Mbarrier& barrier = engine.mbarrier(address, "mbarrier_test", caller(__builtin_return_address(0)));
   running->polled = static_cast<int>(barrier.phase & 1) == (parity & 1);
   if (!running->polled) {
@@ -247,7 +272,7 @@ bool mbarrier_test(const void* address, int parity, Where where) {
 void mbarrier_wait(const void* address, int parity, Where where) {
   Engine& engine = Engine::get();
   if (engine.left_out("mbarrier_wait", where)) return;
-  engine.maybe_preempt();
+  engine.maybe_preempt_at_sync();
   for (;;) {
     Mbarrier& barrier = engine.mbarrier(address, "mbarrier_wait", caller(__builtin_return_address(0)));
     if (static_cast<int>(barrier.phase & 1) != (parity & 1)) return engine.acquire(barrier.completed);

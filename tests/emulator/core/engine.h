@@ -27,6 +27,7 @@ struct Waiting {
   std::string what;  // "barrier 1 of 64 threads"
   Where where;
   bool aligned = false;  // the instruction asks that the whole warp executes it
+  bool of_warp = false;  // it waits for lanes of its own warp
 };
 
 struct Thread {
@@ -62,10 +63,11 @@ struct Meeting {
 };
 
 struct Barrier {
-  int expected = 0, arrived = 0;
+  int expected = 0, arrived = 0;  // threads
   Gathering gathered;
-  std::vector<int> waiting;
-  std::set<int> participants;
+  std::vector<int> waiting;   // threads
+  uint32_t participants = 0;  // warps
+  uint64_t phase = 0;
   Where first;
 };
 
@@ -85,7 +87,8 @@ struct Copy {
   int bytes = 0, valid = 0;
   Site site = 0;
   bool landed = false, visible = false;
-  size_t place = 0;  // in Engine::flying, until visible
+  uint32_t arrival = 0;  // the epoch of the owner's async_copy_arrive that covers it, if there was one
+  size_t place = 0;      // in Engine::flying, until visible
 };
 
 // Something that the hardware does in its own time; every event has happened before a deadlock is called one.
@@ -106,7 +109,8 @@ class Engine {
   void run_grid(const char* name, const LaunchRequest& request);
   void thread_main();
   void yield();                       // lets others run
-  void maybe_preempt();               // perhaps
+  void maybe_preempt();               // perhaps, before an access to memory
+  void maybe_preempt_at_sync();       // perhaps, before an instruction that orders threads
   void wait(const Waiting& waiting);  // until woken
   void wake(int thread);
   [[noreturn]] void fail(const char* kind, const std::string& what, Site site, const std::string& more = "");
@@ -195,7 +199,7 @@ class Engine {
   uint32_t ready_[32] = {}, ready_warps_ = 0;
   enum { kRandom, kAscending, kDescending, kOneWarpAhead } order_ = kRandom;
   int warp_rank_[32] = {};
-  uint32_t preempt_one_in_ = 0;
+  uint32_t preempt_one_in_ = 0, preempt_at_sync_one_in_ = 0;
   std::string failure_;
   bool failed_ = false;
   uint64_t switches_ = 0;

@@ -121,10 +121,12 @@ void Engine::reset_block() {
 
 void Engine::choose_strategy() {
   constexpr uint32_t kPreemptions[] = {0, 0, 200, 20};
+  constexpr uint32_t kPreemptionsAtSync[] = {0, 1, 2, 8};
   constexpr decltype(order_) kOrders[] = {kRandom, kAscending, kDescending, kOneWarpAhead};
   constexpr decltype(landing) kLandings[] = {kLate, kEarly, kWhenever};
   order_ = kOrders[random_() % 4];
   preempt_one_in_ = kPreemptions[random_() % 4];
+  preempt_at_sync_one_in_ = kPreemptionsAtSync[random_() % 4];
   landing = kLandings[random_() % 3];
   std::iota(std::begin(warp_rank_), std::end(warp_rank_), 0);
   std::shuffle(std::begin(warp_rank_), std::end(warp_rank_), random_);
@@ -197,6 +199,10 @@ void Engine::maybe_preempt() {
   if (++accesses_in_a_row_ % kLongest == 0) yield();
 }
 
+void Engine::maybe_preempt_at_sync() {
+  if (chance(preempt_at_sync_one_in_)) yield();
+}
+
 void Engine::wake(int thread) {
   threads[thread]->state = Thread::kReady;
   ready_[thread / 32] |= 1u << thread % 32;
@@ -224,7 +230,7 @@ void Engine::thread_exited() {
   ready_[thread.warp] &= ~bit;
   if (ready_[thread.warp] == 0) ready_warps_ &= ~(1u << thread.warp);
   --live;
-  if (barriers[0].arrived > 0 && barriers[0].expected == thread_count) {
+  if (barriers[0].arrived > 0 && barriers[0].expected == warp_count * 32) {
     fail(kind::kExited, "the thread returned, but others wait for it in sync_block", barriers[0].first);
   }
   lane_exited(thread.warp, bit);
@@ -298,8 +304,8 @@ void Engine::stuck() {
     for (int other = thread.warp * 32; other < i; ++other) {
       const Waiting& others = threads[other]->waiting;
       const bool differs = others.what != waiting.what || others.where.line() != waiting.where.line();
-      diverged =
-          diverged || (threads[other]->state == Thread::kWaiting && differs && (others.aligned || waiting.aligned));
+      const bool together = others.of_warp || waiting.of_warp;
+      diverged = diverged || (threads[other]->state == Thread::kWaiting && differs && together);
     }
   }
   const bool busy = switches_ > kMostSwitches;

@@ -55,7 +55,7 @@ Conflict touch_cells(Cell* cells, size_t count, Touch touch, Stamp now, Readers&
     }
     seen = cell;
     if (cell.write.is_reference()) return {Conflict::kInFlight, i, cell.write, true};
-    if (touch == Touch::kRead && cell.write.none()) return {Conflict::kUnwritten, i, {}, false};
+    if (touch != Touch::kWrite && cell.write.none()) return {Conflict::kUnwritten, i, {}, false};
     const bool both_atomic = touch == Touch::kAtomic && cell.write.atomic();
     if (!cell.write.none() && !both_atomic && !before(cell.write)) return {Conflict::kRace, i, cell.write, true};
     if (touch == Touch::kRead) {

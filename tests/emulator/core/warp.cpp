@@ -49,7 +49,7 @@ void Engine::meet(const WarpInstruction& instruction, uint64_t operands, uint32_
   if (meeting->arrived == (mask & ~exited[thread.warp])) {
     finish(*meeting, thread.warp);
   } else {
-    wait({instruction.name, where, instruction.aligned});
+    wait({instruction.name, where, instruction.aligned, true});
   }
 }
 

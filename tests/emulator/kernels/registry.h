@@ -1,6 +1,7 @@
 // Kernels by name, for Python. They all take the same arguments, on the host and on CUDA.
 #pragma once
 
+#include <cstdint>
 #include <map>
 #include <string>
 #include <vector>
@@ -33,6 +34,11 @@ inline std::vector<Planted>& planted() {
   static std::vector<Planted> all;
   return all;
 }
+
+__device__ __forceinline__ const uint32_t* words(const Arguments& a, int which = 0) {
+  return static_cast<const uint32_t*>(a.in[which]);
+}
+__device__ __forceinline__ uint32_t* results(const Arguments& a) { return static_cast<uint32_t*>(a.out); }
 
 struct Register {
   Register(const char* name, Kernel kernel) { kernels().emplace(name, kernel); }

@@ -13,11 +13,6 @@
 namespace fastgen::kernels {
 namespace {
 
-__device__ __forceinline__ const uint32_t* words(const Arguments& a, int which = 0) {
-  return static_cast<const uint32_t*>(a.in[which]);
-}
-__device__ __forceinline__ uint32_t* results(const Arguments& a) { return static_cast<uint32_t*>(a.out); }
-
 // n[0]: operand, n[1]: mask. Lanes outside the mask write their own value.
 template <int kMode>
 __global__ void shuffles(Arguments a) {
@@ -110,29 +105,6 @@ const Register kLoad1("ldmatrix x1", matrix_loads<1, false>), kLoad2("ldmatrix x
     kLoad4("ldmatrix x4", matrix_loads<4, false>), kLoad1t("ldmatrix x1 trans", matrix_loads<1, true>),
     kLoad2t("ldmatrix x2 trans", matrix_loads<2, true>), kLoad4t("ldmatrix x4 trans", matrix_loads<4, true>);
 
-// in: kMatrices registers a lane; out: the 32 rows of 16 bytes, of which unwritten ones hold 7s.
-template <int kMatrices, bool kTransposed>
-__global__ void matrix_stores(Arguments a) {
-  auto* tile = reinterpret_cast<uint32_t*>(device::dynamic_shared());
-  const int lane = threadIdx.x;
-  for (int i = 0; i < 4; ++i) tile[4 * lane + i] = 7;
-  device::sync_warp();
-  uint32_t registers[kMatrices];
-  for (int i = 0; i < kMatrices; ++i) registers[i] = words(a)[lane * kMatrices + i];
-  if constexpr (kTransposed) {
-    device::stmatrix_trans(tile + 4 * lane, registers);
-  } else {
-    device::stmatrix(tile + 4 * lane, registers);
-  }
-  device::sync_warp();
-  for (int i = 0; i < 4; ++i) results(a)[4 * lane + i] = tile[4 * lane + i];
-}
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-const Register kStore1("stmatrix x1", matrix_stores<1, false>), kStore2("stmatrix x2", matrix_stores<2, false>),
-    kStore4("stmatrix x4", matrix_stores<4, false>), kStore1t("stmatrix x1 trans", matrix_stores<1, true>),
-    kStore2t("stmatrix x2 trans", matrix_stores<2, true>), kStore4t("stmatrix x4 trans", matrix_stores<4, true>);
-#endif
-
 // in: registers of a, b and d, lane by lane; out: of d.
 template <typename T>
 __global__ void products(Arguments a) {
@@ -171,39 +143,29 @@ const Register kCopy4("async_copy 4", copies<4>), kCopy8("async_copy 8", copies<
 struct OneBarrier {
   device::Mbarrier barrier;
 };
-struct OneWord {
-  uint32_t word;
-};
 
-// Three phases; in each, thread n[0] writes a word and arrives with bytes to come, which another thread completes.
-__global__ void phases(Arguments a) {
+// Three phases: in each all threads write their word and arrive; then each reads its neighbour's.
+__global__ void arrivals(Arguments a) {
+  auto* tile = reinterpret_cast<uint32_t*>(device::dynamic_shared());
   device::Mbarrier* barrier = &device::shared_variable<OneBarrier>().barrier;
-  uint32_t& word = device::shared_variable<OneWord>().word;
-  const int thread = threadIdx.x, writer = a.n[0];
-  if (thread == 0) device::mbarrier_init(barrier, blockDim.x);
+  const int thread = threadIdx.x, threads = blockDim.x;
+  if (thread == 0) device::mbarrier_init(barrier, threads);
   device::sync_block();
   for (int phase = 0; phase < 3; ++phase) {
-    if (thread == writer) {
-      word = words(a)[phase];
-      device::mbarrier_arrive_expect(barrier, 16);
-      device::mbarrier_complete(barrier, 16);
-    } else {
-      device::mbarrier_arrive(barrier);
-    }
+    tile[phase * threads + thread] = words(a)[thread] + phase;
+    device::mbarrier_arrive(barrier);
     if (phase == 1) {
       while (!device::mbarrier_test(barrier, phase & 1)) {
       }
     } else {
       device::mbarrier_wait(barrier, phase & 1);
     }
-    results(a)[phase * blockDim.x + thread] = word;
-    device::sync_block();
+    results(a)[phase * threads + thread] = tile[phase * threads + (thread + 1) % threads];
   }
+  device::sync_block();
   if (thread == 0) device::mbarrier_invalidate(barrier);
 }
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-const Register kPhases("phases", phases);
-#endif
+const Register kArrivals("mbarrier arrivals", arrivals);
 
 // Two pairs of warps, each with a barrier of its own.
 __global__ void pairs(Arguments a) {

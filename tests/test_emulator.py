@@ -1,0 +1,241 @@
+"""What the emulator must find, and what it must let pass."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from tests.emulator import build
+from tests.emulator.samples import SAMPLES
+
+pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
+
+SEEDS = range(40)  # within which a planted mistake must show
+PLANTED = [] if build.why_not() else list(enumerate(build.module().planted()))
+
+
+def outcome(module, call, launch, which, **options):
+    """What a run says: the kind of its finding, "wrong result", or "nothing"."""
+    module.configure(**options)
+    try:
+        result = call.run(launch, which)
+    except module.Finding as finding:
+        return str(finding).splitlines()[0].removeprefix("emulator: ")
+    return "nothing" if call.is_right(result) else "wrong result"
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_correct_kernel_passes_every_schedule(emulator, name):
+    call = SAMPLES[name]()
+    outcomes = {outcome(emulator, call, emulator.run, name, seed=seed) for seed in SEEDS}
+    assert outcomes == {"nothing"}
+
+
+@pytest.mark.parametrize(("number", "planted"), PLANTED, ids=[f"{p[0]}-{p[1]}" for _, p in PLANTED])
+def test_a_planted_mistake_is_caught_by_its_check(emulator, number, planted):
+    sample, _, finding = planted
+    call = SAMPLES[sample]()
+    seen = set()
+    for seed in SEEDS:
+        seen.add(outcome(emulator, call, emulator.run_planted, number, seed=seed))
+        if finding in seen:
+            return
+    pytest.fail(f"expected '{finding}', found only {seen}")
+
+
+def test_every_kind_of_finding_is_planted():
+    found = {planted[2] for _, planted in PLANTED}
+    assert found == {
+        "out of bounds",
+        "misaligned",
+        "read of memory nobody wrote",
+        "race",
+        "unfinished asynchronous copy",
+        "divergence",
+        "deadlock",
+        "exited thread",
+        "misuse",
+        "wrong result",
+    }
+    assert len(PLANTED) >= 25
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_no_barrier_and_no_wait_of_a_sample_can_be_left_out(emulator, name):
+    """Each synchronising call that the correct kernel makes is left out in turn; each time something is found."""
+    call = SAMPLES[name](192) if name == "attention" else SAMPLES[name]()
+    assert outcome(emulator, call, emulator.run, name) == "nothing"
+    sites = emulator.sites()
+    assert sites
+    for site in sites:
+        outcomes = {outcome(emulator, call, emulator.run, name, seed=seed, leave_out=site) for seed in range(5)}
+        assert "nothing" not in outcomes, f"{site} could be left out: is it needed?"
+
+
+def test_no_barrier_of_the_latent_kernels_can_be_left_out(emulator):
+    build.register()
+    call = lambda: torch.ops.fastgen_emulated.latent_forward(mu, mu, None, None, torch.tensor([1]), True)  # noqa: E731
+    mu = torch.randn(2, 3000)
+    emulator.configure()
+    call()
+    assert emulator.sites() == [site for site in emulator.sites() if "csrc/common/reduce.cuh" in site]
+    for site in emulator.sites():
+        emulator.configure(leave_out=site)
+        with pytest.raises(RuntimeError, match=r"emulator: (race|read of memory nobody wrote)"):
+            call()
+
+
+# --------------------------------------------------------------------------------------------------
+# Reports
+
+
+def report(module, sample, mistake, seed=0):
+    number = next(i for i, (s, m, _) in enumerate(module.planted()) if (s, m) == (sample, mistake))
+    module.configure(seed=seed)
+    with pytest.raises(module.Finding) as caught:
+        SAMPLES[sample]().run(module.run_planted, number)
+    return str(caught.value)
+
+
+def test_a_report_names_kernel_block_thread_line_and_address(emulator):
+    text = report(emulator, "reverse", "kNoBarrier", seed=3)
+    assert text.startswith("emulator: race\n")
+    assert re.search(
+        r"(reads|writes) 4 bytes at shared variable of type \S*reverse::Tile \+ \d+ \(of 512 bytes\)", text
+    )
+    place = r"thread \d+ \(warp \d, lane \d+\)"
+    assert re.search(rf"kernel reverse \(kNoBarrier\), block \(\d, 0, 0\), {place}\n", text)
+    source = r"tests/emulator/kernels/exchange\.cuh:\d+ in \S*reverse::kernel"
+    assert re.search(rf"  at {source}", text)
+    assert re.search(rf"(written|read) by {place} at {source}.*, with no barrier between", text)
+    assert "FASTGEN_EMULATOR_SEED=3 replays it" in text
+
+
+def test_a_deadlock_says_where_each_thread_waits(emulator):
+    text = report(emulator, "named_ring", "kNoArrivalAtFull")
+    assert re.search(r"threads 0-31 wait in barrier 3 of 64 threads at tests/emulator/kernels/rings.cuh:\d+", text)
+    assert re.search(r"threads 32-63 wait in barrier 1 of 64 threads at tests/emulator/kernels/rings.cuh:\d+", text)
+
+
+def test_one_seed_gives_one_schedule(emulator):
+    first, again = (report(emulator, "named_ring", "kNoWaitForEmpty", seed=5) for _ in range(2))
+    assert first == again
+    others = {report(emulator, "named_ring", "kNoWaitForEmpty", seed=seed) for seed in range(8)}
+    assert len({re.sub("seed.*", "", other) for other in others}) > 1
+
+
+PROBE = """
+def test_probe(emulator):
+    number = next(i for i, p in enumerate(emulator.planted()) if p[:2] == ("reverse", "kNoBarrier"))
+    from tests.emulator.samples import SAMPLES
+    SAMPLES["reverse"]().run(emulator.run_planted, number)
+"""
+
+
+def test_a_failing_test_prints_its_seed_and_the_variable_replays_it(tmp_path):
+    (tmp_path / "test_probe.py").write_text(PROBE)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", "-p", "no:cacheprovider", str(tmp_path)]
+    runs = []
+    for seed in (None, "77", "77"):
+        environment = {**os.environ, "PYTHONPATH": str(build.ROOT)}
+        environment.pop("FASTGEN_EMULATOR_SEED", None)
+        if seed:
+            environment["FASTGEN_EMULATOR_SEED"] = seed
+        done = subprocess.run(command, cwd=build.ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 1, done.stdout + done.stderr
+        runs.append(done.stdout)
+    assert re.search(r"FASTGEN_EMULATOR_SEED=\d+", runs[0])
+    threads = [re.search(r"thread \d+ \(warp \d, lane \d+\)", run).group() for run in runs]
+    assert "FASTGEN_EMULATOR_SEED=77" in runs[1]
+    assert threads[1] == threads[2]
+
+
+# --------------------------------------------------------------------------------------------------
+# Tensors as device memory
+
+
+def test_a_tensor_from_elsewhere_is_no_device_memory(emulator):
+    build.register()
+    build.track_tensors(False)
+    outside = torch.randn(2, 8)
+    build.track_tensors(True)
+    with pytest.raises(RuntimeError, match=r"out of bounds\n.*in no memory the kernel was given"):
+        torch.ops.fastgen_emulated.latent_forward(outside, outside, None, None, torch.tensor([1]), True)
+
+
+def test_the_operators_run_in_the_emulator_and_not_in_pytorch(emulator):
+    build.register()
+    emulator.clear_statistics()
+    mu = torch.randn(2, 3000)
+    torch.ops.fastgen_emulated.latent_forward(mu, mu, None, None, torch.tensor([1]), True)
+    counted = emulator.statistics()["latent_forward"]
+    assert counted["launches"] == 1
+    assert counted["block_barriers"] == counted["blocks"] > 1
+
+
+# --------------------------------------------------------------------------------------------------
+# Limits of a launch, and counters
+
+
+@pytest.mark.parametrize(
+    ("grid", "block", "shared", "text"),
+    [
+        ((1, 1, 1), (1025, 1, 1), 0, "invalid configuration argument .*at most 1024 threads"),
+        ((1, 1, 1), (1, 1, 65), 0, "invalid configuration argument .*64 in z"),
+        ((1, 1, 1), (0, 1, 1), 0, "invalid configuration argument"),
+        ((0, 1, 1), (1, 1, 1), 0, "invalid configuration argument"),
+        ((1, 65536, 1), (1, 1, 1), 0, "invalid configuration argument .*65535"),
+        ((1, 1, 1), (32, 1, 1), 227 * 1024 + 1, "invalid argument .*shared memory, at most 232448"),
+    ],
+)
+def test_a_launch_over_the_limits_is_refused_as_by_cuda(emulator, grid, block, shared, text):
+    with pytest.raises(RuntimeError, match="coordinates: " + text):
+        emulator.run("coordinates", grid, block, shared, [], np.zeros(4, np.uint32), False, [])
+
+
+def test_static_and_dynamic_shared_memory_share_the_limit(emulator):
+    emulator.configure(shared_limit=1024)
+    with pytest.raises(RuntimeError, match="static and dynamic shared memory are over the limit"):
+        emulator.run("reverse", (1, 1, 1), (128, 1, 1), 1000, [np.zeros(4, np.uint32)], np.zeros(4), False, [4])
+
+
+@pytest.mark.parametrize(("stride", "passes"), [(16, 4), (32, 8), (64, 16), (128, 32), (144, 4)])
+def test_bank_conflicts_of_matrix_loads_are_counted(emulator, stride, passes):
+    """Eight rows of 16 bytes go in one pass, unless they lie in the same banks."""
+    emulator.configure(seed=1)
+    emulator.clear_statistics()
+    tile = np.zeros(8 * stride, np.uint32)
+    emulator.run("ldmatrix x4", (1, 1, 1), (32, 1, 1), tile.nbytes, [tile], np.zeros(128, np.uint32), False, [stride])
+    counted = emulator.statistics()["ldmatrix x4"]
+    stores = 8 * stride // 32  # one pass each
+    assert counted["shared_passes"] - stores == passes
+    assert counted["bank_conflicts"] == passes - 4
+
+
+def test_an_attention_sized_block_is_emulated_in_time(emulator):
+    """About 2,000 matrix products of a warp, in under 1 s with every check and 0.3 s without (best of a few)."""
+    call = SAMPLES["attention"]()
+    for checks, limit in ((True, 1.0), (False, 0.3)):
+        best = float("inf")
+        for seed in range(5):
+            emulator.configure(seed=seed, checks=checks, count_banks=checks)
+            start = time.perf_counter()
+            result = call.run(emulator.run, "attention")
+            best = min(best, time.perf_counter() - start)
+            assert call.is_right(result)
+        assert best < limit
+    emulator.clear_statistics()
+    call.run(emulator.run, "attention")
+    assert emulator.statistics()["attention"]["matrix_products"] == 2048
+    assert emulator.statistics()["attention"]["bank_conflicts"] == 0
