@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from tests.kernel_budgets import Budget
 
 ROOT = Path(__file__).resolve().parents[1]
+# The device layer's unit kernels and the emulator's samples: they have to compile, without spills, and have no budget.
+UNIT_KERNELS = ROOT / "tests" / "emulator" / "kernels"
+INCLUDES = (ROOT / "csrc", UNIT_KERNELS.parent / "cuda", UNIT_KERNELS.parent)
 ARCHITECTURES = ["80", "90a"]
 INSTRUCTIONS = ["HMMA", "HGMMA", "LDSM", "STSM", "MUFU.EX2", "LDL", "STL", "BAR", "SHFL"]
 GLOBAL_ACCESSES = ["LDG", "STG", "LDGSTS"]  # counted by width
@@ -126,7 +129,7 @@ def compile_one(nvcc: str, nvdisasm: str | None, source: Path, arch: str) -> tup
     name = str(source.relative_to(ROOT)) if source.is_relative_to(ROOT) else str(source)
     number = arch.removeprefix("sm_")
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, "-std=c++20", "-O3", "-Xptxas", "-v", "-I", str(ROOT / "csrc")]
+        command = [nvcc, "-std=c++20", "-O3", "-Xptxas", "-v", *(f"-I{folder}" for folder in INCLUDES)]
         command += ["-gencode", f"arch=compute_{number},code=sm_{number}", "--keep", "--keep-dir", folder]
         command += ["-c", str(source), "-o", str(Path(folder, "out.o"))]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -188,6 +191,18 @@ def print_tables(kernels: list[Kernel]) -> None:
         print(f"{kernel.arch:<6}{''.join(f'{counts.get(column, 0):>9}' for column in columns)}  {kernel.name}")
 
 
+def all_jobs(architectures: list[str]) -> list[tuple[Path, str]]:
+    """Every source for every architecture that has its instructions."""
+    library = sorted((ROOT / "csrc").rglob("*.cu"))
+    units = [path for path in sorted(UNIT_KERNELS.glob("*.cu")) if path.stem != "planted"]
+    return [
+        (source, arch)
+        for arch in architectures
+        for source in library + units
+        if not (source.stem.endswith("_sm90") and int(re.findall(r"\d+", arch)[0]) < 90)
+    ]
+
+
 def main(argv: list[str] | None = None, budgets: Mapping[str, Budget] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sources", nargs="*", type=Path, metavar="SOURCE", help="default: all of csrc")
@@ -202,14 +217,19 @@ def main(argv: list[str] | None = None, budgets: Mapping[str, Budget] | None = N
         print("compile check: c++filt was not found (binutils)")
         return 1
     nvdisasm = find_nvdisasm(nvcc)
-    sources = [path.resolve() for path in arguments.sources] or sorted((ROOT / "csrc").rglob("*.cu"))
-    jobs = [(source, arch) for arch in arguments.arch or ARCHITECTURES for source in sources]
+    architectures = arguments.arch or ARCHITECTURES
+    jobs = [(path.resolve(), arch) for arch in architectures for path in arguments.sources] or all_jobs(architectures)
     start = time.perf_counter()
     with ThreadPoolExecutor(max_workers=2) as pool:
         results = list(pool.map(lambda job: compile_one(nvcc, nvdisasm, *job), jobs))
     seconds = time.perf_counter() - start
-    kernels = [kernel for found, _ in results for kernel in found]
+    found = [kernel for kernels, _ in results for kernel in kernels]
+    units = [kernel for kernel in found if Path(ROOT, kernel.source).is_relative_to(UNIT_KERNELS)]
+    kernels = [kernel for kernel in found if kernel not in units]
     problems = [error for _, error in results if error]
+    problems += [
+        f"{unit.name} for sm_{unit.arch}: {unit.spill_bytes} bytes of spills" for unit in units if unit.spill_bytes
+    ]
     everything = not problems and not arguments.sources
     problems += compare(kernels, load("tests/kernel_budgets.py").BUDGETS if budgets is None else budgets, everything)
     print_tables(kernels)
@@ -217,7 +237,12 @@ def main(argv: list[str] | None = None, budgets: Mapping[str, Budget] | None = N
         print("instructions were not counted: nvdisasm was not found (pip install nvidia-cuda-nvdisasm)")
     if arguments.json:
         arguments.json.write_text(json.dumps([kernel._asdict() for kernel in kernels], indent=1))
-    print(f"{len(kernels)} kernels of {len(sources)} sources in {seconds:.0f} s, {len(problems)} problems")
+    if units:
+        print(
+            f"and {len(units)} unit kernels of the device layer and samples, which only have to compile without spills"
+        )
+    sources = {source for source, _ in jobs}
+    print(f"{len(found)} kernels of {len(sources)} sources in {seconds:.0f} s, {len(problems)} problems")
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if problems or not kernels else 0

@@ -70,3 +70,20 @@ def device(request):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What the library's kernels did in the emulator, over the whole run."""
+    if build.module.cache_info().currsize == 0:
+        return
+    samples = {*build.module().kernels()}
+    columns = ("launches", "blocks", "block_barriers", "shuffles", "matrix_products", "shared_passes", "bank_conflicts")
+    rows = [
+        [kernel, *(str(counters[column]) for column in columns)]
+        for kernel, counters in build.module().statistics().items()
+        if kernel not in samples and not kernel.endswith(")")  # nor a planted mistake
+    ]
+    if rows:
+        terminalreporter.section("kernels in the emulator")
+        for row in [["", *(column.replace("_", " ") for column in columns)], *rows]:
+            terminalreporter.write_line("  ".join([row[0].ljust(20), *(cell.rjust(15) for cell in row[1:])]))

@@ -5,6 +5,8 @@ The same kernels run in the emulator and, where there is one, on a GPU; the want
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -256,6 +258,44 @@ def test_matrix_products(device, kind, values):
         np.testing.assert_array_equal(got, wanted)
     else:
         np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-5)
+
+
+# --------------------------------------------------------------------------------------------------
+# The layer itself
+
+# What only csrc/device may say: CUDA's intrinsics and types, PTX, and shared memory by hand.
+INSTRUCTIONS = re.compile(
+    r"\basm\b|__shared__|__shfl|__sync|__ballot|__any|__all_|\batomic[A-Z]|__half|__nv_|__float2|__cvta|cuda_(bf16|fp16)|mma\.h"
+)
+
+
+def code_of(path):
+    """A source without its comments."""
+    return re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
+
+
+def functions_of(folder, pattern):
+    return {(path.name, name) for path in folder.glob("*.cuh") for name in re.findall(pattern, code_of(path))}
+
+
+def test_kernels_use_nothing_but_the_device_layer():
+    sources = [path for suffix in ("cu", "cuh", "h") for path in build.CSRC.rglob(f"*.{suffix}")]
+    kernels = [path for path in sources if path.relative_to(build.CSRC).parts[0] not in ("device", "cpu")]
+    assert len(kernels) > 10
+    for path in [*kernels, *(build.HERE / "kernels").glob("*.cu*")]:
+        assert not INSTRUCTIONS.search(code_of(path)), path
+        assert "EMULATE" not in code_of(path).upper(), f"{path} knows of the emulator"
+
+
+def test_every_function_of_the_device_layer_has_a_twin():
+    ours = functions_of(build.CSRC / "device", r"__device__ __forceinline__ [\w&* ]+?(\w+)(?:<\w+>)?\(")
+    ours |= functions_of(build.CSRC / "device", r"inline (?!__device__)[\w&* ]+? (\w+)\(")
+    twins = functions_of(build.HERE / "device", r"(?:__forceinline__|inline) [\w&* ]+?(\w+)\(")
+    twins |= functions_of(build.HERE / "device", r"using cpu::(\w+);")
+    # The window of shared memory is for PTX alone.
+    missing = {(header, name) for header, name in ours if (header, name) not in twins and name != "shared_address"}
+    assert len(ours) > 40
+    assert not missing
 
 
 # --------------------------------------------------------------------------------------------------

@@ -21,6 +21,13 @@ SEEDS = range(40)  # within which a planted mistake must show
 PLANTED = [] if build.why_not() else list(enumerate(build.module().planted()))
 
 
+def counted(module, kernel, call):
+    """What a call adds to the counters of a kernel."""
+    before = module.statistics().get(kernel, {})
+    call()
+    return {name: count - before.get(name, 0) for name, count in module.statistics()[kernel].items()}
+
+
 def outcome(module, call, launch, which, **options):
     """What a run says: the kind of its finding, "wrong result", or "nothing"."""
     module.configure(**options)
@@ -143,22 +150,16 @@ def test_probe(emulator):
 """
 
 
-def test_a_failing_test_prints_its_seed_and_the_variable_replays_it(tmp_path):
+def test_a_failing_test_prints_its_seed_and_the_variable_replays_it(emulator, tmp_path):
     (tmp_path / "test_probe.py").write_text(PROBE)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", "-p", "no:cacheprovider", str(tmp_path)]
-    runs = []
-    for seed in (None, "77", "77"):
-        environment = {**os.environ, "PYTHONPATH": str(build.ROOT)}
-        environment.pop("FASTGEN_EMULATOR_SEED", None)
-        if seed:
-            environment["FASTGEN_EMULATOR_SEED"] = seed
-        done = subprocess.run(command, cwd=build.ROOT, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 1, done.stdout + done.stderr
-        runs.append(done.stdout)
-    assert re.search(r"FASTGEN_EMULATOR_SEED=\d+", runs[0])
-    threads = [re.search(r"thread \d+ \(warp \d, lane \d+\)", run).group() for run in runs]
-    assert "FASTGEN_EMULATOR_SEED=77" in runs[1]
-    assert threads[1] == threads[2]
+    environment = {**os.environ, "PYTHONPATH": str(build.ROOT), "FASTGEN_EMULATOR_SEED": "77"}
+    done = subprocess.run(command, cwd=build.ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "FASTGEN_EMULATOR_SEED=77\n" in done.stdout, "the fixture's line"
+    first_line = r"thread \d+ \(warp \d, lane \d+\)"
+    here = report(emulator, "reverse", "kNoBarrier", seed=77)
+    assert re.search(first_line, done.stdout).group() == re.search(first_line, here).group()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -176,12 +177,11 @@ def test_a_tensor_from_elsewhere_is_no_device_memory(emulator):
 
 def test_the_operators_run_in_the_emulator_and_not_in_pytorch(emulator):
     build.register()
-    emulator.clear_statistics()
     mu = torch.randn(2, 3000)
-    torch.ops.fastgen_emulated.latent_forward(mu, mu, None, None, torch.tensor([1]), True)
-    counted = emulator.statistics()["latent_forward"]
-    assert counted["launches"] == 1
-    assert counted["block_barriers"] == counted["blocks"] > 1
+    arguments = (mu, mu, None, None, torch.tensor([1]), True)
+    counts = counted(emulator, "latent_forward", lambda: torch.ops.fastgen_emulated.latent_forward(*arguments))
+    assert counts["launches"] == 1
+    assert counts["block_barriers"] == counts["blocks"] > 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -213,14 +213,12 @@ def test_static_and_dynamic_shared_memory_share_the_limit(emulator):
 @pytest.mark.parametrize(("stride", "passes"), [(16, 4), (32, 8), (64, 16), (128, 32), (144, 4)])
 def test_bank_conflicts_of_matrix_loads_are_counted(emulator, stride, passes):
     """Eight rows of 16 bytes go in one pass, unless they lie in the same banks."""
-    emulator.configure(seed=1)
-    emulator.clear_statistics()
-    tile = np.zeros(8 * stride, np.uint32)
-    emulator.run("ldmatrix x4", (1, 1, 1), (32, 1, 1), tile.nbytes, [tile], np.zeros(128, np.uint32), False, [stride])
-    counted = emulator.statistics()["ldmatrix x4"]
+    tile, out = np.zeros(8 * stride, np.uint32), np.zeros(128, np.uint32)
+    arguments = ((1, 1, 1), (32, 1, 1), tile.nbytes, [tile], out, False, [stride])
+    counts = counted(emulator, "ldmatrix x4", lambda: emulator.run("ldmatrix x4", *arguments))
     stores = 8 * stride // 32  # one pass each
-    assert counted["shared_passes"] - stores == passes
-    assert counted["bank_conflicts"] == passes - 4
+    assert counts["shared_passes"] - stores == passes
+    assert counts["bank_conflicts"] == passes - 4
 
 
 def test_an_attention_sized_block_is_emulated_in_time(emulator):
@@ -235,7 +233,39 @@ def test_an_attention_sized_block_is_emulated_in_time(emulator):
             best = min(best, time.perf_counter() - start)
             assert call.is_right(result)
         assert best < limit
-    emulator.clear_statistics()
-    call.run(emulator.run, "attention")
-    assert emulator.statistics()["attention"]["matrix_products"] == 2048
-    assert emulator.statistics()["attention"]["bank_conflicts"] == 0
+    emulator.configure()
+    counts = counted(emulator, "attention", lambda: call.run(emulator.run, "attention"))
+    assert (counts["matrix_products"], counts["bank_conflicts"]) == (2048, 0)
+
+
+# --------------------------------------------------------------------------------------------------
+# What the emulator does not know does not compile
+
+
+@pytest.mark.parametrize(
+    ("body", "complaint"),
+    [
+        ("device::mma_m16n8k16<float>(d, a, b);", "mma_m16n8k16: no such element type"),
+        ("uint32_t r[3]; device::ldmatrix(r, p);", "ldmatrix loads 1, 2 or 4 matrices"),
+        ("device::async_copy<12>(p, p);", "cp.async copies 4, 8 or 16 bytes"),
+        ("device::atomic_max((float*)p, 1.0f);", "no such atom.max"),
+        ("device::wgmma_m64n64k16(d, a, b);", "wgmma_m64n64k16"),
+        ("__shared__ float tile[4];", "__shared__"),
+        ("float x = __shfl_xor_sync(~0u, 1.0f, 1);", "__shfl_xor_sync"),
+        ('asm volatile("bar.warp.sync 0xffffffff;");', "bar.warp.sync"),
+        ("device::sync_warp();", None),
+    ],
+)
+def test_an_unknown_instruction_fails_to_compile_with_its_name(tmp_path, body, complaint):
+    includes = "".join(f'#include "device/{name}.cuh"\n' for name in ("atomic", "copy", "mma", "vector", "warp"))
+    kernel = f"__global__ void kernel(float (&d)[4], uint32_t (&a)[4], uint32_t (&b)[2], void* p) {{ {body} }}"
+    source = tmp_path / "kernel.cu"
+    source.write_text(f"{includes}namespace fastgen {{ {kernel} }}")
+    folders = [f"-I{build.HERE}", f"-I{build.CSRC}"]
+    command = [*build.compiler().split(" "), "-std=c++20", *folders, "-x", "c++", "-c", str(source), "-o", "/dev/null"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if complaint is None:
+        assert done.returncode == 0, done.stderr
+    else:
+        assert done.returncode != 0
+        assert complaint in done.stderr

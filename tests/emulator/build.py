@@ -43,6 +43,8 @@ def why_not() -> str | None:
         return f"no C++ compiler ({compiler()})"
     if ninja() is None:
         return "ninja was not found (pip install ninja)"
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 was not found (pip install pybind11)"
     return None
 
 

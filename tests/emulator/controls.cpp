@@ -19,7 +19,6 @@ void bind_controls(py::module_& m) {
       py::arg("seed") = 0, py::arg("checks") = true, py::arg("count_banks") = true, py::arg("leave_out") = "",
       py::arg("shared_limit") = emulator::Options().shared_limit);
   m.def("sites", emulator::sites);
-  m.def("clear_statistics", emulator::clear_statistics);
   m.def("statistics", [] {
     py::dict kernels;
     for (const auto& [name, c] : emulator::statistics()) {

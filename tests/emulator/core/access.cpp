@@ -116,7 +116,7 @@ void Engine::access(const void* address, size_t bytes, Touch touch, Site site, b
   Allocation* allocation = global.find(begin);
   if (allocation == nullptr || begin + bytes > allocation->begin + allocation->bytes) {
     std::string nearest = ", in no memory the kernel was given";
-    if (allocation != nullptr && begin - allocation->begin < allocation->bytes + (1 << 20)) {
+    if (allocation != nullptr && begin - allocation->begin < allocation->bytes + 4096) {
       nearest = ", which is " + std::to_string(begin - allocation->begin) + " bytes from the start of " +
                 std::to_string(allocation->bytes) + " allocated at " + hex(allocation->begin);
     }
@@ -180,7 +180,11 @@ void atomic(void* address, size_t bytes, const void* operand, void* old, void (*
   const auto site = reinterpret_cast<Site>(__builtin_return_address(0));
   ++engine.counters->atomics;
   engine.maybe_preempt_at_sync();
-  if (engine.options.checks) engine.access(address, bytes, Touch::kAtomic, site, true);
+  if (engine.options.checks) {
+    engine.access(address, bytes, Touch::kAtomic, site, true);
+  } else {
+    engine.maybe_preempt();
+  }
   memcpy(old, address, bytes);
   Thread* const thread = running;
   running = nullptr;  // the update is the kernel's code, with its hooks, but was checked already

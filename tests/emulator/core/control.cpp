@@ -29,8 +29,6 @@ std::vector<std::string> sites() { return Engine::get().sites_seen; }
 
 Statistics statistics() { return Engine::get().statistics; }
 
-void clear_statistics() { Engine::get().statistics.clear(); }
-
 void add_memory(const void* begin, size_t bytes, bool fresh, bool read_only) {
   const std::lock_guard lock(Engine::get().mutex);
   Engine::get().global.add(begin, bytes, fresh, read_only);

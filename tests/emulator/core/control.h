@@ -31,8 +31,8 @@ void configure(const Options& options);
 const Options& options();
 // Synchronising calls met since configure(): "sync_block csrc/common/reduce.cuh:32".
 std::vector<std::string> sites();
+// Since the process began.
 Statistics statistics();
-void clear_statistics();
 
 // Around the host code of an operator. What is allocated meanwhile, its outputs and workspaces, is fresh memory.
 void enter_operator();

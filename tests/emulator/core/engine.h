@@ -202,12 +202,11 @@ class Engine {
   uint32_t preempt_one_in_ = 0, preempt_at_sync_one_in_ = 0;
   std::string failure_;
   bool failed_ = false;
-  uint64_t switches_ = 0;
+  uint64_t switches_ = 0, accesses_ = 0;  // in this block; accesses since a thread last waited or returned
   std::unordered_map<Site, uint32_t> site_numbers_;
   std::vector<Site> sites_;
   Readers readers_;
   std::map<std::tuple<const char*, const char*, unsigned>, bool> calls_;  // synchronising calls: left out or not
-  uint32_t accesses_in_a_row_ = 0;
   Site last_site_ = 0;
   uint32_t last_site_number_ = 0;
 
@@ -215,7 +214,9 @@ class Engine {
   enum { kEarly, kLate, kWhenever } landing = kLate;
 };
 
-extern Thread* running;  // null outside a kernel
+// Null outside a kernel. Of this thread of the process: others may run host code of launchers meanwhile, with its
+// hooks.
+extern thread_local Thread* running __attribute__((tls_model("initial-exec")));
 
 // "threads 0-31, 64" of ascending numbers.
 std::string ranges(const std::vector<int>& numbers);

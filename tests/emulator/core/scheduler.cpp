@@ -9,7 +9,7 @@ dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace fastgen::emulator {
 
-Thread* running = nullptr;
+thread_local Thread* running = nullptr;
 
 namespace {
 
@@ -106,7 +106,7 @@ void Engine::reset_block() {
   mbarriers.clear(), events.clear(), polling.clear(), banks.clear();
   std::fill(std::begin(exited), std::end(exited), 0);
   std::fill(std::begin(ready_), std::end(ready_), 0);
-  ready_warps_ = 0, live = thread_count, failed_ = false, switches_ = 0;
+  ready_warps_ = 0, live = thread_count, failed_ = false, switches_ = 0, accesses_ = 0;
   for (int i = 0; i < thread_count; ++i) {
     Thread& thread = *threads[i];
     thread.index = i, thread.warp = i / 32, thread.lane = i % 32;
@@ -195,8 +195,11 @@ void Engine::yield() { Fiber::change(running->fiber, scheduler_); }
 
 void Engine::maybe_preempt() {
   if (preempt_one_in_ != 0 && random_() % preempt_one_in_ == 0) return yield();
-  constexpr uint32_t kLongest = 1 << 22;  // a thread that loops on plain reads lets others go on, too
-  if (++accesses_in_a_row_ % kLongest == 0) yield();
+  // A thread that loops until memory changes lets others go on, too, but not for ever.
+  constexpr uint64_t kTurn = 1 << 16, kMostWithoutProgress = 1 << 25;
+  if (++accesses_ % kTurn != 0) return;
+  if (accesses_ >= kMostWithoutProgress) switches_ = kMostSwitches + 1;
+  yield();
 }
 
 void Engine::maybe_preempt_at_sync() {
@@ -210,6 +213,7 @@ void Engine::wake(int thread) {
 }
 
 void Engine::wait(const Waiting& waiting) {
+  accesses_ = 0;
   running->waiting = waiting;
   running->state = Thread::kWaiting;
   ready_[running->warp] &= ~(1u << running->lane);
@@ -225,6 +229,7 @@ uint32_t Engine::lanes_of(int warp) const {
 void Engine::thread_exited() {
   Thread& thread = *running;
   thread.state = Thread::kExited;
+  accesses_ = 0;
   const uint32_t bit = 1u << thread.lane;
   exited[thread.warp] |= bit;
   ready_[thread.warp] &= ~bit;
@@ -292,12 +297,12 @@ void Engine::stuck() {
   std::map<std::pair<std::string, std::string>, std::vector<int>> places;
   bool diverged = false, at_barrier = false;
   int gone = 0;
+  std::vector<int> running_on;
   for (int i = 0; i < thread_count; ++i) {
     const Thread& thread = *threads[i];
-    if (thread.state == Thread::kExited) {
-      ++gone;
-      continue;
-    }
+    if (thread.state == Thread::kExited) ++gone;
+    if (thread.state == Thread::kReady) running_on.push_back(i);
+    if (thread.state != Thread::kWaiting) continue;
     const Waiting& waiting = thread.waiting;
     places[{waiting.what, source_of(waiting.where)}].push_back(i);
     at_barrier = at_barrier || waiting.what.starts_with("barrier");
@@ -318,6 +323,7 @@ void Engine::stuck() {
     report += "\n  " + ranges(waiting) + (waiting.size() == 1 ? " waits" : " wait") + " in " + place.first + " at " +
               place.second;
   }
+  if (!running_on.empty()) report += "\n  " + ranges(running_on) + " loop";
   if (gone > 0) report += "\n  " + std::to_string(gone) + (gone == 1 ? " thread has" : " threads have") + " returned";
   throw Finding(report + replay_hint());
 }

@@ -165,6 +165,7 @@ enum Mistake {
   kNoBarrierAfterZeros,
   kNoBarrierAfterCounts,
   kOneBinMore,
+  kWaitsForNobody,
 };
 
 constexpr int kBins = 16;
@@ -189,6 +190,10 @@ __global__ void kernel(Arguments a) {
     }
   }
   if (kMistake != kNoBarrierAfterCounts) device::sync_block();
+  if constexpr (kMistake == kWaitsForNobody) {
+    while (device::atomic_add(results(a) + thread % kBins, 0u) == 0) {
+    }
+  }
   if (thread >= kBins) return;
   if constexpr (kMistake == kPlainGlobal) {
     results(a)[thread] += counts.of[thread];

@@ -47,6 +47,7 @@ const Register kPlanted[] = {
     FASTGEN_PLANT(histogram, kNoBarrierAfterZeros, kUnwritten),
     FASTGEN_PLANT(histogram, kNoBarrierAfterCounts, kRace),
     FASTGEN_PLANT(histogram, kOneBinMore, kOutOfBounds),
+    FASTGEN_PLANT(histogram, kWaitsForNobody, kDeadlock),
     FASTGEN_PLANT(product, kNoWait, kAsyncCopy),
     FASTGEN_PLANT(product, kWaitsForTooFew, kAsyncCopy),
     FASTGEN_PLANT(product, kNoCommit, kAsyncCopy),
