@@ -34,7 +34,7 @@ lint: $(VENV)/.build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	git ls-files -z 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs -0 $(BIN)/clang-format --dry-run --Werror
+	git ls-files -z '*.h' '*.cpp' '*.cu' '*.cuh' | xargs -0 $(BIN)/clang-format --dry-run --Werror
 
 bench: $(VENV)/.build
 	mkdir -p .benchmarks

@@ -35,16 +35,23 @@ def compiler() -> str:
     return os.environ.get("CXX", "g++")
 
 
+PROBE = "#include <source_location>\nint line(std::source_location where = std::source_location::current());"
+
+
+@cache
 def why_not() -> str | None:
     """None where the emulator can be built, else the reason."""
-    if os.name != "posix":
-        return "the emulator needs a POSIX system"
+    if sys.platform != "linux":
+        return "the emulator is written for Linux"
     if shutil.which(compiler().split(" ")[0]) is None:
         return f"no C++ compiler ({compiler()})"
     if ninja() is None:
         return "ninja was not found (pip install ninja)"
     if importlib.util.find_spec("pybind11") is None:
         return "pybind11 was not found (pip install pybind11)"
+    command = [*compiler().split(" "), "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
+    if subprocess.run(command, input=PROBE, capture_output=True, text=True, check=False).returncode != 0:
+        return f"{compiler()} is too old: g++ 11 or clang 16 is needed"
     return None
 
 
@@ -65,8 +72,15 @@ def manifest() -> str:
     torch_root = Path(torch.__file__).parent
     # Kernels carry a call before each access to memory; -O1 keeps the accesses as they are written.
     instrument = "-fsanitize=thread -O1"
-    if "clang" not in subprocess.run([*compiler().split(" "), "--version"], capture_output=True, text=True).stdout:
+    version = subprocess.run([*compiler().split(" "), "--version"], capture_output=True, text=True, check=True).stdout
+    if "clang" in version:
+        # Without the second, x += 1 is no read; without the third, loops become one call with no alignment.
+        options = ("instrument-func-entry-exit=0", "instrument-read-before-write=1")
+        instrument += "".join(f" -mllvm -tsan-{option}" for option in options) + " -mllvm -disable-loop-idiom-all"
+    else:
         instrument += " --param tsan-instrument-func-entry-exit=0"
+    # The emulator's own templates must not be the kernels' instrumented ones.
+    core_link = "-ldl -Wl,-Bsymbolic-functions"
     includes = "-Itests/emulator -Itests/emulator/host -Icsrc"
     torch_flags = f"-isystem {torch_root}/include -isystem {torch_root}/include/torch/csrc/api/include"
     stable = f"-DFASTGEN_NAMESPACE={NAMESPACE} -DFASTGEN_DISPATCH_KEY=CPU -DTORCH_TARGET_VERSION=0x020a000000000000"
@@ -94,7 +108,7 @@ def manifest() -> str:
         needs = " ".join(f"$out_dir/{other}" for other in after)
         lines.extend([f"build $out_dir/{name}.so: link {' '.join(objects)} | {needs}", f"  libs = {libs}"])
 
-    library("libemulator", [(path, "-O2") for path in sorted((HERE / "core").glob("*.cpp"))], "-ldl")
+    library("libemulator", [(path, "-O2") for path in sorted((HERE / "core").glob("*.cpp"))], core_link)
     library(
         "libemulator_torch",
         [(HERE / "torch_memory.cpp", f"-O1 {torch_flags}")],

@@ -47,7 +47,7 @@ def reverse() -> Call:
 
 def exchange() -> Call:
     words = np.random.default_rng(2).integers(1, 1000, (2, 32)).astype(np.uint32)
-    wanted = (np.roll(words, -1, axis=1) + 1 + words.sum(axis=1, keepdims=True)).astype(np.uint32)
+    wanted = (2 * np.roll(words, -1, axis=1) + 1 + words.sum(axis=1, keepdims=True)).astype(np.uint32)
     return Call(1, 64, [words], wanted.ravel())
 
 

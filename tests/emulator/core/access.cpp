@@ -141,7 +141,7 @@ void Engine::access(const void* address, size_t bytes, Touch touch, Site site, b
   for (size_t done = 0; done < bytes;) {
     const size_t in_page = Allocation::kPageBytes - (offset + done) % Allocation::kPageBytes;
     const size_t count = std::min(bytes - done, in_page);
-    Cell* cells = global.cells(*allocation, offset + done, launch_number);
+    Cell* cells = global.cells(*allocation, offset + done, launches_ever);
     Conflict conflict = touch_cells(cells, count, touch, now, readers_, ordered);
     if (conflict.kind == Conflict::kUnwritten) {
       // A host operator may have filled it: then the poison is gone.
@@ -256,4 +256,24 @@ void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 // The guard of a function's static variable.
 uint8_t __tsan_atomic8_load(const volatile uint8_t* address, int) { return __atomic_load_n(address, __ATOMIC_ACQUIRE); }
+uint64_t __tsan_atomic64_load(const volatile uint64_t* address, int) {
+  return __atomic_load_n(address, __ATOMIC_ACQUIRE);
+}
+// Of clang, in place of the functions.
+void* __tsan_memcpy(void* target, const void* source, size_t bytes) {
+  if (bytes == 0) return target;
+  hook(const_cast<void*>(source), bytes, Touch::kRead, false);
+  hook(target, bytes, Touch::kWrite, false);
+  return memcpy(target, source, bytes);
+}
+void* __tsan_memmove(void* target, const void* source, size_t bytes) {
+  if (bytes == 0) return target;
+  hook(const_cast<void*>(source), bytes, Touch::kRead, false);
+  hook(target, bytes, Touch::kWrite, false);
+  return memmove(target, source, bytes);
+}
+void* __tsan_memset(void* target, int value, size_t bytes) {
+  if (bytes != 0) hook(target, bytes, Touch::kWrite, false);
+  return memset(target, value, bytes);
+}
 }

@@ -164,7 +164,8 @@ class Engine {
   const LaunchRequest* request = nullptr;
   std::string kernel;
   Counters* counters = nullptr;
-  uint64_t launch_number = 0, launch_seed = 0, block_number = 0;
+  uint64_t launch_number = 0, launch_seed = 0, block_number = 0;  // launches since configure()
+  uint64_t launches_ever = 0;
   SharedMemory shared;
   std::vector<std::unique_ptr<Thread>> threads;  // kept from block to block; the first thread_count are in use
   int thread_count = 0, warp_count = 0, live = 0, current_index = 0;

@@ -74,7 +74,7 @@ void Engine::run_grid(const char* name, const LaunchRequest& r) {
   check_limits(name, r);
   request = &r;
   kernel = name;
-  ++launch_number;
+  ++launch_number, ++launches_ever;
   launch_seed = mix(options.seed, launch_number);
   random_.seed(static_cast<uint32_t>(launch_seed));
   gridDim = r.grid, blockDim = r.block;

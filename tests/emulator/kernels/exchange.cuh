@@ -118,7 +118,7 @@ struct Tile {
   uint32_t words[kThreads];
 };
 
-// Each lane adds the word of the next lane, and 1, to the sum over its warp.
+// Each lane adds twice the word of the next lane, and 1, to the sum over its warp.
 template <Mistake kMistake>
 __global__ void kernel(Arguments a) {
   Tile& tile = device::shared_variable<Tile>();
@@ -137,7 +137,7 @@ __global__ void kernel(Arguments a) {
       device::sync_warp();
     }
     if (mistake == kSyncsAlone && lane < 16) device::sync_warp();
-    next = tile.words[first + (lane + 1) % device::kWarpSize];
+    next += tile.words[first + (lane + 1) % device::kWarpSize];
     if (round == 0 && kMistake != kNoSyncAtEnd) device::sync_warp();
   }
   uint32_t sum = word;
