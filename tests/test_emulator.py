@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -49,9 +50,34 @@ def test_a_correct_kernel_passes_every_schedule(emulator, name):
     assert outcomes == {"nothing"}
 
 
+TRICKY = {
+    "asks while another spins": (1, (64, 1)),
+    "asks many times": (1, (64, 1)),
+    "lock": (1, (96, 1)),
+    "elected lanes": (1, (64, 1)),
+    "leaves and halves": (1, (96, 1)),
+    "blocks read alike": (50, (64, 1)),
+    "kinds of data": (1, (64, 1)),
+    "odd block": (2, (9, 7)),
+    "everyone reads": (1, (1024, 1)),
+}
+
+
+@pytest.mark.parametrize("name", TRICKY)
+def test_a_correct_kernel_that_looks_odd_passes_every_schedule(emulator, name):
+    blocks, block = TRICKY[name]
+    words = np.arange(2000, dtype=np.uint32)
+    for seed in range(20):
+        emulator.configure(seed=seed)
+        out = np.zeros(blocks * block[0] * block[1], np.uint32)
+        assert emulator.run(name, (blocks, 1, 1), (*block, 1), 0, [words], out, False, []).all(), f"seed {seed}"
+
+
 @pytest.mark.parametrize(("number", "planted"), PLANTED, ids=[f"{p[0]}-{p[1]}" for _, p in PLANTED])
 def test_a_planted_mistake_is_caught_by_its_check(emulator, number, planted):
-    sample, _, finding = planted
+    sample, mistake, finding = planted
+    if mistake == "kMisalignedStruct" and platform.machine() != "x86_64":
+        pytest.skip("only this processor refuses it")
     call = SAMPLES[sample]()
     seen = set()
     for seed in SEEDS:
@@ -171,7 +197,7 @@ def test_a_tensor_from_elsewhere_is_no_device_memory(emulator):
     build.track_tensors(False)
     outside = torch.randn(2, 8)
     build.track_tensors(True)
-    with pytest.raises(RuntimeError, match=r"out of bounds\n.*in no memory the kernel was given"):
+    with pytest.raises(RuntimeError, match=r"out of bounds\n.*(in no memory the kernel was given|behind the end)"):
         torch.ops.fastgen_emulated.latent_forward(outside, outside, None, None, torch.tensor([1]), True)
 
 

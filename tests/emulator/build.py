@@ -79,6 +79,10 @@ def manifest() -> str:
         instrument += "".join(f" -mllvm -tsan-{option}" for option in options) + " -mllvm -disable-loop-idiom-all"
     else:
         instrument += " --param tsan-instrument-func-entry-exit=0"
+    # Calls of these are wrapped by the emulator.
+    wrapped = ("memcpy", "memmove", "memset")
+    instrument += "".join(f" -fno-builtin-{name}" for name in wrapped)
+    wrap = "".join(f" -Wl,--wrap={name}" for name in wrapped)
     # The emulator's own templates must not be the kernels' instrumented ones.
     core_link = "-ldl -Wl,-Bsymbolic-functions"
     includes = "-Itests/emulator -Itests/emulator/host -Icsrc"
@@ -118,12 +122,12 @@ def manifest() -> str:
     for family in families():
         kernels = [(path, instrument) for path in sorted((CSRC / family).rglob("*.cu"))]
         api = [(path, f"-O1 {torch_flags} {stable}") for path in (CSRC / family / "api.cpp", HERE / "device_scope.cpp")]
-        libs = f"{origin} -lemulator -lemulator_torch {torch_link}"
+        libs = f"{origin}{wrap} -lemulator -lemulator_torch {torch_link}"
         library(family, kernels + api, libs, "libemulator.so", "libemulator_torch.so")
     samples = [(path, instrument) for path in sorted((HERE / "kernels").glob("*.cu"))]
     named = "-DFASTGEN_KERNELS_MODULE=emulated_kernels -DFASTGEN_KERNELS_EMULATED"
     bindings = [(HERE / name, f"-O1 {python} {named}") for name in ("bindings.cpp", "controls.cpp")]
-    library("emulated_kernels", samples + bindings, f"{origin} -lemulator", "libemulator.so")
+    library("emulated_kernels", samples + bindings, f"{origin}{wrap} -lemulator", "libemulator.so")
     return "\n".join(lines) + "\n"
 
 

@@ -76,6 +76,12 @@ def ring() -> Call:
     return Call(1, 64, [words], np.ascontiguousarray(words[:, ::-1]), (7,))
 
 
+def pitfalls() -> Call:
+    words = np.random.default_rng(8).integers(1, 2**31, 160).astype(np.uint32)
+    wanted = np.concatenate([words[:64], words[32:64]])
+    return Call(2, 32, [words], wanted, initial=np.zeros(96, np.uint32))
+
+
 def attention(keys: int = 512) -> Call:
     rng = np.random.default_rng(7)
     bits = [to_bfloat16(rng.standard_normal((rows, 64))) for rows in (64, keys, keys)]
@@ -95,5 +101,6 @@ SAMPLES = {
     "named_ring": ring,
     "mbarrier_ring": ring,
     "copy_ring": ring,
+    "pitfalls": pitfalls,
     "attention": attention,
 }

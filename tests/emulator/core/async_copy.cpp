@@ -28,7 +28,7 @@ void async_copy(void* target, const void* source, int bytes, int valid, Where wh
   }
   const size_t offset = engine.shared_offset(target, bytes, "async_copy", site);
   if (engine.options.checks) {
-    if (valid > 0) engine.access(source, valid, Touch::kRead, site, false);
+    if (valid > 0) engine.access(source, valid, Touch::kRead, site, 1);
     engine.access_shared(offset, bytes, Touch::kWrite, site);
     const Stamp on_its_way = Stamp::reference(engine.copies.size());
     for (int i = 0; i < bytes; ++i) engine.shared.cells(offset)[i].write = on_its_way;

@@ -7,13 +7,17 @@ namespace fastgen::emulator {
 
 void BankCounter::access(int warp, int lane, Site site, size_t offset, size_t bytes) {
   Instruction& instruction = instructions_[static_cast<uint64_t>(site) << 5 ^ static_cast<uint64_t>(warp)];
-  const uint32_t number = instruction.count[lane]++ - instruction.first;
+  const uint32_t which = instruction.count[lane]++;
+  if (which < instruction.first) return;  // its warp's access was counted without it
+  const uint32_t number = which - instruction.first;
   while (instruction.open.size() <= number) instruction.open.emplace_back();
   Together& together = instruction.open[number];
   together.lanes |= 1u << lane;
   together.bytes = static_cast<uint32_t>(bytes);
   together.offsets[lane] = static_cast<uint32_t>(offset);
-  while (!instruction.open.empty() && instruction.open.front().lanes == 0xffffffffu) {
+  constexpr size_t kMostOpen = 4096;  // what is older lacks lanes that do not come
+  while (!instruction.open.empty() &&
+         (instruction.open.front().lanes == 0xffffffffu || instruction.open.size() > kMostOpen)) {
     count(instruction.open.front(), sums_);
     instruction.open.pop_front();
     ++instruction.first;

@@ -1,4 +1,7 @@
 // Barriers of a block: bar.sync and bar.arrive (PTX ISA, "bar, barrier"), and mbarrier objects (PTX ISA, "mbarrier").
+#include <algorithm>
+#include <bit>
+
 #include "core/engine.h"
 
 namespace fastgen::emulator {
@@ -19,20 +22,19 @@ void Engine::acquire(const Gathering& from) {
 }
 
 // ".aligned": all threads of a warp execute the same instruction.
-void Engine::check_alignment_of_warp(const char* what, const Where& where) {
+void Engine::check_alignment_of_warp(const char* what, const Where& where, Site site) {
   const Thread& thread = self();
   if (exited[thread.warp] != 0) {
-    const int gone = thread.warp * 32 + __builtin_ctz(exited[thread.warp]);
-    fail(kind::kExited, std::string(what) + " needs the whole warp, but " + name_of(gone) + " has returned", where);
+    const int gone = thread.warp * 32 + std::countr_zero(exited[thread.warp]);
+    fail(kind::kExited, std::string(what) + " needs the whole warp, but " + name_of(gone) + " has returned", site);
   }
   for (int other = thread.warp * 32; other < std::min(thread_count, thread.warp * 32 + 32); ++other) {
     const Thread& neighbour = *threads[other];
     if (other == thread.index || neighbour.state != Thread::kWaiting || !neighbour.waiting.aligned) continue;
     const Waiting& waiting = neighbour.waiting;
-    if (waiting.where.line() != where.line() || waiting.what != what ||
-        std::string_view(waiting.where.file_name()) != where.file_name()) {
-      fail(kind::kDivergence, std::string("threads of one warp are in different instructions: ") + what, where,
-           name_of(other) + " is in " + waiting.what + " at " + source_of(waiting.where));
+    if (waiting.what != what || !same_place(waiting.where, waiting.site, where, site)) {
+      fail(kind::kDivergence, std::string("threads of one warp are in different instructions: ") + what, site,
+           name_of(other) + " is in " + waiting.what + " at " + source_of(waiting.site));
     }
   }
 }
@@ -92,12 +94,13 @@ constexpr WarpInstruction kSyncBlock = {"sync_block", true, true, run_arrival};
 constexpr WarpInstruction kSyncNamed = {"sync_named", true, true, run_arrival};
 constexpr WarpInstruction kArriveNamed = {"arrive_named", true, true, run_arrival};
 
-void arrive_at(const WarpInstruction& instruction, int id, int threads, const Where& where) {
+void arrive_at(const WarpInstruction& instruction, int id, int threads, const Where& where, void* caller) {
   Engine& engine = Engine::get();
+  const auto site = reinterpret_cast<Site>(caller);
   BarrierLane mine = {running, id, threads, &instruction != &kArriveNamed, where, 0};
   const uint64_t operands = static_cast<uint64_t>(id) << 32 | static_cast<uint64_t>(threads);
-  engine.meet(instruction, operands, engine.lanes_of(running->warp), &mine, where);
-  while (mine.waits && engine.barriers[id].phase == mine.phase) engine.wait({name_of(mine), where, true});
+  engine.meet(instruction, operands, engine.lanes_of(running->warp), &mine, where, site);
+  while (mine.waits && engine.barriers[id].phase == mine.phase) engine.wait({name_of(mine), where, true, false, site});
 }
 
 void check_named(int id, int threads, const char* what, const Where& where) {
@@ -124,7 +127,7 @@ void sync_block(Where where) {
                 where);
   }
   if (running->index == 0) ++engine.counters->block_barriers;
-  arrive_at(kSyncBlock, 0, engine.warp_count * 32, where);
+  arrive_at(kSyncBlock, 0, engine.warp_count * 32, where, __builtin_return_address(0));
 }
 
 void sync_named(int id, int threads, Where where) {
@@ -132,14 +135,14 @@ void sync_named(int id, int threads, Where where) {
   if (engine.left_out("sync_named", where)) return;
   check_named(id, threads, "sync_named", where);
   if (running->lane == 0) ++engine.counters->block_barriers;
-  arrive_at(kSyncNamed, id, threads, where);
+  arrive_at(kSyncNamed, id, threads, where, __builtin_return_address(0));
 }
 
 void arrive_named(int id, int threads, Where where) {
   Engine& engine = Engine::get();
   if (engine.left_out("arrive_named", where)) return;
   check_named(id, threads, "arrive_named", where);
-  arrive_at(kArriveNamed, id, threads, where);
+  arrive_at(kArriveNamed, id, threads, where, __builtin_return_address(0));
 }
 
 // --------------------------------------------------------------------------------------------------
@@ -179,6 +182,7 @@ void Engine::complete_if_done(Mbarrier& barrier) {
   barrier.current.clear();
   for (const int thread : barrier.waiting) wake(thread);
   barrier.waiting.clear();
+  wake_pollers(barrier.polling);
 }
 
 void Engine::arrive(Mbarrier& barrier, const Gathering& gathered, int count, const char* what, Site site) {
@@ -265,7 +269,9 @@ bool mbarrier_test(const void* address, int parity, Where where) {
   }
   // Asking again right away gives the same answer: others go first.
   engine.polling.push_back(running->index);
+  barrier.polling.push_back(running->index);
   engine.wait({"mbarrier_test", where});
+  running->polled = false;
   return false;
 }
 

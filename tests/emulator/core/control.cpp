@@ -16,6 +16,7 @@ bool in_operator() { return operators_running > 0; }
 
 void configure(const Options& options) {
   Engine& engine = Engine::get();
+  const std::lock_guard lock(engine.mutex);
   engine.options = options;
   engine.launch_number = 0;
   engine.sites_seen.clear();
@@ -23,11 +24,15 @@ void configure(const Options& options) {
   check_accesses(options.checks);
 }
 
-const Options& options() { return Engine::get().options; }
+std::vector<std::string> sites() {
+  const std::lock_guard lock(Engine::get().mutex);
+  return Engine::get().sites_seen;
+}
 
-std::vector<std::string> sites() { return Engine::get().sites_seen; }
-
-Statistics statistics() { return Engine::get().statistics; }
+Statistics statistics() {
+  const std::lock_guard lock(Engine::get().mutex);
+  return Engine::get().statistics;
+}
 
 void add_memory(const void* begin, size_t bytes, bool fresh, bool read_only) {
   const std::lock_guard lock(Engine::get().mutex);

@@ -28,7 +28,6 @@ using Statistics = std::map<std::string, Counters>;
 
 // Sets the options and starts counting launches (which choose schedules) from 0 again.
 void configure(const Options& options);
-const Options& options();
 // Synchronising calls met since configure(): "sync_block csrc/common/reduce.cuh:32".
 std::vector<std::string> sites();
 // Since the process began.

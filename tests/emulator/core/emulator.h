@@ -28,13 +28,15 @@ struct LaunchRequest {
 
 // Runs the kernel to its end. Throws Finding, or std::runtime_error where CUDA would refuse the launch.
 void run_grid(const char* name, const LaunchRequest& request);
-// The host has written this device memory.
-void host_wrote(const void* begin, size_t bytes);
+// cudaMemset
+void host_fills(void* begin, int value, size_t bytes);
 
 // Threads of a warp.
 enum class Shuffle { kXor, kUp, kDown, kIndex };
 uint32_t shuffle(Shuffle mode, uint32_t mask, uint32_t value, int operand, Where where);
-uint32_t ballot(uint32_t mask, bool predicate, Where where);
+// The lanes whose predicate holds. All must ask for the same.
+enum class Vote { kBallot, kAny, kAll };
+uint32_t vote(Vote kind, uint32_t mask, bool predicate, Where where);
 void sync_warp(uint32_t mask, Where where);
 
 // Threads of a block.

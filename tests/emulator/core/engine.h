@@ -28,6 +28,7 @@ struct Waiting {
   Where where;
   bool aligned = false;  // the instruction asks that the whole warp executes it
   bool of_warp = false;  // it waits for lanes of its own warp
+  Site site = 0;
 };
 
 struct Thread {
@@ -41,7 +42,8 @@ struct Thread {
   // Asynchronous copies (indices into Engine::copies): not committed, and committed group by group.
   std::vector<size_t> open_copies;
   std::deque<std::vector<size_t>> groups;
-  bool polled = false;
+  bool polled = false;  // sleeps in a question that was answered no
+  uintptr_t last_looked_at = 0;
 };
 
 struct Meeting;
@@ -59,6 +61,7 @@ struct Meeting {
   uint64_t operands;  // what all lanes must agree on
   uint32_t mask = 0, arrived = 0;
   Where where;
+  Site site = 0;
   void* lanes[32] = {};  // each lane's operands and results, of a type that the instruction knows
 };
 
@@ -77,7 +80,7 @@ struct Mbarrier {
   int64_t bytes = 0;  // expected by transactions, not yet complete
   uint64_t phase = 0;
   Gathering current, completed;
-  std::vector<int> waiting;
+  std::vector<int> waiting, polling;
 };
 
 struct Copy {
@@ -108,11 +111,12 @@ class Engine {
   // --- scheduler.cpp
   void run_grid(const char* name, const LaunchRequest& request);
   void thread_main();
-  void yield();                       // lets others run
-  void maybe_preempt();               // perhaps, before an access to memory
-  void maybe_preempt_at_sync();       // perhaps, before an instruction that orders threads
-  void wait(const Waiting& waiting);  // until woken
+  void yield();                                 // lets others run
+  void maybe_preempt(uintptr_t looked_at = 0);  // perhaps, before an access to memory; its address if it reads
+  void maybe_preempt_at_sync();                 // perhaps, before an instruction that orders threads
+  void wait(const Waiting& waiting);            // until woken
   void wake(int thread);
+  void wake_pollers(std::vector<int>& pollers);
   [[noreturn]] void fail(const char* kind, const std::string& what, Site site, const std::string& more = "");
   [[noreturn]] void fail(const char* kind, const std::string& what, const Where& where, const std::string& more = "");
   bool chance(uint32_t one_in) { return one_in != 0 && random_() % one_in == 0; }
@@ -122,7 +126,7 @@ class Engine {
   bool left_out(const char* what, const Where& where);
 
   // --- access.cpp
-  void access(const void* address, size_t bytes, Touch touch, Site site, bool aligned);
+  void access(const void* address, size_t bytes, Touch touch, Site site, size_t alignment);
   Stamp stamp(Site site);
   Before before() const;
   std::string accessed_by(Stamp stamp) const;
@@ -132,13 +136,18 @@ class Engine {
 
   // --- warp.cpp
   // Waits for the lanes of the mask, then the last of them runs the instruction for all.
-  void meet(const WarpInstruction& instruction, uint64_t operands, uint32_t mask, void* lane, const Where& where);
+  // ``site`` tells aligned instructions apart that share a line, in a helper that two branches call.
+  void meet(const WarpInstruction& instruction, uint64_t operands, uint32_t mask, void* lane, const Where& where,
+            Site site = 0);
+  const std::string& place_of(Site site);  // source_of(), remembered
+  std::string place_of(const Waiting& waiting);
+  bool same_place(const Where& where, Site site, const Where& other, Site other_site);
   void finish(Meeting& meeting, int warp);
 
   // --- barriers.cpp
   void release(Gathering& into);  // what the thread did until now is part of it
   void acquire(const Gathering& from);
-  void check_alignment_of_warp(const char* what, const Where& where);
+  void check_alignment_of_warp(const char* what, const Where& where, Site site);
   Mbarrier& mbarrier(const void* address, const char* what, Site site);
   void arrive(Mbarrier& barrier, const Gathering& gathered, int count, const char* what, Site site);
   void complete_if_done(Mbarrier& barrier);
@@ -203,9 +212,11 @@ class Engine {
   uint32_t preempt_one_in_ = 0, preempt_at_sync_one_in_ = 0;
   std::string failure_;
   bool failed_ = false;
-  uint64_t switches_ = 0, accesses_ = 0;  // in this block; accesses since a thread last waited or returned
+  uint64_t switches_ = 0, accesses_ = 0;  // in this block
+  uint64_t repeats_ = 0;                  // reads of what the thread read last since a thread waited or returned
   std::unordered_map<Site, uint32_t> site_numbers_;
   std::vector<Site> sites_;
+  std::map<Site, std::string> places_;
   Readers readers_;
   std::map<std::tuple<const char*, const char*, unsigned>, bool> calls_;  // synchronising calls: left out or not
   Site last_site_ = 0;
@@ -221,5 +232,7 @@ extern thread_local Thread* running __attribute__((tls_model("initial-exec")));
 
 // "threads 0-31, 64" of ascending numbers.
 std::string ranges(const std::vector<int>& numbers);
+// "(x, y, z)"
+std::string text(const dim3& at);
 
 }  // namespace fastgen::emulator

@@ -125,7 +125,7 @@ void move(const WarpInstruction& instruction, Touch touch, void* row, uint32_t* 
     }
   }
   MatrixLane mine = {registers, static_cast<char*>(row), matrices, transposed};
-  engine.meet(instruction, static_cast<uint64_t>(matrices) * 2 + transposed, kWholeWarp, &mine, where);
+  engine.meet(instruction, static_cast<uint64_t>(matrices) * 2 + transposed, kWholeWarp, &mine, where, site);
 }
 
 }  // namespace
@@ -142,9 +142,10 @@ void store_matrices(void* row, const uint32_t* registers, int matrices, bool tra
 
 void multiply(Element element, float* d, const uint32_t* a, const uint32_t* b, Where where) {
   Engine& engine = Engine::get();
+  const auto site = reinterpret_cast<Site>(__builtin_return_address(0));
   if (running->lane == 0) ++engine.counters->matrix_products;
   MultiplyLane mine = {element, d, a, b};
-  engine.meet(kMultiply[static_cast<int>(element)], 0, kWholeWarp, &mine, where);
+  engine.meet(kMultiply[static_cast<int>(element)], 0, kWholeWarp, &mine, where, site);
 }
 
 }  // namespace fastgen::emulator

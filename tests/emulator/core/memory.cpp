@@ -30,9 +30,13 @@ Allocation* GlobalMemory::find(uintptr_t address) {
   return last_ = &std::prev(above)->second;
 }
 
+bool GlobalMemory::has(uintptr_t begin, size_t bytes) {
+  const Allocation* allocation = find(begin);
+  return allocation != nullptr && begin - allocation->begin + bytes <= allocation->bytes;
+}
+
 void GlobalMemory::settle(uintptr_t begin, size_t bytes) {
   Allocation* allocation = find(begin);
-  if (allocation == nullptr || begin - allocation->begin + bytes > allocation->bytes) return;
   for (size_t i = 0; i < bytes; ++i) {
     const size_t offset = begin - allocation->begin + i;
     Cell* cell = cells(*allocation, offset, 0);
@@ -66,13 +70,11 @@ SharedMemory::SharedMemory() {
 SharedMemory::~SharedMemory() { munmap(base_, kArenaBytes + kAlignment); }
 
 void SharedMemory::reset(size_t dynamic_bytes) {
-  const size_t used = std::max(next_, kRedzoneBegin);
-  memset(base_, kPoison, used);
-  std::fill(cells_.begin(), cells_.begin() + used, Cell{});
+  for (const Part& part : parts_) std::fill_n(cells_.begin() + part.begin, part.bytes, Cell{});
   parts_.assign(1, {"dynamic shared memory", kRedzoneBegin, dynamic_bytes, nullptr});
   next_ = kRedzoneBegin + dynamic_bytes + kRedzone;
   static_bytes_ = 0;
-  memset(base_, kPoison, next_);
+  memset(dynamic(), kPoison, dynamic_bytes);
 }
 
 void* SharedMemory::variable(const void* key, const char* name, size_t bytes, size_t alignment) {

@@ -36,7 +36,9 @@ class GlobalMemory {
   void remove(const void* begin);
   // The allocation that holds the address, or the nearest one below it; null if there is none.
   Allocation* find(uintptr_t address);
-  // All bytes count as written: a fill or a copy by the host.
+  // Whether an allocation has all of the range.
+  bool has(uintptr_t begin, size_t bytes);
+  // All its bytes count as written: a fill or a copy by the host.
   void settle(uintptr_t begin, size_t bytes);
   // The cells of a range within one page, ready for accesses of this launch.
   Cell* cells(Allocation& allocation, size_t offset, uint64_t launch);
@@ -51,7 +53,7 @@ class GlobalMemory {
 class SharedMemory {
  public:
   static constexpr size_t kMostBytes = 256 * 1024;
-  static constexpr size_t kRedzone = 128, kAlignment = 1024;
+  static constexpr size_t kRedzone = 4096, kAlignment = 1024;
 
   struct Part {
     std::string name;

@@ -1,9 +1,11 @@
 // Runs the threads of a block one at a time, in an order that a seed chooses to be unpleasant.
 #include <algorithm>
 #include <bit>
+#include <cstring>
 #include <numeric>
 
 #include "core/engine.h"
+#include "core/faults.h"
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -17,7 +19,7 @@ namespace {
 constexpr uint64_t kMostSwitches = uint64_t{1} << 27;
 // From here on every thread gets its turn, so that a thread that polls meets the one it waits for.
 constexpr uint64_t kSwitchesUntilFair = 1 << 17;
-constexpr uint64_t kMostFutilePolls = 1000;
+constexpr uint64_t kMostFutilePolls = 200000;
 
 uint64_t mix(uint64_t a, uint64_t b) {  // splitmix64
   uint64_t x = a + 0x9E3779B97F4A7C15u * (b + 1);
@@ -31,11 +33,11 @@ int nth_set_bit(uint32_t bits, uint32_t n) {
   return std::countr_zero(bits);
 }
 
+}  // namespace
+
 std::string text(const dim3& at) {
   return "(" + std::to_string(at.x) + ", " + std::to_string(at.y) + ", " + std::to_string(at.z) + ")";
 }
-
-}  // namespace
 
 Engine& Engine::get() {
   static Engine engine;
@@ -47,9 +49,16 @@ void run_grid(const char* name, const LaunchRequest& request) {
   Engine::get().run_grid(name, request);
 }
 
-void host_wrote(const void* begin, size_t bytes) {
+void host_fills(void* begin, int value, size_t bytes) {
   const std::lock_guard lock(Engine::get().mutex);
-  Engine::get().global.settle(reinterpret_cast<uintptr_t>(begin), bytes);
+  GlobalMemory& global = Engine::get().global;
+  const auto address = reinterpret_cast<uintptr_t>(begin);
+  if (!global.has(address, bytes)) {
+    throw Finding(std::string("emulator: ") + kind::kOutOfBounds + "\n  a fill of " + std::to_string(bytes) +
+                  " bytes is not within an allocation");
+  }
+  memset(begin, value, bytes);
+  global.settle(address, bytes);
 }
 
 void Engine::check_limits(const char* name, const LaunchRequest& r) const {
@@ -90,15 +99,17 @@ void Engine::run_grid(const char* name, const LaunchRequest& r) {
     Engine& engine;
     ~Done() {
       running = nullptr, engine.request = nullptr;
-      engine.readers_.clear();
+      engine.readers_.trim(0);
     }
   } done{*this};
+  const FaultGuard guard;
   for (const uint64_t block : blocks) run_block(block);
 }
 
 void Engine::reset_block() {
   shared.reset(request->shared_bytes);
-  readers_.clear();
+  constexpr size_t kMostSets = 1 << 20;
+  readers_.trim(kMostSets);
   meetings.resize(32);
   for (auto& of_warp : meetings) of_warp.clear();
   for (Barrier& barrier : barriers) barrier = {};
@@ -106,7 +117,7 @@ void Engine::reset_block() {
   mbarriers.clear(), events.clear(), polling.clear(), banks.clear();
   std::fill(std::begin(exited), std::end(exited), 0);
   std::fill(std::begin(ready_), std::end(ready_), 0);
-  ready_warps_ = 0, live = thread_count, failed_ = false, switches_ = 0, accesses_ = 0;
+  ready_warps_ = 0, live = thread_count, failed_ = false, switches_ = 0, accesses_ = 0, repeats_ = 0;
   for (int i = 0; i < thread_count; ++i) {
     Thread& thread = *threads[i];
     thread.index = i, thread.warp = i / 32, thread.lane = i % 32;
@@ -143,8 +154,7 @@ void Engine::run_block(uint64_t number) {
       if (!events.empty()) {
         happen(random_() % events.size());
       } else if (!polling.empty() && ++futile_polls < kMostFutilePolls) {
-        for (const int thread : polling) wake(thread);
-        polling.clear();
+        wake_pollers(polling);
       } else {
         stuck();
       }
@@ -152,6 +162,7 @@ void Engine::run_block(uint64_t number) {
     }
     if (landing == kWhenever) land_some();
     if (++switches_ == kSwitchesUntilFair) order_ = kRandom;
+    if (switches_ % kSwitchesUntilFair == 0) wake_pollers(polling);
     current_index = choose();
     running = threads[current_index].get();
     threadIdx = running->position;
@@ -193,12 +204,20 @@ int Engine::choose() {
 
 void Engine::yield() { Fiber::change(running->fiber, scheduler_); }
 
-void Engine::maybe_preempt() {
+void Engine::maybe_preempt(uintptr_t looked_at) {
   if (preempt_one_in_ != 0 && random_() % preempt_one_in_ == 0) return yield();
-  // A thread that loops until memory changes lets others go on, too, but not for ever.
-  constexpr uint64_t kTurn = 1 << 16, kMostWithoutProgress = 1 << 25;
-  if (++accesses_ % kTurn != 0) return;
-  if (accesses_ >= kMostWithoutProgress) switches_ = kMostSwitches + 1;
+  // A thread that loops until memory changes, which looks at the same address again and again, lets others go on, in
+  // a fair order; but not for ever.
+  constexpr uint64_t kTurn = 1 << 16, kRepeatsInTurn = 1 << 8, kMostRepeats = 1 << 24;
+  if (++accesses_ % kTurn == 0) yield();
+  if (looked_at == 0) return;
+  if (looked_at != running->last_looked_at) {
+    running->last_looked_at = looked_at;
+    return;
+  }
+  if (++repeats_ % kRepeatsInTurn != 0) return;
+  order_ = kRandom;
+  if (repeats_ >= kMostRepeats) switches_ = kMostSwitches + 1;
   yield();
 }
 
@@ -212,8 +231,15 @@ void Engine::wake(int thread) {
   ready_warps_ |= 1u << thread / 32;
 }
 
+void Engine::wake_pollers(std::vector<int>& pollers) {
+  for (const int thread : pollers) {
+    if (threads[thread]->polled) wake(thread);
+  }
+  pollers.clear();
+}
+
 void Engine::wait(const Waiting& waiting) {
-  accesses_ = 0;
+  repeats_ = 0;
   running->waiting = waiting;
   running->state = Thread::kWaiting;
   ready_[running->warp] &= ~(1u << running->lane);
@@ -229,7 +255,7 @@ uint32_t Engine::lanes_of(int warp) const {
 void Engine::thread_exited() {
   Thread& thread = *running;
   thread.state = Thread::kExited;
-  accesses_ = 0;
+  repeats_ = 0;
   const uint32_t bit = 1u << thread.lane;
   exited[thread.warp] |= bit;
   ready_[thread.warp] &= ~bit;
@@ -292,6 +318,16 @@ std::string Engine::replay_hint() const {
          ": FASTGEN_EMULATOR_SEED=" + std::to_string(options.seed) + " replays it";
 }
 
+const std::string& Engine::place_of(Site site) {
+  const auto [entry, fresh] = places_.try_emplace(site);
+  if (fresh) entry->second = source_of(site);
+  return entry->second;
+}
+
+std::string Engine::place_of(const Waiting& waiting) {
+  return waiting.site != 0 ? place_of(waiting.site) : source_of(waiting.where);
+}
+
 // Nothing can run: says where every thread waits.
 void Engine::stuck() {
   std::map<std::pair<std::string, std::string>, std::vector<int>> places;
@@ -304,7 +340,7 @@ void Engine::stuck() {
     if (thread.state == Thread::kReady) running_on.push_back(i);
     if (thread.state != Thread::kWaiting) continue;
     const Waiting& waiting = thread.waiting;
-    places[{waiting.what, source_of(waiting.where)}].push_back(i);
+    places[{waiting.what, place_of(waiting)}].push_back(i);
     at_barrier = at_barrier || waiting.what.starts_with("barrier");
     for (int other = thread.warp * 32; other < i; ++other) {
       const Waiting& others = threads[other]->waiting;
@@ -313,6 +349,8 @@ void Engine::stuck() {
       diverged = diverged || (threads[other]->state == Thread::kWaiting && differs && together);
     }
   }
+  // Lanes of one warp that meet in different instructions, or in one with different operands.
+  for (const auto& of_warp : meetings) diverged = diverged || of_warp.size() > 1;
   const bool busy = switches_ > kMostSwitches;
   const char* kind = busy                     ? kind::kDeadlock
                      : gone > 0 && at_barrier ? kind::kExited
@@ -323,7 +361,7 @@ void Engine::stuck() {
     report += "\n  " + ranges(waiting) + (waiting.size() == 1 ? " waits" : " wait") + " in " + place.first + " at " +
               place.second;
   }
-  if (!running_on.empty()) report += "\n  " + ranges(running_on) + " loop";
+  if (!running_on.empty()) report += "\n  " + ranges(running_on) + (running_on.size() == 1 ? " loops" : " loop");
   if (gone > 0) report += "\n  " + std::to_string(gone) + (gone == 1 ? " thread has" : " threads have") + " returned";
   throw Finding(report + replay_hint());
 }

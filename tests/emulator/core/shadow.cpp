@@ -1,48 +1,72 @@
 #include "core/shadow.h"
 
+#include <algorithm>
+#include <bitset>
+
 namespace fastgen::emulator {
 
-Stamp Readers::node(Stamp rest, Stamp newest) {
-  const auto [entry, fresh] = known_.try_emplace({rest.bits, newest.bits}, Stamp::reference(nodes_.size()));
-  if (fresh) nodes_.push_back({rest, newest});
+namespace {
+
+constexpr uint32_t kFirstClearing = 32;
+
+// Thread, epoch and block: another line of the same makes no new reader.
+uint64_t who(Stamp stamp) { return stamp.bits & ((uint64_t{1} << 48) - 1); }
+
+}  // namespace
+
+Readers::Node Readers::at(Stamp set) const {
+  if (!set.is_reference()) return {{}, set, 1, kFirstClearing};
+  if (set.index() >= forgotten_) return nodes_[set.index() - forgotten_];
+  // Of a block that has ended; no block has this number.
+  return {{}, Stamp::make(0, Stamp::kEpochs - 1, Stamp::kBlocks - 1, Stamp::kSites - 1), 1, kFirstClearing};
+}
+
+Stamp Readers::node(Stamp rest, Stamp newest, uint32_t clear_at) {
+  const auto [entry, fresh] =
+      known_.try_emplace({rest.bits, newest.bits}, Stamp::reference(forgotten_ + nodes_.size()));
+  if (fresh) nodes_.push_back({rest, newest, rest.none() ? 1 : at(rest).length + 1, clear_at});
   return entry->second;
 }
 
 Stamp Readers::with(Stamp set, Stamp read, const Before& before) {
   if (set.none() || (!set.is_reference() && before(set))) return read;
-  if (set == last_set_ && read == last_read_) return last_result_;
-  const auto [entry, fresh] = results_.try_emplace({set.bits, read.bits}, Stamp{});
-  if (fresh) {
-    std::vector<Stamp> kept;
-    bool foreign = false;
-    for (Stamp at = set; !at.none();) {
-      const Node here = at.is_reference() ? nodes_[at.index()] : Node{{}, at};
-      const bool other_block = here.newest.block() != before.block;
-      if (!before(here.newest) && !(other_block && foreign)) kept.push_back(here.newest);
-      foreign = foreign || other_block;
-      at = here.rest;
+  const Node top = at(set);
+  if (who(top.newest) == who(read)) return set;
+  if (top.length < top.clear_at) return node(set, read, top.clear_at);
+  std::vector<Stamp> kept;
+  std::bitset<Stamp::kThreads> seen;
+  bool foreign = false;
+  for (Stamp rest = set; !rest.none();) {
+    const Node here = at(rest);
+    const bool other_block = here.newest.block() != before.block;
+    const bool again = other_block ? foreign : seen[here.newest.thread()];
+    if (!again && !before(here.newest)) kept.push_back(here.newest);
+    if (other_block) {
+      foreign = true;
+    } else {
+      seen[here.newest.thread()] = true;
     }
-    Stamp result;
-    for (size_t i = kept.size(); i-- > 0;) result = result.none() ? kept[i] : node(result, kept[i]);
-    entry->second = result.none() ? read : node(result, read);
+    rest = here.rest;
   }
-  last_set_ = set, last_read_ = read, last_result_ = entry->second;
-  return last_result_;
+  const uint32_t next = std::max<uint32_t>(kFirstClearing, 2 * kept.size() + 2);
+  Stamp result;
+  for (size_t i = kept.size(); i-- > 0;) result = result.none() ? kept[i] : node(result, kept[i], next);
+  return result.none() ? read : node(result, read, next);
 }
 
 Stamp Readers::unordered(Stamp set, const Before& before) const {
-  for (Stamp at = set; !at.none();) {
-    if (!at.is_reference()) return before(at) ? Stamp{} : at;
-    const Node& here = nodes_[at.index()];
+  while (!set.none()) {
+    const Node here = at(set);
     if (!before(here.newest)) return here.newest;
-    at = here.rest;
+    set = here.rest;
   }
   return {};
 }
 
-void Readers::clear() {
-  nodes_.clear(), known_.clear(), results_.clear();
-  last_set_ = last_read_ = last_result_ = {};
+void Readers::trim(size_t most) {
+  if (nodes_.size() <= most) return;
+  forgotten_ += nodes_.size();
+  nodes_.clear(), known_.clear();
 }
 
 Conflict touch_cells(Cell* cells, size_t count, Touch touch, Stamp now, Readers& readers, const Before& before) {

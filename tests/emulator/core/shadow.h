@@ -30,32 +30,35 @@ struct Before {
   }
 };
 
-// Sets of reads, shared between the many bytes that were read alike. A set is its newest read and the rest.
+// Sets of reads, shared between the many bytes that were read alike. A set is its newest read and the rest, as a
+// reference that can stand in a cell.
 class Readers {
  public:
-  // The set with one read more, without those that come before it: what comes after it comes after them. Blocks run
-  // one after the other, so of the reads of other blocks one is enough.
+  // The set with one read more. Now and then it is cleared of reads that come before the new one: what comes after
+  // the new one comes after them. Blocks run one after the other, so of the reads of other blocks one is enough.
   Stamp with(Stamp set, Stamp read, const Before& before);
   // A read in the set that does not come before; none if all do.
   Stamp unordered(Stamp set, const Before& before) const;
-  void clear();
+  // Forgets all sets if there are many. A forgotten set still counts as a read by an unknown thread of another block.
+  void trim(size_t most);
 
  private:
   struct Node {
     Stamp rest, newest;
+    uint32_t length, clear_at;  // so long a set is cleared
   };
   struct Hash {
     size_t operator()(const std::pair<uint64_t, uint64_t>& key) const {
       return (key.first * 0x9E3779B97F4A7C15u) ^ (key.second * 0xC2B2AE3D27D4EB4Fu >> 7);
     }
   };
-  using Table = std::unordered_map<std::pair<uint64_t, uint64_t>, Stamp, Hash>;
 
-  Stamp node(Stamp rest, Stamp newest);
+  Stamp node(Stamp rest, Stamp newest, uint32_t clear_at);
+  Node at(Stamp set) const;
 
   std::vector<Node> nodes_;
-  Table known_, results_;
-  Stamp last_set_, last_read_, last_result_;
+  uint64_t forgotten_ = 0;  // nodes before the first of nodes_
+  std::unordered_map<std::pair<uint64_t, uint64_t>, Stamp, Hash> known_;
 };
 
 enum class Touch { kRead, kWrite, kAtomic };

@@ -11,14 +11,21 @@ std::string mask_text(uint32_t mask) {
   return buffer;
 }
 
-bool same_place(const Where& a, const Where& b) {
-  return a.line() == b.line() && a.column() == b.column() && std::string_view(a.file_name()) == b.file_name();
-}
-
 }  // namespace
 
-void Engine::meet(const WarpInstruction& instruction, uint64_t operands, uint32_t mask, void* lane,
-                  const Where& where) {
+// The compiler may have made several copies of one call: then the lines agree all the way out to the kernel.
+bool Engine::same_place(const Where& where, Site site, const Where& other, Site other_site) {
+  if (where.line() != other.line() || where.column() != other.column() ||
+      std::string_view(where.file_name()) != other.file_name()) {
+    return false;
+  }
+  if (site == other_site) return true;
+  const bool known = place_of(site).find(" in ") != std::string::npos;
+  return !known || place_of(site) == place_of(other_site);
+}
+
+void Engine::meet(const WarpInstruction& instruction, uint64_t operands, uint32_t mask, void* lane, const Where& where,
+                  Site site) {
   Thread& thread = self();
   const uint32_t bit = 1u << thread.lane;
   const std::string name = instruction.name;
@@ -32,24 +39,24 @@ void Engine::meet(const WarpInstruction& instruction, uint64_t operands, uint32_
     const int gone = thread.warp * 32 + __builtin_ctz(mask & exited[thread.warp]);
     fail(kind::kExited, name + " waits for " + name_of(gone) + ", which has returned", where);
   }
-  if (instruction.aligned) check_alignment_of_warp(instruction.name, where);
+  if (instruction.aligned) check_alignment_of_warp(instruction.name, where, site);
   auto& here = meetings[thread.warp];
   Meeting* meeting = nullptr;
   for (Meeting* candidate : here) {
     const bool fits = candidate->instruction == &instruction && candidate->mask == mask &&
                       candidate->operands == operands && (candidate->arrived & bit) == 0 &&
-                      (!instruction.aligned || same_place(candidate->where, where));
+                      (!instruction.aligned || same_place(candidate->where, candidate->site, where, site));
     if (fits) meeting = candidate;
   }
   // The meeting lives on the stack of its first lane, which waits until it is over.
-  Meeting own = {&instruction, operands, mask, 0, where};
+  Meeting own = {&instruction, operands, mask, 0, where, site};
   if (meeting == nullptr) here.push_back(meeting = &own);
   meeting->arrived |= bit;
   meeting->lanes[thread.lane] = lane;
   if (meeting->arrived == (mask & ~exited[thread.warp])) {
     finish(*meeting, thread.warp);
   } else {
-    wait({instruction.name, where, instruction.aligned, true});
+    wait({instruction.name, where, instruction.aligned, true, site});
   }
 }
 
@@ -107,10 +114,10 @@ void run_shuffle(Meeting& meeting) {
   for_each_lane<ShuffleLane>(meeting, [&](int lane, ShuffleLane& mine) {
     const auto* theirs = static_cast<const ShuffleLane*>(meeting.lanes[mine.source]);
     if (theirs == nullptr) {
-      Engine::get().fail(kind::kMisuse,
-                         "shuffle: lane " + std::to_string(lane) + " reads lane " + std::to_string(mine.source) +
-                             ", which does not take part",
-                         mine.where);
+      Engine& engine = Engine::get();
+      engine.current_index = engine.current_index / 32 * 32 + lane;  // whose fault it is
+      engine.fail(kind::kMisuse, "shuffle: reads lane " + std::to_string(mine.source) + ", which does not take part",
+                  mine.where);
     }
     mine.result = theirs->value;
   });
@@ -145,12 +152,13 @@ void sync_warp(uint32_t mask, Where where) {
 uint32_t shuffle(Shuffle mode, uint32_t mask, uint32_t value, int operand, Where where) {
   Engine& engine = Engine::get();
   const int lane = running->lane;
+  operand &= 31;  // no more of it is looked at
   int source = lane;
   switch (mode) {
     case Shuffle::kXor: source = lane ^ operand; break;
     case Shuffle::kUp: source = lane - operand; break;
     case Shuffle::kDown: source = lane + operand; break;
-    case Shuffle::kIndex: source = operand & 31; break;
+    case Shuffle::kIndex: source = operand; break;
   }
   // Beyond the warp a lane gets its own value.
   if (source < 0 || source > 31) source = lane;
@@ -160,9 +168,9 @@ uint32_t shuffle(Shuffle mode, uint32_t mask, uint32_t value, int operand, Where
   return mine.result;
 }
 
-uint32_t ballot(uint32_t mask, bool predicate, Where where) {
+uint32_t vote(Vote kind, uint32_t mask, bool predicate, Where where) {
   VoteLane mine = {predicate, 0};
-  Engine::get().meet(kVote, 0, mask, &mine, where);
+  Engine::get().meet(kVote, static_cast<uint64_t>(kind), mask, &mine, where);
   return mine.result;
 }
 

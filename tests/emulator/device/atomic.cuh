@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 #include <type_traits>
 
 #include "device/language.h"
@@ -16,9 +15,9 @@ __forceinline__ T atomic_update(T* address, const Operand& operand, Update) {
   emulator::atomic(address, sizeof(T), &operand, &old, [](void* memory, const void* given) {
     T value;
     Operand other;
-    memcpy(&value, memory, sizeof(T)), memcpy(&other, given, sizeof(Operand));
+    __builtin_memcpy(&value, memory, sizeof(T)), __builtin_memcpy(&other, given, sizeof(Operand));
     value = Update()(value, other);
-    memcpy(memory, &value, sizeof(T));
+    __builtin_memcpy(memory, &value, sizeof(T));
   });
   return old;
 }

@@ -17,6 +17,7 @@ __forceinline__ uint32_t pack(float low, float high) {
 __forceinline__ uint32_t to_tf32(float value) {
   const uint32_t bits = float_to_bits(value);
   const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+  if (value != value) return 0x7fffffffu;
   return (finite ? bits + 0x1000u : bits) & 0xffffe000u;
 }
 

@@ -1,8 +1,6 @@
 // Host twin of csrc/device/warp.cuh.
 #pragma once
 
-#include <cstring>
-
 #include "device/language.h"
 
 namespace fastgen::device {
@@ -14,9 +12,9 @@ template <typename T>
 __forceinline__ T shuffle_as(emulator::Shuffle mode, T value, int operand, unsigned mask, emulator::Where where) {
   static_assert(sizeof(T) == 4, "a shuffle moves 4 bytes");
   uint32_t bits;
-  memcpy(&bits, &value, sizeof(bits));
+  __builtin_memcpy(&bits, &value, sizeof(bits));
   bits = emulator::shuffle(mode, mask, bits, operand, where);
-  memcpy(&value, &bits, sizeof(bits));
+  __builtin_memcpy(&value, &bits, sizeof(bits));
   return value;
 }
 template <typename T>
@@ -37,13 +35,13 @@ __forceinline__ T shuffle(T value, int source, unsigned mask = kFullMask, FASTGE
 }
 
 __forceinline__ unsigned ballot(bool predicate, unsigned mask = kFullMask, FASTGEN_WHERE) {
-  return emulator::ballot(mask, predicate, where);
+  return emulator::vote(emulator::Vote::kBallot, mask, predicate, where);
 }
 __forceinline__ bool any_lane(bool predicate, unsigned mask = kFullMask, FASTGEN_WHERE) {
-  return emulator::ballot(mask, predicate, where) != 0;
+  return emulator::vote(emulator::Vote::kAny, mask, predicate, where) != 0;
 }
 __forceinline__ bool all_lanes(bool predicate, unsigned mask = kFullMask, FASTGEN_WHERE) {
-  return emulator::ballot(mask, !predicate, where) == 0;
+  return emulator::vote(emulator::Vote::kAll, mask, !predicate, where) == 0;
 }
 
 __forceinline__ void sync_warp(unsigned mask = kFullMask, FASTGEN_WHERE) { emulator::sync_warp(mask, where); }

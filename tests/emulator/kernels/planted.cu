@@ -1,5 +1,6 @@
 // The sample kernels with one mistake each, and what must be found. Only the emulator runs these.
 #include "kernels/exchange.cuh"
+#include "kernels/pitfalls.cuh"
 #include "kernels/rings.cuh"
 #include "kernels/tiles.cuh"
 
@@ -16,6 +17,16 @@ constexpr const char kOutOfBounds[] = "out of bounds", kMisaligned[] = "misalign
 #define FASTGEN_PLANT(sample, mistake, finding) {#sample, #mistake, finding, sample::kernel<sample::mistake>}
 
 const Register kPlanted[] = {
+    FASTGEN_PLANT(pitfalls, kCopiesUnordered, kUnwritten),
+    FASTGEN_PLANT(pitfalls, kCopiesTooMuch, kOutOfBounds),
+    FASTGEN_PLANT(pitfalls, kFillsTooMuch, kOutOfBounds),
+    FASTGEN_PLANT(pitfalls, kHelperInBranches, kDivergence),
+    FASTGEN_PLANT(pitfalls, kProductInBranches, kDivergence),
+    FASTGEN_PLANT(pitfalls, kVotesDiffer, kDivergence),
+    FASTGEN_PLANT(pitfalls, kReadsWhatAnotherBlockWrites, kRace),
+    FASTGEN_PLANT(pitfalls, kReachesNextVariable, kOutOfBounds),
+    FASTGEN_PLANT(pitfalls, kMisalignedStruct, kMisaligned),
+    FASTGEN_PLANT(pitfalls, kEndlessLocals, kOutOfBounds),
     FASTGEN_PLANT(reverse, kNoBarrier, kRace),
     FASTGEN_PLANT(reverse, kNoBarrierAtEnd, kRace),
     FASTGEN_PLANT(reverse, kReadsBeforeBegin, kOutOfBounds),

@@ -1,6 +1,7 @@
 // The sample kernels as they should be.
 #include "kernels/attention.cuh"
 #include "kernels/exchange.cuh"
+#include "kernels/pitfalls.cuh"
 #include "kernels/rings.cuh"
 #include "kernels/tiles.cuh"
 
@@ -15,6 +16,7 @@ const Register kScratch("scratch", scratch::kernel<scratch::kNone>);
 const Register kNamedRing("named_ring", named_ring::kernel<named_ring::kNone>);
 const Register kMbarrierRing("mbarrier_ring", mbarrier_ring::kernel<mbarrier_ring::kNone>);
 const Register kCopyRing("copy_ring", copy_ring::kernel<copy_ring::kNone>);
+const Register kPitfalls("pitfalls", pitfalls::kernel<pitfalls::kNone>);
 const Register kAttention("attention", attention::kernel);
 
 }  // namespace

@@ -1,0 +1,21 @@
+// Faults of the host's processor in a kernel, as findings: an access that no check let through, or a full stack.
+#pragma once
+
+#include <signal.h>
+
+namespace fastgen::emulator {
+
+// While it lives, SIGSEGV and SIGBUS in a kernel end the launch with a finding. Faults elsewhere go where they went.
+class FaultGuard {
+ public:
+  FaultGuard();
+  ~FaultGuard();
+  FaultGuard(const FaultGuard&) = delete;
+  FaultGuard& operator=(const FaultGuard&) = delete;
+
+ private:
+  stack_t old_stack_ = {};
+  struct sigaction old_segv_ = {}, old_bus_ = {};
+};
+
+}  // namespace fastgen::emulator
