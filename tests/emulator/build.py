@@ -71,7 +71,7 @@ def manifest() -> str:
 
     torch_root = Path(torch.__file__).parent
     # Kernels carry a call before each access to memory; -O1 keeps the accesses as they are written.
-    instrument = "-fsanitize=thread -O1"
+    instrument = "-fsanitize=thread,alignment,bounds -O1"
     version = subprocess.run([*compiler().split(" "), "--version"], capture_output=True, text=True, check=True).stdout
     if "clang" in version:
         # Without the second, x += 1 is no read; without the third, loops become one call with no alignment.

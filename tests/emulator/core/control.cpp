@@ -4,7 +4,7 @@
 
 namespace fastgen::emulator {
 
-void check_accesses(bool on);  // access.cpp
+void check_accesses(bool on);  // hooks.cpp
 
 namespace {
 thread_local int operators_running = 0;

@@ -22,6 +22,7 @@ enum Mistake {
   kReachesNextVariable,
   kMisalignedStruct,
   kEndlessLocals,
+  kPastRegisters,
 };
 
 constexpr int kThreads = 32;
@@ -85,6 +86,11 @@ __global__ void kernel(Arguments a) {
   if (kMistake == kReachesNextVariable) word += tile.words[4 * kThreads + thread];
   if (kMistake == kMisalignedStruct) {
     *reinterpret_cast<Wide*>(tile.words + 1) = *reinterpret_cast<const Wide*>(words(a) + 1);
+  }
+  if (kMistake == kPastRegisters) {
+    uint32_t four[4] = {word, word, word, word};
+    for (int i = 0; i <= static_cast<int>(words(a)[0] % 2 + 4); ++i) four[i] += i;
+    word = four[thread % 4];
   }
   if (kMistake == kEndlessLocals) word += deep(0, words(a)[0] | 1 << 30);
   out[thread] = word;

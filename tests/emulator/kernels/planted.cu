@@ -27,6 +27,7 @@ const Register kPlanted[] = {
     FASTGEN_PLANT(pitfalls, kReachesNextVariable, kOutOfBounds),
     FASTGEN_PLANT(pitfalls, kMisalignedStruct, kMisaligned),
     FASTGEN_PLANT(pitfalls, kEndlessLocals, kOutOfBounds),
+    FASTGEN_PLANT(pitfalls, kPastRegisters, kOutOfBounds),
     FASTGEN_PLANT(reverse, kNoBarrier, kRace),
     FASTGEN_PLANT(reverse, kNoBarrierAtEnd, kRace),
     FASTGEN_PLANT(reverse, kReadsBeforeBegin, kOutOfBounds),
