@@ -84,9 +84,7 @@ __global__ void kernel(Arguments a) {
   }
   if (kMistake == kVotesDiffer) word += thread < 16 ? device::any_lane(word == 0) : device::all_lanes(word != 0);
   if (kMistake == kReachesNextVariable) word += tile.words[4 * kThreads + thread];
-  if (kMistake == kMisalignedStruct) {
-    *reinterpret_cast<Wide*>(tile.words + 1) = *reinterpret_cast<const Wide*>(words(a) + 1);
-  }
+  if (kMistake == kMisalignedStruct) word += reinterpret_cast<const Wide*>(words(a) + 1)->words[2];
   if (kMistake == kPastRegisters) {
     uint32_t four[4] = {word, word, word, word};
     for (int i = 0; i <= static_cast<int>(words(a)[0] % 2 + 4); ++i) four[i] += i;
