@@ -58,7 +58,8 @@ struct NoiseRow {
 };
 
 __device__ __forceinline__ NoiseRow noise_row(const Noise& noise, int64_t row, int64_t cols) {
-  const int64_t which = row / noise.rows_per_seed;
+  // One seed for all rows, the usual case, needs no division: 64 bits wide, it is a long routine.
+  const int64_t which = row < noise.rows_per_seed ? 0 : row / noise.rows_per_seed;
   return {static_cast<uint64_t>(noise.seeds[which]),
           static_cast<uint64_t>((row - which * noise.rows_per_seed) * ceil_div(cols, kGroup))};
 }
