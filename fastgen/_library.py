@@ -35,6 +35,7 @@ class Definition(NamedTuple):
 
 _libraries = {namespace: torch.library.Library(namespace, "DEF") for namespace in (COMPILED, REFERENCE)}
 _operators: dict[str, list[Definition]] = {}
+_added: list[torch.library.Library] = []  # of add_backend, kept alive
 _namespaces = {"reference": REFERENCE}  # of the backends that are nothing but a namespace
 
 
@@ -78,7 +79,8 @@ def add_backend(name: str, namespace: str, families: Iterable[str]) -> None:
     The operators of the families get their schema, fake and vmap rule there, and no PyTorch implementation. This is
     how the tests run the CUDA kernels in the emulator.
     """
-    library = _libraries[namespace] = torch.library.Library(namespace, "DEF")
+    library = torch.library.Library(namespace, "DEF")
+    _added.append(library)
     for family in families:
         for definition in _operators[family]:
             _define_in(namespace, library, definition)

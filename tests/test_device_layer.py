@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.emulator import build
-from tests.emulator.samples import SAMPLES, from_bfloat16, to_bfloat16
+from tests.emulator.samples import SAMPLES, TRICKY, from_bfloat16, run_tricky, to_bfloat16
 
 LANES = np.arange(32)
 GROUP, IN_GROUP = LANES // 4, LANES % 4  # g and t of csrc/device/mma.cuh
@@ -77,6 +77,12 @@ def test_named_barriers_of_two_pairs_of_warps(device):
     np.testing.assert_array_equal(got, words[np.arange(128) ^ 32])
 
 
+def test_arrival_without_waiting(device):
+    words = random_words(32)
+    got = run(device, "one way", [words], 32, threads=(64, 1, 1), shared=128)
+    np.testing.assert_array_equal(got, words[::-1])
+
+
 def test_coordinates(device):
     grid, block = (3, 2, 2), (4, 2, 3)
     got = device.run("coordinates", grid, block, 0, [], np.zeros((12, 24), np.uint32), False, [])
@@ -112,6 +118,12 @@ def test_asynchronous_copies_fill_with_zeros(device, size, valid):
     name = f"async_copy {size}"
     got = run(device, name, [source], (64, size), (count,), (64, 1, 1), 64 * size, dtype=np.uint8)
     np.testing.assert_array_equal(got, np.roll(kept, -1, axis=0))
+
+
+def test_asynchronous_copies_arrive_at_an_mbarrier(device):
+    words = random_words(64)
+    got = run(device, "async_copy arrive", [words], 64, threads=(64, 1, 1), shared=512)
+    np.testing.assert_array_equal(got, np.roll(words, -1) - words)
 
 
 def test_mbarrier_phases_by_arrivals(device):
@@ -287,8 +299,18 @@ def test_kernels_use_nothing_but_the_device_layer():
         assert "EMULATE" not in code_of(path).upper(), f"{path} knows of the emulator"
 
 
+DEVICE_FUNCTION = r"__device__ __forceinline__ [\w&* ]+?(\w+)(?:<\w+>)?\("
+
+
+def test_every_function_of_the_device_layer_has_a_unit_kernel():
+    """Which also means that ``make cuda-check`` assembles it."""
+    units = "".join(code_of(path) for path in (build.HERE / "kernels").glob("unit*.cu"))
+    names = {name for _, name in functions_of(build.CSRC / "device", DEVICE_FUNCTION)} - {"shared_address"}
+    assert {name for name in names if not re.search(rf"device::{name}\b", units)} == set()
+
+
 def test_every_function_of_the_device_layer_has_a_twin():
-    ours = functions_of(build.CSRC / "device", r"__device__ __forceinline__ [\w&* ]+?(\w+)(?:<\w+>)?\(")
+    ours = functions_of(build.CSRC / "device", DEVICE_FUNCTION)
     ours |= functions_of(build.CSRC / "device", r"inline (?!__device__)[\w&* ]+? (\w+)\(")
     twins = functions_of(build.HERE / "device", r"(?:__forceinline__|inline) [\w&* ]+?(\w+)\(")
     twins |= functions_of(build.HERE / "device", r"using cpu::(\w+);")
@@ -306,3 +328,8 @@ def test_every_function_of_the_device_layer_has_a_twin():
 def test_sample_kernels(device, name):
     call = SAMPLES[name]()
     assert call.is_right(call.run(device.run, name))
+
+
+@pytest.mark.parametrize("name", TRICKY)
+def test_kernels_that_look_odd(device, name):
+    assert run_tricky(device.run, name).all()

@@ -29,11 +29,6 @@ void launch(const char* name, void (*kernel)(Args...), const Launch& config, Arg
              name);
 }
 
-// Writes zeros, in the stream's order.
-inline void fill_zero(void* target, size_t bytes, cudaStream_t stream) {
-  check_cuda(cudaMemsetAsync(target, 0, bytes, stream), "fill_zero");
-}
-
 // Streaming multiprocessors of the current device.
 inline int multiprocessors() {
   int device = 0, count = 0;

@@ -23,6 +23,7 @@ from types import ModuleType
 import torch
 
 from fastgen import _library
+from tests import compile_check
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -164,18 +165,25 @@ def why_not_cuda() -> str | None:
     """None where the unit kernels can be built and run on a GPU, else the reason."""
     if not torch.cuda.is_available():
         return "no CUDA device"
-    return "nvcc was not found" if shutil.which("nvcc") is None else None
+    return "nvcc was not found" if compile_check.find_nvcc() is None else None
 
 
 def compile_for_cuda(architecture: str, library: Path) -> None:
     """The same kernels and bindings, by nvcc, as a Python module for "80" or "90a"."""
     import pybind11
 
-    sources = [HERE / "bindings.cpp", HERE / "kernels" / "unit.cu", HERE / "kernels" / "samples.cu"]
-    if int(architecture.rstrip("a")) >= 90:
-        sources.append(HERE / "kernels" / "unit_sm90.cu")
-    folders = [CSRC, HERE / "cuda", HERE, pybind11.get_include(), sysconfig.get_paths()["include"]]
-    command = ["nvcc", "-std=c++20", "-O3", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-x", "cu"]
+    sources = [HERE / "bindings.cpp", *compile_check.unit_kernels(architecture)]
+    folders = [*compile_check.INCLUDES, pybind11.get_include(), sysconfig.get_paths()["include"]]
+    command = [
+        str(compile_check.find_nvcc()),
+        "-std=c++20",
+        "-O3",
+        "-shared",
+        "-Xcompiler",
+        "-fPIC,-fvisibility=hidden",
+        "-x",
+        "cu",
+    ]
     command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}", *(f"-I{one}" for one in folders)]
     command += [f"-DFASTGEN_KERNELS_MODULE={library.stem}", *map(str, sources), "-o", str(library)]
     subprocess.run(command, check=True)

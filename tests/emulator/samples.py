@@ -104,3 +104,24 @@ SAMPLES = {
     "pitfalls": pitfalls,
     "attention": attention,
 }
+
+# The kernels of tricky.cu: blocks, and the block's two dims.
+TRICKY = {
+    "asks while another spins": (1, (64, 1)),
+    "asks many times": (1, (64, 1)),
+    "lock": (1, (96, 1)),
+    "elected lanes": (1, (64, 1)),
+    "leaves and halves": (1, (96, 1)),
+    "blocks read alike": (50, (64, 1)),
+    "kinds of data": (1, (64, 1)),
+    "odd block": (2, (9, 7)),
+    "everyone reads": (1, (1024, 1)),
+}
+
+
+def run_tricky(launch: Any, name: str) -> np.ndarray:
+    """Ones, if all is well."""
+    blocks, block = TRICKY[name]
+    words = np.arange(2000, dtype=np.uint32)
+    out = np.zeros(blocks * block[0] * block[1], np.uint32)
+    return launch(name, (blocks, 1, 1), (*block, 1), 0, [words], out, False, [])

@@ -50,16 +50,20 @@ std::string bytes_at(size_t bytes, const std::string& where) { return std::to_st
 
 }  // namespace
 
-Stamp Engine::stamp(Site site) {
+uint32_t Engine::site_number(Site site) {
   if (site != last_site_) {
     last_site_ = site;
     const auto [entry, fresh] = site_numbers_.try_emplace(site, static_cast<uint32_t>(sites_.size()));
     if (fresh) sites_.push_back(site);
     last_site_number_ = entry->second;
   }
+  return last_site_number_;
+}
+
+Stamp Engine::stamp(Site site) {
   const Thread& thread = self();
   if (thread.epoch >= Stamp::kEpochs - 1) fail(kind::kDeadlock, "over a million barriers in one block", site);
-  return Stamp::make(thread.index, thread.epoch, block_number, last_site_number_);
+  return Stamp::make(thread.index, thread.epoch, block_number, site_number(site));
 }
 
 Before Engine::before() const {
@@ -142,7 +146,8 @@ void Engine::access(const void* address, size_t bytes, Touch touch, Site site, s
   if (allocation == nullptr || begin + bytes > allocation->begin + allocation->bytes) {
     if (touch == Touch::kRead && is_constant(begin, bytes)) return;
     std::string nearest = ", in no memory the kernel was given";
-    if (allocation != nullptr && begin - allocation->begin < allocation->bytes + 4096) {
+    constexpr size_t kNear = 4096;
+    if (allocation != nullptr && begin - allocation->begin < allocation->bytes + kNear) {
       const size_t offset = begin - allocation->begin, size = allocation->bytes;
       nearest = offset < size ? ", of which the last lie beyond the end of an allocation of " + std::to_string(size)
                               : ", " + std::to_string(offset - size) + " bytes behind the end of an allocation of " +

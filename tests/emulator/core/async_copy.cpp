@@ -23,8 +23,7 @@ void async_copy(void* target, const void* source, int bytes, int valid, Where wh
   if (engine.shared.holds(from)) engine.fail(kind::kMisuse, "async_copy: the source is in shared memory", site);
   if (reinterpret_cast<uintptr_t>(target) % bytes != 0 || (valid > 0 && from % bytes != 0)) {
     engine.fail(kind::kMisaligned,
-                "async_copy of " + std::to_string(bytes) + " bytes: source and target must be" + " multiples of that",
-                site);
+                "async_copy of " + std::to_string(bytes) + " bytes: source and target must be multiples of that", site);
   }
   const size_t offset = engine.shared_offset(target, bytes, "async_copy", site);
   if (engine.options.checks) {
@@ -73,7 +72,7 @@ void Engine::make_visible(const std::vector<size_t>& indices, int owner, uint32_
     flying.pop_back();
     if (!options.checks) continue;
     const Stamp written =
-        Stamp::make(owner, copy.arrival != 0 ? copy.arrival : epoch, block_number, stamp(copy.site).site());
+        Stamp::make(owner, copy.arrival != 0 ? copy.arrival : epoch, block_number, site_number(copy.site));
     for (int i = 0; i < copy.bytes; ++i) {
       Cell& cell = shared.cells(copy.target)[i];
       if (cell.write == Stamp::reference(index)) cell = {written, {}};

@@ -1,6 +1,5 @@
 // Barriers of a block: bar.sync and bar.arrive (PTX ISA, "bar, barrier"), and mbarrier objects (PTX ISA, "mbarrier").
 #include <algorithm>
-#include <bit>
 
 #include "core/engine.h"
 
@@ -24,10 +23,6 @@ void Engine::acquire(const Gathering& from) {
 // ".aligned": all threads of a warp execute the same instruction.
 void Engine::check_alignment_of_warp(const char* what, const Where& where, Site site) {
   const Thread& thread = self();
-  if (exited[thread.warp] != 0) {
-    const int gone = thread.warp * 32 + std::countr_zero(exited[thread.warp]);
-    fail(kind::kExited, std::string(what) + " needs the whole warp, but " + name_of(gone) + " has returned", site);
-  }
   for (int other = thread.warp * 32; other < std::min(thread_count, thread.warp * 32 + 32); ++other) {
     const Thread& neighbour = *threads[other];
     if (other == thread.index || neighbour.state != Thread::kWaiting || !neighbour.waiting.aligned) continue;
@@ -158,11 +153,15 @@ Site caller(void* address) { return reinterpret_cast<Site>(address); }
 
 }  // namespace
 
-Mbarrier& Engine::mbarrier(const void* address, const char* what, Site site) {
+size_t Engine::mbarrier_offset(const void* address, const char* what, Site site) {
   if (reinterpret_cast<uintptr_t>(address) % kMbarrierBytes != 0) {
     fail(kind::kMisaligned, std::string(what) + ": an mbarrier lies at a multiple of 8 bytes", site);
   }
-  const size_t offset = shared_offset(address, kMbarrierBytes, what, site);
+  return shared_offset(address, kMbarrierBytes, what, site);
+}
+
+Mbarrier& Engine::mbarrier(const void* address, const char* what, Site site) {
+  const size_t offset = mbarrier_offset(address, what, site);
   const auto entry = mbarriers.find(offset);
   if (entry == mbarriers.end()) {
     fail(kind::kUnwritten, std::string(what) + ": no mbarrier was initialised at " + shared.describe(offset), site);
@@ -201,10 +200,7 @@ void mbarrier_init(void* address, int count, Where where) {
   Engine& engine = Engine::get();
   const Site site = caller(__builtin_return_address(0));
   if (engine.left_out("mbarrier_init", where)) return;
-  if (reinterpret_cast<uintptr_t>(address) % kMbarrierBytes != 0) {
-    engine.fail(kind::kMisaligned, "mbarrier_init: an mbarrier lies at a multiple of 8 bytes", site);
-  }
-  const size_t offset = engine.shared_offset(address, kMbarrierBytes, "mbarrier_init", site);
+  const size_t offset = engine.mbarrier_offset(address, "mbarrier_init", site);
   if (count < 1 || count > kMostArrivals) {
     engine.fail(kind::kMisuse, "mbarrier_init: expected 1 to 2^20 - 1 arrivals, got " + std::to_string(count), site);
   }

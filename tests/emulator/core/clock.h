@@ -27,7 +27,6 @@ class Gathering {
     for (size_t i = 0; i < other.epochs_.size(); ++i) epochs_[i] = std::max(epochs_[i], other.epochs_[i]);
   }
   bool empty() const { return epochs_.empty(); }
-  const std::vector<uint32_t>& epochs() const { return epochs_; }
   Knowledge share() const { return std::make_shared<const std::vector<uint32_t>>(epochs_); }
   void clear() {
     epochs_.clear();

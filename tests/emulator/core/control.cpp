@@ -17,6 +17,10 @@ bool in_operator() { return operators_running > 0; }
 void configure(const Options& options) {
   Engine& engine = Engine::get();
   const std::lock_guard lock(engine.mutex);
+  if (options.shared_limit > SharedMemory::kMostBytes) {
+    throw std::invalid_argument("shared_limit: expected at most " + std::to_string(SharedMemory::kMostBytes) +
+                                " bytes, got " + std::to_string(options.shared_limit));
+  }
   engine.options = options;
   engine.launch_number = 0;
   engine.sites_seen.clear();
@@ -42,18 +46,6 @@ void add_memory(const void* begin, size_t bytes, bool fresh, bool read_only) {
 void remove_memory(const void* begin) {
   const std::lock_guard lock(Engine::get().mutex);
   Engine::get().global.remove(begin);
-}
-
-std::string ranges(const std::vector<int>& numbers) {
-  std::string text = numbers.size() == 1 ? "thread " : "threads ";
-  for (size_t i = 0; i < numbers.size();) {
-    size_t last = i;
-    while (last + 1 < numbers.size() && numbers[last + 1] == numbers[last] + 1) ++last;
-    text += (i == 0 ? "" : ", ") + std::to_string(numbers[i]);
-    if (last > i) text += "-" + std::to_string(numbers[last]);
-    i = last + 1;
-  }
-  return text;
 }
 
 }  // namespace fastgen::emulator

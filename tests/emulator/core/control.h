@@ -19,6 +19,7 @@ struct Options {
 
 // Counted per kernel name, summed over launches.
 struct Counters {
+  // block_barriers: sync_block once a block, sync_named once a warp. matrix_loads: also stores.
   uint64_t launches = 0, blocks = 0, block_barriers = 0, warp_barriers = 0, shuffles = 0, matrix_products = 0,
            matrix_loads = 0, async_copies = 0, atomics = 0;
   // Warp-wide shared-memory accesses, the passes they need over the 32 banks, and those needed without conflicts.

@@ -28,8 +28,6 @@ struct LaunchRequest {
 
 // Runs the kernel to its end. Throws Finding, or std::runtime_error where CUDA would refuse the launch.
 void run_grid(const char* name, const LaunchRequest& request);
-// cudaMemset
-void host_fills(void* begin, int value, size_t bytes);
 
 // Threads of a warp.
 enum class Shuffle { kXor, kUp, kDown, kIndex };

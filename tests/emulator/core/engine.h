@@ -117,16 +117,21 @@ class Engine {
   void wait(const Waiting& waiting);            // until woken
   void wake(int thread);
   void wake_pollers(std::vector<int>& pollers);
-  [[noreturn]] void fail(const char* kind, const std::string& what, Site site, const std::string& more = "");
-  [[noreturn]] void fail(const char* kind, const std::string& what, const Where& where, const std::string& more = "");
   bool chance(uint32_t one_in) { return one_in != 0 && random_() % one_in == 0; }
-  std::string name_of(int thread) const;
   void forget_calls() { calls_.clear(); }
   // Remembers a synchronising call; true if it is the one to leave out (see control.h).
   bool left_out(const char* what, const Where& where);
 
+  // --- findings.cpp
+  [[noreturn]] void fail(const char* kind, const std::string& what, Site site, const std::string& more = "");
+  [[noreturn]] void fail(const char* kind, const std::string& what, const Where& where, const std::string& more = "");
+  std::string name_of(int thread) const;
+  const std::string& place_of(Site site);  // source_of(), remembered
+  std::string place_of(const Waiting& waiting);
+
   // --- access.cpp
   void access(const void* address, size_t bytes, Touch touch, Site site, size_t alignment);
+  uint32_t site_number(Site site);
   Stamp stamp(Site site);
   Before before() const;
   std::string accessed_by(Stamp stamp) const;
@@ -139,8 +144,6 @@ class Engine {
   // ``site`` tells aligned instructions apart that share a line, in a helper that two branches call.
   void meet(const WarpInstruction& instruction, uint64_t operands, uint32_t mask, void* lane, const Where& where,
             Site site = 0);
-  const std::string& place_of(Site site);  // source_of(), remembered
-  std::string place_of(const Waiting& waiting);
   bool same_place(const Where& where, Site site, const Where& other, Site other_site);
   void finish(Meeting& meeting, int warp);
 
@@ -148,6 +151,7 @@ class Engine {
   void release(Gathering& into);  // what the thread did until now is part of it
   void acquire(const Gathering& from);
   void check_alignment_of_warp(const char* what, const Where& where, Site site);
+  size_t mbarrier_offset(const void* address, const char* what, Site site);
   Mbarrier& mbarrier(const void* address, const char* what, Site site);
   void arrive(Mbarrier& barrier, const Gathering& gathered, int count, const char* what, Site site);
   void complete_if_done(Mbarrier& barrier);
@@ -173,14 +177,15 @@ class Engine {
   const LaunchRequest* request = nullptr;
   std::string kernel;
   Counters* counters = nullptr;
-  uint64_t launch_number = 0, launch_seed = 0, block_number = 0;  // launches since configure()
-  uint64_t launches_ever = 0;
+  uint64_t launch_number = 0, launches_ever = 0;  // since configure(), and in all
+  uint64_t block_number = 0;
   SharedMemory shared;
   std::vector<std::unique_ptr<Thread>> threads;  // kept from block to block; the first thread_count are in use
   int thread_count = 0, warp_count = 0, live = 0, current_index = 0;
   std::vector<std::vector<Meeting*>> meetings;  // by warp
   Barrier barriers[16];
-  std::map<size_t, Mbarrier> mbarriers;  // by offset in shared memory
+  std::map<size_t, Mbarrier> mbarriers;               // by offset in shared memory
+  enum { kEarly, kLate, kWhenever } landing = kLate;  // when asynchronous copies move their bytes
   std::vector<Copy> copies;
   std::vector<size_t> flying;                              // copies not visible yet
   uintptr_t sources_begin = UINTPTR_MAX, sources_end = 0;  // bounds of what those read
@@ -194,7 +199,7 @@ class Engine {
   void reset_block();
   int choose();
   void choose_strategy();
-  [[noreturn]] void stuck();
+  [[noreturn]] void stuck(bool busy);
   [[noreturn]] void fail_at(const char* kind, const std::string& what, const std::string& place,
                             const std::string& more);
   std::string replay_hint() const;
@@ -221,9 +226,6 @@ class Engine {
   std::map<std::tuple<const char*, const char*, unsigned>, bool> calls_;  // synchronising calls: left out or not
   Site last_site_ = 0;
   uint32_t last_site_number_ = 0;
-
- public:
-  enum { kEarly, kLate, kWhenever } landing = kLate;
 };
 
 // Null outside a kernel. Of this thread of the process: others may run host code of launchers meanwhile, with its

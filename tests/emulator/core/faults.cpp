@@ -23,9 +23,13 @@ Site program_counter(void* context) {
 #endif
 }
 
-void handle(int signal, siginfo_t* info, void* context) {
-  if (running == nullptr) {  // not ours: again, with the default action
-    ::signal(signal, SIG_DFL);
+FaultGuard* installed = nullptr;
+
+}  // namespace
+
+void FaultGuard::handle(int signal, siginfo_t* info, void* context) {
+  if (running == nullptr) {  // not ours: it happens again, to the handler before us
+    sigaction(signal, signal == SIGSEGV ? &installed->old_segv_ : &installed->old_bus_, nullptr);
     return;
   }
   const auto address = reinterpret_cast<uintptr_t>(info->si_addr);
@@ -39,8 +43,6 @@ void handle(int signal, siginfo_t* info, void* context) {
       program_counter(context));
 }
 
-}  // namespace
-
 FaultGuard::FaultGuard() {
   thread_local std::vector<char> memory(kHandlerStackBytes);
   stack_t stack = {};
@@ -51,6 +53,7 @@ FaultGuard::FaultGuard() {
   action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
   sigaction(SIGSEGV, &action, &old_segv_);
   sigaction(SIGBUS, &action, &old_bus_);
+  installed = this;
 }
 
 FaultGuard::~FaultGuard() {

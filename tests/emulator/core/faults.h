@@ -14,6 +14,8 @@ class FaultGuard {
   FaultGuard& operator=(const FaultGuard&) = delete;
 
  private:
+  static void handle(int signal, siginfo_t* info, void* context);
+
   stack_t old_stack_ = {};
   struct sigaction old_segv_ = {}, old_bus_ = {};
 };

@@ -30,20 +30,6 @@ Allocation* GlobalMemory::find(uintptr_t address) {
   return last_ = &std::prev(above)->second;
 }
 
-bool GlobalMemory::has(uintptr_t begin, size_t bytes) {
-  const Allocation* allocation = find(begin);
-  return allocation != nullptr && begin - allocation->begin + bytes <= allocation->bytes;
-}
-
-void GlobalMemory::settle(uintptr_t begin, size_t bytes) {
-  Allocation* allocation = find(begin);
-  for (size_t i = 0; i < bytes; ++i) {
-    const size_t offset = begin - allocation->begin + i;
-    Cell* cell = cells(*allocation, offset, 0);
-    *cell = {Stamp::before_launch(), {}};
-  }
-}
-
 Cell* GlobalMemory::cells(Allocation& allocation, size_t offset, uint64_t launch) {
   std::unique_ptr<Allocation::Page>& page = allocation.pages[offset / Allocation::kPageBytes];
   if (page == nullptr) {

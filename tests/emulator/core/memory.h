@@ -16,7 +16,7 @@ namespace fastgen::emulator {
 struct Allocation {
   uintptr_t begin = 0;
   size_t bytes = 0;
-  bool fresh = false;      // allocated by an operator, so that only kernels (and fills) give it values
+  bool fresh = false;      // allocated by an operator, so that it holds nothing until somebody writes
   bool read_only = false;  // what a kernel must not write
 
   static constexpr size_t kPageBytes = 256;
@@ -36,10 +36,6 @@ class GlobalMemory {
   void remove(const void* begin);
   // The allocation that holds the address, or the nearest one below it; null if there is none.
   Allocation* find(uintptr_t address);
-  // Whether an allocation has all of the range.
-  bool has(uintptr_t begin, size_t bytes);
-  // All its bytes count as written: a fill or a copy by the host.
-  void settle(uintptr_t begin, size_t bytes);
   // The cells of a range within one page, ready for accesses of this launch.
   Cell* cells(Allocation& allocation, size_t offset, uint64_t launch);
 

@@ -1,7 +1,6 @@
 // Runs the threads of a block one at a time, in an order that a seed chooses to be unpleasant.
 #include <algorithm>
 #include <bit>
-#include <cstring>
 #include <numeric>
 
 #include "core/engine.h"
@@ -35,10 +34,6 @@ int nth_set_bit(uint32_t bits, uint32_t n) {
 
 }  // namespace
 
-std::string text(const dim3& at) {
-  return "(" + std::to_string(at.x) + ", " + std::to_string(at.y) + ", " + std::to_string(at.z) + ")";
-}
-
 Engine& Engine::get() {
   static Engine engine;
   return engine;
@@ -47,18 +42,6 @@ Engine& Engine::get() {
 void run_grid(const char* name, const LaunchRequest& request) {
   const std::lock_guard lock(Engine::get().mutex);
   Engine::get().run_grid(name, request);
-}
-
-void host_fills(void* begin, int value, size_t bytes) {
-  const std::lock_guard lock(Engine::get().mutex);
-  GlobalMemory& global = Engine::get().global;
-  const auto address = reinterpret_cast<uintptr_t>(begin);
-  if (!global.has(address, bytes)) {
-    throw Finding(std::string("emulator: ") + kind::kOutOfBounds + "\n  a fill of " + std::to_string(bytes) +
-                  " bytes is not within an allocation");
-  }
-  memset(begin, value, bytes);
-  global.settle(address, bytes);
 }
 
 void Engine::check_limits(const char* name, const LaunchRequest& r) const {
@@ -84,8 +67,7 @@ void Engine::run_grid(const char* name, const LaunchRequest& r) {
   request = &r;
   kernel = name;
   ++launch_number, ++launches_ever;
-  launch_seed = mix(options.seed, launch_number);
-  random_.seed(static_cast<uint32_t>(launch_seed));
+  random_.seed(static_cast<uint32_t>(mix(options.seed, launch_number)));
   gridDim = r.grid, blockDim = r.block;
   thread_count = static_cast<int>(r.block.x * r.block.y * r.block.z);
   warp_count = (thread_count + 31) / 32;
@@ -156,7 +138,7 @@ void Engine::run_block(uint64_t number) {
       } else if (!polling.empty() && ++futile_polls < kMostFutilePolls) {
         wake_pollers(polling);
       } else {
-        stuck();
+        stuck(false);
       }
       continue;
     }
@@ -170,7 +152,7 @@ void Engine::run_block(uint64_t number) {
     Fiber::change(scheduler_, running->fiber);
     running = nullptr;
     if (failed_) throw Finding(failure_);
-    if (switches_ > kMostSwitches) stuck();
+    if (switches_ > kMostSwitches) stuck(true);
   }
   // What the hardware still had to do, it does before the block's memory goes to another.
   while (!events.empty()) happen(0);
@@ -267,11 +249,6 @@ void Engine::thread_exited() {
   lane_exited(thread.warp, bit);
 }
 
-std::string Engine::name_of(int thread) const {
-  return "thread " + std::to_string(thread) + " (warp " + std::to_string(thread / 32) + ", lane " +
-         std::to_string(thread % 32) + ")";
-}
-
 bool Engine::left_out(const char* what, const Where& where) {
   const auto key = std::make_tuple(what, where.file_name(), where.line());
   const auto [entry, fresh] = calls_.try_emplace(key, false);
@@ -281,89 +258,6 @@ bool Engine::left_out(const char* what, const Where& where) {
     entry->second = site == options.leave_out;
   }
   return entry->second;
-}
-
-// --------------------------------------------------------------------------------------------------
-// Findings
-
-void Engine::abandon(const std::string& report) {
-  if (running == nullptr) throw Finding(report);
-  // The threads' stacks are left as they are: nothing on them owns anything.
-  failure_ = report, failed_ = true;
-  for (;;) Fiber::change(running->fiber, scheduler_);
-}
-
-std::string Engine::header(const char* kind, const std::string& what) const {
-  return std::string("emulator: ") + kind + "\n  " + what + "\n  kernel " + kernel + ", block " + text(blockIdx);
-}
-
-void Engine::fail(const char* kind, const std::string& what, Site site, const std::string& more) {
-  fail_at(kind, what, source_of(site), more);
-}
-
-void Engine::fail(const char* kind, const std::string& what, const Where& where, const std::string& more) {
-  fail_at(kind, what, source_of(where), more);
-}
-
-void Engine::fail_at(const char* kind, const std::string& what, const std::string& place, const std::string& more) {
-  std::string report = header(kind, what);
-  if (running != nullptr) report += ", " + name_of(current_index);
-  report += "\n  at " + place;
-  if (!more.empty()) report += "\n  " + more;
-  abandon(report + replay_hint());
-}
-
-std::string Engine::replay_hint() const {
-  return "\n  seed " + std::to_string(options.seed) + ", launch " + std::to_string(launch_number) +
-         ": FASTGEN_EMULATOR_SEED=" + std::to_string(options.seed) + " replays it";
-}
-
-const std::string& Engine::place_of(Site site) {
-  const auto [entry, fresh] = places_.try_emplace(site);
-  if (fresh) entry->second = source_of(site);
-  return entry->second;
-}
-
-std::string Engine::place_of(const Waiting& waiting) {
-  return waiting.site != 0 ? place_of(waiting.site) : source_of(waiting.where);
-}
-
-// Nothing can run: says where every thread waits.
-void Engine::stuck() {
-  std::map<std::pair<std::string, std::string>, std::vector<int>> places;
-  bool diverged = false, at_barrier = false;
-  int gone = 0;
-  std::vector<int> running_on;
-  for (int i = 0; i < thread_count; ++i) {
-    const Thread& thread = *threads[i];
-    if (thread.state == Thread::kExited) ++gone;
-    if (thread.state == Thread::kReady) running_on.push_back(i);
-    if (thread.state != Thread::kWaiting) continue;
-    const Waiting& waiting = thread.waiting;
-    places[{waiting.what, place_of(waiting)}].push_back(i);
-    at_barrier = at_barrier || waiting.what.starts_with("barrier");
-    for (int other = thread.warp * 32; other < i; ++other) {
-      const Waiting& others = threads[other]->waiting;
-      const bool differs = others.what != waiting.what || others.where.line() != waiting.where.line();
-      const bool together = others.of_warp || waiting.of_warp;
-      diverged = diverged || (threads[other]->state == Thread::kWaiting && differs && together);
-    }
-  }
-  // Lanes of one warp that meet in different instructions, or in one with different operands.
-  for (const auto& of_warp : meetings) diverged = diverged || of_warp.size() > 1;
-  const bool busy = switches_ > kMostSwitches;
-  const char* kind = busy                     ? kind::kDeadlock
-                     : gone > 0 && at_barrier ? kind::kExited
-                     : diverged               ? kind::kDivergence
-                                              : kind::kDeadlock;
-  std::string report = header(kind, busy ? "the threads take turns without end" : "no thread can go on");
-  for (const auto& [place, waiting] : places) {
-    report += "\n  " + ranges(waiting) + (waiting.size() == 1 ? " waits" : " wait") + " in " + place.first + " at " +
-              place.second;
-  }
-  if (!running_on.empty()) report += "\n  " + ranges(running_on) + (running_on.size() == 1 ? " loops" : " loop");
-  if (gone > 0) report += "\n  " + std::to_string(gone) + (gone == 1 ? " thread has" : " threads have") + " returned";
-  throw Finding(report + replay_hint());
 }
 
 }  // namespace fastgen::emulator

@@ -27,10 +27,6 @@ void launch(const char* name, void (*kernel)(Args...), const Launch& config, Arg
   emulator::run_grid(name, {config.grid, config.block, config.shared_bytes, run, &call, sizeof(call)});
 }
 
-inline void fill_zero(void* target, size_t bytes, cudaStream_t) {
-  if (bytes > 0) emulator::host_fills(target, 0, bytes);
-}
-
 // Few, so that small tests see rows that are split among blocks.
 inline int multiprocessors() { return 3; }
 

@@ -177,6 +177,36 @@ __global__ void pairs(Arguments a) {
 }
 const Register kPairs("pairs", pairs);
 
+// The first warp arrives without waiting, the second waits and reads what the first wrote.
+__global__ void one_way(Arguments a) {
+  auto* tile = reinterpret_cast<uint32_t*>(device::dynamic_shared());
+  const int thread = threadIdx.x;
+  if (thread < 32) {
+    tile[thread] = words(a)[thread];
+    device::arrive_named(3, 64);
+  } else {
+    device::sync_named(3, 64);
+    results(a)[thread - 32] = tile[63 - thread];
+  }
+}
+const Register kOneWay("one way", one_way);
+
+// Every thread copies a word for its neighbour: an mbarrier says when it is there. Then one of its own.
+__global__ void copies_that_arrive(Arguments a) {
+  auto* tile = reinterpret_cast<uint32_t*>(device::dynamic_shared());
+  device::Mbarrier* barrier = &device::shared_variable<OneBarrier>().barrier;
+  const int thread = threadIdx.x, threads = blockDim.x;
+  if (thread == 0) device::mbarrier_init(barrier, threads);
+  device::sync_block();
+  device::async_copy<4>(tile + thread, words(a) + thread);
+  device::async_copy_arrive(barrier);
+  device::mbarrier_wait(barrier, 0);
+  device::async_copy<4>(tile + threads + thread, words(a) + thread);
+  device::async_copy_wait_all();
+  results(a)[thread] = tile[(thread + 1) % threads] - tile[threads + thread];
+}
+const Register kCopiesArrive("async_copy arrive", copies_that_arrive);
+
 // What a kernel may ask where it is.
 __global__ void coordinates(Arguments a) {
   const unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);

@@ -46,7 +46,8 @@ __global__ void phases(Arguments a) {
   for (int phase = 0; phase < 3; ++phase) {
     if (thread == writer) {
       word = words(a)[phase];
-      device::mbarrier_arrive_expect(barrier, 16);
+      device::mbarrier_expect(barrier, 4);
+      device::mbarrier_arrive_expect(barrier, 12);
       device::mbarrier_complete(barrier, 16);
     } else {
       device::mbarrier_arrive(barrier);
