@@ -119,7 +119,7 @@ def make_extensions(targets: list[str], facts: Facts) -> list[Extension]:
         """A library on the stable ABI, its operators under one dispatch key."""
         return Extension(
             f"fastgen._{key.lower()}",
-            sources("csrc/*/api.cpp") + files,
+            files,
             include_dirs=[csrc, str(torch_root / "include"), *([f"{home}/include"] if key == "CUDA" else [])],
             library_dirs=[str(torch_root / "lib"), *([f"{home}/lib64", f"{home}/lib"] if key == "CUDA" else [])],
             define_macros=[*macros, ("FASTGEN_DISPATCH_KEY", key), (f"USE_{key}", None)],
@@ -130,12 +130,13 @@ def make_extensions(targets: list[str], facts: Facts) -> list[Extension]:
     defines = [(f"FASTGEN_{key}", f'"{value}"') for key, value in build_info.items()]
     include, flags = [csrc, pybind11.get_include()], {"cxx": common}
     module = Extension("fastgen._C", ["csrc/module.cpp"], include, defines, extra_compile_args=flags)
-    cpu = stable("CPU", sources("csrc/cpu/*.cpp"), vectorised, libraries=["torch", "torch_cpu"])
+    cpu = stable("CPU", sources("csrc/cpu/*.cpp", "csrc/latent/api.cpp"), vectorised, libraries=["torch", "torch_cpu"])
     if "cuda" not in targets:
         return [module, cpu]
     # libtorch brings libtorch_cuda, wherever the torch that loads this has it.
     link = ["-Wl,--no-as-needed", "-ltorch", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-    return [module, cpu, stable("CUDA", sources("csrc/common/*.cpp", "csrc/**/*.cu"), [], extra_link_args=link)]
+    files = sources("csrc/*/api.cpp", "csrc/common/*.cpp", "csrc/**/*.cu")
+    return [module, cpu, stable("CUDA", files, [], extra_link_args=link)]
 
 
 def make_commands(mode: str, missing: dict[str, str]) -> dict[str, type]:

@@ -266,8 +266,10 @@ def _constant_place(name: str, device: torch.device, dtype: torch.dtype) -> tupl
     return _place(name, device, dtype)
 
 
-def select(name: str, tensor: Tensor) -> str:
+def select(name: str, tensor: Tensor, refused: str | None = None) -> str:
     """The namespace that serves operator ``name`` for tensors like this one, under the backend in force.
+
+    ``refused``: why a kernel, if there is one, does not take these tensors.
 
     Raises:
         RuntimeError: ``compiled`` is forced and there is no such kernel.
@@ -277,6 +279,8 @@ def select(name: str, tensor: Tensor) -> str:
         return _namespaces[backend]
     place = _constant_place if torch.compiler.is_compiling() else _place
     namespace, reason = place(name, tensor.device, tensor.dtype)
+    if refused is not None and reason is None:
+        namespace, reason = REFERENCE, refused
     if backend == "compiled" and reason is not None:
         raise RuntimeError(f"backend 'compiled' was asked for, but {reason}; use 'auto' or 'reference'")
     return namespace

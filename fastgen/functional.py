@@ -17,6 +17,7 @@ from torch import Tensor
 from fastgen import _autograd
 from fastgen import _checks as check
 from fastgen._library import select
+from fastgen.ops.attention import Options, refused_heads
 
 __all__ = [
     "merge_heads_projection",
@@ -134,6 +135,22 @@ def _checked_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> Tenso
     return mask
 
 
+def _tf32_allowed() -> bool:
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _constant_tf32_allowed() -> bool:
+    return _tf32_allowed()
+
+
+def _may_use_tf32(query: Tensor) -> bool:
+    """Whether the user lets float32 products of CUDA tensors round to tf32, as for torch's own."""
+    if query.dtype != torch.float32 or query.device.type != "cuda":
+        return False
+    return _constant_tf32_allowed() if torch.compiler.is_compiling() else _tf32_allowed()
+
+
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -175,6 +192,9 @@ def scaled_dot_product_attention(
         ValueError: shapes that do not fit, a negative window, a probability out of range.
         RuntimeError: the backend ``compiled`` is forced and there is no kernel for these tensors.
 
+    On CUDA, float32 is multiplied at float32 accuracy unless ``torch.backends.cuda.matmul`` allows TF32. Kernels give the
+    same bits in every run. A key that no query of the call sees counts for nothing, whatever it and its value hold.
+
     Memory is O(N + M) per head forward and backward; a second derivative takes O(N M) for now.
 
     Example:
@@ -192,10 +212,11 @@ def scaled_dot_product_attention(
     mask = _checked_mask(attn_mask, query, key)
     scale = query.size(-1) ** -0.5 if scale is None else float(scale)
     seed = _draw_seed(query.device, generator) if dropout_p > 0 else None
+    options = Options(dropout_p, window_left, window_right, scale, _may_use_tf32(query))
+    namespace = select("attention_forward", query, refused_heads(query, value))
     out, lse = _autograd.attention(
-        _four_dims(query), _four_dims(key), _four_dims(value), mask, seed,
-        dropout_p, window_left, window_right, scale, select("attention_forward", query),
-    )  # fmt: skip
+        _four_dims(query), _four_dims(key), _four_dims(value), mask, seed, options, namespace
+    )
     if query.dim() != 4:
         out = out.reshape(*query.shape[:-1], value.size(-1))
         lse = lse.reshape(query.shape[:-1])

@@ -35,15 +35,25 @@ def place_or_skip(backend: str, device: str, operator: str) -> torch.device:
     return where
 
 
-@pytest.fixture(params=PLACES, ids=lambda place: "-".join(place))
-def latent_place(request):
-    """The device, with the backend forced around the test."""
+def _forced(request, operator: str):
+    """The device of a place, with its backend forced around the test."""
     backend = request.param[0]
-    device = place_or_skip(*request.param, "latent_forward")
+    device = place_or_skip(*request.param, operator)
     if backend == "emulated":
         request.getfixturevalue("emulator")
     with fastgen.use_backend(backend):
         yield device
+
+
+@pytest.fixture(params=PLACES, ids=lambda place: "-".join(place))
+def latent_place(request):
+    yield from _forced(request, "latent_forward")
+
+
+@pytest.fixture(params=[place for place in PLACES if place != ("compiled", "cpu")], ids=lambda place: "-".join(place))
+def attention_place(request):
+    """Attention's own CPU kernel is no backend of its own, but part of the PyTorch path."""
+    yield from _forced(request, "attention_forward")
 
 
 @pytest.fixture

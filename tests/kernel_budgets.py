@@ -24,4 +24,13 @@ BUDGETS = {
     "latent_backward": Budget(registers=80),
     # launch_bounds(256): 32 registers keep 8 blocks, all 2048 threads; a thread does little.
     "latent_sum_parts": Budget(registers=32),
+    # launch_bounds(128): sums and scores stay in registers, so two blocks share a multiprocessor; what must not happen
+    # is a spill. Shared memory is dynamic: csrc/attention/config.h.
+    "attention_forward": Budget(registers=255),
+    "attention_backward_query": Budget(registers=255),
+    "attention_backward_key_value": Budget(registers=255),
+    # Shared: a float for each of 64 columns and 4 warps.
+    "attention_mask_gradient": Budget(registers=255, shared_bytes=1024),
+    # launch_bounds(256), as latent_sum_parts; the division of what is stored by dtype.
+    "attention_sum_parts": Budget(registers=40),
 }

@@ -23,6 +23,7 @@ from fastgen.functional import (
     reparameterize_kl,
     scaled_dot_product_attention,
 )
+from fastgen.ops.attention import Options
 
 PACKAGE = Path(fastgen.__file__).parent
 SEED = torch.tensor([5])
@@ -31,13 +32,13 @@ SEED = torch.tensor([5])
 def attention_arguments(masked=False, dropout=False):
     query, key, value = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 3)
     mask = torch.randn(4, 1, 6).unsqueeze(0) if masked else None
-    return query, key, value, mask, SEED if dropout else None, 0.5 if dropout else 0.0, -1, -1, 0.4
+    return query, key, value, mask, SEED if dropout else None, *Options(0.5 if dropout else 0.0, -1, -1, 0.4)
 
 
 def backward_arguments(**kwargs):
-    *tensors, seed, p, left, right, scale = attention_arguments(**kwargs)
-    out, lse = torch.ops.fastgen_reference.attention_forward(*tensors, seed, p, left, right, scale)
-    return torch.randn_like(out), torch.randn_like(lse), *tensors[:3], out, lse, tensors[3], seed, p, left, right, scale
+    arguments = attention_arguments(**kwargs)
+    out, lse = torch.ops.fastgen_reference.attention_forward(*arguments)
+    return torch.randn_like(out), torch.randn_like(lse), *arguments[:3], out, lse, *arguments[3:]
 
 
 def cases():

@@ -1,4 +1,4 @@
-// Memory access 16 bytes at a time, in global and in shared memory.
+// Memory access 16 or 8 bytes at a time, in global and in shared memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -28,6 +28,11 @@ __device__ __forceinline__ void store_vector(T* target, const T (&elements)[kVec
   uint4 raw;
   memcpy(&raw, elements, sizeof(raw));
   *reinterpret_cast<uint4*>(target) = raw;
+}
+
+// Two words to an 8-byte aligned address. PTX ISA, "st" (.v2.b32).
+__device__ __forceinline__ void store_words(void* target, const uint32_t (&words)[2]) {
+  *static_cast<uint2*>(target) = {words[0], words[1]};
 }
 
 }  // namespace fastgen::device

@@ -46,4 +46,8 @@ __device__ __forceinline__ bool all_lanes(bool predicate, unsigned mask = kFullM
 // The lanes of ``mask`` have arrived, and see each other's memory. PTX ISA, "bar.warp.sync".
 __device__ __forceinline__ void sync_warp(unsigned mask = kFullMask) { __syncwarp(mask); }
 
+// Nothing that a kernel may count on: the assembler moves no load of shared memory across, so that what comes after
+// does not take its registers before.
+__device__ __forceinline__ void hold_loads() { __syncwarp(); }
+
 }  // namespace fastgen::device

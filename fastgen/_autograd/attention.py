@@ -12,6 +12,7 @@ from torch.autograd import Function
 from fastgen import reference
 from fastgen._autograd.common import apply, choose, must_be_differentiable, only_wanted
 from fastgen._library import operator
+from fastgen.ops.attention import Options
 
 
 def _keep(seed: Tensor | None, dropout_p: float, query: Tensor, key: Tensor) -> Tensor | None:
@@ -28,28 +29,24 @@ def _keep(seed: Tensor | None, dropout_p: float, query: Tensor, key: Tensor) -> 
 
 
 def _run(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    window_left: int,
-    window_right: int,
-    scale: float,
-    namespace: str,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seed: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    result = operator(namespace, "attention_forward")(
-        query, key, value, mask, seed, dropout_p, window_left, window_right, scale
-    )
+    """``rest``: the options, one by one, and the namespace."""
+    *options, namespace = rest
+    result = operator(namespace, "attention_forward")(query, key, value, mask, seed, *options)
     return result[0], result[1]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:5], *output)
     ctx.save_for_forward(*inputs[:5])
-    ctx.dropout_p, ctx.window_left, ctx.window_right, ctx.scale, ctx.namespace = inputs[5:]
+    ctx.options, ctx.namespace, ctx.inputs = Options(*inputs[5:-1]), inputs[-1], len(inputs)
     ctx.set_materialize_grads(False)
+
+
+def _formula_options(ctx: Any) -> tuple[int, int, float]:
+    """What the reference formulas take of the options."""
+    return ctx.options.window_left, ctx.options.window_right, ctx.options.scale
 
 
 class _Attention(Function):
@@ -63,24 +60,23 @@ class _Attention(Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, mask, seed, out, lse = ctx.saved_tensors
         if grad_out is None and grad_lse is None:
-            return (None,) * 10
+            return (None,) * ctx.inputs
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         grad_mask: Tensor | None
         if must_be_differentiable():
             grad_lse = None if grad_lse is None else grad_lse.to(query.dtype)
-            keep = _keep(seed, ctx.dropout_p, query, key)
+            keep = _keep(seed, ctx.options.dropout_p, query, key)
             grad_query, grad_key, grad_value, grad_mask = reference.attention_backward(
-                grad_out, grad_lse, query, key, value, mask, keep, ctx.window_left, ctx.window_right, ctx.scale
+                grad_out, grad_lse, query, key, value, mask, keep, *_formula_options(ctx)
             )
         else:
             mask_grad = mask is not None and ctx.needs_input_grad[3]
             grad_query, grad_key, grad_value, grad_mask = operator(ctx.namespace, "attention_backward")(
                 grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous(),
-                grad_lse, query, key, value, out, lse, mask, seed,
-                ctx.dropout_p, ctx.window_left, ctx.window_right, ctx.scale, mask_grad,
+                grad_lse, query, key, value, out, lse, mask, seed, *ctx.options, mask_grad,
             )  # fmt: skip
-        return (*only_wanted(ctx, 0, grad_query, grad_key, grad_value, grad_mask), *(None,) * 6)
+        return (*only_wanted(ctx, 0, grad_query, grad_key, grad_value, grad_mask), *(None,) * (ctx.inputs - 4))
 
 
 class _TransformedAttention(Function):
@@ -92,12 +88,11 @@ class _TransformedAttention(Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
         query, key, value, mask, seed = ctx.saved_tensors[:5]
-        keep = _keep(seed, ctx.dropout_p, query, key)
+        keep = _keep(seed, ctx.options.dropout_p, query, key)
         t_query, t_key, t_value, t_mask = tangents[:4]
         out, lse = reference.attention_tangent(
-            query, key, value, mask, t_query, t_key, t_value, t_mask, keep,
-            ctx.window_left, ctx.window_right, ctx.scale,
-        )  # fmt: skip
+            query, key, value, mask, t_query, t_key, t_value, t_mask, keep, *_formula_options(ctx)
+        )
         return out, lse.to(torch.promote_types(query.dtype, torch.float32))
 
 
@@ -107,14 +102,11 @@ def attention(
     value: Tensor,
     mask: Tensor | None,
     seed: Tensor | None,
-    dropout_p: float,
-    window_left: int,
-    window_right: int,
-    scale: float,
+    options: Options,
     namespace: str,
 ) -> tuple[Tensor, Tensor]:
     """``attention_forward`` with derivatives of every order; straight to the operator where none is needed."""
-    arguments = (query, key, value, mask, seed, dropout_p, window_left, window_right, scale, namespace)
+    arguments = (query, key, value, mask, seed, *options, namespace)
     function = choose(_Attention, _TransformedAttention, query, key, value, mask)
     result = _run(*arguments) if function is None else apply(function, arguments)
     return result[0], result[1]

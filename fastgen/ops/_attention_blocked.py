@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,17 @@ from fastgen import reference
 
 TILE_BYTES = 4 * 2**20
 """About how much one tile of scores may hold, so that it stays in cache. Four or five live at a time."""
+
+
+class Options(NamedTuple):
+    """The last arguments of both operators. Query i sees keys i - window_left <= j <= i + window_right, -1 is
+    unbounded; ``allow_tf32`` lets CUDA kernels multiply float32 in tf32."""
+
+    dropout_p: float
+    window_left: int
+    window_right: int
+    scale: float
+    allow_tf32: bool = False
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -70,15 +82,12 @@ class Tile:
         key: Tensor,
         mask: Tensor | None,
         seed: Tensor | None,
-        dropout_p: float,
-        window: tuple[int, int],
-        scale: float,
+        options: Options,
         spans: tuple[int, int, int, int],
     ) -> None:
         self.b0, self.b1, self.i0, self.i1 = spans
-        self.query, self.key, self.mask, self.seed = query, key, mask, seed
-        self.dropout_p, self.window, self.scale = dropout_p, window, scale
-        left, right = window
+        self.query, self.key, self.mask, self.seed, self.options = query, key, mask, seed, options
+        left, right = options.window_left, options.window_right
         keys = key.size(2)
         self.j0 = min(max(0, self.i0 - left), keys) if left >= 0 else 0
         self.j1 = max(self.j0, min(keys, self.i1 + right)) if right >= 0 else keys
@@ -110,7 +119,7 @@ class Tile:
         return mask[slices]
 
     def scores(self) -> Tensor:
-        scores = torch.matmul(self.rows(self.query) * self.scale, self.keys(self.key).transpose(-2, -1))
+        scores = torch.matmul(self.rows(self.query) * self.options.scale, self.keys(self.key).transpose(-2, -1))
         by_head = self.per_head(scores)
         if self.mask is not None:
             part = self.mask_part(self.mask)
@@ -118,7 +127,7 @@ class Tile:
             by_head.masked_fill_(~part, -math.inf) if part.dtype == torch.bool else by_head.add_(part)
         device = scores.device
         rows, cols = torch.arange(self.i0, self.i1, device=device), torch.arange(self.j0, self.j1, device=device)
-        allowed = reference.attended(rows, cols, *self.window)
+        allowed = reference.attended(rows, cols, self.options.window_left, self.options.window_right)
         if allowed is not None:
             by_head.masked_fill_(~allowed, -math.inf)
         return scores
@@ -143,20 +152,14 @@ class Tile:
             last - first,
         )
         start = self.j0 - first * reference.GROUP
-        keep = (uniform[:, start : start + self.j1 - self.j0] >= self.dropout_p).to(wide(self.query.dtype))
+        dropout_p = self.options.dropout_p
+        keep = (uniform[:, start : start + self.j1 - self.j0] >= dropout_p).to(wide(self.query.dtype))
         shape = (self.b1 - self.b0, self.key.size(1), self.groups * (self.i1 - self.i0), self.j1 - self.j0)
-        return keep.div_(1 - self.dropout_p).reshape(shape)
+        return keep.div_(1 - dropout_p).reshape(shape)
 
 
 def tiles(
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    window_left: int,
-    window_right: int,
-    scale: float,
+    query: Tensor, key: Tensor, mask: Tensor | None, seed: Tensor | None, options: Options
 ) -> Iterator[Tile]:
     batch, heads, length, _ = query.shape
     if heads == 0:
@@ -167,7 +170,7 @@ def tiles(
     for b0 in range(0, batch, batches):
         for i0 in range(0, length, rows):
             spans = (b0, min(b0 + batches, batch), i0, min(i0 + rows, length))
-            yield Tile(query, key, mask, seed, dropout_p, (window_left, window_right), scale, spans)
+            yield Tile(query, key, mask, seed, options, spans)
 
 
 def forward(
@@ -176,13 +179,10 @@ def forward(
     value: Tensor,
     mask: Tensor | None,
     seed: Tensor | None,
-    dropout_p: float,
-    window_left: int,
-    window_right: int,
-    scale: float,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
     out, lse = allocate_out(query, value.size(-1)), allocate_lse(query)
-    for tile in tiles(query, key, mask, seed, dropout_p, window_left, window_right, scale):
+    for tile in tiles(query, key, mask, seed, options):
         weights, row_lse = reference.softmax_lse(tile.scores())
         keep = tile.keep()
         part = torch.matmul(weights if keep is None else weights.mul_(keep), tile.keys(value))
@@ -202,10 +202,7 @@ def backward(
     lse: Tensor,
     mask: Tensor | None,
     seed: Tensor | None,
-    dropout_p: float,
-    window_left: int,
-    window_right: int,
-    scale: float,
+    options: Options,
     mask_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     dtype = wide(query.dtype)
@@ -213,7 +210,7 @@ def backward(
     grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device)
     grad_value = torch.zeros(value.shape, dtype=dtype, device=value.device)
     grad_mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device) if mask is not None and mask_grad else None
-    for tile in tiles(query, key, mask, seed, dropout_p, window_left, window_right, scale):
+    for tile in tiles(query, key, mask, seed, options):
         batch, rows, keys = slice(tile.b0, tile.b1), slice(tile.i0, tile.i1), slice(tile.j0, tile.j1)
         tile_lse = tile.row_vector(lse)
         weights = tile.scores().sub_(tile_lse.masked_fill(tile_lse == -math.inf, 0)).exp_()
@@ -228,8 +225,8 @@ def backward(
         grad_scores.sub_(row).mul_(weights)
         dropped = weights if keep is None else weights.mul_(keep)
         grad_value[batch, :, keys] += torch.matmul(dropped.transpose(-2, -1), upstream)
-        grad_key[batch, :, keys] += torch.matmul(grad_scores.transpose(-2, -1), tile.rows(query)) * scale
-        part = torch.matmul(grad_scores, tile.keys(key)) * scale
+        grad_key[batch, :, keys] += torch.matmul(grad_scores.transpose(-2, -1), tile.rows(query)) * options.scale
+        part = torch.matmul(grad_scores, tile.keys(key)) * options.scale
         grad_query[batch, :, rows] = part.unflatten(2, (tile.groups, -1)).flatten(1, 2).to(query.dtype)
         if grad_mask is not None:
             target = tile.mask_part(grad_mask)

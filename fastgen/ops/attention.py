@@ -22,8 +22,28 @@ from torch import Tensor
 from fastgen import reference
 from fastgen._library import define, has_kernel
 from fastgen.ops import _attention_blocked
-from fastgen.ops._attention_blocked import allocate, allocate_grad, allocate_lse, allocate_out, rows_first, strides
+from fastgen.ops._attention_blocked import (
+    Options,
+    allocate,
+    allocate_grad,
+    allocate_lse,
+    allocate_out,
+    rows_first,
+    strides,
+)
 from fastgen.ops._batching import fold, fold_seed, out_dims, unfold
+
+
+WIDEST_HEAD = 512
+"""The largest head dim that has a CUDA kernel (csrc/attention/config.h)."""
+
+
+def refused_heads(query: Tensor, value: Tensor) -> str | None:
+    """Why no CUDA kernel takes heads of this width; None where one does."""
+    dims = query.size(-1), value.size(-1)
+    if max(dims) <= WIDEST_HEAD:
+        return None
+    return f"attention has CUDA kernels for head dims up to {WIDEST_HEAD}, not for {dims[0]} and {dims[1]}"
 
 
 def _settle(tensor: Tensor, in_rows: bool) -> Tensor:
@@ -39,20 +59,14 @@ def _settle(tensor: Tensor, in_rows: bool) -> Tensor:
 
 
 def _fused_on_cpu(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    window_left: int,
-    window_right: int,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seed: Tensor | None, options: Options
 ) -> bool:
     return (
         query.device.type == "cpu"
         and seed is None
-        and window_left < 0
-        and window_right <= 0
-        and not (mask is not None and window_right == 0)
+        and options.window_left < 0
+        and options.window_right <= 0
+        and not (mask is not None and options.window_right == 0)
         and min(query.numel(), key.numel(), value.numel()) > 0
     )
 
@@ -140,14 +154,12 @@ def _forward(
     value: Tensor,
     mask: Tensor | None,
     seed: Tensor | None,
-    dropout_p: float,
-    window_left: int,
-    window_right: int,
-    scale: float,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    if _fused_on_cpu(query, key, value, mask, seed, window_left, window_right):
-        return _fused_forward(query, key, value, mask, window_right == 0, scale)
-    return _attention_blocked.forward(query, key, value, mask, seed, dropout_p, window_left, window_right, scale)
+    known = Options(*options)
+    if _fused_on_cpu(query, key, value, mask, seed, known):
+        return _fused_forward(query, key, value, mask, known.window_right == 0, known.scale)
+    return _attention_blocked.forward(query, key, value, mask, seed, known)
 
 
 def _assisted_forward(
@@ -156,21 +168,19 @@ def _assisted_forward(
     value: Tensor,
     mask: Tensor | None,
     seed: Tensor | None,
-    dropout_p: float,
-    window_left: int,
-    window_right: int,
-    scale: float,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
     """The same, with fastgen's own CPU kernel where the head dims differ."""
+    known = Options(*options)
     if (
         mask is None
-        and _fused_on_cpu(query, key, value, mask, seed, window_left, window_right)
+        and _fused_on_cpu(query, key, value, mask, seed, known)
         and _narrow(query, value)
         and has_kernel("cpu_attention_forward", query.device)
     ):
-        out, lse = torch.ops.fastgen.cpu_attention_forward(query, key, value, window_right == 0, scale)
+        out, lse = torch.ops.fastgen.cpu_attention_forward(query, key, value, known.window_right == 0, known.scale)
         return out, lse
-    return _forward(query, key, value, mask, seed, dropout_p, window_left, window_right, scale)
+    return _forward(query, key, value, mask, seed, *options)
 
 
 def _narrow(query: Tensor, value: Tensor) -> bool:
@@ -182,8 +192,8 @@ def _narrow(query: Tensor, value: Tensor) -> bool:
 
 
 def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    right = 0 if is_causal else -1
-    return _attention_blocked.forward(query, key, value, None, None, 0.0, -1, right, scale)
+    options = Options(0.0, -1, 0 if is_causal else -1, scale)
+    return _attention_blocked.forward(query, key, value, None, None, options)
 
 
 def _cpu_forward_fake(
@@ -198,10 +208,7 @@ def _forward_fake(
     value: Tensor,
     mask: Tensor | None,
     seed: Tensor | None,
-    dropout_p: float,
-    window_left: int,
-    window_right: int,
-    scale: float,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
     return allocate_out(query, value.size(-1)), allocate_lse(query)
 
@@ -216,31 +223,16 @@ def _backward(
     lse: Tensor,
     mask: Tensor | None,
     seed: Tensor | None,
-    dropout_p: float,
-    window_left: int,
-    window_right: int,
-    scale: float,
-    mask_grad: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if not mask_grad and _fused_on_cpu(query, key, value, mask, seed, window_left, window_right):
-        grads = _fused_backward(grad_out, grad_lse, query, key, value, out, lse, mask, window_right == 0, scale)
+    known, mask_grad = Options(*options[:-1]), options[-1]
+    if not mask_grad and _fused_on_cpu(query, key, value, mask, seed, known):
+        causal = known.window_right == 0
+        grads = _fused_backward(grad_out, grad_lse, query, key, value, out, lse, mask, causal, known.scale)
         grad_query, grad_key, grad_value = (_settle(grad, True) for grad in grads)
         return grad_query, grad_key, grad_value, query.new_empty(0)
     grad_query, grad_key, grad_value, grad_mask = _attention_blocked.backward(
-        grad_out,
-        grad_lse,
-        query,
-        key,
-        value,
-        out,
-        lse,
-        mask,
-        seed,
-        dropout_p,
-        window_left,
-        window_right,
-        scale,
-        mask_grad,
+        grad_out, grad_lse, query, key, value, out, lse, mask, seed, known, mask_grad
     )
     grad_key, grad_value = allocate_grad(key).copy_(grad_key), allocate_grad(value).copy_(grad_value)
     return grad_query, grad_key, grad_value, query.new_empty(0) if grad_mask is None else grad_mask
@@ -256,13 +248,9 @@ def _backward_fake(
     lse: Tensor,
     mask: Tensor | None,
     seed: Tensor | None,
-    dropout_p: float,
-    window_left: int,
-    window_right: int,
-    scale: float,
-    mask_grad: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_mask = mask.new_empty(mask.shape) if mask is not None and mask_grad else query.new_empty(0)
+    grad_mask = mask.new_empty(mask.shape) if mask is not None and options[-1] else query.new_empty(0)
     return allocate_grad(query), allocate_grad(key), allocate_grad(value), grad_mask
 
 
@@ -291,7 +279,7 @@ def _vmap_backward(operator: Any, info: Any, in_dims: tuple[Any, ...], *args: An
     assert query is not None
     batch = query.size(0) // size
     mask, seed = _fold_mask(args[7], in_dims[7], size, batch), fold_seed(args[8], in_dims[8], size)
-    mask_grad = args[13]
+    mask_grad = args[-1]
     if mask is not None and mask_grad and mask.size(0) == 1:
         mask = mask.expand(size * batch, *mask.shape[1:])  # each slice wants a gradient of its own
     *grads, grad_mask = operator(*folded, mask, seed, *args[9:])
@@ -304,7 +292,7 @@ def _vmap_backward(operator: Any, info: Any, in_dims: tuple[Any, ...], *args: An
     return (*(unfold(g, size) for g in grads), grad_mask), (0, 0, 0, 0)
 
 
-_OPTIONS = "float dropout_p, int window_left, int window_right, float scale"
+_OPTIONS = "float dropout_p, int window_left, int window_right, float scale, bool allow_tf32"
 define(
     "attention",
     "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? seed, "

@@ -30,12 +30,25 @@ Allocation* GlobalMemory::find(uintptr_t address) {
   return last_ = &std::prev(above)->second;
 }
 
+// An operator may itself fill what it allocates, by PyTorch: a group of bytes that is no longer all poison was written.
+void GlobalMemory::mark_written(const Allocation& allocation, Allocation::Page& page, size_t first) {
+  constexpr size_t kGroup = 16;
+  const auto* bytes = reinterpret_cast<const unsigned char*>(allocation.begin + first);
+  const size_t count = std::min(Allocation::kPageBytes, allocation.bytes - first);
+  for (size_t i = 0; i < count; i += kGroup) {
+    const size_t end = std::min(i + kGroup, count);
+    const auto poisoned = [](unsigned char byte) { return byte == kPoison; };
+    if (allocation.fresh && std::all_of(bytes + i, bytes + end, poisoned)) continue;
+    std::fill(page.cells + i, page.cells + end, Cell{Stamp::before_launch(), {}});
+  }
+}
+
 Cell* GlobalMemory::cells(Allocation& allocation, size_t offset, uint64_t launch) {
   std::unique_ptr<Allocation::Page>& page = allocation.pages[offset / Allocation::kPageBytes];
   if (page == nullptr) {
     page = std::make_unique<Allocation::Page>();
     page->launch = launch;
-    if (!allocation.fresh) std::fill(std::begin(page->cells), std::end(page->cells), Cell{Stamp::before_launch(), {}});
+    mark_written(allocation, *page, offset / Allocation::kPageBytes * Allocation::kPageBytes);
   } else if (page->launch != launch) {
     // Kernels of one stream run in order: whatever an earlier one did comes before.
     page->launch = launch;

@@ -40,6 +40,9 @@ class GlobalMemory {
   Cell* cells(Allocation& allocation, size_t offset, uint64_t launch);
 
  private:
+  // The cells of a page that is touched for the first time.
+  static void mark_written(const Allocation& allocation, Allocation::Page& page, size_t first);
+
   std::map<uintptr_t, Allocation> allocations_;
   Allocation* last_ = nullptr;
 };

@@ -46,4 +46,6 @@ __forceinline__ bool all_lanes(bool predicate, unsigned mask = kFullMask, FASTGE
 
 __forceinline__ void sync_warp(unsigned mask = kFullMask, FASTGEN_WHERE) { emulator::sync_warp(mask, where); }
 
+__forceinline__ void hold_loads() {}
+
 }  // namespace fastgen::device

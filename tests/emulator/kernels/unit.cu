@@ -69,7 +69,8 @@ __global__ void vectors(Arguments a) {
   device::sync_block();
   const int from = 4 * (blockDim.x - 1 - threadIdx.x);
   device::load_vector(tile + from, moved);
-  device::store_vector(results(a) + at, moved);
+  const uint32_t low[2] = {moved[0], moved[1]}, high[2] = {moved[2], moved[3]};
+  device::store_words(results(a) + at, low), device::store_words(results(a) + at + 2, high);
 }
 const Register kVectors("vectors", vectors);
 
@@ -93,6 +94,7 @@ __global__ void matrix_loads(Arguments a) {
   const int lane = threadIdx.x, row_words = a.n[0] / 4;
   for (int i = lane; i < 32 * row_words; i += 32) reinterpret_cast<uint32_t*>(tile)[i] = words(a)[i];
   device::sync_warp();
+  device::hold_loads();
   uint32_t registers[kMatrices];
   if constexpr (kTransposed) {
     device::ldmatrix_trans(registers, tile + lane * a.n[0]);

@@ -1,0 +1,256 @@
+// The schedule: which tiles there are, and how a problem is shared out among blocks. Host code, shown by fastgen._C.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <iterator>
+
+#include "attention/params.h"
+#include "common/types.h"
+
+namespace fastgen::attention {
+
+struct Dims {
+  int key, value;
+};
+
+// Compiled head dims, smallest first. A problem takes the first that holds it; columns beyond its own are zeros.
+constexpr Dims kTiles[] = {{16, 16}, {16, 32},   {32, 32},   {32, 128},  {64, 64},
+                           {96, 96}, {128, 128}, {192, 192}, {256, 256}, {512, 512}};
+constexpr int kTileCount = static_cast<int>(std::size(kTiles));
+
+// -1: no tile is wide enough.
+constexpr int find_tile(int key_dim, int value_dim) {
+  for (int i = 0; i < kTileCount; ++i) {
+    if (key_dim <= kTiles[i].key && value_dim <= kTiles[i].value) return i;
+  }
+  return -1;
+}
+
+constexpr int widest(Dims dims) { return dims.key > dims.value ? dims.key : dims.value; }
+FASTGEN_HOST_DEVICE constexpr int smaller(int a, int b) { return a < b ? a : b; }
+
+constexpr int kFragmentRows = 16;  // of a matrix instruction
+constexpr int kRowPadding = 16;    // bytes between two rows of a tile in shared memory
+
+// The largest block that every GPU from sm_80 on allows: sm_86, sm_89 and sm_120 have 99 KiB.
+constexpr int kSharedLimit = 99 * 1024;
+
+// How the warps of a block share its rows, and how the other rows pass by.
+struct Shape {
+  int warps;      // at most; a problem with few rows takes fewer
+  int fragments;  // of 16 rows, that a warp owns
+  int step;       // rows that pass by at a time
+  int stages;     // steps in shared memory: 2 where one is copied while the other is worked on
+  int columns;    // of the output that a block sums up in registers; wider outputs are cut into slices
+
+  constexpr int rows(int of_warps) const { return of_warps * fragments * kFragmentRows; }
+};
+
+FASTGEN_HOST_DEVICE constexpr int row_bytes(int columns, int element_size) {
+  return columns * element_size + kRowPadding;
+}
+
+// Keys and values pass by queries. Plain: with neither mask nor dropout, which want registers of their own.
+constexpr Shape forward_shape(Dims dims, int element_size, bool plain) {
+  const int wide = widest(dims);
+  if (element_size == 4) {
+    if (wide > 256) return {2, 1, 8, 1, plain ? 256 : 128};
+    if (wide > 192) return {4, 1, 16, 1, 256};
+    if (wide > 128) return {4, 1, 16, 2, 256};
+    return {4, 1, plain || wide <= 32 ? 32 : 16, 2, 256};
+  }
+  if (wide > 256) return {4, 1, 16, 1, 256};
+  if (wide > 192) return {4, 1, plain ? 32 : 16, 2, 256};
+  if (wide > 128) return {4, 1, 32, 2, 256};
+  if (wide > 64) return plain ? Shape{4, 2, 32, 2, 256} : Shape{4, 1, 32, 2, 256};
+  return plain ? Shape{4, 2, 64, 2, 256} : Shape{4, 2, 32, 2, 256};
+}
+
+// Two tiles of queries where a block goes on to the next while the last is worked on.
+constexpr int query_buffers(Dims dims, int element_size, bool plain) {
+  return widest(dims) <= 64 && forward_shape(dims, element_size, plain).stages == 2 ? 2 : 1;
+}
+
+constexpr int forward_bytes(Dims dims, int element_size, bool plain, int warps) {
+  const Shape shape = forward_shape(dims, element_size, plain);
+  const int query = shape.rows(warps) * row_bytes(dims.key, element_size);
+  const int stage = row_bytes(dims.key, element_size) + row_bytes(smaller(dims.value, shape.columns), element_size);
+  return query_buffers(dims, element_size, plain) * query + shape.stages * shape.step * stage;
+}
+
+// Queries and gradients of the output pass by keys and values, or the other way round.
+constexpr Shape backward_shape(Dims dims, int element_size, int columns) {
+  const int wide = widest(dims);
+  if (element_size == 4) {
+    if (wide > 256) return {1, 1, 8, 1, columns};
+    if (wide > 192) return {2, 1, 16, 1, columns};
+    if (wide > 128) return {2, 1, 16, 2, columns};
+    if (wide > 64) return {4, 1, 16, 2, columns};
+    return {4, 1, 32, 2, columns};
+  }
+  if (wide > 256) return {2, 1, 16, 1, columns};
+  if (wide > 192) return {4, 1, 16, 2, columns};
+  if (wide > 128) return {4, 1, 32, 1, columns};
+  if (wide > 64) return {4, 1, 32, 2, columns};
+  return {4, 1, 64, 2, columns};
+}
+
+constexpr Shape query_shape(Dims dims, int element_size) { return backward_shape(dims, element_size, 256); }
+constexpr Shape key_value_shape(Dims dims, int element_size) {
+  return backward_shape(dims, element_size, widest(dims) == 192 ? 96 : 128);
+}
+
+constexpr int backward_bytes(Dims dims, int element_size, int warps) {
+  const Shape shape = query_shape(dims, element_size);
+  return (shape.rows(warps) + shape.stages * shape.step) *
+         (row_bytes(dims.key, element_size) + row_bytes(dims.value, element_size));
+}
+
+// The mask's gradient: both tiles change from item to item.
+constexpr Shape mask_shape(Dims dims, int element_size) {
+  Shape shape = query_shape(dims, element_size);
+  shape.stages = widest(dims) <= 64 && element_size == 2 ? 2 : 1;
+  return shape;
+}
+
+constexpr int mask_bytes(Dims dims, int element_size, int warps) {
+  const Shape shape = mask_shape(dims, element_size);
+  return shape.stages * (shape.rows(warps) + shape.step) *
+         (row_bytes(dims.key, element_size) + row_bytes(dims.value, element_size));
+}
+
+constexpr bool all_fit() {
+  for (const Dims dims : kTiles) {
+    for (const int size : {2, 4}) {
+      if (forward_bytes(dims, size, true, forward_shape(dims, size, true).warps) > kSharedLimit ||
+          forward_bytes(dims, size, false, forward_shape(dims, size, false).warps) > kSharedLimit ||
+          backward_bytes(dims, size, query_shape(dims, size).warps) > kSharedLimit ||
+          mask_bytes(dims, size, mask_shape(dims, size).warps) > kSharedLimit) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+static_assert(all_fit(), "every tile runs on every GPU from sm_80 on");
+
+constexpr bool all_sliced() {
+  for (const Dims dims : kTiles) {
+    for (const int size : {2, 4}) {
+      for (const Shape& shape : {forward_shape(dims, size, true), forward_shape(dims, size, false),
+                                 query_shape(dims, size), key_value_shape(dims, size)}) {
+        if (dims.key > shape.columns && dims.key % shape.columns != 0) return false;
+        if (dims.value > shape.columns && dims.value % shape.columns != 0) return false;
+      }
+    }
+  }
+  return true;
+}
+static_assert(all_sliced(), "slices are of one width");
+
+// What is to be computed, as far as the schedule depends on it.
+struct Sizes {
+  int64_t batch, heads, key_heads, queries, keys;
+  int key_dim, value_dim, element_size;
+  bool plain;  // neither mask nor dropout
+};
+
+inline Sizes sizes_of(const Problem& p, int element_size) {
+  const bool plain = p.mask.kind == MaskKind::kNone && p.dropout.seeds == nullptr;
+  return {p.batch, p.heads, p.key_heads, p.queries, p.keys, p.key_dim, p.value_dim, element_size, plain};
+}
+
+// One kernel's share: gridDim = (blocks, slices), blockDim = 32 * warps.
+struct Plan {
+  Dims tile;
+  int warps;
+  int rows;   // of a block
+  int step;   // rows that pass by at a time
+  int items;  // row tiles that a block takes one after the other
+  int64_t blocks;
+  int slices;
+  int shared_bytes;
+};
+
+// A block takes several row tiles where there are far more than a GPU has room for, and each is short.
+constexpr int kTilesPerMultiprocessor = 16;  // that many blocks are left, at least
+constexpr int kMostItems = 8;
+constexpr int kShortSteps = 4;
+
+constexpr int warps_for(int64_t rows, const Shape& shape) {
+  const int64_t wanted = ceil_div(rows, shape.rows(1));
+  return static_cast<int>(wanted < 1 ? 1 : wanted < shape.warps ? wanted : shape.warps);
+}
+
+constexpr Plan forward_plan(const Sizes& sizes, int multiprocessors) {
+  const Dims tile = kTiles[find_tile(sizes.key_dim, sizes.value_dim)];
+  const Shape shape = forward_shape(tile, sizes.element_size, sizes.plain);
+  const int warps = warps_for(sizes.queries, shape);
+  const int64_t tiles = sizes.batch * sizes.heads * ceil_div(sizes.queries, shape.rows(warps));
+  int64_t items = 1;
+  if (query_buffers(tile, sizes.element_size, sizes.plain) == 2 && ceil_div(sizes.keys, shape.step) <= kShortSteps) {
+    items = tiles / (int64_t{multiprocessors} * kTilesPerMultiprocessor);
+    items = items < 1 ? 1 : items < kMostItems ? items : kMostItems;
+  }
+  return {tile,
+          warps,
+          shape.rows(warps),
+          shape.step,
+          static_cast<int>(items),
+          ceil_div(tiles, items),
+          static_cast<int>(ceil_div(tile.value, shape.columns)),
+          forward_bytes(tile, sizes.element_size, sizes.plain, warps)};
+}
+
+constexpr Plan query_plan(const Sizes& sizes) {
+  const Dims tile = kTiles[find_tile(sizes.key_dim, sizes.value_dim)];
+  const Shape shape = query_shape(tile, sizes.element_size);
+  const int warps = warps_for(sizes.queries, shape);
+  return {tile,
+          warps,
+          shape.rows(warps),
+          shape.step,
+          1,
+          sizes.batch * sizes.heads * ceil_div(sizes.queries, shape.rows(warps)),
+          static_cast<int>(ceil_div(tile.key, shape.columns)),
+          backward_bytes(tile, sizes.element_size, warps)};
+}
+
+constexpr Plan key_value_plan(const Sizes& sizes) {
+  const Dims tile = kTiles[find_tile(sizes.key_dim, sizes.value_dim)];
+  const Shape shape = key_value_shape(tile, sizes.element_size);
+  const int warps = warps_for(sizes.keys, shape);
+  return {tile,
+          warps,
+          shape.rows(warps),
+          shape.step,
+          1,
+          sizes.batch * sizes.key_heads * ceil_div(sizes.keys, shape.rows(warps)),
+          static_cast<int>(ceil_div(widest(tile), shape.columns)),
+          backward_bytes(tile, sizes.element_size, warps)};
+}
+
+// A block owns a tile of the mask and goes over what the mask is broadcast to; ``slices`` blocks share that where there
+// are few tiles, and their parts are added afterwards, in order.
+constexpr Plan mask_plan(const Sizes& sizes, const int (&mask)[4], int multiprocessors) {
+  const Dims tile = kTiles[find_tile(sizes.key_dim, sizes.value_dim)];
+  const Shape shape = mask_shape(tile, sizes.element_size);
+  const int warps = warps_for(sizes.queries, shape);
+  const int64_t row_tiles = ceil_div(sizes.queries, shape.rows(warps)), key_tiles = ceil_div(sizes.keys, shape.step);
+  const int64_t owned = int64_t{mask[0]} * mask[1] * (mask[2] == 1 ? 1 : row_tiles) * (mask[3] == 1 ? 1 : key_tiles);
+  const int64_t all = sizes.batch * sizes.heads * row_tiles * key_tiles;
+  const int64_t each = owned > 0 ? all / owned : 1;
+  int64_t splits = owned > 0 ? ceil_div(int64_t{multiprocessors} * kTilesPerMultiprocessor, owned) : 1;
+  splits = splits < each ? splits : each;
+  return {tile,
+          warps,
+          shape.rows(warps),
+          shape.step,
+          1,
+          owned,
+          static_cast<int>(splits < 1 ? 1 : splits),
+          mask_bytes(tile, sizes.element_size, warps)};
+}
+
+}  // namespace fastgen::attention

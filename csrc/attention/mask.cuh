@@ -1,0 +1,195 @@
+// Which keys a query sees, and what is added to its scores: window, length, and the mask of the call.
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+
+#include "attention/params.h"
+#include "attention/tile.cuh"
+#include "device/warp.cuh"
+
+namespace fastgen::attention {
+
+// Scores are in units of log2: their weights are powers of two.
+constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+
+struct Range {
+  int begin, end;
+
+  __device__ __forceinline__ bool empty() const { return end <= begin; }
+};
+
+__device__ __forceinline__ Range clipped(int64_t begin, int64_t end, int size) {
+  begin = begin < 0 ? 0 : begin < size ? begin : size;
+  end = end < size ? end : size;
+  return {static_cast<int>(begin), static_cast<int>(end < begin ? begin : end)};
+}
+
+// The keys that at least one query of the range sees, as far as the window goes; the queries that see a key of it.
+__device__ __forceinline__ Range keys_of(const Problem& p, Range queries) {
+  return clipped(p.window_left < 0 ? 0 : int64_t{queries.begin} - p.window_left,
+                 p.window_right < 0 ? p.keys : int64_t{queries.end} + p.window_right, p.keys);
+}
+__device__ __forceinline__ Range queries_of(const Problem& p, Range keys) {
+  return clipped(p.window_right < 0 ? 0 : int64_t{keys.begin} - p.window_right,
+                 p.window_left < 0 ? p.queries : int64_t{keys.end} + p.window_left, p.queries);
+}
+
+// Whether the window lets every query of a range see every key of another.
+__device__ __forceinline__ bool sees_all(const Problem& p, Range queries, Range keys) {
+  return (p.window_left < 0 || keys.begin >= int64_t{queries.end} - 1 - p.window_left) &&
+         (p.window_right < 0 || keys.end - 1 <= int64_t{queries.begin} + p.window_right);
+}
+__device__ __forceinline__ bool sees(const Problem& p, int query, int key) {
+  return (p.window_left < 0 || key >= int64_t{query} - p.window_left) &&
+         (p.window_right < 0 || key <= int64_t{query} + p.window_right);
+}
+
+// A bit for each of kCount rows or columns, at most 64.
+template <int kCount>
+using LiveBits = std::conditional_t<kCount <= 32, uint32_t, uint64_t>;
+template <int kCount>
+FASTGEN_HOST_DEVICE constexpr LiveBits<kCount> full() {
+  return static_cast<LiveBits<kCount>>(~uint64_t{0} >> (64 - kCount));
+}
+
+// The mask of one head of a problem whose query is of type T.
+template <typename T>
+struct HeadMask {
+  const unsigned char* data;
+  MaskKind kind;
+  int64_t query, key;  // strides
+
+  __device__ __forceinline__ HeadMask(const Mask& mask, int batch, int head)
+      : kind(mask.kind), query(mask.query), key(mask.key) {
+    const int size = kind == MaskKind::kBool ? 1 : kind == MaskKind::kFloat32 ? 4 : static_cast<int>(sizeof(T));
+    data = static_cast<const unsigned char*>(mask.data) + (batch * mask.batch + head * mask.head) * size;
+  }
+
+  __device__ __forceinline__ bool is_float() const { return kind != MaskKind::kNone && kind != MaskKind::kBool; }
+  // Whether all queries see the same keys.
+  __device__ __forceinline__ bool per_key() const { return kind != MaskKind::kNone && query == 0; }
+
+  // Of a boolean mask: whether the query sees the key.
+  __device__ __forceinline__ bool lets(int of_query, int of_key) const {
+    return data[of_query * query + of_key * key] != 0;
+  }
+  // Of a float mask: what is added to the score, in units of log2; -inf where the key is ruled out.
+  __device__ __forceinline__ float term(int of_query, int of_key) const {
+    const int64_t at = of_query * query + of_key * key;
+    return kLog2e * (kind == MaskKind::kFloat32 ? reinterpret_cast<const float*>(data)[at]
+                                                : device::to_float(reinterpret_cast<const T*>(data)[at]));
+  }
+  __device__ __forceinline__ bool rules_out(int of_query, int of_key) const {
+    return kind == MaskKind::kBool ? !lets(of_query, of_key) : term(of_query, of_key) == -INFINITY;
+  }
+
+  // Bit i: whether key first + i is in the range and, with a mask that is the same for all queries, not ruled out by
+  // it. Whole warps take part.
+  template <int kCount, bool kPlain>
+  __device__ __forceinline__ LiveBits<kCount> live(Range keys, int first) const {
+    const int begin = keys.begin > first ? keys.begin - first : 0;
+    const int end = keys.end - first < kCount ? keys.end - first : kCount;
+    if (end <= begin) return 0;
+    LiveBits<kCount> bits = full<kCount>() >> (kCount - (end - begin)) << begin;
+    if constexpr (!kPlain) {
+      if (per_key()) {
+        LiveBits<kCount> seen = 0;
+#pragma unroll
+        for (int part = 0; part < kCount; part += 32) {
+          const int at = part + static_cast<int>(threadIdx.x % 32);
+          const bool there = at < kCount && (bits >> at & 1) != 0;
+          seen |= LiveBits<kCount>{device::ballot(there && !rules_out(0, first + at))} << part;
+        }
+        bits &= seen;
+      }
+    }
+    return bits;
+  }
+};
+
+// Which of its scores a lane may use: bit (m * kTiles + tile) * 4 + i of fragment [m][tile][i].
+template <int kFragments, int kTiles>
+struct Visible {
+  static constexpr int kScores = kFragments * kTiles * 4;
+  using Bits = LiveBits<kScores>;
+  Bits bits = full<kScores>();
+
+  __device__ __forceinline__ bool at(int m, int tile, int i) const {
+    return (bits >> ((m * kTiles + tile) * 4 + i) & 1) != 0;
+  }
+  __device__ __forceinline__ void hide(int m, int tile, int i) { bits &= ~(Bits{1} << ((m * kTiles + tile) * 4 + i)); }
+
+  // Bits 2 tile and 2 tile + 1: whether a row of the warp's sees the lane's columns of a tile.
+  __device__ __forceinline__ uint32_t columns() const {
+    uint32_t found = 0;
+#pragma unroll
+    for (int m = 0; m < kFragments; ++m) {
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const uint32_t four = static_cast<uint32_t>(bits >> ((m * kTiles + tile) * 4)) & 15u;
+        found |= ((four | four >> 2) & 3u) << (2 * tile);
+      }
+    }
+    for (int lanes = 4; lanes < 32; lanes *= 2) found |= device::shuffle_xor(found, lanes);
+    return found;
+  }
+};
+
+// Rows from ``row`` on see columns from ``column`` on. kTransposed: rows are keys and columns queries. ``live``: a bit
+// for each column. A boolean mask is looked at here; a float one where it is added.
+template <bool kPlain, bool kTransposed, int kFragments, int kTiles, typename T>
+__device__ __forceinline__ Visible<kFragments, kTiles> visible(const Problem& p, const HeadMask<T>& mask, int row,
+                                                               int rows, int column, LiveBits<8 * kTiles> live) {
+  Visible<kFragments, kTiles> result;
+#pragma unroll
+  for (int m = 0; m < kFragments; ++m) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int down = m * kFragmentRows + i / 2 * 8 + lane_row(), across = tile * 8 + lane_column() + i % 2;
+        const int query = kTransposed ? column + across : row + down;
+        const int key = kTransposed ? row + down : column + across;
+        bool seen = down < rows && (live >> across & 1) != 0 && sees(p, query, key);
+        if constexpr (!kPlain) {
+          // What a mask per key rules out is not live.
+          const bool look = mask.kind == MaskKind::kBool && (kTransposed || !mask.per_key());
+          if (look && seen) seen = mask.lets(query, key);
+        }
+        if (!seen) result.hide(m, tile, i);
+      }
+    }
+  }
+  return result;
+}
+
+// Scores, times ``scale``, plus a float mask; -inf where they are not visible. A mask of -inf hides too.
+template <bool kPlain, bool kTransposed, int kFragments, int kTiles, typename T>
+__device__ __forceinline__ void mask_scores(float (&scores)[kFragments][kTiles][4], float scale,
+                                            Visible<kFragments, kTiles>& visible, const HeadMask<T>& mask, int row,
+                                            int column) {
+#pragma unroll
+  for (int m = 0; m < kFragments; ++m) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const bool seen = visible.at(m, tile, i);
+        float score = seen ? scores[m][tile][i] * scale : -INFINITY;
+        if constexpr (!kPlain) {
+          if (seen && mask.is_float()) {
+            const int down = row + m * kFragmentRows + i / 2 * 8 + lane_row();
+            const int across = column + tile * 8 + lane_column() + i % 2;
+            const float term = kTransposed ? mask.term(across, down) : mask.term(down, across);
+            if (term == -INFINITY) visible.hide(m, tile, i);
+            score = term == -INFINITY ? term : score + term;
+          }
+        }
+        scores[m][tile][i] = score;
+      }
+    }
+  }
+}
+
+}  // namespace fastgen::attention

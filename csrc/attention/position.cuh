@@ -1,0 +1,80 @@
+// Where a block is, and the steps that it takes.
+#pragma once
+
+#include "attention/mask.cuh"
+
+namespace fastgen::attention {
+
+// The part of a tensor that belongs to a head, from a row on.
+template <typename T>
+__device__ __forceinline__ const T* rows_of(const Operand& operand, int batch, int head, int row) {
+  return static_cast<const T*>(operand.data) + batch * operand.batch + head * operand.head + row * operand.row;
+}
+template <typename T>
+__device__ __forceinline__ T* rows_of(const Result& result, int batch, int head, int row) {
+  return static_cast<T*>(result.data) + batch * result.batch + head * result.head + row * result.row;
+}
+
+// Some queries of one head.
+struct QueryTile {
+  int batch, head, key_head;
+  int64_t first_of_head;  // number of the head's first row among all
+  Range queries;
+
+  // Tiles are numbered by head, then by rows. Within a head the last come first: with a causal mask they see most.
+  __device__ __forceinline__ QueryTile(const Problem& p, int64_t index, int rows) {
+    const int tiles = static_cast<int>(ceil_div(p.queries, rows));
+    const int head_of_all = static_cast<int>(index / tiles);
+    const int first = (tiles - 1 - static_cast<int>(index % tiles)) * rows;
+    batch = head_of_all / p.heads, head = head_of_all % p.heads;
+    key_head = head / (p.heads / p.key_heads);
+    first_of_head = static_cast<int64_t>(head_of_all) * p.queries;
+    queries = {first, first + rows < p.queries ? first + rows : p.queries};
+  }
+  __device__ __forceinline__ int count() const { return queries.end - queries.begin; }
+};
+
+// A tile that passes by: its number, and which of its rows are there and seen by someone.
+template <int kSize>
+struct Step {
+  int index;
+  LiveBits<kSize> live;
+};
+
+// The tiles of kSize keys that queries see. There is always a first, even where they see none.
+template <typename T, int kSize, bool kPlain>
+struct KeySteps {
+  using Step = attention::Step<kSize>;
+  Range keys;
+  HeadMask<T> mask;
+  int last;
+
+  __device__ __forceinline__ KeySteps(const Problem& p, const QueryTile& at)
+      : keys(keys_of(p, at.queries)), mask(p.mask, at.batch, at.head) {
+    last = keys.empty() ? 0 : (keys.end + kSize - 1) / kSize;
+  }
+  __device__ __forceinline__ Step first() const {
+    const Step step = from(keys.begin / kSize);
+    return step.index < last ? step : Step{keys.begin / kSize, 0};
+  }
+  // The next tile that has a live key.
+  __device__ __forceinline__ Step after(const Step& step) const { return from(step.index + 1); }
+  __device__ __forceinline__ bool has(const Step& step) const { return step.index < last; }
+
+  // Whether there is nothing to look at: every query sees every key.
+  __device__ __forceinline__ bool all_visible(const Problem& p, const QueryTile& at, const Step& step) const {
+    return step.live == full<kSize>() && sees_all(p, at.queries, {step.index * kSize, (step.index + 1) * kSize}) &&
+           (kPlain || mask.kind == MaskKind::kNone || (mask.kind == MaskKind::kBool && mask.per_key()));
+  }
+
+ private:
+  __device__ __forceinline__ Step from(int index) const {
+    for (; index < last; ++index) {
+      const auto live = mask.template live<kSize, kPlain>(keys, index * kSize);
+      if (live != 0) return {index, live};
+    }
+    return {last, 0};
+  }
+};
+
+}  // namespace fastgen::attention

@@ -1,0 +1,164 @@
+"""One attention problem of the test grid: how its tensors are made, and what must hold of its result."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.shapes import ATTENTION_SHAPES
+from fastgen import reference
+from fastgen.functional import scaled_dot_product_attention
+from fastgen.testing import assert_accurate
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NAMED_DIMS = {(shape.key_dim, shape.value_dim) for shape in ATTENTION_SHAPES.values()}
+EQUAL_DIMS = {(d, d) for d in (8, 16, 24, 40, 64, 72, 96, 128, 192, 256, 512)}
+DIMS = sorted(NAMED_DIMS | EQUAL_DIMS | {(5, 3), (20, 136), (160, 80)})
+LENGTHS = (1, 3, 17, 64, 113, 128, 129, 203, 257)
+HEADS = ((2, 2), (4, 2), (3, 1))  # of the query, of key and value
+LAYOUTS = ("BHND", "BNHD", "packed", "odd")
+DROPOUT = (0.0, 0.3)
+MASKS = (
+    "none", "causal", "window", "causal window", "bool", "bool per key", "bool and causal", "bool per row",
+    "float", "float and window", "float per key", "float per row", "one float", "float with holes",
+)  # fmt: skip
+
+
+class Case(NamedTuple):
+    """A point of the grid. Its name is its seed."""
+
+    dtype: torch.dtype
+    dims: tuple[int, int]
+    queries: int
+    keys: int
+    mask: str = "none"
+    dropout: float = 0.0
+    heads: tuple[int, int] = (2, 2)
+    layout: str = "BHND"
+    batch: int = 2
+
+    def __str__(self) -> str:
+        dtype, (key_dim, value_dim), queries, keys, mask, dropout, (heads, key_heads), layout, batch = self
+        name = f"{str(dtype).removeprefix('torch.')} {key_dim}x{value_dim} {queries}x{keys} {mask.replace(' ', '_')}"
+        return f"{name} p{dropout} h{heads}:{key_heads} {layout} b{batch}"
+
+
+def matrix(layout: str, batch: int, heads: int, rows: int, dim: int, dtype: torch.dtype) -> Tensor:
+    """(B, H, N, D) of normals, laid out in memory in one of LAYOUTS; "odd" rows begin at no multiple of 16 bytes."""
+    if layout == "BNHD":
+        return torch.randn(batch, rows, heads, dim).to(dtype).transpose(1, 2)
+    if layout == "packed":
+        return torch.randn(batch, rows, 3, heads, dim).to(dtype)[:, :, 1].transpose(1, 2)
+    if layout == "odd":
+        return torch.randn(batch, heads, rows, dim + 3).to(dtype)[..., 1 : dim + 1]
+    return torch.randn(batch, heads, rows, dim).to(dtype)
+
+
+def mask_of(case: Case) -> tuple[Tensor | None, dict[str, Any]]:
+    """The mask, and the arguments of the window."""
+    batch, heads, queries, keys = case.batch, case.heads[0], case.queries, case.keys
+    window = {"window": (keys // 3, 2)} if "window" in case.mask else {}
+    causal = {"is_causal": True} if "causal" in case.mask else {}
+    sizes = {
+        "bool": (batch, 1, queries, keys),
+        "bool per key": (batch, 1, 1, keys),
+        "bool and causal": (heads, queries, keys),
+        "bool per row": (queries, 1),
+        "float": (heads, queries, keys),
+        "float and window": (batch, 1, queries, keys),
+        "float per key": (batch, 1, 1, keys),
+        "float per row": (heads, queries, 1),
+        "one float": (1, 1),
+        "float with holes": (batch, heads, queries, keys),
+    }
+    if case.mask not in sizes:
+        return None, window | causal
+    if case.mask.startswith("bool"):
+        mask = torch.rand(sizes[case.mask]) > 0.4
+        if case.mask == "bool per key":
+            mask[:, :, :, keys // 2 :] &= torch.rand(batch, 1, 1, 1) > 0.5  # whole tiles are ruled out
+    else:
+        mask = torch.randn(sizes[case.mask]).to(torch.float32 if "per" in case.mask else case.dtype)
+        if case.mask == "float with holes":
+            mask = mask.masked_fill(torch.rand(sizes[case.mask]) > 0.6, -math.inf)
+    return mask, window | causal
+
+
+def keep_of(case: Case, seed: Tensor) -> Tensor | None:
+    """The dropout mask over its probability."""
+    if case.dropout == 0:
+        return None
+    rows, groups = case.batch * case.heads[0] * case.queries, reference.groups_per_row(case.keys)
+    uniform = reference.uniform_rows(seed, torch.arange(rows), rows, groups, 0, groups)
+    keep = (uniform[:, : case.keys] >= case.dropout).double() / (1 - case.dropout)
+    return keep.reshape(case.batch, case.heads[0], case.queries, case.keys)
+
+
+def gradients(out: Tensor, lse: Tensor, leaves: list[Tensor], upstream: list[Tensor]) -> list[Tensor]:
+    finite = lse.masked_fill(lse == -math.inf, 0)
+    loss = (out.double() * upstream[0]).sum() + (finite.double() * upstream[1]).sum()
+    return list(torch.autograd.grad(loss, leaves))
+
+
+def gradient_terms(
+    leaves: list[Tensor], mask: Tensor | None, keep: Tensor | None, left: int, right: int, grad_out: Tensor
+) -> list[Tensor]:
+    """What the gradients of query, key, value and mask are sums of, in absolute value: dS = P (dP - d) cancels."""
+    query, key, value, *learned = (leaf.double() for leaf in leaves)
+    heads, group = query.size(1), query.size(1) // key.size(1)
+    key, value = reference.expand_heads(key, heads), reference.expand_heads(value, heads)
+    mask = learned[0] if learned else mask
+    scale = query.size(-1) ** -0.5
+    weights, _ = reference.softmax_lse(reference.attention_scores(query, key, mask, left, right, scale))
+    dropped = weights if keep is None else weights * keep
+    rows = (grad_out.abs() * (dropped @ value).abs()).sum(-1, keepdim=True)
+    scores = weights * ((grad_out.abs() @ value.abs().mT) * (1 if keep is None else keep) + rows)
+    grad_key, grad_value = scale * scores.mT @ query.abs(), dropped.mT @ grad_out.abs()
+    summed = [scale * scores @ key.abs(), *(g.unflatten(1, (-1, group)).sum(2) for g in (grad_key, grad_value))]
+    return summed + [scores.sum_to_size(m.shape) for m in learned]
+
+
+def check(case: Case, device: torch.device, seed: int = 0) -> None:
+    """Outputs and all gradients, of the logsumexp too, within twice the error of the plain formula."""
+    torch.manual_seed(seed)
+    heads, key_heads = case.heads
+    query = matrix(case.layout, case.batch, heads, case.queries, case.dims[0], case.dtype)
+    key = matrix(case.layout, case.batch, key_heads, case.keys, case.dims[0], case.dtype)
+    value = matrix(case.layout, case.batch, key_heads, case.keys, case.dims[1], case.dtype)
+    mask, window = mask_of(case)
+    learned = mask is not None and mask.is_floating_point()
+    leaves = [query, key, value, *([mask] if learned else [])]
+    out_shape = (case.batch, heads, case.queries, case.dims[1])
+    upstream = [torch.randn(out_shape).to(torch.bfloat16).double(), torch.randn(out_shape[:3]).double()]
+
+    keep = keep_of(case, torch.tensor([7]))
+    left, right = window.get("window", (-1, -1))
+    right = 0 if "is_causal" in window else right
+
+    def formula(dtype: torch.dtype) -> list[Tensor]:
+        q, k, v, *m = (leaf.to(dtype).requires_grad_() for leaf in leaves)
+        kept = None if keep is None else keep.to(dtype)
+        out, lse = reference.attention(q, k, v, m[0] if learned else mask, kept, left, right)
+        return [out, lse, *gradients(out, lse, [q, k, v, *m], upstream)]
+
+    def ours() -> list[Tensor]:
+        on_device = [leaf.to(device).detach().requires_grad_() for leaf in leaves]
+        attn_mask = on_device[3] if learned else None if mask is None else mask.to(device)
+        drawn = torch.randint
+        torch.randint = lambda *args, **kwargs: torch.tensor([7], device=device)  # the seed of dropout
+        try:
+            out, lse = scaled_dot_product_attention(
+                *on_device[:3], attn_mask, case.dropout, enable_gqa=True, return_lse=True, **window
+            )
+        finally:
+            torch.randint = drawn
+        return [out, lse, *gradients(out, lse, on_device, [u.to(device) for u in upstream])]
+
+    names = ("out", "lse", "grad of query", "grad of key", "grad of value", "grad of mask")
+    terms = [None, None, *gradient_terms(leaves, mask, keep, left, right, upstream[0])]
+    results = (ours(), formula(case.dtype), formula(torch.float64), terms)
+    for name, actual, plain, exact, size in zip(names, *results, strict=False):
+        assert_accurate(actual.cpu(), plain, exact, name, size)

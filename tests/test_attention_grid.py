@@ -1,0 +1,97 @@
+"""Attention over its whole range: every pair of settings in CI, all of them behind a marker.
+
+The full product is far too long for one run (hundreds of thousands of cases for each place), so FASTGEN_GRID=i/n takes
+every n-th case from the i-th on; without it the marked test takes one in 5000.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from tests.attention_cases import DIMS, DROPOUT, DTYPES, HEADS, LAYOUTS, LENGTHS, MASKS, Case, check
+
+AXES = [DIMS, LENGTHS, LENGTHS, MASKS, DTYPES, HEADS, LAYOUTS, DROPOUT]
+
+
+def case_of(dims: Any, queries: int, keys: int, mask: str, dtype: Any, heads: Any, layout: str, dropout: float) -> Case:
+    batch = 2 if queries * keys * max(dims) < 200_000 else 1
+    return Case(dtype, dims, queries, keys, mask, dropout, heads, layout, batch)
+
+
+def affordable(point: Sequence[Any]) -> bool:
+    """The emulator takes 25 us for a matrix instruction, and float32 needs six times as many: in CI, wide heads meet
+    short lengths."""
+    dims, queries, keys, _, dtype = point[:5]
+    return max(dims) * queries * keys * (3 if dtype == torch.float32 else 1) <= 40 * 257 * 257
+
+
+def covering(axes: list[Sequence[Any]], allowed: Callable[[Sequence[Any]], bool]) -> list[list[Any]]:
+    """Points among which every two values of different axes meet, where an allowed point has both.
+
+    Greedy, as in Cohen et al., "The AETG system" (1997): each point takes a pair that is missing and, of fifty random
+    ways to complete it, the one with most missing pairs.
+    """
+    draw = random.Random(0)
+    pairs = list(itertools.combinations(range(len(axes)), 2))
+    missing = {(i, a, j, b) for i, j in pairs for a in range(len(axes[i])) for b in range(len(axes[j]))}
+    points = []
+    for i, a, j, b in sorted(missing):
+        if (i, a, j, b) not in missing:
+            continue
+        best: tuple[int, list[int]] = (0, [])
+        for _ in range(50):
+            chosen = [draw.randrange(len(axis)) for axis in axes]
+            chosen[i], chosen[j] = a, b
+            if allowed([axis[c] for axis, c in zip(axes, chosen, strict=True)]):
+                new = sum((k, chosen[k], m, chosen[m]) in missing for k, m in pairs)
+                best = max(best, (new, chosen))
+        if best[0] > 0:
+            points.append(best[1])
+            missing -= {(k, best[1][k], m, best[1][m]) for k, m in pairs}
+    return [[axis[c] for axis, c in zip(axes, point, strict=True)] for point in points]
+
+
+PAIRS = [case_of(*point) for point in covering(AXES, affordable)]
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=str)
+def test_every_pair_of_settings(case, attention_place):
+    check(case, attention_place, zlib.crc32(str(case).encode()))
+
+
+def share() -> list[Case]:
+    first, step = map(int, os.environ.get("FASTGEN_GRID", "0/5000").split("/"))
+    points = itertools.islice(itertools.product(*AXES), first, None, step)
+    return [case_of(*point) for point in points]
+
+
+@pytest.mark.slow
+def test_the_full_product(attention_place):
+    """All failures of the share at the end, each with its name."""
+    cases, failures = share(), []
+    for case in cases:
+        try:
+            check(case, attention_place, zlib.crc32(str(case).encode()))
+        except Exception as error:
+            failures.append(f"{case}: {error}")
+    print(f"{len(cases)} cases")
+    assert not failures, "\n".join(failures)
+
+
+def test_the_selection_has_every_pair_that_ci_can_afford():
+    names = ("dims", "queries", "keys", "mask", "dtype", "heads", "layout", "dropout")
+    smallest = [axis[0] for axis in AXES]
+    for i, j in itertools.combinations(range(len(AXES)), 2):
+        met = {(getattr(case, names[i]), getattr(case, names[j])) for case in PAIRS}
+        for a, b in itertools.product(AXES[i], AXES[j]):
+            point = [*smallest]
+            point[i], point[j] = a, b
+            assert (a, b) in met or not affordable(point), f"{names[i]} {a} with {names[j]} {b}"
