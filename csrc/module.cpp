@@ -2,10 +2,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <optional>
 #include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "attention/config.h"
 #include "latent/config.h"
 
 namespace py = pybind11;
@@ -38,6 +42,42 @@ py::dict latent_plan(int64_t rows, int64_t cols, int element_size, int multiproc
   return result;
 }
 
+std::vector<std::pair<int, int>> attention_tiles() {
+  std::vector<std::pair<int, int>> tiles;
+  for (const auto& dims : fastgen::attention::kTiles) tiles.emplace_back(dims.key, dims.value);
+  return tiles;
+}
+
+py::dict describe(const fastgen::attention::Plan& plan) {
+  py::dict result;
+  result["tile"] = py::make_tuple(plan.tile.key, plan.tile.value);
+  result["warps"] = plan.warps;
+  result["rows"] = plan.rows;
+  result["step"] = plan.step;
+  result["items"] = plan.items;
+  result["blocks"] = plan.blocks;
+  result["slices"] = plan.slices;
+  result["shared_bytes"] = plan.shared_bytes;
+  return result;
+}
+
+py::dict attention_plan(int64_t batch, int64_t heads, int64_t key_heads, int64_t queries, int64_t keys, int key_dim,
+                        int value_dim, int element_size, int multiprocessors, bool plain,
+                        const std::optional<std::array<int, 4>>& mask) {
+  namespace attention = fastgen::attention;
+  if (attention::find_tile(key_dim, value_dim) < 0) throw py::value_error("key_dim, value_dim: no tile is that wide");
+  const attention::Sizes sizes = {batch, heads, key_heads, queries, keys, key_dim, value_dim, element_size, plain};
+  py::dict result;
+  result["forward"] = describe(attention::forward_plan(sizes, multiprocessors));
+  result["query"] = describe(attention::query_plan(sizes));
+  result["key_value"] = describe(attention::key_value_plan(sizes));
+  if (mask.has_value()) {
+    const int sizes_of_mask[4] = {(*mask)[0], (*mask)[1], (*mask)[2], (*mask)[3]};
+    result["mask"] = describe(attention::mask_plan(sizes, sizes_of_mask, multiprocessors));
+  }
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -45,4 +85,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What was built, for which architectures, with which tools.");
   m.def("latent_plan", &latent_plan, py::arg("rows"), py::arg("cols"), py::arg("element_size"),
         py::arg("multiprocessors"), "How a (rows, cols) latent is shared out among CUDA threads.");
+  m.def("attention_tiles", &attention_tiles, "The head dims (key, value) that attention kernels are compiled for.");
+  m.def("attention_plan", &attention_plan, py::arg("batch"), py::arg("heads"), py::arg("key_heads"), py::arg("queries"),
+        py::arg("keys"), py::arg("key_dim"), py::arg("value_dim"), py::arg("element_size"), py::arg("multiprocessors"),
+        py::arg("plain") = true, py::arg("mask") = py::none(),
+        "How each attention kernel shares a problem out among blocks. ``plain``: no mask and no dropout; ``mask``: the "
+        "sizes of a mask whose gradient is wanted.");
 }

@@ -190,6 +190,33 @@ def attended(rows: Tensor, cols: Tensor, window_left: int, window_right: int) ->
     return allowed
 
 
+SEEN_ROWS = 256
+
+
+def without_unseen_keys(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window_left: int, window_right: int
+) -> tuple[Tensor, Tensor]:
+    """key and value with zeros where no query of the call sees the key: padding may hold anything, NaN too, and zero
+    times that need not be zero."""
+    queries, keys, device = query.size(-2), key.size(-2), query.device
+    if mask is None and (window_right < 0 or keys <= queries + window_right):
+        return key, value
+    cols = torch.arange(keys, device=device)
+    seen = torch.zeros((1, 1, keys), dtype=torch.bool, device=device)
+    for first in range(0, queries, SEEN_ROWS):
+        rows = torch.arange(first, min(first + SEEN_ROWS, queries), device=device)
+        allowed = attended(rows, cols, window_left, window_right)
+        part = torch.ones((rows.numel(), keys), dtype=torch.bool, device=device) if allowed is None else allowed
+        if mask is not None:
+            of_rows = mask if mask.size(-2) == 1 else mask[..., first : first + SEEN_ROWS, :]
+            part = part & (of_rows if mask.dtype == torch.bool else of_rows != -math.inf)
+        seen = seen | (part.any(-2) if part.dim() > 2 else part.any(-2)[None, None])
+    if seen.size(1) > key.size(1):
+        seen = seen.unflatten(1, (key.size(1), -1)).any(2)
+    unseen = ~seen.unsqueeze(-1)
+    return key.masked_fill(unseen, 0), value.masked_fill(unseen, 0)
+
+
 def attention_scores(
     query: Tensor, key: Tensor, mask: Tensor | None, window_left: int, window_right: int, scale: float
 ) -> Tensor:
@@ -238,6 +265,7 @@ def attention(
     query (B, H, N, Dk), key (B, Hk, M, Dk), value (B, Hk, M, Dv), mask broadcast to (B, H, N, M), ``keep`` the
     dropout mask divided by its probability -> (B, H, N, Dv), (B, H, N).
     """
+    key, value = without_unseen_keys(query, key, value, mask, window_left, window_right)
     key, value = expand_heads(key, query.size(1)), expand_heads(value, query.size(1))
     scale = query.size(-1) ** -0.5 if scale is None else scale
     weights, lse = softmax_lse(attention_scores(query, key, mask, window_left, window_right, scale))
@@ -261,6 +289,7 @@ def attention_backward(
     dP = (dO V^T) keep, d = rowsum(dP P) - dl, dS = P (dP - d), dQ = a dS K, dK = a dS^T Q, dV = (P keep)^T dO.
     """
     heads, key_heads = query.size(1), key.size(1)
+    key, value = without_unseen_keys(query, key, value, mask, window_left, window_right)
     full_key, full_value = expand_heads(key, heads), expand_heads(value, heads)
     weights, _ = softmax_lse(attention_scores(query, full_key, mask, window_left, window_right, scale))
     grad_weights = grad_out @ full_value.transpose(-2, -1)
@@ -302,6 +331,7 @@ def attention_tangent(
     W = a (Gq K^T + Q Gk^T) + Gb, w = rowsum(P W), Pt = P (W - w), O' = (Pt keep) V + (P keep) Gv, l' = w.
     """
     heads = query.size(1)
+    key, value = without_unseen_keys(query, key, value, mask, window_left, window_right)
     full_key, full_value = expand_heads(key, heads), expand_heads(value, heads)
     weights, _ = softmax_lse(attention_scores(query, full_key, mask, window_left, window_right, scale))
     direction = torch.zeros_like(weights)

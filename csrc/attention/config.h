@@ -14,8 +14,9 @@ struct Dims {
   int key, value;
 };
 
-// Compiled head dims, smallest first. A problem takes the first that holds it; columns beyond its own are zeros.
-constexpr Dims kTiles[] = {{16, 16}, {16, 32},   {32, 32},   {32, 128},  {64, 64},
+// Compiled head dims, those with fewest products first. A problem takes the first that holds it; columns beyond its own
+// are zeros.
+constexpr Dims kTiles[] = {{16, 16}, {16, 32},   {32, 32},   {64, 64},   {32, 128},
                            {96, 96}, {128, 128}, {192, 192}, {256, 256}, {512, 512}};
 constexpr int kTileCount = static_cast<int>(std::size(kTiles));
 

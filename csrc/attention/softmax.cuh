@@ -56,7 +56,8 @@ struct Softmax {
   // Of a row that sees no key: 0, and -inf. NaN passes through both.
   __device__ __forceinline__ float inverse(int half) const { return total[half] == 0.0f ? 0.0f : 1.0f / total[half]; }
   __device__ __forceinline__ float lse(int half) const {
-    return total[half] == 0.0f ? -INFINITY : largest[half] * kLn2 + log_float(total[half]);
+    if (!(total[half] > 0.0f)) return total[half] == 0.0f ? -INFINITY : total[half];
+    return largest[half] * kLn2 + log_float(total[half]);
   }
 };
 

@@ -148,6 +148,17 @@ def _fused_backward(
 # The operators
 
 
+def _usable(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor]:
+    """key and value for PyTorch's matrix products: where they hold NaN or infinities, without the keys nobody sees."""
+    if mask is None and options.window_right < 0:
+        return key, value
+    if key.device.type == "cpu" and all(bool(t.sum(dtype=torch.float32).isfinite()) for t in (key, value)):
+        return key, value
+    return reference.without_unseen_keys(query, key, value, mask, options.window_left, options.window_right)
+
+
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -157,6 +168,7 @@ def _forward(
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
     known = Options(*options)
+    key, value = _usable(query, key, value, mask, known)
     if _fused_on_cpu(query, key, value, mask, seed, known):
         return _fused_forward(query, key, value, mask, known.window_right == 0, known.scale)
     return _attention_blocked.forward(query, key, value, mask, seed, known)
@@ -172,6 +184,7 @@ def _assisted_forward(
 ) -> tuple[Tensor, Tensor]:
     """The same, with fastgen's own CPU kernel where the head dims differ."""
     known = Options(*options)
+    key, value = _usable(query, key, value, mask, known)
     if (
         mask is None
         and _fused_on_cpu(query, key, value, mask, seed, known)
@@ -226,6 +239,7 @@ def _backward(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     known, mask_grad = Options(*options[:-1]), options[-1]
+    key, value = _usable(query, key, value, mask, known)
     if not mask_grad and _fused_on_cpu(query, key, value, mask, seed, known):
         causal = known.window_right == 0
         grads = _fused_backward(grad_out, grad_lse, query, key, value, out, lse, mask, causal, known.scale)
