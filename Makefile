@@ -44,7 +44,7 @@ bench: $(VENV)/.build
 # Compiles every CUDA source for each architecture; prints what each kernel uses, and fails on a spill or on a kernel
 # over its budget (tests/kernel_budgets.py). Without nvcc the compiler comes from PyPI. SASS=1 adds the disassembler,
 # with which instructions are counted too: make cuda-check SASS=1
-CUDA_ARCH ?= 80 90a
+CUDA_ARCH ?= 80 90a 120
 CUDA_WHEELS := cuda-toolkit[nvcc,nvvm,crt,cudart,cccl]==13.0.2
 SASS_WHEEL := nvidia-cuda-nvdisasm==13.5.37
 cuda-check: $(VENV)/.build

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.roofline import Cost, cost
 from benchmarks.shapes import ATTENTION_SHAPES, AttentionShape
 from fastgen.functional import scaled_dot_product_attention as attention
 
@@ -17,6 +18,14 @@ LAPTOP = [UNEQUAL, EQUAL] + [
 ]
 FULL = list(ATTENTION_SHAPES.values())
 SHAPES = [("cpu", shape) for shape in LAPTOP] + [("cuda", shape) for shape in FULL]
+
+
+BACKENDS = (
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.MATH,
+)
 
 
 @pytest.fixture
@@ -48,7 +57,7 @@ def peers(device, call):
     """torch's default choice, and on a GPU each backend that takes the shape."""
     found = {"sdpa": call}
     if device.type == "cuda":
-        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+        for backend in BACKENDS:
 
             def forced(backend=backend):
                 with sdpa_kernel(backend):
@@ -56,7 +65,7 @@ def peers(device, call):
 
             try:
                 forced()
-            except RuntimeError:
+            except RuntimeError:  # the backend does not take the shape, or the scores do not fit into memory
                 continue
             found[backend.name.lower()] = forced
     return found
@@ -70,7 +79,7 @@ def test_forward(against, device, case):
         against(
             lambda: attention(*tensors, **kwargs),
             peers(device, lambda: F.scaled_dot_product_attention(*tensors, **kwargs)),
-            flops=shape.flops,
+            cost=cost(shape),
         )
 
 
@@ -78,14 +87,17 @@ def test_forward(against, device, case):
 def test_forward_and_backward(against, device, case):
     shape = case[1]
     tensors, kwargs = inputs(shape, device, requires_grad=True)
+    leaves = [*tensors]
+    if shape.mask == "bias":  # learned
+        leaves.append(kwargs["attn_mask"].requires_grad_())
     upstream = torch.randn_like(F.scaled_dot_product_attention(*tensors, **kwargs))
 
     def step(function):
-        return torch.autograd.grad(function(*tensors, **kwargs), tensors, upstream)
+        return torch.autograd.grad(function(*tensors, **kwargs), leaves, upstream)
 
     against(
         lambda: step(attention),
         peers(device, lambda: step(F.scaled_dot_product_attention)),
-        flops=shape.flops * 7 // 2,
+        cost=Cost(*map(sum, zip(cost(shape), cost(shape, backward=True), strict=True))),
         rounds=9,
     )

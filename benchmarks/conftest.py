@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fastgen
+from benchmarks.roofline import Cost, chip_of
 from fastgen.testing import interleaved_times, median_ratio
 
 
@@ -22,9 +23,10 @@ def device(request) -> torch.device:
 
 @pytest.fixture
 def against(benchmark, device) -> Callable[..., dict[str, float]]:
-    """``against(ours, peers, bytes_moved=..., flops=...)`` -> the ratio peer / ours for each peer.
+    """``against(ours, peers, bytes_moved=..., flops=... or cost=...)`` -> the ratio peer / ours for each peer.
 
-    pytest-benchmark times ``ours``; the ratios come from interleaved rounds and go into ``extra_info``.
+    pytest-benchmark times ``ours``; the ratios come from interleaved rounds and go into ``extra_info``. With a cost,
+    each row says its FLOP/s, exponentials/s and, on a chip of roofline.py, its share of the roofline.
     """
 
     def run(
@@ -32,6 +34,7 @@ def against(benchmark, device) -> Callable[..., dict[str, float]]:
         peers: dict[str, Callable[[], Any]],
         bytes_moved: int = 0,
         flops: int = 0,
+        cost: Cost | None = None,
         rounds: int = 15,
     ) -> dict[str, float]:
         synchronize = device.type == "cuda"
@@ -46,6 +49,12 @@ def against(benchmark, device) -> Callable[..., dict[str, float]]:
                 rows[name]["GB/s"] = bytes_moved / middle / 1e9
             if flops:
                 rows[name]["TFLOP/s"] = flops / middle / 1e12
+            if cost is not None:
+                rows[name]["TFLOP/s"] = cost.flops / middle / 1e12
+                rows[name]["Texp/s"] = cost.exponentials / middle / 1e12
+                chip = chip_of(torch.cuda.get_device_name(device)) if synchronize else None
+                if chip is not None:
+                    rows[name]["of roofline"] = max(cost.bounds(chip).values()) / middle
         benchmark.extra_info.update(device=str(device), rows=rows, ratios=ratios)
 
         def timed() -> None:

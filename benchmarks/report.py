@@ -37,7 +37,9 @@ def lines(data: dict) -> list[str]:
             continue
         ours = extra["rows"]["ours"]
         spread = "{:.3g} to {:.3g}".format(*ours["quartiles_ms"])
-        rate = next((f"{ours[unit]:.3g} {unit}" for unit in ("GB/s", "TFLOP/s") if unit in ours), "")
+        rate = ", ".join(f"{ours[unit]:.3g} {unit}" for unit in ("GB/s", "TFLOP/s", "Texp/s") if unit in ours)
+        if "of roofline" in ours:
+            rate += f", {ours['of roofline']:.0%} of the roofline"
         name = name_of(entry)
         for peer, ratio in extra["ratios"].items():
             time = extra["rows"][peer]["median_ms"]

@@ -27,12 +27,6 @@ class AttentionShape:
             keys=min(self.keys, length),
         )
 
-    @property
-    def flops(self) -> int:
-        """Multiply-adds of the two products of a forward pass, times two; half of them when causal."""
-        full = 2 * self.batch * self.heads * self.queries * self.keys * (self.key_dim + self.value_dim)
-        return full // 2 if self.mask == "causal" else full
-
 
 ATTENTION_SHAPES = {
     shape.name: shape

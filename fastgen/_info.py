@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastgen import _library
+from fastgen.ops.attention import WIDEST_HEAD
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Info:
     libraries: dict[str, str]
     architectures: list[str]
     operators: dict[str, dict[str, str]]
+    plans: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -40,6 +43,8 @@ class Info:
         width = max(len(name) for name in self.operators)
         for name, places in self.operators.items():
             lines += [f"{name:<{width}}  {device:<5} {served}" for device, served in places.items()]
+        for name, plan in self.plans.items():
+            lines.append(f"attention {name}: " + ", ".join(f"{what} {value}" for what, value in plan.items()))
         return "\n".join(lines)
 
 
@@ -70,8 +75,40 @@ def _pytorch(name: str, device: torch.device) -> str:
     return f"{kernels} where it fits, else PyTorch"
 
 
-def info() -> Info:
+H200_MULTIPROCESSORS = 132
+
+
+def _attention_plans(sizes: Sequence[int], dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    if len(sizes) != 6 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+        raise ValueError(f"attention: expected six positive integers (B, H, N, M, Dk, Dv), got {tuple(sizes)}")
+    if dtype not in _library.COMPILED_DTYPES:
+        known = ", ".join(str(dtype) for dtype in _library.COMPILED_DTYPES)
+        raise ValueError(f"dtype: expected one of {known}, got {dtype}")
+    if _library.build_module is None:
+        raise RuntimeError(f"attention: no plan without the compiled module: {_library.build_module_problem}")
+    batch, heads, queries, keys, key_dim, value_dim = sizes
+    if max(key_dim, value_dim) > WIDEST_HEAD:
+        raise ValueError(f"attention: expected head dims up to {WIDEST_HEAD}, got {key_dim} and {value_dim}")
+    count = H200_MULTIPROCESSORS
+    if torch.cuda.is_available():
+        count = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+    plans = _library.build_module.attention_plan(
+        batch, heads, heads, queries, keys, key_dim, value_dim, dtype.itemsize, count
+    )
+    return dict(plans)
+
+
+def info(attention: Sequence[int] | None = None, dtype: torch.dtype = torch.bfloat16) -> Info:
     """Versions, devices, what is compiled, what serves each operator on each device, and why not more.
+
+    Args:
+        attention: (B, H, N, M, Dk, Dv) of an attention problem without mask and dropout: also show how each of its CUDA
+            kernels shares it out among blocks, on the current GPU, or on an H200 where there is none.
+        dtype: of that problem.
+
+    Raises:
+        ValueError: not six positive integers, heads wider than any kernel's, or a dtype that no kernel takes.
+        RuntimeError: a plan is asked for and nothing is compiled.
 
     Example:
         >>> print(fastgen.info())  # doctest: +SKIP
@@ -107,4 +144,5 @@ def info() -> Info:
         libraries,
         _library.compiled_architectures(),
         {name: {kind.type: _served_by(name, kind) for kind in kinds} for name in names},
+        {} if attention is None else _attention_plans(attention, dtype),
     )

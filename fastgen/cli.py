@@ -106,8 +106,22 @@ def _run(words: list[str]) -> None:
 
 
 def _info(words: list[str]) -> None:
-    _Parser(prog="fastgen info", description="What this installation can do, and what it lacks.").parse_args(words)
-    print(fastgen.info())
+    import torch
+
+    from fastgen._library import COMPILED_DTYPES
+
+    parser = _Parser(prog="fastgen info", description="What this installation can do, and what it lacks.")
+    parser.add_argument(
+        "--attention", metavar="B,H,N,M,Dk,Dv", help="also show how CUDA kernels would share out attention of these sizes"
+    )
+    parser.add_argument("--dtype", default="bfloat16", choices=[str(d).removeprefix("torch.") for d in COMPILED_DTYPES])
+    given = parser.parse_args(words)
+    sizes = None
+    if given.attention is not None:
+        if not all(word.isdigit() for word in given.attention.split(",")):
+            parser.error(f"--attention: expected B,H,N,M,Dk,Dv, got {given.attention}")
+        sizes = [int(word) for word in given.attention.split(",")]
+    print(fastgen.info(sizes, getattr(torch, given.dtype)))
 
 
 def _train(words: list[str]) -> None:

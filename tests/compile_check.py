@@ -31,7 +31,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # The device layer's unit kernels and the emulator's samples: they have to compile, without spills, and have no budget.
 UNIT_KERNELS = ROOT / "tests" / "emulator" / "kernels"
 INCLUDES = (ROOT / "csrc", UNIT_KERNELS.parent / "cuda", UNIT_KERNELS.parent)
-ARCHITECTURES = ["80", "90a"]
+ARCHITECTURES = ["80", "90a", "120"]
+# The others only have to compile, with a few words of spills: their assemblers order loads in other ways.
+WITH_BUDGETS = ["80", "90a"]
+SPILLS_ELSEWHERE = 64
 INSTRUCTIONS = ["HMMA", "HGMMA", "LDSM", "STSM", "MUFU.EX2", "LDL", "STL", "BAR", "SHFL"]
 GLOBAL_ACCESSES = ["LDG", "STG", "LDGSTS"]  # counted by width
 WIDTHS = ["U8", "S8", "U16", "S16", "32", "64", "128", "256"]
@@ -164,8 +167,9 @@ def compare(kernels: list[Kernel], budgets: Mapping[str, Budget], everything: bo
     """What is wrong with the kernels or the budgets. everything: no kernel is missing from the list."""
     problems = []
     for kernel in kernels:
-        budget = budgets.get(bare_name(kernel.name))
-        found = [f"{kernel.spill_bytes} bytes of spills"] if kernel.spill_bytes else []
+        budget = budgets.get(bare_name(kernel.name)) if kernel.arch in WITH_BUDGETS else None
+        allowed = 0 if kernel.arch in WITH_BUDGETS else SPILLS_ELSEWHERE
+        found = [f"{kernel.spill_bytes} bytes of spills"] if kernel.spill_bytes > allowed else []
         found += excesses(kernel, budget) if budget else []
         problems += [f"{kernel.name} for sm_{kernel.arch}: {what}" for what in found]
     names = {bare_name(kernel.name) for kernel in kernels}

@@ -121,6 +121,15 @@ def test_what_a_kernel_uses_is_compared_with_its_budget(change, budget, problems
     assert found == [f"k::scale<float, true> for sm_80: {problem}" for problem in problems]
 
 
+def test_architectures_without_budgets_may_spill_a_few_words():
+    kernel = KERNEL._replace(arch="120", registers=200, spill_bytes=compile_check.SPILLS_ELSEWHERE)
+    assert compile_check.compare([kernel], {"scale": BUDGET}, everything=True) == []
+    worse = kernel._replace(spill_bytes=compile_check.SPILLS_ELSEWHERE + 8)
+    assert compile_check.compare([worse], {"scale": BUDGET}, everything=True) == [
+        "k::scale<float, true> for sm_120: 72 bytes of spills"
+    ]
+
+
 def test_a_kernel_without_a_budget_is_named_once():
     kernels = [KERNEL, KERNEL._replace(arch="90a")]
     assert compile_check.compare(kernels, {}, everything=True) == [

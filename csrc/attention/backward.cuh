@@ -47,7 +47,7 @@ struct RowState {
   float lse[2], delta[2];
 };
 
-__device__ __forceinline__ float read(const RowInput& input, int batch, int head, int row) {
+__device__ __forceinline__ float read(const RowInput& input, unsigned batch, unsigned head, unsigned row) {
   return input.data[batch * input.batch + head * input.head + row * input.row];
 }
 

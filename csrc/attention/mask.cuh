@@ -60,7 +60,7 @@ struct HeadMask {
   MaskKind kind;
   int64_t query, key;  // strides
 
-  __device__ __forceinline__ HeadMask(const Mask& mask, int batch, int head)
+  __device__ __forceinline__ HeadMask(const Mask& mask, unsigned batch, unsigned head)
       : kind(mask.kind), query(mask.query), key(mask.key) {
     const int size = kind == MaskKind::kBool ? 1 : kind == MaskKind::kFloat32 ? 4 : static_cast<int>(sizeof(T));
     data = static_cast<const unsigned char*>(mask.data) + (batch * mask.batch + head * mask.head) * size;

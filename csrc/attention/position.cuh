@@ -7,27 +7,28 @@ namespace fastgen::attention {
 
 // The part of a tensor that belongs to a head, from a row on.
 template <typename T>
-__device__ __forceinline__ const T* rows_of(const Operand& operand, int batch, int head, int row) {
+__device__ __forceinline__ const T* rows_of(const Operand& operand, unsigned batch, unsigned head, unsigned row) {
   return static_cast<const T*>(operand.data) + batch * operand.batch + head * operand.head + row * operand.row;
 }
 template <typename T>
-__device__ __forceinline__ T* rows_of(const Result& result, int batch, int head, int row) {
+__device__ __forceinline__ T* rows_of(const Result& result, unsigned batch, unsigned head, unsigned row) {
   return static_cast<T*>(result.data) + batch * result.batch + head * result.head + row * result.row;
 }
 
 // Some queries of one head.
 struct QueryTile {
-  int batch, head, key_head;
-  int64_t first_of_head;  // number of the head's first row among all
+  unsigned batch, head, key_head;  // unsigned: no sign to carry into 64 bits
+  int64_t first_of_head;           // number of the head's first row among all
   Range queries;
 
   // Tiles are numbered by head, then by rows. Within a head the last come first: with a causal mask they see most.
   __device__ __forceinline__ QueryTile(const Problem& p, int64_t index, int rows) {
     const int tiles = static_cast<int>(ceil_div(p.queries, rows));
-    const int head_of_all = static_cast<int>(index / tiles);
+    const auto head_of_all = static_cast<unsigned>(index / tiles);
     const int first = (tiles - 1 - static_cast<int>(index % tiles)) * rows;
-    batch = head_of_all / p.heads, head = head_of_all % p.heads;
-    key_head = head / (p.heads / p.key_heads);
+    const auto heads = static_cast<unsigned>(p.heads);
+    batch = head_of_all / heads, head = head_of_all % heads;
+    key_head = head / (heads / static_cast<unsigned>(p.key_heads));
     first_of_head = static_cast<int64_t>(head_of_all) * p.queries;
     queries = {first, first + rows < p.queries ? first + rows : p.queries};
   }

@@ -38,14 +38,16 @@ __device__ __forceinline__ void copy_rows(const Tile<T, kWidth>& tile, int rows,
                                           int columns, There&& there) {
   constexpr int kChunk = Tile<T, kWidth>::kChunk, kChunks = kWidth / kChunk;
   // Lanes side by side in a row: the largest power of two that fills it.
-  constexpr int kSide = (kChunks & -kChunks) < 32 ? kChunks & -kChunks : 32;
+  constexpr int kSide = (kChunks & -kChunks) < 32 ? kChunks & -kChunks : 32, kDown = 32 / kSide;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  for (int row = warp * (32 / kSide) + lane / kSide; row < rows; row += warps * (32 / kSide)) {
+  // Eight lanes write at a time, to different banks: side by side where they fill a row, else below each other.
+  const int down = kSide >= 8 ? lane / kSide : lane % kDown, side = kSide >= 8 ? lane % kSide : lane / kDown;
+  for (int row = warp * kDown + down; row < rows; row += warps * kDown) {
     const bool valid = there(row);
     const T* from = source + row * stride;
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; chunk += kSide) {
-      const int column = (chunk + lane % kSide) * kChunk;
+      const int column = (chunk + side) * kChunk;
       device::async_copy<16>(tile.at(row, column), from + column, valid && column < columns ? 16 : 0);
     }
   }
