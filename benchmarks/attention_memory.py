@@ -1,4 +1,4 @@
-"""Peak memory of attention's forward and backward pass on CPU, ours and PyTorch's. Measured, each in a process of its own.
+"""Peak memory of attention's forward and backward pass on CPU, ours and PyTorch's. Each in a process of its own.
 
 usage: python -m benchmarks.attention_memory [LENGTH ...]
 """

@@ -29,6 +29,8 @@ class Chip(NamedTuple):
 
 
 CHIPS = [Chip("H200", 989e12, 4.8e12, 132, 1.98e9), Chip("A100 80GB", 312e12, 2.04e12, 108, 1.41e9)]
+
+
 def chip_of(device_name: str) -> Chip | None:
     """The chip of a name such as "NVIDIA H200"; None where it is not in the table."""
     return next((chip for chip in CHIPS if chip.name.split(" ")[0] in device_name), None)
@@ -58,13 +60,12 @@ def cost(shape: AttentionShape, backward: bool = False) -> Cost:
     key = shape.batch * shape.heads * shape.keys * (shape.key_dim + shape.value_dim)
     mask = {"bias": shape.heads * shape.queries * shape.keys * ELEMENT, "padding": shape.batch * shape.keys}
     lse = shape.batch * shape.heads * shape.queries * 4
+    read_mask = mask.get(shape.mask, 0)
     if not backward:
-        return Cost(
-            2 * pairs * (shape.key_dim + shape.value_dim), pairs, ELEMENT * (query + key) + lse + mask.get(shape.mask, 0)
-        )
+        return Cost(2 * pairs * (shape.key_dim + shape.value_dim), pairs, ELEMENT * (query + key) + lse + read_mask)
     flops = 2 * pairs * (3 * shape.key_dim + 2 * shape.value_dim)
     out = shape.batch * shape.heads * shape.queries * shape.value_dim
-    moved = ELEMENT * (2 * query + 2 * key + out) + lse + mask.get(shape.mask, 0)
+    moved = ELEMENT * (2 * query + 2 * key + out) + lse + read_mask
     return Cost(flops, pairs, moved)
 
 
@@ -100,8 +101,8 @@ def lines() -> list[str]:
     found = [
         "# Attention on a GPU: what each shape costs at least",
         "",
-        "**Computed, not measured** (`python -m benchmarks.roofline`). bfloat16; each operand is read once and each result",
-        "written once; a causal mask halves products and exponentials. The bound is the largest of the three times.",
+        "**Computed, not measured** (`python -m benchmarks.roofline`). bfloat16. Each operand is read and each",
+        "result written once; a causal mask halves products and exponentials. The bound is the largest of the three.",
     ]
     for chip in CHIPS:
         for backward in (False, True):
@@ -117,9 +118,10 @@ def lines() -> list[str]:
         "",
         "## What the forward kernel executes",
         "",
-        "The useful share of its matrix products: head dims are padded to the tile, queries to a warp's 16 or 32 and keys to a step, and a head",
-        "wider than 256 is cut into slices that compute the scores again. Tiles that a causal mask rules out are not computed.",
-        "The backward pass computes seven products where five are needed, so that each sum has one writer and one order.",
+        "The useful share of its matrix products: head dims are padded to the tile, queries to a warp's 16 or 32 and",
+        "keys to a step, and a head wider than 256 is cut into slices that compute the scores again. Tiles that a",
+        "causal mask rules out are not computed. The backward pass computes seven products where five are needed, so",
+        "that each sum has one writer and one order.",
         "",
         "| shape | useful share |",
         "|---|---|",

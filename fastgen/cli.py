@@ -112,7 +112,9 @@ def _info(words: list[str]) -> None:
 
     parser = _Parser(prog="fastgen info", description="What this installation can do, and what it lacks.")
     parser.add_argument(
-        "--attention", metavar="B,H,N,M,Dk,Dv", help="also show how CUDA kernels would share out attention of these sizes"
+        "--attention",
+        metavar="B,H,N,M,Dk,Dv",
+        help="also show how CUDA kernels share out attention of these sizes",
     )
     parser.add_argument("--dtype", default="bfloat16", choices=[str(d).removeprefix("torch.") for d in COMPILED_DTYPES])
     given = parser.parse_args(words)

@@ -192,8 +192,9 @@ def scaled_dot_product_attention(
         ValueError: shapes that do not fit, a negative window, a probability out of range.
         RuntimeError: the backend ``compiled`` is forced and there is no kernel for these tensors.
 
-    On CUDA, float32 is multiplied at float32 accuracy unless ``torch.backends.cuda.matmul`` allows TF32. Kernels give the
-    same bits in every run. A key that no query of the call sees counts for nothing, whatever it and its value hold.
+    On CUDA, float32 is multiplied at float32 accuracy unless ``torch.backends.cuda.matmul`` allows TF32, and kernels
+    give the same bits in every run. A key that no query of the call sees counts for nothing, whatever it and its value
+    hold.
 
     Memory is O(N + M) per head forward and backward; a second derivative takes O(N M) for now.
 

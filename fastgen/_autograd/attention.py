@@ -40,7 +40,7 @@ def _run(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:5], *output)
     ctx.save_for_forward(*inputs[:5])
-    ctx.options, ctx.namespace, ctx.inputs = Options(*inputs[5:-1]), inputs[-1], len(inputs)
+    ctx.options, ctx.namespace = Options(*inputs[5:-1]), inputs[-1]
     ctx.set_materialize_grads(False)
 
 
@@ -60,7 +60,7 @@ class _Attention(Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, mask, seed, out, lse = ctx.saved_tensors
         if grad_out is None and grad_lse is None:
-            return (None,) * ctx.inputs
+            return (None,) * len(ctx.needs_input_grad)
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         grad_mask: Tensor | None
@@ -76,7 +76,10 @@ class _Attention(Function):
                 grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous(),
                 grad_lse, query, key, value, out, lse, mask, seed, *ctx.options, mask_grad,
             )  # fmt: skip
-        return (*only_wanted(ctx, 0, grad_query, grad_key, grad_value, grad_mask), *(None,) * (ctx.inputs - 4))
+        return (
+            *only_wanted(ctx, 0, grad_query, grad_key, grad_value, grad_mask),
+            *(None,) * (len(ctx.needs_input_grad) - 4),
+        )
 
 
 class _TransformedAttention(Function):

@@ -158,9 +158,7 @@ class Tile:
         return keep.div_(1 - dropout_p).reshape(shape)
 
 
-def tiles(
-    query: Tensor, key: Tensor, mask: Tensor | None, seed: Tensor | None, options: Options
-) -> Iterator[Tile]:
+def tiles(query: Tensor, key: Tensor, mask: Tensor | None, seed: Tensor | None, options: Options) -> Iterator[Tile]:
     batch, heads, length, _ = query.shape
     if heads == 0:
         return

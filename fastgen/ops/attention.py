@@ -22,8 +22,8 @@ from torch import Tensor
 from fastgen import reference
 from fastgen._library import define, has_kernel
 from fastgen.ops import _attention_blocked
+from fastgen.ops._attention_blocked import Options as Options
 from fastgen.ops._attention_blocked import (
-    Options,
     allocate,
     allocate_grad,
     allocate_lse,
@@ -32,7 +32,6 @@ from fastgen.ops._attention_blocked import (
     strides,
 )
 from fastgen.ops._batching import fold, fold_seed, out_dims, unfold
-
 
 WIDEST_HEAD = 512
 """The largest head dim that has a CUDA kernel (csrc/attention/config.h)."""
@@ -148,9 +147,7 @@ def _fused_backward(
 # The operators
 
 
-def _usable(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Options
-) -> tuple[Tensor, Tensor]:
+def _usable(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
     """key and value for PyTorch's matrix products: where they hold NaN or infinities, without the keys nobody sees."""
     if mask is None and options.window_right < 0:
         return key, value
