@@ -13,7 +13,8 @@ holds one tile of scores at a time, never N x M.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -147,13 +148,30 @@ def _fused_backward(
 # The operators
 
 
-def _usable(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
-    """key and value for PyTorch's matrix products: where they hold NaN or infinities, without the keys nobody sees."""
+_Results = TypeVar("_Results", bound=tuple[Tensor, ...])
+
+
+def _heedless(
+    run: Callable[[Tensor, Tensor], _Results],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    options: Options,
+) -> _Results:
+    """``run(key, value)``, whatever the keys and values hold that no query sees.
+
+    A weight of zero times NaN is NaN, so what nobody sees shows in every row of the first result. On CPU one row is
+    looked at, and only then are those keys taken out; elsewhere a look would wait for the device.
+    """
     if mask is None and options.window_right < 0:
-        return key, value
-    if key.device.type == "cpu" and all(bool(t.sum(dtype=torch.float32).isfinite()) for t in (key, value)):
-        return key, value
-    return reference.without_unseen_keys(query, key, value, mask, options.window_left, options.window_right)
+        return run(key, value)
+    if query.device.type == "cpu":
+        results = run(key, value)
+        last_row = results[0][:, :, -1:].sum()
+        if not bool(last_row != last_row):
+            return results
+    return run(*reference.without_unseen_keys(query, key, value, mask, options.window_left, options.window_right))
 
 
 def _forward(
@@ -165,10 +183,13 @@ def _forward(
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
     known = Options(*options)
-    key, value = _usable(query, key, value, mask, known)
-    if _fused_on_cpu(query, key, value, mask, seed, known):
-        return _fused_forward(query, key, value, mask, known.window_right == 0, known.scale)
-    return _attention_blocked.forward(query, key, value, mask, seed, known)
+
+    def run(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if _fused_on_cpu(query, key, value, mask, seed, known):
+            return _fused_forward(query, key, value, mask, known.window_right == 0, known.scale)
+        return _attention_blocked.forward(query, key, value, mask, seed, known)
+
+    return _heedless(run, query, key, value, mask, known)
 
 
 def _assisted_forward(
@@ -181,15 +202,19 @@ def _assisted_forward(
 ) -> tuple[Tensor, Tensor]:
     """The same, with fastgen's own CPU kernel where the head dims differ."""
     known = Options(*options)
-    key, value = _usable(query, key, value, mask, known)
     if (
         mask is None
         and _fused_on_cpu(query, key, value, mask, seed, known)
         and _narrow(query, value)
         and has_kernel("cpu_attention_forward", query.device)
     ):
-        out, lse = torch.ops.fastgen.cpu_attention_forward(query, key, value, known.window_right == 0, known.scale)
-        return out, lse
+
+        def run(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            is_causal = known.window_right == 0
+            out, lse = torch.ops.fastgen.cpu_attention_forward(query, key, value, is_causal, known.scale)
+            return out, lse
+
+        return _heedless(run, query, key, value, mask, known)
     return _forward(query, key, value, mask, seed, *options)
 
 
@@ -236,17 +261,20 @@ def _backward(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     known, mask_grad = Options(*options[:-1]), options[-1]
-    key, value = _usable(query, key, value, mask, known)
-    if not mask_grad and _fused_on_cpu(query, key, value, mask, seed, known):
-        causal = known.window_right == 0
-        grads = _fused_backward(grad_out, grad_lse, query, key, value, out, lse, mask, causal, known.scale)
-        grad_query, grad_key, grad_value = (_settle(grad, True) for grad in grads)
-        return grad_query, grad_key, grad_value, query.new_empty(0)
-    grad_query, grad_key, grad_value, grad_mask = _attention_blocked.backward(
-        grad_out, grad_lse, query, key, value, out, lse, mask, seed, known, mask_grad
-    )
-    grad_key, grad_value = allocate_grad(key).copy_(grad_key), allocate_grad(value).copy_(grad_value)
-    return grad_query, grad_key, grad_value, query.new_empty(0) if grad_mask is None else grad_mask
+
+    def run(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if not mask_grad and _fused_on_cpu(query, key, value, mask, seed, known):
+            causal = known.window_right == 0
+            grads = _fused_backward(grad_out, grad_lse, query, key, value, out, lse, mask, causal, known.scale)
+            grad_query, grad_key, grad_value = (_settle(grad, True) for grad in grads)
+            return grad_query, grad_key, grad_value, query.new_empty(0)
+        grad_query, grad_key, grad_value, grad_mask = _attention_blocked.backward(
+            grad_out, grad_lse, query, key, value, out, lse, mask, seed, known, mask_grad
+        )
+        grad_key, grad_value = allocate_grad(key).copy_(grad_key), allocate_grad(value).copy_(grad_value)
+        return grad_query, grad_key, grad_value, query.new_empty(0) if grad_mask is None else grad_mask
+
+    return _heedless(run, query, key, value, mask, known)
 
 
 def _backward_fake(
