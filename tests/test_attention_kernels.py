@@ -214,6 +214,48 @@ def test_a_block_that_takes_several_windows_gives_what_one_each_gives(emulator, 
         assert torch.equal(lse[i], b[0])
 
 
+PADDED = torch.arange(256).reshape(1, 1, 1, 256) >= 70
+KEPT = {
+    # What is left of 256 x 256 scores, in tiles of 64 keys and warps of 16 or 32 rows: matrix products, copies.
+    "causal": (Options(0.0, -1, 0, 0.3), None, 0.70, 0.85),
+    "window": (Options(0.0, 16, 16, 0.3), None, 0.50, 0.75),
+    "padding": (PLAIN, ~PADDED, 0.51, 0.75),
+    "padding by a float mask": (
+        PLAIN,
+        torch.zeros(1, 1, 1, 256).masked_fill(torch.arange(256) >= 70, -math.inf),
+        0.51,
+        0.75,
+    ),
+    "boolean blocks": (
+        PLAIN,
+        torch.eye(4).bool().repeat_interleave(64, 0).repeat_interleave(64, 1)[None, None],
+        0.26,
+        1.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_tiles_that_a_mask_rules_out_are_not_computed(emulator, emulated, kind):
+    options, mask, products, copies = KEPT[kind]
+    mask = mask if mask is None else mask.clone()  # now memory that the emulator knows
+    tensors = operands(heads=1, queries=256, keys=256, dims=(64, 64))
+
+    def work(mask, options):
+        before = emulator.statistics()
+        gradients(emulated, tensors, mask, None, options)
+        after = emulator.statistics()
+        names = ("attention_forward", "attention_backward_query", "attention_backward_key_value")
+        return [
+            sum(after[n][what] - before.get(n, {what: 0})[what] for n in names)
+            for what in ("matrix_products", "async_copies")
+        ]
+
+    full, left = work(None, PLAIN), work(mask, options)
+    assert 0 < left[0] <= products * full[0]
+    assert 0 < left[1] <= copies * full[1]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dims", [(8, 8), (32, 32), (72, 72), (32, 128), (256, 256)], ids=str)
 def test_forward_has_no_bank_conflicts(emulator, emulated, dims, dtype):
