@@ -191,30 +191,6 @@ def test_a_row_that_sees_nothing_gives_zero_and_zero_gradients(kind, dropout):
     assert bool((grads[0][:, :, dead] == 0).all())
 
 
-@pytest.mark.parametrize("sizes", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0)], ids=str)
-def test_nothing_in_gives_nothing_or_zero_out(sizes):
-    batch, heads, queries, keys = sizes
-    leaves = [torch.randn(batch, heads, n, d, requires_grad=True) for n, d in ((queries, 8), (keys, 8), (keys, 16))]
-    out, lse = attention(*leaves, return_lse=True)
-    assert out.shape == (batch, heads, queries, 16)
-    assert lse.shape == (batch, heads, queries)
-    out.sum().backward()
-    assert all(bool((leaf.grad == 0).all()) for leaf in leaves)
-    assert bool((out == 0).all())
-
-
-def test_scores_of_ten_thousand_stay_finite_and_as_right_as_float32_can_hold_their_logsumexp(device):
-    query, key, value = (torch.randn(1, 1, 16, 8, device=device) for _ in range(3))
-    query[:, :, 0] *= 1e4
-    ours = with_gradients(attention, [query, key, value])
-    exact = with_gradients(formula, [t.double() for t in (query, key, value)])
-    assert largest_error(ours[0], exact[0]) < 1e-5
-    score = float((query @ key.transpose(-1, -2)).abs().max()) / 8**0.5
-    for a, b in zip(ours[1:], exact[1:], strict=True):
-        # Weights come back as exp(score - lse): their relative error is that of lse, half an ulp of the score.
-        assert largest_error(a, b) < torch.finfo(torch.float32).eps * score * float(b.abs().max())
-
-
 @pytest.mark.parametrize("layout", ["BNHD", "packed", "last dim strided"])
 def test_strided_inputs_give_the_contiguous_result(layout):
     base = torch.randn(2, 5, 3, 4, 8)  # (B, N, 3, H, D)

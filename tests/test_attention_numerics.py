@@ -154,3 +154,17 @@ def test_nan_that_is_seen_is_passed_on(attention_place):
     if current_backend() != "reference":  # whose matrix products multiply it by zero
         assert bool(out[:, :, 4:32].isfinite().all())
     assert bool(lse[:, :, 4:].isfinite().all())
+
+
+@pytest.mark.parametrize("sizes", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0)], ids=str)
+def test_nothing_in_gives_nothing_or_zero_out(attention_place, sizes):
+    batch, heads, queries, keys = sizes
+    shapes = ((queries, 8), (keys, 8), (keys, 16))
+    leaves = [torch.randn(batch, heads, *shape).to(attention_place).requires_grad_() for shape in shapes]
+    bias = torch.zeros(1, 1, 1, keys, device=attention_place, requires_grad=True)
+    out, lse = attention(*leaves, bias, return_lse=True)
+    assert out.shape == (batch, heads, queries, 16)
+    assert lse.shape == (batch, heads, queries)
+    out.sum().backward()
+    assert all(bool((leaf.grad == 0).all()) for leaf in (*leaves, bias))
+    assert bool((out == 0).all())
