@@ -34,7 +34,7 @@ INCLUDES = (ROOT / "csrc", UNIT_KERNELS.parent / "cuda", UNIT_KERNELS.parent)
 ARCHITECTURES = ["80", "90a", "120"]
 # The others only have to compile, with a few words of spills: their assemblers order loads in other ways.
 WITH_BUDGETS = ["80", "90a"]
-SPILLS_ELSEWHERE = 64
+SPILLS_ELSEWHERE = 128  # bytes, stored and loaded
 INSTRUCTIONS = ["HMMA", "HGMMA", "LDSM", "STSM", "MUFU.EX2", "LDL", "STL", "BAR", "SHFL"]
 GLOBAL_ACCESSES = ["LDG", "STG", "LDGSTS"]  # counted by width
 WIDTHS = ["U8", "S8", "U16", "S16", "32", "64", "128", "256"]
