@@ -75,7 +75,7 @@ def test_any_problem_under_any_schedule(emulated, emulator, case, schedule):
 
 
 @pytest.mark.slow
-@settings(max_examples=5000, **{**ANY, "derandomize": False})
+@settings(max_examples=2000, **{**ANY, "derandomize": False})
 @given(case=cases(), schedule=st.integers(0, 2**32 - 1))
 def test_very_many_problems_under_any_schedule(emulated, emulator, case, schedule):
     property_holds(emulator, case, schedule)

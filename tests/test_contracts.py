@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -438,6 +439,21 @@ def test_a_library_that_does_not_load_is_skipped_with_its_reason(tmp_path):
 )
 def test_which_devices_a_build_runs_on(capability, architectures, works):
     assert _library.runs_on(capability, architectures) is works
+
+
+def test_a_gpu_that_the_kernels_are_not_compiled_for_takes_pytorch_and_says_so(monkeypatch):
+    cuda, name = torch.device("cuda", 0), "attention_forward"
+    library = _library.CompiledLibrary("_cuda", "cuda", path=Path("somewhere"))
+    monkeypatch.setattr(_library, "_compiled", [library])
+    monkeypatch.setattr(_library, "_places", {})
+    monkeypatch.setattr(_library, "has_kernel", lambda *arguments: True)
+    monkeypatch.setattr(_library, "compiled_architectures", lambda: ["80", "90a"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    reason = "the kernels are compiled for 80, 90a, not for (7, 5)"
+    assert _library._place(name, cuda, torch.float16) == (_library.REFERENCE, reason)
+    assert fastgen._info._served_by(name, cuda) == f"PyTorch ({reason})"
+    with fastgen.use_backend("compiled"), pytest.raises(RuntimeError, match="compiled for 80, 90a, not for"):
+        _library.select(name, SimpleNamespace(device=cuda, dtype=torch.float16))
 
 
 FLOORS = [

@@ -1,6 +1,6 @@
 // Tiles in shared memory, the fragments that matrix instructions take from them, and products of tiles.
 //
-// A fragment of scores, or of any sum, is float[4] of an 16 x 8 part: lane 4g + t has (g, 2t), (g, 2t + 1), (g + 8, 2t)
+// A fragment of scores, or of any sum, is float[4] of a 16 x 8 part: lane 4g + t has (g, 2t), (g, 2t + 1), (g + 8, 2t)
 // and (g + 8, 2t + 1), as in device/mma.cuh.
 #pragma once
 
