@@ -68,7 +68,7 @@ def property_holds(emulator, case, schedule):
 ANY = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 
 
-@settings(max_examples=150, **ANY)
+@settings(max_examples=100, **ANY)
 @given(case=cases(), schedule=st.integers(0, 2**32 - 1))
 def test_any_problem_under_any_schedule(emulated, emulator, case, schedule):
     property_holds(emulator, case, schedule)
@@ -100,7 +100,7 @@ def assert_no_site_can_be_left_out(emulator, call, folder):
     sites = [site for site in emulator.sites() if site.startswith(starts)]
     assert len(sites) >= 2
     for site in sites:
-        for seed in range(3):
+        for seed in range(2):
             emulator.configure(seed=seed, leave_out=site)
             with pytest.raises(RuntimeError, match="emulator: "):
                 call()
@@ -119,7 +119,7 @@ def test_no_barrier_and_no_wait_can_be_left_out(emulator, emulated, dims):
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 20), (1, 1, 17, 1)], ids=["per key", "per row"])
 def test_no_barrier_of_the_mask_gradient_can_be_left_out(emulator, emulated, dims, sizes):
     """So many heads that a block takes several."""
-    tensors = operands(batch=60, heads=2, queries=17, keys=20, dims=dims)
+    tensors = operands(batch=64, heads=1, queries=17, keys=20, dims=dims)
     call = lambda: gradients(emulated, tensors, torch.ones(sizes))  # noqa: E731
     assert_no_site_can_be_left_out(emulator, call, "mask_gradient")
 
