@@ -134,9 +134,8 @@ def make_extensions(targets: list[str], facts: Facts) -> list[Extension]:
     if "cuda" not in targets:
         return [module, cpu]
     # libtorch brings libtorch_cuda, wherever the torch that loads this has it.
-    link = ["-Wl,--no-as-needed", "-ltorch", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-    files = sources("csrc/*/api.cpp", "csrc/common/*.cpp", "csrc/**/*.cu")
-    return [module, cpu, stable("CUDA", files, [], extra_link_args=link)]
+    link = {"extra_link_args": ["-Wl,--no-as-needed", "-ltorch", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]}
+    return [module, cpu, stable("CUDA", sources("csrc/*/api.cpp", "csrc/common/*.cpp", "csrc/**/*.cu"), [], **link)]
 
 
 def make_commands(mode: str, missing: dict[str, str]) -> dict[str, type]:

@@ -123,7 +123,10 @@ def _info(words: list[str]) -> None:
         if not all(word.isdigit() for word in given.attention.split(",")):
             parser.error(f"--attention: expected B,H,N,M,Dk,Dv, got {given.attention}")
         sizes = [int(word) for word in given.attention.split(",")]
-    print(fastgen.info(sizes, getattr(torch, given.dtype)))
+    try:
+        print(fastgen.info(sizes, getattr(torch, given.dtype)))
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def _train(words: list[str]) -> None:

@@ -13,6 +13,7 @@ import fastgen
 from benchmarks import roofline
 from benchmarks.shapes import ATTENTION_SHAPES
 from fastgen import _library
+from fastgen.cli import main
 from fastgen.functional import scaled_dot_product_attention as attention
 from fastgen.ops.attention import WIDEST_HEAD, Options
 from fastgen.testing import largest_error
@@ -184,6 +185,19 @@ def test_info_shows_the_plan_of_any_shape():
     ]:
         with pytest.raises(ValueError, match=text):
             fastgen.info(sizes, dtype)
+
+
+@needs_module
+def test_the_command_shows_it_too(capsys):
+    assert main(["info", "--attention", "1,16,16384,16384,128,128", "--dtype", "float16"]) == 0
+    assert "attention key_value: tile (128, 128)" in capsys.readouterr().out
+    for words, complaint in [
+        (["--attention", "1,16,x"], "--attention: expected B,H,N,M,Dk,Dv, got 1,16,x"),
+        (["--attention", "1,16"], "attention: expected six positive integers"),
+        (["--dtype", "float64"], "float64"),
+    ]:
+        assert main(["info", *words]) == 2
+        assert complaint in capsys.readouterr().err
 
 
 @needs_module
