@@ -41,8 +41,8 @@ bench: $(VENV)/.build
 	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-only -q --benchmark-json=.benchmarks/latest.json
 	$(BIN)/python benchmarks/report.py .benchmarks/latest.json
 
-# Compiles every CUDA source for each architecture; prints what each kernel uses, and fails on a spill or on a kernel
-# over its budget (tests/kernel_budgets.py). Without nvcc the compiler comes from PyPI. SASS=1 adds the disassembler,
+# Compiles every CUDA source for each architecture; prints what each kernel uses, and on sm_80 and sm_90a fails on a
+# spill or on a kernel over its budget (tests/kernel_budgets.py). Without nvcc the compiler comes from PyPI. SASS=1 adds the disassembler,
 # with which instructions are counted too: make cuda-check SASS=1
 CUDA_ARCH ?= 80 90a 120
 CUDA_WHEELS := cuda-toolkit[nvcc,nvvm,crt,cudart,cccl]==13.0.2

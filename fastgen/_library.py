@@ -284,3 +284,22 @@ def select(name: str, tensor: Tensor, refused: str | None = None) -> str:
     if backend == "compiled" and reason is not None:
         raise RuntimeError(f"backend 'compiled' was asked for, but {reason}; use 'auto' or 'reference'")
     return namespace
+
+
+def _tf32_allowed() -> bool:
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _constant_tf32_allowed() -> bool:
+    return _tf32_allowed()
+
+
+def may_use_tf32(tensor: Tensor) -> bool:
+    """Whether the user lets float32 products of CUDA tensors round to tf32, as for torch's own.
+
+    torch.compile keeps what it finds.
+    """
+    if tensor.dtype != torch.float32 or tensor.device.type != "cuda":
+        return False
+    return _constant_tf32_allowed() if torch.compiler.is_compiling() else _tf32_allowed()

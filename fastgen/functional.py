@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastgen import _autograd
 from fastgen import _checks as check
-from fastgen._library import select
+from fastgen._library import may_use_tf32, select
 from fastgen.ops.attention import Options, refused_heads
 
 __all__ = [
@@ -135,22 +135,6 @@ def _checked_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> Tenso
     return mask
 
 
-def _tf32_allowed() -> bool:
-    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _constant_tf32_allowed() -> bool:
-    return _tf32_allowed()
-
-
-def _may_use_tf32(query: Tensor) -> bool:
-    """Whether the user lets float32 products of CUDA tensors round to tf32, as for torch's own."""
-    if query.dtype != torch.float32 or query.device.type != "cuda":
-        return False
-    return _constant_tf32_allowed() if torch.compiler.is_compiling() else _tf32_allowed()
-
-
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -213,7 +197,7 @@ def scaled_dot_product_attention(
     mask = _checked_mask(attn_mask, query, key)
     scale = query.size(-1) ** -0.5 if scale is None else float(scale)
     seed = _draw_seed(query.device, generator) if dropout_p > 0 else None
-    options = Options(dropout_p, window_left, window_right, scale, _may_use_tf32(query))
+    options = Options(dropout_p, window_left, window_right, scale, may_use_tf32(query))
     namespace = select("attention_forward", query, refused_heads(query, value))
     out, lse = _autograd.attention(
         _four_dims(query), _four_dims(key), _four_dims(value), mask, seed, options, namespace

@@ -184,74 +184,59 @@ constexpr int warps_for(int64_t rows, const Shape& shape) {
   return static_cast<int>(wanted < 1 ? 1 : wanted < shape.warps ? wanted : shape.warps);
 }
 
+constexpr Dims tile_of(const Sizes& sizes) { return kTiles[find_tile(sizes.key_dim, sizes.value_dim)]; }
+
+// Blocks own ``rows`` rows of each of ``heads`` heads; the output is ``columns`` wide.
+constexpr Plan plan_rows(Dims tile, const Shape& shape, int64_t rows, int64_t heads, int columns) {
+  const int warps = warps_for(rows, shape), of_block = shape.rows(warps);
+  const int slices = static_cast<int>(ceil_div(columns, shape.columns));
+  return {tile, warps, of_block, shape.step, 1, heads * ceil_div(rows, of_block), slices, 0};
+}
+
 constexpr Plan forward_plan(const Sizes& sizes, int multiprocessors) {
-  const Dims tile = kTiles[find_tile(sizes.key_dim, sizes.value_dim)];
+  const Dims tile = tile_of(sizes);
   const Shape shape = forward_shape(tile, sizes.element_size, sizes.plain);
-  const int warps = warps_for(sizes.queries, shape);
-  const int64_t tiles = sizes.batch * sizes.heads * ceil_div(sizes.queries, shape.rows(warps));
-  int64_t items = 1;
+  Plan plan = plan_rows(tile, shape, sizes.queries, sizes.batch * sizes.heads, tile.value);
+  plan.shared_bytes = forward_bytes(tile, sizes.element_size, sizes.plain, plan.warps);
   if (query_buffers(tile, sizes.element_size, sizes.plain) == 2 && ceil_div(sizes.keys, shape.step) <= kShortSteps) {
-    items = tiles / (int64_t{multiprocessors} * kTilesPerMultiprocessor);
-    items = items < 1 ? 1 : items < kMostItems ? items : kMostItems;
+    const int64_t items = plan.blocks / (int64_t{multiprocessors} * kTilesPerMultiprocessor);
+    plan.items = static_cast<int>(items < 1 ? 1 : items < kMostItems ? items : kMostItems);
+    plan.blocks = ceil_div(plan.blocks, plan.items);
   }
-  return {tile,
-          warps,
-          shape.rows(warps),
-          shape.step,
-          static_cast<int>(items),
-          ceil_div(tiles, items),
-          static_cast<int>(ceil_div(tile.value, shape.columns)),
-          forward_bytes(tile, sizes.element_size, sizes.plain, warps)};
+  return plan;
 }
 
 constexpr Plan query_plan(const Sizes& sizes) {
-  const Dims tile = kTiles[find_tile(sizes.key_dim, sizes.value_dim)];
+  const Dims tile = tile_of(sizes);
   const Shape shape = query_shape(tile, sizes.element_size);
-  const int warps = warps_for(sizes.queries, shape);
-  return {tile,
-          warps,
-          shape.rows(warps),
-          shape.step,
-          1,
-          sizes.batch * sizes.heads * ceil_div(sizes.queries, shape.rows(warps)),
-          static_cast<int>(ceil_div(tile.key, shape.columns)),
-          backward_bytes(tile, sizes.element_size, warps)};
+  Plan plan = plan_rows(tile, shape, sizes.queries, sizes.batch * sizes.heads, tile.key);
+  plan.shared_bytes = backward_bytes(tile, sizes.element_size, plan.warps);
+  return plan;
 }
 
 constexpr Plan key_value_plan(const Sizes& sizes) {
-  const Dims tile = kTiles[find_tile(sizes.key_dim, sizes.value_dim)];
+  const Dims tile = tile_of(sizes);
   const Shape shape = key_value_shape(tile, sizes.element_size);
-  const int warps = warps_for(sizes.keys, shape);
-  return {tile,
-          warps,
-          shape.rows(warps),
-          shape.step,
-          1,
-          sizes.batch * sizes.key_heads * ceil_div(sizes.keys, shape.rows(warps)),
-          static_cast<int>(ceil_div(widest(tile), shape.columns)),
-          backward_bytes(tile, sizes.element_size, warps)};
+  Plan plan = plan_rows(tile, shape, sizes.keys, sizes.batch * sizes.key_heads, widest(tile));
+  plan.shared_bytes = backward_bytes(tile, sizes.element_size, plan.warps);
+  return plan;
 }
 
 // A block owns a tile of the mask and goes over what the mask is broadcast to; ``slices`` blocks share that where there
 // are few tiles, and their parts are added afterwards, in order.
 constexpr Plan mask_plan(const Sizes& sizes, const int (&mask)[4], int multiprocessors) {
-  const Dims tile = kTiles[find_tile(sizes.key_dim, sizes.value_dim)];
+  const Dims tile = tile_of(sizes);
   const Shape shape = mask_shape(tile, sizes.element_size);
-  const int warps = warps_for(sizes.queries, shape);
-  const int64_t row_tiles = ceil_div(sizes.queries, shape.rows(warps)), key_tiles = ceil_div(sizes.keys, shape.step);
-  const int64_t owned = int64_t{mask[0]} * mask[1] * (mask[2] == 1 ? 1 : row_tiles) * (mask[3] == 1 ? 1 : key_tiles);
+  Plan plan = plan_rows(tile, shape, sizes.queries, 1, tile.key);
+  plan.shared_bytes = mask_bytes(tile, sizes.element_size, plan.warps);
+  const int64_t row_tiles = plan.blocks, key_tiles = ceil_div(sizes.keys, shape.step);
   const int64_t all = sizes.batch * sizes.heads * row_tiles * key_tiles;
-  const int64_t each = owned > 0 ? all / owned : 1;
-  int64_t splits = owned > 0 ? ceil_div(int64_t{multiprocessors} * kTilesPerMultiprocessor, owned) : 1;
-  splits = splits < each ? splits : each;
-  return {tile,
-          warps,
-          shape.rows(warps),
-          shape.step,
-          1,
-          owned,
-          static_cast<int>(splits < 1 ? 1 : splits),
-          mask_bytes(tile, sizes.element_size, warps)};
+  plan.blocks = int64_t{mask[0]} * mask[1] * (mask[2] == 1 ? 1 : row_tiles) * (mask[3] == 1 ? 1 : key_tiles);
+  const int64_t each = plan.blocks > 0 ? all / plan.blocks : 1;
+  const int64_t wanted = each > 0 ? ceil_div(int64_t{multiprocessors} * kTilesPerMultiprocessor, plan.blocks) : 1;
+  const int64_t splits = wanted < each ? wanted : each;
+  plan.slices = static_cast<int>(splits < 1 ? 1 : splits);
+  return plan;
 }
 
 }  // namespace fastgen::attention
