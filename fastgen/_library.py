@@ -286,6 +286,21 @@ def select(name: str, tensor: Tensor, refused: str | None = None) -> str:
     return namespace
 
 
+def operator_for_derivative(namespace: str, name: str, tensor: Tensor, refused: str | None) -> Callable[..., Any]:
+    """The operator that goes on where a forward pass was served by ``namespace``.
+
+    ``refused``: why its kernel, if there is one, does not take tensors like this one.
+
+    Raises:
+        RuntimeError: ``compiled`` is forced and there is no such kernel.
+    """
+    if namespace == COMPILED and refused is not None and has_kernel(name, tensor.device):
+        if _selection.backend == "compiled":
+            raise RuntimeError(f"backend 'compiled' was asked for, but {refused}; use 'auto' or 'reference'")
+        namespace = REFERENCE
+    return operator(namespace, name)
+
+
 def _tf32_allowed() -> bool:
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 

@@ -7,6 +7,7 @@ these formulas. It is written for clarity; it may use memory proportional to N x
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -194,13 +195,15 @@ SEEN_ROWS = 256
 
 
 def without_unseen_keys(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window_left: int, window_right: int
-) -> tuple[Tensor, Tensor]:
-    """key and value with zeros where no query of the call sees the key: padding may hold anything, NaN too, and zero
-    times that need not be zero."""
+    query: Tensor, mask: Tensor | None, window_left: int, window_right: int, *of_keys: Tensor | None
+) -> tuple[Any, ...]:
+    """``of_keys``, such as key and value, each (B, Hk, M, *), with zeros where no query of the call sees the key:
+    padding may hold anything, NaN too, and zero times that need not be zero. The first of them must be there."""
+    key = of_keys[0]
+    assert key is not None
     queries, keys, device = query.size(-2), key.size(-2), query.device
     if mask is None and (window_right < 0 or keys <= queries + window_right):
-        return key, value
+        return of_keys
     cols = torch.arange(keys, device=device)
     seen = torch.zeros((1, 1, keys), dtype=torch.bool, device=device)
     for first in range(0, queries, SEEN_ROWS):
@@ -214,7 +217,7 @@ def without_unseen_keys(
     if seen.size(1) > key.size(1):
         seen = seen.unflatten(1, (key.size(1), -1)).any(2)
     unseen = ~seen.unsqueeze(-1)
-    return key.masked_fill(unseen, 0), value.masked_fill(unseen, 0)
+    return tuple(t if t is None else t.masked_fill(unseen, 0) for t in of_keys)
 
 
 def attention_scores(
@@ -265,7 +268,7 @@ def attention(
     query (B, H, N, Dk), key (B, Hk, M, Dk), value (B, Hk, M, Dv), mask broadcast to (B, H, N, M), ``keep`` the
     dropout mask divided by its probability -> (B, H, N, Dv), (B, H, N).
     """
-    key, value = without_unseen_keys(query, key, value, mask, window_left, window_right)
+    key, value = without_unseen_keys(query, mask, window_left, window_right, key, value)
     key, value = expand_heads(key, query.size(1)), expand_heads(value, query.size(1))
     scale = query.size(-1) ** -0.5 if scale is None else scale
     weights, lse = softmax_lse(attention_scores(query, key, mask, window_left, window_right, scale))
@@ -289,7 +292,7 @@ def attention_backward(
     dP = (dO V^T) keep, d = rowsum(dP P) - dl, dS = P (dP - d), dQ = a dS K, dK = a dS^T Q, dV = (P keep)^T dO.
     """
     heads, key_heads = query.size(1), key.size(1)
-    key, value = without_unseen_keys(query, key, value, mask, window_left, window_right)
+    key, value = without_unseen_keys(query, mask, window_left, window_right, key, value)
     full_key, full_value = expand_heads(key, heads), expand_heads(value, heads)
     weights, _ = softmax_lse(attention_scores(query, full_key, mask, window_left, window_right, scale))
     grad_weights = grad_out @ full_value.transpose(-2, -1)
@@ -312,6 +315,45 @@ def attention_backward(
     return grad_query, grad_key, grad_value, grad_mask
 
 
+class _Tangent(NamedTuple):
+    """What a step in the direction of the tangents does to P. ``key`` and ``value`` have every head."""
+
+    key: Tensor
+    value: Tensor
+    tangent_key: Tensor | None
+    tangent_value: Tensor | None
+    weights: Tensor
+    centred: Tensor  # W - w
+    lse: Tensor  # w, the tangent of the logsumexp, (B, H, N, 1)
+
+
+def _tangent(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    tangent_query: Tensor | None,
+    tangent_key: Tensor | None,
+    tangent_value: Tensor | None,
+    tangent_mask: Tensor | None,
+    window_left: int,
+    window_right: int,
+    scale: float,
+) -> _Tangent:
+    of_keys = without_unseen_keys(query, mask, window_left, window_right, key, value, tangent_key, tangent_value)
+    key, value, tangent_key, tangent_value = (t if t is None else expand_heads(t, query.size(1)) for t in of_keys)
+    weights, _ = softmax_lse(attention_scores(query, key, mask, window_left, window_right, scale))
+    direction = torch.zeros_like(weights)
+    if tangent_query is not None:
+        direction = direction + scale * (tangent_query @ key.transpose(-2, -1))
+    if tangent_key is not None:
+        direction = direction + scale * (query @ tangent_key.transpose(-2, -1))
+    if tangent_mask is not None:
+        direction = direction + tangent_mask
+    lse = (weights * direction).sum(-1, keepdim=True)
+    return _Tangent(key, value, tangent_key, tangent_value, weights, direction - lse, lse)
+
+
 def attention_tangent(
     query: Tensor,
     key: Tensor,
@@ -330,25 +372,72 @@ def attention_tangent(
 
     W = a (Gq K^T + Q Gk^T) + Gb, w = rowsum(P W), Pt = P (W - w), O' = (Pt keep) V + (P keep) Gv, l' = w.
     """
-    heads = query.size(1)
-    key, value = without_unseen_keys(query, key, value, mask, window_left, window_right)
-    full_key, full_value = expand_heads(key, heads), expand_heads(value, heads)
-    weights, _ = softmax_lse(attention_scores(query, full_key, mask, window_left, window_right, scale))
-    direction = torch.zeros_like(weights)
+    tangents = (tangent_query, tangent_key, tangent_value, tangent_mask)
+    t = _tangent(query, key, value, mask, *tangents, window_left, window_right, scale)
+    keep = torch.ones_like(t.weights) if keep is None else keep
+    out = (t.weights * t.centred * keep) @ t.value
+    if t.tangent_value is not None:
+        out = out + (t.weights * keep) @ t.tangent_value
+    return out, t.lse.squeeze(-1)
+
+
+def attention_second_order(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    tangent_query: Tensor | None,
+    tangent_key: Tensor | None,
+    tangent_value: Tensor | None,
+    tangent_mask: Tensor | None,
+    keep: Tensor | None,
+    window_left: int,
+    window_right: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of <dO, O'> + <dl, l'>, where (O', l') is ``attention_tangent``.
+
+    The tangents being the gradients that come in for (dQ, dK, dV, db), that scalar is <Gq, dQ> + <Gk, dK> + <Gv, dV> +
+    <Gb, db>: these are the gradients of grad_out, grad_lse, query, key, value and a floating mask through
+    ``attention_backward``. The last four are those through ``attention_tangent``, too.
+
+    dP = (dO V^T) keep, d = rowsum(dP P) - dl, dS = P (dP - d), C = (dO Gv^T) keep, r = rowsum(dO O'),
+    dS2 = (W - w) dS + P (C - r): gradients O', w, a (dS2 K + dS Gk), a (dS2^T Q + dS^T Gq), (Pt keep)^T dO, dS2.
+    """
+    heads, key_heads = query.size(1), key.size(1)
+    tangents = (tangent_query, tangent_key, tangent_value, tangent_mask)
+    t = _tangent(query, key, value, mask, *tangents, window_left, window_right, scale)
+    keep = torch.ones_like(t.weights) if keep is None else keep
+    tangent_weights = t.weights * t.centred * keep
+    tangent_out = tangent_weights @ t.value
+    grad_weights = (grad_out @ t.value.transpose(-2, -1)) * keep
+    row = (grad_weights * t.weights).sum(-1, keepdim=True)
+    if grad_lse is not None:
+        row = row - grad_lse.unsqueeze(-1)
+    grad_scores = t.weights * (grad_weights - row)
+    cross = torch.zeros_like(t.weights)
+    if t.tangent_value is not None:
+        tangent_out = tangent_out + (t.weights * keep) @ t.tangent_value
+        cross = (grad_out @ t.tangent_value.transpose(-2, -1)) * keep
+    second_row = (grad_out * tangent_out).sum(-1, keepdim=True)
+    second_scores = t.centred * grad_scores + t.weights * (cross - second_row)
+
+    grad_query = second_scores @ t.key
+    grad_key = second_scores.transpose(-2, -1) @ query
+    if t.tangent_key is not None:
+        grad_query = grad_query + grad_scores @ t.tangent_key
     if tangent_query is not None:
-        direction = direction + scale * (tangent_query @ full_key.transpose(-2, -1))
-    if tangent_key is not None:
-        direction = direction + scale * (query @ expand_heads(tangent_key, heads).transpose(-2, -1))
-    if tangent_mask is not None:
-        direction = direction + tangent_mask
-    lse = (weights * direction).sum(-1, keepdim=True)
-    tangent_weights = weights * (direction - lse)
-    if keep is not None:
-        tangent_weights, weights = tangent_weights * keep, weights * keep
-    out = tangent_weights @ full_value
-    if tangent_value is not None:
-        out = out + weights @ expand_heads(tangent_value, heads)
-    return out, lse.squeeze(-1)
+        grad_key = grad_key + grad_scores.transpose(-2, -1) @ tangent_query
+    grad_value = tangent_weights.transpose(-2, -1) @ grad_out
+    if key_heads != heads:
+        grad_key = grad_key.unflatten(1, (key_heads, -1)).sum(2)
+        grad_value = grad_value.unflatten(1, (key_heads, -1)).sum(2)
+    grad_mask = None
+    if mask is not None and mask.is_floating_point():
+        grad_mask = second_scores.sum_to_size(mask.shape)
+    return tangent_out, t.lse.squeeze(-1), scale * grad_query, scale * grad_key, grad_value, grad_mask
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,31 +1,116 @@
-"""Derivatives of attention. The first is the operator's; a derivative of a derivative takes the reference
-formulas, which are right to any order and use memory proportional to N x M."""
+"""Derivatives of attention: first and second ones through operators, in reverse and forward mode.
+
+    attention          its backward is ``backward``, its jvp is ``tangent``
+    backward           its backward is the first half of ``second_order``; its jvp adds the other half
+    tangent            its backward is the other half of ``second_order``, and ``backward`` for the directions
+    second_order       raises where it is to be differentiated
+
+since <G, backward(dO)> = <dO, tangent(G)>: see ``reference.attention_second_order``. Everything an operator saves or
+allocates grows with N + M.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgen import reference
-from fastgen._autograd.common import apply, choose, must_be_differentiable, only_wanted
-from fastgen._library import operator
-from fastgen.ops.attention import Options
+from fastgen import _checks as check
+from fastgen._autograd.common import apply, choose, only_wanted, transforms_active
+from fastgen._library import operator, operator_for_derivative
+from fastgen.ops.attention import Options, refused_heads_twice
+
+_ANY_ORDER = (
+    "fastgen.reference.attention is plain PyTorch, which differentiates it as often as you like with memory for all"
+    " N x M scores"
+)
 
 
-def _keep(seed: Tensor | None, dropout_p: float, query: Tensor, key: Tensor) -> Tensor | None:
-    """The whole dropout mask over its probability, (B, H, N, M)."""
-    if seed is None:
-        return None
-    batch, heads, length, _ = query.shape
-    keys, count = key.size(2), batch * heads * length
-    groups = reference.groups_per_row(keys)
-    rows = torch.arange(count, device=seed.device)
-    uniform = reference.uniform_rows(seed, rows, max(count // seed.numel(), 1), groups, 0, groups)
-    keep = (uniform[:, :keys] >= dropout_p).to(query.dtype) / (1 - dropout_p)
-    return keep.reshape(batch, heads, length, keys)
+class _Inputs(NamedTuple):
+    """What the derivatives of a call are made from: its arguments and results."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    out: Tensor
+    lse: Tensor
+    mask: Tensor | None
+    seed: Tensor | None
+
+
+_INPUTS = len(_Inputs._fields)
+Directions = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Of query, key, value and mask; None is zero."""
+
+
+def _rows(tensor: Tensor | None) -> Tensor | None:
+    """With a contiguous last dim, as operators read it."""
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _first(tensors: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(_rows(tensor) for tensor in tensors)
+
+
+def _differentiated(*tensors: Tensor | None) -> bool:
+    """Inside a derivative: whether somebody will differentiate it (``create_graph=True``, torch.func, dual numbers).
+
+    Under torch.compile nobody can: AOTAutograd refuses double backward by itself.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return transforms_active() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+
+
+# --------------------------------------------------------------------------------------------------
+# The four passes, each with its derivatives where somebody wants them
+
+
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    inputs: _Inputs,
+    options: Options,
+    mask_grad: bool,
+    namespace: str,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value and mask."""
+    arguments = (_rows(grad_out), grad_lse, *inputs, *options, mask_grad, namespace)
+    if _differentiated(grad_out, grad_lse, *inputs):
+        results = _Backward.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        results = _run_backward(*arguments)
+    return (*results[:3], results[3] if mask_grad else None)
+
+
+def _tangent(inputs: _Inputs, directions: Directions, options: Options, namespace: str) -> tuple[Tensor, Tensor]:
+    """O' and l'."""
+    arguments = (*inputs, *_first(directions), *options, namespace)
+    if _differentiated(*inputs, *directions):
+        results = _Tangent.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        results = _run_tangent(*arguments)
+    return results[0], results[1]
+
+
+def _second_order(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    inputs: _Inputs,
+    directions: Directions,
+    options: Options,
+    mask_grad: bool,
+    namespace: str,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of <dO, O'> + <dl, l'>, in this order: of dO, dl, query, key, value and mask."""
+    arguments = (_rows(grad_out), grad_lse, *inputs, *_first(directions), *options, mask_grad, namespace)
+    if _differentiated(grad_out, grad_lse, *inputs, *directions):
+        results = _SecondOrder.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        results = _run_second_order(*arguments)
+    return (*results[:5], results[5] if mask_grad else None)
 
 
 def _run(
@@ -37,16 +122,33 @@ def _run(
     return result[0], result[1]
 
 
+def _run_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(operator(arguments[-1], "attention_backward")(*arguments[:-1]))
+
+
+def _run_tangent(*arguments: Any) -> tuple[Tensor, ...]:
+    query, _, value = arguments[:3]
+    refused = refused_heads_twice(query, value)
+    return tuple(operator_for_derivative(arguments[-1], "attention_tangent", query, refused)(*arguments[:-1]))
+
+
+def _run_second_order(*arguments: Any) -> tuple[Tensor, ...]:
+    query, _, value = arguments[2:5]
+    refused = refused_heads_twice(query, value)
+    return tuple(operator_for_derivative(arguments[-1], "attention_second_order", query, refused)(*arguments[:-1]))
+
+
+# --------------------------------------------------------------------------------------------------
+# What torch.autograd makes of them
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:5], *output)
-    ctx.save_for_forward(*inputs[:5])
-    ctx.options, ctx.namespace = Options(*inputs[5:-1]), inputs[-1]
+    query, key, value, mask, seed, *options, ctx.namespace = inputs
+    saved = _Inputs(query, key, value, *output, mask, seed)
+    ctx.save_for_backward(*saved)
+    ctx.save_for_forward(*saved)
+    ctx.options = Options(*options)
     ctx.set_materialize_grads(False)
-
-
-def _formula_options(ctx: Any) -> tuple[int, int, float]:
-    """What the reference formulas take of the options."""
-    return ctx.options.window_left, ctx.options.window_right, ctx.options.scale
 
 
 class _Attention(Function):
@@ -58,28 +160,14 @@ class _Attention(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, key, value, mask, seed, out, lse = ctx.saved_tensors
+        inputs = _Inputs(*ctx.saved_tensors)
+        rest = (None,) * (len(ctx.needs_input_grad) - 4)
         if grad_out is None and grad_lse is None:
-            return (None,) * len(ctx.needs_input_grad)
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        grad_mask: Tensor | None
-        if must_be_differentiable():
-            grad_lse = None if grad_lse is None else grad_lse.to(query.dtype)
-            keep = _keep(seed, ctx.options.dropout_p, query, key)
-            grad_query, grad_key, grad_value, grad_mask = reference.attention_backward(
-                grad_out, grad_lse, query, key, value, mask, keep, *_formula_options(ctx)
-            )
-        else:
-            mask_grad = mask is not None and ctx.needs_input_grad[3]
-            grad_query, grad_key, grad_value, grad_mask = operator(ctx.namespace, "attention_backward")(
-                grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous(),
-                grad_lse, query, key, value, out, lse, mask, seed, *ctx.options, mask_grad,
-            )  # fmt: skip
-        return (
-            *only_wanted(ctx, 0, grad_query, grad_key, grad_value, grad_mask),
-            *(None,) * (len(ctx.needs_input_grad) - 4),
-        )
+            return (None,) * 4 + rest
+        grad_out = torch.zeros_like(inputs.out) if grad_out is None else grad_out
+        mask_grad = inputs.mask is not None and ctx.needs_input_grad[3]
+        grads = _backward(grad_out, grad_lse, inputs, ctx.options, mask_grad, ctx.namespace)
+        return (*only_wanted(ctx, 0, *grads), *rest)
 
 
 class _TransformedAttention(Function):
@@ -90,13 +178,124 @@ class _TransformedAttention(Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
-        query, key, value, mask, seed = ctx.saved_tensors[:5]
-        keep = _keep(seed, ctx.options.dropout_p, query, key)
-        t_query, t_key, t_value, t_mask = tangents[:4]
-        out, lse = reference.attention_tangent(
-            query, key, value, mask, t_query, t_key, t_value, t_mask, keep, *_formula_options(ctx)
+        inputs = _Inputs(*ctx.saved_tensors)
+        return _tangent(inputs, _checked(inputs, tangents[:4]), ctx.options, ctx.namespace)
+
+
+def _checked(inputs: _Inputs, tangents: tuple[Any, ...]) -> Directions:
+    primals = {"query": inputs.query, "key": inputs.key, "value": inputs.value, "attn_mask": inputs.mask}
+    for (name, primal), tangent in zip(primals.items(), tangents, strict=True):
+        if tangent is not None and primal is not None:
+            check.require_shape(f"tangent of {name}", tangent, tuple(primal.shape), f"the shape of {name}")
+            check.require_alike(name, primal, **{f"tangent of {name}": tangent})
+    return tangents[0], tangents[1], tangents[2], tangents[3]
+
+
+def _save_all(ctx: Any, inputs: tuple[Any, ...], tensors: int) -> None:
+    """The first ``tensors`` of the inputs, the options, the namespace."""
+    ctx.save_for_backward(*inputs[:tensors])
+    ctx.save_for_forward(*inputs[:tensors])
+    ctx.options, ctx.namespace = Options(*inputs[tensors : tensors + len(Options._fields)]), inputs[-1]
+    ctx.set_materialize_grads(False)
+
+
+class _Backward(Function):
+    """``out`` and ``lse`` get no gradient of their own: those of query, key and value count what goes through them."""
+
+    forward = staticmethod(_run_backward)
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _save_all(ctx, inputs, 2 + _INPUTS)
+        ctx.mask_grad = inputs[-2]
+        if not ctx.mask_grad:
+            ctx.mark_non_differentiable(output[3])
+
+    @staticmethod
+    def backward(ctx: Any, *directions: Any) -> tuple[Tensor | None, ...]:
+        grad_out, grad_lse, *saved = ctx.saved_tensors
+        inputs, directions = _Inputs(*saved), directions if ctx.mask_grad else (*directions[:3], None)
+        wanted = ctx.needs_input_grad
+        if all(direction is None for direction in directions):
+            return (None,) * len(wanted)
+        mask_grad = inputs.mask is not None and inputs.mask.is_floating_point() and wanted[2 + 5]
+        of_out, of_lse, query, key, value, mask = _second_order(
+            grad_out, grad_lse, inputs, directions, ctx.options, mask_grad, ctx.namespace
         )
-        return out, lse.to(torch.promote_types(query.dtype, torch.float32))
+        of_lse = None if grad_lse is None or of_lse is None else of_lse.to(grad_lse.dtype)
+        grads = (of_out, of_lse, query, key, value, None, None, mask)
+        return (*only_wanted(ctx, 0, *grads), *(None,) * (len(wanted) - len(grads)))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        grad_out, grad_lse, *saved = ctx.saved_tensors
+        inputs = _Inputs(*saved)
+        of_out, of_lse, query, key, value, _, _, mask = tangents[: 3 + 5]
+        parts = []
+        if any(tangent is not None for tangent in (query, key, value, mask)):
+            directions = (query, key, value, mask)
+            rest = (inputs, directions, ctx.options, ctx.mask_grad, ctx.namespace)
+            parts.append(_second_order(grad_out, grad_lse, *rest)[2:])
+        if of_out is not None or of_lse is not None:
+            of_out = torch.zeros_like(grad_out) if of_out is None else of_out
+            parts.append(_backward(of_out, of_lse, inputs, ctx.options, ctx.mask_grad, ctx.namespace))
+        if len(parts) == 2:
+            return tuple(None if a is None or b is None else a + b for a, b in zip(*parts, strict=True))
+        return tuple(parts[0])
+
+
+class _Tangent(Function):
+    forward = staticmethod(_run_tangent)
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _save_all(ctx, inputs, _INPUTS + 4)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        *saved, query, key, value, mask = ctx.saved_tensors
+        inputs, directions, wanted = _Inputs(*saved), (query, key, value, mask), ctx.needs_input_grad
+        if grad_out is None and grad_lse is None:
+            return (None,) * len(wanted)
+        grad_out = torch.zeros_like(inputs.out) if grad_out is None else grad_out
+        grads: list[Tensor | None] = [None] * len(wanted)
+        if any(wanted[i] for i in (0, 1, 2, 5)):
+            rest = (inputs, directions, ctx.options, wanted[5], ctx.namespace)
+            _, _, grads[0], grads[1], grads[2], grads[5] = _second_order(grad_out, grad_lse, *rest)
+        if any(wanted[_INPUTS : _INPUTS + 4]):
+            mask_grad = wanted[_INPUTS + 3]
+            of_directions = _backward(grad_out, grad_lse, inputs, ctx.options, mask_grad, ctx.namespace)
+            grads[_INPUTS : _INPUTS + 4] = of_directions
+        return only_wanted(ctx, 0, *grads)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        raise RuntimeError(
+            "attention: forward mode over forward mode is not there; take forward over reverse, such as"
+            f" torch.func.jvp of torch.func.grad, or the formula: {_ANY_ORDER}"
+        )
+
+
+class _SecondOrder(Function):
+    """The end of the line: what is right up to here would be wrong, or missing, in the next derivative."""
+
+    forward = staticmethod(_run_second_order)
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        if not inputs[-2]:
+            ctx.mark_non_differentiable(output[5])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
+        raise RuntimeError(f"attention: expected first or second derivatives, got a third one; {_ANY_ORDER}")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        _SecondOrder.backward(ctx)
 
 
 def attention(
@@ -108,7 +307,7 @@ def attention(
     options: Options,
     namespace: str,
 ) -> tuple[Tensor, Tensor]:
-    """``attention_forward`` with derivatives of every order; straight to the operator where none is needed."""
+    """``attention_forward``, twice differentiable; straight to the operator where no derivative is needed."""
     arguments = (query, key, value, mask, seed, *options, namespace)
     function = choose(_Attention, _TransformedAttention, query, key, value, mask)
     result = _run(*arguments) if function is None else apply(function, arguments)

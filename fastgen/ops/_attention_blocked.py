@@ -118,13 +118,31 @@ class Tile:
         slices = tuple(slice(None) if n == 1 else slice(*s) for n, s in zip(mask.shape, spans, strict=True))
         return mask[slices]
 
+    def add_mask(self, scores: Tensor, mask: Tensor) -> None:
+        """Adds the mask's part; a boolean one puts -inf where it is False."""
+        part, by_head = self.mask_part(mask), self.per_head(scores)
+        part = part.unflatten(1, (-1, self.groups)) if part.size(1) > 1 else part.unsqueeze(1)
+        by_head.masked_fill_(~part, -math.inf) if part.dtype == torch.bool else by_head.add_(part)
+
+    def add_mask_grad(self, grad_mask: Tensor, grad_scores: Tensor) -> None:
+        """Adds the gradient of the scores to that of the mask, summed where the mask is broadcast."""
+        target = self.mask_part(grad_mask)
+        target += self.per_head(grad_scores).flatten(1, 2).sum_to_size(target.shape)
+
+    def store(self, result: Tensor, part: Tensor) -> None:
+        """Writes (b, Hk, G * rows, D) to its place in (B, H, N, D)."""
+        target = result[self.b0 : self.b1, :, self.i0 : self.i1]
+        target.copy_(part.unflatten(2, (self.groups, -1)).flatten(1, 2))
+
+    def store_row(self, result: Tensor, part: Tensor) -> None:
+        """Writes (b, Hk, G * rows, 1) to its place in (B, H, N)."""
+        self.store(result.unsqueeze(-1), part)
+
     def scores(self) -> Tensor:
         scores = torch.matmul(self.rows(self.query) * self.options.scale, self.keys(self.key).transpose(-2, -1))
         by_head = self.per_head(scores)
         if self.mask is not None:
-            part = self.mask_part(self.mask)
-            part = part.unflatten(1, (-1, self.groups)) if part.size(1) > 1 else part.unsqueeze(1)
-            by_head.masked_fill_(~part, -math.inf) if part.dtype == torch.bool else by_head.add_(part)
+            self.add_mask(scores, self.mask)
         device = scores.device
         rows, cols = torch.arange(self.i0, self.i1, device=device), torch.arange(self.j0, self.j1, device=device)
         allowed = reference.attended(rows, cols, self.options.window_left, self.options.window_right)
@@ -183,10 +201,8 @@ def forward(
     for tile in tiles(query, key, mask, seed, options):
         weights, row_lse = reference.softmax_lse(tile.scores())
         keep = tile.keep()
-        part = torch.matmul(weights if keep is None else weights.mul_(keep), tile.keys(value))
-        batch, rows = slice(tile.b0, tile.b1), slice(tile.i0, tile.i1)
-        out[batch, :, rows] = part.unflatten(2, (tile.groups, -1)).flatten(1, 2).to(out.dtype)
-        lse[batch, :, rows] = row_lse.unflatten(2, (tile.groups, -1)).flatten(1, 2)
+        tile.store(out, torch.matmul(weights if keep is None else weights.mul_(keep), tile.keys(value)))
+        tile.store_row(lse, row_lse.unsqueeze(-1))
     return out, lse
 
 
@@ -209,7 +225,7 @@ def backward(
     grad_value = torch.zeros(value.shape, dtype=dtype, device=value.device)
     grad_mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device) if mask is not None and mask_grad else None
     for tile in tiles(query, key, mask, seed, options):
-        batch, rows, keys = slice(tile.b0, tile.b1), slice(tile.i0, tile.i1), slice(tile.j0, tile.j1)
+        batch, keys = slice(tile.b0, tile.b1), slice(tile.j0, tile.j1)
         tile_lse = tile.row_vector(lse)
         weights = tile.scores().sub_(tile_lse.masked_fill(tile_lse == -math.inf, 0)).exp_()
         upstream = tile.rows(grad_out)
@@ -224,10 +240,8 @@ def backward(
         dropped = weights if keep is None else weights.mul_(keep)
         grad_value[batch, :, keys] += torch.matmul(dropped.transpose(-2, -1), upstream)
         grad_key[batch, :, keys] += torch.matmul(grad_scores.transpose(-2, -1), tile.rows(query)) * options.scale
-        part = torch.matmul(grad_scores, tile.keys(key)) * options.scale
-        grad_query[batch, :, rows] = part.unflatten(2, (tile.groups, -1)).flatten(1, 2).to(query.dtype)
+        tile.store(grad_query, torch.matmul(grad_scores, tile.keys(key)) * options.scale)
         if grad_mask is not None:
-            target = tile.mask_part(grad_mask)
-            target += tile.per_head(grad_scores).flatten(1, 2).sum_to_size(target.shape)
+            tile.add_mask_grad(grad_mask, grad_scores)
     grad_mask = None if grad_mask is None or mask is None else grad_mask.to(mask.dtype)
     return grad_query, grad_key, grad_value, grad_mask
