@@ -341,7 +341,8 @@ def _tangent(
     scale: float,
 ) -> _Tangent:
     of_keys = without_unseen_keys(query, mask, window_left, window_right, key, value, tangent_key, tangent_value)
-    key, value, tangent_key, tangent_value = (t if t is None else expand_heads(t, query.size(1)) for t in of_keys)
+    full: list[Any] = [t if t is None else expand_heads(t, query.size(1)) for t in of_keys]
+    key, value, tangent_key, tangent_value = full
     weights, _ = softmax_lse(attention_scores(query, key, mask, window_left, window_right, scale))
     direction = torch.zeros_like(weights)
     if tangent_query is not None:

@@ -209,8 +209,6 @@ class _Backward(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         _save_all(ctx, inputs, 2 + _INPUTS)
         ctx.mask_grad = inputs[-2]
-        if not ctx.mask_grad:
-            ctx.mark_non_differentiable(output[3])
 
     @staticmethod
     def backward(ctx: Any, *directions: Any) -> tuple[Tensor | None, ...]:
@@ -240,9 +238,9 @@ class _Backward(Function):
         if of_out is not None or of_lse is not None:
             of_out = torch.zeros_like(grad_out) if of_out is None else of_out
             parts.append(_backward(of_out, of_lse, inputs, ctx.options, ctx.mask_grad, ctx.namespace))
-        if len(parts) == 2:
-            return tuple(None if a is None or b is None else a + b for a, b in zip(*parts, strict=True))
-        return tuple(parts[0])
+        # Not None where the mask has no gradient: PyTorch takes that for a tangent where a vmap is inside.
+        whole = [[inputs.query.new_zeros(0) if t is None else t for t in part] for part in parts]
+        return tuple(whole[0]) if len(whole) == 1 else tuple(a + b for a, b in zip(*whole, strict=True))
 
 
 class _Tangent(Function):
@@ -286,8 +284,7 @@ class _SecondOrder(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        if not inputs[-2]:
-            ctx.mark_non_differentiable(output[5])
+        pass
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> NoReturn:

@@ -31,8 +31,6 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_forward(*inputs[:5])
     ctx.with_kl, ctx.namespace = inputs[5:]
     ctx.set_materialize_grads(False)
-    if not ctx.with_kl:
-        ctx.mark_non_differentiable(output[1])
 
 
 class _GaussianLatent(Function):
@@ -68,14 +66,14 @@ class _TransformedGaussianLatent(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor | None]:
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
         mu, logvar, prior_mu, prior_logvar, seed = ctx.saved_tensors
         zero = torch.zeros_like(mu)
         t_mu, t_logvar, t_prior_mu, t_prior_logvar = (zero if t is None else t for t in tangents[:4])
         noise = reference.standard_normal(seed, *mu.shape).to(mu.dtype)
         z = t_mu + 0.5 * noise * (0.5 * logvar).exp() * t_logvar
         if not ctx.with_kl:
-            return z, None
+            return z, mu.new_zeros(0)  # not None: PyTorch takes that for a tangent where a vmap is inside
         ones = torch.ones(mu.size(0), dtype=mu.dtype, device=mu.device)
         slopes = reference.gaussian_latent_backward(None, ones, mu, logvar, noise, prior_mu, prior_logvar)
         directions = (t_mu, t_logvar, t_prior_mu, t_prior_logvar)

@@ -176,13 +176,20 @@ class Tile:
         return keep.div_(1 - dropout_p).reshape(shape)
 
 
-def tiles(query: Tensor, key: Tensor, mask: Tensor | None, seed: Tensor | None, options: Options) -> Iterator[Tile]:
+def tiles(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    options: Options,
+    tile_bytes: int,
+) -> Iterator[Tile]:
     batch, heads, length, _ = query.shape
     if heads == 0:
         return
     row_bytes = max(1, heads * key.size(2) * (8 if query.dtype == torch.float64 else 4))
-    batches = max(1, min(batch, TILE_BYTES // (row_bytes * min(length, 64) or 1)))
-    rows = max(1, min(length, max(16, TILE_BYTES // (row_bytes * batches))))
+    batches = max(1, min(batch, tile_bytes // (row_bytes * min(length, 64) or 1)))
+    rows = max(1, min(length, max(16, tile_bytes // (row_bytes * batches))))
     for b0 in range(0, batch, batches):
         for i0 in range(0, length, rows):
             spans = (b0, min(b0 + batches, batch), i0, min(i0 + rows, length))
@@ -198,7 +205,7 @@ def forward(
     options: Options,
 ) -> tuple[Tensor, Tensor]:
     out, lse = allocate_out(query, value.size(-1)), allocate_lse(query)
-    for tile in tiles(query, key, mask, seed, options):
+    for tile in tiles(query, key, mask, seed, options, TILE_BYTES):
         weights, row_lse = reference.softmax_lse(tile.scores())
         keep = tile.keep()
         tile.store(out, torch.matmul(weights if keep is None else weights.mul_(keep), tile.keys(value)))
@@ -224,7 +231,7 @@ def backward(
     grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device)
     grad_value = torch.zeros(value.shape, dtype=dtype, device=value.device)
     grad_mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device) if mask is not None and mask_grad else None
-    for tile in tiles(query, key, mask, seed, options):
+    for tile in tiles(query, key, mask, seed, options, TILE_BYTES):
         batch, keys = slice(tile.b0, tile.b1), slice(tile.j0, tile.j1)
         tile_lse = tile.row_vector(lse)
         weights = tile.scores().sub_(tile_lse.masked_fill(tile_lse == -math.inf, 0)).exp_()

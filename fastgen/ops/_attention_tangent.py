@@ -6,6 +6,7 @@ A tile has all the keys that its rows see, so that the sums over a row are known
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,6 +24,10 @@ from fastgen.ops._attention_blocked import (
 )
 
 
+TILE_BYTES = 2**21
+"""About how much one of a tile's four matrices may hold."""
+
+
 class Tangents(NamedTuple):
     """The directions of query, key, value and mask; None is zero."""
 
@@ -32,22 +37,10 @@ class Tangents(NamedTuple):
     mask: Tensor | None
 
 
-class Weights(NamedTuple):
-    """A tile of weights and their derivatives, all (b, Hk, G * rows, keys), and w (b, Hk, G * rows, 1)."""
-
-    tangent: Tensor  # P (W - w), with dropout
-    dropped: Tensor | None  # P with dropout, where it was wanted
-    lse: Tensor  # w
-    first: Tensor | None  # dS, where gradients were given
-    second: Tensor | None  # dS2, likewise
+Weigh = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None"], Tensor]
 
 
-Combine = Callable[
-    [Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None", bool], Weights
-]
-
-
-def combine(
+def weigh(
     scores: Tensor,
     direction: Tensor,
     lse: Tensor,
@@ -55,51 +48,62 @@ def combine(
     grads: Tensor | None,
     delta: Tensor | None,
     cross: Tensor | None,
-    want_dropped: bool,
-) -> Weights:
-    """Everything between the products of a tile; the tiles are overwritten.
+) -> Tensor:
+    """Everything between the products of a tile. Returns w, (..., 1), and overwrites, all (..., keys):
 
-    ``scores`` S, ``direction`` W, ``grads`` dO V^T and ``cross`` dO Gv^T are (b, Hk, R, keys), ``lse`` and ``delta`` d
-    (b, Hk, R, 1).
+    ``scores`` S with Pt keep; ``grads`` dO V^T, if given, with dS; ``cross`` dO Gv^T, if given, with dS2; ``direction``
+    W with dS2 where there are grads and no cross, otherwise with P keep. ``lse`` and ``delta`` d are (..., 1).
     """
     weights = scores.sub_(lse).exp_()
     row = (weights * direction).sum(-1, keepdim=True)
     centred = direction.sub_(row)
-    tangent = weights * centred
-    if keep is not None:
-        tangent.mul_(keep)
-    dropped = None
-    if want_dropped:
-        dropped = weights if keep is None else weights * keep
-    if grads is None or delta is None:
-        return Weights(tangent, dropped, row, None, None)
-    # r = rowsum(dO O') = rowsum((Pt keep) dO V^T + (P keep) dO Gv^T)
-    second_row = (tangent * grads).sum(-1, keepdim=True)
-    if keep is not None:
-        grads.mul_(keep)
-    first = grads.sub_(delta).mul_(weights)
-    if cross is None:
-        return Weights(tangent, dropped, row, first, centred.mul_(first).addcmul_(weights, second_row, value=-1))
-    if keep is not None:
-        cross.mul_(keep)
-    second_row += (weights * cross).sum(-1, keepdim=True)
-    second = cross.sub_(second_row).mul_(weights).addcmul_(centred, first)
-    return Weights(tangent, dropped, row, first, second)
+    dropped = weights.clone() if keep is None else weights * keep
+    tangent = dropped * centred
+    if grads is not None:
+        assert delta is not None
+        # r = rowsum(dO O') = rowsum(Pt keep dO V^T + P keep dO Gv^T)
+        second_row = (tangent * grads).sum(-1, keepdim=True)
+        if keep is not None:
+            grads.mul_(keep)
+        grads.sub_(delta).mul_(weights)
+        if cross is None:
+            centred.mul_(grads).addcmul_(weights, second_row, value=-1)
+        else:
+            second_row += (dropped * cross).sum(-1, keepdim=True)
+            if keep is not None:
+                cross.mul_(keep)
+            cross.sub_(second_row).mul_(weights).addcmul_(centred, grads)
+    if grads is None or cross is not None:
+        direction.copy_(dropped)
+    scores.copy_(tangent)
+    return row
+
+
+def compiled_weigh(*tile: Tensor | None) -> Tensor:
+    """The same in one pass over memory, for float32 on CPU."""
+    row: Tensor = torch.ops.fastgen.cpu_attention_weights(*tile)
+    return row
+
+
+def _weigher(query: Tensor, assisted: bool) -> Weigh:
+    return compiled_weigh if assisted and wide(query.dtype) == torch.float32 else weigh
 
 
 def _seen_lse(tile: Tile, lse: Tensor) -> Tensor:
     """The rows' logsumexp; 0 where they see nothing, so that their weights are 0 and not NaN."""
     of_rows = tile.row_vector(lse)
-    return of_rows.masked_fill(of_rows == float("-inf"), 0)
+    return of_rows.masked_fill(of_rows == -math.inf, 0).contiguous()
 
 
 def _direction(tile: Tile, tangents: Tangents) -> Tensor:
     """W = a (Gq K^T + Q Gk^T) + Gb, in one product."""
     left, right = [], []
     if tangents.query is not None:
-        left.append(tile.rows(tangents.query)), right.append(tile.keys(tile.key))
+        left.append(tile.rows(tangents.query))
+        right.append(tile.keys(tile.key))
     if tangents.key is not None:
-        left.append(tile.rows(tile.query)), right.append(tile.keys(tangents.key))
+        left.append(tile.rows(tile.query))
+        right.append(tile.keys(tangents.key))
     if left:
         direction = torch.matmul(torch.cat(left, -1) * tile.options.scale, torch.cat(right, -1).transpose(-2, -1))
     else:
@@ -119,25 +123,20 @@ def tangent(
     seed: Tensor | None,
     tangents: Tangents,
     options: Options,
-    combine: Combine = combine,
+    assisted: bool,
 ) -> tuple[Tensor, Tensor]:
+    """``assisted``: the compiled helper is there."""
+    weigh = _weigher(query, assisted)
     tangent_out, tangent_lse = allocate_out(query, value.size(-1)), allocate_lse(query)
-    for tile in tiles(query, key, mask, seed, options):
-        weights = combine(
-            tile.scores(), _direction(tile, tangents), _seen_lse(tile, lse), tile.keep(), None, None, None,
-            tangents.value is not None,
-        )  # fmt: skip
-        tile.store(tangent_out, _out(tile, weights, value, tangents))
-        tile.store_row(tangent_lse, weights.lse)
+    for tile in tiles(query, key, mask, seed, options, TILE_BYTES):
+        scores, direction = tile.scores(), _direction(tile, tangents)
+        row = weigh(scores, direction, _seen_lse(tile, lse), tile.keep(), None, None, None)
+        out = torch.matmul(scores, tile.keys(value))
+        if tangents.value is not None:
+            out += torch.matmul(direction, tile.keys(tangents.value))
+        tile.store(tangent_out, out)
+        tile.store_row(tangent_lse, row)
     return tangent_out, tangent_lse
-
-
-def _out(tile: Tile, weights: Weights, value: Tensor, tangents: Tangents) -> Tensor:
-    """O' = (Pt keep) V + (P keep) Gv."""
-    out = torch.matmul(weights.tangent, tile.keys(value))
-    if tangents.value is not None and weights.dropped is not None:
-        out += torch.matmul(weights.dropped, tile.keys(tangents.value))
-    return out
 
 
 def second_order(
@@ -153,44 +152,39 @@ def second_order(
     tangents: Tangents,
     options: Options,
     mask_grad: bool,
-    combine: Combine = combine,
+    assisted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    dtype, scale = wide(query.dtype), options.scale
+    """``assisted``: the compiled helper is there."""
+    dtype, scale, weigh = wide(query.dtype), options.scale, _weigher(query, assisted)
     tangent_out, tangent_lse = allocate_out(query, value.size(-1)), allocate_lse(query)
     grad_query = allocate_grad(query)
     grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device)
     grad_value = torch.zeros(value.shape, dtype=dtype, device=value.device)
     grad_mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device) if mask is not None and mask_grad else None
-    for tile in tiles(query, key, mask, seed, options):
+    for tile in tiles(query, key, mask, seed, options, TILE_BYTES):
         batch, keys = slice(tile.b0, tile.b1), slice(tile.j0, tile.j1)
-        upstream = tile.rows(grad_out)
+        upstream, of_query, of_key = tile.rows(grad_out), tile.rows(query), tile.keys(key)
         delta = (upstream * tile.rows(out)).sum(-1, keepdim=True)
         if grad_lse is not None:
             delta = delta - tile.row_vector(grad_lse)
+        scores, direction = tile.scores(), _direction(tile, tangents)
+        first, second = torch.matmul(upstream, tile.keys(value).transpose(-2, -1)), direction
         cross = None
         if tangents.value is not None:
-            cross = torch.matmul(upstream, tile.keys(tangents.value).transpose(-2, -1))
-        weights = combine(
-            tile.scores(),
-            _direction(tile, tangents),
-            _seen_lse(tile, lse),
-            tile.keep(),
-            torch.matmul(upstream, tile.keys(value).transpose(-2, -1)),
-            delta,
-            cross,
-            tangents.value is not None,
-        )
-        first, second = weights.first, weights.second
-        assert first is not None
-        assert second is not None
-        tile.store(tangent_out, _out(tile, weights, value, tangents))
-        tile.store_row(tangent_lse, weights.lse)
-        grad_value[batch, :, keys] += torch.matmul(weights.tangent.transpose(-2, -1), upstream)
-        part = torch.matmul(second.transpose(-2, -1), tile.rows(query))
+            second = cross = torch.matmul(upstream, tile.keys(tangents.value).transpose(-2, -1))
+        row = weigh(scores, direction, _seen_lse(tile, lse), tile.keep(), first, delta, cross)
+
+        tangent = torch.matmul(scores, tile.keys(value))
+        if tangents.value is not None:
+            tangent += torch.matmul(direction, tile.keys(tangents.value))
+        tile.store(tangent_out, tangent)
+        tile.store_row(tangent_lse, row)
+        grad_value[batch, :, keys] += torch.matmul(scores.transpose(-2, -1), upstream)
+        part = torch.matmul(second.transpose(-2, -1), of_query)
         if tangents.query is not None:
             part += torch.matmul(first.transpose(-2, -1), tile.rows(tangents.query))
         grad_key[batch, :, keys] += part.mul_(scale)
-        part = torch.matmul(second, tile.keys(key))
+        part = torch.matmul(second, of_key)
         if tangents.key is not None:
             part += torch.matmul(first, tile.keys(tangents.key))
         tile.store(grad_query, part.mul_(scale))

@@ -13,6 +13,7 @@ holds one tile of scores at a time, never N x M.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -58,7 +59,11 @@ _Results = TypeVar("_Results", bound=tuple[Any, ...])
 
 
 def _heedless(
-    run: Callable[..., _Results], query: Tensor, of_keys: tuple[Tensor | None, ...], mask: Tensor | None, options: Options
+    run: Callable[..., _Results],
+    query: Tensor,
+    of_keys: tuple[Tensor | None, ...],
+    mask: Tensor | None,
+    options: Options,
 ) -> _Results:
     """``run(*of_keys)``, whatever the keys and values hold that no query sees.
 
@@ -166,7 +171,9 @@ def _backward(
     def run(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if not mask_grad and _attention_fused.takes(query, key, value, mask, seed, known):
             causal = known.window_right == 0
-            grads = _attention_fused.backward(grad_out, grad_lse, query, key, value, out, lse, mask, causal, known.scale)
+            grads = _attention_fused.backward(
+                grad_out, grad_lse, query, key, value, out, lse, mask, causal, known.scale
+            )
             grad_query, grad_key, grad_value = (_attention_fused.settle(grad, True) for grad in grads)
             return grad_query, grad_key, grad_value, query.new_empty(0)
         grad_query, grad_key, grad_value, grad_mask = _attention_blocked.backward(
@@ -194,15 +201,12 @@ def _backward_fake(
     return allocate_grad(query), allocate_grad(key), allocate_grad(value), grad_mask
 
 
-def _fold_mask(mask: Tensor | None, dim: int | None, size: int, batch: int) -> Tensor | None:
-    """A mask that every batch entry shares stays shared; any other is folded with the batch."""
-    if mask is None or (dim is None and mask.size(0) == 1):
-        return mask
-    front = mask.unsqueeze(0) if dim is None else mask.movedim(dim, 0)
-    return front.expand(size, batch, *front.shape[2:]).flatten(0, 1)
+def _helper_weighs(query: Tensor) -> bool:
+    return has_kernel("cpu_attention_weights", query.device)
 
 
 def _tangent(
+    assisted: bool,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -220,7 +224,8 @@ def _tangent(
 
     def run(key: Tensor, value: Tensor, of_key: Tensor | None, of_value: Tensor | None) -> tuple[Tensor, Tensor]:
         tangents = _attention_tangent.Tangents(tangent_query, of_key, of_value, tangent_mask)
-        return _attention_tangent.tangent(query, key, value, lse, mask, seed, tangents, known)
+        helped = assisted and _helper_weighs(query)
+        return _attention_tangent.tangent(query, key, value, lse, mask, seed, tangents, known, helped)
 
     return _heedless(run, query, (key, value, tangent_key, tangent_value), mask, known)
 
@@ -230,6 +235,7 @@ def _tangent_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tupl
 
 
 def _second_order(
+    assisted: bool,
     grad_out: Tensor,
     grad_lse: Tensor | None,
     query: Tensor,
@@ -252,8 +258,9 @@ def _second_order(
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         tangents = _attention_tangent.Tangents(tangent_query, of_key, of_value, tangent_mask)
         *rows, grad_key, grad_value, grad_mask = _attention_tangent.second_order(
-            grad_out, grad_lse, query, key, value, out, lse, mask, seed, tangents, known, mask_grad
-        )
+            grad_out, grad_lse, query, key, value, out, lse, mask, seed, tangents, known, mask_grad,
+            assisted and _helper_weighs(query),
+        )  # fmt: skip
         grad_key, grad_value = allocate_grad(key).copy_(grad_key), allocate_grad(value).copy_(grad_value)
         return rows[0], rows[1], rows[2], grad_key, grad_value, query.new_empty(0) if grad_mask is None else grad_mask
 
@@ -285,7 +292,7 @@ def _vmap(query_at: int, mask_at: int, tangent_mask_at: int | None = None, mask_
         size, query_dim = info.batch_size, in_dims[query_at]
         query = args[query_at] if query_dim is None else args[query_at].movedim(query_dim, 0)[0]
         batch = query.size(0)
-        folded = []
+        folded: list[Any] = []
         for at, (argument, dim) in enumerate(zip(args, in_dims, strict=True)):
             if at in (mask_at, tangent_mask_at):
                 folded.append(_fold_mask(argument, dim, size, batch))
@@ -335,22 +342,31 @@ define(
     "attention",
     "attention_tangent(Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor? mask, Tensor? seed, "
     f"{_TANGENTS}, {_OPTIONS}) -> (Tensor, Tensor)",
-    _tangent,
+    partial(_tangent, False),
     _tangent_fake,
     _vmap(query_at=0, mask_at=5, tangent_mask_at=10),
+    assisted=partial(_tangent, True),
 )
 define(
     "attention",
     "attention_second_order(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
     f"Tensor lse, Tensor? mask, Tensor? seed, {_TANGENTS}, {_OPTIONS}, bool mask_grad) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _second_order,
+    partial(_second_order, False),
     _second_order_fake,
     _vmap(query_at=2, mask_at=7, tangent_mask_at=12, mask_grad=True),
+    assisted=partial(_second_order, True),
 )
 define(
     "helpers",
     "cpu_attention_forward(Tensor query, Tensor key, Tensor value, bool is_causal, float scale) -> (Tensor, Tensor)",
     _cpu_forward,
     _cpu_forward_fake,
+)
+define(
+    "helpers",
+    "cpu_attention_weights(Tensor(a!) scores, Tensor(b!) direction, Tensor lse, Tensor? keep, Tensor(c!)? grads, "
+    "Tensor? delta, Tensor(d!)? cross) -> Tensor",
+    _attention_tangent.weigh,
+    lambda scores, direction, lse, *rest: torch.empty_like(lse),
 )
