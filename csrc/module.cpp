@@ -65,7 +65,8 @@ py::dict attention_plan(int64_t batch, int64_t heads, int64_t key_heads, int64_t
                         int value_dim, int element_size, int multiprocessors, bool plain,
                         const std::optional<std::array<int, 4>>& mask) {
   namespace attention = fastgen::attention;
-  if (attention::find_tile(key_dim, value_dim) < 0) throw py::value_error("key_dim, value_dim: no tile is that wide");
+  if (attention::find_tile(attention::kTiles, key_dim, value_dim) < 0)
+    throw py::value_error("key_dim, value_dim: no tile is that wide");
   const attention::Sizes sizes = {batch, heads, key_heads, queries, keys, key_dim, value_dim, element_size, plain};
   py::dict result;
   result["forward"] = describe(attention::forward_plan(sizes, multiprocessors));
@@ -73,7 +74,7 @@ py::dict attention_plan(int64_t batch, int64_t heads, int64_t key_heads, int64_t
   result["key_value"] = describe(attention::key_value_plan(sizes));
   if (mask.has_value()) {
     const int sizes_of_mask[4] = {(*mask)[0], (*mask)[1], (*mask)[2], (*mask)[3]};
-    result["mask"] = describe(attention::mask_plan(sizes, sizes_of_mask, multiprocessors));
+    result["mask"] = describe(attention::mask_plan(sizes, sizes_of_mask, multiprocessors, false));
   }
   return result;
 }

@@ -1,189 +1,11 @@
-// attention_forward and attention_backward as operators: check, allocate, fill the params, launch.
+// attention's operators: check, allocate, fill the params, launch.
 #include <tuple>
 
-#include "attention/config.h"
 #include "attention/launch.h"
-#include "common/torch_api.h"
+#include "attention/operands.h"
 
 namespace fastgen::attention {
 namespace {
-
-using MaybeTensor = std::optional<Tensor>;
-
-constexpr int64_t kAlignment = 16;  // bytes
-
-int64_t element_size(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Float ? 4 : 2; }
-
-int64_t aligned_dim(const Tensor& tensor) {
-  const int64_t chunk = kAlignment / element_size(tensor);
-  return ceil_div(tensor.size(3), chunk) * chunk;
-}
-
-bool is_aligned(const Tensor& tensor) {
-  bool whole = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kAlignment == 0;
-  for (int dim = 0; dim < 3; ++dim) {
-    whole = whole && (tensor.size(dim) <= 1 || tensor.stride(dim) * element_size(tensor) % kAlignment == 0);
-  }
-  return whole && aligned_dim(tensor) == tensor.size(3);
-}
-
-// A tensor that is read, in place where its rows are whole multiples of 16 bytes; otherwise a copy with columns of
-// zeros, which lives as long as this.
-class Read {
- public:
-  Read(const Tensor& tensor, const char* name, const Tensor& query) : tensor_(tensor) {
-    STD_TORCH_CHECK(tensor.dim() == 4 && (tensor.numel() == 0 || tensor.size(3) <= 1 || tensor.stride(3) == 1), name,
-                    ": expected four dims, the last of them contiguous");
-    STD_TORCH_CHECK(tensor.scalar_type() == query.scalar_type(), name, ": expected the dtype of query");
-    STD_TORCH_CHECK(tensor.device() == query.device(), name, ": expected the device of query");
-    if (is_aligned(tensor)) return;
-    tensor_ = torch::stable::new_zeros(tensor, {tensor.size(0), tensor.size(1), tensor.size(2), aligned_dim(tensor)});
-    Tensor part = torch::stable::narrow(tensor_, 3, 0, tensor.size(3));
-    torch::stable::copy_(part, tensor);
-  }
-  Operand operand() const {
-    return {tensor_.const_data_ptr(), tensor_.stride(0), tensor_.stride(1), tensor_.stride(2)};
-  }
-  int64_t dim() const { return tensor_.size(3); }
-
- private:
-  Tensor tensor_;
-};
-
-// A new tensor of the query's device and dtype. Not a view: an output that is one may not carry a forward-mode tangent.
-template <int kDims>
-Tensor empty_strided(const Tensor& query, const int64_t (&sizes)[kDims], const int64_t (&strides)[kDims],
-                     ScalarType dtype) {
-  int32_t stable_dtype = aoti_torch_dtype_float32();
-  if (dtype == ScalarType::Half) stable_dtype = aoti_torch_dtype_float16();
-  if (dtype == ScalarType::BFloat16) stable_dtype = aoti_torch_dtype_bfloat16();
-  const auto device = query.device();
-  const int32_t kind = device.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(kDims, sizes, strides, stable_dtype, kind,
-                                                  device.is_cuda() ? device.index() : 0, &handle));
-  return Tensor(handle);
-}
-
-// A tensor that is written, laid out as ops/attention.py promises: (B, H, N, D), in memory (B, N, H, D) with
-// rows_first. Where a row is no whole multiple of 16 bytes, the kernel writes a wider one, and finish() copies.
-class Written {
- public:
-  Written(const Tensor& like, int64_t dim, bool rows_first)
-      : tensor_(allocate(like, dim, rows_first)),
-        target_(is_aligned(tensor_) ? tensor_ : allocate(like, aligned_dim(tensor_), false)) {}
-
-  Result result() { return {target_.mutable_data_ptr(), target_.stride(0), target_.stride(1), target_.stride(2)}; }
-  Tensor finish() {
-    if (target_.size(3) != tensor_.size(3)) {
-      torch::stable::copy_(tensor_, torch::stable::narrow(target_, 3, 0, tensor_.size(3)));
-    }
-    return tensor_;
-  }
-  Tensor zero() {
-    torch::stable::zero_(tensor_);
-    return tensor_;
-  }
-
- private:
-  static Tensor allocate(const Tensor& like, int64_t dim, bool rows_first) {
-    const int64_t heads = like.size(1), rows = like.size(2);
-    return empty_strided<4>(like, {like.size(0), heads, rows, dim},
-                            {heads * rows * dim, rows_first ? dim : rows * dim, rows_first ? heads * dim : dim, 1},
-                            like.scalar_type());
-  }
-  Tensor tensor_, target_;
-};
-
-// Whether (B, H, N, D) lies in memory as (B, N, H, D).
-bool rows_first(const Tensor& tensor) { return tensor.size(1) > 1 && tensor.stride(1) < tensor.stride(2); }
-
-// Where tensors of the host are read and written: in the emulator, and laid out as everywhere on the host.
-bool on_host(const Tensor& tensor) { return !tensor.device().is_cuda(); }
-
-MaskKind mask_kind(const Tensor& mask, const Tensor& query) {
-  if (mask.scalar_type() == ScalarType::Bool) return MaskKind::kBool;
-  return mask.scalar_type() == ScalarType::Float ? MaskKind::kFloat32 : MaskKind::kLikeQuery;
-}
-
-// The mask as kernels take it: boolean, float32 or of the query's dtype. Any other float is converted, which copies it.
-MaybeTensor readable(const MaybeTensor& mask, const Tensor& query) {
-  if (!mask.has_value()) return mask;
-  const ScalarType dtype = mask->scalar_type();
-  if (dtype == ScalarType::Bool || dtype == ScalarType::Float || dtype == query.scalar_type()) return mask;
-  STD_TORCH_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-                  "mask: expected bool, float64, float32, float16 or bfloat16");
-  return torch::stable::to(*mask, ScalarType::Float);
-}
-
-Mask mask_of(const MaybeTensor& mask, const Tensor& query, int64_t keys) {
-  if (!mask.has_value()) return {};
-  const int64_t sizes[4] = {query.size(0), query.size(1), query.size(2), keys};
-  int64_t strides[4];
-  STD_TORCH_CHECK(mask->dim() == 4, "mask: expected four dims");
-  STD_TORCH_CHECK(mask->device() == query.device(), "mask: expected the device of query");
-  for (int i = 0; i < 4; ++i) {
-    STD_TORCH_CHECK(mask->size(i) == sizes[i] || mask->size(i) == 1, "mask: expected dim ", i, " to be 1 or ", sizes[i],
-                    ", got ", mask->size(i));
-    strides[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
-  }
-  return {mask->const_data_ptr(), mask_kind(*mask, query), strides[0], strides[1], strides[2], strides[3]};
-}
-
-struct Options {
-  double dropout_p;
-  int64_t window_left, window_right;
-  double scale;
-  bool allow_tf32;
-};
-
-int checked_int(int64_t value, const char* name) {
-  STD_TORCH_CHECK(value <= INT32_MAX, name, ": expected at most 2147483647, got ", value);
-  return static_cast<int>(value);
-}
-
-Problem problem_of(const Tensor& query, const Tensor& key, const Tensor& value, int64_t key_dim, int64_t value_dim,
-                   const MaybeTensor& mask, const MaybeTensor& seed, const Options& options) {
-  STD_TORCH_CHECK(key.size(0) == query.size(0) && key.size(3) == query.size(3) && value.size(0) == query.size(0) &&
-                      value.size(1) == key.size(1) && value.size(2) == key.size(2),
-                  "key, value: expected shapes that fit the query");
-  STD_TORCH_CHECK(key.size(1) > 0 ? query.size(1) % key.size(1) == 0 : query.size(1) == 0,
-                  "key: expected a number of heads that divides the query's");
-  const Dims widest_tile = kTiles[kTileCount - 1];
-  STD_TORCH_CHECK(find_tile(static_cast<int>(key_dim), static_cast<int>(value_dim)) >= 0,
-                  "query, value: kernels are compiled for head dims up to ", widest_tile.key, " and ",
-                  widest_tile.value, ", got ", query.size(3), " and ", value.size(3));
-  Problem problem;
-  problem.batch = checked_int(query.size(0), "batch"), problem.heads = checked_int(query.size(1), "heads");
-  problem.queries = checked_int(query.size(2), "queries"), problem.key_dim = static_cast<int>(key_dim);
-  problem.key_heads = checked_int(key.size(1), "key heads"), problem.keys = checked_int(key.size(2), "keys");
-  problem.value_dim = static_cast<int>(value_dim);
-  // A bound beyond every key is as good as any.
-  problem.window_left = static_cast<int>(options.window_left < INT32_MAX ? options.window_left : INT32_MAX);
-  problem.window_right = static_cast<int>(options.window_right < INT32_MAX ? options.window_right : INT32_MAX);
-  problem.scale = static_cast<float>(options.scale);
-  problem.exact = !options.allow_tf32;
-  problem.mask = mask_of(mask, query, key.size(2));
-  if (seed.has_value()) {
-    const int64_t count = seed->numel();
-    STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->dim() == 1 && seed->is_contiguous() &&
-                        seed->device() == query.device(),
-                    "seed: expected a contiguous int64 vector on the query's device");
-    STD_TORCH_CHECK(count > 0 && query.size(0) % count == 0,
-                    "seed: expected a number of seeds that divides the batch, ", query.size(0), ", got ", count);
-    const int64_t rows_per_seed = query.size(0) / count * query.size(1) * query.size(2);
-    problem.dropout = {seed->const_data_ptr<int64_t>(), rows_per_seed, static_cast<float>(options.dropout_p)};
-  }
-  return problem;
-}
-
-RowInput row_input(const Tensor& tensor, const char* name, const Tensor& query) {
-  STD_TORCH_CHECK(tensor.dim() == 3 && tensor.size(0) == query.size(0) && tensor.size(1) == query.size(1) &&
-                      tensor.size(2) == query.size(2) && tensor.scalar_type() == ScalarType::Float &&
-                      tensor.device() == query.device(),
-                  name, ": expected a float32 tensor (batch, heads, queries) on the query's device");
-  return {tensor.const_data_ptr<float>(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-}
 
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& mask,
                                    const MaybeTensor& seed, double dropout_p, int64_t window_left, int64_t window_right,
@@ -196,36 +18,35 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   p.query = q.operand(), p.key = k.operand(), p.value = v.operand();
   p.problem = problem_of(query, key, value, q.dim(), v.dim(), read_mask, seed,
                          {dropout_p, window_left, window_right, scale, allow_tf32});
-  const int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2);
   Written out(query, value.size(3), rows_first(query));
-  // In memory (B, N, H) on the host, as torch's own kernels make it there.
-  Tensor lse =
-      empty_strided<3>(query, {batch, heads, rows},
-                       {heads * rows, on_host(query) ? 1 : rows, on_host(query) ? heads : 1}, ScalarType::Float);
-  p.out = out.result();
-  p.lse = {static_cast<float*>(lse.mutable_data_ptr()), lse.stride(0), lse.stride(1), lse.stride(2)};
-  if (batch * heads * rows > 0) launch_forward(p, dtype, scope.stream());
+  Tensor lse = empty_rows(query);
+  p.out = out.result(), p.lse = row_result(lse);
+  if (lse.numel() > 0) launch_forward(p, dtype, scope.stream());
   return {out.finish(), lse};
 }
 
-Tensor mask_gradient(const BackwardParams& p, const Tensor& mask, const Tensor& query, DType dtype, void* stream) {
+// The gradient of a mask, allocated and launched as ``launch(gradient)``. Twice: of second order.
+template <typename Launch>
+Tensor mask_gradient(const Problem& problem, const MaybeTensor& given, const MaybeTensor& read, const Tensor& query,
+                     DType dtype, bool wanted, bool twice, Launch&& launch) {
+  if (!wanted || !read.has_value()) return torch::stable::new_empty(query, {0});
+  const Tensor& mask = *read;
   MaskGradient gradient;
   for (int i = 0; i < 4; ++i) gradient.sizes[i] = static_cast<int>(mask.size(i));
   Tensor grad = torch::stable::new_empty(mask, {mask.size(0), mask.size(1), mask.size(2), mask.size(3)});
-  if (grad.numel() == 0) return grad;
-  if (query.size(0) * query.size(1) * query.size(2) * p.problem.keys == 0) {
-    torch::stable::zero_(grad);
-    return grad;
-  }
-  gradient.data = grad.mutable_data_ptr(), gradient.kind = mask_kind(mask, query);
-  gradient.splits = mask_splits(p.problem, gradient.sizes, dtype);
   std::optional<Tensor> parts;
-  if (gradient.splits > 1) {
-    parts = torch::stable::new_empty(query, {gradient.splits, grad.numel()}, ScalarType::Float);
-    gradient.parts = static_cast<float*>(parts->mutable_data_ptr());
+  if (query.size(0) * query.size(1) * query.size(2) * problem.keys == 0) {
+    torch::stable::zero_(grad);
+  } else if (grad.numel() > 0) {
+    gradient.data = grad.mutable_data_ptr(), gradient.kind = mask_kind(mask, query);
+    gradient.splits = mask_splits(problem, gradient.sizes, dtype, twice);
+    if (gradient.splits > 1) {
+      parts = torch::stable::new_empty(query, {gradient.splits, grad.numel()}, ScalarType::Float);
+      gradient.parts = static_cast<float*>(parts->mutable_data_ptr());
+    }
+    launch(gradient);
   }
-  launch_mask_gradient(p, gradient, dtype, stream);
-  return grad;
+  return grad.scalar_type() == given->scalar_type() ? grad : torch::stable::to(grad, given->scalar_type());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const MaybeTensor& grad_lse,
@@ -245,21 +66,112 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
                          {dropout_p, window_left, window_right, scale, allow_tf32});
   p.lse = row_input(lse, "lse", query);
   if (grad_lse.has_value()) p.grad_lse = row_input(*grad_lse, "grad_lse", query);
-  const int64_t rows = query.size(0) * query.size(1) * query.size(2);
+  const int64_t rows = lse.numel();
   Tensor delta = torch::stable::new_empty(query, {rows}, ScalarType::Float);
   p.delta = static_cast<float*>(delta.mutable_data_ptr());
-  const auto gradient = [](const Tensor& of) { return Written(of, of.size(3), on_host(of) || rows_first(of)); };
-  Written grad_query = gradient(query), grad_key = gradient(key), grad_value = gradient(value);
+  Written grad_query = gradient_of(query), grad_key = gradient_of(key), grad_value = gradient_of(value);
   p.grad_query = grad_query.result(), p.grad_key = grad_key.result(), p.grad_value = grad_value.result();
-  const bool with_mask = mask_grad && mask.has_value();
   if (rows > 0) launch_backward(p, dtype, scope.stream());
   Tensor grad_mask =
-      with_mask ? mask_gradient(p, *read_mask, query, dtype, scope.stream()) : torch::stable::new_empty(query, {0});
-  if (with_mask && grad_mask.scalar_type() != mask->scalar_type()) {
-    grad_mask = torch::stable::to(grad_mask, mask->scalar_type());
-  }
+      mask_gradient(p.problem, mask, read_mask, query, dtype, mask_grad, false,
+                    [&](const MaskGradient& gradient) { launch_mask_gradient(p, gradient, dtype, scope.stream()); });
   if (rows == 0) return {grad_query.zero(), grad_key.zero(), grad_value.zero(), grad_mask};
   return {grad_query.finish(), grad_key.finish(), grad_value.finish(), grad_mask};
+}
+
+constexpr Dims kWidestTwice = kTwiceTiles[kTwiceTileCount - 1];
+
+// The tangents that are given, for as long as this lives.
+class GivenTangents {
+ public:
+  GivenTangents(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& of_query,
+                const MaybeTensor& of_key, const MaybeTensor& of_value, const MaybeTensor& of_mask)
+      : query_(of_query, "tangent_query", query, query),
+        key_(of_key, "tangent_key", key, query),
+        value_(of_value, "tangent_value", value, query),
+        mask_(readable(of_mask, query)) {
+    STD_TORCH_CHECK(!mask_.has_value() || mask_kind(*mask_, query) != MaskKind::kBool,
+                    "tangent_mask: expected a floating tensor");
+    tangents_ = {query_.operand(), key_.operand(), value_.operand(),
+                 mask_of(mask_, query, key.size(2), "tangent_mask")};
+  }
+  const Tangents& tangents() const { return tangents_; }
+
+ private:
+  MaybeRead query_, key_, value_;
+  MaybeTensor mask_;
+  Tangents tangents_;
+};
+
+std::tuple<Tensor, Tensor> tangent(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+                                   const Tensor& lse, const MaybeTensor& mask, const MaybeTensor& seed,
+                                   const MaybeTensor& tangent_query, const MaybeTensor& tangent_key,
+                                   const MaybeTensor& tangent_value, const MaybeTensor& tangent_mask, double dropout_p,
+                                   int64_t window_left, int64_t window_right, double scale, bool allow_tf32) {
+  const DType dtype = dtype_of(query, "query");
+  const DeviceScope scope(query);
+  const Read q(query, "query", query), k(key, "key", query), v(value, "value", query), o(out, "out", query);
+  const MaybeTensor read_mask = readable(mask, query);
+  const GivenTangents given(query, key, value, tangent_query, tangent_key, tangent_value, tangent_mask);
+  TangentParams p;
+  p.query = q.operand(), p.key = k.operand(), p.value = v.operand(), p.out = o.operand();
+  p.tangents = given.tangents();
+  p.problem = problem_of(query, key, value, q.dim(), v.dim(), read_mask, seed,
+                         {dropout_p, window_left, window_right, scale, allow_tf32}, kWidestTwice);
+  p.lse = row_input(lse, "lse", query);
+  Written tangent_out(query, value.size(3), rows_first(query));
+  Tensor tangent_lse = empty_rows(query);
+  p.tangent_out = tangent_out.result(), p.tangent_lse = row_result(tangent_lse);
+  if (lse.numel() > 0) launch_tangent(p, dtype, scope.stream());
+  return {tangent_out.finish(), tangent_lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> second_order(
+    const Tensor& grad_out, const MaybeTensor& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Tensor& out, const Tensor& lse, const MaybeTensor& mask, const MaybeTensor& seed,
+    const MaybeTensor& tangent_query, const MaybeTensor& tangent_key, const MaybeTensor& tangent_value,
+    const MaybeTensor& tangent_mask, double dropout_p, int64_t window_left, int64_t window_right, double scale,
+    bool allow_tf32, bool mask_grad) {
+  const DType dtype = dtype_of(query, "query");
+  const DeviceScope scope(query);
+  const Read q(query, "query", query), k(key, "key", query), v(value, "value", query);
+  const Read o(out, "out", query), d(grad_out, "grad_out", query);
+  const MaybeTensor read_mask = readable(mask, query);
+  const GivenTangents given(query, key, value, tangent_query, tangent_key, tangent_value, tangent_mask);
+  TangentParams t;
+  t.query = q.operand(), t.key = k.operand(), t.value = v.operand(), t.out = o.operand();
+  t.tangents = given.tangents();
+  t.problem = problem_of(query, key, value, q.dim(), v.dim(), read_mask, seed,
+                         {dropout_p, window_left, window_right, scale, allow_tf32}, kWidestTwice);
+  t.lse = row_input(lse, "lse", query);
+  Written tangent_out(query, value.size(3), rows_first(query));
+  Tensor tangent_lse = empty_rows(query);
+  t.tangent_out = tangent_out.result(), t.tangent_lse = row_result(tangent_lse);
+
+  SecondOrderParams p;
+  BackwardParams& first = p.first;
+  first.problem = t.problem, first.lse = t.lse;
+  first.query = t.query, first.key = t.key, first.value = t.value, first.out = t.out, first.grad_out = d.operand();
+  if (grad_lse.has_value()) first.grad_lse = row_input(*grad_lse, "grad_lse", query);
+  const int64_t rows = lse.numel();
+  Tensor deltas = torch::stable::new_empty(query, {2 * rows}, ScalarType::Float);
+  first.delta = static_cast<float*>(deltas.mutable_data_ptr()), p.second_delta = first.delta + rows;
+  Written grad_query = gradient_of(query), grad_key = gradient_of(key), grad_value = gradient_of(value);
+  first.grad_query = grad_query.result(), first.grad_key = grad_key.result(), first.grad_value = grad_value.result();
+  p.tangents = t.tangents;
+  p.tangent_out = {t.tangent_out.data, t.tangent_out.batch, t.tangent_out.head, t.tangent_out.row};
+  p.tangent_lse = row_input(tangent_lse, "tangent_lse", query);
+  if (rows > 0) {
+    launch_tangent(t, dtype, scope.stream());
+    launch_second_order(p, dtype, scope.stream());
+  }
+  Tensor grad_mask = mask_gradient(
+      t.problem, mask, read_mask, query, dtype, mask_grad, true,
+      [&](const MaskGradient& gradient) { launch_mask_second_order(p, gradient, dtype, scope.stream()); });
+  if (rows == 0) {
+    return {tangent_out.finish(), tangent_lse, grad_query.zero(), grad_key.zero(), grad_value.zero(), grad_mask};
+  }
+  return {tangent_out.finish(), tangent_lse, grad_query.finish(), grad_key.finish(), grad_value.finish(), grad_mask};
 }
 
 }  // namespace
@@ -267,6 +179,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
 FASTGEN_LIBRARY_IMPL(FASTGEN_NAMESPACE, FASTGEN_DISPATCH_KEY, m) {
   m.impl("attention_forward", TORCH_BOX(&forward));
   m.impl("attention_backward", TORCH_BOX(&backward));
+  m.impl("attention_tangent", TORCH_BOX(&tangent));
+  m.impl("attention_second_order", TORCH_BOX(&second_order));
 }
 
 }  // namespace fastgen::attention

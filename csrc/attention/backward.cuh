@@ -47,35 +47,41 @@ struct RowState {
   float lse[2], delta[2];
 };
 
-__device__ __forceinline__ float read(const RowInput& input, unsigned batch, unsigned head, unsigned row) {
-  return input.data[batch * input.batch + head * input.head + row * input.row];
-}
-
-// ``count``: rows that are there, from ``row`` on. The four lanes of a row share it.
+// rowsum(a * b) of rows g and g + 8 from ``row`` on, 0 from ``count`` on. The four lanes of a row share it.
 template <typename T>
-__device__ __forceinline__ RowState row_state(const BackwardParams& p, const QueryTile& at, int row, int count) {
-  RowState state;
+__device__ __forceinline__ void row_products(float (&sums)[2], const Operand& a, const Operand& b, const QueryTile& at,
+                                             int row, int count, int columns) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int down = half * 8 + lane_row();
     float sum = 0.0f;
     if (down < count) {
-      const T* out = rows_of<T>(p.out, at.batch, at.head, row + down);
-      const T* grad = rows_of<T>(p.grad_out, at.batch, at.head, row + down);
+      const T* left = rows_of<T>(a, at.batch, at.head, row + down);
+      const T* right = rows_of<T>(b, at.batch, at.head, row + down);
       constexpr int kChunk = device::kVectorElements<T>;
-      for (int column = threadIdx.x % 4 * kChunk; column < p.problem.value_dim; column += 4 * kChunk) {
-        T a[kChunk], b[kChunk];
-        device::load_vector(out + column, a), device::load_vector(grad + column, b);
+      for (int column = threadIdx.x % 4 * kChunk; column < columns; column += 4 * kChunk) {
+        T x[kChunk], y[kChunk];
+        device::load_vector(left + column, x), device::load_vector(right + column, y);
 #pragma unroll
-        for (int i = 0; i < kChunk; ++i) sum += device::to_float(a[i]) * device::to_float(b[i]);
+        for (int i = 0; i < kChunk; ++i) sum += device::to_float(x[i]) * device::to_float(y[i]);
       }
     }
-    sum = team_sum(sum, 4);
-    state.lse[half] = -INFINITY, state.delta[half] = 0.0f;
+    sums[half] = team_sum(sum, 4);
+  }
+}
+
+// ``count``: rows that are there, from ``row`` on.
+template <typename T>
+__device__ __forceinline__ RowState row_state(const BackwardParams& p, const QueryTile& at, int row, int count) {
+  RowState state;
+  row_products<T>(state.delta, p.out, p.grad_out, at, row, count, p.problem.value_dim);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int down = half * 8 + lane_row();
+    state.lse[half] = -INFINITY;
     if (down < count) {
       state.lse[half] = kLog2e * read(p.lse, at.batch, at.head, row + down);
-      if (p.grad_lse.data != nullptr) sum -= read(p.grad_lse, at.batch, at.head, row + down);
-      state.delta[half] = sum;
+      if (p.grad_lse.data != nullptr) state.delta[half] -= read(p.grad_lse, at.batch, at.head, row + down);
     }
   }
   return state;
@@ -206,67 +212,50 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim>::kThread
   constexpr int kKeyColumns = Layout::kKeyColumns, kValueColumns = Layout::kValueColumns;
   const Problem& problem = p.problem;
   const int rows = Layout::block_rows(), warp_row = static_cast<int>(threadIdx.x / 32) * Layout::kWarpRows;
-  const int key_tiles = static_cast<int>(ceil_div(problem.keys, rows));
-  const int head_of_all = static_cast<int>(blockIdx.x / key_tiles), heads_a_key = problem.heads / problem.key_heads;
-  const int batch = head_of_all / problem.key_heads, key_head = head_of_all % problem.key_heads;
-  const int first_key = static_cast<int>(blockIdx.x % key_tiles) * rows;
-  const Range keys = {first_key, first_key + rows < problem.keys ? first_key + rows : problem.keys};
-  const int key = first_key + warp_row, warp_count = keys.end - key;
+  const KeyTile at(problem, blockIdx.x, rows);
+  const int key = at.keys.begin + warp_row, warp_count = at.keys.end - key;
+  const QuerySteps<kStep> steps(problem, at);
+  const int count = steps.template count<T, Layout::kWarpRows * kShape.warps, kPlain>(problem, at);
 
-  // Steps go over the tiles of queries that see these keys, head by head of the group.
-  const Range seen_by = queries_of(problem, keys);
-  const int first_tile = seen_by.begin / kStep;
-  const int tiles_a_head = seen_by.empty() ? 0 : (seen_by.end + kStep - 1) / kStep - first_tile;
-  const auto head_of = [&](int step) { return key_head * heads_a_key + step / tiles_a_head; };
-  const auto query_of = [&](int step) { return (first_tile + step % tiles_a_head) * kStep; };
-  int steps = tiles_a_head * heads_a_key;
-  if constexpr (!kPlain) {
-    // Keys that no head's query sees have no gradient.
-    const HeadMask<T> mask(problem.mask, batch, key_head * heads_a_key);
-    const bool for_all_heads = heads_a_key == 1 || problem.mask.head == 0;
-    if (for_all_heads && mask.template live<Layout::kWarpRows * kShape.warps, false>(keys, first_key) == 0) steps = 0;
-  }
   const auto copy_step = [&](int step) {
-    const int head = head_of(step), query = query_of(step);
+    const int head = steps.head(step), query = steps.query(step);
     const auto there = [&](int row) { return query + row < problem.queries; };
     const auto tile = Layout::key_dim(step);
-    copy_rows(tile, kStep, rows_of<T>(p.query, batch, head, query), p.query.row, problem.key_dim, there);
-    copy_rows(Layout::value_dim(step), kStep, rows_of<T>(p.grad_out, batch, head, query), p.grad_out.row,
+    copy_rows(tile, kStep, rows_of<T>(p.query, at.batch, head, query), p.query.row, problem.key_dim, there);
+    copy_rows(Layout::value_dim(step), kStep, rows_of<T>(p.grad_out, at.batch, head, query), p.grad_out.row,
               problem.value_dim, there);
-    const float* lse = p.lse.data + batch * p.lse.batch + head * p.lse.head + query * p.lse.row;
-    const float* delta = p.delta + (static_cast<int64_t>(batch) * problem.heads + head) * problem.queries + query;
+    const float* lse = pointer(p.lse, at.batch, head, query);
+    const float* delta = p.delta + (static_cast<int64_t>(at.batch) * problem.heads + head) * problem.queries + query;
     for (int row = threadIdx.x; row < kStep; row += blockDim.x) {
       device::async_copy<4>(tile.beside(row), lse + row * p.lse.row, there(row) ? 4 : 0);
       device::async_copy<4>(tile.beside(row) + 1, delta + row, there(row) ? 4 : 0);
     }
   };
-  const auto there = [&](int row) { return first_key + row < keys.end; };
-  copy_rows(Layout::own_key_dim(), rows, rows_of<T>(p.key, batch, key_head, first_key), p.key.row, problem.key_dim,
-            there);
-  copy_rows(Layout::own_value_dim(), rows, rows_of<T>(p.value, batch, key_head, first_key), p.value.row,
+  const auto there = [&](int row) { return at.keys.begin + row < at.keys.end; };
+  copy_rows(Layout::own_key_dim(), rows, rows_of<T>(p.key, at.batch, at.key_head, at.keys.begin), p.key.row,
+            problem.key_dim, there);
+  copy_rows(Layout::own_value_dim(), rows, rows_of<T>(p.value, at.batch, at.key_head, at.keys.begin), p.value.row,
             problem.value_dim, there);
-  if (steps > 0) copy_step(0);
+  if (count > 0) copy_step(0);
   device::async_copy_commit();
 
   float key_sums[kFragments][kKeyColumns / 8][4] = {}, value_sums[kFragments][kValueColumns / 8][4] = {};
   const int key_column = static_cast<int>(blockIdx.y) * kKeyColumns;
   const int value_column = static_cast<int>(blockIdx.y) * kValueColumns;
   const float scale = problem.scale * kLog2e;
-  for (int step = 0; step < steps; ++step) {
+  for (int step = 0; step < count; ++step) {
     device::async_copy_wait<0>();
     device::sync_block();
     if (kShape.stages > 1) {
-      if (step + 1 < steps) copy_step(step + 1);
+      if (step + 1 < count) copy_step(step + 1);
       device::async_copy_commit();
     }
-    const int head = head_of(step), query = query_of(step);
-    const Range queries = {query, query + kStep < problem.queries ? query + kStep : problem.queries};
-    const HeadMask<T> mask(problem.mask, batch, head);
-    const bool all = queries.end - query == kStep && keys.end - first_key == rows && sees_all(problem, queries, keys) &&
-                     (kPlain || mask.kind == MaskKind::kNone);
+    const int head = steps.head(step), query = steps.query(step);
+    const HeadMask<T> mask(problem.mask, at.batch, head);
+    const bool all = steps.all_visible(problem, at, step, rows) && (kPlain || mask.kind == MaskKind::kNone);
     Visible<kFragments, kTiles> seen;
     if (!all) {
-      const auto live = mask.template live<kStep, true>(queries, query);
+      const auto live = mask.template live<kStep, true>(steps.queries(problem, step), query);
       seen = visible<kPlain, true, kFragments, kTiles>(problem, mask, key, warp_count, query, live);
     }
     if (warp_count > 0 && (all || device::any_lane(seen.bits != 0))) {
@@ -287,7 +276,7 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim>::kThread
           float factors[4] = {1.0f, 1.0f, 1.0f, 1.0f};
           if constexpr (!kPlain) {
             if (problem.dropout.seeds != nullptr) {
-              const int64_t first = (static_cast<int64_t>(batch) * problem.heads + head) * problem.queries;
+              const int64_t first = (static_cast<int64_t>(at.batch) * problem.heads + head) * problem.queries;
               HeadDropout(problem, first).factors_transposed(factors, query + tile * 8, key + m * kFragmentRows);
             }
           }
@@ -310,16 +299,16 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim>::kThread
     }
     if (kShape.stages == 1) {
       device::sync_block();
-      if (step + 1 < steps) copy_step(step + 1);
+      if (step + 1 < count) copy_step(step + 1);
       device::async_copy_commit();
     }
   }
   float factors[kFragments][2], ones[kFragments][2];
 #pragma unroll
   for (int m = 0; m < kFragments; ++m) factors[m][0] = factors[m][1] = problem.scale, ones[m][0] = ones[m][1] = 1.0f;
-  store_rows(rows_of<T>(p.grad_value, batch, key_head, key) + value_column, p.grad_value.row, warp_count,
+  store_rows(rows_of<T>(p.grad_value, at.batch, at.key_head, key) + value_column, p.grad_value.row, warp_count,
              problem.value_dim - value_column, ones, value_sums);
-  store_rows(rows_of<T>(p.grad_key, batch, key_head, key) + key_column, p.grad_key.row, warp_count,
+  store_rows(rows_of<T>(p.grad_key, at.batch, at.key_head, key) + key_column, p.grad_key.row, warp_count,
              problem.key_dim - key_column, factors, key_sums);
 }
 

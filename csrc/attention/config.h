@@ -20,10 +20,15 @@ constexpr Dims kTiles[] = {{16, 16}, {16, 32},   {32, 32},   {64, 64},   {32, 12
                            {96, 96}, {128, 128}, {192, 192}, {256, 256}, {512, 512}};
 constexpr int kTileCount = static_cast<int>(std::size(kTiles));
 
+// The same for tangents and second derivatives, whose blocks hold about twice as much.
+constexpr Dims kTwiceTiles[] = {{16, 32}, {64, 64}, {32, 128}, {96, 96}, {128, 128}, {256, 256}};
+constexpr int kTwiceTileCount = static_cast<int>(std::size(kTwiceTiles));
+
 // -1: no tile is wide enough.
-constexpr int find_tile(int key_dim, int value_dim) {
-  for (int i = 0; i < kTileCount; ++i) {
-    if (key_dim <= kTiles[i].key && value_dim <= kTiles[i].value) return i;
+template <int kCount>
+constexpr int find_tile(const Dims (&tiles)[kCount], int key_dim, int value_dim) {
+  for (int i = 0; i < kCount; ++i) {
+    if (key_dim <= tiles[i].key && value_dim <= tiles[i].value) return i;
   }
   return -1;
 }
@@ -121,6 +126,70 @@ constexpr int mask_bytes(Dims dims, int element_size, int warps) {
          (row_bytes(dims.key, element_size) + row_bytes(dims.value, element_size));
 }
 
+// Of one row: queries and their tangents, and where it is wanted the gradient of the output; keys and values and
+// theirs.
+constexpr int query_side_bytes(Dims dims, int element_size, bool with_gradient) {
+  return 2 * row_bytes(dims.key, element_size) + (with_gradient ? row_bytes(dims.value, element_size) : 0);
+}
+constexpr int key_side_bytes(Dims dims, int element_size) {
+  return 2 * (row_bytes(dims.key, element_size) + row_bytes(dims.value, element_size));
+}
+
+// Keys, values and their tangents pass by queries and theirs.
+constexpr Shape tangent_shape(Dims dims, int element_size) {
+  const int wide = widest(dims);
+  if (element_size == 4) {
+    if (wide > 128) return {2, 1, 8, 1, 128};
+    if (wide > 64 && dims.key > 32) return {4, 1, 16, 1, 128};
+    return {4, 1, 16, 2, 128};
+  }
+  if (wide > 128) return {4, 1, 16, 1, 256};
+  if (dims.key > 96) return {4, 1, 32, 1, 256};
+  if (wide > 32) return {4, 1, 32, 2, 256};
+  return {4, 1, 64, 2, 256};
+}
+
+constexpr int tangent_bytes(Dims dims, int element_size, int warps) {
+  const Shape shape = tangent_shape(dims, element_size);
+  const Dims slice = {dims.key, smaller(dims.value, shape.columns)};
+  return shape.rows(warps) * query_side_bytes(dims, element_size, false) +
+         shape.stages * shape.step * key_side_bytes(slice, element_size);
+}
+
+// Of the second order: one side passes by the other.
+constexpr Shape second_order_shape(Dims dims, int element_size) {
+  const int wide = widest(dims);
+  if (element_size == 4) {
+    if (wide > 128) return {1, 1, 8, 1, 128};
+    if (dims.key > 96) return {2, 1, 16, 1, 128};
+    if (wide > 64) return {2, 1, 16, 2, 128};
+    return {4, 1, wide > 32 ? 16 : 32, 2, 128};
+  }
+  if (wide > 128) return {2, 1, 16, 1, 128};
+  if (dims.key > 96) return {4, 1, 16, 2, 128};
+  return {4, 1, 32, 2, 128};
+}
+
+constexpr int second_order_bytes(Dims dims, int element_size, int warps, bool owns_queries) {
+  const Shape shape = second_order_shape(dims, element_size);
+  const int queries = query_side_bytes(dims, element_size, true), keys = key_side_bytes(dims, element_size);
+  const int passing = shape.stages * shape.step;
+  return owns_queries ? shape.rows(warps) * queries + passing * keys : shape.rows(warps) * keys + passing * queries;
+}
+
+// The mask's gradient of second order: both sides change from item to item.
+constexpr Shape mask_second_order_shape(Dims dims, int element_size) {
+  Shape shape = second_order_shape(dims, element_size);
+  shape.stages = 1;
+  return shape;
+}
+
+constexpr int mask_second_order_bytes(Dims dims, int element_size, int warps) {
+  const Shape shape = mask_second_order_shape(dims, element_size);
+  return shape.rows(warps) * query_side_bytes(dims, element_size, true) +
+         shape.step * key_side_bytes(dims, element_size);
+}
+
 constexpr bool all_fit() {
   for (const Dims dims : kTiles) {
     for (const int size : {2, 4}) {
@@ -132,18 +201,35 @@ constexpr bool all_fit() {
       }
     }
   }
+  for (const Dims dims : kTwiceTiles) {
+    for (const int size : {2, 4}) {
+      const int warps = second_order_shape(dims, size).warps;
+      if (tangent_bytes(dims, size, tangent_shape(dims, size).warps) > kSharedLimit ||
+          second_order_bytes(dims, size, warps, true) > kSharedLimit ||
+          second_order_bytes(dims, size, warps, false) > kSharedLimit ||
+          mask_second_order_bytes(dims, size, warps) > kSharedLimit) {
+        return false;
+      }
+    }
+  }
   return true;
 }
 static_assert(all_fit(), "every tile runs on every GPU from sm_80 on");
 
+constexpr bool is_sliced(Dims dims, const Shape& shape) {
+  return (dims.key <= shape.columns || dims.key % shape.columns == 0) &&
+         (dims.value <= shape.columns || dims.value % shape.columns == 0);
+}
 constexpr bool all_sliced() {
-  for (const Dims dims : kTiles) {
-    for (const int size : {2, 4}) {
+  for (const int size : {2, 4}) {
+    for (const Dims dims : kTiles) {
       for (const Shape& shape : {forward_shape(dims, size, true), forward_shape(dims, size, false),
                                  query_shape(dims, size), key_value_shape(dims, size)}) {
-        if (dims.key > shape.columns && dims.key % shape.columns != 0) return false;
-        if (dims.value > shape.columns && dims.value % shape.columns != 0) return false;
+        if (!is_sliced(dims, shape)) return false;
       }
+    }
+    for (const Dims dims : kTwiceTiles) {
+      if (!is_sliced(dims, tangent_shape(dims, size)) || !is_sliced(dims, second_order_shape(dims, size))) return false;
     }
   }
   return true;
@@ -184,7 +270,10 @@ constexpr int warps_for(int64_t rows, const Shape& shape) {
   return static_cast<int>(wanted < 1 ? 1 : wanted < shape.warps ? wanted : shape.warps);
 }
 
-constexpr Dims tile_of(const Sizes& sizes) { return kTiles[find_tile(sizes.key_dim, sizes.value_dim)]; }
+constexpr Dims tile_of(const Sizes& sizes) { return kTiles[find_tile(kTiles, sizes.key_dim, sizes.value_dim)]; }
+constexpr Dims twice_tile_of(const Sizes& sizes) {
+  return kTwiceTiles[find_tile(kTwiceTiles, sizes.key_dim, sizes.value_dim)];
+}
 
 // Blocks own ``rows`` rows of each of ``heads`` heads; the output is ``columns`` wide.
 constexpr Plan plan_rows(Dims tile, const Shape& shape, int64_t rows, int64_t heads, int columns) {
@@ -222,13 +311,38 @@ constexpr Plan key_value_plan(const Sizes& sizes) {
   return plan;
 }
 
+constexpr Plan tangent_plan(const Sizes& sizes) {
+  const Dims tile = twice_tile_of(sizes);
+  const Shape shape = tangent_shape(tile, sizes.element_size);
+  Plan plan = plan_rows(tile, shape, sizes.queries, sizes.batch * sizes.heads, tile.value);
+  plan.shared_bytes = tangent_bytes(tile, sizes.element_size, plan.warps);
+  return plan;
+}
+
+constexpr Plan second_order_query_plan(const Sizes& sizes) {
+  const Dims tile = twice_tile_of(sizes);
+  const Shape shape = second_order_shape(tile, sizes.element_size);
+  Plan plan = plan_rows(tile, shape, sizes.queries, sizes.batch * sizes.heads, tile.key);
+  plan.shared_bytes = second_order_bytes(tile, sizes.element_size, plan.warps, true);
+  return plan;
+}
+
+constexpr Plan second_order_key_value_plan(const Sizes& sizes) {
+  const Dims tile = twice_tile_of(sizes);
+  const Shape shape = second_order_shape(tile, sizes.element_size);
+  Plan plan = plan_rows(tile, shape, sizes.keys, sizes.batch * sizes.key_heads, widest(tile));
+  plan.shared_bytes = second_order_bytes(tile, sizes.element_size, plan.warps, false);
+  return plan;
+}
+
 // A block owns a tile of the mask and goes over what the mask is broadcast to; ``slices`` blocks share that where there
-// are few tiles, and their parts are added afterwards, in order.
-constexpr Plan mask_plan(const Sizes& sizes, const int (&mask)[4], int multiprocessors) {
-  const Dims tile = tile_of(sizes);
-  const Shape shape = mask_shape(tile, sizes.element_size);
+// are few tiles, and their parts are added afterwards, in order. Twice: of second order.
+constexpr Plan mask_plan(const Sizes& sizes, const int (&mask)[4], int multiprocessors, bool twice) {
+  const int size = sizes.element_size;
+  const Dims tile = twice ? twice_tile_of(sizes) : tile_of(sizes);
+  const Shape shape = twice ? mask_second_order_shape(tile, size) : mask_shape(tile, size);
   Plan plan = plan_rows(tile, shape, sizes.queries, 1, tile.key);
-  plan.shared_bytes = mask_bytes(tile, sizes.element_size, plan.warps);
+  plan.shared_bytes = twice ? mask_second_order_bytes(tile, size, plan.warps) : mask_bytes(tile, size, plan.warps);
   const int64_t row_tiles = plan.blocks, key_tiles = ceil_div(sizes.keys, shape.step);
   const int64_t all = sizes.batch * sizes.heads * row_tiles * key_tiles;
   plan.blocks = int64_t{mask[0]} * mask[1] * (mask[2] == 1 ? 1 : row_tiles) * (mask[3] == 1 ? 1 : key_tiles);

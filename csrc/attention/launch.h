@@ -11,7 +11,12 @@ void launch_backward(const BackwardParams& params, DType dtype, void* stream);
 // After launch_backward, whose delta it reads.
 void launch_mask_gradient(const BackwardParams& params, const MaskGradient& gradient, DType dtype, void* stream);
 
-// Into how many parts the mask's gradient is summed.
-int mask_splits(const Problem& problem, const int (&mask)[4], DType dtype);
+void launch_tangent(const TangentParams& params, DType dtype, void* stream);
+void launch_second_order(const SecondOrderParams& params, DType dtype, void* stream);
+// After launch_second_order, whose deltas it reads.
+void launch_mask_second_order(const SecondOrderParams& params, const MaskGradient& gradient, DType dtype, void* stream);
+
+// Into how many parts the mask's gradient is summed. Twice: of second order.
+int mask_splits(const Problem& problem, const int (&mask)[4], DType dtype, bool twice);
 
 }  // namespace fastgen::attention

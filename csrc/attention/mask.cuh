@@ -74,12 +74,14 @@ struct HeadMask {
   __device__ __forceinline__ bool lets(int of_query, int of_key) const {
     return data[of_query * query + of_key * key] != 0;
   }
-  // Of a float mask: what is added to the score, in units of log2; -inf where the key is ruled out.
-  __device__ __forceinline__ float term(int of_query, int of_key) const {
+  // Of a float mask.
+  __device__ __forceinline__ float value(int of_query, int of_key) const {
     const int64_t at = of_query * query + of_key * key;
-    return kLog2e * (kind == MaskKind::kFloat32 ? reinterpret_cast<const float*>(data)[at]
-                                                : device::to_float(reinterpret_cast<const T*>(data)[at]));
+    return kind == MaskKind::kFloat32 ? reinterpret_cast<const float*>(data)[at]
+                                      : device::to_float(reinterpret_cast<const T*>(data)[at]);
   }
+  // What it adds to the score, in units of log2; -inf where the key is ruled out.
+  __device__ __forceinline__ float term(int of_query, int of_key) const { return kLog2e * value(of_query, of_key); }
   __device__ __forceinline__ bool rules_out(int of_query, int of_key) const {
     return kind == MaskKind::kBool ? !lets(of_query, of_key) : term(of_query, of_key) == -INFINITY;
   }

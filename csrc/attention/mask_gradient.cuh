@@ -8,28 +8,80 @@
 
 namespace fastgen::attention {
 
-template <typename T, int kKeyDim, int kValueDim>
-struct MaskLayout {
-  static constexpr Shape kShape = mask_shape({kKeyDim, kValueDim}, sizeof(T));
-  static constexpr int kThreads = 32 * kShape.warps, kWarpRows = kShape.fragments * kFragmentRows;
-  static constexpr int kKeyRow = row_bytes(kKeyDim, sizeof(T)), kValueRow = row_bytes(kValueDim, sizeof(T));
+// A tile of the scores: its queries and its keys.
+struct MaskItem {
+  int batch, head, query, key;
 
-  static __device__ __forceinline__ int block_rows() { return static_cast<int>(blockDim.x / 32) * kWarpRows; }
-  static __device__ __forceinline__ unsigned char* stage(int item) {
-    return device::dynamic_shared() + item % kShape.stages * (block_rows() + kShape.step) * (kKeyRow + kValueRow);
+  __device__ __forceinline__ int key_head(const Problem& p) const { return head / (p.heads / p.key_heads); }
+  __device__ __forceinline__ int64_t first_of_head(const Problem& p) const {
+    return (static_cast<int64_t>(batch) * p.heads + head) * p.queries;
   }
+};
+
+// The gradient of a tile of scores, of first order: dS. Stage: where the item's tiles are.
+template <typename T, int kKeyDim, int kValueDim>
+struct FirstScores {
+  using Params = BackwardParams;
+  using Type = T;
+  static constexpr Shape kShape = mask_shape({kKeyDim, kValueDim}, sizeof(T));
+  static constexpr int kTiles = kShape.step / 8;
+  static constexpr int kKeyRow = row_bytes(kKeyDim, sizeof(T)), kValueRow = row_bytes(kValueDim, sizeof(T));
   using KeyDim = Tile<T, kKeyDim>;
   using ValueDim = Tile<T, kValueDim>;
-  static __device__ __forceinline__ KeyDim key(int item) { return {reinterpret_cast<T*>(stage(item))}; }
-  static __device__ __forceinline__ ValueDim value(int item) {
-    return {reinterpret_cast<T*>(stage(item) + kShape.step * kKeyRow)};
+  unsigned char* stage;
+  int rows;
+
+  __device__ __forceinline__ FirstScores(int block_rows, int number)
+      : stage(device::dynamic_shared() + number % kShape.stages * (block_rows + kShape.step) * (kKeyRow + kValueRow)),
+        rows(block_rows) {}
+  static __device__ __forceinline__ const Problem& problem(const Params& p) { return p.problem; }
+  __device__ __forceinline__ KeyDim key() const { return {reinterpret_cast<T*>(stage)}; }
+  __device__ __forceinline__ ValueDim value() const { return {reinterpret_cast<T*>(stage + kShape.step * kKeyRow)}; }
+  __device__ __forceinline__ KeyDim query() const {
+    return {reinterpret_cast<T*>(stage + kShape.step * (kKeyRow + kValueRow))};
   }
-  static __device__ __forceinline__ KeyDim query(int item) {
-    return {reinterpret_cast<T*>(stage(item) + kShape.step * (kKeyRow + kValueRow))};
+  __device__ __forceinline__ ValueDim grad_out() const {
+    return {reinterpret_cast<T*>(stage + kShape.step * (kKeyRow + kValueRow) + rows * kKeyRow)};
   }
-  static __device__ __forceinline__ ValueDim grad_out(int item) {
-    const int queries = block_rows() * kKeyRow;
-    return {reinterpret_cast<T*>(stage(item) + kShape.step * (kKeyRow + kValueRow) + queries)};
+
+  __device__ __forceinline__ void copy(const Params& p, const MaskItem& item) const {
+    const Problem& problem = p.problem;
+    const int key_head = item.key_head(problem);
+    const auto row_there = [&](int row) { return item.query + row < problem.queries; };
+    const auto key_there = [&](int row) { return item.key + row < problem.keys; };
+    copy_rows(query(), rows, rows_of<T>(p.query, item.batch, item.head, item.query), p.query.row, problem.key_dim,
+              row_there);
+    copy_rows(grad_out(), rows, rows_of<T>(p.grad_out, item.batch, item.head, item.query), p.grad_out.row,
+              problem.value_dim, row_there);
+    copy_rows(key(), kShape.step, rows_of<T>(p.key, item.batch, key_head, item.key), p.key.row, problem.key_dim,
+              key_there);
+    copy_rows(value(), kShape.step, rows_of<T>(p.value, item.batch, key_head, item.key), p.value.row, problem.value_dim,
+              key_there);
+  }
+
+  __device__ __forceinline__ void add(float (&sums)[kTiles][4], const Params& p, const MaskItem& item, int warp_row,
+                                      Visible<1, kTiles>& seen, const HeadMask<T>& mask) const {
+    const Problem& problem = p.problem;
+    const int row = item.query + warp_row, warp_count = problem.queries - row;
+    const int64_t first_of_head = item.first_of_head(problem);
+    float scores[1][kTiles][4] = {}, grads[1][kTiles][4] = {};
+    multiply_rows(scores, query(), warp_row, key(), problem.exact);
+    multiply_rows(grads, grad_out(), warp_row, value(), problem.exact);
+    mask_scores<false, false>(scores, problem.scale * kLog2e, seen, mask, row, item.key);
+    RowState state[1];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int down = half * 8 + lane_row();
+      const bool there = down < warp_count;
+      state[0].lse[half] = there ? kLog2e * read(p.lse, item.batch, item.head, row + down) : -INFINITY;
+      state[0].delta[half] = there ? p.delta[first_of_head + row + down] : 0.0f;
+    }
+    score_gradients<false>(scores, grads, state, problem, first_of_head, row, item.key);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[tile][i] += scores[0][tile][i];
+    }
   }
 };
 
@@ -39,15 +91,14 @@ struct MaskSums {
   float of[kWarps][kStep];
 };
 
-template <typename T, int kKeyDim, int kValueDim>
-__global__ void __launch_bounds__(MaskLayout<T, kKeyDim, kValueDim>::kThreads, 1)
-    attention_mask_gradient(BackwardParams p, MaskGradient gradient) {
-  using Layout = MaskLayout<T, kKeyDim, kValueDim>;
-  constexpr Shape kShape = Layout::kShape;
+template <typename Scores>
+__device__ __forceinline__ void mask_gradient(const typename Scores::Params& p, const MaskGradient& gradient) {
+  using T = typename Scores::Type;
+  constexpr Shape kShape = Scores::kShape;
   constexpr int kTiles = kShape.step / 8, kStep = kShape.step;
   static_assert(kShape.fragments == 1, "a warp owns 16 rows");
-  const Problem& problem = p.problem;
-  const int rows = Layout::block_rows(), warp = static_cast<int>(threadIdx.x / 32);
+  const Problem& problem = Scores::problem(p);
+  const int rows = static_cast<int>(blockDim.x / 32) * kFragmentRows, warp = static_cast<int>(threadIdx.x / 32);
   const int warp_row = warp * kFragmentRows;
   const int row_tiles = static_cast<int>(ceil_div(problem.queries, rows));
   const int key_tiles = static_cast<int>(ceil_div(problem.keys, kStep));
@@ -64,70 +115,33 @@ __global__ void __launch_bounds__(MaskLayout<T, kKeyDim, kValueDim>::kThreads, 1
   const int64_t first_item = all_items * blockIdx.y / gradient.splits;
   const int items = static_cast<int>(all_items * (blockIdx.y + 1) / gradient.splits - first_item);
 
-  struct Item {
-    int batch, head, query, key;
-  };
   const auto item_of = [&](int number) {
     int64_t rest = first_item + number;
     int part[4];
     for (int i = 3; i >= 0; --i) part[i] = static_cast<int>(rest % over[i]), rest /= over[i];
-    return Item{over[0] > 1 ? part[0] : own[0], over[1] > 1 ? part[1] : own[1], (over[2] > 1 ? part[2] : own[2]) * rows,
-                (over[3] > 1 ? part[3] : own[3]) * kStep};
-  };
-  const auto copy_item = [&](int number) {
-    const Item item = item_of(number);
-    const int key_head = item.head / (problem.heads / problem.key_heads);
-    const auto row_there = [&](int row) { return item.query + row < problem.queries; };
-    const auto key_there = [&](int row) { return item.key + row < problem.keys; };
-    copy_rows(Layout::query(number), rows, rows_of<T>(p.query, item.batch, item.head, item.query), p.query.row,
-              problem.key_dim, row_there);
-    copy_rows(Layout::grad_out(number), rows, rows_of<T>(p.grad_out, item.batch, item.head, item.query), p.grad_out.row,
-              problem.value_dim, row_there);
-    copy_rows(Layout::key(number), kStep, rows_of<T>(p.key, item.batch, key_head, item.key), p.key.row, problem.key_dim,
-              key_there);
-    copy_rows(Layout::value(number), kStep, rows_of<T>(p.value, item.batch, key_head, item.key), p.value.row,
-              problem.value_dim, key_there);
+    return MaskItem{over[0] > 1 ? part[0] : own[0], over[1] > 1 ? part[1] : own[1],
+                    (over[2] > 1 ? part[2] : own[2]) * rows, (over[3] > 1 ? part[3] : own[3]) * kStep};
   };
 
   float sums[kTiles][4] = {};
-  if (items > 0) copy_item(0);
+  if (items > 0) Scores(rows, 0).copy(p, item_of(0));
   device::async_copy_commit();
   for (int number = 0; number < items; ++number) {
     device::async_copy_wait<0>();
     device::sync_block();
     if (kShape.stages > 1) {
-      if (number + 1 < items) copy_item(number + 1);
+      if (number + 1 < items) Scores(rows, number + 1).copy(p, item_of(number + 1));
       device::async_copy_commit();
     }
-    const Item item = item_of(number);
-    const int row = item.query + warp_row, warp_count = problem.queries - row;
+    const MaskItem item = item_of(number);
+    const int row = item.query + warp_row;
     const HeadMask<T> mask(problem.mask, item.batch, item.head);
     const auto live = mask.template live<kStep, false>({0, problem.keys}, item.key);
-    auto seen = visible<false, false, 1, kTiles>(problem, mask, row, warp_count, item.key, live);
-    if (device::any_lane(seen.bits != 0)) {
-      float scores[1][kTiles][4] = {}, grads[1][kTiles][4] = {};
-      multiply_rows(scores, Layout::query(number), warp_row, Layout::key(number), problem.exact);
-      multiply_rows(grads, Layout::grad_out(number), warp_row, Layout::value(number), problem.exact);
-      mask_scores<false, false>(scores, problem.scale * kLog2e, seen, mask, row, item.key);
-      const int64_t first_of_head = (static_cast<int64_t>(item.batch) * problem.heads + item.head) * problem.queries;
-      RowState state[1];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int down = half * 8 + lane_row();
-        const bool there = down < warp_count;
-        state[0].lse[half] = there ? kLog2e * read(p.lse, item.batch, item.head, row + down) : -INFINITY;
-        state[0].delta[half] = there ? p.delta[first_of_head + row + down] : 0.0f;
-      }
-      score_gradients<false>(scores, grads, state, problem, first_of_head, row, item.key);
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[tile][i] += scores[0][tile][i];
-      }
-    }
+    auto seen = visible<false, false, 1, kTiles>(problem, mask, row, problem.queries - row, item.key, live);
+    if (device::any_lane(seen.bits != 0)) Scores(rows, number).add(sums, p, item, warp_row, seen, mask);
     if (kShape.stages == 1) {
       device::sync_block();
-      if (number + 1 < items) copy_item(number + 1);
+      if (number + 1 < items) Scores(rows, number + 1).copy(p, item_of(number + 1));
       device::async_copy_commit();
     }
   }
@@ -188,6 +202,12 @@ __global__ void __launch_bounds__(MaskLayout<T, kKeyDim, kValueDim>::kThreads, 1
             sums[tile][i]);
     }
   }
+}
+
+template <typename T, int kKeyDim, int kValueDim>
+__global__ void __launch_bounds__(32 * FirstScores<T, kKeyDim, kValueDim>::kShape.warps, 1)
+    attention_mask_gradient(BackwardParams p, MaskGradient gradient) {
+  mask_gradient<FirstScores<T, kKeyDim, kValueDim>>(p, gradient);
 }
 
 }  // namespace fastgen::attention

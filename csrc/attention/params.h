@@ -69,6 +69,31 @@ struct BackwardParams {
   float* delta = nullptr;  // workspace (batch, heads, queries), contiguous: rowsum(grad_out * out) - grad_lse
 };
 
+// Directions in which the arguments move; without data: not at all. The mask's is a float mask.
+struct Tangents {
+  Operand query, key, value;
+  Mask mask;
+};
+
+struct TangentParams {
+  Problem problem;
+  Operand query, key, value, out;
+  RowInput lse;
+  Tangents tangents;
+  Result tangent_out;
+  RowResult tangent_lse;
+};
+
+// Gradients of <grad_out, tangent_out> + <grad_lse, tangent_lse>. ``first`` has what is differentiated, and where the
+// gradients go.
+struct SecondOrderParams {
+  BackwardParams first;
+  Tangents tangents;
+  Operand tangent_out;
+  RowInput tangent_lse;
+  float* second_delta = nullptr;  // workspace like first.delta: rowsum(grad_out * tangent_out)
+};
+
 // Whose gradient, and where it goes. A dim of the mask is broadcast where its size is 1.
 struct MaskGradient {
   int sizes[4] = {1, 1, 1, 1};

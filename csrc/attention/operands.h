@@ -1,0 +1,219 @@
+// Between tensors and params: what api.cpp checks, copies and allocates.
+#pragma once
+
+#include <optional>
+
+#include "attention/config.h"
+#include "common/torch_api.h"
+
+namespace fastgen::attention {
+
+using MaybeTensor = std::optional<Tensor>;
+
+constexpr int64_t kAlignment = 16;  // bytes
+
+inline int64_t element_size(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Float ? 4 : 2; }
+
+inline int64_t aligned_dim(const Tensor& tensor) {
+  const int64_t chunk = kAlignment / element_size(tensor);
+  return ceil_div(tensor.size(3), chunk) * chunk;
+}
+
+inline bool is_aligned(const Tensor& tensor) {
+  bool whole = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kAlignment == 0;
+  for (int dim = 0; dim < 3; ++dim) {
+    whole = whole && (tensor.size(dim) <= 1 || tensor.stride(dim) * element_size(tensor) % kAlignment == 0);
+  }
+  return whole && aligned_dim(tensor) == tensor.size(3);
+}
+
+// A tensor that is read, in place where its rows are whole multiples of 16 bytes; otherwise a copy with columns of
+// zeros, which lives as long as this.
+class Read {
+ public:
+  Read(const Tensor& tensor, const char* name, const Tensor& query) : tensor_(tensor) {
+    STD_TORCH_CHECK(tensor.dim() == 4 && (tensor.numel() == 0 || tensor.size(3) <= 1 || tensor.stride(3) == 1), name,
+                    ": expected four dims, the last of them contiguous");
+    STD_TORCH_CHECK(tensor.scalar_type() == query.scalar_type(), name, ": expected the dtype of query");
+    STD_TORCH_CHECK(tensor.device() == query.device(), name, ": expected the device of query");
+    if (is_aligned(tensor)) return;
+    tensor_ = torch::stable::new_zeros(tensor, {tensor.size(0), tensor.size(1), tensor.size(2), aligned_dim(tensor)});
+    Tensor part = torch::stable::narrow(tensor_, 3, 0, tensor.size(3));
+    torch::stable::copy_(part, tensor);
+  }
+  Operand operand() const {
+    return {tensor_.const_data_ptr(), tensor_.stride(0), tensor_.stride(1), tensor_.stride(2)};
+  }
+  int64_t dim() const { return tensor_.size(3); }
+
+ private:
+  Tensor tensor_;
+};
+
+// A new tensor of the query's device and dtype. Not a view: an output that is one may not carry a forward-mode tangent.
+template <int kDims>
+Tensor empty_strided(const Tensor& query, const int64_t (&sizes)[kDims], const int64_t (&strides)[kDims],
+                     ScalarType dtype) {
+  int32_t stable_dtype = aoti_torch_dtype_float32();
+  if (dtype == ScalarType::Half) stable_dtype = aoti_torch_dtype_float16();
+  if (dtype == ScalarType::BFloat16) stable_dtype = aoti_torch_dtype_bfloat16();
+  const auto device = query.device();
+  const int32_t kind = device.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(kDims, sizes, strides, stable_dtype, kind,
+                                                  device.is_cuda() ? device.index() : 0, &handle));
+  return Tensor(handle);
+}
+
+// The same of a tensor that may be absent, or else has the shape of ``like``.
+class MaybeRead {
+ public:
+  MaybeRead(const MaybeTensor& tensor, const char* name, const Tensor& like, const Tensor& query) {
+    if (!tensor.has_value()) return;
+    for (int64_t dim = 0; dim < 4; ++dim) {
+      STD_TORCH_CHECK(tensor->dim() == 4 && tensor->size(dim) == like.size(dim), name,
+                      ": expected the shape of what it is the tangent of");
+    }
+    read_.emplace(*tensor, name, query);
+  }
+  Operand operand() const { return read_.has_value() ? read_->operand() : Operand{}; }
+
+ private:
+  std::optional<Read> read_;
+};
+
+// A tensor that is written, laid out as ops/attention.py promises: (B, H, N, D), in memory (B, N, H, D) with
+// rows_first. Where a row is no whole multiple of 16 bytes, the kernel writes a wider one, and finish() copies.
+class Written {
+ public:
+  Written(const Tensor& like, int64_t dim, bool rows_first)
+      : tensor_(allocate(like, dim, rows_first)),
+        target_(is_aligned(tensor_) ? tensor_ : allocate(like, aligned_dim(tensor_), false)) {}
+
+  Result result() { return {target_.mutable_data_ptr(), target_.stride(0), target_.stride(1), target_.stride(2)}; }
+  Tensor finish() {
+    if (target_.size(3) != tensor_.size(3)) {
+      torch::stable::copy_(tensor_, torch::stable::narrow(target_, 3, 0, tensor_.size(3)));
+    }
+    return tensor_;
+  }
+  Tensor zero() {
+    torch::stable::zero_(tensor_);
+    return tensor_;
+  }
+
+ private:
+  static Tensor allocate(const Tensor& like, int64_t dim, bool rows_first) {
+    const int64_t heads = like.size(1), rows = like.size(2);
+    return empty_strided<4>(like, {like.size(0), heads, rows, dim},
+                            {heads * rows * dim, rows_first ? dim : rows * dim, rows_first ? heads * dim : dim, 1},
+                            like.scalar_type());
+  }
+  Tensor tensor_, target_;
+};
+
+// Whether (B, H, N, D) lies in memory as (B, N, H, D).
+inline bool rows_first(const Tensor& tensor) { return tensor.size(1) > 1 && tensor.stride(1) < tensor.stride(2); }
+
+// Where tensors of the host are read and written: in the emulator, and laid out as everywhere on the host.
+inline bool on_host(const Tensor& tensor) { return !tensor.device().is_cuda(); }
+
+inline MaskKind mask_kind(const Tensor& mask, const Tensor& query) {
+  if (mask.scalar_type() == ScalarType::Bool) return MaskKind::kBool;
+  return mask.scalar_type() == ScalarType::Float ? MaskKind::kFloat32 : MaskKind::kLikeQuery;
+}
+
+// The mask as kernels take it: boolean, float32 or of the query's dtype. Any other float is converted, which copies it.
+inline MaybeTensor readable(const MaybeTensor& mask, const Tensor& query) {
+  if (!mask.has_value()) return mask;
+  const ScalarType dtype = mask->scalar_type();
+  if (dtype == ScalarType::Bool || dtype == ScalarType::Float || dtype == query.scalar_type()) return mask;
+  STD_TORCH_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+                  "mask: expected bool, float64, float32, float16 or bfloat16");
+  return torch::stable::to(*mask, ScalarType::Float);
+}
+
+inline Mask mask_of(const MaybeTensor& mask, const Tensor& query, int64_t keys, const char* name = "mask") {
+  if (!mask.has_value()) return {};
+  const int64_t sizes[4] = {query.size(0), query.size(1), query.size(2), keys};
+  int64_t strides[4];
+  STD_TORCH_CHECK(mask->dim() == 4, name, ": expected four dims");
+  STD_TORCH_CHECK(mask->device() == query.device(), name, ": expected the device of query");
+  for (int i = 0; i < 4; ++i) {
+    STD_TORCH_CHECK(mask->size(i) == sizes[i] || mask->size(i) == 1, name, ": expected dim ", i, " to be 1 or ",
+                    sizes[i], ", got ", mask->size(i));
+    strides[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
+  }
+  return {mask->const_data_ptr(), mask_kind(*mask, query), strides[0], strides[1], strides[2], strides[3]};
+}
+
+struct Options {
+  double dropout_p;
+  int64_t window_left, window_right;
+  double scale;
+  bool allow_tf32;
+};
+
+inline int checked_int(int64_t value, const char* name) {
+  STD_TORCH_CHECK(value <= INT32_MAX, name, ": expected at most 2147483647, got ", value);
+  return static_cast<int>(value);
+}
+
+inline Problem problem_of(const Tensor& query, const Tensor& key, const Tensor& value, int64_t key_dim,
+                          int64_t value_dim, const MaybeTensor& mask, const MaybeTensor& seed, const Options& options,
+                          Dims widest_tile = kTiles[kTileCount - 1]) {
+  STD_TORCH_CHECK(key.size(0) == query.size(0) && key.size(3) == query.size(3) && value.size(0) == query.size(0) &&
+                      value.size(1) == key.size(1) && value.size(2) == key.size(2),
+                  "key, value: expected shapes that fit the query");
+  STD_TORCH_CHECK(key.size(1) > 0 ? query.size(1) % key.size(1) == 0 : query.size(1) == 0,
+                  "key: expected a number of heads that divides the query's");
+  STD_TORCH_CHECK(key_dim <= widest_tile.key && value_dim <= widest_tile.value,
+                  "query, value: kernels are compiled for head dims up to ", widest_tile.key, " and ",
+                  widest_tile.value, ", got ", query.size(3), " and ", value.size(3));
+  Problem problem;
+  problem.batch = checked_int(query.size(0), "batch"), problem.heads = checked_int(query.size(1), "heads");
+  problem.queries = checked_int(query.size(2), "queries"), problem.key_dim = static_cast<int>(key_dim);
+  problem.key_heads = checked_int(key.size(1), "key heads"), problem.keys = checked_int(key.size(2), "keys");
+  problem.value_dim = static_cast<int>(value_dim);
+  // A bound beyond every key is as good as any.
+  problem.window_left = static_cast<int>(options.window_left < INT32_MAX ? options.window_left : INT32_MAX);
+  problem.window_right = static_cast<int>(options.window_right < INT32_MAX ? options.window_right : INT32_MAX);
+  problem.scale = static_cast<float>(options.scale);
+  problem.exact = !options.allow_tf32;
+  problem.mask = mask_of(mask, query, key.size(2));
+  if (seed.has_value()) {
+    const int64_t count = seed->numel();
+    STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->dim() == 1 && seed->is_contiguous() &&
+                        seed->device() == query.device(),
+                    "seed: expected a contiguous int64 vector on the query's device");
+    STD_TORCH_CHECK(count > 0 && query.size(0) % count == 0,
+                    "seed: expected a number of seeds that divides the batch, ", query.size(0), ", got ", count);
+    const int64_t rows_per_seed = query.size(0) / count * query.size(1) * query.size(2);
+    problem.dropout = {seed->const_data_ptr<int64_t>(), rows_per_seed, static_cast<float>(options.dropout_p)};
+  }
+  return problem;
+}
+
+inline RowInput row_input(const Tensor& tensor, const char* name, const Tensor& query) {
+  STD_TORCH_CHECK(tensor.dim() == 3 && tensor.size(0) == query.size(0) && tensor.size(1) == query.size(1) &&
+                      tensor.size(2) == query.size(2) && tensor.scalar_type() == ScalarType::Float &&
+                      tensor.device() == query.device(),
+                  name, ": expected a float32 tensor (batch, heads, queries) on the query's device");
+  return {tensor.const_data_ptr<float>(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+// A float for each row of the queries; in memory (B, N, H) on the host, as torch's own kernels make it there.
+inline Tensor empty_rows(const Tensor& query) {
+  const int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2);
+  const bool host = on_host(query);
+  return empty_strided<3>(query, {batch, heads, rows}, {heads * rows, host ? 1 : rows, host ? heads : 1},
+                          ScalarType::Float);
+}
+inline RowResult row_result(const Tensor& rows) {
+  return {static_cast<float*>(rows.mutable_data_ptr()), rows.stride(0), rows.stride(1), rows.stride(2)};
+}
+
+// A gradient, in the layout that ops/_attention_blocked.py allocates.
+inline Written gradient_of(const Tensor& of) { return Written(of, of.size(3), on_host(of) || rows_first(of)); }
+
+}  // namespace fastgen::attention
