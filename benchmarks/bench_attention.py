@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.roofline import Cost, cost
+from benchmarks.roofline import BACKWARD, FORWARD, cost
 from benchmarks.shapes import ATTENTION_SHAPES, AttentionShape
 from fastgen.functional import scaled_dot_product_attention as attention
 
@@ -79,7 +79,7 @@ def test_forward(against, device, case):
         against(
             lambda: attention(*tensors, **kwargs),
             peers(device, lambda: F.scaled_dot_product_attention(*tensors, **kwargs)),
-            cost=cost(shape),
+            cost=cost(shape, FORWARD),
         )
 
 
@@ -98,6 +98,6 @@ def test_forward_and_backward(against, device, case):
     against(
         lambda: step(attention),
         peers(device, lambda: step(F.scaled_dot_product_attention)),
-        cost=Cost(*map(sum, zip(cost(shape), cost(shape, backward=True), strict=True))),
+        cost=cost(shape, FORWARD, BACKWARD),
         rounds=9,
     )

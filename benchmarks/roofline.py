@@ -53,20 +53,42 @@ class Cost(NamedTuple):
         }
 
 
-def cost(shape: AttentionShape, backward: bool = False) -> Cost:
-    """Each operand read once, each result written once. Backward: five products, the scores' weights once more."""
-    pairs = shape.batch * shape.heads * shape.queries * shape.keys * (0.5 if shape.mask == "causal" else 1)
-    query = shape.batch * shape.heads * shape.queries * (shape.key_dim + shape.value_dim)
-    key = shape.batch * shape.heads * shape.keys * (shape.key_dim + shape.value_dim)
-    mask = {"bias": shape.heads * shape.queries * shape.keys * ELEMENT, "padding": shape.batch * shape.keys}
-    lse = shape.batch * shape.heads * shape.queries * 4
-    read_mask = mask.get(shape.mask, 0)
-    if not backward:
-        return Cost(2 * pairs * (shape.key_dim + shape.value_dim), pairs, ELEMENT * (query + key) + lse + read_mask)
-    flops = 2 * pairs * (3 * shape.key_dim + 2 * shape.value_dim)
-    out = shape.batch * shape.heads * shape.queries * shape.value_dim
-    moved = ELEMENT * (2 * query + 2 * key + out) + lse + read_mask
-    return Cost(flops, pairs, moved)
+class Pass(NamedTuple):
+    """How many products of each depth there are for a pair of query and key, and how many tensors of each kind are read
+    and written: of queries and keys, with key_dim columns and with value_dim."""
+
+    name: str
+    key_products: int
+    value_products: int
+    of_queries: tuple[int, int]
+    of_keys: tuple[int, int]
+
+    def __str__(self) -> str:
+        count = self.key_products + self.value_products
+        return f"{self.name} ({count} products)"
+
+
+FORWARD = Pass("forward", 1, 1, (1, 1), (1, 1))  # q, k, v; out
+BACKWARD = Pass("backward", 3, 2, (2, 2), (2, 2))  # out and its gradient too; three gradients
+TANGENT = Pass("tangent", 3, 2, (2, 2), (2, 2))  # three tangents and out too; the tangent of out
+SECOND_ORDER = Pass("second order, after the tangent", 7, 3, (3, 3), (3, 3))  # out, out' and the gradient of out; three
+PASSES = (FORWARD, BACKWARD, TANGENT, SECOND_ORDER)
+
+
+def cost(shape: AttentionShape, *passes: Pass) -> Cost:
+    """Each operand read once, each result written once, each weight computed once in each pass."""
+    heads = shape.batch * shape.heads
+    pairs = heads * shape.queries * shape.keys * (0.5 if shape.mask == "causal" else 1)
+    masks = {"bias": shape.heads * shape.queries * shape.keys * ELEMENT, "padding": shape.batch * shape.keys}
+    rest = masks.get(shape.mask, 0) + heads * shape.queries * 4  # lse
+    dims = shape.key_dim, shape.value_dim
+
+    def width(counts: tuple[int, int]) -> int:
+        return counts[0] * dims[0] + counts[1] * dims[1]
+
+    flops = sum(2 * pairs * width((one.key_products, one.value_products)) for one in passes)
+    rows = sum(shape.queries * width(one.of_queries) + shape.keys * width(one.of_keys) for one in passes)
+    return Cost(flops, pairs * len(passes), ELEMENT * heads * rows + rest * len(passes))
 
 
 def computed_share(shape: AttentionShape) -> float:
@@ -86,8 +108,8 @@ def computed_share(shape: AttentionShape) -> float:
     return useful / (rows * keys * (key_dim * plan["slices"] + value_dim))
 
 
-def row(shape: AttentionShape, chip: Chip, backward: bool) -> str:
-    needed = cost(shape, backward)
+def row(shape: AttentionShape, chip: Chip, one: Pass) -> str:
+    needed = cost(shape, one)
     bounds = needed.bounds(chip)
     bound = max(bounds, key=lambda name: bounds[name])
     times = " | ".join(f"{seconds * 1e6:.1f}" for seconds in bounds.values())
@@ -105,23 +127,24 @@ def lines() -> list[str]:
         "result written once; a causal mask halves products and exponentials. The bound is the largest of the three.",
     ]
     for chip in CHIPS:
-        for backward in (False, True):
+        for one in PASSES:
             found += [
                 "",
-                f"## {chip.name}, {'backward (five products)' if backward else 'forward (two products)'}",
+                f"## {chip.name}, {one}",
                 "",
                 "| shape | GFLOP | Mexp | MB | products, us | exponentials, us | memory, us | bound |",
                 "|---|---|---|---|---|---|---|---|",
             ]
-            found += [row(shape, chip, backward) for shape in ATTENTION_SHAPES.values()]
+            found += [row(shape, chip, one) for shape in ATTENTION_SHAPES.values()]
     found += [
         "",
         "## What the forward kernel executes",
         "",
         "The useful share of its matrix products: head dims are padded to the tile, queries to a warp's 16 or 32 and",
         "keys to a step, and a head wider than 256 is cut into slices that compute the scores again. Tiles that a",
-        "causal mask rules out are not computed. The backward pass computes seven products where five are needed, so",
-        "that each sum has one writer and one order.",
+        "causal mask rules out are not computed. Where queries and keys both have gradients, two kernels compute the",
+        "scores, so that each sum has one writer and one order: 7 products in the backward pass and 15 in the second",
+        "order, where 5 and 10 are needed.",
         "",
         "| shape | useful share |",
         "|---|---|",

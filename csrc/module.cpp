@@ -42,9 +42,12 @@ py::dict latent_plan(int64_t rows, int64_t cols, int element_size, int multiproc
   return result;
 }
 
-std::vector<std::pair<int, int>> attention_tiles() {
+std::vector<std::pair<int, int>> attention_tiles(bool twice) {
   std::vector<std::pair<int, int>> tiles;
-  for (const auto& dims : fastgen::attention::kTiles) tiles.emplace_back(dims.key, dims.value);
+  const auto add = [&](const auto& table) {
+    for (const auto& dims : table) tiles.emplace_back(dims.key, dims.value);
+  };
+  twice ? add(fastgen::attention::kTwiceTiles) : add(fastgen::attention::kTiles);
   return tiles;
 }
 
@@ -65,16 +68,25 @@ py::dict attention_plan(int64_t batch, int64_t heads, int64_t key_heads, int64_t
                         int value_dim, int element_size, int multiprocessors, bool plain,
                         const std::optional<std::array<int, 4>>& mask) {
   namespace attention = fastgen::attention;
-  if (attention::find_tile(attention::kTiles, key_dim, value_dim) < 0)
-    throw py::value_error("key_dim, value_dim: no tile is that wide");
+  const auto holds = [=](const auto& tiles) { return attention::find_tile(tiles, key_dim, value_dim) >= 0; };
+  if (!holds(attention::kTiles)) throw py::value_error("key_dim, value_dim: no tile is that wide");
   const attention::Sizes sizes = {batch, heads, key_heads, queries, keys, key_dim, value_dim, element_size, plain};
   py::dict result;
   result["forward"] = describe(attention::forward_plan(sizes, multiprocessors));
   result["query"] = describe(attention::query_plan(sizes));
   result["key_value"] = describe(attention::key_value_plan(sizes));
+  const bool twice = holds(attention::kTwiceTiles);
+  if (twice) {
+    result["tangent"] = describe(attention::tangent_plan(sizes));
+    result["second order query"] = describe(attention::second_order_query_plan(sizes));
+    result["second order key_value"] = describe(attention::second_order_key_value_plan(sizes));
+  }
   if (mask.has_value()) {
     const int sizes_of_mask[4] = {(*mask)[0], (*mask)[1], (*mask)[2], (*mask)[3]};
     result["mask"] = describe(attention::mask_plan(sizes, sizes_of_mask, multiprocessors, false));
+    if (twice) {
+      result["second order mask"] = describe(attention::mask_plan(sizes, sizes_of_mask, multiprocessors, true));
+    }
   }
   return result;
 }
@@ -86,7 +98,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What was built, for which architectures, with which tools.");
   m.def("latent_plan", &latent_plan, py::arg("rows"), py::arg("cols"), py::arg("element_size"),
         py::arg("multiprocessors"), "How a (rows, cols) latent is shared out among CUDA threads.");
-  m.def("attention_tiles", &attention_tiles, "The head dims (key, value) that attention kernels are compiled for.");
+  m.def("attention_tiles", &attention_tiles, py::arg("twice") = false,
+        "The head dims (key, value) that attention kernels are compiled for. ``twice``: tangents and second "
+        "derivatives.");
   m.def("attention_plan", &attention_plan, py::arg("batch"), py::arg("heads"), py::arg("key_heads"), py::arg("queries"),
         py::arg("keys"), py::arg("key_dim"), py::arg("value_dim"), py::arg("element_size"), py::arg("multiprocessors"),
         py::arg("plain") = true, py::arg("mask") = py::none(),

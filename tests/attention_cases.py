@@ -141,8 +141,105 @@ def cancellation(
     return [*found[:2], rounding * float(of_value.max()), *found[2:]]
 
 
-def check(case: Case, device: torch.device, seed: int = 0) -> None:
-    """Outputs and all gradients, of the logsumexp too, within twice the error of the plain formula."""
+def cancellation_twice(
+    leaves: list[Tensor],
+    directions: list[Tensor],
+    mask: Tensor | None,
+    keep: Tensor | None,
+    left: int,
+    right: int,
+    grad_out: Tensor,
+) -> list[float]:
+    """The same for the second order: what rounding may cost O', l' and the gradients of query, key, value and mask.
+
+    O' = A - w O takes O as it was kept, and r = rowsum(dO O') takes O' as it is stored.
+    """
+    dtype = leaves[0].dtype
+    query, key, value, *learned = (leaf.double() for leaf in leaves)
+    of_query, of_key, of_value, *of_mask = (direction.double() for direction in directions)
+    heads, group = query.size(1), query.size(1) // key.size(1)
+    key, value, of_key, of_value = (reference.expand_heads(t, heads) for t in (key, value, of_key, of_value))
+    mask, scale = learned[0] if learned else mask, query.size(-1) ** -0.5
+    weights, _ = reference.softmax_lse(reference.attention_scores(query, key, mask, left, right, scale))
+    kept = torch.ones_like(weights) if keep is None else keep
+
+    def direction(q: Tensor, k: Tensor, gq: Tensor, gk: Tensor, gm: list[Tensor]) -> Tensor:
+        return scale * (gq @ k.mT + q @ gk.mT) + (gm[0] if gm else 0)
+
+    centred = direction(query, key, of_query, of_key, of_mask)
+    mean = (weights * centred).sum(-1, keepdim=True)
+    centred = centred - mean
+    out = (weights * kept) @ value
+    tangent = (weights * centred * kept) @ value + (weights * kept) @ of_value
+    # Sums of absolute values, which float32 rounds.
+    magnitude = direction(query.abs(), key.abs(), of_query.abs(), of_key.abs(), [m.abs() for m in of_mask])
+    wide = magnitude + (weights * magnitude).sum(-1, keepdim=True)
+    of_out = (weights * wide * kept) @ value.abs() + (weights * kept) @ of_value.abs()
+    sizes = weights * ((grad_out.abs() @ value.abs().mT) * kept + (grad_out * out).abs().sum(-1, keepdim=True))
+    second_row = (grad_out.abs() * of_out).sum(-1, keepdim=True)
+    second_sizes = wide * sizes + weights * ((grad_out.abs() @ of_value.abs().mT) * kept + second_row)
+    # Variances that the rounding of O and O' brings into d and r.
+    of_delta = (grad_out * out).square().sum(-1, keepdim=True)
+    of_second = (grad_out * tangent).square().sum(-1, keepdim=True) + mean.square() * of_delta
+    variance = weights.square() * of_delta
+    second_variance = weights.square() * (centred.square() * of_delta + of_second)
+
+    def propagated(
+        second: Tensor, first: Tensor, q: Tensor, k: Tensor, gq: Tensor, gk: Tensor
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        grad_key = (second.mT @ q + first.mT @ gq).unflatten(1, (-1, group)).sum(2)
+        return second @ k + first @ gk, grad_key, [second.sum_to_size(m.shape) for m in learned]
+
+    tensors = (query, key, of_query, of_key)
+    sums = propagated(second_sizes, sizes, *(scale * t.abs() for t in tensors))
+    squares = propagated(second_variance, variance, *((scale * t).square() for t in tensors))
+    of_value_grad = ((weights * wide * kept).mT @ grad_out.abs()).unflatten(1, (-1, group)).sum(2)
+    rounding = ROUNDING_ULPS * torch.finfo(torch.float32).eps
+    deviation = 4 * torch.finfo(dtype).eps / 12**0.5
+    largest = lambda t: float(t.max()) if t.numel() else 0.0  # noqa: E731
+    grads = [
+        rounding * largest(size) + deviation * largest(square) ** 0.5
+        for size, square in zip((*sums[:2], *sums[2]), (*squares[:2], *squares[2]), strict=True)
+    ]
+    of_tangent = rounding * largest(of_out) + deviation * largest((mean * out).abs())
+    of_lse = rounding * largest((weights * magnitude).sum(-1))
+    return [of_tangent, of_lse, *grads[:2], rounding * largest(of_value_grad), *grads[2:]]
+
+
+class Problem(NamedTuple):
+    """The tensors of a case, on the host."""
+
+    leaves: list[Tensor]  # query, key, value and a float mask
+    mask: Tensor | None
+    window: dict[str, Any]
+    upstream: list[Tensor]  # gradients of out and lse, float64
+    keep: Tensor | None
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        left, right = self.window.get("window", (-1, -1))
+        return left, 0 if "is_causal" in self.window else right
+
+    def formula(self, leaves: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """In the dtype of the leaves."""
+        keep = None if self.keep is None else self.keep.to(leaves[0].dtype)
+        mask = leaves[3] if len(leaves) == 4 else self.mask
+        return reference.attention(*leaves[:3], mask, keep, *self.sides)
+
+    def ours(self, leaves: list[Tensor], dropout: float) -> tuple[Tensor, Tensor]:
+        mask = self.mask if self.mask is None else self.mask.to(leaves[0].device)
+        drawn = torch.randint
+        torch.randint = lambda *args, **kwargs: torch.tensor([7], device=leaves[0].device)  # the seed of dropout
+        try:
+            return scaled_dot_product_attention(
+                *leaves[:3], leaves[3] if len(leaves) == 4 else mask, dropout, enable_gqa=True, return_lse=True,
+                **self.window,
+            )  # fmt: skip
+        finally:
+            torch.randint = drawn
+
+
+def problem_of(case: Case, seed: int) -> Problem:
     torch.manual_seed(seed)
     heads, key_heads = case.heads
     query = matrix(case.layout, case.batch, heads, case.queries, case.dims[0], case.dtype)
@@ -153,32 +250,69 @@ def check(case: Case, device: torch.device, seed: int = 0) -> None:
     leaves = [query, key, value, *([mask] if learned else [])]
     out_shape = (case.batch, heads, case.queries, case.dims[1])
     upstream = [torch.randn(out_shape).to(torch.bfloat16).double(), torch.randn(out_shape[:3]).double()]
+    return Problem(leaves, mask, window, upstream, keep_of(case, torch.tensor([7])))
 
-    keep = keep_of(case, torch.tensor([7]))
-    left, right = window.get("window", (-1, -1))
-    right = 0 if "is_causal" in window else right
+
+NAMES = ("out", "lse", "grad of query", "grad of key", "grad of value", "grad of mask")
+
+
+def check(case: Case, device: torch.device, seed: int = 0) -> None:
+    """Outputs and all gradients, of the logsumexp too, within twice the error of the plain formula."""
+    problem = problem_of(case, seed)
+
+    def results(leaves: list[Tensor], out: Tensor, lse: Tensor) -> list[Tensor]:
+        return [out, lse, *gradients(out, lse, leaves, [u.to(out.device) for u in problem.upstream])]
 
     def formula(dtype: torch.dtype) -> list[Tensor]:
-        q, k, v, *m = (leaf.to(dtype).requires_grad_() for leaf in leaves)
-        kept = None if keep is None else keep.to(dtype)
-        out, lse = reference.attention(q, k, v, m[0] if learned else mask, kept, left, right)
-        return [out, lse, *gradients(out, lse, [q, k, v, *m], upstream)]
+        leaves = [leaf.to(dtype).requires_grad_() for leaf in problem.leaves]
+        return results(leaves, *problem.formula(leaves))
 
-    def ours() -> list[Tensor]:
-        on_device = [leaf.to(device).detach().requires_grad_() for leaf in leaves]
-        attn_mask = on_device[3] if learned else None if mask is None else mask.to(device)
-        drawn = torch.randint
-        torch.randint = lambda *args, **kwargs: torch.tensor([7], device=device)  # the seed of dropout
-        try:
-            out, lse = scaled_dot_product_attention(
-                *on_device[:3], attn_mask, case.dropout, enable_gqa=True, return_lse=True, **window
-            )
-        finally:
-            torch.randint = drawn
-        return [out, lse, *gradients(out, lse, on_device, [u.to(device) for u in upstream])]
-
-    names = ("out", "lse", "grad of query", "grad of key", "grad of value", "grad of mask")
-    granted = [0.0, 0.0, *cancellation(leaves, mask, keep, left, right, upstream[0])]
-    results = (ours(), formula(case.dtype), formula(torch.float64), granted)
-    for name, actual, plain, exact, allowance in zip(names, *results, strict=False):
+    on_device = [leaf.to(device).detach().requires_grad_() for leaf in problem.leaves]
+    ours = results(on_device, *problem.ours(on_device, case.dropout))
+    left, right = problem.sides
+    granted = cancellation(problem.leaves, problem.mask, problem.keep, left, right, problem.upstream[0])
+    compared = (ours, formula(case.dtype), formula(torch.float64), [0.0, 0.0, *granted])
+    for name, actual, plain, exact, allowance in zip(NAMES, *compared, strict=False):
         assert_accurate(actual.cpu(), plain, exact, name, allowance)
+
+
+def check_twice(case: Case, device: torch.device, seed: int = 0) -> None:
+    """The gradients of a weighted sum of all gradients, and the tangents in the direction of the weights.
+
+    The first two of the gradients, of those of out and lse, are the tangents of out and lse.
+    """
+    problem = problem_of(case, seed)
+    leaves, (grad_out, grad_lse) = problem.leaves, problem.upstream
+    directions = [torch.randn(leaf.shape).to(torch.bfloat16).to(leaf) for leaf in leaves]
+
+    def second(
+        leaves: list[Tensor], directions: list[Tensor], upstream: list[Tensor], out: Tensor, lse: Tensor
+    ) -> list[Tensor]:
+        finite = lse.masked_fill(lse == -math.inf, 0)
+        grads = torch.autograd.grad([out, finite], leaves, upstream, create_graph=True)
+        total = sum((g.double() * d.double()).sum() for g, d in zip(grads, directions, strict=True))
+        assert isinstance(total, Tensor)
+        return list(torch.autograd.grad(total, [*upstream, *leaves]))
+
+    def formula(dtype: torch.dtype) -> list[Tensor]:
+        cast = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+        out, lse = problem.formula(cast)
+        upstream = [grad_out.to(dtype).requires_grad_(), grad_lse.to(lse.dtype).requires_grad_()]
+        return second(cast, directions, upstream, out, lse)
+
+    on_device = [leaf.to(device).detach().requires_grad_() for leaf in leaves]
+    there = [direction.to(device) for direction in directions]
+    out, lse = problem.ours(on_device, case.dropout)
+    upstream = [grad_out.to(out).requires_grad_(), grad_lse.to(lse).requires_grad_()]
+    ours = second(on_device, there, upstream, out, lse)
+    _, tangents = torch.func.jvp(
+        lambda *leaves: problem.ours(list(leaves), case.dropout), tuple(t.detach() for t in on_device), tuple(there)
+    )
+    assert torch.equal(tangents[0], ours[0]), "the gradient of that of out is the tangent of out"
+    seen = (lse != -math.inf).to(lse.dtype)  # what was filled in for a row that sees nothing does not move
+    assert torch.equal(tangents[1] * seen, ours[1])
+
+    granted = cancellation_twice(leaves, directions, problem.mask, problem.keep, *problem.sides, grad_out)
+    compared = (ours, formula(case.dtype), formula(torch.float64), granted)
+    for name, actual, plain, exact, allowance in zip(NAMES, *compared, strict=False):
+        assert_accurate(actual.cpu(), plain, exact, f"of second order, {name}", allowance)

@@ -31,6 +31,11 @@ BUDGETS = {
     "attention_backward_key_value": Budget(registers=255),
     # Shared: a float for each of 64 columns and 4 warps.
     "attention_mask_gradient": Budget(registers=255, shared_bytes=1024),
+    # Twice the tiles of scores of forward and backward, with as many rows and columns as that leaves room for.
+    "attention_tangent": Budget(registers=255),
+    "attention_second_order_query": Budget(registers=255),
+    "attention_second_order_key_value": Budget(registers=255),
+    "attention_mask_second_order": Budget(registers=255, shared_bytes=1024),
     # launch_bounds(256), as latent_sum_parts; the division of what is stored by dtype.
     "attention_sum_parts": Budget(registers=40),
 }

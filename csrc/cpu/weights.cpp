@@ -38,6 +38,10 @@ FASTGEN_HOST_DEVICE void weigh_row(const WeightsParams& p, int64_t index) {
   const auto factor = [=](int64_t j) { return kKeep ? keep[j] : 1.0f; };
   const float lse = p.lse[index];
   for (int64_t j = 0; j < keys; ++j) scores[j] = exp_float(scores[j] - lse);
+  // A logsumexp of half precision scores is not that of these ones, so the weights are made to sum to 1.
+  const float total = sum_row(keys, [=](int64_t j) { return scores[j]; });
+  const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+  for (int64_t j = 0; j < keys; ++j) scores[j] *= inverse;
   const float mean = sum_row(keys, [=](int64_t j) { return scores[j] * direction[j]; });
   p.row[index] = mean;
   if constexpr (!kGrads) {

@@ -55,6 +55,9 @@ def weigh(
     W with dS2 where there are grads and no cross, otherwise with P keep. ``lse`` and ``delta`` d are (..., 1).
     """
     weights = scores.sub_(lse).exp_()
+    # A logsumexp of half precision scores is not that of these ones, so the weights are made to sum to 1.
+    total = weights.sum(-1, keepdim=True)
+    weights.div_(total.masked_fill_(total == 0, 1))
     row = (weights * direction).sum(-1, keepdim=True)
     centred = direction.sub_(row)
     dropped = weights.clone() if keep is None else weights * keep
