@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
   const DType dtype = dtype_of(query, "query");
   const DeviceScope scope(query);
   const Read q(query, "query", query), k(key, "key", query), v(value, "value", query);
-  const Read o(out, "out", query), d(grad_out, "grad_out", query);
+  const Read o = read_out(out, "out", query, value), d = read_out(grad_out, "grad_out", query, value);
   const MaybeTensor read_mask = readable(mask, query);
   BackwardParams p;
   p.query = q.operand(), p.key = k.operand(), p.value = v.operand(), p.out = o.operand(), p.grad_out = d.operand();
@@ -110,7 +110,8 @@ std::tuple<Tensor, Tensor> tangent(const Tensor& query, const Tensor& key, const
                                    int64_t window_left, int64_t window_right, double scale, bool allow_tf32) {
   const DType dtype = dtype_of(query, "query");
   const DeviceScope scope(query);
-  const Read q(query, "query", query), k(key, "key", query), v(value, "value", query), o(out, "out", query);
+  const Read q(query, "query", query), k(key, "key", query), v(value, "value", query);
+  const Read o = read_out(out, "out", query, value);
   const MaybeTensor read_mask = readable(mask, query);
   const GivenTangents given(query, key, value, tangent_query, tangent_key, tangent_value, tangent_mask);
   TangentParams p;
@@ -135,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> second_order(
   const DType dtype = dtype_of(query, "query");
   const DeviceScope scope(query);
   const Read q(query, "query", query), k(key, "key", query), v(value, "value", query);
-  const Read o(out, "out", query), d(grad_out, "grad_out", query);
+  const Read o = read_out(out, "out", query, value), d = read_out(grad_out, "grad_out", query, value);
   const MaybeTensor read_mask = readable(mask, query);
   const GivenTangents given(query, key, value, tangent_query, tangent_key, tangent_value, tangent_mask);
   TangentParams t;

@@ -65,7 +65,15 @@ Tensor empty_strided(const Tensor& query, const int64_t (&sizes)[kDims], const i
   return Tensor(handle);
 }
 
-// The same of a tensor that may be absent, or else has the shape of ``like``.
+// The output, or what goes with it.
+inline Read read_out(const Tensor& tensor, const char* name, const Tensor& query, const Tensor& value) {
+  STD_TORCH_CHECK(tensor.dim() == 4 && tensor.size(0) == query.size(0) && tensor.size(1) == query.size(1) &&
+                      tensor.size(2) == query.size(2) && tensor.size(3) == value.size(3),
+                  name, ": expected the dims of query, and value's last");
+  return Read(tensor, name, query);
+}
+
+// A tensor that is read, may be absent, or else has the shape of ``like``.
 class MaybeRead {
  public:
   MaybeRead(const MaybeTensor& tensor, const char* name, const Tensor& like, const Tensor& query) {
