@@ -11,6 +11,7 @@ allocates grows with N + M.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgen import _checks as check
-from fastgen._autograd.common import apply, choose, only_wanted, transforms_active
+from fastgen._autograd.common import choose, in_graph, only_wanted, transforms_active
 from fastgen._library import operator, operator_for_derivative
 from fastgen.ops.attention import Options, refused_heads_twice
 
@@ -50,18 +51,13 @@ def _rows(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _first(tensors: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(_rows(tensor) for tensor in tensors)
-
-
-def _differentiated(*tensors: Tensor | None) -> bool:
-    """Inside a derivative: whether somebody will differentiate it (``create_graph=True``, torch.func, dual numbers).
-
-    Under torch.compile nobody can: AOTAutograd refuses double backward by itself.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    return transforms_active() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+def _call(function: type[Function], run: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Inside a derivative: ``run``, or ``function`` where somebody will differentiate the result (``create_graph=True``,
+    torch.func, dual numbers)."""
+    recorded = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+    if recorded or transforms_active():
+        return tuple(function.apply(*arguments))  # type: ignore[no-untyped-call]
+    return tuple(run(*arguments))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -78,21 +74,15 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value and mask."""
     arguments = (_rows(grad_out), grad_lse, *inputs, *options, mask_grad, namespace)
-    if _differentiated(grad_out, grad_lse, *inputs):
-        results = _Backward.apply(*arguments)  # type: ignore[no-untyped-call]
-    else:
-        results = _run_backward(*arguments)
+    results = _call(_Backward, _run_backward, arguments)
     return (*results[:3], results[3] if mask_grad else None)
 
 
 def _tangent(inputs: _Inputs, directions: Directions, options: Options, namespace: str) -> tuple[Tensor, Tensor]:
     """O' and l'."""
-    arguments = (*inputs, *_first(directions), *options, namespace)
-    if _differentiated(*inputs, *directions):
-        results = _Tangent.apply(*arguments)  # type: ignore[no-untyped-call]
-    else:
-        results = _run_tangent(*arguments)
-    return results[0], results[1]
+    arguments = (*inputs, *map(_rows, directions), *options, namespace)
+    out, lse = _call(_Tangent, _run_tangent, arguments)
+    return out, lse
 
 
 def _second_order(
@@ -105,11 +95,8 @@ def _second_order(
     namespace: str,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of <dO, O'> + <dl, l'>, in this order: of dO, dl, query, key, value and mask."""
-    arguments = (_rows(grad_out), grad_lse, *inputs, *_first(directions), *options, mask_grad, namespace)
-    if _differentiated(grad_out, grad_lse, *inputs, *directions):
-        results = _SecondOrder.apply(*arguments)  # type: ignore[no-untyped-call]
-    else:
-        results = _run_second_order(*arguments)
+    arguments = (_rows(grad_out), grad_lse, *inputs, *map(_rows, directions), *options, mask_grad, namespace)
+    results = _call(_SecondOrder, _run_second_order, arguments)
     return (*results[:5], results[5] if mask_grad else None)
 
 
@@ -295,6 +282,7 @@ class _SecondOrder(Function):
         _SecondOrder.backward(ctx)
 
 
+@in_graph
 def attention(
     query: Tensor,
     key: Tensor,
@@ -307,5 +295,5 @@ def attention(
     """``attention_forward``, twice differentiable; straight to the operator where no derivative is needed."""
     arguments = (query, key, value, mask, seed, *options, namespace)
     function = choose(_Attention, _TransformedAttention, query, key, value, mask)
-    result = _run(*arguments) if function is None else apply(function, arguments)
+    result = _run(*arguments) if function is None else function.apply(*arguments)
     return result[0], result[1]

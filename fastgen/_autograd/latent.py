@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgen import reference
-from fastgen._autograd.common import apply, choose, must_be_differentiable, only_wanted
+from fastgen._autograd.common import choose, in_graph, must_be_differentiable, only_wanted
 from fastgen._library import operator
 
 
@@ -81,6 +81,7 @@ class _TransformedGaussianLatent(Function):
         return z, kl.to(torch.promote_types(mu.dtype, torch.float32))  # type: ignore[union-attr]
 
 
+@in_graph
 def gaussian_latent(
     mu: Tensor,
     logvar: Tensor,
@@ -93,5 +94,5 @@ def gaussian_latent(
     """``latent_forward`` with derivatives of every order; straight to the operator where none is needed."""
     arguments = (mu, logvar, prior_mu, prior_logvar, seed, with_kl, namespace)
     function = choose(_GaussianLatent, _TransformedGaussianLatent, mu, logvar, prior_mu, prior_logvar)
-    result = _run(*arguments) if function is None else apply(function, arguments)
+    result = _run(*arguments) if function is None else function.apply(*arguments)
     return result[0], result[1]

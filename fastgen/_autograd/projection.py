@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgen import reference
-from fastgen._autograd.common import apply, choose, must_be_differentiable, only_wanted
+from fastgen._autograd.common import choose, in_graph, must_be_differentiable, only_wanted
 from fastgen._library import operator
 
 
@@ -154,6 +154,7 @@ class _TransformedMergeHeads(Function):
         return t_y if t_residual is None else t_y + t_residual
 
 
+@in_graph
 def projection(
     x: Tensor,
     weight: Tensor,
@@ -168,9 +169,10 @@ def projection(
     function = choose(_Projection, _TransformedProjection, x, weight, bias)
     if function is None:
         return _run_projection(*arguments)
-    return tuple(apply(function, arguments))
+    return tuple(function.apply(*arguments))
 
 
+@in_graph
 def merge_heads(
     x: Tensor,
     weight: Tensor,
@@ -185,5 +187,5 @@ def merge_heads(
     function = choose(_MergeHeads, _TransformedMergeHeads, x, weight, bias, residual, gate)
     if function is None:
         return _run_merge(*arguments)
-    result: Tensor = apply(function, arguments)
+    result: Tensor = function.apply(*arguments)
     return result

@@ -23,7 +23,6 @@ from fastgen.ops._attention_blocked import (
     wide,
 )
 
-
 TILE_BYTES = 2**21
 """About how much one of a tile's four matrices may hold."""
 
