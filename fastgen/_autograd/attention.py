@@ -52,8 +52,8 @@ def _rows(tensor: Tensor | None) -> Tensor | None:
 
 
 def _call(function: type[Function], run: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Inside a derivative: ``run``, or ``function`` where somebody will differentiate the result (``create_graph=True``,
-    torch.func, dual numbers)."""
+    """Inside a derivative: ``run``, or ``function`` where somebody will differentiate what comes out
+    (``create_graph=True``, torch.func, dual numbers)."""
     recorded = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
     if recorded or transforms_active():
         return tuple(function.apply(*arguments))  # type: ignore[no-untyped-call]

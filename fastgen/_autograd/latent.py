@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgen import reference
-from fastgen._autograd.common import choose, in_graph, must_be_differentiable, only_wanted
+from fastgen._autograd.common import choose, in_graph, must_be_differentiable, only_wanted, tangent_formula
 from fastgen._library import operator
 
 
@@ -66,8 +66,9 @@ class _TransformedGaussianLatent(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
-        mu, logvar, prior_mu, prior_logvar, seed = ctx.saved_tensors
+    @tangent_formula
+    def jvp(ctx: Any, saved: list[Any], *tangents: Any) -> tuple[Tensor, Tensor]:
+        mu, logvar, prior_mu, prior_logvar, seed = saved
         zero = torch.zeros_like(mu)
         t_mu, t_logvar, t_prior_mu, t_prior_logvar = (zero if t is None else t for t in tangents[:4])
         noise = reference.standard_normal(seed, *mu.shape).to(mu.dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgen import reference
-from fastgen._autograd.common import choose, in_graph, must_be_differentiable, only_wanted
+from fastgen._autograd.common import choose, in_graph, must_be_differentiable, only_wanted, tangent_formula
 from fastgen._library import operator
 
 
@@ -65,8 +65,9 @@ class _TransformedProjection(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
-        x, weight = ctx.saved_tensors
+    @tangent_formula
+    def jvp(ctx: Any, saved: list[Any], *tangents: Any) -> tuple[Tensor, ...]:
+        x, weight = saved
         t_x, t_weight, t_bias = tangents[:3]
         y = torch.zeros((), dtype=x.dtype, device=x.device)
         if t_x is not None:
@@ -135,8 +136,9 @@ class _TransformedMergeHeads(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        x, weight, bias, gate = ctx.saved_tensors
+    @tangent_formula
+    def jvp(ctx: Any, saved: list[Any], *tangents: Any) -> Tensor:
+        x, weight, bias, gate = saved
         t_x, t_weight, t_bias, t_residual, t_gate = tangents[:5]
         tokens = reference.join_heads(x)
         t_y = x.new_zeros(x.size(0), x.size(2), weight.size(0))

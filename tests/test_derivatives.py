@@ -1,0 +1,500 @@
+"""Every public function and module, in every way of differentiating twice: right, or it raises. Never silently wrong.
+
+The oracle is the same thing written in plain PyTorch and differentiated by autograd, in float64.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+import fastgen
+from fastgen import functional, losses, models, nn, reference
+
+B, H, N, D = 2, 2, 3, 4
+
+
+def normal(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def plain_latent(mu, logvar, prior_mu=None, prior_logvar=None, generator=None):
+    flat = mu.reshape(mu.size(0), -1)
+    seed = torch.randint(0, 2**63 - 1, (1,), generator=generator)
+    noise = reference.standard_normal(seed, *flat.shape).to(mu.dtype).reshape(mu.shape)
+    rows = [t if t is None else t.expand(mu.shape).reshape(flat.shape) for t in (prior_mu, prior_logvar)]
+    return mu + noise * (0.5 * logvar).exp(), reference.kl_divergence(flat, logvar.reshape(flat.shape), *rows)
+
+
+def plain_attention(query, key, value, attn_mask=None, window=(-1, -1), dropout_p=0.0):
+    keep = None
+    if dropout_p:
+        seed, rows = torch.randint(0, 2**63 - 1, (1,)), query.shape[:-1].numel()
+        groups = reference.groups_per_row(key.size(-2))
+        uniform = reference.uniform_rows(seed, torch.arange(rows), rows, groups, 0, groups)[:, : key.size(-2)]
+        keep = ((uniform >= dropout_p).double() / (1 - dropout_p)).reshape(*query.shape[:-1], key.size(-2))
+    return reference.attention(query, key, value, attn_mask, keep, *window)
+
+
+def plain_heads(x, weight, bias, heads, dims):
+    return torch.cat([part.sin().flatten(1) for part in reference.projection(x, weight, bias, heads, dims, False)], 1)
+
+
+def plain_slope(scores, samples):
+    (gradient,) = torch.autograd.grad(scores.sum(), samples, create_graph=True)
+    return gradient.flatten(1).square().sum(1)
+
+
+def critic(x, weight):
+    return (x @ weight).tanh().sum((1, 2)) + x.square().sum((1, 2))
+
+
+def vae_loss(plain):
+    torch.manual_seed(0)
+    config = models.ConvVAEConfig(image_size=4, width=2, hidden_dim=4, latent_dim=2, levels=3)
+    model = models.ConvVAE(config).double()
+
+    def loss(images):
+        kept = functional.reparameterize_kl
+        functional.reparameterize_kl = plain_latent if plain else kept
+        try:
+            return model(images.sigmoid()).loss
+        finally:
+            functional.reparameterize_kl = kept
+
+    return loss
+
+
+def penalty(ours):
+    """Of a fixed batch; differentiated with respect to the discriminator's weight."""
+    torch.manual_seed(5)
+    real, fake = normal(3, N, D), normal(3, N, D)
+
+    def points(share):
+        return share * real + (1 - share) * fake
+
+    def one(name):
+        def call(weight):
+            torch.manual_seed(0)
+            if name == "path_length_penalty":
+                latents = real.clone().requires_grad_()
+                images = (latents @ weight).tanh().unsqueeze(1)
+                if ours:
+                    return losses.path_length_penalty(images, latents, 0.5)[0]
+                noise = torch.randn(images.shape, dtype=torch.float64) / (N * D) ** 0.5
+                (gradient,) = torch.autograd.grad(images, latents, noise, create_graph=True)
+                lengths = gradient.square().sum(-1).mean(-1).sqrt()
+                mean = 0.5 + 0.01 * (lengths.detach().mean() - 0.5)
+                return (lengths - mean).square().mean()
+            if name in ("r1_penalty", "r2_penalty"):
+                x = real.clone().requires_grad_()
+                scores = critic(x, weight)
+                return getattr(losses, name)(scores, x) if ours else 0.5 * plain_slope(scores, x).mean()
+            if ours:
+                arguments = (real, fake) if name == "gradient_penalty" else (real,)
+                return getattr(losses, name)(lambda x: critic(x, weight), *arguments)
+            share = torch.rand(3, 1, 1, dtype=torch.float64)
+            if name == "gradient_penalty":
+                x = points(share)
+            else:
+                x = real + (1 - share) * 0.5 * real.std(correction=0) * torch.rand(real.shape, dtype=torch.float64)
+            x = x.requires_grad_()
+            return (plain_slope(critic(x, weight), x).sqrt() - 1).square().mean()
+
+        return call
+
+    return one
+
+
+def both(name, **kwargs):
+    """A scalar of out and lse, ours and the formula's."""
+    ours = lambda *t: functional.scaled_dot_product_attention(*t, return_lse=True, **kwargs)  # noqa: E731
+    translated = {"window": kwargs["window"]} if "window" in kwargs else {}
+    translated |= {"window": (-1, 0)} if kwargs.get("is_causal") else {}
+    translated |= {"dropout_p": kwargs["dropout_p"]} if "dropout_p" in kwargs else {}
+    formula = lambda *t: plain_attention(*t, **translated)  # noqa: E731
+    return ours, formula
+
+
+def attention_case(mask=None, **kwargs):
+    tensors = [normal(B, H, N, D), normal(B, H, N, D), normal(B, H, N, 2)] + ([] if mask is None else [normal(*mask)])
+    return (*both("attention", **kwargs), tensors)
+
+
+QKV = {"heads": (2, 1, 1), "head_dims": (2, 2, 3)}
+CASES = {
+    # name: ours, the same in plain PyTorch, arguments. Results are reduced to a number by `scalar`.
+    "scaled_dot_product_attention": lambda: attention_case(),
+    "scaled_dot_product_attention, causal": lambda: attention_case(is_causal=True),
+    "scaled_dot_product_attention, window": lambda: attention_case(window=(1, 1)),
+    "scaled_dot_product_attention, bias": lambda: attention_case(mask=(H, 1, N)),
+    "scaled_dot_product_attention, dropout": lambda: attention_case(dropout_p=0.4),
+    "multi_head_projection": lambda: (
+        lambda x, w, b: functional.multi_head_projection(x, w, b, num_heads=2),
+        lambda x, w, b: reference.projection(x, w, b, [2], [3], False)[0],
+        [normal(B, N, D), normal(6, D), normal(6)],
+    ),
+    "qkv_projection": lambda: (
+        lambda x, w, b: functional.qkv_projection(x, w, b, **QKV),
+        lambda x, w, b: tuple(reference.projection(x, w, b, list(QKV["heads"]), list(QKV["head_dims"]), False)),
+        [normal(B, N, D), normal(9, D), normal(9)],
+    ),
+    "merge_heads_projection": lambda: (
+        lambda x, w, b, r, g: functional.merge_heads_projection(x, w, b, residual=r, gate=g),
+        lambda x, w, b, r, g: reference.merge_heads(x, w, b, r, g, False),
+        [normal(B, H, N, D), normal(5, H * D), normal(5), normal(B, N, 5), normal(5)],
+    ),
+    "reparameterize": lambda: (
+        functional.reparameterize,
+        lambda m, v: plain_latent(m, v)[0],
+        [normal(B, D), normal(B, D)],
+    ),
+    "reparameterize_kl": lambda: (
+        lambda m, v, pm, pv: functional.reparameterize_kl(m, v, prior_mu=pm, prior_logvar=pv),
+        plain_latent,
+        [normal(B, D), normal(B, D), normal(B, D), normal(B, D)],
+    ),
+    "GaussianLatent": lambda: (
+        nn.GaussianLatent(),
+        lambda h: plain_latent(*h.chunk(2, dim=1)),
+        [normal(B, 2 * D, 2)],
+    ),
+    "ConvVAE": lambda: (vae_loss(plain=False), vae_loss(plain=True), [normal(B, 1, 4, 4)]),
+    **{n: (lambda n=n: (penalty(True)(n), penalty(False)(n), [normal(D, D)])) for n in losses.__all__},
+}  # fmt: skip
+
+
+def scalar(function):
+    """A number that is not linear in any of the results, with the same random numbers in each call."""
+
+    def unseeded(*tensors):
+        results = function(*tensors)
+        results = results if isinstance(results, tuple) else (results,)
+        return sum((result.sin() * torch.linspace(0.5, 1.5, result.numel()).to(result).reshape(result.shape)).sum()
+                   for result in results)  # fmt: skip
+
+    def total(*tensors):
+        torch.manual_seed(1)
+        return unseeded(*tensors)
+
+    total.unseeded = unseeded
+    return total
+
+
+def weighted(tensors, weights):
+    return sum((a * b).sum() for a, b in zip(tensors, weights, strict=True))
+
+
+def everything(count):
+    return tuple(range(count))
+
+
+# --------------------------------------------------------------------------------------------------
+# Ways to differentiate: f a scalar function of tensors x, d a direction. First or second order in d.
+
+
+def reverse_twice(f, x, d):
+    leaves = [t.clone().requires_grad_() for t in x]
+    grads = torch.autograd.grad(f(*leaves), leaves, create_graph=True)
+    return torch.autograd.grad(weighted(grads, d), leaves)
+
+
+def checkpointed(f, x, d):
+    return reverse_twice(lambda *t: checkpoint(f, *t, use_reentrant=False), x, d)
+
+
+def functional_twice(f, x, d):
+    grad = torch.func.grad(f, everything(len(x)))
+    return torch.func.grad(lambda *t: weighted(grad(*t), d), everything(len(x)))(*x)
+
+
+def forward(f, x, d):
+    return (torch.func.jvp(f, tuple(x), tuple(d))[1],)
+
+
+def dual_numbers(f, x, d):
+    with forward_ad.dual_level():
+        return (forward_ad.unpack_dual(f(*map(forward_ad.make_dual, x, d))).tangent,)
+
+
+def forward_over_reverse(f, x, d):
+    return torch.func.jvp(torch.func.grad(f, everything(len(x))), tuple(x), tuple(d))[1]
+
+
+def dual_numbers_over_reverse(f, x, d):
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(t.clone().requires_grad_(), e) for t, e in zip(x, d, strict=True)]
+        return [forward_ad.unpack_dual(g).tangent for g in torch.autograd.grad(f(*duals), duals)]
+
+
+def reverse_over_forward(f, x, d):
+    return torch.func.grad(lambda *t: torch.func.jvp(f, t, tuple(d))[1], everything(len(x)))(*x)
+
+
+def reverse_over_dual_numbers(f, x, d):
+    leaves = [t.clone().requires_grad_() for t in x]
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(f(*map(forward_ad.make_dual, leaves, d))).tangent
+    return torch.autograd.grad(tangent, leaves)
+
+
+def reverse_within_dual_numbers(f, x, d):
+    """The gradient has a tangent too, which nobody asks for: a third derivative."""
+    leaves = [t.clone().requires_grad_() for t in x]
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(f(*map(forward_ad.make_dual, leaves, d))).tangent
+        return torch.autograd.grad(tangent, leaves)
+
+
+def hessian(f, x, d):
+    blocks = torch.func.hessian(f, everything(len(x)))(*x)
+    return [sum(torch.tensordot(block, e, e.dim()) for block, e in zip(row, d, strict=True)) for row in blocks]
+
+
+def jacobian_of_jacobian(f, x, d):
+    blocks = torch.func.jacrev(torch.func.jacrev(f, everything(len(x))), everything(len(x)))(*x)
+    return [sum(torch.tensordot(block, e, e.dim()) for block, e in zip(row, d, strict=True)) for row in blocks]
+
+
+def vmapped(f, x, d):
+    """Of one slice of two."""
+    stacked = [torch.stack((t.flip(0), t)) for t in x]
+    mapped = torch.func.vmap(lambda *t: functional_twice(f, t, d), randomness="same")(*stacked)
+    return [t[1] for t in mapped]
+
+
+def vmapped_forward(f, x, d):
+    stacked = [torch.stack((t.flip(0), t)) for t in x]
+    return (torch.func.vmap(lambda *t: torch.func.jvp(f, t, tuple(d))[1], randomness="same")(*stacked)[1],)
+
+
+def compiled(backend, way):
+    def run(f, x, d):
+        torch._dynamo.reset()
+        return way(torch.compile(f, backend=backend), x, d)
+
+    return run
+
+
+def compiled_around(backend, way):
+    def run(f, x, d):
+        torch._dynamo.reset()
+        code = torch.compile(lambda *t: way(f.unseeded, t, d), backend=backend)  # a seed would break the graph
+        torch.manual_seed(1)
+        return code(*x)
+
+    return run
+
+
+def forward_over_forward(f, x, d):
+    return (torch.func.jvp(lambda *t: torch.func.jvp(f, t, tuple(d))[1], tuple(x), tuple(d))[1],)
+
+
+def third(f, x, d):
+    leaves = [t.clone().requires_grad_() for t in x]
+    grads = torch.autograd.grad(f(*leaves), leaves, create_graph=True)
+    grads = torch.autograd.grad(weighted(grads, d), leaves, create_graph=True)
+    return torch.autograd.grad(weighted(grads, d), leaves)
+
+
+def slope(f, x, d):
+    """<grad f, d>: what forward mode gives."""
+    leaves = [t.clone().requires_grad_() for t in x]
+    return (weighted(torch.autograd.grad(f(*leaves), leaves), d).detach(),)
+
+
+def curvature(f, x, d):
+    return (weighted(reverse_twice(f, x, d), d).detach(),)
+
+
+FIRST = {
+    "forward": forward,
+    "dual numbers": dual_numbers,
+    "vmap of forward": vmapped_forward,
+    "forward of compiled": compiled("eager", forward),
+    "compiled forward": compiled_around("aot_eager", forward),
+}
+SECOND = {
+    "reverse twice": reverse_twice,
+    "reverse twice with checkpoints": checkpointed,
+    "torch.func.grad twice": functional_twice,
+    "forward over reverse": forward_over_reverse,
+    "dual numbers over reverse": dual_numbers_over_reverse,
+    "reverse over forward": reverse_over_forward,
+    "reverse over dual numbers": reverse_over_dual_numbers,
+    "reverse within dual numbers": reverse_within_dual_numbers,
+    "hessian": hessian,
+    "jacrev of jacrev": jacobian_of_jacobian,
+    "vmap of grad of grad": vmapped,
+    "compiled without AOTAutograd": compiled("eager", reverse_twice),
+    "compiled with AOTAutograd": compiled("aot_eager", reverse_twice),
+    "compiled grad of grad": compiled_around("eager", functional_twice),
+    "compiled reverse over forward": compiled_around("aot_eager", reverse_over_forward),
+}
+WAYS = {
+    **{name: (way, slope) for name, way in FIRST.items()},
+    **{name: (way, reverse_twice) for name, way in SECOND.items()},
+    "forward over forward": (forward_over_forward, curvature),
+    "third": (third, third),
+}
+RANDOM = ("scaled_dot_product_attention, dropout", "reparameterize", "reparameterize_kl", "GaussianLatent")
+ANYTHING = ""
+"""A model may hold what PyTorch itself refuses; a penalty already is a gradient; either may raise anything."""
+
+
+def refusal(name, way):
+    """What a derivative that is not there says; None where it is promised."""
+    if name in losses.__all__:
+        return None if way == "reverse twice" else ANYTHING
+    if name == "ConvVAE":
+        return None if way in ("forward", "reverse twice", "torch.func.grad twice") else ANYTHING
+    if way == "compiled with AOTAutograd":
+        return "does not currently support double backward|appears to not have been used in the graph"
+    if way == "hessian" and name in RANDOM:
+        return "vmap: called random operation while in randomness error mode"
+    if name.startswith("scaled_dot_product_attention"):
+        if way == "forward over forward":
+            return "attention: forward mode over forward mode is not there"
+        if way in ("third", "reverse within dual numbers"):
+            return "attention: expected first or second derivatives, got a third one"
+    return None
+
+
+@pytest.fixture(autouse=True)
+def _grad_mode():
+    """An exception that pytest keeps may keep a mode switched off."""
+    yield
+    torch.set_grad_enabled(True)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", CASES)
+def test_a_derivative_is_right_or_raises(name, way):
+    torch.manual_seed(2)
+    ours, plain, x = CASES[name]()
+    d = [torch.randn_like(t) for t in x]
+    take, oracle = WAYS[way]
+    f, g = scalar(ours), scalar(plain)
+    torch.testing.assert_close(f(*x), g(*x))
+    wanted = oracle(g, x, d)
+    assert any(bool((t != 0).any()) for t in wanted), "an oracle of zeros shows nothing"
+    text = refusal(name, way)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Dynamo's, about caches and graph breaks
+            got = take(f, x, d)
+    except Exception as error:
+        if text is None or re.search(text, str(error)) is None:
+            raise
+        return
+    assert text is None or text == ANYTHING, "it is there after all"
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_the_table_has_every_public_function_and_module():
+    public = {
+        *functional.__all__,
+        *nn.__all__,
+        *losses.__all__,
+        *(entry.model.__name__ for entry in models.MODELS.values()),
+    }
+    assert public == {name.split(",")[0] for name in CASES}
+
+
+# --------------------------------------------------------------------------------------------------
+# What raises, and what it says
+
+
+@pytest.mark.parametrize("way", [third, lambda f, x, d: torch.func.grad(lambda *t: curvature_of(f, t, d))(*x)], ids=str)
+def test_a_third_derivative_of_attention_says_what_to_do(way):
+    ours, _, x = attention_case()
+    with pytest.raises(
+        RuntimeError,
+        match=r"attention: expected first or second derivatives, got a third one;.*fastgen\.reference\.attention",
+    ):
+        way(scalar(ours), x, [torch.randn_like(t) for t in x])
+
+
+def curvature_of(f, x, d):
+    return weighted(functional_twice(f, x, d), d)
+
+
+def test_forward_over_forward_says_what_to_do():
+    ours, _, x = attention_case()
+    with pytest.raises(RuntimeError, match=r"attention: forward mode over forward mode.*jvp of torch\.func\.grad"):
+        forward_over_forward(scalar(ours), x, [torch.randn_like(t) for t in x])
+
+
+def test_create_graph_of_a_second_derivative_is_no_third_one():
+    ours, plain, x = attention_case()
+    leaves = [t.clone().requires_grad_() for t in x]
+    grads = torch.autograd.grad(scalar(ours)(*leaves), leaves, create_graph=True)
+    again = torch.autograd.grad(weighted(grads, x), leaves, create_graph=True)
+    for a, b in zip(again, reverse_twice(scalar(plain), x, x), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tangent", "error", "text"),
+    [
+        ("dual", normal(1, H, N, D), RuntimeError, "different size"),
+        ("dual", normal(B, H, N, D).float(), TypeError, "tangent of query: expected the dtype of query, torch.float64"),
+        ("func", normal(B, H, N, D).float(), TypeError, "tangent of query: expected the dtype of query, torch.float64"),
+    ],
+)
+def test_a_tangent_that_does_not_fit_is_named(kind, tangent, error, text):
+    _, _, (query, key, value) = attention_case()
+    attend = lambda q: functional.scaled_dot_product_attention(q, key, value)  # noqa: E731
+    with pytest.raises(error, match=text):
+        if kind == "func":
+            torch.func.jvp(attend, (query,), (tangent,))
+        else:
+            dual_numbers(attend, [query], [tangent])
+
+
+def test_the_readme_s_penalty_fails_with_torch_s_attention_and_works_here():
+    x = torch.randn(2, 4, 64, 32, requires_grad=True, dtype=torch.float64)
+
+    def r1(attend):
+        scores = attend(x, x, x).square().sum((1, 2, 3))
+        losses.r1_penalty(scores, x).backward()
+
+    with pytest.raises(RuntimeError, match="is not implemented"):
+        r1(torch.nn.functional.scaled_dot_product_attention)
+    x.grad = None
+    r1(functional.scaled_dot_product_attention)
+    ours, x.grad = x.grad, None
+    with sdpa_kernel(SDPBackend.MATH):
+        r1(torch.nn.functional.scaled_dot_product_attention)
+    torch.testing.assert_close(ours, x.grad)
+
+
+def test_penalties_inside_compiled_code(monkeypatch):
+    """Where torch.compile is told to trace torch.autograd.grad."""
+    monkeypatch.setattr(torch._dynamo.config, "trace_autograd_ops", True)
+    torch._dynamo.reset()
+    ours, plain, x = attention_case()
+    leaves = [t.clone().requires_grad_() for t in x]
+
+    def step(f):
+        def run(*leaves):
+            grads = torch.autograd.grad(f(*leaves), leaves, create_graph=True)
+            return sum(g.square().sum() for g in grads)
+
+        return run
+
+    value = torch.compile(step(lambda *t: ours(*t)[0].sin().sum()), backend="aot_eager", fullgraph=True)(*leaves)
+    wanted = step(lambda *t: plain(*t)[0].sin().sum())(*leaves)
+    for a, b in zip(torch.autograd.grad(value, leaves), torch.autograd.grad(wanted, leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_backends_are_as_they_were():
+    assert fastgen.current_backend() == "auto"
