@@ -2,7 +2,7 @@
 # On a machine with a GPU and no network: build, run the CUDA tests, then the benchmarks.
 # usage: benchmarks/gpu_session.sh FOLDER [build|test|bench ...]     (default: all three, in order)
 # Writes into FOLDER as it goes, so that a session cut short still leaves what it found:
-#   info.txt  log.txt  tests.xml  attention.json  latent.json  projection.json  report.md
+#   info.txt  log.txt  tests.xml  attention.json  attention_twice.json  latent.json  projection.json  report.md
 # PYTHON chooses the interpreter; its packages are used as they are, nothing is downloaded. The architecture is
 # the device's own unless TORCH_CUDA_ARCH_LIST says otherwise.
 set -uo pipefail
@@ -32,7 +32,7 @@ for stage in "${stages[@]}"; do
       ;;
     bench)
       : >"$out/report.md"
-      for family in attention latent projection; do
+      for family in attention attention_twice latent projection; do
         $python -m pytest "benchmarks/bench_$family.py" -q -k cuda --benchmark-only \
           --benchmark-json="$out/$family.json" >>"$out/log.txt" 2>&1 || failed=1
         [ -s "$out/$family.json" ] && $python benchmarks/report.py "$out/$family.json" | tee -a "$out/report.md"

@@ -70,6 +70,9 @@ def _pytorch(name: str, device: torch.device) -> str:
     """Which PyTorch: on CPU attention takes fused kernels where they fit."""
     if device.type != "cpu" or not name.startswith("attention"):
         return "PyTorch"
+    if name in ("attention_tangent", "attention_second_order"):
+        helped = _library.has_kernel("cpu_attention_weights", device)
+        return "PyTorch in tiles, with fastgen's helper for float32 arithmetic" if helped else "PyTorch in tiles"
     helper = name == "attention_forward" and _library.has_kernel("cpu_attention_forward", device)
     kernels = "torch's fused kernel or fastgen's for narrow heads" if helper else "torch's fused kernel"
     return f"{kernels} where it fits, else PyTorch"

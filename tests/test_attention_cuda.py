@@ -34,8 +34,19 @@ def step(tensors, kwargs):
     return [out, *torch.autograd.grad(out, tensors, torch.ones_like(out))]
 
 
+def penalty_step(tensors, kwargs):
+    out = attention(*tensors[:3], **kwargs)
+    grads = torch.autograd.grad(out.float().square().sum(), tensors, create_graph=True)
+    penalty = sum(grad.float().square().sum() for grad in grads)
+    return [out.detach(), *torch.autograd.grad(penalty, tensors)]
+
+
+STEPS = pytest.mark.parametrize("step", [step, penalty_step], ids=["first order", "second order"])
+
+
+@STEPS
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_cuda_another_stream_and_every_run_give_the_same_bits(options):
+def test_cuda_another_stream_and_every_run_give_the_same_bits(options, step):
     tensors, kwargs = problem(options)
     torch.manual_seed(3)
     first = step(tensors, kwargs)
@@ -48,8 +59,9 @@ def test_cuda_another_stream_and_every_run_give_the_same_bits(options):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@STEPS
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_cuda_graphs_capture_forward_and_backward(options):
+def test_cuda_graphs_capture_forward_and_backward(options, step):
     tensors, kwargs = problem(options)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -108,6 +120,17 @@ def test_cuda_heads_too_wide_for_a_kernel():
     assert largest_error(attention(*tensors), reference.attention(*(t.double() for t in tensors))[0]) < 1e-2
     with fastgen.use_backend("compiled"), pytest.raises(RuntimeError, match="head dims up to 512, not for 600 and 600"):
         attention(*tensors)
+
+
+def test_cuda_heads_too_wide_for_a_tangent():
+    tensors = [torch.randn(1, 1, 9, 300, device="cuda") for _ in range(3)]
+    directions = tuple(t.flip(2) for t in tensors)
+    exact = torch.func.jvp(
+        lambda *t: reference.attention(*t)[0], tuple(t.double() for t in tensors), tuple(t.double() for t in directions)
+    )[1]
+    assert largest_error(torch.func.jvp(attention, tuple(tensors), directions)[1], exact) < 1e-2
+    with fastgen.use_backend("compiled"), pytest.raises(RuntimeError, match="head dims up to 256, not for 300 and 300"):
+        torch.func.jvp(attention, tuple(tensors), directions)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")

@@ -42,6 +42,13 @@ def backward_arguments(**kwargs):
     return torch.randn_like(out), torch.randn_like(lse), *arguments[:3], out, lse, *arguments[3:]
 
 
+def second_order_arguments(**kwargs):
+    """Of attention_second_order; those of attention_tangent are among them."""
+    grad_out, grad_lse, query, key, value, out, lse, mask, seed, *options = backward_arguments(**kwargs)
+    tangents = [None if t is None else torch.randn_like(t) for t in (query, key, value, mask)]
+    return grad_out, grad_lse, query, key, value, out, lse, mask, seed, *tangents, *options
+
+
 def cases():
     matrix = lambda: torch.randn(3, 7)  # noqa: E731
     row = torch.randn(7).expand(3, 7)
@@ -54,8 +61,13 @@ def cases():
     for options in ({}, {"masked": True}, {"dropout": True}):
         yield "attention_forward", attention_arguments(**options)
         yield "attention_backward", (*backward_arguments(**options), bool(options.get("masked")))
+        yield "attention_tangent", second_order_arguments(**options)[2:]
+        yield "attention_second_order", (*second_order_arguments(**options), bool(options.get("masked")))
     narrow = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 16)
     yield "cpu_attention_forward", (*narrow, True, 0.4)
+    tile, row = lambda: torch.randn(2, 5, 7), torch.randn(2, 5, 1)
+    yield "cpu_attention_weights", (tile(), tile(), row, None, None, None, None)
+    yield "cpu_attention_weights", (tile(), tile(), row, tile(), tile(), row, tile())
     x, weight, bias = torch.randn(2, 5, 6), torch.randn(10, 6), torch.randn(10)
     yield "projection_forward", (x, weight, bias, [3, 1], [2, 4], False)
     yield "projection_forward", (x.mT.contiguous(), weight, None, [3, 1], [2, 4], True)
