@@ -2,8 +2,8 @@
 
 Each takes a compiled kernel where there is one, PyTorch elsewhere (``fastgen.info()`` says which,
 ``fastgen.use_backend`` chooses), honours autocast, ``torch.func`` transforms and ``torch.compile``, and is
-differentiable to any order, in reverse and forward mode. Bad arguments raise ``TypeError`` (a dtype, not
-a tensor) or ``ValueError`` (a shape, a value, a device) with the argument's name.
+differentiable twice and in forward mode; a derivative that is not there raises. Bad arguments raise ``TypeError``
+(a dtype, not a tensor) or ``ValueError`` (a shape, a value, a device) with the argument's name.
 """
 
 from __future__ import annotations
@@ -174,13 +174,17 @@ def scaled_dot_product_attention(
     Raises:
         TypeError: integer inputs, a mask that is neither boolean nor floating, dtypes that differ.
         ValueError: shapes that do not fit, a negative window, a probability out of range.
-        RuntimeError: the backend ``compiled`` is forced and there is no kernel for these tensors.
+        RuntimeError: the backend ``compiled`` is forced and there is no kernel for these tensors; a derivative that
+            is not there.
 
     On CUDA, float32 is multiplied at float32 accuracy unless ``torch.backends.cuda.matmul`` allows TF32, and kernels
     give the same bits in every run. A key that no query of the call sees counts for nothing, whatever it and its value
     hold.
 
-    Memory is O(N + M) per head forward and backward; a second derivative takes O(N M) for now.
+    Derivatives: of first and second order in reverse mode (gradient penalties), of first order in forward mode
+    (``torch.func.jvp``, dual numbers), and one of each in either order (the gradient of a tangent, the tangent of a
+    gradient). Memory is O(N + M) per head for all of them. A third derivative, and forward over forward mode, raise
+    ``RuntimeError``. The formulas are in ``fastgen.reference``.
 
     Example:
         >>> q, k, v = (torch.randn(2, 4, 16, d) for d in (8, 8, 32))

@@ -11,7 +11,8 @@ afterwards, with no synchronisation. The penalty comes out unscaled: scale the s
 step as for any other loss.
 
 Compiled modules: PyTorch cannot differentiate code of ``torch.compile`` twice. Call the uncompiled module for the
-penalty, ``compiled._orig_mod``, or call it under ``torch.compiler.set_stance("force_eager")``.
+penalty, ``compiled._orig_mod``, or call it under ``torch.compiler.set_stance("force_eager")``. Or compile the whole
+step, penalty included, with ``torch._dynamo.config.trace_autograd_ops = True``.
 """
 
 from __future__ import annotations
@@ -108,6 +109,11 @@ def _leads_through_compiled(outputs: Tensor, source: Tensor) -> bool:
     return any(node == target.node and index == target.output_nr for node, index in _edges(compiled, target.node))
 
 
+def _traced() -> bool:
+    """Whether torch.compile is tracing this call and its torch.autograd.grad: then the penalty is compiled as one."""
+    return torch.compiler.is_compiling() and getattr(torch._dynamo.config, "trace_autograd_ops", False)
+
+
 def _gradient_scale(scaler: torch.amp.GradScaler | None, batch: int, device: torch.device) -> Tensor | None:
     """The scaler's scale, left on the device.
 
@@ -135,7 +141,7 @@ def _squared_norms(
             f"{wanted} values computed from {source_name}, got ones that do not require grad"
             " (computed under torch.no_grad(), or detached)"
         )
-    if _leads_through_compiled(outputs, source):
+    if not _traced() and _leads_through_compiled(outputs, source):
         raise RuntimeError(
             f"{wanted} values that PyTorch can differentiate twice, got ones of a module compiled with torch.compile;"
             " call the uncompiled module for the penalty (compiled._orig_mod, or any call under"

@@ -1,4 +1,5 @@
-"""Derivatives of the raw operators: first ones through kernels, higher ones through the reference."""
+"""Derivatives of the raw operators: attention's first and second ones through operators of their own; the others' first
+ones through operators, higher ones through the reference."""
 
 from __future__ import annotations
 
