@@ -23,6 +23,7 @@ def settle(tensor: Tensor, in_rows: bool) -> Tensor:
 def takes(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seed: Tensor | None, options: Options
 ) -> bool:
+    """Whether the kernel computes this: no dropout, no window but causal, a mask or causal but not both."""
     return (
         query.device.type == "cpu"
         and seed is None

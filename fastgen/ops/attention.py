@@ -1,4 +1,4 @@
-"""Softmax attention on 4-d tensors: forward with logsumexp, and its backward.
+"""Softmax attention on 4-d tensors: forward with logsumexp, its backward, its tangent, and the gradient of that.
 
 query (B, H, N, Dk), key (B, Hk, M, Dk), value (B, Hk, M, Dv), each with a contiguous last dim;
 mask: boolean (True = attend) or floating, 4-d, each dim full or 1; seed (S,) int64, S dividing B, where
@@ -7,7 +7,8 @@ causal is (-1, 0). Outputs: out like query with Dv columns, lse (B, H, N) in flo
 
 On CPU, torch's fused kernel serves whatever it can, with heads padded to one size, and fastgen's own the
 forward pass where query heads are much narrower than value heads. The rest takes a blocked implementation that
-holds one tile of scores at a time, never N x M.
+holds one tile of scores at a time, never N x M; so do tangents and their gradients, where a helper does in one pass
+over memory what lies between a tile's products.
 """
 
 from __future__ import annotations
