@@ -207,12 +207,13 @@ def test_strided_inputs_give_the_contiguous_result(layout):
         assert attention(q, k, v).transpose(1, 2).is_contiguous(), "merging the heads is a view"
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize(
     "kwargs",
     [{}, {"is_causal": True}, {"window": (1, 2)}, {"dropout_p": 0.4}, {"attn_mask": "bool"}, {"attn_mask": "float"}],
     ids=str,
 )
-def test_derivatives_of_first_and_second_order_in_both_modes(kwargs):
+def test_derivatives_of_first_and_second_order_in_both_modes(kwargs, backend):
     leaves = [
         torch.randn(1, h, n, d, dtype=torch.float64, requires_grad=True)
         for h, n, d in ((2, 3, 2), (1, 4, 2), (1, 4, 3))
@@ -228,8 +229,15 @@ def test_derivatives_of_first_and_second_order_in_both_modes(kwargs):
         out, lse = attention(q, k, v, *mask, enable_gqa=True, return_lse=True, **kwargs)
         return out, lse.masked_fill(lse == -math.inf, 0)
 
-    assert gradcheck(call, leaves, check_forward_ad=True)
-    assert gradgradcheck(call, leaves, check_fwd_over_rev=True)
+    def tangent(*leaves):
+        directions = tuple(torch.linspace(-1, 1, t.numel(), dtype=t.dtype).reshape(t.shape) for t in leaves)
+        return torch.func.jvp(call, leaves, directions)[1]
+
+    with fastgen.use_backend(backend):
+        fast = {"fast_mode": backend == "reference"}  # random projections of the Jacobians
+        assert gradcheck(call, leaves, check_forward_ad=True, **fast)
+        assert gradgradcheck(call, leaves, check_fwd_over_rev=True, **fast)
+        assert gradcheck(tangent, leaves, **fast)
 
 
 def test_a_gradient_penalty_gives_the_weight_gradients_of_plain_attention():

@@ -41,7 +41,7 @@ class _Inputs(NamedTuple):
     seed: Tensor | None
 
 
-_INPUTS = len(_Inputs._fields)
+_INPUTS, _MASK = len(_Inputs._fields), _Inputs._fields.index("mask")
 Directions = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """Of query, key, value and mask; None is zero."""
 
@@ -204,7 +204,7 @@ class _Backward(Function):
         wanted = ctx.needs_input_grad
         if all(direction is None for direction in directions):
             return (None,) * len(wanted)
-        mask_grad = inputs.mask is not None and inputs.mask.is_floating_point() and wanted[2 + 5]
+        mask_grad = inputs.mask is not None and inputs.mask.is_floating_point() and wanted[2 + _MASK]
         of_out, of_lse, query, key, value, mask = _second_order(
             grad_out, grad_lse, inputs, directions, ctx.options, mask_grad, ctx.namespace
         )
@@ -216,7 +216,7 @@ class _Backward(Function):
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         grad_out, grad_lse, *saved = ctx.saved_tensors
         inputs = _Inputs(*saved)
-        of_out, of_lse, query, key, value, _, _, mask = tangents[: 3 + 5]
+        of_out, of_lse, query, key, value, _, _, mask = tangents[: 2 + _MASK + 1]
         parts = []
         if any(tangent is not None for tangent in (query, key, value, mask)):
             directions = (query, key, value, mask)
@@ -246,9 +246,9 @@ class _Tangent(Function):
             return (None,) * len(wanted)
         grad_out = torch.zeros_like(inputs.out) if grad_out is None else grad_out
         grads: list[Tensor | None] = [None] * len(wanted)
-        if any(wanted[i] for i in (0, 1, 2, 5)):
-            rest = (inputs, directions, ctx.options, wanted[5], ctx.namespace)
-            _, _, grads[0], grads[1], grads[2], grads[5] = _second_order(grad_out, grad_lse, *rest)
+        if any(wanted[i] for i in (0, 1, 2, _MASK)):
+            rest = (inputs, directions, ctx.options, wanted[_MASK], ctx.namespace)
+            _, _, grads[0], grads[1], grads[2], grads[_MASK] = _second_order(grad_out, grad_lse, *rest)
         if any(wanted[_INPUTS : _INPUTS + 4]):
             mask_grad = wanted[_INPUTS + 3]
             of_directions = _backward(grad_out, grad_lse, inputs, ctx.options, mask_grad, ctx.namespace)
