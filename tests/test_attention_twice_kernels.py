@@ -68,7 +68,7 @@ def property_holds(emulator, case, schedule):
 ANY = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 
 
-@settings(max_examples=50, **ANY)
+@settings(max_examples=30, **ANY)
 @given(case=cases(), schedule=st.integers(0, 2**32 - 1))
 def test_any_problem_under_any_schedule(emulated, emulator, case, schedule):  # noqa: F811
     property_holds(emulator, case, schedule)
