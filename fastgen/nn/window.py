@@ -1,0 +1,185 @@
+"""Attention within windows of a feature map, shifted or not."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgen import _checks as check
+from fastgen import functional
+from fastgen.nn._loading import LoadsOtherNames
+from fastgen.nn.image import require_divisible, require_feature_map
+
+__all__ = ["WindowAttention2d"]
+
+
+class _Run(NamedTuple):
+    """Neighbouring windows of one side that mask alike: positions start to stop of the padded, rolled side."""
+
+    start: int
+    stop: int
+    uniform: bool
+
+
+def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < least for n in pair):
+        raise ValueError(f"{name}: expected an integer >= {least} or a pair of them, got {value!r}")
+    return pair[0], pair[1]
+
+
+def _part(position: int, length: int, padded: int, shift: int) -> int:
+    """Which part of a side, rolled back by ``shift``, a position comes from: 0, 1 if it wrapped, -1 if padding."""
+    return -1 if (position + shift) % padded >= length else int(position + shift >= padded)
+
+
+def _runs(length: int, window: int, padded: int, shift: int) -> list[_Run]:
+    parts = [_part(position, length, padded, shift) for position in range(padded)]
+    windows = [(start, parts[start : start + window]) for start in range(0, padded, window)]
+    runs = []
+    for pattern, group in itertools.groupby(windows, key=lambda entry: entry[1]):
+        starts = [start for start, _ in group]
+        runs.append(_Run(starts[0], starts[-1] + window, len(set(pattern)) == 1 and pattern[0] >= 0))
+    return runs
+
+
+def _parts(run: _Run, window: int, length: int, padded: int, shift: int, device: torch.device) -> Tensor:
+    """``_part`` for the positions of the run's first window, made on the device."""
+    position = torch.arange(run.start, run.start + window, device=device) + shift
+    return torch.where(position % padded >= length, -1, (position >= padded).long())
+
+
+def _allowed(rows: Tensor, columns: Tensor) -> Tensor:
+    """(h w, h w): whether a position of a window sees another, which is of its part in both sides and no padding."""
+    same = (rows[:, None, None, None] == rows[:, None]) & (columns[:, None, None] == columns)
+    return (same & (rows[:, None] >= 0) & (columns >= 0)).flatten(2, 3).flatten(0, 1)
+
+
+class WindowAttention2d(LoadsOtherNames):
+    """Self-attention within windows, with a learned bias for each relative position.
+
+    Liu et al., "Swin Transformer: hierarchical vision Transformer using shifted windows" (2021), section 3.2 and
+    equation 4.
+
+    Args:
+        channels: C.
+        num_heads: the number of heads, a divisor of C.
+        window_size: height and width of a window, or one number for both.
+        shift: how far the windows are moved down and right, half of their size in every second layer of the paper.
+            The map is rolled, and positions that were no neighbours before do not see each other. Along a side that
+            one window covers nothing is shifted, as in the authors' code.
+        bias: let the two linear maps have biases.
+
+    Shapes: x (B, C, H, W) -> (B, C, H, W), any H and W: a side that the window does not divide is padded below or on
+    the right, and padding is never attended to. (torchvision's layer pads with zeros that are attended to.)
+
+    State dicts have the entries of torchvision's and the authors' layers: ``qkv`` (3C, C), ``proj`` (C, C) and
+    ``relative_position_bias_table`` ((2h - 1)(2w - 1), heads); a ``relative_position_index`` is left out.
+
+    Raises:
+        ValueError: channels that the heads do not divide, a size that is not positive, or a shift as large as the
+            window.
+
+    Example:
+        >>> WindowAttention2d(32, 4, 7, shift=3)(torch.randn(2, 32, 14, 20)).shape
+        torch.Size([2, 32, 14, 20])
+    """
+
+    relative_position_index: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        window_size: int | tuple[int, int],
+        *,
+        shift: int | tuple[int, int] = 0,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        require_divisible("channels", channels, "num_heads", num_heads)
+        self.channels, self.num_heads = channels, num_heads
+        self.window_size, self.shift = _pair("window_size", window_size, 1), _pair("shift", shift, 0)
+        if any(moved >= size for moved, size in zip(self.shift, self.window_size, strict=True)):
+            raise ValueError(f"shift: expected less than window_size = {self.window_size}, got {self.shift}")
+        height, width = self.window_size
+        self.qkv = nn.Linear(channels, 3 * channels, bias, device=device, dtype=dtype)
+        self.proj = nn.Linear(channels, channels, bias, device=device, dtype=dtype)
+        table = torch.empty((2 * height - 1) * (2 * width - 1), num_heads, device=device, dtype=dtype)
+        self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
+        down, right = (torch.arange(size, device=device) for size in self.window_size)
+        down = down[:, None, None, None] - down[:, None] + height - 1
+        right = right[:, None, None] - right + width - 1
+        index = (down * (2 * width - 1) + right).flatten(2, 3).flatten(0, 1)
+        self.register_buffer("relative_position_index", index, persistent=False)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, {self.num_heads}, window_size={self.window_size}, shift={self.shift}"
+
+    def relative_position_bias(self) -> Tensor:
+        """(heads, h w, h w): what is added to the scores of query i and key j of a window."""
+        return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend.
+
+        Raises:
+            TypeError: x is not a floating tensor, or has another dtype than the weights.
+            ValueError: x has another shape, or no positions.
+        """
+        require_feature_map(x, self.channels)
+        sides = tuple(x.shape[2:])
+        if 0 in sides:
+            raise ValueError(f"x: expected height and width of at least 1, got {check.shape_of(x)}")
+        padded = [-(-side // size) * size for side, size in zip(sides, self.window_size, strict=True)]
+        shift = [
+            moved if size < side else 0 for moved, size, side in zip(self.shift, self.window_size, padded, strict=True)
+        ]
+        whole = F.pad(x, (0, padded[1] - sides[1], 0, padded[0] - sides[0]))
+        rolled = whole.roll([-moved for moved in shift], (2, 3)) if any(shift) else whole
+        out = self._attend_in_runs(rolled, sides, padded, shift)
+        out = out.roll(shift, (2, 3)) if any(shift) else out
+        return out[:, :, : sides[0], : sides[1]]
+
+    def _attend_in_runs(self, x: Tensor, sides: tuple[int, ...], padded: list[int], shift: list[int]) -> Tensor:
+        """Windows that mask alike go together: no mask is repeated for a batch or for windows."""
+        down, right = zip(sides, self.window_size, padded, shift, strict=True)
+        bias = self.relative_position_bias()
+        stripes = []
+        for rows in _runs(*down):
+            parts = []
+            for columns in _runs(*right):
+                mask = bias
+                if not (rows.uniform and columns.uniform):
+                    of_rows = _parts(rows, self.window_size[0], sides[0], padded[0], shift[0], x.device)
+                    of_columns = _parts(columns, self.window_size[1], sides[1], padded[1], shift[1], x.device)
+                    mask = bias.masked_fill(~_allowed(of_rows, of_columns), -math.inf)
+                parts.append(self._attend(x[:, :, rows.start : rows.stop, columns.start : columns.stop], mask))
+            stripes.append(torch.cat(parts, dim=3) if len(parts) > 1 else parts[0])
+        return torch.cat(stripes, dim=2) if len(stripes) > 1 else stripes[0]
+
+    def _attend(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Whole windows of one mask, each a batch entry of its own."""
+        (height, width), heads = self.window_size, self.num_heads
+        batch, channels, rows, columns = x.shape
+        windows = x.unflatten(3, (columns // width, width)).unflatten(2, (rows // height, height))
+        tokens = windows.permute(0, 2, 4, 3, 5, 1).reshape(-1, height * width, channels)
+        dims = (channels // heads,) * 3
+        query, key, value = functional.qkv_projection(
+            tokens, self.qkv.weight, self.qkv.bias, heads=(heads,) * 3, head_dims=dims
+        )
+        out = cast(Tensor, functional.scaled_dot_product_attention(query, key, value, attn_mask=mask))
+        merged = functional.merge_heads_projection(out, self.proj.weight, self.proj.bias)
+        grid = merged.reshape(batch, rows // height, columns // width, height, width, channels)
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
+
+    def _translate(self, state_dict: dict[str, Any], prefix: str) -> None:
+        state_dict.pop(f"{prefix}relative_position_index", None)
+        super()._translate(state_dict, prefix)
