@@ -14,10 +14,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastgen import _autograd
+from fastgen import _autograd, reference
 from fastgen import _checks as check
 from fastgen._library import may_use_tf32, select
 from fastgen.ops.attention import Options, refused_heads
+from fastgen.ops.projection import Layout
+from fastgen.reference import HeadFinish
 
 __all__ = [
     "merge_heads_projection",
@@ -25,6 +27,7 @@ __all__ = [
     "qkv_projection",
     "reparameterize",
     "reparameterize_kl",
+    "rotary_embedding",
     "scaled_dot_product_attention",
 ]
 
@@ -239,7 +242,16 @@ def _checked_linear(x: Tensor, channels: int, weight: Tensor, bias: Tensor | Non
 
 
 def multi_head_projection(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, num_heads: int, channels_first: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    num_heads: int,
+    channels_first: bool = False,
+    norm: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    interleaved: bool = False,
 ) -> Tensor:
     """A linear map whose output is split into heads: ``x @ weight^T + bias``.
 
@@ -247,6 +259,7 @@ def multi_head_projection(
         x: (B, N, C), or (B, C, *spatial) with ``channels_first``; then N is the number of positions.
         weight: (H * D, C), H = ``num_heads``.
         bias: (H * D,).
+        norm, norm_eps, rotary, interleaved: as in ``qkv_projection``, of this one part; norm is (D,).
 
     Returns:
         (B, H, N, D), with a contiguous last dim.
@@ -263,8 +276,72 @@ def multi_head_projection(
     check.require_tensor("weight", weight)
     if weight.size(0) % num_heads != 0:
         raise ValueError(f"num_heads: expected a divisor of weight's {weight.size(0)} rows, got {num_heads}")
-    dims = weight.size(0) // num_heads
-    return qkv_projection(x, weight, bias, heads=(num_heads,), head_dims=(dims,), channels_first=channels_first)[0]
+    return qkv_projection(
+        x,
+        weight,
+        bias,
+        heads=(num_heads,),
+        head_dims=(weight.size(0) // num_heads,),
+        channels_first=channels_first,
+        norms=() if norm is None else (norm,),
+        norm_eps=norm_eps,
+        rotary=rotary,
+        rotated=1,
+        interleaved=interleaved,
+    )[0]
+
+
+def _checked_rotary(rotary: tuple[Tensor, Tensor], x: Tensor, batch: int, length: int, dims: Sequence[int]) -> None:
+    """Tables for heads of each of ``dims``."""
+    if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
+        raise ValueError(f"rotary: expected a pair of tables (cos, sin), got {type(rotary).__name__}")
+    for name, table in zip(("cos", "sin"), rotary, strict=True):
+        check.require_tensor(name, table)
+        check.require_floating(name, table)
+        if table.shape[:-1] not in ((length,), (batch, length)) or not 1 <= 2 * table.size(-1) <= min(dims):
+            raise ValueError(
+                f"{name}: expected (N, R / 2) or (B, N, R / 2) with B = {batch}, N = {length} and R at most the head"
+                f" dim {min(dims)}, got {check.shape_of(table)}"
+            )
+        if table.device != x.device:
+            raise ValueError(f"{name}: expected the device of x, {x.device}, got {table.device}")
+    check.require_shape("sin", rotary[1], tuple(rotary[0].shape), "that of cos")
+
+
+def _wide_tables(rotary: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """(1|B, N, R / 2), in float32, or float64 for float64."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    cos, sin = (table.to(dtype) if table.dim() == 3 else table.to(dtype).unsqueeze(0) for table in rotary)
+    return cos, sin
+
+
+def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+    """Heads turned by their position: pairs (a, b) become ``(a cos - b sin, b cos + a sin)``.
+
+    Su et al., "RoFormer: Enhanced Transformer with rotary position embedding" (2021), section 3.2.2.
+
+    Args:
+        x: (B, H, N, D).
+        cos, sin: (N, R / 2) or (B, N, R / 2), R <= D; computed in float32 or wider. The channels beyond R stay.
+        interleaved: pairs are channels (2 i, 2 i + 1), as in the paper; otherwise (i, i + R / 2), as in Llama.
+
+    Returns:
+        Like x.
+
+    Raises:
+        TypeError: integer tensors. ValueError: shapes or devices that do not fit.
+
+    Example:
+        >>> angles = torch.arange(5.0)[:, None] * torch.tensor([1.0, 0.01])
+        >>> rotary_embedding(torch.randn(2, 3, 5, 4), angles.cos(), angles.sin()).shape
+        torch.Size([2, 3, 5, 4])
+    """
+    check.require_tensor("x", x)
+    check.require_floating("x", x)
+    if x.dim() != 4:
+        raise ValueError(f"x: expected (B, H, N, D), got {check.shape_of(x)}")
+    _checked_rotary((cos, sin), x, x.size(0), x.size(2), (x.size(3),))
+    return reference.rotary(x, *_wide_tables((cos, sin), x), interleaved).to(x.dtype)
 
 
 def qkv_projection(
@@ -275,6 +352,11 @@ def qkv_projection(
     heads: Sequence[int],
     head_dims: Sequence[int],
     channels_first: bool = False,
+    norms: Sequence[Tensor] = (),
+    norm_eps: float = 1e-6,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    rotated: int = 2,
+    interleaved: bool = False,
 ) -> tuple[Tensor, ...]:
     """Query, key and value from one packed weight.
 
@@ -283,6 +365,10 @@ def qkv_projection(
         weight: (Hq * Dk + Hk * Dk + Hv * Dv, C), the rows of q, then k, then v.
         bias: (Hq * Dk + Hk * Dk + Hv * Dv,).
         heads: (Hq, Hk, Hv). head_dims: (Dk, Dk, Dv). Any number of parts works the same way.
+        norms: weights (Dk,) of q, or of q and k, whose heads are then normalised: ``y / sqrt(mean(y^2) + norm_eps) *
+            weight`` (Zhang and Sennrich, "Root mean square layer normalization", 2019). In general: of the first parts.
+        rotary: tables (cos, sin) by which the first ``rotated`` parts are turned, after that; see
+            ``rotary_embedding``, also for ``interleaved``.
 
     Returns:
         q (B, Hq, N, Dk), k (B, Hk, N, Dk), v (B, Hv, N, Dv), each with a contiguous last dim.
@@ -309,8 +395,58 @@ def qkv_projection(
     low = _autocast_dtype(x)
     tokens, weight, bias = _cast(tokens, low), _cast(weight, low), None if bias is None else _cast(bias, low)
     _checked_linear(tokens, tokens.size(1 if channels_first else 2), weight, bias, rows)
+    finish = HeadFinish()
+    if norms or rotary is not None:
+        length = tokens.size(2 if channels_first else 1)
+        finish = _checked_finish(tokens, length, head_dims, norms, norm_eps, rotary, rotated, interleaved, low)
+    layout = Layout(
+        list(heads),
+        list(head_dims),
+        channels_first,
+        finish.eps,
+        finish.rotated,
+        finish.interleaved,
+        may_use_tf32(tokens),
+    )
     namespace = select("projection_forward", tokens)
-    return _autograd.projection(tokens, weight, bias, list(heads), list(head_dims), channels_first, namespace)
+    if finish.cos is not None and _may_be_differentiated(finish.cos, finish.sin):
+        # The fused operators take tables for constants.
+        parts = _autograd.projection(tokens, weight, bias, HeadFinish(), layout, namespace)
+        return tuple(part.to(tokens.dtype) for part in reference.finish_heads(list(parts), finish))
+    return _autograd.projection(tokens, weight, bias, finish, layout, namespace)
+
+
+def _may_be_differentiated(*tables: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(table is not None and table.requires_grad for table in tables)
+
+
+def _checked_finish(
+    tokens: Tensor,
+    length: int,
+    head_dims: Sequence[int],
+    norms: Sequence[Tensor],
+    eps: float,
+    rotary: tuple[Tensor, Tensor] | None,
+    rotated: int,
+    interleaved: bool,
+    low: torch.dtype | None,
+) -> HeadFinish:
+    if isinstance(norms, Tensor) or len(norms) > len(head_dims):
+        raise ValueError(f"norms: expected a sequence of at most {len(head_dims)} weights, one for each part")
+    cast = []
+    for norm, dim in zip(norms, head_dims, strict=False):
+        check.require_tensor("norms", norm)
+        check.require_shape("norms", norm, (dim,), "(head dim of the part,)")
+        cast.append(_cast(norm, low))
+        check.require_alike("x", tokens, norms=cast[-1])
+    finish = HeadFinish(norms=tuple(cast), eps=float(eps))
+    if rotary is None:
+        return finish
+    if isinstance(rotated, bool) or not isinstance(rotated, int) or not 1 <= rotated <= len(head_dims):
+        raise ValueError(f"rotated: expected between 1 and the {len(head_dims)} parts, got {rotated!r}")
+    _checked_rotary(rotary, tokens, tokens.size(0), length, head_dims[:rotated])
+    cos, sin = _wide_tables(rotary, tokens)
+    return finish._replace(cos=cos, sin=sin, rotated=rotated, interleaved=bool(interleaved))
 
 
 def _checked_gate(gate: Tensor | None, batch: int, channels: int) -> Tensor | None:
@@ -379,12 +515,13 @@ def merge_heads_projection(
     namespace = select("merge_heads_forward", x)
     if low is not None and any(t is not None and t.dtype != x.dtype for t in (flat, wide_gate)):
         # A residual stream kept in float32 stays float32, as torch's own promotion has it.
-        y = _autograd.merge_heads(x, weight, bias, None, None, channels_first, namespace)
+        y = _autograd.merge_heads(x, weight, bias, None, None, channels_first, may_use_tf32(x), namespace)
         if wide_gate is not None:
             y = y * (wide_gate.transpose(1, 2) if channels_first else wide_gate)
         return (y if flat is None else flat + y).reshape(shape)
     check.require_alike("x", x, residual=residual, gate=gate)
-    return _autograd.merge_heads(x, weight, bias, flat, wide_gate, channels_first, namespace).reshape(shape)
+    y = _autograd.merge_heads(x, weight, bias, flat, wide_gate, channels_first, may_use_tf32(x), namespace)
+    return y.reshape(shape)
 
 
 # --------------------------------------------------------------------------------------------------

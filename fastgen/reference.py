@@ -456,13 +456,70 @@ def join_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+class HeadFinish(NamedTuple):
+    """What happens to projected heads: the first ``len(norms)`` parts are normalised, then the first ``rotated``
+    parts turned, where there are tables. Norms (D,); cos and sin (1|B, N, R / 2) with R <= D.
+    """
+
+    norms: tuple[Tensor, ...] = ()
+    eps: float = 0.0
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    rotated: int = 0
+    interleaved: bool = False
+
+
+def rms_norm(y: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root mean square normalisation of the last dim (Zhang and Sennrich 2019, equation 4)."""
+    return y * (y.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+
+
+def rms_norm_backward(grad: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Gradients of y (B, H, N, D) and of the weight (D,)."""
+    rstd = (y.square().mean(-1, keepdim=True) + eps).rsqrt()
+    unit, scaled = y * rstd, grad * weight
+    return rstd * (scaled - unit * (scaled * unit).mean(-1, keepdim=True)), (grad * unit).sum((0, 1, 2))
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Turns pairs of channels (Su et al. 2021, section 3.2.2): x (B, H, N, D), tables (1|B, N, R / 2).
+
+    Of the first R channels, pairs are (i, i + R / 2), or (2 i, 2 i + 1) when ``interleaved``; the others stay. Linear
+    in x, and the transposed map has -sin.
+    """
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    turned, rest = x.split([2 * cos.size(-1), x.size(-1) - 2 * cos.size(-1)], dim=-1)
+    first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
+    pair = first * cos - second * sin, second * cos + first * sin
+    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return torch.cat((turned, rest), dim=-1) if rest.size(-1) else turned
+
+
+def finish_heads(parts: list[Tensor], finish: HeadFinish) -> list[Tensor]:
+    """Projected heads, normalised and turned. Each part (B, H, N, D)."""
+    finished = list(parts)
+    for i, weight in enumerate(finish.norms):
+        finished[i] = rms_norm(finished[i], weight, finish.eps)
+    if finish.cos is not None and finish.sin is not None:
+        for i in range(finish.rotated):
+            finished[i] = rotary(finished[i], finish.cos, finish.sin, finish.interleaved)
+    return finished
+
+
 def projection(
-    x: Tensor, weight: Tensor, bias: Tensor | None, heads: list[int], head_dims: list[int], channels_first: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    heads: list[int],
+    head_dims: list[int],
+    channels_first: bool,
+    finish: HeadFinish | None = None,
 ) -> list[Tensor]:
     """x (B, N, C), or (B, C, N) with ``channels_first``; weight (sum of heads * head_dims, C)."""
     tokens = x.transpose(1, 2) if channels_first else x
     y = tokens @ weight.t()
-    return split_heads(y if bias is None else y + bias, heads, head_dims)
+    parts = split_heads(y if bias is None else y + bias, heads, head_dims)
+    return parts if finish is None else finish_heads(parts, finish)
 
 
 def merge_heads(

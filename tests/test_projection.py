@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from benchmarks.shapes import PROJECTION_SHAPES
 from fastgen import reference
-from fastgen.functional import merge_heads_projection, multi_head_projection, qkv_projection
+from fastgen.functional import merge_heads_projection, multi_head_projection, qkv_projection, rotary_embedding
 from fastgen.testing import assert_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -60,6 +60,81 @@ def test_multi_head_projection_is_one_part_of_it():
     x, weight, bias = torch.randn(2, 5, 6), torch.randn(8, 6), torch.randn(8)
     wanted = F.linear(x, weight, bias).unflatten(-1, (4, 2)).transpose(1, 2)
     torch.testing.assert_close(multi_head_projection(x, weight, bias, num_heads=4), wanted)
+
+
+def tables(length, half, batch=None):
+    angles = torch.rand(*([] if batch is None else [batch]), length, half) * 6
+    return angles.cos(), angles.sin()
+
+
+def turn(x, cos, sin, interleaved):
+    """Rotary embedding as a product of complex numbers."""
+    half = cos.size(-1)
+    pairs = x[..., : 2 * half].unflatten(-1, (half, 2) if interleaved else (2, half))
+    pairs = pairs if interleaved else pairs.transpose(-1, -2)
+    turned = torch.view_as_complex(pairs.contiguous()) * torch.complex(cos.to(x), sin.to(x)).unsqueeze(-3)
+    turned = torch.view_as_real(turned)
+    turned = (turned if interleaved else turned.transpose(-1, -2)).flatten(-2)
+    return torch.cat((turned, x[..., 2 * half :]), -1)
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+@pytest.mark.parametrize("batched", [False, True], ids=["shared", "batched"])
+@pytest.mark.parametrize("width", [2, 6, 8])
+def test_rotary_embedding_turns_pairs(width, batched, interleaved, device):
+    x = torch.randn(2, 3, 5, 8, dtype=torch.float64, device=device)
+    cos, sin = (t.double().to(device) for t in tables(5, width // 2, 2 if batched else None))
+    torch.testing.assert_close(
+        rotary_embedding(x, cos, sin, interleaved=interleaved), turn(x, cos, sin, interleaved), rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("finish", ["norms", "rotary", "both", "batched", "query alone"])
+@pytest.mark.parametrize("channels_first", [False, True], ids=["tokens", "feature map"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_heads_are_normalised_and_turned(dtype, channels_first, finish, device):
+    batch, length, channels, heads, dims = 2, 12, 16, (4, 2, 2), (8, 8, 16)
+    x = torch.randn(batch, channels, 3, 4) if channels_first else torch.randn(batch, length, channels)
+    count = {"rotary": 0, "query alone": 1}.get(finish, 2)
+    leaves = [x, torch.randn(80, channels) / 4, torch.randn(80), *(1 + 0.3 * torch.randn(8) for _ in range(count))]
+    leaves = [t.to(device, dtype) for t in leaves]
+    rotated = 1 if finish == "query alone" else 2
+    rotary = None
+    if finish != "norms":
+        rotary = tuple(t.to(device) for t in tables(length, 3, batch if finish == "batched" else None))
+
+    def ours(x, weight, bias, *norms):
+        options = {"norms": norms, "rotary": rotary, "rotated": rotated, "interleaved": True}
+        return qkv_projection(x, weight, bias, heads=heads, head_dims=dims, channels_first=channels_first, **options)
+
+    def plain(x, weight, bias, *norms):
+        tokens = x.flatten(2).transpose(1, 2) if channels_first else x
+        parts = list(reference.split_heads(F.linear(tokens, weight, bias), list(heads), list(dims)))
+        for i, norm in enumerate(norms):
+            parts[i] = F.rms_norm(parts[i], (8,), norm, 1e-6)
+        for i in range(rotated if rotary is not None else 0):
+            parts[i] = turn(parts[i].float() if parts[i].dtype.itemsize < 4 else parts[i], *rotary, True).to(x.dtype)
+        return parts
+
+    check(ours, plain, leaves)
+
+
+def test_tables_that_want_a_gradient_get_one():
+    leaves = [t.double().requires_grad_() for t in (torch.randn(1, 3, 4), torch.randn(8, 4), *tables(3, 1))]
+
+    def turned(x, weight, cos, sin):
+        return multi_head_projection(x, weight, num_heads=2, rotary=(cos, sin))
+
+    assert gradcheck(turned, leaves, check_forward_ad=True)
+    assert gradgradcheck(turned, leaves)
+
+
+def test_tokens_that_lie_length_first_are_projected_in_place():
+    x, weight = torch.randn(50, 4, 16).transpose(0, 1), torch.randn(24, 16)
+    plain = F.linear(x, weight).unflatten(-1, (3, 8)).transpose(1, 2)
+    heads = multi_head_projection(x, weight, num_heads=3)
+    torch.testing.assert_close(heads, plain)
+    assert heads.permute(2, 0, 1, 3).is_contiguous()
 
 
 GATES = {"none": None, "one": (1,), "scalar": (), "channel": "E", "batch": "BE", "batch row": "B1E"}
@@ -113,6 +188,15 @@ def test_derivatives_of_first_and_second_order_in_both_modes(channels_first):
 
     assert gradcheck(project, leaves, check_forward_ad=True)
     assert gradgradcheck(project, leaves, check_fwd_over_rev=True)
+    norms = [torch.randn(2).double().requires_grad_() for _ in range(2)]
+    rotary = tuple(t.double() for t in tables(4, 1))
+
+    def finished(x, weight, bias, *norms):
+        options = {"channels_first": channels_first, "norms": norms, "rotary": rotary}
+        return qkv_projection(x, weight, bias, heads=(2, 1, 1), head_dims=(2, 2, 3), **options)
+
+    assert gradcheck(finished, [*leaves, *norms], check_forward_ad=True)
+    assert gradgradcheck(finished, [*leaves, *norms], check_fwd_over_rev=True)
     shape = (2, 5, 2, 2) if channels_first else (2, 4, 5)
     for gate in ((1,), (5,), (2, 5)):
         parts = (torch.randn(2, 3, 4, 2), torch.randn(5, 6), torch.randn(5), torch.randn(shape), torch.randn(gate))

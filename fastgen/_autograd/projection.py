@@ -9,8 +9,17 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgen import reference
-from fastgen._autograd.common import choose, in_graph, must_be_differentiable, only_wanted, tangent_formula
+from fastgen._autograd.common import (
+    choose,
+    in_graph,
+    must_be_differentiable,
+    only_wanted,
+    tangent_formula,
+    transforms_active,
+)
 from fastgen._library import operator
+from fastgen.ops.projection import Layout
+from fastgen.reference import HeadFinish
 
 
 def _to_tokens(x: Tensor, channels_first: bool) -> Tensor:
@@ -18,22 +27,25 @@ def _to_tokens(x: Tensor, channels_first: bool) -> Tensor:
 
 
 def _run_projection(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    heads: list[int],
-    head_dims: list[int],
-    channels_first: bool,
-    namespace: str,
+    x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, namespace: str
 ) -> tuple[Tensor, ...]:
-    return tuple(operator(namespace, "projection_forward")(x, weight, bias, heads, head_dims, channels_first))
+    return _run_finished(x, weight, bias, HeadFinish(), layout, namespace, keep=False)
+
+
+def _run_finished(
+    x: Tensor, weight: Tensor, bias: Tensor | None, finish: HeadFinish, layout: Layout, namespace: str, keep: bool
+) -> tuple[Tensor, ...]:
+    heads, head_dims, channels_first, eps, rotated, interleaved, allow_tf32 = layout
+    forward = operator(namespace, "projection_forward")
+    numbers = (heads, head_dims, channels_first, eps, rotated, interleaved, keep, allow_tf32)
+    return tuple(forward(x, weight, bias, list(finish.norms), finish.cos, finish.sin, *numbers))
 
 
 def _save_projection(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:2])
     ctx.save_for_forward(*inputs[:2])
     ctx.bias = inputs[2] is not None
-    ctx.heads, ctx.head_dims, ctx.channels_first, ctx.namespace = inputs[3:]
+    ctx.layout, ctx.namespace = inputs[3:]
 
 
 class _Projection(Function):
@@ -46,16 +58,17 @@ class _Projection(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad_bias: Tensor | None
+        layout, grad_bias = ctx.layout, None
         if must_be_differentiable():
             grad = torch.cat([reference.join_heads(g) for g in grads], dim=-1)
-            grad_x = _to_tokens(grad @ weight, ctx.channels_first)
-            grad_weight = (grad.transpose(1, 2) @ _to_tokens(x, ctx.channels_first)).sum(0)
+            grad_x = _to_tokens(grad @ weight, layout.channels_first)
+            grad_weight = (grad.transpose(1, 2) @ _to_tokens(x, layout.channels_first)).sum(0)
             grad_bias = grad.sum((0, 1)) if ctx.bias else None
         else:
             backward = operator(ctx.namespace, "projection_backward")
-            grad_x, grad_weight, grad_bias = backward(list(grads), x, weight, ctx.bias, ctx.channels_first)
-        return (*only_wanted(ctx, 0, grad_x, grad_weight, grad_bias), None, None, None, None)
+            numbers = (ctx.bias, layout.channels_first, 0.0, 0, False, layout.allow_tf32)
+            grad_x, grad_weight, grad_bias, _ = backward(list(grads), [], x, weight, [], None, None, *numbers)
+        return (*only_wanted(ctx, 0, grad_x, grad_weight, grad_bias), None, None)
 
 
 class _TransformedProjection(Function):
@@ -69,16 +82,73 @@ class _TransformedProjection(Function):
     def jvp(ctx: Any, saved: list[Any], *tangents: Any) -> tuple[Tensor, ...]:
         x, weight = saved
         t_x, t_weight, t_bias = tangents[:3]
+        layout = ctx.layout
         y = torch.zeros((), dtype=x.dtype, device=x.device)
         if t_x is not None:
-            y = y + _to_tokens(t_x, ctx.channels_first) @ weight.t()
+            y = y + _to_tokens(t_x, layout.channels_first) @ weight.t()
         if t_weight is not None:
-            y = y + _to_tokens(x, ctx.channels_first) @ t_weight.t()
+            y = y + _to_tokens(x, layout.channels_first) @ t_weight.t()
         if t_bias is not None:
             y = y + t_bias
-        length = x.size(2 if ctx.channels_first else 1)
-        parts = reference.split_heads(y.expand(x.size(0), length, -1), ctx.heads, ctx.head_dims)
+        length = x.size(2 if layout.channels_first else 1)
+        parts = reference.split_heads(y.expand(x.size(0), length, -1), layout.heads, layout.head_dims)
         return tuple(part.clone() for part in parts)
+
+
+class _FinishedProjection(Function):
+    """With norms or rotary tables; in reverse mode. A gradient that is differentiated comes from the plain formula."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        finish: HeadFinish,
+        layout: Layout,
+        namespace: str,
+        *norms: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.finish, ctx.layout, ctx.namespace = finish._replace(norms=()), layout, namespace
+        outputs = _run_finished(x, weight, bias, finish, layout, namespace, keep=True)
+        count = len(layout.heads)
+        ctx.save_for_backward(x, weight, bias, *norms, *outputs[count:])
+        ctx.norms = len(norms)
+        return outputs[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, *rest = ctx.saved_tensors
+        norms, kept = rest[: ctx.norms], rest[ctx.norms :]
+        finish, layout = ctx.finish, ctx.layout
+        if must_be_differentiable():
+            inputs = (x, weight, bias, *norms)
+            wanted = [t for t in inputs if t is not None and t.requires_grad]
+            parts = reference.finish_heads(
+                list(projection(x, weight, bias, HeadFinish(), layout, ctx.namespace)),
+                finish._replace(norms=tuple(norms)),
+            )
+            found = iter(torch.autograd.grad(parts, wanted, grads, create_graph=True))
+            grad_x, grad_weight, grad_bias, *grad_norms = (
+                next(found) if t is not None and t.requires_grad else None for t in inputs
+            )
+        else:
+            backward = operator(ctx.namespace, "projection_backward")
+            tables, numbers = (finish.cos, finish.sin), (layout.eps, layout.rotated, layout.interleaved)
+            grad_x, grad_weight, grad_bias, grad_norms = backward(
+                list(grads),
+                kept,
+                x,
+                weight,
+                norms,
+                *tables,
+                bias is not None,
+                layout.channels_first,
+                *numbers,
+                layout.allow_tf32,
+            )
+        first = only_wanted(ctx, 0, grad_x, grad_weight, grad_bias)
+        return (*first, None, None, None, *only_wanted(ctx, 6, *grad_norms))
 
 
 def _run_merge(
@@ -88,14 +158,16 @@ def _run_merge(
     residual: Tensor | None,
     gate: Tensor | None,
     channels_first: bool,
+    allow_tf32: bool,
     namespace: str,
 ) -> Tensor:
-    y: Tensor = operator(namespace, "merge_heads_forward")(x, weight, bias, residual, gate, channels_first)
+    forward = operator(namespace, "merge_heads_forward")
+    y: Tensor = forward(x, weight, bias, residual, gate, channels_first, allow_tf32)
     return y
 
 
 def _save_merge(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, _, gate, ctx.channels_first, ctx.namespace = inputs
+    x, weight, bias, _, gate, ctx.channels_first, ctx.allow_tf32, ctx.namespace = inputs
     ctx.save_for_backward(x, weight, bias, gate)
     ctx.save_for_forward(x, weight, bias, gate)
 
@@ -125,8 +197,9 @@ class _MergeHeads(Function):
                 grad_gate = (upstream * y).sum_to_size(gate.shape)
         else:
             backward = operator(ctx.namespace, "merge_heads_backward")
-            grad_x, grad_weight, grad_bias, grad_gate = backward(grad, x, weight, bias, gate, ctx.channels_first)
-        return (*only_wanted(ctx, 0, grad_x, grad_weight, grad_bias, grad, grad_gate), None, None)
+            options = (ctx.channels_first, ctx.allow_tf32)
+            grad_x, grad_weight, grad_bias, grad_gate = backward(grad, x, weight, bias, gate, *options)
+        return (*only_wanted(ctx, 0, grad_x, grad_weight, grad_bias, grad, grad_gate), None, None, None)
 
 
 class _TransformedMergeHeads(Function):
@@ -158,20 +231,21 @@ class _TransformedMergeHeads(Function):
 
 @in_graph
 def projection(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    heads: list[int],
-    head_dims: list[int],
-    channels_first: bool,
-    namespace: str,
+    x: Tensor, weight: Tensor, bias: Tensor | None, finish: HeadFinish, layout: Layout, namespace: str
 ) -> tuple[Tensor, ...]:
     """``projection_forward`` with derivatives of every order."""
-    arguments = (x, weight, bias, heads, head_dims, channels_first, namespace)
+    if finish.norms or finish.cos is not None:
+        if transforms_active():
+            parts = projection(x, weight, bias, HeadFinish(), layout, namespace)
+            return tuple(reference.finish_heads(list(parts), finish))
+        finished = choose(_FinishedProjection, _FinishedProjection, x, weight, bias, *finish.norms)
+        if finished is None:
+            return _run_finished(x, weight, bias, finish, layout, namespace, keep=False)
+        return tuple(finished.apply(x, weight, bias, finish, layout, namespace, *finish.norms))
     function = choose(_Projection, _TransformedProjection, x, weight, bias)
     if function is None:
-        return _run_projection(*arguments)
-    return tuple(function.apply(*arguments))
+        return _run_projection(x, weight, bias, layout, namespace)
+    return tuple(function.apply(x, weight, bias, layout, namespace))
 
 
 @in_graph
@@ -182,10 +256,11 @@ def merge_heads(
     residual: Tensor | None,
     gate: Tensor | None,
     channels_first: bool,
+    allow_tf32: bool,
     namespace: str,
 ) -> Tensor:
     """``merge_heads_forward`` with derivatives of every order."""
-    arguments = (x, weight, bias, residual, gate, channels_first, namespace)
+    arguments = (x, weight, bias, residual, gate, channels_first, allow_tf32, namespace)
     function = choose(_MergeHeads, _TransformedMergeHeads, x, weight, bias, residual, gate)
     if function is None:
         return _run_merge(*arguments)
