@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+from fastgen.nn.attention import MultiheadAttention
 from fastgen.nn.cache import KVCache
 from fastgen.nn.image import AttentionBlock2d, AttentionGate2d, SelfAttention2d
 from fastgen.nn.latent import GaussianLatent
 from fastgen.nn.position import PositionalEncoding, RelativePositionBias, RotaryEmbedding
+from fastgen.nn.recurrent import GRU, LSTM
+from fastgen.nn.transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 from fastgen.nn.window import WindowAttention2d
 
 __all__ = [
+    "GRU",
+    "LSTM",
     "AttentionBlock2d",
     "AttentionGate2d",
     "GaussianLatent",
     "KVCache",
+    "MultiheadAttention",
     "PositionalEncoding",
     "RelativePositionBias",
     "RotaryEmbedding",
     "SelfAttention2d",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
     "WindowAttention2d",
 ]
