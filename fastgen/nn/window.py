@@ -27,7 +27,7 @@ class _Run(NamedTuple):
 
 
 def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < least for n in pair):
         raise ValueError(f"{name}: expected an integer >= {least} or a pair of them, got {value!r}")
     return pair[0], pair[1]
