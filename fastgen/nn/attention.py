@@ -94,8 +94,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             attn_mask: (L, S), or (B * H, L, S). Boolean, True where a query may **not** see a key, or floating, added
                 to the scores and differentiable.
             average_attn_weights: return the mean of the weights over the heads; if not, weights (B, H, L, S).
-            is_causal: says that attn_mask is the causal mask, which then need not be read. As in torch, it needs
-                attn_mask, and what comes of a wrong hint is not defined.
+            is_causal: says that attn_mask is the causal mask, which then need not be read. As in torch, attn_mask must
+                be there, and what comes of a wrong hint is not defined.
             residual: like the output, and added to it.
 
         Returns:
@@ -121,8 +121,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         batched = query.dim() == 3
         q, k, v = self._heads(query, key, value)
         k, v, more_keys = self._with_extra_keys(k, v)
-        # The causal window hides keys by position, and would hide the extra ones.
-        causal = is_causal and not need_weights and more_keys == 0
+        # A causal window hides keys by position, and would hide the extra ones. Beside padding the mask is read, as in
+        # torch: one mask of both is what fused kernels take.
+        causal = is_causal and not need_weights and more_keys == 0 and key_padding_mask is None
         mask = _visible(None if causal else attn_mask, key_padding_mask, q.size(1), q.dtype, more_keys)
         dropout_p = self.dropout if self.training else 0.0
         weights = None
@@ -226,32 +227,6 @@ class MultiheadAttention(nn.MultiheadAttention):
         *torchs, residual = arguments
         out, weights = super().forward(*torchs)
         return out if residual is None else residual + out, weights
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if not strict or not any(key.startswith(prefix) for key in state_dict):
-            return
-        for name, arguments in _CONSTRUCTED_BY.items():
-            saved, here = prefix + name in state_dict, self._parameters.get(name) is not None
-            if saved != here:
-                expected, got = ("none", "one") if saved else ("one", "none")
-                advice = f"construct this layer with {arguments} as the saved one was"
-                error_msgs.append(f"{prefix}{name}: expected {expected} in the state dict, got {got}; {advice}")
-
-
-_CONSTRUCTED_BY = {"q_proj_weight": "kdim and vdim", "in_proj_bias": "bias", "bias_k": "add_bias_kv"}
-"""Which constructor arguments decide whether a parameter is there."""
 
 
 def require_heads(channels_name: str, channels: int, heads_name: str, heads: int) -> None:
