@@ -384,7 +384,7 @@ class LazyGRU(nn.modules.lazy.LazyModuleMixin, nn.GRU):
     [
         (lambda: OwnLSTM(2, 2), r"tests\.test_accelerate\.OwnLSTM is a subclass of torch\.nn\.LSTM, and may compute"),
         (patched, "forward was replaced on the instance"),
-        (parametrised, r"parametrised, .*accelerate first, then parametrise torch\.nn\.LSTM"),
+        (parametrised, r"a parametrisation gave this torch\.nn\.LSTM a class .*; accelerate before that"),
         (scripted, r"a script of torch\.nn\.LSTM"),
         (quantised, r"quantised: torch\.ao\.nn\.quantized\.dynamic\.modules\.rnn\.LSTM"),
         (LazyGRU, "not initialised yet: call the model once"),
@@ -453,6 +453,32 @@ def test_data_parallel_wrappers_are_walked_into():
     torch.testing.assert_close(model(x), before)
     fastgen.restore(model)
     assert torch.equal(model(x), before)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_distributed_wrappers(one_process):
+    model, x = nn.parallel.DistributedDataParallel(Mixer(4)), torch.randn(2, 3, 4)
+    before = model(x)
+    assert set(fastgen.accelerate(model).replaced) == {"module.attention"}
+    torch.testing.assert_close(model(x), before)
+    model(x).square().sum().backward()
+    fastgen.restore(model)
+    assert torch.equal(model(x), before)
+
+
+def test_a_sharded_layer_is_left_alone_and_its_neighbours_are_not(one_process):
+    model = nn.ModuleList([nn.LSTM(4, 4), nn.GRU(4, 4)])
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.fsdp.fully_shard(model[0], mesh=mesh)
+    report = fastgen.accelerate(model)
+    assert set(report.replaced) == {"1"}
+    assert report.kept == {"0": "FSDP gave this torch.nn.LSTM a class of its own, FSDPLSTM; accelerate before that"}
 
 
 @pytest.mark.parametrize("how", ["function", "method"])

@@ -97,14 +97,18 @@ def _why_kept(module: nn.Module) -> str | None:
         return "not initialised yet: call the model once, then accelerate it"
     base = next((theirs for theirs in _OURS if isinstance(module, theirs)), None)
     if base is not None:
-        if is_parametrized(module):
-            return (
-                f"parametrised, which gave it a class of its own: accelerate first, then parametrise {_name_of(base)}"
-            )
-        return f"{_name_of(cls)} is a subclass of {_name_of(base)}, and may compute something else"
+        return _why_not_this_subclass(module, base)
     if isinstance(module, _WITHOUT_EQUIVALENT):
         return f"{_name_of(cls)} has no equivalent in fastgen.nn"
     return None
+
+
+def _why_not_this_subclass(module: nn.Module, base: type[nn.Module]) -> str:
+    cls = type(module)
+    if is_parametrized(module) or cls.__module__.startswith("torch.distributed."):
+        cause = "a parametrisation" if is_parametrized(module) else "FSDP"
+        return f"{cause} gave this {_name_of(base)} a class of its own, {cls.__name__}; accelerate before that"
+    return f"{_name_of(cls)} is a subclass of {_name_of(base)}, and may compute something else"
 
 
 def _why_not_this_one(module: nn.Module) -> str | None:
@@ -136,14 +140,17 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     """Give a model's layers fastgen's implementations, in place, where there is one for exactly that class.
 
     MultiheadAttention, the Transformer layers, LSTM and GRU. The layers stay the same objects with the same parameters,
-    so optimisers, hooks, state dicts and wrappers (DDP, FSDP) keep working, and results stay the same up to rounding.
+    so optimisers, hooks, state dicts and wrappers (DDP) keep working. Results stay the same up to rounding, but for the
+    random numbers of dropout and for queries that may see no key, which get 0. Derivatives of second order and forward
+    mode are there besides.
+
     A model may be accelerated again after layers were added. Code of torch.compile is compiled anew at its next call;
-    better accelerate first.
+    better accelerate first. A pickle of an accelerated model needs fastgen to be loaded; its state dict does not.
 
     Args:
         model: any module. Not replaced, and named in the report: subclasses of torch's layers, layers with a method
-            replaced on the instance, parametrised, quantised, scripted and uninitialised ones, and recurrent layers
-            without equivalent (torch.nn.RNN, the cells).
+            replaced on the instance, parametrised, sharded (fully_shard), quantised, scripted and uninitialised ones,
+            and recurrent layers without equivalent (torch.nn.RNN, the cells).
 
     Returns:
         What was replaced, and what was not and why. Print it.
