@@ -5,17 +5,20 @@ The oracle is the same thing written in plain PyTorch and differentiated by auto
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from fastgen import functional, losses, models, nn, reference
 from fastgen._autograd import recurrent as implementation
+from tests import test_nn_image
 
 B, H, N, D = 2, 2, 3, 4
 
@@ -161,6 +164,54 @@ def attention_case(mask=None, **kwargs):
     return (*both("attention", **kwargs), tensors)
 
 
+class Formula(torch.nn.Module):
+    """``plain(layer, *inputs)``, with the layer's parameters."""
+
+    def __init__(self, layer, plain):
+        super().__init__()
+        self.layer, self.plain = layer, plain
+
+    def forward(self, *inputs):
+        return self.plain(self.layer, *inputs)
+
+
+def feature_map_case(case):
+    """Differentiated in the input and in the parameters."""
+    layer, x = test_nn_image.made(case, test_nn_image.TINY)
+    formula = Formula(layer, test_nn_image.plain)
+    names = [name for name, _ in layer.named_parameters()]
+
+    def call(module, prefix):
+        return lambda x, *p: functional_call(module, {prefix + n: t for n, t in zip(names, p, strict=True)}, x)
+
+    return call(layer, ""), call(formula, "layer."), [x, *(p.detach() for p in layer.parameters())]
+
+
+def rotated(x):
+    """By complex numbers."""
+    angles = torch.outer(torch.arange(3, 3 + N, dtype=torch.float64), 10000.0 ** -torch.arange(0, 1, 2 / D).double())
+    a, b = x.chunk(2, dim=-1)
+    turned = torch.complex(a, b) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+def rotary_case(layer):
+    tensors = [normal(B, H, N, D), normal(B, 1, N, D)]
+    return lambda q, k: layer(q, k, offset=3), lambda q, k: (rotated(q), rotated(k)), tensors
+
+
+def bias_case(layer):
+    """Four buckets for keys up to the query and four for those after it; of each, distances 0, 1 and beyond."""
+    bucket = torch.tensor([[min(abs(j - i), 2) + 4 * (j > i) for j in range(4)] for i in range(3)])
+    ours = lambda w: functional_call(layer, {"weight": w}, (3, 4))  # noqa: E731
+    return ours, lambda w: w[bucket].permute(2, 0, 1), [normal(8, 2)]
+
+
+def through_cache(query, key, value):
+    cache = nn.KVCache(B, H, N + 1, D, dtype=torch.float64)
+    return functional.scaled_dot_product_attention(query, *cache.update(key, value))
+
+
 QKV = {"heads": (2, 1, 1), "head_dims": (2, 2, 3)}
 CASES = {
     # name: ours, the same in plain PyTorch, arguments. Results are reduced to a number by `scalar`.
@@ -201,6 +252,23 @@ CASES = {
     ),
     "LSTM, as on a GPU": lambda: recurrent_case("LSTM", as_on_a_gpu=True),
     "GRU": lambda: recurrent_case("GRU"),
+    "SelfAttention2d": lambda: feature_map_case("self"),
+    "AttentionBlock2d": lambda: feature_map_case("block"),
+    "AttentionGate2d": lambda: feature_map_case("gate"),
+    "WindowAttention2d": lambda: feature_map_case("window"),
+    "PositionalEncoding": lambda: (
+        nn.PositionalEncoding(3, 4).double(),
+        lambda x: x + torch.stack([torch.tensor([math.sin(p), math.cos(p), math.sin(p / 1e4 ** (2 / 3))]).double()
+                                   for p in range(N)]),
+        [normal(B, N, 3)],
+    ),
+    "RotaryEmbedding": lambda: rotary_case(nn.RotaryEmbedding(D)),
+    "RelativePositionBias": lambda: bias_case(nn.RelativePositionBias(2, num_buckets=8, max_distance=16)),
+    "KVCache": lambda: (
+        through_cache,
+        lambda *t: plain_attention(*t, window=(-1, 0))[0],
+        [normal(B, H, N, D), normal(B, H, N, D), normal(B, H, N, D)],
+    ),
     "ConvVAE": lambda: (vae_loss(plain=False), vae_loss(plain=True), [normal(B, 1, 4, 4)]),
     **{n: (lambda n=n: (penalty(True)(n), penalty(False)(n), [normal(D, D)])) for n in losses.__all__},
 }  # fmt: skip
@@ -380,6 +448,8 @@ WAYS = {
     "third": (third, third),
 }
 RANDOM = ("scaled_dot_product_attention, dropout", "reparameterize", "reparameterize_kl", "GaussianLatent")
+ATTENTION = ("scaled_dot_product_attention", "AttentionBlock2d", "SelfAttention2d", "WindowAttention2d")
+"""What calls it refuses what it refuses."""
 ANYTHING = ""
 """A model may hold what PyTorch itself refuses; a penalty already is a gradient; either may raise anything."""
 
@@ -390,6 +460,10 @@ def refusal(name, way):
         return None if way == "reverse twice" else ANYTHING
     if name == "ConvVAE":
         return None if way in ("forward", "reverse twice", "torch.func.grad twice") else ANYTHING
+    if name == "KVCache":  # written in place, for inference
+        return ANYTHING
+    if name == "AttentionBlock2d" and way == "dual numbers over reverse":
+        return "forward AD with aten::native_group_norm_backward"
     if way == "compiled with AOTAutograd":
         return "does not currently support double backward|appears to not have been used in the graph"
     if name.startswith(("LSTM", "GRU")) and way == "compiled grad of grad":
@@ -397,7 +471,7 @@ def refusal(name, way):
         return "torch_dynamo_resume_in"
     if way == "hessian" and name in RANDOM:
         return "vmap: called random operation while in randomness error mode"
-    if name.startswith("scaled_dot_product_attention"):
+    if name.startswith(ATTENTION):
         if way == "forward over forward":
             return "attention: forward mode over forward mode is not there"
         if way in ("third", "reverse within dual numbers"):

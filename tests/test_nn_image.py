@@ -114,7 +114,7 @@ TINY = {
     "self, pooled": (lambda: SelfAttention2d(3, pool=2, key_channels=1, value_channels=2), (1, 3, 2, 4)),
     "block": (lambda: AttentionBlock2d(4, num_groups=2, num_heads=2), (1, 4, 2, 2)),
     "gate": (lambda: AttentionGate2d(2, stride=2, hidden_channels=2, kernel_size=1), (1, 2, 3, 2)),
-    "window": (lambda: WindowAttention2d(2, 1, 2, shift=1), (1, 2, 3, 4)),
+    "window": (lambda: WindowAttention2d(2, 1, 2, shift=1), (1, 2, 2, 4)),
 }
 
 

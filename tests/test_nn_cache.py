@@ -1,0 +1,241 @@
+"""The cache of keys and values: steps give what full attention gives, compiled or not."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import pickle
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from fastgen import functional
+from fastgen.nn import KVCache, cache
+
+B, H, HK, D, DV = 2, 4, 2, 8, 6
+
+
+def tokens(length, batch=B):
+    return (
+        torch.randn(batch, H, length, D, dtype=torch.float64),
+        torch.randn(batch, HK, length, D, dtype=torch.float64),
+        torch.randn(batch, HK, length, DV, dtype=torch.float64),
+    )
+
+
+def attend(query, key, value, mask=None, **kwargs):
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True, **kwargs)
+
+
+def empty(max_length=12, batch=B, **kwargs):
+    return KVCache(batch, HK, max_length, D, DV, dtype=torch.float64, **kwargs)
+
+
+def steps(store, query, key, value, sizes):
+    """Attention of a sequence that comes in pieces."""
+    outs, start = [], 0
+    for size in sizes:
+        part = slice(start, start + size)
+        keys, values, mask = store.update(key[:, :, part], value[:, :, part])
+        outs.append(attend(query[:, :, part], keys, values, mask))
+        start += size
+    return torch.cat(outs, dim=2)
+
+
+@pytest.mark.parametrize("sizes", [[9], [1] * 9, [5, 1, 1, 2], [3, 6]], ids=str)
+@pytest.mark.parametrize("max_length", [9, 16])
+@pytest.mark.parametrize("window", [None, 0, 3])
+def test_steps_give_full_causal_attention(sizes, max_length, window):
+    query, key, value = tokens(9)
+    out = steps(empty(max_length, window=window), query, key, value, sizes)
+    wanted = attend(query, key, value, is_causal=True, window=None if window is None else (window, 0))
+    torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_left_padded_sequences_give_what_they_give_alone():
+    query, key, value = tokens(7)
+    store, padding = empty(), torch.tensor([3, 0])
+    store.reset(padding)
+    for tensor in (query, key, value):  # what padding holds counts for nothing
+        tensor[0, :, :3] = torch.nan
+    out = steps(store, query.nan_to_num(), key, value, [5, 1, 1])
+    assert store.update(key[:, :, :1], value[:, :, :1])[2].shape == (B, 1, 1, 12)
+    for b, pad in enumerate(padding.tolist()):
+        alone = tuple(t[b : b + 1, :, pad:] for t in (query, key, value))
+        torch.testing.assert_close(out[b : b + 1, :, pad:], attend(*alone, is_causal=True), rtol=1e-12, atol=1e-12)
+    assert (out[0, :, :3] == 0).all(), "a query that is padding sees nothing"
+
+
+def test_what_is_not_written_counts_for_nothing():
+    query, key, value = tokens(4)
+    store = empty()
+    store.keys.fill_(torch.nan)
+    store.values.fill_(torch.inf)
+    out = steps(store, query, key, value, [3, 1])
+    torch.testing.assert_close(out, attend(query, key, value, is_causal=True))
+
+
+def test_reset_forgets():
+    query, key, value = tokens(6)
+    store = empty(8)
+    store.reset(torch.tensor([1, 0], dtype=torch.int32))
+    steps(store, *tokens(5), [5])
+    store.reset()
+    out = steps(store, query, key, value, [4, 2])
+    torch.testing.assert_close(out, attend(query, key, value, is_causal=True))
+    assert store.position.item() == 6
+
+
+def test_reorder_goes_on_with_other_sequences():
+    query, key, value = tokens(6, batch=3)
+    order = torch.tensor([2, 2, 0])
+    store = empty(batch=3)
+    store.reset(torch.tensor([0, 1, 2]))
+    steps(store, query[:, :, :4], key[:, :, :4], value[:, :, :4], [4])
+    places = [buffer.data_ptr() for buffer in store.buffers()]
+    store.reorder(order)
+    assert places == [buffer.data_ptr() for buffer in store.buffers()]
+    out = steps(store, query[:, :, 4:], key[:, :, 4:], value[:, :, 4:], [1, 1])
+    for b, (source, pad) in enumerate(((2, 2), (2, 2), (0, 0))):
+        whole = [torch.cat((t[source, :, pad:4], t[b, :, 4:]), dim=1).unsqueeze(0) for t in (query, key, value)]
+        torch.testing.assert_close(out[b : b + 1], attend(*whole, is_causal=True)[:, :, -2:])
+
+
+def test_positions():
+    store = empty()
+    assert store.positions(3).tolist() == [0, 1, 2]
+    store.reset(torch.tensor([2, 0]))
+    assert store.positions(4).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
+    store.update(*tokens(4)[1:])
+    assert store.positions(1).tolist() == [[2], [4]]
+    assert store.position.tolist() == [4]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_compiled_step_is_compiled_once(padded):
+    query, key, value = tokens(9)
+    store, plain = empty(), empty()
+    if padded:
+        store.reset(torch.tensor([2, 0]))
+        plain.reset(torch.tensor([2, 0]))
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def step(query, key, value):
+        keys, values, mask = store.update(key, value)
+        return attend(query, keys, values, mask)
+
+    prefix = [t[:, :, :4] for t in (query, key, value)]
+    torch.testing.assert_close(steps(store, *prefix, [4]), steps(plain, *prefix, [4]))
+    for n in range(4, 9):
+        one = [t[:, :, n : n + 1].contiguous() for t in (query, key, value)]
+        torch.testing.assert_close(step(*one), steps(plain, *one, [1]))
+    assert counter.frame_count == 1
+    assert store.position.item() == 9
+
+
+def test_export_of_a_step():
+    class Step(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cache = empty()
+
+        def forward(self, query, key, value):
+            keys, values, mask = self.cache.update(key, value)
+            return attend(query, keys, values, mask)
+
+    query, key, value = tokens(3)
+    one = [t[:, :, :1].contiguous() for t in (query, key, value)]
+    module = torch.export.export(Step(), tuple(one)).module()
+    outs = [module(*(t[:, :, n : n + 1].contiguous() for t in (query, key, value))) for n in range(3)]
+    torch.testing.assert_close(torch.cat(outs, dim=2), attend(query, key, value, is_causal=True))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_made_in_inference_and_written_outside_or_the_other_way_round(mode):
+    query, key, value = tokens(4)
+    with mode():
+        store = empty()
+        first = steps(store, query[:, :, :2], key[:, :, :2], value[:, :, :2], [2])
+    second = steps(store, query[:, :, 2:], key[:, :, 2:], value[:, :, 2:], [2])
+    torch.testing.assert_close(torch.cat((first, second), dim=2), attend(query, key, value, is_causal=True))
+
+
+def test_copies_go_on_alone():
+    query, key, value = tokens(4)
+    store = empty()
+    steps(store, query[:, :, :3], key[:, :, :3], value[:, :, :3], [3])
+    last = [t[:, :, 3:] for t in (query, key, value)]
+    wanted = attend(query, key, value, is_causal=True)[:, :, 3:]
+    for other in (copy.deepcopy(store), pickle.loads(pickle.dumps(store)), store):
+        torch.testing.assert_close(steps(other, *last, [1]), wanted)
+    assert store.state_dict() == {}
+
+
+def test_the_buffers_follow_the_module():
+    store = KVCache(1, 2, 4, 8).to(torch.bfloat16)
+    assert store.keys.dtype == torch.bfloat16
+    assert store.position.dtype == torch.int64
+    assert store.values.shape == (1, 2, 4, 8)
+    key = torch.randn(1, 2, 1, 8, dtype=torch.bfloat16)
+    assert torch.equal(store(key, key)[0][:, :, :1], key)
+
+
+KEY = torch.randn(B, HK, 3, D, dtype=torch.float64)
+VALUE = torch.randn(B, HK, 3, DV, dtype=torch.float64)
+ERRORS = [
+    (lambda: KVCache(0, 1, 4, 8), ValueError, "batch: expected a positive integer, got 0"),
+    (lambda: KVCache(1, 1, 4, 8, 0), ValueError, "value_dim: expected a positive integer, got 0"),
+    (lambda: KVCache(1, 1, 4, 8, window=-1), ValueError, "window: expected an integer >= 0, or None for unbounded"),
+    (lambda: empty().update(KEY[:1], VALUE), ValueError, r"key: expected \(2, 2, N, 8\), got \(1, 2, 3, 8\)"),
+    (lambda: empty().update(KEY[0], VALUE), ValueError, r"key: expected \(2, 2, N, 8\), got \(2, 3, 8\)"),
+    (lambda: empty().update(KEY, KEY), ValueError, r"value: expected \(2, 2, N, 6\), got \(2, 2, 3, 8\)"),
+    (lambda: empty().update(KEY, VALUE[:, :, 1:]), ValueError, "value: expected key's length 3, got 2"),
+    (lambda: empty().update(KEY.float(), VALUE), TypeError, "key: .* torch.float64, got torch.float32; build it with"),
+    (lambda: empty().update(KEY.to("meta"), VALUE), ValueError, "key: expected the device of the cache, cpu, got meta"),
+    (lambda: empty().update([1], VALUE), TypeError, "key: expected a tensor, got list"),
+    (lambda: empty(2).update(KEY, VALUE), ValueError, "key: expected at most 2 more tokens, .*max_length = 2, got 3"),
+    (
+        lambda: empty().update(KEY.clone().requires_grad_(), VALUE),
+        RuntimeError,
+        r"key: expected a tensor that does not require grad.*torch.no_grad\(\)",
+    ),
+    (lambda: empty().reset(torch.zeros(3).long()), ValueError, r"padding: expected shape \(B,\) = \(2,\), got \(3,\)"),
+    (lambda: empty().reset(torch.zeros(2)), TypeError, "padding: expected an integer tensor, got torch.float32"),
+    (lambda: empty().reset([0, 1]), TypeError, "padding: expected a tensor or None, got list"),
+    (lambda: empty().reorder(torch.zeros(3).long()), ValueError, r"indices: expected shape \(B,\) = \(2,\)"),
+    (lambda: empty().reorder(torch.zeros(2)), TypeError, "indices: expected an integer tensor, .*got torch.float32"),
+    (lambda: empty().positions(0), ValueError, "length: expected a positive integer, got 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "text"), ERRORS)
+def test_a_bad_argument_is_named(call, error, text):
+    with pytest.raises(error, match=text):
+        call()
+
+
+def test_a_refused_update_changes_nothing():
+    store = empty(4)
+    store.update(KEY, VALUE)
+    before = [buffer.clone() for buffer in store.buffers()]
+    with pytest.raises(ValueError, match="at most 1 more tokens"):
+        store.update(KEY, VALUE)
+    assert all(torch.equal(a, b) for a, b in zip(before, store.buffers(), strict=True))
+    store.update(KEY[:, :, :1], VALUE[:, :, :1])
+
+
+def test_a_position_beyond_the_end_that_the_host_did_not_count_is_an_error_of_the_device():
+    store = empty(3)
+    store.update(KEY, VALUE)
+    store._written = 0  # as after a replayed graph
+    with pytest.raises((RuntimeError, IndexError)):
+        store.update(KEY, VALUE)
+
+
+def test_examples():
+    results = doctest.testmod(cache, extraglobs={"torch": torch, "functional": functional})
+    assert results.attempted > 0
+    assert results.failed == 0
