@@ -225,19 +225,45 @@ def test_the_example_works():
 @pytest.mark.parametrize(
     ("name", "input", "hx", "error", "text"),
     [
-        ("LSTM", torch.zeros(T, B, C + 1), None, RuntimeError, "input_size. Expected 3, got 4"),
-        ("GRU", torch.zeros(T, B, C + 1), None, RuntimeError, "input_size. Expected 3, got 4"),
-        ("LSTM", torch.zeros(C), None, ValueError, r"input: LSTM expected 2 or 3 dims, got \(3,\)"),
-        ("GRU", torch.zeros(1, T, B, C), None, ValueError, r"input: GRU expected 2 or 3 dims, got \(1, 4, 3, 3\)"),
-        ("LSTM", torch.zeros(T, B, C).double(), None, ValueError, "does not match weight dtype"),
+        ("LSTM", None, None, TypeError, "input: expected a tensor, got NoneType"),
+        ("LSTM", torch.zeros(T, B, 4), None, ValueError, r"input: expected \(T, B, 3\) or \(T, 3\), got \(4, 3, 4\)"),
+        ("GRU", torch.zeros(4), None, ValueError, r"input: expected \(T, B, 3\) or \(T, 3\), got \(4,\)"),
+        ("GRU", torch.zeros(1, T, B, C), None, ValueError, r"input: expected .* got \(1, 4, 3, 3\)"),
+        ("GRU", pack_sequence([torch.zeros(2, 4)]), None, ValueError, r"input: expected \(rows, 3\), got \(2, 4\)"),
+        (
+            "LSTM",
+            torch.zeros(T, B, C).double(),
+            None,
+            TypeError,
+            "input: expected the dtype of the weights, torch.float32",
+        ),
         ("LSTM", torch.zeros(0, B, C), None, ValueError, r"input: expected at least one time step, got \(0, 3, 3\)"),
         ("GRU", torch.zeros(0, B, C), None, ValueError, r"input: expected at least one time step, got \(0, 3, 3\)"),
-        ("GRU", torch.zeros(T, B, C), torch.zeros(1, H), RuntimeError, r"hx: expected 3 dims.*got \[\(1, 5\)\]"),
-        ("GRU", torch.zeros(T, C), torch.zeros(1, 1, H), RuntimeError, r"hx: expected 2 dims.*got \[\(1, 1, 5\)\]"),
-        ("GRU", torch.zeros(T, B, C), torch.zeros(1, B + 1, H), RuntimeError, r"Expected hidden size \(1, 3, 5\)"),
-        ("LSTM", torch.zeros(T, B, C), [torch.zeros(1, B, H), torch.zeros(1, B, C)], RuntimeError, r"hidden\[1\] size"),
-        ("LSTM", torch.zeros(T, B, C), torch.zeros(1, B, H), RuntimeError, "hx: expected 3 dims"),
-        ("GRU", pack_sequence([torch.zeros(2, C)]), torch.zeros(1, 2, H), RuntimeError, r"hidden size \(1, 1, 5\)"),
+        (
+            "GRU",
+            torch.zeros(T, B, C),
+            torch.zeros(1, H),
+            ValueError,
+            r"hx: expected shape .* = \(1, 3, 5\), got \(1, 5\)",
+        ),
+        (
+            "GRU",
+            torch.zeros(T, C),
+            torch.zeros(1, 1, H),
+            ValueError,
+            r"hx: expected shape .* = \(1, 5\), got \(1, 1, 5\)",
+        ),
+        ("GRU", torch.zeros(T, B, C), torch.zeros(1, 4, H), ValueError, r"hx: expected shape .* = \(1, 3, 5\), got"),
+        ("GRU", torch.zeros(T, B, C), (torch.zeros(1, B, H),) * 2, TypeError, "hx: expected a tensor, got tuple"),
+        (
+            "LSTM",
+            torch.zeros(T, B, C),
+            (torch.zeros(1, B, H), torch.zeros(1, B, 2)),
+            ValueError,
+            r"hx\[1\]: expected shape",
+        ),
+        ("LSTM", torch.zeros(T, B, C), torch.zeros(1, B, H), TypeError, r"hx: expected a pair \(h, c\), got Tensor"),
+        ("GRU", pack_sequence([torch.zeros(2, C)]), torch.zeros(1, 2, H), ValueError, r"hx: .* = \(1, 1, 5\), got"),
     ],
 )
 def test_bad_input_is_named(name, input, hx, error, text):
@@ -339,7 +365,9 @@ def test_the_weights_of_functional_call_are_differentiated(device, name):
     expected = torch.autograd.grad(scalar(flat(ours(x))), values.values())
     results = torch.func.grad(lambda values: scalar(flat(functional_call(ours, values, (x,)))))(values)
     assert_all_close(results.values(), expected)
-    assert_all_close(flat(ours(x)), flat(copy.deepcopy(ours)(x)))
+    single = copy.deepcopy(ours).float()
+    assert_all_close(flat(functional_call(single, values, (x,))), flat(ours(x)))
+    assert_all_close(flat(single(x.float())), flat(copy.deepcopy(single)(x.float())))
 
 
 @pytest.mark.parametrize("name", BOTH)

@@ -145,7 +145,8 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     mode are there besides.
 
     A model may be accelerated again after layers were added. Code of torch.compile is compiled anew at its next call;
-    better accelerate first. A pickle of an accelerated model needs fastgen to be loaded; its state dict does not.
+    better accelerate first. A pickle of an accelerated model needs fastgen to be loaded; its state dict does
+    not. ``torch.jit.script`` takes torch's layers only: restore first.
 
     Args:
         model: any module. Not replaced, and named in the report: subclasses of torch's layers, layers with a method

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from fastgen._checks import require_shape, require_tensor, shape_of
 from fastgen._recurrent import recurrent
 
 
@@ -25,41 +26,53 @@ def _weights(layer: torch.nn.RNNBase) -> list[Tensor]:
     return weights
 
 
-def _zeros(layer: torch.nn.RNNBase, data: Tensor, batch: Any) -> list[Tensor]:
-    """h, and c of an LSTM."""
-    rows = layer.num_layers * (2 if layer.bidirectional else 1)
-    widths = [layer.proj_size or layer.hidden_size] + ([layer.hidden_size] if layer.mode == "LSTM" else [])
-    return [torch.zeros(rows, batch, width, dtype=data.dtype, device=data.device) for width in widths]
-
-
-def _forward(layer: torch.nn.RNNBase, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
-    """What both layers do around the recurrence. Errors are torch's, in its types and words."""
-    single = layer.mode == "GRU"
-    given = None if hx is None else [hx] if single else list(hx)
-    batch_sizes = order = restore = None
-    unbatched = False
+def _batched(layer: torch.nn.RNNBase, input: Any) -> tuple[Tensor, Tensor | None, Any]:
+    """The data with a batch dim, the batch sizes of a packed sequence, and the size of the batch."""
     if isinstance(input, PackedSequence):
-        data, batch_sizes, order, restore = input
-        batch: Any = batch_sizes[0]
+        data, sizes, meaning = input.data, input.batch_sizes, "(rows, {})"
     else:
-        data = input
-        if data.dim() not in (2, 3):
-            raise ValueError(f"input: {layer.mode} expected 2 or 3 dims, got {tuple(data.shape)}")
-        unbatched = data.dim() == 2
-        if given is not None and any(state.dim() != data.dim() for state in given):
-            raise RuntimeError(
-                f"hx: expected {data.dim()} dims, as many as input, got {[tuple(state.shape) for state in given]}"
-            )
+        require_tensor("input", input)
+        data, sizes = input, None
+        meaning = "(B, T, {0}) or (T, {0})" if layer.batch_first else "(T, B, {0}) or (T, {0})"
+    if data.dim() not in ((2, 3) if sizes is None else (2,)) or data.size(-1) != layer.input_size:
+        raise ValueError(f"input: expected {meaning.format(layer.input_size)}, got {shape_of(data)}")
+    if sizes is not None:
+        return data, sizes, sizes[0]
+    batch_dim = 0 if layer.batch_first else 1
+    data = data.unsqueeze(batch_dim) if data.dim() == 2 else data
+    return data, None, data.size(batch_dim)
+
+
+def _states(layer: torch.nn.RNNBase, hx: Any, data: Tensor, batch: Any, unbatched: bool) -> list[Tensor]:
+    """h, and c of an LSTM: those given, with a batch dim, or zeros."""
+    rows = layer.num_layers * (2 if layer.bidirectional else 1)
+    names, widths = ["hx"], [layer.hidden_size]
+    if layer.mode == "LSTM":
+        names, widths = ["hx[0]", "hx[1]"], [layer.proj_size or layer.hidden_size, layer.hidden_size]
+    if hx is None:
+        return [torch.zeros(rows, batch, width, dtype=data.dtype, device=data.device) for width in widths]
+    if layer.mode == "LSTM" and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
+        raise TypeError(f"hx: expected a pair (h, c), got {type(hx).__name__}")
+    states = list(hx) if layer.mode == "LSTM" else [hx]
+    for name, state, width in zip(names, states, widths, strict=True):
+        require_tensor(name, state)
         if unbatched:
-            data = data.unsqueeze(0 if layer.batch_first else 1)
-            given = None if given is None else [state.unsqueeze(1) for state in given]
-        batch = data.size(0 if layer.batch_first else 1)
+            require_shape(name, state, (rows, width), "(layers * directions, features)")
+        else:
+            require_shape(name, state, (rows, int(batch), width), "(layers * directions, B, features)")
+    return [state.unsqueeze(1) for state in states] if unbatched else states
+
+
+def _forward(layer: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any]:
+    """What both layers do around the recurrence."""
+    data, batch_sizes, batch = _batched(layer, input)
+    unbatched = batch_sizes is None and input.dim() == 2
     weights = _weights(layer)
-    states = _zeros(layer, data, batch) if given is None else given
-    checked: Any = states[0] if single else tuple(states)
-    layer.check_forward_args(data, checked, batch_sizes)
-    if order is not None and given is not None:
-        states = [state.index_select(1, order) for state in states]
+    if data.dtype != weights[0].dtype and not torch.is_autocast_enabled(data.device.type):
+        raise TypeError(f"input: expected the dtype of the weights, {weights[0].dtype}, got {data.dtype}")
+    states = _states(layer, hx, data, batch, unbatched)
+    if hx is not None and batch_sizes is not None and input.sorted_indices is not None:
+        states = [state.index_select(1, input.sorted_indices) for state in states]
     output, *last = recurrent(
         layer.mode,
         data,
@@ -73,22 +86,27 @@ def _forward(layer: torch.nn.RNNBase, input: Tensor | PackedSequence, hx: Any) -
         bidirectional=layer.bidirectional,
         batch_first=layer.batch_first,
     )
-    if restore is not None:
-        last = [state.index_select(1, restore) for state in last]
+    result: Any = output
     if unbatched:
-        output, last = output.squeeze(0 if layer.batch_first else 1), [state.squeeze(1) for state in last]
-    result = output if batch_sizes is None else PackedSequence(output, batch_sizes, order, restore)
-    return result, last[0] if single else tuple(last)
+        result, last = output.squeeze(0 if layer.batch_first else 1), [state.squeeze(1) for state in last]
+    elif batch_sizes is not None:
+        order, restore = input.sorted_indices, input.unsorted_indices
+        result = PackedSequence(output, batch_sizes, order, restore)
+        last = last if restore is None else [state.index_select(1, restore) for state in last]
+    return result, tuple(last) if layer.mode == "LSTM" else last[0]
 
 
 class LSTM(torch.nn.LSTM):
     """Long short-term memory, in place of ``torch.nn.LSTM``.
 
     Arguments, shapes and results are torch's; see there. A gradient in eval mode is there on a GPU too. On a GPU,
-    dropout between layers runs layer by layer, with other random numbers than cuDNN's.
+    dropout between layers runs layer by layer, with other random numbers than cuDNN's. As with torch's,
+    ``torch.compile`` leaves the layer out of its graphs unless ``torch._dynamo.config.allow_rnn``. ``torch.jit.trace``
+    and ``torch.export`` take it, ``torch.jit.script`` does not.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as torch's; an input without a time step is a ``ValueError``.
+        TypeError: an input of another dtype than the weights, hx that is no pair of tensors.
+        ValueError: an input or hx of a shape that does not fit, or no time step.
 
     Example:
         >>> lstm = LSTM(3, 8, num_layers=2, batch_first=True)
