@@ -38,4 +38,13 @@ BUDGETS = {
     "attention_mask_second_order": Budget(registers=255, shared_bytes=1024),
     # launch_bounds(256), as latent_sum_parts; the division of what is stored by dtype.
     "attention_sum_parts": Budget(registers=40),
+    # Large tiles have 256 threads: 128 registers keep two blocks of 16-bit products; float32's splits leave one.
+    "projection_project": Budget(registers=192),
+    "projection_weight_gradient": Budget(registers=192),
+    # launch_bounds(256), each a pass over memory. Static shared memory: block_sum's, at the alignment of the dynamic.
+    "projection_finish": Budget(registers=40, shared_bytes=1024),
+    "projection_sum_rows": Budget(registers=32, shared_bytes=1024),
+    "projection_scale_rows": Budget(registers=32),
+    # A warp for each head: 80 registers keep 3 blocks.
+    "projection_heads_backward": Budget(registers=80),
 }

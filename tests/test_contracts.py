@@ -83,7 +83,7 @@ def cases():
     yield "merge_heads_forward", (heads, weight, torch.randn(7), torch.randn(2, 5, 7), gate, False, False)
     yield "merge_heads_forward", (heads, weight, None, None, None, True, True)
     yield "merge_heads_backward", (torch.randn(2, 5, 7), heads, weight, torch.randn(7), gate, False, False)
-    yield "merge_heads_backward", (torch.randn(2, 7, 5), heads, weight, None, torch.randn(2, 1, 7), True, True)
+    yield "merge_heads_backward", (torch.randn(2, 7, 5), heads, weight, None, torch.randn(1, 1, 1), True, True)
 
 
 CASES = list(cases())

@@ -6,7 +6,7 @@
 #include <iterator>
 
 #include "attention/params.h"
-#include "common/types.h"
+#include "common/tiling.h"
 
 namespace fastgen::attention {
 
@@ -34,13 +34,6 @@ constexpr int find_tile(const Dims (&tiles)[kCount], int key_dim, int value_dim)
 }
 
 constexpr int widest(Dims dims) { return dims.key > dims.value ? dims.key : dims.value; }
-FASTGEN_HOST_DEVICE constexpr int smaller(int a, int b) { return a < b ? a : b; }
-
-constexpr int kFragmentRows = 16;  // of a matrix instruction
-constexpr int kRowPadding = 16;    // bytes between two rows of a tile in shared memory
-
-// The largest block that every GPU from sm_80 on allows: sm_86, sm_89 and sm_120 have 99 KiB.
-constexpr int kSharedLimit = 99 * 1024;
 
 // How the warps of a block share its rows, and how the other rows pass by.
 struct Shape {
@@ -52,10 +45,6 @@ struct Shape {
 
   constexpr int rows(int of_warps) const { return of_warps * fragments * kFragmentRows; }
 };
-
-FASTGEN_HOST_DEVICE constexpr int row_bytes(int columns, int element_size) {
-  return columns * element_size + kRowPadding;
-}
 
 // Keys and values pass by queries. Plain: with neither mask nor dropout, which want registers of their own.
 constexpr Shape forward_shape(Dims dims, int element_size, bool plain) {

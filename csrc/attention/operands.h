@@ -8,12 +8,6 @@
 
 namespace fastgen::attention {
 
-using MaybeTensor = std::optional<Tensor>;
-
-constexpr int64_t kAlignment = 16;  // bytes
-
-inline int64_t element_size(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Float ? 4 : 2; }
-
 inline int64_t aligned_dim(const Tensor& tensor) {
   const int64_t chunk = kAlignment / element_size(tensor);
   return ceil_div(tensor.size(3), chunk) * chunk;
@@ -49,21 +43,6 @@ class Read {
  private:
   Tensor tensor_;
 };
-
-// A new tensor of the query's device and dtype. Not a view: an output that is one may not carry a forward-mode tangent.
-template <int kDims>
-Tensor empty_strided(const Tensor& query, const int64_t (&sizes)[kDims], const int64_t (&strides)[kDims],
-                     ScalarType dtype) {
-  int32_t stable_dtype = aoti_torch_dtype_float32();
-  if (dtype == ScalarType::Half) stable_dtype = aoti_torch_dtype_float16();
-  if (dtype == ScalarType::BFloat16) stable_dtype = aoti_torch_dtype_bfloat16();
-  const auto device = query.device();
-  const int32_t kind = device.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(kDims, sizes, strides, stable_dtype, kind,
-                                                  device.is_cuda() ? device.index() : 0, &handle));
-  return Tensor(handle);
-}
 
 // The output, or what goes with it.
 inline Read read_out(const Tensor& tensor, const char* name, const Tensor& query, const Tensor& value) {
@@ -161,11 +140,6 @@ struct Options {
   double scale;
   bool allow_tf32;
 };
-
-inline int checked_int(int64_t value, const char* name) {
-  STD_TORCH_CHECK(value <= INT32_MAX, name, ": expected at most 2147483647, got ", value);
-  return static_cast<int>(value);
-}
 
 inline Problem problem_of(const Tensor& query, const Tensor& key, const Tensor& value, int64_t key_dim,
                           int64_t value_dim, const MaybeTensor& mask, const MaybeTensor& seed, const Options& options,

@@ -20,6 +20,9 @@ namespace fastgen {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+constexpr int64_t kAlignment = 16;  // bytes that kernels move at once
 
 inline DType dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
@@ -29,6 +32,28 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
     default: STD_TORCH_CHECK(false, name, ": expected float32, float16 or bfloat16");
   }
   return DType::kFloat32;
+}
+
+inline int64_t element_size(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Float ? 4 : 2; }
+
+inline int checked_int(int64_t value, const char* name) {
+  STD_TORCH_CHECK(value <= INT32_MAX, name, ": expected at most 2147483647, got ", value);
+  return static_cast<int>(value);
+}
+
+// A new tensor of a device. Not a view: an output that is one may not carry a forward-mode tangent.
+template <int kDims>
+Tensor empty_strided(const Tensor& like, const int64_t (&sizes)[kDims], const int64_t (&strides)[kDims],
+                     ScalarType dtype) {
+  int32_t stable_dtype = aoti_torch_dtype_float32();
+  if (dtype == ScalarType::Half) stable_dtype = aoti_torch_dtype_float16();
+  if (dtype == ScalarType::BFloat16) stable_dtype = aoti_torch_dtype_bfloat16();
+  const auto device = like.device();
+  const int32_t kind = device.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(kDims, sizes, strides, stable_dtype, kind,
+                                                  device.is_cuda() ? device.index() : 0, &handle));
+  return Tensor(handle);
 }
 
 // Makes the tensor's device current for its lifetime, and knows the current stream there.

@@ -9,8 +9,6 @@
 namespace fastgen::latent {
 namespace {
 
-using MaybeTensor = std::optional<Tensor>;
-
 // A (rows, cols) operand that is read in place, if it is there.
 Input input(const MaybeTensor& tensor, const char* name, const Tensor& mu) {
   if (!tensor.has_value()) return {};

@@ -196,10 +196,25 @@ class _MergeHeads(Function):
                 y = y if bias is None else y + bias
                 grad_gate = (upstream * y).sum_to_size(gate.shape)
         else:
-            backward = operator(ctx.namespace, "merge_heads_backward")
-            options = (ctx.channels_first, ctx.allow_tf32)
-            grad_x, grad_weight, grad_bias, grad_gate = backward(grad, x, weight, bias, gate, *options)
+            grad_x, grad_weight, grad_bias, grad_gate = _merge_grads(ctx, grad, x, weight, bias, gate)
         return (*only_wanted(ctx, 0, grad_x, grad_weight, grad_bias, grad, grad_gate), None, None, None)
+
+
+def _merge_grads(
+    ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    options = (ctx.channels_first, ctx.allow_tf32)
+    backward = operator(ctx.namespace, "merge_heads_backward")
+    if gate is None or gate.size(0) == 1:
+        grads: tuple[Tensor, Tensor, Tensor, Tensor] = backward(grad, x, weight, bias, gate, *options)
+        return grads
+    # Gates of each entry of the batch: their gradient needs the product before them, which is computed again.
+    aligned = _to_tokens(gate, ctx.channels_first)
+    grad_x, grad_weight, grad_bias, _ = backward(grad * aligned, x, weight, bias, None, *options)
+    if not ctx.needs_input_grad[4]:
+        return grad_x, grad_weight, grad_bias, None
+    y = operator(ctx.namespace, "merge_heads_forward")(x, weight, bias, None, None, *options)
+    return grad_x, grad_weight, grad_bias, _to_tokens((grad * y).sum_to_size(aligned.shape), ctx.channels_first)
 
 
 class _TransformedMergeHeads(Function):

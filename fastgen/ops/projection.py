@@ -5,7 +5,8 @@
 ``len(norms)`` parts are normalised by norms (D,), then the first ``rotated`` turned by cos and sin (1|B, N, R / 2);
 with ``keep`` follows what the normalised parts were before.
 ``merge_heads_forward`` takes x (B, H, N, D), weight (E, H * D), residual like the output, and a gate that
-broadcasts to (B, N, E) as (1|B, 1, 1|E); it returns (B, N, E), or (B, E, N) with ``channels_first``.
+broadcasts to (B, N, E) as (1|B, 1, 1|E); it returns (B, N, E), or (B, E, N) with ``channels_first``. Its backward takes
+gates that the batch shares.
 """
 
 from __future__ import annotations
@@ -277,16 +278,18 @@ def _merge_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gate's gradient needs the product before the gate, which is not kept.
 
-    Where the batch shares the gate, that product's inner product with grad is the one of the weight and the weight's
-    gradient, if that is not rounded to 16 bits; otherwise it is computed again.
+    That product's inner product with grad is the one of the weight and the weight's gradient, if that is not rounded to
+    16 bits; otherwise it is computed again. The batch shares the gate.
     """
     upstream = _tokens(grad, channels_first)
     tokens = reference.join_heads(x)
     grad_gate = weight.new_empty(0)
-    folded, _, left = _folded(weight, None, gate) if weight.dtype.itemsize >= 4 else (weight, None, gate)
-    gated = upstream if left is None else upstream * left
+    exact = weight.dtype.itemsize >= 4
+    gated, factor = upstream, weight
+    if gate is not None:
+        gated, factor = (upstream, weight * gate.reshape(-1, 1)) if exact else (upstream * gate, weight)
     grad_weight, grad_bias = _weight_grads(gated, tokens)
-    if gate is not None and left is None:
+    if gate is not None and exact:
         of_rows = (grad_weight * weight).sum(1)
         of_rows = of_rows if bias is None else of_rows + grad_bias * bias
         grad_gate = of_rows.reshape(1, 1, -1).sum_to_size(gate.shape)
@@ -294,7 +297,7 @@ def _merge_backward(
     elif gate is not None:
         grad_gate = (upstream * _linear(tokens, weight, bias)).sum_to_size(gate.shape)
     # In (B, N, H, D), whatever the layout of the gradient.
-    grad_x = torch.matmul(gated, folded).contiguous().unflatten(-1, (x.size(1), x.size(3))).transpose(1, 2)
+    grad_x = torch.matmul(gated, factor).contiguous().unflatten(-1, (x.size(1), x.size(3))).transpose(1, 2)
     return grad_x, grad_weight, weight.new_empty(0) if bias is None else grad_bias, grad_gate
 
 

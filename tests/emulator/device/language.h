@@ -8,6 +8,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 // Names the kernel's line in what the emulator reports.
 #define FASTGEN_WHERE emulator::Where where = emulator::Where::current()
