@@ -27,8 +27,10 @@ demo: $(VENV)/.build
 	$(BIN)/fastgen train conv-vae --data digits --out runs/demo --overwrite
 	$(BIN)/fastgen sample runs/demo --n 64 --out runs/demo/grid.png
 
+# One worker for each core; WORKERS=0 runs everything in one process, as a debugger needs it.
+WORKERS ?= auto
 test: $(VENV)/.build
-	$(BIN)/python -m pytest -m "not slow" $(TESTS)
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist worksteal $(TESTS)
 
 lint: $(VENV)/.build
 	$(BIN)/ruff check .

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections import Counter
 
+# A worker of pytest-xdist has one core; the processes that its tests start have no more.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Inductor's cache on disk does not notice that an operator's fake has changed since.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
@@ -82,16 +86,39 @@ def _seeded():
     torch.manual_seed(0)
 
 
+def work_here() -> dict[str, dict[str, int]]:
+    """What the library's kernels did in this process's emulator."""
+    if build.module.cache_info().currsize == 0:
+        return {}
+    samples = {*build.module().kernels()}
+    return {
+        kernel: counters
+        for kernel, counters in build.module().statistics().items()
+        if kernel not in samples and not kernel.endswith(")")  # nor a planted mistake
+    }
+
+
+_work_of_workers: dict[str, Counter[str]] = {}
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["emulated"] = work_here()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """A worker of pytest-xdist is done. One that died has no output."""
+    for kernel, counters in getattr(node, "workeroutput", {}).get("emulated", {}).items():
+        _work_of_workers.setdefault(kernel, Counter()).update(counters)
+
+
 def pytest_terminal_summary(terminalreporter):
     """What the library's kernels did in the emulator, over the whole run."""
-    if build.module.cache_info().currsize == 0:
-        return
-    samples = {*build.module().kernels()}
     columns = ("launches", "blocks", "block_barriers", "shuffles", "matrix_products", "shared_passes", "bank_conflicts")
     rows = [
         [kernel, *(str(counters[column]) for column in columns)]
-        for kernel, counters in build.module().statistics().items()
-        if kernel not in samples and not kernel.endswith(")")  # nor a planted mistake
+        for kernel, counters in sorted((_work_of_workers or work_here()).items())
     ]
     if rows:
         terminalreporter.section("kernels in the emulator")

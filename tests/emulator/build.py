@@ -16,6 +16,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -132,14 +134,25 @@ def manifest() -> str:
     return "\n".join(lines) + "\n"
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Other processes that build here, such as the workers of pytest-xdist, wait until this one is done."""
+    import fcntl  # which Windows lacks, but there why_not() comes first
+
+    OUT.mkdir(parents=True, exist_ok=True)
+    with open(OUT / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed, be it by the death of the process
+        yield
+
+
 @cache
 def build() -> Path:
     """The folder with the built libraries."""
-    OUT.mkdir(parents=True, exist_ok=True)
     path, text = OUT / "build.ninja", manifest()
-    if not path.is_file() or path.read_text() != text:
-        path.write_text(text)
-    done = subprocess.run([str(ninja()), "-f", str(path)], cwd=ROOT, capture_output=True, text=True, check=False)
+    with alone():
+        if not path.is_file() or path.read_text() != text:
+            path.write_text(text)
+        done = subprocess.run([str(ninja()), "-f", str(path)], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         complaint = done.stdout[max(done.stdout.find("FAILED"), 0) :]
         raise RuntimeError(f"the emulator does not build:\n{complaint}{done.stderr}")
@@ -192,11 +205,11 @@ def compile_for_cuda(architecture: str, library: Path) -> None:
 @cache
 def cuda_module() -> ModuleType:
     """The unit kernels and samples on the GPU."""
-    OUT.mkdir(parents=True, exist_ok=True)
     major, minor = torch.cuda.get_device_capability()
     architecture = f"{major}{minor}" + ("a" if major >= 9 else "")
-    compile_for_cuda(architecture, OUT / "cuda_kernels.so")
-    return load(OUT / "cuda_kernels.so")
+    with alone():
+        compile_for_cuda(architecture, OUT / "cuda_kernels.so")
+        return load(OUT / "cuda_kernels.so")
 
 
 @cache
