@@ -444,6 +444,18 @@ def test_dropout_has_one_mask_in_every_derivative(device):
     assert torch.equal(flat(layer.eval()(x))[0], flat(layer(x))[0])
 
 
+def test_a_checkpoint_that_first_runs_without_gradients_draws_the_same_dropout(device):
+    layer = nn.GRU(C, H, num_layers=3, dropout=0.5).to(device, torch.float64)
+    x = normal(T, B, C, device=device).requires_grad_()
+    results = []
+    for call in (layer, lambda x: checkpoint(layer, x, use_reentrant=True)):
+        x.grad = None
+        torch.manual_seed(7)
+        call(x)[0].square().sum().backward()
+        results.append(x.grad)
+    torch.testing.assert_close(*results)
+
+
 # --------------------------------------------------------------------------------------------------
 # As on a GPU: torch's implementation has one backward pass
 

@@ -221,15 +221,23 @@ def accelerated(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def _with_derivatives(
-    stack: Recurrence, data: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor], weights: Sequence[Tensor]
+def _without_dropout(
+    stack: Recurrence,
+    data: Tensor,
+    batch_sizes: Tensor | None,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    train: bool,
 ) -> tuple[Tensor, ...]:
     if transforms_active():
         return _lowered_recurrence(stack, data, batch_sizes, states, weights)
-    result: tuple[Tensor, ...] = _OnceDifferentiable.apply(  # type: ignore[no-untyped-call]
-        stack, batch_sizes, data, *states, *weights
-    )
-    return result
+    tensors = (data, *states, *weights)
+    if accelerated(data.device) and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        result: tuple[Tensor, ...] = _OnceDifferentiable.apply(  # type: ignore[no-untyped-call]
+            stack, batch_sizes, *tensors
+        )
+        return result
+    return torch_recurrence(stack, data, batch_sizes, states, weights, train=train)
 
 
 def _layer_by_layer(
@@ -240,17 +248,20 @@ def _layer_by_layer(
     weights: Sequence[Tensor],
     probability: float,
 ) -> tuple[Tensor, ...]:
-    """With dropout between layers, applied here: cuDNN's mask could not be had again for the second derivative."""
+    """With dropout between layers, applied here: cuDNN's mask could not be had again for the second derivative.
+
+    Without gradients too: a checkpoint that computes a part again with gradients must see the same mask.
+    """
     one = stack._replace(num_layers=1)
     last = []
-    for layer, (start, of_layer) in enumerate(zip(*_split(stack, states, weights), strict=True)):
-        if layer > 0:
-            data = dropout(data, probability)
-        with warnings.catch_warnings():
-            # Of cuDNN: one layer's weights are not one chunk of memory, and are copied. They cannot be one.
-            warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
-            data, *final = _with_derivatives(one, data, batch_sizes, start, of_layer)
-        last.append(final)
+    with warnings.catch_warnings():
+        # Of cuDNN: one layer's weights are not one chunk of memory, and are copied. They cannot be one.
+        warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
+        for layer, (start, of_layer) in enumerate(zip(*_split(stack, states, weights), strict=True)):
+            if layer > 0:
+                data = dropout(data, probability)
+            data, *final = _without_dropout(one, data, batch_sizes, start, of_layer, True)
+            last.append(final)
     return data, *(torch.cat(s) for s in zip(*last, strict=True))
 
 
@@ -278,9 +289,8 @@ def recurrent_layers(
     Dropout between the layers where ``train``. On CPU torch's implementation is differentiable as often as one likes
     in reverse mode, and serves that.
     """
-    graph = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *states, *weights))
-    if not transforms_active() and not (graph and accelerated(data.device)):
-        return torch_recurrence(stack, data, batch_sizes, states, weights, probability, train)
-    if train and probability > 0 and stack.num_layers > 1:
+    if not train or probability == 0 or stack.num_layers == 1:
+        return _without_dropout(stack, data, batch_sizes, states, weights, train)
+    if transforms_active() or accelerated(data.device):
         return _layer_by_layer(stack, data, batch_sizes, states, weights, probability)
-    return _with_derivatives(stack, data, batch_sizes, states, weights)
+    return torch_recurrence(stack, data, batch_sizes, states, weights, probability, train)
