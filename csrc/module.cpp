@@ -11,6 +11,7 @@
 
 #include "attention/config.h"
 #include "latent/config.h"
+#include "projection/config.h"
 
 namespace py = pybind11;
 
@@ -91,6 +92,27 @@ py::dict attention_plan(int64_t batch, int64_t heads, int64_t key_heads, int64_t
   return result;
 }
 
+py::dict projection_plan(int batch, int tokens, int inputs, int outputs, int widest, int element_size,
+                         int multiprocessors) {
+  namespace projection = fastgen::projection;
+  const projection::Tokens shape = {batch, tokens, tokens};
+  const auto describe_tile = [](const projection::Plan& plan) {
+    const projection::Shape& tile = projection::kShapes[plan.shape];
+    py::dict result;
+    result["tile"] = py::make_tuple(tile.rows, tile.columns);
+    result["warps"] = tile.threads() / 32;
+    result["blocks"] = plan.row_tiles * plan.column_tiles * plan.splits;
+    result["splits"] = plan.splits;
+    return result;
+  };
+  py::dict result;
+  result["forward"] = describe_tile(projection::project_plan(shape, outputs, widest, multiprocessors));
+  result["input gradient"] = describe_tile(projection::project_plan(shape, inputs, 1, multiprocessors));
+  result["weight gradient"] =
+      describe_tile(projection::gradient_plan(shape, outputs, inputs, element_size, multiprocessors));
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -106,4 +128,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("plain") = true, py::arg("mask") = py::none(),
         "How each attention kernel shares a problem out among blocks. ``plain``: no mask and no dropout; ``mask``: the "
         "sizes of a mask whose gradient is wanted.");
+  m.def(
+      "projection_plan", &projection_plan, py::arg("batch"), py::arg("tokens"), py::arg("inputs"), py::arg("outputs"),
+      py::arg("widest"), py::arg("element_size"), py::arg("multiprocessors"),
+      "How the projection kernels share a problem out among blocks. ``batch``: 1 where tokens are numbered through it. "
+      "``widest``: the head that a tile has to hold whole.");
 }

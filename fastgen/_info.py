@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fastgen import _library
+from fastgen.ops import _projection_plan
 from fastgen.ops.attention import WIDEST_HEAD
 
 
@@ -44,7 +45,7 @@ class Info:
         for name, places in self.operators.items():
             lines += [f"{name:<{width}}  {device:<5} {served}" for device, served in places.items()]
         for name, plan in self.plans.items():
-            lines.append(f"attention {name}: " + ", ".join(f"{what} {value}" for what, value in plan.items()))
+            lines.append(f"{name}: " + ", ".join(f"{what} {value}" for what, value in plan.items()))
         return "\n".join(lines)
 
 
@@ -63,7 +64,10 @@ def _served_by(name: str, device: torch.device) -> str:
     if reason is not None:
         return f"{_pytorch(name, device)} ({reason})"
     dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in _library.COMPILED_DTYPES)
-    return f"compiled for {dtypes}; PyTorch for other dtypes"
+    compiled = f"compiled for {dtypes}; PyTorch for other dtypes"
+    if name.startswith(("projection", "merge_heads")) and device.type == "cuda":
+        compiled += ", and where cuBLAS is expected to be faster (fastgen info --projection)"
+    return compiled
 
 
 def _pytorch(name: str, device: torch.device) -> str:
@@ -84,9 +88,7 @@ H200_MULTIPROCESSORS = 132
 def _attention_plans(sizes: Sequence[int], dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     if len(sizes) != 6 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
         raise ValueError(f"attention: expected six positive integers (B, H, N, M, Dk, Dv), got {tuple(sizes)}")
-    if dtype not in _library.COMPILED_DTYPES:
-        known = ", ".join(str(dtype) for dtype in _library.COMPILED_DTYPES)
-        raise ValueError(f"dtype: expected one of {known}, got {dtype}")
+    _require_kernel_dtype(dtype)
     if _library.build_module is None:
         raise RuntimeError(f"attention: no plan without the compiled module: {_library.build_module_problem}")
     batch, heads, queries, keys, key_dim, value_dim = sizes
@@ -98,19 +100,57 @@ def _attention_plans(sizes: Sequence[int], dtype: torch.dtype) -> dict[str, dict
     plans = _library.build_module.attention_plan(
         batch, heads, heads, queries, keys, key_dim, value_dim, dtype.itemsize, count
     )
-    return dict(plans)
+    return {f"attention {name}": plan for name, plan in plans.items()}
 
 
-def info(attention: Sequence[int] | None = None, dtype: torch.dtype = torch.bfloat16) -> Info:
+def _projection_plans(sizes: Sequence[int], dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    if len(sizes) != 4 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+        raise ValueError(f"projection: expected four positive integers (B, N, C, E), got {tuple(sizes)}")
+    _require_kernel_dtype(dtype)
+    batch, tokens, inputs, outputs = sizes
+    reason = _projection_plan.refused(dtype, [inputs, outputs])
+    if reason is not None:
+        raise ValueError(f"projection: {reason}")
+    major, count = 9, H200_MULTIPROCESSORS
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        major, count = properties.major, properties.multi_processor_count
+    problem = _projection_plan.heads_problem(batch * tokens, inputs, [(1, outputs)], 0, 0, dtype.itemsize)
+    expected = _projection_plan.estimate(problem, major)
+    times = {
+        "kernels": f"{expected.kernel * 1e6:.0f} us",
+        "cuBLAS": f"{expected.library * 1e6:.0f} us",
+        "taken": "cuBLAS" if expected.takes_library else "kernels",
+    }
+    plans: dict[str, dict[str, Any]] = {"projection, forward and backward, by roofline": times}
+    if _library.build_module is not None:
+        shared = _library.build_module.projection_plan(1, batch * tokens, inputs, outputs, 1, dtype.itemsize, count)
+        plans |= {f"projection {name}": plan for name, plan in shared.items()}
+    return plans
+
+
+def _require_kernel_dtype(dtype: torch.dtype) -> None:
+    if dtype not in _library.COMPILED_DTYPES:
+        known = ", ".join(str(dtype) for dtype in _library.COMPILED_DTYPES)
+        raise ValueError(f"dtype: expected one of {known}, got {dtype}")
+
+
+def info(
+    attention: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    projection: Sequence[int] | None = None,
+) -> Info:
     """Versions, devices, what is compiled, what serves each operator on each device, and why not more.
 
     Args:
         attention: (B, H, N, M, Dk, Dv) of an attention problem without mask and dropout: also show how each of its CUDA
             kernels shares it out among blocks, on the current GPU, or on an H200 where there is none.
         dtype: of that problem.
+        projection: (B, N, C, E) of a projection of tokens (B, N, C) to E channels: also show what the kernels and
+            cuBLAS are expected to take, which of them serves, and how the kernels share it out.
 
     Raises:
-        ValueError: not six positive integers, heads wider than any kernel's, or a dtype that no kernel takes.
+        ValueError: not six (or four) positive integers, heads wider than any kernel's, or a dtype that no kernel takes.
         RuntimeError: a plan is asked for and nothing is compiled.
 
     Example:
@@ -147,5 +187,6 @@ def info(attention: Sequence[int] | None = None, dtype: torch.dtype = torch.bflo
         libraries,
         _library.compiled_architectures(),
         {name: {kind.type: _served_by(name, kind) for kind in kinds} for name in names},
-        {} if attention is None else _attention_plans(attention, dtype),
+        ({} if attention is None else _attention_plans(attention, dtype))
+        | ({} if projection is None else _projection_plans(projection, dtype)),
     )

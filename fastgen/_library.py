@@ -266,10 +266,11 @@ def _constant_place(name: str, device: torch.device, dtype: torch.dtype) -> tupl
     return _place(name, device, dtype)
 
 
-def select(name: str, tensor: Tensor, refused: str | None = None) -> str:
+def select(name: str, tensor: Tensor, refused: str | None = None, slower: bool = False) -> str:
     """The namespace that serves operator ``name`` for tensors like this one, under the backend in force.
 
-    ``refused``: why a kernel, if there is one, does not take these tensors.
+    ``refused``: why a kernel, if there is one, does not take these tensors. ``slower``: it does, but PyTorch is the
+    better choice where nobody forces one.
 
     Raises:
         RuntimeError: ``compiled`` is forced and there is no such kernel.
@@ -283,7 +284,7 @@ def select(name: str, tensor: Tensor, refused: str | None = None) -> str:
         namespace, reason = REFERENCE, refused
     if backend == "compiled" and reason is not None:
         raise RuntimeError(f"backend 'compiled' was asked for, but {reason}; use 'auto' or 'reference'")
-    return namespace
+    return REFERENCE if slower and reason is None and backend == "auto" else namespace
 
 
 def operator_for_derivative(namespace: str, name: str, tensor: Tensor, refused: str | None) -> Callable[..., Any]:

@@ -116,15 +116,25 @@ def _info(words: list[str]) -> None:
         metavar="B,H,N,M,Dk,Dv",
         help="also show how CUDA kernels share out attention of these sizes",
     )
+    parser.add_argument(
+        "--projection",
+        metavar="B,N,C,E",
+        help="also show what CUDA kernels and cuBLAS are expected to take for a projection of tokens (B, N, C) to E",
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=[str(d).removeprefix("torch.") for d in COMPILED_DTYPES])
     given = parser.parse_args(words)
-    sizes = None
-    if given.attention is not None:
-        if not all(word.isdigit() for word in given.attention.split(",")):
-            parser.error(f"--attention: expected B,H,N,M,Dk,Dv, got {given.attention}")
-        sizes = [int(word) for word in given.attention.split(",")]
+
+    def sizes(option: str, names: str) -> list[int] | None:
+        text = getattr(given, option)
+        if text is None:
+            return None
+        if not all(word.isdigit() for word in text.split(",")):
+            parser.error(f"--{option}: expected {names}, got {text}")
+        return [int(word) for word in text.split(",")]
+
+    attention, projection = sizes("attention", "B,H,N,M,Dk,Dv"), sizes("projection", "B,N,C,E")
     try:
-        print(fastgen.info(sizes, getattr(torch, given.dtype)))
+        print(fastgen.info(attention, getattr(torch, given.dtype), projection))
     except ValueError as error:
         parser.error(str(error))
 

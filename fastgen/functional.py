@@ -17,6 +17,7 @@ from torch import Tensor
 from fastgen import _autograd, reference
 from fastgen import _checks as check
 from fastgen._library import may_use_tf32, select
+from fastgen.ops import _projection_plan as plan
 from fastgen.ops.attention import Options, refused_heads
 from fastgen.ops.projection import Layout
 from fastgen.reference import HeadFinish
@@ -408,12 +409,25 @@ def qkv_projection(
         finish.interleaved,
         may_use_tf32(tokens),
     )
-    namespace = select("projection_forward", tokens)
+    namespace = _place_of_heads(tokens, layout, finish)
     if finish.cos is not None and _may_be_differentiated(finish.cos, finish.sin):
         # The fused operators take tables for constants.
         parts = _autograd.projection(tokens, weight, bias, HeadFinish(), layout, namespace)
         return tuple(part.to(tokens.dtype) for part in reference.finish_heads(list(parts), finish))
     return _autograd.projection(tokens, weight, bias, finish, layout, namespace)
+
+
+def _place_of_heads(tokens: Tensor, layout: Layout, finish: HeadFinish) -> str:
+    if tokens.device.type == "cpu":  # there is nothing to choose
+        return select("projection_forward", tokens)
+    sizes = list(zip(layout.heads, layout.head_dims, strict=True))
+    inputs = tokens.size(1 if layout.channels_first else 2)
+    normed, rotated = len(finish.norms), finish.rotated
+    whole = layout.head_dims[: max(normed, rotated)]
+    refused = plan.refused(tokens.dtype, [inputs, *layout.head_dims], len(sizes), whole)
+    rows = tokens.numel() // max(inputs, 1)
+    problem = plan.heads_problem(rows, inputs, sizes, normed, rotated, tokens.dtype.itemsize, layout.allow_tf32)
+    return select("projection_forward", tokens, refused, plan.slower(problem, tokens))
 
 
 def _may_be_differentiated(*tables: Tensor | None) -> bool:
@@ -513,6 +527,20 @@ def merge_heads_projection(
             check.require_shape("residual", residual, shape, meaning)
             flat = residual
     namespace = select("merge_heads_forward", x)
+    if x.device.type != "cpu":
+        refused = plan.refused(x.dtype, [x.size(3), channels])
+        problem = plan.merge_problem(
+            batch * length,
+            x.size(1) * x.size(3),
+            channels,
+            x.dtype.itemsize,
+            may_use_tf32(x),
+            bias=bias is not None,
+            residual=flat is not None,
+            gate=wide_gate is not None,
+            channels_first=channels_first,
+        )
+        namespace = select("merge_heads_forward", x, refused, plan.slower(problem, x))
     if low is not None and any(t is not None and t.dtype != x.dtype for t in (flat, wide_gate)):
         # A residual stream kept in float32 stays float32, as torch's own promotion has it.
         y = _autograd.merge_heads(x, weight, bias, None, None, channels_first, may_use_tf32(x), namespace)

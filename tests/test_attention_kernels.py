@@ -175,7 +175,7 @@ def test_short_rows_share_a_block_and_few_rows_take_fewer_warps():
 def test_info_shows_the_plan_of_any_shape():
     found = fastgen.info((64, 1, 1024, 1024, 8, 32), torch.float16)
     second = {"tangent", "second order query", "second order key_value"}
-    assert set(found.plans) == {"forward", "query", "key_value"} | second
+    assert set(found.plans) == {f"attention {name}" for name in {"forward", "query", "key_value"} | second}
     assert "attention forward: tile (16, 32)" in str(found)
     for sizes, dtype, text in [
         ((64, 1), torch.half, "attention: expected six positive integers"),

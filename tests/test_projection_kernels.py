@@ -9,8 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fastgen
 from fastgen import _library, reference
+from fastgen.cli import main
 from fastgen.functional import merge_heads_projection, qkv_projection
+from fastgen.ops import _projection_plan as plan
 from fastgen.testing import largest_error
 from tests.conftest import PLACES, place_or_skip
 from tests.covering import covering
@@ -37,8 +40,6 @@ def place(request):
     device = place_or_skip(*request.param, "projection_forward")
     if request.param[0] == "emulated":
         request.getfixturevalue("emulator")
-    import fastgen
-
     with fastgen.use_backend(request.param[0]):
         yield device
 
@@ -310,6 +311,72 @@ def test_results_lie_as_the_fake_promises(emulated, layout):
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
 
+H200 = 9
+
+
+def test_the_plan_takes_cublas_for_large_products_and_kernels_where_passes_are_saved():
+    large = plan.heads_problem(8192, 1152, [(16, 72)] * 3, 0, 0, 2)
+    assert plan.estimate(large, H200).takes_library
+    assert not plan.estimate(plan.heads_problem(65536, 64, [(1, 8), (1, 8), (1, 32)], 0, 0, 2), H200).takes_library
+    with_turns = plan.heads_problem(8192, 1152, [(18, 64)] * 3, 2, 2, 2)
+    assert not plan.estimate(with_turns, H200).takes_library
+    gated = plan.merge_problem(65536, 32, 64, 2, residual=True, gate=True, channels_first=True)
+    assert not plan.estimate(gated, H200).takes_library
+    # At float32 accuracy three products in tf32 beat one on Ampere's other units.
+    assert not plan.estimate(large._replace(element_size=4), 8).takes_library
+
+
+def test_the_plan_decides_only_where_nobody_forces_a_backend(monkeypatch):
+    """As on a GPU: where there is a kernel."""
+    monkeypatch.setattr(_library, "_place", lambda *arguments: (_library.COMPILED, None))
+    x = torch.randn(1, 2, 8)
+    for backend, slower, wanted in [
+        ("auto", False, _library.COMPILED),
+        ("auto", True, _library.REFERENCE),
+        ("compiled", True, _library.COMPILED),
+        ("reference", False, _library.REFERENCE),
+    ]:
+        with fastgen.use_backend(backend):
+            assert _library.select("projection_forward", x, slower=slower) == wanted
+    with fastgen.use_backend("compiled"), pytest.raises(RuntimeError, match="multiples of 8, not 12"):
+        _library.select("projection_forward", x, plan.refused(torch.half, [8, 12]))
+    assert plan.refused(torch.float32, [8, 12]) is None
+    assert "up to 4 parts, not 5" in plan.refused(torch.float32, [8], 5)
+    assert "up to 128 channels, not 136" in plan.refused(torch.float32, [8], 3, [136])
+
+
+needs_module = pytest.mark.skipif(_library.build_module is None, reason="_C was not built")
+
+
+@needs_module
+def test_info_and_its_command_show_the_plan(capsys):
+    found = fastgen.info(projection=(64, 1024, 64, 48)).plans
+    assert found["projection, forward and backward, by roofline"]["taken"] == "kernels"
+    assert found["projection forward"]["tile"] == (128, 128)
+    assert found["projection weight gradient"]["splits"] > 100
+    assert main(["info", "--projection", "32,256,1152,3456"]) == 0
+    assert "taken cuBLAS" in capsys.readouterr().out
+    for sizes, text in [((1, 2, 3), "four positive integers"), ((1, 2, 12, 8), "multiples of 8, not 12")]:
+        with pytest.raises(ValueError, match=text):
+            fastgen.info(projection=sizes)
+    assert main(["info", "--projection", "1,x"]) == 2
+    assert "--projection: expected B,N,C,E, got 1,x" in capsys.readouterr().err
+
+
+@needs_module
+@pytest.mark.parametrize("multiprocessors", [1, 108, 132])
+def test_tiles_hold_a_head_whole_and_cover_the_problem(multiprocessors):
+    for tokens in (1, 64, 8192):
+        for outputs in (8, 48, 3456):
+            shared = _library.build_module.projection_plan(1, tokens, 64, outputs, 72, 2, multiprocessors)
+            (rows, columns), blocks = shared["forward"]["tile"], shared["forward"]["blocks"]
+            assert columns >= 72
+            assert rows * columns * blocks >= tokens * outputs
+            gradient = shared["weight gradient"]
+            assert gradient["blocks"] % gradient["splits"] == 0
+            assert gradient["splits"] <= max(1, -(-tokens // 32 // 8) + 1)
+
+
 def test_bad_operands_are_refused_by_name(emulated):
     x, weight = torch.randn(2, 6, 16), torch.randn(24, 16)
 
@@ -334,4 +401,3 @@ def test_bad_operands_are_refused_by_name(emulated):
     ]:
         with pytest.raises(RuntimeError, match=text):
             forward(**options)
-    assert _library.operators()["projection"]
