@@ -174,6 +174,19 @@ def test_copies_go_on_alone():
     assert store.state_dict() == {}
 
 
+@pytest.mark.parametrize("padding", [None, torch.zeros(B, dtype=torch.long, device="meta")])
+def test_a_step_reads_nothing_on_the_host(padding):
+    """A CUDA graph can capture it: on the meta device there is nothing to read."""
+    store = empty(device="meta")
+    store.reset(padding)
+    keys, values, mask = store.update(*(t.to("meta") for t in tokens(3)[1:]))
+    store.reorder(torch.zeros(B, dtype=torch.long, device="meta"))
+    assert keys is store.keys
+    assert values is store.values
+    assert mask.shape == (1 if padding is None else B, 1, 3, 12)
+    assert store.positions(2).device.type == "meta"
+
+
 def test_the_buffers_follow_the_module():
     store = KVCache(1, 2, 4, 8).to(torch.bfloat16)
     assert store.keys.dtype == torch.bfloat16
