@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import zlib
 from collections import Counter
 
@@ -79,6 +80,17 @@ def emulator(request):
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request):
     return place_or_skip("reference", request.param, "")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc):
+    """Ids are the same in every process: pytest-xdist's workers compare them, and they seed the emulator's schedules.
+
+    ``ids=str`` would show where in memory a function lies.
+    """
+    for mark in metafunc.definition.iter_markers("parametrize"):
+        if mark.kwargs.get("ids") is str:
+            mark.kwargs["ids"] = lambda value: re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 @pytest.fixture(autouse=True)
