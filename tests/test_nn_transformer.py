@@ -524,6 +524,36 @@ def test_forward_mode_is_that_of_torch_s_plain_attention(name, frozen):
     torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_a_gradient_of_a_tangent_is_a_tangent_of_a_gradient(name, norm_first):
+    """torch's layer norm gets the first one wrong, without a word."""
+    mine = pair(name, batch_first=True, norm_first=norm_first, activation=torch.tanh)[0]
+    tensors = inputs(name)
+    direction = torch.randn_like(tensors[0])
+    loss = lambda x: mine(x, *tensors[1:]).sin().sum()  # noqa: E731
+    expected = torch.func.jvp(torch.func.grad(loss), (tensors[0],), (direction,))[1]
+    result = torch.func.grad(lambda x: torch.func.jvp(loss, (x,), (direction,))[1])(tensors[0])
+    torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
+    leaf = tensors[0].clone().requires_grad_()
+    with forward_ad.dual_level():
+        slope = forward_ad.unpack_dual(loss(forward_ad.make_dual(leaf, direction))).tangent
+    torch.testing.assert_close(torch.autograd.grad(slope, leaf)[0], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_norm_under_transforms_is_as_accurate_as_torch_s(dtype, autocast):
+    norm, x = nn.LayerNorm((4, 32)).to(dtype), (3 + torch.randn(5, 4, 32)).to(dtype)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        result = torch.func.vmap(lambda x: transformer._normalized(norm, x))(x)
+        plain = norm(x)
+    assert result.dtype == plain.dtype
+    assert_accurate(result, plain, copy.deepcopy(norm).double()(x.double()))
+
+
 def test_padding_is_not_skipped_where_somebody_differentiates():
     mine, x = pair("TransformerEncoder", batch_first=True)[0].eval().requires_grad_(False), normal(B, L, E)
     padding, direction = padding_of(B, L), normal(B, L, E)

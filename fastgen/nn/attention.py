@@ -217,8 +217,10 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _merge(self, heads: Tensor, residual: Tensor | None, batched: bool) -> Tensor:
         weight, bias = self.out_proj.weight, self.out_proj.bias
+        if batched and not self.batch_first:
+            out = functional.merge_heads_projection(heads.transpose(0, 2), weight, bias, residual=residual)
+            return out.contiguous()  # as torch's is, for those who call view on it
         if batched:
-            heads = heads if self.batch_first else heads.transpose(0, 2)
             return functional.merge_heads_projection(heads, weight, bias, residual=residual)
         residual = residual if residual is None else residual[None]
         return functional.merge_heads_projection(heads, weight, bias, residual=residual)[0]

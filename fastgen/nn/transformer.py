@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastgen._checks import require_probability, require_tensor, shape_of
 from fastgen.nn.attention import MultiheadAttention, require_heads
@@ -91,11 +92,11 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         masks = (src_mask, src_key_padding_mask, is_causal)
         x = src
         if self.norm_first:
-            x = self._plus_self_attention(x, self.norm1(x), *masks)
-            x = x + self._ff_block(self.norm2(x))
+            x = self._plus_self_attention(x, _normalized(self.norm1, x), *masks)
+            x = x + self._ff_block(_normalized(self.norm2, x))
         else:
-            x = self.norm1(self._plus_self_attention(x, x, *masks))
-            x = self.norm2(x + self._ff_block(x))
+            x = _normalized(self.norm1, self._plus_self_attention(x, x, *masks))
+            x = _normalized(self.norm2, x + self._ff_block(x))
         return x
 
     def _plus_self_attention(
@@ -179,13 +180,13 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         of_memory = (memory_mask, memory_key_padding_mask, memory_is_causal)
         x = tgt
         if self.norm_first:
-            x = self._plus_self_attention(x, self.norm1(x), *of_self)
-            x = self._plus_cross_attention(x, self.norm2(x), memory, *of_memory)
-            x = x + self._ff_block(self.norm3(x))
+            x = self._plus_self_attention(x, _normalized(self.norm1, x), *of_self)
+            x = self._plus_cross_attention(x, _normalized(self.norm2, x), memory, *of_memory)
+            x = x + self._ff_block(_normalized(self.norm3, x))
         else:
-            x = self.norm1(self._plus_self_attention(x, x, *of_self))
-            x = self.norm2(self._plus_cross_attention(x, x, memory, *of_memory))
-            x = self.norm3(x + self._ff_block(x))
+            x = _normalized(self.norm1, self._plus_self_attention(x, x, *of_self))
+            x = _normalized(self.norm2, self._plus_cross_attention(x, x, memory, *of_memory))
+            x = _normalized(self.norm3, x + self._ff_block(x))
         return x
 
     def _plus_self_attention(
@@ -250,7 +251,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         x = src
         for layer in self.layers:
             x = layer(x, src_mask=mask, src_key_padding_mask=src_key_padding_mask, is_causal=is_causal)
-        return x if self.norm is None else self.norm(x)
+        return x if self.norm is None else _normalized(self.norm, x)
 
     def _may_skip_padding(self, src: Tensor) -> bool:
         """Whether nobody differentiates or traces, which torch's nested tensors cannot follow."""
@@ -311,7 +312,7 @@ class TransformerDecoder(nn.TransformerDecoder):
                 tgt_is_causal=tgt_is_causal,
                 memory_is_causal=memory_is_causal,
             )
-        return x if self.norm is None else self.norm(x)
+        return x if self.norm is None else _normalized(self.norm, x)
 
 
 class Transformer(nn.Transformer):
@@ -427,16 +428,50 @@ def _is_causal(mask: Tensor | None) -> bool:
     return torch.equal(mask, torch.full_like(mask, -torch.inf).triu(1))
 
 
+def _watched(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _normalized(norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(x)``, with derivatives that are right in forward mode too."""
+    plain = type(norm) is nn.LayerNorm and not _watched(norm)
+    if plain and (torch.compiler.is_compiling() or _transforms_active()):
+        y: Tensor = _layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    else:
+        y = norm(x)
+    return y
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _layer_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Ba, Kiros and Hinton, "Layer normalization" (2016), over the last dims.
+
+    torch's takes mean and deviation for constants in the derivatives of its tangent, which come out wrong without a
+    word (pytorch/pytorch#196700); so under transforms it is written out. torch.compile decides as late as this is run.
+    """
+    if not _transforms_active():
+        return F.layer_norm(x, shape, weight, bias, eps)
+    dims = tuple(range(-len(shape), 0))
+    low = x.dtype.itemsize < 4
+    centered = x.float() if low else x
+    centered = centered - centered.mean(dims, keepdim=True)
+    y = centered * (centered.square().mean(dims, keepdim=True) + eps).rsqrt()
+    y = y if weight is None else y * weight
+    y = y if bias is None else y + bias
+    kind = x.device.type
+    widened = kind != "cpu" and torch.is_autocast_enabled(kind)  # by autocast, which leaves it alone on CPU
+    return y.to(x.dtype) if low and not widened else y
+
+
 def _may_add_residual(attention: nn.Module, dropout: nn.Module) -> bool:
     """Whether the attention layer may add the residual itself: nothing is to happen, or to be seen, in between."""
     return (
         type(attention) is MultiheadAttention
         and type(dropout) is nn.Dropout
         and not (dropout.training and dropout.p > 0)
-        and not any(
-            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-            for module in (attention, dropout)
-        )
+        and not (_watched(attention) or _watched(dropout) or _has_any_global_hook())
     )
 
 
