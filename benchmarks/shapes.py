@@ -67,3 +67,6 @@ PROJECTION_SHAPES = {
     "grouped": (2, 33, 48, (8, 2, 2), (8, 8, 8)),
     "odd": (3, 7, 5, (3, 1, 1), (5, 5, 7)),
 }
+
+PROJECTION_SIZES = {"sagan-64": (64, 1024), "dit-xl": (32, 256), "char-lm": (64, 256), "grouped": (32, 1024)}
+"""(B, N) of the same as models have them; above they are cut for tests and laptops."""

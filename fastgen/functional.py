@@ -19,7 +19,7 @@ from fastgen import _checks as check
 from fastgen._library import may_use_tf32, select
 from fastgen.ops import _projection_plan as plan
 from fastgen.ops.attention import Options, refused_heads
-from fastgen.ops.projection import Layout
+from fastgen.ops.projection import Layout, finish_parts
 from fastgen.reference import HeadFinish
 
 __all__ = [
@@ -413,7 +413,7 @@ def qkv_projection(
     if finish.cos is not None and _may_be_differentiated(finish.cos, finish.sin):
         # The fused operators take tables for constants.
         parts = _autograd.projection(tokens, weight, bias, HeadFinish(), layout, namespace)
-        return tuple(part.to(tokens.dtype) for part in reference.finish_heads(list(parts), finish))
+        return tuple(finish_parts(list(parts), finish))
     return _autograd.projection(tokens, weight, bias, finish, layout, namespace)
 
 

@@ -212,6 +212,7 @@ def through_cache(query, key, value):
     return functional.scaled_dot_product_attention(query, *cache.update(key, value))
 
 
+TABLES = (torch.arange(N).double()[:, None].cos(), torch.arange(N).double()[:, None].sin())
 QKV = {"heads": (2, 1, 1), "head_dims": (2, 2, 3)}
 CASES = {
     # name: ours, the same in plain PyTorch, arguments. Results are reduced to a number by `scalar`.
@@ -229,6 +230,39 @@ CASES = {
         lambda x, w, b: functional.qkv_projection(x, w, b, **QKV),
         lambda x, w, b: tuple(reference.projection(x, w, b, list(QKV["heads"]), list(QKV["head_dims"]), False)),
         [normal(B, N, D), normal(9, D), normal(9)],
+    ),
+    "qkv_projection, normalised and turned": lambda: (
+        lambda x, w, n, m: functional.qkv_projection(x, w, **QKV, norms=(n, m), rotary=TABLES),
+        lambda x, w, n, m: tuple(
+            reference.projection(
+                x,
+                w,
+                None,
+                *(list(QKV[name]) for name in ("heads", "head_dims")),
+                False,
+                reference.HeadFinish((n, m), 1e-6, TABLES[0][None], TABLES[1][None], 2),
+            )
+        ),
+        [normal(B, N, D), normal(9, D), normal(2), normal(2)],
+    ),
+    "qkv_projection, normalised and turned, of a feature map": lambda: (
+        lambda x, w, n: functional.qkv_projection(x, w, **QKV, norms=(n,), rotary=TABLES, channels_first=True),
+        lambda x, w, n: tuple(
+            reference.projection(
+                x,
+                w,
+                None,
+                *(list(QKV[name]) for name in ("heads", "head_dims")),
+                True,
+                reference.HeadFinish((n,), 1e-6, TABLES[0][None], TABLES[1][None], 2),
+            )
+        ),
+        [normal(B, D, N), normal(9, D), normal(2)],
+    ),
+    "rotary_embedding": lambda: (
+        functional.rotary_embedding,
+        lambda x, cos, sin: reference.rotary(x, cos[None], sin[None], False),
+        [normal(B, H, N, D), *TABLES],
     ),
     "merge_heads_projection": lambda: (
         lambda x, w, b, r, g: functional.merge_heads_projection(x, w, b, residual=r, gate=g),

@@ -17,8 +17,8 @@ from fastgen._autograd.common import (
     tangent_formula,
     transforms_active,
 )
-from fastgen._library import operator
-from fastgen.ops.projection import Layout
+from fastgen._library import COMPILED, REFERENCE, has_kernel, operator
+from fastgen.ops.projection import Layout, finish_parts, length_first
 from fastgen.reference import HeadFinish
 
 
@@ -124,7 +124,7 @@ class _FinishedProjection(Function):
         if must_be_differentiable():
             inputs = (x, weight, bias, *norms)
             wanted = [t for t in inputs if t is not None and t.requires_grad]
-            parts = reference.finish_heads(
+            parts = finish_parts(
                 list(projection(x, weight, bias, HeadFinish(), layout, ctx.namespace)),
                 finish._replace(norms=tuple(norms)),
             )
@@ -244,15 +244,28 @@ class _TransformedMergeHeads(Function):
         return t_y if t_residual is None else t_y + t_residual
 
 
+def _by_pytorch(name: str, tokens: Tensor, namespace: str) -> bool:
+    """Whether PyTorch's own linear map serves, with its own derivatives: no kernel does, and it copies no tokens."""
+    by_kernel = namespace == COMPILED and has_kernel(name, tokens.device)
+    if by_kernel or namespace not in (COMPILED, REFERENCE):
+        return False
+    return tokens.is_contiguous() or tokens.size(0) == 1 or length_first(tokens)
+
+
 @in_graph
 def projection(
     x: Tensor, weight: Tensor, bias: Tensor | None, finish: HeadFinish, layout: Layout, namespace: str
 ) -> tuple[Tensor, ...]:
     """``projection_forward`` with derivatives of every order."""
+    if not layout.channels_first and _by_pytorch("projection_forward", x, namespace):
+        tokens = x.transpose(0, 1) if length_first(x) else x
+        y = torch.nn.functional.linear(tokens, weight, bias)
+        y = y if tokens is x else y.transpose(0, 1)
+        return tuple(finish_parts(reference.split_heads(y, layout.heads, layout.head_dims), finish))
     if finish.norms or finish.cos is not None:
         if transforms_active():
             parts = projection(x, weight, bias, HeadFinish(), layout, namespace)
-            return tuple(reference.finish_heads(list(parts), finish))
+            return tuple(finish_parts(list(parts), finish))
         finished = choose(_FinishedProjection, _FinishedProjection, x, weight, bias, *finish.norms)
         if finished is None:
             return _run_finished(x, weight, bias, finish, layout, namespace, keep=False)
@@ -261,6 +274,21 @@ def projection(
     if function is None:
         return _run_projection(x, weight, bias, layout, namespace)
     return tuple(function.apply(x, weight, bias, layout, namespace))
+
+
+def _merge_by_pytorch(
+    tokens: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gate: Tensor | None
+) -> Tensor:
+    if gate is not None and gate.size(0) == 1 and weight.dtype.itemsize >= 4:
+        # A gate that the batch shares becomes part of the weight: no pass over the tokens, forwards or backwards. Its
+        # gradient would suffer where the weight's is rounded to 16 bits.
+        rows = gate.reshape(-1)
+        weight, bias, gate = weight * rows.unsqueeze(1), None if bias is None else bias * rows, None
+    flipped = length_first(tokens)
+    y = torch.nn.functional.linear(tokens.transpose(0, 1) if flipped else tokens, weight, bias)
+    y = y.transpose(0, 1) if flipped else y
+    y = y if gate is None else gate * y
+    return y if residual is None else residual + y
 
 
 @in_graph
@@ -275,6 +303,9 @@ def merge_heads(
     namespace: str,
 ) -> Tensor:
     """``merge_heads_forward`` with derivatives of every order."""
+    tokens = reference.join_heads(x)
+    if not channels_first and _by_pytorch("merge_heads_forward", tokens, namespace):
+        return _merge_by_pytorch(tokens, weight, bias, residual, gate)
     arguments = (x, weight, bias, residual, gate, channels_first, allow_tf32, namespace)
     function = choose(_MergeHeads, _TransformedMergeHeads, x, weight, bias, residual, gate)
     if function is None:

@@ -33,7 +33,7 @@ class Layout(NamedTuple):
     allow_tf32: bool = False
 
 
-def _length_first(tokens: Tensor) -> bool:
+def length_first(tokens: Tensor) -> bool:
     """Whether (B, N, C) lies in memory as (N, B, C)."""
     return not tokens.is_contiguous() and tokens.transpose(0, 1).is_contiguous()
 
@@ -42,7 +42,7 @@ def _linear(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """tokens (B, N, C) in any layout, weight (E, C) -> (B, N, E), with no copy of the tokens."""
     if tokens.is_contiguous():
         return torch.nn.functional.linear(tokens, weight, bias)
-    if _length_first(tokens):
+    if length_first(tokens):
         return torch.nn.functional.linear(tokens.transpose(0, 1), weight, bias).transpose(0, 1)
     expanded = weight.t().expand(tokens.size(0), -1, -1)
     if bias is None:
@@ -56,7 +56,7 @@ def _tokens(x: Tensor, channels_first: bool) -> Tensor:
 
 def _weight_grads(grad: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of weight (E, C) and bias (E,) of a linear map, from (B, N, E) and (B, N, C)."""
-    if _length_first(tokens):
+    if length_first(tokens):
         grad, tokens = grad.transpose(0, 1), tokens.transpose(0, 1)
     rows = grad.flatten(0, 1)
     return torch.mm(rows.t(), tokens.flatten(0, 1)), rows.sum(0)
@@ -66,17 +66,34 @@ def _weight_grads(grad: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
 # Tokens to heads
 
 
-def _finish(
+def finish(
     part: Tensor, norm: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, interleaved: bool
 ) -> Tensor:
-    """(B, H, N, D) normalised and turned, in float32 where the part is narrower."""
+    """(B, H, N, D) normalised and turned, in float32 where the part is narrower; differentiable."""
     wide = part.float() if part.dtype.itemsize < 4 else part
     if norm is not None:
         wide = torch.nn.functional.rms_norm(wide, norm.shape, norm.to(wide.dtype), eps)
     if cos is not None and sin is not None:
         wide = reference.rotary(wide, cos, sin, interleaved)
-    # In the layout of the part, whatever the steps left.
-    return wide if wide.dtype == part.dtype and wide.stride() == part.stride() else torch.empty_like(part).copy_(wide)
+    return wide.to(part.dtype)
+
+
+def finish_parts(parts: list[Tensor], all_of: reference.HeadFinish) -> list[Tensor]:
+    """``finish``, of the parts that have something of it."""
+    norms, cos, sin = all_of.norms, all_of.cos, all_of.sin
+    rotated = all_of.rotated if cos is not None else 0
+    return [
+        finish(
+            part,
+            norms[i] if i < len(norms) else None,
+            *((cos, sin) if i < rotated else (None, None)),
+            all_of.eps,
+            all_of.interleaved,
+        )
+        if i < max(len(norms), rotated)
+        else part
+        for i, part in enumerate(parts)
+    ]
 
 
 def _forward(
@@ -102,9 +119,11 @@ def _forward(
     flat = [_linear(tokens, w, b) for w, b in zip(weight.split(sizes), biases, strict=True)]
     parts = [y.unflatten(-1, (h, d)).transpose(1, 2) for y, h, d in zip(flat, heads, head_dims, strict=True)]
     kept = parts[: len(norms)] if keep else []
-    for i in range(max(len(norms), rotated if cos is not None else 0)):
-        tables = (cos, sin) if i < rotated else (None, None)
-        parts[i] = _finish(parts[i], norms[i] if i < len(norms) else None, *tables, eps, interleaved)
+    finished = finish_parts(parts, reference.HeadFinish(tuple(norms), eps, cos, sin, rotated, interleaved))
+    # In the layout of the parts, whatever the steps left.
+    parts = [
+        f if f.stride() == p.stride() else torch.empty_like(p).copy_(f) for f, p in zip(finished, parts, strict=True)
+    ]
     return [*parts, *kept]
 
 
@@ -125,10 +144,10 @@ def _forward_fake(
     allow_tf32: bool,
 ) -> list[Tensor]:
     batch, length = x.size(0), x.size(2 if channels_first else 1)
-    length_first = _length_first(_tokens(x, channels_first))
+    by_length = length_first(_tokens(x, channels_first))
 
     def part(heads: int, dim: int) -> Tensor:
-        if length_first:
+        if by_length:
             return x.new_empty(length, batch, heads, dim).permute(1, 2, 0, 3)
         return x.new_empty(batch, length, heads, dim).transpose(1, 2)
 
@@ -179,15 +198,15 @@ def _backward(
         grad_norms += [] if grad_norm is None else [grad_norm]
     tokens = _tokens(x, channels_first)
     joined = [reference.join_heads(g) for g in grads]
-    length_first = _length_first(tokens)
-    if length_first:
+    by_length = length_first(tokens)
+    if by_length:
         grad = torch.cat([g.transpose(0, 1) for g in joined], dim=-1).transpose(0, 1)
     else:
         grad = torch.cat(joined, dim=-1)
     grad_weight, grad_bias = _weight_grads(grad, tokens)
     if channels_first:
         grad_x = torch.bmm(weight.t().expand(x.size(0), -1, -1), grad.transpose(1, 2))
-    elif length_first:
+    elif by_length:
         grad_x = torch.matmul(grad.transpose(0, 1), weight).transpose(0, 1)
     else:
         grad_x = torch.matmul(grad, weight)
@@ -210,7 +229,7 @@ def _backward_fake(
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     grad_x = x.new_empty(x.shape)
-    if not channels_first and _length_first(x):
+    if not channels_first and length_first(x):
         grad_x = x.new_empty(x.size(1), x.size(0), x.size(2)).transpose(0, 1)
     grad_bias = weight.new_empty(weight.size(0) if bias else 0)
     return grad_x, weight.new_empty(weight.shape), grad_bias, [n.new_empty(n.shape) for n in norms]
