@@ -212,7 +212,39 @@ def through_cache(query, key, value):
     return functional.scaled_dot_product_attention(query, *cache.update(key, value))
 
 
+def transformer_case(name):
+    """Of the inputs, and the first attention's packed weight; the oracle is torch's layer with its plain attention."""
+    kwargs = {"dropout": 0.0, "batch_first": True}
+    wide = kwargs | {"dim_feedforward": 4, "activation": torch.tanh}
+
+    def build(module):
+        if name == "MultiheadAttention":
+            return module.MultiheadAttention(D, H, **kwargs)
+        if name == "Transformer":
+            return module.Transformer(D, H, 1, 1, **wide)
+        layer = getattr(module, name.removesuffix("Layer") + "Layer")(D, H, **wide)
+        return layer if name.endswith("Layer") else getattr(module, name)(layer, 1)
+
+    mine, theirs = (build(module).double().requires_grad_(False) for module in (nn, torch.nn))
+    theirs.load_state_dict(mine.state_dict())
+    weight, value = next((n, p.detach()) for n, p in mine.named_parameters() if n.endswith("in_proj_weight"))
+    inputs = {"MultiheadAttention": 3, "TransformerEncoderLayer": 1, "TransformerEncoder": 1}.get(name, 2)
+    options = {"need_weights": False} if name == "MultiheadAttention" else {}
+
+    def run(module, first, *tensors):
+        result = functional_call(module, {weight: first}, tensors, options)
+        return result[0] if options else result
+
+    def plain(*tensors):
+        with sdpa_kernel(SDPBackend.MATH):
+            return run(theirs, *tensors)
+
+    return lambda *tensors: run(mine, *tensors), plain, [value, *(normal(B, N, D) for _ in range(inputs))]
+
+
 TABLES = (torch.arange(N).double()[:, None].cos(), torch.arange(N).double()[:, None].sin())
+
+
 QKV = {"heads": (2, 1, 1), "head_dims": (2, 2, 3)}
 CASES = {
     # name: ours, the same in plain PyTorch, arguments. Results are reduced to a number by `scalar`.
@@ -303,6 +335,7 @@ CASES = {
         lambda *t: plain_attention(*t, window=(-1, 0))[0],
         [normal(B, H, N, D), normal(B, H, N, D), normal(B, H, N, D)],
     ),
+    **{n: (lambda n=n: transformer_case(n)) for n in nn.__all__ if n == "MultiheadAttention" or "Transformer" in n},
     "ConvVAE": lambda: (vae_loss(plain=False), vae_loss(plain=True), [normal(B, 1, 4, 4)]),
     **{n: (lambda n=n: (penalty(True)(n), penalty(False)(n), [normal(D, D)])) for n in losses.__all__},
 }  # fmt: skip
@@ -482,7 +515,14 @@ WAYS = {
     "third": (third, third),
 }
 RANDOM = ("scaled_dot_product_attention, dropout", "reparameterize", "reparameterize_kl", "GaussianLatent")
-ATTENTION = ("scaled_dot_product_attention", "AttentionBlock2d", "SelfAttention2d", "WindowAttention2d")
+ATTENTION = (
+    "scaled_dot_product_attention",
+    "AttentionBlock2d",
+    "MultiheadAttention",
+    "SelfAttention2d",
+    "Transformer",
+    "WindowAttention2d",
+)
 """What calls it refuses what it refuses."""
 ANYTHING = ""
 """A model may hold what PyTorch itself refuses; a penalty already is a gradient; either may raise anything."""
