@@ -370,6 +370,28 @@ def test_the_cpu_kernel_survives_large_scores_and_passes_nan_on():
     assert bool(lse[0, 0, others].isfinite().all())
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_nothing_depends_on_threads(dropout):
+    """The compiled helpers share rows out among threads; for other tests a worker of pytest-xdist has one."""
+    inputs = [torch.randn(2, 3, rows, dim, requires_grad=True) for rows, dim in ((200, 8), (300, 8), (300, 32))]
+
+    def derivatives():
+        torch.manual_seed(1)
+        out, tangent = torch.func.jvp(lambda *t: attention(*t, dropout_p=dropout), tuple(inputs), tuple(inputs))
+        grads = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+        return [out, tangent, *grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)]
+
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(derivatives())
+    finally:
+        torch.set_num_threads(threads)
+    for results in found[1:]:
+        torch.testing.assert_close(results, found[0])
+
+
 @pytest.mark.parametrize("dims", [(16, 16), (8, 32)], ids=str)
 def test_reference_backend_is_the_same_function(dims):
     query, key, value = torch.randn(2, 2, 8, dims[0]), torch.randn(2, 2, 8, dims[0]), torch.randn(2, 2, 8, dims[1])
