@@ -238,8 +238,8 @@ class TransformerEncoder(nn.TransformerEncoder):
 
         Args:
             src, mask, src_key_padding_mask: as the layers'.
-            is_causal: whether mask is the causal mask; None: look. (In torch.compile nobody looks, and the mask is
-                used as it is.)
+            is_causal: whether mask is the causal mask; None: look, which waits for the device, as in torch. (In
+                torch.compile nobody looks, and the mask is used as it is.)
 
         Raises:
             TypeError, ValueError: as ``MultiheadAttention``.
@@ -293,8 +293,8 @@ class TransformerDecoder(nn.TransformerDecoder):
         Args:
             tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, memory_is_causal: as the
                 layers'.
-            tgt_is_causal: whether tgt_mask is the causal mask; None: look. (In torch.compile nobody looks, and the mask
-                is used as it is.)
+            tgt_is_causal: whether tgt_mask is the causal mask; None: look, which waits for the device, as in torch. (In
+                torch.compile nobody looks, and the mask is used as it is.)
 
         Raises:
             TypeError, ValueError: as ``MultiheadAttention``.
