@@ -75,6 +75,11 @@ def cases():
     yield "projection_forward", (x, weight, bias, *plain, *parts, False, 0.0, 0, False, False, False)
     yield "projection_forward", (length_first, weight, bias, *plain, *parts, False, 0.0, 0, False, False, False)
     yield "projection_forward", (feature_map, weight, None, *turned, *parts, True, 1e-6, 1, True, True, True)
+    head, table = lambda: torch.randn(2, 5, 3, 8).transpose(1, 2), torch.randn(2, 5, 3)
+    yield "cpu_finish_heads", (head(), torch.randn(8), table, table, 1e-6, True)
+    yield "cpu_finish_heads", (head().bfloat16(), None, table[:1], table[:1], 1e-6, False)
+    yield "cpu_finish_heads_backward", (head(), head(), torch.randn(8), None, None, 1e-6, True)
+    yield "cpu_finish_heads_backward", (head(), head(), None, table, table, 1e-6, True)
     grads = [torch.randn(2, 3, 5, 2), torch.randn(2, 1, 5, 4)]
     yield "projection_backward", (grads, [], x, weight, *plain, True, False, 0.0, 0, False, False)
     yield "projection_backward", (grads, [], length_first, weight, *plain, True, False, 0.0, 0, False, False)

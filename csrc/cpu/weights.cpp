@@ -6,26 +6,12 @@
 
 #include "common/math.h"
 #include "cpu/clones.h"
+#include "cpu/sums.h"
 
 namespace fastgen::cpu {
 namespace {
 
 constexpr int64_t kLanes = 64;  // sums side by side: four vectors of the widest kind
-
-// The sum of term(j) over a row, in an order that does not depend on the machine.
-template <typename Term>
-FASTGEN_HOST_DEVICE float sum_row(int64_t keys, Term term) {
-  float lanes[kLanes] = {};
-  int64_t j = 0;
-  for (; j + kLanes <= keys; j += kLanes) {
-    for (int64_t i = 0; i < kLanes; ++i) lanes[i] += term(j + i);
-  }
-  for (int64_t i = 0; j + i < keys; ++i) lanes[i] += term(j + i);
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
-}
 
 template <bool kKeep, bool kGrads, bool kCross>
 FASTGEN_HOST_DEVICE void weigh_row(const WeightsParams& p, int64_t index) {
@@ -39,10 +25,10 @@ FASTGEN_HOST_DEVICE void weigh_row(const WeightsParams& p, int64_t index) {
   const float lse = p.lse[index];
   for (int64_t j = 0; j < keys; ++j) scores[j] = exp_float(scores[j] - lse);
   // A logsumexp of half precision scores is not that of these ones, so the weights are made to sum to 1.
-  const float total = sum_row(keys, [=](int64_t j) { return scores[j]; });
+  const float total = sum_row<kLanes>(keys, [=](int64_t j) { return scores[j]; });
   const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
   for (int64_t j = 0; j < keys; ++j) scores[j] *= inverse;
-  const float mean = sum_row(keys, [=](int64_t j) { return scores[j] * direction[j]; });
+  const float mean = sum_row<kLanes>(keys, [=](int64_t j) { return scores[j] * direction[j]; });
   p.row[index] = mean;
   if constexpr (!kGrads) {
     for (int64_t j = 0; j < keys; ++j) {
@@ -53,7 +39,7 @@ FASTGEN_HOST_DEVICE void weigh_row(const WeightsParams& p, int64_t index) {
   } else {
     const float delta = p.delta[index];
     // rowsum(dO * O')
-    const float second_row = sum_row(keys, [=](int64_t j) {
+    const float second_row = sum_row<kLanes>(keys, [=](int64_t j) {
       const float along = (direction[j] - mean) * grads[j];
       return scores[j] * factor(j) * (kCross ? along + cross[j] : along);
     });

@@ -17,8 +17,9 @@ from fastgen._autograd.common import (
     tangent_formula,
     transforms_active,
 )
-from fastgen._library import COMPILED, REFERENCE, has_kernel, operator
-from fastgen.ops.projection import Layout, finish_parts, length_first
+from fastgen._library import COMPILED, COMPILED_DTYPES, REFERENCE, has_kernel, operator
+from fastgen.ops.projection import WIDEST_HELPED, Layout, finish_parts, length_first
+from fastgen.ops.projection import finish as finish_part
 from fastgen.reference import HeadFinish
 
 
@@ -93,6 +94,47 @@ class _TransformedProjection(Function):
         length = x.size(2 if layout.channels_first else 1)
         parts = reference.split_heads(y.expand(x.size(0), length, -1), layout.heads, layout.head_dims)
         return tuple(part.clone() for part in parts)
+
+
+class _FinishedHeads(Function):
+    """One part, by the helper of the CPU. In reverse mode, as the next."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, norm: Tensor | None, *options: Any) -> Tensor:
+        ctx.save_for_backward(part, norm)
+        ctx.options = options
+        result: Tensor = torch.ops.fastgen.cpu_finish_heads(part, norm, *options)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        part, norm = ctx.saved_tensors
+        if must_be_differentiable():
+            wanted = [t for t in (part, norm) if t is not None and t.requires_grad]
+            found = iter(torch.autograd.grad(finish_part(part, norm, *ctx.options), wanted, grad, create_graph=True))
+            grads = [next(found) if t is not None and t.requires_grad else None for t in (part, norm)]
+        else:
+            grads = list(torch.ops.fastgen.cpu_finish_heads_backward(grad, part, norm, *ctx.options))
+        return (*only_wanted(ctx, 0, grads[0], grads[1] if norm is not None else None), None, None, None, None)
+
+
+def _finishes(finish: HeadFinish) -> bool:
+    return bool(finish.norms) or finish.cos is not None
+
+
+def _finished(parts: list[Tensor], finish: HeadFinish, namespace: str) -> list[Tensor]:
+    """Parts normalised and turned one by one: in one pass over memory where there is a helper."""
+    helped = namespace == COMPILED and not transforms_active() and has_kernel("cpu_finish_heads", parts[0].device)
+    if not helped or parts[0].dtype not in COMPILED_DTYPES or max(p.size(-1) for p in parts) > WIDEST_HELPED:
+        return finish_parts(parts, finish)
+    finished = list(parts)
+    for i in range(max(len(finish.norms), finish.rotated)):
+        norm = finish.norms[i] if i < len(finish.norms) else None
+        tables = (finish.cos, finish.sin) if i < finish.rotated else (None, None)
+        arguments = (parts[i], norm, *tables, finish.eps, finish.interleaved)
+        function = choose(_FinishedHeads, _FinishedHeads, parts[i], norm)
+        finished[i] = torch.ops.fastgen.cpu_finish_heads(*arguments) if function is None else function.apply(*arguments)
+    return finished
 
 
 class _FinishedProjection(Function):
@@ -261,11 +303,12 @@ def projection(
         tokens = x.transpose(0, 1) if length_first(x) else x
         y = torch.nn.functional.linear(tokens, weight, bias)
         y = y if tokens is x else y.transpose(0, 1)
-        return tuple(finish_parts(reference.split_heads(y, layout.heads, layout.head_dims), finish))
-    if finish.norms or finish.cos is not None:
-        if transforms_active():
-            parts = projection(x, weight, bias, HeadFinish(), layout, namespace)
-            return tuple(finish_parts(list(parts), finish))
+        parts = reference.split_heads(y, layout.heads, layout.head_dims)
+        return tuple(_finished(parts, finish, namespace) if _finishes(finish) else parts)
+    if _finishes(finish):
+        if transforms_active() or (namespace == COMPILED and has_kernel("cpu_finish_heads", x.device)):
+            parts = list(projection(x, weight, bias, HeadFinish(), layout, namespace))
+            return tuple(_finished(parts, finish, namespace))
         finished = choose(_FinishedProjection, _FinishedProjection, x, weight, bias, *finish.norms)
         if finished is None:
             return _run_finished(x, weight, bias, finish, layout, namespace, keep=False)

@@ -78,6 +78,47 @@ def finish(
     return wide.to(part.dtype)
 
 
+def _helper_fake(
+    part: Tensor, norm: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, interleaved: bool
+) -> Tensor:
+    batch, heads, length, dim = part.shape
+    return part.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
+def _helper(
+    part: Tensor, norm: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, interleaved: bool
+) -> Tensor:
+    arguments = (part, norm, cos, sin, eps, interleaved)
+    return _helper_fake(*arguments).copy_(finish(*arguments))
+
+
+def _helper_backward_fake(
+    grad: Tensor,
+    part: Tensor,
+    norm: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    grad_norm = part.new_empty(0, dtype=torch.float32) if norm is None else norm.new_empty(norm.shape)
+    return _helper_fake(part, norm, cos, sin, eps, interleaved), grad_norm
+
+
+def _helper_backward(
+    grad: Tensor,
+    part: Tensor,
+    norm: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    grad_part, grad_norm = _unfinish(grad, part, norm, cos, sin, eps, interleaved)
+    result = _helper_fake(part, norm, cos, sin, eps, interleaved).copy_(grad_part)
+    return result, part.new_empty(0, dtype=torch.float32) if grad_norm is None else grad_norm
+
+
 def finish_parts(parts: list[Tensor], all_of: reference.HeadFinish) -> list[Tensor]:
     """``finish``, of the parts that have something of it."""
     norms, cos, sin = all_of.norms, all_of.cos, all_of.sin
@@ -350,6 +391,17 @@ def _vmap_forward(operator: Any, info: Any, in_dims: tuple[Any, ...], *args: Any
     return outputs, out_dims(outputs)
 
 
+WIDEST_HELPED = 1024
+"""Channels of a head that the CPU's compiled helper takes."""
+
+_HELPED = "Tensor part, Tensor? norm, Tensor? cos, Tensor? sin, float eps, bool interleaved"
+define("helpers", f"cpu_finish_heads({_HELPED}) -> Tensor", _helper, _helper_fake)
+define(
+    "helpers",
+    f"cpu_finish_heads_backward(Tensor grad, {_HELPED}) -> (Tensor, Tensor)",
+    _helper_backward,
+    _helper_backward_fake,
+)
 _FINISH = "Tensor[] norms, Tensor? cos, Tensor? sin"
 define(
     "projection",

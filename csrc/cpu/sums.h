@@ -1,0 +1,25 @@
+// Sums of rows, in an order that does not depend on the machine.
+#pragma once
+
+#include <cstdint>
+
+#include "common/types.h"
+
+namespace fastgen::cpu {
+
+// The sum of term(j), with kLanes sums side by side.
+template <int64_t kLanes, typename Term>
+FASTGEN_HOST_DEVICE float sum_row(int64_t count, Term term) {
+  float lanes[kLanes] = {};
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) {
+    for (int64_t i = 0; i < kLanes; ++i) lanes[i] += term(j + i);
+  }
+  for (int64_t i = 0; j + i < count; ++i) lanes[i] += term(j + i);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+}  // namespace fastgen::cpu
