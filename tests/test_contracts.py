@@ -68,6 +68,7 @@ def cases():
     tile, row = lambda: torch.randn(2, 5, 7), torch.randn(2, 5, 1)
     yield "cpu_attention_weights", (tile(), tile(), row, None, None, None, None)
     yield "cpu_attention_weights", (tile(), tile(), row, tile(), tile(), row, tile())
+    yield "cpu_dropout_keep", (torch.tensor([5, 6]), 12, 1, 1, 3, 4, 1, 2, 9, 3, 8, 0.3)
     x, weight, bias = torch.randn(2, 5, 6), torch.randn(10, 6), torch.randn(10)
     plain, turned = ([], None, None), ([torch.randn(2)], torch.randn(1, 5, 1), torch.randn(1, 5, 1))
     parts = [3, 1], [2, 4]

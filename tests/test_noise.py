@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from fastgen import reference
+from fastgen import _library, reference
 from fastgen.functional import reparameterize
 
 # Known answers of Philox4x32-10 from Random123 (kat_vectors): counter, key, output.
@@ -111,3 +111,31 @@ def test_dropout_keeps_the_wanted_share_and_uses_its_own_stream():
         assert abs(share - (1 - p)) < 4 * (p * (1 - p) / uniform.numel()) ** 0.5
     part = reference.uniform_rows(seed, torch.tensor([7, 2]), 1000, 250, 11, 3)
     assert torch.equal(part, uniform[[7, 2], 44:56])
+
+
+@pytest.mark.skipif(
+    not _library.has_kernel("cpu_dropout_keep", torch.device("cpu")), reason="the CPU library was not built"
+)
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("keys", [1, 4, 37, 5000])
+def test_the_compiled_dropout_mask_has_the_same_bits(keys, p):
+    first, last = keys // 3, keys - keys // 5
+    sizes = (14, 1, 3, 2, 7, 2, 4, keys, first, last, p)
+    seed = torch.randint(-(2**63), 2**63 - 1, (4,))
+    ours = torch.ops.fastgen.cpu_dropout_keep(seed, *sizes)
+    plain = torch.ops.fastgen_reference.cpu_dropout_keep(seed, *sizes)
+    assert torch.equal(ours, plain)
+    rows = torch.arange(4 * 14)
+    groups = reference.groups_per_row(keys)
+    uniform = reference.uniform_rows(seed, rows, 14, groups, 0, groups).reshape(4, 2, 7, -1)
+    assert torch.equal(ours > 0, (uniform >= p)[1:, :, 2:6, first:last])
+
+
+@pytest.mark.skipif(
+    not _library.has_kernel("cpu_dropout_keep", torch.device("cpu")), reason="the CPU library was not built"
+)
+def test_the_compiled_dropout_mask_refuses_ranges_outside_the_problem():
+    seed = torch.tensor([1])
+    for sizes in [(6, 0, 2, 2, 3, 0, 3, 8, 0, 8), (12, 0, 2, 2, 3, 1, 3, 8, 0, 8), (12, 0, 2, 2, 3, 0, 3, 8, 0, 9)]:
+        with pytest.raises(RuntimeError, match="expected ranges within the problem"):
+            torch.ops.fastgen.cpu_dropout_keep(seed, *sizes, 0.1)

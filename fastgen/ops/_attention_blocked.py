@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastgen import reference
+from fastgen._library import current_backend, has_kernel
 
 TILE_BYTES = 4 * 2**20
 """About how much one tile of scores may hold, so that it stays in cache. Four or five live at a time."""
@@ -155,25 +156,73 @@ class Tile:
         if self.seed is None:
             return None
         batch, heads, length, _ = self.query.shape
-        device = self.query.device
-        b = torch.arange(self.b0, self.b1, device=device).reshape(-1, 1, 1)
-        h = torch.arange(heads, device=device).reshape(1, -1, 1)
-        i = torch.arange(self.i0, self.i1, device=device)
-        rows = ((b * heads + h) * length + i).flatten()
-        first, last = self.j0 // reference.GROUP, reference.groups_per_row(self.j1)
-        uniform = reference.uniform_rows(
+        keep = dropout_keep(
             self.seed,
-            rows,
             max(batch // self.seed.numel(), 1) * heads * length,
-            reference.groups_per_row(self.key.size(2)),
-            first,
-            last - first,
+            (self.b0, self.b1 - self.b0),
+            heads,
+            length,
+            (self.i0, self.i1 - self.i0),
+            self.key.size(2),
+            (self.j0, self.j1),
+            self.options.dropout_p,
         )
-        start = self.j0 - first * reference.GROUP
-        dropout_p = self.options.dropout_p
-        keep = (uniform[:, start : start + self.j1 - self.j0] >= dropout_p).to(wide(self.query.dtype))
         shape = (self.b1 - self.b0, self.key.size(1), self.groups * (self.i1 - self.i0), self.j1 - self.j0)
-        return keep.div_(1 - dropout_p).reshape(shape)
+        return keep.to(wide(self.query.dtype)).reshape(shape)
+
+
+def dropout_keep(
+    seed: Tensor,
+    rows_per_seed: int,
+    batches: tuple[int, int],
+    heads: int,
+    length: int,
+    queries: tuple[int, int],
+    keys: int,
+    columns: tuple[int, int],
+    dropout_p: float,
+) -> Tensor:
+    """Dropout's factors for a tile, (batches, heads, queries, columns) in float32.
+
+    ``batches`` and ``queries``: the first, and how many; ``columns``: the first key, and the end. The compiled helper
+    gives the same bits.
+    """
+    helped = has_kernel("cpu_dropout_keep", seed.device) and current_backend() != "reference"
+    function = torch.ops.fastgen.cpu_dropout_keep if helped else keep_of_tile
+    keep: Tensor = function(seed, rows_per_seed, *batches, heads, length, *queries, keys, *columns, dropout_p)
+    return keep
+
+
+def keep_of_tile(
+    seed: Tensor,
+    rows_per_seed: int,
+    first_batch: int,
+    batches: int,
+    heads: int,
+    length: int,
+    first_query: int,
+    queries: int,
+    keys: int,
+    first_key: int,
+    last_key: int,
+    p: float,
+) -> Tensor:
+    device = seed.device
+    b = torch.arange(first_batch, first_batch + batches, device=device).reshape(-1, 1, 1)
+    h = torch.arange(heads, device=device).reshape(1, -1, 1)
+    i = torch.arange(first_query, first_query + queries, device=device)
+    rows = ((b * heads + h) * length + i).flatten()
+    first, last = first_key // reference.GROUP, reference.groups_per_row(last_key)
+    groups = reference.groups_per_row(keys)
+    uniform = reference.uniform_rows(seed, rows, rows_per_seed, groups, first, last - first)
+    start = first_key - first * reference.GROUP
+    keep = (uniform[:, start : start + last_key - first_key] >= p).to(torch.float32)
+    return keep.div_(1 - p).reshape(batches, heads, queries, last_key - first_key)
+
+
+def keep_fake(seed: Tensor, *sizes: Any) -> Tensor:
+    _, _, batches, heads, _, _, queries, _, first_key, last_key, _ = sizes
+    return seed.new_empty(batches, heads, queries, last_key - first_key, dtype=torch.float32)
 
 
 def tiles(

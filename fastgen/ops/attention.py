@@ -371,3 +371,10 @@ define(
     _attention_tangent.weigh,
     lambda scores, direction, lse, *rest: torch.empty_like(lse),
 )
+define(
+    "helpers",
+    "cpu_dropout_keep(Tensor seed, int rows_per_seed, int first_batch, int batches, int heads, int length, "
+    "int first_query, int queries, int keys, int first_key, int last_key, float p) -> Tensor",
+    _attention_blocked.keep_of_tile,
+    _attention_blocked.keep_fake,
+)
