@@ -352,7 +352,7 @@ def test_nothing_of_the_size_of_the_scores_is_allocated(emulator, emulated):
     """On PyTorch's own allocator, which its profiler watches and the emulator's checks do not know."""
     build.track_tensors(False)
     emulator.configure(checks=False)
-    length = 1024
+    length = 512
     tensors = operands(heads=1, queries=length, keys=length, dims=(8, 8))
     mask = torch.randn(1, 1, 1, length)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
