@@ -27,10 +27,10 @@ demo: $(VENV)/.build
 	$(BIN)/fastgen train conv-vae --data digits --out runs/demo --overwrite
 	$(BIN)/fastgen sample runs/demo --n 64 --out runs/demo/grid.png
 
-# One worker for each core; WORKERS=0 runs everything in one process, as a debugger needs it.
+# One worker for each core, up to 8: each takes about 1 GiB. WORKERS=0 runs all tests in one process.
 WORKERS ?= auto
 test: $(VENV)/.build
-	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist worksteal $(TESTS)
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --maxprocesses 8 --dist worksteal $(TESTS)
 
 lint: $(VENV)/.build
 	$(BIN)/ruff check .
