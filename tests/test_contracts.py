@@ -480,10 +480,10 @@ def test_a_gpu_that_the_kernels_are_not_compiled_for_takes_pytorch_and_says_so(m
 
 
 FLOORS = [
-    ("fastgen.reference", "fastgen._library", "fastgen._checks"),
+    ("fastgen.reference", "fastgen._library", "fastgen._checks", "fastgen._transforms"),
     ("fastgen.ops",),
     ("fastgen._autograd",),
-    ("fastgen.functional",),
+    ("fastgen.functional", "fastgen._recurrent"),
     ("fastgen.nn",),
     ("fastgen.models", "fastgen.integrations", "fastgen.losses"),
     ("fastgen.train", "fastgen.data", "fastgen.cli", "fastgen.__main__"),

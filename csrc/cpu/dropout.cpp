@@ -26,7 +26,6 @@ void keep_row(const DropoutParams& p, int64_t row, float* out) {
   const int64_t which = row / p.rows_per_seed;
   const uint64_t seed = static_cast<uint64_t>(p.seeds[which]);
   const int64_t row_groups = ceil_div(p.keys, kGroup), first_of_row = row % p.rows_per_seed * row_groups;
-  const float factor = 1.0f / (1.0f - p.p);
   uint32_t bits[kGroup][kGroupsAtOnce];
   float weights[kGroup * kGroupsAtOnce];
   uint32_t* const components[] = {bits[0], bits[1], bits[2], bits[3]};
@@ -34,7 +33,7 @@ void keep_row(const DropoutParams& p, int64_t row, float* out) {
   for (int64_t group = p.first_key / kGroup; group < last_group; group += kGroupsAtOnce) {
     const int64_t groups = std::min(kGroupsAtOnce, last_group - group);
     philox_bits(seed, static_cast<uint64_t>(first_of_row + group), groups, kDropoutStream, components);
-    keep_groups(bits, groups, p.p, factor, weights);
+    keep_groups(bits, groups, p.p, p.factor, weights);
     const int64_t from = std::max(p.first_key, group * kGroup), to = std::min(p.last_key, (group + groups) * kGroup);
     std::copy(weights + (from - group * kGroup), weights + (to - group * kGroup), out + (from - p.first_key));
   }

@@ -11,8 +11,8 @@ struct DropoutParams {
   int64_t rows_per_seed;
   int64_t first_batch, batches, heads, length, first_query, queries;
   int64_t keys, first_key, last_key;
-  float p;
-  float* keep;  // (batches, heads, queries, last_key - first_key): 1 / (1 - p), or 0
+  float p, factor;  // of what stays: 1 / (1 - p)
+  float* keep;      // (batches, heads, queries, last_key - first_key): factor, or 0
 };
 
 void dropout_keep(const DropoutParams& params);

@@ -17,7 +17,7 @@ Tensor keep(const Tensor& seed, int64_t rows_per_seed, int64_t first_batch, int6
                   "expected ranges within the problem");
   Tensor result = torch::stable::new_empty(seed, {batches, heads, queries, last_key - first_key}, ScalarType::Float);
   dropout_keep({seed.const_data_ptr<int64_t>(), rows_per_seed, first_batch, batches, heads, length, first_query,
-                queries, keys, first_key, last_key, static_cast<float>(p),
+                queries, keys, first_key, last_key, static_cast<float>(p), 1.0f / static_cast<float>(1.0 - p),
                 static_cast<float*>(result.mutable_data_ptr())});
   return result;
 }

@@ -14,11 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-
-def transforms_active() -> bool:
-    """Whether forward-mode derivatives or a torch.func transform may be watching."""
-    return bool(forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None)
-
+from fastgen._transforms import transforms_active as transforms_active
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

@@ -8,10 +8,10 @@ from typing import TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastgen._checks import require_probability, require_tensor, shape_of
+from fastgen._transforms import transforms_active
 from fastgen.nn.attention import MultiheadAttention, require_heads
 
 Activation: TypeAlias = str | Callable[[Tensor], Tensor]
@@ -258,7 +258,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         if not getattr(self, "use_nested_tensor", False) or self.training or torch.compiler.is_compiling():
             return False
         recorded = torch.is_grad_enabled() and (src.requires_grad or any(p.requires_grad for p in self.parameters()))
-        return not recorded and not _transforms_active()
+        return not recorded and not transforms_active()
 
 
 class TransformerDecoder(nn.TransformerDecoder):
@@ -413,15 +413,11 @@ def _check_constructor(d_model: int, nhead: int, dropout: float, activation: Act
         raise ValueError(f"activation: expected 'relu', 'gelu' or a function, got {activation!r}")
 
 
-def _transforms_active() -> bool:
-    return bool(forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None)
-
-
 def _is_causal(mask: Tensor | None) -> bool:
     """Whether the mask is the causal one, so that it need not be read. One that may have a derivative is kept."""
     if mask is None or torch.compiler.is_compiling() or mask.dim() != 2 or mask.size(0) != mask.size(1):
         return False
-    if mask.requires_grad or _transforms_active():
+    if mask.requires_grad or transforms_active():
         return False
     if mask.dtype == torch.bool:
         return torch.equal(mask, torch.ones_like(mask).triu(1))
@@ -437,7 +433,7 @@ def _watched(module: nn.Module) -> bool:
 def _normalized(norm: nn.Module, x: Tensor) -> Tensor:
     """``norm(x)``, with derivatives that are right in forward mode too."""
     plain = type(norm) is nn.LayerNorm and not _watched(norm)
-    if plain and (torch.compiler.is_compiling() or _transforms_active()):
+    if plain and (torch.compiler.is_compiling() or transforms_active()):
         y: Tensor = _layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
     else:
         y = norm(x)
@@ -451,7 +447,7 @@ def _layer_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: 
     torch's takes mean and deviation for constants in the derivatives of its tangent, which come out wrong without a
     word (pytorch/pytorch#196700); so under transforms it is written out. torch.compile decides as late as this is run.
     """
-    if not _transforms_active():
+    if not transforms_active():
         return F.layer_norm(x, shape, weight, bias, eps)
     dims = tuple(range(-len(shape), 0))
     low = x.dtype.itemsize < 4
