@@ -337,25 +337,101 @@ NARROW = [
 ]
 
 
+def cpu_kernel(name):
+    reason = _library.why_not_compiled(name, torch.device("cpu"))
+    if reason is not None:
+        pytest.skip(reason)
+    return _library.operator("fastgen", name)
+
+
+def narrow_tensors(sizes, layout):
+    batch, heads, key_heads, queries, keys, key_dim, value_dim = sizes
+    shapes = [(heads, queries, key_dim), (key_heads, keys, key_dim), (key_heads, keys, value_dim)]
+    tensors = [torch.randn(batch, *shape) for shape in shapes]
+    return [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors] if layout == "BNHD" else tensors
+
+
 @pytest.mark.parametrize("layout", ["BHND", "BNHD"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("sizes", NARROW, ids=str)
 def test_the_cpu_kernel_for_narrow_queries_is_as_accurate_as_the_plain_formula(sizes, causal, layout):
-    name = "cpu_attention_forward"
-    reason = _library.why_not_compiled(name, torch.device("cpu"))
-    if reason is not None:
-        pytest.skip(reason)
-    batch, heads, key_heads, queries, keys, key_dim, value_dim = sizes
-    shapes = [(heads, queries, key_dim), (key_heads, keys, key_dim), (key_heads, keys, value_dim)]
-    tensors = [torch.randn(batch, *shape) for shape in shapes]
-    if layout == "BNHD":
-        tensors = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]
+    forward = cpu_kernel("cpu_attention_forward")
+    tensors = narrow_tensors(sizes, layout)
     right = 0 if causal else -1
     plain = reference.attention(*tensors, None, None, -1, right, 0.3)
     exact = reference.attention(*(t.double() for t in tensors), None, None, -1, right, 0.3)
-    ours = getattr(torch.ops.fastgen, name)(*tensors, causal, 0.3)
-    for a, b, c in zip(ours, plain, exact, strict=True):
+    for a, b, c in zip(forward(*tensors, causal, 0.3), plain, exact, strict=True):
         assert_accurate(a, b, c)
+
+
+@pytest.mark.parametrize("of_lse", [False, True], ids=["of out", "of out and lse"])
+@pytest.mark.parametrize("layout", ["BHND", "BNHD"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("sizes", NARROW, ids=str)
+def test_gradients_of_that_kernel_are_as_accurate_as_those_of_the_plain_formula(sizes, causal, layout, of_lse):
+    backward = cpu_kernel("cpu_attention_backward")
+    tensors = narrow_tensors(sizes, layout)
+
+    def formula(leaves):
+        return reference.attention(*leaves, None, None, -1, 0 if causal else -1, 0.3)
+
+    upstream = [torch.randn_like(t) for t in formula(tensors)][: 1 + of_lse]
+
+    def gradients(dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in tensors]
+        return torch.autograd.grad(formula(leaves)[: 1 + of_lse], leaves, [t.to(dtype) for t in upstream])
+
+    out, lse = (t.float() for t in formula([t.double() for t in tensors]))
+    ours = backward(upstream[0], upstream[1] if of_lse else None, *tensors, out, lse, causal, 0.3)
+    for name, a, b, c in zip("qkv", ours, gradients(torch.float32), gradients(torch.float64), strict=True):
+        # Rounding lse changes each weight by that much; and where there is one key, dP - delta is 0 in exact numbers.
+        allowance = float(torch.finfo(torch.float32).eps * lse.abs().max() * c.abs().max()) + 1e-6
+        assert_accurate(a, b, c, name, allowance)
+
+
+def test_a_row_without_weights_gives_the_cpu_kernel_no_gradients():
+    backward = cpu_kernel("cpu_attention_backward")
+    query, key, value = narrow_tensors((1, 1, 1, 5, 7, 8, 16), "BHND")
+    nothing, out = torch.full((1, 1, 5), -math.inf), torch.zeros(1, 1, 5, 16)
+    for grad in backward(torch.randn_like(out), torch.randn(1, 1, 5), query, key, value, out, nothing, False, 0.3):
+        torch.testing.assert_close(grad, torch.zeros_like(grad), rtol=0, atol=0)
+
+
+def test_what_no_row_sees_does_not_reach_the_gradients_of_the_cpu_kernel():
+    query, key, value = narrow_tensors((1, 1, 1, 100, 200, 8, 32), "BHND")
+    wanted = with_gradients(lambda *t: attention(*t, is_causal=True), (query, key, value))
+    key[:, :, 100:], value[:, :, 100:] = math.nan, math.inf
+    found = with_gradients(lambda *t: attention(*t, is_causal=True), (query, key, value))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 250, 1000, 16, 32), (3, 4, 2, 50, 100, 8, 16)], ids=str)
+def test_gradients_of_the_cpu_kernel_have_the_same_bits_on_any_number_of_threads(sizes):
+    backward = cpu_kernel("cpu_attention_backward")
+    tensors = narrow_tensors(sizes, "BHND")
+    out, lse = reference.attention(*tensors, None, None, -1, -1, 0.3)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(backward(torch.ones_like(out), None, *tensors, out, lse, False, 0.3))
+    finally:
+        torch.set_num_threads(threads)
+    for grads in found[1:]:
+        torch.testing.assert_close(grads, found[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("key_dim", "kwargs", "taken"),
+    [(32, {}, True), (32, {"is_causal": True}, True), (128, {}, False), (32, {"attn_mask": torch.zeros(7)}, False)],
+    ids=str,
+)
+def test_the_cpu_kernel_serves_gradients_where_queries_are_narrow(key_dim, kwargs, taken):
+    cpu_kernel("cpu_attention_backward")
+    query, key, value = (torch.randn(1, 1, 7, dim, requires_grad=True) for dim in (key_dim, key_dim, 128))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        attention(query, key, value, **kwargs).sum().backward()
+    assert any(event.name == "fastgen::cpu_attention_backward" for event in profile.events()) == taken
 
 
 def test_the_cpu_kernel_survives_large_scores_and_passes_nan_on():

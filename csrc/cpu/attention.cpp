@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "common/math.h"
+#include "cpu/vector.h"
 
 namespace fastgen::cpu {
 namespace {
@@ -18,9 +19,6 @@ constexpr int kKeys = 128;
 constexpr int kGroupRows = 6;  // rows that share each load of a value
 static_assert(kRows % kGroupRows == 0, "a task is whole row groups");
 constexpr float kNone = -std::numeric_limits<float>::infinity();
-
-template <int kWidth>
-using Vector __attribute__((vector_size(kWidth * sizeof(float)), aligned(4), may_alias)) = float;
 
 template <int kWidth>
 using Lanes __attribute__((vector_size(kWidth * sizeof(int32_t)))) = int32_t;

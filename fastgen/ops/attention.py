@@ -5,8 +5,8 @@ mask: boolean (True = attend) or floating, 4-d, each dim full or 1; seed (S,) in
 there is dropout. Query i sees keys i - window_left <= j <= i + window_right; -1 is unbounded, so
 causal is (-1, 0). Outputs: out like query with Dv columns, lse (B, H, N) in float32 (float64 for float64).
 
-On CPU, torch's fused kernel serves whatever it can, with heads padded to one size, and fastgen's own the
-forward pass where query heads are much narrower than value heads. The rest takes a blocked implementation that
+On CPU, torch's fused kernel serves whatever it can, with heads padded to one size, and fastgen's own where
+query heads are much narrower than value heads, forwards and backwards. The rest takes a blocked implementation that
 holds one tile of scores at a time, never N x M; so do tangents and their gradients, where a helper does in one pass
 over memory what lies between a tile's products.
 """
@@ -109,27 +109,30 @@ def _assisted_forward(
 ) -> tuple[Tensor, Tensor]:
     """The same, with fastgen's own CPU kernel where the head dims differ."""
     known = Options(*options)
-    if (
-        mask is None
-        and _attention_fused.takes(query, key, value, mask, seed, known)
-        and _narrow(query, value)
-        and has_kernel("cpu_attention_forward", query.device)
-    ):
+    if not _kernel_takes("cpu_attention_forward", query, key, value, mask, seed, known):
+        return _forward(query, key, value, mask, seed, *options)
 
-        def run(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-            is_causal = known.window_right == 0
-            out, lse = torch.ops.fastgen.cpu_attention_forward(query, key, value, is_causal, known.scale)
-            return out, lse
+    def run(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        is_causal = known.window_right == 0
+        out, lse = torch.ops.fastgen.cpu_attention_forward(query, key, value, is_causal, known.scale)
+        return out, lse
 
-        return _heedless(run, query, (key, value), mask, known)
-    return _forward(query, key, value, mask, seed, *options)
+    return _heedless(run, query, (key, value), mask, known)
 
 
-def _narrow(query: Tensor, value: Tensor) -> bool:
-    """Whether the kernel takes these head dims, and padding the queries to the values would cost more."""
+def _kernel_takes(
+    name: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seed: Tensor | None, options: Options
+) -> bool:
+    """Whether fastgen's CPU kernel ``name`` takes this, and padding the queries to the values would cost more."""
     key_dim, value_dim = query.size(-1), value.size(-1)
     return (
-        query.dtype == torch.float32 and key_dim <= min(64, value_dim // 2) and value_dim <= 256 and value_dim % 16 == 0
+        mask is None
+        and query.dtype == torch.float32
+        and key_dim <= min(64, value_dim // 2)
+        and value_dim <= 256
+        and value_dim % 16 == 0
+        and _attention_fused.takes(query, key, value, mask, seed, options)
+        and has_kernel(name, query.device)
     )
 
 
@@ -200,6 +203,58 @@ def _backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_mask = mask.new_empty(mask.shape) if mask is not None and options[-1] else query.new_empty(0)
     return allocate_grad(query), allocate_grad(key), allocate_grad(value), grad_mask
+
+
+def _assisted_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same, with fastgen's own CPU kernel where the head dims differ."""
+    known = Options(*options[:-1])
+    if not _kernel_takes("cpu_attention_backward", query, key, value, mask, seed, known):
+        return _backward(grad_out, grad_lse, query, key, value, out, lse, mask, seed, *options)
+
+    def run(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        grads = torch.ops.fastgen.cpu_attention_backward(
+            grad_out, grad_lse, query, key, value, out, lse, known.window_right == 0, known.scale
+        )
+        return *grads, query.new_empty(0)
+
+    return _heedless(run, query, (key, value), mask, known)
+
+
+def _cpu_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = Options(0.0, -1, 0 if is_causal else -1, scale)
+    arguments = grad_out, grad_lse, query, key, value, out, lse, None, None, options, False
+    grads = _attention_blocked.backward(*arguments)[:3]
+    grad_query, grad_key, grad_value = (
+        allocate_grad(tensor).copy_(grad) for tensor, grad in zip((query, key, value), grads, strict=True)
+    )
+    return grad_query, grad_key, grad_value
+
+
+def _cpu_backward_fake(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return allocate_grad(query), allocate_grad(key), allocate_grad(value)
 
 
 def _helper_weighs(query: Tensor) -> bool:
@@ -337,6 +392,7 @@ define(
     _backward,
     _backward_fake,
     _vmap(query_at=2, mask_at=7, mask_grad=True),
+    assisted=_assisted_backward,
 )
 _TANGENTS = "Tensor? tangent_query, Tensor? tangent_key, Tensor? tangent_value, Tensor? tangent_mask"
 define(
@@ -363,6 +419,13 @@ define(
     "cpu_attention_forward(Tensor query, Tensor key, Tensor value, bool is_causal, float scale) -> (Tensor, Tensor)",
     _cpu_forward,
     _cpu_forward_fake,
+)
+define(
+    "helpers",
+    "cpu_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
+    "Tensor lse, bool is_causal, float scale) -> (Tensor, Tensor, Tensor)",
+    _cpu_backward,
+    _cpu_backward_fake,
 )
 define(
     "helpers",

@@ -1,0 +1,304 @@
+// A task owns some blocks of keys of one head, with the gradients of their keys and values in its workspace, and goes
+// through all query rows for each: five products of small tiles that stay in L2, by one routine that keeps its sums in
+// registers. Gradients of the queries are sums over tasks: each task has its own, and a second sweep adds them in
+// order.
+#include "cpu/attention_backward.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <limits>
+#include <memory>
+
+#include "common/math.h"
+#include "cpu/attention.h"
+#include "cpu/clones.h"
+#include "cpu/sums.h"
+#include "cpu/vector.h"
+
+namespace fastgen::cpu {
+namespace {
+
+constexpr int kTile = 96;       // query rows and keys of a tile
+constexpr int kWidest = 16;     // floats of the widest vector
+constexpr int kManyTasks = 32;  // as many keep the threads of a large machine busy
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Rows of an odd number of cache lines: what stands in one column is spread over all sets of the cache.
+constexpr int kKeyRow = kMaxKeyDim + 16, kValueRow = kMaxValueDim + 16, kTileRow = kTile + 16;
+static_assert(kKeyRow / 16 % 2 == 1 && kValueRow / 16 % 2 == 1 && kTileRow / 16 % 2 == 1, "an odd number of lines");
+
+struct Workspace {
+  // Of a block of keys.
+  alignas(64) float keys[kTile][kKeyRow];
+  alignas(64) float keys_across[kMaxKeyDim][kTileRow], values_across[kMaxValueDim][kTileRow];  // transposed
+  alignas(64) float grad_keys[kTile][kKeyRow], grad_values[kTile][kValueRow];
+  // Of a block of queries.
+  alignas(64) float queries[kTile][kKeyRow];  // times scale
+  alignas(64) float grad_out[kTile][kValueRow];
+  // Of a tile: P, and dP that becomes dS.
+  alignas(64) float weights[kTile][kTileRow], grad_scores[kTile][kTileRow];
+};
+
+// What the sweeps share; rows are padded to whole tiles, and width is key_dim padded to whole vectors.
+struct Shared {
+  const AttentionBackwardParams& p;
+  float *lse, *delta;   // (B, H, rows)
+  float* grad_queries;  // (B, H, parts, rows, width), not yet times scale
+  int64_t rows, width, parts;
+
+  float* grad_queries_of(int64_t batch, int64_t head, int64_t part) const {
+    return grad_queries + ((batch * p.heads + head) * parts + part) * rows * width;
+  }
+};
+
+FASTGEN_HOST_DEVICE int64_t round_up(int64_t count, int64_t step) { return ceil_div(count, step) * step; }
+
+// c[i][j] = (kAdd ? c[i][j] : 0) + sum over k of a[i * kARow + k * kAStep] * b[k][j], for kGroup rows and kVectors
+// vectors. Rows of b are kBRow apart.
+template <int kWidth, int kGroup, int kVectors, int kARow, int kAStep, int kBRow, bool kAdd>
+FASTGEN_HOST_DEVICE void multiply_group(const float* __restrict__ a, const float* __restrict__ b, int64_t steps,
+                                        float* __restrict__ c, int64_t c_row) {
+  Vector<kWidth> sums[kGroup][kVectors] = {};
+  for (int64_t k = 0; k < steps; ++k) {
+    Vector<kWidth> row[kVectors];
+    FASTGEN_UNROLL
+    for (int v = 0; v < kVectors; ++v) row[v] = reinterpret_cast<const Vector<kWidth>*>(b + k * kBRow)[v];
+    FASTGEN_UNROLL
+    for (int i = 0; i < kGroup; ++i) {
+      const float factor = a[i * kARow + k * kAStep];
+      FASTGEN_UNROLL
+      for (int v = 0; v < kVectors; ++v) sums[i][v] += factor * row[v];
+    }
+  }
+  FASTGEN_UNROLL
+  for (int i = 0; i < kGroup; ++i) {
+    FASTGEN_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      Vector<kWidth>& entry = reinterpret_cast<Vector<kWidth>*>(c + i * c_row)[v];
+      entry = kAdd ? entry + sums[i][v] : sums[i][v];
+    }
+  }
+}
+
+// The same for any number of rows and columns, rounded up to whole groups and vectors. The columns of b in use stay in
+// L1 while a goes by.
+template <int kWidth, int kGroup, int kARow, int kAStep, int kBRow, bool kAdd>
+FASTGEN_HOST_DEVICE void multiply(const float* a, const float* b, int64_t rows, int64_t columns, int64_t steps,
+                                  float* c, int64_t c_row) {
+  int64_t j = 0;
+  for (; j + kWidth < columns; j += 2 * kWidth) {
+    for (int64_t i = 0; i < rows; i += kGroup) {
+      multiply_group<kWidth, kGroup, 2, kARow, kAStep, kBRow, kAdd>(a + i * kARow, b + j, steps, c + i * c_row + j,
+                                                                    c_row);
+    }
+  }
+  if (j >= columns) return;
+  for (int64_t i = 0; i < rows; i += kGroup) {
+    multiply_group<kWidth, kGroup, 1, kARow, kAStep, kBRow, kAdd>(a + i * kARow, b + j, steps, c + i * c_row + j,
+                                                                  c_row);
+  }
+}
+
+// Copies (rows, dim) into rows of kRow, with zeros up to kTile rows and to the next multiple of kWidth columns.
+template <int kWidth, int kRow>
+FASTGEN_HOST_DEVICE void load(const float* from, int64_t stride, int64_t rows, int64_t dim, float factor, float* to) {
+  const int64_t width = round_up(dim, kWidth);
+  for (int64_t i = 0; i < kTile; ++i) {
+    float* __restrict__ row = to + i * kRow;
+    const float* __restrict__ source = from + i * stride;
+    if (i < rows) {
+      for (int64_t c = 0; c < dim; ++c) row[c] = source[c] * factor;
+    }
+    for (int64_t c = i < rows ? dim : 0; c < width; ++c) row[c] = 0.0f;
+  }
+}
+
+// Copies (rows, dim) as columns, with zeros up to kTile of them. Eight rows at a time: a line of each is in L1.
+FASTGEN_HOST_DEVICE void load_across(const float* from, int64_t stride, int64_t rows, int64_t dim,
+                                     float (*to)[kTileRow]) {
+  for (int64_t first = 0; first < kTile; first += 8) {
+    for (int64_t c = 0; c < dim; ++c) {
+      for (int64_t i = first; i < first + 8; ++i) to[c][i] = i < rows ? from[i * stride + c] : 0.0f;
+    }
+  }
+}
+
+// Scores to weights P = e^(score - lse), and dP to dS = P (dP - delta), in kCount columns from ``column`` on. Row i
+// sees the first ``keys`` keys of the tile, but none after i + ahead.
+template <int kCount>
+FASTGEN_HOST_DEVICE void weigh(Workspace& w, int64_t rows, int64_t keys, int64_t column, int64_t ahead,
+                               const float* lse, const float* delta) {
+  for (int64_t i = 0; i < rows; ++i) {
+    float* __restrict__ weights = &w.weights[i][column];
+    float* __restrict__ grads = &w.grad_scores[i][column];
+    const float row_lse = lse[i], row_delta = delta[i];
+    const int32_t seen = static_cast<int32_t>(std::min(keys, i + ahead + 1) - column);
+    for (int32_t j = 0; j < kCount; ++j) {
+      const float weight = exp_float(weights[j] - row_lse);
+      const float grad = weight * (grads[j] - row_delta);
+      weights[j] = j < seen ? weight : 0.0f;
+      grads[j] = j < seen ? grad : 0.0f;
+    }
+  }
+}
+
+// Query rows first, first + 1, ... against the block of keys that the workspace holds.
+template <int kWidth, int kGroup>
+FASTGEN_HOST_DEVICE void run_tile(const Shared& shared, Workspace& w, int64_t batch, int64_t head, int64_t part,
+                                  int64_t first, int64_t start, int64_t keys) {
+  const AttentionBackwardParams& p = shared.p;
+  const int64_t rows = std::min<int64_t>(kTile, p.queries - first);
+  const float* query = p.query + batch * p.query_strides[0] + head * p.query_strides[1] + first * p.query_strides[2];
+  const float* grad_out =
+      p.grad_out + batch * p.grad_out_strides[0] + head * p.grad_out_strides[1] + first * p.grad_out_strides[2];
+  load<kWidth, kKeyRow>(query, p.query_strides[2], rows, p.key_dim, p.scale, w.queries[0]);
+  load<kWidth, kValueRow>(grad_out, p.grad_out_strides[2], rows, p.value_dim, 1.0f, w.grad_out[0]);
+  const int64_t row = (batch * p.heads + head) * shared.rows + first;
+  const int64_t ahead = p.is_causal ? first - start : kTile;
+  for (int64_t j = 0; j < keys; j += 2 * kWidth) {
+    multiply<kWidth, kGroup, kKeyRow, 1, kTileRow, false>(w.queries[0], &w.keys_across[0][j], rows, 2 * kWidth,
+                                                          p.key_dim, &w.weights[0][j], kTileRow);
+    multiply<kWidth, kGroup, kValueRow, 1, kTileRow, false>(w.grad_out[0], &w.values_across[0][j], rows, 2 * kWidth,
+                                                            p.value_dim, &w.grad_scores[0][j], kTileRow);
+    weigh<2 * kWidth>(w, rows, keys, j, ahead, shared.lse + row, shared.delta + row);
+  }
+  multiply<kWidth, kGroup, 1, kTileRow, kValueRow, true>(w.weights[0], w.grad_out[0], keys, p.value_dim, rows,
+                                                         w.grad_values[0], kValueRow);
+  multiply<kWidth, kGroup, 1, kTileRow, kKeyRow, true>(w.grad_scores[0], w.queries[0], keys, p.key_dim, rows,
+                                                       w.grad_keys[0], kKeyRow);
+  multiply<kWidth, kGroup, kTileRow, 1, kKeyRow, true>(w.grad_scores[0], w.keys[0], rows, p.key_dim, keys,
+                                                       shared.grad_queries_of(batch, head, part) + first * shared.width,
+                                                       shared.width);
+}
+
+FASTGEN_HOST_DEVICE void store(const float* __restrict__ from, int64_t row, int64_t rows, int64_t dim,
+                               float* __restrict__ to, int64_t stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t c = 0; c < dim; ++c) to[i * stride + c] = from[i * row + c];
+  }
+}
+
+// The blocks of keys ``part``, part + parts, ... of one head of keys: in a causal problem the first ones have the most
+// queries, and so every part has some of them.
+template <int kWidth, int kGroup>
+FASTGEN_HOST_DEVICE void run_part(const Shared& shared, Workspace& w, int64_t batch, int64_t key_head, int64_t part) {
+  const AttentionBackwardParams& p = shared.p;
+  const int64_t groups = p.heads / p.key_heads;
+  const float* key = p.key + batch * p.key_strides[0] + key_head * p.key_strides[1];
+  const float* value = p.value + batch * p.value_strides[0] + key_head * p.value_strides[1];
+  float* grad_key = p.grad_key + batch * p.grad_key_strides[0] + key_head * p.grad_key_strides[1];
+  float* grad_value = p.grad_value + batch * p.grad_value_strides[0] + key_head * p.grad_value_strides[1];
+  for (int64_t head = key_head * groups; head < (key_head + 1) * groups; ++head) {
+    std::fill_n(shared.grad_queries_of(batch, head, part), shared.rows * shared.width, 0.0f);
+  }
+  for (int64_t start = part * kTile; start < p.keys; start += shared.parts * kTile) {
+    const int64_t keys = std::min<int64_t>(kTile, p.keys - start);
+    load<kWidth, kKeyRow>(key + start * p.key_strides[2], p.key_strides[2], keys, p.key_dim, 1.0f, w.keys[0]);
+    load_across(key + start * p.key_strides[2], p.key_strides[2], keys, p.key_dim, w.keys_across);
+    load_across(value + start * p.value_strides[2], p.value_strides[2], keys, p.value_dim, w.values_across);
+    std::fill_n(w.grad_keys[0], kTile * kKeyRow, 0.0f);
+    std::fill_n(w.grad_values[0], kTile * kValueRow, 0.0f);
+    for (int64_t head = key_head * groups; head < (key_head + 1) * groups; ++head) {
+      for (int64_t first = p.is_causal ? start : 0; first < p.queries; first += kTile) {
+        run_tile<kWidth, kGroup>(shared, w, batch, head, part, first, start, keys);
+      }
+    }
+    store(w.grad_keys[0], kKeyRow, keys, p.key_dim, grad_key + start * p.grad_key_strides[2], p.grad_key_strides[2]);
+    store(w.grad_values[0], kValueRow, keys, p.value_dim, grad_value + start * p.grad_value_strides[2],
+          p.grad_value_strides[2]);
+  }
+}
+
+using Part = void (*)(const Shared&, Workspace&, int64_t, int64_t, int64_t);
+
+void run_generic(const Shared& shared, Workspace& w, int64_t batch, int64_t key_head, int64_t part) {
+  run_part<4, 6>(shared, w, batch, key_head, part);
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+
+// 12 x 2 sums of 16 floats fill 24 of 32 registers; 6 x 2 of 8 floats fill 12 of 16.
+__attribute__((target("avx512f,avx512dq,avx512vl,fma"))) void run_avx512(const Shared& shared, Workspace& w,
+                                                                         int64_t batch, int64_t key_head,
+                                                                         int64_t part) {
+  run_part<16, 12>(shared, w, batch, key_head, part);
+}
+
+__attribute__((target("avx2,fma"))) void run_avx2(const Shared& shared, Workspace& w, int64_t batch, int64_t key_head,
+                                                  int64_t part) {
+  run_part<8, 6>(shared, w, batch, key_head, part);
+}
+
+#endif
+
+Part best_part() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return run_avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return run_avx2;
+#endif
+  return run_generic;
+}
+
+// lse and delta = rowsum(dO * O) - dl of one row. A row that sees nothing has lse -inf and no weights.
+FASTGEN_CLONES void prepare_row(const Shared& shared, int64_t batch, int64_t head, int64_t row) {
+  const AttentionBackwardParams& p = shared.p;
+  const float* out = p.out + batch * p.out_strides[0] + head * p.out_strides[1] + row * p.out_strides[2];
+  const float* grad =
+      p.grad_out + batch * p.grad_out_strides[0] + head * p.grad_out_strides[1] + row * p.grad_out_strides[2];
+  const float lse = p.lse[batch * p.lse_strides[0] + head * p.lse_strides[1] + row * p.lse_strides[2]];
+  float delta = sum_row<16>(p.value_dim, [=](int64_t c) { return grad[c] * out[c]; });
+  if (p.grad_lse != nullptr) {
+    delta -= p.grad_lse[batch * p.grad_lse_strides[0] + head * p.grad_lse_strides[1] + row * p.grad_lse_strides[2]];
+  }
+  const int64_t at = (batch * p.heads + head) * shared.rows + row;
+  shared.lse[at] = lse == -kInfinity ? kInfinity : lse;
+  shared.delta[at] = delta;
+}
+
+void finish_row(const Shared& shared, int64_t batch, int64_t head, int64_t row) {
+  const AttentionBackwardParams& p = shared.p;
+  float* out =
+      p.grad_query + batch * p.grad_query_strides[0] + head * p.grad_query_strides[1] + row * p.grad_query_strides[2];
+  for (int64_t c = 0; c < p.key_dim; ++c) {
+    float sum = 0.0f;
+    for (int64_t part = 0; part < shared.parts; ++part) {
+      sum += shared.grad_queries_of(batch, head, part)[row * shared.width + c];
+    }
+    out[c] = sum * p.scale;
+  }
+}
+
+template <typename Work>
+void for_each_row(const AttentionBackwardParams& p, Work work) {
+  constexpr int64_t kGrain = 256;
+  torch::stable::parallel_for(0, p.batch * p.heads * p.queries, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      work(row / p.queries / p.heads, row / p.queries % p.heads, row % p.queries);
+    }
+  });
+}
+
+}  // namespace
+
+void attention_backward(const AttentionBackwardParams& p) {
+  static const Part run = best_part();
+  const int64_t heads = p.batch * p.heads, key_heads = p.batch * p.key_heads, rows = round_up(p.queries, kTile);
+  if (key_heads == 0) return;
+  const int64_t width = round_up(p.key_dim, kWidest);
+  const int64_t parts = std::min(ceil_div(kManyTasks, key_heads), ceil_div(p.keys, kTile));
+  const std::unique_ptr<float[]> of_rows(new float[2 * heads * rows]);
+  const std::unique_ptr<float[]> grad_queries(new float[heads * parts * rows * width]);
+  const Shared shared{p, of_rows.get(), of_rows.get() + heads * rows, grad_queries.get(), rows, width, parts};
+  for_each_row(p, [&](int64_t batch, int64_t head, int64_t row) { prepare_row(shared, batch, head, row); });
+  torch::stable::parallel_for(0, key_heads * parts, 1, [&](int64_t begin, int64_t end) {
+    static thread_local Workspace workspace;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t head = item / parts;
+      run(shared, workspace, head / p.key_heads, head % p.key_heads, item % parts);
+    }
+  });
+  for_each_row(p, [&](int64_t batch, int64_t head, int64_t row) { finish_row(shared, batch, head, row); });
+}
+
+}  // namespace fastgen::cpu
