@@ -1,6 +1,7 @@
 // Sums of rows, in an order that does not depend on the machine.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "common/types.h"
@@ -18,6 +19,22 @@ FASTGEN_HOST_DEVICE float sum_row(int64_t count, Term term) {
   for (int64_t i = 0; j + i < count; ++i) lanes[i] += term(j + i);
   for (int64_t half = kLanes / 2; half > 0; half /= 2) {
     for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+// The largest of value(j); NaN is passed over, -inf where there is nothing.
+template <int64_t kLanes, typename Value>
+FASTGEN_HOST_DEVICE float largest(int64_t count, Value value) {
+  float lanes[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) lanes[i] = -INFINITY;
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) {
+    for (int64_t i = 0; i < kLanes; ++i) lanes[i] = value(j + i) > lanes[i] ? value(j + i) : lanes[i];
+  }
+  for (int64_t i = 0; j + i < count; ++i) lanes[i] = value(j + i) > lanes[i] ? value(j + i) : lanes[i];
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) lanes[i] = lanes[i + half] > lanes[i] ? lanes[i + half] : lanes[i];
   }
   return lanes[0];
 }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgen import reference
-from fastgen._library import current_backend, has_kernel
+from fastgen._library import has_kernel
 
 TILE_BYTES = 4 * 2**20
 """About how much one tile of scores may hold, so that it stays in cache. Four or five live at a time."""
@@ -151,46 +151,21 @@ class Tile:
             by_head.masked_fill_(~allowed, -math.inf)
         return scores
 
-    def keep(self) -> Tensor | None:
-        """The dropout mask over its probability, (b, Hk, G * rows, keys)."""
+    def keep(self, assisted: bool) -> Tensor | None:
+        """The dropout mask over its probability, (b, Hk, G * rows, keys). The compiled helper gives the same bits."""
         if self.seed is None:
             return None
         batch, heads, length, _ = self.query.shape
-        keep = dropout_keep(
-            self.seed,
-            max(batch // self.seed.numel(), 1) * heads * length,
-            (self.b0, self.b1 - self.b0),
-            heads,
-            length,
-            (self.i0, self.i1 - self.i0),
-            self.key.size(2),
-            (self.j0, self.j1),
-            self.options.dropout_p,
-        )
+        helped = assisted and has_kernel("cpu_dropout_keep", self.seed.device)
+        function = torch.ops.fastgen.cpu_dropout_keep if helped else keep_of_tile
+        rows_per_seed = max(batch // self.seed.numel(), 1) * heads * length
+        queries, keys = (self.i0, self.i1 - self.i0), (self.key.size(2), self.j0, self.j1)
+        sizes = (rows_per_seed, self.b0, self.b1 - self.b0, heads, length, *queries, *keys)
+        keep: Tensor = function(self.seed, *sizes, self.options.dropout_p)
         shape = (self.b1 - self.b0, self.key.size(1), self.groups * (self.i1 - self.i0), self.j1 - self.j0)
-        return keep.to(wide(self.query.dtype)).reshape(shape)
-
-
-def dropout_keep(
-    seed: Tensor,
-    rows_per_seed: int,
-    batches: tuple[int, int],
-    heads: int,
-    length: int,
-    queries: tuple[int, int],
-    keys: int,
-    columns: tuple[int, int],
-    dropout_p: float,
-) -> Tensor:
-    """Dropout's factors for a tile, (batches, heads, queries, columns) in float32.
-
-    ``batches`` and ``queries``: the first, and how many; ``columns``: the first key, and the end. The compiled helper
-    gives the same bits.
-    """
-    helped = has_kernel("cpu_dropout_keep", seed.device) and current_backend() != "reference"
-    function = torch.ops.fastgen.cpu_dropout_keep if helped else keep_of_tile
-    keep: Tensor = function(seed, rows_per_seed, *batches, heads, length, *queries, keys, *columns, dropout_p)
-    return keep
+        if self.query.dtype == torch.float64:  # the factor too
+            keep = keep.sign().double().div_(1 - self.options.dropout_p)
+        return keep.reshape(shape)
 
 
 def keep_of_tile(
@@ -207,6 +182,7 @@ def keep_of_tile(
     last_key: int,
     p: float,
 ) -> Tensor:
+    """Dropout's factors for a range of the batch, of the queries and of the keys, over all heads, in float32."""
     device = seed.device
     b = torch.arange(first_batch, first_batch + batches, device=device).reshape(-1, 1, 1)
     h = torch.arange(heads, device=device).reshape(1, -1, 1)
@@ -252,14 +228,42 @@ def forward(
     mask: Tensor | None,
     seed: Tensor | None,
     options: Options,
+    assisted: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    """``assisted``: compiled helpers may serve, where there are any."""
     out, lse = allocate_out(query, value.size(-1)), allocate_lse(query)
+    softmax = torch.ops.fastgen.cpu_attention_softmax if _helped(query, assisted) else softmax_of_tile
     for tile in tiles(query, key, mask, seed, options, TILE_BYTES):
-        weights, row_lse = reference.softmax_lse(tile.scores())
-        keep = tile.keep()
-        tile.store(out, torch.matmul(weights if keep is None else weights.mul_(keep), tile.keys(value)))
+        weights = tile.scores()
+        row_lse = weights.new_empty(weights.shape[:-1])
+        softmax(weights, tile.keep(assisted), row_lse)
+        tile.store(out, torch.matmul(weights, tile.keys(value)))
         tile.store_row(lse, row_lse.unsqueeze(-1))
     return out, lse
+
+
+def _helped(query: Tensor, assisted: bool) -> bool:
+    return assisted and wide(query.dtype) == torch.float32 and has_kernel("cpu_attention_softmax", query.device)
+
+
+def softmax_of_tile(scores: Tensor, keep: Tensor | None, lse: Tensor) -> None:
+    """Scores (..., keys) become weights, times dropout's factors; their logsumexp goes to lse (...)."""
+    weights, rows = reference.softmax_lse(scores)
+    scores.copy_(weights if keep is None else weights.mul_(keep))
+    lse.copy_(rows)
+
+
+def softmax_backward_of_tile(scores: Tensor, grads: Tensor, keep: Tensor | None, lse: Tensor, delta: Tensor) -> None:
+    """Scores become weights, times dropout's factors; grads, those of the weights, become those of the scores.
+
+    lse and delta (..., 1): the logsumexp, and rowsum(dO * O) - dlse.
+    """
+    weights = scores.sub_(lse.masked_fill(lse == -math.inf, 0)).exp_()
+    if keep is not None:
+        grads.mul_(keep)
+    grads.sub_(delta).mul_(weights)
+    if keep is not None:
+        weights.mul_(keep)
 
 
 def backward(
@@ -274,7 +278,11 @@ def backward(
     seed: Tensor | None,
     options: Options,
     mask_grad: bool,
+    assisted: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``assisted``: compiled helpers may serve, where there are any."""
+    helped = _helped(query, assisted)
+    softmax_backward = torch.ops.fastgen.cpu_attention_softmax_backward if helped else softmax_backward_of_tile
     dtype = wide(query.dtype)
     grad_query = allocate_grad(query)
     grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device)
@@ -282,19 +290,14 @@ def backward(
     grad_mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device) if mask is not None and mask_grad else None
     for tile in tiles(query, key, mask, seed, options, TILE_BYTES):
         batch, keys = slice(tile.b0, tile.b1), slice(tile.j0, tile.j1)
-        tile_lse = tile.row_vector(lse)
-        weights = tile.scores().sub_(tile_lse.masked_fill(tile_lse == -math.inf, 0)).exp_()
-        upstream = tile.rows(grad_out)
+        upstream, weights = tile.rows(grad_out), tile.scores()
         grad_scores = torch.matmul(upstream, tile.keys(value).transpose(-2, -1))
-        keep = tile.keep()
-        if keep is not None:
-            grad_scores.mul_(keep)
         row = (upstream * tile.rows(out)).sum(-1, keepdim=True)
         if grad_lse is not None:
             row = row - tile.row_vector(grad_lse)
-        grad_scores.sub_(row).mul_(weights)
-        dropped = weights if keep is None else weights.mul_(keep)
-        grad_value[batch, :, keys] += torch.matmul(dropped.transpose(-2, -1), upstream)
+        tile_lse = tile.row_vector(lse).contiguous()
+        softmax_backward(weights, grad_scores, tile.keep(assisted), tile_lse, row.contiguous())
+        grad_value[batch, :, keys] += torch.matmul(weights.transpose(-2, -1), upstream)
         grad_key[batch, :, keys] += torch.matmul(grad_scores.transpose(-2, -1), tile.rows(query)) * options.scale
         tile.store(grad_query, torch.matmul(grad_scores, tile.keys(key)) * options.scale)
         if grad_mask is not None:

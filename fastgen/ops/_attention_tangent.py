@@ -132,7 +132,7 @@ def tangent(
     tangent_out, tangent_lse = allocate_out(query, value.size(-1)), allocate_lse(query)
     for tile in tiles(query, key, mask, seed, options, TILE_BYTES):
         scores, direction = tile.scores(), _direction(tile, tangents)
-        row = weigh(scores, direction, _seen_lse(tile, lse), tile.keep(), None, None, None)
+        row = weigh(scores, direction, _seen_lse(tile, lse), tile.keep(assisted), None, None, None)
         out = torch.matmul(scores, tile.keys(value))
         if tangents.value is not None:
             out += torch.matmul(direction, tile.keys(tangents.value))
@@ -174,7 +174,7 @@ def second_order(
         cross = None
         if tangents.value is not None:
             second = cross = torch.matmul(upstream, tile.keys(tangents.value).transpose(-2, -1))
-        row = weigh(scores, direction, _seen_lse(tile, lse), tile.keep(), first, delta, cross)
+        row = weigh(scores, direction, _seen_lse(tile, lse), tile.keep(assisted), first, delta, cross)
 
         tangent = torch.matmul(scores, tile.keys(value))
         if tangents.value is not None:

@@ -88,13 +88,14 @@ def _forward(
     mask: Tensor | None,
     seed: Tensor | None,
     *options: Any,
+    assisted: bool = False,
 ) -> tuple[Tensor, Tensor]:
     known = Options(*options)
 
     def run(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if _attention_fused.takes(query, key, value, mask, seed, known):
             return _attention_fused.forward(query, key, value, mask, known.window_right == 0, known.scale)
-        return _attention_blocked.forward(query, key, value, mask, seed, known)
+        return _attention_blocked.forward(query, key, value, mask, seed, known, assisted)
 
     return _heedless(run, query, (key, value), mask, known)
 
@@ -110,7 +111,7 @@ def _assisted_forward(
     """The same, with fastgen's own CPU kernel where the head dims differ."""
     known = Options(*options)
     if not _kernel_takes("cpu_attention_forward", query, key, value, mask, seed, known):
-        return _forward(query, key, value, mask, seed, *options)
+        return _forward(query, key, value, mask, seed, *options, assisted=True)
 
     def run(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         is_causal = known.window_right == 0
@@ -169,6 +170,7 @@ def _backward(
     mask: Tensor | None,
     seed: Tensor | None,
     *options: Any,
+    assisted: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     known, mask_grad = Options(*options[:-1]), options[-1]
 
@@ -181,7 +183,7 @@ def _backward(
             grad_query, grad_key, grad_value = (_attention_fused.settle(grad, True) for grad in grads)
             return grad_query, grad_key, grad_value, query.new_empty(0)
         grad_query, grad_key, grad_value, grad_mask = _attention_blocked.backward(
-            grad_out, grad_lse, query, key, value, out, lse, mask, seed, known, mask_grad
+            grad_out, grad_lse, query, key, value, out, lse, mask, seed, known, mask_grad, assisted
         )
         grad_key, grad_value = allocate_grad(key).copy_(grad_key), allocate_grad(value).copy_(grad_value)
         return grad_query, grad_key, grad_value, query.new_empty(0) if grad_mask is None else grad_mask
@@ -220,7 +222,7 @@ def _assisted_backward(
     """The same, with fastgen's own CPU kernel where the head dims differ."""
     known = Options(*options[:-1])
     if not _kernel_takes("cpu_attention_backward", query, key, value, mask, seed, known):
-        return _backward(grad_out, grad_lse, query, key, value, out, lse, mask, seed, *options)
+        return _backward(grad_out, grad_lse, query, key, value, out, lse, mask, seed, *options, assisted=True)
 
     def run(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         grads = torch.ops.fastgen.cpu_attention_backward(
@@ -440,4 +442,16 @@ define(
     "int first_query, int queries, int keys, int first_key, int last_key, float p) -> Tensor",
     _attention_blocked.keep_of_tile,
     _attention_blocked.keep_fake,
+)
+define(
+    "helpers",
+    "cpu_attention_softmax(Tensor(a!) scores, Tensor? keep, Tensor(b!) lse) -> ()",
+    _attention_blocked.softmax_of_tile,
+    lambda scores, keep, lse: None,
+)
+define(
+    "helpers",
+    "cpu_attention_softmax_backward(Tensor(a!) scores, Tensor(b!) grads, Tensor? keep, Tensor lse, Tensor delta) -> ()",
+    _attention_blocked.softmax_backward_of_tile,
+    lambda scores, grads, keep, lse, delta: None,
 )
