@@ -2,7 +2,7 @@
 # On a machine with a GPU and no network: build, run the CUDA tests, then the benchmarks.
 # usage: benchmarks/gpu_session.sh FOLDER [build|test|bench ...]     (default: all three, in order)
 # Writes into FOLDER as it goes, so that a session cut short still leaves what it found:
-#   info.txt  log.txt  tests.xml  attention.json  attention_twice.json  latent.json  projection.json  report.md
+#   info.txt  log.txt  tests.xml  benchmarks.json (all families, one after the other)  report.md
 # PYTHON chooses the interpreter; its packages are used as they are, nothing is downloaded. The architecture is
 # the device's own unless TORCH_CUDA_ARCH_LIST says otherwise.
 set -uo pipefail
@@ -32,10 +32,21 @@ for stage in "${stages[@]}"; do
       ;;
     bench)
       : >"$out/report.md"
-      for family in attention attention_twice latent projection; do
+      part=$(mktemp -d)
+      for family in attention attention_twice projection latent image_layers transformer; do
         $python -m pytest "benchmarks/bench_$family.py" -q -k cuda --benchmark-only \
-          --benchmark-json="$out/$family.json" >>"$out/log.txt" 2>&1 || failed=1
-        [ -s "$out/$family.json" ] && $python benchmarks/report.py "$out/$family.json" | tee -a "$out/report.md"
+          --benchmark-json="$part/$family.json" >>"$out/log.txt" 2>&1 || failed=1
+        [ -s "$part/$family.json" ] || continue
+        $python benchmarks/report.py "$part/$family.json" | tee -a "$out/report.md"
+        $python - "$out/benchmarks.json" "$part/$family.json" <<'MERGE'
+import json, pathlib, sys
+whole, part = map(pathlib.Path, sys.argv[1:])
+new = json.loads(part.read_text())
+if whole.exists():
+    old = json.loads(whole.read_text())
+    new["benchmarks"] = old["benchmarks"] + new["benchmarks"]
+whole.write_text(json.dumps(new))
+MERGE
       done
       ;;
     *) echo "unknown stage: $stage"; exit 2 ;;
