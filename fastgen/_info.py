@@ -77,7 +77,7 @@ def _pytorch(name: str, device: torch.device) -> str:
     if name in ("attention_tangent", "attention_second_order"):
         helped = _library.has_kernel("cpu_attention_weights", device)
         return "PyTorch in tiles, with fastgen's helper for float32 arithmetic" if helped else "PyTorch in tiles"
-    helper = name == "attention_forward" and _library.has_kernel("cpu_attention_forward", device)
+    helper = _library.has_kernel(f"cpu_{name}", device)
     kernels = "torch's fused kernel or fastgen's for narrow heads" if helper else "torch's fused kernel"
     return f"{kernels} where it fits, else PyTorch"
 

@@ -560,8 +560,16 @@ def _grad_mode():
     torch.set_grad_enabled(True)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", CASES)
+# Compiled one by one, these cost minutes, and are made of layers that stand in the table themselves.
+STACKS = ("TransformerEncoder", "TransformerDecoder", "Transformer")
+
+
+def cell(name, way):
+    slow = name in STACKS and "compiled" in way
+    return pytest.param(name, way, id=f"{name}-{way}", marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize(("name", "way"), [cell(name, way) for name in CASES for way in WAYS])
 def test_a_derivative_is_right_or_raises(name, way):
     torch.manual_seed(2)
     ours, plain, x = CASES[name]()

@@ -22,6 +22,7 @@ namespace {
 constexpr int kTile = 96;       // query rows and keys of a tile
 constexpr int kWidest = 16;     // floats of the widest vector
 constexpr int kManyTasks = 32;  // as many keep the threads of a large machine busy
+constexpr int kManySums = 128;  // as many (N, Dk) partial sums are no memory to speak of
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Rows of an odd number of cache lines: what stands in one column is spread over all sets of the cache.
@@ -286,7 +287,8 @@ void attention_backward(const AttentionBackwardParams& p) {
   const int64_t heads = p.batch * p.heads, key_heads = p.batch * p.key_heads, rows = round_up(p.queries, kTile);
   if (key_heads == 0) return;
   const int64_t width = round_up(p.key_dim, kWidest);
-  const int64_t parts = std::min(ceil_div(kManyTasks, key_heads), ceil_div(p.keys, kTile));
+  const int64_t parts =
+      std::min({ceil_div(kManyTasks, key_heads), ceil_div(kManySums, heads), ceil_div(p.keys, kTile)});
   const std::unique_ptr<float[]> of_rows(new float[2 * heads * rows]);
   const std::unique_ptr<float[]> grad_queries(new float[heads * parts * rows * width]);
   const Shared shared{p, of_rows.get(), of_rows.get() + heads * rows, grad_queries.get(), rows, width, parts};
