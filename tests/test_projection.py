@@ -38,7 +38,7 @@ def check(ours, plain, leaves):
 @pytest.mark.parametrize("name", PROJECTION_SHAPES)
 def test_qkv_projection_is_a_linear_map_split_into_heads(name, dtype, channels_first, bias, device):
     batch, length, channels, heads, dims = PROJECTION_SHAPES[name]
-    length = length if channels < 1000 else 8  # half precision is slow on CPU
+    length = 8 if channels > 1000 and dtype != torch.float32 else length  # half precision is slow on CPU
     rows = sum(h * d for h, d in zip(heads, dims, strict=True))
     x = torch.randn(batch, channels, length, 1) if channels_first else torch.randn(batch, length, channels)
     leaves = [x, torch.randn(rows, channels) / channels**0.5] + ([torch.randn(rows)] if bias else [])
