@@ -101,11 +101,11 @@ FASTGEN_HOST_DEVICE void multiply(const float* a, const float* b, int64_t rows, 
   }
 }
 
-// Copies (rows, dim) into rows of kRow, with zeros up to kTile rows and to the next multiple of kWidth columns.
-template <int kWidth, int kRow>
+// Copies (rows, dim) into rows of kRow, with zeros up to the next multiples of kGroup rows and kWidth columns.
+template <int kWidth, int kGroup, int kRow>
 FASTGEN_HOST_DEVICE void load(const float* from, int64_t stride, int64_t rows, int64_t dim, float factor, float* to) {
-  const int64_t width = round_up(dim, kWidth);
-  for (int64_t i = 0; i < kTile; ++i) {
+  const int64_t height = round_up(rows, kGroup), width = round_up(dim, kWidth);
+  for (int64_t i = 0; i < height; ++i) {
     float* __restrict__ row = to + i * kRow;
     const float* __restrict__ source = from + i * stride;
     if (i < rows) {
@@ -115,10 +115,13 @@ FASTGEN_HOST_DEVICE void load(const float* from, int64_t stride, int64_t rows, i
   }
 }
 
-// Copies (rows, dim) as columns, with zeros up to kTile of them. Eight rows at a time: a line of each is in L1.
+// Copies (rows, dim) as columns, with zeros up to a multiple of kStep of them. Eight rows at a time: a line of each is
+// in L1.
+template <int kStep>
 FASTGEN_HOST_DEVICE void load_across(const float* from, int64_t stride, int64_t rows, int64_t dim,
                                      float (*to)[kTileRow]) {
-  for (int64_t first = 0; first < kTile; first += 8) {
+  const int64_t width = round_up(rows, kStep);
+  for (int64_t first = 0; first < width; first += 8) {
     for (int64_t c = 0; c < dim; ++c) {
       for (int64_t i = first; i < first + 8; ++i) to[c][i] = i < rows ? from[i * stride + c] : 0.0f;
     }
@@ -153,8 +156,8 @@ FASTGEN_HOST_DEVICE void run_tile(const Shared& shared, Workspace& w, int64_t ba
   const float* query = p.query + batch * p.query_strides[0] + head * p.query_strides[1] + first * p.query_strides[2];
   const float* grad_out =
       p.grad_out + batch * p.grad_out_strides[0] + head * p.grad_out_strides[1] + first * p.grad_out_strides[2];
-  load<kWidth, kKeyRow>(query, p.query_strides[2], rows, p.key_dim, p.scale, w.queries[0]);
-  load<kWidth, kValueRow>(grad_out, p.grad_out_strides[2], rows, p.value_dim, 1.0f, w.grad_out[0]);
+  load<kWidth, kGroup, kKeyRow>(query, p.query_strides[2], rows, p.key_dim, p.scale, w.queries[0]);
+  load<kWidth, kGroup, kValueRow>(grad_out, p.grad_out_strides[2], rows, p.value_dim, 1.0f, w.grad_out[0]);
   const int64_t row = (batch * p.heads + head) * shared.rows + first;
   const int64_t ahead = p.is_causal ? first - start : kTile;
   for (int64_t j = 0; j < keys; j += 2 * kWidth) {
@@ -195,11 +198,13 @@ FASTGEN_HOST_DEVICE void run_part(const Shared& shared, Workspace& w, int64_t ba
   }
   for (int64_t start = part * kTile; start < p.keys; start += shared.parts * kTile) {
     const int64_t keys = std::min<int64_t>(kTile, p.keys - start);
-    load<kWidth, kKeyRow>(key + start * p.key_strides[2], p.key_strides[2], keys, p.key_dim, 1.0f, w.keys[0]);
-    load_across(key + start * p.key_strides[2], p.key_strides[2], keys, p.key_dim, w.keys_across);
-    load_across(value + start * p.value_strides[2], p.value_strides[2], keys, p.value_dim, w.values_across);
-    std::fill_n(w.grad_keys[0], kTile * kKeyRow, 0.0f);
-    std::fill_n(w.grad_values[0], kTile * kValueRow, 0.0f);
+    load<kWidth, kGroup, kKeyRow>(key + start * p.key_strides[2], p.key_strides[2], keys, p.key_dim, 1.0f, w.keys[0]);
+    load_across<2 * kWidth>(key + start * p.key_strides[2], p.key_strides[2], keys, p.key_dim, w.keys_across);
+    load_across<2 * kWidth>(value + start * p.value_strides[2], p.value_strides[2], keys, p.value_dim, w.values_across);
+    for (int64_t j = 0; j < round_up(keys, kGroup); ++j) {
+      std::fill_n(w.grad_keys[j], round_up(p.key_dim, kWidth), 0.0f);
+      std::fill_n(w.grad_values[j], p.value_dim, 0.0f);
+    }
     for (int64_t head = key_head * groups; head < (key_head + 1) * groups; ++head) {
       for (int64_t first = p.is_causal ? start : 0; first < p.queries; first += kTile) {
         run_tile<kWidth, kGroup>(shared, w, batch, head, part, first, start, keys);
