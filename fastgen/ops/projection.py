@@ -56,6 +56,16 @@ def _tokens(x: Tensor, channels_first: bool) -> Tensor:
 
 def _weight_grads(grad: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of weight (E, C) and bias (E,) of a linear map, from (B, N, E) and (B, N, C)."""
+    of_map = not tokens.is_contiguous() and tokens.transpose(1, 2).is_contiguous()
+    from_map = not grad.is_contiguous() and grad.transpose(1, 2).is_contiguous()
+    if (of_map or from_map) and grad.dtype.itemsize >= 4 and grad.size(1) >= max(grad.size(2), tokens.size(2)):
+        # A feature map on one side: a product for each entry of the batch copies nothing, and is smaller than a copy.
+        # In 16 bits their sum would lose too much.
+        if of_map:
+            weight = torch.bmm(tokens.transpose(1, 2), grad).sum(0).t().contiguous()
+        else:
+            weight = torch.bmm(grad.transpose(1, 2), tokens).sum(0)
+        return weight, grad.sum((0, 1))
     if length_first(tokens):
         grad, tokens = grad.transpose(0, 1), tokens.transpose(0, 1)
     rows = grad.flatten(0, 1)
