@@ -93,9 +93,26 @@ def pytest_generate_tests(metafunc):
             mark.kwargs["ids"] = lambda value: re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
+def modes() -> dict[str, object]:
+    """What a test must leave as it found it: later ones would run without autograd, or inside a transform."""
+    return {
+        "grad mode": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "excluded dispatch keys": str(torch._C._dispatch_tls_local_exclude_set()),
+        "included dispatch keys": str(torch._C._dispatch_tls_local_include_set()),
+        "a torch.func transform": torch._C._functorch.peek_interpreter_stack() is not None,
+        "a dual level": torch.autograd.forward_ad._current_level,
+    }
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+    before = modes()
+    yield
+    left = {name: value for name, value in modes().items() if value != before[name]}
+    torch.set_grad_enabled(True)
+    assert not left, f"the test left a mode behind: {left}"
 
 
 def work_here() -> dict[str, dict[str, int]]:
