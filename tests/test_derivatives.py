@@ -553,13 +553,6 @@ def refusal(name, way):
     return None
 
 
-@pytest.fixture(autouse=True)
-def _grad_mode():
-    """An exception that pytest keeps may keep a mode switched off."""
-    yield
-    torch.set_grad_enabled(True)
-
-
 # Compiled one by one, these cost minutes, and are made of layers that stand in the table themselves.
 STACKS = ("TransformerEncoder", "TransformerDecoder", "Transformer")
 
@@ -567,6 +560,10 @@ STACKS = ("TransformerEncoder", "TransformerDecoder", "Transformer")
 def cell(name, way):
     slow = name in STACKS and "compiled" in way
     return pytest.param(name, way, id=f"{name}-{way}", marks=[pytest.mark.slow] if slow else [])
+
+
+REFUSALS = []
+"""Kept, since guards of dispatch modes that hang on them would set back old modes when they go, in some later test."""
 
 
 @pytest.mark.parametrize(("name", "way"), [cell(name, way) for name in CASES for way in WAYS])
@@ -587,6 +584,7 @@ def test_a_derivative_is_right_or_raises(name, way):
     except Exception as error:
         if text is None or re.search(text, str(error)) is None:
             raise
+        REFUSALS.append(error)
         return
     assert text is None or text == ANYTHING, "it is there after all"
     for a, b in zip(got, wanted, strict=True):
