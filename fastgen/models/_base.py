@@ -1,0 +1,244 @@
+"""What every model gives to whoever trains, samples and judges it.
+
+A model is one file: its config (a frozen dataclass), its networks, its loss, how it is sampled. It knows nothing of
+files, devices, processes or command lines; the training application knows nothing of what is inside.
+
+    class MyModel(GenerativeModel):
+        name, summary, kind = "my-model", "one line for fastgen models", "images"
+        config_class = MyConfig
+
+        def phases(self): ...      # whose weights are updated in a step, in which order, by which optimiser
+        def loss(self, ...): ...   # what one of them minimises
+        def score(self, ...): ...  # nats for each held-out item
+        def draw(self, ...): ...   # pictures, text or sound
+
+Whatever changes during training lives in parameters and buffers: it is saved, averaged and resumed without further
+ado. A loss draws its randomness from torch's global generators, which the trainer seeds before every call, so that a
+step depends on nothing but weights, data and its number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    _HubMixin: TypeAlias = nn.Module
+else:
+    try:
+        from huggingface_hub import PyTorchModelHubMixin as _HubMixin
+    except ImportError:
+
+        class _HubMixin:
+            """Stands in where huggingface_hub is not installed."""
+
+            def save_pretrained(self, *args: Any, **options: Any) -> None:
+                raise ImportError("save_pretrained needs huggingface_hub: pip install 'fastgen[train]'")
+
+            push_to_hub = save_pretrained
+
+            @classmethod
+            def from_pretrained(cls, *args: Any, **options: Any) -> None:
+                raise ImportError("from_pretrained needs huggingface_hub: pip install 'fastgen[train]'")
+
+
+Batch: TypeAlias = dict[str, Tensor]
+"""Tensors whose first dim is the item; which ones there are depends on the kind of data (``KINDS``)."""
+
+Kind = Literal["images", "pairs", "domains", "text", "sequences", "audio"]
+KINDS: tuple[str, ...] = get_args(Kind)
+"""Kinds of data, the tensors of their batches, and the facts they offer to a config:
+
+images: images (B, C, S, S) in [0, 1], and labels (B,) int64 where there are classes. Facts: image_size, channels,
+    levels (values of a pixel: multiples of 1 / (levels - 1)), classes (0: no labels).
+pairs: inputs (B, Cin, S, S), targets (B, C, S, S), in [0, 1]. Facts: image_size, input_channels, channels, levels.
+domains: a, b (B, C, S, S) in [0, 1], unpaired. Facts: image_size, channels, levels.
+text: tokens (B, length) int64. Facts: vocabulary (one string; token i is its character i). The config's
+    ``data_options`` gives the length.
+sequences: source (B, S), target (B, T) int64, padded at the end; token 0 is padding, 1 start, 2 end, 3 + i character
+    i of the vocabulary; both begin with 1 and end with 2. Facts: vocabulary, source_length, target_length.
+audio: audio (B, length) in [-1, 1]. Facts: sample_rate, length.
+"""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Pictures to look at: pixels (N, C, H, W) in [0, 1], shown in rows of ``columns`` (default: as square as goes)."""
+
+    pixels: Tensor
+    columns: int | None = None
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts to read, one string each."""
+
+    texts: list[str]
+
+
+@dataclass(frozen=True)
+class Sounds:
+    """Sounds to hear: waves (N, samples) in [-1, 1], ``sample_rate`` of them a second."""
+
+    waves: Tensor
+    sample_rate: int
+
+
+Exhibit: TypeAlias = Images | Texts | Sounds
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One optimiser and what it updates. The phases of a step run in order, all on the batch of the step.
+
+    networks: names of the submodules that are updated; the rest stands still meanwhile. Empty: the whole model.
+    learning_rate, betas, weight_decay: of AdamW. repeats: updates per step, each on a batch of its own.
+    """
+
+    name: str
+    networks: tuple[str, ...] = ()
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    repeats: int = 1
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a loss is asked for: in ``step`` (1, 2, ...) of ``steps``. scaler: of float16, for penalties."""
+
+    step: int
+    steps: int
+    scaler: torch.amp.GradScaler | None = None
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Options of sampling, of a model that has none."""
+
+
+def option(default: Any, help: str, *, from_data: bool = False) -> Any:
+    """A config's field. ``help`` is shown on the command line. ``from_data``: the data's fact of that name decides."""
+    return field(default=default, metadata={"help": help, "from_data": from_data})
+
+
+def from_data(config_class: type) -> list[str]:
+    """Names of the fields that the data decide."""
+    return [f.name for f in dataclasses.fields(config_class) if f.metadata.get("from_data")]
+
+
+class GenerativeModel(nn.Module, _HubMixin):
+    """Base of all models; described at the top of this file.
+
+    ``save_pretrained(folder)`` writes config.json and model.safetensors, ``from_pretrained(folder or repository)``
+    reads them, by huggingface_hub. Reading never runs code: weights come from safetensors only.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    kind: ClassVar[Kind]
+    default_data: ClassVar[str]
+    config_class: ClassVar[type]
+    sampling_class: ClassVar[type] = NoOptions
+    """A frozen dataclass of the options of ``draw``."""
+    training: bool
+    train_defaults: ClassVar[Mapping[str, Any]] = {}
+    """Where training this model differs from ``TrainConfig``'s defaults: {"epochs": 50, ...}."""
+    averaged: ClassVar[tuple[str, ...]] = ()
+    """Names of the submodules whose weights are averaged over time for sampling. Empty: the whole model."""
+    blocks: ClassVar[tuple[str, ...]] = ()
+    """Class names of the layers that FSDP shards one by one; empty: the model can't be sharded."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases of a step, in order."""
+        raise NotImplementedError
+
+    def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
+        """What ``phase`` minimises, a scalar under "loss"; other scalars are shown beside it.
+
+        Noise comes from torch's global generators.
+        """
+        raise NotImplementedError
+
+    def score(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Figures (B,) of held-out items, in nats where they are likelihoods ("nll", "kl", "elbo"); {} if it has none."""
+        return {}
+
+    def draw(self, n: int, options: Any, *, generator: torch.Generator | None = None) -> Exhibit:
+        """n samples; the same for the same generator. A CPU generator gives the same noise to every device.
+
+        Args:
+            n: how many.
+            options: a ``sampling_class``.
+            generator: of the noise; default torch's global one.
+        """
+        raise NotImplementedError
+
+    def show(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Exhibit]:
+        """What else is worth looking at, by name, made from held-out items: reconstructions, completions, ..."""
+        return {}
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        map_location: str = "cpu",
+        strict: bool = True,
+        config: Any = None,
+        **options: Any,
+    ) -> GenerativeModel:
+        from huggingface_hub import hf_hub_download
+        from safetensors import SafetensorError
+        from safetensors.torch import load_model
+
+        if config is None:
+            raise FileNotFoundError(f"{model_id}: expected a saved {cls.__name__}, got no config.json there")
+        if options:
+            raise TypeError(f"{cls.__name__}.from_pretrained: expected no further options, got {', '.join(options)}")
+        if not dataclasses.is_dataclass(config):
+            known = {f.name for f in dataclasses.fields(cls.config_class)}
+            if not isinstance(config, dict) or set(config) - known:
+                unknown = sorted(set(config) - known) if isinstance(config, dict) else type(config).__name__
+                raise ValueError(f"{model_id}: config.json: expected options of {cls.__name__}, got {unknown}")
+            config = cls.config_class(**config)
+        model = cls(config)
+        file = Path(model_id) / "model.safetensors"
+        if not Path(model_id).is_dir():
+            file = Path(
+                hf_hub_download(
+                    model_id,
+                    file.name,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    token=token,
+                    local_files_only=local_files_only,
+                )
+            )
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: expected the weights of a {cls.__name__}, got no file")
+        try:
+            load_model(model, file, strict=strict, device=map_location)
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{file}: expected the weights of a {cls.__name__}, got: {error}") from error
+        return model.to(map_location).eval()
