@@ -596,7 +596,7 @@ def test_the_table_has_every_public_function_and_module():
         *functional.__all__,
         *nn.__all__,
         *losses.__all__,
-        *(entry.model.__name__ for entry in models.MODELS.values()),
+        *(model.__name__ for model in models.MODELS.values()),
     }
     assert public == {name.split(",")[0] for name in CASES}
 

@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
+from fastgen.models._base import (
+    KINDS,
+    Batch,
+    Exhibit,
+    GenerativeModel,
+    Images,
+    Moment,
+    NoOptions,
+    Phase,
+    Sounds,
+    Texts,
+    from_data,
+    option,
+)
 from fastgen.models.conv_vae import ConvVAE, ConvVAEConfig
 
-__all__ = ["MODELS", "ConvVAE", "ConvVAEConfig", "ModelEntry"]
+__all__ = [
+    "KINDS",
+    "MODELS",
+    "Batch",
+    "ConvVAE",
+    "ConvVAEConfig",
+    "Exhibit",
+    "GenerativeModel",
+    "Images",
+    "Moment",
+    "NoOptions",
+    "Phase",
+    "Sounds",
+    "Texts",
+    "from_data",
+    "option",
+]
 
-
-class ModelEntry(NamedTuple):
-    config: type[ConvVAEConfig]
-    model: type[ConvVAE]
-
-
-MODELS: dict[str, ModelEntry] = {"conv-vae": ModelEntry(ConvVAEConfig, ConvVAE)}
+MODELS: dict[str, type[GenerativeModel]] = {model.name: model for model in (ConvVAE,)}
+"""By the name that the command line uses."""

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, get_args
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,29 +25,30 @@ from torch import Tensor, nn
 
 from fastgen import functional
 from fastgen._checks import require_floating, require_positive, require_shape, require_tensor
+from fastgen.models._base import Batch, Exhibit, GenerativeModel, Images, Moment, NoOptions, Phase, option
 from fastgen.nn import GaussianLatent
 
 Likelihood = Literal["beta-binomial", "binomial", "bernoulli"]
 
 LARGEST_COARSE_SIZE = 7
 MAX_CONCENTRATION = 500.0
+PAIRS_IN_A_ROW = 16
 
 
 @dataclass(frozen=True)
 class ConvVAEConfig:
     """Sizes of a ConvVAE. ValueError names the field, what was expected and what came."""
 
-    image_size: int = field(default=8, metadata={"help": "height and width of the images"})
-    channels: int = field(default=1, metadata={"help": "colour channels of the images"})
-    levels: int = field(default=17, metadata={"help": "values a pixel can have: counts 0 .. levels - 1"})
-    latent_dim: int = field(default=4, metadata={"help": "numbers in z"})
-    detail_channels: int = field(default=2, metadata={"help": "channels of the map of details"})
-    width: int = field(default=16, metadata={"help": "channels at full size; doubled at each halving"})
-    hidden_dim: int = field(default=128, metadata={"help": "units between z and the canvas"})
-    likelihood: Likelihood = field(
-        default="beta-binomial",
-        metadata={"help": "distribution of a pixel; bernoulli is for images of two levels"},
-    )
+    image_size: int = option(8, "height and width of the images", from_data=True)
+    channels: int = option(1, "colour channels of the images", from_data=True)
+    levels: int = option(17, "values a pixel can have: counts 0 .. levels - 1", from_data=True)
+    latent_dim: int = option(4, "numbers in z")
+    detail_channels: int = option(2, "channels of the map of details")
+    width: int = option(16, "channels at full size; doubled at each halving")
+    hidden_dim: int = option(128, "units between z and the canvas")
+    likelihood: Likelihood = option("beta-binomial", "distribution of a pixel; bernoulli is for images of two levels")
+    kl_warmup: int = option(230, "steps over which the KL's weight grows to 1")
+    learning_rate: float = option(4e-3, "of AdamW")
 
     def __post_init__(self) -> None:
         for name in (
@@ -60,6 +61,10 @@ class ConvVAEConfig:
             "hidden_dim",
         ):
             require_positive(name, getattr(self, name))
+        if self.kl_warmup < 0:
+            raise ValueError(f"kl_warmup: expected a number of steps >= 0, got {self.kl_warmup}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
         if self.levels < 2:
             raise ValueError(f"levels: expected at least 2, got {self.levels}")
         if self.likelihood not in get_args(Likelihood):
@@ -146,7 +151,7 @@ def _zeroed(convolution: nn.Conv2d) -> nn.Conv2d:
     return convolution
 
 
-class ConvVAE(nn.Module):
+class ConvVAE(GenerativeModel):
     """The model described at the top of this file.
 
     Images are (B, channels, image_size, image_size), floating, in [0, 1], multiples of 1 / (levels - 1).
@@ -159,9 +164,16 @@ class ConvVAE(nn.Module):
         torch.Size([3, 1, 8, 8])
     """
 
+    name = "conv-vae"
+    summary = "convolutional variational autoencoder for images whose pixels are counts"
+    kind = "images"
+    default_data = "digits"
+    config_class = ConvVAEConfig
+    train_defaults: ClassVar = {"epochs": 50.0, "batch_size": 64, "clip": 100.0, "average_decay": 0.998}
+    config: ConvVAEConfig
+
     def __init__(self, config: ConvVAEConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         widths = [config.width << i for i in range(config.halvings + 1)]
         coarse, size = widths[-1], config.coarse_size
 
@@ -251,6 +263,48 @@ class ConvVAE(nn.Module):
         details = self.detail_posterior(torch.cat([canvas, features], dim=1)).chunk(2, dim=1)[0]
         return self._mean(self._decode(canvas, details))
 
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase("model", learning_rate=self.config.learning_rate, betas=(0.9, 0.99)),)
+
+    def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
+        out: VAELoss = self(batch["images"], beta=min(1.0, moment.step / max(1, self.config.kl_warmup)))
+        return {"loss": out.loss, "nll": out.nll.mean(), "kl": out.kl.mean()}
+
+    @torch.no_grad()
+    def score(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        out: VAELoss = self(batch["images"], generator=generator)
+        return {"elbo": -(out.nll + out.kl), "nll": out.nll, "kl": out.kl}
+
+    @torch.no_grad()
+    def log_weights(self, batch: Batch, *, generator: torch.Generator | None = None) -> Tensor:
+        """(B,) log p(images, z, details) - log q(z, details | images) of one posterior sample, in nats.
+
+        Its mean is the ELBO; logs of means of K such weights bound log p(images) tighter (Burda, Grosse and
+        Salakhutdinov, "Importance weighted autoencoders", 2016).
+        """
+        images = batch["images"]
+        features = self._encode(images)
+        posterior = self.posterior(features).chunk(2, dim=1)
+        z = functional.reparameterize(*posterior, generator=generator)
+        canvas = self.canvas(z)
+        detail_prior = self.detail_prior(canvas).chunk(2, dim=1)
+        detail_posterior = self.detail_posterior(torch.cat([canvas, features], dim=1)).chunk(2, dim=1)
+        details = functional.reparameterize(*detail_posterior, generator=generator)
+        log_p = self._log_prob(self._decode(canvas, details), images)
+        log_p = log_p + _log_normal(z, torch.zeros_like(z), torch.zeros_like(z)) + _log_normal(details, *detail_prior)
+        return log_p - _log_normal(z, *posterior) - _log_normal(details, *detail_posterior)
+
+    def draw(self, n: int, options: NoOptions, *, generator: torch.Generator | None = None) -> Images:
+        return Images(self.sample(n, generator=generator))
+
+    def show(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Exhibit]:
+        """Rows of held-out images, each above the row of its reconstructions."""
+        originals = batch["images"]
+        columns = min(PAIRS_IN_A_ROW, len(originals))
+        originals = originals[: len(originals) // columns * columns]
+        rows = [images.unflatten(0, (-1, columns)) for images in (originals, self.reconstruct(originals))]
+        return {"reconstructions": Images(torch.stack(rows, dim=1).flatten(0, 2), columns)}
+
     def _encode(self, images: Tensor) -> Tensor:
         config = self.config
         require_tensor("images", images)
@@ -282,3 +336,9 @@ class ConvVAE(nn.Module):
 def _normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
     device = like.device if generator is None else generator.device
     return torch.randn(shape, generator=generator, device=device).to(like)
+
+
+def _log_normal(x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    """(B,) log N(x; mu, exp(logvar)), summed over all dims but the first."""
+    log_density = -0.5 * ((x - mu).square() * torch.exp(-logvar) + logvar + math.log(2 * math.pi))
+    return log_density.flatten(1).sum(dim=1)
