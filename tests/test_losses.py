@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgen
-from fastgen import losses
+from fastgen.losses import penalties
 from fastgen.losses import dragan_penalty, gradient_penalty, path_length_penalty, r1_penalty, r2_penalty
 
 SHAPES = [(5, 7), (5, 3, 4, 4), (5, 6, 2)]
@@ -822,10 +822,10 @@ def test_the_search_for_compiled_code_visits_each_node_once():
     y = x
     for _ in range(20):  # 2^20 ways from y to x
         y = y * 0.5 + y * 0.5
-    edges = list(losses._edges([y.grad_fn], torch.autograd.graph.get_gradient_edge(x).node))
+    edges = list(penalties._edges([y.grad_fn], torch.autograd.graph.get_gradient_edge(x).node))
     assert len(edges) == 20 * 4
-    assert list(losses._edges([x.grad_fn], torch.autograd.graph.get_gradient_edge(x).node)) == []
-    assert len(list(losses._edges([x.grad_fn], torch.autograd.graph.get_gradient_edge(before).node))) == 100
+    assert list(penalties._edges([x.grad_fn], torch.autograd.graph.get_gradient_edge(x).node)) == []
+    assert len(list(penalties._edges([x.grad_fn], torch.autograd.graph.get_gradient_edge(before).node))) == 100
     torch.testing.assert_close(r1_penalty(y.sum(1), x).detach(), torch.tensor(7 / 2))
 
 
@@ -834,10 +834,10 @@ def test_the_search_for_compiled_code_visits_each_node_once():
 
 
 def test_examples_in_docstrings_run():
-    results = doctest.testmod(losses, extraglobs={"torch": torch, "fastgen": fastgen})
-    assert results.attempted >= len(losses.__all__)
+    results = doctest.testmod(penalties, extraglobs={"torch": torch, "fastgen": fastgen})
+    assert results.attempted >= len(penalties.__all__)
     assert results.failed == 0
 
 
 def test_all_is_sorted_and_complete():
-    assert losses.__all__ == sorted(name for name in vars(losses) if name.endswith("_penalty") and name[0] != "_")
+    assert penalties.__all__ == sorted(name for name in vars(penalties) if name.endswith("_penalty") and name[0] != "_")

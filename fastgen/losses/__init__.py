@@ -1,0 +1,22 @@
+"""Losses of adversarial training: what discriminator and generator minimise, and penalties of the gradient."""
+
+from __future__ import annotations
+
+from fastgen.losses.adversarial import discriminator_loss, generator_loss
+from fastgen.losses.penalties import (
+    dragan_penalty,
+    gradient_penalty,
+    path_length_penalty,
+    r1_penalty,
+    r2_penalty,
+)
+
+__all__ = [
+    "discriminator_loss",
+    "dragan_penalty",
+    "generator_loss",
+    "gradient_penalty",
+    "path_length_penalty",
+    "r1_penalty",
+    "r2_penalty",
+]
