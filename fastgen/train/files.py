@@ -31,3 +31,25 @@ def write_whole(path: Path, data: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def inside(folder: Path, *names: str) -> Path:
+    """The path of a file or subfolder of ``folder``, never one that a symbolic link leads elsewhere.
+
+    Only the last name may be a link, to a file: ``write_whole`` replaces the link itself.
+
+    Raises:
+        ValueError: a name is empty, ".", "..", or holds a separator.
+        FileExistsError: a folder on the way is a link, or a file.
+    """
+    path = folder
+    for place, name in enumerate(names, 1):
+        if name in ("", ".", "..") or any(mark in name for mark in ("/", "\\", ":", "\0")):
+            raise ValueError(f"{folder}: expected a plain name for a file inside, got {name!r}")
+        path = path / name
+        last = place == len(names)
+        if path.is_symlink() and (not last or path.is_dir()):
+            raise FileExistsError(f"{path}: expected a folder of its own, got a link to another place")
+        if not last and path.exists() and not path.is_dir():
+            raise FileExistsError(f"{path}: expected a folder, got a file")
+    return path

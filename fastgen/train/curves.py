@@ -1,0 +1,290 @@
+"""Curves of a run's metrics: a small panel for each quantity, training and held-out together."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from fastgen.train.files import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+    Values: TypeAlias = NDArray[np.float64]
+
+TRAIN, HELD_OUT = "train", "held-out"
+UNITS = {"nll": "nats", "kl": "nats", "elbo": "nats", "items per second": "1/s"}
+SPEED = "items per second"
+
+MOST_PANELS = 24
+MOST_CURVES = 8  # in a panel
+MOST_POINTS = 1000  # of a curve; more are drawn as ranges of that many stretches
+SMOOTHED_SHARE = 0.03  # of a curve's length, over which it is averaged
+LOGARITHMIC_FROM = 30.0  # largest over smallest value
+LONGEST_NAME = 40
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One quantity of one part of the data: values (n,) at steps (n,), not all of them finite."""
+
+    name: str
+    part: str
+    steps: Values
+    values: Values
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What is drawn together: curves of the same quantity."""
+
+    name: str
+    unit: str
+    curves: list[Curve] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Theme:
+    ink: str
+    faint: str
+    paper: str
+    alarm: str
+    colours: tuple[str, ...]
+
+
+LIGHT = Theme(
+    "#4a5058", "#dcdedb", "#ffffff", "#c8102e", ("#2f5bd0", "#d9730d", "#12805c", "#9333a8", "#b08900", "#0e7c9b")
+)
+DARK = Theme(
+    "#b4bac3", "#343a42", "#171a1f", "#ff6b7d", ("#86a8ff", "#ffab5e", "#5fd0a5", "#d490e6", "#e3c34d", "#6ccbe6")
+)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; none if there is no file. Lines that hold no row are left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict) and _number(row.get("step")) is not None and isinstance(row.get("values"), dict):
+                rows.append(row)
+    return rows
+
+
+def panels(rows: Iterable[Mapping[str, Any]]) -> list[Panel]:
+    """The quantities of the rows of a metrics.jsonl, those of training first, then the speed.
+
+    "discriminator/loss" and "generator/loss" share the panel "loss", "kl" of training and held-out items another.
+    """
+    found: dict[str, dict[tuple[str, str], tuple[list[float], list[float]]]] = {}
+    for row in rows:
+        step, part = _number(row["step"]), str(row.get("part", TRAIN))
+        quantities = dict(row["values"])
+        if "items_per_second" in row:
+            quantities[SPEED] = row["items_per_second"]
+        for name, raw in quantities.items():
+            value = _number(raw)
+            if step is None or value is None:
+                continue
+            owner, _, quantity = str(name).rpartition("/")
+            steps, values = found.setdefault(quantity, {}).setdefault((owner, part), ([], []))
+            steps.append(step)
+            values.append(value)
+    order = sorted(found, key=lambda name: (name == SPEED, name != "loss"))
+    return [
+        Panel(
+            name,
+            UNITS.get(name, ""),
+            [
+                Curve(owner, part, np.array(steps), np.array(values))
+                for (owner, part), (steps, values) in list(found[name].items())[:MOST_CURVES]
+            ],
+        )
+        for name in order[:MOST_PANELS]
+    ]
+
+
+def write_curves(path: Path, rows: Iterable[Mapping[str, Any]], theme: Theme = LIGHT) -> None:
+    """Write a PNG of all panels of the rows of a metrics.jsonl, two or three in a row.
+
+    Where a value is NaN or infinite the curve has a gap, and a cross below marks the step.
+    """
+    write_whole(path, _image(panels(rows), theme))
+
+
+def draw_panel(panel: Panel, theme: Theme) -> bytes:
+    """A PNG of one panel, without its name."""
+    return _image([panel], theme, titled=False)
+
+
+def describe(panel: Panel) -> str:
+    """The last values of a panel in words, for those who can't see it."""
+    ends = [f"{_label(curve, panel)} {curve.values[-1]:.4g} at step {curve.steps[-1]:,.0f}" for curve in panel.curves]
+    return f"{panel.name}: " + ", ".join(ends)
+
+
+# --------------------------------------------------------------------------------------------------
+# Drawing
+
+
+def _image(shown: Sequence[Panel], theme: Theme, titled: bool = True) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = max(1, math.ceil(math.sqrt(len(shown)))) if len(shown) < 7 else 3
+    rows = max(1, math.ceil(len(shown) / columns))
+    figure = Figure(figsize=(4.6 * columns, 2.8 * rows), dpi=160, layout="constrained", facecolor=theme.paper)
+    FigureCanvasAgg(figure)
+    for place, panel in enumerate(shown, 1):
+        _draw(figure.add_subplot(rows, columns, place), panel, theme, titled)
+    if not shown:
+        figure.text(0.5, 0.5, "no metrics yet", ha="center", va="center", color=theme.ink)
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _draw(axes: Axes, panel: Panel, theme: Theme, titled: bool) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.set_facecolor(theme.paper)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(theme.faint)
+    axes.grid(True, color=theme.faint, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", colors=theme.ink, labelsize=8, length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    axes.set_xlabel("steps", fontsize=8, color=theme.ink)
+    axes.set_ylabel(panel.unit, fontsize=8, color=theme.ink)
+    if titled:
+        axes.set_title(_short(panel.name), fontsize=10, color=theme.ink, loc="left", parse_math=False)
+    finite = np.concatenate([curve.values[np.isfinite(curve.values)] for curve in panel.curves])
+    _scale(axes, finite)
+    for place, curve in enumerate(panel.curves):
+        _plot(axes, curve, theme.colours[place % len(theme.colours)], theme.alarm, _label(curve, panel))
+    if len(panel.curves) > 1:
+        legend = axes.legend(fontsize=8, frameon=False, labelcolor=theme.ink, handlelength=1.4)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+
+
+def _scale(axes: Axes, finite: Values) -> None:
+    """Logarithmic where values of one sign span decades; no view of the few that lie far out."""
+    if len(finite) == 0:
+        return
+    low, high = finite.min(), finite.max()
+    if low > 0 and high / low > LOGARITHMIC_FROM:
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(numticks=6))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        return
+    near_low, near_high = np.quantile(finite, [0.01, 0.99])
+    room = max(near_high - near_low, 1e-12)
+    if high - low > 10 * room:
+        axes.set_ylim(max(low, near_low - room), min(high, near_high + room))
+
+
+def _plot(axes: Axes, curve: Curve, colour: str, alarm: str, label: str) -> None:
+    """The curve: pale as it is, and smoothed over it; dashed with dots for held-out items."""
+    broken = curve.steps[~np.isfinite(curve.values)]
+    steps, low, high, middle = _stretches(curve.steps, np.where(np.isfinite(curve.values), curve.values, np.nan))
+    held_out = curve.part != TRAIN
+    few = len(steps) < 40
+    if held_out or few:
+        (line,) = axes.plot(steps, middle, color=colour, linewidth=1.4, linestyle="--" if held_out else "-", label=label)
+        if few:
+            line.set_marker("o")
+            line.set_markersize(3)
+    else:
+        if len(steps) < len(curve.steps):
+            axes.fill_between(steps, low, high, color=colour, alpha=0.22, linewidth=0)
+        else:
+            axes.plot(steps, middle, color=colour, alpha=0.3, linewidth=0.8)
+        axes.plot(steps, _smoothed(middle), color=colour, linewidth=1.6, label=label)
+    if len(broken):
+        thinned = broken[:: math.ceil(len(broken) / 100)]
+        axes.plot(
+            thinned,
+            np.full(len(thinned), 0.03),
+            "x",
+            color=alarm,
+            markersize=4,
+            transform=axes.get_xaxis_transform(),
+            label=f"{label}: not finite",
+        )
+
+
+def _stretches(steps: Values, values: Values) -> tuple[Values, Values, Values, Values]:
+    """(n,) -> at most ``MOST_POINTS`` steps and the lowest, highest and mean value there; NaN where there is none."""
+    size = math.ceil(len(steps) / MOST_POINTS)
+    if size == 1:
+        return steps, values, values, values
+    padding = (0, -len(steps) % size)
+    steps = np.pad(steps, padding, mode="edge").reshape(-1, size)
+    values = np.pad(values, padding, constant_values=np.nan).reshape(-1, size)
+    there = np.isfinite(values)
+    counts = there.sum(1)
+    none = counts == 0
+    low = np.where(none, np.nan, np.where(there, values, np.inf).min(1))
+    high = np.where(none, np.nan, np.where(there, values, -np.inf).max(1))
+    return steps.mean(1), low, high, np.where(none, np.nan, np.where(there, values, 0).sum(1) / np.maximum(counts, 1))
+
+
+def _smoothed(values: Values) -> Values:
+    """The mean over a window around each value; NaN stays where it is and counts for nothing elsewhere."""
+    window = max(3, 2 * int(len(values) * SMOOTHED_SHARE / 2) + 1)
+    there = np.isfinite(values)
+    ones = np.ones(window)
+    total = np.convolve(np.where(there, values, 0.0), ones, mode="same")
+    count = np.convolve(there.astype(np.float64), ones, mode="same")
+    return np.where(there, total / np.maximum(count, 1), np.nan)
+
+
+# --------------------------------------------------------------------------------------------------
+# Words
+
+
+def _number(raw: object) -> float | None:
+    """A float, maybe not finite; None for what is no number."""
+    if isinstance(raw, bool) or not isinstance(raw, (int, float)):
+        return None
+    try:
+        return float(raw)
+    except OverflowError:
+        return math.inf if raw > 0 else -math.inf
+
+
+def _label(curve: Curve, panel: Panel) -> str:
+    """What tells the curve from the others of its panel."""
+    owners, parts = ({getattr(other, what) for other in panel.curves} for what in ("name", "part"))
+    words = [curve.name] if len(owners) > 1 and curve.name else []
+    if len(parts) > 1 or not words:
+        words.append(curve.part)
+    return _short(", ".join(words)).lstrip("_") or "value"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
