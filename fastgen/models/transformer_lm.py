@@ -12,9 +12,8 @@ The loss is the cross-entropy of the next character, in nats per character.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import ClassVar, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -170,7 +169,7 @@ class TransformerLM(GenerativeModel):
     name, summary, kind = "transformer-lm", "decoder-only Transformer over characters", "text"
     default_data = "prose"
     config_class, sampling_class = TransformerLMConfig, TextOptions
-    train_defaults: Mapping[str, Any] = {}
+    train_defaults: ClassVar = {}
     blocks = ("DecoderBlock",)
     config: TransformerLMConfig
 
