@@ -6,7 +6,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -30,7 +30,9 @@ MOST_CURVES = 8  # in a panel
 MOST_POINTS = 1000  # of a curve; more are drawn as ranges of that many stretches
 SMOOTHED_SHARE = 0.03  # of a curve's length, over which it is averaged
 LOGARITHMIC_FROM = 30.0  # largest over smallest value
+FAR_OUT = 3.0  # times the range of 98 % of the values: beyond it, the view is of those 98 %
 LONGEST_NAME = 40
+PANEL, DPI = (3.7, 2.4), 200  # inches; dots in an inch
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,17 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """What is drawn together: curves of the same quantity."""
+    """What is drawn together: curves of the same quantity. ``last_step`` is that of the run."""
 
     name: str
     unit: str
-    curves: list[Curve] = field(default_factory=list)
+    last_step: float
+    curves: list[Curve]
+
+    @property
+    def title(self) -> str:
+        parts = {curve.part for curve in self.curves}
+        return _short(self.name) + (f", {HELD_OUT}" if parts == {HELD_OUT} else "")
 
 
 @dataclass(frozen=True)
@@ -104,11 +112,13 @@ def panels(rows: Iterable[Mapping[str, Any]]) -> list[Panel]:
             steps, values = found.setdefault(quantity, {}).setdefault((owner, part), ([], []))
             steps.append(step)
             values.append(value)
+    last = max((curve[0][-1] for curves in found.values() for curve in curves.values()), default=0.0)
     order = sorted(found, key=lambda name: (name == SPEED, name != "loss"))
     return [
         Panel(
             name,
             UNITS.get(name, ""),
+            last,
             [
                 Curve(owner, part, np.array(steps), np.array(values))
                 for (owner, part), (steps, values) in list(found[name].items())[:MOST_CURVES]
@@ -147,7 +157,7 @@ def _image(shown: Sequence[Panel], theme: Theme, titled: bool = True) -> bytes:
 
     columns = max(1, math.ceil(math.sqrt(len(shown)))) if len(shown) < 7 else 3
     rows = max(1, math.ceil(len(shown) / columns))
-    figure = Figure(figsize=(4.6 * columns, 2.8 * rows), dpi=160, layout="constrained", facecolor=theme.paper)
+    figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows), dpi=DPI, layout="constrained", facecolor=theme.paper)
     FigureCanvasAgg(figure)
     for place, panel in enumerate(shown, 1):
         _draw(figure.add_subplot(rows, columns, place), panel, theme, titled)
@@ -174,10 +184,12 @@ def _draw(axes: Axes, panel: Panel, theme: Theme, titled: bool) -> None:
     axes.tick_params(which="both", colors=theme.ink, labelsize=8, length=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    if panel.last_step > 0:
+        axes.set_xlim(-0.02 * panel.last_step, 1.02 * panel.last_step)
     axes.set_xlabel("steps", fontsize=8, color=theme.ink)
     axes.set_ylabel(panel.unit, fontsize=8, color=theme.ink)
     if titled:
-        axes.set_title(_short(panel.name), fontsize=10, color=theme.ink, loc="left", parse_math=False)
+        axes.set_title(panel.title, fontsize=10, color=theme.ink, loc="left", parse_math=False)
     finite = np.concatenate([curve.values[np.isfinite(curve.values)] for curve in panel.curves])
     _scale(axes, finite)
     for place, curve in enumerate(panel.curves):
@@ -202,9 +214,9 @@ def _scale(axes: Axes, finite: Values) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
         return
     near_low, near_high = np.quantile(finite, [0.01, 0.99])
-    room = max(near_high - near_low, 1e-12)
-    if high - low > 10 * room:
-        axes.set_ylim(max(low, near_low - room), min(high, near_high + room))
+    room = near_high - near_low
+    if high - low > FAR_OUT * room > 0:
+        axes.set_ylim(max(low, near_low - room / 4), min(high, near_high + room / 4))
 
 
 def _plot(axes: Axes, curve: Curve, colour: str, alarm: str, label: str) -> None:
@@ -214,7 +226,9 @@ def _plot(axes: Axes, curve: Curve, colour: str, alarm: str, label: str) -> None
     held_out = curve.part != TRAIN
     few = len(steps) < 40
     if held_out or few:
-        (line,) = axes.plot(steps, middle, color=colour, linewidth=1.4, linestyle="--" if held_out else "-", label=label)
+        (line,) = axes.plot(
+            steps, middle, color=colour, linewidth=1.4, linestyle="--" if held_out else "-", label=label
+        )
         if few:
             line.set_marker("o")
             line.set_markersize(3)

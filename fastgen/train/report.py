@@ -1,0 +1,271 @@
+"""A run's folder as one page that needs nothing else: exhibits over time, curves, figures, settings."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastgen.train.curves import DARK, HELD_OUT, LIGHT, UNITS, describe, draw_panel, panels, read_rows
+from fastgen.train.exhibits import data_uri, read_exhibits
+from fastgen.train.files import inside, write_whole
+from fastgen.train.progress import duration
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+HEADLINES = 3
+DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
+
+SLIDER = """\
+for (const show of document.querySelectorAll(".show")) {
+  const frames = [...show.querySelectorAll(".frame")].reverse();
+  if (frames.length < 2) continue;
+  const slider = show.querySelector("input"), step = show.querySelector("output");
+  const turn = () => {
+    frames.forEach((frame, place) => {
+      frame.classList.toggle("on", place === +slider.value);
+      if (place !== +slider.value) frame.querySelectorAll("audio").forEach((sound) => sound.pause());
+    });
+    step.textContent = "step " + frames[slider.value].dataset.step;
+    slider.setAttribute("aria-valuetext", step.textContent);
+  };
+  slider.max = slider.value = frames.length - 1;
+  slider.addEventListener("input", turn);
+  show.classList.add("slides");
+  turn();
+}
+"""
+
+
+class Tile(NamedTuple):
+    """A figure of the summary."""
+
+    name: str
+    value: str
+    unit: str = ""
+    note: str = ""
+
+
+class Chart(NamedTuple):
+    name: str
+    words: str
+    light: str
+    dark: str
+
+
+def write_report(folder: Path) -> Path:
+    """Write ``report.html`` into a run's folder, from whatever is there already; see ``RunFolder`` for what may be.
+
+    The page loads nothing: pictures, sounds and styles are in it. Files that can't be read are named on the page.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        OSError: the page can't be written.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: expected a run's folder, got no folder")
+    path = inside(folder, "report.html")
+    write_whole(path, _page(folder).encode("utf-8", errors="replace"))
+    return path
+
+
+def _page(folder: Path) -> str:
+    from jinja2 import Environment, StrictUndefined
+
+    problems: list[str] = []
+    config = _read(folder / "config.yaml", problems)
+    environment = _read(folder / "environment.json", problems)
+    evaluation = _read(folder / "evaluation.json", problems)
+    rows = read_rows(folder / "metrics.jsonl")
+    shown = panels(rows)
+    figures = [figure for figure in _list(evaluation.get("figures")) if isinstance(figure, Mapping)]
+    command = _command(folder, environment)
+    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        folder=folder.resolve().name,
+        model=_model(config, environment, command) or folder.resolve().name,
+        data=_name(config.get("data")),
+        started=_moment(environment.get("started")),
+        tiles=_tiles(folder, rows, environment, figures),
+        exhibits=read_exhibits(folder),
+        charts=[
+            Chart(panel.title, describe(panel), *(data_uri("image/png", draw_panel(panel, t)) for t in (LIGHT, DARK)))
+            for panel in shown
+        ],
+        figures=[_figure(figure) for figure in figures],
+        evaluated_step=_value(evaluation["step"]) if "step" in evaluation else "",
+        evaluate=f"fastgen evaluate {_address(folder)}",
+        config=list(_flat(config)),
+        environment=[(name, value) for name, value in _flat(environment) if name not in ("command", "format")],
+        command=command,
+        problems=problems,
+        script=SLIDER,
+        script_hash=base64.b64encode(hashlib.sha256(SLIDER.encode()).digest()).decode("ascii"),
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# What the folder says
+
+
+def _read(path: Path, problems: list[str]) -> dict[str, Any]:
+    """The mapping in a JSON or YAML file; {} if there is none, and a line in ``problems`` if it can't be read."""
+    if not path.is_file() or path.is_symlink():
+        return {}
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        problems.append(f"{path.name}: can't be read: {' '.join(str(error).split())}")
+        return {}
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        problems.append(f"{path.name}: expected settings by name, got {type(found).__name__}")
+        return {}
+    return found
+
+
+def _command(folder: Path, environment: Mapping[str, Any]) -> str:
+    """What was typed: from the environment, else the comment that opens config.yaml."""
+    given = environment.get("command")
+    if isinstance(given, list):
+        return shlex.join(str(word) for word in given)
+    if given:
+        return str(given)
+    path = folder / "config.yaml"
+    if path.is_file():
+        with open(path, encoding="utf-8", errors="replace") as file:
+            first = file.readline(10_000).strip()
+        if first.startswith("# fastgen "):
+            return first.removeprefix("# ")
+    return ""
+
+
+def _model(config: Mapping[str, Any], environment: Mapping[str, Any], command: str) -> str:
+    in_command = re.search(r"\bfastgen train ([\w.-]+)", command)
+    return _name(config.get("model")) or _name(environment.get("model")) or (in_command[1] if in_command else "")
+
+
+def _name(given: object) -> str:
+    """A name that stands alone, or under "name" or "source" among other settings."""
+    if isinstance(given, Mapping):
+        return _name(given.get("name")) or _name(given.get("source"))
+    return given if isinstance(given, str) else ""
+
+
+def _address(folder: Path) -> str:
+    """The folder as a word of a command; without the places of this machine."""
+    return shlex.quote(folder.name if folder.is_absolute() else folder.as_posix())
+
+
+def _parameters(folder: Path, environment: Mapping[str, Any]) -> int | None:
+    """How many: as the run says, else the numbers in the saved model."""
+    if isinstance(environment.get("parameters"), int):
+        return int(environment["parameters"])
+    path = folder / "model" / "model.safetensors"
+    if not path.is_file():
+        return None
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            shapes: list[list[int]] = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+            return sum(math.prod(shape) for shape in shapes)
+    except (OSError, SafetensorError):
+        return None
+
+
+# --------------------------------------------------------------------------------------------------
+# What the page says
+
+
+def _tiles(
+    folder: Path, rows: list[dict[str, Any]], environment: Mapping[str, Any], figures: list[Mapping[str, Any]]
+) -> list[Tile]:
+    """The summary line. Rows' seconds count from the start of the run."""
+    tiles = []
+    if rows:
+        epoch = rows[-1].get("epoch")
+        tiles.append(Tile("steps", _value(rows[-1]["step"]), "", f"epoch {_value(epoch)}" if epoch is not None else ""))
+        seconds = max(
+            (float(row["seconds"]) for row in rows if isinstance(row.get("seconds"), (int, float))), default=0
+        )
+        speeds = [row["items_per_second"] for row in rows if isinstance(row.get("items_per_second"), (int, float))]
+        if 0 < seconds < math.inf:
+            note = f"{_value(speeds[-1], 3)} items a second" if speeds else ""
+            tiles.append(Tile("training", duration(seconds), "", note))
+    parameters = _parameters(folder, environment)
+    if parameters is not None:
+        tiles.append(Tile("parameters", _value(parameters)))
+    if figures:
+        shown = [_figure(figure) for figure in figures[:HEADLINES]]
+        return tiles + [Tile(each["name"], each["value"], each["unit"], each["interval"]) for each in shown]
+    last: dict[str, tuple[Any, Any]] = {}
+    for row in rows:
+        if row.get("part") == HELD_OUT:
+            last |= {str(name): (value, row["step"]) for name, value in row["values"].items()}
+    return tiles + [
+        Tile(f"held-out {name}", _value(value), UNITS.get(name, ""), f"at step {_value(step)}")
+        for name, (value, step) in list(last.items())[:HEADLINES]
+    ]
+
+
+def _figure(figure: Mapping[str, Any]) -> dict[str, str]:
+    """A figure of evaluation.json in words."""
+    low, high = figure.get("low"), figure.get("high")
+    words = {name: str(figure.get(name) or "") for name in ("name", "unit", "space", "note")}
+    interval = f"{_value(low)} to {_value(high)}" if low is not None and high is not None else ""
+    return words | {"value": _value(figure.get("value")), "interval": interval, "n": _value(figure.get("n"))}
+
+
+def _flat(settings: Mapping[Any, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    """Nested settings as (dotted name, value)."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            yield f"{prefix}{name}", ", ".join(_value(entry, 10) for entry in value) or DASH
+        else:
+            yield f"{prefix}{name}", _plain(value)
+
+
+def _plain(value: object) -> str:
+    """A setting as a person would type it."""
+    if value is None or value == "" or value == {}:
+        return DASH
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _value(value: object, digits: int = 4) -> str:
+    """A number with as many significant digits, integers with all of theirs."""
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer() and abs(value) < 1e15):
+        return _plain(value) if isinstance(value, bool) else f"{int(value):,}".replace("-", MINUS)
+    if not isinstance(value, float):
+        return _plain(value)
+    if not math.isfinite(value):
+        return "not finite"
+    size = abs(value)
+    text = f"{size:,.0f}" if size >= 10**digits else f"{size:.{digits}g}"
+    return MINUS * (value < 0) + text
+
+
+def _moment(given: object) -> str:
+    """21 November 2026, 15:10, of an ISO date; as it is otherwise."""
+    try:
+        moment = datetime.fromisoformat(str(given))
+    except ValueError:
+        return _name(given)
+    return f"{moment.day} {moment:%B %Y, %H:%M}"
+
+
+def _list(given: object) -> list[Any]:
+    return given if isinstance(given, list) else []
