@@ -1,0 +1,294 @@
+"""The DCGAN: what a trainer and a caller may rely on."""
+
+from __future__ import annotations
+
+import doctest
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastgen import losses
+from fastgen.models import dcgan
+from fastgen.models._base import Images, Moment, NoOptions, from_data
+from fastgen.models.dcgan import DCGAN, DCGANConfig
+
+NOW = Moment(1, 10)
+
+
+def small_model(**options: object) -> DCGAN:
+    torch.manual_seed(0)
+    return DCGAN(DCGANConfig(**{"width": 4, "latent_dim": 8, **options}))  # type: ignore[arg-type]
+
+
+def random_images(n: int, config: DCGANConfig) -> Tensor:
+    return torch.rand(n, config.channels, config.image_size, config.image_size, generator=seeded(1))
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def only(model: DCGAN, phase: str) -> None:
+    """What a trainer does before a phase."""
+    for other in model.phases():
+        for name in other.networks:
+            model.get_submodule(name).requires_grad_(other.name == phase)
+
+
+def step(model: DCGAN, phase: str, images: Tensor, moment: Moment = NOW) -> dict[str, Tensor]:
+    only(model, phase)
+    model.zero_grad()
+    values = model.loss(phase, {"images": images}, moment)
+    values["loss"].backward()
+    return values
+
+
+def with_gradients(model: DCGAN) -> set[str]:
+    """Names of the networks all of whose weights have a gradient that is not 0 everywhere."""
+    return {
+        name
+        for name, network in model.named_children()
+        if all(weight.grad is not None and bool(weight.grad.any()) for weight in network.parameters())
+    }
+
+
+@pytest.mark.parametrize("size", [8, 10, 12, 14, 20, 28, 32, 64])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_shapes_of_every_size(size: int, channels: int) -> None:
+    model = small_model(image_size=size, channels=channels)
+    images = random_images(3, model.config)
+    assert model.discriminator(images).shape == (3,)
+    drawn = model.draw(3, NoOptions())
+    assert isinstance(drawn, Images)
+    assert drawn.pixels.shape == images.shape
+    assert drawn.pixels.min() >= 0
+    assert drawn.pixels.max() <= 1
+    assert torch.isfinite(model.loss("generator", {"images": images}, NOW)["loss"])
+
+
+def test_networks_are_those_of_the_paper() -> None:
+    model = small_model(image_size=64, channels=3, width=16)
+    widths = [m.out_channels for m in model.generator if isinstance(m, nn.ConvTranspose2d)]
+    assert widths == [128, 64, 32, 16, 3]
+    widths = [m.out_channels for m in model.discriminator if isinstance(m, nn.Conv2d)]
+    assert widths == [16, 32, 64, 128, 1]
+    norms = [[type(m) for m in network].count(nn.BatchNorm2d) for network in model.children()]
+    assert norms == [4, 3]  # none in the generator's last layer, none in the discriminator's first
+    assert isinstance(model.generator[-1], nn.Tanh)
+    assert {m.negative_slope for m in model.discriminator if isinstance(m, nn.LeakyReLU)} == {0.2}
+    weights = torch.cat([m.weight.flatten() for m in model.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))])
+    torch.testing.assert_close(weights.std().item(), 0.02, rtol=0.01, atol=0)
+
+
+CONFIG_ERRORS = {
+    "no size": ({"image_size": 0}, "image_size: expected a positive integer, got 0"),
+    "a small size": ({"image_size": 4}, r"image_size: expected at least 8, .*got 4"),
+    "an odd size": ({"image_size": 30}, r"image_size: expected .* times a power of 2 \(8, 20, .*\), got 30"),
+    "no channels": ({"channels": 0}, "channels: expected a positive integer, got 0"),
+    "a width of True": ({"width": True}, "width: expected a positive integer, got True"),
+    "no critic steps": ({"critic_steps": 0}, "critic_steps: expected a positive integer, got 0"),
+    "an interval of 0": ({"penalty_every": 0}, "penalty_every: expected a positive integer, got 0"),
+    "an unknown game": ({"loss": "poker"}, "loss: expected one of minimax, .*, got 'poker'"),
+    "an unknown penalty": ({"penalty": "r3"}, "penalty: expected one of none, r1, gradient, dragan, got 'r3'"),
+    "an unknown norm": ({"discriminator_norm": "group"}, "discriminator_norm: expected one of batch, .*got 'group'"),
+    "batch norm under a penalty of samples": (
+        {"penalty": "gradient"},
+        "discriminator_norm: expected layer or none with penalty gradient, .*got 'batch'",
+    ),
+    "a negative weight": ({"penalty_weight": -1.0}, "penalty_weight: expected a number >= 0, got -1.0"),
+    "a learning rate of 0": (
+        {"generator_learning_rate": 0.0},
+        "generator_learning_rate: expected a positive number, got 0.0",
+    ),
+    "a beta of 1": ({"beta1": 1.0}, r"beta1: expected a probability in \[0, 1\), got 1.0"),
+}
+
+
+@pytest.mark.parametrize("mistake", CONFIG_ERRORS)
+def test_a_mistake_in_the_config_is_named(mistake: str) -> None:
+    options, message = CONFIG_ERRORS[mistake]
+    with pytest.raises(ValueError, match=f"^{message}"):
+        DCGANConfig(**options)  # type: ignore[arg-type]
+
+
+def test_the_data_decide_size_and_channels() -> None:
+    assert from_data(DCGANConfig) == ["image_size", "channels"]
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (None, TypeError, "images: expected a tensor, got NoneType"),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), TypeError, "images: expected a floating-point tensor"),
+        (torch.zeros(2, 3, 8, 8), ValueError, r"images: expected shape \(B, C, S, S\) = \(2, 1, 8, 8\), got"),
+    ],
+    ids=["none", "bytes", "colours"],
+)
+def test_images_that_do_not_fit_are_named(images: Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        small_model().loss("discriminator", {"images": images}, NOW)
+
+
+@pytest.mark.parametrize("phase", ["discriminator", "generator"])
+def test_a_phase_gives_gradients_to_its_own_networks_only(phase: str) -> None:
+    model = small_model()
+    values = step(model, phase, random_images(8, model.config))
+    assert with_gradients(model) == {phase}
+    others = [p.grad for name, p in model.named_parameters() if not name.startswith(phase)]
+    assert others == [None] * len(others)
+    assert all(value.shape == () for value in values.values())
+    assert all(not value.requires_grad for name, value in values.items() if name != "loss")
+
+
+def test_phases_say_which_networks_in_which_order() -> None:
+    model = small_model(critic_steps=5, generator_learning_rate=1e-3)
+    first, second = model.phases()
+    assert (first.name, first.networks, first.repeats) == ("discriminator", ("discriminator",), 5)
+    assert (second.name, second.networks, second.repeats) == ("generator", ("generator",), 1)
+    assert (first.learning_rate, second.learning_rate) == (DCGANConfig.discriminator_learning_rate, 1e-3)
+    assert model.averaged == ("generator",)
+
+
+PENALTIES = {
+    "r1": {"penalty": "r1"},
+    "dragan": {"penalty": "dragan"},
+    "gradient": {"penalty": "gradient", "discriminator_norm": "layer", "loss": "wasserstein"},
+    "gradient, no norm": {"penalty": "gradient", "discriminator_norm": "none"},
+}
+
+
+@pytest.mark.parametrize("case", PENALTIES)
+def test_a_penalty_adds_its_weight_times_itself_and_has_a_gradient(case: str) -> None:
+    model = small_model(**PENALTIES[case], penalty_weight=3.0)
+    images = random_images(8, model.config)
+    torch.manual_seed(2)
+    values = step(model, "discriminator", images)
+    slopes = [p.grad.clone() for p in model.discriminator.parameters() if p.grad is not None]
+    plain = small_model(**{**PENALTIES[case], "penalty": "none"})
+    torch.manual_seed(2)
+    without = step(plain, "discriminator", images)
+    assert "penalty" not in without
+    assert values["penalty"] > 0
+    torch.testing.assert_close(values["loss"], without["loss"] + 3 * values["penalty"])
+    others = [p.grad for p in plain.discriminator.parameters()]
+    assert any(not torch.equal(a, b) for a, b in zip(slopes, others, strict=True) if b is not None)
+
+
+def test_r1_is_the_penalty_of_the_real_images_in_a_batch_of_their_own() -> None:
+    model = small_model(penalty="r1")
+    images = random_images(8, model.config)
+    real = (2 * images - 1).requires_grad_()
+    wanted = losses.r1_penalty(model.discriminator(real), real)
+    torch.testing.assert_close(step(model, "discriminator", images)["penalty"], wanted.detach())
+
+
+def test_a_lazy_penalty_comes_every_so_many_steps_and_weighs_as_much() -> None:
+    eager, lazy = small_model(penalty_every=1), small_model(penalty_every=4)
+    images = random_images(8, eager.config)
+    for number in range(1, 9):
+        values = []
+        for model in (eager, lazy):
+            torch.manual_seed(number)
+            values.append(model.loss("discriminator", {"images": images}, Moment(number, 8)))
+        assert ("penalty" in values[1]) == (number % 4 == 0)
+        if number % 4 == 0:
+            torch.testing.assert_close(values[1]["penalty"], 4 * values[0]["penalty"])
+
+
+def test_a_penalty_passes_by_compiled_networks() -> None:
+    """With an r1 penalty in every second step; PyTorch can't differentiate compiled code twice."""
+    model = small_model(penalty="r1", penalty_every=2)
+    reference = small_model(penalty="r1", penalty_every=2)
+    images = random_images(8, model.config)
+    for network in model.children():
+        network.compile(backend="aot_eager")
+    for number in (1, 2):
+        for phase in ("discriminator", "generator"):
+            losses_of_both = []
+            for each in (model, reference):
+                torch.manual_seed(number)
+                losses_of_both.append(step(each, phase, images, Moment(number, 2))["loss"])
+            torch.testing.assert_close(*losses_of_both)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("case", PENALTIES)
+def test_gradients_under_autocast_are_finite(case: str) -> None:
+    model = small_model(**PENALTIES[case])
+    for phase in ("discriminator", "generator"):
+        only(model, phase)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model.loss(phase, {"images": random_images(8, model.config)}, NOW)["loss"]
+        assert loss.dtype == torch.float32
+        loss.backward()
+        for parameter in model.get_submodule(phase).parameters():
+            assert parameter.grad is not None
+            assert torch.isfinite(parameter.grad).all()
+
+
+def test_each_player_s_steps_lower_its_loss_on_a_fixed_batch() -> None:
+    model = small_model(width=16, penalty_weight=0.1)
+    images = (random_images(1, model.config) > 0.5).float().expand(16, -1, -1, -1)
+    for phase in model.phases():
+        optimizer = torch.optim.AdamW(model.get_submodule(phase.name).parameters(), lr=2e-3, betas=phase.betas)
+        values = []
+        for _ in range(20):
+            torch.manual_seed(3)
+            values.append(step(model, phase.name, images)["loss"].item())
+            optimizer.step()
+        assert values[-1] < 0.7 * values[0]
+
+
+def test_training_both_brings_samples_to_the_data() -> None:
+    """One image is all the data there is."""
+    model = small_model(width=16, generator_learning_rate=2e-3, discriminator_learning_rate=2e-3)
+    images = (random_images(1, model.config) > 0.5).float().expand(16, -1, -1, -1)
+    optimizers = {
+        p.name: torch.optim.AdamW(model.get_submodule(p.name).parameters(), p.learning_rate, p.betas)
+        for p in model.phases()
+    }
+
+    def error() -> float:
+        return (model.draw(16, NoOptions(), generator=seeded(0)).pixels - images[:1]).abs().mean().item()
+
+    before = error()
+    for _ in range(100):
+        for phase, optimizer in optimizers.items():
+            step(model, phase, images)
+            optimizer.step()
+    assert before > 0.4
+    assert error() < 0.2
+
+
+def test_samples_depend_on_the_generator_alone() -> None:
+    model = small_model()
+    first, again, other = (model.draw(4, NoOptions(), generator=seeded(s)).pixels for s in (7, 7, 8))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert model.training
+    more = model.draw(6, NoOptions(), generator=seeded(7)).pixels  # no image depends on its neighbours
+    torch.testing.assert_close(more[:4], first)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.draw(2, NoOptions())
+    assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
+    with pytest.raises(ValueError, match="n: expected a positive integer, got 0"):
+        model.draw(0, NoOptions())
+
+
+def test_a_saved_model_comes_back(tmp_path) -> None:
+    pytest.importorskip("huggingface_hub")
+    model = small_model(image_size=12, channels=3, loss="hinge")
+    step(model, "generator", random_images(8, model.config))  # so that statistics are not those of the beginning
+    model.save_pretrained(tmp_path)
+    loaded = DCGAN.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    assert torch.equal(
+        loaded.draw(2, NoOptions(), generator=seeded(0)).pixels, model.draw(2, NoOptions(), generator=seeded(0)).pixels
+    )
+
+
+def test_examples_in_docstrings_run() -> None:
+    results = doctest.testmod(dcgan, extraglobs={"torch": torch})
+    assert results.attempted
+    assert results.failed == 0
