@@ -48,7 +48,6 @@ class Tile(NamedTuple):
 
     name: str
     value: str
-    unit: str = ""
     note: str = ""
 
 
@@ -195,26 +194,26 @@ def _tiles(
     tiles = []
     if rows:
         epoch = rows[-1].get("epoch")
-        tiles.append(Tile("steps", _value(rows[-1]["step"]), "", f"epoch {_value(epoch)}" if epoch is not None else ""))
+        tiles.append(Tile("steps", _value(rows[-1]["step"]), f"epoch {_value(epoch)}" if epoch is not None else ""))
         seconds = max(
             (float(row["seconds"]) for row in rows if isinstance(row.get("seconds"), (int, float))), default=0
         )
         speeds = [row["items_per_second"] for row in rows if isinstance(row.get("items_per_second"), (int, float))]
         if 0 < seconds < math.inf:
             note = f"{_value(speeds[-1], 3)} items a second" if speeds else ""
-            tiles.append(Tile("training", duration(seconds), "", note))
+            tiles.append(Tile("training", duration(seconds), note))
     parameters = _parameters(folder, environment)
     if parameters is not None:
         tiles.append(Tile("parameters", _value(parameters)))
     if figures:
         shown = [_figure(figure) for figure in figures[:HEADLINES]]
-        return tiles + [Tile(each["name"], each["value"], each["unit"], each["interval"]) for each in shown]
+        return tiles + [Tile(each["name"], each["value"], _joined(each["unit"], each["interval"])) for each in shown]
     last: dict[str, tuple[Any, Any]] = {}
     for row in rows:
         if row.get("part") == HELD_OUT:
             last |= {str(name): (value, row["step"]) for name, value in row["values"].items()}
     return tiles + [
-        Tile(f"held-out {name}", _value(value), UNITS.get(name, ""), f"at step {_value(step)}")
+        Tile(f"held-out {name}", _value(value), _joined(UNITS.get(name, ""), f"at step {_value(step)}"))
         for name, (value, step) in list(last.items())[:HEADLINES]
     ]
 
@@ -265,6 +264,10 @@ def _moment(given: object) -> str:
     except ValueError:
         return _name(given)
     return f"{moment.day} {moment:%B %Y, %H:%M}"
+
+
+def _joined(*words: str) -> str:
+    return ", ".join(word for word in words if word)
 
 
 def _list(given: object) -> list[Any]:
