@@ -1,0 +1,40 @@
+"""Offline evaluation of generative models: likelihoods, distances in a named feature space, and their intervals.
+
+It knows tensors and modules that it is given; neither models, nor files, nor training.
+
+    space = classifier_features(images, labels, data="digits")
+    for figure in evaluate_images(held_out, generated, space, training=images):
+        print(figure)
+"""
+
+from __future__ import annotations
+
+from fastgen.metrics.bootstrap import Interval, bootstrap_interval, bootstrap_sets, proportion_interval
+from fastgen.metrics.distances import Neighbourhoods, frechet_distance, kernel_distance, neighbourhoods
+from fastgen.metrics.features import FeatureSpace, classifier_features, inception_features, rotation_features
+from fastgen.metrics.figures import Figure, summarise
+from fastgen.metrics.images import class_agreement, evaluate_images
+from fastgen.metrics.likelihood import ImportanceWeightedBound, bits_per_dim, importance_weighted_bound, perplexity
+
+__all__ = [
+    "FeatureSpace",
+    "Figure",
+    "ImportanceWeightedBound",
+    "Interval",
+    "Neighbourhoods",
+    "bits_per_dim",
+    "bootstrap_interval",
+    "bootstrap_sets",
+    "class_agreement",
+    "classifier_features",
+    "evaluate_images",
+    "frechet_distance",
+    "importance_weighted_bound",
+    "inception_features",
+    "kernel_distance",
+    "neighbourhoods",
+    "perplexity",
+    "proportion_interval",
+    "rotation_features",
+    "summarise",
+]
