@@ -1,7 +1,22 @@
-"""Data sets: read once, whole, into memory."""
+"""Data sets: in the box, or a person's own files; read without running code, split the same way every time."""
 
 from __future__ import annotations
 
+from fastgen.data._base import Dataset, Items, TensorItems
+from fastgen.data.config import DataConfig
+from fastgen.data.describe import Description, describe
 from fastgen.data.images import ImageData, load_images
+from fastgen.data.sources import SOURCES, load_data
 
-__all__ = ["ImageData", "load_images"]
+__all__ = [
+    "SOURCES",
+    "DataConfig",
+    "Dataset",
+    "Description",
+    "ImageData",
+    "Items",
+    "TensorItems",
+    "describe",
+    "load_data",
+    "load_images",
+]

@@ -64,6 +64,7 @@ class Dataset:
 
     name: as the user wrote it. facts: what a model's config may take from the data. fingerprint: of the contents and
     the split; equal only for equal data. make_splits: options of the model (the length of text) -> train, held out.
+    about: what else ``describe`` tells a person.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Dataset:
     facts: Mapping[str, Any]
     fingerprint: str
     make_splits: Callable[..., tuple[Items, Items]] = field(repr=False)
+    about: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def splits(self, **options: Any) -> tuple[Items, Items]:
         """(training, held out). Options: ``length`` of text, in tokens."""

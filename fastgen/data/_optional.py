@@ -1,0 +1,18 @@
+"""Packages of the extras, imported where they are needed."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def need(module: str, package: str, what: str) -> Any:
+    """The module; ImportError says that ``what`` needs ``package``, where it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module + ".").startswith(error.name + "."):
+            raise
+        raise ImportError(
+            f"{what}: expected {package} to be installed, got none: pip install 'fastgen[train]'"
+        ) from None

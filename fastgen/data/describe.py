@@ -1,0 +1,161 @@
+"""What a person wants to know of data before training on them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastgen.data._base import Dataset, Items
+from fastgen.data.config import DataConfig
+from fastgen.data.sequences import spell
+from fastgen.data.sources import find, load_data
+
+EXAMPLES = 8
+EXAMPLE_LENGTH = 64
+LOOKED_AT, LOOKED_AT_LAZY = 20_000, 1_000
+TINY, TINY_TEXT = 100, 10_000
+FEW = 5
+SHOWN, SHOWN_CLASSES = 120, 20
+Examples: TypeAlias = Mapping[str, Tensor | list[str]]
+
+
+@dataclass(frozen=True, eq=False)
+class Description:
+    """A data set as people see it; ``str`` is for the terminal.
+
+    kinds: all that the source can serve; ``kind`` is the one described. train, held_out: numbers of items (of text:
+    characters). facts: what a model's config may take from the data. classes: name -> number of items, both splits.
+    value_range: smallest and largest value of pixels or samples. examples: by name, pictures (n, C, S, S) in [0, 1],
+    waves (n, length), or strings. warnings: what may spoil the training.
+    """
+
+    name: str
+    kind: str
+    kinds: Sequence[str]
+    train: int
+    held_out: int
+    facts: Mapping[str, Any]
+    fingerprint: str
+    classes: Mapping[str, int]
+    value_range: tuple[float, float] | None
+    examples: Examples
+    warnings: Sequence[str]
+
+    def __str__(self) -> str:
+        unit = "characters" if self.kind == "text" else "items"
+        others = [kind for kind in self.kinds if kind != self.kind]
+        lines = [
+            f"{self.name}: {self.kind}" + (f" (also {', '.join(others)})" if others else ""),
+            f"  {self.train:,} {unit} to train on, {self.held_out:,} held out",
+            *(f"  {name}: {_short(value)}" for name, value in self.facts.items()),
+        ]
+        if self.value_range:
+            lines.append("  values from {:.4g} to {:.4g}".format(*self.value_range))
+        if self.classes:
+            lines.append("  items of each class: " + _counts(self.classes))
+        lines.append(f"  fingerprint: {self.fingerprint}")
+        for name, shown in self.examples.items():
+            if isinstance(shown, list):
+                lines += [f"  {name}:", *(f"    {text!r}" for text in shown)]
+        return "\n".join(lines + [f"  warning: {warning}" for warning in self.warnings])
+
+
+def describe(config: DataConfig, kind: str | None = None) -> Description:
+    """Look at a data set; at a very large one, at its first items. Errors are those of ``load_data``.
+
+    Args:
+        kind: as which kind of data; default the first that the source can serve.
+    """
+    makers = find(config)
+    kind = kind or next(iter(makers))
+    data = makers[kind]() if kind in makers else load_data(config, kind)
+    return _describe(data, tuple(makers))
+
+
+def _describe(data: Dataset, kinds: Sequence[str]) -> Description:
+    characters = data.about.get("characters")
+    splits = data.splits(length=min(EXAMPLE_LENGTH, *characters)) if characters else data.splits()
+    train, held_out = characters or map(len, splits)
+    warnings = list(data.about.get("warnings", []))
+    least, unit = (TINY_TEXT, "characters") if characters else (TINY, "items")
+    if train < least:
+        warnings.append(f"only {train} {unit} to train on")
+    classes = _class_counts(data)
+    few = [name for name, n in classes.items() if n < FEW]
+    if few:
+        warnings.append(f"classes with fewer than {FEW} items: {_short(', '.join(few))}")
+    value_range = None
+    if data.kind not in ("text", "sequences"):
+        value_range, found = _look(splits, repeats=data.kind != "domains")
+        warnings += found
+    return Description(
+        name=data.name,
+        kind=data.kind,
+        kinds=kinds,
+        train=train,
+        held_out=held_out,
+        facts=data.facts,
+        fingerprint=data.fingerprint,
+        classes=classes,
+        value_range=value_range,
+        examples=_examples(data, splits[0]),
+        warnings=warnings,
+    )
+
+
+def _class_counts(data: Dataset) -> dict[str, int]:
+    names = data.about.get("class_names", [])
+    counts = data.about.get("class_counts", [])
+    return {names[i] if i < len(names) else str(i): n for i, n in enumerate(counts)}
+
+
+def _look(splits: tuple[Items, Items], repeats: bool) -> tuple[tuple[float, float], list[str]]:
+    """(smallest and largest value, warnings) of items that are floats. ``repeats``: whether they are worth counting."""
+    low, high, constant, repeated, leaked = float("inf"), float("-inf"), 0, 0, 0
+    seen: set[bytes] = set()
+    for split, items in enumerate(splits):
+        trained_on = set(seen)
+        for indices in torch.arange(min(len(items), LOOKED_AT_LAZY if items.lazy else LOOKED_AT)).split(256):
+            parts = [part.flatten(1) for part in items.batch(indices).values() if part.is_floating_point()]
+            low = min(low, *(float(part.min()) for part in parts))
+            high = max(high, *(float(part.max()) for part in parts))
+            constant += int(torch.stack([(part == part[:, :1]).all(1) for part in parts]).any(0).sum())
+            for row in torch.cat(parts, 1).numpy():
+                row_hash = hashlib.blake2b(row.tobytes(), digest_size=16).digest()
+                leaked += split == 1 and row_hash in trained_on
+                repeated += row_hash in seen
+                seen.add(row_hash)
+    warnings = [f"{constant:,} items of one value throughout"] if constant else []
+    if repeats and repeated:
+        warnings.append(f"{repeated:,} items occur before; {leaked:,} held-out ones are also trained on")
+    return (low, high), warnings
+
+
+def _examples(data: Dataset, train: Items) -> Examples:
+    """Items spread over the training part."""
+    n = min(EXAMPLES, len(train))
+    batch = train.batch(torch.arange(n) * (len(train) // n))
+    vocabulary = data.facts.get("vocabulary", "")
+    if data.kind == "text":
+        return {"text": ["".join(vocabulary[token] for token in row) for row in batch["tokens"].tolist()]}
+    if data.kind == "sequences":
+        sides = [[spell(row, vocabulary) for row in batch[side]] for side in ("source", "target")]
+        return {"pairs": [f"{source} -> {target}" for source, target in zip(*sides, strict=True)]}
+    return {name: part for name, part in batch.items() if part.is_floating_point()}
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else str(value)
+    length = f" ({len(text)} characters)" if len(text) > SHOWN else ""
+    shown = text[:SHOWN] + ("..." if length else "")
+    return (shown if shown.isprintable() else repr(shown)[1:-1]) + length
+
+
+def _counts(classes: Mapping[str, int]) -> str:
+    listed = [f"{name} {n:,}" for name, n in classes.items()]
+    return ", ".join(listed[:SHOWN_CLASSES]) + (f", ... ({len(listed)} classes)" if len(listed) > SHOWN_CLASSES else "")

@@ -1,0 +1,135 @@
+"""Files in a user's folder, and the images among them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import Counter
+from collections.abc import Set
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from fastgen.data._base import Dataset
+from fastgen.data.image_sets import Pictures, count_levels, domain_dataset, image_dataset, pair_dataset
+from fastgen.data.pictures import Files, read_headers, read_stack
+from fastgen.data.splitting import at_least, hold_out
+
+SPLITS = frozenset(("train", "training", "test", "testing", "val", "valid", "validation"))
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Paths relative to the folder, sorted by their parts. Links are followed, hidden files and folders left out."""
+    found, seen = [], set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:  # a link to a folder above itself
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(here, name).relative_to(folder) for name in files if not name.startswith(".")]
+    return sorted(found, key=lambda path: path.parts)
+
+
+def with_suffix(files: list[Path], suffixes: Set[str]) -> list[Path]:
+    return [file for file in files if file.suffix.lower() in suffixes]
+
+
+def suffixes_of(files: list[Path]) -> str:
+    """How many files there are of each kind, for messages: "3 .jpg, 1 without a suffix"."""
+    counts = Counter(file.suffix.lower() or "without a suffix" for file in files)
+    return ", ".join(f"{n} {suffix}" for suffix, n in sorted(counts.items())) or "no files"
+
+
+class ImageFolder:
+    """Pictures directly in a folder (no classes), or in subfolders (each a class, in sorted order).
+
+    Raises:
+        ValueError: both, or subfolders that are named like splits.
+    """
+
+    def __init__(self, folder: Path, files: list[Path]) -> None:
+        self.folder, self.files = folder, files
+        self.class_names = sorted({file.parts[0] for file in files if len(file.parts) > 1})
+        direct = [file for file in files if len(file.parts) == 1]
+        if direct and self.class_names:
+            raise ValueError(
+                f"{folder}: expected images directly inside or in subfolders, one for each class, "
+                f"got both ({direct[0]} and {self.class_names[0]}{os.sep})"
+            )
+        if len(self.class_names) > 1 and SPLITS.issuperset(name.lower() for name in self.class_names):
+            raise ValueError(
+                f"{folder}: expected subfolders that are classes, got {', '.join(self.class_names)}: give one of them"
+            )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        if self.class_names == ["inputs", "targets"]:
+            return ("pairs", "images", "domains")
+        return ("images", "domains") if len(self.class_names) == 2 else ("images",)
+
+    def images(self, image_size: int, every: int) -> Dataset:
+        return image_dataset(self._pictures(image_size), every)
+
+    def domains(self, image_size: int, every: int) -> Dataset:
+        return domain_dataset(self._pictures(image_size), every)
+
+    def pairs(self, image_size: int, every: int) -> Dataset:
+        """Of inputs/ and targets/: files of equal names, but for the suffix, belong together."""
+        inputs, targets = self._by_stem("inputs"), self._by_stem("targets")
+        for stem in sorted(inputs.keys() ^ targets.keys()):
+            place = "inputs" if stem in targets else "targets"
+            raise ValueError(f"{self.folder}: expected a picture {stem} in {place}{os.sep} too, got none")
+        at_least(str(self.folder), len(inputs), "pairs")
+        left, right = (
+            _pictures(str(self.folder), self.folder, [side[stem] for stem in sorted(side)], image_size)
+            for side in (inputs, targets)
+        )
+        if left.stack.shape[2] != right.stack.shape[2]:
+            raise ValueError(
+                f"{self.folder}: expected inputs and targets of one size, got {left.stack.shape[2]} and "
+                f"{right.stack.shape[2]}: --image-size resizes and crops them"
+            )
+        return pair_dataset(left, right, *hold_out(len(inputs), every))
+
+    def _pictures(self, image_size: int) -> Pictures:
+        at_least(str(self.folder), len(self.files), "images")
+        labels = None
+        if len(self.class_names) > 1:
+            number = {name: i for i, name in enumerate(self.class_names)}
+            labels = torch.tensor([number[file.parts[0]] for file in self.files])
+        pictures = _pictures(str(self.folder), self.folder, self.files, image_size)
+        names = self.class_names if labels is not None else []
+        return dataclasses.replace(pictures, labels=labels, class_names=names)
+
+    def _by_stem(self, side: str) -> dict[Path, Path]:
+        """Name without side and suffix -> file."""
+        found: dict[Path, Path] = {}
+        for file in self.files:
+            if file.parts[0] == side:
+                stem = file.relative_to(side).with_suffix("")
+                if stem in found:
+                    raise ValueError(
+                        f"{self.folder}: expected one picture {side}{os.sep}{stem}, got {found[stem]}, {file}"
+                    )
+                found[stem] = file
+        return found
+
+
+def _read(folder: Path, files: list[Path], i: int) -> bytes:
+    return (folder / files[i]).read_bytes()
+
+
+def _pictures(name: str, folder: Path, files: list[Path], image_size: int) -> Pictures:
+    return from_files(name, Files([str(folder / file) for file in files], partial(_read, folder, files)), image_size)
+
+
+def from_files(name: str, files: Files, image_size: int) -> Pictures:
+    """Encoded pictures, as grey ones where every file says that it is grey, else in colour."""
+    headers = read_headers(files)
+    channels = 1 if all(header.grey for header in headers) else 3
+    stack = read_stack(name, files, headers, image_size, channels)
+    contents = b"".join(header.digest for header in headers)
+    return Pictures(name, stack, contents, *count_levels(stack))

@@ -1,0 +1,111 @@
+"""Sequences turned into others: reversal, sums, and a user's pairs of lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastgen.data._base import Dataset, TensorItems, digest
+from fastgen.data.splitting import at_least, hold_out_groups
+from fastgen.data.text import encode, read_text
+
+PADDING, START, END, FIRST = 0, 1, 2, 3
+"""Tokens; ``FIRST`` is the vocabulary's first character."""
+
+ITEMS = 10_000
+MOST = 200_000
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+Pairs = list[tuple[str, str]]
+
+
+def sequence_dataset(name: str, pairs: Pairs, every: int, groups: Tensor | None = None) -> Dataset:
+    """Kind sequences: (source, target). One source in ``every`` is held out, with all its targets.
+
+    Args:
+        groups: (N,) int64. Pairs of one group are held out together; default those of one source.
+    """
+    at_least(name, len(pairs), "pairs")
+    if groups is None:
+        number = {source: i for i, source in enumerate(dict.fromkeys(source for source, _ in pairs))}
+        groups = torch.tensor([number[source] for source, _ in pairs])
+        at_least(name, len(number), "different sources")
+    sources, targets = ([pair[side] for pair in pairs] for side in (0, 1))
+    tokens, vocabulary = encode("".join(sources + targets))
+    cut = sum(map(len, sources))
+    tensors = {"source": _pad(tokens[:cut], sources), "target": _pad(tokens[cut:], targets)}
+    facts = {"vocabulary": vocabulary, **{f"{side}_length": tensor.shape[1] for side, tensor in tensors.items()}}
+    train, held = hold_out_groups(groups, every)
+
+    def make_splits() -> tuple[TensorItems, TensorItems]:
+        parts = [{side: tensor[part] for side, tensor in tensors.items()} for part in (train, held)]
+        return TensorItems(parts[0]), TensorItems(parts[1])
+
+    fingerprint = digest("sequences", facts, *tensors.values(), held)
+    return Dataset(name, "sequences", facts, fingerprint, make_splits)
+
+
+def _pad(tokens: Tensor, texts: list[str]) -> Tensor:
+    """(N, longest + 2) int64: each text's tokens between start and end, then padding."""
+    lengths = torch.tensor([len(text) for text in texts])
+    out = torch.full((len(texts), int(lengths.max()) + 2), PADDING)
+    out[:, 0] = START
+    columns = torch.arange(out.shape[1])
+    out[(columns >= 1) & (columns <= lengths[:, None])] = tokens.long() + FIRST
+    out[torch.arange(len(texts)), lengths + 1] = END
+    return out
+
+
+def spell(tokens: Tensor, vocabulary: str) -> str:
+    """The text of a source or target (S,), without start, end and padding."""
+    return "".join(vocabulary[token - FIRST] for token in tokens.tolist() if token >= FIRST)
+
+
+def reversal(items: int, every: int) -> Dataset:
+    """Random strings of 4 to 12 letters, and the same backwards. No string occurs twice."""
+    draw = _numbers("reversal", items)
+    texts: dict[str, None] = {}
+    while len(texts) < (items or ITEMS):
+        length = int(draw(4, 13, 1))
+        texts["".join(LETTERS[i] for i in draw(0, 26, length).tolist())] = None
+    return sequence_dataset("reversal", [(text, text[::-1]) for text in texts], every)
+
+
+def sums(items: int, every: int) -> Dataset:
+    """Two numbers from 0 to 999 and their sum: "12+345" -> "357". No two pairs have the same numbers, in any order."""
+    draw = _numbers("sums", items)
+    terms: dict[tuple[int, int], tuple[int, int]] = {}
+    while len(terms) < (items or ITEMS):
+        a, b = draw(0, 1000, 2).tolist()
+        terms.setdefault((min(a, b), max(a, b)), (a, b))
+    return sequence_dataset("sums", [(f"{a}+{b}", str(a + b)) for a, b in terms.values()], every)
+
+
+def _numbers(name: str, items: int) -> Callable[[int, int, int], Tensor]:
+    """Random whole numbers: low, high (excluded), how many."""
+    if items:
+        at_least(name, items)
+    if items > MOST:
+        raise ValueError(f"{name}: items: expected at most {MOST}, got {items}")
+    generator = torch.Generator().manual_seed(0)
+    return lambda low, high, n: torch.randint(low, high, (n,), generator=generator)
+
+
+def read_tsv(path: Path, every: int) -> Dataset:
+    """A UTF-8 file of lines: source, a tab, target. Empty lines are left out.
+
+    Raises:
+        ValueError: a line with another number of tabs, or nothing on a side of it; not UTF-8; too few pairs.
+    """
+    pairs: Pairs = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line:
+            continue
+        parts = line.split("\t")
+        if len(parts) != 2 or not all(parts):
+            got = f"{len(parts) - 1} tabs" if len(parts) != 2 else "nothing on one side of it"
+            raise ValueError(f"{path}: line {number}: expected source, one tab, target, got {got}")
+        pairs.append((parts[0], parts[1]))
+    return sequence_dataset(str(path), pairs, every)

@@ -1,0 +1,38 @@
+"""Which items are held out: the same ones on every call and every machine."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MIN_ITEMS = 10
+HELD_OUT = 5
+HELD_OUT_TEXT = 10
+
+
+def hold_out(n: int, every: int, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(training, held out): numbers of items, ascending. One in ``every`` is held out, drawn at random.
+
+    Args:
+        n: items. every: 0 stands for ``HELD_OUT``.
+        labels: (n,) int64. Each class gives its share, to within one item.
+    """
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    if labels is not None:
+        order = order[labels[order].argsort(stable=True)]
+    held = torch.zeros(n, dtype=torch.bool)
+    held[order[:: every or HELD_OUT]] = True
+    return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
+
+
+def hold_out_groups(groups: Tensor, every: int) -> tuple[Tensor, Tensor]:
+    """As ``hold_out``, but items of one group (groups: (n,) int64, 0, 1, ...) stay on one side."""
+    _, held_groups = hold_out(int(groups.max()) + 1, every)
+    held = torch.isin(groups, held_groups)
+    return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
+
+
+def at_least(name: str, n: int, what: str = "items", least: int = MIN_ITEMS) -> None:
+    """ValueError where there are too few items to train on some and hold out others."""
+    if n < least:
+        raise ValueError(f"{name}: {what}: expected at least {least} of them, got {n}")
