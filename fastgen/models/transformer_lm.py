@@ -61,7 +61,7 @@ class TransformerLMConfig:
         if isinstance(self.mlp_width, bool) or not isinstance(self.mlp_width, int) or self.mlp_width < 0:
             raise ValueError(f"mlp_width: expected an integer >= 0, got {self.mlp_width!r}")
         if self.activation not in get_args(Activation):
-            raise ValueError(f"activation: expected one of {get_args(Activation)}, got {self.activation!r}")
+            raise ValueError(f"activation: expected one of {', '.join(get_args(Activation))}, got {self.activation!r}")
         for name in ("dropout", "beta1", "beta2"):
             require_probability(name, getattr(self, name))
         if not 0 < self.learning_rate < math.inf:
@@ -264,7 +264,8 @@ class TransformerLM(GenerativeModel):
         was_training = self.training
         self.eval()
         try:
-            drawn = self._continue(tokens, options, generator).tolist()
+            with torch.compiler.set_stance("force_eager"):  # compiled, every length of a prompt would be so anew
+                drawn = self._continue(tokens, options, generator).tolist()
         finally:
             self.train(was_training)
         vocabulary = self.config.vocabulary
