@@ -1,109 +1,241 @@
-"""Data sets: layouts, the held-out part, and errors that name the file."""
+"""Sets in the box: what batches hold, what is held out, how options are refused, what people are told."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+import re
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from fastgen.data import load_images
+from fastgen.data import SOURCES, DataConfig, Dataset, Items, describe, load_data
+from fastgen.data.sequences import spell
+from fastgen.data.text import prose
+
+SERVED = [
+    ("digits", "images", {"image_size": 8, "channels": 1, "levels": 17, "classes": 10}),
+    ("textures", "domains", {"image_size": 32, "channels": 1, "levels": 256}),
+    ("textures", "images", {"image_size": 32, "channels": 1, "levels": 256, "classes": 2}),
+    ("photos", "images", {"image_size": 32, "channels": 3, "levels": 256, "classes": 0}),
+    ("photos", "pairs", {"image_size": 32, "input_channels": 1, "channels": 3, "levels": 256}),
+    ("prose", "text", {}),
+    ("reversal", "sequences", {"source_length": 14, "target_length": 14}),
+    ("sums", "sequences", {"vocabulary": "+0123456789", "source_length": 9, "target_length": 6}),
+    ("tones", "audio", {"sample_rate": 8000, "length": 8000}),
+]
+SMALL = {source: {"items": 60} for source in ("textures", "photos", "reversal", "sums", "tones")}
 
 
-def test_digits_are_split_per_class_and_always_the_same_way() -> None:
-    data, again = load_images("digits"), load_images("digits")
-    assert data.train.shape[1:] == data.test.shape[1:] == (1, 8, 8)
-    assert len(data.train) + len(data.test) == 1797
-    assert data.levels == 17
-    assert torch.equal((data.train * 16).round() / 16, data.train)
-    assert data.train_labels is not None
-    assert data.test_labels is not None
-    held, kept = data.test_labels.bincount(), data.train_labels.bincount()
-    assert len(held) == 10
-    assert ((held - (held + kept) / 5).abs() < 1).all()
-    assert torch.equal(data.test, again.test)
-    assert data.fingerprint() == again.fingerprint()
+def everything(items: Items) -> dict[str, torch.Tensor]:
+    return items.batch(torch.arange(len(items)))
+
+
+def check_contract(data: Dataset) -> None:
+    """Batches hold what ``fastgen.models.KINDS`` says of the kind."""
+    facts: dict[str, Any] = dict(data.facts)
+    for items in data.splits(length=33) if data.kind == "text" else data.splits():
+        batch = items.batch(torch.tensor([len(items) - 1, 0, 0]))
+        if data.kind == "text":
+            assert batch["tokens"].shape == (3, 33)
+            limits = {"tokens": len(facts["vocabulary"])}
+        elif data.kind == "sequences":
+            assert batch["source"].shape == (3, facts["source_length"])
+            assert batch["target"].shape == (3, facts["target_length"])
+            limits = dict.fromkeys(batch, len(facts["vocabulary"]) + 3)
+        else:
+            limits = {"labels": facts["classes"]} if facts.get("classes") else {}
+            low = -1 if data.kind == "audio" else 0
+            names = {"images": ["images"], "pairs": ["inputs", "targets"], "domains": ["a", "b"], "audio": ["audio"]}
+            assert set(batch) == {*names[data.kind], *limits}
+            for name in names[data.kind]:
+                channels = facts.get("input_channels" if name == "inputs" else "channels")
+                side = facts.get("image_size")
+                shape = (facts["length"],) if data.kind == "audio" else (channels, side, side)
+                assert batch[name].shape == (3, *shape)
+                assert batch[name].dtype == torch.float32
+                assert low <= batch[name].min()
+                assert batch[name].max() <= 1
+                if "levels" in facts:
+                    steps = batch[name] * (facts["levels"] - 1)
+                    assert (steps - steps.round()).abs().max() < 1e-4
+        for name, limit in limits.items():
+            assert batch[name].dtype == torch.int64
+            assert 0 <= batch[name].min()
+            assert batch[name].max() < limit
+        assert all(torch.equal(part[1], part[2]) for part in batch.values())
+
+
+@pytest.mark.parametrize(("source", "kind", "facts"), SERVED, ids=[f"{s}-{k}" for s, k, _ in SERVED])
+def test_sets_in_the_box_hold_what_their_kind_says_and_are_always_the_same(
+    source: str, kind: str, facts: dict[str, Any]
+) -> None:
+    config = DataConfig(source=source, **SMALL.get(source, {}))
+    data, again = load_data(config, kind), load_data(config, kind)
+    assert data.kind == kind
+    assert facts.items() <= data.facts.items()
+    check_contract(data)
+    assert data.fingerprint == again.fingerprint
+    other = load_data(DataConfig(source=source, held_out=3, **SMALL.get(source, {})), kind)
+    assert other.fingerprint != data.fingerprint
+
+
+def test_every_set_in_the_box_is_tested() -> None:
+    assert {source for source, _, _ in SERVED} == set(SOURCES)
+    for source, line in SOURCES.items():
+        kinds = {kind for other, kind, _ in SERVED if other == source}
+        assert kinds == {kind for kind in ("images", "pairs", "domains", "text", "sequences", "audio") if kind in line}
+
+
+def test_digits_are_counts_of_sixteen_split_per_class() -> None:
+    from sklearn.datasets import load_digits
+
+    train, held = map(everything, load_data(DataConfig(), "images").splits())
+    both = torch.cat([train["images"], held["images"]])
+    assert len(both) == 1797
+    expected = torch.from_numpy(load_digits().images).float() / 16
+    assert torch.equal(both.flatten(1).sum(1).sort().values, expected.flatten(1).sum(1).sort().values)
+    counts, kept = held["labels"].bincount(), train["labels"].bincount()
+    assert len(counts) == 10
+    assert ((counts - (counts + kept) / 5).abs() < 1).all()
+
+
+def test_resized_digits_have_all_levels() -> None:
+    data = load_data(DataConfig(image_size=16), "images")
+    assert data.facts == {"image_size": 16, "channels": 1, "levels": 256, "classes": 10}
+    small, large = (everything(load_data(DataConfig(image_size=s), "images").splits()[1])["images"] for s in (8, 16))
+    assert (torch.nn.functional.avg_pool2d(large, 2) - small).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize(("source", "kind"), [("textures", "images"), ("photos", "images")])
+def test_held_out_patches_share_no_pixel_with_the_others(source: str, kind: str) -> None:
+    train, held = load_data(DataConfig(source=source, items=400), kind).splits()
+    rows = [{row.numpy().tobytes() for row in everything(part)["images"].flatten(0, 2)} for part in (train, held)]
+    rows = [{row for row in part if len(set(row)) > 12} for part in rows]  # a flat row is in every sky
+    assert not rows[0] & rows[1]
+
+
+def test_grey_inputs_are_the_luma_of_their_targets() -> None:
+    train, _ = load_data(DataConfig(source="photos", items=60), "pairs").splits()
+    batch = everything(train)
+    luma = (batch["targets"] * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    assert (batch["inputs"] - luma).abs().max() < 1.5 / 255
+
+
+def test_held_out_sequences_are_new_and_right() -> None:
+    for source in ("reversal", "sums"):
+        data = load_data(DataConfig(source=source, items=2000), "sequences")
+        vocabulary = data.facts["vocabulary"]
+        train, held = (
+            [tuple(spell(row, vocabulary) for row in pair) for pair in zip(*everything(part).values(), strict=True)]
+            for part in data.splits()
+        )
+        assert (len(train), len(held)) == (1600, 400)
+        for text, answer in train + held:
+            assert answer == (text[::-1] if source == "reversal" else str(sum(map(int, text.split("+")))))
+        keys = [{tuple(sorted(text.split("+"))) for text, _ in part} for part in (train, held)]
+        assert not keys[0] & keys[1]
+
+
+def test_sequences_are_framed_and_padded_at_the_end() -> None:
+    batch = everything(load_data(DataConfig(source="reversal", items=50), "sequences").splits()[0])
+    for rows in batch.values():
+        assert (rows[:, 0] == 1).all()
+        assert (rows == 2).sum(1).eq(1).all()
+        padding = rows == 0
+        assert torch.equal(padding.sum(1), rows.shape[1] - 1 - rows.eq(2).int().argmax(1))
+        assert (padding.int().diff(dim=1) >= 0).all()
+
+
+def test_windows_of_text_cover_it_and_held_out_ones_come_after() -> None:
+    text = prose()
+    data = load_data(DataConfig(source="prose"), "text")
+    vocabulary = data.facts["vocabulary"]
+    assert vocabulary == "".join(sorted(set(text)))
+    train, held = (
+        [spell(row + 3, vocabulary) for row in everything(part)["tokens"]] for part in data.splits(length=80)
+    )
+    n_train, n_held = data.about["characters"]
+    assert n_held == len(text) // 10
+    assert n_train + n_held == len(text)
+    assert train == [text[start : start + 80] for start in range(0, n_train - 79, 10)]
+    assert held == [text[start : start + 80] for start in range(n_train, len(text) - 79, 80)]
+
+
+def test_prose_is_not_trained_on_what_is_held_out() -> None:
+    text = prose()
+    cut = len(text) - len(text) // 10
+    seen = {text[start : start + 60] for start in range(cut - 59)}
+    repeated = sum(text[start : start + 60] in seen for start in range(cut, len(text) - 59))
+    assert repeated <= 0.01 * (len(text) - cut)
+
+
+@pytest.mark.parametrize("length", [0, 40_000])
+def test_windows_that_do_not_fit_are_refused_with_both_lengths(length: int) -> None:
+    data = load_data(DataConfig(source="prose"), "text")
+    with pytest.raises(ValueError, match=f"{length}.*got|length: expected 1"):
+        data.splits(length=length)
 
 
 @pytest.mark.parametrize(
-    ("shape", "expected"),
-    [((20, 8, 8), (1, 8, 8)), ((20, 1, 8, 8), (1, 8, 8)), ((20, 8, 8, 3), (3, 8, 8)), ((20, 3, 8, 8), (3, 8, 8))],
+    ("options", "error"),
+    [
+        ({"held_out": 1}, "held_out: expected 2 or more (one item in so many), or 0, got 1"),
+        ({"image_size": -8}, "image_size: expected 0 or more, got -8"),
+        ({"image_size": 8.0}, "image_size: expected a whole number, got 8.0"),
+        ({"seconds": float("nan")}, "seconds: expected more than 0, got nan"),
+        ({"seconds": "1"}, "seconds: expected a number, got '1'"),
+        ({"source": ""}, "source: expected a set in the box, a path or hf:NAME, got an empty string"),
+        ({"column": 3}, "column: expected a string, got 3"),
+    ],
 )
-def test_npz_layouts_become_channels_first(tmp_path: Path, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    images = np.random.RandomState(0).randint(0, 256, shape).astype(np.uint8)
-    np.savez(tmp_path / "a.npz", images=images)
-    data = load_images(str(tmp_path / "a.npz"))
-    assert data.train.shape == (16, *expected)
-    assert data.test.shape == (4, *expected)
-    assert data.levels == 256
-    both = torch.cat([data.train, data.test]).mul(255).round()
-    assert both.sum().item() == images.sum()
+def test_options_out_of_range_are_refused(options: dict[str, Any], error: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(error)}$"):
+        DataConfig(**options)
 
 
-@pytest.mark.parametrize("white", [1, 255])
-def test_npz_of_black_and_white_has_two_levels(tmp_path: Path, white: int) -> None:
-    images = np.random.RandomState(0).randint(0, 2, (10, 8, 8)).astype(np.uint8) * white
-    np.savez(tmp_path / "a.npz", images=images.astype(np.uint8))
-    data = load_images(str(tmp_path / "a.npz"))
-    assert data.levels == 2
-    assert set(data.train.unique().tolist()) == {0.0, 1.0}
+@pytest.mark.parametrize(
+    ("source", "kind", "options", "error"),
+    [
+        ("prose", "images", {}, "prose: expected data of kind images (digits, textures, photos, a folder"),
+        ("photos", "domains", {}, "photos: expected data of kind domains (textures, "),
+        ("digits", "video", {}, "kind: expected one of images, pairs, domains, text, sequences, audio, got 'video'"),
+        ("prose", "text", {"image_size": 8}, "prose: image_size: expected 0, as it has no use for it, got 8"),
+        ("digits", "images", {"items": 8}, "digits: items: expected 0, as it has no use for it, got 8"),
+        ("textures", "images", {"image_size": 103}, "image_size: expected at most 102, the width of the held-out part"),
+        ("textures", "images", {"items": 10**6}, "textures: items: expected fewer"),
+        ("tones", "audio", {"items": 3}, "tones: items: expected at least 10 of them, got 3"),
+        ("tones", "audio", {"seconds": 1e-5}, "seconds: expected at least one sample (0.000125 s), got 1e-05"),
+        ("sums", "sequences", {"items": 10**6}, "sums: items: expected at most 200000, got 1000000"),
+        (
+            "no-such.npz",
+            "images",
+            {},
+            "no-such.npz: expected digits, textures, photos, prose, reversal, sums, tones, hf:",
+        ),
+    ],
+)
+def test_what_a_source_cannot_serve_is_refused(source: str, kind: str, options: dict[str, Any], error: str) -> None:
+    with pytest.raises((FileNotFoundError, ValueError), match=re.escape(error)):
+        load_data(DataConfig(source=source, **options), kind)
 
 
-def test_classes_of_one_image_leave_a_held_out_part(tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", images=np.zeros((10, 8, 8), np.uint8), labels=np.arange(10))
-    data = load_images(str(tmp_path / "a.npz"))
-    assert (len(data.train), len(data.test)) == (8, 2)
+@pytest.mark.parametrize(("source", "kind"), [(source, kind) for source, kind, _ in SERVED])
+def test_descriptions_say_what_is_there(source: str, kind: str) -> None:
+    config = DataConfig(source=source, **SMALL.get(source, {}))
+    seen, data = describe(config, kind), load_data(config, kind)
+    assert (seen.kind, seen.facts, seen.fingerprint) == (kind, data.facts, data.fingerprint)
+    assert set(seen.kinds) == {kind for other, kind, _ in SERVED if other == source}
+    if kind != "text":
+        assert (seen.train, seen.held_out) == tuple(map(len, data.splits()))
+    assert all(len(examples) == 8 for examples in seen.examples.values())
+    for part in (source, kind, f"{seen.train:,}", seen.fingerprint):
+        assert part in str(seen)
+    assert ("warning: only" in str(seen)) == (source in SMALL)
 
 
-GOOD = np.zeros((10, 8, 8), np.uint8)
-BAD_DATA: dict[str, tuple[dict[str, Any], str]] = {
-    "array missing": ({"pictures": GOOD}, "expected an array named 'images', got pictures"),
-    "floats": ({"images": GOOD + 0.5}, "images: expected uint8 pixels from 0 to 255, got float64"),
-    "nan": ({"images": np.full((10, 8, 8), np.nan)}, "got float64, 640 of them NaN or infinite"),
-    "objects": ({"images": np.array([{}] * 10)}, "expected an .npz file of plain arrays"),
-    "dimensions": ({"images": GOOD[0]}, "images: expected shape (N, H, W), (N, C, H, W) or (N, H, W, C)"),
-    "channels": ({"images": np.zeros((10, 2, 8, 8), np.uint8)}, "with C 1 or 3, got (10, 2, 8, 8)"),
-    "empty": ({"images": GOOD[:0]}, "got (0, 8, 8)"),
-    "too few": ({"images": GOOD[:3]}, "images: expected at least 10 of them, got 3"),
-    "not square": ({"images": np.zeros((10, 8, 16), np.uint8)}, "expected square ones, got height 8 and width 16"),
-    "labels": ({"images": GOOD, "labels": np.zeros(3, int)}, "labels: expected shape (10,), got (3,)"),
-    "float labels": ({"images": GOOD, "labels": np.zeros(10)}, "labels: expected integers, got float64"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_DATA)
-def test_bad_arrays_are_refused_in_one_line_that_names_the_file(
-    fit: Callable[..., int], tmp_path: Path, error_line: Callable[[], str], case: str
-) -> None:
-    arrays, message = BAD_DATA[case]
-    path = tmp_path / "bad.npz"
-    np.savez(path, **arrays)
-    assert fit(data=path) == 1
-    line = error_line()
-    assert str(path) in line
-    assert message in line
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("name", ["missing.npz", "folder.npz", "text.npz", "image.png"])
-def test_what_is_no_npz_file_is_refused_by_name(
-    fit: Callable[..., int], tmp_path: Path, error_line: Callable[[], str], name: str
-) -> None:
-    (tmp_path / "folder.npz").mkdir()
-    (tmp_path / "text.npz").write_text("hello")
-    (tmp_path / "image.png").write_text("hello")
-    assert fit(data=tmp_path / name) == 1
-    line = error_line()
-    assert f"{tmp_path / name}: expected " in line
-    assert "got" in line
-
-
-def test_images_of_a_size_that_no_model_takes_are_refused(
-    fit: Callable[..., int], tmp_path: Path, error_line: Callable[[], str]
-) -> None:
-    np.savez(tmp_path / "nine.npz", images=np.zeros((10, 9, 9), np.uint8))
-    assert fit(data=tmp_path / "nine.npz") == 2
-    assert "model.image_size: expected" in error_line()
+def test_descriptions_count_classes() -> None:
+    seen = describe(DataConfig())
+    assert list(seen.classes) == list("0123456789")
+    assert sum(seen.classes.values()) == 1797
+    assert seen.value_range == (0, 1)
+    assert not seen.warnings
