@@ -200,11 +200,10 @@ def _trained(
         network = FeatureNetwork(config).float().to(images.device)
         # Clones: tensors made in inference mode have no place in autograd.
         train(network, images.detach().clone().float(), None if labels is None else labels.clone(), steps)
-    with torch.no_grad():
-        features = torch.cat([network(block) for block in images.float().split(BLOCK)])
-        network.mean.copy_(features.mean(0))
-        network.std.copy_(features.std(0).clamp(min=1e-6))
-    guesses = FeatureSpace("", dims, network, kind="classifier", config=config).predict(held_out[0])
+    guesser = FeatureSpace("", dims, network, kind="classifier", config=config)
+    features, guesses = guesser(images), guesser.predict(held_out[0])
+    network.mean.copy_(features.mean(0))
+    network.std.copy_(features.std(0).clamp(min=1e-6))
     accuracy = float((guesses == held_out[1].to(guesses.device)).double().mean())
     name = f"{kind}-{data}-{dims}d ({accuracy:.1%} held-out accuracy)"
     return FeatureSpace(name, dims, network, kind=kind, config=config, accuracy=accuracy)
