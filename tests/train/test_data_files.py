@@ -1,0 +1,451 @@
+"""A person's own data: images, arrays, text, recordings, Hugging Face; and files that are not what they should be."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import wave
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastgen.data import DataConfig, Dataset, TensorItems, describe, load_data
+from tests.train.test_data import check_contract, everything
+
+RANDOM = np.random.RandomState(0)
+GREY = RANDOM.randint(0, 256, (12, 8, 8)).astype(np.uint8)
+COLOUR = RANDOM.randint(0, 256, (12, 8, 8, 3)).astype(np.uint8)
+
+
+def load(path: Path | str, kind: str = "images", **options: Any) -> Dataset:
+    data = load_data(DataConfig(source=str(path), **options), kind)
+    check_contract(data)
+    return data
+
+
+def all_images(data: Dataset) -> torch.Tensor:
+    """Both parts (N, C, S, S), as bytes, in the order of the files where one knows which are held out."""
+    return torch.cat([everything(part)["images"] for part in data.splits()]).mul(255).round().byte()
+
+
+def save_images(folder: Path, images: Any, suffix: str = ".png") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, pixels in enumerate(images):
+        Image.fromarray(pixels).save(folder / f"{i:02}{suffix}")
+
+
+def save_wav(path: Path, samples: Any, rate: int = 8000, width: int = 2, channels: int = 1) -> None:
+    """samples: integers, interleaved."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    offset = 128 if width == 1 else 0
+    data = b"".join(int(s + offset).to_bytes(width, "little", signed=width > 1) for s in samples)
+    with wave.open(str(path), "wb") as file:
+        file.setparams((channels, width, rate, 0, "NONE", ""))
+        file.writeframes(data)
+
+
+def save_idx(path: Path, array: Any, magic: int) -> None:
+    data = struct.pack(f">{1 + array.ndim}I", magic, *array.shape) + array.tobytes()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((20, 8, 8), (1, 8, 8)), ((20, 1, 8, 8), (1, 8, 8)), ((20, 8, 8, 3), (3, 8, 8)), ((20, 3, 8, 8), (3, 8, 8))],
+)
+def test_npz_layouts_become_channels_first(tmp_path: Path, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    images = np.random.RandomState(0).randint(0, 256, shape).astype(np.uint8)
+    np.savez(tmp_path / "a.npz", images=images)
+    data = load(tmp_path / "a.npz")
+    assert data.facts == {"image_size": 8, "channels": expected[0], "levels": 256, "classes": 0}
+    assert [len(part) for part in data.splits()] == [16, 4]
+    assert all_images(data).sum().item() == images.sum()
+
+
+@pytest.mark.parametrize("white", [1, 255])
+def test_black_and_white_has_two_levels(tmp_path: Path, white: int) -> None:
+    np.savez(tmp_path / "a.npz", pictures=(GREY > 127).astype(np.uint8) * np.uint8(white))
+    data = load(tmp_path / "a.npz", column="pictures")
+    assert data.facts["levels"] == 2
+    assert all_images(data).unique().tolist() == [0, 255]
+    assert load(tmp_path / "a.npz", column="pictures", image_size=4).facts["levels"] == 256
+
+
+def test_classes_of_one_image_leave_a_held_out_part(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images=GREY[:10], labels=np.arange(10))
+    assert [len(part) for part in load(tmp_path / "a.npz").splits()] == [8, 2]
+    assert "classes with fewer than 5 items: 0, 1, 2" in str(describe(DataConfig(str(tmp_path / "a.npz"))))
+
+
+def test_arrays_of_two_classes_are_two_domains(tmp_path: Path) -> None:
+    labels = np.repeat([0, 1], [20, 10])
+    np.savez(tmp_path / "a.npz", images=np.repeat(labels.astype(np.uint8) * 2, 64).reshape(30, 8, 8), labels=labels)
+    train, held = load(tmp_path / "a.npz", "domains").splits()
+    assert (len(train), len(held)) == (16, 2)
+    for part in map(everything, (train, held)):
+        assert (part["a"] == 0).all()
+        assert (part["b"] == 2 / 255).all()
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_idx_files_find_their_labels(tmp_path: Path, ending: str) -> None:
+    labels = np.arange(12, dtype=np.uint8) % 3
+    save_idx(tmp_path / f"train-images-idx3-ubyte{ending}", GREY, 2051)
+    assert load(tmp_path / f"train-images-idx3-ubyte{ending}").facts["classes"] == 0
+    save_idx(tmp_path / "train-labels-idx1-ubyte.gz", labels, 2049)
+    data = load(tmp_path / f"train-images-idx3-ubyte{ending}")
+    assert data.facts["classes"] == 3
+    shown = {
+        (image.sum().item(), label) for part in data.splits() for image, label in zip(*pixels_of(part), strict=True)
+    }
+    assert shown == {(int(image.sum()), label) for image, label in zip(GREY, labels.tolist(), strict=True)}
+
+
+def pixels_of(part: Any) -> tuple[torch.Tensor, list[int]]:
+    batch = everything(part)
+    return batch["images"].mul(255).round().long(), batch["labels"].tolist()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".webp", ".tif"])
+@pytest.mark.parametrize("images", [GREY, COLOUR], ids=["grey", "colour"])
+def test_folders_of_images_are_read_as_they_are(tmp_path: Path, images: Any, suffix: str) -> None:
+    options = {"lossless": True} if suffix == ".webp" else {}
+    for i, pixels in enumerate(images):
+        Image.fromarray(pixels).save(tmp_path / f"{i:02}{suffix}", **options)
+    (tmp_path / ".hidden.png").write_text("no image")
+    data = load(tmp_path)
+    channels = 3 if images.ndim == 4 or suffix == ".webp" else 1  # WebP has no grey
+    assert data.facts == {"image_size": 8, "channels": channels, "levels": 256, "classes": 0}
+    grey = np.broadcast_to(images.reshape(12, 8, 8, -1), (12, 8, 8, channels))
+    assert sorted(all_images(data).sum((1, 2, 3)).tolist()) == sorted(grey.sum((1, 2, 3)).tolist())
+
+
+def test_subfolders_are_classes_and_links_are_followed(tmp_path: Path) -> None:
+    save_images(tmp_path / "all" / "white" / "deep", np.full((10, 8, 8), 254, np.uint8))
+    save_images(tmp_path / "elsewhere", np.zeros((15, 8, 8), np.uint8))
+    (tmp_path / "all" / "black").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "all" / "white" / "again").symlink_to(tmp_path / "all")
+    (tmp_path / "all" / "notes.md").write_text("mine")
+    seen = describe(DataConfig(str(tmp_path / "all")))
+    assert seen.classes == {"black": 15, "white": 10}
+    assert seen.kinds == ("images", "domains")
+    warnings = " ".join(seen.warnings)
+    for part in ("25 items of one value", "23 items occur before; 5 held-out", "left out: 1 .md", "only 20 items"):
+        assert part in warnings
+    for part in map(everything, load(tmp_path / "all").splits()):
+        assert torch.equal(part["labels"], (part["images"].amax((1, 2, 3)) > 0).long())
+
+
+def test_pairs_belong_together_by_name(tmp_path: Path) -> None:
+    save_images(tmp_path / "inputs", GREY)
+    save_images(tmp_path / "targets", np.stack([255 - GREY] * 3, -1), ".bmp")
+    data = load(tmp_path, "pairs")
+    assert data.facts == {"image_size": 8, "input_channels": 1, "channels": 3, "levels": 256}
+    for part in map(everything, data.splits()):
+        assert torch.allclose(part["targets"], (1 - part["inputs"]).expand(-1, 3, -1, -1))
+    (tmp_path / "targets" / "03.bmp").unlink()
+    with pytest.raises(ValueError, match=r"expected a picture 03 in targets. too, got none"):
+        load(tmp_path, "pairs")
+
+
+def test_one_picture_in_colour_makes_all_of_them_so(tmp_path: Path) -> None:
+    save_images(tmp_path, GREY)
+    Image.fromarray(COLOUR[0]).save(tmp_path / "colour.png")
+    both = all_images(load(tmp_path))
+    assert both.shape == (13, 3, 8, 8)
+    assert (both == both[:, :1]).flatten(1).all(1).sum() == 12
+
+
+def _rgba(value: tuple[int, int, int, int]) -> Image.Image:
+    return Image.new("RGBA", (8, 8), value)
+
+
+PICTURES: dict[str, tuple[Callable[[], Image.Image], dict[str, Any], list[int]]] = {
+    "transparent": (lambda: _rgba((255, 0, 0, 0)), {}, [255, 255, 255]),
+    "half transparent": (lambda: _rgba((255, 0, 0, 128)), {}, [255, 127, 127]),
+    "palette": (lambda: Image.new("RGB", (8, 8), (9, 90, 200)).quantize(4), {}, [9, 90, 200]),
+    "grey palette": (lambda: Image.new("L", (8, 8), 77).convert("P"), {}, [77]),
+    "transparent palette": (lambda: Image.new("RGB", (8, 8)).quantize(4), {"transparency": 0}, [255]),
+    "16 bits": (lambda: Image.fromarray(np.full((8, 8), 300 * 256 // 2, np.uint16)), {}, [150]),
+    "one bit": (lambda: Image.new("1", (8, 8), 1), {}, [255]),
+    "grey and alpha": (lambda: Image.new("LA", (8, 8), (40, 255)), {}, [40]),
+}
+
+
+@pytest.mark.parametrize("case", PICTURES)
+def test_every_mode_of_pictures_shows_what_a_viewer_shows(tmp_path: Path, case: str) -> None:
+    make, options, expected = PICTURES[case]
+    for i in range(10):
+        make().save(tmp_path / f"{i}.png", **options)
+    data = load(tmp_path)
+    pixels = everything(data.splits()[0])["images"][0, :, 3, 3].mul(255).round()
+    assert (pixels - torch.tensor(expected)).abs().max() <= 1
+    assert len(pixels) == len(expected)
+
+
+def test_pictures_are_turned_upright_resized_and_cropped(tmp_path: Path) -> None:
+    lying = np.zeros((16, 40, 3), np.uint8)
+    lying[:, 20:] = 255  # the right half is white; turned by orientation 6 the lower half is
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for i in range(10):
+        Image.fromarray(lying).save(tmp_path / f"{i}.jpg", exif=exif, quality=100)
+    with pytest.raises(ValueError, match="expected square ones, got height 40 and width 16: --image-size resizes"):
+        load(tmp_path)
+    pixels = everything(load(tmp_path, image_size=8).splits()[0])["images"][0]
+    assert pixels[:, :3].max() < 0.1
+    assert pixels[:, 5:].min() > 0.9
+
+
+def test_pictures_that_do_not_fit_into_memory_are_decoded_when_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_images(tmp_path / "a", COLOUR)
+    save_images(tmp_path / "b", COLOUR[:, ::-1])
+    eager = {kind: load(tmp_path, kind) for kind in ("images", "domains")}
+    assert all(isinstance(part, TensorItems) for data in eager.values() for part in data.splits())
+    monkeypatch.setattr("fastgen.data.pictures.MEMORY_LIMIT", 1000)
+    for kind, data in eager.items():
+        lazy = load(tmp_path, kind)
+        assert lazy.fingerprint == data.fingerprint
+        for part, same in zip(lazy.splits(), data.splits(), strict=True):
+            assert part.lazy
+            assert all(tensor.equal(everything(same)[name]) for name, tensor in everything(part).items())
+    (tmp_path / "b" / "00.png").write_bytes(b"gone")
+    with pytest.raises(ValueError, match=r"00.png: expected an image, got something else"):
+        [everything(part) for part in lazy.splits()]
+
+
+def test_text_files_are_one_text(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_bytes("\ufeffWäre\r\n".encode() + b"x" * 300)
+    (tmp_path / "a.txt").write_text("€" * 100)
+    data = load(tmp_path, "text")
+    assert data.facts["vocabulary"] == "\nWerxä€"
+    assert sum(data.about["characters"]) == 100 + 1 + 5 + 300
+    (tmp_path / "c.txt").write_text("short but sweet")
+    with pytest.raises(
+        ValueError, match="with 33 characters or more to train on and 33 or more held out, got 14 and 1"
+    ):
+        load(tmp_path / "c.txt", "text")
+
+
+def test_lines_with_tabs_are_sequences_and_a_source_is_on_one_side(tmp_path: Path) -> None:
+    path = tmp_path / "words.tsv"
+    path.write_text("".join(f"{chr(97 + i % 13)}\t{i}\n" for i in range(26)))
+    data = load(path, "sequences")
+    assert (data.facts["source_length"], data.facts["target_length"]) == (3, 4)
+    sources = [set(everything(part)["source"][:, 1].tolist()) for part in data.splits()]
+    assert len(sources[0] | sources[1]) == 13
+    assert not sources[0] & sources[1]
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_recordings_of_every_width_are_averaged_over_channels(tmp_path: Path, width: int, channels: int) -> None:
+    top = 2 ** (8 * width - 1)
+    for i in range(10):
+        save_wav(tmp_path / f"{i}.wav", ([-top, top // 2] if channels == 2 else [-top]) * 90, 100, width, channels)
+    data = load(tmp_path, "audio", seconds=0.5)
+    assert data.facts == {"sample_rate": 100, "length": 50}
+    expected = -0.25 if channels == 2 else -1
+    for part in data.splits():
+        assert (everything(part)["audio"] == expected).all()
+
+
+def test_whole_recordings_are_held_out_where_there_are_enough(tmp_path: Path) -> None:
+    for i in range(10):
+        save_wav(tmp_path / "many" / f"{i}.wav", [i] * 350)
+    save_wav(tmp_path / "one.wav", [i // 10 for i in range(215)])
+    train, held = (everything(part)["audio"] for part in load(tmp_path / "many", "audio", seconds=100 / 8000).splits())
+    assert (len(train), len(held)) == (24, 6)
+    assert not set(train.unique().tolist()) & set(held.unique().tolist())
+    train, held = (
+        everything(part)["audio"] for part in load(tmp_path / "one.wav", "audio", seconds=10 / 8000).splits()
+    )
+    assert (train[:, 0] * 32768).tolist() == [*range(17)]
+    assert (held[:, 0] * 32768).tolist() == [*range(17, 21)]
+
+
+def hugging_face() -> Any:
+    datasets = pytest.importorskip("datasets")
+    features = {
+        "picture": datasets.Image(),
+        "label": datasets.ClassLabel(names=["cat", "dog"]),
+        "words": datasets.Value("string"),
+    }
+    pictures = [Image.fromarray(pixels) for pixels in np.concatenate([GREY, GREY // 2])]
+    rows = {
+        "picture": pictures,
+        "label": [i % 2 for i in range(24)],
+        "words": [f"line {i}" for i in range(23)] + [None],
+    }
+    return datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+
+
+@pytest.mark.parametrize("place", ["folder", "folder of splits", "parquet", "hub"])
+def test_hugging_face_data_sets_serve_images_and_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    rows, source = hugging_face(), str(tmp_path / "set")
+    import datasets
+
+    if place == "folder":
+        rows.save_to_disk(source)
+    elif place == "folder of splits":
+        datasets.DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(source)
+    elif place == "parquet":
+        source += ".parquet"
+        rows.to_parquet(source)
+    else:
+        source = "hf:someone/pets:small"
+        monkeypatch.setattr(datasets, "load_dataset", lambda *names: {("someone/pets", "small"): {"all": rows}}[names])
+    seen = describe(DataConfig(source))
+    assert seen.kinds == ("images", "domains", "text")
+    assert seen.classes == {"cat": 12, "dog": 12}
+    assert all_images(load(source)).sum() == GREY.sum() + (GREY // 2).sum()
+    assert load(source, image_size=4, column="picture").facts["image_size"] == 4
+    text = load_data(DataConfig(source, column="words"), "text")
+    assert sum(text.about["characters"]) == len("\n".join(f"line {i}" for i in range(23)))
+    with pytest.raises(ValueError, match="column: expected one of picture, label, words, got 'text'"):
+        load(source, column="text")
+    with pytest.raises(ValueError, match=r"expected data of kind images .*, got text"):
+        load(source, column="words")
+
+
+def test_a_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def unreachable(*names: str) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(FileNotFoundError, match=r"hf:someone/pets: expected a data set of .* got: no network"):
+        load("hf:someone/pets")
+
+
+def png(pixels: Any) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def folder(path: Path, *odd: bytes, name: str = "odd.png", good: int = 10) -> None:
+    save_images(path, GREY[:good])
+    for data in odd:
+        (path / name).write_bytes(data)
+
+
+def npz(**arrays: Any) -> Callable[[Path], None]:
+    return lambda path: np.savez(path, **arrays)
+
+
+def idx(magic: int, shape: tuple[int, ...], size: int) -> Callable[[Path], Any]:
+    return lambda path: path.write_bytes(struct.pack(f">{1 + len(shape)}I", magic, *shape) + bytes(size))
+
+
+def written(data: bytes) -> Callable[[Path], Any]:
+    return lambda path: path.write_bytes(data)
+
+
+def wav_format(number: int, data: bytes = bytes(400)) -> Callable[[Path], Any]:
+    chunk = struct.pack("<HHIIHH", number, 1, 8000, 32000, 4, 32)
+    head = b"WAVEfmt " + struct.pack("<I", len(chunk)) + chunk + b"data" + struct.pack("<I", 400) + data
+    return written(b"RIFF" + struct.pack("<I", len(head)) + head)
+
+
+def wavs(*rates: int, seconds: float = 3.0) -> Callable[[Path], None]:
+    def save(path: Path) -> None:
+        for i, rate in enumerate(rates):
+            save_wav(path / f"{i}.wav", [0] * int(rate * seconds), rate)
+
+    return save
+
+
+def mixed(path: Path) -> None:
+    folder(path)
+    save_images(path / "more", GREY)
+
+
+def two_sizes(path: Path) -> None:
+    folder(path, png(GREY[0][:4, :4]))
+
+
+def splits(path: Path) -> None:
+    for name in ("train", "test"):
+        save_images(path / name, GREY)
+
+
+IDX = "images-idx3-ubyte"
+BAD: dict[str, tuple[str, str, Callable[[Path], Any], str]] = {
+    "array missing": ("a.npz", "images", npz(pictures=GREY), "expected an array named 'images', got pictures"),
+    "floats": ("a.npz", "images", npz(images=GREY + 0.5), "expected uint8 pixels from 0 to 255, got float64"),
+    "nan": ("a.npz", "images", npz(images=GREY * np.nan), "got float64, 768 of them NaN or infinite"),
+    "objects": ("a.npz", "images", npz(images=np.array([{}] * 10)), "expected an .npz file of plain arrays"),
+    "dimensions": ("a.npz", "images", npz(images=GREY[0]), "expected shape (N, H, W), (N, C, H, W) or (N, H, W, C)"),
+    "channels": ("a.npz", "images", npz(images=GREY[:, :2, None]), "with C 1 or 3, got (12, 2, 1, 8)"),
+    "no images": ("a.npz", "images", npz(images=GREY[:0]), "got (0, 8, 8)"),
+    "too few": ("a.npz", "images", npz(images=GREY[:3]), "images: expected at least 10 of them, got 3"),
+    "not square": ("a.npz", "images", npz(images=GREY[:, :4]), "expected square ones, got height 4 and width 8"),
+    "labels": ("a.npz", "images", npz(images=GREY, labels=np.zeros(3, int)), "expected shape (12,), got (3,)"),
+    "float labels": ("a.npz", "images", npz(images=GREY, labels=np.zeros(12)), "expected integers, got float64"),
+    "large labels": ("a.npz", "images", npz(images=GREY, labels=np.arange(12) * 9), "got 0 to 99"),
+    "negative labels": ("a.npz", "images", npz(images=GREY, labels=np.arange(12) - 1), "got -1 to 10"),
+    "no npz": ("a.npz", "images", written(b"hello"), "expected an .npz file of plain arrays, got one that fails"),
+    "one class for domains": ("a.npz", "domains", npz(images=GREY), "expected data of kind domains"),
+    "a small domain": (
+        *("a.npz", "domains", npz(images=GREY, labels=np.arange(12) % 2)),
+        "images of domain a: expected at least 10 of them, got 6",
+    ),
+    "idx of labels": (IDX, "images", idx(2049, (12,), 12), "expected the magic number 2051 of IDX images, got 2049"),
+    "idx too short": (IDX, "images", idx(2051, (12, 8, 8), 767), "expected 768 bytes of images (12x8x8), got 767"),
+    "idx too long": (IDX, "images", idx(2051, (12, 8, 8), 769), "expected 768 bytes of images (12x8x8), got more"),
+    "idx of nothing": (IDX, "images", idx(2051, (0, 8, 8), 0), "expected images, got none (0x8x8)"),
+    "idx empty": (IDX, "images", written(b"\0"), "expected the magic number 2051 of IDX images, got a file of 1 bytes"),
+    "idx not zipped": (IDX + ".gz", "images", written(b"hello"), "expected an IDX file, got one that can't be read"),
+    "empty folder": ("f", "images", Path.mkdir, "expected images (.png, .jpg, ...), .txt or .wav files in it, got no"),
+    "other files": ("f", "images", lambda p: folder(p, b"", name="a.md", good=0), "files in it, got 1 .md"),
+    "one image": ("f", "images", lambda p: folder(p, good=1), "images: expected at least 10 of them, got 1"),
+    "truncated": ("f", "images", lambda p: folder(p, png(COLOUR[0])[:90]), "odd.png: expected an image, got one that"),
+    "no image": ("f", "images", lambda p: folder(p, b"hello"), "odd.png: expected an image, got something else"),
+    "empty image": ("f", "images", lambda p: folder(p, b""), "odd.png: expected an image, got an empty file"),
+    "two sizes": ("f", "images", two_sizes, "expected images of one size, got 8x8 ("),
+    "splits": ("f", "images", splits, "expected subfolders that are classes, got test, train: give one of them"),
+    "mixed": ("f", "images", mixed, "directly inside or in subfolders, one for each class, got both (00.png and more"),
+    "a single image": ("a.png", "images", written(png(GREY[0])), "expected a folder of images, got one file"),
+    "unknown file": ("a.docx", "text", written(b"hello"), "expected a folder or an .npz, IDX, .txt, .tsv, .wav or"),
+    "binary text": ("a.txt", "text", written(b"abc\xff\xfe"), "expected UTF-8 text, got byte 0xff at offset 3"),
+    "nul in text": ("a.txt", "text", written(b"abc\0"), "expected UTF-8 text, got binary data (a NUL at character 3)"),
+    "empty text": ("a.txt", "text", written(b" \n"), "expected UTF-8 text, got an empty file"),
+    "no tab": ("a.tsv", "sequences", written(b"a\tb\nc"), "line 2: expected source, one tab, target, got 0 tabs"),
+    "no target": ("a.tsv", "sequences", written(b"a\t"), "line 1: expected source, one tab, target, got nothing on"),
+    "one source": ("a.tsv", "sequences", written(b"a\tb\n" * 10), "different sources: expected at least 10 of them"),
+    "float wav": ("a.wav", "audio", wav_format(3), "expected a WAV file of PCM (8, 16, 24 or 32 bits), got floats"),
+    "compressed wav": ("a.wav", "audio", wav_format(7), "(8, 16, 24 or 32 bits), got mu-law"),
+    "truncated wav": ("a.wav", "audio", wav_format(1, bytes(300)), "a.wav: expected 100 samples, got 75: truncated?"),
+    "no wav": ("a.wav", "audio", written(b"hello"), "a.wav: expected a WAV file of PCM"),
+    "short wav": ("a.wav", "audio", wav_format(1), "pieces of 1 s (--seconds): expected at least 10 of them, got 1"),
+    "two rates": ("f", "audio", wavs(8000, 100), "1.wav: expected 8000 samples a second, as in"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_files_are_refused_in_one_line_that_names_them(tmp_path: Path, case: str) -> None:
+    name, kind, make, message = BAD[case]
+    make(tmp_path / name)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises((TypeError, ValueError)) as caught:
+        load(tmp_path / name, kind)
+    text = str(caught.value)
+    assert text.startswith(str(tmp_path / name))
+    assert message in text
+    assert ": expected " in text
+    assert ", got " in text
+    assert "\n" not in text
+    assert sorted(tmp_path.rglob("*")) == before
