@@ -17,13 +17,17 @@ from fastgen.models._base import (
     option,
 )
 from fastgen.models.conv_vae import ConvVAE, ConvVAEConfig
+from fastgen.models.dcgan import DCGAN, DCGANConfig
+from fastgen.models.transformer_lm import TransformerLM, TransformerLMConfig
 
 __all__ = [
+    "DCGAN",
     "KINDS",
     "MODELS",
     "Batch",
     "ConvVAE",
     "ConvVAEConfig",
+    "DCGANConfig",
     "Exhibit",
     "GenerativeModel",
     "Images",
@@ -32,9 +36,11 @@ __all__ = [
     "Phase",
     "Sounds",
     "Texts",
+    "TransformerLM",
+    "TransformerLMConfig",
     "from_data",
     "option",
 ]
 
-MODELS: dict[str, type[GenerativeModel]] = {model.name: model for model in (ConvVAE,)}
+MODELS: dict[str, type[GenerativeModel]] = {model.name: model for model in (ConvVAE, DCGAN, TransformerLM)}
 """By the name that the command line uses."""

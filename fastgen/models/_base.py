@@ -29,7 +29,12 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    _HubMixin: TypeAlias = nn.Module
+
+    class _HubMixin:
+        def save_pretrained(self, save_directory: str | Path) -> None: ...
+        @classmethod
+        def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any: ...
+
 else:
     try:
         from huggingface_hub import PyTorchModelHubMixin as _HubMixin
@@ -147,7 +152,6 @@ class GenerativeModel(nn.Module, _HubMixin):
     config_class: ClassVar[type]
     sampling_class: ClassVar[type] = NoOptions
     """A frozen dataclass of the options of ``draw``."""
-    training: bool
     train_defaults: ClassVar[Mapping[str, Any]] = {}
     """Where training this model differs from ``TrainConfig``'s defaults: {"epochs": 50, ...}."""
     averaged: ClassVar[tuple[str, ...]] = ()
@@ -161,7 +165,8 @@ class GenerativeModel(nn.Module, _HubMixin):
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        device: torch.device = next(self.parameters()).device
+        return device
 
     def phases(self) -> tuple[Phase, ...]:
         """The phases of a step, in order."""
@@ -175,7 +180,7 @@ class GenerativeModel(nn.Module, _HubMixin):
         raise NotImplementedError
 
     def score(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Figures (B,) of held-out items, in nats where they are likelihoods ("nll", "kl", "elbo"); {} if it has none."""
+        """Figures (B,) of held-out items, in nats where they are likelihoods ("nll", "kl", "elbo"); {}: it has none."""
         return {}
 
     def draw(self, n: int, options: Any, *, generator: torch.Generator | None = None) -> Exhibit:
@@ -241,4 +246,6 @@ class GenerativeModel(nn.Module, _HubMixin):
             load_model(model, file, strict=strict, device=map_location)
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"{file}: expected the weights of a {cls.__name__}, got: {error}") from error
-        return model.to(map_location).eval()
+        model.to(map_location)
+        model.eval()
+        return model

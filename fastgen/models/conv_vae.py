@@ -48,7 +48,6 @@ class ConvVAEConfig:
     hidden_dim: int = option(128, "units between z and the canvas")
     likelihood: Likelihood = option("beta-binomial", "distribution of a pixel; bernoulli is for images of two levels")
     kl_warmup: int = option(230, "steps over which the KL's weight grows to 1")
-    learning_rate: float = option(4e-3, "of AdamW")
 
     def __post_init__(self) -> None:
         for name in (
@@ -63,8 +62,6 @@ class ConvVAEConfig:
             require_positive(name, getattr(self, name))
         if self.kl_warmup < 0:
             raise ValueError(f"kl_warmup: expected a number of steps >= 0, got {self.kl_warmup}")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
         if self.levels < 2:
             raise ValueError(f"levels: expected at least 2, got {self.levels}")
         if self.likelihood not in get_args(Likelihood):
@@ -264,7 +261,7 @@ class ConvVAE(GenerativeModel):
         return self._mean(self._decode(canvas, details))
 
     def phases(self) -> tuple[Phase, ...]:
-        return (Phase("model", learning_rate=self.config.learning_rate, betas=(0.9, 0.99)),)
+        return (Phase("model", learning_rate=4e-3, betas=(0.9, 0.99)),)
 
     def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
         out: VAELoss = self(batch["images"], beta=min(1.0, moment.step / max(1, self.config.kl_warmup)))

@@ -44,9 +44,9 @@ class DCGANConfig:
     channels: int = option(1, "colour channels of the images", from_data=True)
     latent_dim: int = option(64, "numbers in z")
     width: int = option(64, "channels at half the size; doubled at each halving")
-    discriminator_norm: Norm = option("batch", "of the discriminator's features")  # noqa: RUF009
-    loss: AdversarialLoss = option("non-saturating", "the game")  # noqa: RUF009
-    penalty: Penalty = option("r1", "of the discriminator's slope")  # noqa: RUF009
+    discriminator_norm: Norm = option("batch", "of the discriminator's features")
+    loss: AdversarialLoss = option("non-saturating", "the game")
+    penalty: Penalty = option("r1", "of the discriminator's slope")
     penalty_weight: float = option(1.0, "what the penalty is multiplied by (gamma, lambda)")
     penalty_every: int = option(1, "steps from one penalty to the next; its weight is multiplied by as much")
     generator_learning_rate: float = option(2e-4, "of the generator's AdamW")

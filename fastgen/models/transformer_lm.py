@@ -39,7 +39,7 @@ class TransformerLMConfig:
     depth: int = option(4, "blocks")
     heads: int = option(6, "heads of attention")
     mlp_width: int = option(0, "units of a block's mlp; 0: 4 times the width, 8/3 for swiglu")
-    activation: Activation = option("gelu", "of the mlp")  # noqa: RUF009
+    activation: Activation = option("gelu", "of the mlp")
     normalise_heads: bool = option(True, "RMS-normalise queries and keys")
     tied: bool = option(True, "one matrix for embedding and logits")
     dropout: float = option(0.0, "probability of dropping, in attention and after each branch")
@@ -233,10 +233,9 @@ class TransformerLM(GenerativeModel):
         tokens = batch["tokens"]
         length = self.config.context + 1
         require_shape("tokens", tokens, (*tokens.shape[:1], length), "(B, context + 1)")
-        logits = self(tokens[:, :-1]).transpose(1, 2)
-        return F.cross_entropy(
-            logits.to(torch.promote_types(logits.dtype, torch.float32)), tokens[:, 1:], reduction="none"
-        )
+        logits, wanted = self(tokens[:, :-1]), tokens[:, 1:]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").unflatten(0, wanted.shape)
 
     def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
         """ "loss": nats per character."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from fastgen.train.files import write_whole
@@ -18,26 +21,36 @@ FORMAT = "fastgen-checkpoint"
 
 @dataclass(frozen=True)
 class Header:
-    """How a run was made: constant while it trains. ``data`` holds the images' source and fingerprint."""
+    """How a run was made: constant while it trains. ``fingerprint``: of the data."""
 
     model: str
     model_config: dict[str, Any]
     train_config: dict[str, Any]
-    data: dict[str, str]
+    data_config: dict[str, Any]
+    fingerprint: str
 
 
-def save_checkpoint(path: Path, header: Header, tensors: dict[str, Tensor]) -> None:
-    """Write the file whole, or leave the old one. Tensors may be on any device."""
-    metadata = {"format": FORMAT, "header": json.dumps(asdict(header))}
+def save_checkpoint(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
+    """Write the file whole, or leave the old one. Tensors may be on any device.
+
+    Raises:
+        OSError: it can't be written (a full disk); names the file, and says that the one before is kept.
+    """
+    text = json.dumps(asdict(header))
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_whole(path, safetensors.torch.save(contiguous, metadata))
+    metadata = {"format": FORMAT, "header": text, "digest": _digest(text, contiguous)}
+    try:
+        write_whole(path, safetensors.torch.save(contiguous, metadata))
+    except OSError as error:
+        kept = "; the checkpoint before is kept" if path.exists() else ""
+        raise OSError(f"{path}: expected to write a checkpoint, got: {error.strerror or error}{kept}") from error
 
 
 def load_checkpoint(path: Path) -> tuple[Header, dict[str, Tensor]]:
     """Read a file that ``save_checkpoint`` wrote; tensors come on the CPU. Never runs code from the file.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: cut short, damaged, or not one of ours; names the file.
+        FileNotFoundError: no such file. ValueError: cut short, changed, or not one of ours; names the file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a fastgen checkpoint, got a path where there is no file")
@@ -52,8 +65,24 @@ def load_checkpoint(path: Path) -> tuple[Header, dict[str, Tensor]]:
         ) from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path}: expected a fastgen checkpoint, got a safetensors file of another program")
+    text = metadata.get("header", "")
+    if metadata.get("digest") != _digest(text, tensors):
+        raise ValueError(f"{path}: expected a fastgen checkpoint, got one that was changed since (its digest differs)")
     try:
-        header = Header(**json.loads(metadata["header"]))
-    except (KeyError, TypeError, ValueError) as error:
+        header = json.loads(text)
+        known = {field.name for field in fields(Header)}
+        if set(header) != known:
+            raise ValueError(f"{', '.join(sorted(set(header) ^ known))} missing or unknown")
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: expected a fastgen checkpoint of this version, got a header with {error}") from error
-    return header, tensors
+    return Header(**header), tensors
+
+
+def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
+    """Of names, shapes, contents and the header: tells damage and carelessness, not an attacker."""
+    total = hashlib.blake2b(header.encode(), digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()

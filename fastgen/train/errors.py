@@ -7,14 +7,10 @@ class UsageError(ValueError):
     """An option that does not fit; the message names it, what was expected and what came."""
 
 
-class DivergedError(RuntimeError):
-    """The loss is no longer finite."""
-
-
 class StoppedError(Exception):
-    """Training ended early. ``epoch`` is the last whose checkpoint is kept, ``interrupted`` by Ctrl-C."""
+    """Training ended early. ``step`` is that of the checkpoint that is kept (0: none), ``interrupted`` by a signal."""
 
-    def __init__(self, reason: str, epoch: int, *, interrupted: bool) -> None:
+    def __init__(self, reason: str, step: int, *, interrupted: bool) -> None:
         super().__init__(reason)
-        self.epoch = epoch
+        self.step = step
         self.interrupted = interrupted

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from fastgen.train.checkpoint import Header
+import yaml
+
 from fastgen.train.files import temporary_name, write_whole
-from fastgen.train.progress import Metrics
 
 FORMAT = "fastgen-run"
+EXHIBIT = re.compile(r"\d{6,}\.(png|txt|wav)")
+STEP_DIGITS = 6
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """``config.json`` is written first, so a folder without it was not made by fastgen."""
+    """``environment.json`` is written first, so a folder without it was not made by fastgen."""
 
     path: Path
 
     @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
     def config(self) -> Path:
-        return self.path / "config.json"
+        return self.path / "config.yaml"
 
     @property
     def metrics(self) -> Path:
@@ -33,15 +41,30 @@ class RunFolder:
         return self.path / "checkpoint.safetensors"
 
     @property
-    def samples(self) -> Path:
-        return self.path / "samples.png"
+    def curves(self) -> Path:
+        return self.path / "curves.png"
 
     @property
-    def reconstructions(self) -> Path:
-        return self.path / "reconstructions.png"
+    def evaluation(self) -> Path:
+        return self.path / "evaluation.json"
+
+    @property
+    def features(self) -> Path:
+        return self.path / "features.safetensors"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def pretrained(self) -> Path:
+        return self.path / "model"
 
     def _files(self) -> list[Path]:
-        return [self.checkpoint, self.metrics, self.samples, self.reconstructions, self.config]
+        """All that have fixed names; the one that tells whose they are goes last."""
+        weights = [self.pretrained / name for name in ("model.safetensors", "config.json", "README.md")]
+        pages = [self.curves, self.report, self.evaluation, self.features]
+        return [self.checkpoint, self.metrics, *pages, *weights, self.config, self.environment]
 
     def holds_run(self) -> bool:
         """Whether fastgen made a run here.
@@ -55,42 +78,64 @@ class RunFolder:
         if not present:
             return False
         try:
-            ours = json.loads(self.config.read_text(encoding="utf-8"))["format"] == FORMAT
+            ours = json.loads(self.environment.read_text(encoding="utf-8"))["format"] == FORMAT
         except (OSError, KeyError, TypeError, ValueError):
             ours = False
         if not ours:
+            name = present[0].relative_to(self.path)
             raise FileExistsError(
-                f"{self.path}: expected a new folder or a fastgen run, got a folder with {present[0].name}"
-                " from another program"
+                f"{self.path}: expected a new folder or a fastgen run, got a folder with {name} from another program"
             )
         return True
 
     def clear(self) -> None:
-        """Remove a run's files; all others stay."""
+        """Remove a run's files, its exhibits and its event files; all others stay."""
+        if not self.path.is_dir():
+            return
+        for folder in sorted(self.path.iterdir()):
+            if folder.is_dir() and not folder.is_symlink():
+                for file in folder.iterdir():
+                    events = folder.name == "tensorboard" and file.name.startswith("events.out.tfevents.")
+                    if (EXHIBIT.fullmatch(file.name) or events) and not file.is_dir():
+                        file.unlink()
         for file in self._files():
             temporary_name(file).unlink(missing_ok=True)
             file.unlink(missing_ok=True)
+        for folder in sorted(self.path.iterdir()):
+            if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+                folder.rmdir()
 
-    def write_config(self, header: Header) -> None:
-        """The run's settings, for people; ``checkpoint`` has them too, and is what is read."""
+    def begin(self, environment: dict[str, Any], config: dict[str, Any], command: str) -> None:
+        """The first files of a run: whose it is, and what reproduces it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        settings = {"format": FORMAT, **asdict(header)}
-        write_whole(self.config, (json.dumps(settings, indent=2) + "\n").encode())
+        write_whole(self.environment, (json.dumps({"format": FORMAT, **environment}, indent=2) + "\n").encode())
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        write_whole(self.config, f"# {command}\n{text}".encode())
 
-    def keep_metrics(self, epoch: int) -> None:
-        """Drop the lines after ``epoch``, and one that an interruption cut short."""
+    def keep_metrics(self, step: int) -> None:
+        """Drop the lines after ``step``, and one that an interruption cut short."""
         kept = []
         lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
         for line in lines:
             try:
-                if json.loads(line)["epoch"] <= epoch:
+                if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
             except (KeyError, TypeError, ValueError):
                 continue
         write_whole(self.metrics, "".join(kept).encode())
 
-    def add_metrics(self, metrics: Metrics) -> None:
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(metrics)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+    def add_metrics(self, row: dict[str, Any]) -> None:
+        """Append a line, never through a link that somebody put in the file's place."""
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        with open(os.open(self.metrics, flags, 0o644), "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, without one that is cut short."""
+        rows = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+        return rows

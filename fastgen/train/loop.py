@@ -1,142 +1,170 @@
-"""Training and evaluation, epoch by epoch. Knows no files."""
+"""Training, step by step: when to log, evaluate, draw and save."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
-from fastgen._checks import require_positive
-from fastgen.data import ImageData
-from fastgen.models import ConvVAE
-from fastgen.train.errors import DivergedError, UsageError
-from fastgen.train.progress import Metrics, Progress
-from fastgen.train.state import TrainState
+from fastgen.data import Items
+from fastgen.train.checkpoint import Header, save_checkpoint
+from fastgen.train.curves import write_curves
+from fastgen.train.engine import Engine
+from fastgen.train.errors import StoppedError
+from fastgen.train.evaluation import HELD_OUT_SHOWN, first, mean_scores, scores, thinned
+from fastgen.train.files import inside
+from fastgen.train.folder import STEP_DIGITS, RunFolder
+from fastgen.train.pictures import write_exhibit
+from fastgen.train.progress import Progress
+from fastgen.train.report import write_report
+from fastgen.train.signals import Wish
+from fastgen.train.stream import Stream, batches, resident
 
-MAX_GRADIENT_NORM = 100.0
-STEPS_PER_REPORT = 10
-SMALL_STEP = 2**14  # pixels; below, a second thread gains little, and loses much where cores are shared
-EVALUATION_BATCH = 256
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train. ValueError names the field, what was expected and what came."""
-
-    epochs: int = field(default=50, metadata={"help": "passes over the training images"})
-    batch_size: int = field(default=64, metadata={"help": "images per step"})
-    learning_rate: float = field(default=4e-3, metadata={"help": "of Adam"})
-    kl_warmup: int = field(default=10, metadata={"help": "epochs over which the KL's weight grows to 1"})
-    average_decay: float = field(default=0.998, metadata={"help": "of the running average of the weights"})
-    seed: int = field(default=0, metadata={"help": "of initial weights, data order and noise"})
-    threads: int = field(
-        default=0, metadata={"help": "on the CPU; 0: one if the images of a step are small, else torch's choice"}
-    )
-    device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:1, ...; auto: cuda if there is one"})
-
-    def __post_init__(self) -> None:
-        require_positive("epochs", self.epochs)
-        require_positive("batch_size", self.batch_size)
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
-        if self.kl_warmup < 0:
-            raise ValueError(f"kl_warmup: expected a number of epochs >= 0, got {self.kl_warmup}")
-        if not 0 <= self.average_decay < 1:
-            raise ValueError(f"average_decay: expected a number in [0, 1), got {self.average_decay}")
-        if self.threads < 0:
-            raise ValueError(f"threads: expected a number of threads >= 0, got {self.threads}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed: expected an integer from 0 to 2^63 - 1, got {self.seed}")
+SHOWN = {"images": 64, "pairs": 16, "domains": 16, "text": 4, "sequences": 8, "audio": 4}
+EVALUATED = 2048  # held-out items in an evaluation during training; ``fastgen evaluate`` takes all
+SECONDS_BETWEEN_PAGES = 60.0
 
 
-def choose_device(name: str) -> torch.device:
-    """Raises UsageError for a device that torch does not know or this machine does not have."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"device: expected one that this machine has, got {name!r} ({reason})") from error
-    return device
+class Trainer:
+    """A run in its folder, from the engine's step to the last one.
 
-
-@contextmanager
-def limited_threads(config: TrainConfig, images: Tensor) -> Iterator[None]:
-    """Have torch use ``config.threads``, and afterwards as many as before."""
-    before = torch.get_num_threads()
-    pixels = config.batch_size * images.shape[-2] * images.shape[-1]
-    torch.set_num_threads(config.threads or (1 if pixels < SMALL_STEP else before))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def fit(state: TrainState, data: ImageData, config: TrainConfig, progress: Progress) -> Iterator[Metrics]:
-    """Train from ``state.epoch`` to ``config.epochs``, yielding after each epoch with ``state`` up to date.
-
-    Raises:
-        DivergedError: a loss is NaN or infinite; raised instead of yielding that epoch.
+    Every process has one; the first writes the files.
     """
-    train, test = data.train.to(state.device), data.test.to(state.device)
-    for epoch in range(state.epoch + 1, config.epochs + 1):
+
+    def __init__(self, engine: Engine, splits: tuple[Items, Items], folder: RunFolder, header: Header) -> None:
+        config = engine.config
+        accelerator = engine.accelerator
+        self.engine, self.config, self.folder, self.header = engine, config, folder, header
+        self.train = resident(splits[0], engine.device)
+        self.held_out = thinned(splits[1], EVALUATED)
+        self.first_process = accelerator.is_main_process
+        self.draws = max(phase.repeats for phase in engine.model.phases())
+        self.stream = Stream(
+            len(self.train),
+            config.seed,
+            config.batch_size,
+            draws=self.draws,
+            accumulate=config.accumulate,
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+        )
+        self.epoch_steps = len(self.train) / (config.batch_size * self.draws)
+        self.saved = engine.step
+        self._evaluate_every, self._sample_every, self._save_every = (
+            config.every(what, engine.total) for what in ("evaluate", "sample", "checkpoint")
+        )
+        self._began = time.perf_counter() - self._seconds_before()
+        self._training = 0.0  # seconds spent in steps since the last line of metrics
+        self._steps = 0
+        self._pages = time.perf_counter()
+        self._speed = 0.0
+
+    def run(self, progress: Progress, wish: Wish) -> None:
+        """Train to the last step.
+
+        Raises:
+            StoppedError: a signal asked for it, or gradients stay NaN or infinite.
+        """
+        engine = self.engine
+        self.stream.first_step, self.stream.last_step = engine.step + 1, engine.total
+        parts = batches(self.train, self.stream, engine.device, self.config.workers)
+        engine.model.train()
+        while engine.step < engine.total:
+            started = time.perf_counter()
+            engine.advance(parts, self.draws)
+            self._training += time.perf_counter() - started
+            self._steps += 1
+            progress.advance()
+            step = engine.step
+            last = step == engine.total
+            if step % self.config.log_every == 0 or last:
+                self._log(progress)
+            if step % self._evaluate_every == 0 or last:
+                self._evaluate(progress)
+            if step % self._sample_every == 0 or last:
+                self.draw()
+            if step % self._save_every == 0 or last:
+                self.save()
+            if self._wished(wish, step):
+                self.save()
+                raise StoppedError("interrupted", self.saved, interrupted=True)
+
+    def _wished(self, wish: Wish, step: int) -> bool:
+        """Whether to end here. Several processes have to agree, so they ask one another, but seldom."""
+        accelerator = self.engine.accelerator
+        if accelerator.num_processes == 1:
+            return wish.asked
+        if step % self.config.log_every:
+            return False
+        asked = torch.tensor(float(wish.asked), device=self.engine.device)
+        return bool(accelerator.reduce(asked, "sum") > 0)
+
+    def _log(self, progress: Progress) -> None:
+        engine = self.engine
         started = time.perf_counter()
-        train_loss = _train_epoch(state, train, config, epoch, progress)
-        trained = time.perf_counter() - started
-        elbo, nll, kl = evaluate(state.average, test)
-        for name, value in (("training loss", train_loss), ("held-out ELBO", elbo)):
-            if not math.isfinite(value):
-                raise DivergedError(f"epoch {epoch}: the {name} is {value}; try a smaller learning rate")
-        state.epoch = epoch
-        yield Metrics(epoch, train_loss, elbo, nll, kl, len(train) / trained, time.perf_counter() - started)
+        progress.losses = engine.means()  # waits for the device
+        self._training += time.perf_counter() - started
+        self._speed = self._steps * self.config.batch_size * self.draws / max(self._training, 1e-9)
+        seconds = time.perf_counter() - self._began
+        row = {"values": progress.losses, "items_per_second": self._speed, "seconds": seconds}
+        self._write("train", row | {"skipped": int(engine.skipped)})
+        per_step = self._training / self._steps
+        self._training, self._steps = 0.0, 0
+        progress.speed = self._speed
+        progress.show(engine.step, per_step * (engine.total - engine.step))
+        if int(engine.in_a_row) >= self.config.nan_limit:
+            raise StoppedError(
+                f"step {engine.step}: the gradient was NaN or infinite in the last {int(engine.in_a_row)} steps, which"
+                " were skipped; try a smaller learning rate, clip, or float32",
+                self.saved,
+                interrupted=False,
+            )
 
+    def _evaluate(self, progress: Progress) -> None:
+        engine = self.engine
+        with engine.averaged() as module:
+            found = mean_scores(scores(module, self.held_out, self.config.batch_size, engine.accelerator))
+        if found:
+            progress.held_out = found
+            self._write("held-out", {"values": found, "seconds": time.perf_counter() - self._began})
 
-def _train_epoch(state: TrainState, images: Tensor, config: TrainConfig, epoch: int, progress: Progress) -> float:
-    """One pass over the images in an order drawn from (seed, epoch); the mean loss."""
-    beta = min(1.0, epoch / max(1, config.kl_warmup))
-    order = torch.randperm(len(images), generator=_seeded(config.seed, epoch)).to(images.device)
-    sums = torch.zeros(2, device=images.device)
-    seen = 0
-    state.model.train()
-    for step, chosen in enumerate(torch.split(order, config.batch_size), start=1):
-        out = state.model(images[chosen], beta=beta)
-        state.optimizer.zero_grad()
-        out.loss.backward()
-        nn.utils.clip_grad_norm_(state.model.parameters(), MAX_GRADIENT_NORM)
-        state.optimizer.step()
-        state.update_average(config.average_decay)
-        sums += torch.stack([(out.nll + out.kl).detach().sum(), out.kl.detach().sum()])
-        seen += len(chosen)
-        if step % STEPS_PER_REPORT == 0 or seen == len(images):
-            loss, kl = (sums / seen).tolist()
-            progress.advance(epoch, seen, loss, kl)
-            if not math.isfinite(loss):
-                break
-    return float(loss)
+    def draw(self) -> None:
+        """Samples from the same noise as ever, and what else the model shows."""
+        engine, model = self.engine, self.engine.model
+        generator = torch.Generator().manual_seed(0)
+        count = SHOWN[model.kind]
+        with engine.averaged() as module:
+            exhibits = {"samples": module("draw", count, model.sampling_class(), generator=generator)}
+            exhibits |= module("show", first(self.held_out, HELD_OUT_SHOWN, engine.device), generator=generator)
+        if self.first_process:
+            for name, exhibit in exhibits.items():
+                write_exhibit(inside(self.folder.path, name), f"{engine.step:0{STEP_DIGITS}d}", exhibit)
 
+    def save(self) -> None:
+        """The checkpoint of this step, and now and then the pages."""
+        engine = self.engine
+        engine.share_buffers()
+        tensors = engine.tensors()
+        if self.first_process:
+            save_checkpoint(self.folder.checkpoint, self.header, tensors)
+            if time.perf_counter() - self._pages > SECONDS_BETWEEN_PAGES:
+                self.write_pages()
+        engine.accelerator.wait_for_everyone()
+        self.saved = engine.step
 
-def _seeded(seed: int, epoch: int) -> torch.Generator:
-    mixed = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(mixed[0]))
+    def write_pages(self) -> None:
+        """Curves and report, from what the folder holds."""
+        write_curves(self.folder.curves, self.folder.rows())
+        write_report(self.folder.path)
+        self._pages = time.perf_counter()
 
+    def _write(self, part: str, row: dict[str, Any]) -> None:
+        step = self.engine.step
+        if self.first_process:
+            self.folder.add_metrics({"step": step, "epoch": round(step / self.epoch_steps, 4), "part": part} | row)
+        self.engine.accelerator.log({f"{part}/{name}": value for name, value in row["values"].items()}, step)
 
-@torch.no_grad()
-def evaluate(model: ConvVAE, images: Tensor) -> tuple[float, float, float]:
-    """(ELBO, nll, KL), means over the images in nats, from one posterior sample each with fixed noise."""
-    generator = torch.Generator(images.device).manual_seed(0)
-    nll = torch.zeros((), device=images.device, dtype=torch.float64)
-    kl = torch.zeros_like(nll)
-    for batch in torch.split(images, EVALUATION_BATCH):
-        out = model(batch, generator=generator)
-        nll += out.nll.sum()
-        kl += out.kl.sum()
-    mean_nll, mean_kl = float(nll) / len(images), float(kl) / len(images)
-    return -(mean_nll + mean_kl), mean_nll, mean_kl
+    def _seconds_before(self) -> float:
+        """How long the run trained before it was interrupted."""
+        return max((float(row.get("seconds", 0.0)) for row in self.folder.rows()), default=0.0)

@@ -1,45 +1,38 @@
-"""What is measured in an epoch, and how a person sees it: a bar on a terminal, plain lines elsewhere."""
+"""How a person sees training: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
 from types import TracebackType
 
 from tqdm import tqdm
 
+LINES = 20
+SHOWN = 5
 
-@dataclass(frozen=True)
-class Metrics:
-    """One epoch. Losses in nats per image with the KL's full weight, so train_loss is minus an ELBO.
 
-    The held-out figures are of the averaged weights, from one posterior sample per image with fixed noise.
-    images_per_second is of the training alone, seconds of the evaluation too.
-    """
-
-    epoch: int
-    train_loss: float
-    held_out_elbo: float
-    held_out_nll: float
-    held_out_kl: float
-    images_per_second: float
-    seconds: float
+def short(values: Mapping[str, float]) -> str:
+    """ "loss 1.23, kl 0.04": the first few, losses first."""
+    names = sorted(values, key=lambda name: (not name.endswith("loss"), name))[:SHOWN]
+    return ", ".join(f"{name} {values[name]:.4g}" for name in names)
 
 
 class Progress:
-    """Shows loss, KL, held-out ELBO and images/s on stderr, as they come or once per epoch."""
+    """Shows losses, held-out figures, throughput and the time left on stderr; on a terminal as a bar, which moves with
+    every step, elsewhere as about ``LINES`` lines in a run. ``quiet``: shows nothing (other processes than the first).
+    """
 
-    def __init__(self, epochs: int, images: int, finished: int = 0) -> None:
-        self.epochs = epochs
-        self.images = images
-        self.held_out = ""
+    def __init__(self, total: int, finished: int, epoch_steps: float, *, quiet: bool = False) -> None:
+        self.total = total
+        self.epoch_steps = epoch_steps
+        self.quiet = quiet
+        self.losses: dict[str, float] = {}
+        self.held_out: dict[str, float] = {}
+        self.speed = 0.0
+        self.next_line = finished
         self.bar = tqdm(
-            total=epochs * images,
-            initial=finished * images,
-            unit=" images",
-            unit_scale=True,
-            dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            total=total, initial=finished, unit="step", dynamic_ncols=True, disable=quiet or not sys.stderr.isatty()
         )
 
     def __enter__(self) -> Progress:
@@ -50,18 +43,35 @@ class Progress:
     ) -> None:
         self.bar.close()
 
-    def advance(self, epoch: int, seen: int, loss: float, kl: float) -> None:
-        """``seen`` images of ``epoch`` are done; loss and kl are their means so far."""
-        self.bar.set_description(f"epoch {epoch}/{self.epochs}", refresh=False)
-        self.bar.set_postfix_str(f"loss {loss:.2f}, KL {kl:.2f}{self.held_out}", refresh=False)
-        self.bar.update((epoch - 1) * self.images + seen - self.bar.n)
+    def advance(self) -> None:
+        self.bar.update()
 
-    def finish_epoch(self, metrics: Metrics) -> None:
-        self.held_out = f", held-out ELBO {metrics.held_out_elbo:.2f}"
-        if self.bar.disable:
+    def show(self, step: int, seconds_left: float) -> None:
+        """``losses``, ``held_out`` and ``speed`` have new values; a line where one is due."""
+        held_out = f"; held out {short(self.held_out)}" if self.held_out else ""
+        text = f"{short(self.losses)}{held_out}"
+        epoch = step / self.epoch_steps
+        if not self.bar.disable:
+            self.bar.set_description(f"epoch {epoch:.1f}", refresh=False)
+            self.bar.set_postfix_str(f"{self.speed:.0f} items/s, {text}", refresh=False)
+        elif not self.quiet and (step >= self.next_line or step == self.total):
+            self.next_line = step + max(1, self.total // LINES)
             print(
-                f"epoch {metrics.epoch}/{self.epochs}: loss {metrics.train_loss:.2f}{self.held_out}"
-                f" (KL {metrics.held_out_kl:.2f}) nats per image, {metrics.images_per_second:.0f} images/s",
+                f"step {step}/{self.total}, epoch {epoch:.1f}: {text} ({self.speed:.0f} items/s,"
+                f" {duration(seconds_left)} left)",
                 file=sys.stderr,
                 flush=True,
             )
+
+    def say(self, text: str) -> None:
+        """A line beside the bar."""
+        if not self.quiet:
+            tqdm.write(text, file=sys.stderr)
+
+
+def duration(seconds: float) -> str:
+    """1 h 02 min, 3 min 20 s, 12 s."""
+    whole = int(seconds + 0.5)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"

@@ -1,31 +1,39 @@
-"""Runs: train one in its folder, from the start or from its checkpoint, and sample from one."""
+"""Runs: train one in its folder, from the start or from its checkpoint."""
 
 from __future__ import annotations
 
+import os
+import shlex
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
-from fastgen.data import ImageData, load_images
-from fastgen.models import MODELS, ConvVAE, ConvVAEConfig
-from fastgen.train.checkpoint import Header, load_checkpoint, save_checkpoint
-from fastgen.train.errors import DivergedError, StoppedError, UsageError
+import fastgen
+from fastgen.data import SOURCES, DataConfig, Dataset, Items, load_data
+from fastgen.models import MODELS, GenerativeModel, from_data
+from fastgen.train.checkpoint import Header, load_checkpoint
+from fastgen.train.config import FREE_ON_RESUME, TrainConfig
+from fastgen.train.engine import Engine, find
+from fastgen.train.errors import StoppedError, UsageError
+from fastgen.train.files import inside
 from fastgen.train.folder import RunFolder
-from fastgen.train.loop import TrainConfig, choose_device, evaluate, fit, limited_threads
-from fastgen.train.pictures import write_grid, write_pairs
+from fastgen.train.loop import Trainer
 from fastgen.train.progress import Progress
-from fastgen.train.state import TrainState, kept_epoch, load_weights
+from fastgen.train.sharding import forget_accelerator, make_accelerator, whole
+from fastgen.train.signals import noticed
 
-FROM_DATA = ("image_size", "channels", "levels")  # fields of a model's config that the data decide
-FREE_ON_RESUME = ("epochs", "threads", "device")
-DEFAULT_DATA = "digits"
-SAMPLES_SHOWN = 64
-PAIRS_SHOWN = 64
+SMALL_STEP = (
+    2**28
+)  # items' elements x weights; below, a second thread gains little, and loses much where cores are shared
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ class Request:
 
     model: str
     folder: RunFolder
-    data: str | None = None
+    data_options: Mapping[str, Any] = field(default_factory=dict)
     train_options: Mapping[str, Any] = field(default_factory=dict)
     model_options: Mapping[str, Any] = field(default_factory=dict)
     resume: bool = False
@@ -44,74 +52,104 @@ class Request:
 
 @dataclass(frozen=True)
 class Result:
-    """held_out_elbo is in nats per image, a mean over held_out_images."""
+    """What came of training. held_out: the last figures of the averaged weights, means over held_out_items."""
 
-    epochs: int
+    steps: int
     parameters: int
-    held_out_elbo: float
-    held_out_images: int
     seconds: float
+    held_out: dict[str, float]
+    held_out_items: int
+    skipped: int
 
 
 def train(request: Request) -> Result:
-    """Train a model in a folder, keeping after each epoch its metrics, a checkpoint and pictures.
+    """Train a model in a folder; each process of several calls it alike.
 
     Raises:
-        StoppedError: Ctrl-C, or a loss that is no longer finite.
+        StoppedError: a signal, or gradients that stay NaN or infinite.
         FileExistsError, FileNotFoundError: the folder holds a run already, or none to resume.
         UsageError, ValueError, TypeError: options, data or a checkpoint that do not fit.
+        OSError: a file can't be written; the checkpoint before is kept.
     """
     started = time.perf_counter()
     folder = request.folder
-    _check_folder(request)
+    if first_process():
+        _check_folder(request)
     tensors: dict[str, Tensor] = {}
     if request.resume:
         saved, tensors = load_checkpoint(folder.checkpoint)
         header, data = _resumed(request, saved)
     else:
         header, data = _fresh(request)
-    model_config, config = _configs(folder.checkpoint, header)
+    model_class, model_config, config = configs(folder.checkpoint, header)
+    splits = split(data, model_config)
+
     device = choose_device(config.device)
-
-    torch.manual_seed(config.seed)
-    state = TrainState(MODELS[header.model].model(model_config).to(device), config.learning_rate)
-    if request.resume:
-        state.restore(tensors)
-        if config.epochs < state.epoch:
-            raise UsageError(f"epochs: expected at least {state.epoch}, which are trained, got {config.epochs}")
-    else:
-        folder.clear()
-    folder.write_config(header)
-    folder.keep_metrics(state.epoch)
-    with limited_threads(config, data.train):
-        _train_in_folder(state, data, config, folder, header)
-        elbo, _, _ = evaluate(state.average, data.test.to(device))
-    return Result(
-        epochs=state.epoch,
-        parameters=sum(weight.numel() for weight in state.model.parameters()),
-        held_out_elbo=elbo,
-        held_out_images=len(data.test),
-        seconds=time.perf_counter() - started,
-    )
-
-
-def _train_in_folder(
-    state: TrainState, data: ImageData, config: TrainConfig, folder: RunFolder, header: Header
-) -> None:
-    """Train, keeping each epoch, and the state at the start: there is always one to resume."""
-    save_checkpoint(folder.checkpoint, header, state.tensors())
+    trackers = [name for name in config.trackers.split(",") if name]
+    accelerator = make_accelerator(config, device, log_with=trackers or None, project_dir=str(folder.path))
     try:
-        _draw(folder, state.average, data)
-        with Progress(config.epochs, len(data.train), finished=state.epoch) as progress:
-            for metrics in fit(state, data, config, progress):
-                folder.add_metrics(metrics)
-                save_checkpoint(folder.checkpoint, header, state.tensors())
-                _draw(folder, state.average, data)
-                progress.finish_epoch(metrics)
+        torch.manual_seed(config.seed)
+        model = model_class(model_config)
+        draws = max(phase.repeats for phase in model.phases())
+        total = config.total_steps(len(splits[0]), draws)
+        engine = Engine(model, config, total, accelerator)
+        if request.resume:
+            engine.restore(tensors)
+            del tensors
+            if total < engine.step:
+                name = "steps" if config.steps else "epochs"
+                raise UsageError(f"{name}: expected at least the {engine.step} steps that are trained, got {total}")
+        if first_process():
+            if not request.resume:
+                folder.clear()
+            folder.begin(_environment(accelerator), settings(header), command(header.model, folder, "--config"))
+            folder.keep_metrics(engine.step)
+        accelerator.wait_for_everyone()
+        _start_trackers(accelerator, trackers, folder, engine.step)
+        with limited_threads(config, model, splits[0]):
+            trainer = Trainer(engine, splits, folder, header)
+            _train(trainer, accelerator)
+        return Result(
+            steps=engine.step,
+            parameters=sum(weight.numel() for weight in model.parameters()),
+            seconds=time.perf_counter() - started,
+            held_out=_last_held_out(folder),
+            held_out_items=len(trainer.held_out),
+            skipped=int(engine.skipped),
+        )
+    finally:
+        accelerator.end_training()
+        forget_accelerator()
+
+
+def _train(trainer: Trainer, accelerator: Accelerator) -> None:
+    """Train, and leave the folder complete whatever ends it."""
+    engine, folder = trainer.engine, trainer.folder
+    quiet = not accelerator.is_main_process
+    try:
+        with noticed() as wish, Progress(engine.total, engine.step, trainer.epoch_steps, quiet=quiet) as progress:
+            trainer.run(progress, wish)
     except KeyboardInterrupt as error:
-        raise StoppedError("interrupted", kept_epoch(folder.checkpoint), interrupted=True) from error
-    except DivergedError as error:
-        raise StoppedError(str(error), kept_epoch(folder.checkpoint), interrupted=False) from error
+        raise StoppedError("interrupted", trainer.saved, interrupted=True) from error
+    finally:
+        if accelerator.is_main_process and folder.checkpoint.exists():
+            trainer.write_pages()
+    with engine.averaged():
+        weights = {name: whole(tensor) for name, tensor in engine.model.state_dict().items()}
+        if accelerator.is_main_process:
+            write_pretrained(folder, engine.model, weights)
+
+
+def write_pretrained(folder: RunFolder, model: GenerativeModel, weights: Mapping[str, Tensor]) -> None:
+    """The averaged weights as ``from_pretrained`` reads them, in the run's folder ``model``."""
+    unsharded = type(model)(model.config)
+    unsharded.load_state_dict({name: tensor.cpu() for name, tensor in weights.items()})
+    unsharded.save_pretrained(inside(folder.path, folder.pretrained.name))
+
+
+def first_process() -> bool:
+    """Of those that a launcher started; true where there is no launcher."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _check_folder(request: Request) -> None:
@@ -121,81 +159,160 @@ def _check_folder(request: Request) -> None:
     holds_run = request.folder.holds_run()
     if request.resume and not holds_run:
         raise FileNotFoundError(f"{path}: expected a run to resume, got a path without one")
+    if request.resume and not request.folder.checkpoint.exists():
+        raise FileNotFoundError(
+            f"{path}: expected a run with a checkpoint, got one that ended before its first; --overwrite begins anew"
+        )
     if holds_run and not (request.resume or request.overwrite):
         raise FileExistsError(f"{path}: holds a run already; --resume goes on with it, --overwrite replaces it")
 
 
-def _fresh(request: Request) -> tuple[Header, ImageData]:
-    config = _train_config(request.train_options)
-    source = request.data or DEFAULT_DATA
-    data = load_images(source)
-    _, channels, height, width = data.train.shape
-    if height != width:
-        raise ValueError(f"{source}: images: expected square ones, got height {height} and width {width}")
-    sizes: dict[str, Any] = {"image_size": height, "channels": channels, "levels": data.levels}
-    try:
-        model_config = MODELS[request.model].config(**sizes, **request.model_options)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"model.{error}") from error
-    origin = {"source": source, "fingerprint": data.fingerprint()}
-    return Header(request.model, asdict(model_config), asdict(config), origin), data
+def _fresh(request: Request) -> tuple[Header, Dataset]:
+    model_class = MODELS[request.model]
+    config = _checked(TrainConfig, {**model_class.train_defaults, **request.train_options})
+    data_config = _checked(DataConfig, {"source": model_class.default_data, **request.data_options})
+    data = load_data(_anywhere(data_config), model_class.kind)
+    facts = {}
+    for name in from_data(model_class.config_class):
+        if name not in data.facts:
+            raise UsageError(f"data: expected a set that tells {name}, for {request.model}, got {data.name}")
+        facts[name] = data.facts[name]
+    model_config = _checked(model_class.config_class, {**facts, **request.model_options}, prefix="model.")
+    header = Header(
+        request.model, asdict(model_config), asdict(config), asdict(_anywhere(data_config)), data.fingerprint
+    )
+    return header, data
 
 
-def _resumed(request: Request, saved: Header) -> tuple[Header, ImageData]:
+def _resumed(request: Request, saved: Header) -> tuple[Header, Dataset]:
     """The run's own settings, but for those of the request that may change."""
-    _train_config(request.train_options)
+    _checked(TrainConfig, {**saved.train_config, **request.train_options})
     fixed = {name: value for name, value in request.train_options.items() if name not in FREE_ON_RESUME}
+    data_options = dict(request.data_options)
+    source = data_options.pop("source", saved.data_config["source"])
     pairs: list[tuple[str, Any, Any]] = [("model", request.model, saved.model)]
     pairs += [(name, value, saved.train_config.get(name)) for name, value in fixed.items()]
+    pairs += [(name, value, saved.data_config.get(name)) for name, value in data_options.items()]
     pairs += [(f"model.{name}", value, saved.model_config.get(name)) for name, value in request.model_options.items()]
     for name, asked, own in pairs:
         if asked != own:
             raise UsageError(f"{name}: expected {own!r}, as when the run in {request.folder.path} began, got {asked!r}")
-    source = request.data or saved.data["source"]
-    data = load_images(source)
-    if data.fingerprint() != saved.data["fingerprint"]:
-        raise UsageError(f"data: expected the images with which the run in {request.folder.path} began, got others")
     free = {name: value for name, value in request.train_options.items() if name in FREE_ON_RESUME}
-    return replace(saved, train_config=saved.train_config | free, data=saved.data | {"source": source}), data
+    header = replace(saved, train_config=saved.train_config | free, data_config=saved.data_config | {"source": source})
+    return header, data_of(header, request.folder)
 
 
-def _train_config(options: Mapping[str, Any]) -> TrainConfig:
+def data_of(header: Header, folder: RunFolder) -> Dataset:
+    """The data of a run; UsageError where they are no longer the same."""
+    data = load_data(_anywhere(DataConfig(**header.data_config)), MODELS[header.model].kind)
+    if data.fingerprint != header.fingerprint:
+        raise UsageError(
+            f"data: expected the items with which the run in {folder.path} began, got others in {data.name}"
+        )
+    return data
+
+
+def split(data: Dataset, model_config: Any) -> tuple[Items, Items]:
+    """Training and held-out items; the config says how long pieces of text are."""
+    options: dict[str, Any] = getattr(model_config, "data_options", dict)()
+    return data.splits(**options)
+
+
+def configs(checkpoint: Path, header: Header) -> tuple[type[GenerativeModel], Any, TrainConfig]:
     try:
-        return TrainConfig(**options)
-    except (TypeError, ValueError) as error:
-        raise UsageError(str(error)) from error
-
-
-def _configs(checkpoint: Path, header: Header) -> tuple[ConvVAEConfig, TrainConfig]:
-    try:
-        return MODELS[header.model].config(**header.model_config), TrainConfig(**header.train_config)
+        model_class = MODELS[header.model]
+        config = model_class.config_class(**header.model_config)
+        return model_class, config, TrainConfig(**header.train_config)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{checkpoint}: expected a checkpoint of this version of fastgen, got {error}") from error
 
 
-def _draw(folder: RunFolder, model: ConvVAE, data: ImageData) -> None:
-    write_grid(folder.samples, model.sample(SAMPLES_SHOWN, generator=torch.Generator().manual_seed(0)))
-    shown = data.test[:PAIRS_SHOWN]
-    device = next(model.parameters()).device
-    write_pairs(folder.reconstructions, shown, model.reconstruct(shown.to(device)).cpu())
+def load_average(model: GenerativeModel, tensors: Mapping[str, Tensor]) -> None:
+    """The averaged weights of a checkpoint, and the rest as it was."""
+    for name, tensor in model.state_dict().items():
+        averaged = f"average/{name}"
+        tensor.copy_(find(tensors, averaged if averaged in tensors else f"model/{name}", tensor))
 
 
-def sample(folder: RunFolder, n: int, out: Path, seed: int = 0, device: str = "auto") -> None:
-    """Write a grid of n samples of a run's averaged weights; one seed gives the same latents on every device.
+def choose_device(name: str) -> torch.device:
+    """Raises UsageError for a device that torch does not know or this machine does not have."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device: expected one that this machine has, got {name!r} ({reason})") from error
+    return device
 
-    Raises:
-        FileNotFoundError: no run there. UsageError, ValueError: n, out, device or the checkpoint do not fit.
-    """
-    if n < 1:
-        raise UsageError(f"n: expected a positive number of samples, got {n}")
-    if not 0 <= seed < 2**63:
-        raise UsageError(f"seed: expected an integer from 0 to 2^63 - 1, got {seed}")
-    if out.suffix.lower() != ".png":
-        raise UsageError(f"out: expected a path that ends in .png, got {out}")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"{out}: expected a path in a folder that exists, got one in {out.parent}")
-    header, tensors = load_checkpoint(folder.checkpoint)
-    model_config, _ = _configs(folder.checkpoint, header)
-    model = MODELS[header.model].model(model_config).to(choose_device(device)).eval()
-    load_weights(model, tensors, "average/")
-    write_grid(out, model.sample(n, generator=torch.Generator().manual_seed(seed)))
+
+@contextmanager
+def limited_threads(config: TrainConfig, model: GenerativeModel, items: Items) -> Iterator[None]:
+    """Have torch use ``config.threads``, and afterwards as many as before."""
+    before = torch.get_num_threads()
+    elements = config.batch_size * max(tensor.numel() for tensor in items.batch(torch.tensor([0])).values())
+    work = elements * sum(weight.numel() for weight in model.parameters())
+    torch.set_num_threads(config.threads or (1 if work < SMALL_STEP else before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _anywhere(config: DataConfig) -> DataConfig:
+    """With a path that means the same from every folder."""
+    path = Path(config.source)
+    return replace(config, source=str(path.resolve())) if path.exists() and config.source not in SOURCES else config
+
+
+def _checked(config_class: Any, options: Mapping[str, Any], prefix: str = "") -> Any:
+    try:
+        return config_class(**options)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{prefix}{error}") from error
+
+
+def settings(header: Header) -> dict[str, Any]:
+    """A run's options as the command line takes them."""
+    decided = from_data(MODELS[header.model].config_class)
+    own = {name: value for name, value in header.model_config.items() if name not in decided}
+    data = dict(header.data_config)
+    return {"data": data.pop("source"), **data, **header.train_config, "model": own}
+
+
+def command(model: str, folder: RunFolder, option: str) -> str:
+    """What a person types to reproduce the run ("--config"), or to go on with it ("--resume")."""
+    path = shlex.quote(str(folder.path))
+    if option == "--config":
+        return f"fastgen train {model} --config {shlex.quote(str(folder.config))} --out ANOTHER_FOLDER"
+    return f"fastgen train {model} --out {path} {option}"
+
+
+def _environment(accelerator: Accelerator) -> dict[str, Any]:
+    info = fastgen.info()
+    return {
+        "command": shlex.join(["fastgen", *sys.argv[1:]]),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **info.versions,
+        "devices": info.devices,
+        "device": str(accelerator.device),
+        "processes": accelerator.num_processes,
+        "backend": info.backend,
+        "libraries": info.libraries,
+    }
+
+
+def _start_trackers(accelerator: Accelerator, trackers: list[str], folder: RunFolder, step: int) -> None:
+    if not trackers:
+        return
+    missing = set(trackers) - {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
+    if missing:
+        raise UsageError(f"trackers: expected trackers that are installed, got {', '.join(sorted(missing))}")
+    inside(folder.path, "tensorboard")
+    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": step + 1}})
+
+
+def _last_held_out(folder: RunFolder) -> dict[str, float]:
+    rows = [row for row in folder.rows() if row.get("part") == "held-out"]
+    return dict(rows[-1]["values"]) if rows else {}

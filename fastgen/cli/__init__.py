@@ -1,0 +1,117 @@
+"""The ``fastgen`` command. ``info``, ``bench``, ``--help`` and ``--version`` need only torch, the rest the extras."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+import fastgen
+from fastgen.cli._errors import FAILURE, INTERRUPTED, USAGE, CommandError
+
+SUCCESS = 0
+
+EXTRAS = {
+    "PIL": "pillow",
+    "accelerate": "accelerate",
+    "huggingface_hub": "huggingface_hub",
+    "jinja2": "jinja2",
+    "jsonargparse": "jsonargparse",
+    "matplotlib": "matplotlib",
+    "safetensors": "safetensors",
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+    "torchmetrics": "torchmetrics",
+    "tqdm": "tqdm",
+    "yaml": "pyyaml",
+}
+"""Modules of the ``train`` extra, and the packages that have them."""
+
+COMMANDS = """\
+commands:
+  train MODEL    train a model            fastgen train conv-vae --data digits --out runs/digits
+  sample RUN     draw from a trained one  fastgen sample runs/digits --n 64 --out grid.png
+  evaluate RUN   judge a trained one      fastgen evaluate runs/digits
+  models         the models there are
+  data PATH      look at a data set       fastgen data photos/ --image-size 32
+  info           what this installation can do, and what it lacks
+  bench          fastgen's layers against PyTorch's, on this machine
+
+fastgen COMMAND --help lists a command's options. --debug, anywhere, shows tracebacks.
+"""
+
+PLAIN = ("info", "bench")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(f"{message} (fastgen --help lists the commands)", USAGE)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the words after ``fastgen``; default those of the process.
+
+    Returns:
+        The exit code: 0; 1 for a failure; 2 for a mistake in the command; 130 after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    try:
+        _run([word for word in words if word != "--debug"])
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else SUCCESS
+    except KeyboardInterrupt:
+        print("fastgen: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        code = error.code if isinstance(error, CommandError) else FAILURE
+        prefix = "fastgen: " if code == INTERRUPTED else "fastgen: error: "
+        print(prefix + _one_line(error) + _which_process(), file=sys.stderr)
+        return code
+    return SUCCESS
+
+
+def _one_line(error: Exception) -> str:
+    """The message; of errors that nobody foresaw also the type."""
+    text = " ".join(str(error).split())
+    foreseen = isinstance(error, (CommandError, ValueError, TypeError, OSError, ImportError))
+    return text if foreseen and text else f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def _which_process() -> str:
+    return f" (process {os.environ.get('RANK')})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+
+
+def _run(words: list[str]) -> None:
+    names = ("train", "sample", "evaluate", "models", "data", "info", "bench")
+    parser = _Parser(
+        prog="fastgen",
+        description="Fused layers for generative models, and models trained with them.",
+        usage="fastgen [--help] [--version] COMMAND ...",
+        epilog=COMMANDS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fastgen {fastgen.__version__}")
+    parser.add_argument("command", choices=names, help=argparse.SUPPRESS)
+    parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    if not words:
+        parser.error(f"expected a command, one of {', '.join(names)}, got nothing")
+    given = parser.parse_args(words)
+    if given.command not in PLAIN:
+        _require_extras(given.command)
+    importlib.import_module(f"fastgen.cli._{given.command}").run(given.words)
+
+
+def _require_extras(command: str) -> None:
+    missing = [package for module, package in EXTRAS.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise CommandError(f"{command} needs {', '.join(missing)}: pip install 'fastgen[train]'")

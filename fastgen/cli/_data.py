@@ -1,0 +1,50 @@
+"""``fastgen data PATH``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from fastgen.cli._errors import USAGE, CommandError
+from fastgen.cli._options import add_fields, options_parser, parse
+from fastgen.data import SOURCES, DataConfig, describe
+from fastgen.models import KINDS, Images
+from fastgen.train.errors import UsageError
+from fastgen.train.trained import write_samples
+
+ABOUT = "Look at a data set before training on it: a set in the box, a path, or hf:NAME. Alone, it lists the box."
+
+
+def run(words: list[str]) -> None:
+    if not words:
+        width = max(map(len, SOURCES))
+        for name, about in SOURCES.items():
+            print(f"{name:<{width}}  {about}")
+        return
+    parser = options_parser("fastgen data", ABOUT)
+    parser.add_argument("source", type=str, help="a set in the box, a path, or hf:NAME")
+    parser.add_argument("--kind", type=str, default="", help=f"one of {', '.join(KINDS)}; default: the first that fits")
+    parser.add_argument("--out", type=str, default="", help="a PNG file for some of the pictures")
+    add_fields(parser, DataConfig, without=["source"])
+    given = parse(parser, words, defaults=True)
+    kind, out = given.pop("kind"), given.pop("out")
+    if kind and kind not in KINDS:
+        raise CommandError(f"kind: expected one of {', '.join(KINDS)}, got {kind}", USAGE)
+    try:
+        config = DataConfig(**given)
+    except (TypeError, ValueError) as error:
+        raise CommandError(str(error), USAGE) from error
+    found = describe(config, kind or None)
+    print(found)
+    if out:
+        pictures = next(
+            (value for value in found.examples.values() if isinstance(value, Tensor) and value.dim() == 4), None
+        )
+        if pictures is None:
+            raise CommandError(f"out: expected a data set with pictures, got one of {found.kind}", USAGE)
+        try:
+            write_samples(Images(pictures), Path(out))
+        except UsageError as error:
+            raise CommandError(str(error), USAGE) from error
+        print(out)

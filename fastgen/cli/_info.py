@@ -1,0 +1,47 @@
+"""``fastgen info``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+import torch
+
+import fastgen
+from fastgen._library import COMPILED_DTYPES
+from fastgen.cli._errors import USAGE, CommandError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(f"{message} (fastgen info --help lists the options)", USAGE)
+
+
+def run(words: list[str]) -> None:
+    parser = _Parser(prog="fastgen info", description="What this installation can do, and what it lacks.")
+    parser.add_argument(
+        "--attention",
+        metavar="B,H,N,M,Dk,Dv",
+        help="also show how CUDA kernels share out attention of these sizes",
+    )
+    parser.add_argument(
+        "--projection",
+        metavar="B,N,C,E",
+        help="also show what CUDA kernels and cuBLAS are expected to take for a projection of tokens (B, N, C) to E",
+    )
+    parser.add_argument("--dtype", default="bfloat16", choices=[str(d).removeprefix("torch.") for d in COMPILED_DTYPES])
+    given = parser.parse_args(words)
+
+    def sizes(option: str, names: str) -> list[int] | None:
+        text = getattr(given, option)
+        if text is None:
+            return None
+        if not all(word.isdigit() for word in text.split(",")):
+            parser.error(f"--{option}: expected {names}, got {text}")
+        return [int(word) for word in text.split(",")]
+
+    attention, projection = sizes("attention", "B,H,N,M,Dk,Dv"), sizes("projection", "B,N,C,E")
+    try:
+        print(fastgen.info(attention, getattr(torch, given.dtype), projection))
+    except ValueError as error:
+        parser.error(str(error))

@@ -1,0 +1,45 @@
+"""``fastgen sample RUN``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastgen.cli._errors import USAGE, CommandError
+from fastgen.cli._options import add_fields, options_parser, parse
+from fastgen.models import Texts
+from fastgen.train.errors import UsageError
+from fastgen.train.folder import RunFolder
+from fastgen.train.run import choose_device
+from fastgen.train.trained import SUFFIXES, open_run, sample, write_samples
+
+ABOUT = "Draw from a trained model: pictures, text or sound. The model's own options are listed by RUN --help."
+
+
+def run(words: list[str]) -> None:
+    named = bool(words) and not words[0].startswith("-")
+    helping = "--help" in words or "-h" in words
+    if not named and not helping:
+        raise CommandError(f"sample: expected a run's folder first, got {words[0] if words else 'nothing'}", USAGE)
+    parser = options_parser("fastgen sample RUN", ABOUT)
+    parser.add_argument("--n", type=int, default=64, help="how many")
+    parser.add_argument("--out", type=str, default="", help="the file to write; default samples.png; text is printed")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same samples")
+    parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, ...; auto: cuda if there is one")
+    if not named:
+        parse(parser, words, defaults=True)
+        return
+    try:
+        trained = open_run(RunFolder(Path(words[0])), "cpu")
+        add_fields(parser, trained.model.sampling_class)
+        given = parse(parser, words[1:], defaults=True)
+        n, out, seed, device = (given.pop(name) for name in ("n", "out", "seed", "device"))
+        trained.model.to(choose_device(device))
+        exhibit = sample(trained, n, trained.model.sampling_class(**given), seed)
+        if isinstance(exhibit, Texts) and not out:
+            print("\n\n".join(exhibit.texts))
+            return
+        path = Path(out or "samples" + SUFFIXES[type(exhibit)])
+        write_samples(exhibit, path)
+    except UsageError as error:
+        raise CommandError(str(error), USAGE) from error
+    print(path)

@@ -1,0 +1,289 @@
+"""One training step: every phase of a model, its gradients, its optimiser, the average of the weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from fastgen.models import Batch, GenerativeModel, Moment, Phase
+from fastgen.train.config import TrainConfig
+from fastgen.train.sharding import assign, shard, whole
+from fastgen.train.stream import FLIP, NOISE, mirrored, seed_everything, seed_of, to_device
+
+AVERAGE_RAMP = 10
+Values = dict[str, Tensor]
+
+
+class _Caller(nn.Module):
+    """Holds the networks whose gradients processes exchange, so that DDP and FSDP see a phase as one module."""
+
+    def __init__(self, model: GenerativeModel, networks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+        object.__setattr__(self, "_model", model)  # called, not held
+
+    def forward(self, method: str, *args: Any, **options: Any) -> Any:
+        return getattr(self._model, method)(*args, **options)
+
+
+class _Updater:
+    """A phase, what it updates and by which optimiser."""
+
+    def __init__(self, model: GenerativeModel, phase: Phase, config: TrainConfig, accelerator: Accelerator) -> None:
+        self.phase = phase
+        networks = [model.get_submodule(name) for name in phase.networks] or [model]
+        if config.compile:
+            for network in networks:
+                network.compile()
+        caller = _Caller(model, networks)
+        if config.strategy == "fsdp" and accelerator.num_processes > 1:
+            precision = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(config.precision)
+            self.module = shard(caller, model, precision)
+        else:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is of torch 2.13
+                self.module = accelerator.prepare_model(caller)
+        self.parameters = [weight for network in networks for weight in network.parameters()]
+        self.rate = config.learning_rate or phase.learning_rate
+        options = {"lr": self.rate, "betas": phase.betas, "weight_decay": phase.weight_decay}
+        self.plain_optimizer = torch.optim.AdamW(self.parameters, fused=True, **options)  # type: ignore[arg-type]
+        self.optimizer = accelerator.prepare_optimizer(self.plain_optimizer)
+
+
+class Engine:
+    """A model in training: phases, optimisers, the running average of the weights, counters.
+
+    ``step`` counts finished steps, ``skipped`` those in which some phase's gradient was NaN or infinite: they change
+    no weight and no statistic. ``in_a_row`` are the skipped steps since the last good one.
+    """
+
+    def __init__(self, model: GenerativeModel, config: TrainConfig, total: int, accelerator: Accelerator) -> None:
+        self.model, self.config, self.total, self.accelerator = model, config, total, accelerator
+        self.device = accelerator.device
+        model.to(self.device)
+        self.updaters = [_Updater(model, phase, config, accelerator) for phase in model.phases()]
+        self.step = 0
+        self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.in_a_row = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._sums: Values = {}
+        self._summed = 0
+        self._statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        self._good_statistics = [buffer.clone() for buffer in self._statistics]
+        self._averaged = self._floating_state(model.averaged)
+        self.average = {name: tensor.detach().clone() for name, tensor in self._averaged.items()}
+        updated = {weight for updater in self.updaters for weight in updater.parameters}
+        for name, weight in model.named_parameters():
+            if weight not in updated:
+                raise ValueError(f"{model.name}: expected phases that update every weight, got none for {name}")
+
+    def _floating_state(self, networks: Sequence[str]) -> Values:
+        """Weights and statistics of the submodules (default: all), by their names in the model."""
+        state = self.model.state_dict(keep_vars=True)
+        chosen = {
+            name: tensor
+            for name, tensor in state.items()
+            if tensor.is_floating_point() and (not networks or name.split(".")[0] in networks)
+        }
+        return chosen
+
+    def advance(self, batches: Iterator[Batch], draws: int) -> None:
+        """One step, on the next ``draws`` batches (of ``accumulate`` parts each)."""
+        step = self.step + 1
+        parts = self.config.accumulate
+        drawn = [[to_device(next(batches), self.device) for _ in range(parts)] for _ in range(draws)]
+        if self.config.flip:
+            for draw, pieces in enumerate(drawn):
+                for part, batch in enumerate(pieces):
+                    pieces[part] = mirrored(batch, self._seed(FLIP, step, 0, draw, part))
+        factor = self.config.rate(step, self.total)
+        bad = torch.zeros((), dtype=torch.bool, device=self.device)
+        for number, updater in enumerate(self.updaters):
+            self._let_train(updater)
+            for group in updater.plain_optimizer.param_groups:
+                group["lr"] = updater.rate * factor
+            for repeat in range(updater.phase.repeats):
+                bad = bad | self._update(updater, number, drawn[repeat], step, repeat)
+        self._update_average()
+        self.skipped += bad
+        self.in_a_row = torch.where(bad, self.in_a_row + 1, 0)
+        self._summed += 1
+        self.step = step
+
+    def _seed(self, purpose: int, step: int, *where: int) -> int:
+        """Of a part of a step; the last number is the part of this process."""
+        accelerator = self.accelerator
+        part = where[-1] * accelerator.num_processes + accelerator.process_index
+        return seed_of(self.config.seed, purpose, step, *where[:-1], part)
+
+    def _let_train(self, updater: _Updater) -> None:
+        """Gradients for this phase's weights only."""
+        if len(self.updaters) > 1:
+            for other in self.updaters:
+                for weight in other.parameters:
+                    weight.requires_grad_(False)
+            for weight in updater.parameters:
+                weight.requires_grad_(True)
+
+    def _update(self, updater: _Updater, number: int, parts: Sequence[Batch], step: int, repeat: int) -> Tensor:
+        """One update of one phase; whether it was skipped, as a tensor: nothing waits for the device."""
+        accelerator = self.accelerator
+        moment = Moment(step, self.total, getattr(accelerator, "scaler", None))
+        updater.optimizer.zero_grad()
+        for part, batch in enumerate(parts):
+            seed_everything(self._seed(NOISE, step, number, repeat, part))
+            last = part == len(parts) - 1
+            with nullcontext() if last else self._without_exchange(updater), accelerator.autocast():
+                out: Values = updater.module("loss", updater.phase.name, batch, moment)
+            with nullcontext() if last else self._without_exchange(updater):
+                accelerator.backward(out["loss"] / len(parts))
+            self._record(updater.phase.name, out, len(parts) * updater.phase.repeats)
+        accelerator.unscale_gradients(updater.optimizer)
+        gradients = [weight.grad for weight in updater.parameters if weight.grad is not None]
+        norm = whole(nn.utils.get_total_norm(gradients))
+        if self.config.clip:
+            nn.utils.clip_grads_with_norm_(updater.parameters, self.config.clip, norm)
+        bad = ~torch.isfinite(norm)
+        if accelerator.scaler is None:
+            updater.plain_optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        updater.optimizer.step()
+        self._keep_good_statistics(bad)
+        return bad
+
+    @contextmanager
+    def _without_exchange(self, updater: _Updater) -> Iterator[None]:
+        if isinstance(updater.module, FSDPModule):
+            updater.module.set_requires_gradient_sync(False)
+            yield
+            updater.module.set_requires_gradient_sync(True)
+        else:
+            with self.accelerator.no_sync(updater.module):
+                yield
+
+    @torch.no_grad()
+    def _keep_good_statistics(self, bad: Tensor) -> None:
+        """Batch norm has seen what made a gradient NaN: its statistics are set back."""
+        for now, good in zip(self._statistics, self._good_statistics, strict=True):
+            now.copy_(torch.where(bad, good, now))
+            good.copy_(now)
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        """One step of the average: decay grows to its value, so that early weights are soon forgotten."""
+        decay = min(self.config.average_decay, (1 + self.step) / (AVERAGE_RAMP + self.step))
+        torch._foreach_lerp_(list(self.average.values()), list(self._averaged.values()), 1 - decay)
+
+    def _record(self, phase: str, values: Values, parts: int) -> None:
+        for name, value in values.items():
+            name = f"{phase}/{name}" if len(self.updaters) > 1 else name
+            mean = value.detach().float() / parts
+            self._sums[name] = self._sums[name] + mean if name in self._sums else mean
+
+    def means(self) -> dict[str, float]:
+        """Means of all values since the last call, over steps and processes."""
+        if not self._summed:
+            return {}
+        names = sorted(self._sums)
+        sums = torch.stack([self._sums[name] for name in names]) / self._summed
+        sums = self.accelerator.reduce(sums, "mean")
+        self._sums, self._summed = {}, 0
+        return dict(zip(names, sums.tolist(), strict=True))
+
+    @contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """The model in evaluation, with averaged weights; what it gives calls the model's methods on all processes."""
+        self._swap()
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.accelerator.autocast():
+                yield self.updaters[0].module
+        finally:
+            for updater in self.updaters:
+                if isinstance(updater.module, FSDPModule):
+                    updater.module.reshard()  # what it gathered for evaluation is no longer true
+            self.model.train()
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, average in self.average.items():
+            weight = self._averaged[name]
+            kept = weight.detach().clone()
+            weight.copy_(average)
+            average.copy_(kept)
+
+    @torch.no_grad()
+    def share_buffers(self) -> None:
+        """Statistics become their mean over the processes: before a checkpoint, so that all go on from the same."""
+        if self.accelerator.num_processes > 1:
+            for buffer in self._statistics:
+                buffer.copy_(self.accelerator.reduce(buffer, "mean"))
+            for now, good in zip(self._statistics, self._good_statistics, strict=True):
+                good.copy_(now)
+
+    def tensors(self) -> Values:
+        """All that changes, by name; what ``restore`` takes. Every process has to call it."""
+        named = {f"model/{name}": whole(tensor) for name, tensor in self.model.state_dict().items()}
+        named |= {f"average/{name}": whole(tensor) for name, tensor in self.average.items()}
+        for updater, name, weight in self._optimized():
+            for key, tensor in updater.plain_optimizer.state[weight].items():
+                named[f"optimizer/{updater.phase.name}/{name}/{key}"] = whole(tensor)
+        named |= {"step": torch.tensor(self.step), "skipped": self.skipped, "in_a_row": self.in_a_row}
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            state = scaler.state_dict()
+            named["scaler"] = torch.tensor([state["scale"], state["_growth_tracker"]], dtype=torch.float64)
+        return named
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on where ``tensors`` were taken, bit for bit on the same kind of device.
+
+        Raises:
+            ValueError: a tensor is missing, or has another shape than this model's.
+        """
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            assign(tensor, find(tensors, f"model/{name}", tensor))
+        for name, tensor in self.average.items():
+            assign(tensor, find(tensors, f"average/{name}", tensor))
+        for updater, name, weight in self._optimized():
+            prefix = f"optimizer/{updater.phase.name}/{name}/"
+            state = updater.plain_optimizer.state[weight]
+            for key in sorted(key for key in tensors if key.startswith(prefix)):
+                saved = tensors[key]
+                if saved.dim():
+                    state[key.removeprefix(prefix)] = torch.zeros_like(weight, requires_grad=False)
+                    assign(state[key.removeprefix(prefix)], find(tensors, key, weight))
+                else:
+                    state[key.removeprefix(prefix)] = saved.to(self.device, copy=True)
+        self.step = int(find(tensors, "step"))
+        self.skipped.copy_(find(tensors, "skipped"))
+        self.in_a_row.copy_(find(tensors, "in_a_row"))
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            scale, tracker = find(tensors, "scaler").tolist()
+            scaler.load_state_dict(scaler.state_dict() | {"scale": scale, "_growth_tracker": int(tracker)})
+        for now, good in zip(self._statistics, self._good_statistics, strict=True):
+            good.copy_(now)
+
+    def _optimized(self) -> Iterator[tuple[_Updater, str, Tensor]]:
+        """Every weight with its phase and its name in the model."""
+        names = {weight: name for name, weight in self.model.named_parameters()}
+        for updater in self.updaters:
+            for weight in updater.parameters:
+                yield updater, names[weight], weight
+
+
+def find(tensors: Mapping[str, Tensor], name: str, like: Tensor | None = None) -> Tensor:
+    """Raises ValueError where the tensor is missing, or has another shape than ``like``."""
+    saved = tensors.get(name)
+    expected = torch.Size() if like is None else like.shape
+    if saved is None or (saved.shape != expected and name != "scaler"):
+        came = "none" if saved is None else str(tuple(saved.shape))
+        raise ValueError(f"{name}: expected a tensor of shape {tuple(expected)}, got {came}")
+    return saved

@@ -1,0 +1,74 @@
+"""Held-out items judged by a model, shared among processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from fastgen.data import Items
+from fastgen.models import Batch
+from fastgen.train.stream import NOISE, seed_of, to_device
+
+HELD_OUT_SHOWN = 64
+Scores = dict[str, Tensor]
+
+
+class thinned(Items):
+    """At most ``count`` of the items, evenly spaced."""
+
+    def __init__(self, items: Items, count: int) -> None:
+        self.items = items
+        self.lazy = items.lazy
+        self.chosen = torch.linspace(0, len(items) - 1, min(count, len(items))).round().long()
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def batch(self, indices: Tensor) -> Batch:
+        return self.items.batch(self.chosen[indices.cpu()])
+
+
+def first(items: Items, count: int, device: torch.device) -> Batch:
+    return to_device(items.batch(torch.arange(min(count, len(items)))), device)
+
+
+def scores(
+    module: Callable[..., Any],
+    items: Items,
+    batch_size: int,
+    accelerator: Accelerator,
+    method: str = "score",
+    seed: int = 0,
+) -> Scores:
+    """Figures (N,) of every item, in order, on the CPU, by the model's ``method``; on every process.
+
+    Each batch has noise of its own, from (seed, number of the batch): the same for any number of processes.
+    """
+    starts = range(0, len(items), batch_size)
+    rounds = -(-len(starts) // accelerator.num_processes)
+    found: list[tuple[int, Scores]] = []
+    for turn in range(rounds):
+        # All processes make the same number of calls, for FSDP's sake: one that has no batch left repeats the last.
+        number = min(turn * accelerator.num_processes + accelerator.process_index, len(starts) - 1)
+        start = starts[number]
+        batch = to_device(items.batch(torch.arange(start, min(start + batch_size, len(items)))), accelerator.device)
+        generator = torch.Generator(accelerator.device).manual_seed(seed_of(seed, NOISE, number))
+        out = module(method, batch, generator=generator)
+        out = out if isinstance(out, dict) else {method: out}
+        found.append((number, {name: value.detach().float().cpu() for name, value in out.items()}))
+    if accelerator.num_processes > 1:
+        found = gather_object(found)
+    in_order = [values for _, values in sorted(dict(found).items())]
+    return {name: torch.cat([values[name] for values in in_order]) for name in in_order[0]} if in_order else {}
+
+
+def mean_scores(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Means over items; of sums over tokens, nats per token."""
+    if "tokens" in values:
+        return {"nats per token": float(values["nll"].double().sum() / values["tokens"].double().sum())}
+    return {name: float(value.double().mean()) for name, value in values.items()}

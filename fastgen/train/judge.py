@@ -1,0 +1,179 @@
+"""A trained model judged on held-out items: likelihoods, and distances of samples in a named feature space."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import safetensors
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from fastgen import metrics
+from fastgen.data import Items
+from fastgen.models import Images, option
+from fastgen.train.config import TrainConfig
+from fastgen.train.errors import UsageError
+from fastgen.train.evaluation import scores
+from fastgen.train.files import write_whole
+from fastgen.train.folder import RunFolder
+from fastgen.train.report import write_report
+from fastgen.train.run import data_of, split
+from fastgen.train.sharding import forget_accelerator, make_accelerator
+from fastgen.train.trained import Trained, check_seed, joined, open_run
+
+Space = Literal["auto", "classifier", "rotations", "inception", "none"]
+FEATURES_FORMAT = "fastgen-features"
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How to judge. ValueError names the field, what was expected and what came."""
+
+    n: int = option(1000, "images to draw for distances")
+    importance: int = option(50, "posterior samples of the importance-weighted bound; 0 leaves it out")
+    features: Space = option(
+        "auto", "of distances; auto: a classifier trained on the data, or rotations without labels"
+    )
+    k: int = option(5, "neighbours of precision, recall, density and coverage")
+    resamples: int = option(200, "of the distances' intervals; 0: none")
+    batch_size: int = option(256, "items at once")
+    seed: int = option(0, "of all noise")
+    device: str = option("auto", "cpu, cuda, ...; auto: cuda if there is one")
+
+    def __post_init__(self) -> None:
+        for name in ("n", "k", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        for name in ("importance", "resamples"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
+        if self.features not in get_args(Space):
+            raise ValueError(f"features: expected one of {', '.join(get_args(Space))}, got {self.features!r}")
+        check_seed(self.seed)
+
+
+def evaluate(folder: RunFolder, config: EvaluateConfig) -> list[metrics.Figure]:
+    """Every figure that the model of a run has, kept in evaluation.json and the report.
+
+    Raises:
+        FileNotFoundError, ValueError: no run, or a checkpoint that does not fit. UsageError: options or data that do
+        not fit the run.
+    """
+    trained = open_run(folder, config.device)
+    data = data_of(trained.header, folder)
+    train, held_out = split(data, trained.model.config)
+    accelerator = make_accelerator(TrainConfig(batch_size=1), trained.model.device)
+    try:
+        with torch.no_grad():
+            figures = _likelihoods(trained, held_out, config, accelerator)
+            if trained.model.kind == "images" and config.features != "none":
+                figures += _distances(trained, data.name, train, held_out, config, folder)
+    finally:
+        forget_accelerator()
+    kept = {"step": trained.step, "settings": asdict(config), "figures": [asdict(figure) for figure in figures]}
+    write_whole(folder.evaluation, (json.dumps(kept, indent=2) + "\n").encode())
+    write_report(folder.path)
+    return figures
+
+
+def _likelihoods(
+    trained: Trained, items: Items, config: EvaluateConfig, accelerator: Accelerator
+) -> list[metrics.Figure]:
+    model = trained.model
+
+    def call(method: str, *args: Any, **options: Any) -> Any:
+        return getattr(model, method)(*args, **options)
+
+    def of_items(method: str, seed: int) -> dict[str, Tensor]:
+        return scores(call, items, config.batch_size, accelerator, method, seed)
+
+    values = of_items("score", config.seed)
+    if not values:
+        return []
+    if hasattr(model, "log_weights") and config.importance:
+        draws = (of_items("log_weights", config.seed + k)["log_weights"] for k in range(config.importance))
+        values["iwae"] = metrics.importance_weighted_bound(draws)
+    dims = items.batch(torch.tensor([0]))["images"][0].numel() if model.kind == "images" else None
+    return metrics.summarise(values, dims, seed=config.seed)
+
+
+def _distances(
+    trained: Trained, name: str, train: Items, held_out: Items, config: EvaluateConfig, folder: RunFolder
+) -> list[metrics.Figure]:
+    real, known = _all(held_out, config), _all(train, config)
+    space = _space(name, known, real, config, folder, trained.header.fingerprint)
+    generator = torch.Generator().manual_seed(config.seed)
+    drawn = joined(list(trained.draw(config.n, trained.model.sampling_class(), generator)))
+    assert isinstance(drawn, Images)
+    return metrics.evaluate_images(
+        real["images"],
+        drawn.pixels.float().clamp(0, 1).cpu(),
+        space,
+        training=known["images"],
+        k=config.k,
+        resamples=config.resamples,
+        seed=config.seed,
+    )
+
+
+def _all(items: Items, config: EvaluateConfig, most: int = 10_000) -> dict[str, Tensor]:
+    """All items on the CPU; of large sets as many, evenly spaced."""
+
+    def blocks() -> Iterator[dict[str, Tensor]]:
+        chosen = torch.linspace(0, len(items) - 1, min(most, len(items))).round().long()
+        for indices in chosen.split(config.batch_size):
+            yield {name: tensor.cpu() for name, tensor in items.batch(indices).items()}
+
+    found = list(blocks())
+    return {name: torch.cat([block[name] for block in found]) for name in found[0]}
+
+
+def _space(
+    name: str,
+    known: dict[str, Tensor],
+    real: dict[str, Tensor],
+    config: EvaluateConfig,
+    folder: RunFolder,
+    fingerprint: str,
+) -> metrics.FeatureSpace:
+    """The feature space, trained once for a run and kept in its folder."""
+    kind = config.features
+    if kind == "auto":
+        kind = "classifier" if "labels" in known else "rotations"
+    if kind == "classifier" and "labels" not in known:
+        raise UsageError(f"features: expected rotations or inception for {name}, which has no classes, got classifier")
+    if kind == "inception":
+        return metrics.inception_features()
+    wanted = {"format": FEATURES_FORMAT, "kind": kind, "fingerprint": fingerprint}
+    kept = _kept_space(folder, wanted)
+    if kept is not None:
+        return kept
+    with torch.enable_grad():
+        if kind == "classifier":
+            held_out = (real["images"], real["labels"])
+            space = metrics.classifier_features(known["images"], known["labels"], held_out=held_out, data=name)
+        else:
+            space = metrics.rotation_features(known["images"], data=name)
+    tensors, meta = space.state()
+    write_whole(folder.features, safetensors.torch.save(tensors, {**wanted, "meta": json.dumps(meta)}))
+    return space
+
+
+def _kept_space(folder: RunFolder, wanted: dict[str, str]) -> metrics.FeatureSpace | None:
+    """The space of an earlier evaluation, if it is there, whole, and of these data."""
+    if not folder.features.is_file():
+        return None
+    try:
+        with safetensors.safe_open(folder.features, framework="pt") as file:
+            found = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        if {name: found.get(name) for name in wanted} != wanted:
+            return None
+        return metrics.FeatureSpace.from_state(tensors, json.loads(found["meta"]))
+    except (safetensors.SafetensorError, KeyError, OSError, ValueError):
+        return None

@@ -1,0 +1,73 @@
+"""Several processes: DDP and FSDP, and tensors that are whole or in parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor, nn
+
+from fastgen.models import GenerativeModel
+from fastgen.train.config import TrainConfig
+from fastgen.train.errors import UsageError
+
+PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def make_accelerator(config: TrainConfig, device: torch.device, **options: Any) -> Accelerator:
+    """Of this process; joins the others that torchrun or ``accelerate launch`` started."""
+    forget_accelerator()
+    # Statistics of batch norm stay each process' own, and are averaged when a model is saved (Engine.share_buffers):
+    # broadcast, they would be written between a forward pass and its backward pass.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    accelerator = Accelerator(
+        mixed_precision=PRECISIONS[config.precision], cpu=device.type == "cpu", kwargs_handlers=[ddp], **options
+    )
+    if device.index is not None and accelerator.num_processes == 1:
+        accelerator.state.device = device
+    parts = accelerator.num_processes * config.accumulate
+    if config.batch_size % parts:
+        raise UsageError(
+            f"batch_size: expected a multiple of processes x accumulate"
+            f" = {accelerator.num_processes} x {config.accumulate}, got {config.batch_size}"
+        )
+    return accelerator
+
+
+def forget_accelerator() -> None:
+    """accelerate keeps precision and devices for the whole process; the next run has its own."""
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    GradientState._reset_state()
+
+
+def shard(module: nn.Module, model: GenerativeModel, precision: torch.dtype | None) -> nn.Module:
+    """``module``, which calls ``model``, with weights sharded by FSDP: each block by itself, the rest together."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if not model.blocks:
+        raise UsageError(f"strategy: expected ddp for {model.name}, which has no Transformer blocks to shard, got fsdp")
+    policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
+    for layer in model.modules():
+        if type(layer).__name__ in model.blocks:
+            fully_shard(layer, mp_policy=policy)
+    fully_shard(module, mp_policy=policy)
+    return module
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded, on every process."""
+    full = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else full()
+
+
+@torch.no_grad()
+def assign(target: Tensor, source: Tensor) -> None:
+    """Copy the whole ``source`` into a tensor that may be sharded."""
+    if hasattr(target, "full_tensor"):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(target, DTensor)
+        source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)
+    target.copy_(source)

@@ -1,0 +1,128 @@
+"""Which items a step trains on, in which order: a function of the seed and the step alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from fastgen.data import Items
+from fastgen.models import Batch
+
+RESIDENT_BYTES = 2**31  # data sets up to this size are kept on the device
+PICTURES = ({"images"}, {"inputs", "targets"}, {"a"}, {"b"})  # what is mirrored, together
+ORDER, NOISE, FLIP = range(3)  # purposes of a seed
+
+
+def seed_of(*where: int) -> int:
+    """63 bits that depend on all of ``where``: seed, purpose, epoch or step, ..."""
+    return int(np.random.SeedSequence(where).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of torch (on every device), NumPy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+class Order:
+    """An endless sequence of items: one permutation of them after another, each drawn from (seed, epoch)."""
+
+    def __init__(self, items: int, seed: int) -> None:
+        self.items = items
+        self.seed = seed
+        self._epoch = -1
+        self._permutation = torch.empty(0, dtype=torch.int64)
+
+    def _of_epoch(self, epoch: int) -> Tensor:
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(seed_of(self.seed, ORDER, epoch))
+            self._permutation = torch.randperm(self.items, generator=generator)
+            self._epoch = epoch
+        return self._permutation
+
+    def slice(self, start: int, stop: int) -> Tensor:
+        """The items at the places start .. stop - 1 of the sequence."""
+        parts = []
+        while start < stop:
+            epoch, place = divmod(start, self.items)
+            taken = min(stop - start, self.items - place)
+            parts.append(self._of_epoch(epoch)[place : place + taken])
+            start += taken
+        return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+
+class Stream(Sampler[Tensor]):
+    """The items of each part of each step, for one process of several.
+
+    A step takes ``draws`` batches; a batch is cut into processes x accumulate parts, the first going to process 0,
+    the second to process 1, and so on. Part k holds the same items however many processes share the work.
+    """
+
+    def __init__(
+        self, items: int, seed: int, batch_size: int, *, draws: int, accumulate: int, process: int, processes: int
+    ) -> None:
+        self.order = Order(items, seed)
+        self.batch_size = batch_size
+        self.draws = draws
+        self.parts = [part * processes + process for part in range(accumulate)]
+        self.part_size = batch_size // (accumulate * processes)
+        self.first_step, self.last_step = 1, 0
+
+    def part(self, step: int, draw: int, part: int) -> Tensor:
+        start = ((step - 1) * self.draws + draw) * self.batch_size + part * self.part_size
+        return self.order.slice(start, start + self.part_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """From ``first_step`` to ``last_step``: this process' parts, all of a step's draws after one another."""
+        for step in range(self.first_step, self.last_step + 1):
+            for draw in range(self.draws):
+                for part in self.parts:
+                    yield self.part(step, draw, part)
+
+
+class _ByIndices(Dataset[Batch]):
+    """Items, for a DataLoader whose workers fetch a whole part at a time."""
+
+    def __init__(self, items: Items) -> None:
+        self.items = items
+
+    def __getitem__(self, indices: Tensor) -> Batch:
+        return self.items.batch(indices)
+
+
+def batches(items: Items, stream: Stream, device: torch.device, workers: int) -> Iterator[Batch]:
+    """What ``stream`` names, one part after another, on the device."""
+    if items.lazy:
+        pinned = device.type == "cuda"
+        yield from DataLoader(_ByIndices(items), None, sampler=stream, num_workers=workers, pin_memory=pinned)
+        return
+    for indices in stream:
+        yield items.batch(indices)
+
+
+def resident(items: Items, device: torch.device) -> Items:
+    """The items on the device where they lie in memory and fit there."""
+    size = sum(tensor.nbytes for tensor in getattr(items, "tensors", {}).values())
+    return items if items.lazy or size > RESIDENT_BYTES else items.to(device)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def mirrored(batch: Batch, seed: int) -> Batch:
+    """Each picture left-right turned with probability 1/2, the two of a pair together."""
+    generator = torch.Generator().manual_seed(seed)
+    out = dict(batch)
+    for pictures in PICTURES:
+        turned = torch.rand(len(next(iter(batch.values()))), generator=generator) < 0.5
+        for name in batch.keys() & pictures:
+            chosen = turned.to(batch[name].device).view(-1, 1, 1, 1)
+            out[name] = torch.where(chosen, batch[name].flip(-1), batch[name])
+    return out
