@@ -18,6 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgen import functional, losses, models, nn, reference
 from fastgen._autograd import recurrent as implementation
+from fastgen.losses.adversarial import ADVERSARIAL_LOSSES
+from fastgen.models.dcgan import DCGAN, DCGANConfig
+from fastgen.models.transformer_lm import TransformerLM, TransformerLMConfig
 from tests import test_nn_image
 
 B, H, N, D = 2, 2, 3, 4
@@ -72,6 +75,76 @@ def vae_loss(plain):
             functional.reparameterize_kl = kept
 
     return loss
+
+
+def dcgan_loss(plain):
+    """Of the discriminator, in the images, which its R1 penalty is differentiated by already.
+
+    Without batch norm: PyTorch's tangents of its gradient, in training, are wrong.
+    """
+    torch.manual_seed(0)
+    options = {"penalty": "r1", "penalty_weight": 2.0, "discriminator_norm": "layer"}
+    model = DCGAN(DCGANConfig(image_size=8, width=2, latent_dim=2, **options)).double()
+    model.generator.requires_grad_(False)
+
+    def loss(images):
+        if not plain:
+            return model.loss("discriminator", {"images": images.sigmoid()}, models.Moment(1, 1))["loss"]
+        fake = model.generator(torch.randn(B, 2).double())
+        real = 2 * images.sigmoid() - 1
+        real = real if real.requires_grad else real.requires_grad_()
+        real_scores, fake_scores = model.discriminator(real), model.discriminator(fake)
+        entropy = (1 + (-real_scores).exp()).log().mean() + (1 + fake_scores.exp()).log().mean()
+        return entropy + 2 * 0.5 * plain_slope(real_scores, real).mean()
+
+    return loss
+
+
+def language_case():
+    """Of all weights, each of whose gradients passes through attention and projections; the tokens are fixed."""
+    torch.manual_seed(0)
+    model = TransformerLM(TransformerLMConfig(vocabulary="abc", context=N, width=2 * D, heads=2, depth=1)).double()
+    tokens = torch.tensor([[0, 2, 1, 1], [1, 0, 0, 2]])
+    formula = Formula(model, lambda layer, tokens: layer.loss("text", {"tokens": tokens}, models.Moment(1, 1))["loss"])
+    names, values = zip(*formula.named_parameters(), strict=True)
+    plain_functions = {
+        "qkv_projection": lambda x, weight, *, heads, head_dims, norms, rotary: reference.projection(
+            x, weight, None, list(heads), list(head_dims), False,
+            reference.HeadFinish(norms, 1e-6, rotary[0][None], rotary[1][None], 2),
+        ),
+        "scaled_dot_product_attention": lambda *t, dropout_p, is_causal: plain_attention(*t, window=(-1, 0))[0],
+        "merge_heads_projection": lambda x, weight, *, residual: reference.merge_heads(
+            x, weight, None, residual, None, False
+        ),
+    }  # fmt: skip
+
+    def call(*weights):
+        return functional_call(formula, dict(zip(names, weights, strict=True)), (tokens,))
+
+    def oracle(*weights):
+        kept = {name: getattr(functional, name) for name in plain_functions}
+        try:
+            for name, function in plain_functions.items():
+                setattr(functional, name, function)
+            return call(*weights)
+        finally:
+            for name, function in kept.items():
+                setattr(functional, name, function)
+
+    return call, oracle, [value.detach().clone() for value in values]
+
+
+def plain_games(real, fake):
+    """What the discriminator minimises in each game."""
+    entropy = (1 + (-real).exp()).log().mean() + (1 + fake.exp()).log().mean()
+    squares = 0.5 * (real - 1).square().mean() + 0.5 * fake.square().mean()
+    margin = (1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()
+    return entropy, entropy, squares, margin, fake.mean() - real.mean()
+
+
+def plain_games_of_the_generator(fake):
+    squares = 0.5 * (fake - 1).square().mean()
+    return (1 - fake.sigmoid()).log().mean(), -fake.sigmoid().log().mean(), squares, -fake.mean(), -fake.mean()
 
 
 def plain_recurrent(x, w_ih, w_hh, b_ih, b_hh):
@@ -245,6 +318,7 @@ def transformer_case(name):
 TABLES = (torch.arange(N).double()[:, None].cos(), torch.arange(N).double()[:, None].sin())
 
 
+PENALTIES = [name for name in losses.__all__ if name.endswith("_penalty")]
 QKV = {"heads": (2, 1, 1), "head_dims": (2, 2, 3)}
 CASES = {
     # name: ours, the same in plain PyTorch, arguments. Results are reduced to a number by `scalar`.
@@ -337,7 +411,19 @@ CASES = {
     ),
     **{n: (lambda n=n: transformer_case(n)) for n in nn.__all__ if n == "MultiheadAttention" or "Transformer" in n},
     "ConvVAE": lambda: (vae_loss(plain=False), vae_loss(plain=True), [normal(B, 1, 4, 4)]),
-    **{n: (lambda n=n: (penalty(True)(n), penalty(False)(n), [normal(D, D)])) for n in losses.__all__},
+    "DCGAN": lambda: (dcgan_loss(plain=False), dcgan_loss(plain=True), [normal(B, 1, 8, 8)]),
+    "TransformerLM": language_case,
+    "discriminator_loss": lambda: (
+        lambda r, f: tuple(losses.discriminator_loss(r, f, kind) for kind in ADVERSARIAL_LOSSES),
+        plain_games,
+        [normal(B, 1), normal(3)],
+    ),
+    "generator_loss": lambda: (
+        lambda f: tuple(losses.generator_loss(f, kind) for kind in ADVERSARIAL_LOSSES),
+        plain_games_of_the_generator,
+        [normal(B, N)],
+    ),
+    **{n: (lambda n=n: (penalty(True)(n), penalty(False)(n), [normal(D, D)])) for n in PENALTIES},
 }  # fmt: skip
 
 
@@ -530,9 +616,9 @@ ANYTHING = ""
 
 def refusal(name, way):
     """What a derivative that is not there says; None where it is promised."""
-    if name in losses.__all__:
+    if name in PENALTIES or name == "DCGAN":
         return None if way == "reverse twice" else ANYTHING
-    if name == "ConvVAE":
+    if name in ("ConvVAE", "TransformerLM"):
         return None if way in ("forward", "reverse twice", "torch.func.grad twice") else ANYTHING
     if name == "KVCache":  # written in place, for inference
         return ANYTHING
@@ -554,7 +640,7 @@ def refusal(name, way):
 
 
 # Compiled one by one, these cost minutes, and are made of layers that stand in the table themselves.
-STACKS = ("TransformerEncoder", "TransformerDecoder", "Transformer")
+STACKS = ("TransformerEncoder", "TransformerDecoder", "Transformer", "TransformerLM")
 
 
 def cell(name, way):
