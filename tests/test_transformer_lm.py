@@ -144,7 +144,7 @@ def drawn_by_full_forwards(model: TransformerLM, n: int, options: TextOptions, g
     """What ``draw`` promises, with no cache: each character from the logits of all that is in the context."""
     vocabulary, context = model.config.vocabulary, model.config.context
     text = torch.tensor([[vocabulary.index(c) for c in options.prompt or "\n"]] * n)
-    start = 0 if text.size(1) < context else text.size(1) - context // 2
+    start = 0 if text.size(1) <= context else text.size(1) - context // 2
     begin = text.size(1)
     for _ in range(options.length):
         if text.size(1) - start > context:

@@ -238,12 +238,12 @@ class TransformerLM(GenerativeModel):
         return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").unflatten(0, wanted.shape)
 
     def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
-        """ "loss": nats per character."""
+        """loss: nats per character."""
         return {"loss": self._nll(batch).mean()}
 
     @torch.no_grad()
     def score(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """ "nll" (B,): nats of an item, the sum over "tokens" (B,), the characters predicted; the first one is not."""
+        """nll (B,): nats of an item. tokens (B,): how many characters that is the sum over; the first is not predicted."""
         nll = self._nll(batch)
         return {"nll": nll.sum(1), "tokens": torch.full_like(nll[:, 0], nll.size(1))}
 
@@ -285,7 +285,7 @@ class TransformerLM(GenerativeModel):
         text, room, drawn = tokens, 0, tokens.size(1)
         for _ in range(options.length):
             if room == 0:  # the first time, or the context is full
-                kept = text if text.size(1) < config.context else text[:, -max(1, config.context // 2) :]
+                kept = text if text.size(1) <= config.context else text[:, -max(1, config.context // 2) :]
                 caches = caches or self._caches(kept.size(0))
                 for cache in caches:
                     cache.reset()
