@@ -6,13 +6,12 @@ import importlib
 from typing import Any
 
 
-def need(module: str, package: str, what: str) -> Any:
+def need(module: str, package: str, what: str, extra: str = "train") -> Any:
     """The module; ImportError says that ``what`` needs ``package``, where it is not installed."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not (module + ".").startswith(error.name + "."):
             raise
-        raise ImportError(
-            f"{what}: expected {package} to be installed, got none: pip install 'fastgen[train]'"
-        ) from None
+        install = f"pip install 'fastgen[{extra}]'"
+        raise ImportError(f"{what}: expected {package} to be installed, got none: {install}") from None

@@ -63,8 +63,8 @@ def tones(items: int, every: int, seconds: float) -> Dataset:
 def read_wavs(name: str, paths: list[Path], seconds: float, every: int) -> Dataset:
     """Recordings, cut into pieces of ``seconds`` one after the other, channels averaged.
 
-    What is left at the end of a recording is dropped; one shorter than a piece is filled up with silence. Of enough
-    recordings whole ones are held out; of fewer, the last pieces of each.
+    What is left at the end of a recording is dropped; one shorter than a piece is filled up with silence. Of at
+    least 2 ``every`` recordings whole ones are held out; of fewer, the last pieces of each.
 
     Raises:
         ValueError: not PCM, truncated, different sample rates, too few pieces. Names the file.

@@ -22,7 +22,7 @@ SPLITS = frozenset(("train", "training", "test", "testing", "val", "valid", "val
 def files_below(folder: Path) -> list[Path]:
     """Paths relative to the folder, sorted by their parts. Links are followed, hidden files and folders left out."""
     found, seen = [], set()
-    for here, folders, files in os.walk(folder, followlinks=True):
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
         real = os.path.realpath(here)
         if real in seen:  # a link to a folder above itself
             folders.clear()
@@ -31,6 +31,10 @@ def files_below(folder: Path) -> list[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(here, name).relative_to(folder) for name in files if not name.startswith(".")]
     return sorted(found, key=lambda path: path.parts)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def with_suffix(files: list[Path], suffixes: Set[str]) -> list[Path]:

@@ -41,7 +41,7 @@ class Table:
 
     def __init__(self, source: str, column: str) -> None:
         self.name, self.column = source, column
-        self.library = need("datasets", "datasets", source)
+        self.library = need("datasets", "datasets", source, extra="datasets")
         self.rows = self._one_split(self._read())
         if column and column not in self.rows.column_names:
             raise ValueError(f"{source}: column: expected one of {', '.join(self.rows.column_names)}, got {column!r}")
@@ -53,15 +53,17 @@ class Table:
                 return self.library.load_dataset(name, configuration or None)
             except Exception as error:
                 raise FileNotFoundError(
-                    f"{self.name}: expected a data set of the Hugging Face hub or its cache, got: {error}"
+                    f"{self.name}: expected a data set of the Hugging Face hub or its cache, got: {_one_line(error)}"
                 ) from error
         try:
             if self.name.lower().endswith(".parquet"):
-                table = need("pyarrow.parquet", "pyarrow", self.name).read_table(self.name)
+                table = need("pyarrow.parquet", "pyarrow", self.name, extra="datasets").read_table(self.name)
                 return self.library.Dataset(self.library.table.InMemoryTable(table))
             return self.library.load_from_disk(self.name)
         except Exception as error:
-            raise ValueError(f"{self.name}: expected a Hugging Face data set, got one that fails: {error}") from error
+            raise ValueError(
+                f"{self.name}: expected a Hugging Face data set, got one that fails: {_one_line(error)}"
+            ) from error
 
     def _one_split(self, read: Any) -> Any:
         if not isinstance(read, dict):
@@ -120,7 +122,9 @@ class Table:
         return domain_dataset(self._pictures(image_size), every)
 
     def _label_column(self) -> str | None:
-        return next((name for name in LABEL_COLUMNS if name in self.rows.column_names), None)
+        """Numbers of classes: a column that is called so and holds integers."""
+        types = {name: str(getattr(self.rows.features.get(name), "dtype", "")) for name in LABEL_COLUMNS}
+        return next((name for name, of in types.items() if of.startswith(("int", "uint"))), None)
 
     def _pictures(self, image_size: int) -> Pictures:
         column, label_column = self._only("images"), self._label_column()
@@ -133,6 +137,10 @@ class Table:
         files = Files([f"{self.name}: row {i}" for i in range(len(encoded))], partial(_encoded, encoded, column))
         pictures = from_files(self.name, files, image_size)
         return dataclasses.replace(pictures, labels=labels, class_names=names)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _encoded(rows: Any, column: str, i: int) -> bytes:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from fastgen.data._base import Items
 from fastgen.data._optional import need
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
+Result = TypeVar("Result")
 
 SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
@@ -51,6 +54,17 @@ class Header:
     height: int
     grey: bool
     digest: bytes
+
+
+CHUNK = 4096  # what is queued at once
+
+
+def in_threads(work: Callable[[int], Result], n: int) -> list[Result]:
+    """[work(0), ..., work(n - 1)], on every core. Raises what the first to fail raised."""
+    formats()
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+        chunks = (range(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK))
+        return [result for chunk in chunks for result in pool.map(work, chunk)]
 
 
 @functools.cache
@@ -169,13 +183,16 @@ class LazyPictures:
 
     def __getitem__(self, indices: Tensor) -> Tensor:
         out = torch.empty(len(indices), *self.shape[1:], dtype=torch.uint8)
-        for place, i in zip(out, self.chosen[indices.cpu()].tolist(), strict=True):
-            name = self.files.names[i]
-            pixels = decode(self.files.read(i), name, self.channels, self.size if self.resize else 0)
-            if pixels.shape != self.shape[1:]:
-                raise ValueError(f"{name}: expected shape {self.shape[1:]}, got {pixels.shape}: the file has changed")
-            place.copy_(torch.from_numpy(pixels))
+        numbers = self.chosen[indices.cpu()].tolist()
+        in_threads(lambda place: self._decode(numbers[place], out[place]), len(numbers))
         return out
+
+    def _decode(self, i: int, out: Tensor) -> None:
+        name = self.files.names[i]
+        pixels = decode(self.files.read(i), name, self.channels, self.size if self.resize else 0)
+        if pixels.shape != out.shape:
+            raise ValueError(f"{name}: expected shape {tuple(out.shape)}, got {pixels.shape}: the file has changed")
+        out.copy_(torch.from_numpy(pixels))
 
 
 Stack: TypeAlias = Tensor | LazyPictures
@@ -205,7 +222,7 @@ class LazyItems(Items):
 
 def read_headers(files: Files) -> list[Header]:
     """Reads every file; ValueError names the first that is no picture."""
-    return [header(files.read(i), name) for i, name in enumerate(files.names)]
+    return in_threads(lambda i: header(files.read(i), files.names[i]), len(files))
 
 
 def read_stack(name: str, files: Files, headers: list[Header], image_size: int, channels: int) -> Stack:
