@@ -102,10 +102,9 @@ def _r1_step(attend: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tenso
     return torch.autograd.grad(torch.stack([grad.square().sum() for grad in grads]).sum(), leaves)
 
 
-def _tangent(attend: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _tangent(attend: Callable[..., Tensor], inputs: list[Tensor]) -> Any:
     directions = tuple(tensor.flip(2) for tensor in inputs)
-    out: tuple[Tensor, Tensor] = torch.func.jvp(attend, tuple(inputs), directions)
-    return out
+    return torch.func.jvp(attend, tuple(inputs), directions)
 
 
 def _usual_latent(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:

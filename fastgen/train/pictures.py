@@ -28,8 +28,8 @@ TEXT_SEPARATOR = "─" * 40
 SILENCE = 0.25
 """Seconds between two sounds of a file."""
 
-WAVE_SIZE = (96, 1024)
-"""Height and width in pixels of one drawn wave."""
+WAVE_SIZE = (97, 1024)
+"""Height (odd, with silence in the middle) and width in pixels of one drawn wave."""
 WAVE_SHADE, AXIS_SHADE, PAPER_SHADE = 0.2, 0.8, 1.0
 
 
