@@ -47,10 +47,10 @@ class DCGANConfig:
     discriminator_norm: Norm = option("batch", "of the discriminator's features")
     loss: AdversarialLoss = option("non-saturating", "the game")
     penalty: Penalty = option("r1", "of the discriminator's slope")
-    penalty_weight: float = option(1.0, "what the penalty is multiplied by (gamma, lambda)")
+    penalty_weight: float = option(0.2, "what the penalty is multiplied by (gamma, lambda)")
     penalty_every: int = option(1, "steps from one penalty to the next; its weight is multiplied by as much")
-    generator_learning_rate: float = option(2e-4, "of the generator's AdamW")
-    discriminator_learning_rate: float = option(2e-4, "of the discriminator's AdamW")
+    generator_learning_rate: float = option(5e-4, "of the generator's AdamW")
+    discriminator_learning_rate: float = option(5e-4, "of the discriminator's AdamW")
     beta1: float = option(0.5, "of AdamW")
     beta2: float = option(0.999, "of AdamW")
     critic_steps: int = option(1, "updates of the discriminator for one of the generator")
@@ -153,7 +153,7 @@ class DCGAN(GenerativeModel):
     kind = "images"
     default_data = "digits"
     config_class = DCGANConfig
-    train_defaults: ClassVar = {"epochs": 200.0, "batch_size": 64, "average_decay": 0.998}
+    train_defaults: ClassVar = {"epochs": 150.0, "batch_size": 64, "average_decay": 0.998}
     averaged = ("generator",)
     config: DCGANConfig
 

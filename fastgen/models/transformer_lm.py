@@ -243,7 +243,7 @@ class TransformerLM(GenerativeModel):
 
     @torch.no_grad()
     def score(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """nll (B,): nats of an item. tokens (B,): how many characters that is the sum over; the first is not predicted."""
+        """nll (B,): nats of an item. tokens (B,): characters that is the sum over: all but the first."""
         nll = self._nll(batch)
         return {"nll": nll.sum(1), "tokens": torch.full_like(nll[:, 0], nll.size(1))}
 
