@@ -331,7 +331,9 @@ def test_networks_take_images_of_any_size(size):
 def test_a_space_survives_safetensors_and_json(space, digits):
     save, load = (pytest.importorskip("safetensors.torch").__dict__[name] for name in ("save", "load"))
     tensors, meta = space.state()
+    before = torch.get_rng_state()
     again = metrics.FeatureSpace.from_state(load(save(tensors)), json.loads(json.dumps(meta)))
+    assert torch.equal(torch.get_rng_state(), before)
     assert (again.name, again.dims, again.accuracy) == (space.name, space.dims, space.accuracy)
     images = digits[0][:300]
     assert torch.equal(again(images), space(images))
@@ -346,22 +348,22 @@ def test_inception_needs_torchvision(monkeypatch):
 
 
 class Inception(nn.Module):
-    """Stands in for torchvision's: the channels' corners for features."""
+    """Stands in for torchvision's: the first pixel for features."""
 
     def __init__(self):
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(3))
-        self.fc = nn.Linear(3, 1000)
+        self.scale = nn.Parameter(torch.ones(2048))
+        self.fc = nn.Linear(2048, 1000)
 
     def forward(self, x):
         assert x.shape[1:] == (3, 299, 299)
-        return self.fc(x[:, :, 0, 0] * self.scale)
+        return self.fc(x[:, :1, 0, 0] * self.scale)
 
 
 def test_inception_reads_only_weights_that_are_there_and_whole(monkeypatch, tmp_path):
     content = b"weights"
     file = tmp_path / "checkpoints" / f"inception-{hashlib.sha256(content).hexdigest()[:8]}.pth"
-    state = {**Inception().state_dict(), "scale": torch.full((3,), 2.0)}
+    state = {**Inception().state_dict(), "scale": torch.full((2048,), 2.0)}
 
     def get_state_dict(progress, weights_only):
         assert weights_only
@@ -384,7 +386,7 @@ def test_inception_reads_only_weights_that_are_there_and_whole(monkeypatch, tmp_
     file.write_bytes(content)
     space = metrics.inception_features()
     assert (space.name, space.dims) == ("inception-v3 (torchvision)", 2048)
-    torch.testing.assert_close(space(torch.ones(2, 1, 8, 8)), torch.full((2, 3), 2.0))
+    torch.testing.assert_close(space(torch.ones(2, 1, 8, 8)), torch.full((2, 2048), 2.0))
     assert metrics.FeatureSpace.from_state(*space.state()).name == space.name
 
 
@@ -587,6 +589,29 @@ ERRORS = {
         "images: expected at least 50 images, got 49",
     ),
     "state of others": (lambda: PIXELS.state(), ValueError, "state: expected a feature space made by fastgen.metrics"),
+    "state of another": (
+        lambda: metrics.FeatureSpace.from_state(
+            {"mean": torch.zeros(2)},
+            {
+                "kind": "classifier",
+                "config": {"channels": 1, "image_size": 8, "dims": 3, "classes": 2},
+                "name": "",
+                "accuracy": 1,
+            },
+        ),
+        ValueError,
+        "got one that fails: Error",
+    ),
+    "network": (
+        lambda: metrics.FeatureSpace("pixels", 35, nn.Flatten())(IMAGES),
+        ValueError,
+        r"network: expected features \(B, 35\), got \(50, 36\)",
+    ),
+    "steps": (
+        lambda: metrics.rotation_features(IMAGES, steps=0),
+        ValueError,
+        "expected at least 1 and 2, got 64 and 0",
+    ),
     "state of nothing": (
         lambda: metrics.FeatureSpace.from_state({}, {"kind": "classifier"}),
         ValueError,

@@ -8,6 +8,7 @@ seed and number of threads.
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -57,9 +58,17 @@ class FeatureSpace:
     def __repr__(self) -> str:
         return f"FeatureSpace({self.name!r}, dims={self.dims})"
 
+    def to(self, device: torch.device | str) -> FeatureSpace:
+        """Moves the network to where features are to be computed; returns itself."""
+        self.network.to(device)
+        return self
+
     def __call__(self, images: Tensor) -> Tensor:
         """Features (B, D) float32, on the device of the network. Block by block; no gradients."""
-        return self._blocks(self.network, images)
+        features = self._blocks(self.network, images)
+        if features.shape != (len(images), self.dims):
+            raise ValueError(f"network: expected features (B, {self.dims}), got {tuple(features.shape)}")
+        return features
 
     def predict(self, images: Tensor) -> Tensor:
         """Classes (B,) int64; only where the space was trained on labels, else ValueError."""
@@ -85,11 +94,13 @@ class FeatureSpace:
             config = NetworkConfig(**meta["config"])
             if meta["kind"] not in ("classifier", "rotations"):
                 raise ValueError(f"kind {meta['kind']!r}")
-            network = FeatureNetwork(config)
+            with torch.random.fork_rng(devices=[]):
+                network = FeatureNetwork(config).float()
             network.load_state_dict(dict(tensors))
             name, kind, accuracy = str(meta["name"]), str(meta["kind"]), float(meta["accuracy"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"state: expected that of a feature space, got one that fails: {error}") from error
+            reason = textwrap.shorten(str(error), 200)
+            raise ValueError(f"state: expected that of a feature space, got one that fails: {reason}") from error
         return cls(name, config.dims, network, kind=kind, config=config, accuracy=accuracy)
 
     @torch.no_grad()
@@ -128,6 +139,7 @@ def classifier_features(
     """
     _check_images("images", images, FEWEST_IMAGES)
     _check_labels("labels", labels, images)
+    labels = labels.to(images.device)
     if held_out is None:
         (images, labels), held_out = _hold_out(images, labels)
     _check_images("held_out", held_out[0])
@@ -172,7 +184,9 @@ def inception_features() -> FeatureSpace:
     """
     from fastgen.metrics import _inception
 
-    return FeatureSpace("inception-v3 (torchvision)", 2048, _inception.load(), kind="inception")
+    with torch.random.fork_rng(devices=[]):
+        network = _inception.load()
+    return FeatureSpace("inception-v3 (torchvision)", 2048, network, kind="inception")
 
 
 def _trained(
@@ -187,6 +201,8 @@ def _trained(
     steps: int,
 ) -> FeatureSpace:
     """Trains on classes, or quarter turns where there are no labels; names the space after what it then knows."""
+    if dims < 1 or steps < 2:
+        raise ValueError(f"dims, steps: expected at least 1 and 2, got {dims} and {steps}")
     config = NetworkConfig(images.shape[1], images.shape[2], dims, classes)
     if held_out[0].shape[1:] != images.shape[1:]:
         raise ValueError(f"held_out: expected images {tuple(images.shape[1:])}, got {tuple(held_out[0].shape[1:])}")
