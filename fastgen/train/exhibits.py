@@ -30,7 +30,8 @@ class Frame:
     step: int
     picture: str = ""
     width: int = 0
-    """CSS pixels: small pictures are enlarged by a whole number."""
+    """CSS pixels: small pictures are ``enlarged`` by a whole number."""
+    enlarged: bool = False
     sound: str = ""
     texts: tuple[str, ...] = ()
 
@@ -87,23 +88,23 @@ def _evenly(steps: Sequence[int], most: int) -> list[int]:
 
 def _frame(step: int, files: dict[str, Path], allowance: int) -> Frame | None:
     """None if there is nothing that a page could show."""
-    picture, width = _picture(files["png"].read_bytes(), allowance) if "png" in files else ("", 0)
+    picture, width, enlarged = _picture(files["png"].read_bytes(), allowance) if "png" in files else ("", 0, False)
     fits = "wav" in files and files["wav"].stat().st_size <= PAGE_BYTES
     sound = data_uri("audio/wav", files["wav"].read_bytes()) if fits else ""
     texts = _texts(files["txt"]) if "txt" in files else ()
-    return Frame(step, picture, width, sound, texts) if picture or sound or texts else None
+    return Frame(step, picture, width, enlarged, sound, texts) if picture or sound or texts else None
 
 
-def _picture(data: bytes, allowance: int) -> tuple[str, int]:
-    """(URI, width in CSS pixels) of a PNG; above ``allowance`` bytes as a smaller JPEG. ("", 0) for what is none."""
+def _picture(data: bytes, allowance: int) -> tuple[str, int, bool]:
+    """URI, width in CSS pixels, and whether it is enlarged; above ``allowance`` bytes a smaller JPEG; "" for no PNG."""
     if data[:8] != PNG_SIGNATURE or len(data) < 24:
-        return "", 0
+        return "", 0, False
     (width,) = struct.unpack(">I", data[16:20])
     shown = width * max(1, WIDEST // max(1, width))
     if len(data) <= allowance:
-        return data_uri("image/png", data), shown
+        return data_uri("image/png", data), shown, shown > width
     smaller = _smaller(data, allowance)
-    return (data_uri("image/jpeg", smaller), min(shown, WIDEST)) if smaller else ("", 0)
+    return data_uri("image/jpeg", smaller) if smaller else "", min(shown, WIDEST), False
 
 
 def _smaller(data: bytes, allowance: int) -> bytes:
