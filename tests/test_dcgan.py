@@ -175,6 +175,25 @@ def test_a_penalty_adds_its_weight_times_itself_and_has_a_gradient(case: str) ->
     assert any(not torch.equal(a, b) for a, b in zip(slopes, others, strict=True) if b is not None)
 
 
+@pytest.mark.parametrize("case", PENALTIES)
+def test_the_scaler_of_float16_reaches_the_penalty_and_changes_nothing(case: str) -> None:
+    model = small_model(**PENALTIES[case])
+    images = random_images(8, model.config)
+    calls = []
+
+    class Scaler(torch.amp.GradScaler):
+        def scale(self, outputs):
+            calls.append(outputs)
+            return super().scale(outputs)
+
+    penalties = []
+    for scaler in (None, Scaler("cpu")):
+        torch.manual_seed(2)
+        penalties.append(model.loss("discriminator", {"images": images}, Moment(1, 10, scaler))["penalty"])
+    torch.testing.assert_close(*penalties)
+    assert len(calls) == 1
+
+
 def test_r1_is_the_penalty_of_the_real_images_in_a_batch_of_their_own() -> None:
     model = small_model(penalty="r1")
     images = random_images(8, model.config)

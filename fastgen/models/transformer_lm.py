@@ -235,7 +235,7 @@ class TransformerLM(GenerativeModel):
         require_shape("tokens", tokens, (*tokens.shape[:1], length), "(B, context + 1)")
         logits, wanted = self(tokens[:, :-1]), tokens[:, 1:]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").unflatten(0, wanted.shape)
+        return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape)
 
     def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
         """loss: nats per character."""
