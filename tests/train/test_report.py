@@ -173,7 +173,7 @@ def test_large_pictures_and_sounds_do_not_make_a_large_page(tmp_path: Path, monk
     path = write_report(tmp_path)
     page = Page(path)
     assert path.stat().st_size < 450_000
-    assert [str(found["src"])[:15] for found in page.all("img")] == ["data:image/jpeg"] * 3
+    assert [str(found["src"]).startswith("data:image/jpeg") for found in page.all("img")] == [True] * 3 + [False]
     assert len(page.all("audio")) == 1
 
 
