@@ -88,7 +88,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            if isinstance(row, dict) and _number(row.get("step")) is not None and isinstance(row.get("values"), dict):
+            if _is_row(row):
                 rows.append(row)
     return rows
 
@@ -99,14 +99,14 @@ def panels(rows: Iterable[Mapping[str, Any]]) -> list[Panel]:
     "discriminator/loss" and "generator/loss" share the panel "loss", "kl" of training and held-out items another.
     """
     found: dict[str, dict[tuple[str, str], tuple[list[float], list[float]]]] = {}
-    for row in rows:
-        step, part = _number(row["step"]), str(row.get("part", TRAIN))
+    for row in filter(_is_row, rows):
+        step, part = float(row["step"]), str(row.get("part", TRAIN))
         quantities = dict(row["values"])
         if "items_per_second" in row:
             quantities[SPEED] = row["items_per_second"]
         for name, raw in quantities.items():
             value = _number(raw)
-            if step is None or value is None:
+            if value is None:
                 continue
             owner, _, quantity = str(name).rpartition("/")
             steps, values = found.setdefault(quantity, {}).setdefault((owner, part), ([], []))
@@ -279,6 +279,13 @@ def _smoothed(values: Values) -> Values:
 
 # --------------------------------------------------------------------------------------------------
 # Words
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, Mapping) or not isinstance(row.get("values"), Mapping):
+        return False
+    step = _number(row.get("step"))
+    return step is not None and math.isfinite(step)
 
 
 def _number(raw: object) -> float | None:

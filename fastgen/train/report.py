@@ -84,11 +84,11 @@ def _page(folder: Path) -> str:
     rows = read_rows(folder / "metrics.jsonl")
     shown = panels(rows)
     figures = [figure for figure in _list(evaluation.get("figures")) if isinstance(figure, Mapping)]
-    command = _command(folder, environment)
+    commands = _commands(folder, environment)
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         folder=folder.resolve().name,
-        model=_model(config, environment, command) or folder.resolve().name,
+        model=_model(config, environment, commands) or folder.resolve().name,
         data=_name(config.get("data")),
         started=_moment(environment.get("started")),
         tiles=_tiles(folder, rows, environment, figures),
@@ -102,7 +102,7 @@ def _page(folder: Path) -> str:
         evaluate=f"fastgen evaluate {_address(folder)}",
         config=list(_flat(config)),
         environment=[(name, value) for name, value in _flat(environment) if name not in ("command", "format")],
-        command=command,
+        command=commands[0] if commands else "",
         problems=problems,
         script=SLIDER,
         script_hash=base64.b64encode(hashlib.sha256(SLIDER.encode()).digest()).decode("ascii"),
@@ -133,25 +133,25 @@ def _read(path: Path, problems: list[str]) -> dict[str, Any]:
     return found
 
 
-def _command(folder: Path, environment: Mapping[str, Any]) -> str:
-    """What was typed: from the environment, else the comment that opens config.yaml."""
+def _commands(folder: Path, environment: Mapping[str, Any]) -> list[str]:
+    """What was typed, and what the comment that opens config.yaml says to type."""
     given = environment.get("command")
-    if isinstance(given, list):
-        return shlex.join(str(word) for word in given)
-    if given:
-        return str(given)
+    found = [shlex.join(str(word) for word in given) if isinstance(given, list) else str(given)] if given else []
     path = folder / "config.yaml"
-    if path.is_file():
+    if path.is_file() and not path.is_symlink():
         with open(path, encoding="utf-8", errors="replace") as file:
             first = file.readline(10_000).strip()
-        if first.startswith("# fastgen "):
-            return first.removeprefix("# ")
-    return ""
+        found += [first.removeprefix("# ")] if first.startswith("# fastgen ") else []
+    return found
 
 
-def _model(config: Mapping[str, Any], environment: Mapping[str, Any], command: str) -> str:
-    in_command = re.search(r"\bfastgen train ([\w.-]+)", command)
-    return _name(config.get("model")) or _name(environment.get("model")) or (in_command[1] if in_command else "")
+def _model(config: Mapping[str, Any], environment: Mapping[str, Any], commands: list[str]) -> str:
+    """The model's name; "model" in config.yaml may hold its options instead."""
+    for given in (config.get("model"), environment.get("model")):
+        if isinstance(given, str):
+            return given
+    in_commands = (re.search(r"\bfastgen train ([a-z][\w.-]*)", command) for command in commands)
+    return next((match[1] for match in in_commands if match), "")
 
 
 def _name(given: object) -> str:

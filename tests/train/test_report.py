@@ -66,7 +66,7 @@ def write_metrics(folder: Path, steps: int, **values: float) -> None:
 
 
 def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("# fastgen train conv-vae --data digits\nmodel: conv-vae\ndata: digits\n")
+    (tmp_path / "config.yaml").write_text("# fastgen train conv-vae --data digits\ndata: digits\nmodel: {width: 4}\n")
     path = write_report(tmp_path)
     assert path == tmp_path / "report.html"
     text = Page(path).text
