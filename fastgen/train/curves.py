@@ -114,18 +114,12 @@ def panels(rows: Iterable[Mapping[str, Any]]) -> list[Panel]:
             values.append(value)
     last = max((curve[0][-1] for curves in found.values() for curve in curves.values()), default=0.0)
     order = sorted(found, key=lambda name: (name == SPEED, name != "loss"))
-    return [
-        Panel(
-            name,
-            UNITS.get(name, ""),
-            last,
-            [
-                Curve(owner, part, np.array(steps), np.array(values))
-                for (owner, part), (steps, values) in list(found[name].items())[:MOST_CURVES]
-            ],
-        )
-        for name in order[:MOST_PANELS]
-    ]
+    shown = []
+    for name in order[:MOST_PANELS]:
+        curves = [Curve(*key, np.array(steps), np.array(values)) for key, (steps, values) in found[name].items()]
+        curves.sort(key=lambda curve: curve.part != TRAIN)
+        shown.append(Panel(name, UNITS.get(name, ""), last, curves[:MOST_CURVES]))
+    return shown
 
 
 def write_curves(path: Path, rows: Iterable[Mapping[str, Any]], theme: Theme = LIGHT) -> None:
