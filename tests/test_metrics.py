@@ -386,7 +386,7 @@ def test_inception_reads_only_weights_that_are_there_and_whole(monkeypatch, tmp_
     file.write_bytes(content)
     space = metrics.inception_features()
     assert (space.name, space.dims) == ("inception-v3 (torchvision)", 2048)
-    torch.testing.assert_close(space(torch.ones(2, 1, 8, 8)), torch.full((2, 2048), 2.0))
+    torch.testing.assert_close(space(torch.full((2, 1, 8, 8), 0.75)), torch.ones(2, 2048))
     assert metrics.FeatureSpace.from_state(*space.state()).name == space.name
 
 
@@ -432,6 +432,12 @@ def test_evaluation_depends_on_its_seed_alone_and_can_leave_intervals_out(space,
     assert [one.value for one in bare] == pytest.approx([one.value for one in first])
     assert bare[0].low is None
     assert "[" not in str(bare[0])
+
+
+def test_no_interval_of_a_frechet_distance_goes_below_0(space, digits):
+    found = metrics.evaluate_images(digits[0][:100], digits[0][:100], space, resamples=20)[0]
+    assert found.value == pytest.approx(0, abs=1e-9)
+    assert found.low == 0
 
 
 def test_a_covariance_of_too_few_images_is_noted(space, digits):
