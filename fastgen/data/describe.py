@@ -118,7 +118,7 @@ def _look(splits: tuple[Items, Items], repeats: bool) -> tuple[tuple[float, floa
     """(smallest and largest value, warnings) of items that are floats. ``repeats``: whether they are worth counting."""
     low, high, constant, repeated, leaked = float("inf"), float("-inf"), 0, 0, 0
     seen: set[bytes] = set()
-    for split, items in enumerate(splits):
+    for items in splits:
         trained_on = set(seen)
         for indices in torch.arange(min(len(items), LOOKED_AT_LAZY if items.lazy else LOOKED_AT)).split(256):
             parts = [part.flatten(1) for part in items.batch(indices).values() if part.is_floating_point()]
@@ -127,7 +127,7 @@ def _look(splits: tuple[Items, Items], repeats: bool) -> tuple[tuple[float, floa
             constant += int(torch.stack([(part == part[:, :1]).all(1) for part in parts]).any(0).sum())
             for row in torch.cat(parts, 1).numpy():
                 row_hash = hashlib.blake2b(row.tobytes(), digest_size=16).digest()
-                leaked += split == 1 and row_hash in trained_on
+                leaked += row_hash in trained_on
                 repeated += row_hash in seen
                 seen.add(row_hash)
     warnings = [f"{constant:,} items of one value throughout"] if constant else []

@@ -49,6 +49,8 @@ class Table:
     def _read(self) -> Any:
         if self.name.startswith(PREFIX):
             name, _, configuration = self.name.removeprefix(PREFIX).partition(":")
+            if not name:
+                raise ValueError(f"{self.name}: expected hf:NAME or hf:NAME:CONFIGURATION, got no name")
             try:
                 return self.library.load_dataset(name, configuration or None)
             except Exception as error:

@@ -156,7 +156,8 @@ def _in_folder(c: DataConfig, path: Path) -> Makers:
         got = folders.suffixes_of(found)
         raise ValueError(f"{path}: expected images (.png, .jpg, ...), .txt or .wav files in it, got {got}")
     c.refuse_unused((IMAGES if images else NONE) | (AUDIO if waves else NONE))
-    left = [file for file in found if file not in {*images, *texts, *waves}]
+    used = {*images, *texts, *waves}
+    left = [file for file in found if file not in used]
     return {kind: partial(_with_note, make, left) for kind, make in makers.items()}
 
 
