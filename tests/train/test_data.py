@@ -107,10 +107,10 @@ def test_resized_digits_have_all_levels() -> None:
 
 
 def test_held_out_patches_share_no_pixel_with_the_others() -> None:
-    train, held = load_data(DataConfig(source="textures", items=400), "images").splits()
+    train, held = load_data(DataConfig(source="textures", items=1000), "images").splits()
     pieces = []
-    for part in (train, held):  # all pieces of 2x8 pixels; of grass and gravel no two are alike
-        squares = everything(part)["images"].mul(255).byte().unfold(2, 2, 1).unfold(3, 8, 1)
+    for part in (train, held):  # all pieces of 8x2 pixels; of grass and gravel no two are alike
+        squares = everything(part)["images"].mul(255).byte().unfold(2, 8, 1).unfold(3, 2, 1)
         pieces.append({piece.tobytes() for piece in squares.reshape(-1, 16).numpy()})
     assert not pieces[0] & pieces[1]
 
