@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from fastgen import reference
-from fastgen.data.images import load_images
+from fastgen.data import DataConfig, load_data
 from fastgen.functional import scaled_dot_product_attention as attention
 from fastgen.losses import gradient_penalty, r1_penalty
 from fastgen.ops import _attention_blocked, _attention_tangent
@@ -162,7 +162,8 @@ class Discriminator(nn.Module):
 
 def losses_of(attend, kind, dtype, steps):
     torch.manual_seed(0)
-    digits = load_images("digits").train.to(dtype) * 2 - 1
+    items, _ = load_data(DataConfig("digits"), "images").splits()
+    digits = items.batch(torch.arange(len(items)))["images"].to(dtype) * 2 - 1
     network = Discriminator(attend).to(dtype)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, betas=(0.0, 0.9))
     generator = torch.Generator().manual_seed(1)

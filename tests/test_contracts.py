@@ -503,9 +503,9 @@ FLOORS = [
     ("fastgen.functional", "fastgen._recurrent"),
     ("fastgen.nn",),
     ("fastgen.models", "fastgen.integrations", "fastgen.losses"),
-    ("fastgen.train", "fastgen.data", "fastgen.cli", "fastgen.__main__"),
+    ("fastgen.train", "fastgen.data", "fastgen.metrics", "fastgen.cli", "fastgen.__main__"),
 ]
-OUTSIDE = {"fastgen", "fastgen._info", "fastgen.testing"}
+OUTSIDE = {"fastgen", "fastgen._info", "fastgen._bench", "fastgen._bench_cases", "fastgen.shapes", "fastgen.testing"}
 
 
 def floor_of(module):

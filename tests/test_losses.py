@@ -14,8 +14,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgen
-from fastgen.losses import penalties
-from fastgen.losses import dragan_penalty, gradient_penalty, path_length_penalty, r1_penalty, r2_penalty
+from fastgen.losses import dragan_penalty, gradient_penalty, path_length_penalty, penalties, r1_penalty, r2_penalty
 
 SHAPES = [(5, 7), (5, 3, 4, 4), (5, 6, 2)]
 PENALTIES = ["gradient", "dragan", "r1", "r2", "path length"]

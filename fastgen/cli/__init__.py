@@ -23,9 +23,9 @@ EXTRAS = {
     "jsonargparse": "jsonargparse",
     "matplotlib": "matplotlib",
     "safetensors": "safetensors",
+    "scipy": "scipy",
     "skimage": "scikit-image",
     "sklearn": "scikit-learn",
-    "torchmetrics": "torchmetrics",
     "tqdm": "tqdm",
     "yaml": "pyyaml",
 }
@@ -82,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _one_line(error: Exception) -> str:
     """The message; of errors that nobody foresaw also the type."""
-    text = " ".join(str(error).split())
+    own = isinstance(error, OSError) and error.filename is None and error.strerror
+    text = " ".join(str(own or error).split())
     foreseen = isinstance(error, (CommandError, ValueError, TypeError, OSError, ImportError))
     return text if foreseen and text else f"{type(error).__name__}: {text} (--debug shows where)"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from fastgen.data._base import Dataset, Items, TensorItems
 from fastgen.data.config import DataConfig
 from fastgen.data.describe import Description, describe
-from fastgen.data.images import ImageData, load_images
 from fastgen.data.sources import SOURCES, load_data
 
 __all__ = [
@@ -13,10 +12,8 @@ __all__ = [
     "DataConfig",
     "Dataset",
     "Description",
-    "ImageData",
     "Items",
     "TensorItems",
     "describe",
     "load_data",
-    "load_images",
 ]

@@ -34,16 +34,12 @@ def save_checkpoint(path: Path, header: Header, tensors: Mapping[str, Tensor]) -
     """Write the file whole, or leave the old one. Tensors may be on any device.
 
     Raises:
-        OSError: it can't be written (a full disk); names the file, and says that the one before is kept.
+        OSError: it can't be written (a full disk); names the file. The one before is kept.
     """
     text = json.dumps(asdict(header))
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": FORMAT, "header": text, "digest": _digest(text, contiguous)}
-    try:
-        write_whole(path, safetensors.torch.save(contiguous, metadata))
-    except OSError as error:
-        kept = "; the checkpoint before is kept" if path.exists() else ""
-        raise OSError(f"{path}: expected to write a checkpoint, got: {error.strerror or error}{kept}") from error
+    write_whole(path, safetensors.torch.save(contiguous, metadata))
 
 
 def load_checkpoint(path: Path) -> tuple[Header, dict[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -14,16 +15,23 @@ def write_whole(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data``: whoever reads it, even after a crash, finds the old content or the new.
 
     The bytes reach the disk under a temporary name in the same folder, which is then renamed.
+
+    Raises:
+        OSError: it can't be written (a full disk); names the file. What was there is kept.
     """
     temporary = temporary_name(path)
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:  # never through a link that lies there
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise cannot_write(path, error) from error
         raise
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)
@@ -53,3 +61,9 @@ def inside(folder: Path, *names: str) -> Path:
         if not last and path.exists() and not path.is_dir():
             raise FileExistsError(f"{path}: expected a folder, got a file")
     return path
+
+
+def cannot_write(path: Path, error: OSError) -> OSError:
+    """An error of the same type that names the file."""
+    kept = "; what was there is kept" if path.exists() else ""
+    return type(error)(error.errno, f"{path}: expected to write it, got: {error.strerror or error}{kept}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from fastgen.train.files import temporary_name, write_whole
+from fastgen.train.files import cannot_write, temporary_name, write_whole
 
 FORMAT = "fastgen-run"
 EXHIBIT = re.compile(r"\d{6,}\.(png|txt|wav)")
@@ -127,8 +127,11 @@ class RunFolder:
     def add_metrics(self, row: dict[str, Any]) -> None:
         """Append a line, never through a link that somebody put in the file's place."""
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        with open(os.open(self.metrics, flags, 0o644), "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with open(os.open(self.metrics, flags, 0o644), "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise cannot_write(self.metrics, error) from error
 
     def rows(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, without one that is cut short."""

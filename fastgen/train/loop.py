@@ -23,7 +23,7 @@ from fastgen.train.stream import Stream, batches, resident
 
 SHOWN = {"images": 64, "pairs": 16, "domains": 16, "text": 4, "sequences": 8, "audio": 4}
 EVALUATED = 2048  # held-out items in an evaluation during training; ``fastgen evaluate`` takes all
-SECONDS_BETWEEN_PAGES = 60.0
+SECONDS_BETWEEN_PAGES = 300.0  # they take seconds
 
 
 class Trainer:

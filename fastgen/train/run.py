@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from torch import Tensor
 
 import fastgen
@@ -85,11 +86,12 @@ def train(request: Request) -> Result:
     splits = split(data, model_config)
 
     device = choose_device(config.device)
-    trackers = [name for name in config.trackers.split(",") if name]
+    trackers = _trackers(config)
     accelerator = make_accelerator(config, device, log_with=trackers or None, project_dir=str(folder.path))
     try:
         torch.manual_seed(config.seed)
         model = model_class(model_config)
+        parameters = sum(weight.numel() for weight in model.parameters())
         draws = max(phase.repeats for phase in model.phases())
         total = config.total_steps(len(splits[0]), draws)
         engine = Engine(model, config, total, accelerator)
@@ -102,7 +104,9 @@ def train(request: Request) -> Result:
         if first_process():
             if not request.resume:
                 folder.clear()
-            folder.begin(_environment(accelerator), settings(header), command(header.model, folder, "--config"))
+            folder.begin(
+                _environment(accelerator, parameters), settings(header), command(header.model, folder, "--config")
+            )
             folder.keep_metrics(engine.step)
         accelerator.wait_for_everyone()
         _start_trackers(accelerator, trackers, folder, engine.step)
@@ -111,7 +115,7 @@ def train(request: Request) -> Result:
             _train(trainer, accelerator)
         return Result(
             steps=engine.step,
-            parameters=sum(weight.numel() for weight in model.parameters()),
+            parameters=parameters,
             seconds=time.perf_counter() - started,
             held_out=_last_held_out(folder),
             held_out_items=len(trainer.held_out),
@@ -125,19 +129,30 @@ def train(request: Request) -> Result:
 def _train(trainer: Trainer, accelerator: Accelerator) -> None:
     """Train, and leave the folder complete whatever ends it."""
     engine, folder = trainer.engine, trainer.folder
-    quiet = not accelerator.is_main_process
+    first = accelerator.is_main_process
     try:
-        with noticed() as wish, Progress(engine.total, engine.step, trainer.epoch_steps, quiet=quiet) as progress:
+        with noticed() as wish, Progress(engine.total, engine.step, trainer.epoch_steps, quiet=not first) as progress:
             trainer.run(progress, wish)
-    except KeyboardInterrupt as error:
-        raise StoppedError("interrupted", trainer.saved, interrupted=True) from error
-    finally:
-        if accelerator.is_main_process and folder.checkpoint.exists():
-            trainer.write_pages()
+    except BaseException as error:
+        if first and folder.checkpoint.exists():
+            with suppress(OSError):
+                trainer.write_pages()
+        if isinstance(error, KeyboardInterrupt):
+            raise StoppedError("interrupted", trainer.saved, interrupted=True) from error
+        if isinstance(error, OSError):
+            raise StoppedError(_of_os(error), trainer.saved, interrupted=False) from error
+        raise
     with engine.averaged():
         weights = {name: whole(tensor) for name, tensor in engine.model.state_dict().items()}
-        if accelerator.is_main_process:
+        if first:
             write_pretrained(folder, engine.model, weights)
+    if first:
+        trainer.write_pages()
+    accelerator.wait_for_everyone()
+
+
+def _of_os(error: OSError) -> str:
+    return error.strerror if error.strerror and error.filename is None else str(error)
 
 
 def write_pretrained(folder: RunFolder, model: GenerativeModel, weights: Mapping[str, Tensor]) -> None:
@@ -289,7 +304,7 @@ def command(model: str, folder: RunFolder, option: str) -> str:
     return f"fastgen train {model} --out {path} {option}"
 
 
-def _environment(accelerator: Accelerator) -> dict[str, Any]:
+def _environment(accelerator: Accelerator, parameters: int) -> dict[str, Any]:
     info = fastgen.info()
     return {
         "command": shlex.join(["fastgen", *sys.argv[1:]]),
@@ -298,17 +313,27 @@ def _environment(accelerator: Accelerator) -> dict[str, Any]:
         "devices": info.devices,
         "device": str(accelerator.device),
         "processes": accelerator.num_processes,
+        "parameters": parameters,
         "backend": info.backend,
         "libraries": info.libraries,
     }
 
 
+def _trackers(config: TrainConfig) -> list[str]:
+    names = [name.strip() for name in config.trackers.split(",") if name.strip()]
+    there = [str(tracker) for tracker in get_available_trackers()]
+    missing = sorted(set(names) - set(there))
+    if missing:
+        raise UsageError(
+            f"trackers: expected what accelerate knows and is installed ({', '.join(there) or 'none is'}),"
+            f" got {', '.join(missing)}"
+        )
+    return names
+
+
 def _start_trackers(accelerator: Accelerator, trackers: list[str], folder: RunFolder, step: int) -> None:
     if not trackers:
         return
-    missing = set(trackers) - {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
-    if missing:
-        raise UsageError(f"trackers: expected trackers that are installed, got {', '.join(sorted(missing))}")
     inside(folder.path, "tensorboard")
     accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": step + 1}})
 

@@ -2,139 +2,205 @@
 
 from __future__ import annotations
 
+import os
+import random
 import signal
-import subprocess
-import sys
+import time
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fastgen.cli import main
-from fastgen.train import loop
+from fastgen.models import MODELS
 from fastgen.train.checkpoint import load_checkpoint
+from fastgen.train.engine import Engine
+from fastgen.train.loop import Trainer
 
-Metrics = Callable[[Path], list[dict[str, Any]]]
+Main = Callable[..., int]
+Metrics = Callable[..., list[dict[str, Any]]]
 SameTensors = Callable[[Path, Path], bool]
-ROOT = Path(__file__).resolve().parents[2]
+Words = Callable[..., list[str]]
+Start = Callable[..., ForkServerProcess]
+OFTEN = ["--log-every", "1", "--evaluate-every", "3", "--sample-every", "4", "--checkpoint-every", "2"]
 
 
-def interrupt_in_epoch(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
-    """Ctrl-C when the training of ``epoch`` begins."""
-    train_epoch = loop._train_epoch
-
-    def hook(state: Any, images: Any, config: Any, current: int, progress: Any) -> float:
-        if current == epoch:
-            raise KeyboardInterrupt
-        return train_epoch(state, images, config, current, progress)
-
-    monkeypatch.setattr(loop, "_train_epoch", hook)
+def kept_step(folder: Path) -> int:
+    return int(load_checkpoint(folder / "checkpoint.safetensors")[1]["step"])
 
 
+def after_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[Engine], None]) -> None:
+    """Have something happen when a step is done."""
+    advance = Engine.advance
+
+    def hook(self: Engine, *rest: Any) -> None:
+        advance(self, *rest)
+        if self.step == step:
+            act(self)
+
+    monkeypatch.setattr(Engine, "advance", hook)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "options", [[], ["--accumulate", "2", "--flip", "true", "--schedule", "cosine", "--warmup", "3"]]
+)
 def test_resuming_gives_the_same_bits_as_never_stopping(
-    fit: Callable[..., int], tmp_path: Path, same_tensors: SameTensors, metrics: Metrics
-) -> None:
-    assert fit(name="straight", epochs=4) == 0
-    assert fit(name="halves", epochs=2) == 0
-    assert not same_tensors(tmp_path / "straight", tmp_path / "halves")
-    assert fit("--resume", name="halves", epochs=4) == 0
-    assert same_tensors(tmp_path / "straight", tmp_path / "halves")
-    straight, halves = metrics(tmp_path / "straight"), metrics(tmp_path / "halves")
-    assert [row["held_out_elbo"] for row in straight] == [row["held_out_elbo"] for row in halves]
-
-
-def test_the_order_of_the_images_depends_on_seed_and_epoch_alone() -> None:
-    orders = [torch.randperm(50, generator=loop._seeded(*pair)) for pair in ((0, 1), (0, 1), (0, 2), (1, 1))]
-    assert torch.equal(orders[0], orders[1])
-    assert not torch.equal(orders[0], orders[2])
-    assert not torch.equal(orders[0], orders[3])
-
-
-def test_ctrl_c_keeps_the_last_finished_epoch(
-    fit: Callable[..., int],
+    fit: Main,
     tmp_path: Path,
     same_tensors: SameTensors,
     metrics: Metrics,
-    error_line: Callable[[], str],
     monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    options: list[str],
 ) -> None:
+    assert fit(*OFTEN, *options, model=model, name="straight", steps=6) == 0
     with monkeypatch.context() as patch:
-        interrupt_in_epoch(patch, 3)
-        assert fit(epochs=4) == 130
-    line = error_line()
-    assert "epoch 2 is kept" in line
-    assert f"--out {tmp_path / 'run'} --resume" in line
-    assert [row["epoch"] for row in metrics(tmp_path / "run")] == [1, 2]
-    assert main(["train", "conv-vae", "--out", str(tmp_path / "run"), "--resume"]) == 0
-    assert fit(name="straight", epochs=4) == 0
-    assert same_tensors(tmp_path / "run", tmp_path / "straight")
+        after_step(patch, 3, lambda engine: os.kill(os.getpid(), signal.SIGINT))
+        assert fit(*OFTEN, *options, model=model, name="halves", steps=6) == 130
+    assert kept_step(tmp_path / "halves") == 3
+    torch.manual_seed(99)  # what happened to the global generators meanwhile does not matter
+    assert fit("--resume", model=model, name="halves", steps=6) == 0
+    assert same_tensors(tmp_path / "straight", tmp_path / "halves")
+    straight, halves = metrics(tmp_path / "straight"), metrics(tmp_path / "halves")
+    assert [(row["step"], row["values"]) for row in straight] == [(row["step"], row["values"]) for row in halves]
+    for picture in (tmp_path / "straight").glob("*/*.*"):
+        if picture.parent.name != "model":
+            assert picture.read_bytes() == (tmp_path / "halves" / picture.parent.name / picture.name).read_bytes()
 
 
-def test_ctrl_c_before_the_first_epoch_ends_can_be_resumed(
-    fit: Callable[..., int], tmp_path: Path, same_tensors: SameTensors, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        interrupt_in_epoch(patch, 1)
-        assert fit() == 130
-    assert fit("--resume") == 0
-    assert fit(name="straight") == 0
-    assert same_tensors(tmp_path / "run", tmp_path / "straight")
-
-
-def test_a_real_sigint_ends_the_process_with_130(digits: Path, tmp_path: Path) -> None:
-    options = ["--data", str(digits), "--out", str(tmp_path / "run"), "--epochs", "100000"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fastgen", "train", "conv-vae", *options],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's & would have it ignored
-    )
-    try:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if line.startswith("epoch 2/"):
-                break
-        process.send_signal(signal.SIGINT)
-        _, rest = process.communicate(timeout=60)
-    finally:
+def killed_and_resumed(words: Words, start: Start, folder: Path, kills: int, steps: int) -> list[int]:
+    """Kill a run at random moments until ``kills`` of them hit it alive, then let it end; steps that were kept."""
+    moments = random.Random(0)
+    kept = []
+    resuming: list[str] = []
+    while len(kept) < kills:
+        process = start(words(*OFTEN, *resuming, name=folder.name, steps=steps))
+        while not (folder / "environment.json").exists() and process.is_alive():
+            time.sleep(0.01)
+        process.join(timeout=moments.uniform(0.0, 1.5))
         process.kill()
-    assert process.returncode == 130
-    assert "Traceback" not in rest
-    kept = int(rest.split("; epoch ")[1].split()[0])
-    assert kept >= 2
-    _, tensors = load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")
-    assert int(tensors["epoch"]) == kept
+        process.join()
+        if process.exitcode == 0:
+            break  # done before the kill came
+        assert process.exitcode == -signal.SIGKILL
+        written = (folder / "checkpoint.safetensors").exists()
+        kept.append(kept_step(folder) if written else 0)
+        resuming = ["--resume"] if written else ["--overwrite"]
+    process = start(words(*OFTEN, *(resuming or ["--overwrite"]), name=folder.name, steps=steps))
+    process.join(timeout=300)
+    assert process.exitcode == 0
+    return kept
 
 
-def test_a_loss_that_is_no_longer_finite_stops_and_keeps_the_last_good_checkpoint(
-    fit: Callable[..., int], tmp_path: Path, error_line: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("kills", "steps"), [pytest.param(3, 120, id="short"), pytest.param(10, 400, id="long", marks=pytest.mark.slow)]
+)
+def test_a_run_killed_at_any_moment_ends_with_the_same_bits(
+    fit: Main, words: Words, start: Start, tmp_path: Path, same_tensors: SameTensors, kills: int, steps: int
 ) -> None:
-    assert fit(epochs=1) == 0
+    assert fit(*OFTEN, name="straight", steps=steps) == 0
+    kept = killed_and_resumed(words, start, tmp_path / "killed", kills, steps)
+    print("steps that were kept:", kept)
+    assert len(kept) == kills
+    assert kept == sorted(kept)
+    assert kept[-1] > 0
+    assert same_tensors(tmp_path / "straight", tmp_path / "killed")
+    assert not list((tmp_path / "killed").glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_process_with_130_and_keeps_the_step(
+    words: Words, start: Start, tmp_path: Path, number: signal.Signals
+) -> None:
+    folder = tmp_path / "run"
+    process = start(words("--checkpoint-every", "1000000", "--evaluate-every", "1000000", "--sample-every", "1000000",
+                          "--log-every", "1", steps=1000000))  # fmt: skip
+    while not (folder / "metrics.jsonl").exists() or (folder / "metrics.jsonl").stat().st_size < 1000:
+        assert process.is_alive(), (tmp_path / "output").read_text()
+        time.sleep(0.02)
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join(timeout=60)
+    assert process.exitcode == 130
+    output = (tmp_path / "output").read_text()
+    assert "Traceback" not in output
+    kept = int(output.split("interrupted; step ")[1].split()[0])
+    assert kept == kept_step(folder) > 0
+    assert f"--out {folder} --resume" in output
+
+
+def test_a_second_ctrl_c_ends_at_once_and_keeps_the_last_checkpoint(
+    fit: Main, tmp_path: Path, error_line: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice(engine: Engine) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        after_step(patch, 5, twice)
+        assert fit(*OFTEN) == 130
+    assert "interrupted; step 4 is kept" in error_line()
+    assert kept_step(tmp_path / "run") == 4
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_says_so(
+    fit: Main, tmp_path: Path, error_line: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def at_once(self: Trainer, *rest: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "run", at_once)
+        assert fit() == 130
+    assert "no step is kept" in error_line()
+    assert fit("--resume") == 1
+    assert "--overwrite begins anew" in error_line()
+    assert fit("--overwrite") == 0
+
+
+def poison(engine: Engine) -> None:
+    with torch.no_grad():
+        next(engine.model.parameters()).fill_(float("nan"))
+
+
+@pytest.mark.parametrize("model", ["conv-vae", "dcgan"])
+def test_a_step_whose_gradient_is_nan_changes_nothing_and_is_counted(
+    fit: Main, tmp_path: Path, metrics: Metrics, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    loss = MODELS[model].loss
+
+    def sometimes(self: Any, phase: str, batch: Any, moment: Any) -> Any:
+        out = loss(self, phase, batch, moment)
+        return out | {"loss": out["loss"] * float("nan")} if moment.step in (3, 4) else out
+
+    monkeypatch.setattr(MODELS[model], "loss", sometimes)
+    assert fit("--log-every", "1", "--nan-limit", "3", model=model, steps=6) == 0
+    assert [row["skipped"] for row in metrics(tmp_path / "run")] == [0, 0, 1, 2, 2, 2]
+    _, tensors = load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")
+    assert all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point())
+    steps = {int(tensor) for name, tensor in tensors.items() if name.endswith("/step")}
+    assert steps == {4}  # of the optimisers: six less two
+
+
+def test_gradients_that_stay_nan_stop_the_run_and_keep_the_last_good_checkpoint(
+    fit: Main, tmp_path: Path, error_line: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fit(*OFTEN, steps=4) == 0
     _, good = load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")
-
-    def poisoned(state: Any, *rest: Any) -> float:
-        next(state.model.parameters()).data.fill_(float("nan"))
-        return float("nan")
-
-    monkeypatch.setattr(loop, "_train_epoch", poisoned)
-    assert fit("--resume", epochs=3) == 1
+    after_step(monkeypatch, 5, poison)
+    assert fit("--resume", "--nan-limit", "2", "--checkpoint-every", "1000", steps=20) == 1
     line = error_line()
-    assert "epoch 2: the training loss is nan" in line
-    assert "epoch 1 is kept" in line
+    assert "step 7: the gradient was NaN or infinite in the last 2 steps" in line
+    assert "step 4 is kept" in line
     _, kept = load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")
     assert all(torch.equal(good[name], kept[name]) for name in good)
 
 
-def test_a_learning_rate_far_too_large_is_reported(fit: Callable[..., int], error_line: Callable[[], str]) -> None:
-    assert fit("--learning-rate", "1e9") == 1
-    assert "epoch 1: the training loss is" in error_line()
-
-
-def test_resume_without_a_run_is_refused(fit: Callable[..., int], error_line: Callable[[], str]) -> None:
+def test_resume_without_a_run_is_refused(fit: Main, error_line: Callable[[], str]) -> None:
     assert fit("--resume") == 1
     assert "expected a run to resume" in error_line()
 
@@ -143,30 +209,30 @@ def test_resume_without_a_run_is_refused(fit: Callable[..., int], error_line: Ca
     ("options", "message"),
     [
         (["--model.width", "8"], "model.width: expected 4, as when the run in"),
-        (["--learning-rate", "0.1"], "learning_rate: expected 0.004, as when the run in"),
-        (["--data", "digits"], "data: expected the images with which the run in"),
-        (["--epochs", "1"], "epochs: expected at least 2, which are trained, got 1"),
-        (["--epochs", "0"], "epochs: expected a positive integer, got 0"),
+        (["--learning-rate", "0.1"], "learning_rate: expected None, as when the run in"),
+        (["--data", "digits"], "data: expected the items with which the run in"),
+        (["--held-out", "7"], "held_out: expected 0, as when the run in"),
+        (["--steps", "1"], "steps: expected at least the 8 steps that are trained, got 1"),
+        (["--steps", "-1"], "steps: expected a number >= 0, got -1"),
         (["--overwrite"], "resume, overwrite: expected at most one of them, got both"),
     ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_options_that_do_not_fit_the_run_are_refused_by_name(
-    fit: Callable[..., int], tmp_path: Path, error_line: Callable[[], str], options: list[str], message: str
+    fit: Main, tmp_path: Path, error_line: Callable[[], str], options: list[str], message: str
 ) -> None:
     assert fit() == 0
     before = (tmp_path / "run" / "checkpoint.safetensors").read_bytes()
-    assert main(["train", "conv-vae", "--out", str(tmp_path / "run"), "--resume", *options]) == 2
+    assert fit("--resume", *options) == 2
     assert message in error_line()
     assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == before
 
 
-def test_resume_drops_metrics_that_its_checkpoint_does_not_know(
-    fit: Callable[..., int], tmp_path: Path, metrics: Metrics
-) -> None:
-    assert fit() == 0
+def test_resume_drops_metrics_that_its_checkpoint_does_not_know(fit: Main, tmp_path: Path, metrics: Metrics) -> None:
+    assert fit("--log-every", "4") == 0
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
-        file.write('{"epoch": 3, "train_loss": 0}\n{"epoch": 4, "tr')
-    assert fit("--resume", epochs=3) == 0
+        file.write('{"step": 12, "part": "train", "values": {"loss": 0}}\n{"step": 16, "tr')
+    assert fit("--resume", steps=12) == 0
     rows = metrics(tmp_path / "run")
-    assert [row["epoch"] for row in rows] == [1, 2, 3]
-    assert rows[-1]["train_loss"] > 0
+    assert [row["step"] for row in rows] == [4, 8, 12]
+    assert rows[-1]["values"]["loss"] > 0

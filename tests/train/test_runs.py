@@ -1,68 +1,202 @@
-"""A run from start to end: what it writes, what it refuses to touch."""
+"""A run from start to end: what it writes, what it refuses to touch, what comes of it."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
 
-Metrics = Callable[[Path], list[dict[str, Any]]]
+from fastgen.cli import main
+from fastgen.models import MODELS, Images
+from fastgen.train.folder import RunFolder
+from fastgen.train.trained import open_run, sample
+
+Main = Callable[..., int]
+Metrics = Callable[..., list[dict[str, Any]]]
 SameTensors = Callable[[Path, Path], bool]
+FILES = {"environment.json", "config.yaml", "metrics.jsonl", "checkpoint.safetensors", "curves.png", "report.html"}
 
 
-def test_training_improves_the_held_out_elbo_and_fills_the_folder(
-    fit: Callable[..., int], tmp_path: Path, metrics: Metrics, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("model", "steps", "figure", "exhibits"),
+    [
+        ("conv-vae", 40, "loss", {"samples/000040.png", "reconstructions/000040.png"}),
+        ("dcgan", 12, "discriminator/loss", {"samples/000012.png"}),
+        ("transformer-lm", 40, "loss", {"samples/000040.txt"}),
+    ],
+)
+def test_training_lowers_the_loss_and_fills_the_folder(
+    pages: None,
+    fit: Main,
+    tmp_path: Path,
+    metrics: Metrics,
+    capsys: pytest.CaptureFixture[str],
+    model: str,
+    steps: int,
+    figure: str,
+    exhibits: set[str],
 ) -> None:
-    assert fit(epochs=4) == 0
+    assert fit("--log-every", str(steps // 4), "--sample-every", str(steps), model=model, steps=steps) == 0
     folder = tmp_path / "run"
-    names = {"config.json", "metrics.jsonl", "checkpoint.safetensors", "samples.png", "reconstructions.png"}
-    assert {file.name for file in folder.iterdir()} == names
+    names = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    assert names == FILES | exhibits | {"model/config.json", "model/model.safetensors", "model/README.md"}
     rows = metrics(folder)
-    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
-    assert rows[-1]["held_out_elbo"] > rows[0]["held_out_elbo"] + 5
-    assert rows[-1]["train_loss"] < rows[0]["train_loss"] - 5
-    assert all(row["images_per_second"] > 0 and row["seconds"] > 0 for row in rows)
-    assert rows[0]["held_out_elbo"] == pytest.approx(-rows[0]["held_out_nll"] - rows[0]["held_out_kl"])
+    assert [row["step"] for row in rows] == [steps // 4 * turn for turn in (1, 2, 3, 4)]
+    assert rows[-1]["values"][figure] < rows[0]["values"][figure]
+    assert all(row["items_per_second"] > 0 and row["seconds"] > 0 and row["skipped"] == 0 for row in rows)
     printed = capsys.readouterr()
-    assert printed.err.count("epoch ") == 4  # plain lines, as this is no terminal
-    assert f"held-out ELBO    {rows[-1]['held_out_elbo']:.2f} nats per image (40 images)" in printed.out
-    assert str(folder / "samples.png") in printed.out
+    assert "step 10/40" in printed.err or steps != 40  # plain lines, as this is no terminal
+    assert f"{model}: " in printed.out
+    for row in metrics(folder, "held-out")[-1:]:
+        assert f"held-out {next(iter(row['values']))}" in printed.out
+    assert str(folder / "report.html") in printed.out
 
 
-def test_another_seed_gives_other_weights(fit: Callable[..., int], tmp_path: Path, same_tensors: SameTensors) -> None:
-    assert fit(name="a", epochs=1) == fit(name="b", epochs=1) == fit("--seed", "1", name="c", epochs=1) == 0
-    assert same_tensors(tmp_path / "a", tmp_path / "b")
+@pytest.mark.parametrize("model", MODELS)
+def test_the_weights_that_are_kept_for_others_are_the_averaged_ones(fit: Main, tmp_path: Path, model: str) -> None:
+    assert fit(model=model) == 0
+    folder = tmp_path / "run"
+    trained = open_run(RunFolder(folder))
+    loaded = MODELS[model].from_pretrained(folder / "model")
+    assert loaded.config == trained.model.config
+    assert not loaded.training
+    kept = trained.model.state_dict()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in loaded.state_dict().items())
+
+
+def test_the_saved_config_reproduces_the_run(fit: Main, tmp_path: Path, same_tensors: SameTensors) -> None:
+    assert fit("--learning-rate", "0.002", "--schedule", "linear", "--seed", "3") == 0
+    config = tmp_path / "run" / "config.yaml"
+    assert main(["train", "conv-vae", "--config", str(config), "--out", str(tmp_path / "again")]) == 0
+    assert same_tensors(tmp_path / "run", tmp_path / "again")
+    settings, again = (yaml.safe_load((tmp_path / name / "config.yaml").read_text()) for name in ("run", "again"))
+    assert settings == again
+    assert (settings["learning_rate"], settings["model"]["width"]) == (0.002, 4)
+    assert "image_size" not in settings["model"]  # the data decide
+
+
+def test_another_seed_gives_other_weights_and_one_seed_the_same_samples(
+    fit: Main, tmp_path: Path, same_tensors: SameTensors
+) -> None:
+    assert fit(name="a", steps=2) == fit("--seed", "1", name="c", steps=2) == 0
     assert not same_tensors(tmp_path / "a", tmp_path / "c")
+    trained = open_run(RunFolder(tmp_path / "a"))
+    first, again, other, more = (
+        sample(trained, n, trained.model.sampling_class(), seed) for n, seed in ((3, 0), (3, 0), (3, 1), (300, 0))
+    )
+    assert isinstance(first, Images)
+    assert isinstance(again, Images)
+    assert isinstance(other, Images)
+    assert isinstance(more, Images)
+    assert torch.equal(first.pixels, again.pixels)
+    assert not torch.equal(first.pixels, other.pixels)
+    assert len(more.pixels) == 300
 
 
-def test_a_folder_that_holds_a_run_is_refused(
-    fit: Callable[..., int], tmp_path: Path, error_line: Callable[[], str]
+@pytest.mark.parametrize("model", ["conv-vae", "dcgan", "transformer-lm"])
+def test_evaluation_is_kept_with_its_feature_space(
+    fit: Main,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model: str,
 ) -> None:
-    assert fit(epochs=1) == 0
-    before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
-    assert fit(epochs=2) == 1
+    from fastgen.train import judge
+
+    monkeypatch.setattr(judge, "write_report", lambda folder: None)
+    assert fit(model=model, steps=2) == 0
+    capsys.readouterr()
+    words = ["evaluate", str(tmp_path / "run"), "--n", "60", "--importance", "3", "--resamples", "0"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    kept = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    found = {figure["name"]: figure for figure in kept["figures"]}
+    assert kept["step"] == 2
+    expected = {
+        "conv-vae": {"ELBO", "importance-weighted bound", "bits per dimension", "Frechet distance", "recall"},
+        "dcgan": {"Frechet distance", "kernel distance", "precision", "recall", "density", "coverage"},
+        "transformer-lm": {"nats per token", "perplexity"},
+    }
+    assert expected[model] <= found.keys()
+    for figure in found.values():
+        assert figure["name"] in printed
+        assert figure["space"] in printed
+    if model == "conv-vae":
+        assert found["importance-weighted bound"]["value"] > found["ELBO"]["value"]
+    if model != "transformer-lm":
+        assert "classifier" in found["recall"]["space"]
+        features = (tmp_path / "run" / "features.safetensors").stat().st_mtime_ns
+        assert main(words) == 0
+        assert capsys.readouterr().out == printed  # the same again
+        assert (tmp_path / "run" / "features.safetensors").stat().st_mtime_ns == features
+
+
+def test_a_folder_that_holds_a_run_is_refused(fit: Main, tmp_path: Path, error_line: Callable[[], str]) -> None:
+    assert fit() == 0
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run").glob("*.*")}
+    assert fit(steps=2) == 1
     assert "holds a run already; --resume goes on with it, --overwrite replaces it" in error_line()
-    assert before == {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    assert before == {file.name: file.read_bytes() for file in (tmp_path / "run").glob("*.*")}
 
 
-def test_overwrite_replaces_the_run_and_nothing_else(fit: Callable[..., int], tmp_path: Path, metrics: Metrics) -> None:
-    assert fit(epochs=2) == 0
-    (tmp_path / "run" / "notes.txt").write_text("mine")
-    assert fit("--overwrite", epochs=1) == 0
-    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
-    assert [row["epoch"] for row in metrics(tmp_path / "run")] == [1]
+def test_overwrite_replaces_the_run_and_nothing_else(fit: Main, tmp_path: Path, metrics: Metrics) -> None:
+    assert fit("--log-every", "4") == 0
+    mine = [tmp_path / "run" / "notes.txt", tmp_path / "run" / "samples" / "best.png"]
+    for file in mine:
+        file.write_text("mine")
+    assert fit("--overwrite", "--log-every", "2", steps=2) == 0
+    assert [file.read_text() for file in mine] == ["mine", "mine"]
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [2]
+    assert {file.name for file in (tmp_path / "run" / "samples").iterdir()} == {"best.png", "000001.png", "000002.png"}
 
 
-def test_files_of_another_program_are_never_replaced(
-    fit: Callable[..., int], tmp_path: Path, error_line: Callable[[], str]
-) -> None:
+def test_files_of_another_program_are_never_replaced(fit: Main, tmp_path: Path, error_line: Callable[[], str]) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text('{"theirs": 1}')
+    (tmp_path / "run" / "config.yaml").write_text("theirs: 1")
     assert fit("--overwrite") == 1
-    assert "config.json from another program" in error_line()
-    assert (tmp_path / "run" / "config.json").read_text() == '{"theirs": 1}'
+    assert "config.yaml from another program" in error_line()
+    assert (tmp_path / "run" / "config.yaml").read_text() == "theirs: 1"
     (tmp_path / "file").write_text("")
     assert fit(name="file") == 1
     assert "expected a folder for the run, got a file" in error_line()
+
+
+def test_tensorboard_gets_every_figure_once_although_the_run_was_resumed(fit: Main, tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert fit("--trackers", "tensorboard", "--log-every", "2", "--checkpoint-every", "4", steps=6) == 0
+    assert fit("--resume", "--trackers", "tensorboard", "--log-every", "2", steps=10) == 0
+    events = event_accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert {"train/loss", "held-out/elbo"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6, 8, 10]
+
+
+def test_half_precision_trains(fit: Main, tmp_path: Path, metrics: Metrics) -> None:
+    assert fit("--precision", "bfloat16", "--log-every", "8", model="dcgan", steps=16) == 0
+    rows = metrics(tmp_path / "run")
+    assert all(torch.tensor(list(row["values"].values())).isfinite().all() for row in rows)
+
+
+def test_compiled_networks_train_and_their_checkpoint_has_the_same_names(
+    fit: Main, tmp_path: Path, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastgen.train.checkpoint import load_checkpoint
+
+    compile = torch.nn.Module.compile  # without code generation, which takes minutes
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile(self, backend="eager"))
+    torch._dynamo.reset()
+    for model in ("conv-vae", "dcgan"):
+        assert fit("--compile", "true", "--log-every", "1", model=model, name=f"{model}-compiled", steps=2) == 0
+        assert fit("--log-every", "1", model=model, name=model, steps=2) == 0
+        names = [
+            load_checkpoint(tmp_path / name / "checkpoint.safetensors")[1].keys()
+            for name in (f"{model}-compiled", model)
+        ]
+        assert names[0] == names[1]
+        for compiled, eager in zip(metrics(tmp_path / f"{model}-compiled"), metrics(tmp_path / model), strict=True):
+            assert compiled["values"] == pytest.approx(eager["values"], rel=1e-2)

@@ -1,0 +1,40 @@
+"""``fastgen bench``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from fastgen import _bench
+from fastgen.cli._errors import USAGE, CommandError
+
+ABOUT = "fastgen's layers against plain PyTorch, measured in turn on this machine: medians, and ratios of rounds."
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(f"{message} (fastgen bench --help lists the options)", USAGE)
+
+
+def run(words: list[str]) -> None:
+    parser = _Parser(prog="fastgen bench", description=ABOUT)
+    parser.add_argument("--only", default="", help="beginnings of names, with commas between: attention,latent-step")
+    parser.add_argument("--rounds", type=int, default=9, help="of each measurement, ours and PyTorch's in turn")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--json", default="", help="a file for the figures")
+    given = parser.parse_args(words)
+    device = given.device if given.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    only = [name for name in given.only.split(",") if name] or None
+    if given.json and not Path(given.json).parent.is_dir():
+        raise CommandError(f"json: expected a path in a folder that exists, got {given.json}", USAGE)
+    print(_bench.describe_machine(device))
+    try:
+        rows = _bench.run(only, given.rounds, device, shown=lambda row: print(_bench.line(row), flush=True))
+    except ValueError as error:
+        raise CommandError(str(error), USAGE) from error
+    if given.json:
+        Path(given.json).write_text(json.dumps(_bench.as_dict(rows, device), indent=2) + "\n", encoding="utf-8")

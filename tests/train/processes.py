@@ -1,0 +1,43 @@
+"""Commands in processes of their own, forked from one that has everything imported already."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+from collections.abc import Sequence
+from multiprocessing.context import ForkServerContext
+
+import torch
+
+import fastgen.cli._train
+import fastgen.train.run  # noqa: F401
+from fastgen.cli import main
+
+
+def context() -> ForkServerContext:
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload([__name__])
+    return found
+
+
+def run_command(words: Sequence[str], environment: dict[str, str], out: str) -> None:
+    """What a process does: run the command, what it prints being added to a file; its exit code is the command's.
+
+    environment: variables to set; "limit" is none of them, but the largest size of a file that it may write.
+    """
+    limit = int(environment.pop("limit", 0))
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    with open(out, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if limit:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    code = main(words)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
