@@ -34,16 +34,16 @@ class TransformerLMConfig:
     """Sizes of a TransformerLM and how it learns. ValueError names the field, what was expected and what came."""
 
     vocabulary: str = option(PRINTABLE, "the characters; token i is character i", from_data=True)
-    context: int = option(256, "characters that a prediction may depend on")
-    width: int = option(192, "channels of a token")
+    context: int = option(128, "characters that a prediction may depend on")
+    width: int = option(160, "channels of a token")
     depth: int = option(4, "blocks")
-    heads: int = option(6, "heads of attention")
+    heads: int = option(5, "heads of attention")
     mlp_width: int = option(0, "units of a block's mlp; 0: 4 times the width, 8/3 for swiglu")
     activation: Activation = option("gelu", "of the mlp")
     normalise_heads: bool = option(True, "RMS-normalise queries and keys")
     tied: bool = option(True, "one matrix for embedding and logits")
     dropout: float = option(0.0, "probability of dropping, in attention and after each branch")
-    learning_rate: float = option(2e-3, "of AdamW")
+    learning_rate: float = option(3e-3, "of AdamW")
     weight_decay: float = option(0.1, "of AdamW, on all weights")
     beta1: float = option(0.9, "of AdamW")
     beta2: float = option(0.99, "of AdamW")
@@ -169,7 +169,14 @@ class TransformerLM(GenerativeModel):
     name, summary, kind = "transformer-lm", "decoder-only Transformer over characters", "text"
     default_data = "prose"
     config_class, sampling_class = TransformerLMConfig, TextOptions
-    train_defaults: ClassVar = {}
+    train_defaults: ClassVar = {
+        "steps": 2400,
+        "batch_size": 8,
+        "schedule": "cosine",
+        "warmup": 100,
+        "clip": 1.0,
+        "average_decay": 0.998,
+    }
     blocks = ("DecoderBlock",)
     config: TransformerLMConfig
 

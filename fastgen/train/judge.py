@@ -23,7 +23,7 @@ from fastgen.train.files import write_whole
 from fastgen.train.folder import RunFolder
 from fastgen.train.report import write_report
 from fastgen.train.run import data_of, split
-from fastgen.train.sharding import forget_accelerator, make_accelerator
+from fastgen.train.sharding import leave, make_accelerator
 from fastgen.train.trained import Trained, check_seed, joined, open_run
 
 Space = Literal["auto", "classifier", "rotations", "inception", "none"]
@@ -74,7 +74,7 @@ def evaluate(folder: RunFolder, config: EvaluateConfig) -> list[metrics.Figure]:
             if trained.model.kind == "images" and config.features != "none":
                 figures += _distances(trained, data.name, train, held_out, config, folder)
     finally:
-        forget_accelerator()
+        leave(accelerator)
     kept = {"step": trained.step, "settings": asdict(config), "figures": [asdict(figure) for figure in figures]}
     write_whole(folder.evaluation, (json.dumps(kept, indent=2) + "\n").encode())
     write_report(folder.path)

@@ -29,7 +29,7 @@ from fastgen.train.files import inside
 from fastgen.train.folder import RunFolder
 from fastgen.train.loop import Trainer
 from fastgen.train.progress import Progress
-from fastgen.train.sharding import forget_accelerator, make_accelerator, whole
+from fastgen.train.sharding import leave, make_accelerator, whole
 from fastgen.train.signals import noticed
 
 SMALL_STEP = (
@@ -122,8 +122,7 @@ def train(request: Request) -> Result:
             skipped=int(engine.skipped),
         )
     finally:
-        accelerator.end_training()
-        forget_accelerator()
+        leave(accelerator)
 
 
 def _train(trainer: Trainer, accelerator: Accelerator) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ from fastgen.models import GenerativeModel
 from fastgen.train.config import TrainConfig
 from fastgen.train.errors import UsageError
 
+SECONDS_TO_LEAVE = 0.5
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def make_accelerator(config: TrainConfig, device: torch.device, **options: Any) -> Accelerator:
     """Of this process; joins the others that torchrun or ``accelerate launch`` started."""
-    forget_accelerator()
+    _forget()
     # Statistics of batch norm stay each process' own, and are averaged when a model is saved (Engine.share_buffers):
     # broadcast, they would be written between a forward pass and its backward pass.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -36,7 +38,19 @@ def make_accelerator(config: TrainConfig, device: torch.device, **options: Any) 
     return accelerator
 
 
-def forget_accelerator() -> None:
+def leave(accelerator: Accelerator) -> None:
+    """End what ``make_accelerator`` began: trackers, the group of processes, accelerate's memory of it all.
+
+    gloo's threads need the interpreter's lock to drop the last thing they did, and a group that is destroyed by a
+    thread with the lock waits for gloo's threads, for ever (seen in torch 2.13). So they get a moment without it.
+    """
+    if accelerator.num_processes > 1:
+        time.sleep(SECONDS_TO_LEAVE)
+    accelerator.end_training()
+    _forget()
+
+
+def _forget() -> None:
     """accelerate keeps precision and devices for the whole process; the next run has its own."""
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     GradientState._reset_state()

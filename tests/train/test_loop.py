@@ -1,0 +1,256 @@
+"""Order of the items, schedules, averages, phases: what a step computes."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import psutil
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastgen.data import TensorItems
+from fastgen.models import Batch, GenerativeModel, Moment, NoOptions, Phase
+from fastgen.train.config import TrainConfig
+from fastgen.train.engine import Engine
+from fastgen.train.sharding import leave, make_accelerator
+from fastgen.train.stream import Order, Stream, batches, mirrored, seed_everything
+
+CPU = torch.device("cpu")
+
+
+def test_every_epoch_is_a_permutation_that_depends_on_seed_and_epoch_alone() -> None:
+    order = Order(50, seed=0)
+    first, second = order.slice(0, 50), order.slice(50, 100)
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(50))
+    assert not torch.equal(first, second)
+    again = Order(50, seed=0)
+    assert torch.equal(again.slice(45, 60), torch.cat([first[45:], second[:10]]))  # across the border, out of turn
+    assert torch.equal(again.slice(3, 4), first[3:4])
+    assert not torch.equal(Order(50, seed=1).slice(0, 50), first)
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_parts_are_the_same_items_however_many_processes_share_the_work(draws: int) -> None:
+    def parts(accumulate: int, processes: int) -> list[list[int]]:
+        found = []
+        for process in range(processes):
+            stream = Stream(30, 0, 8, draws=draws, accumulate=accumulate, process=process, processes=processes)
+            stream.first_step, stream.last_step = 3, 6
+            found.append([indices.tolist() for indices in stream])
+        return [part for together in zip(*found, strict=True) for part in together]
+
+    assert parts(4, 1) == parts(2, 2) == parts(1, 4)
+    whole = [index for part in parts(1, 1) for index in part]
+    assert whole == [index for part in parts(1, 4) for index in part]
+
+
+def test_lazy_items_come_in_the_same_order_from_workers() -> None:
+    class Lazy(TensorItems):
+        lazy = True
+
+    tensors = {"images": torch.arange(20.0)}
+    stream = Stream(20, 0, 4, draws=1, accumulate=1, process=0, processes=1)
+    stream.first_step, stream.last_step = 2, 7
+    direct = [batch["images"].tolist() for batch in batches(TensorItems(tensors), stream, CPU, 0)]
+    fetched = [batch["images"].tolist() for batch in batches(Lazy(tensors), stream, CPU, 2)]
+    assert direct == fetched
+    assert len(direct) == 6
+
+
+def test_pictures_are_mirrored_by_chance_and_pairs_together() -> None:
+    pictures = torch.rand(100, 1, 2, 2)
+    out = mirrored({"inputs": pictures, "targets": pictures.clone(), "labels": torch.arange(100)}, seed=0)
+    assert torch.equal(out["inputs"], out["targets"])
+    turned = (out["inputs"] == pictures.flip(-1)).all(dim=(1, 2, 3))
+    assert ((out["inputs"] == pictures).all(dim=(1, 2, 3)) | turned).all()
+    assert 30 < turned.sum() < 70
+    assert torch.equal(mirrored({"inputs": pictures}, seed=0)["inputs"], out["inputs"])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [1, 1, 1, 1]),
+        ({"warmup": 1}, [0.5, 1, 1, 1]),
+        ({"schedule": "linear"}, [1, 0.75, 0.5, 0.25]),
+        ({"schedule": "cosine"}, [1, 0.853553, 0.5, 0.146447]),
+    ],
+    ids=str,
+)
+def test_learning_rates_follow_the_schedule(options: dict[str, Any], expected: list[float]) -> None:
+    config = TrainConfig(**options)
+    assert [config.rate(step, 4) for step in range(1, 5)] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_length_of_a_run_comes_from_epochs_or_steps() -> None:
+    assert TrainConfig(epochs=2.0, batch_size=8).total_steps(100, 1) == 25
+    assert TrainConfig(epochs=2.0, batch_size=8).total_steps(100, 5) == 5
+    assert TrainConfig(steps=7).total_steps(100, 1) == 7
+    assert TrainConfig(epochs=0.001).total_steps(100, 1) == 1
+
+
+@dataclass(frozen=True)
+class PairConfig:
+    pass
+
+
+class Pair(GenerativeModel):
+    """Two networks that pull at one another: what the engine does with phases can be followed by hand."""
+
+    name, summary, kind, default_data, config_class = "pair", "", "images", "digits", PairConfig
+    repeats: ClassVar[int] = 1
+    seen: list[tuple[str, int, float]]
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        self.left, self.right = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+        self.norm = nn.BatchNorm1d(3, affine=False)
+        self.seen = []
+
+    def phases(self) -> tuple[Phase, ...]:
+        return (
+            Phase("left", ("left",), learning_rate=0.1, repeats=self.repeats),
+            Phase("right", ("right",), learning_rate=0.01, betas=(0.5, 0.9), weight_decay=0.1),
+        )
+
+    def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
+        self.seen.append((phase, moment.step, float(batch["images"].sum())))
+        out = self.right(self.norm(self.left(batch["images"])))
+        noise = torch.rand(())
+        sign = 1 if phase == "left" else -1
+        return {"loss": sign * (out.square().mean() + out.mean()), "noise": noise}
+
+    def draw(self, n: int, options: NoOptions, *, generator: torch.Generator | None = None) -> Any:
+        raise NotImplementedError
+
+
+@pytest.fixture
+def engine_of() -> Iterator[Any]:
+    made = []
+
+    def engine_of(model: GenerativeModel, steps: int = 10, **options: Any) -> Engine:
+        config = TrainConfig(device="cpu", batch_size=4, **options)
+        made.append(make_accelerator(config, CPU))
+        return Engine(model, config, steps, made[-1])
+
+    yield engine_of
+    if made:
+        leave(made[-1])
+
+
+def fixed_batches() -> Iterator[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield {"images": torch.randn(4, 3, generator=generator)}
+
+
+def test_phases_update_their_own_weights_by_their_own_optimisers(engine_of: Any) -> None:
+    """Against the same by hand, and in the order of the phases, on one batch."""
+    torch.manual_seed(0)
+    model = Pair()
+    twin = copy.deepcopy(model)
+    engine = engine_of(model, clip=0.5, average_decay=0.5)
+    ours, theirs = fixed_batches(), fixed_batches()
+    rates = {"left": (0.1, (0.9, 0.999), 0.0), "right": (0.01, (0.5, 0.9), 0.1)}
+    optimizers = {
+        name: torch.optim.AdamW(twin.get_submodule(name).parameters(), lr=rate, betas=betas, weight_decay=decay)
+        for name, (rate, betas, decay) in rates.items()
+    }
+    average = {name: tensor.clone() for name, tensor in twin.state_dict().items() if tensor.is_floating_point()}
+    for step in range(1, 5):
+        engine.advance(ours, 1)
+        batch = next(theirs)
+        for name, optimizer in optimizers.items():
+            twin.zero_grad()
+            twin.loss(name, batch, Moment(step, 10))["loss"].backward()
+            nn.utils.clip_grad_norm_(twin.get_submodule(name).parameters(), 0.5)
+            optimizer.step()
+        decay = min(0.5, (1 + step - 1) / (10 + step - 1))
+        for name, tensor in average.items():
+            average[name] = tensor.lerp(twin.state_dict()[name], 1 - decay)
+    assert [(phase, step) for phase, step, _ in model.seen] == [(p, s) for s in range(1, 5) for p in ("left", "right")]
+    for name, tensor in twin.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
+    for name, tensor in average.items():
+        torch.testing.assert_close(engine.average[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_repeats_take_batches_of_their_own(engine_of: Any) -> None:
+    class Critic(Pair):
+        repeats = 3
+
+    model = Critic()
+    engine = engine_of(model)
+    engine.advance(fixed_batches(), 3)
+    sums = [float(next(taken)["images"].sum()) for taken in [fixed_batches()] for _ in range(3)]
+    assert [phase for phase, _, _ in model.seen] == ["left", "left", "left", "right"]
+    assert [total for _, _, total in model.seen] == pytest.approx([*sums, sums[0]])
+
+
+def test_noise_depends_on_seed_step_and_part_and_on_nothing_before(engine_of: Any) -> None:
+    def noises(start: int, **options: Any) -> list[float]:
+        engine = engine_of(Pair(), **options)
+        engine.step = start
+        found = []
+        for _ in range(2):
+            seed_everything(123)
+            engine.advance(fixed_batches(), 1)
+            found.append(engine.means()["left/noise"])
+        return found
+
+    first = noises(0)
+    assert noises(0) == first
+    assert noises(1)[0] == first[1] != first[0]
+    assert noises(0, seed=1)[0] != first[0]
+
+
+def test_averaged_weights_are_there_for_evaluation_and_gone_after(engine_of: Any) -> None:
+    model = Pair()
+    engine = engine_of(model, average_decay=0.9)
+    stream = fixed_batches()
+    for _ in range(3):
+        engine.advance(stream, 1)
+    trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    average = {name: tensor.clone() for name, tensor in engine.average.items()}
+    with pytest.raises(RuntimeError, match="stop"), engine.averaged():
+        assert not model.training
+        assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in average.items())
+        raise RuntimeError("stop")
+    assert model.training
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in trained.items())
+    assert not torch.equal(trained["left.weight"], average["left.weight"])
+
+
+def test_a_weight_that_no_phase_updates_is_refused(engine_of: Any) -> None:
+    class Forgetful(Pair):
+        def phases(self) -> tuple[Phase, ...]:
+            return super().phases()[:1]
+
+    with pytest.raises(ValueError, match=r"pair: expected phases that update every weight, got none for right\.weight"):
+        engine_of(Forgetful())
+
+
+@pytest.mark.slow
+def test_ten_thousand_steps_neither_slow_down_nor_grow(engine_of: Any) -> None:
+    model = Pair()
+    engine = engine_of(model, steps=10_000)
+    stream = fixed_batches()
+    process = psutil.Process()
+    seconds, memory = [], []
+    for _ in range(20):
+        model.seen.clear()
+        started = time.process_time()
+        for _ in range(500):
+            engine.advance(stream, 1)
+            if engine.step % 10 == 0:
+                engine.means()
+        seconds.append(time.process_time() - started)
+        memory.append(process.memory_info().rss)
+    print([f"{value:.2f}" for value in seconds], [f"{value / 2**20:.1f}" for value in memory])
+    assert sorted(seconds[10:])[5] < 1.2 * sorted(seconds[2:10])[4]
+    assert memory[-1] - memory[4] < 2**21  # two MiB
