@@ -53,8 +53,8 @@ class _Updater:
         self.parameters = [weight for network in networks for weight in network.parameters()]
         self.rate = config.learning_rate or phase.learning_rate
         options = {"lr": self.rate, "betas": phase.betas, "weight_decay": phase.weight_decay}
-        self.plain_optimizer = torch.optim.AdamW(self.parameters, fused=True, **options)  # type: ignore[arg-type]
-        self.optimizer = accelerator.prepare_optimizer(self.plain_optimizer)
+        # Not wrapped by accelerate, whose wrapper looks for other packages' optimisers on disk in every step.
+        self.optimizer = torch.optim.AdamW(self.parameters, fused=True, **options)  # type: ignore[arg-type]
 
 
 class Engine:
@@ -106,7 +106,7 @@ class Engine:
         bad = torch.zeros((), dtype=torch.bool, device=self.device)
         for number, updater in enumerate(self.updaters):
             self._let_train(updater)
-            for group in updater.plain_optimizer.param_groups:
+            for group in updater.optimizer.param_groups:
                 group["lr"] = updater.rate * factor
             for repeat in range(updater.phase.repeats):
                 bad = bad | self._update(updater, number, drawn[repeat], step, repeat)
@@ -133,26 +133,31 @@ class Engine:
 
     def _update(self, updater: _Updater, number: int, parts: Sequence[Batch], step: int, repeat: int) -> Tensor:
         """One update of one phase; whether it was skipped, as a tensor: nothing waits for the device."""
-        accelerator = self.accelerator
-        moment = Moment(step, self.total, getattr(accelerator, "scaler", None))
+        scaler = self.accelerator.scaler
+        moment = Moment(step, self.total, scaler)
         updater.optimizer.zero_grad()
         for part, batch in enumerate(parts):
-            seed_everything(self._seed(NOISE, step, number, repeat, part))
+            seed_everything(self._seed(NOISE, step, number, repeat, part), self.device)
             last = part == len(parts) - 1
-            with nullcontext() if last else self._without_exchange(updater), accelerator.autocast():
-                out: Values = updater.module("loss", updater.phase.name, batch, moment)
             with nullcontext() if last else self._without_exchange(updater):
-                accelerator.backward(out["loss"] / len(parts))
+                with self.accelerator.autocast():
+                    out: Values = updater.module("loss", updater.phase.name, batch, moment)
+                loss = out["loss"] / len(parts)
+                (loss if scaler is None else scaler.scale(loss)).backward()
             self._record(updater.phase.name, out, len(parts) * updater.phase.repeats)
-        accelerator.unscale_gradients(updater.optimizer)
+        if scaler is not None:
+            scaler.unscale_(updater.optimizer)
         gradients = [weight.grad for weight in updater.parameters if weight.grad is not None]
         norm = whole(nn.utils.get_total_norm(gradients))
         if self.config.clip:
             nn.utils.clip_grads_with_norm_(updater.parameters, self.config.clip, norm)
         bad = ~torch.isfinite(norm)
-        if accelerator.scaler is None:
-            updater.plain_optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-        updater.optimizer.step()
+        if scaler is None:
+            updater.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+            updater.optimizer.step()
+        else:
+            scaler.step(updater.optimizer)
+            scaler.update()
         self._keep_good_statistics(bad)
         return bad
 
@@ -232,7 +237,7 @@ class Engine:
         named = {f"model/{name}": whole(tensor) for name, tensor in self.model.state_dict().items()}
         named |= {f"average/{name}": whole(tensor) for name, tensor in self.average.items()}
         for updater, name, weight in self._optimized():
-            for key, tensor in updater.plain_optimizer.state[weight].items():
+            for key, tensor in updater.optimizer.state[weight].items():
                 named[f"optimizer/{updater.phase.name}/{name}/{key}"] = whole(tensor)
         named |= {"step": torch.tensor(self.step), "skipped": self.skipped, "in_a_row": self.in_a_row}
         scaler = self.accelerator.scaler
@@ -253,7 +258,7 @@ class Engine:
             assign(tensor, find(tensors, f"average/{name}", tensor))
         for updater, name, weight in self._optimized():
             prefix = f"optimizer/{updater.phase.name}/{name}/"
-            state = updater.plain_optimizer.state[weight]
+            state = updater.optimizer.state[weight]
             for key in sorted(key for key in tensors if key.startswith(prefix)):
                 saved = tensors[key]
                 if saved.dim():

@@ -198,7 +198,7 @@ def test_noise_depends_on_seed_step_and_part_and_on_nothing_before(engine_of: An
         engine.step = start
         found = []
         for _ in range(2):
-            seed_everything(123)
+            seed_everything(123, CPU)
             engine.advance(fixed_batches(), 1)
             found.append(engine.means()["left/noise"])
         return found
