@@ -7,6 +7,7 @@ Every operator exists twice: ``fastgen::name``, which a compiled library overrid
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.machinery
 import os
@@ -57,7 +58,18 @@ def define(
     for namespace, library in _libraries.items():
         _define_in(namespace, library, definition)
         chosen = assisted if assisted is not None and namespace == COMPILED else implementation
-        library.impl(definition.name, chosen, "CompositeExplicitAutograd")
+        library.impl(definition.name, _outside_autocast(chosen), "CompositeExplicitAutograd")
+
+
+def _outside_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """What is float32 inside an operator stays float32: autocast has chosen the arguments' dtype and is done."""
+
+    @functools.wraps(implementation)
+    def run(*args: Any, **options: Any) -> Any:
+        with torch._C._DisableAutocast():
+            return implementation(*args, **options)
+
+    return run
 
 
 def _define_in(namespace: str, library: torch.library.Library, definition: Definition) -> None:

@@ -303,6 +303,34 @@ def test_dropout_drops_the_wanted_share_and_scales_the_rest():
     torch.testing.assert_close(weights[kept], torch.full_like(weights[kept], 1 / 0.75))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"is_causal": True}, {"window": (3, 3)}, {"dropout_p": 0.1}, {"attn_mask": True}, {"return_lse": True}],
+    ids=lambda options: next(iter(options), "plain"),
+)
+def test_autocast_changes_the_arguments_and_nothing_inside(options):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 2, 2, 40, 8, generator=generator).unbind()
+    if "attn_mask" in options:
+        options = {"attn_mask": torch.randn(40, 40, generator=generator)}
+
+    def run(*inputs):
+        inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+        torch.manual_seed(1)
+        out = attention(*inputs, **options)
+        out = torch.cat([part.float().flatten() for part in (out if isinstance(out, tuple) else (out,))])
+        return out, inputs
+
+    with torch.autocast("cpu", torch.bfloat16):
+        out, inputs = run(query, key, value)
+    direct, lower = run(query.bfloat16(), key.bfloat16(), value.bfloat16())
+    assert torch.equal(out, direct)
+    out.sum().backward()
+    direct.sum().backward()
+    for ours, theirs in zip(inputs, lower, strict=True):
+        assert torch.equal(ours.grad, theirs.grad.float())
+
+
 def test_autocast_computes_in_the_lower_precision():
     query, key, value = (torch.randn(2, 2, 8, 16, requires_grad=True) for _ in range(3))
     with torch.autocast("cpu", torch.bfloat16):

@@ -92,6 +92,8 @@ def build_wheel(project, mode, **environment):
 def test_a_build_of_nothing_is_a_pure_wheel_that_says_why(project):
     wheel, report, libraries, line = build_wheel(project, "none")
     assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert {"fastgen/py.typed", "fastgen/train/report.html.j2"} <= set(archive.namelist())
     assert libraries == []
     assert report["missing"] == {"cpu": "FASTGEN_BUILD=none", "cuda": "FASTGEN_BUILD=none"}
     assert "nothing compiled; not cpu: FASTGEN_BUILD=none" in line

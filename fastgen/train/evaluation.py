@@ -69,6 +69,7 @@ def scores(
 
 def mean_scores(values: Mapping[str, Tensor]) -> dict[str, float]:
     """Means over items; of sums over tokens, nats per token."""
-    if "tokens" in values:
-        return {"nats per token": float(values["nll"].double().sum() / values["tokens"].double().sum())}
-    return {name: float(value.double().mean()) for name, value in values.items()}
+    means = {name: float(value.double().mean()) for name, value in values.items()}
+    if "tokens" in means:
+        means = {"nats per token": means.pop("nll") / means.pop("tokens"), **means}
+    return means
