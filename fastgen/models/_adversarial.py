@@ -1,0 +1,223 @@
+"""What generative adversarial networks of images share: the two players' phases, their losses, noise and drawing.
+
+A model of this family is an ``ImageGAN`` with two networks, ``generator`` (z -> images in [-1, 1]) and
+``discriminator`` (images -> scores (B,), logits: high means real), and a config with the fields of
+``AdversarialConfig``. A ``ConditionalGAN`` gives both of them labels (B,) as well, where its config has classes.
+
+The game that both play and the penalty of the discriminator's slope are those of ``fastgen.losses``. Real and
+generated images pass through the discriminator in batches of their own, each normalised by its own statistics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fastgen import losses
+from fastgen._checks import require_floating, require_positive, require_probability, require_shape, require_tensor
+from fastgen.losses.adversarial import ADVERSARIAL_LOSSES, AdversarialLoss
+from fastgen.models._base import Batch, GenerativeModel, Images, Moment, Phase, option
+
+Penalty = Literal["none", "r1", "gradient", "dragan"]
+
+MOST_COLUMNS = 32
+
+
+def require_choice(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class AdversarialConfig:
+    """The images, z, and how both networks learn. ValueError names the field, what was expected and what came."""
+
+    image_size: int = option(8, "height and width of the images", from_data=True)
+    channels: int = option(1, "colour channels of the images", from_data=True)
+    latent_dim: int = option(64, "numbers in z")
+    loss: AdversarialLoss = option("non-saturating", "the game")
+    penalty: Penalty = option("r1", "of the discriminator's slope")
+    penalty_weight: float = option(0.2, "what the penalty is multiplied by (gamma, lambda)")
+    penalty_every: int = option(1, "steps from one penalty to the next; its weight is multiplied by as much")
+    generator_learning_rate: float = option(5e-4, "of the generator's AdamW")
+    discriminator_learning_rate: float = option(5e-4, "of the discriminator's AdamW")
+    beta1: float = option(0.5, "of AdamW")
+    beta2: float = option(0.999, "of AdamW")
+    critic_steps: int = option(1, "updates of the discriminator for one of the generator")
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "channels", "latent_dim", "penalty_every", "critic_steps"):
+            require_positive(name, getattr(self, name))
+        require_choice("loss", self.loss, ADVERSARIAL_LOSSES)
+        require_choice("penalty", self.penalty, get_args(Penalty))
+        if not 0 <= self.penalty_weight < math.inf:
+            raise ValueError(f"penalty_weight: expected a number >= 0, got {self.penalty_weight}")
+        for name in ("generator_learning_rate", "discriminator_learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            require_probability(name, getattr(self, name))
+
+
+class ImageGAN(GenerativeModel):
+    """The model described at the top of this file. Its class defines ``generator`` and ``discriminator``."""
+
+    kind = "images"
+    default_data = "digits"
+    averaged = ("generator",)
+    generator: nn.Module
+    discriminator: nn.Module
+
+    def phases(self) -> tuple[Phase, ...]:
+        config = self.config
+        betas = (config.beta1, config.beta2)
+        return (
+            Phase(
+                "discriminator",
+                ("discriminator",),
+                config.discriminator_learning_rate,
+                betas,
+                repeats=config.critic_steps,
+            ),
+            Phase("generator", ("generator",), config.generator_learning_rate, betas),
+        )
+
+    def conditions(self, batch: Batch) -> tuple[Tensor, ...]:
+        """What of the batch both networks are given beside z and images."""
+        return ()
+
+    def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
+        """What ``phase`` minimises, and what people watch: mean scores of "real" and "fake" images, the "penalty".
+
+        The penalty is there in its own steps only, times their interval: its mean over all steps is that of the
+        penalty. Code of torch.compile can't be differentiated twice, so these steps don't use it.
+        """
+        real, given = self._checked(batch["images"]), self.conditions(batch)
+        if phase == "generator":
+            scores = self.discriminator(self.generator(self._noise(len(real)), *given), *given)
+            return {"loss": losses.generator_loss(scores, self.config.loss), "fake": scores.detach().float().mean()}
+        config = self.config
+        penalised = config.penalty != "none" and moment.step % config.penalty_every == 0
+        with torch.no_grad():
+            fake = self.generator(self._noise(len(real)), *given)
+        with torch.compiler.set_stance("force_eager") if penalised else nullcontext():
+            return self._discriminator_loss(2 * real - 1, fake, given, moment, penalised)
+
+    def _discriminator_loss(
+        self, real: Tensor, fake: Tensor, given: tuple[Tensor, ...], moment: Moment, penalised: bool
+    ) -> dict[str, Tensor]:
+        config = self.config
+        if penalised and config.penalty == "r1":
+            real.requires_grad_()
+
+        def discriminator(images: Tensor) -> Tensor:
+            scores: Tensor = self.discriminator(images, *given)
+            return scores
+
+        real_scores, fake_scores = discriminator(real), discriminator(fake)
+        loss = losses.discriminator_loss(real_scores, fake_scores, config.loss)
+        values = {"real": real_scores.detach().float().mean(), "fake": fake_scores.detach().float().mean()}
+        if penalised:
+            compute: dict[str, Callable[[], Tensor]] = {
+                "r1": lambda: losses.r1_penalty(real_scores, real, scaler=moment.scaler),
+                "gradient": lambda: losses.gradient_penalty(
+                    discriminator, real, fake.to(real.dtype), scaler=moment.scaler
+                ),
+                "dragan": lambda: losses.dragan_penalty(discriminator, real, scaler=moment.scaler),
+            }
+            penalty = config.penalty_every * compute[config.penalty]()
+            loss = loss + config.penalty_weight * penalty
+            values["penalty"] = penalty.detach()
+        return {"loss": loss, **values}
+
+    @torch.no_grad()
+    def draw(self, n: int, options: Any, *, generator: torch.Generator | None = None) -> Images:
+        """n images, each normalised by the statistics of training, whatever the others are.
+
+        Raises:
+            ValueError: n is not a positive integer.
+        """
+        return Images(self._draw(n, (), generator))
+
+    def drawing(self) -> AbstractContextManager[None]:
+        """Around the generator in ``draw``, for a model that has something to prepare."""
+        return nullcontext()
+
+    def _draw(self, n: int, given: tuple[Tensor, ...], generator: torch.Generator | None) -> Tensor:
+        """Images (n, C, S, S) in [0, 1]."""
+        require_positive("n", n)
+        was_training = self.generator.training
+        self.generator.eval()
+        try:
+            with self.drawing():
+                pixels: Tensor = self.generator(self._noise(n, generator), *given)
+        finally:
+            self.generator.train(was_training)
+        return (0.5 * pixels.float() + 0.5).clamp(0, 1)
+
+    def _noise(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        weight = next(self.generator.parameters())
+        device = weight.device if generator is None else generator.device
+        return torch.randn(n, self.config.latent_dim, generator=generator, device=device).to(weight)
+
+    def _checked(self, images: Tensor) -> Tensor:
+        config = self.config
+        require_tensor("images", images)
+        require_floating("images", images)
+        require_shape(
+            "images", images, (*images.shape[:1], config.channels, config.image_size, config.image_size), "(B, C, S, S)"
+        )
+        return images
+
+
+@dataclass(frozen=True)
+class LabelOptions:
+    """Which class is drawn. ValueError names the field, what was expected and what came."""
+
+    label: int = option(-1, "class that is drawn, 0, 1, ...; -1: all classes in turn")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.label, bool) or not isinstance(self.label, int) or self.label < -1:
+            raise ValueError(f"label: expected a class 0, 1, ... or -1 for all in turn, got {self.label!r}")
+
+
+class ConditionalGAN(ImageGAN):
+    """An ``ImageGAN`` whose networks take labels (B,) int64 from 0 to ``config.classes`` - 1, unless that is 0."""
+
+    sampling_class = LabelOptions
+
+    def conditions(self, batch: Batch) -> tuple[Tensor, ...]:
+        if not self.config.classes:
+            return ()
+        labels = batch.get("labels")
+        require_tensor("labels", labels)
+        assert labels is not None
+        if labels.dtype != torch.int64:
+            raise TypeError(f"labels: expected an int64 tensor, got {labels.dtype}")
+        require_shape("labels", labels, (len(batch["images"]),), "(B,)")
+        return (labels,)
+
+    @torch.no_grad()
+    def draw(self, n: int, options: LabelOptions, *, generator: torch.Generator | None = None) -> Images:
+        """n images of ``options.label``; of all classes in turn each fills a column of its own.
+
+        Raises:
+            ValueError: n is not a positive integer, or there is no such class.
+        """
+        require_positive("n", n)
+        classes: int = self.config.classes
+        if options.label >= max(classes, 0):
+            expected = f"-1 or a class below {classes}" if classes else "-1, as the model knows no classes"
+            raise ValueError(f"label: expected {expected}, got {options.label}")
+        if not classes:
+            return Images(self._draw(n, (), generator))
+        in_turn = options.label < 0
+        labels = torch.arange(n) % classes if in_turn else torch.full((n,), options.label)
+        pixels = self._draw(n, (labels.to(self.device),), generator)
+        return Images(pixels, classes if in_turn and classes <= min(n, MOST_COLUMNS) else None)
