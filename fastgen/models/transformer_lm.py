@@ -27,6 +27,7 @@ from fastgen.nn import KVCache, RotaryEmbedding
 Activation = Literal["gelu", "swiglu"]
 
 PRINTABLE = "\n" + "".join(map(chr, range(32, 127)))
+LEARNING_RATE = 3e-3
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,6 @@ class TransformerLMConfig:
     normalise_heads: bool = option(True, "RMS-normalise queries and keys")
     tied: bool = option(True, "one matrix for embedding and logits")
     dropout: float = option(0.0, "probability of dropping, in attention and after each branch")
-    learning_rate: float = option(3e-3, "of AdamW")
     weight_decay: float = option(0.1, "of AdamW, on all weights")
     beta1: float = option(0.9, "of AdamW")
     beta2: float = option(0.99, "of AdamW")
@@ -64,8 +64,6 @@ class TransformerLMConfig:
             raise ValueError(f"activation: expected one of {', '.join(get_args(Activation))}, got {self.activation!r}")
         for name in ("dropout", "beta1", "beta2"):
             require_probability(name, getattr(self, name))
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay: expected a number >= 0, got {self.weight_decay}")
 
@@ -200,7 +198,7 @@ class TransformerLM(GenerativeModel):
     def phases(self) -> tuple[Phase, ...]:
         config = self.config
         betas = (config.beta1, config.beta2)
-        return (Phase("text", (), config.learning_rate, betas, config.weight_decay),)
+        return (Phase("text", (), LEARNING_RATE, betas, config.weight_decay),)
 
     def forward(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """Logits (B, N, vocabulary) of the character after each token.

@@ -28,7 +28,8 @@ FREE_ON_RESUME = (
 )
 """Options that may change when a run goes on: none of them touches what a step computes."""
 
-PARTS_OF_A_RUN = 20  # evaluations, samples, checkpoints in a run, where nobody says otherwise
+PARTS_OF_A_RUN, LEAST_STEPS = 20, 10
+"""Evaluations, samples and checkpoints in a run, and the fewest steps between two, where nobody says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class TrainConfig:
 
     def every(self, what: str, total: int) -> int:
         """Steps between two of ``what``: "evaluate", "sample" or "checkpoint"."""
-        return int(getattr(self, f"{what}_every")) or max(1, total // PARTS_OF_A_RUN)
+        return int(getattr(self, f"{what}_every")) or max(LEAST_STEPS, total // PARTS_OF_A_RUN)
 
     def rate(self, step: int, total: int) -> float:
         """What the learning rate is multiplied by in a step, 1 .. total."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -106,11 +107,22 @@ class RunFolder:
                 folder.rmdir()
 
     def begin(self, environment: dict[str, Any], config: dict[str, Any], command: str) -> None:
-        """The first files of a run: whose it is, and what reproduces it."""
+        """The first files of a run: whose it is, and what reproduces it. A resumed run keeps when and how it began."""
         self.path.mkdir(parents=True, exist_ok=True)
+        before = self._environment_before()
+        if before:
+            resumed = [*before.get("resumed", []), environment["started"]]
+            environment |= {name: before[name] for name in ("started", "command") if name in before}
+            environment["resumed"] = resumed
         write_whole(self.environment, (json.dumps({"format": FORMAT, **environment}, indent=2) + "\n").encode())
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         write_whole(self.config, f"# {command}\n{text}".encode())
+
+    def _environment_before(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads(self.environment.read_text(encoding="utf-8")))
+        except (OSError, TypeError, ValueError):
+            return {}
 
     def keep_metrics(self, step: int) -> None:
         """Drop the lines after ``step``, and one that an interruption cut short."""
@@ -125,11 +137,15 @@ class RunFolder:
         write_whole(self.metrics, "".join(kept).encode())
 
     def add_metrics(self, row: dict[str, Any]) -> None:
-        """Append a line, never through a link that somebody put in the file's place."""
+        """Append a line, never through a link that somebody put in the file's place.
+
+        JSON has no NaN and no infinity: they become null.
+        """
+        values = {name: value if math.isfinite(value) else None for name, value in row["values"].items()}
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         try:
             with open(os.open(self.metrics, flags, 0o644), "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(row | {"values": values}) + "\n")
         except OSError as error:
             raise cannot_write(self.metrics, error) from error
 

@@ -106,7 +106,7 @@ def _distances(
     trained: Trained, name: str, train: Items, held_out: Items, config: EvaluateConfig, folder: RunFolder
 ) -> list[metrics.Figure]:
     real, known = _all(held_out, config), _all(train, config)
-    space = _space(name, known, real, config, folder, trained.header.fingerprint)
+    space = _space(name, known, real, config, folder, trained.header.fingerprint).to(trained.model.device)
     generator = torch.Generator().manual_seed(config.seed)
     drawn = joined(list(trained.draw(config.n, trained.model.sampling_class(), generator)))
     assert isinstance(drawn, Images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
@@ -339,4 +340,5 @@ def _start_trackers(accelerator: Accelerator, trackers: list[str], folder: RunFo
 
 def _last_held_out(folder: RunFolder) -> dict[str, float]:
     rows = [row for row in folder.rows() if row.get("part") == "held-out"]
-    return dict(rows[-1]["values"]) if rows else {}
+    values = rows[-1]["values"] if rows else {}
+    return {name: math.nan if value is None else float(value) for name, value in values.items()}

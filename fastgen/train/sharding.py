@@ -27,7 +27,8 @@ def make_accelerator(config: TrainConfig, device: torch.device, **options: Any) 
     accelerator = Accelerator(
         mixed_precision=PRECISIONS[config.precision], cpu=device.type == "cpu", kwargs_handlers=[ddp], **options
     )
-    if device.index is not None and accelerator.num_processes == 1:
+    if device.type == "cuda" and device.index is not None and accelerator.num_processes == 1:
+        torch.cuda.set_device(device)
         accelerator.state.device = device
     parts = accelerator.num_processes * config.accumulate
     if config.batch_size % parts:
@@ -62,6 +63,8 @@ def shard(module: nn.Module, model: GenerativeModel, precision: torch.dtype | No
 
     if not model.blocks:
         raise UsageError(f"strategy: expected ddp for {model.name}, which has no Transformer blocks to shard, got fsdp")
+    if precision == torch.float16:
+        raise UsageError("precision: expected float32 or bfloat16 with strategy fsdp, got float16")
     policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
     for layer in model.modules():
         if type(layer).__name__ in model.blocks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -66,6 +67,9 @@ def test_resuming_gives_the_same_bits_as_never_stopping(
     assert same_tensors(tmp_path / "straight", tmp_path / "halves")
     straight, halves = metrics(tmp_path / "straight"), metrics(tmp_path / "halves")
     assert [(row["step"], row["values"]) for row in straight] == [(row["step"], row["values"]) for row in halves]
+    began, resumed = (json.loads((tmp_path / name / "environment.json").read_text()) for name in ("straight", "halves"))
+    assert "resumed" not in began
+    assert len(resumed["resumed"]) == 1
     for picture in (tmp_path / "straight").glob("*/*.*"):
         if picture.parent.name != "model":
             assert picture.read_bytes() == (tmp_path / "halves" / picture.parent.name / picture.name).read_bytes()
@@ -80,7 +84,7 @@ def killed_and_resumed(words: Words, start: Start, folder: Path, kills: int, ste
         process = start(words(*OFTEN, *resuming, name=folder.name, steps=steps))
         while not (folder / "environment.json").exists() and process.is_alive():
             time.sleep(0.01)
-        process.join(timeout=moments.uniform(0.0, 1.5))
+        process.join(timeout=moments.uniform(0.0, steps / 100))
         process.kill()
         process.join()
         if process.exitcode == 0:
@@ -96,7 +100,7 @@ def killed_and_resumed(words: Words, start: Start, folder: Path, kills: int, ste
 
 
 @pytest.mark.parametrize(
-    ("kills", "steps"), [pytest.param(3, 120, id="short"), pytest.param(10, 400, id="long", marks=pytest.mark.slow)]
+    ("kills", "steps"), [pytest.param(3, 80, id="short"), pytest.param(10, 400, id="long", marks=pytest.mark.slow)]
 )
 def test_a_run_killed_at_any_moment_ends_with_the_same_bits(
     fit: Main, words: Words, start: Start, tmp_path: Path, same_tensors: SameTensors, kills: int, steps: int
