@@ -206,7 +206,8 @@ def _tiles(
     if parameters is not None:
         tiles.append(Tile("parameters", _value(parameters)))
     if figures:
-        shown = [_figure(figure) for figure in figures[:HEADLINES]]
+        judging = [figure for figure in figures if not _of_data(figure)]
+        shown = [_figure(figure) for figure in judging[:HEADLINES]]
         return tiles + [Tile(each["name"], each["value"], _joined(each["unit"], each["interval"])) for each in shown]
     last: dict[str, tuple[Any, Any]] = {}
     for row in rows:
@@ -223,7 +224,20 @@ def _figure(figure: Mapping[str, Any]) -> dict[str, str]:
     low, high = figure.get("low"), figure.get("high")
     words = {name: str(figure.get(name) or "") for name in ("name", "unit", "space", "note")}
     interval = f"{_value(low)} to {_value(high)}" if low is not None and high is not None else ""
-    return words | {"value": _value(figure.get("value")), "interval": interval, "n": _value(figure.get("n"))}
+    return words | {"value": _value(figure.get("value")), "interval": interval, "n": _items(figure.get("n"))}
+
+
+def _of_data(figure: Mapping[str, Any]) -> bool:
+    """Whether it compares the data with themselves, as a measure for the others."""
+    counts = figure.get("n")
+    return isinstance(counts, Mapping) and "training" in counts
+
+
+def _items(counts: object) -> str:
+    """{"generated": 1000, "held-out": 359} as people say it."""
+    if isinstance(counts, Mapping):
+        return ", ".join(f"{_value(count)} {what}" for what, count in counts.items())
+    return _value(counts)
 
 
 def _flat(settings: Mapping[Any, Any], prefix: str = "") -> Iterable[tuple[str, str]]:

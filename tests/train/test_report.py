@@ -86,8 +86,10 @@ def test_an_empty_folder_has_a_page_and_a_missing_one_raises(tmp_path: Path) -> 
 def test_the_summary_and_the_table_say_what_was_measured(tmp_path: Path) -> None:
     write_metrics(tmp_path, 4, elbo=-12.345678)
     assert "held-out elbo −12.35 nats, at step 4" in Page(write_report(tmp_path)).text  # noqa: RUF001
-    figure = {"name": "Frechet distance", "value": 3.25, "low": 2.5, "high": 4.0, "space": "pixels", "n": 1000}
-    (tmp_path / "evaluation.json").write_text(json.dumps({"step": 4, "figures": [figure]}))
+    n = {"generated": 1000, "held-out": 359}
+    figure = {"name": "Frechet distance", "value": 3.25, "low": 2.5, "high": 4.0, "space": "pixels", "n": n}
+    floor = {"name": "the floor", "value": 0.25, "space": "pixels", "n": {"training": 1000, "held-out": 359}}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"step": 4, "figures": [floor, figure]}))
     (tmp_path / "environment.json").write_text(
         json.dumps({"parameters": 1234567, "devices": ["cpu", "cuda"], "torch": {"version": "2.13"}, "command": "go"})
     )
@@ -95,7 +97,7 @@ def test_the_summary_and_the_table_say_what_was_measured(tmp_path: Path) -> None
     assert (
         "steps 4 epoch 0.4 training 8 s 80 items a second parameters 1,234,567 Frechet distance 3.25 2.5 to 4" in text
     )
-    assert "Frechet distance 3.25 2.5 to 4 pixels 1,000" in text[text.index("Evaluation at step 4") :]
+    assert "Frechet distance 3.25 2.5 to 4 pixels 1,000 generated, 359 held-out" in text[text.index("Evaluation at step 4") :]
     assert "devices cpu, cuda" in text
     assert "torch.version 2.13" in text
     assert "Not evaluated yet" not in text
