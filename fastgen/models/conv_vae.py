@@ -26,12 +26,30 @@ from torch import Tensor, nn
 from fastgen import functional
 from fastgen._checks import require_floating, require_positive, require_shape, require_tensor
 from fastgen.models._base import Batch, Exhibit, GenerativeModel, Images, Moment, NoOptions, Phase, option
+from fastgen.models._likelihoods import (
+    beta_binomial_log_prob,
+    beta_binomial_parameters,
+    binomial_log_prob,
+    log_normal,
+    log_standard_normal,
+    numbers_per_pixel,
+    pixels_log_prob,
+    pixels_mean,
+)
 from fastgen.nn import GaussianLatent
+
+__all__ = [
+    "ConvVAE",
+    "ConvVAEConfig",
+    "VAELoss",
+    "beta_binomial_log_prob",
+    "beta_binomial_parameters",
+    "binomial_log_prob",
+]
 
 Likelihood = Literal["beta-binomial", "binomial", "bernoulli"]
 
 LARGEST_COARSE_SIZE = 7
-MAX_CONCENTRATION = 500.0
 PAIRS_IN_A_ROW = 16
 
 
@@ -90,38 +108,6 @@ class VAELoss(NamedTuple):
     loss: Tensor
     nll: Tensor
     kl: Tensor
-
-
-def log_binomial_coefficient(trials: int, counts: Tensor) -> Tensor:
-    return math.lgamma(trials + 1) - torch.lgamma(counts + 1) - torch.lgamma(trials - counts + 1)
-
-
-def binomial_log_prob(logits: Tensor, counts: Tensor, trials: int) -> Tensor:
-    """log P(counts) of ``trials`` independent draws, each 1 with probability sigmoid(logits)."""
-    successes = counts * F.logsigmoid(logits) + (trials - counts) * F.logsigmoid(-logits)
-    return log_binomial_coefficient(trials, counts) + successes
-
-
-def beta_binomial_parameters(logits: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
-    """(alpha, beta) with mean alpha / (alpha + beta) = sigmoid(logits); the binomial is alpha + beta -> inf.
-
-    The sum is bounded: lgamma of larger numbers would cost float32 its last digits.
-    """
-    concentration = F.softplus(spread + 3).clamp(max=MAX_CONCENTRATION)
-    return concentration * torch.sigmoid(logits) + 1e-6, concentration * torch.sigmoid(-logits) + 1e-6
-
-
-def beta_binomial_log_prob(logits: Tensor, spread: Tensor, counts: Tensor, trials: int) -> Tensor:
-    """log P(counts) of ``trials`` draws whose common probability is itself drawn from Beta(alpha, beta).
-
-    It allows for neighbouring draws that agree, as the bits of one stroke do. Skellam (1948).
-    """
-    alpha, beta = beta_binomial_parameters(logits, spread)
-    with_counts = (
-        torch.lgamma(counts + alpha) + torch.lgamma(trials - counts + beta) - torch.lgamma(trials + alpha + beta)
-    )
-    without = torch.lgamma(alpha) + torch.lgamma(beta) - torch.lgamma(alpha + beta)
-    return log_binomial_coefficient(trials, counts) + with_counts - without
 
 
 class ResidualBlock(nn.Module):
@@ -203,7 +189,7 @@ class ConvVAE(GenerativeModel):
         decoder: list[nn.Module] = [ResidualBlock(coarse)]
         for wide, fine in itertools.pairwise(reversed(widths)):
             decoder += [nn.Conv2d(wide, 4 * fine, 3, padding=1), nn.PixelShuffle(2), ResidualBlock(fine)]
-        per_pixel = 2 if config.likelihood == "beta-binomial" else 1
+        per_pixel = numbers_per_pixel(config.likelihood)
         decoder += [nn.SiLU(), nn.Conv2d(widths[0], per_pixel * config.channels, 3, padding=1)]
         self.decoder = nn.Sequential(*decoder)
 
@@ -288,8 +274,8 @@ class ConvVAE(GenerativeModel):
         detail_posterior = self.detail_posterior(torch.cat([canvas, features], dim=1)).chunk(2, dim=1)
         details = functional.reparameterize(*detail_posterior, generator=generator)
         log_p = self._log_prob(self._decode(canvas, details), images)
-        log_p = log_p + _log_normal(z, torch.zeros_like(z), torch.zeros_like(z)) + _log_normal(details, *detail_prior)
-        return log_p - _log_normal(z, *posterior) - _log_normal(details, *detail_posterior)
+        log_p = log_p + log_standard_normal(z) + log_normal(details, *detail_prior)
+        return log_p - log_normal(z, *posterior) - log_normal(details, *detail_posterior)
 
     def draw(self, n: int, options: NoOptions, *, generator: torch.Generator | None = None) -> Images:
         return Images(self.sample(n, generator=generator))
@@ -317,25 +303,12 @@ class ConvVAE(GenerativeModel):
         return parameters.float()
 
     def _log_prob(self, parameters: Tensor, images: Tensor) -> Tensor:
-        trials = self.config.levels - 1
-        counts = (images.float() * trials).round()
-        if self.config.likelihood == "beta-binomial":
-            logits, spread = parameters.chunk(2, dim=1)
-            log_prob = beta_binomial_log_prob(logits, spread, counts, trials)
-        else:
-            log_prob = binomial_log_prob(parameters, counts, trials)
-        return log_prob.flatten(1).sum(dim=1)
+        return pixels_log_prob(parameters, images, self.config.likelihood, self.config.levels)
 
     def _mean(self, parameters: Tensor) -> Tensor:
-        return torch.sigmoid(parameters[:, : self.config.channels])
+        return pixels_mean(parameters, self.config.likelihood)
 
 
 def _normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
     device = like.device if generator is None else generator.device
     return torch.randn(shape, generator=generator, device=device).to(like)
-
-
-def _log_normal(x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    """(B,) log N(x; mu, exp(logvar)), summed over all dims but the first."""
-    log_density = -0.5 * ((x - mu).square() * torch.exp(-logvar) + logvar + math.log(2 * math.pi))
-    return log_density.flatten(1).sum(dim=1)

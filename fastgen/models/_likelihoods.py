@@ -1,0 +1,124 @@
+"""Distributions of a pixel, given what a decoder says of it.
+
+A pixel is a count, 0 .. levels - 1, shown as count / (levels - 1). All of these are probability mass functions over the
+counts, so that -log p(images) is in nats that can be compared between models and likelihoods:
+
+    bernoulli      two levels
+    binomial       levels - 1 draws with one probability
+    beta-binomial  the same, the probability itself being drawn from a Beta distribution
+    gaussian       a normal distribution, integrated over the interval of each level, the outer ones open
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Likelihood = Literal["beta-binomial", "binomial", "bernoulli", "gaussian"]
+
+MAX_CONCENTRATION = 500.0
+LOG_STD_BOUNDS = (-5.0, 2.0)
+
+
+def check_likelihood(likelihood: str, levels: int) -> None:
+    """Raises ValueError where a config's fields of these names don't fit."""
+    if likelihood not in get_args(Likelihood):
+        raise ValueError(f"likelihood: expected one of {', '.join(get_args(Likelihood))}, got {likelihood!r}")
+    if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
+        raise ValueError(f"levels: expected an integer of at least 2, got {levels!r}")
+    if likelihood == "bernoulli" and levels != 2:
+        raise ValueError(f"levels: expected 2 with likelihood 'bernoulli', got {levels} (binomial takes any)")
+
+
+def numbers_per_pixel(likelihood: str) -> int:
+    """How many numbers a decoder gives for each pixel and channel."""
+    return 2 if likelihood in ("beta-binomial", "gaussian") else 1
+
+
+def pixels_log_prob(parameters: Tensor, images: Tensor, likelihood: str, levels: int) -> Tensor:
+    """(B,) log P(images) in nats.
+
+    Args:
+        parameters: (B, numbers_per_pixel * C, H, W), float32 or wider.
+        images: (B, C, H, W), multiples of 1 / (levels - 1).
+    """
+    counts = (images.to(parameters.dtype) * (levels - 1)).round()
+    if likelihood == "beta-binomial":
+        logits, spread = parameters.chunk(2, dim=1)
+        log_prob = beta_binomial_log_prob(logits, spread, counts, levels - 1)
+    elif likelihood == "gaussian":
+        logits, log_std = parameters.chunk(2, dim=1)
+        log_prob = gaussian_log_prob(logits, log_std, counts, levels)
+    else:
+        log_prob = binomial_log_prob(parameters, counts, levels - 1)
+    return log_prob.flatten(1).sum(dim=1)
+
+
+def pixels_mean(parameters: Tensor, likelihood: str) -> Tensor:
+    """The expected pixels (B, C, H, W), in [0, 1]; of a gaussian the centre."""
+    return torch.sigmoid(parameters.chunk(numbers_per_pixel(likelihood), dim=1)[0])
+
+
+def log_binomial_coefficient(trials: int, counts: Tensor) -> Tensor:
+    return math.lgamma(trials + 1) - torch.lgamma(counts + 1) - torch.lgamma(trials - counts + 1)
+
+
+def binomial_log_prob(logits: Tensor, counts: Tensor, trials: int) -> Tensor:
+    """log P(counts) of ``trials`` independent draws, each 1 with probability sigmoid(logits)."""
+    successes = counts * F.logsigmoid(logits) + (trials - counts) * F.logsigmoid(-logits)
+    return log_binomial_coefficient(trials, counts) + successes
+
+
+def beta_binomial_parameters(logits: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+    """(alpha, beta) with mean alpha / (alpha + beta) = sigmoid(logits); the binomial is alpha + beta -> inf.
+
+    The sum is bounded: lgamma of larger numbers would cost float32 its last digits.
+    """
+    concentration = F.softplus(spread + 3).clamp(max=MAX_CONCENTRATION)
+    return concentration * torch.sigmoid(logits) + 1e-6, concentration * torch.sigmoid(-logits) + 1e-6
+
+
+def beta_binomial_log_prob(logits: Tensor, spread: Tensor, counts: Tensor, trials: int) -> Tensor:
+    """log P(counts) of ``trials`` draws whose common probability is itself drawn from Beta(alpha, beta).
+
+    It allows for neighbouring draws that agree, as the bits of one stroke do. Skellam (1948).
+    """
+    alpha, beta = beta_binomial_parameters(logits, spread)
+    with_counts = (
+        torch.lgamma(counts + alpha) + torch.lgamma(trials - counts + beta) - torch.lgamma(trials + alpha + beta)
+    )
+    without = torch.lgamma(alpha) + torch.lgamma(beta) - torch.lgamma(alpha + beta)
+    return log_binomial_coefficient(trials, counts) + with_counts - without
+
+
+def gaussian_log_prob(logits: Tensor, log_std: Tensor, counts: Tensor, levels: int) -> Tensor:
+    """log P(counts) under N(sigmoid(logits), exp(log_std - 1)^2), integrated over half a level to either side.
+
+    The first level takes all that lies below it, the last all above. The standard deviation is bounded.
+    """
+    centre = torch.sigmoid(logits)
+    precision = torch.exp(-(log_std - 1).clamp(*LOG_STD_BOUNDS))
+    low = ((counts - 0.5) / (levels - 1) - centre) * precision
+    high = ((counts + 0.5) / (levels - 1) - centre) * precision
+    # Both ends on the side of the lower tail, where differences of the distribution function keep their digits.
+    mirrored = low + high > 0
+    left, right = torch.where(mirrored, -high, low), torch.where(mirrored, -low, high)
+    upper = torch.special.log_ndtr(right)
+    between = upper + torch.log(-torch.expm1(torch.special.log_ndtr(left) - upper))
+    below, above = torch.special.log_ndtr(high), torch.special.log_ndtr(-low)
+    return torch.where(counts == 0, below, torch.where(counts == levels - 1, above, between))
+
+
+def log_normal(x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    """(B,) log N(x; mu, exp(logvar)), summed over all dims but the first."""
+    log_density = -0.5 * ((x - mu).square() * torch.exp(-logvar) + logvar + math.log(2 * math.pi))
+    return log_density.flatten(1).sum(dim=1)
+
+
+def log_standard_normal(x: Tensor) -> Tensor:
+    """(B,) log N(x; 0, 1), summed over all dims but the first."""
+    return (-0.5 * (x.square() + math.log(2 * math.pi))).flatten(1).sum(dim=1)

@@ -1,0 +1,135 @@
+"""A variational autoencoder that knows the class of a picture.
+
+Sohn, Lee and Yan, "Learning structured output representation using deep conditional generative models" (2015): encoder
+and decoder also see the label, so that z need not say what the label says, and pictures of a class can be asked for:
+
+    images, label -> encoder -> mu, logvar of z          z, label -> decoder -> p(pixel | z, label)
+
+The loss is the negative evidence lower bound of log p(images | label), in nats per image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastgen import functional
+from fastgen._checks import require_positive
+from fastgen.models._base import Batch, Exhibit, Images, option
+from fastgen.models._classes import LabelOptions, check_labels, wanted_labels
+from fastgen.models._likelihoods import Likelihood, log_normal, log_standard_normal
+from fastgen.models._vae import Bound, DenseVAE, check_config, check_images, dense, normal_noise
+
+STYLES_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class CVAEConfig:
+    """Sizes of a CVAE and how it learns. ValueError names the field, what was expected and what came."""
+
+    image_size: int = option(8, "height and width of the images", from_data=True)
+    channels: int = option(1, "colour channels of the images", from_data=True)
+    levels: int = option(17, "values a pixel can have: counts 0 .. levels - 1", from_data=True)
+    classes: int = option(10, "classes of the images", from_data=True)
+    latent_dim: int = option(8, "numbers in z")
+    width: int = option(256, "units of a layer")
+    depth: int = option(2, "layers of the encoder, and of the decoder")
+    label_dim: int = option(32, "numbers that a label is turned into")
+    likelihood: Likelihood = option("beta-binomial", "distribution of a pixel; bernoulli is for images of two levels")
+    beta: float = option(1.0, "weight of the KL in the loss")
+    kl_warmup: int = option(230, "steps over which the KL's weight grows to beta")
+    learning_rate: float = option(1e-3, "of AdamW")
+    weight_decay: float = option(0.1, "of AdamW")
+
+    def __post_init__(self) -> None:
+        check_config(self)
+        if isinstance(self.classes, bool) or not isinstance(self.classes, int) or self.classes < 2:
+            raise ValueError(f"classes: expected 2 or more (vae takes images without labels), got {self.classes!r}")
+        require_positive("label_dim", self.label_dim)
+
+
+class CVAE(DenseVAE):
+    """The model described at the top of this file.
+
+    Images are (B, channels, image_size, image_size), floating, in [0, 1], multiples of 1 / (levels - 1); labels (B,)
+    int64, 0 .. classes - 1.
+
+    Example:
+        >>> model = CVAE(CVAEConfig(image_size=8, classes=10))
+        >>> model.draw(3, LabelOptions(label=7)).pixels.shape
+        torch.Size([3, 1, 8, 8])
+    """
+
+    name = "cvae"
+    summary = "variational autoencoder that knows the class: draws the digit you ask for"
+    config_class, sampling_class = CVAEConfig, LabelOptions
+    train_defaults: ClassVar = {"epochs": 100.0, "batch_size": 64, "clip": 100.0, "average_decay": 0.998}
+    config: CVAEConfig
+
+    def __init__(self, config: CVAEConfig) -> None:
+        super().__init__(config)
+        pixels = config.channels * config.image_size**2
+        self.encoder_label = nn.Embedding(config.classes, config.label_dim)
+        self.encoder = dense(pixels + config.label_dim, config.width, config.depth, 2 * config.latent_dim)
+        self.decoder_label = nn.Embedding(config.classes, config.label_dim)
+        inputs = config.latent_dim + config.label_dim
+        self.decoder = dense(inputs, config.width, config.depth, self._decoder_outputs())
+
+    def bound(self, batch: Batch, *, beta: float = 1.0, generator: torch.Generator | None = None) -> Bound:
+        images = batch["images"]
+        mu, logvar, labels = self._posterior(batch)
+        z, kl = functional.reparameterize_kl(mu, logvar, generator=generator)
+        nll = -self._log_prob(self._decode(z, labels), images)
+        return Bound((nll + beta * kl).mean(), nll, kl)
+
+    @torch.no_grad()
+    def log_weights(self, batch: Batch, *, generator: torch.Generator | None = None) -> Tensor:
+        """(B,) log p(images, z | label) - log q(z | images, label) of one posterior sample, in nats."""
+        mu, logvar, labels = self._posterior(batch)
+        z = functional.reparameterize(mu, logvar, generator=generator)
+        log_p = self._log_prob(self._decode(z, labels), batch["images"]) + log_standard_normal(z)
+        return log_p - log_normal(z, mu, logvar)
+
+    @torch.no_grad()
+    def reconstruct(self, batch: Batch) -> Tensor:
+        mu, _, labels = self._posterior(batch)
+        return self._mean(self._decode(mu, labels))
+
+    @torch.no_grad()
+    def draw(self, n: int, options: LabelOptions, *, generator: torch.Generator | None = None) -> Images:
+        """The expected pixels of n latents from the prior; with all classes in turn, a row has one of each.
+
+        Raises:
+            ValueError: n is not a positive integer, or there is no such class.
+        """
+        require_positive("n", n)
+        labels, columns = wanted_labels(n, options.label, self.config.classes)
+        noise = normal_noise((n, self.config.latent_dim), next(self.decoder.parameters()), generator)
+        return Images(self._mean(self._decode(noise, labels.to(self.device))), columns)
+
+    @torch.no_grad()
+    def show(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Exhibit]:
+        """Reconstructions, and styles: each row a held-out image, then its z under every label."""
+        shown = super().show(batch, generator=generator)
+        few = {name: batch[name][:STYLES_SHOWN] for name in ("images", "labels")}
+        z, classes = self._posterior(few)[0], self.config.classes
+        labels = torch.arange(classes, device=z.device).repeat(len(z))
+        drawn = self._mean(self._decode(z.repeat_interleave(classes, dim=0), labels)).unflatten(0, (-1, classes))
+        rows = torch.cat([few["images"].to(drawn).unsqueeze(1), drawn], dim=1)
+        return {**shown, "styles": Images(rows.flatten(0, 1), classes + 1)}
+
+    def _posterior(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """mu and logvar of z, (B, latent_dim) each, and the labels."""
+        images = batch["images"]
+        check_images(images, self.config)
+        labels = check_labels(batch)
+        pixels = 2 * images.flatten(1) - 1
+        mu, logvar = self.encoder(torch.cat([pixels, self.encoder_label(labels)], dim=1)).float().chunk(2, dim=1)
+        return mu, logvar, labels
+
+    def _decode(self, z: Tensor, labels: Tensor) -> Tensor:
+        parameters: Tensor = self.decoder(torch.cat([z, self.decoder_label(labels)], dim=1))
+        return parameters

@@ -1,0 +1,200 @@
+"""A variational autoencoder of dense layers whose posterior is a normalising flow.
+
+A sample of a normal distribution passes through invertible maps whose Jacobians are known, so that the posterior can
+have any shape while log q stays exact (Rezende and Mohamed, "Variational inference with normalizing flows", 2015):
+
+    images -> encoder -> mu, logvar of z_0, context       z_0 -> flow -> ... -> flow -> z -> decoder -> p(pixel | z)
+    log q(z | images) = log N(z_0; mu, exp(logvar)) - sum log |det dz_k / dz_(k-1)|
+
+planar: z + u tanh(w z + b), with u, w and b from the encoder (the paper above). inverse-autoregressive: each number is
+scaled and shifted by a function of those before it and of the context, the order turning round from one flow to the
+next (Kingma et al., "Improved variational inference with inverse autoregressive flow", 2016).
+
+The KL has no closed form: it is estimated from the sample, and may be negative for a single image.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgen import functional
+from fastgen._checks import require_positive
+from fastgen.models._base import Batch, Images, NoOptions, option
+from fastgen.models._likelihoods import Likelihood, log_normal, log_standard_normal
+from fastgen.models._vae import Bound, DenseVAE, check_config, check_images, dense, normal_noise
+
+Flow = Literal["inverse-autoregressive", "planar"]
+
+FIRST_GATE = 1.5  # sigmoid of it is 0.82: a new flow changes little
+
+
+@dataclass(frozen=True)
+class FlowVAEConfig:
+    """Sizes of a FlowVAE and how it learns. ValueError names the field, what was expected and what came."""
+
+    image_size: int = option(8, "height and width of the images", from_data=True)
+    channels: int = option(1, "colour channels of the images", from_data=True)
+    levels: int = option(17, "values a pixel can have: counts 0 .. levels - 1", from_data=True)
+    latent_dim: int = option(10, "numbers in z")
+    width: int = option(256, "units of a layer")
+    depth: int = option(2, "layers of the encoder, and of the decoder")
+    flow: Flow = option("inverse-autoregressive", "what the posterior's samples pass through")
+    flows: int = option(4, "how many of them")
+    flow_width: int = option(64, "units of an inverse autoregressive flow")
+    context_dim: int = option(32, "numbers that the encoder tells each inverse autoregressive flow")
+    likelihood: Likelihood = option("beta-binomial", "distribution of a pixel; bernoulli is for images of two levels")
+    beta: float = option(1.0, "weight of the KL in the loss")
+    kl_warmup: int = option(230, "steps over which the KL's weight grows to beta")
+    learning_rate: float = option(1e-3, "of AdamW")
+    weight_decay: float = option(0.1, "of AdamW")
+
+    def __post_init__(self) -> None:
+        check_config(self)
+        for name in ("flows", "flow_width", "context_dim"):
+            require_positive(name, getattr(self, name))
+        if self.flow not in get_args(Flow):
+            raise ValueError(f"flow: expected one of {', '.join(get_args(Flow))}, got {self.flow!r}")
+        if self.flow == "inverse-autoregressive" and self.latent_dim < 2:
+            raise ValueError("latent_dim: expected at least 2 with inverse autoregressive flows, got 1")
+
+    @property
+    def told(self) -> int:
+        """Numbers that the encoder gives beside mu and logvar."""
+        return self.context_dim if self.flow == "inverse-autoregressive" else self.flows * (2 * self.latent_dim + 1)
+
+
+def planar(z: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
+    """z + u tanh(w z + b), and log |det| of its Jacobian.
+
+    u is moved along w so that w u > -1, where the map is invertible (appendix A.1 of the paper).
+
+    Args:
+        z: (B, L). told: (B, 2 L + 1), u, w and b.
+
+    Returns:
+        (B, L) and (B,).
+    """
+    u, w, b = told.split((z.size(1), z.size(1), 1), dim=1)
+    along = (w * u).sum(1, keepdim=True)
+    u = u + (F.softplus(along + math.log(math.e - 1)) - 1 - along) * w / w.square().sum(1, keepdim=True).clamp(min=1e-6)
+    h = torch.tanh((w * z).sum(1, keepdim=True) + b)
+    log_det = torch.log1p((1 - h.square()) * (w * u).sum(1, keepdim=True))
+    return z + u * h, log_det.squeeze(1)
+
+
+class InverseAutoregressiveFlow(nn.Module):
+    """g z + (1 - g) m, with g in (0, 1) and m of each number being functions of those before it and of the context.
+
+    The nets are masked (Germain et al., "MADE", 2015): a hidden unit of degree d sees the first d numbers.
+    """
+
+    mask_in: Tensor
+    mask_out: Tensor
+
+    def __init__(self, latent_dim: int, width: int, context_dim: int) -> None:
+        super().__init__()
+        degrees = torch.arange(width) % (latent_dim - 1) + 1
+        numbers = torch.arange(1, latent_dim + 1)
+        self.register_buffer("mask_in", (degrees[:, None] >= numbers).float(), persistent=False)
+        self.register_buffer("mask_out", (numbers[:, None] > degrees).float().repeat(2, 1), persistent=False)
+        self.hidden = nn.Linear(latent_dim, width)
+        self.context = nn.Linear(context_dim, width, bias=False)
+        self.out = nn.Linear(width, 2 * latent_dim)
+        self.told = nn.Linear(context_dim, 2 * latent_dim, bias=False)
+        with torch.no_grad():
+            self.out.weight.mul_(0.1)
+            self.told.weight.mul_(0.1)
+            self.out.bias.copy_(torch.tensor([0.0, FIRST_GATE]).repeat_interleave(latent_dim))
+
+    def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """z (B, L), context (B, context_dim) -> (B, L), and log |det| of the Jacobian, (B,)."""
+        hidden = F.linear(z, self.hidden.weight * self.mask_in, self.hidden.bias) + self.context(context)
+        out = F.linear(F.silu(hidden), self.out.weight * self.mask_out, self.out.bias) + self.told(context)
+        shift, gate = out.to(z.dtype).chunk(2, dim=1)
+        kept = torch.sigmoid(gate)
+        return kept * z + (1 - kept) * shift, F.logsigmoid(gate).sum(1)
+
+
+class FlowVAE(DenseVAE):
+    """The model described at the top of this file.
+
+    Images are (B, channels, image_size, image_size), floating, in [0, 1], multiples of 1 / (levels - 1).
+
+    Example:
+        >>> model = FlowVAE(FlowVAEConfig(image_size=8, levels=17, flow="planar"))
+        >>> model.bound({"images": torch.zeros(5, 1, 8, 8)}).kl.shape
+        torch.Size([5])
+        >>> model.draw(3, NoOptions()).pixels.shape
+        torch.Size([3, 1, 8, 8])
+    """
+
+    name = "flow-vae"
+    summary = "variational autoencoder whose posterior is a normalising flow"
+    config_class = FlowVAEConfig
+    train_defaults: ClassVar = {"epochs": 150.0, "batch_size": 64, "clip": 100.0, "average_decay": 0.998}
+    config: FlowVAEConfig
+
+    def __init__(self, config: FlowVAEConfig) -> None:
+        super().__init__(config)
+        pixels = config.channels * config.image_size**2
+        self.encoder = dense(pixels, config.width, config.depth, 2 * config.latent_dim + config.told)
+        sizes = (config.latent_dim, config.flow_width, config.context_dim)
+        count = config.flows if config.flow == "inverse-autoregressive" else 0
+        self.flows = nn.ModuleList(InverseAutoregressiveFlow(*sizes) for _ in range(count))
+        self.decoder = dense(config.latent_dim, config.width, config.depth, self._decoder_outputs())
+
+    def flow(self, z: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
+        """All flows: z_0 (B, latent_dim) and what the encoder told them -> z, and log |det dz / dz_0|, (B,)."""
+        log_det = torch.zeros_like(z[:, 0])
+        if self.config.flow == "planar":
+            for numbers in told.chunk(self.config.flows, dim=1):
+                z, more = planar(z, numbers)
+                log_det = log_det + more
+        for flow in self.flows:
+            z, more = flow(z.flip(1), told)
+            log_det = log_det + more
+        return z, log_det
+
+    def bound(self, batch: Batch, *, beta: float = 1.0, generator: torch.Generator | None = None) -> Bound:
+        log_p, kl = self._sample(batch["images"], generator)
+        return Bound((beta * kl - log_p).mean(), -log_p, kl)
+
+    @torch.no_grad()
+    def log_weights(self, batch: Batch, *, generator: torch.Generator | None = None) -> Tensor:
+        """(B,) log p(images, z) - log q(z | images) of one posterior sample, in nats; their mean is the ELBO."""
+        log_p, kl = self._sample(batch["images"], generator)
+        return log_p - kl
+
+    @torch.no_grad()
+    def reconstruct(self, batch: Batch) -> Tensor:
+        mu, _, told = self._posterior(batch["images"])
+        return self._mean(self.decoder(self.flow(mu, told)[0]))
+
+    @torch.no_grad()
+    def draw(self, n: int, options: NoOptions, *, generator: torch.Generator | None = None) -> Images:
+        """The expected pixels of n latents from the prior."""
+        require_positive("n", n)
+        noise = normal_noise((n, self.config.latent_dim), next(self.decoder.parameters()), generator)
+        return Images(self._mean(self.decoder(noise)))
+
+    def _posterior(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """mu and logvar of z_0, (B, latent_dim) each, and what the flows are told."""
+        config = self.config
+        check_images(images, config)
+        parts = self.encoder(2 * images.flatten(1) - 1).float()
+        mu, logvar, told = parts.split((config.latent_dim, config.latent_dim, config.told), dim=1)
+        return mu, logvar, told
+
+    def _sample(self, images: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """log p(images | z), and log q(z | images) - log p(z), (B,) each, of one posterior sample."""
+        mu, logvar, told = self._posterior(images)
+        first = functional.reparameterize(mu, logvar, generator=generator)
+        z, log_det = self.flow(first, told)
+        log_q = log_normal(first, mu, logvar) - log_det
+        return self._log_prob(self.decoder(z), images), log_q - log_standard_normal(z)
