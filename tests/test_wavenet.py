@@ -1,0 +1,261 @@
+"""WaveNet: what a trainer and a caller may rely on."""
+
+from __future__ import annotations
+
+import doctest
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgen.models import wavenet
+from fastgen.models._base import Moment, Sounds, from_data
+from fastgen.models._tokens import choose
+from fastgen.models.wavenet import SoundOptions, WaveNet, WaveNetConfig, inverse_mu_law, mu_law
+
+NOW = Moment(1, 10)
+VARIANTS = {
+    "default": {},
+    "odd sizes": {"channels": 3, "skip_channels": 7, "cycle": 4, "cycles": 1, "length": 37},
+    "one layer": {"cycle": 1, "cycles": 1},
+}
+
+
+def small_model(**options: object) -> WaveNet:
+    torch.manual_seed(0)
+    sizes = {"sample_rate": 100, "length": 40, "channels": 6, "skip_channels": 8, "cycle": 3, "crop": 10, **options}
+    return WaveNet(WaveNetConfig(**sizes))  # type: ignore[arg-type]
+
+
+def waves(n: int, model: WaveNet) -> Tensor:
+    time = torch.arange(model.config.length) / 10
+    phase = torch.rand(n, 1, generator=seeded(1)) * 6
+    return 0.8 * (time + phase).sin()
+
+
+def random_levels(n: int, length: int) -> Tensor:
+    return torch.randint(0, 256, (n, length), generator=seeded(2))
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_mu_law_s_levels_are_those_of_the_formula_and_come_back() -> None:
+    levels = torch.arange(256)
+    assert torch.equal(mu_law(inverse_mu_law(levels)), levels)
+    assert mu_law(torch.tensor([-1.0, 1.0, -2.0, 3.0])).tolist() == [0, 255, 0, 255]
+    for sample in (-0.7, -0.01, 0.0, 0.003, 0.2):
+        compressed = math.copysign(math.log(1 + 255 * abs(sample)) / math.log(256), sample)
+        assert mu_law(torch.tensor([sample])).item() == math.floor((compressed + 1) / 2 * 255 + 0.5)
+    audio = torch.linspace(-1, 1, 1001)
+    error = (inverse_mu_law(mu_law(audio)) - audio).abs()
+    assert (error <= 0.5 * math.log(256) / 255 * 2 * (audio.abs() + 1 / 255) * 1.02).all()  # half a step
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_weights_have_finite_gradients_in_float32_and_under_autocast(variant: str) -> None:
+    for autocast in (False, True):
+        model = small_model(**VARIANTS[variant])
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model.loss("sound", {"audio": waves(3, model)}, NOW)["loss"]
+            assert model.draw(2, SoundOptions(seconds=0.05)).waves.shape == (2, 5)
+        assert loss.dtype == torch.float32
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.any(), name
+            assert parameter.grad.isfinite().all(), name
+
+
+def test_a_prediction_depends_on_the_samples_of_its_field_and_no_others() -> None:
+    model = small_model().double()
+    field = model.config.field
+    assert field == 15
+    levels = random_levels(1, 40)
+    before = model(levels)[0, 30]
+    for place in range(40):
+        changed = levels.clone()
+        changed[0, place] = 255 - changed[0, place]
+        assert torch.equal(model(changed)[0, 30], before) == (not 30 - field <= place < 30), place
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("last", [1, 7, 20])
+def test_the_last_predictions_alone_are_those_of_all(variant: str, last: int) -> None:
+    """From all samples, and from just those that they depend on."""
+    model = small_model(**VARIANTS[variant]).double()
+    levels = random_levels(2, 37)
+    wanted = model(levels)[:, -last:]
+    torch.testing.assert_close(model(levels, last), wanted)
+    torch.testing.assert_close(model(levels[:, -last - model.config.field :], last), wanted)
+
+
+def test_a_layer_is_a_dilated_causal_convolution_with_a_gate() -> None:
+    model = small_model(cycle=3).double()
+    layer = list(model.layers)[2]
+    assert layer.dilation == 4
+    x = torch.randn(2, 20, 6, dtype=torch.float64, generator=seeded(3))
+    weight = layer.taps.weight.view(12, 2, 6).transpose(1, 2)
+    both = F.conv1d(F.pad(x.transpose(1, 2), (4, 0)), weight, layer.taps.bias, dilation=4)
+    gated = both[:, :6].tanh() * both[:, 6:].sigmoid()
+    out = F.conv1d(gated, layer.out.weight[..., None], layer.out.bias).transpose(1, 2)
+    y, skip = layer(x, 20)
+    torch.testing.assert_close(y, x + out[..., :6])
+    torch.testing.assert_close(skip, out[..., 6:])
+
+
+def test_loss_and_score_are_the_cross_entropy_of_the_samples() -> None:
+    model = small_model(crop=0)
+    audio = waves(3, model)
+    levels = mu_law(audio)
+    wanted = -model(levels).log_softmax(2).gather(2, levels[..., None])[..., 0]
+    scores = model.score({"audio": audio})
+    torch.testing.assert_close(scores["nll"], wanted.double().sum(1))
+    assert scores["tokens"].tolist() == [40.0] * 3
+    torch.testing.assert_close(model.loss("sound", {"audio": audio}, NOW)["loss"], wanted.mean())
+
+
+def test_a_crop_s_loss_knows_what_came_before_it() -> None:
+    """Each of the crops, from the sound's beginning to its end, by the seed of torch's generator."""
+    model = small_model(crop=10).double()
+    audio = waves(2, model).double()
+    levels = mu_law(audio)
+    nll = -model(levels).log_softmax(2).gather(2, levels[..., None])[..., 0]
+    starts = set()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        start = int(torch.randint(0, 31, ()))
+        starts.add(start)
+        torch.manual_seed(seed)
+        loss = model.loss("sound", {"audio": audio}, NOW)["loss"]
+        torch.testing.assert_close(loss, nll[:, start : start + 10].mean())
+    assert min(starts) < 10 < max(starts)
+
+
+def test_training_steps_lower_the_loss() -> None:
+    model = small_model(channels=16, skip_channels=16, crop=0)
+    (phase,) = model.phases()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, phase.betas)
+    values = []
+    for _ in range(40):
+        loss = model.loss("sound", {"audio": waves(4, model)}, NOW)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    assert abs(values[0] - math.log(256)) < 0.5
+    assert values[-1] < 0.5 * values[0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_cached_generation_is_that_of_full_forwards(variant: str, temperature: float) -> None:
+    """Beyond the field, so that every ring is written more than once."""
+    model = small_model(**VARIANTS[variant]).double()
+    for parameter in model.parameters():
+        parameter.mul_(3)  # so that every sample changes what follows
+    drawn = model.draw(3, SoundOptions(temperature=temperature), generator=seeded(5))
+    assert isinstance(drawn, Sounds)
+    assert drawn.sample_rate == 100
+    generator = seeded(5)
+    levels = torch.zeros(3, 0, dtype=torch.int64)
+    for _ in range(model.config.length):
+        logits = model(F.pad(levels, (0, 1)), 1)[:, 0]
+        levels = torch.cat((levels, choose(logits, temperature, generator)[:, None]), 1)
+    assert torch.equal(mu_law(drawn.waves), levels)
+    assert len(levels.unique()) > 2
+
+
+def test_sounds_depend_on_the_generator_alone() -> None:
+    model = small_model()
+    first, again, other = (model.draw(2, SoundOptions(), generator=seeded(s)).waves for s in (7, 7, 8))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first[0], first[1])
+    assert first.abs().max() <= 1
+    assert model.draw(1, SoundOptions(seconds=0.7)).waves.shape == (1, 70)
+
+
+def test_the_loss_s_network_compiles_whole() -> None:
+    model = small_model()
+    levels = random_levels(2, 30)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: model(x, 10), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(levels), model(levels, 10))
+    torch._dynamo.reset()
+
+
+CONFIG_ERRORS = {
+    "no channels": ({"channels": 0}, "channels: expected a positive integer, got 0"),
+    "no sound": ({"length": 0}, "length: expected a positive integer, got 0"),
+    "a long cycle": ({"cycle": 17}, "cycle: expected at most 16, dilations up to 32768, got 17"),
+    "a negative crop": ({"crop": -1}, "crop: expected an integer >= 0, got -1"),
+    "a beta of 1": ({"beta1": 1.0}, r"beta1: expected a probability in \[0, 1\), got 1.0"),
+    "a learning rate of 0": ({"learning_rate": 0.0}, "learning_rate: expected a positive number, got 0.0"),
+}
+OPTION_ERRORS = {
+    "negative seconds": ({"seconds": -1.0}, "seconds: expected a finite number >= 0, got -1.0"),
+    "temperature NaN": ({"temperature": math.nan}, "temperature: expected a finite number >= 0, got nan"),
+}
+
+
+@pytest.mark.parametrize("mistake", [*CONFIG_ERRORS, *OPTION_ERRORS])
+def test_a_mistake_in_config_or_options_is_named(mistake: str) -> None:
+    options, message = {**CONFIG_ERRORS, **OPTION_ERRORS}[mistake]
+    with pytest.raises(ValueError, match=f"^{message}"):
+        (WaveNetConfig if mistake in CONFIG_ERRORS else SoundOptions)(**options)  # type: ignore[arg-type]
+
+
+CALL_ERRORS = {
+    "no sounds": (lambda model: model.draw(0, SoundOptions()), ValueError, "n: expected a positive integer, got 0"),
+    "floating levels": (
+        lambda model: model(torch.zeros(2, 9)),
+        TypeError,
+        "levels: expected an int64 tensor, got torch.float32",
+    ),
+    "fewer levels than asked for": (
+        lambda model: model(random_levels(2, 5), 6),
+        ValueError,
+        r"levels: expected \(B, N\) with N at least length = 6, got \(2, 5\)",
+    ),
+    "whole numbers for audio": (
+        lambda model: model.score({"audio": random_levels(2, 40)}),
+        TypeError,
+        "audio: expected a floating-point tensor, got torch.int64",
+    ),
+    "another length": (
+        lambda model: model.score({"audio": torch.zeros(2, 41)}),
+        ValueError,
+        r"audio: expected shape \(B, length\) = \(2, 40\), got \(2, 41\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", CALL_ERRORS)
+def test_a_mistake_in_a_call_is_named(mistake: str) -> None:
+    call, error, message = CALL_ERRORS[mistake]
+    with pytest.raises(error, match=f"^{message}"):
+        call(small_model())
+
+
+def test_the_data_decide_rate_and_length() -> None:
+    assert from_data(WaveNetConfig) == ["sample_rate", "length"]
+
+
+def test_a_saved_model_comes_back(tmp_path) -> None:
+    pytest.importorskip("huggingface_hub")
+    model = small_model(**VARIANTS["odd sizes"])
+    model.save_pretrained(tmp_path)
+    loaded = WaveNet.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    assert torch.equal(loaded(random_levels(2, 20)), model(random_levels(2, 20)))
+
+
+def test_examples_in_docstrings_run() -> None:
+    results = doctest.testmod(wavenet, extraglobs={"torch": torch})
+    assert results.attempted
+    assert results.failed == 0
