@@ -37,7 +37,11 @@ def add_fields(
         if field.name not in without:
             option = "--" + prefix + field.name.replace("_", "-")
             default = defaults.get(field.name, field.default)
-            parser.add_argument(option, type=types[field.name], default=default, help=field.metadata["help"])
+            if types[field.name] is bool:
+                kind: dict[str, Any] = {"action": jsonargparse.ActionYesNo(no_prefix="no-")}
+            else:
+                kind = {"type": types[field.name]}
+            parser.add_argument(option, default=default, help=field.metadata["help"], **kind)
 
 
 def parse(parser: jsonargparse.ArgumentParser, words: list[str], *, defaults: bool) -> dict[str, Any]:

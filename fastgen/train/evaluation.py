@@ -18,7 +18,7 @@ HELD_OUT_SHOWN = 64
 Scores = dict[str, Tensor]
 
 
-class thinned(Items):
+class Thinned(Items):
     """At most ``count`` of the items, evenly spaced."""
 
     def __init__(self, items: Items, count: int) -> None:

@@ -12,7 +12,7 @@ from fastgen.train.checkpoint import Header, save_checkpoint
 from fastgen.train.curves import write_curves
 from fastgen.train.engine import Engine
 from fastgen.train.errors import StoppedError
-from fastgen.train.evaluation import HELD_OUT_SHOWN, first, mean_scores, scores, thinned
+from fastgen.train.evaluation import HELD_OUT_SHOWN, Thinned, first, mean_scores, scores
 from fastgen.train.files import inside
 from fastgen.train.folder import STEP_DIGITS, RunFolder
 from fastgen.train.pictures import write_exhibit
@@ -37,7 +37,7 @@ class Trainer:
         accelerator = engine.accelerator
         self.engine, self.config, self.folder, self.header = engine, config, folder, header
         self.train = resident(splits[0], engine.device)
-        self.held_out = thinned(splits[1], EVALUATED)
+        self.held_out = Thinned(splits[1], EVALUATED)
         self.first_process = accelerator.is_main_process
         self.draws = max(phase.repeats for phase in engine.model.phases())
         self.stream = Stream(

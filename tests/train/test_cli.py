@@ -57,9 +57,10 @@ def test_options_can_come_from_a_file_but_not_where_to_write(
     assert settings["learning_rate"] == 0.001
     assert settings["model"]["latent_dim"] == 3
     assert settings["model"]["width"] == 4
-    options.write_text(f"out: {tmp_path / 'elsewhere'}\n")
-    assert main(["train", "conv-vae", "--config", str(options)]) == 2
-    assert "out: expected on the command line" in error_line()
+    for text in (f"out: {tmp_path / 'elsewhere'}\n", "overwrite: true\n"):
+        options.write_text(text)
+        assert main(["train", "conv-vae", "--config", str(options)]) == 2
+        assert f"{text.partition(':')[0]}: expected on the command line" in error_line()
     assert not (tmp_path / "elsewhere").exists()
 
 

@@ -97,7 +97,8 @@ def test_the_summary_and_the_table_say_what_was_measured(tmp_path: Path) -> None
     assert (
         "steps 4 epoch 0.4 training 8 s 80 items a second parameters 1,234,567 Frechet distance 3.25 2.5 to 4" in text
     )
-    assert "Frechet distance 3.25 2.5 to 4 pixels 1,000 generated, 359 held-out" in text[text.index("Evaluation at step 4") :]
+    table = text[text.index("Evaluation at step 4") :]
+    assert "Frechet distance 3.25 2.5 to 4 pixels 1,000 generated, 359 held-out" in table
     assert "devices cpu, cuda" in text
     assert "torch.version 2.13" in text
     assert "Not evaluated yet" not in text

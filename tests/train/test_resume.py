@@ -45,9 +45,7 @@ def after_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[Engine
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(
-    "options", [[], ["--accumulate", "2", "--flip", "true", "--schedule", "cosine", "--warmup", "3"]]
-)
+@pytest.mark.parametrize("options", [[], ["--accumulate", "2", "--flip", "--schedule", "cosine", "--warmup", "3"]])
 def test_resuming_gives_the_same_bits_as_never_stopping(
     fit: Main,
     tmp_path: Path,

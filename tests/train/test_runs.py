@@ -194,7 +194,7 @@ def test_compiled_networks_train_and_their_checkpoint_has_the_same_names(
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile(self, backend="eager"))
     torch._dynamo.reset()
     for model in ("conv-vae", "dcgan"):
-        assert fit("--compile", "true", "--log-every", "1", model=model, name=f"{model}-compiled", steps=2) == 0
+        assert fit("--compile", "--log-every", "1", model=model, name=f"{model}-compiled", steps=2) == 0
         assert fit("--log-every", "1", model=model, name=model, steps=2) == 0
         names = [
             load_checkpoint(tmp_path / name / "checkpoint.safetensors")[1].keys()
