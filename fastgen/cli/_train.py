@@ -53,11 +53,10 @@ def _request(name: str, words: list[str]) -> Request:
     add_fields(parser, TrainConfig, defaults=model.train_defaults)
     add_fields(parser, model.config_class, prefix="model.", without=from_data(model.config_class))
     given = parse(parser, words, defaults=False)
-    for name in ("out", "resume", "overwrite"):
-        if name in given and not any(word.partition("=")[0] == f"--{name}" for word in words):
-            raise CommandError(
-                f"{name}: expected on the command line: no file may say where to write, got it in one", USAGE
-            )
+    typed = {word.partition("=")[0] for word in words}
+    for option in ("out", "resume", "overwrite"):
+        if option in given and f"--{option}" not in typed:
+            raise CommandError(f"{option}: expected on the command line, as no file may say where to write", USAGE)
     data_names = {field.name for field in dataclasses.fields(DataConfig)}
     data_options = {name: given.pop(name) for name in data_names & given.keys()}
     if "data" in given:
