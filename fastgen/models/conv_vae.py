@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen import functional
@@ -36,6 +35,7 @@ from fastgen.models._likelihoods import (
     pixels_log_prob,
     pixels_mean,
 )
+from fastgen.models._residual import ResidualBlock
 from fastgen.nn import GaussianLatent
 
 __all__ = [
@@ -108,22 +108,6 @@ class VAELoss(NamedTuple):
     loss: Tensor
     nll: Tensor
     kl: Tensor
-
-
-class ResidualBlock(nn.Module):
-    """x + two 3x3 convolutions of x, each after GroupNorm and SiLU."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm1 = nn.GroupNorm(math.gcd(8, channels), channels)
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(math.gcd(8, channels), channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return x + h
 
 
 def _zeroed(convolution: nn.Conv2d) -> nn.Conv2d:

@@ -1,0 +1,307 @@
+"""The autoencoder with a codebook: what a trainer, a caller and a tokeniser's user may rely on."""
+
+from __future__ import annotations
+
+import doctest
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgen.models import vq_vae
+from fastgen.models._base import Images, Moment, from_data
+from fastgen.models.vq_vae import VQVAE, CodeOptions, VQVAEConfig
+
+NOW = Moment(1, 10)
+PHASES = ("autoencoder", "prior")
+
+
+def small_model(**options: Any) -> VQVAE:
+    torch.manual_seed(0)
+    return VQVAE(VQVAEConfig(**{"width": 4, "code_dim": 3, "codebook_size": 7, "prior_width": 8, **options}))
+
+
+def random_images(n: int, config: VQVAEConfig) -> Tensor:
+    shape = (n, config.channels, config.image_size, config.image_size)
+    return torch.randint(0, config.levels, shape, generator=seeded(1)) / (config.levels - 1)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def train(
+    model: VQVAE, images: Tensor, steps: int, phases: tuple[str, ...] = PHASES, rate: float = 1e-2
+) -> list[dict[str, float]]:
+    """The phases, each with its own networks' gradients; the losses of every step."""
+    optimizers = {
+        phase.name: torch.optim.AdamW(
+            itertools.chain(*(model.get_submodule(n).parameters() for n in phase.networks)), rate
+        )
+        for phase in model.phases()
+        if phase.name in phases
+    }
+    history = []
+    for number in range(steps):
+        values = {}
+        for name, optimizer in optimizers.items():
+            torch.manual_seed(number)
+            loss = model.loss(name, {"images": images}, NOW)["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            values[name] = loss.item()
+        history.append(values)
+    return history
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "halvings", "likelihood"),
+    [(8, 1, 2, "beta-binomial"), (6, 3, 1, "gaussian"), (20, 2, 2, "binomial"), (16, 1, 3, "beta-binomial")],
+)
+def test_shapes_and_gradients_of_both_phases(size: int, channels: int, halvings: int, likelihood: str) -> None:
+    model = small_model(image_size=size, channels=channels, halvings=halvings, likelihood=likelihood)
+    images = random_images(5, model.config)
+    model.loss("autoencoder", {"images": images}, NOW)  # words move to features
+    for phase, networks in (("autoencoder", ("encoder", "decoder")), ("prior", ("prior",))):
+        model.zero_grad()
+        model.loss(phase, {"images": images}, NOW)["loss"].backward()
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is not None and bool(parameter.grad.any())) == (name.split(".")[0] in networks), name
+    codes = model.encode(images)
+    assert codes.shape == (5, size >> halvings, size >> halvings)
+    drawn = model.draw(4, CodeOptions())
+    assert isinstance(drawn, Images)
+    assert drawn.pixels.shape == (4, *images.shape[1:])
+    assert ((drawn.pixels >= 0) & (drawn.pixels <= 1)).all()
+    assert model.show({"images": images})["reconstructions"].pixels.shape == (10, *images.shape[1:])
+
+
+def test_the_phases_update_every_weight_and_no_more() -> None:
+    model = small_model(learning_rate=1e-4, prior_learning_rate=2e-4)
+    first, second = model.phases()
+    assert (first.networks, second.networks) == (("encoder", "decoder"), ("prior",))
+    assert (first.learning_rate, second.learning_rate) == (1e-4, 2e-4)
+    updated = {
+        f"{name}.{key}"
+        for p in (first, second)
+        for name in p.networks
+        for key, _ in model.get_submodule(name).named_parameters()
+    }
+    assert updated == {name for name, _ in model.named_parameters()}
+
+
+def test_a_feature_is_given_the_nearest_word() -> None:
+    model = small_model()
+    features = torch.randn(4, 3, 2, 2, generator=seeded(0))
+    rows, words = features.movedim(1, -1).reshape(-1, 3), model.codebook.words
+    wanted = torch.cdist(rows[None], words[None])[0].argmin(1)
+    codes = model.codebook.nearest(features)
+    assert torch.equal(codes.flatten(), wanted)
+    torch.testing.assert_close(model.codebook.look_up(codes).movedim(1, -1).reshape(-1, 3), words[wanted])
+
+
+def test_words_follow_running_means_of_the_features_that_chose_them() -> None:
+    model = small_model(codebook_decay=0.9, revive_below=0.0)
+    codebook = model.codebook
+    uses, sums = torch.zeros(7), torch.zeros(7, 3)
+    for number in range(4):
+        features = torch.randn(5, 3, 2, 2, generator=seeded(number))
+        codes = codebook.nearest(features)
+        before = codebook.words.clone()
+        codebook.follow(features, codes)
+        for word in range(7):
+            rows = features.movedim(1, -1).reshape(-1, 3)[codes.flatten() == word]
+            uses[word] = 0.9 * uses[word] + 0.1 * len(rows)
+            sums[word] = 0.9 * sums[word] + 0.1 * rows.sum(0)
+            wanted = sums[word] / uses[word] if uses[word] > 0 else before[word]
+            torch.testing.assert_close(codebook.words[word], wanted)
+    torch.testing.assert_close(codebook.uses, uses)
+
+
+def test_words_that_are_hardly_used_move_to_features_of_the_batch() -> None:
+    model = small_model(revive_below=0.5)
+    codebook = model.codebook
+    with torch.no_grad():
+        codebook.words.fill_(100.0)
+        codebook.words[0] = 0.0
+        codebook.uses.copy_(torch.tensor([20.0, 3.0, 0, 0, 0, 0, 0]))
+        codebook.sums.copy_(codebook.uses[:, None] * codebook.words)
+    features = torch.randn(5, 3, 2, 2, generator=seeded(0))
+    torch.manual_seed(4)
+    codebook.follow(features, codebook.nearest(features))
+    rows = features.movedim(1, -1).reshape(-1, 3)
+    assert torch.equal(codebook.words[1], torch.full((3,), 100.0))  # 3 is above half of 20 / 7
+    distances = torch.cdist(codebook.words[2:], rows)
+    assert (distances.min(1).values < 1e-5).all()
+    torch.testing.assert_close(codebook.uses[2:], torch.full((5,), 20 / 7))
+    moved = codebook.words.clone()
+    other = small_model(revive_below=0.5).codebook
+    with torch.no_grad():
+        other.words.fill_(100.0)
+        other.words[0] = 0.0
+        other.uses.copy_(torch.tensor([20.0, 3.0, 0, 0, 0, 0, 0]))
+        other.sums.copy_(other.uses[:, None] * other.words)
+    torch.manual_seed(4)  # the same noise, the same words: a resumed run goes on as it would have
+    other.follow(features, other.nearest(features))
+    assert torch.equal(other.words, moved)
+
+
+def test_gradients_pass_the_choice_of_a_word_as_if_it_were_not_there() -> None:
+    model = small_model(commitment=0.0).eval()
+    images = random_images(3, model.config)
+    features = model._features(images)
+    words = model.codebook.look_up(model.codebook.nearest(features)).requires_grad_()
+    (behind,) = torch.autograd.grad(-model._log_prob(words, images).mean(), words)
+    wanted = torch.autograd.grad(features, list(model.encoder.parameters()), behind)
+    loss = model.loss("autoencoder", {"images": images}, NOW)["loss"]
+    for ours, theirs in zip(torch.autograd.grad(loss, list(model.encoder.parameters())), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_codebook_stands_still_outside_of_training() -> None:
+    model = small_model()
+    images = random_images(8, model.config)
+    for phase, training, moves in (("prior", True, False), ("autoencoder", False, False), ("autoencoder", True, True)):
+        before = model.codebook.words.clone()
+        model.train(training).loss(phase, {"images": images}, NOW)
+        assert torch.equal(model.codebook.words, before) != moves
+
+
+def test_perplexity_counts_the_words_in_use() -> None:
+    codebook = small_model().codebook
+    for uses, wanted in (([1.0] * 7, 7.0), ([5.0, 5, 0, 0, 0, 0, 0], 2.0), ([3.0, 0, 0, 0, 0, 0, 0], 1.0)):
+        codebook.uses.copy_(torch.tensor(uses))
+        assert abs(codebook.perplexity().item() - wanted) < 1e-3
+
+
+def test_the_prior_is_a_distribution_over_maps_and_draws_from_it() -> None:
+    model = small_model(codebook_size=3, halvings=2)  # 81 maps of 4 words
+    maps = torch.cartesian_prod(*[torch.arange(3)] * 4)
+    with torch.no_grad():
+        for parameter in model.prior.parameters():
+            parameter.mul_(2.0)
+        probabilities = (-model.prior(maps)).exp()
+    torch.testing.assert_close(probabilities.sum(), torch.tensor(1.0))
+    with torch.no_grad():
+        drawn = model.prior.draw(20_000, 1.0, seeded(0))
+    number = (drawn * torch.tensor([27, 9, 3, 1])).sum(1)
+    counts = torch.bincount(number, minlength=81) / 20_000
+    assert (counts - probabilities).abs().max() < 5 * (probabilities.max() / 20_000).sqrt()
+    likeliest = model.prior.draw(2, 0.0, None)
+    assert torch.equal(likeliest[0], likeliest[1])
+
+
+def test_the_bound_is_one_over_all_images_there_are() -> None:
+    """The 4096 images of 2x2 pixels of 8 levels: what bounds their probabilities sums to at most 1."""
+    model = small_model(image_size=2, halvings=1, levels=8).eval()
+    images = torch.cartesian_prod(*[torch.arange(8.0)] * 4).view(-1, 1, 2, 2) / 7
+    scores = model.score({"images": images})
+    torch.testing.assert_close(scores["elbo"], -scores["nll"] - scores["kl"])
+    assert scores["elbo"].double().exp().sum() < 1.0
+    assert (scores["kl"] > 0).all()
+    wanted = (model.decode(model.encode(images)) - images).square().mean((1, 2, 3))
+    torch.testing.assert_close(scores["squared error"], wanted)
+    assert scores["codebook perplexity"].shape == wanted.shape
+
+
+def test_steps_of_both_phases_lower_their_losses_on_a_fixed_batch() -> None:
+    model = small_model(width=8, codebook_size=4)
+    images = (random_images(2, model.config) > 0.5).float().repeat(8, 1, 1, 1)
+    history = train(model, images, 30, PHASES[:1])
+    assert history[-1]["autoencoder"] < 0.75 * history[0]["autoencoder"]
+    history = train(model.eval(), images, 60, PHASES[1:])
+    assert history[-1]["prior"] < 0.4 * history[0]["prior"]
+    seen = {tuple(row) for row in model.encode(images).flatten(1).tolist()}
+    drawn = model.prior.draw(64, 1.0, seeded(0)).tolist()  # it has learned the maps that there are
+    assert sum(tuple(row) in seen for row in drawn) > 45
+
+
+CONFIG_ERRORS = {
+    "no size": ({"image_size": 0}, "image_size: expected a positive integer, got 0"),
+    "an odd size": ({"image_size": 10}, "image_size: expected a multiple of 4, as halvings = 2, got 10"),
+    "no halvings": ({"halvings": 0}, "halvings: expected a positive integer, got 0"),
+    "one word": ({"codebook_size": 1}, "codebook_size: expected at least 2, got 1"),
+    "one level": ({"levels": 1}, "levels: expected an integer of at least 2, got 1"),
+    "an unknown likelihood": ({"likelihood": "flat"}, "likelihood: expected one of .*, got 'flat'"),
+    "a decay of 1": ({"codebook_decay": 1.0}, r"codebook_decay: expected a number in \[0, 1\), got 1.0"),
+    "revival of all": ({"revive_below": 1.0}, r"revive_below: expected a number in \[0, 1\), got 1.0"),
+    "a negative weight": ({"commitment": -1.0}, "commitment: expected a number >= 0, got -1.0"),
+    "a learning rate of 0": ({"prior_learning_rate": 0.0}, "prior_learning_rate: expected a positive number, got 0.0"),
+}
+
+
+@pytest.mark.parametrize("mistake", CONFIG_ERRORS)
+def test_a_mistake_in_the_config_is_named(mistake: str) -> None:
+    options, message = CONFIG_ERRORS[mistake]
+    with pytest.raises(ValueError, match=f"^{message}"):
+        VQVAEConfig(**options)  # type: ignore[arg-type]
+    assert from_data(VQVAEConfig) == ["image_size", "channels", "levels"]
+
+
+def test_images_and_maps_that_do_not_fit_are_named() -> None:
+    model = small_model()
+    with pytest.raises(ValueError, match=r"images: expected shape \(B, C, S, S\) = \(2, 1, 8, 8\), got \(2, 3, 8, 8\)"):
+        model.encode(torch.zeros(2, 3, 8, 8))
+    with pytest.raises(TypeError, match=r"codes: expected an int64 tensor, got torch\.float32"):
+        model.decode(torch.zeros(2, 2, 2))
+    with pytest.raises(ValueError, match=r"codes: expected shape \(B, h, w\) = \(2, 2, 2\), got \(2, 4\)"):
+        model.decode(torch.zeros(2, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="codes: expected 0 to 6, got 0 to 7"):
+        model.decode(torch.tensor([[[0, 7], [1, 1]]]))
+    with pytest.raises(ValueError, match="n: expected a positive integer, got 0"):
+        model.draw(0, CodeOptions())
+    with pytest.raises(ValueError, match="temperature: expected a finite number >= 0, got -1"):
+        CodeOptions(temperature=-1)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_gradients_under_autocast_are_finite(phase: str) -> None:
+    model = small_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(phase, {"images": random_images(4, model.config)}, NOW)["loss"]
+        model.draw(2, CodeOptions())
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_the_autoencoder_s_loss_compiles_without_graph_breaks() -> None:
+    model, reference = small_model(), small_model()
+    images = random_images(4, model.config)
+    compiled = torch.compile(lambda x: model.loss("autoencoder", {"images": x}, NOW), fullgraph=True, backend="eager")
+    for number in range(2):
+        torch.manual_seed(number)
+        ours = compiled(images)
+        torch.manual_seed(number)
+        torch.testing.assert_close(ours, reference.loss("autoencoder", {"images": images}, NOW))
+    torch.testing.assert_close(model.codebook.words, reference.codebook.words)
+    torch._dynamo.reset()
+
+
+def test_samples_depend_on_the_generator_alone() -> None:
+    model = small_model()
+    first, again, other = (model.draw(6, CodeOptions(), generator=seeded(s)).pixels for s in (7, 7, 8))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_saved_model_comes_back_with_its_codebook(tmp_path) -> None:
+    pytest.importorskip("huggingface_hub")
+    model = small_model(image_size=12, channels=3)
+    train(model, random_images(4, model.config), 3)
+    model.eval()
+    model.save_pretrained(tmp_path)
+    loaded = VQVAE.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    images = random_images(4, model.config)
+    assert torch.equal(loaded.encode(images), model.encode(images))
+    torch.testing.assert_close(loaded.score({"images": images}), model.score({"images": images}))
+
+
+def test_examples_in_docstrings_run() -> None:
+    results = doctest.testmod(vq_vae, extraglobs={"torch": torch})
+    assert results.attempted
+    assert results.failed == 0
