@@ -1,8 +1,7 @@
 """What generative adversarial networks of images share: the two players' phases, their losses, noise and drawing.
 
 A model of this family is an ``ImageGAN`` with two networks, ``generator`` (z -> images in [-1, 1]) and
-``discriminator`` (images -> scores (B,), logits: high means real), and a config with the fields of
-``AdversarialConfig``. A ``ConditionalGAN`` gives both of them labels (B,) as well, where its config has classes.
+``discriminator`` (images -> scores (B,), logits: high means real), and an ``AdversarialConfig``.
 
 The game that both play and the penalty of the discriminator's slope are those of ``fastgen.losses``. Real and
 generated images pass through the discriminator in batches of their own, each normalised by its own statistics.
@@ -26,12 +25,19 @@ from fastgen.models._base import Batch, GenerativeModel, Images, Moment, Phase, 
 
 Penalty = Literal["none", "r1", "gradient", "dragan"]
 
-MOST_COLUMNS = 32
-
 
 def require_choice(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+
+
+class Layers(nn.Sequential):
+    """``nn.Sequential`` that torch.compile sees: torch's own forward is left out of its graphs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.children():
+            x = layer(x)
+        return x
 
 
 @dataclass(frozen=True)
@@ -174,50 +180,3 @@ class ImageGAN(GenerativeModel):
             "images", images, (*images.shape[:1], config.channels, config.image_size, config.image_size), "(B, C, S, S)"
         )
         return images
-
-
-@dataclass(frozen=True)
-class LabelOptions:
-    """Which class is drawn. ValueError names the field, what was expected and what came."""
-
-    label: int = option(-1, "class that is drawn, 0, 1, ...; -1: all classes in turn")
-
-    def __post_init__(self) -> None:
-        if isinstance(self.label, bool) or not isinstance(self.label, int) or self.label < -1:
-            raise ValueError(f"label: expected a class 0, 1, ... or -1 for all in turn, got {self.label!r}")
-
-
-class ConditionalGAN(ImageGAN):
-    """An ``ImageGAN`` whose networks take labels (B,) int64 from 0 to ``config.classes`` - 1, unless that is 0."""
-
-    sampling_class = LabelOptions
-
-    def conditions(self, batch: Batch) -> tuple[Tensor, ...]:
-        if not self.config.classes:
-            return ()
-        labels = batch.get("labels")
-        require_tensor("labels", labels)
-        assert labels is not None
-        if labels.dtype != torch.int64:
-            raise TypeError(f"labels: expected an int64 tensor, got {labels.dtype}")
-        require_shape("labels", labels, (len(batch["images"]),), "(B,)")
-        return (labels,)
-
-    @torch.no_grad()
-    def draw(self, n: int, options: LabelOptions, *, generator: torch.Generator | None = None) -> Images:
-        """n images of ``options.label``; of all classes in turn each fills a column of its own.
-
-        Raises:
-            ValueError: n is not a positive integer, or there is no such class.
-        """
-        require_positive("n", n)
-        classes: int = self.config.classes
-        if options.label >= max(classes, 0):
-            expected = f"-1 or a class below {classes}" if classes else "-1, as the model knows no classes"
-            raise ValueError(f"label: expected {expected}, got {options.label}")
-        if not classes:
-            return Images(self._draw(n, (), generator))
-        in_turn = options.label < 0
-        labels = torch.arange(n) % classes if in_turn else torch.full((n,), options.label)
-        pixels = self._draw(n, (labels.to(self.device),), generator)
-        return Images(pixels, classes if in_turn and classes <= min(n, MOST_COLUMNS) else None)

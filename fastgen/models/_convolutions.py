@@ -111,7 +111,7 @@ def _norm(kind: Norm, channels: int) -> nn.Module:
 @torch.no_grad()
 def initialise(module: nn.Module) -> None:
     """Weights from N(0, 0.02), those of batch normalisation from N(1, 0.02)."""
-    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
         nn.init.normal_(module.weight, std=INITIAL_STD)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

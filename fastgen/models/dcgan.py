@@ -15,9 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
-
-from fastgen.models._adversarial import ImageGAN
+from fastgen.models._adversarial import ImageGAN, Layers
 from fastgen.models._base import NoOptions
 from fastgen.models._convolutions import (
     ConvolutionalConfig,
@@ -53,8 +51,6 @@ class DCGAN(ImageGAN):
 
     def __init__(self, config: DCGANConfig) -> None:
         super().__init__(config)
-        self.generator = nn.Sequential(*generator_layers(config, config.latent_dim))
-        self.discriminator = nn.Sequential(
-            *discriminator_features(config, config.channels), *discriminator_score(config)
-        )
+        self.generator = Layers(*generator_layers(config, config.latent_dim))
+        self.discriminator = Layers(*discriminator_features(config, config.channels), *discriminator_score(config))
         self.apply(initialise)
