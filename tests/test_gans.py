@@ -1,0 +1,350 @@
+"""The adversarial models beside the DCGAN: what a trainer and a caller may rely on."""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+import importlib
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgen.models import sagan
+from fastgen.models._adversarial import ImageGAN
+from fastgen.models._base import Images, Moment, from_data
+from fastgen.models._conditional import LabelOptions
+from fastgen.models.attention_gan import AttentionGAN
+from fastgen.models.cdcgan import CDCGAN
+from fastgen.models.cgan import CGAN
+from fastgen.models.gan import GAN
+from fastgen.models.sagan import SAGAN, SAGANConfig, settled
+
+NOW = Moment(1, 10)
+CLASSES = 3
+
+MODELS: dict[str, tuple[type[ImageGAN], dict[str, object]]] = {
+    "sagan": (SAGAN, {"width": 8, "classes": CLASSES}),
+    "sagan, no classes": (SAGAN, {"width": 8}),
+    "sagan, classes left alone": (SAGAN, {"width": 8, "classes": CLASSES, "conditional": False}),
+    "cgan": (CGAN, {"width": 16, "depth": 2, "classes": CLASSES}),
+    "cgan, projection": (CGAN, {"width": 16, "depth": 2, "classes": CLASSES, "projection": True}),
+    "cdcgan": (CDCGAN, {"width": 4, "classes": CLASSES}),
+    "cdcgan, projection": (CDCGAN, {"width": 4, "classes": CLASSES, "projection": True}),
+    "gan": (GAN, {"width": 16, "depth": 2}),
+    "gan, convolutional": (GAN, {"width": 16, "depth": 2, "discriminator": "convolutional", "convolution_width": 4}),
+    "attention-gan": (AttentionGAN, {"width": 4, "gate_width": 4}),
+    "attention-gan, strided": (
+        AttentionGAN,
+        {"width": 4, "gate_width": 4, "gate_stride": 2, "gate_each_channel": True},
+    ),
+}
+CONDITIONAL = [name for name in MODELS if "classes" in MODELS[name][1] and "alone" not in name]
+CONVOLUTIONAL = [name for name in MODELS if name != "gan" and not name.startswith("cgan")]
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def small_model(name: str, **options: object) -> ImageGAN:
+    torch.manual_seed(0)
+    model_class, small = MODELS[name]
+    return model_class(model_class.config_class(**{"latent_dim": 8, **small, **options}))
+
+
+def a_batch(model: ImageGAN, n: int = 8) -> dict[str, Tensor]:
+    config = model.config
+    images = torch.rand(n, config.channels, config.image_size, config.image_size, generator=seeded(1))
+    return {"images": images, "labels": torch.arange(n) % CLASSES}
+
+
+def step(model: ImageGAN, phase: str, batch: dict[str, Tensor], moment: Moment = NOW) -> dict[str, Tensor]:
+    for other in model.phases():
+        model.get_submodule(other.name).requires_grad_(other.name == phase)
+    model.zero_grad()
+    values = model.loss(phase, batch, moment)
+    values["loss"].backward()
+    return values
+
+
+def drawn(model: ImageGAN, n: int, seed: int = 7, **options: object) -> Tensor:
+    return model.draw(n, model.sampling_class(**options), generator=seeded(seed)).pixels
+
+
+def disturb(model: ImageGAN) -> None:
+    """Weights that are nowhere 0, as after training: SAGAN's attention begins as the identity."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.1 * torch.randn(weight.shape, generator=seeded(5)))
+
+
+SIZES = {"cgan": [(5, 2), (9, 1)], "gan": [(5, 2), (9, 1)]}
+"""Those of linear layers take any size; the others 4 to 7 times a power of 2."""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_shapes_of_odd_sizes(name: str) -> None:
+    for size, channels in [*SIZES.get(name, [(20, 2), (10, 1)]), (8, 3)]:
+        model = small_model(name, image_size=size, channels=channels)
+        batch = a_batch(model, 3)
+        assert model.discriminator(batch["images"], *model.conditions(batch)).shape == (3,)
+        pixels = drawn(model, 5)
+        assert pixels.shape == (5, channels, size, size)
+        assert pixels.min() >= 0
+        assert pixels.max() <= 1
+
+
+SIZE = r"image_size: expected at least 8, and 4 to 7 times a power of 2 \(8, 20, .*\), got 18"
+CONFIG_ERRORS = {
+    "sagan": ({"image_size": 18}, SIZE),
+    "cdcgan": ({"image_size": 18}, SIZE),
+    "attention-gan": ({"image_size": 18}, SIZE),
+    "gan, convolutional": ({"image_size": 18}, SIZE),
+    "sagan: width": ({"width": 0}, "width: expected a positive integer, got 0"),
+    "sagan: classes": ({"classes": -1}, "classes: expected a number >= 0, got -1"),
+    "sagan: attention": (
+        {"image_size": 20, "attention_size": 4},
+        "attention_size: expected at least 5, .*of 20, got 4",
+    ),
+    "cgan: classes": ({"classes": 0}, r"classes: expected 2 or more \(gan, dcgan and sagan .*\), got 0"),
+    "cgan: one class": ({"classes": 1}, "classes: expected 2 or more .*, got 1"),
+    "cgan: depth": ({"depth": 0}, "depth: expected a positive integer, got 0"),
+    "cgan: embedding": ({"embedding_dim": 0}, "embedding_dim: expected a positive integer, got 0"),
+    "cdcgan: classes": ({"classes": 0}, "classes: expected 2 or more .*, got 0"),
+    "cdcgan: norm": (
+        {"penalty": "gradient"},
+        "discriminator_norm: expected layer or none with penalty gradient, .*got 'batch'",
+    ),
+    "gan: discriminator": (
+        {"discriminator": "deep"},
+        "discriminator: expected one of dense, convolutional, got 'deep'",
+    ),
+    "gan: width": ({"convolution_width": 0}, "convolution_width: expected a positive integer, got 0"),
+    "gan: game": ({"loss": "poker"}, "loss: expected one of minimax, .*, got 'poker'"),
+    "attention-gan: gate": ({"gate_stride": 0}, "gate_stride: expected a positive integer, got 0"),
+}
+
+
+@pytest.mark.parametrize("mistake", CONFIG_ERRORS)
+def test_a_mistake_in_the_config_is_named(mistake: str) -> None:
+    options, message = CONFIG_ERRORS[mistake]
+    with pytest.raises(ValueError, match=f"^{message}"):
+        small_model(mistake.split(":")[0], **options)
+
+
+@pytest.mark.parametrize("name", CONDITIONAL)
+def test_labels_that_do_not_fit_are_named(name: str) -> None:
+    model = small_model(name)
+    batch = a_batch(model)
+    assert "classes" in from_data(model.config_class)
+    with pytest.raises(TypeError, match="labels: expected a tensor, got NoneType"):
+        model.loss("generator", {"images": batch["images"]}, NOW)
+    with pytest.raises(TypeError, match=r"labels: expected an int64 tensor, got torch.float32"):
+        model.loss("generator", batch | {"labels": torch.zeros(8)}, NOW)
+    with pytest.raises(ValueError, match=r"labels: expected shape \(B,\) = \(8,\), got \(7,\)"):
+        model.loss("generator", batch | {"labels": torch.zeros(7, dtype=torch.int64)}, NOW)
+    with pytest.raises(ValueError, match="label: expected -1 or a class below 3, got 3"):
+        model.draw(2, LabelOptions(label=3))
+    with pytest.raises(ValueError, match=r"label: expected a class 0, 1, ... or -1 for all in turn, got -2"):
+        LabelOptions(label=-2)
+
+
+def test_a_label_for_a_model_without_classes_is_refused() -> None:
+    with pytest.raises(ValueError, match="label: expected -1, as the model knows no classes, got 0"):
+        small_model("sagan, classes left alone").draw(2, LabelOptions(label=0))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("phase", ["discriminator", "generator"])
+def test_a_phase_gives_finite_gradients_to_all_of_its_own_weights(name: str, phase: str) -> None:
+    """In float32, and in bfloat16 by autocast."""
+    model = small_model(name)
+    disturb(model)
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            values = step(model, phase, a_batch(model))
+        assert values["loss"].dtype == torch.float32
+        for weight_name, weight in model.named_parameters():
+            if weight_name.startswith(phase):
+                assert weight.grad is not None, weight_name
+                assert torch.isfinite(weight.grad).all(), weight_name
+                assert weight.grad.any(), weight_name
+            else:
+                assert weight.grad is None, weight_name
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("penalty", ["r1", "dragan", "gradient"])
+def test_a_penalty_is_differentiated_by_the_discriminator_s_weights(name: str, penalty: str) -> None:
+    """Its gradient is that of finite differences, along the gradient itself, in float64."""
+    options: dict[str, object] = {"penalty": penalty, "penalty_weight": 10.0}
+    if "discriminator_norm" in {f.name for f in dataclasses.fields(MODELS[name][0].config_class)}:
+        options["discriminator_norm"] = "layer"
+    model = small_model(name, **options).double()
+    disturb(model)
+    batch = {key: value.double() if value.is_floating_point() else value for key, value in a_batch(model).items()}
+    for _ in range(20):  # the vectors of spectral normalisation settle
+        step(model, "generator", batch)
+    model.eval()
+
+    def loss() -> Tensor:
+        torch.manual_seed(3)
+        return model.loss("discriminator", batch, NOW)["loss"]
+
+    torch.manual_seed(3)
+    assert step(model, "discriminator", batch)["penalty"] > 0
+    weights = list(model.discriminator.parameters())
+    slopes = [torch.zeros_like(w) if w.grad is None else w.grad.clone() for w in weights]
+    norm = torch.stack([slope.square().sum() for slope in slopes]).sum().sqrt()
+    ends = []
+    for sign in (1, -2):
+        with torch.no_grad():
+            for weight, slope in zip(weights, slopes, strict=True):
+                weight.add_(slope, alpha=sign * 1e-6 / norm.item())
+        ends.append(loss().item())
+    torch.testing.assert_close((ends[0] - ends[1]) / 2e-6, norm.item(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sagan", "cgan", "cdcgan", "gan", "attention-gan"])
+def test_each_player_s_steps_lower_its_loss_on_a_fixed_batch(name: str) -> None:
+    model = small_model(name, penalty="none")
+    batch = a_batch(model, 16)
+    batch["images"] = (batch["images"] > 0.5).float()
+    for phase in model.phases():
+        optimizer = torch.optim.AdamW(model.get_submodule(phase.name).parameters(), lr=2e-3, betas=phase.betas)
+        values = []
+        for _ in range(20):
+            torch.manual_seed(3)
+            values.append(step(model, phase.name, batch)["loss"].item())
+            optimizer.step()
+        assert values[-1] < values[0] - 0.1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_samples_depend_on_the_generator_alone(name: str) -> None:
+    model = small_model(name)
+    disturb(model)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    first, again, other = (drawn(model, 4, seed) for seed in (7, 7, 8))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    torch.testing.assert_close(drawn(model, 7)[:4], first)  # no image depends on its neighbours
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    with pytest.raises(ValueError, match="n: expected a positive integer, got 0"):
+        drawn(model, 0)
+
+
+@pytest.mark.parametrize("name", CONDITIONAL)
+def test_every_class_has_a_column_or_all_images_are_of_one(name: str) -> None:
+    model = small_model(name)
+    disturb(model)
+    in_turn = model.draw(7, LabelOptions(), generator=seeded(0))
+    assert in_turn.columns == CLASSES
+    for label in range(CLASSES):
+        of_one = model.draw(7, LabelOptions(label=label), generator=seeded(0))
+        assert of_one.columns is None
+        assert torch.equal(of_one.pixels[label::CLASSES], in_turn.pixels[label::CLASSES])
+        assert not torch.equal(of_one.pixels[(label + 1) % CLASSES], in_turn.pixels[(label + 1) % CLASSES])
+
+
+@pytest.mark.parametrize("name", ["cgan", "cdcgan, projection"])
+def test_training_brings_samples_to_the_images_of_their_class(name: str) -> None:
+    """Of two classes, black images and white ones."""
+    rates = {"generator_learning_rate": 2e-3, "discriminator_learning_rate": 2e-3}
+    model = small_model(name, classes=2, penalty_weight=1.0, beta1=0.0, **rates)
+    labels = torch.arange(16) % 2
+    batch = {"images": labels.float().view(-1, 1, 1, 1).expand(-1, -1, 8, 8), "labels": labels}
+    optimizers = {
+        phase.name: torch.optim.AdamW(model.get_submodule(phase.name).parameters(), phase.learning_rate, phase.betas)
+        for phase in model.phases()
+    }
+    for number in range(1, 101):
+        for phase, optimizer in optimizers.items():
+            torch.manual_seed(number)
+            step(model, phase, batch)
+            optimizer.step()
+    black, white = (drawn(model, 8, label=label).mean().item() for label in (0, 1))
+    assert white - black > 0.3
+    assert white > 0.75
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_saved_model_comes_back(name: str, tmp_path) -> None:
+    pytest.importorskip("huggingface_hub")
+    model = small_model(name, image_size=8, channels=2)
+    step(model, "generator", a_batch(model))  # so that statistics are not those of the beginning
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    assert torch.equal(drawn(loaded, 3), drawn(model, 3))
+
+
+@pytest.mark.parametrize("name", ["cdcgan", "gan"])
+def test_networks_compile_without_breaks(name: str) -> None:
+    model, reference = small_model(name, penalty="none"), small_model(name, penalty="none")
+    for network in model.children():
+        network.compile(backend="eager", fullgraph=True)
+    for phase in ("discriminator", "generator"):
+        values = []
+        for each in (model, reference):
+            torch.manual_seed(2)
+            values.append(step(each, phase, a_batch(each))["loss"])
+        torch.testing.assert_close(*values)
+    torch._dynamo.reset()
+
+
+def test_spectral_norms_of_samples_are_those_of_the_weights_as_they_are() -> None:
+    """Averaged weights come with averaged vectors; each map's largest singular value is 1 all the same."""
+    model = small_model("sagan")
+    disturb(model)
+    maps = [layer for layer in model.modules() if hasattr(layer, "parametrizations")]
+    assert len(maps) == 21
+    model.eval()
+
+    def furthest() -> float:
+        norms = [torch.linalg.matrix_norm(layer.weight.flatten(1), ord=2).item() for layer in maps]
+        return max(abs(norm - 1) for norm in norms)
+
+    stale = furthest()
+    with settled(model), torch.no_grad():
+        assert furthest() < min(0.1, stale / 3)
+    assert furthest() == stale
+
+
+def test_attention_is_where_the_config_says_and_begins_as_the_identity() -> None:
+    for options, at in (
+        ({"image_size": 64}, 16),
+        ({"image_size": 20}, 10),
+        ({"image_size": 8, "attention_size": 4}, 4),
+    ):
+        assert SAGANConfig(**options).attention_at == at
+        model = small_model("sagan", **options)
+        seen: list[tuple[torch.Size, bool]] = []
+
+        def hook(layer: object, x: tuple[Tensor], y: Tensor, seen: list[tuple[torch.Size, bool]] = seen) -> None:
+            seen.append((x[0].shape[2:], torch.equal(x[0], y)))
+
+        for network in model.children():
+            layers = [layer for layer in network.modules() if isinstance(layer, sagan.SelfAttention2d)]
+            assert len(layers) == 1
+            layers[0].register_forward_hook(hook)
+        model.loss("generator", a_batch(model, 2), NOW)
+        assert seen == [((at, at), True)] * 2
+
+
+def test_gates_are_shown_under_their_samples() -> None:
+    model = small_model("attention-gan", image_size=10, channels=3)
+    shown = model.show(a_batch(model), generator=seeded(7))["gates"]
+    assert isinstance(shown, Images)
+    samples, maps = shown.pixels.unflatten(0, (-1, 2, shown.columns)).unbind(1)
+    torch.testing.assert_close(samples.flatten(0, 1), drawn(model, 32))
+    assert ((maps > 0) & (maps < 1)).all()
+
+
+@pytest.mark.parametrize("name", ["gan", "cgan", "cdcgan", "sagan", "attention_gan"])
+def test_examples_in_docstrings_run(name: str) -> None:
+    results = doctest.testmod(importlib.import_module(f"fastgen.models.{name}"), extraglobs={"torch": torch})
+    assert results.attempted
+    assert results.failed == 0
