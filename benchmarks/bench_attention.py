@@ -8,12 +8,10 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.roofline import BACKWARD, FORWARD, cost
-from benchmarks.shapes import ATTENTION_SHAPES, AttentionShape
+from benchmarks.shapes import ATTENTION_SHAPES, EQUAL_HEADS, UNEQUAL_HEADS, AttentionShape
 from fastgen.functional import scaled_dot_product_attention as attention
 
-UNEQUAL = AttentionShape("unequal heads", 8, 1, 1024, 1024, 8, 64)
-EQUAL = AttentionShape("equal heads", 8, 1, 1024, 1024, 64, 64)
-LAPTOP = [UNEQUAL, EQUAL] + [
+LAPTOP = [UNEQUAL_HEADS, EQUAL_HEADS] + [
     shape.cut(batch=4, length=1024) for name, shape in ATTENTION_SHAPES.items() if not name.startswith("long")
 ]
 FULL = list(ATTENTION_SHAPES.values())

@@ -14,9 +14,9 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgen._bench_cases import UsualSelfAttention
 from fastgen.nn import SelfAttention2d
 
 BATCH = 16
@@ -24,30 +24,13 @@ CASES = [(32, 64, 1), (32, 256, 1), (64, 64, 1), (64, 256, 1), (64, 64, 2), (64,
 """Height and width, channels, pooling of keys and values."""
 
 
-class Usual(nn.Module):
-    """What SAGAN and BigGAN repositories hold."""
-
-    def __init__(self, channels: int, pool: int) -> None:
-        super().__init__()
-        self.pool = pool
-        self.query = nn.Conv2d(channels, channels // 8, 1, bias=False)
-        self.key = nn.Conv2d(channels, channels // 8, 1, bias=False)
-        self.value = nn.Conv2d(channels, channels // 2, 1, bias=False)
-        self.out = nn.Conv2d(channels // 2, channels, 1, bias=False)
-        self.gamma = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self.query(x).flatten(2), self.key(x), self.value(x)
-        if self.pool > 1:
-            key, value = F.max_pool2d(key, self.pool), F.max_pool2d(value, self.pool)
-        weights = torch.bmm(query.transpose(1, 2), key.flatten(2)).softmax(-1)
-        out = torch.bmm(value.flatten(2), weights.transpose(1, 2))
-        return x + self.gamma * self.out(out.unflatten(2, x.shape[2:]))
-
-
 def layer_of(whose: str, channels: int, pool: int) -> nn.Module:
     """With gamma away from 0, where it would be the identity."""
-    made = SelfAttention2d(channels, pool=pool if pool > 1 else False) if whose == "ours" else Usual(channels, pool)
+    made = (
+        SelfAttention2d(channels, pool=pool if pool > 1 else False)
+        if whose == "ours"
+        else UsualSelfAttention(channels, pool)
+    )
     nn.init.ones_(made.gamma)
     return made
 

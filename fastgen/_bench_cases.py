@@ -107,7 +107,7 @@ def _tangent(attend: Callable[..., Tensor], inputs: list[Tensor]) -> Any:
     return torch.func.jvp(attend, tuple(inputs), directions)
 
 
-def _usual_latent(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+def usual_latent(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
     z = mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)
     return z, 0.5 * (mu.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
 
@@ -122,7 +122,7 @@ def _latent(sizes: tuple[int, int], step: bool, device: torch.device) -> Callabl
             z, kl = function(*leaves)
             return torch.autograd.grad((z, kl), leaves, (upstream[0], upstream[1].to(kl.dtype))) if step else (z, kl)
 
-        return (lambda: work(reparameterize_kl)), (lambda: work(_usual_latent))
+        return (lambda: work(reparameterize_kl)), (lambda: work(usual_latent))
 
     return make
 
@@ -130,8 +130,9 @@ def _latent(sizes: tuple[int, int], step: bool, device: torch.device) -> Callabl
 class UsualSelfAttention(nn.Module):
     """The block of 1x1 convolutions that SAGAN repositories hold, with ``SelfAttention2d``'s state dict."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, pool: int = 1) -> None:
         super().__init__()
+        self.pool = pool
         self.query = nn.Conv2d(channels, channels // 8, 1, bias=False)
         self.key = nn.Conv2d(channels, channels // 8, 1, bias=False)
         self.value = nn.Conv2d(channels, channels // 2, 1, bias=False)
@@ -139,9 +140,11 @@ class UsualSelfAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = (layer(x).flatten(2) for layer in (self.query, self.key, self.value))
-        weights = torch.bmm(query.transpose(1, 2), key).softmax(-1)
-        out = torch.bmm(value, weights.transpose(1, 2)).unflatten(2, x.shape[2:])
+        query, key, value = self.query(x).flatten(2), self.key(x), self.value(x)
+        if self.pool > 1:
+            key, value = F.max_pool2d(key, self.pool), F.max_pool2d(value, self.pool)
+        weights = torch.bmm(query.transpose(1, 2), key.flatten(2)).softmax(-1)
+        out = torch.bmm(value.flatten(2), weights.transpose(1, 2)).unflatten(2, x.shape[2:])
         y: Tensor = x + self.gamma * self.out(out)
         return y
 
