@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.roofline import BACKWARD, FORWARD, cost
-from benchmarks.shapes import ATTENTION_SHAPES, EQUAL_HEADS, UNEQUAL_HEADS, AttentionShape
+from benchmarks.shapes import ATTENTION_SHAPES, EQUAL_HEADS, UNEQUAL_HEADS
 from fastgen.functional import scaled_dot_product_attention as attention
 
 LAPTOP = [UNEQUAL_HEADS, EQUAL_HEADS] + [

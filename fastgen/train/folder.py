@@ -96,8 +96,8 @@ class RunFolder:
         for folder in sorted(self.path.iterdir()):
             if folder.is_dir() and not folder.is_symlink():
                 for file in folder.iterdir():
-                    events = folder.name == "tensorboard" and file.name.startswith("events.out.tfevents.")
-                    if (EXHIBIT.fullmatch(file.name) or events) and not file.is_dir():
+                    ours = EXHIBIT.fullmatch(file.name) or file.name.startswith("events.out.tfevents.")
+                    if ours and not file.is_dir():
                         file.unlink()
         for file in self._files():
             temporary_name(file).unlink(missing_ok=True)

@@ -334,8 +334,9 @@ def _trackers(config: TrainConfig) -> list[str]:
 def _start_trackers(accelerator: Accelerator, trackers: list[str], folder: RunFolder, step: int) -> None:
     if not trackers:
         return
-    inside(folder.path, "tensorboard")
-    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": step + 1}})
+    project = "tensorboard" if trackers == ["tensorboard"] else "fastgen"  # TensorBoard's folder, others' project
+    inside(folder.path, project)
+    accelerator.init_trackers(project, init_kwargs={"tensorboard": {"purge_step": step + 1}})
 
 
 def _last_held_out(folder: RunFolder) -> dict[str, float]:
