@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import safetensors
@@ -106,7 +107,8 @@ def _distances(
     trained: Trained, name: str, train: Items, held_out: Items, config: EvaluateConfig, folder: RunFolder
 ) -> list[metrics.Figure]:
     real, known = _all(held_out, config), _all(train, config)
-    space = _space(name, known, real, config, folder, trained.header.fingerprint).to(trained.model.device)
+    short = Path(name).name if Path(name).exists() else name
+    space = _space(short, known, real, config, folder, trained.header.fingerprint).to(trained.model.device)
     generator = torch.Generator().manual_seed(config.seed)
     drawn = joined(list(trained.draw(config.n, trained.model.sampling_class(), generator)))
     assert isinstance(drawn, Images)
