@@ -61,11 +61,11 @@ def normal_noise(shape: tuple[int, ...], like: Tensor, generator: torch.Generato
     return torch.randn(shape, generator=generator, device=device).to(like)
 
 
-def above_each_other(originals: Tensor, others: Tensor) -> Images:
+def above_each_other(*stacks: Tensor) -> Images:
     """Rows of images (B, C, H, W), each above the row of its counterparts; what does not fill a row is left out."""
-    columns = min(PAIRS_IN_A_ROW, len(originals))
-    whole = len(originals) // columns * columns
-    rows = [images[:whole].unflatten(0, (-1, columns)) for images in (originals, others)]
+    count = len(stacks[0])
+    columns = min(PAIRS_IN_A_ROW, count)
+    rows = [images[: count // columns * columns].unflatten(0, (-1, columns)) for images in stacks]
     return Images(torch.stack(rows, dim=1).flatten(0, 2), columns)
 
 

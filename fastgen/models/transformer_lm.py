@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen import functional
 from fastgen._checks import require_positive, require_probability, require_shape, require_tensor
 from fastgen.models._base import Batch, GenerativeModel, Moment, Phase, Texts, option
+from fastgen.models._decoder import DecoderBlock, initialise_decoder, new_caches
 from fastgen.nn import KVCache, RotaryEmbedding
 
 Activation = Literal["gelu", "swiglu"]
@@ -105,54 +105,6 @@ class TextOptions:
             raise ValueError(f"top_p: expected a probability in (0, 1], got {self.top_p}")
 
 
-class DecoderBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: TransformerLMConfig) -> None:
-        super().__init__()
-        width, hidden = config.width, config.hidden_dim
-        self.heads, self.head_dim, self.dropout = config.heads, config.head_dim, config.dropout
-        self.gated = config.activation == "swiglu"
-        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.query_norm = nn.Parameter(torch.ones(self.head_dim)) if config.normalise_heads else None
-        self.key_norm = nn.Parameter(torch.ones(self.head_dim)) if config.normalise_heads else None
-        self.merge = nn.Linear(width, width, bias=False)
-        self.mlp_norm = nn.RMSNorm(width, eps=1e-6)
-        self.mlp_in = nn.Linear(width, hidden * (2 if self.gated else 1), bias=False)
-        self.mlp_out = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
-        """x (B, N, width) -> the same. ``rotary``: tables of its positions. ``cache``: of the tokens before x."""
-        query, key, value = functional.qkv_projection(
-            self.attention_norm(x),
-            self.qkv.weight,
-            heads=(self.heads,) * 3,
-            head_dims=(self.head_dim,) * 3,
-            norms=() if self.query_norm is None or self.key_norm is None else (self.query_norm, self.key_norm),
-            rotary=rotary,
-        )
-        p = self.dropout if self.training else 0.0
-        if cache is None:
-            heads = functional.scaled_dot_product_attention(query, key, value, dropout_p=p, is_causal=True)
-        else:
-            keys, values, mask = cache.update(key, value)
-            heads = functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-        heads = cast(Tensor, heads)
-        if p:
-            x = x + F.dropout(functional.merge_heads_projection(heads, self.merge.weight), p)
-        else:
-            x = functional.merge_heads_projection(heads, self.merge.weight, residual=x)
-        hidden = self.mlp_in(self.mlp_norm(x))
-        if self.gated:
-            gate, hidden = hidden.chunk(2, dim=-1)
-            hidden = F.silu(gate) * hidden
-        else:
-            hidden = F.gelu(hidden)
-        branch: Tensor = self.mlp_out(hidden)
-        return x + (F.dropout(branch, p) if p else branch)
-
-
 class TransformerLM(GenerativeModel):
     """The model described at the top of this file. Tokens are (B, N) int64, N at most the context.
 
@@ -185,15 +137,7 @@ class TransformerLM(GenerativeModel):
         self.decoder = nn.ModuleList(DecoderBlock(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
         self.logits = None if config.tied else nn.Linear(config.width, len(config.vocabulary), bias=False)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """N(0, 1 / width); what is added to the residual stream is smaller by the root of how often that is done."""
-        std = self.config.width**-0.5
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                added = name.endswith(("merge.weight", "mlp_out.weight"))
-                nn.init.normal_(parameter, std=std * (2 * self.config.depth) ** -0.5 if added else std)
+        initialise_decoder(self, config)
 
     def phases(self) -> tuple[Phase, ...]:
         config = self.config
@@ -301,14 +245,7 @@ class TransformerLM(GenerativeModel):
         return text[:, drawn:]
 
     def _caches(self, batch: int) -> list[KVCache]:
-        config, weight = self.config, self.embedding.weight
-        device = weight.device
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
-        return [
-            KVCache(batch, config.heads, config.context, config.head_dim, device=device, dtype=dtype)
-            for _ in range(config.depth)
-        ]
+        return new_caches(self.config, batch, self.config.context, self.embedding.weight)
 
 
 def choose(logits: Tensor, options: TextOptions, generator: torch.Generator | None) -> Tensor:

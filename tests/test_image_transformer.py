@@ -1,0 +1,249 @@
+"""The Transformer over pixels: what a trainer and a caller may rely on."""
+
+from __future__ import annotations
+
+import doctest
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgen.models import image_transformer
+from fastgen.models._base import Images, Moment, from_data
+from fastgen.models._decoder import new_caches
+from fastgen.models.image_transformer import ImageTransformer, ImageTransformerConfig, PixelOptions
+
+NOW = Moment(1, 10)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "conditional": {"classes": 3, "conditional": True},
+    "colours": {"channels": 3, "image_size": 3},
+    "swiglu, few tones": {"activation": "swiglu", "levels": 256, "tones": 5, "normalise_heads": False},
+}
+
+
+def small_model(**options: Any) -> ImageTransformer:
+    torch.manual_seed(0)
+    config = {"image_size": 4, "levels": 6, "width": 16, "heads": 2, "depth": 2, "dropout": 0.0, **options}
+    return ImageTransformer(ImageTransformerConfig(**config))
+
+
+def random_batch(n: int, config: ImageTransformerConfig) -> dict[str, Tensor]:
+    shape = (n, config.channels, config.image_size, config.image_size)
+    counts = torch.randint(0, config.levels, shape, generator=seeded(1))
+    return {"images": counts / (config.levels - 1), "labels": torch.arange(n) % 3}
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_shapes_and_gradients_of_every_variant(variant: str) -> None:
+    model = small_model(**VARIANTS[variant])
+    batch = random_batch(5, model.config)
+    model.loss("pixels", batch, NOW)["loss"].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+    drawn = model.draw(4, PixelOptions(), generator=seeded(0))
+    assert isinstance(drawn, Images)
+    assert drawn.pixels.shape == (4, *batch["images"].shape[1:])
+    shown = model.show(batch, generator=seeded(0))["completions"]
+    assert (shown.pixels.shape, shown.columns) == ((15, *batch["images"].shape[1:]), 5)
+
+
+def test_tokens_are_levels_in_raster_order_with_a_pixel_s_colours_together() -> None:
+    model = small_model(channels=3, image_size=2)
+    images = torch.arange(12).view(1, 2, 2, 3).movedim(-1, 1) % 6 / 5
+    assert model.tokens(images).tolist() == [[0, 1, 2, 3, 4, 5] * 2]
+    torch.testing.assert_close(model.pixels(model.tokens(images)), images)
+
+
+@pytest.mark.parametrize(("levels", "tones"), [(256, 16), (256, 17), (6, 4), (6, 6), (5, 17)])
+def test_neighbouring_levels_share_a_tone(levels: int, tones: int) -> None:
+    model = small_model(levels=levels, tones=tones, image_size=2)
+    tone = model.tone_of_level
+    assert (tone.diff() >= 0).all()
+    assert (tone[0], tone[-1]) == (0, min(levels, tones) - 1)
+    sizes = torch.bincount(tone)
+    assert sizes.max() - sizes.min() <= 1
+    means = [(torch.arange(levels)[tone == t].double() / (levels - 1)).mean() for t in range(len(sizes))]
+    torch.testing.assert_close(model.pixel_of_tone, torch.stack(means).float())
+
+
+@pytest.mark.parametrize(("levels", "tones"), [(3, 3), (5, 2)])
+def test_probabilities_of_all_images_sum_to_one(levels: int, tones: int) -> None:
+    model = small_model(image_size=2, levels=levels, tones=tones).eval()
+    images = torch.cartesian_prod(*[torch.arange(float(levels))] * 4).view(-1, 1, 2, 2) / (levels - 1)
+    total = (-model.score({"images": images})["nll"]).exp().sum()
+    torch.testing.assert_close(total, torch.tensor(1.0))
+
+
+def test_samples_have_the_probabilities_that_the_score_says() -> None:
+    model = small_model(image_size=2, levels=2).eval()
+    images = torch.cartesian_prod(*[torch.arange(2.0)] * 4).view(-1, 1, 2, 2)
+    wanted = (-model.score({"images": images})["nll"]).exp()
+    pixels = model.draw(20_000, PixelOptions(), generator=seeded(0)).pixels
+    counts = torch.bincount((pixels.flatten(1) @ torch.tensor([8.0, 4, 2, 1])).long(), minlength=16) / 20_000
+    assert ((counts - wanted).abs() < 5 * (wanted / 20_000).sqrt()).all()
+
+
+def test_no_prediction_depends_on_what_comes_later() -> None:
+    model = small_model().eval()
+    tokens = model.tokens(random_batch(2, model.config)["images"])[:, :-1]
+    changed = tokens.clone()
+    changed[:, 7:] = (changed[:, 7:] + 1) % 6
+    before, after = model(tokens), model(changed)
+    torch.testing.assert_close(before[:, :8], after[:, :8])
+    assert not torch.allclose(before[:, 8], after[:, 8])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cached_values_are_those_of_one_forward(variant: str) -> None:
+    model = small_model(**VARIANTS[variant]).eval()
+    batch = random_batch(3, model.config)
+    tokens, labels = model.tokens(batch["images"])[:, :-1], batch["labels"]
+    with torch.no_grad():
+        whole, x = model(tokens, labels), model._embedded(tokens, labels)
+        caches = new_caches(model.config, 3, model.config.length, model.embedding.weight)
+        parts = [model._run(x[:, a:b], a, caches) for a, b in ((0, 4), (4, 5), (5, x.size(1)))]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("known", [0, 5, 15, 16])
+def test_completions_keep_what_is_there_and_are_the_likeliest_at_temperature_0(known: int) -> None:
+    model = small_model().eval()
+    tokens = model.tokens(random_batch(3, model.config)["images"])[:, :known]
+    completed = model.complete(tokens, temperature=0.0)
+    assert torch.equal(completed[:, :known], tokens)
+    for at in range(known, 16):
+        assert torch.equal(completed[:, at], model(completed[:, :at])[:, -1].argmax(1))
+
+
+def test_score_and_loss_are_the_cross_entropy_of_the_next_value() -> None:
+    model = small_model().eval()
+    batch = random_batch(4, model.config)
+    tokens = model.tokens(batch["images"])
+    wanted = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens.flatten(), reduction="none").view(4, -1)
+    torch.testing.assert_close(model.score(batch)["nll"], wanted.sum(1))
+    torch.testing.assert_close(model.loss("pixels", batch, NOW)["loss"], wanted.mean())
+    assert abs(wanted.mean().item() - math.log(6)) < 1.0  # a new model knows nothing
+
+
+def test_training_steps_lower_the_loss_and_labels_decide_what_is_drawn() -> None:
+    """Every class is one picture."""
+    model = small_model(classes=3, conditional=True)
+    batch = random_batch(3, model.config)
+    (phase,) = model.phases()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, phase.betas, weight_decay=phase.weight_decay)
+    values = []
+    for _ in range(60):
+        loss = model.loss("pixels", batch, NOW)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    assert values[-1] < 0.1 * values[0]
+    for label in range(3):
+        drawn = model.draw(2, PixelOptions(label=label, temperature=0.0)).pixels
+        torch.testing.assert_close(drawn, batch["images"][label].expand(2, -1, -1, -1))
+    in_turn = model.draw(6, PixelOptions(temperature=0.0))
+    assert in_turn.columns == 3
+    torch.testing.assert_close(in_turn.pixels, batch["images"].repeat(2, 1, 1, 1))
+
+
+def test_labels_that_do_not_fit_are_named() -> None:
+    told, alone = small_model(classes=3, conditional=True), small_model(classes=3)
+    with pytest.raises(ValueError, match="label: expected -1 or a class below 3, got 3"):
+        told.draw(2, PixelOptions(label=3))
+    with pytest.raises(ValueError, match="label: expected -1, as the model was not told the classes, got 0"):
+        alone.draw(2, PixelOptions(label=0))
+    with pytest.raises(ValueError, match=r"labels: expected \(B,\) int64, got a batch without labels"):
+        told.loss("pixels", {"images": random_batch(2, told.config)["images"]}, NOW)
+
+
+CONFIG_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
+    "no size": ({"image_size": 0}, "image_size: expected a positive integer, got 0"),
+    "too large": (
+        {"image_size": 64, "channels": 3},
+        "image_size: expected at most 4096 values in an image, got 3 x 64 x 64 = 12288",
+    ),
+    "one level": ({"levels": 1}, "levels: expected an integer of at least 2, got 1"),
+    "one tone": ({"tones": 1}, "tones: expected an integer of at least 2, got 1"),
+    "no classes": ({"conditional": True}, "conditional: expected false, as the data has 0 classes, got true"),
+    "heads that do not divide": ({"width": 15}, "width: expected an even multiple of heads = 4, got 15"),
+    "a negative mlp": ({"mlp_width": -1}, "mlp_width: expected an integer >= 0, got -1"),
+    "an unknown activation": ({"activation": "sine"}, "activation: expected one of gelu, swiglu, got 'sine'"),
+    "a dropout of 1": ({"dropout": 1.0}, r"dropout: expected a probability in \[0, 1\), got 1.0"),
+    "a learning rate of 0": ({"learning_rate": 0.0}, "learning_rate: expected a positive number, got 0.0"),
+    "a negative decay": ({"weight_decay": -1.0}, "weight_decay: expected a number >= 0, got -1.0"),
+}
+
+
+@pytest.mark.parametrize("mistake", CONFIG_ERRORS)
+def test_a_mistake_in_the_config_is_named(mistake: str) -> None:
+    options, message = CONFIG_ERRORS[mistake]
+    with pytest.raises(ValueError, match=f"^{message}"):
+        ImageTransformerConfig(**options)
+    assert from_data(ImageTransformerConfig) == ["image_size", "channels", "levels", "classes"]
+
+
+def test_images_and_tokens_that_do_not_fit_are_named() -> None:
+    model = small_model()
+    with pytest.raises(ValueError, match=r"images: expected shape \(B, C, S, S\) = \(2, 1, 4, 4\), got \(2, 3, 4, 4\)"):
+        model.score({"images": torch.zeros(2, 3, 4, 4)})
+    with pytest.raises(ValueError, match=r"tokens: expected \(B, N\) with N below 16 values, got \(2, 16\)"):
+        model(torch.zeros(2, 16, dtype=torch.int64))
+    with pytest.raises(ValueError, match="tokens: expected shape"):
+        model.complete(torch.zeros(2, 17, dtype=torch.int64))
+    with pytest.raises(ValueError, match="n: expected a positive integer, got 0"):
+        model.draw(0, PixelOptions())
+    with pytest.raises(ValueError, match="temperature: expected a finite number >= 0, got -1"):
+        PixelOptions(temperature=-1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_under_autocast_are_finite(variant: str) -> None:
+    model = small_model(**VARIANTS[variant], dropout=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss("pixels", random_batch(3, model.config), NOW)["loss"]
+        model.draw(2, PixelOptions())
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    assert model.training  # as it was before drawing
+
+
+def test_the_loss_compiles_without_graph_breaks() -> None:
+    model = small_model()
+    batch = random_batch(3, model.config)
+    compiled = torch.compile(lambda b: model.loss("pixels", b, NOW)["loss"], fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(batch), model.loss("pixels", batch, NOW)["loss"])
+    torch._dynamo.reset()
+
+
+def test_samples_depend_on_the_generator_alone() -> None:
+    model = small_model(dropout=0.5)
+    first, again, other = (model.draw(4, PixelOptions(), generator=seeded(s)).pixels for s in (7, 7, 8))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_saved_model_comes_back(tmp_path) -> None:
+    pytest.importorskip("huggingface_hub")
+    model = small_model(**VARIANTS["conditional"], levels=256).eval()
+    model.save_pretrained(tmp_path)
+    loaded = ImageTransformer.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    batch = random_batch(3, model.config)
+    torch.testing.assert_close(loaded.score(batch), model.score(batch))
+
+
+def test_examples_in_docstrings_run() -> None:
+    results = doctest.testmod(image_transformer, extraglobs={"torch": torch})
+    assert results.attempted
+    assert results.failed == 0
