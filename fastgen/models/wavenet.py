@@ -42,7 +42,7 @@ class WaveNetConfig:
     cycle: int = option(8, "layers until the dilation is 1 again: 1, 2, 4, ...")
     cycles: int = option(2, "times the dilations are gone through")
     crop: int = option(1000, "samples of each sound that a step predicts; 0: all")
-    learning_rate: float = option(3e-3, "of AdamW")
+    learning_rate: float = option(5e-3, "of AdamW")
     beta1: float = option(0.9, "of AdamW")
     beta2: float = option(0.99, "of AdamW")
 
@@ -147,12 +147,12 @@ class WaveNet(GenerativeModel):
     config_class, sampling_class = WaveNetConfig, SoundOptions
     train_defaults: ClassVar = {
         "steps": 1500,
-        "batch_size": 8,
+        "batch_size": 4,
         "schedule": "cosine",
         "warmup": 50,
         "clip": 1.0,
         "average_decay": 0.998,
-        "evaluate_every": 500,
+        "evaluate_every": 750,
         "sample_every": 500,
     }
     config: WaveNetConfig

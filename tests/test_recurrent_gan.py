@@ -1,0 +1,304 @@
+"""The recurrent GAN: what a trainer and a caller may rely on."""
+
+from __future__ import annotations
+
+import doctest
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgen import losses
+from fastgen.models import recurrent_gan
+from fastgen.models._base import Moment, NoOptions, Texts, from_data
+from fastgen.models.recurrent_gan import RecurrentGAN, RecurrentGANConfig
+
+NOW = Moment(1, 10)
+VARIANTS = {
+    "default": {"source_length": 3, "target_length": 7},
+    "soft": {"hard": False, "temperature": 0.5, "noise_dim": 3},
+    "gradient": {"penalty": "gradient", "loss": "wasserstein"},
+    "no penalty": {"penalty": "none", "loss": "hinge"},
+}
+
+
+def small_model(**options: object) -> RecurrentGAN:
+    torch.manual_seed(0)
+    sizes = {"vocabulary": "abc", "source_length": 6, "target_length": 5, "generator_width": 12, "critic_width": 7}
+    return RecurrentGAN(RecurrentGANConfig(**{**sizes, **options}))  # type: ignore[arg-type]
+
+
+def rows(*texts: str, length: int) -> Tensor:
+    """Tokens of texts over "abc", as the data have them."""
+    tokens = [[1, *("abc".index(c) + 3 for c in text), 2] for text in texts]
+    return torch.tensor([row + [0] * (length - len(row)) for row in tokens])
+
+
+def batch_of(model: RecurrentGAN, *pairs: tuple[str, str]) -> dict[str, Tensor]:
+    sources, targets = zip(*pairs, strict=True)
+    config = model.config
+    return {
+        "source": rows(*sources, length=config.source_length),
+        "target": rows(*targets, length=config.target_length),
+    }
+
+
+PAIRS = (("a", "bcc"), ("b", "c"), ("c", "ab"), ("a", "a"))
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def step(model: RecurrentGAN, phase: str, batch: dict[str, Tensor], autocast: bool = False) -> dict[str, Tensor]:
+    for other in model.phases():
+        model.get_submodule(other.name).requires_grad_(other.name == phase)
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        values = model.loss(phase, batch, NOW)
+    values["loss"].backward()
+    return values
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_phase_gives_finite_gradients_to_its_own_network_only(variant: str, autocast: bool) -> None:
+    model = small_model(**VARIANTS[variant])
+    for phase in ("critic", "generator"):
+        values = step(model, phase, batch_of(model, *PAIRS), autocast)
+        assert values["loss"].dtype == torch.float32
+        assert all(not value.requires_grad for name, value in values.items() if name != "loss")
+        for name, parameter in model.named_parameters():
+            if name.startswith(phase):
+                assert parameter.grad is not None, name
+                assert parameter.grad.isfinite().all(), name
+                assert parameter.grad.any() or name == "critic.score.bias", name  # which may cancel out
+            else:
+                assert parameter.grad is None, name
+
+
+def test_both_sides_are_one_sequence_of_one_hot_vectors() -> None:
+    model = small_model()
+    sequences = model._sequences(batch_of(model, ("abca", "c"), ("b", "aab")))
+    assert sequences.shape == (2, 9, 5)
+    assert sequences.argmax(2).tolist() == [[2, 3, 4, 2, 1, 4, 1, 0, 0], [3, 1, 2, 2, 3, 1, 0, 0, 0]]
+    assert (sequences.sum(2) == 1).all()
+    assert [model._spell(row) for row in sequences.argmax(2).tolist()] == ["abca -> c", "b -> aab"]
+
+
+SPELT = {
+    "no end": ([2, 2, 2, 2], "aaa" + "a"),
+    "one end": ([2, 1, 3, 0], "a -> b"),
+    "nothing": ([0, 0, 0, 0], ""),
+    "padding inside": ([2, 0, 1, 3], "a_ -> b"),
+    "more after the second end": ([2, 1, 3, 1, 4, 0], "a -> b|c"),
+    "empty sides": ([1, 1, 0, 0], " -> "),
+}
+
+
+@pytest.mark.parametrize("case", SPELT)
+def test_what_is_not_well_formed_shows(case: str) -> None:
+    symbols, text = SPELT[case]
+    assert small_model()._spell(symbols) == text
+
+
+@pytest.mark.parametrize(
+    ("symbols", "formed"),
+    [
+        ([2, 1, 3, 1, 0, 0], 1.0),
+        ([2, 2, 1, 3, 3, 1], 1.0),
+        ([2, 1, 3, 1, 0, 2], 0.0),
+        ([2, 0, 1, 3, 1, 0], 0.0),
+        ([1, 2, 1, 0, 0, 0], 0.0),
+        ([2, 1, 1, 0, 0, 0], 0.0),
+        ([2, 1, 2, 2, 2, 2], 0.0),
+        ([2, 1, 2, 1, 2, 1], 0.0),
+        ([0, 0, 0, 0, 0, 0], 0.0),
+    ],
+    ids=str,
+)
+def test_the_score_says_which_drawn_sequences_are_well_formed(monkeypatch, symbols: list[int], formed: float) -> None:
+    model = small_model(source_length=4, target_length=4)
+    monkeypatch.setattr(model, "_symbols", lambda n, generator: torch.tensor([symbols] * n))
+    scores = model.score(batch_of(model, ("a", "b"), ("b", "a")))
+    assert scores["well formed"].tolist() == [formed] * 2
+    torch.testing.assert_close(scores["real"], model.critic(model._sequences(batch_of(model, ("a", "b"), ("b", "a")))))
+
+
+def test_hard_outputs_are_one_hot_with_the_gradient_of_soft_ones() -> None:
+    hard, soft = small_model().double(), small_model(hard=False).double()
+    weights = torch.randn(5, dtype=torch.float64, generator=seeded(1))
+    logits = torch.randn(4, 5, dtype=torch.float64, generator=seeded(2))
+    gradients = []
+    for model in (hard, soft):
+        x = logits.clone().requires_grad_()
+        output = model.generator._sample(x)
+        torch.testing.assert_close(output.sum(1), torch.ones(4, dtype=torch.float64))
+        gradients.append(torch.autograd.grad((output * weights).sum(), x)[0])
+    torch.testing.assert_close(*gradients)
+    drawn = hard._generate(6, seeded(3)).detach()
+    torch.testing.assert_close(drawn.amax(2), torch.ones_like(drawn[..., 0]))
+
+
+def test_symbols_are_drawn_with_the_probabilities_of_the_logits() -> None:
+    model = small_model(source_length=3, target_length=3)
+    with torch.no_grad():
+        for parameter in model.generator.parameters():
+            parameter.zero_()
+        wanted = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
+        model.generator.logits.bias.copy_(wanted.log())
+    drawn = model._symbols(5000, seeded(4))
+    share = torch.bincount(drawn.flatten(), minlength=5) / drawn.numel()
+    torch.testing.assert_close(share, wanted, rtol=0, atol=0.012)
+
+
+def test_an_output_depends_on_the_one_before_it_and_on_none_after() -> None:
+    model = small_model(hard=False).double()
+    noise, gumbel = (torch.randn(1, 9, n, dtype=torch.float64, generator=seeded(n)) for n in (16, 5))
+    before = model.generator(noise, gumbel)
+    changed = gumbel.clone()
+    changed[:, 4] += torch.arange(5)
+    after = model.generator(noise, changed)
+    assert torch.equal(before[:, :4], after[:, :4])
+    assert not torch.allclose(before[:, 5], after[:, 5])
+
+
+@pytest.mark.parametrize("variant", ["default", "gradient"])
+def test_a_penalty_adds_its_weight_times_itself_and_has_the_right_gradient(variant: str) -> None:
+    model = small_model(**VARIANTS[variant], penalty_weight=3.0).double()
+    plain = small_model(**{**VARIANTS[variant], "penalty": "none"}).double()
+    batch = batch_of(model, *PAIRS[1:])
+    torch.manual_seed(2)
+    values = step(model, "critic", batch)
+    torch.manual_seed(2)
+    without = step(plain, "critic", batch)
+    assert "penalty" not in without
+    assert values["penalty"] > 0
+    torch.testing.assert_close(values["loss"], without["loss"] + 3 * values["penalty"])
+
+    def loss_at(offset: float) -> Tensor:
+        with torch.no_grad():
+            model.critic.gru.weight_hh_l0[0, 0] += offset
+        torch.manual_seed(2)
+        value = model.loss("critic", batch, NOW)["loss"].detach()
+        with torch.no_grad():
+            model.critic.gru.weight_hh_l0[0, 0] -= offset
+        return value
+
+    slope = (loss_at(1e-5) - loss_at(-1e-5)) / 2e-5
+    weight = model.critic.gru.weight_hh_l0
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad[0, 0], slope, rtol=1e-5, atol=1e-9)
+
+
+def test_the_scaler_of_float16_reaches_the_penalty_and_changes_nothing() -> None:
+    model = small_model()
+    penalties = []
+    for scaler in (None, torch.amp.GradScaler("cpu")):
+        torch.manual_seed(2)
+        penalties.append(model.loss("critic", batch_of(model, *PAIRS), Moment(1, 10, scaler))["penalty"])
+    torch.testing.assert_close(*penalties)
+
+
+def test_r1_is_the_penalty_of_the_real_sequences() -> None:
+    model = small_model()
+    batch = batch_of(model, *PAIRS)
+    real = model._sequences(batch).requires_grad_()
+    torch.testing.assert_close(
+        model.loss("critic", batch, NOW)["penalty"], losses.r1_penalty(model.critic(real), real).detach()
+    )
+
+
+def test_training_both_brings_samples_to_the_data() -> None:
+    """One sequence is all the data there is."""
+    model = small_model(source_length=4, target_length=3, critic_steps=1, generator_width=64, critic_width=32)
+    batch = batch_of(model, *[("ab", "c")] * 16)
+    optimizers = {
+        p.name: torch.optim.AdamW(model.get_submodule(p.name).parameters(), 5e-3, p.betas) for p in model.phases()
+    }
+    assert model.draw(50, NoOptions(), generator=seeded(0)).texts.count("ab -> c") < 5
+    for _ in range(90):
+        for phase, optimizer in optimizers.items():
+            step(model, phase, batch)
+            optimizer.step()
+    assert model.draw(50, NoOptions(), generator=seeded(0)).texts.count("ab -> c") > 40
+
+
+def test_samples_depend_on_the_generator_alone() -> None:
+    model = small_model()
+    first, again, other = (model.draw(4, NoOptions(), generator=seeded(s)) for s in (7, 7, 8))
+    assert isinstance(first, Texts)
+    assert first == again
+    assert first != other
+    assert len(set(first.texts)) > 1
+
+
+def test_phases_say_which_networks_in_which_order() -> None:
+    first, second = small_model(critic_steps=5, generator_learning_rate=3e-3).phases()
+    assert (first.name, first.networks, first.repeats) == ("critic", ("critic",), 5)
+    assert (second.name, second.networks, second.repeats) == ("generator", ("generator",), 1)
+    assert second.learning_rate == 3e-3
+    assert RecurrentGAN.averaged == ("generator",)
+
+
+CONFIG_ERRORS = {
+    "a character twice": ({"vocabulary": "aa"}, "vocabulary: expected distinct characters, got 'a' more than once"),
+    "no room in a source": ({"source_length": 2}, "source_length: expected 3 or more: start, a character, end, got 2"),
+    "no noise": ({"noise_dim": 0}, "noise_dim: expected a positive integer, got 0"),
+    "an unknown game": ({"loss": "poker"}, "loss: expected one of minimax, .*, got 'poker'"),
+    "an unknown penalty": ({"penalty": "r3"}, "penalty: expected one of none, r1, gradient, got 'r3'"),
+    "a temperature of 0": ({"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
+    "a learning rate NaN": ({"critic_learning_rate": math.nan}, "critic_learning_rate: expected a positive number"),
+    "a negative weight": ({"penalty_weight": -1.0}, "penalty_weight: expected a number >= 0, got -1.0"),
+    "a beta of 1": ({"beta1": 1.0}, r"beta1: expected a probability in \[0, 1\), got 1.0"),
+}
+
+
+@pytest.mark.parametrize("mistake", CONFIG_ERRORS)
+def test_a_mistake_in_the_config_is_named(mistake: str) -> None:
+    options, message = CONFIG_ERRORS[mistake]
+    with pytest.raises(ValueError, match=f"^{message}"):
+        RecurrentGANConfig(**options)  # type: ignore[arg-type]
+
+
+CALL_ERRORS = {
+    "no texts": (lambda m: m.draw(0, NoOptions()), ValueError, "n: expected a positive integer, got 0"),
+    "floating tokens": (
+        lambda m: m.score({"source": torch.zeros(2, 6), "target": torch.zeros(2, 5)}),
+        TypeError,
+        "source: expected an int64 tensor, got torch.float32",
+    ),
+    "targets of another length": (
+        lambda m: m.score({"source": rows("a", length=6), "target": rows("a", length=6)}),
+        ValueError,
+        r"target: expected shape \(B, target_length\) = \(1, 5\), got \(1, 6\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", CALL_ERRORS)
+def test_a_mistake_in_a_call_is_named(mistake: str) -> None:
+    call, error, message = CALL_ERRORS[mistake]
+    with pytest.raises(error, match=f"^{message}"):
+        call(small_model())
+
+
+def test_the_data_decide_vocabulary_and_lengths() -> None:
+    assert from_data(RecurrentGANConfig) == ["vocabulary", "source_length", "target_length"]
+
+
+def test_a_saved_model_comes_back(tmp_path) -> None:
+    pytest.importorskip("huggingface_hub")
+    model = small_model(noise_dim=3)
+    model.save_pretrained(tmp_path)
+    loaded = RecurrentGAN.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    drawn = [m.draw(3, NoOptions(), generator=seeded(0)).texts for m in (model, loaded)]
+    assert drawn[0] == drawn[1]
+
+
+def test_examples_in_docstrings_run() -> None:
+    results = doctest.testmod(recurrent_gan, extraglobs={"torch": torch})
+    assert results.attempted
+    assert results.failed == 0
