@@ -52,7 +52,7 @@ class RecurrentGANConfig:
     hard: bool = option(True, "round outputs to one-hot vectors, as they are when drawn")
     loss: AdversarialLoss = option("non-saturating", "the game")
     penalty: Penalty = option("r1", "of the critic's slope")
-    penalty_weight: float = option(1.0, "what the penalty is multiplied by (gamma, lambda)")
+    penalty_weight: float = option(10.0, "what the penalty is multiplied by (gamma, lambda)")
     critic_steps: int = option(1, "updates of the critic for one of the generator")
     generator_learning_rate: float = option(2e-3, "of the generator's AdamW")
     critic_learning_rate: float = option(2e-3, "of the critic's AdamW")
