@@ -18,6 +18,7 @@ NOW = Moment(1, 10)
 VARIANTS = {
     "default": {"source_length": 3, "target_length": 7},
     "soft": {"hard": False, "temperature": 0.5, "noise_dim": 3},
+    "r1": {"penalty": "r1"},
     "gradient": {"penalty": "gradient", "loss": "wasserstein"},
     "no penalty": {"penalty": "none", "loss": "hinge"},
 }
@@ -164,7 +165,7 @@ def test_an_output_depends_on_the_one_before_it_and_on_none_after() -> None:
     assert not torch.allclose(before[:, 5], after[:, 5])
 
 
-@pytest.mark.parametrize("variant", ["default", "gradient"])
+@pytest.mark.parametrize("variant", ["default", "r1", "gradient"])
 def test_a_penalty_adds_its_weight_times_itself_and_has_the_right_gradient(variant: str) -> None:
     model = small_model(**VARIANTS[variant], penalty_weight=3.0).double()
     plain = small_model(**{**VARIANTS[variant], "penalty": "none"}).double()
@@ -202,7 +203,7 @@ def test_the_scaler_of_float16_reaches_the_penalty_and_changes_nothing() -> None
 
 
 def test_r1_is_the_penalty_of_the_real_sequences() -> None:
-    model = small_model()
+    model = small_model(penalty="r1")
     batch = batch_of(model, *PAIRS)
     real = model._sequences(batch).requires_grad_()
     torch.testing.assert_close(
@@ -247,7 +248,7 @@ CONFIG_ERRORS = {
     "no room in a source": ({"source_length": 2}, "source_length: expected 3 or more: start, a character, end, got 2"),
     "no noise": ({"noise_dim": 0}, "noise_dim: expected a positive integer, got 0"),
     "an unknown game": ({"loss": "poker"}, "loss: expected one of minimax, .*, got 'poker'"),
-    "an unknown penalty": ({"penalty": "r3"}, "penalty: expected one of none, r1, gradient, got 'r3'"),
+    "an unknown penalty": ({"penalty": "r3"}, "penalty: expected one of none, r1, r1-r2, gradient, got 'r3'"),
     "a temperature of 0": ({"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
     "a learning rate NaN": ({"critic_learning_rate": math.nan}, "critic_learning_rate: expected a positive number"),
     "a negative weight": ({"penalty_weight": -1.0}, "penalty_weight: expected a number >= 0, got -1.0"),

@@ -17,7 +17,7 @@ A source and its target are one sequence: the source's characters, an end, the t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -32,7 +32,7 @@ from fastgen.models._base import Batch, GenerativeModel, Moment, NoOptions, Phas
 from fastgen.models._tokens import PADDING, require_vocabulary
 from fastgen.nn import GRU
 
-Penalty = Literal["none", "r1", "gradient"]
+Penalty = Literal["none", "r1", "r1-r2", "gradient"]
 
 BLANK, STOP, CHARACTER = 0, 1, 2
 """Symbols of a sequence: padding, the end of a side, and the vocabulary's first character."""
@@ -51,7 +51,9 @@ class RecurrentGANConfig:
     temperature: float = option(1.0, "of the Gumbel-softmax")
     hard: bool = option(True, "round outputs to one-hot vectors, as they are when drawn")
     loss: AdversarialLoss = option("non-saturating", "the game")
-    penalty: Penalty = option("r1", "of the critic's slope")
+    penalty: Penalty = option(
+        "r1-r2", "of the critic's slope: at real sequences, at those and generated ones, between them"
+    )
     penalty_weight: float = option(10.0, "what the penalty is multiplied by (gamma, lambda)")
     critic_steps: int = option(1, "updates of the critic for one of the generator")
     generator_learning_rate: float = option(2e-3, "of the generator's AdamW")
@@ -167,26 +169,28 @@ class RecurrentGAN(GenerativeModel):
             return {"loss": losses.generator_loss(scores, config.loss), "fake": scores.detach().float().mean()}
         with torch.no_grad():
             fake = self._generate(len(real)).to(real.dtype)
-        if config.penalty == "none":
-            return self._critic_loss(real, fake)
-        if config.penalty == "r1":
-            real.requires_grad_()
-        with torch.compiler.set_stance("force_eager"):  # compiled code can't be differentiated twice
-            values = self._critic_loss(real, fake)
-            compute: dict[str, Callable[[], Tensor]] = {
-                "r1": lambda: losses.r1_penalty(self.critic(real), real, scaler=moment.scaler),
-                "gradient": lambda: losses.gradient_penalty(self.critic, real, fake, scaler=moment.scaler),
-            }
-            penalty = compute[config.penalty]()
-        return {**values, "loss": values["loss"] + config.penalty_weight * penalty, "penalty": penalty.detach()}
+        with nullcontext() if config.penalty == "none" else torch.compiler.set_stance("force_eager"):
+            return self._critic_loss(real, fake, moment)  # compiled code can't be differentiated twice
 
-    def _critic_loss(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+    def _critic_loss(self, real: Tensor, fake: Tensor, moment: Moment) -> dict[str, Tensor]:
+        config, scaler = self.config, moment.scaler
+        real.requires_grad_(config.penalty in ("r1", "r1-r2"))
+        fake.requires_grad_(config.penalty == "r1-r2")
         real_scores, fake_scores = self.critic(real), self.critic(fake)
-        return {
-            "loss": losses.discriminator_loss(real_scores, fake_scores, self.config.loss),
+        values = {
+            "loss": losses.discriminator_loss(real_scores, fake_scores, config.loss),
             "real": real_scores.detach().float().mean(),
             "fake": fake_scores.detach().float().mean(),
         }
+        if config.penalty == "none":
+            return values
+        if config.penalty == "gradient":
+            penalty = losses.gradient_penalty(self.critic, real, fake, scaler=scaler)
+        else:
+            penalty = losses.r1_penalty(real_scores, real, scaler=scaler)
+        if config.penalty == "r1-r2":
+            penalty = penalty + losses.r2_penalty(fake_scores, fake, scaler=scaler)
+        return {**values, "loss": values["loss"] + config.penalty_weight * penalty, "penalty": penalty.detach()}
 
     @torch.no_grad()
     def score(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
