@@ -73,15 +73,15 @@ class ConvolutionalConfig(AdversarialConfig):
 def generator_layers(
     config: ConvolutionalConfig, inputs: int, extra: Callable[[int], list[nn.Module]] = lambda channels: []
 ) -> list[nn.Module]:
-    """z (B, inputs) -> images (B, C, S, S) in [-1, 1]. extra: channels -> layers after each norm and ReLU."""
+    """z (B, inputs) -> images (B, C, S, S) in [-1, 1]. extra: channels -> layers before each norm."""
     widths = [config.width << i for i in reversed(range(config.halvings))]
     layers: list[nn.Module] = [
         nn.Unflatten(1, (inputs, 1, 1)),
         nn.ConvTranspose2d(inputs, widths[0], config.coarse_size, bias=False),
     ]
     for wide, fine in itertools.pairwise(widths):
-        layers += [nn.BatchNorm2d(wide), nn.ReLU(), *extra(wide), nn.ConvTranspose2d(wide, fine, 4, 2, 1, bias=False)]
-    layers += [nn.BatchNorm2d(widths[-1]), nn.ReLU(), *extra(widths[-1])]
+        layers += [*extra(wide), nn.BatchNorm2d(wide), nn.ReLU(), nn.ConvTranspose2d(wide, fine, 4, 2, 1, bias=False)]
+    layers += [*extra(widths[-1]), nn.BatchNorm2d(widths[-1]), nn.ReLU()]
     layers += [nn.ConvTranspose2d(widths[-1], config.channels, 4, 2, 1), nn.Tanh()]
     return layers
 

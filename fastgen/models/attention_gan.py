@@ -4,10 +4,11 @@ The networks of the DCGAN (Radford, Metz and Chintala, 2016; see ``dcgan.py``); 
 multiplied by a learned map of itself and added, ``x * map(x) + x``, the residual attention of Wang et al., "Residual
 attention network for image classification" (2017), equation 1:
 
-    z (B, latent_dim) -> coarse map -> [norm, ReLU, gate, twice the size] -> tanh -> images
+    z (B, latent_dim) -> coarse map -> [gate, norm, ReLU, twice the size] -> tanh -> images
     images -> half the size, LeakyReLU -> [half the size, norm, LeakyReLU] -> score
 
-How both play is in ``_adversarial.py``, their layers are in ``_convolutions.py``.
+A gate stands before the norm, which takes out what is common to all positions: only differences pass. How both play is
+in ``_adversarial.py``, their layers are in ``_convolutions.py``.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ SHOWN, COLUMNS = 32, 16
 class AttentionGANConfig(ConvolutionalConfig):
     """Sizes of an attention GAN and how it learns. ValueError names the field, what was expected and what came."""
 
+    width: int = option(32, "channels at half the size; doubled at each halving")
     gate_width: int = option(16, "channels between the convolutions of a gate")
     gate_stride: int = option(1, "above 1 the gates' maps are computed at a lower resolution")
     gate_each_channel: bool = option(False, "a map for every channel, not one for all of them")
@@ -62,7 +64,7 @@ class AttentionGAN(ImageGAN):
     name = "attention-gan"
     summary = "DCGAN with attention gates in its generator"
     config_class, sampling_class = AttentionGANConfig, NoOptions
-    train_defaults: ClassVar = {"epochs": 150.0, "batch_size": 64, "average_decay": 0.998}
+    train_defaults: ClassVar = {"epochs": 50.0, "batch_size": 64, "average_decay": 0.998}
     config: AttentionGANConfig
 
     def __init__(self, config: AttentionGANConfig) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.models._adversarial import Layers
+from fastgen.models._base import option
 from fastgen.models._conditional import ConditionalConfig, ConditionalGAN, LabelledGenerator, LabelOptions
 from fastgen.models._convolutions import (
     INITIAL_STD,
@@ -33,6 +34,8 @@ from fastgen.models._convolutions import (
 @dataclass(frozen=True)
 class CDCGANConfig(ConvolutionalConfig, ConditionalConfig):
     """Sizes of a conditional DCGAN and how it learns. ValueError names the field, what was expected and what came."""
+
+    width: int = option(32, "channels at half the size; doubled at each halving")
 
 
 class Discriminator(nn.Module):
@@ -70,7 +73,7 @@ class CDCGAN(ConditionalGAN):
     name = "cdcgan"
     summary = "conditional DCGAN: draws the class it is asked for"
     config_class, sampling_class = CDCGANConfig, LabelOptions
-    train_defaults: ClassVar = {"epochs": 150.0, "batch_size": 64, "average_decay": 0.998}
+    train_defaults: ClassVar = {"epochs": 50.0, "batch_size": 64, "average_decay": 0.998}
     config: CDCGANConfig
 
     def __init__(self, config: CDCGANConfig) -> None:

@@ -6,6 +6,7 @@ binary cross-entropy of logits, for both:
     z -> [linear, norm, LeakyReLU] -> linear, tanh -> images
     images -> [linear, LeakyReLU] -> linear -> score
 
+The R1 penalty of ``fastgen.losses``, which the paper had not, keeps the samples as varied as the images are.
 The discriminator may be that of the DCGAN instead (``dcgan.py``), without normalisation. How both play is in
 ``_adversarial.py``, their layers are in ``_dense.py`` and ``_convolutions.py``.
 """
@@ -19,7 +20,7 @@ from typing import ClassVar, Literal, get_args
 from torch import nn
 
 from fastgen._checks import require_positive
-from fastgen.models._adversarial import AdversarialConfig, ImageGAN, Layers, Penalty, require_choice
+from fastgen.models._adversarial import AdversarialConfig, ImageGAN, Layers, require_choice
 from fastgen.models._base import NoOptions, option
 from fastgen.models._convolutions import ConvolutionalConfig, discriminator_score, initialise
 from fastgen.models._convolutions import discriminator_features as convolutional_features
@@ -32,9 +33,6 @@ DiscriminatorKind = Literal["dense", "convolutional"]
 class GANConfig(AdversarialConfig):
     """Sizes of a GAN and how it learns. ValueError names the field, what was expected and what came."""
 
-    penalty: Penalty = option("none", "of the discriminator's slope")
-    generator_learning_rate: float = option(2e-4, "of the generator's AdamW")
-    discriminator_learning_rate: float = option(2e-4, "of the discriminator's AdamW")
     width: int = option(256, "of the hidden layers")
     depth: int = option(3, "hidden layers of each network")
     discriminator: DiscriminatorKind = option("dense", "which discriminator")
@@ -72,7 +70,7 @@ class GAN(ImageGAN):
     name = "gan"
     summary = "generative adversarial network of linear layers"
     config_class, sampling_class = GANConfig, NoOptions
-    train_defaults: ClassVar = {"epochs": 200.0, "batch_size": 64, "average_decay": 0.998}
+    train_defaults: ClassVar = {"epochs": 150.0, "batch_size": 64, "average_decay": 0.998}
     config: GANConfig
 
     def __init__(self, config: GANConfig) -> None:
