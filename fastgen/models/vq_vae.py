@@ -45,7 +45,7 @@ class VQVAEConfig:
     halvings: int = option(2, "times the size is halved, to that of the map of words")
     codebook_size: int = option(64, "words")
     code_dim: int = option(16, "numbers in a word")
-    width: int = option(32, "channels at full size; doubled at each halving")
+    width: int = option(16, "channels at full size; doubled at each halving")
     likelihood: Likelihood = option("beta-binomial", "distribution of a pixel; bernoulli is for images of two levels")
     commitment: float = option(1.0, "weight of the squared distance from features to their words, summed over an image")
     codebook_decay: float = option(0.99, "of the running averages that words follow")
@@ -193,7 +193,7 @@ class VQVAE(GenerativeModel):
     kind = "images"
     default_data = "digits"
     config_class, sampling_class = VQVAEConfig, CodeOptions
-    train_defaults: ClassVar = {"epochs": 60.0, "batch_size": 64, "schedule": "cosine", "average_decay": 0.99}
+    train_defaults: ClassVar = {"epochs": 80.0, "batch_size": 64, "schedule": "cosine", "average_decay": 0.99}
     config: VQVAEConfig
 
     def __init__(self, config: VQVAEConfig) -> None:
