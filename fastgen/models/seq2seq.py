@@ -370,7 +370,7 @@ class Seq2Seq(GenerativeModel):
 
     @torch.no_grad()
     def draw(self, n: int, options: DecodingOptions, *, generator: torch.Generator | None = None) -> Texts:
-        """n texts "source -> target". Random sources have every length up to the longest equally often.
+        """n texts "source -> target". Random sources have a third of the longest length up to all of it.
 
         Raises:
             ValueError: n is not positive, or the source is too long or has characters that the vocabulary lacks.
@@ -390,7 +390,7 @@ class Seq2Seq(GenerativeModel):
             lengths = torch.full((n, 1), len(characters))
         else:
             device = "cpu" if generator is None else generator.device
-            lengths = torch.randint(1, longest + 1, (n, 1), generator=generator, device=device)
+            lengths = torch.randint(-(-longest // 3), longest + 1, (n, 1), generator=generator, device=device)
             source = torch.randint(FIRST, config.tokens, (n, longest + 2), generator=generator, device=device)
         column = torch.arange(longest + 2, device=source.device)
         source = source.masked_fill(column > lengths, PADDING).masked_fill(column == lengths + 1, END)
