@@ -196,10 +196,14 @@ def test_images_and_tokens_that_do_not_fit_are_named() -> None:
     model = small_model()
     with pytest.raises(ValueError, match=r"images: expected shape \(B, C, S, S\) = \(2, 1, 4, 4\), got \(2, 3, 4, 4\)"):
         model.score({"images": torch.zeros(2, 3, 4, 4)})
-    with pytest.raises(ValueError, match=r"tokens: expected \(B, N\) with N below 16 values, got \(2, 16\)"):
+    with pytest.raises(ValueError, match=r"tokens: expected \(B, N\) with N at most 15, got \(2, 16\)"):
         model(torch.zeros(2, 16, dtype=torch.int64))
-    with pytest.raises(ValueError, match="tokens: expected shape"):
+    with pytest.raises(ValueError, match=r"tokens: expected \(B, N\) with N at most 16, got \(2, 17\)"):
         model.complete(torch.zeros(2, 17, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"tokens: expected an int64 tensor, got torch\.float32"):
+        model(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"labels: expected \(B,\) int64, as the model is conditional, got None"):
+        small_model(classes=3, conditional=True).complete(torch.zeros(2, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="n: expected a positive integer, got 0"):
         model.draw(0, PixelOptions())
     with pytest.raises(ValueError, match="temperature: expected a finite number >= 0, got -1"):

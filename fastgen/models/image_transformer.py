@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen._checks import require_positive, require_probability, require_shape
+from fastgen._checks import require_positive, require_probability, require_tensor
 from fastgen.models._base import Batch, Exhibit, GenerativeModel, Images, Moment, Phase, option
 from fastgen.models._classes import LabelOptions, check_labels, wanted_labels
 from fastgen.models._decoder import DecoderBlock, initialise_decoder, new_caches
@@ -192,20 +192,26 @@ class ImageTransformer(GenerativeModel):
 
         Args:
             tokens: (B, N) int64, N below ``length``.
-            labels: (B,) int64, of a conditional model.
+            labels: (B,) int64, of a conditional model; others take no notice.
 
         Raises:
-            ValueError: too many tokens.
+            TypeError: tokens are no int64 tensor. ValueError: too many of them, or no labels where there should be.
         """
-        if tokens.dim() != 2 or tokens.size(1) >= self.config.length:
-            raise ValueError(
-                f"tokens: expected (B, N) with N below {self.config.length} values, got {tuple(tokens.shape)}"
-            )
+        self._check_tokens(tokens, self.config.length - 1)
         return self._run(self._embedded(tokens, labels), 0)
+
+    def _check_tokens(self, tokens: Tensor, most: int) -> None:
+        require_tensor("tokens", tokens)
+        if tokens.dtype != torch.int64:
+            raise TypeError(f"tokens: expected an int64 tensor, got {tokens.dtype}")
+        if tokens.dim() != 2 or tokens.size(1) > most:
+            raise ValueError(f"tokens: expected (B, N) with N at most {most}, got {tuple(tokens.shape)}")
 
     def _embedded(self, tokens: Tensor, labels: Tensor | None) -> Tensor:
         """(B, N + 1, width): start or label, then the tokens."""
-        if labels is None or not self.config.conditional:
+        if self.config.conditional and labels is None:
+            raise ValueError("labels: expected (B,) int64, as the model is conditional, got None")
+        if not self.config.conditional or labels is None:
             labels = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
         return torch.cat([self.start(labels).unsqueeze(1), self.embedding(tokens)], dim=1)
 
@@ -266,9 +272,13 @@ class ImageTransformer(GenerativeModel):
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Tokens (B, length) of images that begin with ``tokens`` (B, N), N from 0 to ``length``."""
-        length, count = self.config.length, tokens.size(1)
-        require_shape("tokens", tokens, (len(tokens), min(count, length)), "(B, N), N at most the values of an image")
+        """Tokens (B, length) of images that begin with ``tokens`` (B, N), N from 0 to ``length``.
+
+        Raises: as ``forward``.
+        """
+        length = self.config.length
+        self._check_tokens(tokens, length)
+        count = tokens.size(1)
         was_training = self.training
         self.eval()
         try:

@@ -55,7 +55,7 @@ class VQVAEConfig:
     prior_width: int = option(128, "units of the prior")
     learning_rate: float = option(2e-3, "of the autoencoder's AdamW")
     prior_learning_rate: float = option(2e-3, "of the prior's AdamW")
-    weight_decay: float = option(0.01, "of AdamW")
+    weight_decay: float = option(0.1, "of AdamW")
 
     def __post_init__(self) -> None:
         for name in ("image_size", "channels", "halvings", "codebook_size", "code_dim", "width", "prior_width"):
@@ -193,7 +193,7 @@ class VQVAE(GenerativeModel):
     kind = "images"
     default_data = "digits"
     config_class, sampling_class = VQVAEConfig, CodeOptions
-    train_defaults: ClassVar = {"epochs": 80.0, "batch_size": 64, "schedule": "cosine", "average_decay": 0.99}
+    train_defaults: ClassVar = {"epochs": 50.0, "batch_size": 64, "schedule": "cosine", "average_decay": 0.99}
     config: VQVAEConfig
 
     def __init__(self, config: VQVAEConfig) -> None:
