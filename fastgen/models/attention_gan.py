@@ -64,7 +64,7 @@ class AttentionGAN(ImageGAN):
     name = "attention-gan"
     summary = "DCGAN with attention gates in its generator"
     config_class, sampling_class = AttentionGANConfig, NoOptions
-    train_defaults: ClassVar = {"epochs": 50.0, "batch_size": 64, "average_decay": 0.998}
+    train_defaults: ClassVar = {"epochs": 100.0, "batch_size": 64, "average_decay": 0.998}
     config: AttentionGANConfig
 
     def __init__(self, config: AttentionGANConfig) -> None:

@@ -6,7 +6,7 @@ binary cross-entropy of logits, for both:
     z -> [linear, norm, LeakyReLU] -> linear, tanh -> images
     images -> [linear, LeakyReLU] -> linear -> score
 
-The R1 penalty of ``fastgen.losses``, which the paper had not, keeps the samples as varied as the images are.
+The R1 penalty of ``fastgen.losses``, which the paper had not, is there against samples that are all alike.
 The discriminator may be that of the DCGAN instead (``dcgan.py``), without normalisation. How both play is in
 ``_adversarial.py``, their layers are in ``_dense.py`` and ``_convolutions.py``.
 """
@@ -33,6 +33,9 @@ DiscriminatorKind = Literal["dense", "convolutional"]
 class GANConfig(AdversarialConfig):
     """Sizes of a GAN and how it learns. ValueError names the field, what was expected and what came."""
 
+    penalty_weight: float = option(4.0, "what the penalty is multiplied by (gamma, lambda)")
+    beta1: float = option(0.0, "of AdamW")
+    beta2: float = option(0.99, "of AdamW")
     width: int = option(256, "of the hidden layers")
     depth: int = option(3, "hidden layers of each network")
     discriminator: DiscriminatorKind = option("dense", "which discriminator")
