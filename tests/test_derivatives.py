@@ -682,7 +682,7 @@ def test_the_table_has_every_public_function_and_module():
         *functional.__all__,
         *nn.__all__,
         *losses.__all__,
-        *(model.__name__ for model in models.MODELS.values()),
+        *(model.__name__ for model in (models.ConvVAE, models.DCGAN, models.TransformerLM)),
     }
     assert public == {name.split(",")[0] for name in CASES}
 

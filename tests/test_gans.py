@@ -13,7 +13,7 @@ from torch import Tensor
 from fastgen.models import sagan
 from fastgen.models._adversarial import ImageGAN
 from fastgen.models._base import Images, Moment, from_data
-from fastgen.models._conditional import LabelOptions
+from fastgen.models._classes import LabelOptions
 from fastgen.models.attention_gan import AttentionGAN
 from fastgen.models.cdcgan import CDCGAN
 from fastgen.models.cgan import CGAN

@@ -16,31 +16,67 @@ from fastgen.models._base import (
     from_data,
     option,
 )
+from fastgen.models.attention_gan import AttentionGAN, AttentionGANConfig
+from fastgen.models.cdcgan import CDCGAN, CDCGANConfig
+from fastgen.models.cgan import CGAN, CGANConfig
 from fastgen.models.conv_vae import ConvVAE, ConvVAEConfig
+from fastgen.models.cvae import CVAE, CVAEConfig
 from fastgen.models.dcgan import DCGAN, DCGANConfig
+from fastgen.models.flow_vae import FlowVAE, FlowVAEConfig
+from fastgen.models.gan import GAN, GANConfig
+from fastgen.models.image_transformer import ImageTransformer, ImageTransformerConfig
+from fastgen.models.sagan import SAGAN, SAGANConfig
 from fastgen.models.transformer_lm import TransformerLM, TransformerLMConfig
+from fastgen.models.vae import VAE, VAEConfig
+from fastgen.models.vq_vae import VQVAE, VQVAEConfig
+
+_ALL: tuple[type[GenerativeModel], ...] = (
+    *(GAN, CGAN, DCGAN, CDCGAN, SAGAN, AttentionGAN),
+    *(VAE, ConvVAE, CVAE, FlowVAE, VQVAE),
+    *(TransformerLM, ImageTransformer),
+)
+
+MODELS: dict[str, type[GenerativeModel]] = {model.name: model for model in _ALL}
+"""By the name that the command line uses."""
 
 __all__ = [
+    "CDCGAN",
+    "CGAN",
+    "CVAE",
     "DCGAN",
+    "GAN",
     "KINDS",
     "MODELS",
+    "SAGAN",
+    "VAE",
+    "VQVAE",
+    "AttentionGAN",
+    "AttentionGANConfig",
     "Batch",
+    "CDCGANConfig",
+    "CGANConfig",
+    "CVAEConfig",
     "ConvVAE",
     "ConvVAEConfig",
     "DCGANConfig",
     "Exhibit",
+    "FlowVAE",
+    "FlowVAEConfig",
+    "GANConfig",
     "GenerativeModel",
+    "ImageTransformer",
+    "ImageTransformerConfig",
     "Images",
     "Moment",
     "NoOptions",
     "Phase",
+    "SAGANConfig",
     "Sounds",
     "Texts",
     "TransformerLM",
     "TransformerLMConfig",
+    "VAEConfig",
+    "VQVAEConfig",
     "from_data",
     "option",
 ]
-
-MODELS: dict[str, type[GenerativeModel]] = {model.name: model for model in (ConvVAE, DCGAN, TransformerLM)}
-"""By the name that the command line uses."""

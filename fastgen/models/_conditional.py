@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastgen._checks import require_positive, require_shape, require_tensor
+from fastgen._checks import require_positive
 from fastgen.models._adversarial import AdversarialConfig, ImageGAN
 from fastgen.models._base import Batch, Images, option
-
-MOST_COLUMNS = 32
+from fastgen.models._classes import LabelOptions, check_labels, wanted_labels
 
 
 @dataclass(frozen=True)
@@ -44,17 +43,6 @@ class LabelledGenerator(nn.Module):
         return images
 
 
-@dataclass(frozen=True)
-class LabelOptions:
-    """Which class is drawn. ValueError names the field, what was expected and what came."""
-
-    label: int = option(-1, "class that is drawn, 0, 1, ...; -1: all classes in turn")
-
-    def __post_init__(self) -> None:
-        if isinstance(self.label, bool) or not isinstance(self.label, int) or self.label < -1:
-            raise ValueError(f"label: expected a class 0, 1, ... or -1 for all in turn, got {self.label!r}")
-
-
 class ConditionalGAN(ImageGAN):
     """An ``ImageGAN`` whose networks take labels (B,) int64 from 0 to ``classes`` - 1, unless that is 0."""
 
@@ -67,15 +55,7 @@ class ConditionalGAN(ImageGAN):
         return classes
 
     def conditions(self, batch: Batch) -> tuple[Tensor, ...]:
-        if not self.classes:
-            return ()
-        labels = batch.get("labels")
-        require_tensor("labels", labels)
-        assert labels is not None
-        if labels.dtype != torch.int64:
-            raise TypeError(f"labels: expected an int64 tensor, got {labels.dtype}")
-        require_shape("labels", labels, (len(batch["images"]),), "(B,)")
-        return (labels,)
+        return (check_labels(batch),) if self.classes else ()
 
     @torch.no_grad()
     def draw(self, n: int, options: LabelOptions, *, generator: torch.Generator | None = None) -> Images:
@@ -85,13 +65,9 @@ class ConditionalGAN(ImageGAN):
             ValueError: n is not a positive integer, or there is no such class.
         """
         require_positive("n", n)
-        classes = self.classes
-        if options.label >= classes:
-            expected = f"-1 or a class below {classes}" if classes else "-1, as the model knows no classes"
-            raise ValueError(f"label: expected {expected}, got {options.label}")
-        if not classes:
+        if not self.classes:
+            if options.label >= 0:
+                raise ValueError(f"label: expected -1, as the model knows no classes, got {options.label}")
             return Images(self._draw(n, (), generator))
-        in_turn = options.label < 0
-        labels = torch.arange(n) % classes if in_turn else torch.full((n,), options.label)
-        pixels = self._draw(n, (labels.to(self.device),), generator)
-        return Images(pixels, classes if in_turn and classes <= min(n, MOST_COLUMNS) else None)
+        labels, columns = wanted_labels(n, options.label, self.classes)
+        return Images(self._draw(n, (labels.to(self.device),), generator), columns)

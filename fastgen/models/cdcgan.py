@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from fastgen.models._adversarial import Layers
 from fastgen.models._base import option
-from fastgen.models._conditional import ConditionalConfig, ConditionalGAN, LabelledGenerator, LabelOptions
+from fastgen.models._classes import LabelOptions
+from fastgen.models._conditional import ConditionalConfig, ConditionalGAN, LabelledGenerator
 from fastgen.models._convolutions import (
     INITIAL_STD,
     ConvolutionalConfig,

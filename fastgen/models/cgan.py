@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from fastgen._checks import require_positive
 from fastgen.models._adversarial import Layers
 from fastgen.models._base import option
-from fastgen.models._conditional import ConditionalConfig, ConditionalGAN, LabelledGenerator, LabelOptions
+from fastgen.models._classes import LabelOptions
+from fastgen.models._conditional import ConditionalConfig, ConditionalGAN, LabelledGenerator
 from fastgen.models._dense import discriminator_features, generator_layers
 
 

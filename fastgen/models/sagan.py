@@ -34,7 +34,8 @@ from fastgen._checks import require_positive
 from fastgen.losses.adversarial import AdversarialLoss
 from fastgen.models._adversarial import AdversarialConfig
 from fastgen.models._base import option
-from fastgen.models._conditional import ConditionalGAN, LabelOptions
+from fastgen.models._classes import LabelOptions
+from fastgen.models._conditional import ConditionalGAN
 from fastgen.models._convolutions import halvings
 from fastgen.nn import SelfAttention2d
 

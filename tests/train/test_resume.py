@@ -44,7 +44,7 @@ def after_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[Engine
     monkeypatch.setattr(Engine, "advance", hook)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["conv-vae", "dcgan", "transformer-lm"])
 @pytest.mark.parametrize("options", [[], ["--accumulate", "2", "--flip", "--schedule", "cosine", "--warmup", "3"]])
 def test_resuming_gives_the_same_bits_as_never_stopping(
     fit: Main,
