@@ -138,7 +138,7 @@ def test_labels_that_do_not_fit_are_named(name: str) -> None:
     model = small_model(name)
     batch = a_batch(model)
     assert "classes" in from_data(model.config_class)
-    with pytest.raises(TypeError, match="labels: expected a tensor, got NoneType"):
+    with pytest.raises(ValueError, match=r"labels: expected \(B,\) int64, got a batch without labels"):
         model.loss("generator", {"images": batch["images"]}, NOW)
     with pytest.raises(TypeError, match=r"labels: expected an int64 tensor, got torch.float32"):
         model.loss("generator", batch | {"labels": torch.zeros(8)}, NOW)

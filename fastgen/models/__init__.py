@@ -25,15 +25,18 @@ from fastgen.models.dcgan import DCGAN, DCGANConfig
 from fastgen.models.flow_vae import FlowVAE, FlowVAEConfig
 from fastgen.models.gan import GAN, GANConfig
 from fastgen.models.image_transformer import ImageTransformer, ImageTransformerConfig
+from fastgen.models.recurrent_gan import RecurrentGAN, RecurrentGANConfig
 from fastgen.models.sagan import SAGAN, SAGANConfig
+from fastgen.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from fastgen.models.transformer_lm import TransformerLM, TransformerLMConfig
 from fastgen.models.vae import VAE, VAEConfig
 from fastgen.models.vq_vae import VQVAE, VQVAEConfig
+from fastgen.models.wavenet import WaveNet, WaveNetConfig
 
 _ALL: tuple[type[GenerativeModel], ...] = (
-    *(GAN, CGAN, DCGAN, CDCGAN, SAGAN, AttentionGAN),
+    *(GAN, CGAN, DCGAN, CDCGAN, SAGAN, AttentionGAN, RecurrentGAN),
     *(VAE, ConvVAE, CVAE, FlowVAE, VQVAE),
-    *(TransformerLM, ImageTransformer),
+    *(TransformerLM, Seq2Seq, ImageTransformer, WaveNet),
 )
 
 MODELS: dict[str, type[GenerativeModel]] = {model.name: model for model in _ALL}
@@ -70,13 +73,19 @@ __all__ = [
     "Moment",
     "NoOptions",
     "Phase",
+    "RecurrentGAN",
+    "RecurrentGANConfig",
     "SAGANConfig",
+    "Seq2Seq",
+    "Seq2SeqConfig",
     "Sounds",
     "Texts",
     "TransformerLM",
     "TransformerLMConfig",
     "VAEConfig",
     "VQVAEConfig",
+    "WaveNet",
+    "WaveNetConfig",
     "from_data",
     "option",
 ]
