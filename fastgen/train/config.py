@@ -26,7 +26,8 @@ FREE_ON_RESUME = (
     "checkpoint_every",
     "trackers",
 )
-"""Options that may change when a run goes on: none of them touches what a step computes."""
+"""Options that may change when a run goes on. None touches what a step computes, but for epochs and steps with a
+schedule of the learning rate, which is stretched."""
 
 PARTS_OF_A_RUN, LEAST_STEPS = 20, 10
 """Evaluations, samples and checkpoints in a run, and the fewest steps between two, where nobody says otherwise."""
