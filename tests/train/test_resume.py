@@ -73,8 +73,9 @@ def test_resuming_gives_the_same_bits_as_never_stopping(
             assert picture.read_bytes() == (tmp_path / "halves" / picture.parent.name / picture.name).read_bytes()
 
 
-def killed_and_resumed(words: Words, start: Start, folder: Path, kills: int, steps: int) -> list[int]:
-    """Kill a run at random moments until ``kills`` of them hit it alive, then let it end; steps that were kept."""
+def killed_and_resumed(words: Words, start: Start, folder: Path, kills: int, steps: int, longest: float) -> list[int]:
+    """Kill a run at random moments, at most ``longest`` seconds after its start, until ``kills`` of them hit it alive,
+    then let it end; steps that were kept."""
     moments = random.Random(0)
     kept = []
     resuming: list[str] = []
@@ -82,7 +83,7 @@ def killed_and_resumed(words: Words, start: Start, folder: Path, kills: int, ste
         process = start(words(*OFTEN, *resuming, name=folder.name, steps=steps))
         while not (folder / "environment.json").exists() and process.is_alive():
             time.sleep(0.01)
-        process.join(timeout=moments.uniform(0.0, steps / 100))
+        process.join(timeout=moments.uniform(0.0, longest))
         process.kill()
         process.join()
         if process.exitcode == 0:
@@ -98,13 +99,24 @@ def killed_and_resumed(words: Words, start: Start, folder: Path, kills: int, ste
 
 
 @pytest.mark.parametrize(
-    ("kills", "steps"), [pytest.param(3, 80, id="short"), pytest.param(10, 400, id="long", marks=pytest.mark.slow)]
+    ("kills", "steps", "longest"),
+    [
+        pytest.param(3, 80, 0.8, id="short"),
+        pytest.param(10, 1200, 2.0, id="long", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_killed_at_any_moment_ends_with_the_same_bits(
-    fit: Main, words: Words, start: Start, tmp_path: Path, same_tensors: SameTensors, kills: int, steps: int
+    fit: Main,
+    words: Words,
+    start: Start,
+    tmp_path: Path,
+    same_tensors: SameTensors,
+    kills: int,
+    steps: int,
+    longest: float,
 ) -> None:
     assert fit(*OFTEN, name="straight", steps=steps) == 0
-    kept = killed_and_resumed(words, start, tmp_path / "killed", kills, steps)
+    kept = killed_and_resumed(words, start, tmp_path / "killed", kills, steps, longest)
     print("steps that were kept:", kept)
     assert len(kept) == kills
     assert kept == sorted(kept)
