@@ -54,9 +54,3 @@ def parse(parser: jsonargparse.ArgumentParser, words: list[str], *, defaults: bo
         raise CommandError(f"{text} ({parser.prog} --help lists the options)", USAGE) from error
     given.pop("config", None)
     return given
-
-
-def only_one(words: list[str], what: str) -> None:
-    """CommandError unless the first word is there and no option."""
-    if not words or words[0].startswith("-"):
-        raise CommandError(f"expected {what} first, got {words[0] if words else 'nothing'}", USAGE)

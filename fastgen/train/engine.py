@@ -271,7 +271,7 @@ class Engine:
         self.in_a_row.copy_(find(tensors, "in_a_row"))
         scaler = self.accelerator.scaler
         if scaler is not None:
-            scale, tracker = find(tensors, "scaler").tolist()
+            scale, tracker = find(tensors, "scaler", torch.empty(2)).tolist()
             scaler.load_state_dict(scaler.state_dict() | {"scale": scale, "_growth_tracker": int(tracker)})
         for now, good in zip(self._statistics, self._good_statistics, strict=True):
             good.copy_(now)
@@ -288,7 +288,7 @@ def find(tensors: Mapping[str, Tensor], name: str, like: Tensor | None = None) -
     """Raises ValueError where the tensor is missing, or has another shape than ``like``."""
     saved = tensors.get(name)
     expected = torch.Size() if like is None else like.shape
-    if saved is None or (saved.shape != expected and name != "scaler"):
+    if saved is None or saved.shape != expected:
         came = "none" if saved is None else str(tuple(saved.shape))
         raise ValueError(f"{name}: expected a tensor of shape {tuple(expected)}, got {came}")
     return saved

@@ -148,13 +148,3 @@ class RunFolder:
                 file.write(json.dumps(row | {"values": values}) + "\n")
         except OSError as error:
             raise cannot_write(self.metrics, error) from error
-
-    def rows(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, without one that is cut short."""
-        rows = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []:
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
-        return rows

@@ -9,7 +9,7 @@ import torch
 
 from fastgen.data import Items
 from fastgen.train.checkpoint import Header, save_checkpoint
-from fastgen.train.curves import write_curves
+from fastgen.train.curves import read_rows, write_curves
 from fastgen.train.engine import Engine
 from fastgen.train.errors import StoppedError
 from fastgen.train.evaluation import HELD_OUT_SHOWN, Thinned, first, mean_scores, scores
@@ -155,7 +155,7 @@ class Trainer:
 
     def write_pages(self) -> None:
         """Curves and report, from what the folder holds."""
-        write_curves(self.folder.curves, self.folder.rows())
+        write_curves(self.folder.curves, read_rows(self.folder.metrics))
         write_report(self.folder.path)
         self._pages = time.perf_counter()
 
@@ -167,4 +167,4 @@ class Trainer:
 
     def _seconds_before(self) -> float:
         """How long the run trained before it was interrupted."""
-        return max((float(row.get("seconds", 0.0)) for row in self.folder.rows()), default=0.0)
+        return max((float(row.get("seconds", 0.0)) for row in read_rows(self.folder.metrics)), default=0.0)

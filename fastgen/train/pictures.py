@@ -65,18 +65,6 @@ def write_exhibit(folder: Path, stem: str, exhibit: Exhibit) -> Path:
     return paths[0]
 
 
-def write_grid(path: Path, images: Tensor, columns: int | None = None) -> None:
-    """Write images (N, C, H, W) in [0, 1], C 1 or 3, row by row; as square a grid as goes by default."""
-    write_whole(path, _png(_picture_sheet(Images(images, columns))))
-
-
-def write_pairs(path: Path, originals: Tensor, reconstructions: Tensor, columns: int = 16) -> None:
-    """Write rows of originals (N, C, H, W), each above the row of its reconstructions."""
-    columns = min(columns, len(originals))
-    pairs = torch.stack([_rows(originals, columns), _rows(reconstructions, columns)], dim=1)
-    write_whole(path, _png(_sheet(pairs.flatten(0, 1))))
-
-
 # --------------------------------------------------------------------------------------------------
 # Pictures
 

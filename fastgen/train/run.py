@@ -24,6 +24,7 @@ from fastgen.data import SOURCES, DataConfig, Dataset, Items, load_data
 from fastgen.models import MODELS, GenerativeModel, from_data
 from fastgen.train.checkpoint import Header, load_checkpoint
 from fastgen.train.config import FREE_ON_RESUME, TrainConfig
+from fastgen.train.curves import read_rows
 from fastgen.train.engine import Engine, find
 from fastgen.train.errors import StoppedError, UsageError
 from fastgen.train.files import inside
@@ -340,6 +341,6 @@ def _start_trackers(accelerator: Accelerator, trackers: list[str], folder: RunFo
 
 
 def _last_held_out(folder: RunFolder) -> dict[str, float]:
-    rows = [row for row in folder.rows() if row.get("part") == "held-out"]
+    rows = [row for row in read_rows(folder.metrics) if row.get("part") == "held-out"]
     values = rows[-1]["values"] if rows else {}
     return {name: math.nan if value is None else float(value) for name, value in values.items()}
