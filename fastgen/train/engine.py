@@ -60,8 +60,8 @@ class _Updater:
 class Engine:
     """A model in training: phases, optimisers, the running average of the weights, counters.
 
-    ``step`` counts finished steps, ``skipped`` those in which some phase's gradient was NaN or infinite: that phase then
-    changes no weight and no statistic. ``in_a_row`` are the skipped steps since the last good one.
+    ``step`` counts finished steps, ``skipped`` those in which some phase's gradient was NaN or infinite: that
+    phase then changes no weight and no statistic. ``in_a_row`` are the skipped steps since the last good one.
     """
 
     def __init__(self, model: GenerativeModel, config: TrainConfig, total: int, accelerator: Accelerator) -> None:
