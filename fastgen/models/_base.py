@@ -74,10 +74,14 @@ audio: audio (B, length) in [-1, 1]. Facts: sample_rate, length.
 
 @dataclass(frozen=True)
 class Images:
-    """Pictures to look at: pixels (N, C, H, W) in [0, 1], shown in rows of ``columns`` (default: as square as goes)."""
+    """Pictures to look at: pixels (N, C, H, W) in [0, 1], shown in rows of ``columns`` (default: as square as goes).
+
+    labels: (N,) int64, the classes that were asked for, where a model draws classes.
+    """
 
     pixels: Tensor
     columns: int | None = None
+    labels: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -70,4 +70,4 @@ class ConditionalGAN(ImageGAN):
                 raise ValueError(f"label: expected -1, as the model knows no classes, got {options.label}")
             return Images(self._draw(n, (), generator))
         labels, columns = wanted_labels(n, options.label, self.classes)
-        return Images(self._draw(n, (labels.to(self.device),), generator), columns)
+        return Images(self._draw(n, (labels.to(self.device),), generator), columns, labels)

@@ -108,7 +108,7 @@ class CVAE(DenseVAE):
         require_positive("n", n)
         labels, columns = wanted_labels(n, options.label, self.config.classes)
         noise = normal_noise((n, self.config.latent_dim), next(self.decoder.parameters()), generator)
-        return Images(self._mean(self._decode(noise, labels.to(self.device))), columns)
+        return Images(self._mean(self._decode(noise, labels.to(self.device))), columns, labels)
 
     @torch.no_grad()
     def show(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Exhibit]:

@@ -261,7 +261,8 @@ class ImageTransformer(GenerativeModel):
         elif options.label >= 0:
             raise ValueError(f"label: expected -1, as the model was not told the classes, got {options.label}")
         none = torch.zeros(n, 0, dtype=torch.int64, device=self.device)
-        return Images(self.pixels(self.complete(none, labels, options.temperature, generator=generator)), columns)
+        pixels = self.pixels(self.complete(none, labels, options.temperature, generator=generator))
+        return Images(pixels, columns, labels)
 
     @torch.no_grad()
     def complete(

@@ -112,15 +112,19 @@ def _distances(
     generator = torch.Generator().manual_seed(config.seed)
     drawn = joined(list(trained.draw(config.n, trained.model.sampling_class(), generator)))
     assert isinstance(drawn, Images)
-    return metrics.evaluate_images(
+    pixels = drawn.pixels.float().clamp(0, 1).cpu()
+    figures = metrics.evaluate_images(
         real["images"],
-        drawn.pixels.float().clamp(0, 1).cpu(),
+        pixels,
         space,
         training=known["images"],
         k=config.k,
         resamples=config.resamples,
         seed=config.seed,
     )
+    if drawn.labels is not None and space.kind == "classifier":
+        figures.append(metrics.class_agreement(pixels, drawn.labels, space))
+    return figures
 
 
 def _all(items: Items, config: EvaluateConfig, most: int = 10_000) -> dict[str, Tensor]:

@@ -29,10 +29,12 @@ class Trained:
     step: int
 
     def draw(self, n: int, options: Any, generator: torch.Generator) -> Iterator[Exhibit]:
-        """n samples, some at a time."""
+        """n samples, some at a time; of classes in turn whole turns, so that each keeps its column."""
+        turn = max(1, getattr(self.model.config, "classes", 1))
+        at_once = turn * max(1, AT_ONCE // turn)
         with torch.no_grad():
-            for start in range(0, n, AT_ONCE):
-                yield self.model.draw(min(AT_ONCE, n - start), options, generator=generator)
+            for start in range(0, n, at_once):
+                yield self.model.draw(min(at_once, n - start), options, generator=generator)
 
 
 def open_run(folder: RunFolder, device: str = "auto") -> Trained:
@@ -73,7 +75,9 @@ def joined(parts: list[Exhibit]) -> Exhibit:
     texts = [part for part in parts if isinstance(part, Texts)]
     sounds = [part for part in parts if isinstance(part, Sounds)]
     if images:
-        return Images(torch.cat([part.pixels for part in images]), images[0].columns)
+        labels = [part.labels for part in images if part.labels is not None]
+        asked = torch.cat(labels) if labels else None
+        return Images(torch.cat([part.pixels for part in images]), images[0].columns, asked)
     if texts:
         return Texts([text for part in texts for text in part.texts])
     return Sounds(torch.cat([part.waves for part in sounds]), sounds[0].sample_rate)
