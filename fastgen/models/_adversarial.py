@@ -41,12 +41,11 @@ class Layers(nn.Sequential):
 
 
 @dataclass(frozen=True)
-class AdversarialConfig:
-    """The images, z, and how both networks learn. ValueError names the field, what was expected and what came."""
+class GameConfig:
+    """The images, and how both networks learn. ValueError names the field, what was expected and what came."""
 
     image_size: int = option(8, "height and width of the images", from_data=True)
     channels: int = option(1, "colour channels of the images", from_data=True)
-    latent_dim: int = option(64, "numbers in z")
     loss: AdversarialLoss = option("non-saturating", "the game")
     penalty: Penalty = option("r1", "of the discriminator's slope")
     penalty_weight: float = option(0.2, "what the penalty is multiplied by (gamma, lambda)")
@@ -58,7 +57,7 @@ class AdversarialConfig:
     critic_steps: int = option(1, "updates of the discriminator for one of the generator")
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "channels", "latent_dim", "penalty_every", "critic_steps"):
+        for name in ("image_size", "channels", "penalty_every", "critic_steps"):
             require_positive(name, getattr(self, name))
         require_choice("loss", self.loss, ADVERSARIAL_LOSSES)
         require_choice("penalty", self.penalty, get_args(Penalty))
@@ -69,6 +68,62 @@ class AdversarialConfig:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         for name in ("beta1", "beta2"):
             require_probability(name, getattr(self, name))
+
+    def penalised(self, step: int) -> bool:
+        """Whether the discriminator's loss has the penalty in ``step``."""
+        return self.penalty != "none" and step % self.penalty_every == 0
+
+
+@dataclass(frozen=True)
+class AdversarialConfig(GameConfig):
+    """A ``GameConfig`` of images that are made from z."""
+
+    latent_dim: int = option(64, "numbers in z")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive("latent_dim", self.latent_dim)
+
+
+def judge(
+    discriminator: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, config: GameConfig, moment: Moment
+) -> dict[str, Tensor]:
+    """What a discriminator minimises, under "loss", and mean scores of "real" and "fake" images, the "penalty".
+
+    The penalty is there in its own steps only, times their interval: its mean over all steps is that of the penalty.
+    Code of torch.compile can't be differentiated twice, so these steps don't use it. Scores may be of patches: the
+    penalty is that of their mean.
+
+    Args:
+        discriminator: images (B, C, S, S) -> scores (B, ...). real, fake: images in [-1, 1], without history.
+    """
+    penalised = config.penalised(moment.step)
+
+    def mean_scores(images: Tensor) -> Tensor:
+        return _of_image(discriminator(images))
+
+    if penalised and config.penalty == "r1":
+        real = real.detach().requires_grad_()
+    with torch.compiler.set_stance("force_eager") if penalised else nullcontext():
+        real_scores, fake_scores = discriminator(real), discriminator(fake)
+        loss = losses.discriminator_loss(real_scores, fake_scores, config.loss)
+        values = {"real": real_scores.detach().float().mean(), "fake": fake_scores.detach().float().mean()}
+        if penalised:
+            scaler = moment.scaler
+            compute: dict[str, Callable[[], Tensor]] = {
+                "r1": lambda: losses.r1_penalty(_of_image(real_scores), real, scaler=scaler),
+                "gradient": lambda: losses.gradient_penalty(mean_scores, real, fake.to(real.dtype), scaler=scaler),
+                "dragan": lambda: losses.dragan_penalty(mean_scores, real, scaler=scaler),
+            }
+            penalty = config.penalty_every * compute[config.penalty]()
+            loss = loss + config.penalty_weight * penalty
+            values["penalty"] = penalty.detach()
+    return {"loss": loss, **values}
+
+
+def _of_image(scores: Tensor) -> Tensor:
+    """Scores (B, ...) -> their means (B,)."""
+    return scores if scores.dim() == 1 else scores.flatten(1).mean(1)
 
 
 class ImageGAN(GenerativeModel):
@@ -94,53 +149,30 @@ class ImageGAN(GenerativeModel):
             Phase("generator", ("generator",), config.generator_learning_rate, betas),
         )
 
+    @property
+    def noise_dim(self) -> int:
+        """Normal numbers that the generator makes an image of."""
+        latent_dim: int = self.config.latent_dim
+        return latent_dim
+
     def conditions(self, batch: Batch) -> tuple[Tensor, ...]:
         """What of the batch both networks are given beside z and images."""
         return ()
 
     def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
-        """What ``phase`` minimises, and what people watch: mean scores of "real" and "fake" images, the "penalty".
-
-        The penalty is there in its own steps only, times their interval: its mean over all steps is that of the
-        penalty. Code of torch.compile can't be differentiated twice, so these steps don't use it.
-        """
+        """What ``phase`` minimises, and what people watch: see ``judge``."""
         real, given = self._checked(batch["images"]), self.conditions(batch)
         if phase == "generator":
             scores = self.discriminator(self.generator(self._noise(len(real)), *given), *given)
             return {"loss": losses.generator_loss(scores, self.config.loss), "fake": scores.detach().float().mean()}
-        config = self.config
-        penalised = config.penalty != "none" and moment.step % config.penalty_every == 0
         with torch.no_grad():
             fake = self.generator(self._noise(len(real)), *given)
-        with torch.compiler.set_stance("force_eager") if penalised else nullcontext():
-            return self._discriminator_loss(2 * real - 1, fake, given, moment, penalised)
-
-    def _discriminator_loss(
-        self, real: Tensor, fake: Tensor, given: tuple[Tensor, ...], moment: Moment, penalised: bool
-    ) -> dict[str, Tensor]:
-        config = self.config
-        if penalised and config.penalty == "r1":
-            real.requires_grad_()
 
         def discriminator(images: Tensor) -> Tensor:
             scores: Tensor = self.discriminator(images, *given)
             return scores
 
-        real_scores, fake_scores = discriminator(real), discriminator(fake)
-        loss = losses.discriminator_loss(real_scores, fake_scores, config.loss)
-        values = {"real": real_scores.detach().float().mean(), "fake": fake_scores.detach().float().mean()}
-        if penalised:
-            compute: dict[str, Callable[[], Tensor]] = {
-                "r1": lambda: losses.r1_penalty(real_scores, real, scaler=moment.scaler),
-                "gradient": lambda: losses.gradient_penalty(
-                    discriminator, real, fake.to(real.dtype), scaler=moment.scaler
-                ),
-                "dragan": lambda: losses.dragan_penalty(discriminator, real, scaler=moment.scaler),
-            }
-            penalty = config.penalty_every * compute[config.penalty]()
-            loss = loss + config.penalty_weight * penalty
-            values["penalty"] = penalty.detach()
-        return {"loss": loss, **values}
+        return judge(discriminator, 2 * real - 1, fake, self.config, moment)
 
     @torch.no_grad()
     def draw(self, n: int, options: Any, *, generator: torch.Generator | None = None) -> Images:
@@ -170,7 +202,7 @@ class ImageGAN(GenerativeModel):
     def _noise(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         weight = next(self.generator.parameters())
         device = weight.device if generator is None else generator.device
-        return torch.randn(n, self.config.latent_dim, generator=generator, device=device).to(weight)
+        return torch.randn(n, self.noise_dim, generator=generator, device=device).to(weight)
 
     def _checked(self, images: Tensor) -> Tensor:
         config = self.config
