@@ -37,6 +37,11 @@ def halvings(image_size: int) -> int:
     return times
 
 
+def feature_sizes(image_size: int) -> list[int]:
+    """Heights of the feature maps, from 4, 5, 6 or 7 up to the images'. Raises ValueError: as ``halvings``."""
+    return [image_size >> i for i in reversed(range(halvings(image_size) + 1))]
+
+
 def require_norm(norm: str, penalty: str) -> None:
     """Raises ValueError: an unknown norm, or one that mixes samples under a penalty of each alone."""
     require_choice("discriminator_norm", norm, get_args(Norm))
