@@ -14,17 +14,36 @@ import numpy as np
 import pytest
 
 from fastgen.cli import EXTRAS, main
+from fastgen.models import MODELS
 
 MISSING = [package for module, package in EXTRAS.items() if importlib.util.find_spec(module) is None]
 collect_ignore_glob = ["test_*.py"] if MISSING else []
 
+GAN = ["--model.width", "4", "--model.latent-dim", "8", "--batch-size", "32"]
+DENSE = ["--model.width", "8", "--model.depth", "1", "--batch-size", "32"]
 TINY: dict[str, list[str]] = {
+    "gan": [*DENSE, "--model.latent-dim", "8"],
+    "cgan": [*DENSE, "--model.latent-dim", "8"],
+    "dcgan": GAN,
+    "cdcgan": GAN,
+    "sagan": ["--model.width", "8", "--model.latent-dim", "8", "--batch-size", "32"],
+    "attention-gan": GAN,
+    "recurrent-gan": ["--model.generator-width", "8", "--model.critic-width", "8", "--batch-size", "8"],
+    "vae": DENSE,
     "conv-vae": ["--model.width", "4", "--model.hidden-dim", "16", "--batch-size", "32"],
-    "dcgan": ["--model.width", "4", "--model.latent-dim", "8", "--batch-size", "32"],
+    "cvae": DENSE,
+    "flow-vae": [*DENSE, "--model.flow-width", "8", "--model.flows", "1"],
+    "vq-vae": ["--model.width", "4", "--model.codebook-size", "16", "--model.prior-width", "16", "--batch-size", "32"],
     "transformer-lm": [
         *("--model.width", "16", "--model.depth", "1", "--model.heads", "2", "--model.context", "16"),
         *("--batch-size", "8", "--evaluate-every", "1000000"),
     ],
+    "seq2seq": [
+        *("--model.width", "16", "--model.heads", "2", "--model.encoder-depth", "1", "--model.decoder-depth", "1"),
+        *("--batch-size", "8"),
+    ],
+    "image-transformer": ["--model.width", "16", "--model.depth", "1", "--model.heads", "2", "--batch-size", "8"],
+    "wavenet": ["--model.channels", "4", "--model.skip-channels", "8", "--model.cycle", "3", "--batch-size", "4"],
 }
 """Options of models that take a few milliseconds a step."""
 
@@ -75,7 +94,10 @@ def words(digits: Path, text: Path, tmp_path: Path) -> Callable[..., list[str]]:
         command = ["train", model, "--out", str(tmp_path / name), "--steps", str(steps), *options]
         if "--resume" in options:
             return command
-        given = [] if "--data" in options else ["--data", str(text if model == "transformer-lm" else digits)]
+        kept = {"images": [str(digits)], "text": [str(text)], "sequences": ["reversal", "--items", "100"]}
+        kept |= {"audio": ["tones", "--items", "40", "--seconds", "0.05"]}
+        kept |= {kind: [name, "--items", "60"] for kind, name in (("domains", "textures"), ("pairs", "photos"))}
+        given = [] if "--data" in options else ["--data", *kept[MODELS[model].kind]]
         return command + given + TINY[model]
 
     return words

@@ -45,7 +45,6 @@ def after_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[Engine
 
 
 @pytest.mark.parametrize("model", ["conv-vae", "dcgan", "transformer-lm"])
-@pytest.mark.parametrize("options", [[], ["--accumulate", "2", "--flip", "--schedule", "cosine", "--warmup", "3"]])
 def test_resuming_gives_the_same_bits_as_never_stopping(
     fit: Main,
     tmp_path: Path,
@@ -53,8 +52,8 @@ def test_resuming_gives_the_same_bits_as_never_stopping(
     metrics: Metrics,
     monkeypatch: pytest.MonkeyPatch,
     model: str,
-    options: list[str],
 ) -> None:
+    options = ["--accumulate", "2", "--flip", "--schedule", "cosine", "--warmup", "3"]
     assert fit(*OFTEN, *options, model=model, name="straight", steps=6) == 0
     with monkeypatch.context() as patch:
         after_step(patch, 3, lambda engine: os.kill(os.getpid(), signal.SIGINT))

@@ -1,0 +1,258 @@
+"""Trains the models of the zoo with their defaults, judges them, and writes docs/models.md.
+
+usage: python benchmarks/zoo.py [NAME ...] [--render]
+
+Each entry is what a person would type: ``fastgen train``, ``evaluate`` and ``sample``. What came of it goes
+into benchmarks/results/zoo.json, one record for each entry, with its commit and machine; records of other entries
+stay. --render writes the page from the records and trains nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import wave
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "benchmarks" / "results" / "zoo.json"
+PAGE = ROOT / "docs" / "models.md"
+PICTURES = ROOT / "docs" / "models"
+RUNS = ROOT / "runs" / "zoo"
+EXCERPT = 420
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model as it is trained for the page. show: figures of ``fastgen evaluate``, in order of importance."""
+
+    model: str
+    train: tuple[str, ...] = ()
+    sample: tuple[str, ...] = ("--n", "64")
+    show: tuple[str, ...] = ()
+    name: str = ""
+
+    @property
+    def key(self) -> str:
+        return self.name or self.model
+
+
+DISTANCES = ("Frechet distance", "precision", "recall")
+CLASSES = (*DISTANCES, "class agreement")
+BOUNDS = ("ELBO", "importance-weighted bound", "bits per dimension", *DISTANCES)
+ENTRIES = (
+    Entry("gan", show=DISTANCES),
+    Entry("dcgan", show=DISTANCES),
+    Entry("cgan", sample=("--n", "80"), show=CLASSES),
+    Entry("cdcgan", sample=("--n", "80"), show=CLASSES),
+    Entry("sagan", sample=("--n", "80"), show=CLASSES),
+    Entry("attention-gan", show=DISTANCES),
+    Entry("recurrent-gan", show=DISTANCES),
+    Entry("transgan", show=DISTANCES),
+    Entry("stylegan", show=DISTANCES),
+    Entry("cyclegan"),
+    Entry("pix2pix"),
+    Entry("vae", show=BOUNDS),
+    Entry("conv-vae", show=BOUNDS),
+    Entry("cvae", sample=("--n", "80"), show=(*BOUNDS, "class agreement")),
+    Entry("flow-vae", show=BOUNDS),
+    Entry("vq-vae", show=("ELBO", "bits per dimension", *DISTANCES)),
+    Entry("transformer-lm", sample=("--n", "1"), show=("nats per token", "perplexity")),
+    Entry("seq2seq", sample=("--n", "12"), show=("exact",), name="seq2seq, reversal"),
+    Entry("seq2seq", ("--data", "sums"), ("--n", "12"), show=("exact",), name="seq2seq, sums"),
+    Entry("image-transformer", show=("negative log-likelihood", "bits per dimension", *DISTANCES)),
+    Entry(
+        "image-transformer",
+        ("--model.conditional", "true"),
+        sample=("--n", "80"),
+        show=("negative log-likelihood", "bits per dimension", *CLASSES),
+        name="image-transformer, conditional",
+    ),
+    Entry("wavenet", sample=("--n", "4"), show=("nats per token",)),
+)
+
+
+def fastgen(*words: str) -> tuple[str, float]:
+    """What a command printed, and the seconds of CPU it took."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-m", "fastgen", *words], cwd=ROOT, text=True, stdout=subprocess.PIPE)
+    if done.returncode:
+        sys.exit(f"fastgen {' '.join(words)}: exit code {done.returncode}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done.stdout, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, text=True, stdout=subprocess.PIPE, check=True).stdout.strip()
+
+
+def slug(key: str) -> str:
+    return key.replace(", ", "-").replace(" ", "-")
+
+
+def run(entry: Entry) -> dict:
+    """Train, evaluate, sample; the record."""
+    folder = RUNS / slug(entry.key)
+    shown = folder.relative_to(ROOT)
+    train = ["train", entry.model, *entry.train, "--out", str(shown)]
+    _, seconds = fastgen(*train, "--overwrite")
+    fastgen("evaluate", str(shown))
+    record = {
+        "model": entry.model,
+        "command": f"fastgen {' '.join(train)}",
+        "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "fastgen") else ""),
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{os.cpu_count()} cores of {cpu_name()}",
+        "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
+        "cpu_minutes": round(seconds / 60, 1),
+        **json.loads((folder / "evaluation.json").read_text()),
+    }
+    environment = json.loads((folder / "environment.json").read_text())
+    record |= {"parameters": environment["parameters"], "torch": environment["torch"]}
+    record |= exhibits(entry, folder)
+    return record
+
+
+def exhibits(entry: Entry, folder: Path) -> dict:
+    """Samples as a picture in docs/models, or as an excerpt in the record."""
+    from fastgen.models import MODELS
+
+    shown = str(folder.relative_to(ROOT))
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    picture = PICTURES / f"{slug(entry.key)}.png"
+    kind = MODELS[entry.model].kind
+    config = json.loads((folder / "model" / "config.json").read_text())
+    if kind == "text" or (kind == "sequences" and "vocabulary" in config):
+        text, _ = fastgen("sample", shown, *entry.sample)
+        return {"excerpt": text.strip()[:EXCERPT], "sample": " ".join(entry.sample)}
+    if kind == "audio":
+        sound = folder / "samples.wav"
+        fastgen("sample", shown, *entry.sample, "--out", str(sound))
+        spectrogram(sound, picture)
+    else:
+        fastgen("sample", shown, *entry.sample, "--out", str(picture))
+    return {"picture": picture.name, "sample": " ".join(entry.sample)}
+
+
+def spectrogram(sound: Path, picture: Path) -> None:
+    import matplotlib
+    import numpy as np
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    with wave.open(str(sound)) as file:
+        rate, wide = file.getframerate(), file.getsampwidth()
+        waves = np.frombuffer(file.readframes(file.getnframes()), {1: np.uint8, 2: np.int16}[wide])
+    figure, axes = plt.subplots(figsize=(7, 2.2), layout="constrained")
+    axes.specgram(waves / 2.0 ** (8 * wide - 1), NFFT=256, noverlap=128, Fs=rate)
+    axes.set(xlabel="seconds", ylabel="Hz")
+    figure.savefig(picture, dpi=90)
+    plt.close(figure)
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def written(figure: dict) -> str:
+    value, low, high = (figure[name] for name in ("value", "low", "high"))
+    unit = f" {figure['unit']}" if figure["unit"] else ""
+    spread = "" if low is None else f" [{low:.3g}, {high:.3g}]"
+    return (
+        f"{figure['name']} {value:.3g}{spread}{unit}" if abs(value) < 1000 else f"{figure['name']} {value:,.0f}{unit}"
+    )
+
+
+def page(records: dict[str, dict]) -> str:
+    """docs/models.md."""
+    entries = [(entry, records[entry.key]) for entry in ENTRIES if entry.key in records]
+    lines = [HEAD, "| model | parameters | CPU minutes | figures on held-out items |", "|---|---|---|---|"]
+    for entry, record in entries:
+        found = {figure["name"]: figure for figure in record["figures"]}
+        chosen = [found[name] for name in entry.show if name in found] or list(found.values())
+        cell = "; ".join(written(figure) for figure in chosen)
+        anchor = entry.key.replace(", ", "-").replace(" ", "-")
+        lines.append(f"| [{entry.key}](#{anchor}) | {record['parameters']:,} | {record['cpu_minutes']:.1f} | {cell} |")
+    for entry, record in entries:
+        lines += ["", f"## {slug(entry.key)}", "", *section(record)]
+    missing = [entry.key for entry in ENTRIES if entry.key not in records]
+    if missing:
+        lines += ["", f"Not measured yet: {', '.join(missing)}."]
+    return "\n".join(lines) + "\n"
+
+
+def section(record: dict) -> list[str]:
+    from fastgen.metrics import Figure
+    from fastgen.models import MODELS
+
+    out = record["command"].rpartition(" ")[2]
+    lines = [
+        f"{MODELS[record['model']].summary}.",
+        "",
+        "```sh",
+        record["command"],
+        f"fastgen evaluate {out}",
+        f"fastgen sample {out} {record['sample']}",
+        "```",
+        "",
+    ]
+    if "picture" in record:
+        lines += [f"![Samples](models/{record['picture']})", ""]
+    else:
+        lines += ["```text", *(line.rstrip() for line in record["excerpt"].splitlines()), "```", ""]
+    lines += [f"- {Figure(**figure)}" for figure in record["figures"]]
+    lines += [
+        "",
+        f"{record['step']:,} steps, {record['parameters']:,} parameters, {record['cpu_minutes']:.1f} minutes of CPU"
+        f" ({record['threads']} threads; {record['machine']}; torch {record['torch']}; commit {record['commit']},"
+        f" {record['date']}).",
+    ]
+    return lines
+
+
+HEAD = """# What the models reach
+
+Every model with its defaults on its default data, one seed, by the commands that are shown; nothing is downloaded.
+Made by `python benchmarks/zoo.py`; the same numbers are in `benchmarks/results/zoo.json`.
+
+CPU minutes are those of the training process, all threads together, on a shared machine: on two idle cores it takes
+about half as long. Square brackets are 95 % intervals over held-out items or samples, not over trainings. Frechet
+distances are in the feature space that is named under each model, a small network trained on the same data: numbers of
+different spaces can't be compared, and none of them with published FIDs.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="entries; default: those that have no record yet")
+    parser.add_argument("--render", action="store_true", help="only write the page")
+    given = parser.parse_args()
+    known = {entry.key: entry for entry in ENTRIES}
+    unknown = sorted(set(given.names) - set(known))
+    if unknown:
+        parser.error(f"names: expected some of {'; '.join(known)}, got {'; '.join(unknown)}")
+    records = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
+    names = [] if given.render else given.names or [name for name in known if name not in records]
+    for name in names:
+        record = run(known[name])
+        records = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
+        records[name] = record
+        ordered = {key: records[key] for key in known if key in records}
+        RECORDS.write_text(json.dumps(ordered, indent=1) + "\n")
+        print(f"{name}: {record['cpu_minutes']} CPU minutes", flush=True)
+    PAGE.write_text(page(records))
+
+
+if __name__ == "__main__":
+    main()
