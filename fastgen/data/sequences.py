@@ -15,7 +15,7 @@ from fastgen.data.text import encode, read_text
 PADDING, START, END, FIRST = 0, 1, 2, 3
 """Tokens; ``FIRST`` is the vocabulary's first character."""
 
-ITEMS = 10_000
+ITEMS, SUMS = 10_000, 50_000
 MOST = 200_000
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 Pairs = list[tuple[str, str]]
@@ -74,13 +74,21 @@ def reversal(items: int, every: int) -> Dataset:
 
 
 def sums(items: int, every: int) -> Dataset:
-    """Two numbers from 0 to 999 and their sum: "12+345" -> "357". No two pairs have the same numbers, in any order."""
+    """Two numbers from 0 to 999 and their sum: "12+345" -> "357". No two pairs have the same numbers, in any order.
+
+    Numbers of one, two and three digits are as likely; of the few short ones there are, most occur.
+    """
     draw = _numbers("sums", items)
+    wanted = items or SUMS
     terms: dict[tuple[int, int], tuple[int, int]] = {}
-    while len(terms) < (items or ITEMS):
-        a, b = draw(0, 1000, 2).tolist()
-        terms.setdefault((min(a, b), max(a, b)), (a, b))
-    return sequence_dataset("sums", [(f"{a}+{b}", str(a + b)) for a, b in terms.values()], every)
+    while len(terms) < wanted:
+        digits = draw(1, 4, 2 * wanted)
+        low = torch.where(digits == 1, 0, 10 ** (digits - 1))
+        numbers = low + draw(0, 9000, 2 * wanted) % (10**digits - low)
+        for a, b in numbers.view(-1, 2).tolist():
+            terms.setdefault((min(a, b), max(a, b)), (a, b))
+    pairs = [(f"{a}+{b}", str(a + b)) for a, b in list(terms.values())[:wanted]]
+    return sequence_dataset("sums", pairs, every)
 
 
 def _numbers(name: str, items: int) -> Callable[[int, int, int], Tensor]:

@@ -10,27 +10,28 @@ self-attention queries and keys are turned by it (Su et al., "RoFormer", 2021):
            -> norm -> logits
 
 It learns with the true target before each token (teacher forcing); the loss is the cross-entropy of the next token, in
-nats per token. Padding is seen by nobody and counts for nothing.
+nats per token. Padding is seen by nobody and counts for nothing. The blocks are in ``_encoder_decoder.py``, how targets
+are written in ``_beams.py``.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen import functional
 from fastgen._checks import require_positive, require_probability, require_shape, require_tensor
 from fastgen.models._base import Batch, Exhibit, GenerativeModel, Moment, Phase, Texts, option
-from fastgen.models._tokens import END, FIRST, PADDING, START, choose, require_known, require_vocabulary, spell
+from fastgen.models._beams import DecodingOptions, search
+from fastgen.models._encoder_decoder import BlockCache, DecoderBlock, EncoderBlock, Tables
+from fastgen.models._tokens import END, FIRST, PADDING, START, require_known, require_vocabulary, spell
 from fastgen.nn import KVCache, RotaryEmbedding
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-Tables = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -80,105 +81,6 @@ class Seq2SeqConfig:
         return FIRST + len(self.vocabulary)
 
 
-@dataclass(frozen=True)
-class DecodingOptions:
-    """How targets are written. ValueError names the field, what was expected and what came."""
-
-    source: str = option("", "what is decoded, each time; empty: random strings of the vocabulary")
-    beams: int = option(1, "hypotheses that beam search goes on with; 1: greedy")
-    temperature: float = option(0.0, "0: the likeliest; else tokens are drawn, from logits divided by this")
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.source, str):
-            raise ValueError(f"source: expected a string, got {type(self.source).__name__}")
-        require_positive("beams", self.beams)
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature: expected a finite number >= 0, got {self.temperature}")
-        if self.temperature and self.beams > 1:
-            raise ValueError(f"beams: expected 1 with a temperature above 0, got {self.beams}")
-
-
-class BlockCache:
-    """What a block of the decoder keeps from step to step: keys and values of the target so far and of the memory."""
-
-    def __init__(self, target: KVCache) -> None:
-        self.target = target
-        self.memory: tuple[Tensor, ...] = ()
-
-
-class EncoderBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: Seq2SeqConfig) -> None:
-        super().__init__()
-        width, hidden = config.width, config.mlp_width or 4 * config.width
-        self.heads, self.head_dim, self.dropout = config.heads, config.head_dim, config.dropout
-        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.merge = nn.Linear(width, width, bias=False)
-        self.mlp_norm = nn.RMSNorm(width, eps=1e-6)
-        self.mlp_in = nn.Linear(width, hidden, bias=False)
-        self.mlp_out = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x: Tensor, rotary: Tables, visible: Tensor) -> Tensor:
-        """x (B, S, width) -> the same. ``visible`` (B, 1, 1, S): which tokens are no padding."""
-        query, key, value = self._heads(x, rotary)
-        heads = functional.scaled_dot_product_attention(query, key, value, visible, self._p())
-        return self._plus_mlp(self._plus(x, cast(Tensor, heads), self.merge))
-
-    def _p(self) -> float:
-        return self.dropout if self.training else 0.0
-
-    def _heads(self, x: Tensor, rotary: Tables) -> tuple[Tensor, ...]:
-        heads, dims = (self.heads,) * 3, (self.head_dim,) * 3
-        return functional.qkv_projection(
-            self.attention_norm(x), self.qkv.weight, heads=heads, head_dims=dims, rotary=rotary
-        )
-
-    def _plus(self, x: Tensor, heads: Tensor, merge: nn.Linear) -> Tensor:
-        if self._p():
-            return x + F.dropout(functional.merge_heads_projection(heads, merge.weight), self._p())
-        return functional.merge_heads_projection(heads, merge.weight, residual=x)
-
-    def _plus_mlp(self, x: Tensor) -> Tensor:
-        branch: Tensor = self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
-        return x + F.dropout(branch, self._p())
-
-
-class DecoderBlock(EncoderBlock):
-    """x + attention to the target so far, x + attention to the memory, then x + mlp(norm(x))."""
-
-    def __init__(self, config: Seq2SeqConfig) -> None:
-        super().__init__(config)
-        width = config.width
-        self.memory_norm = nn.RMSNorm(width, eps=1e-6)
-        self.query = nn.Linear(width, width, bias=False)
-        self.key_value = nn.Linear(width, 2 * width, bias=False)
-        self.memory_merge = nn.Linear(width, width, bias=False)
-
-    def forward(  # type: ignore[override]
-        self, x: Tensor, rotary: Tables, visible: Tensor, memory: Tensor, cache: BlockCache | None = None
-    ) -> Tensor:
-        """x (B, T, width) -> the same. ``memory`` (B, S, width), of which a ``cache`` keeps keys and values."""
-        query, key, value = self._heads(x, rotary)
-        if cache is None:
-            heads = functional.scaled_dot_product_attention(query, key, value, None, self._p(), is_causal=True)
-        else:
-            keys, values, mask = cache.target.update(key, value)
-            heads = functional.scaled_dot_product_attention(query, keys, values, mask)
-        x = self._plus(x, cast(Tensor, heads), self.merge)
-        key_value = cache.memory if cache else ()
-        if not key_value:
-            heads_of, dims = (self.heads,) * 2, (self.head_dim,) * 2
-            key_value = functional.qkv_projection(memory, self.key_value.weight, heads=heads_of, head_dims=dims)
-        if cache:
-            cache.memory = key_value
-        query = functional.multi_head_projection(self.memory_norm(x), self.query.weight, num_heads=self.heads)
-        key, value = key_value
-        heads = functional.scaled_dot_product_attention(query, key, value, visible, self._p())
-        return self._plus_mlp(self._plus(x, cast(Tensor, heads), self.memory_merge))
-
-
 class Seq2Seq(GenerativeModel):
     """The model described at the top of this file.
 
@@ -196,8 +98,8 @@ class Seq2Seq(GenerativeModel):
     default_data = "reversal"
     config_class, sampling_class = Seq2SeqConfig, DecodingOptions
     train_defaults: ClassVar = {
-        "steps": 1000,
-        "batch_size": 64,
+        "steps": 1200,
+        "batch_size": 128,
         "schedule": "cosine",
         "warmup": 100,
         "clip": 1.0,
@@ -305,10 +207,6 @@ class Seq2Seq(GenerativeModel):
     ) -> Tensor:
         """The target of each source, (B, target_length) int64, padded; one too long has no end.
 
-        Beam search goes on with the ``beams`` likeliest beginnings and gives the likeliest target it has met
-        (Sutskever et al., "Sequence to sequence learning with neural networks", 2014). Neither padding nor start is
-        ever chosen.
-
         Args:
             source: (B, source_length) int64.
             options: beams and temperature; default greedy.
@@ -326,35 +224,18 @@ class Seq2Seq(GenerativeModel):
             self.train(was_training)
 
     def _search(self, source: Tensor, options: DecodingOptions, generator: torch.Generator | None) -> Tensor:
-        """The same number of steps for every source, so that nothing waits for the device or another process."""
-        beams, batch, length = options.beams, len(source), self.config.target_length
-        memory, visible = (part.repeat_interleave(beams, 0) for part in self._encode(source))
-        caches = self._caches(batch * beams)
-        text = torch.full((batch * beams, 1), START, device=source.device)
-        scores = torch.full((batch, beams), -math.inf, device=source.device)
-        scores[:, 0] = 0.0  # one beginning, many ways on
-        ended = torch.zeros(batch * beams, 1, dtype=torch.bool, device=source.device)
-        first = beams * torch.arange(batch, device=source.device)[:, None]
-        for _ in range(length - 1):
-            logits = self._next_logits(text, memory, visible, caches)
-            log_prob = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
-            log_prob[:, [PADDING, START]] = -math.inf
-            log_prob = log_prob.masked_fill(ended, -math.inf)
-            log_prob[:, PADDING] = log_prob[:, PADDING].masked_fill(ended[:, 0], 0.0)
-            if options.temperature:
-                token = choose(log_prob, options.temperature, generator)
-            else:
-                totals = scores.to(log_prob.dtype)[:, :, None] + log_prob.unflatten(0, (batch, beams))
-                scores, best = totals.flatten(1).topk(beams)
-                rows = (first + best // log_prob.size(1)).flatten()
-                token = best.flatten() % log_prob.size(1)
-                text, ended = text[rows], ended[rows]
-                if beams > 1:
-                    for cache in caches:
-                        cache.target.reorder(rows)
-            text = torch.cat((text, token[:, None]), 1)
-            ended = ended | (token == END)[:, None]
-        return text.view(batch, beams, length)[:, 0]
+        memory, visible = (part.repeat_interleave(options.beams, 0) for part in self._encode(source))
+        caches = self._caches(len(memory))
+
+        def next_logits(text: Tensor) -> Tensor:
+            return self._next_logits(text, memory, visible, caches)
+
+        def reorder(rows: Tensor) -> None:
+            for cache in caches:
+                cache.target.reorder(rows)
+
+        sizes = (len(source), self.config.target_length)
+        return search(next_logits, reorder, *sizes, options, generator, source.device)
 
     def _next_logits(self, text: Tensor, memory: Tensor, visible: Tensor, caches: list[BlockCache]) -> Tensor:
         """(B, tokens), of the token after ``text`` (B, N), all but whose last token the caches have seen."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -124,17 +125,26 @@ def test_grey_inputs_are_the_luma_of_their_targets() -> None:
 
 def test_held_out_sequences_are_new_and_right() -> None:
     for source in ("reversal", "sums"):
-        data = load_data(DataConfig(source=source), "sequences")
+        data = load_data(DataConfig(source=source, items=5000), "sequences")
         vocabulary = data.facts["vocabulary"]
         train, held = (
             [tuple(spell(row, vocabulary) for row in pair) for pair in zip(*everything(part).values(), strict=True)]
             for part in data.splits()
         )
-        assert (len(train), len(held)) == (8000, 2000)
+        assert (len(train), len(held)) == (4000, 1000)
         for text, answer in train + held:
             assert answer == (text[::-1] if source == "reversal" else str(sum(map(int, text.split("+")))))
         keys = [{tuple(sorted(text.split("+"))) for text, _ in part} for part in (train, held)]
         assert not keys[0] & keys[1]
+
+
+def test_numbers_of_a_sum_have_one_two_or_three_digits() -> None:
+    data = load_data(DataConfig(source="sums", items=3000), "sequences")
+    texts = [spell(row, data.facts["vocabulary"]) for row in everything(data.splits()[0])["source"]]
+    lengths = Counter(len(number) for text in texts for number in text.split("+"))
+    assert sorted(lengths) == [1, 2, 3]
+    assert min(lengths.values()) > 0.15 * lengths.total()
+    assert {"0", "9", "10", "99"} <= {number for text in texts for number in text.split("+")}
 
 
 def test_sequences_are_framed_and_padded_at_the_end() -> None:
