@@ -1,0 +1,210 @@
+"""What is particular to the StyleGAN and to the TransGAN; the rest is in the tables of test_gans.py."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgen import losses
+from fastgen.models._base import Images, Moment
+from fastgen.models.stylegan import (
+    AVERAGE_STEP,
+    ModulatedConv2d,
+    StyleGAN,
+    StyleGANConfig,
+    StyleOptions,
+    differences,
+)
+from fastgen.models.transgan import TransGAN, TransGANConfig
+
+SMALL = {"latent_dim": 8, "width": 8, "style_dim": 8, "mapping_depth": 2}
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def small_stylegan(**options: object) -> StyleGAN:
+    torch.manual_seed(0)
+    return StyleGAN(StyleGANConfig(**{**SMALL, **options}))  # type: ignore[arg-type]
+
+
+def give_noise_strength(model: StyleGAN) -> None:
+    for layer in model.generator.synthesis.layers:
+        torch.nn.init.ones_(layer.strength)
+
+
+@pytest.mark.parametrize("demodulate", [True, False], ids=["demodulated", "plain"])
+def test_a_modulated_convolution_is_one_of_weights_made_for_each_image(demodulate: bool) -> None:
+    """Against a grouped convolution, with first and second derivatives."""
+    torch.manual_seed(0)
+    layer = ModulatedConv2d(3, 5, 3, 4, demodulate=demodulate).double()
+    x, style = torch.randn(2, 3, 6, 7, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
+
+    def grouped(x: Tensor, style: Tensor) -> Tensor:
+        weight = layer.convolution.weight / 27**0.5 * layer.style(style)[:, None, :, None, None]
+        if demodulate:
+            weight = weight / (weight.square().sum(dim=(2, 3, 4), keepdim=True) + 1e-8).sqrt()
+        return F.conv2d(x.flatten(0, 1), weight.flatten(0, 1), padding=1, groups=2).view(2, 5, 6, 7)
+
+    results = []
+    for function in (layer, grouped):
+        inputs = [tensor.clone().requires_grad_() for tensor in (x, style)]
+        y = function(*inputs)
+        first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), [*inputs, *layer.parameters()])
+        results.append([y, *first, *second])
+    torch.testing.assert_close(*results)
+
+
+def test_weights_of_every_layer_are_normal_and_the_mapping_s_are_as_much_larger_as_it_learns_slower() -> None:
+    model = small_stylegan(width=32, style_dim=64, mapping_rate=0.01)
+    model_weights = {name: weight for name, weight in model.named_parameters() if weight.numel() > 2000}
+    assert len(model_weights) == 14
+    for name, weight in model_weights.items():
+        wanted = 100.0 if "mapping" in name else 1.0
+        torch.testing.assert_close(weight.std().item(), wanted, rtol=0.05, atol=0)
+
+
+def test_the_path_length_penalty_comes_every_so_many_steps_and_its_mean_is_kept() -> None:
+    options = {"path_length_weight": 3.0, "path_length_every": 2, "style_mixing": 0.0}
+    model = small_stylegan(**options)
+    model.discriminator.requires_grad_(False)
+    batch = {"images": torch.rand(6, 1, 8, 8, generator=seeded(1))}
+    before = copy.deepcopy(model)
+    torch.manual_seed(3)
+    without = model.loss("generator", batch, Moment(1, 10))
+    assert "path" not in without
+    assert model.path_length_mean == 0
+    torch.manual_seed(3)
+    values = model.loss("generator", batch, Moment(2, 10))
+
+    torch.manual_seed(3)
+    before.loss("generator", batch, Moment(1, 10))  # draws what the loss draws
+    numbers = torch.randn(3, model.noise_dim)
+    styles = before.generator.styles(numbers)
+    images = before.generator.synthesis(styles, before.generator.noise(numbers))
+    penalty, mean = losses.path_length_penalty(images, styles, 0.0)
+    torch.testing.assert_close(values["path"], 2 * penalty.detach())
+    torch.testing.assert_close(values["loss"], without["loss"] + 3 * 2 * penalty)
+    assert model.path_length_mean > 0
+    torch.testing.assert_close(model.path_length_mean, mean)
+    assert "path_length_mean" in model.state_dict()
+    assert not values["path"].requires_grad
+
+
+def test_the_path_length_penalty_is_differentiated_by_the_generator_s_weights() -> None:
+    """Its gradient is that of finite differences, along the gradient itself, in float64."""
+    model = small_stylegan(path_length_every=1, path_length_weight=1.0, style_mixing=0.0).double()
+    give_noise_strength(model)
+    model.discriminator.requires_grad_(False)
+    batch = {"images": torch.rand(6, 1, 8, 8, generator=seeded(1)).double()}
+
+    def penalty() -> Tensor:
+        model.path_length_mean.fill_(1e3)  # far away: how much the mean itself follows the weights is little
+        torch.manual_seed(3)
+        return model.loss("generator", batch, Moment(1, 10))["loss"] / 1e3
+
+    weights = list(model.generator.parameters())
+    slopes = torch.autograd.grad(penalty(), weights)
+    norm = torch.stack([slope.square().sum() for slope in slopes]).sum().sqrt()
+    ends = []
+    for sign in (1, -2):
+        with torch.no_grad():
+            for weight, slope in zip(weights, slopes, strict=True):
+                weight.add_(slope, alpha=sign * 1e-5 / norm.item())
+        ends.append(penalty().item())
+    torch.testing.assert_close((ends[0] - ends[1]) / 2e-5, norm.item(), rtol=0.02, atol=0)
+
+
+def test_truncation_draws_styles_to_their_mean_and_leaves_the_noise() -> None:
+    model = small_stylegan()
+    images = torch.rand(16, 1, 8, 8, generator=seeded(1))
+    for step in range(1, 4):
+        torch.manual_seed(step)
+        model.loss("generator", {"images": images}, Moment(step, 10))
+
+    def spread(truncation: float) -> float:
+        pixels = model.draw(32, StyleOptions(truncation), generator=seeded(2)).pixels
+        return pixels.var(dim=0).mean().item()
+
+    assert spread(0.0) < 1e-12 < spread(0.5) < spread(1.0)
+    give_noise_strength(model)
+    assert spread(0.0) > 1e-3
+    with pytest.raises(ValueError, match=r"truncation: expected a number in \[0, 1\], got 1.5"):
+        StyleOptions(1.5)
+
+
+def test_the_mean_of_styles_is_a_running_one_of_training_alone() -> None:
+    model = small_stylegan(style_mixing=0.0)
+    mapping = model.generator.mapping
+    z = torch.randn(16, 8, generator=seeded(1))
+    w = mapping(z)
+    torch.testing.assert_close(mapping.average, AVERAGE_STEP * w.mean(dim=0))
+    kept = mapping.average.clone()
+    model.draw(4, StyleOptions())
+    model.show({})
+    assert torch.equal(mapping.average, kept)
+    torch.testing.assert_close(mapping(5 * z), w)  # z's length says nothing
+
+
+def test_styles_are_mixed_in_training_at_one_place_of_each_image() -> None:
+    model = small_stylegan(style_mixing=0.5, image_size=32)
+    numbers = torch.randn(200, model.noise_dim, generator=seeded(1))
+    own = model.generator.mapping(numbers[:, :8])
+    torch.manual_seed(2)
+    styles = model.generator.styles(numbers)
+    mine = (styles == own[:, None]).all(dim=2).int()
+    assert mine.shape == (200, model.config.style_layers)
+    assert mine[:, 0].all()
+    assert (mine.diff(dim=1) <= 0).all()
+    mixed = 1 - mine[:, -1].float().mean().item()
+    assert 0.35 < mixed < 0.65
+    assert set(mine.sum(dim=1).tolist()) == {1, 2, 3, 4, 5, 6, 7, 8}
+    model.eval()
+    assert (model.generator.styles(numbers) == model.generator.mapping(numbers[:, :8])[:, None]).all()
+
+
+def test_mixed_styles_are_shown_with_plain_samples_on_the_diagonal() -> None:
+    model = small_stylegan(channels=3)
+    give_noise_strength(model)
+    shown = model.show({}, generator=seeded(4))["styles"]
+    assert isinstance(shown, Images)
+    grid = shown.pixels.unflatten(0, (-1, shown.columns))
+    plain = model.draw(len(grid), StyleOptions(), generator=seeded(4)).pixels
+    torch.testing.assert_close(grid.diagonal().movedim(-1, 0), plain)
+    assert not torch.equal(grid[0, 0], grid[0, 1])
+    assert all(module.training for module in model.modules())
+
+
+def test_the_discriminator_sees_how_much_the_images_of_a_group_differ() -> None:
+    x = torch.randn(8, 3, 4, 4, generator=seeded(1))
+    alike = x[:1].expand(8, -1, -1, -1)
+    assert differences(alike).max() < 1e-3
+    seen = differences(x)
+    assert seen.shape == (8, 1, 4, 4)
+    wanted = x[::2].std(dim=0, correction=0).mean()
+    torch.testing.assert_close(seen[::2], wanted.expand(4, 1, 4, 4), rtol=1e-4, atol=0)
+    assert torch.isfinite(differences(x[:5])).all()
+    model = small_stylegan()
+    images = torch.rand(8, 1, 8, 8, generator=seeded(1))
+    assert not torch.allclose(model.discriminator(images)[:4], model.discriminator(images[:4]))
+
+
+def test_every_token_reaches_every_place_within_its_window_and_beyond_it_by_shifted_ones() -> None:
+    torch.manual_seed(0)
+    model = TransGAN(TransGANConfig(image_size=16, width=4, num_heads=2, window=8, latent_dim=4))
+    windows = [(m.window_size[0], m.shift[0]) for m in model.generator.modules() if hasattr(m, "window_size")]
+    assert windows == [(4, 0), (4, 2), (8, 0), (8, 4), (8, 0), (8, 4)]
+    last = model.generator[-6:]  # positions, both blocks, norm, linear, tanh
+    x = torch.randn(1, 4, 16, 16, generator=seeded(1))
+    for blocks, beyond in ((last[:2], False), (last, True)):
+        y = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(blocks(y)[0, 0, 5, 5], y)
+        reached = slope[0].abs().sum(dim=0) > 0
+        assert reached[:8, :8].all()
+        assert reached[8:, 8:].any() == beyond
