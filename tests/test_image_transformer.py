@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastgen.models import image_transformer
 from fastgen.models._base import Images, Moment, from_data
-from fastgen.models._decoder import new_caches
+from fastgen.models._decoder import Past
 from fastgen.models.image_transformer import ImageTransformer, ImageTransformerConfig, PixelOptions
 
 NOW = Moment(1, 10)
@@ -109,8 +109,8 @@ def test_cached_values_are_those_of_one_forward(variant: str) -> None:
     tokens, labels = model.tokens(batch["images"])[:, :-1], batch["labels"]
     with torch.no_grad():
         whole, x = model(tokens, labels), model._embedded(tokens, labels)
-        caches = new_caches(model.config, 3, model.config.length, model.embedding.weight)
-        parts = [model._run(x[:, a:b], a, caches) for a, b in ((0, 4), (4, 5), (5, x.size(1)))]
+        past = Past(model.config, 3, model.config.length, model.embedding.weight)
+        parts = [model._run(x[:, a:b], a, past) for a, b in ((0, 4), (4, 5), (5, x.size(1)))]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
 
 

@@ -1,15 +1,18 @@
-"""The character Transformer: what a trainer and a caller may rely on."""
+"""The Transformer over text: what a trainer and a caller may rely on."""
 
 from __future__ import annotations
 
 import doctest
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgen import functional
+from fastgen._vocabulary import tokenise
 from fastgen.models import transformer_lm
 from fastgen.models._base import Moment, Texts, from_data
 from fastgen.models.transformer_lm import TextOptions, TransformerLM, TransformerLMConfig, choose
@@ -21,6 +24,9 @@ VARIANTS = {
     "swiglu, untied": {"activation": "swiglu", "tied": False},
     "plain heads, one block": {"normalise_heads": False, "depth": 1, "mlp_width": 12},
     "odd sizes": {"width": 18, "heads": 3, "context": 7},
+    "window": {"window": 3},
+    "segments": {"segments": 3, "context": 4},
+    "longer tokens": {"vocabulary": ("\n", " ", "a", "b", "c", "d", "e", "ab", "cde")},
 }
 
 
@@ -32,6 +38,31 @@ def small_model(**options: object) -> TransformerLM:
 
 def random_tokens(n: int, length: int) -> Tensor:
     return torch.randint(0, len(VOCABULARY), (n, length), generator=seeded(1))
+
+
+def attending(model: TransformerLM, tokens: Tensor) -> Tensor:
+    """Logits of a text of any length: one pass of the blocks, each with the mask of all that a token may see."""
+    config, place = model.config, torch.arange(tokens.size(1))
+    first = {
+        "window": place - config.window,
+        "segments": (place // config.context - 1) * config.context,
+    }["window" if config.window else "segments"]
+    mask = (place <= place[:, None]) & (place >= first[:, None])
+    x = model.embedding(tokens)
+    cos, sin = model.rotary.tables(tokens.size(1), dtype=x.dtype)
+    for block in model.decoder:
+        q, k, v = functional.qkv_projection(
+            block.attention_norm(x),
+            block.qkv.weight,
+            heads=(block.heads,) * 3,
+            head_dims=(block.head_dim,) * 3,
+            norms=(block.query_norm, block.key_norm),
+            rotary=(cos, sin),
+        )
+        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        x = x + F.linear(heads, block.merge.weight)
+        x = x + block.mlp_out(F.gelu(block.mlp_in(block.mlp_norm(x))))
+    return F.linear(model.norm(x), model.embedding.weight)
 
 
 def random_batch(n: int, model: TransformerLM) -> dict[str, Tensor]:
@@ -47,7 +78,7 @@ def test_shapes_and_gradients_of_every_variant(variant: str) -> None:
     model = small_model(**VARIANTS[variant])
     context = model.config.context
     for length in (1, 3, context):
-        assert model(random_tokens(2, length)).shape == (2, length, len(VOCABULARY))
+        assert model(random_tokens(2, length)).shape == (2, length, len(model.config.vocabulary))
     model.loss("text", random_batch(3, model), NOW)["loss"].backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -136,18 +167,63 @@ def test_the_loss_compiles_whole(variant: str) -> None:
     torch._dynamo.reset()
 
 
+UNBOUNDED = ["window", "segments"]
+
+
+@pytest.mark.parametrize("variant", UNBOUNDED)
+def test_a_text_of_any_length_is_read_with_a_window_or_by_segments(variant: str) -> None:
+    model = small_model(**VARIANTS[variant]).double().eval()
+    tokens = random_tokens(2, 29)
+    torch.testing.assert_close(model(tokens), attending(model, tokens))
+
+
+@pytest.mark.parametrize("variant", UNBOUNDED)
+def test_tokens_out_of_sight_count_for_nothing(variant: str) -> None:
+    """With one block; each further one sees through those before it."""
+    model = small_model(depth=1, **VARIANTS[variant]).eval()
+    tokens = random_tokens(1, 12)
+    before = model(tokens)
+    first = {"window": 11 - 3, "segments": 4}[variant]
+    for at in range(12):
+        changed = tokens.clone()
+        changed[:, at] = (changed[:, at] + 1) % len(VOCABULARY)
+        assert torch.allclose(model(changed)[:, -1], before[:, -1], atol=1e-6) == (at < first)
+
+
+def test_no_gradient_flows_to_the_segment_before() -> None:
+    model = small_model(**VARIANTS["segments"])
+    x = model.embedding(random_tokens(2, 8)).detach().requires_grad_()
+    model._recur(x)[:, 4:].sum().backward()
+    assert not x.grad[:, :4].any()
+    assert x.grad[:, 4:].any()
+    changed = x.detach().clone()
+    changed[:, 0] += 1.0
+    assert not torch.allclose(model._recur(changed)[:, 4:], model._recur(x)[:, 4:])  # though it is seen
+
+
+def test_longer_tokens_are_counted_by_their_characters() -> None:
+    model = small_model(**VARIANTS["longer tokens"]).eval()
+    tokens = torch.tensor([[8, 7, 0, 1, 8, 2, 2, 7, 8], [0] * 9])
+    scores = model.score({"tokens": tokens})
+    assert scores["tokens"].tolist() == [8.0, 8.0]
+    assert scores["characters"].tolist() == [2 + 1 + 1 + 3 + 1 + 1 + 2 + 3, 8]
+    assert "characters" not in small_model().eval().score(random_batch(2, small_model()))
+
+
 # --------------------------------------------------------------------------------------------------
 # Sampling
 
 
 def drawn_by_full_forwards(model: TransformerLM, n: int, options: TextOptions, generator: torch.Generator) -> list[str]:
-    """What ``draw`` promises, with no cache: each character from the logits of all that is in the context."""
+    """What ``draw`` promises, keeping nothing: each token from the logits of all that it may depend on."""
     vocabulary, context = model.config.vocabulary, model.config.context
-    text = torch.tensor([[vocabulary.index(c) for c in options.prompt or "\n"]] * n)
-    start = 0 if text.size(1) <= context else text.size(1) - context // 2
+    prompt = tokenise("prompt", options.prompt or "\n", vocabulary)
+    text = torch.tensor([prompt] * n)
+    bounded = model.config.reach is None
+    start = 0 if text.size(1) <= context or not bounded else text.size(1) - context // 2
     begin = text.size(1)
     for _ in range(options.length):
-        if text.size(1) - start > context:
+        if bounded and text.size(1) - start > context:
             start = text.size(1) - context // 2
         text = torch.cat((text, choose(model(text[:, start:])[:, -1], options, generator)), 1)
     return [options.prompt + "".join(vocabulary[i] for i in row) for row in text[:, begin:].tolist()]
@@ -172,17 +248,47 @@ def test_cached_sampling_is_that_of_full_forwards(case: str, variant: str) -> No
     drawn = model.draw(3, options, generator=seeded(5))
     assert isinstance(drawn, Texts)
     assert drawn.texts == drawn_by_full_forwards(model, 3, options, seeded(5))
-    assert all(len(text) == len(options.prompt) + options.length for text in drawn.texts)
     assert all(text.startswith(options.prompt) for text in drawn.texts)
+    if isinstance(model.config.vocabulary, str):
+        assert all(len(text) == len(options.prompt) + options.length for text in drawn.texts)
 
 
+@pytest.mark.parametrize("variant", ["default", *UNBOUNDED])
 @torch.no_grad()
-def test_the_logits_of_cached_steps_are_those_of_one_forward() -> None:
-    model = small_model().double().eval()
+def test_logits_read_in_parts_are_those_of_one_forward(variant: str) -> None:
+    model = small_model(**VARIANTS[variant]).double().eval()
     tokens = random_tokens(2, 8)
-    caches = model._caches(2)
-    parts = [model(tokens[:, a:b], caches) for a, b in ((0, 3), (3, 4), (4, 8))]
+    past = model.new_past(2, 8)
+    parts = [model(tokens[:, a:b], past) for a, b in ((0, 3), (3, 4), (4, 5), (5, 8))]
     torch.testing.assert_close(torch.cat(parts, 1), model(tokens))
+
+
+@pytest.mark.parametrize("variant", UNBOUNDED)
+@torch.no_grad()
+def test_what_is_kept_of_a_long_text_is_bounded(variant: str) -> None:
+    model = small_model(**VARIANTS[variant]).double().eval()
+    tokens = random_tokens(2, 300)
+    past = model.new_past(2, 300)
+    assert past.slots == past.keys[0].size(2) < 80
+    parts = [model(part, past) for part in tokens.split((5, *[1] * 270, 25), dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), attending(model, tokens))
+    with pytest.raises(ValueError, match=r"^tokens: expected at most \d+ at once, as there are \d+ slots, got 79$"):
+        model(tokens[:, :79], past)
+
+
+PROMPTS = ["abcde ab", "", "e", "abc", "abcde abcde abcde"]
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 5}], ids=str)
+@pytest.mark.parametrize("variant", [*UNBOUNDED, "default", "longer tokens"])
+@torch.no_grad()
+def test_prompts_of_any_lengths_are_continued_at_once_as_each_alone(variant: str, options: dict[str, Any]) -> None:
+    model = small_model(**VARIANTS[variant]).double().eval()
+    wanted = TextOptions(length=25, **options)
+    together = model.continue_texts(PROMPTS, wanted, generator=[seeded(i) for i in range(5)]).texts
+    alone = [model.continue_texts([p], wanted, generator=[seeded(i)]).texts[0] for i, p in enumerate(PROMPTS)]
+    assert together == alone
+    assert all(text.startswith(prompt) for text, prompt in zip(together, PROMPTS, strict=True))
 
 
 def test_samples_depend_on_the_generator_alone() -> None:
@@ -249,9 +355,16 @@ def test_choices_have_the_probabilities_that_the_options_say(options: dict[str, 
 # Errors and files
 
 CONFIG_ERRORS = {
-    "no characters": ({"vocabulary": ""}, "vocabulary: expected a string of at least one character, got ''"),
-    "a list of characters": ({"vocabulary": ["a"]}, r"vocabulary: expected a string .*got \['a'\]"),
-    "a character twice": ({"vocabulary": "abcab"}, "vocabulary: expected distinct characters, got 'ab' more than once"),
+    "no characters": ({"vocabulary": ""}, "vocabulary: expected characters in a string, or a list of strings, got ''"),
+    "a number": ({"vocabulary": [1]}, r"vocabulary: expected characters in a string, .*got \[1\]"),
+    "a character twice": ({"vocabulary": "abcab"}, "vocabulary: expected distinct items, got 'a', 'b' more than once"),
+    "a character missing": (
+        {"vocabulary": ["a", "ab"]},
+        "vocabulary: expected every character of its items as an item, got none for 'b'",
+    ),
+    "a negative window": ({"window": -1}, "window: expected an integer >= 0, got -1"),
+    "no segments": ({"segments": 0}, "segments: expected a positive integer, got 0"),
+    "a window over segments": ({"segments": 2, "window": 4}, "window: expected 0 with segments = 2, got 4"),
     "no context": ({"context": 0}, "context: expected a positive integer, got 0"),
     "heads that do not divide": ({"width": 20, "heads": 3}, "width: expected an even multiple of heads = 3, got 20"),
     "heads of odd size": ({"width": 9, "heads": 3}, "width: expected an even multiple of heads = 3, got 9"),
@@ -283,6 +396,16 @@ CALL_ERRORS = {
         ValueError,
         "^prompt: expected characters of the vocabulary, got '!', 'o', 'z'$",
     ),
+    "one prompt": (
+        lambda model: model.continue_texts("ab"),
+        ValueError,
+        "^prompts: expected a list of strings, got 'ab'",
+    ),
+    "another number of generators": (
+        lambda model: model.continue_texts(["a", "b"], generator=[seeded(0)]),
+        ValueError,
+        "^generator: expected one, or one for each of 2 prompts, got 1",
+    ),
     "no texts": (lambda model: model.draw(0, TextOptions()), ValueError, "^n: expected a positive integer, got 0"),
     "floating tokens": (
         lambda model: model(torch.zeros(2, 3)),
@@ -297,7 +420,7 @@ CALL_ERRORS = {
     "an item of another length": (
         lambda model: model.loss("text", {"tokens": random_tokens(2, 8)}, NOW),
         ValueError,
-        r"^tokens: expected shape \(B, context \+ 1\) = \(2, 9\), got \(2, 8\)",
+        r"^tokens: expected shape \(B, segments \* context \+ 1\) = \(2, 9\), got \(2, 8\)",
     ),
 }
 
@@ -312,6 +435,7 @@ def test_a_mistake_in_a_call_is_named(mistake: str) -> None:
 def test_the_data_decide_the_vocabulary_and_the_model_the_length() -> None:
     assert from_data(TransformerLMConfig) == ["vocabulary"]
     assert TransformerLMConfig(context=31).data_options() == {"length": 32}
+    assert TransformerLMConfig(context=31, segments=3).data_options() == {"length": 94}
 
 
 def test_blocks_are_named_for_sharding() -> None:

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from fastgen._checks import require_positive, require_probability, require_tensor
 from fastgen.models._base import Batch, Exhibit, GenerativeModel, Images, Moment, Phase, option
 from fastgen.models._classes import LabelOptions, check_labels, wanted_labels
-from fastgen.models._decoder import DecoderBlock, initialise_decoder, new_caches
+from fastgen.models._decoder import DecoderBlock, Past, drawing, initialise_decoder
 from fastgen.models._tokens import choose
 from fastgen.models._vae import above_each_other, check_images
-from fastgen.nn import KVCache, RotaryEmbedding
+from fastgen.nn import RotaryEmbedding
 
 Activation = Literal["gelu", "swiglu"]
 
@@ -215,7 +215,7 @@ class ImageTransformer(GenerativeModel):
             labels = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
         return torch.cat([self.start(labels).unsqueeze(1), self.embedding(tokens)], dim=1)
 
-    def _run(self, x: Tensor, first: int, caches: list[KVCache] | None = None) -> Tensor:
+    def _run(self, x: Tensor, first: int, past: Past | None = None) -> Tensor:
         """x (B, N, width), what stands before the values ``first``, first + 1, ... -> their logits (B, N, tones)."""
         places = self.row.weight[:, None, None] + self.column.weight[:, None] + self.colour.weight
         here = slice(first, first + x.size(1))
@@ -224,8 +224,10 @@ class ImageTransformer(GenerativeModel):
         cos, sin = self.rotary.tables(self.config.length, device=x.device, dtype=dtype)
         if self.training and self.config.dropout:
             x = F.dropout(x, self.config.dropout)
+        if past is not None:
+            past.open(x.size(1))
         for i, block in enumerate(self.decoder):
-            x = block(x, (cos[here], sin[here]), None if caches is None else caches[i])
+            x = block(x, (cos[here], sin[here]), past=past, layer=i)
         logits: Tensor = self.logits(self.norm(x))
         return logits
 
@@ -264,7 +266,6 @@ class ImageTransformer(GenerativeModel):
         pixels = self.pixels(self.complete(none, labels, options.temperature, generator=generator))
         return Images(pixels, columns, labels)
 
-    @torch.no_grad()
     def complete(
         self,
         tokens: Tensor,
@@ -280,20 +281,15 @@ class ImageTransformer(GenerativeModel):
         length = self.config.length
         self._check_tokens(tokens, length)
         count = tokens.size(1)
-        was_training = self.training
-        self.eval()
-        try:
-            with torch.compiler.set_stance("force_eager"):  # one value at a time: another shape than in training
-                caches = new_caches(self.config, len(tokens), length, self.embedding.weight)
-                x, first = self._embedded(tokens, labels), 0
-                for at in range(count, length):
-                    logits = self._run(x, first, caches)[:, -1]
-                    value = choose(logits, temperature, generator).unsqueeze(1)
-                    tokens = torch.cat([tokens, value], dim=1)
-                    x, first = self.embedding(value), at + 1
-        finally:
-            self.train(was_training)
-        return tokens
+        with drawing(self):
+            past = Past(self.config, len(tokens), length, self.embedding.weight)
+            x, first = self._embedded(tokens, labels), 0
+            for at in range(count, length):
+                logits = self._run(x, first, past)[:, -1]
+                value = choose(logits, temperature, generator).unsqueeze(1)
+                tokens = torch.cat([tokens, value], dim=1)
+                x, first = self.embedding(value), at + 1
+        return tokens.clone()
 
     @torch.no_grad()
     def show(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Exhibit]:

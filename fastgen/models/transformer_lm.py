@@ -1,41 +1,53 @@
-"""A decoder-only Transformer over characters.
+"""A decoder-only Transformer over text.
 
-A text's probability is the product of the probabilities of its characters, each given those before it, up to a
-context of fixed length. Blocks normalise before they compute (Radford et al., "Language models are unsupervised
-multitask learners", 2019); positions are rotations of queries and keys (Su et al., "RoFormer", 2021):
+A text's probability is the product of the probabilities of its tokens, characters or longer strings, each given those
+before it, up to a context of fixed length. Blocks normalise before they compute (Radford et al., "Language models are
+unsupervised multitask learners", 2019); positions are rotations of queries and keys (Su et al., "RoFormer", 2021):
 
     tokens -> embedding -> [x + attention(norm(x)); x + mlp(norm(x))] * depth -> norm -> logits
 
-The loss is the cross-entropy of the next character, in nats per character.
+The loss is the cross-entropy of the next token, in nats per token. Two options reach further than the context:
+
+    window: in every block a token sees so many before its own (Beltagy et al., "Longformer", 2020), so that the past
+        it depends on, and what is kept of it, are bounded while the text goes on
+    segments: the text is read in segments of the context's length, and in every block a token also sees what the
+        segment before had there, through which no gradient flows (Dai et al., "Transformer-XL", 2019)
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, TypeAlias, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen._checks import require_positive, require_probability, require_shape, require_tensor
+from fastgen._vocabulary import Vocabulary, checked_vocabulary, tokenise
 from fastgen.models._base import Batch, GenerativeModel, Moment, Phase, Texts, option
-from fastgen.models._decoder import DecoderBlock, initialise_decoder, new_caches
-from fastgen.nn import KVCache, RotaryEmbedding
+from fastgen.models._decoder import DecoderBlock, Past, Tables, drawing, initialise_decoder
+from fastgen.nn import RotaryEmbedding
 
 Activation = Literal["gelu", "swiglu"]
+Position = TypeVar("Position", int, Tensor)
+Noise: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 
 PRINTABLE = "\n" + "".join(map(chr, range(32, 127)))
 LEARNING_RATE = 3e-3
+LEAST_ROOM = 64  # slots beyond the reach, so that keys seldom move
 
 
 @dataclass(frozen=True)
 class TransformerLMConfig:
     """Sizes of a TransformerLM and how it learns. ValueError names the field, what was expected and what came."""
 
-    vocabulary: str = option(PRINTABLE, "the characters; token i is character i", from_data=True)
-    context: int = option(128, "characters that a prediction may depend on")
+    vocabulary: Vocabulary = option(PRINTABLE, "characters, or strings; token i is item i", from_data=True)
+    context: int = option(128, "tokens that a prediction may depend on")
+    window: int = option(0, "tokens before its own that one sees in a block; 0: all of the context")
+    segments: int = option(1, "of an item, each as long as the context; of several, each sees what the last one had")
     width: int = option(160, "channels of a token")
     depth: int = option(4, "blocks")
     heads: int = option(5, "heads of attention")
@@ -49,17 +61,17 @@ class TransformerLMConfig:
     beta2: float = option(0.99, "of AdamW")
 
     def __post_init__(self) -> None:
-        for name in ("context", "width", "depth", "heads"):
+        for name in ("context", "segments", "width", "depth", "heads"):
             require_positive(name, getattr(self, name))
-        if not isinstance(self.vocabulary, str) or not self.vocabulary:
-            raise ValueError(f"vocabulary: expected a string of at least one character, got {self.vocabulary!r}")
-        repeated = sorted({c for c in self.vocabulary if self.vocabulary.count(c) > 1})
-        if repeated:
-            raise ValueError(f"vocabulary: expected distinct characters, got {''.join(repeated)!r} more than once")
+        object.__setattr__(self, "vocabulary", checked_vocabulary(self.vocabulary))
         if self.width % self.heads != 0 or self.width // self.heads % 2 != 0:
             raise ValueError(f"width: expected an even multiple of heads = {self.heads}, got {self.width}")
-        if isinstance(self.mlp_width, bool) or not isinstance(self.mlp_width, int) or self.mlp_width < 0:
-            raise ValueError(f"mlp_width: expected an integer >= 0, got {self.mlp_width!r}")
+        for name in ("window", "mlp_width"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}: expected an integer >= 0, got {value!r}")
+        if self.window and self.segments > 1:
+            raise ValueError(f"window: expected 0 with segments = {self.segments}, got {self.window}")
         if self.activation not in get_args(Activation):
             raise ValueError(f"activation: expected one of {', '.join(get_args(Activation))}, got {self.activation!r}")
         for name in ("dropout", "beta1", "beta2"):
@@ -78,9 +90,20 @@ class TransformerLMConfig:
             return self.mlp_width
         return 4 * self.width if self.activation == "gelu" else 8 * math.ceil(self.width / 3)
 
+    @property
+    def reach(self) -> int | None:
+        """How far before its own the keys are that a token may see in a block, in a text that has no end; else None."""
+        return self.window or (2 * self.context - 1 if self.segments > 1 else None)
+
+    def first_visible(self, position: Position) -> Position:
+        """The position of the first token that one at ``position`` sees in a block."""
+        if self.window:
+            return position - self.window
+        return (position // self.context - 1) * self.context if self.segments > 1 else 0 * position
+
     def data_options(self) -> dict[str, int]:
-        """An item is a context and the character after it."""
-        return {"length": self.context + 1}
+        """An item is so many segments of the context's length, and the token after them."""
+        return {"length": self.segments * self.context + 1}
 
 
 @dataclass(frozen=True)
@@ -88,10 +111,10 @@ class TextOptions:
     """How texts are drawn. ValueError names the field, what was expected and what came."""
 
     prompt: str = option("", "what the texts begin with")
-    length: int = option(400, "characters that are drawn")
-    temperature: float = option(1.0, "divides the logits; 0: always the likeliest character")
-    top_k: int = option(0, "choose among the k likeliest characters; 0: all")
-    top_p: float = option(1.0, "choose among the likeliest characters that together have this probability")
+    length: int = option(400, "tokens that are drawn")
+    temperature: float = option(1.0, "divides the logits; 0: always the likeliest token")
+    top_k: int = option(0, "choose among the k likeliest tokens; 0: all")
+    top_p: float = option(1.0, "choose among the likeliest tokens that together have this probability")
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str):
@@ -106,7 +129,8 @@ class TextOptions:
 
 
 class TransformerLM(GenerativeModel):
-    """The model described at the top of this file. Tokens are (B, N) int64, N at most the context.
+    """The model described at the top of this file. Tokens are (B, N) int64; with neither window nor segments, N is at
+    most the context.
 
     Example:
         >>> model = TransformerLM(TransformerLMConfig(vocabulary="abc ", width=16, heads=2, depth=1)).eval()
@@ -116,7 +140,7 @@ class TransformerLM(GenerativeModel):
         'ab'
     """
 
-    name, summary, kind = "transformer-lm", "decoder-only Transformer over characters", "text"
+    name, summary, kind = "transformer-lm", "decoder-only Transformer over characters or tokens", "text"
     default_data = "prose"
     config_class, sampling_class = TransformerLMConfig, TextOptions
     train_defaults: ClassVar = {
@@ -129,6 +153,7 @@ class TransformerLM(GenerativeModel):
     }
     blocks = ("DecoderBlock",)
     config: TransformerLMConfig
+    lengths: Tensor
 
     def __init__(self, config: TransformerLMConfig) -> None:
         super().__init__(config)
@@ -138,118 +163,185 @@ class TransformerLM(GenerativeModel):
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
         self.logits = None if config.tied else nn.Linear(config.width, len(config.vocabulary), bias=False)
         initialise_decoder(self, config)
+        self.register_buffer("lengths", torch.tensor([len(item) for item in config.vocabulary]), persistent=False)
 
     def phases(self) -> tuple[Phase, ...]:
         config = self.config
         betas = (config.beta1, config.beta2)
         return (Phase("text", (), LEARNING_RATE, betas, config.weight_decay),)
 
-    def forward(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
-        """Logits (B, N, vocabulary) of the character after each token.
+    def forward(self, tokens: Tensor, past: Past | None = None) -> Tensor:
+        """Logits (B, N, vocabulary) of the token after each.
 
         Args:
             tokens: (B, N) int64.
-            caches: one for each block, which hold the tokens before these; the logits then go on from there.
+            past: keeps the tokens before these, as ``new_past`` makes it; the logits then go on from there.
 
         Raises:
             TypeError: tokens are no int64 tensor. ValueError: they are not (B, N), or longer than the context.
         """
-        require_tensor("tokens", tokens)
-        if tokens.dtype != torch.int64:
-            raise TypeError(f"tokens: expected an int64 tensor, got {tokens.dtype}")
-        if tokens.dim() != 2 or not 1 <= tokens.size(1) <= self.config.context:
-            raise ValueError(
-                f"tokens: expected (B, N) with N from 1 to context = {self.config.context}, got {tuple(tokens.shape)}"
-            )
+        self._check(tokens)
+        config, length = self.config, tokens.size(1)
         x = self.embedding(tokens)
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        if caches is None:
-            tables = self.rotary.tables(tokens.size(1), device=x.device, dtype=dtype)
+        if self.training and config.dropout:
+            x = F.dropout(x, config.dropout)
+        if past is not None:
+            tables = self._tables_at(past.open(length), past, x)
+            for i, block in enumerate(self.decoder):
+                x = block(x, tables, past=past, layer=i)
+        elif config.segments > 1:
+            x = self._recur(x)
         else:
-            tables = self.rotary.tables(self.config.context, device=x.device, dtype=dtype)
-            positions = caches[0].positions(tokens.size(1))
-            tables = (tables[0][positions], tables[1][positions])
-        if self.training and self.config.dropout:
-            x = F.dropout(x, self.config.dropout)
-        for i, block in enumerate(self.decoder):
-            x = block(x, tables, None if caches is None else caches[i])
+            tables = self._tables(length, x)
+            for block in self.decoder:
+                x = block(x, tables, window=config.window or None)
         x = self.norm(x)
         logits: Tensor = F.linear(x, self.embedding.weight) if self.logits is None else self.logits(x)
         return logits
 
+    def _recur(self, x: Tensor) -> Tensor:
+        """Segment by segment, through the blocks."""
+        memory: list[Tensor] = []
+        out = []
+        for segment in x.split(self.config.context, dim=1):
+            seen: list[Tensor] = []
+            before = memory[0].size(1) if memory else 0
+            tables = self._tables(before + segment.size(1), x)
+            for i, block in enumerate(self.decoder):
+                seen.append(segment.detach())
+                segment = block(segment, tables, memory=memory[i] if memory else None)
+            memory = seen
+            out.append(segment)
+        return torch.cat(out, dim=1)
+
+    def _check(self, tokens: Tensor) -> None:
+        require_tensor("tokens", tokens)
+        if tokens.dtype != torch.int64:
+            raise TypeError(f"tokens: expected an int64 tensor, got {tokens.dtype}")
+        bounded = self.config.reach is None
+        if tokens.dim() != 2 or not tokens.size(1) or (bounded and tokens.size(1) > self.config.context):
+            most = f"from 1 to context = {self.config.context}" if bounded else "at least 1"
+            raise ValueError(f"tokens: expected (B, N) with N {most}, got {tuple(tokens.shape)}")
+
+    def _tables(self, length: int, x: Tensor, first: int = 0) -> Tables:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return self.rotary.tables(length, first, device=x.device, dtype=dtype)
+
+    def _tables_at(self, positions: Tensor | int, past: Past, x: Tensor) -> Tables:
+        if isinstance(positions, int):
+            return self._tables(1, x, positions)
+        cos, sin = self._tables(past.forgotten + past.end, x)
+        positions = positions.clamp(min=0)
+        return cos[positions], sin[positions]
+
     def _nll(self, batch: Batch) -> Tensor:
-        """-log p of each character given those before it, (B, N), float32 whatever autocast chose."""
+        """-log p of each token given those before it, (B, N), float32 whatever autocast chose."""
         tokens = batch["tokens"]
-        length = self.config.context + 1
-        require_shape("tokens", tokens, (*tokens.shape[:1], length), "(B, context + 1)")
+        length = self.config.data_options()["length"]
+        require_shape("tokens", tokens, (*tokens.shape[:1], length), "(B, segments * context + 1)")
         logits, wanted = self(tokens[:, :-1]), tokens[:, 1:]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape)
 
     def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
-        """loss: nats per character."""
+        """loss: nats per token."""
         return {"loss": self._nll(batch).mean()}
 
     @torch.no_grad()
     def score(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """nll (B,): nats of an item. tokens (B,): characters that is the sum over: all but the first."""
+        """nll (B,): nats of an item. tokens (B,): those that it is the sum over, all but the first. characters (B,):
+        how many these are, where tokens are longer.
+        """
         nll = self._nll(batch)
-        return {"nll": nll.sum(1), "tokens": torch.full_like(nll[:, 0], nll.size(1))}
+        figures = {"nll": nll.sum(1), "tokens": torch.full_like(nll[:, 0], nll.size(1))}
+        if isinstance(self.config.vocabulary, str):
+            return figures
+        return {**figures, "characters": self.lengths[batch["tokens"][:, 1:]].sum(1).to(nll.dtype)}
 
-    @torch.no_grad()
     def draw(self, n: int, options: TextOptions, *, generator: torch.Generator | None = None) -> Texts:
-        """n texts: the prompt and ``options.length`` characters.
+        """n texts: the prompt and ``options.length`` tokens.
 
         Without a prompt a text begins as a line does (after a newline, or the first character where there is none).
-        Where context and text no longer fit together, the model goes on with the last half of the context.
+        Where context and text no longer fit together, the model goes on with the last half of the context; with a
+        window or segments, it just goes on.
 
         Raises:
             ValueError: n is not positive, or the prompt has characters that the vocabulary lacks.
         """
         require_positive("n", n)
-        prompt = self._encode(options.prompt).to(self.device)
-        tokens = prompt.expand(n, -1)
-        was_training = self.training
-        self.eval()
-        try:
-            with torch.compiler.set_stance("force_eager"):  # compiled, every length of a prompt would be so anew
-                drawn = self._continue(tokens, options, generator).tolist()
-        finally:
-            self.train(was_training)
-        vocabulary = self.config.vocabulary
-        return Texts([options.prompt + "".join(vocabulary[i] for i in row) for row in drawn])
+        return self.continue_texts([options.prompt] * n, options, generator=generator)
 
-    def _encode(self, prompt: str) -> Tensor:
-        vocabulary = self.config.vocabulary
-        unknown = sorted(set(prompt) - set(vocabulary))
-        if unknown:
-            raise ValueError(f"prompt: expected characters of the vocabulary, got {', '.join(map(repr, unknown))}")
-        start = "\n" if "\n" in vocabulary else vocabulary[0]
-        return torch.tensor([[vocabulary.index(c) for c in prompt or start]])
+    def continue_texts(
+        self, prompts: Sequence[str], options: TextOptions | None = None, *, generator: Noise = None
+    ) -> Texts:
+        """As ``draw``, a text for each prompt, all at once; ``options.prompt`` takes no part.
 
-    def _continue(self, tokens: Tensor, options: TextOptions, generator: torch.Generator | None) -> Tensor:
-        """The next ``options.length`` tokens, (B, length)."""
-        config = self.config
-        caches: list[KVCache] = []
-        text, room, drawn = tokens, 0, tokens.size(1)
+        Args:
+            prompts: of any lengths.
+            options: default ``TextOptions()``.
+            generator: of all noise; or one for each prompt, whose text is then the one that it gets alone.
+
+        Raises:
+            ValueError: no prompts, another number of generators, or characters that the vocabulary lacks.
+        """
+        options = options or TextOptions()
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"prompts: expected a list of strings, got {prompts!r}")
+        if isinstance(generator, Sequence) and len(generator) != len(prompts):
+            raise ValueError(
+                f"generator: expected one, or one for each of {len(prompts)} prompts, got {len(generator)}"
+            )
+        rows = [self._encode(prompt) for prompt in prompts]
+        with drawing(self):
+            drawn = self._continue(rows, options, generator).tolist()
+        vocabulary = self.config.vocabulary
+        return Texts([text + "".join(vocabulary[i] for i in row) for text, row in zip(prompts, drawn, strict=True)])
+
+    def _encode(self, prompt: str) -> list[int]:
+        vocabulary = self.config.vocabulary
+        return tokenise("prompt", prompt or ("\n" if "\n" in vocabulary else vocabulary[0]), vocabulary)
+
+    def _continue(self, rows: list[list[int]], options: TextOptions, generator: Noise) -> Tensor:
+        """The next ``options.length`` tokens of each row, (B, length). Rows stand against the right of ``text``."""
+        context, bounded = self.config.context, self.config.reach is None
+        kept = [len(row) for row in rows]  # how many of its last tokens each depends on
+        begin = end = max(kept)
+        text = torch.zeros(len(rows), begin + options.length, dtype=torch.int64)
+        for tokens, row in zip(text, rows, strict=True):
+            tokens[begin - len(row) : begin] = torch.tensor(row)
+        text = text.to(self.device)
+        past = None
         for _ in range(options.length):
-            if room == 0:  # the first time, or the context is full
-                kept = text if text.size(1) <= config.context else text[:, -max(1, config.context // 2) :]
-                caches = caches or self._caches(kept.size(0))
-                for cache in caches:
-                    cache.reset()
-                logits, room = self(kept, caches), config.context - kept.size(1)
-            else:
-                logits, room = self(text[:, -1:], caches), room - 1
-            text = torch.cat((text, choose(logits[:, -1], options, generator)), dim=1)
-        return text[:, drawn:]
+            if past is not None and not (bounded and max(kept) > context):
+                logits = self(text[:, end - 1 : end], past)
+            else:  # the first time, or the context is full
+                if bounded:
+                    kept = [n if n <= context else max(1, context // 2) for n in kept]
+                longest = max(kept)
+                slots = context if bounded else longest + options.length
+                past = self.new_past(len(rows), slots, [longest - n for n in kept])
+                at = end - longest
+                while at < end:
+                    part = text[:, at : min(end, at + past.room)]
+                    logits, at = self(part, past), at + part.size(1)
+            text[:, end] = choose(logits[:, -1], options, generator)[:, 0]
+            end, kept = end + 1, [n + 1 for n in kept]
+        return text[:, begin:]
 
-    def _caches(self, batch: int) -> list[KVCache]:
-        return new_caches(self.config, batch, self.config.context, self.embedding.weight)
+    def new_past(self, batch: int, slots: int, padding: Sequence[int] | None = None) -> Past:
+        """Room for ``slots`` tokens, fewer where those further back are never seen. ``padding``: on the rows' left."""
+        config = self.config
+        if config.reach is None:
+            return Past(config, batch, slots, self.embedding.weight, padding=padding)
+        slots = min(slots, config.reach + max(config.reach, LEAST_ROOM))
+        rule, reach = config.first_visible, config.reach
+        return Past(config, batch, slots, self.embedding.weight, padding=padding, first_visible=rule, reach=reach)
 
 
-def choose(logits: Tensor, options: TextOptions, generator: torch.Generator | None) -> Tensor:
+def choose(logits: Tensor, options: TextOptions, generator: Noise) -> Tensor:
     """A token of each row: logits (B, vocabulary) -> (B, 1). A CPU generator gives the same noise to every device.
+
+    generator: one, or one for each row.
 
     The largest of logits + Gumbel noise is a sample of their softmax (Gumbel 1954; Maddison et al. 2014).
     """
@@ -264,6 +356,13 @@ def choose(logits: Tensor, options: TextOptions, generator: torch.Generator | No
         ordered, order = logits.sort(dim=1, descending=True, stable=True)
         before = ordered.softmax(1).cumsum(1) - ordered.softmax(1)
         logits = logits.masked_fill((before >= options.top_p).scatter(1, order, before >= options.top_p), -math.inf)
-    device = logits.device if generator is None else generator.device
-    noise = torch.rand(logits.shape, generator=generator, device=device).to(logits.device)
+    if isinstance(generator, Sequence):
+        noise = torch.cat([_uniform(1, logits, each) for each in generator])
+    else:
+        noise = _uniform(len(logits), logits, generator)
     return (logits - noise.log().neg().log()).argmax(1, keepdim=True)
+
+
+def _uniform(rows: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = like.device if generator is None else generator.device
+    return torch.rand(rows, like.size(1), generator=generator, device=device).to(like.device)
