@@ -185,8 +185,9 @@ def losses_of(attend, kind, dtype, steps):
     return torch.tensor(curve, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-3)], ids=str)
-@pytest.mark.parametrize("kind", ["r1", "wgan-gp"])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "tolerance"), [("r1", torch.float64, 1e-10), ("wgan-gp", torch.float32, 1e-3)], ids=str
+)
 def test_training_under_a_penalty_takes_the_path_of_plain_attention(kind, dtype, tolerance):
     """Rounding grows along the path: in 200 steps by less than five digits. With a second derivative that is missing
     the losses are soon more than 100 % apart."""

@@ -98,14 +98,15 @@ def test_every_schedule_gives_the_same_bits(emulator, emulated, options):  # noq
 @pytest.mark.parametrize("folder", ["tangent", "second_order"])
 def test_no_barrier_and_no_wait_can_be_left_out(emulator, emulated, dims, dtype, folder):  # noqa: F811
     tensors = operands(heads=1, queries=20, keys=40 if dtype == torch.float32 else 70, dims=dims, dtype=dtype)
-    assert_no_site_can_be_left_out(emulator, lambda: second_order(emulated, tensors), folder)
+    seeds = 2 if dtype == torch.bfloat16 else 1
+    assert_no_site_can_be_left_out(emulator, lambda: second_order(emulated, tensors), folder, seeds)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 20), (1, 1, 17, 1)], ids=["per key", "per row"])
 def test_no_barrier_of_the_mask_gradient_can_be_left_out(emulator, emulated, sizes):  # noqa: F811
     """So many heads that a block takes several. First order is taken with a mask that has no gradient."""
     tensors, mask = operands(batch=64, heads=1, queries=17, keys=20, dims=(8, 8)), torch.ones(sizes)
-    assert_no_site_can_be_left_out(emulator, lambda: second_order(emulated, tensors, mask), "mask_gradient")
+    assert_no_site_can_be_left_out(emulator, lambda: second_order(emulated, tensors, mask), "mask_gradient", seeds=1)
 
 
 # --------------------------------------------------------------------------------------------------
