@@ -469,6 +469,10 @@ def test_scores_are_summarised_in_the_units_of_the_field():
     assert [one.value for one in lines[1:]] == pytest.approx([2, math.exp(2)])
     assert lines[2].high == pytest.approx(math.exp(lines[1].high))
     assert str(lines[1]).endswith("nats/token  20 tokens of 2 held-out items")
+    figures = {"nll": [10.0, 30.0], "tokens": [10, 10], "characters": [30, 50]}
+    lines = metrics.summarise({name: torch.tensor(values) for name, values in figures.items()})
+    assert lines[3].value == pytest.approx(0.5)
+    assert str(lines[3]).endswith("nats/character  80 characters of 20 tokens of 2 held-out items")
     weighted = metrics.summarise({"nll": torch.tensor([10.0, 30.0])}, tokens=torch.tensor([10, 90]))
     assert weighted[1].value == pytest.approx(0.4)
 

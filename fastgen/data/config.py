@@ -26,13 +26,14 @@ class DataConfig:
     )
     held_out: int = _option(0, "one item in this many is held out of training (0: 5; of text 10)")
     items: int = _option(0, "how many items a set in the box has, held-out ones included (0: its own number)")
+    tokens: int = _option(0, "read text by a vocabulary of so many strings, learnt from it (0: by characters)")
     seconds: float = _option(1.0, "length of the pieces that recordings are cut into")
     column: str = _option(
         "", "column of a Hugging Face data set, or array of an .npz file (default: the one that fits)"
     )
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "held_out", "items"):
+        for name in ("image_size", "held_out", "items", "tokens"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name}: expected a whole number, got {value!r}")

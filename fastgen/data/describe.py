@@ -29,9 +29,9 @@ class Description:
     """A data set as people see it; ``str`` is for the terminal.
 
     kinds: all that the source can serve; ``kind`` is the one described. train, held_out: numbers of items (of text:
-    characters). facts: what a model's config may take from the data. classes: name -> number of items, both splits.
-    value_range: smallest and largest value of pixels or samples. examples: by name, pictures (n, C, S, S) in [0, 1],
-    waves (n, length), or strings. warnings: what may spoil the training.
+    characters or tokens). facts: what a model's config may take from the data. classes: name -> number of items,
+    both splits. value_range: smallest and largest value of pixels or samples. examples: by name, pictures
+    (n, C, S, S) in [0, 1], waves (n, length), or strings. warnings: what may spoil the training.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Description:
     warnings: Sequence[str]
 
     def __str__(self) -> str:
-        unit = "characters" if self.kind == "text" else "items"
+        unit = _unit(self.kind, self.facts)
         others = [kind for kind in self.kinds if kind != self.kind]
         lines = [
             f"{self.name}: {self.kind}" + (f" (also {', '.join(others)})" if others else ""),
@@ -78,12 +78,12 @@ def describe(config: DataConfig, kind: str | None = None) -> Description:
 
 
 def _describe(data: Dataset, kinds: Sequence[str]) -> Description:
-    characters = data.about.get("characters")
-    splits = data.splits(length=min(EXAMPLE_LENGTH, *characters)) if characters else data.splits()
-    train, held_out = characters or map(len, splits)
+    unit = _unit(data.kind, data.facts)
+    lengths = data.about.get(unit)
+    splits = data.splits(length=min(EXAMPLE_LENGTH, *lengths)) if lengths else data.splits()
+    train, held_out = lengths or map(len, splits)
     warnings = list(data.about.get("warnings", []))
-    least, unit = (TINY_TEXT, "characters") if characters else (TINY, "items")
-    if train < least:
+    if train < (TINY_TEXT if lengths else TINY):
         warnings.append(f"only {train} {unit} to train on")
     classes = _class_counts(data)
     few = [name for name, n in classes.items() if n < FEW]
@@ -106,6 +106,13 @@ def _describe(data: Dataset, kinds: Sequence[str]) -> Description:
         examples=_examples(data, splits[0]),
         warnings=warnings,
     )
+
+
+def _unit(kind: str, facts: Mapping[str, Any]) -> str:
+    """What there are so many of."""
+    if kind != "text":
+        return "items"
+    return "characters" if isinstance(facts["vocabulary"], str) else "tokens"
 
 
 def _class_counts(data: Dataset) -> dict[str, int]:
@@ -150,6 +157,8 @@ def _examples(data: Dataset, train: Items) -> Examples:
 
 
 def _short(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"{len(value)} strings, the last ones {', '.join(map(repr, value[-FEW:]))}"
     text = value if isinstance(value, str) else str(value)
     length = f" ({len(text)} characters)" if len(text) > SHOWN else ""
     shown = text[:SHOWN] + ("..." if length else "")

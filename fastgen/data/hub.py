@@ -111,11 +111,11 @@ class Table:
             raise ValueError(f"{self.name}: expected one column of {kind}, got {', '.join(columns)}: --column chooses")
         return columns[0]
 
-    def text(self, every: int) -> Dataset:
+    def text(self, every: int, count: int = 0) -> Dataset:
         """The rows of a column of strings, joined by line ends; empty ones (None) left out."""
         rows = self.rows.select_columns([self._only("text")])
         joined = "\n".join(row for batch in rows.iter(1000) for row in next(iter(batch.values())) if row is not None)
-        return text_dataset(self.name, joined, every)
+        return text_dataset(self.name, joined, every, count)
 
     def images(self, image_size: int, every: int) -> Dataset:
         return image_dataset(self._pictures(image_size), every)

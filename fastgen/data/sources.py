@@ -41,6 +41,7 @@ Makers: TypeAlias = dict[str, Callable[[], Dataset]]
 PATCHES = frozenset(("image_size", "items"))
 IMAGES = frozenset(("image_size",))
 ITEMS = frozenset(("items",))
+TEXT = frozenset(("tokens",))
 AUDIO = frozenset(("seconds",))
 COLUMN = frozenset(("column",))
 NONE: frozenset[str] = frozenset()
@@ -93,7 +94,7 @@ def _in_the_box(c: DataConfig) -> Makers:
                 "pairs": lambda: box.photo_pairs(c.image_size, c.items, c.held_out),
             },
         ),
-        "prose": (NONE, {"text": lambda: text.text_dataset("prose", text.prose(), c.held_out)}),
+        "prose": (TEXT, {"text": lambda: text.text_dataset("prose", text.prose(), c.held_out, c.tokens)}),
         "reversal": (ITEMS, {"sequences": lambda: sequences.reversal(c.items, c.held_out)}),
         "sums": (ITEMS, {"sequences": lambda: sequences.sums(c.items, c.held_out)}),
         "tones": (ITEMS | AUDIO, {"audio": lambda: audio.tones(c.items, c.held_out, c.seconds)}),
@@ -111,8 +112,8 @@ def _in_file(c: DataConfig, path: Path) -> Makers:
         c.refuse_unused(IMAGES | COLUMN)
         return _arrays(c, arrays.read_npz(path, c.image_size, c.column))
     if suffix == ".txt":
-        c.refuse_unused(NONE)
-        return {"text": lambda: text.text_dataset(c.source, text.read_text(path), c.held_out)}
+        c.refuse_unused(TEXT)
+        return {"text": lambda: text.text_dataset(c.source, text.read_text(path), c.held_out, c.tokens)}
     if suffix == ".tsv":
         c.refuse_unused(NONE)
         return {"sequences": lambda: sequences.read_tsv(path, c.held_out)}
@@ -148,14 +149,14 @@ def _in_folder(c: DataConfig, path: Path) -> Makers:
             makers[kind] = partial(named[kind], c.image_size, c.held_out)
     if texts:
         makers["text"] = lambda: text.text_dataset(
-            c.source, text.read_texts([path / file for file in texts]), c.held_out
+            c.source, text.read_texts([path / file for file in texts]), c.held_out, c.tokens
         )
     if waves:
         makers["audio"] = lambda: audio.read_wavs(c.source, [path / file for file in waves], c.seconds, c.held_out)
     if not makers:
         got = folders.suffixes_of(found)
         raise ValueError(f"{path}: expected images (.png, .jpg, ...), .txt or .wav files in it, got {got}")
-    c.refuse_unused((IMAGES if images else NONE) | (AUDIO if waves else NONE))
+    c.refuse_unused((IMAGES if images else NONE) | (TEXT if texts else NONE) | (AUDIO if waves else NONE))
     used = {*images, *texts, *waves}
     left = [file for file in found if file not in used]
     return {kind: partial(_with_note, make, left) for kind, make in makers.items()}
@@ -163,11 +164,11 @@ def _in_folder(c: DataConfig, path: Path) -> Makers:
 
 def _table(c: DataConfig) -> Makers:
     table = hub.Table(c.source, c.column)
-    c.refuse_unused(COLUMN | (IMAGES if "images" in table.kinds else NONE))
+    c.refuse_unused(COLUMN | (IMAGES if "images" in table.kinds else NONE) | (TEXT if "text" in table.kinds else NONE))
     makers: Makers = {}
     for kind in table.kinds:
         if kind == "text":
-            makers[kind] = lambda: table.text(c.held_out)
+            makers[kind] = lambda: table.text(c.held_out, c.tokens)
         else:
             makers[kind] = partial(table.images if kind == "images" else table.domains, c.image_size, c.held_out)
     return makers

@@ -1,4 +1,4 @@
-"""Text: windows of characters."""
+"""Text: windows of tokens, which are characters or longer strings."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgen._vocabulary import Vocabulary, tokenise
 from fastgen.data._base import Dataset, Items, digest
+from fastgen.data._optional import need
 from fastgen.data.splitting import HELD_OUT_TEXT, at_least
 
 OVERLAP = 8
-"""How many training windows each character lies in."""
+"""How many training windows each token lies in."""
+
+PIECES = r" ?\S+|\s+"
+LONGEST = 16
+"""Where strings of the vocabulary end at the latest: with the word, or the space between; after so many characters."""
 
 
 class Windows(Items):
@@ -37,34 +43,68 @@ class Windows(Items):
         return Windows(self.tokens.to(device), self.length, self.stride)
 
 
-def text_dataset(name: str, text: str, every: int) -> Dataset:
-    """Kind text. The vocabulary is the text's characters, sorted; the last tenth (or 1 / ``every``) is held out.
+def text_dataset(name: str, text: str, every: int, count: int = 0) -> Dataset:
+    """Kind text. The last tenth (or 1 / ``every``) of the text is held out.
 
-    ``splits(length=...)`` gives windows of so many characters. Held-out windows do not overlap, and the characters
-    at the end that fill none are left out. Training windows start every max(1, length // 8) characters: an epoch
-    sees each character about eight times, each time after another stretch of the past.
+    The vocabulary is the text's characters, sorted. With ``count`` it goes on with strings that the training part has
+    often, ``count`` items altogether or all there are; then a token is always the longest of them that fits.
+
+    ``splits(length=...)`` gives windows of so many tokens. Held-out windows do not overlap, and the tokens at the end
+    that fill none are left out. Training windows start every max(1, length // 8) tokens: an epoch sees each about
+    eight times, each time after another stretch of the past.
 
     Raises:
-        ValueError: an empty text; from ``splits``: a text too short for one window in either part.
+        ValueError: an empty text, a count that is no more than its characters; from ``splits``: a text too short for
+            one window in either part. ImportError: a count without the package ``tokenizers``.
     """
     at_least(name, len(text), "characters")
-    tokens, vocabulary = encode(text)
+    tokens, characters = encode(text)
+    vocabulary: Vocabulary = characters
+    unit = "tokens" if count else "characters"
     cut = len(text) - max(1, len(text) // (every or HELD_OUT_TEXT))
     train, held = tokens[:cut], tokens[cut:]
+    if count:
+        vocabulary = learn_strings(name, text[:cut], characters, count)
+        train, held = (
+            torch.tensor(tokenise(name, part, vocabulary), dtype=torch.int32) for part in (text[:cut], text[cut:])
+        )
 
     def make_splits(length: int) -> tuple[Items, Items]:
         if length < 1:
-            raise ValueError(f"length: expected 1 or more characters, got {length}")
+            raise ValueError(f"length: expected 1 or more {unit}, got {length}")
         if len(held) < length or len(train) < length:
             raise ValueError(
-                f"{name}: expected a text with {length} characters or more to train on and {length} or more held out, "
+                f"{name}: expected a text with {length} {unit} or more to train on and {length} or more held out, "
                 f"got {len(train)} and {len(held)}"
             )
         return Windows(train, length, max(1, length // OVERLAP)), Windows(held, length, length)
 
-    about = {"characters": (len(train), len(held))}
+    about = {unit: (len(train), len(held))}
     fingerprint = digest("text", vocabulary, tokens, cut)
     return Dataset(name, "text", {"vocabulary": vocabulary}, fingerprint, make_splits, about)
+
+
+def learn_strings(name: str, text: str, characters: str, count: int) -> tuple[str, ...]:
+    """The characters, then what comes of joining, over and over, the two neighbours in words that are most often there.
+
+    Sennrich, Haddow and Birch, "Neural machine translation of rare words with subword units" (2016).
+    """
+    if count <= len(characters):
+        raise ValueError(f"tokens: expected more than {name} has characters, {len(characters)}, got {count}")
+    library = need("tokenizers", "tokenizers", "tokens")
+    learner = library.Tokenizer(library.models.BPE())
+    learner.pre_tokenizer = library.pre_tokenizers.Split(library.Regex(PIECES), "isolated")
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=count,
+        min_frequency=2,
+        initial_alphabet=list(characters),
+        max_token_length=LONGEST,
+        show_progress=False,
+    )
+    learner.train_from_iterator([text], trainer)
+    number: dict[str, int] = learner.get_vocab()
+    strings = sorted(number.keys() - set(characters), key=number.__getitem__)
+    return (*characters, *strings)
 
 
 def encode(text: str) -> tuple[Tensor, str]:

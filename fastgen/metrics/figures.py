@@ -71,7 +71,8 @@ def summarise(
 
     Args:
         values: name -> (N,). "elbo" and "iwae" are bounds on log p(x), "nll" and "kl" costs, in nats per item. "tokens"
-            is taken as the argument below.
+            is taken as the argument below; "characters" are those of an item's predicted tokens, and add nats per
+            character.
         dims: numbers in an item, C * H * W of an image: adds bits/dim.
         tokens: predicted tokens in an item, one number or (N,): adds nats per token and perplexity.
         items: what they are, for the line.
@@ -81,7 +82,7 @@ def summarise(
         ValueError: values of other shapes, NaN or infinite; tokens or dims below 1, or without a likelihood.
     """
     values = dict(values)
-    counted = values.pop("tokens", None)
+    counted, characters = values.pop("tokens", None), values.pop("characters", None)
     tokens = counted if tokens is None else tokens
     figures = []
     for name, column in values.items():
@@ -111,6 +112,10 @@ def summarise(
         figures.append(_figure("nats per token", found, unit="nats/token", n=n, note=note))
         found = Interval(*(perplexity(end) for end in (found.estimate, found.low, found.high)))
         figures.append(_figure("perplexity", found, n=n, note=note))
+    if characters is not None:
+        found = bootstrap_interval([nats, characters.detach().cpu().double()], _ratio, resamples=resamples, seed=seed)
+        n = {"characters": int(characters.sum()), **n}
+        figures.append(_figure("nats per character", found, unit="nats/character", n=n, note=note))
     return figures
 
 

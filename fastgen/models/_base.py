@@ -64,12 +64,15 @@ images: images (B, C, S, S) in [0, 1], and labels (B,) int64 where there are cla
     levels (values of a pixel: multiples of 1 / (levels - 1)), classes (0: no labels).
 pairs: inputs (B, Cin, S, S), targets (B, C, S, S), in [0, 1]. Facts: image_size, input_channels, channels, levels.
 domains: a, b (B, C, S, S) in [0, 1], unpaired. Facts: image_size, channels, levels.
-text: tokens (B, length) int64. Facts: vocabulary (one string; token i is its character i). The config's
-    ``data_options`` gives the length.
+text: tokens (B, length) int64. Facts: vocabulary (one string, token i being its character i; or a tuple of strings,
+    where the data was asked for longer tokens). The config's ``data_options`` gives the length.
 sequences: source (B, S), target (B, T) int64, padded at the end; token 0 is padding, 1 start, 2 end, 3 + i character
     i of the vocabulary; both begin with 1 and end with 2. Facts: vocabulary, source_length, target_length.
 audio: audio (B, length) in [-1, 1]. Facts: sample_rate, length.
 """
+
+TRANSLATED: tuple[str, ...] = ("pairs", "domains")
+"""Kinds whose models have ``translate`` in place of ``draw``."""
 
 
 @dataclass(frozen=True)

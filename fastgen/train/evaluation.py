@@ -68,8 +68,10 @@ def scores(
 
 
 def mean_scores(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Means over items; of sums over tokens, nats per token."""
+    """Means over items; of sums over tokens, nats per token, and per character where they are told."""
     means = {name: float(value.double().mean()) for name, value in values.items()}
     if "tokens" in means:
-        means = {"nats per token": means.pop("nll") / means.pop("tokens"), **means}
+        counts = {unit: means.pop(unit + "s") for unit in ("token", "character") if unit + "s" in means}
+        nll = means.pop("nll")
+        means = {**{f"nats per {unit}": nll / count for unit, count in counts.items()}, **means}
     return means

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 from collections import Counter
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from fastgen import _vocabulary
+from fastgen._vocabulary import tokenise
 from fastgen.data import SOURCES, DataConfig, Dataset, Items, describe, load_data
 from fastgen.data.sequences import spell
 from fastgen.data.text import prose
@@ -172,6 +175,36 @@ def test_windows_of_text_cover_it_and_held_out_ones_come_after() -> None:
     assert held == [text[start : start + 80] for start in range(n_train, len(text) - 79, 80)]
 
 
+def test_longer_tokens_are_learnt_from_the_training_part_and_spell_the_same_text() -> None:
+    pytest.importorskip("tokenizers")
+    text = prose()
+    data = load_data(DataConfig(source="prose", tokens=300), "text")
+    vocabulary = data.facts["vocabulary"]
+    characters = sorted(set(text))
+    assert vocabulary[: len(characters)] == tuple(characters)
+    assert len(vocabulary) == len(set(vocabulary)) == 300
+    train, held = data.splits(length=50)
+    cut = len(text) - len(text) // 10
+    assert text[:cut] == "".join(vocabulary[i] for i in train.tokens)
+    assert text[cut:] == "".join(vocabulary[i] for i in held.tokens)
+    assert all(string in text[:cut] for string in vocabulary[len(characters) :])
+    assert data.about["tokens"] == (len(train.tokens), len(held.tokens))
+    assert len(train.tokens) < 0.6 * cut
+    assert data.fingerprint != load_data(DataConfig(source="prose", tokens=301), "text").fingerprint
+    seen = describe(DataConfig(source="prose", tokens=300))
+    assert seen.fingerprint == data.fingerprint
+    assert f"{len(train.tokens):,} tokens to train on" in str(seen)
+    assert "vocabulary: 300 strings, the last ones" in str(seen)
+
+
+def test_the_longest_string_is_taken() -> None:
+    vocabulary = ("a", "b", "c", "ab", "abcb", "bc")
+    assert [vocabulary[i] for i in tokenise("text", "abcabcbbca", vocabulary)] == ["ab", "c", "abcb", "bc", "a"]
+    with pytest.raises(ValueError, match=r"^prompt: expected characters of the vocabulary, got 'x', 'z'$"):
+        tokenise("prompt", "azabx", vocabulary)
+    assert doctest.testmod(_vocabulary).failed == 0
+
+
 def test_prose_is_not_trained_on_what_is_held_out() -> None:
     text = prose()
     cut = len(text) - len(text) // 10
@@ -193,6 +226,7 @@ def test_windows_that_do_not_fit_are_refused_with_both_lengths(length: int) -> N
         ({"held_out": 1}, "held_out: expected 2 or more (one item in so many), or 0, got 1"),
         ({"image_size": -8}, "image_size: expected 0 or more, got -8"),
         ({"image_size": 8.0}, "image_size: expected a whole number, got 8.0"),
+        ({"tokens": -1}, "tokens: expected 0 or more, got -1"),
         ({"seconds": float("nan")}, "seconds: expected more than 0, got nan"),
         ({"seconds": "1"}, "seconds: expected a number, got '1'"),
         ({"source": ""}, "source: expected a set in the box, a path or hf:NAME, got an empty string"),
@@ -211,6 +245,8 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], error: str) -
         ("photos", "domains", {}, "photos: expected data of kind domains (textures, "),
         ("digits", "video", {}, "kind: expected one of images, pairs, domains, text, sequences, audio, got 'video'"),
         ("prose", "text", {"image_size": 8}, "prose: image_size: expected 0, as it has no use for it, got 8"),
+        ("digits", "images", {"tokens": 300}, "digits: tokens: expected 0, as it has no use for it, got 300"),
+        ("prose", "text", {"tokens": 50}, "tokens: expected more than prose has characters, 10"),
         ("digits", "images", {"items": 8}, "digits: items: expected 0, as it has no use for it, got 8"),
         ("textures", "images", {"image_size": 103}, "image_size: expected at most 102, the width of the held-out part"),
         ("textures", "images", {"items": 10**6}, "textures: items: expected fewer"),
