@@ -6,13 +6,15 @@ from pathlib import Path
 
 from fastgen.cli._errors import USAGE, CommandError
 from fastgen.cli._options import add_fields, options_parser, parse
-from fastgen.models import Texts
+from fastgen.models import TRANSLATED, Texts
 from fastgen.train.errors import UsageError
 from fastgen.train.folder import RunFolder
 from fastgen.train.run import choose_device
-from fastgen.train.trained import SUFFIXES, open_run, sample, write_samples
+from fastgen.train.trained import SUFFIXES, given_items, open_run, sample, write_samples
 
-ABOUT = "Draw from a trained model: pictures, text or sound. The model's own options are listed by RUN --help."
+ABOUT = (
+    "Draw from a trained model, or translate by it: pictures, text or sound. RUN --help lists the model's own options."
+)
 
 
 def run(words: list[str]) -> None:
@@ -29,12 +31,16 @@ def run(words: list[str]) -> None:
         parse(parser, words, defaults=True)
         return
     try:
-        trained = open_run(RunFolder(Path(words[0])), "cpu")
+        folder = RunFolder(Path(words[0]))
+        trained = open_run(folder, "cpu")
+        if trained.model.kind in TRANSLATED:
+            parser.add_argument("--input", type=str, default="", help="pictures to translate; default held-out ones")
         add_fields(parser, trained.model.sampling_class)
         given = parse(parser, words[1:], defaults=True)
+        items = given_items(trained, folder, given.pop("input", ""))
         n, out, seed, device = (given.pop(name) for name in ("n", "out", "seed", "device"))
         trained.model.to(choose_device(device))
-        exhibit = sample(trained, n, trained.model.sampling_class(**given), seed)
+        exhibit = sample(trained, n, trained.model.sampling_class(**given), seed, items)
         if isinstance(exhibit, Texts) and not out:
             print("\n\n".join(exhibit.texts))
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastgen.data._base import Dataset, Items, TensorItems
 from fastgen.data.config import DataConfig
 from fastgen.data.describe import Description, describe
+from fastgen.data.folders import read_pictures
 from fastgen.data.sources import SOURCES, load_data
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "TensorItems",
     "describe",
     "load_data",
+    "read_pictures",
 ]

@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fastgen.data._base import Dataset
 from fastgen.data.image_sets import Pictures, count_levels, domain_dataset, image_dataset, pair_dataset
-from fastgen.data.pictures import Files, read_headers, read_stack
+from fastgen.data.pictures import SUFFIXES, Files, LazyPictures, read_headers, read_stack
 from fastgen.data.splitting import at_least, hold_out
 
 SPLITS = frozenset(("train", "training", "test", "testing", "val", "valid", "validation"))
@@ -137,3 +138,23 @@ def from_files(name: str, files: Files, image_size: int) -> Pictures:
     stack = read_stack(name, files, headers, image_size, channels)
     contents = b"".join(header.digest for header in headers)
     return Pictures(name, stack, contents, *count_levels(stack))
+
+
+def read_pictures(path: Path, image_size: int, channels: int) -> Tensor:
+    """A person's own pictures, one file or all below a folder, in the order of their names: (N, channels, S, S) uint8.
+
+    Args:
+        image_size: S; the shorter side is resized to it, the centre cropped. channels: 1 (grey) or 3.
+
+    Raises:
+        FileNotFoundError: nothing there. ValueError: no pictures, or one that can't be decoded.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: expected a picture or a folder of them, got a path where there is nothing")
+    files = with_suffix(files_below(path), SUFFIXES) if path.is_dir() else [Path(path.name)]
+    if not files:
+        raise ValueError(f"{path}: expected pictures (.png, .jpg, ...) in it, got {suffixes_of(files_below(path))}")
+    folder = path if path.is_dir() else path.parent
+    read = Files([str(folder / file) for file in files], partial(_read, folder, files))
+    lazy = LazyPictures(read, torch.arange(len(read)), channels, image_size, resize=True)
+    return lazy[torch.arange(len(read))]

@@ -15,6 +15,7 @@ from fastgen.metrics.features import FeatureSpace, classifier_features, inceptio
 from fastgen.metrics.figures import Figure, summarise
 from fastgen.metrics.images import class_agreement, evaluate_images
 from fastgen.metrics.likelihood import ImportanceWeightedBound, bits_per_dim, importance_weighted_bound, perplexity
+from fastgen.metrics.translations import evaluate_domains, evaluate_pairs, structural_similarity
 
 __all__ = [
     "FeatureSpace",
@@ -27,7 +28,9 @@ __all__ = [
     "bootstrap_sets",
     "class_agreement",
     "classifier_features",
+    "evaluate_domains",
     "evaluate_images",
+    "evaluate_pairs",
     "frechet_distance",
     "importance_weighted_bound",
     "inception_features",
@@ -36,5 +39,6 @@ __all__ = [
     "perplexity",
     "proportion_interval",
     "rotation_features",
+    "structural_similarity",
     "summarise",
 ]

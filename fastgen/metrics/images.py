@@ -69,13 +69,13 @@ def evaluate_images(
     """
     features, others = space(real), space(generated)
     n = {"generated": len(others), "held-out": len(features)}
-    figures = [_distance(FRECHET, features, others, space, n, resamples, seed)]
+    figures = [distance_figure(FRECHET, features, others, space, n, resamples, seed)]
     if training is not None:
         chosen = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))[: len(generated)]
         known = space(training[chosen.to(training.device)])
         floor_n = {"training": len(known), "held-out": len(features)}
-        figures.append(_distance(FLOOR, features, known, space, floor_n, resamples, seed))
-    figures.append(_distance(KERNEL, features, others, space, n, resamples, seed))
+        figures.append(distance_figure(FLOOR, features, known, space, floor_n, resamples, seed))
+    figures.append(distance_figure(KERNEL, features, others, space, n, resamples, seed))
     found = neighbourhoods(features, others, k=k)
     spread = bootstrap_interval(found.spheres, seed=seed)
     density = Figure("density", spread.estimate, spread.low, spread.high, space=space.name, n=n, note=f"k = {k}")
@@ -95,9 +95,10 @@ def class_agreement(generated: Tensor, labels: Tensor, space: FeatureSpace) -> F
     return share("class agreement", hits, space=space.name, n={"generated": len(generated)})
 
 
-def _distance(
+def distance_figure(
     distance: _Distance, real: Tensor, others: Tensor, space: FeatureSpace, n: dict[str, int], resamples: int, seed: int
 ) -> Figure:
+    """One of the distances above between features (N, D) and (M, D); ``resamples`` 0: without its interval."""
     note = ""
     if distance.needs_covariance and min(n.values()) <= space.dims:
         note = f"far too high: a covariance of {space.dims} features needs more images"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastgen.models._base import (
     KINDS,
+    TRANSLATED,
     Batch,
     Exhibit,
     GenerativeModel,
@@ -21,10 +22,12 @@ from fastgen.models.cdcgan import CDCGAN, CDCGANConfig
 from fastgen.models.cgan import CGAN, CGANConfig
 from fastgen.models.conv_vae import ConvVAE, ConvVAEConfig
 from fastgen.models.cvae import CVAE, CVAEConfig
+from fastgen.models.cyclegan import CycleGAN, CycleGANConfig
 from fastgen.models.dcgan import DCGAN, DCGANConfig
 from fastgen.models.flow_vae import FlowVAE, FlowVAEConfig
 from fastgen.models.gan import GAN, GANConfig
 from fastgen.models.image_transformer import ImageTransformer, ImageTransformerConfig
+from fastgen.models.pix2pix import Pix2Pix, Pix2PixConfig
 from fastgen.models.recurrent_gan import RecurrentGAN, RecurrentGANConfig
 from fastgen.models.sagan import SAGAN, SAGANConfig
 from fastgen.models.seq2seq import Seq2Seq, Seq2SeqConfig
@@ -35,6 +38,7 @@ from fastgen.models.wavenet import WaveNet, WaveNetConfig
 
 _ALL: tuple[type[GenerativeModel], ...] = (
     *(GAN, CGAN, DCGAN, CDCGAN, SAGAN, AttentionGAN, RecurrentGAN),
+    *(CycleGAN, Pix2Pix),
     *(VAE, ConvVAE, CVAE, FlowVAE, VQVAE),
     *(TransformerLM, Seq2Seq, ImageTransformer, WaveNet),
 )
@@ -51,6 +55,7 @@ __all__ = [
     "KINDS",
     "MODELS",
     "SAGAN",
+    "TRANSLATED",
     "VAE",
     "VQVAE",
     "AttentionGAN",
@@ -61,6 +66,8 @@ __all__ = [
     "CVAEConfig",
     "ConvVAE",
     "ConvVAEConfig",
+    "CycleGAN",
+    "CycleGANConfig",
     "DCGANConfig",
     "Exhibit",
     "FlowVAE",
@@ -73,6 +80,8 @@ __all__ = [
     "Moment",
     "NoOptions",
     "Phase",
+    "Pix2Pix",
+    "Pix2PixConfig",
     "RecurrentGAN",
     "RecurrentGANConfig",
     "SAGANConfig",

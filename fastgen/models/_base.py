@@ -10,7 +10,7 @@ files, devices, processes or command lines; the training application knows nothi
         def phases(self): ...      # whose weights are updated in a step, in which order, by which optimiser
         def loss(self, ...): ...   # what one of them minimises
         def score(self, ...): ...  # nats for each held-out item
-        def draw(self, ...): ...   # pictures, text or sound
+        def draw(self, ...): ...   # pictures, text or sound; of the kinds pairs and domains ``translate`` instead
 
 Whatever changes during training lives in parameters and buffers: it is saved, averaged and resumed without further
 ado. A loss draws its randomness from torch's global generators, which the trainer seeds before every call, so that a
@@ -165,6 +165,9 @@ class GenerativeModel(nn.Module, _HubMixin):
     """Names of the submodules whose weights are averaged over time for sampling. Empty: the whole model."""
     blocks: ClassVar[tuple[str, ...]] = ()
     """Class names of the layers that FSDP shards one by one; empty: the model can't be sharded."""
+    stores: ClassVar[tuple[str, ...]] = ()
+    """Names of the submodules whose buffers (N, ...) hold items, not statistics: several processes, which average
+    statistics, give each its share of the rows."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -198,6 +201,10 @@ class GenerativeModel(nn.Module, _HubMixin):
             options: a ``sampling_class``.
             generator: of the noise; default torch's global one.
         """
+        raise NotImplementedError
+
+    def translate(self, batch: Batch, options: Any, *, generator: torch.Generator | None = None) -> Images:
+        """What becomes of a batch's images, one for each. The batch holds what is translated, perhaps nothing else."""
         raise NotImplementedError
 
     def show(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Exhibit]:

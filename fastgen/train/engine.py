@@ -225,10 +225,21 @@ class Engine:
 
     @torch.no_grad()
     def share_buffers(self) -> None:
-        """Statistics become their mean over the processes: before a checkpoint, so that all go on from the same."""
-        if self.accelerator.num_processes > 1:
+        """Buffers become the same in all processes: before a checkpoint, so that all go on from the same.
+
+        Statistics become their means. Of a store of items row i comes from process i modulo their number.
+        """
+        accelerator = self.accelerator
+        if accelerator.num_processes > 1:
+            stored = {buffer for name in self.model.stores for buffer in self.model.get_submodule(name).buffers()}
             for buffer in self._statistics:
-                buffer.copy_(self.accelerator.reduce(buffer, "mean"))
+                if buffer in stored:
+                    own = torch.zeros_like(buffer)
+                    mine = slice(accelerator.process_index, None, accelerator.num_processes)
+                    own[mine] = buffer[mine]
+                    buffer.copy_(accelerator.reduce(own, "sum"))
+                else:
+                    buffer.copy_(accelerator.reduce(buffer, "mean"))
             for now, good in zip(self._statistics, self._good_statistics, strict=True):
                 good.copy_(now)
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from fastgen import metrics
 from fastgen.data import Items
-from fastgen.models import Images, option
+from fastgen.models import TRANSLATED, Images, option
 from fastgen.train.config import TrainConfig
 from fastgen.train.errors import UsageError
-from fastgen.train.evaluation import scores
+from fastgen.train.evaluation import Thinned, scores
 from fastgen.train.files import write_whole
 from fastgen.train.folder import RunFolder
 from fastgen.train.report import write_report
@@ -29,6 +29,7 @@ from fastgen.train.trained import Trained, check_seed, joined, open_run
 
 Space = Literal["auto", "classifier", "rotations", "inception", "none"]
 FEATURES_FORMAT = "fastgen-features"
+MOST = 10_000  # items of a split that are looked at
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,9 @@ def evaluate(folder: RunFolder, config: EvaluateConfig) -> list[metrics.Figure]:
     try:
         with torch.no_grad():
             figures = _likelihoods(trained, held_out, config, accelerator)
-            if trained.model.kind == "images" and config.features != "none":
-                figures += _distances(trained, data.name, train, held_out, config, folder)
+            if trained.model.kind in TRANSLATED or (trained.model.kind == "images" and config.features != "none"):
+                judge = {"images": _distances, "domains": _domains, "pairs": _pairs}[trained.model.kind]
+                figures += judge(trained, data.name, train, held_out, config, folder)
     finally:
         leave(accelerator)
     kept = {"step": trained.step, "settings": asdict(config), "figures": [asdict(figure) for figure in figures]}
@@ -107,8 +109,7 @@ def _distances(
     trained: Trained, name: str, train: Items, held_out: Items, config: EvaluateConfig, folder: RunFolder
 ) -> list[metrics.Figure]:
     real, known = _all(held_out, config), _all(train, config)
-    short = Path(name).name if Path(name).exists() else name
-    space = _space(short, known, real, config, folder, trained.header.fingerprint).to(trained.model.device)
+    space = _space(name, known, real, config, folder, trained)
     generator = torch.Generator().manual_seed(config.seed)
     drawn = joined(list(trained.draw(config.n, trained.model.sampling_class(), generator)))
     assert isinstance(drawn, Images)
@@ -127,12 +128,71 @@ def _distances(
     return figures
 
 
-def _all(items: Items, config: EvaluateConfig, most: int = 10_000) -> dict[str, Tensor]:
-    """All items on the CPU; of large sets as many, evenly spaced."""
+def _domains(
+    trained: Trained, name: str, train: Items, held_out: Items, config: EvaluateConfig, folder: RunFolder
+) -> list[metrics.Figure]:
+    """Distances in both directions; "auto" features come from a classifier of the two domains."""
+    if config.features == "none":
+        return []
+    real, known = _all(held_out, config), _all(train, config)
+    space = _space(name, _as_classes(known), _as_classes(real), config, folder, trained)
+    figures = []
+    for source, target in (("a", "b"), ("b", "a")):
+        options = trained.model.sampling_class(direction=f"{source}-to-{target}")
+        figures += metrics.evaluate_domains(
+            real[target],
+            _translated(trained, held_out, options, config),
+            real[source],
+            space,
+            name=f"{source} to {target}",
+            training=known[target],
+            label="ab".index(target),
+            resamples=config.resamples,
+            seed=config.seed,
+        )
+    return figures
+
+
+def _pairs(
+    trained: Trained, name: str, train: Items, held_out: Items, config: EvaluateConfig, folder: RunFolder
+) -> list[metrics.Figure]:
+    """Errors against the targets, and distances from them."""
+    real, known = _all(held_out, config), _all(train, config)
+    outputs = _translated(trained, held_out, trained.model.sampling_class(), config)
+    if config.features == "none":
+        return metrics.evaluate_pairs(outputs, real["targets"], real["inputs"], seed=config.seed)
+    space = _space(name, {"images": known["targets"]}, {"images": real["targets"]}, config, folder, trained)
+    return metrics.evaluate_pairs(
+        outputs,
+        real["targets"],
+        real["inputs"],
+        space,
+        training=known["targets"],
+        resamples=config.resamples,
+        seed=config.seed,
+    )
+
+
+def _as_classes(domains: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Images of both domains, a as class 0."""
+    labels = torch.arange(2).repeat_interleave(torch.tensor([len(domains["a"]), len(domains["b"])]))
+    return {"images": torch.cat([domains["a"], domains["b"]]), "labels": labels}
+
+
+def _translated(trained: Trained, items: Items, options: Any, config: EvaluateConfig) -> Tensor:
+    """What becomes of the items that ``_all`` gives, on the CPU."""
+    generator = torch.Generator().manual_seed(config.seed)
+    drawn = joined(list(trained.translate(Thinned(items, MOST), options, generator)))
+    assert isinstance(drawn, Images)
+    return drawn.pixels.float().clamp(0, 1).cpu()
+
+
+def _all(items: Items, config: EvaluateConfig) -> dict[str, Tensor]:
+    """All items on the CPU; of large sets ``MOST``, evenly spaced."""
+    items = Thinned(items, MOST)
 
     def blocks() -> Iterator[dict[str, Tensor]]:
-        chosen = torch.linspace(0, len(items) - 1, min(most, len(items))).round().long()
-        for indices in chosen.split(config.batch_size):
+        for indices in torch.arange(len(items)).split(config.batch_size):
             yield {name: tensor.cpu() for name, tensor in items.batch(indices).items()}
 
     found = list(blocks())
@@ -145,20 +205,20 @@ def _space(
     real: dict[str, Tensor],
     config: EvaluateConfig,
     folder: RunFolder,
-    fingerprint: str,
+    trained: Trained,
 ) -> metrics.FeatureSpace:
-    """The feature space, trained once for a run and kept in its folder."""
-    kind = config.features
+    """The feature space, trained once for a run and kept in its folder; on the model's device."""
+    kind, name = config.features, Path(name).name if Path(name).exists() else name
     if kind == "auto":
         kind = "classifier" if "labels" in known else "rotations"
     if kind == "classifier" and "labels" not in known:
         raise UsageError(f"features: expected rotations or inception for {name}, which has no classes, got classifier")
     if kind == "inception":
-        return metrics.inception_features()
-    wanted = {"format": FEATURES_FORMAT, "kind": kind, "fingerprint": fingerprint}
+        return metrics.inception_features().to(trained.model.device)
+    wanted = {"format": FEATURES_FORMAT, "kind": kind, "fingerprint": trained.header.fingerprint}
     kept = _kept_space(folder, wanted)
     if kept is not None:
-        return kept
+        return kept.to(trained.model.device)
     with torch.enable_grad():
         if kind == "classifier":
             held_out = (real["images"], real["labels"])
@@ -167,7 +227,7 @@ def _space(
             space = metrics.rotation_features(known["images"], data=name)
     tensors, meta = space.state()
     write_whole(folder.features, safetensors.torch.save(tensors, {**wanted, "meta": json.dumps(meta)}))
-    return space
+    return space.to(trained.model.device)
 
 
 def _kept_space(folder: RunFolder, wanted: dict[str, str]) -> metrics.FeatureSpace | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastgen.data import Items
+from fastgen.models import TRANSLATED
 from fastgen.train.checkpoint import Header, save_checkpoint
 from fastgen.train.curves import read_rows, write_curves
 from fastgen.train.engine import Engine
@@ -135,8 +136,14 @@ class Trainer:
         generator = torch.Generator().manual_seed(0)
         count = SHOWN[model.kind]
         with engine.averaged() as module:
-            exhibits = {"samples": module("draw", count, model.sampling_class(), generator=generator)}
-            exhibits |= module("show", first(self.held_out, HELD_OUT_SHOWN, engine.device), generator=generator)
+            options = model.sampling_class()
+            if model.kind in TRANSLATED:
+                given = first(Thinned(self.held_out, count), count, engine.device)
+                exhibits = {"samples": module("translate", given, options, generator=generator)}
+            else:
+                exhibits = {"samples": module("draw", count, options, generator=generator)}
+            shown = Thinned(self.held_out, HELD_OUT_SHOWN)
+            exhibits |= module("show", first(shown, HELD_OUT_SHOWN, engine.device), generator=generator)
         if self.first_process:
             for name, exhibit in exhibits.items():
                 write_exhibit(inside(self.folder.path, name), f"{engine.step:0{STEP_DIGITS}d}", exhibit)

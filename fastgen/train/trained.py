@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 
-from fastgen.models import Exhibit, GenerativeModel, Images, Sounds, Texts
+from fastgen.data import Items, TensorItems, read_pictures
+from fastgen.models import TRANSLATED, Exhibit, GenerativeModel, Images, Sounds, Texts
 from fastgen.train.checkpoint import Header, load_checkpoint
 from fastgen.train.errors import UsageError
+from fastgen.train.evaluation import Thinned
 from fastgen.train.folder import RunFolder
 from fastgen.train.pictures import write_exhibit
-from fastgen.train.run import choose_device, configs, load_average
+from fastgen.train.run import choose_device, configs, data_of, load_average, split
+from fastgen.train.stream import to_device
 
 AT_ONCE = 256  # samples drawn together
 SUFFIXES: dict[type, str] = {Images: ".png", Texts: ".txt", Sounds: ".wav"}
@@ -36,6 +39,13 @@ class Trained:
             for start in range(0, n, at_once):
                 yield self.model.draw(min(at_once, n - start), options, generator=generator)
 
+    def translate(self, items: Items, options: Any, generator: torch.Generator) -> Iterator[Exhibit]:
+        """What becomes of the items, some at a time; for models of the kinds ``TRANSLATED``."""
+        with torch.no_grad():
+            for chosen in torch.arange(len(items)).split(AT_ONCE):
+                batch = to_device(items.batch(chosen), self.model.device)
+                yield self.model.translate(batch, options, generator=generator)
+
 
 def open_run(folder: RunFolder, device: str = "auto") -> Trained:
     """Raises FileNotFoundError, ValueError: no run there, or a checkpoint that does not fit. UsageError: the device."""
@@ -48,8 +58,31 @@ def open_run(folder: RunFolder, device: str = "auto") -> Trained:
     return Trained(model, header, int(tensors["step"]))
 
 
-def sample(trained: Trained, n: int, options: Any, seed: int = 0) -> Exhibit:
+def given_items(trained: Trained, folder: RunFolder, pictures: str = "") -> Items | None:
+    """What a model translates, the run's held-out items, or a person's pictures; None for one that draws.
+
+    Args:
+        pictures: a file or a folder of them; each is brought to the size of those that the model learnt from.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, or no pictures. UsageError: the run's data are others now.
+    """
+    model = trained.model
+    if model.kind not in TRANSLATED:
+        return None
+    if not pictures:
+        return split(data_of(trained.header, folder), model.config)[1]
+    names = ("inputs",) if model.kind == "pairs" else ("a", "b")
+    channels = model.config.input_channels if model.kind == "pairs" else model.config.channels
+    stack = read_pictures(Path(pictures), model.config.image_size, channels)
+    return TensorItems(dict.fromkeys(names, stack), dict.fromkeys(names, 255.0))
+
+
+def sample(trained: Trained, n: int, options: Any, seed: int = 0, items: Items | None = None) -> Exhibit:
     """n samples; one seed gives the same noise on every device.
+
+    Args:
+        items: of a model that translates: what becomes of them is shown, or of n of them, evenly spaced.
 
     Raises:
         UsageError: n, seed, or an option that the model refuses.
@@ -58,10 +91,12 @@ def sample(trained: Trained, n: int, options: Any, seed: int = 0) -> Exhibit:
         raise UsageError(f"n: expected a positive number of samples, got {n}")
     check_seed(seed)
     try:
-        parts = list(trained.draw(n, options, torch.Generator().manual_seed(seed)))
+        generator = torch.Generator().manual_seed(seed)
+        if items is None:
+            return joined(list(trained.draw(n, options, generator)))
+        return joined(list(trained.translate(Thinned(items, n), options, generator)))
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
-    return joined(parts)
 
 
 def check_seed(seed: int) -> None:

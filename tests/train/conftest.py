@@ -29,6 +29,8 @@ TINY: dict[str, list[str]] = {
     "sagan": ["--model.width", "8", "--model.latent-dim", "8", "--batch-size", "32"],
     "attention-gan": GAN,
     "recurrent-gan": ["--model.generator-width", "8", "--model.critic-width", "8", "--batch-size", "8"],
+    "cyclegan": ["--model.width", "4", "--model.blocks", "1", "--model.patch-width", "4", "--batch-size", "4"],
+    "pix2pix": ["--model.width", "4", "--model.patch-width", "4", "--batch-size", "8"],
     "vae": DENSE,
     "conv-vae": ["--model.width", "4", "--model.hidden-dim", "16", "--batch-size", "32"],
     "cvae": DENSE,
@@ -96,7 +98,7 @@ def words(digits: Path, text: Path, tmp_path: Path) -> Callable[..., list[str]]:
             return command
         kept = {"images": [str(digits)], "text": [str(text)], "sequences": ["reversal", "--items", "100"]}
         kept |= {"audio": ["tones", "--items", "40", "--seconds", "0.05"]}
-        kept |= {kind: [name, "--items", "60"] for kind, name in (("domains", "textures"), ("pairs", "photos"))}
+        kept |= {kind: [name, "--items", "80"] for kind, name in (("domains", "textures"), ("pairs", "photos"))}
         given = [] if "--data" in options else ["--data", *kept[MODELS[model].kind]]
         return command + given + TINY[model]
 

@@ -47,6 +47,33 @@ def test_sample_prints_text_or_writes_it(fit: Main, tmp_path: Path, capsys: pyte
     assert "--temperature" in capsys.readouterr().out
 
 
+def test_a_model_of_pairs_or_domains_translates_what_was_held_out_or_a_person_s_pictures(
+    fit: Main, tmp_path: Path, error_line: Callable[[], str]
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name, size in (("b", (40, 50)), ("a", (33, 32))):
+        Image.new("RGB", size, "teal").save(photos / f"{name}.png")
+    for model, options in (("pix2pix", []), ("cyclegan", ["--direction", "b-to-a"])):
+        assert fit(model=model, name=model, steps=1) == 0
+        sheets = {}
+        for given in (["--n", "3"], ["--n", "3", *options], ["--input", str(photos)], ["--input", f"{photos}/a.png"]):
+            out = tmp_path / "out.png"
+            assert main(["sample", str(tmp_path / model), *given, "--out", str(out)]) == 0
+            with Image.open(out) as image:
+                sheets[" ".join(given)] = (image.size, image.mode, out.read_bytes())
+        cells = [(size[0] // 68, size[1] // 68) for size, _, _ in sheets.values()]
+        assert cells == [(2, 2)] * (2 if options else 1) + [(2, 1), (1, 1)]
+        assert {mode for _, mode, _ in sheets.values()} == {"RGB" if model == "pix2pix" else "L"}
+        assert len({data for _, _, data in sheets.values()}) == len(sheets)
+    (photos / "empty").mkdir()
+    for path, message in (("nowhere", "expected a picture or a folder"), ("photos/empty", "expected pictures (.png")):
+        assert main(["sample", str(tmp_path / "pix2pix"), "--input", str(tmp_path / path)]) == 1
+        assert f"{path}: {message}" in error_line()
+    assert main(["sample", str(tmp_path / "cyclegan"), "--direction", "up"]) == 2
+    assert "direction" in error_line()
+
+
 def test_options_can_come_from_a_file_but_not_where_to_write(
     fit: Main, tmp_path: Path, error_line: Callable[[], str]
 ) -> None:

@@ -1,0 +1,375 @@
+"""CycleGAN and Pix2Pix: what a trainer and a caller may rely on."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgen import metrics
+from fastgen.models import CycleGAN, CycleGANConfig, Images, Moment, Pix2Pix
+from fastgen.models._translation import History, PatchDiscriminator, Translator
+from fastgen.models.cyclegan import DirectionOptions
+
+NOW = Moment(1, 10)
+SMALL: dict[str, tuple[type[Translator], dict[str, object]]] = {
+    "cyclegan": (CycleGAN, {"image_size": 16, "width": 4, "blocks": 1, "patch_width": 4, "history": 6}),
+    "cyclegan, no identity": (
+        CycleGAN,
+        {"image_size": 16, "width": 4, "blocks": 1, "patch_width": 4, "identity_weight": 0.0, "history": 0},
+    ),
+    "pix2pix": (Pix2Pix, {"image_size": 16, "width": 4, "halvings": 3, "patch_width": 4}),
+    "pix2pix, instance": (
+        Pix2Pix,
+        {"image_size": 16, "width": 4, "halvings": 3, "patch_width": 4, "norm": "instance", "dropout": 0.0},
+    ),
+}
+BOTH = ("cyclegan", "pix2pix")
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def small_model(name: str, **options: object) -> Translator:
+    torch.manual_seed(0)
+    model_class, small = SMALL[name]
+    return model_class(model_class.config_class(**{**small, **options}))
+
+
+def a_batch(model: Translator, n: int = 4) -> dict[str, Tensor]:
+    config, size = model.config, model.config.image_size
+    channels = {"a": config.channels, "b": config.channels}
+    if isinstance(model, Pix2Pix):
+        channels = {"inputs": config.input_channels, "targets": config.channels}
+    return {
+        name: torch.rand(n, count, size, size, generator=seeded(i)) ** (1 + i)
+        for i, (name, count) in enumerate(channels.items())
+    }
+
+
+def step(model: Translator, phase: str, batch: dict[str, Tensor], moment: Moment = NOW) -> dict[str, Tensor]:
+    for each in model.phases():
+        for network in each.networks:
+            model.get_submodule(network).requires_grad_(each.name == phase)
+    model.zero_grad()
+    values = model.loss(phase, batch, moment)
+    values["loss"].backward()
+    return values
+
+
+def translated(model: Translator, batch: dict[str, Tensor], seed: int = 7, **options: object) -> Tensor:
+    return model.translate(batch, model.sampling_class(**options), generator=seeded(seed)).pixels
+
+
+SIZES = {
+    "cyclegan": [{"image_size": 12}, {"image_size": 20, "channels": 3, "patch_halvings": 1}, {"halvings": 1}],
+    "pix2pix": [{"image_size": 24}, {"image_size": 8, "patch_halvings": 1, "channels": 2, "input_channels": 5}],
+}
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_shapes_of_odd_sizes_and_channels(name: str) -> None:
+    for options in SIZES[name]:
+        model = small_model(name, **options)
+        batch = a_batch(model, 3)
+        pixels = translated(model, batch)
+        assert pixels.shape == (3, model.config.channels, model.config.image_size, model.config.image_size)
+        assert 0 <= pixels.min() < pixels.max() <= 1
+        scores = model.score(batch)
+        assert all(score.shape == (3,) and (score > 0).all() for score in scores.values())
+        for phase in model.phases():
+            step(model, phase.name, batch)
+
+
+CONFIG_ERRORS = {
+    "cyclegan: size": ({"image_size": 18}, "image_size: expected a multiple of 4, as halvings = 2, got 18"),
+    "cyclegan: small": (
+        {"image_size": 8},
+        "image_size: expected at least 12, as patch_halvings = 2, got 8",
+    ),
+    "cyclegan: coarse": (
+        {"image_size": 16, "halvings": 4},
+        "image_size: expected at least 32, as halvings = 4, got 16",
+    ),
+    "cyclegan: blocks": ({"blocks": -1}, "blocks: expected a number >= 0, got -1"),
+    "cyclegan: history": ({"history": 2.5}, "history: expected an integer, got 2.5"),
+    "cyclegan: cycle": ({"cycle_weight": -1.0}, "cycle_weight: expected a number >= 0, got -1.0"),
+    "cyclegan: identity": ({"identity_weight": float("inf")}, "identity_weight: expected a number >= 0, got inf"),
+    "cyclegan: game": ({"loss": "poker"}, "loss: expected one of minimax, .*, got 'poker'"),
+    "cyclegan: width": ({"width": 0}, "width: expected a positive integer, got 0"),
+    "pix2pix: size": ({"image_size": 20}, "image_size: expected a multiple of 8, as halvings = 3, got 20"),
+    "pix2pix: norm": ({"norm": "layer"}, "norm: expected one of batch, instance, got 'layer'"),
+    "pix2pix: dropout": ({"dropout": 1.0}, r"dropout: expected a probability in \[0, 1\), got 1.0"),
+    "pix2pix: l1": ({"l1_weight": -1.0}, "l1_weight: expected a number >= 0, got -1.0"),
+    "pix2pix: inputs": ({"input_channels": 0}, "input_channels: expected a positive integer, got 0"),
+    "pix2pix: patches": ({"patch_width": 0}, "patch_width: expected a positive integer, got 0"),
+}
+
+
+@pytest.mark.parametrize("mistake", CONFIG_ERRORS)
+def test_a_mistake_in_the_config_is_named(mistake: str) -> None:
+    options, message = CONFIG_ERRORS[mistake]
+    with pytest.raises(ValueError, match=f"^{message}"):
+        small_model(mistake.split(":")[0], **options)
+
+
+def test_images_that_do_not_fit_and_unknown_directions_are_named() -> None:
+    model = small_model("cyclegan")
+    with pytest.raises(ValueError, match=r"b: expected shape \(B, C, S, S\) = \(4, 1, 16, 16\), got \(4, 1, 15, 16\)"):
+        model.loss("generator", a_batch(model) | {"b": torch.rand(4, 1, 15, 16)}, NOW)
+    with pytest.raises(TypeError, match=r"inputs: expected a floating-point tensor, got torch.uint8"):
+        small_model("pix2pix").translate({"inputs": torch.zeros(1, 1, 16, 16, dtype=torch.uint8)}, None)
+    with pytest.raises(ValueError, match="direction: expected one of a-to-b, b-to-a, got 'a-to-c'"):
+        DirectionOptions("a-to-c")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("phase", ["discriminator", "generator"])
+def test_a_phase_gives_finite_gradients_to_all_of_its_own_weights(name: str, phase: str) -> None:
+    """In float32, and in bfloat16 by autocast."""
+    model = small_model(name)
+    mine = next(each.networks for each in model.phases() if each.name == phase)
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            values = step(model, phase, a_batch(model))
+        assert values["loss"].dtype == torch.float32
+        for weight_name, weight in model.named_parameters():
+            if weight_name.split(".")[0] in mine:
+                assert weight.grad is not None, weight_name
+                assert torch.isfinite(weight.grad).all(), weight_name
+                assert weight.grad.any(), weight_name
+            else:
+                assert weight.grad is None, weight_name
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("penalty", ["r1", "dragan", "gradient"])
+def test_a_penalty_is_differentiated_by_the_discriminators_weights(name: str, penalty: str) -> None:
+    """Its gradient is that of finite differences, along the gradient itself, in float64; in its own steps only."""
+    options = {"penalty": penalty, "penalty_weight": 10.0, "penalty_every": 2, "loss": "wasserstein"}
+    if name == "cyclegan":
+        options["history"] = 0
+    model = small_model(name, **options).double()
+    batch = {key: value.double() for key, value in a_batch(model).items()}
+    now = Moment(2, 10)
+    assert "penalty" not in step(model, "discriminator", batch)
+
+    def loss() -> float:
+        torch.manual_seed(3)
+        return model.loss("discriminator", batch, now)["loss"].item()
+
+    torch.manual_seed(3)
+    assert step(model, "discriminator", batch, now)["penalty"] > 0
+    weights = [w for network in model.discriminators for w in model.get_submodule(network).parameters()]
+    slopes = [torch.zeros_like(w) if w.grad is None else w.grad.clone() for w in weights]
+    norm = torch.stack([slope.square().sum() for slope in slopes]).sum().sqrt().item()
+    ends = []
+    for sign in (1, -2):
+        with torch.no_grad():
+            for weight, slope in zip(weights, slopes, strict=True):
+                weight.add_(slope, alpha=sign * 1e-6 / norm)
+        ends.append(loss())
+    assert (ends[0] - ends[1]) / 2e-6 == pytest.approx(norm, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_each_player_s_steps_lower_its_loss_on_a_fixed_batch(name: str) -> None:
+    model = small_model(name, **({"history": 0} if name == "cyclegan" else {}))
+    batch = a_batch(model)
+    for phase in model.phases():
+        weights = [w for network in phase.networks for w in model.get_submodule(network).parameters()]
+        optimizer = torch.optim.AdamW(weights, lr=2e-3, betas=phase.betas)
+        values = []
+        for _ in range(25):
+            torch.manual_seed(3)
+            values.append(step(model, phase.name, batch)["loss"].item())
+            optimizer.step()
+        assert values[-1] < 0.9 * values[0]
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_translations_depend_on_images_and_generator_alone(name: str) -> None:
+    model = small_model(name)
+    for phase in model.phases():
+        step(model, phase.name, a_batch(model))  # so that statistics and stores are not those of the beginning
+    batch, before = a_batch(model), {key: value.clone() for key, value in model.state_dict().items()}
+    first, again, other = (translated(model, batch, seed) for seed in (7, 7, 8))
+    assert torch.equal(first, again)
+    assert torch.equal(first, other) == (name == "cyclegan")  # dropout is noise
+    torch.testing.assert_close(translated(model, {key: value[:1] for key, value in batch.items()}), first[:1])
+    shown = model.show(batch, generator=seeded(0))
+    assert all(isinstance(each, Images) and each.columns == 4 for each in shown.values())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_rows_show_images_there_and_back_again() -> None:
+    model = small_model("cyclegan").eval()
+    batch = a_batch(model)
+    a, there, back = model.show(batch)["a-b-a"].pixels.split(4)
+    torch.testing.assert_close(a, batch["a"])
+    torch.testing.assert_close(there, translated(model, {"a": batch["a"]}, direction="a-to-b"))
+    torch.testing.assert_close(back, translated(model, {"b": there}, direction="b-to-a"))
+    cycle_a = (back - a).abs().flatten(1).mean(1)
+    b, _, back = model.show(batch)["b-a-b"].pixels.split(4)
+    expected = (cycle_a + (back - b).abs().flatten(1).mean(1)) / 2
+    torch.testing.assert_close(model.score(batch)["cycle error"], expected)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_saved_model_comes_back(name: str, tmp_path) -> None:
+    pytest.importorskip("huggingface_hub")
+    model = small_model(name)
+    for phase in model.phases():
+        step(model, phase.name, a_batch(model))
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    state = loaded.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert torch.equal(translated(loaded, a_batch(model)), translated(model, a_batch(model)))
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_networks_compile_without_breaks(name: str) -> None:
+    """Also where a penalty takes its own steps out of the compiled code."""
+    options = {"penalty": "r1", "penalty_every": 2}
+    model, reference = small_model(name, **options), small_model(name, **options)
+    for phase in model.phases():
+        for network in phase.networks:
+            model.get_submodule(network).compile(backend="eager", fullgraph=True)
+    for phase, moment in (("discriminator", NOW), ("discriminator", Moment(2, 10)), ("generator", NOW)):
+        values = []
+        for each in (model, reference):
+            torch.manual_seed(2)
+            values.append(step(each, phase, a_batch(each), moment)["loss"])
+        torch.testing.assert_close(*values)
+    torch._dynamo.reset()
+
+
+def test_a_score_of_a_patch_sees_so_many_pixels() -> None:
+    for halvings, seen in ((1, 16), (2, 34), (3, 70)):
+        layers = PatchDiscriminator(CycleGANConfig(image_size=128, patch_halvings=halvings, patch_width=2), 1)
+        plain = [layer for layer in layers if not isinstance(layer, torch.nn.InstanceNorm2d)]  # which sees all
+        image = torch.rand(1, 1, 128, 128, requires_grad=True)
+        scores = torch.nn.Sequential(*plain)(image)
+        assert scores.shape == (1, (128 >> halvings) - 2, (128 >> halvings) - 2)
+        middle = scores.size(1) // 2
+        (slope,) = torch.autograd.grad(scores[0, middle, middle], image)
+        rows = slope[0, 0].abs().sum(1).nonzero()
+        assert int(rows[-1] - rows[0]) + 1 == seen
+
+
+def test_a_history_fills_and_then_gives_back_half() -> None:
+    """Each image is numbered: nothing is lost but what was given back, and nothing comes twice."""
+    torch.manual_seed(0)
+    history = History(20, (1, 1, 1))
+    given = torch.arange(1.0, 401.0).view(-1, 8, 1, 1, 1)
+    old = []
+    returned: list[float] = []
+    for batch in given:
+        full = bool(history.filled.all())
+        out = history.exchange(batch)
+        differs = (out != batch).flatten()
+        old += differs.tolist() if full else []
+        returned += out.flatten().tolist()
+    assert history.filled.all()
+    assert abs(sum(old) / len(old) - 0.5) < 0.1
+    kept = history.images.flatten().tolist()
+    assert len(set(kept)) == 20
+    assert set(returned) | set(kept) == set(given.flatten().tolist())
+    assert max(returned.count(number) for number in returned) <= 2  # when it was new into an empty place, and once more
+    assert torch.equal(History(0, (1, 1, 1)).exchange(given[0]), given[0])
+    small = History(3, (1, 1, 1))
+    for batch in given:
+        out = small.exchange(batch)
+        assert torch.equal(out[3:], batch[3:])
+    assert small.filled.all()
+
+
+def test_stores_go_on_from_where_they_were() -> None:
+    """Weights, statistics and stores are all that a step depends on."""
+    model = small_model("cyclegan")
+    torch.manual_seed(1)
+    for _ in range(3):
+        step(model, "discriminator", a_batch(model))
+    other = small_model("cyclegan")
+    other.load_state_dict(model.state_dict())
+    losses = []
+    for each in (model, other):
+        torch.manual_seed(5)
+        losses.append([step(each, "discriminator", a_batch(each, 6))["loss"].item() for _ in range(2)])
+    assert losses[0] == losses[1]
+    assert model.history_a.filled.all()
+
+
+def test_pix2pix_learns_to_invert_pictures() -> None:
+    model = small_model("pix2pix", channels=1, l1_weight=10.0, generator_learning_rate=5e-3)
+    inputs = (
+        (torch.rand(16, 1, 2, 2, generator=seeded(0)) > 0.5).float().repeat_interleave(8, 2).repeat_interleave(8, 3)
+    )
+    batch = {"inputs": inputs, "targets": 1 - inputs}
+    before = model.score(batch, generator=seeded(0))["l1"].mean().item()
+    optimizers = {
+        phase.name: torch.optim.AdamW(model.get_submodule(phase.name).parameters(), phase.learning_rate, phase.betas)
+        for phase in model.phases()
+    }
+    for number in range(1, 41):
+        for phase, optimizer in optimizers.items():
+            torch.manual_seed(number)
+            step(model, phase, batch)
+            optimizer.step()
+    assert model.score(batch, generator=seeded(0))["l1"].mean().item() < 0.4 * before
+
+
+def test_structural_similarity_is_that_of_scikit_image() -> None:
+    peer = pytest.importorskip("skimage.metrics").structural_similarity
+    images, noise = (torch.rand(3, 2, 24, 20, generator=seeded(i)) for i in range(2))
+    others = 0.7 * images + 0.3 * noise
+    options = {"data_range": 1.0, "channel_axis": 0, "gaussian_weights": True, "use_sample_covariance": False}
+    expected = [peer(*pair, **options) for pair in zip(images.double().numpy(), others.double().numpy(), strict=True)]
+    torch.testing.assert_close(metrics.structural_similarity(images, others), torch.tensor(expected).double())
+    torch.testing.assert_close(metrics.structural_similarity(images, images), torch.ones(3, dtype=torch.float64))
+    assert metrics.structural_similarity(images[:, :, :4, :4], others[:, :, :4, :4]).shape == (3,)
+
+
+def test_pairs_are_judged_beside_the_input_as_it_is() -> None:
+    targets = torch.rand(20, 3, 16, 16, generator=seeded(0))
+    outputs, inputs = (targets + 0.01).clamp(0, 1), targets.mean(1, keepdim=True)
+    space = metrics.FeatureSpace("means", 3, torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Flatten()))
+    found = {f.name: f for f in metrics.evaluate_pairs(outputs, targets, inputs, space, training=targets, resamples=0)}
+    error = (inputs - targets).abs().mean().item()
+    assert found["absolute error"].value == pytest.approx(0.01, rel=0.01)
+    assert found["absolute error, input as it is"].value == pytest.approx(error, rel=1e-5)
+    assert found["peak signal-to-noise ratio"].value == pytest.approx(40, abs=0.1)
+    assert found["peak signal-to-noise ratio"].unit == "dB"
+    assert found["structural similarity"].value > 0.99 > found["structural similarity, input as it is"].value
+    distances = [found[f"Frechet distance, {name}"].value for name in ("targets", "targets, not translated")]
+    assert distances[0] < distances[1]
+    assert found["Frechet distance, real against real, targets"].value == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match=r"outputs: expected the shape of targets \(20, 3, 16, 16\), got \(20, 1"):
+        metrics.evaluate_pairs(inputs, targets, inputs)
+
+
+def test_domains_are_judged_beside_images_that_were_not_translated() -> None:
+    dark, light = (torch.rand(60, 1, 8, 8, generator=seeded(i)) / 3 + i / 2 for i in range(2))
+    space = metrics.classifier_features(
+        torch.cat([dark, light]), torch.arange(2).repeat_interleave(60), dims=4, steps=30
+    )
+    options = {"name": "a to b", "training": light, "label": 1, "resamples": 0}
+    figures = metrics.evaluate_domains(light[:30], light[30:], dark[30:], space, **options)
+    found = {figure.name: figure.value for figure in figures}
+    assert found["Frechet distance, a to b"] < 0.5 * found["Frechet distance, a to b, not translated"]
+    assert found["class agreement, a to b"] == 1
+    assert found["class agreement, a to b, not translated"] == 0
+    assert len(figures) == 5
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_examples_in_docstrings_run(name: str) -> None:
+    results = doctest.testmod(importlib.import_module(f"fastgen.models.{name}"), extraglobs={"torch": torch})
+    assert results.attempted
+    assert results.failed == 0
