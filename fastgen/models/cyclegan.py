@@ -98,7 +98,7 @@ def generator(config: CycleGANConfig) -> Layers:
         layers += [nn.Conv2d(fine, wide, 3, 2, 1, bias=False), nn.InstanceNorm2d(wide), nn.ReLU()]
     layers += [Residual(widths[-1]) for _ in range(config.blocks)]
     for fine, wide in reversed(list(itertools.pairwise(widths))):
-        layers += [nn.ConvTranspose2d(wide, fine, 3, 2, 1, 1, bias=False), nn.InstanceNorm2d(fine), nn.ReLU()]
+        layers += [nn.ConvTranspose2d(wide, fine, 4, 2, 1, bias=False), nn.InstanceNorm2d(fine), nn.ReLU()]
     return Layers(*layers, nn.ReflectionPad2d(3), nn.Conv2d(widths[0], config.channels, 7), nn.Tanh())
 
 

@@ -65,6 +65,20 @@ def test_two_processes_resume_bit_for_bit(
     assert same_tensors(tmp_path / "straight", tmp_path / "halves")
 
 
+def test_two_processes_share_a_store_of_items_without_mixing_them(
+    words: Words, together: Together, tmp_path: Path
+) -> None:
+    """A mean of both would fill places by halves, and hold images that nobody generated."""
+    from fastgen.train.checkpoint import load_checkpoint
+
+    assert together(words("--device", "cpu", "--model.history", "9", model="cyclegan", steps=3)) == [0, 0]
+    _, tensors = load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")
+    for name in ("model/history_a", "model/history_b"):
+        filled, images = tensors[f"{name}.filled"], tensors[f"{name}.images"]
+        assert sorted(set(filled.tolist())) == [0.0, 1.0]
+        assert images.flatten(1).any(1).tolist() == filled.bool().tolist()
+
+
 def test_a_transformer_without_dropout_needs_no_parts(
     fit: Main, words: Words, together: Together, tmp_path: Path, metrics: Metrics
 ) -> None:
