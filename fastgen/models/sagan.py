@@ -37,6 +37,7 @@ from fastgen.models._base import option
 from fastgen.models._classes import LabelOptions
 from fastgen.models._conditional import ConditionalGAN
 from fastgen.models._convolutions import halvings
+from fastgen.models._convolve import Conv2d, convolve_then_halve, double_then_convolve
 from fastgen.nn import SelfAttention2d
 
 SETTLING = 20
@@ -115,6 +116,10 @@ def settled(network: nn.Module) -> Iterator[None]:
             vector.copy_(before)
 
 
+def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor]:
+    return cast(Tensor, module.weight), cast(Tensor, module.bias)
+
+
 class ConditionalBatchNorm(nn.Module):
     """Batch normalisation; with classes, each has a gain and a bias of its own. x (B, C, H, W), labels (B,)."""
 
@@ -141,12 +146,13 @@ class GeneratorBlock(nn.Module):
     def __init__(self, wide: int, fine: int, classes: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = ConditionalBatchNorm(wide, classes), ConditionalBatchNorm(fine, classes)
-        self.conv1, self.conv2 = spectral(nn.Conv2d(wide, fine, 3, 1, 1)), spectral(nn.Conv2d(fine, fine, 3, 1, 1))
-        self.shortcut = spectral(nn.Conv2d(wide, fine, 1))
+        self.conv1, self.conv2 = spectral(Conv2d(wide, fine, 3, 1, 1)), spectral(Conv2d(fine, fine, 3, 1, 1))
+        self.shortcut = spectral(Conv2d(wide, fine, 1))
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        h = F.interpolate(F.relu(self.norm1(x, labels)), scale_factor=2.0)
-        h = self.conv2(F.relu(self.norm2(self.conv1(h), labels)))
+        x = x.contiguous(memory_format=torch.channels_last)
+        h = double_then_convolve(F.relu(self.norm1(x, labels)), *_weight_and_bias(self.conv1))
+        h = self.conv2(F.relu(self.norm2(h, labels)))
         out: Tensor = h + F.interpolate(self.shortcut(x), scale_factor=2.0)
         return out
 
@@ -156,13 +162,18 @@ class DiscriminatorBlock(nn.Module):
 
     def __init__(self, fine: int, wide: int, *, halve: bool) -> None:
         super().__init__()
-        self.conv1, self.conv2 = spectral(nn.Conv2d(fine, wide, 3, 1, 1)), spectral(nn.Conv2d(wide, wide, 3, 1, 1))
-        self.shortcut = spectral(nn.Conv2d(fine, wide, 1)) if fine != wide else nn.Identity()
-        self.halve = nn.AvgPool2d(2) if halve else nn.Identity()
+        self.conv1, self.conv2 = spectral(Conv2d(fine, wide, 3, 1, 1)), spectral(Conv2d(wide, wide, 3, 1, 1))
+        self.shortcut = spectral(Conv2d(fine, wide, 1)) if fine != wide else nn.Identity()
+        self.halve = halve
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv2(F.relu(self.conv1(F.relu(x))))
-        out: Tensor = self.halve(h + self.shortcut(x))
+        x = x.contiguous(memory_format=torch.channels_last)
+        h = F.relu(self.conv1(F.relu(x)))
+        if self.halve:
+            h, x = convolve_then_halve(h, *_weight_and_bias(self.conv2)), F.avg_pool2d(x, 2)
+        else:
+            h = self.conv2(h)
+        out: Tensor = h + self.shortcut(x)
         return out
 
 
@@ -180,7 +191,7 @@ class Generator(nn.Module):
         self.place = sizes.index(config.attention_at)
         self.attention = SelfAttention2d(widths[self.place], spectral_norm=True)
         self.image = nn.Sequential(
-            nn.BatchNorm2d(widths[-1]), nn.ReLU(), spectral(nn.Conv2d(widths[-1], config.channels, 3, 1, 1)), nn.Tanh()
+            nn.BatchNorm2d(widths[-1]), nn.ReLU(), spectral(Conv2d(widths[-1], config.channels, 3, 1, 1)), nn.Tanh()
         )
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -201,7 +212,7 @@ class Discriminator(nn.Module):
     def __init__(self, config: SAGANConfig, classes: int) -> None:
         super().__init__()
         sizes, widths = config.sizes[::-1], config.widths[::-1]
-        layers = [spectral(nn.Conv2d(config.channels, widths[0], 3, 1, 1))]
+        layers = [spectral(Conv2d(config.channels, widths[0], 3, 1, 1))]
         for place, size in enumerate(sizes):
             if size == config.attention_at:
                 layers.append(SelfAttention2d(widths[place], spectral_norm=True))

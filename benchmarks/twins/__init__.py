@@ -1,0 +1,15 @@
+"""Models of the zoo written with torch alone, as people write them: what ``bench_models.py`` compares with.
+
+A twin has the state dict of its model and, for the same noise, the same loss (tests/test_twins.py). It is one file,
+reads no fastgen, checks no arguments and keeps the options of the model's defaults only.
+"""
+
+from benchmarks.twins.dcgan import DCGANTwin
+from benchmarks.twins.sagan import SAGANTwin
+from benchmarks.twins.transformer_lm import TransformerLMTwin
+from benchmarks.twins.vae import VAETwin
+
+TWINS = {"vae": VAETwin, "dcgan": DCGANTwin, "sagan": SAGANTwin, "transformer-lm": TransformerLMTwin}
+"""By the name of the model; built from its config."""
+
+__all__ = ["TWINS", "DCGANTwin", "SAGANTwin", "TransformerLMTwin", "VAETwin"]
