@@ -22,6 +22,7 @@ from fastgen.data.image_sets import (
 from fastgen.data.pictures import decode
 from fastgen.data.splitting import HELD_OUT, at_least
 
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PATCH = 32
 PATCHES = 4000
 
@@ -35,7 +36,8 @@ def digits(image_size: int, every: int) -> Dataset:
     data = need("sklearn.datasets", "scikit-learn", "digits").load_digits()
     pixels = torch.from_numpy(data.images.astype(np.uint8))[:, None]
     labels = torch.from_numpy(data.target.astype(np.int64))
-    return image_dataset(from_pixels("digits", pixels, image_size, labels, list("0123456789"), levels=17), every)
+    pictures = from_pixels("digits", pixels, image_size, labels, list("0123456789"), levels=17)
+    return image_dataset(dataclasses.replace(pictures, class_captions=WORDS), every)
 
 
 def textures(image_size: int, items: int, every: int) -> tuple[Pictures, Tensor, Tensor]:

@@ -52,7 +52,7 @@ class Description:
         lines = [
             f"{self.name}: {self.kind}" + (f" (also {', '.join(others)})" if others else ""),
             f"  {self.train:,} {unit} to train on, {self.held_out:,} held out",
-            *(f"  {name}: {_short(value)}" for name, value in self.facts.items()),
+            *(f"  {name}: {_short(v)}" for name, v in self.facts.items() if v or not name.startswith("caption")),
         ]
         if self.value_range:
             lines.append("  values from {:.4g} to {:.4g}".format(*self.value_range))

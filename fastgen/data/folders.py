@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgen.data._base import Dataset
+from fastgen.data.captions import read_captions
 from fastgen.data.image_sets import Pictures, count_levels, domain_dataset, image_dataset, pair_dataset
 from fastgen.data.pictures import SUFFIXES, Files, LazyPictures, read_headers, read_stack
 from fastgen.data.splitting import at_least, hold_out
@@ -51,12 +52,14 @@ def suffixes_of(files: list[Path]) -> str:
 class ImageFolder:
     """Pictures directly in a folder (no classes), or in subfolders (each a class, in sorted order).
 
+    table: of their captions, if there is one.
+
     Raises:
         ValueError: both, or subfolders that are named like splits.
     """
 
-    def __init__(self, folder: Path, files: list[Path]) -> None:
-        self.folder, self.files = folder, files
+    def __init__(self, folder: Path, files: list[Path], table: Path | None = None) -> None:
+        self.folder, self.files, self.table = folder, files, table
         self.class_names = sorted({file.parts[0] for file in files if len(file.parts) > 1})
         direct = [file for file in files if len(file.parts) == 1]
         if direct and self.class_names:
@@ -76,7 +79,8 @@ class ImageFolder:
         return ("images", "domains") if len(self.class_names) == 2 else ("images",)
 
     def images(self, image_size: int, every: int) -> Dataset:
-        return image_dataset(self._pictures(image_size), every)
+        captions = read_captions(self.folder, self.table, self.files) if self.table else []
+        return image_dataset(dataclasses.replace(self._pictures(image_size), captions=captions), every)
 
     def domains(self, image_size: int, every: int) -> Dataset:
         return domain_dataset(self._pictures(image_size), every)

@@ -18,6 +18,7 @@ from fastgen.data.splitting import at_least
 from fastgen.data.text import text_dataset
 
 PREFIX = "hf:"
+CAPTION_COLUMNS = ("text", "caption")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 
 
@@ -118,7 +119,9 @@ class Table:
         return text_dataset(self.name, joined, every, count)
 
     def images(self, image_size: int, every: int) -> Dataset:
-        return image_dataset(self._pictures(image_size), every)
+        column = next((name for name in self._columns("text") if name in CAPTION_COLUMNS), None)
+        captions = [row or "" for row in self.rows[column][:]] if column else []
+        return image_dataset(dataclasses.replace(self._pictures(image_size), captions=captions), every)
 
     def domains(self, image_size: int, every: int) -> Dataset:
         return domain_dataset(self._pictures(image_size), every)

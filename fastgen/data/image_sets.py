@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgen.data._base import Dataset, Items, TensorItems, digest
+from fastgen.data.captions import caption_tokens, examples
 from fastgen.data.pictures import Array, LazyItems, Stack, choose, fit_array, square
 from fastgen.data.splitting import at_least, hold_out
 
@@ -20,7 +21,8 @@ class Pictures:
     """Pictures of one size, before they become a data set of some kind.
 
     name: as the user wrote it. stack: (N, C, S, S) uint8. levels: values of a pixel, 0 to levels - 1 times
-    ``step``. labels: (N,) int64. contents: what a fingerprint must know of them.
+    ``step``. labels: (N,) int64. contents: what a fingerprint must know of them. captions: of each picture; without
+    them, the names of its class are its caption, or ``class_captions`` where these say it better.
     """
 
     name: str
@@ -30,6 +32,8 @@ class Pictures:
     step: int = 1
     labels: Tensor | None = None
     class_names: Sequence[str] = ()
+    captions: Sequence[str] = ()
+    class_captions: Sequence[str] = ()
 
     @property
     def scale(self) -> float:
@@ -38,6 +42,22 @@ class Pictures:
     @property
     def facts(self) -> dict[str, int]:
         return {"image_size": self.stack.shape[2], "channels": self.stack.shape[1], "levels": self.levels}
+
+    def captioned(self, train: Tensor) -> tuple[Tensor | None, dict[str, Any]]:
+        """Their captions (N, T) int64, padded with 0, if they have any; and the facts. train: whose are examples."""
+        if self.captions:
+            tokens, vocabulary = caption_tokens(self.captions)
+            shown = examples([self.captions[i] for i in train.tolist()])
+        elif self.labels is not None:
+            names = [str(number) for number in range(int(self.labels.max()) + 1)]
+            for captions in (self.class_names, self.class_captions):
+                names[: len(captions)] = captions[: len(names)]
+            tokens, vocabulary = caption_tokens(names)
+            tokens, shown = tokens[self.labels], tuple(names)
+        else:
+            return None, {"caption_vocabulary": "", "caption_length": 0, "caption_examples": ()}
+        facts = {"caption_vocabulary": vocabulary, "caption_length": tokens.shape[1], "caption_examples": shown}
+        return tokens, facts
 
 
 def from_pixels(
@@ -103,19 +123,21 @@ def split_images(pictures: Pictures, train: Tensor, held: Tensor) -> Dataset:
     """Kind images, with a split made elsewhere: numbers of pictures."""
     labels, scale = pictures.labels, {"images": pictures.scale}
     classes = 0 if labels is None else int(labels.max()) + 1
+    captions, of_captions = pictures.captioned(train)
+    more = {name: of for name, of in (("labels", labels), ("caption", captions)) if of is not None}
 
     def make_splits() -> tuple[Items, Items]:
         return _items(_part(train), scale), _items(_part(held), scale)
 
     def _part(indices: Tensor) -> dict[str, Stack]:
-        chosen: dict[str, Stack] = {"images": choose(pictures.stack, indices)}
-        return chosen if labels is None else {**chosen, "labels": labels[indices]}
+        return {"images": choose(pictures.stack, indices), **{name: of[indices] for name, of in more.items()}}
 
     counts = [] if labels is None else labels.bincount().tolist()
     about = {"class_names": list(pictures.class_names), "class_counts": counts}
     facts = {**pictures.facts, "classes": classes}
-    fingerprint = digest("images", facts, pictures.step, pictures.contents, labels, held)
-    return Dataset(pictures.name, "images", facts, fingerprint, make_splits, about)
+    told = [list(pictures.captions)] if pictures.captions else []
+    fingerprint = digest("images", facts, pictures.step, pictures.contents, labels, held, *told)
+    return Dataset(pictures.name, "images", {**facts, **of_captions}, fingerprint, make_splits, about)
 
 
 def domain_dataset(pictures: Pictures, every: int) -> Dataset:

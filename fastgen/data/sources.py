@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 from fastgen.data import arrays, audio, box, folders, hub, sequences, text
 from fastgen.data._base import Dataset
+from fastgen.data.captions import find_captions
 from fastgen.data.config import DataConfig
 from fastgen.data.image_sets import Pictures, domain_dataset, image_dataset
 from fastgen.data.pictures import SUFFIXES
@@ -47,21 +48,23 @@ COLUMN = frozenset(("column",))
 NONE: frozenset[str] = frozenset()
 
 
-def load_data(config: DataConfig, kind: str) -> Dataset:
-    """The data set, as batches of ``kind`` (one of ``fastgen.models.KINDS``).
+def load_data(config: DataConfig, *kinds: str) -> Dataset:
+    """The data set, as batches of the first of ``kinds`` (of ``fastgen.models.KINDS``) that it can serve.
 
     Raises:
         ValueError: another kind of data, a file that is not what it should be, an option out of range.
         TypeError: an array of another dtype. FileNotFoundError: nothing there.
         ImportError: a package of the extras is missing. Each in one line that names the file or the argument.
     """
-    if kind not in SERVES:
-        raise ValueError(f"kind: expected one of {', '.join(SERVES)}, got {kind!r}")
+    for kind in kinds:
+        if kind not in SERVES:
+            raise ValueError(f"kind: expected one of {', '.join(SERVES)}, got {kind!r}")
     makers = find(config)
-    if kind not in makers:
-        got = " or ".join(makers)
-        raise ValueError(f"{config.source}: expected data of kind {kind} ({SERVES[kind]}), got {got}")
-    return makers[kind]()
+    for kind in kinds:
+        if kind in makers:
+            return makers[kind]()
+    expected, got = (" or ".join(texts) for texts in ([f"{kind} ({SERVES[kind]})" for kind in kinds], makers))
+    raise ValueError(f"{config.source}: expected data of kind {expected}, got {got}")
 
 
 def find(config: DataConfig) -> Makers:
@@ -142,8 +145,9 @@ def _in_folder(c: DataConfig, path: Path) -> Makers:
     found = folders.files_below(path)
     images, texts, waves = (folders.with_suffix(found, of) for of in (SUFFIXES, {".txt"}, {".wav"}))
     makers: Makers = {}
+    table = find_captions(path, found) if images else None
     if images:
-        folder = folders.ImageFolder(path, images)
+        folder = folders.ImageFolder(path, images, table)
         named = {"images": folder.images, "domains": folder.domains, "pairs": folder.pairs}
         for kind in folder.kinds:
             makers[kind] = partial(named[kind], c.image_size, c.held_out)
@@ -157,7 +161,7 @@ def _in_folder(c: DataConfig, path: Path) -> Makers:
         got = folders.suffixes_of(found)
         raise ValueError(f"{path}: expected images (.png, .jpg, ...), .txt or .wav files in it, got {got}")
     c.refuse_unused((IMAGES if images else NONE) | (TEXT if texts else NONE) | (AUDIO if waves else NONE))
-    used = {*images, *texts, *waves}
+    used = {*images, *texts, *waves, table}
     left = [file for file in found if file not in used]
     return {kind: partial(_with_note, make, left) for kind, make in makers.items()}
 

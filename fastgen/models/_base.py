@@ -61,7 +61,9 @@ KINDS: tuple[str, ...] = get_args(Kind)
 """Kinds of data, the tensors of their batches, and the facts they offer to a config:
 
 images: images (B, C, S, S) in [0, 1], and labels (B,) int64 where there are classes. Facts: image_size, channels,
-    levels (values of a pixel: multiples of 1 / (levels - 1)), classes (0: no labels).
+    levels (values of a pixel: multiples of 1 / (levels - 1)), classes (0: no labels). Where they are captioned (those
+    with labels are, by the names of their classes): caption (B, T) int64, padded with 0 at the end, token 1 + i being
+    character i of caption_vocabulary. Facts: caption_vocabulary, caption_length (T), caption_examples; else "", 0, ().
 pairs: inputs (B, Cin, S, S), targets (B, C, S, S), in [0, 1]. Facts: image_size, input_channels, channels, levels.
 domains: a, b (B, C, S, S) in [0, 1], unpaired. Facts: image_size, channels, levels.
 text: tokens (B, length) int64. Facts: vocabulary (one string, token i being its character i; or a tuple of strings,

@@ -48,6 +48,9 @@ def check_contract(data: Dataset) -> None:
             limits = dict.fromkeys(batch, len(facts["vocabulary"]) + 3)
         else:
             limits = {"labels": facts["classes"]} if facts.get("classes") else {}
+            if facts.get("caption_length"):
+                limits["caption"] = 1 + len(facts["caption_vocabulary"])
+                assert batch["caption"].shape == (3, facts["caption_length"])
             low = -1 if data.kind == "audio" else 0
             names = {"images": ["images"], "pairs": ["inputs", "targets"], "domains": ["a", "b"], "audio": ["audio"]}
             assert set(batch) == {*names[data.kind], *limits}
@@ -103,9 +106,20 @@ def test_digits_are_counts_of_sixteen_split_per_class() -> None:
     assert ((counts - (counts + kept) / 5).abs() < 1).all()
 
 
+def test_the_captions_of_digits_are_their_names() -> None:
+    data = load_data(DataConfig(), "images")
+    vocabulary, shown = (data.facts[f"caption_{name}"] for name in ("vocabulary", "examples"))
+    assert (vocabulary, data.facts["caption_length"]) == ("efghinorstuvwxz", 5)
+    assert shown == ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    for items in data.splits():
+        batch = everything(items)
+        spelt = ["".join(vocabulary[i - 1] for i in row if i) for row in batch["caption"].tolist()]
+        assert spelt == [shown[label] for label in batch["labels"]]
+
+
 def test_resized_digits_have_all_levels() -> None:
     data = load_data(DataConfig(image_size=16), "images")
-    assert data.facts == {"image_size": 16, "channels": 1, "levels": 256, "classes": 10}
+    assert {"image_size": 16, "channels": 1, "levels": 256, "classes": 10}.items() <= data.facts.items()
     small, large = (everything(load_data(DataConfig(image_size=s), "images").splits()[1])["images"] for s in (8, 16))
     assert (torch.nn.functional.avg_pool2d(large, 2) - small).abs().mean() < 0.05
 

@@ -21,6 +21,8 @@ RANDOM = np.random.RandomState(0)
 GREY = RANDOM.randint(0, 256, (12, 8, 8)).astype(np.uint8)
 COLOUR = RANDOM.randint(0, 256, (12, 8, 8, 3)).astype(np.uint8)
 
+NO_CAPTIONS = {"caption_vocabulary": "", "caption_length": 0, "caption_examples": ()}
+
 
 def load(path: Path | str, kind: str = "images", **options: Any) -> Dataset:
     data = load_data(DataConfig(source=str(path), **options), kind)
@@ -37,6 +39,52 @@ def save_images(folder: Path, images: Any, suffix: str = ".png") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for i, pixels in enumerate(images):
         Image.fromarray(pixels).save(folder / f"{i:02}{suffix}")
+
+
+CAPTIONS = ["a red dog", "a dög", "two cats, one dog"] * 4
+
+
+@pytest.mark.parametrize("table", ["metadata.csv", "captions.tsv"])
+def test_a_table_beside_pictures_has_their_captions(tmp_path: Path, table: str) -> None:
+    save_images(tmp_path, GREY)
+    without = load(tmp_path)
+    assert without.facts == NO_CAPTIONS | {"image_size": 8, "channels": 1, "levels": 256, "classes": 0}
+    if table == "metadata.csv":
+        (tmp_path / table).write_text("id,file_name\n1,00.png\n")
+        assert load(tmp_path).fingerprint == without.fingerprint  # it tells something else
+    mark = "," if table == "metadata.csv" else "\t"
+    rows = [f"{i:02}.png{mark}{text if mark != ',' else chr(34) + text + chr(34)}" for i, text in enumerate(CAPTIONS)]
+    (tmp_path / table).write_text("\n".join([f"file_name{mark}text", *rows[::-1]]), encoding="utf-8")
+    data = load(tmp_path)
+    assert data.fingerprint != without.fingerprint
+    assert data.facts["caption_length"] == len(CAPTIONS[2])
+    assert sorted(data.facts["caption_examples"]) == sorted(set(CAPTIONS))
+    vocabulary = data.facts["caption_vocabulary"]
+    assert vocabulary == "".join(sorted(set("".join(CAPTIONS))))
+    for part in data.splits():
+        batch = everything(part)
+        for pixels, row in zip(batch["images"].mul(255).round().byte(), batch["caption"], strict=True):
+            (number,) = (i for i, grey in enumerate(GREY) if np.array_equal(grey, pixels[0].numpy()))
+            assert "".join(vocabulary[i - 1] for i in row if i) == CAPTIONS[number]
+    assert not describe(DataConfig(source=str(tmp_path))).warnings[1:]  # the table is not left out
+
+
+@pytest.mark.parametrize(
+    ("rows", "error"),
+    [
+        ("00.png\ta dog", "columns file_name and text, got 00.png, a dog"),
+        ("file_name\ttext\n00.png", "row 2: expected 2 columns, got 1"),
+        ("file_name\ttext\n77.png\ta", "row 2: expected a picture in the folder, got 77.png, one that is not there"),
+        ("file_name\ttext\n00.png\ta\n00.png\tb", "row 3: .*got 00.png, another one: it is there before"),
+        ("file_name\ttext\n00.png\t ", "row 2: expected a caption of 00.png, got none"),
+        ("file_name\ttext\n00.png\ta", "expected a caption of 01.png, got none"),
+    ],
+)
+def test_a_mistake_in_a_table_of_captions_is_named(tmp_path: Path, rows: str, error: str) -> None:
+    save_images(tmp_path, GREY)
+    (tmp_path / "captions.tsv").write_text(rows)
+    with pytest.raises(ValueError, match=f"captions.tsv: .*{error}"):
+        load(tmp_path)
 
 
 def save_wav(path: Path, samples: Any, rate: int = 8000, width: int = 2, channels: int = 1) -> None:
@@ -62,7 +110,7 @@ def test_npz_layouts_become_channels_first(tmp_path: Path, shape: tuple[int, ...
     images = np.random.RandomState(0).randint(0, 256, shape).astype(np.uint8)
     np.savez(tmp_path / "a.npz", images=images)
     data = load(tmp_path / "a.npz")
-    assert data.facts == {"image_size": 8, "channels": expected[0], "levels": 256, "classes": 0}
+    assert data.facts == NO_CAPTIONS | {"image_size": 8, "channels": expected[0], "levels": 256, "classes": 0}
     assert [len(part) for part in data.splits()] == [16, 4]
     assert all_images(data).sum().item() == images.sum()
 
@@ -120,7 +168,7 @@ def test_folders_of_images_are_read_as_they_are(tmp_path: Path, images: Any, suf
     (tmp_path / ".hidden.png").write_text("no image")
     data = load(tmp_path)
     channels = 3 if images.ndim == 4 or suffix == ".webp" else 1  # WebP has no grey
-    assert data.facts == {"image_size": 8, "channels": channels, "levels": 256, "classes": 0}
+    assert data.facts == NO_CAPTIONS | {"image_size": 8, "channels": channels, "levels": 256, "classes": 0}
     grey = np.broadcast_to(images.reshape(12, 8, 8, -1), (12, 8, 8, channels))
     assert sorted(all_images(data).sum((1, 2, 3)).tolist()) == sorted(grey.sum((1, 2, 3)).tolist())
 
