@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fastgen._checks import require_floating, require_positive, require_shape, require_tensor
 from fastgen.losses.adversarial import AdversarialLoss
-from fastgen.models._adversarial import GameConfig, Layers, Penalty
+from fastgen.models._adversarial import GameConfig, Layers, Penalty, require_choice
 from fastgen.models._base import GenerativeModel, Images, Phase, option
 from fastgen.models._convolutions import SLOPE
 from fastgen.models._vae import above_each_other
+
+PatchNorm = Literal["instance", "none"]
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,18 @@ class TranslationConfig(GameConfig):
     loss: AdversarialLoss = option("least-squares", "the game")
     penalty: Penalty = option("none", "of the discriminators' slope")
     width: int = option(16, "channels of a generator at full size; doubled at each halving")
-    halvings: int = option(2, "times a generator halves the size")
+    halvings: int = option(1, "times a generator halves the size")
     patch_width: int = option(32, "channels of a discriminator at half the size; doubled at each halving")
     patch_halvings: int = option(2, "times a discriminator halves the size: what a score sees grows with it")
+    patch_norm: PatchNorm = option(
+        "none", "of a discriminator's features; instance: each image by itself, as published"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("width", "halvings", "patch_width", "patch_halvings"):
             require_positive(name, getattr(self, name))
+        require_choice("patch_norm", self.patch_norm, get_args(PatchNorm))
         if self.image_size % 2**self.halvings:
             raise ValueError(
                 f"image_size: expected a multiple of {2**self.halvings}, as halvings = {self.halvings},"
@@ -58,7 +65,7 @@ class PatchDiscriminator(Layers):
     """Images (B, inputs, S, S) in [-1, 1] -> scores (B, h, w) of patches that overlap, logits: high means real.
 
     Isola et al., "Image-to-image translation with conditional adversarial networks" (2017). h = w = S / 2^halvings - 2;
-    a score sees 34 pixels for 2 halvings, 70 for 3. Each image is normalised by itself.
+    a score sees 34 pixels for 2 halvings, 70 for 3. Normalisation hides from it how much detail there is in all.
     """
 
     def __init__(self, config: TranslationConfig, inputs: int) -> None:
@@ -66,8 +73,9 @@ class PatchDiscriminator(Layers):
         layers: list[nn.Module] = [nn.Conv2d(inputs, widths[0], 4, 2, 1), nn.LeakyReLU(SLOPE)]
         for i in range(1, len(widths)):
             stride = 2 if i < config.patch_halvings else 1
-            convolution = nn.Conv2d(widths[i - 1], widths[i], 4, stride, 1, bias=False)
-            layers += [convolution, nn.InstanceNorm2d(widths[i]), nn.LeakyReLU(SLOPE)]
+            norm = [nn.InstanceNorm2d(widths[i])] if config.patch_norm == "instance" else []
+            convolution = nn.Conv2d(widths[i - 1], widths[i], 4, stride, 1, bias=not norm)
+            layers += [convolution, *norm, nn.LeakyReLU(SLOPE)]
         super().__init__(*layers, nn.Conv2d(widths[-1], 1, 4, 1, 1), nn.Flatten(1, 2))
 
 
