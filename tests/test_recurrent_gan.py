@@ -11,12 +11,16 @@ from torch import Tensor
 
 from fastgen import losses
 from fastgen.models import recurrent_gan
-from fastgen.models._base import Moment, NoOptions, Texts, from_data
+from fastgen.models._base import Images, Moment, NoOptions, Texts, from_data
+from fastgen.models._steps import Characters
 from fastgen.models.recurrent_gan import RecurrentGAN, RecurrentGANConfig
 
 NOW = Moment(1, 10)
 VARIANTS = {
-    "default": {"source_length": 3, "target_length": 7},
+    "images": {"kind": "images", "image_size": 5, "channels": 3},
+    "images, gradient": {"kind": "images", "penalty": "gradient"},
+    "text": {"kind": "text", "text_length": 6},
+    "pairs": {"source_length": 3, "target_length": 7},
     "soft": {"hard": False, "temperature": 0.5, "noise_dim": 3},
     "r1": {"penalty": "r1"},
     "gradient": {"penalty": "gradient", "loss": "wasserstein"},
@@ -27,7 +31,7 @@ VARIANTS = {
 def small_model(**options: object) -> RecurrentGAN:
     torch.manual_seed(0)
     sizes = {"vocabulary": "abc", "source_length": 6, "target_length": 5, "generator_width": 12, "critic_width": 7}
-    return RecurrentGAN(RecurrentGANConfig(**{**sizes, **options}))  # type: ignore[arg-type]
+    return RecurrentGAN(RecurrentGANConfig(**{"kind": "sequences", **sizes, **options}))  # type: ignore[arg-type]
 
 
 def rows(*texts: str, length: int) -> Tensor:
@@ -46,6 +50,18 @@ def batch_of(model: RecurrentGAN, *pairs: tuple[str, str]) -> dict[str, Tensor]:
 
 
 PAIRS = (("a", "bcc"), ("b", "c"), ("c", "ab"), ("a", "a"))
+
+
+def any_batch(model: RecurrentGAN) -> dict[str, Tensor]:
+    """Four items of the model's kind."""
+    config = model.config
+    if config.kind == "images":
+        size = config.image_size
+        weight = next(model.parameters())
+        return {"images": torch.rand(4, config.channels, size, size, generator=seeded(9)).to(weight)}
+    if config.kind == "text":
+        return {"tokens": torch.randint(0, 3, (4, config.text_length), generator=seeded(9))}
+    return batch_of(model, *PAIRS)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -67,7 +83,7 @@ def step(model: RecurrentGAN, phase: str, batch: dict[str, Tensor], autocast: bo
 def test_a_phase_gives_finite_gradients_to_its_own_network_only(variant: str, autocast: bool) -> None:
     model = small_model(**VARIANTS[variant])
     for phase in ("critic", "generator"):
-        values = step(model, phase, batch_of(model, *PAIRS), autocast)
+        values = step(model, phase, any_batch(model), autocast)
         assert values["loss"].dtype == torch.float32
         assert all(not value.requires_grad for name, value in values.items() if name != "loss")
         for name, parameter in model.named_parameters():
@@ -81,11 +97,11 @@ def test_a_phase_gives_finite_gradients_to_its_own_network_only(variant: str, au
 
 def test_both_sides_are_one_sequence_of_one_hot_vectors() -> None:
     model = small_model()
-    sequences = model._sequences(batch_of(model, ("abca", "c"), ("b", "aab")))
+    sequences = model._read(batch_of(model, ("abca", "c"), ("b", "aab")))
     assert sequences.shape == (2, 9, 5)
     assert sequences.argmax(2).tolist() == [[2, 3, 4, 2, 1, 4, 1, 0, 0], [3, 1, 2, 2, 3, 1, 0, 0, 0]]
     assert (sequences.sum(2) == 1).all()
-    assert [model._spell(row) for row in sequences.argmax(2).tolist()] == ["abca -> c", "b -> aab"]
+    assert [model.steps.spell(row) for row in sequences.argmax(2).tolist()] == ["abca -> c", "b -> aab"]
 
 
 SPELT = {
@@ -101,7 +117,7 @@ SPELT = {
 @pytest.mark.parametrize("case", SPELT)
 def test_what_is_not_well_formed_shows(case: str) -> None:
     symbols, text = SPELT[case]
-    assert small_model()._spell(symbols) == text
+    assert small_model().steps.spell(symbols) == text
 
 
 @pytest.mark.parametrize(
@@ -121,10 +137,42 @@ def test_what_is_not_well_formed_shows(case: str) -> None:
 )
 def test_the_score_says_which_drawn_sequences_are_well_formed(monkeypatch, symbols: list[int], formed: float) -> None:
     model = small_model(source_length=4, target_length=4)
-    monkeypatch.setattr(model, "_symbols", lambda n, generator: torch.tensor([symbols] * n))
+    drawn = torch.nn.functional.one_hot(torch.tensor(symbols), 5)
+    monkeypatch.setattr(model, "_generate", lambda n, generator: drawn.expand(n, -1, -1))
     scores = model.score(batch_of(model, ("a", "b"), ("b", "a")))
     assert scores["well formed"].tolist() == [formed] * 2
-    torch.testing.assert_close(scores["real"], model.critic(model._sequences(batch_of(model, ("a", "b"), ("b", "a")))))
+    torch.testing.assert_close(scores["real"], model.critic(model._read(batch_of(model, ("a", "b"), ("b", "a")))))
+
+
+def test_images_are_sequences_of_their_rows_and_come_back() -> None:
+    model = small_model(kind="images", image_size=4, channels=3)
+    batch = any_batch(model)
+    steps = model._read(batch)
+    assert steps.shape == (4, 4, 12)
+    assert torch.equal(steps[2, 1], 2 * batch["images"][2, :, 1].flatten() - 1)
+    back = model.steps.exhibit(steps)
+    assert isinstance(back, Images)
+    torch.testing.assert_close(back.pixels, batch["images"])
+    drawn = model.draw(3, NoOptions()).pixels
+    assert drawn.shape == (3, 3, 4, 4)
+    assert 0 <= drawn.min() < drawn.max() <= 1
+
+
+def test_texts_are_judged_by_the_triples_of_characters_that_other_texts_have() -> None:
+    steps = Characters("abcd", 5)
+
+    def one_hot(*texts: str) -> Tensor:
+        return steps.read({"tokens": torch.tensor([["abcd".index(c) for c in text] for text in texts])})
+
+    real = one_hot("aaaaa", "abcab", "bcabc")
+    drawn = one_hot("bcaaa", "ddddd", "abcaa")
+    figures = steps.judge(drawn, real)
+    known = [["bca", "caa", "aaa"], ["ddd"] * 3, ["abc", "bca", "caa"]]
+    others = [{"abc", "bca", "cab"}, {"aaa", "bca", "cab", "abc"}, {"aaa", "abc", "bca", "cab"}]
+    wanted = [sum(t in has for t in mine) / 3 for mine, has in zip(known, others, strict=True)]
+    torch.testing.assert_close(figures["known triples"], torch.tensor(wanted).double())
+    assert figures["known triples, real"].tolist() == [0.0, 1.0, 1.0]
+    assert steps.exhibit(drawn).texts == ["bcaaa", "ddddd", "abcaa"]
 
 
 def test_hard_outputs_are_one_hot_with_the_gradient_of_soft_ones() -> None:
@@ -134,7 +182,7 @@ def test_hard_outputs_are_one_hot_with_the_gradient_of_soft_ones() -> None:
     gradients = []
     for model in (hard, soft):
         x = logits.clone().requires_grad_()
-        output = model.generator._sample(x)
+        output = model.generator.sample(x)
         torch.testing.assert_close(output.sum(1), torch.ones(4, dtype=torch.float64))
         gradients.append(torch.autograd.grad((output * weights).sum(), x)[0])
     torch.testing.assert_close(*gradients)
@@ -148,8 +196,8 @@ def test_symbols_are_drawn_with_the_probabilities_of_the_logits() -> None:
         for parameter in model.generator.parameters():
             parameter.zero_()
         wanted = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
-        model.generator.logits.bias.copy_(wanted.log())
-    drawn = model._symbols(5000, seeded(4))
+        model.generator.out.bias.copy_(wanted.log())
+    drawn = model._generate(5000, seeded(4)).argmax(2)
     share = torch.bincount(drawn.flatten(), minlength=5) / drawn.numel()
     torch.testing.assert_close(share, wanted, rtol=0, atol=0.012)
 
@@ -165,11 +213,11 @@ def test_an_output_depends_on_the_one_before_it_and_on_none_after() -> None:
     assert not torch.allclose(before[:, 5], after[:, 5])
 
 
-@pytest.mark.parametrize("variant", ["default", "r1", "gradient"])
+@pytest.mark.parametrize("variant", ["images", "text", "pairs", "r1", "gradient"])
 def test_a_penalty_adds_its_weight_times_itself_and_has_the_right_gradient(variant: str) -> None:
     model = small_model(**VARIANTS[variant], penalty_weight=3.0).double()
     plain = small_model(**{**VARIANTS[variant], "penalty": "none"}).double()
-    batch = batch_of(model, *PAIRS[1:])
+    batch = any_batch(model)
     torch.manual_seed(2)
     values = step(model, "critic", batch)
     torch.manual_seed(2)
@@ -205,7 +253,7 @@ def test_the_scaler_of_float16_reaches_the_penalty_and_changes_nothing() -> None
 def test_r1_is_the_penalty_of_the_real_sequences() -> None:
     model = small_model(penalty="r1")
     batch = batch_of(model, *PAIRS)
-    real = model._sequences(batch).requires_grad_()
+    real = model._read(batch).requires_grad_()
     torch.testing.assert_close(
         model.loss("critic", batch, NOW)["penalty"], losses.r1_penalty(model.critic(real), real).detach()
     )
@@ -246,6 +294,8 @@ def test_phases_say_which_networks_in_which_order() -> None:
 CONFIG_ERRORS = {
     "a character twice": ({"vocabulary": "aa"}, "vocabulary: expected distinct characters, got 'a' more than once"),
     "no room in a source": ({"source_length": 2}, "source_length: expected 3 or more: start, a character, end, got 2"),
+    "another kind": ({"kind": "audio"}, "kind: expected one of images, text, sequences, got 'audio'"),
+    "short texts": ({"text_length": 2}, "text_length: expected 3 or more characters, got 2"),
     "no noise": ({"noise_dim": 0}, "noise_dim: expected a positive integer, got 0"),
     "an unknown game": ({"loss": "poker"}, "loss: expected one of minimax, .*, got 'poker'"),
     "an unknown penalty": ({"penalty": "r3"}, "penalty: expected one of none, r1, r1-r2, gradient, got 'r3'"),
@@ -270,6 +320,16 @@ CALL_ERRORS = {
         TypeError,
         "source: expected an int64 tensor, got torch.float32",
     ),
+    "images of another size": (
+        lambda m: small_model(kind="images").score({"images": torch.zeros(2, 1, 7, 7)}),
+        ValueError,
+        r"images: expected shape \(B, C, S, S\) = \(2, 1, 8, 8\), got \(2, 1, 7, 7\)",
+    ),
+    "texts of another length": (
+        lambda m: small_model(kind="text").score({"tokens": torch.zeros(2, 7, dtype=torch.int64)}),
+        ValueError,
+        r"tokens: expected shape \(B, length\) = \(2, 32\), got \(2, 7\)",
+    ),
     "targets of another length": (
         lambda m: m.score({"source": rows("a", length=6), "target": rows("a", length=6)}),
         ValueError,
@@ -285,18 +345,23 @@ def test_a_mistake_in_a_call_is_named(mistake: str) -> None:
         call(small_model())
 
 
-def test_the_data_decide_vocabulary_and_lengths() -> None:
-    assert from_data(RecurrentGANConfig) == ["vocabulary", "source_length", "target_length"]
+def test_the_data_decide_the_kind_and_its_sizes() -> None:
+    names = ["kind", "image_size", "channels", "vocabulary", "source_length", "target_length"]
+    assert from_data(RecurrentGANConfig) == names
+    assert RecurrentGAN.kinds == ("images", "text", "sequences")
+    lengths = [RecurrentGANConfig(kind=kind, text_length=9).data_options() for kind in RecurrentGAN.kinds]
+    assert lengths == [{}, {"length": 9}, {}]
+    assert [small_model(kind=kind).kind for kind in RecurrentGAN.kinds] == list(RecurrentGAN.kinds)
 
 
-def test_a_saved_model_comes_back(tmp_path) -> None:
+@pytest.mark.parametrize("kind", ["images", "text", "sequences"])
+def test_a_saved_model_comes_back(tmp_path, kind: str) -> None:
     pytest.importorskip("huggingface_hub")
-    model = small_model(noise_dim=3)
+    model = small_model(kind=kind, noise_dim=3)
     model.save_pretrained(tmp_path)
     loaded = RecurrentGAN.from_pretrained(tmp_path)
-    assert loaded.config == model.config
-    drawn = [m.draw(3, NoOptions(), generator=seeded(0)).texts for m in (model, loaded)]
-    assert drawn[0] == drawn[1]
+    assert (loaded.config, loaded.kind) == (model.config, kind)
+    assert torch.equal(*(m._generate(3, seeded(0)) for m in (model, loaded)))
 
 
 def test_examples_in_docstrings_run() -> None:

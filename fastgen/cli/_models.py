@@ -10,4 +10,5 @@ def run(words: list[str]) -> None:
     parse(options_parser("fastgen models", "The models there are.", files=False), words, defaults=True)
     width = max(map(len, MODELS))
     for name, model in MODELS.items():
-        print(f"{name:<{width}}  {model.summary} (data: {model.kind}, by default {model.default_data})")
+        kinds = " or ".join(model.kinds or (model.kind,))
+        print(f"{name:<{width}}  {model.summary} (data: {kinds}, by default {model.default_data})")

@@ -156,7 +156,10 @@ class GenerativeModel(nn.Module, _HubMixin):
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    kind: ClassVar[Kind]
+    kind: Kind
+    """Of the data. Of a class with several ``kinds`` the default one's; of its model, that which it was made for."""
+    kinds: ClassVar[tuple[Kind, ...]] = ()
+    """Where there are several; the config then has a field ``kind``, and what other kinds don't tell it is default."""
     default_data: ClassVar[str]
     config_class: ClassVar[type]
     sampling_class: ClassVar[type] = NoOptions

@@ -1,17 +1,18 @@
-"""A generative adversarial network of sequences.
+"""A generative adversarial network of sequences: rows of pictures, characters, pairs of texts.
 
-Press et al., "Language generation with recurrent generative adversarial networks without pre-training" (2017), with a
-penalty of the critic's slope, which makes the game of discrete outputs learnable: a recurrent generator is given noise
-and its own previous output at every step, a recurrent critic reads the sequence in both directions:
+Mogren, "C-RNN-GAN: continuous recurrent neural networks with adversarial training" (2016), for numbers, and Press et
+al., "Language generation with recurrent generative adversarial networks without pre-training" (2017), for symbols: a
+recurrent generator is given noise and its own previous output at every step, a recurrent critic reads the sequence in
+both directions. A penalty of the critic's slope makes the game learnable.
 
-    noise_t, output_{t-1} -> GRU -> logits -> output_t
-    outputs, or one-hot vectors of real symbols -> GRU, both ways -> linear -> mean over time -> score (B,)
+    noise_t, output_{t-1} -> GRU -> linear -> output_t
+    outputs, or real steps -> GRU, both ways -> linear, LeakyReLU, linear -> mean over time -> score (B,)
 
-An output is a sample that has a gradient: the softmax of (logits + Gumbel noise) / temperature (Jang et al.,
-"Categorical reparameterization with Gumbel-softmax", 2017), rounded to a one-hot vector where it is ``hard``, with the
-gradient of what was rounded. The layers are ``fastgen.nn``'s, whose penalty is differentiable on a GPU too.
-
-A source and its target are one sequence: the source's characters, an end, the target's, an end, padding.
+A step is a row of an image, its numbers in [-1, 1] by tanh, or a symbol. A symbol's output is a sample that has a
+gradient: the softmax of (logits + Gumbel noise) / temperature (Jang et al., "Categorical reparameterization with
+Gumbel-softmax", 2017), rounded to a one-hot vector where it is ``hard``, with the gradient of what was rounded. The
+recurrent layers are ``fastgen.nn``'s, whose penalty is differentiable on a GPU too. How data become steps is in
+``_steps.py``.
 """
 
 from __future__ import annotations
@@ -26,50 +27,61 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen import losses
-from fastgen._checks import require_positive, require_probability, require_shape, require_tensor
+from fastgen._checks import require_positive, require_probability
 from fastgen.losses.adversarial import ADVERSARIAL_LOSSES, AdversarialLoss
-from fastgen.models._base import Batch, GenerativeModel, Moment, NoOptions, Phase, Texts, option
-from fastgen.models._tokens import PADDING, require_vocabulary
+from fastgen.models._base import Batch, Exhibit, GenerativeModel, Kind, Moment, NoOptions, Phase, option
+from fastgen.models._steps import Characters, Pairs, Rows, Steps
+from fastgen.models._tokens import require_vocabulary
 from fastgen.nn import GRU
 
 Penalty = Literal["none", "r1", "r1-r2", "gradient"]
-
-BLANK, STOP, CHARACTER = 0, 1, 2
-"""Symbols of a sequence: padding, the end of a side, and the vocabulary's first character."""
+Sequence = Literal["images", "text", "sequences"]
 
 
 @dataclass(frozen=True)
 class RecurrentGANConfig:
     """Sizes of a RecurrentGAN and how it learns. ValueError names the field, what was expected and what came."""
 
-    vocabulary: str = option("+0123456789", "the characters; token 3 + i is character i", from_data=True)
+    kind: Sequence = option("images", "of data", from_data=True)
+    image_size: int = option(8, "height and width of images: steps, and numbers of a step", from_data=True)
+    channels: int = option(1, "colour channels of images", from_data=True)
+    vocabulary: str = option("+0123456789", "the characters of text and sequences", from_data=True)
     source_length: int = option(9, "tokens of the longest source, start and end included", from_data=True)
     target_length: int = option(6, "tokens of the longest target, start and end included", from_data=True)
+    text_length: int = option(32, "characters of a piece of text")
     noise_dim: int = option(16, "numbers of noise in each step")
     generator_width: int = option(128, "units of the generator's GRU")
     critic_width: int = option(64, "units of the critic's GRU, in each direction")
     temperature: float = option(1.0, "of the Gumbel-softmax")
-    hard: bool = option(True, "round outputs to one-hot vectors, as they are when drawn")
+    hard: bool = option(True, "round symbols to one-hot vectors, as they are when drawn")
     loss: AdversarialLoss = option("non-saturating", "the game")
     penalty: Penalty = option(
         "r1-r2", "of the critic's slope: at real sequences, at those and generated ones, between them"
     )
-    penalty_weight: float = option(10.0, "what the penalty is multiplied by (gamma, lambda)")
+    penalty_weight: float = option(2.0, "what the penalty is multiplied by (gamma, lambda)")
     critic_steps: int = option(1, "updates of the critic for one of the generator")
-    generator_learning_rate: float = option(2e-3, "of the generator's AdamW")
-    critic_learning_rate: float = option(2e-3, "of the critic's AdamW")
+    generator_learning_rate: float = option(1e-3, "of the generator's AdamW")
+    critic_learning_rate: float = option(1e-3, "of the critic's AdamW")
     beta1: float = option(0.0, "of AdamW")
     beta2: float = option(0.99, "of AdamW")
 
     def __post_init__(self) -> None:
         require_vocabulary(self.vocabulary)
-        for name in ("source_length", "target_length"):
+        for name in (
+            *("image_size", "channels", "source_length", "target_length", "text_length"),
+            *("noise_dim", "generator_width", "critic_width", "critic_steps"),
+        ):
             require_positive(name, getattr(self, name))
+        for name, least in (("source_length", "start, a character, end"), ("target_length", "start, a character, end")):
             if getattr(self, name) < 3:
-                raise ValueError(f"{name}: expected 3 or more: start, a character, end, got {getattr(self, name)}")
-        for name in ("noise_dim", "generator_width", "critic_width", "critic_steps"):
-            require_positive(name, getattr(self, name))
-        for name, known in (("loss", ADVERSARIAL_LOSSES), ("penalty", get_args(Penalty))):
+                raise ValueError(f"{name}: expected 3 or more: {least}, got {getattr(self, name)}")
+        if self.text_length < 3:
+            raise ValueError(f"text_length: expected 3 or more characters, got {self.text_length}")
+        for name, known in (
+            ("kind", get_args(Sequence)),
+            ("loss", ADVERSARIAL_LOSSES),
+            ("penalty", get_args(Penalty)),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name in ("temperature", "generator_learning_rate", "critic_learning_rate"):
@@ -80,35 +92,39 @@ class RecurrentGANConfig:
         for name in ("beta1", "beta2"):
             require_probability(name, getattr(self, name))
 
-    @property
-    def length(self) -> int:
-        """Symbols of a sequence: both sides without their starts."""
-        return self.source_length + self.target_length - 2
+    def data_options(self) -> dict[str, int]:
+        """Of text, how long its pieces are."""
+        return {"length": self.text_length} if self.kind == "text" else {}
 
-    @property
-    def symbols(self) -> int:
-        """Different symbols."""
-        return CHARACTER + len(self.vocabulary)
+    def steps(self) -> Steps:
+        """How the data become steps."""
+        if self.kind == "images":
+            return Rows(self.image_size, self.channels)
+        if self.kind == "text":
+            return Characters(self.vocabulary, self.text_length)
+        return Pairs(self.vocabulary, self.source_length, self.target_length)
 
 
 class Generator(nn.Module):
-    """Noise (B, length, noise_dim) and Gumbel noise (B, length, symbols) -> outputs (B, length, symbols)."""
+    """Noise (B, length, noise_dim) and, of symbols, Gumbel noise (B, length, width) -> outputs (B, length, width)."""
 
-    def __init__(self, config: RecurrentGANConfig) -> None:
+    def __init__(self, config: RecurrentGANConfig, width: int) -> None:
         super().__init__()
         self.temperature, self.hard = config.temperature, config.hard
-        self.gru = GRU(config.noise_dim + config.symbols, config.generator_width, batch_first=True)
-        self.logits = nn.Linear(config.generator_width, config.symbols)
+        self.gru = GRU(config.noise_dim + width, config.generator_width, batch_first=True)
+        self.out = nn.Linear(config.generator_width, width)
 
-    def forward(self, noise: Tensor, gumbel: Tensor) -> Tensor:
-        output, state, outputs = torch.zeros_like(gumbel[:, 0]), None, []
-        for now, disturbance in zip(noise.unbind(1), gumbel.unbind(1), strict=True):
+    def forward(self, noise: Tensor, gumbel: Tensor | None = None) -> Tensor:
+        output, state, outputs = noise.new_zeros(len(noise), self.out.out_features), None, []
+        for t, now in enumerate(noise.unbind(1)):
             hidden, state = self.gru(torch.cat((now, output), 1)[:, None], state)
-            output = self._sample(self.logits(hidden[:, 0]) + disturbance)
+            output = self.out(hidden[:, 0])
+            output = output.tanh() if gumbel is None else self.sample(output + gumbel[:, t])
             outputs.append(output)
         return torch.stack(outputs, 1)
 
-    def _sample(self, disturbed: Tensor) -> Tensor:
+    def sample(self, disturbed: Tensor) -> Tensor:
+        """Symbols of logits with their noise (B, width)."""
         soft = (disturbed / self.temperature).softmax(1)
         if not self.hard:
             return soft
@@ -117,40 +133,46 @@ class Generator(nn.Module):
 
 
 class Critic(nn.Module):
-    """Sequences (B, length, symbols) -> scores (B,): high means real."""
+    """Sequences (B, length, width) -> scores (B,): high means real."""
 
-    def __init__(self, config: RecurrentGANConfig) -> None:
+    def __init__(self, config: RecurrentGANConfig, width: int) -> None:
         super().__init__()
-        self.gru = GRU(config.symbols, config.critic_width, batch_first=True, bidirectional=True)
-        self.score = nn.Linear(2 * config.critic_width, 1)
+        units = config.critic_width
+        self.gru = GRU(width, units, batch_first=True, bidirectional=True)
+        self.hidden = nn.Linear(2 * units, 2 * units)
+        self.score = nn.Linear(2 * units, 1)
 
     def forward(self, sequences: Tensor) -> Tensor:
-        hidden, _ = self.gru(sequences)
-        scores: Tensor = self.score(hidden)
+        states, _ = self.gru(sequences)
+        scores: Tensor = self.score(F.leaky_relu(self.hidden(states), 0.2))
         return scores.mean((1, 2))
 
 
 class RecurrentGAN(GenerativeModel):
-    """The model described at the top of this file.
-
-    Sources are (B, source_length), targets (B, target_length) int64: 1, characters from 3 on, 2, then padding with 0.
+    """The model described at the top of this file. Batches are as ``fastgen.models.KINDS`` says of the config's kind.
 
     Example:
-        >>> model = RecurrentGAN(RecurrentGANConfig(vocabulary="ab", source_length=4, target_length=4))
-        >>> len(model.draw(3, NoOptions()).texts)
-        3
+        >>> RecurrentGAN(RecurrentGANConfig(image_size=5)).draw(3, NoOptions()).pixels.shape
+        torch.Size([3, 1, 5, 5])
+        >>> model = RecurrentGAN(RecurrentGANConfig(kind="text", vocabulary="ab", text_length=7))
+        >>> len(model.draw(1, NoOptions()).texts[0])
+        7
     """
 
-    name, summary, kind = "recurrent-gan", "recurrent generator and critic of pairs of sequences", "sequences"
-    default_data = "sums"
+    name, summary = "recurrent-gan", "recurrent generator and critic of rows, characters or pairs"
+    kind: Kind = "images"
+    kinds = get_args(Sequence)
+    default_data = "digits"
     config_class = RecurrentGANConfig
-    train_defaults: ClassVar = {"steps": 2000, "batch_size": 64, "average_decay": 0.99}
+    train_defaults: ClassVar = {"steps": 4000, "batch_size": 64, "average_decay": 0.998}
     averaged = ("generator",)
     config: RecurrentGANConfig
 
     def __init__(self, config: RecurrentGANConfig) -> None:
         super().__init__(config)
-        self.generator, self.critic = Generator(config), Critic(config)
+        self.kind = config.kind
+        self.steps = config.steps()
+        self.generator, self.critic = Generator(config, self.steps.width), Critic(config, self.steps.width)
 
     def phases(self) -> tuple[Phase, ...]:
         config = self.config
@@ -163,7 +185,7 @@ class RecurrentGAN(GenerativeModel):
     def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
         """What ``phase`` minimises; mean scores of "real" and "fake" sequences, the "penalty"."""
         config = self.config
-        real = self._sequences(batch)
+        real = self._read(batch)
         if phase == "generator":
             scores = self.critic(self._generate(len(real)))
             return {"loss": losses.generator_loss(scores, config.loss), "fake": scores.detach().float().mean()}
@@ -194,65 +216,41 @@ class RecurrentGAN(GenerativeModel):
 
     @torch.no_grad()
     def score(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """The critic's scores (B,) of held-out sequences, "real", and of as many drawn ones, "fake".
+        """The critic's scores (B,) of held-out sequences, "real", and of as many drawn ones, "fake"; of symbols, more.
 
-        "well formed" (B,) is 1 where a drawn one has two sides of one character at least, each with its end, and
-        nothing after that; else 0.
+        text: "known triples", the share of a drawn text's triples of characters that occur in real texts of the batch,
+        beside that of the real ones in the others. sequences: "well formed" is 1 where a drawn pair has two sides of
+        one character at least, each with its end, and nothing after that; else 0.
         """
-        real = self._sequences(batch)
-        fake = self._symbols(len(real), generator)
-        ends = fake == STOP
-        sides = ends.cumsum(1) - ends.long()  # 0 up to the first end, 1 up to the second, 2 after that
-        empty = ends & torch.cat((torch.ones_like(ends[:, :1]), ends[:, :-1]), 1)
-        formed = (ends.sum(1) == 2) & ~empty.any(1) & ((fake == BLANK) == (sides == 2)).all(1)
-        scores = {"real": self.critic(real), "fake": self.critic(F.one_hot(fake, self.config.symbols).to(real.dtype))}
-        return {**scores, "well formed": formed.to(real.dtype)}
+        real = self._read(batch)
+        fake = self._generate(len(real), generator).to(real.dtype)
+        scores = {"real": self.critic(real), "fake": self.critic(fake)}
+        return {**scores, **self.steps.judge(fake, real)}
 
     @torch.no_grad()
-    def draw(self, n: int, options: NoOptions, *, generator: torch.Generator | None = None) -> Texts:
-        """n texts "source -> target". What is not well formed shows further ends as "|", padding inside as "_".
+    def draw(self, n: int, options: NoOptions, *, generator: torch.Generator | None = None) -> Exhibit:
+        """n images or texts. Of pairs what is not well formed shows further ends as "|", padding inside as "_".
 
         Raises:
             ValueError: n is not a positive integer.
         """
         require_positive("n", n)
-        return Texts([self._spell(row) for row in self._symbols(n, generator).tolist()])
-
-    def _spell(self, symbols: list[int]) -> str:
-        while symbols and symbols[-1] == BLANK:
-            symbols = symbols[:-1]
-        if symbols.count(STOP) > 1 and symbols[-1] == STOP:
-            symbols = symbols[:-1]
-        characters = ("_", "|", *self.config.vocabulary)
-        return "".join(characters[symbol] for symbol in symbols).replace("|", " -> ", 1)
-
-    def _symbols(self, n: int, generator: torch.Generator | None) -> Tensor:
-        """(n, length) int64, drawn."""
-        return self._generate(n, generator).argmax(2)
+        return self.steps.exhibit(self._generate(n, generator))
 
     def _generate(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Outputs (n, length, symbols). A CPU generator gives the same noise to every device."""
-        config, weight = self.config, self.generator.logits.weight
+        """Outputs (n, length, width). A CPU generator gives the same noise to every device."""
+        weight, length = self.generator.out.weight, self.steps.length
         device = weight.device if generator is None else generator.device
-        noise = torch.randn(n, config.length, config.noise_dim, generator=generator, device=device)
-        uniform = torch.rand(n, config.length, config.symbols, generator=generator, device=device)
+        noise = torch.randn(n, length, self.config.noise_dim, generator=generator, device=device).to(weight)
+        outputs: Tensor
+        if not self.steps.symbols:
+            outputs = self.generator(noise)
+            return outputs
+        uniform = torch.rand(n, length, self.steps.width, generator=generator, device=device)
         tiny = torch.finfo(torch.float32).tiny
         gumbel = -(-uniform.clamp(min=tiny).log()).clamp(min=tiny).log()
-        outputs: Tensor = self.generator(noise.to(weight), gumbel.to(weight))
+        outputs = self.generator(noise, gumbel.to(weight))
         return outputs
 
-    def _sequences(self, batch: Batch) -> Tensor:
-        """One-hot vectors (B, length, symbols) of sources and targets."""
-        sides = []
-        for name, length in (("source", self.config.source_length), ("target", self.config.target_length)):
-            tokens = batch[name]
-            require_tensor(name, tokens)
-            if tokens.dtype != torch.int64:
-                raise TypeError(f"{name}: expected an int64 tensor, got {tokens.dtype}")
-            require_shape(name, tokens, (*tokens.shape[:1], length), f"(B, {name}_length)")
-            sides.append(tokens[:, 1:])
-        source, target = sides
-        place = (source != PADDING).sum(1, keepdim=True) + torch.arange(target.size(1), device=target.device)
-        tokens = F.pad(source, (0, target.size(1))).scatter(1, place, target)
-        one_hot = F.one_hot((tokens - 1).clamp(min=0), self.config.symbols)
-        return one_hot.to(self.generator.logits.weight.dtype)
+    def _read(self, batch: Batch) -> Tensor:
+        return self.steps.read(batch).to(self.generator.out.weight.dtype)

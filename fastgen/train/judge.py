@@ -101,7 +101,8 @@ def _likelihoods(
     if hasattr(model, "log_weights") and config.importance:
         draws = (of_items("log_weights", config.seed + k)["log_weights"] for k in range(config.importance))
         values["iwae"] = metrics.importance_weighted_bound(draws)
-    dims = items.batch(torch.tensor([0]))["images"][0].numel() if model.kind == "images" else None
+    judged = model.kind == "images" and not values.keys().isdisjoint(("iwae", "elbo", "nll"))
+    dims = items.batch(torch.tensor([0]))["images"][0].numel() if judged else None
     return metrics.summarise(values, dims, seed=config.seed)
 
 

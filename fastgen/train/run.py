@@ -187,12 +187,13 @@ def _fresh(request: Request) -> tuple[Header, Dataset]:
     model_class = MODELS[request.model]
     config = _checked(TrainConfig, {**model_class.train_defaults, **request.train_options})
     data_config = _checked(DataConfig, {"source": model_class.default_data, **request.data_options})
-    data = load_data(_anywhere(data_config), model_class.kind)
-    facts = {}
-    for name in from_data(model_class.config_class):
-        if name not in data.facts:
-            raise UsageError(f"data: expected a set that tells {name}, for {request.model}, got {data.name}")
-        facts[name] = data.facts[name]
+    data = load_data(_anywhere(data_config), *_kinds(model_class))
+    told = {**data.facts, "kind": data.kind}
+    wanted = from_data(model_class.config_class)
+    missing = [name for name in wanted if name not in told]
+    if missing and not model_class.kinds:
+        raise UsageError(f"data: expected a set that tells {missing[0]}, for {request.model}, got {data.name}")
+    facts = {name: told[name] for name in wanted if name in told}
     model_config = _checked(model_class.config_class, {**facts, **request.model_options}, prefix="model.")
     header = Header(
         request.model, asdict(model_config), asdict(config), asdict(_anywhere(data_config)), data.fingerprint
@@ -220,12 +221,16 @@ def _resumed(request: Request, saved: Header) -> tuple[Header, Dataset]:
 
 def data_of(header: Header, folder: RunFolder) -> Dataset:
     """The data of a run; UsageError where they are no longer the same."""
-    data = load_data(_anywhere(DataConfig(**header.data_config)), MODELS[header.model].kind)
+    data = load_data(_anywhere(DataConfig(**header.data_config)), *_kinds(MODELS[header.model]))
     if data.fingerprint != header.fingerprint:
         raise UsageError(
             f"data: expected the items with which the run in {folder.path} began, got others in {data.name}"
         )
     return data
+
+
+def _kinds(model_class: type[GenerativeModel]) -> tuple[str, ...]:
+    return model_class.kinds or (model_class.kind,)
 
 
 def split(data: Dataset, model_config: Any) -> tuple[Items, Items]:

@@ -64,5 +64,24 @@ def test_a_model_trains_stops_goes_on_with_the_same_bits_is_judged_and_draws(
     assert first.read_bytes() == again.read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["text", "sequences"])
+def test_a_model_of_several_kinds_of_data_takes_what_the_data_are(
+    fit: Main, tmp_path: Path, text: Path, error_line: Callable[[], str], capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """And goes on with it, is judged, and draws it."""
+    data = {"text": [str(text)], "sequences": ["sums", "--items", "80"]}[kind]
+    assert fit("--data", *data, model="recurrent-gan", steps=2) == 0
+    assert fit("--resume", model="recurrent-gan", steps=3) == 0
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    figure = {"text": "known triples", "sequences": "well formed"}[kind]
+    assert figure in {f["name"] for f in json.loads((tmp_path / "run" / "evaluation.json").read_text())["figures"]}
+    out = tmp_path / "drawn.txt"
+    assert main(["sample", str(tmp_path / "run"), "--n", "2", "--out", str(out)]) == 0
+    assert len(out.read_text()) > 10
+    capsys.readouterr()
+    assert fit("--data", "tones", "--items", "40", model="recurrent-gan", name="another", steps=1) == 1
+    assert "tones: expected data of kind images (digits, " in error_line()
+
+
 SUFFIX = {"text": ".txt", "sequences": ".txt", "audio": ".wav"} | dict.fromkeys(("images", "domains", "pairs"), ".png")
 SHORT = {"transformer-lm": ["--length", "5"], "wavenet": ["--seconds", "0.01"]}
