@@ -56,5 +56,7 @@ def test_a_model_trains_as_its_twin_does(name):
     losses = []
     for module in (ours, twin):
         torch.manual_seed(3)
-        losses.append({phase.name: module.loss(phase.name, batch, Moment(3, 10))["loss"].detach() for phase in ours.phases()})
+        losses.append(
+            {phase.name: module.loss(phase.name, batch, Moment(3, 10))["loss"].detach() for phase in ours.phases()}
+        )
     torch.testing.assert_close(losses[0], losses[1], rtol=2e-3, atol=2e-3)

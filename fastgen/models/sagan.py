@@ -37,7 +37,7 @@ from fastgen.models._base import option
 from fastgen.models._classes import LabelOptions
 from fastgen.models._conditional import ConditionalGAN
 from fastgen.models._convolutions import halvings
-from fastgen.models._convolve import Conv2d, convolve_then_halve, double_then_convolve
+from fastgen.models._convolve import convolve_then_halve, double_then_convolve
 from fastgen.nn import SelfAttention2d
 
 SETTLING = 20
@@ -146,8 +146,8 @@ class GeneratorBlock(nn.Module):
     def __init__(self, wide: int, fine: int, classes: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = ConditionalBatchNorm(wide, classes), ConditionalBatchNorm(fine, classes)
-        self.conv1, self.conv2 = spectral(Conv2d(wide, fine, 3, 1, 1)), spectral(Conv2d(fine, fine, 3, 1, 1))
-        self.shortcut = spectral(Conv2d(wide, fine, 1))
+        self.conv1, self.conv2 = spectral(nn.Conv2d(wide, fine, 3, 1, 1)), spectral(nn.Conv2d(fine, fine, 3, 1, 1))
+        self.shortcut = spectral(nn.Conv2d(wide, fine, 1))
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -162,8 +162,8 @@ class DiscriminatorBlock(nn.Module):
 
     def __init__(self, fine: int, wide: int, *, halve: bool) -> None:
         super().__init__()
-        self.conv1, self.conv2 = spectral(Conv2d(fine, wide, 3, 1, 1)), spectral(Conv2d(wide, wide, 3, 1, 1))
-        self.shortcut = spectral(Conv2d(fine, wide, 1)) if fine != wide else nn.Identity()
+        self.conv1, self.conv2 = spectral(nn.Conv2d(fine, wide, 3, 1, 1)), spectral(nn.Conv2d(wide, wide, 3, 1, 1))
+        self.shortcut = spectral(nn.Conv2d(fine, wide, 1)) if fine != wide else nn.Identity()
         self.halve = halve
 
     def forward(self, x: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ class Generator(nn.Module):
         self.place = sizes.index(config.attention_at)
         self.attention = SelfAttention2d(widths[self.place], spectral_norm=True)
         self.image = nn.Sequential(
-            nn.BatchNorm2d(widths[-1]), nn.ReLU(), spectral(Conv2d(widths[-1], config.channels, 3, 1, 1)), nn.Tanh()
+            nn.BatchNorm2d(widths[-1]), nn.ReLU(), spectral(nn.Conv2d(widths[-1], config.channels, 3, 1, 1)), nn.Tanh()
         )
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -212,7 +212,7 @@ class Discriminator(nn.Module):
     def __init__(self, config: SAGANConfig, classes: int) -> None:
         super().__init__()
         sizes, widths = config.sizes[::-1], config.widths[::-1]
-        layers = [spectral(Conv2d(config.channels, widths[0], 3, 1, 1))]
+        layers = [spectral(nn.Conv2d(config.channels, widths[0], 3, 1, 1))]
         for place, size in enumerate(sizes):
             if size == config.attention_at:
                 layers.append(SelfAttention2d(widths[place], spectral_norm=True))
