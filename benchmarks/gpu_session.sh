@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# On a machine with a GPU and no network: build, run the CUDA tests, then the benchmarks.
-# usage: benchmarks/gpu_session.sh FOLDER [build|test|bench ...]     (default: all three, in order)
+# On a machine with a GPU and no network: build, run the CUDA tests, then the benchmarks; on demand, train some models.
+# usage: benchmarks/gpu_session.sh FOLDER [build|test|bench|train ...]     (default: the first three, in order)
 # Writes into FOLDER as it goes, so that a session cut short still leaves what it found:
-#   info.txt  log.txt  tests.xml  benchmarks.json (all families, one after the other)  report.md
+#   info.txt  log.txt  tests.xml  benchmarks.json (all families, one after the other)  report.md  runs/MODEL
 # PYTHON chooses the interpreter; its packages are used as they are, nothing is downloaded. The architecture is
 # the device's own unless TORCH_CUDA_ARCH_LIST says otherwise.
 set -uo pipefail
-out=$(mkdir -p "${1:?usage: benchmarks/gpu_session.sh FOLDER [build|test|bench ...]}" && cd "$1" && pwd)
+out=$(mkdir -p "${1:?usage: benchmarks/gpu_session.sh FOLDER [build|test|bench|train ...]}" && cd "$1" && pwd)
 shift
 stages=("$@")
 [ ${#stages[@]} -gt 0 ] || stages=(build test bench)
@@ -47,6 +47,13 @@ if whole.exists():
     new["benchmarks"] = old["benchmarks"] + new["benchmarks"]
 whole.write_text(json.dumps(new))
 MERGE
+      done
+      ;;
+    train)
+      # Needs the packages of fastgen[train]; each kind of kernel is in one of them, second derivatives in sagan.
+      for model in conv-vae sagan stylegan transformer-lm; do
+        $python -m fastgen train "$model" --device cuda --out "$out/runs/$model" --overwrite >>"$out/log.txt" 2>&1 &&
+          $python -m fastgen evaluate "$out/runs/$model" --device cuda | tee -a "$out/report.md" || failed=1
       done
       ;;
     *) echo "unknown stage: $stage"; exit 2 ;;
