@@ -21,6 +21,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "conditional": {"classes": 3, "conditional": True},
     "colours": {"channels": 3, "image_size": 3},
+    "captions": {
+        "captions": True,
+        "caption_vocabulary": "abc",
+        "caption_length": 3,
+        "caption_examples": ["a", "bc", "cab"],
+        "classes": 3,
+    },
+    "words": {"codebook_size": 5, "halvings": 1},
+    "words with captions": {
+        "codebook_size": 5,
+        "halvings": 1,
+        "captions": True,
+        "caption_vocabulary": "abc",
+        "caption_length": 3,
+        "caption_examples": ["a", "bc", "cab"],
+    },
     "swiglu, few tones": {"activation": "swiglu", "levels": 256, "tones": 5, "normalise_heads": False},
 }
 
@@ -34,7 +50,9 @@ def small_model(**options: Any) -> ImageTransformer:
 def random_batch(n: int, config: ImageTransformerConfig) -> dict[str, Tensor]:
     shape = (n, config.channels, config.image_size, config.image_size)
     counts = torch.randint(0, config.levels, shape, generator=seeded(1))
-    return {"images": counts / (config.levels - 1), "labels": torch.arange(n) % 3}
+    labels = torch.arange(n) % 3
+    captions = torch.tensor([[1, 0, 0], [2, 3, 0], [3, 1, 2]])  # a, bc, cab
+    return {"images": counts / (config.levels - 1), "labels": labels, "caption": captions[labels]}
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -45,10 +63,15 @@ def seeded(seed: int) -> torch.Generator:
 def test_shapes_and_gradients_of_every_variant(variant: str) -> None:
     model = small_model(**VARIANTS[variant])
     batch = random_batch(5, model.config)
-    model.loss("pixels", batch, NOW)["loss"].backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.any(), name
+    updated = []
+    for phase in model.phases():
+        model.zero_grad()
+        model.loss(phase.name, batch, NOW)["loss"].backward()
+        own = {id(p) for name in phase.networks or ("",) for p in model.get_submodule(name).parameters()}
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is not None and bool(parameter.grad.any())) == (id(parameter) in own), name
+        updated += own
+    assert len(updated) == len(list(model.parameters()))
     drawn = model.draw(4, PixelOptions(), generator=seeded(0))
     assert isinstance(drawn, Images)
     assert drawn.pixels.shape == (4, *batch["images"].shape[1:])
@@ -106,11 +129,11 @@ def test_no_prediction_depends_on_what_comes_later() -> None:
 def test_cached_values_are_those_of_one_forward(variant: str) -> None:
     model = small_model(**VARIANTS[variant]).eval()
     batch = random_batch(3, model.config)
-    tokens, labels = model.tokens(batch["images"])[:, :-1], batch["labels"]
+    tokens, labels, captions = model.tokens(batch["images"])[:, :-1], batch["labels"], batch["caption"]
     with torch.no_grad():
-        whole, x = model(tokens, labels), model._embedded(tokens, labels)
-        past = Past(model.config, 3, model.config.length, model.embedding.weight)
-        parts = [model._run(x[:, a:b], a, past) for a, b in ((0, 4), (4, 5), (5, x.size(1)))]
+        whole, x = model(tokens, labels, captions), model._embedded(tokens, labels, captions)
+        past = Past(model.config, 3, x.size(1), model.embedding.weight)
+        parts = [model._run(x[:, a:b], a, past) for a, b in ((0, 3), (3, 4), (4, 5), (5, x.size(1)))]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
 
 
@@ -156,6 +179,54 @@ def test_training_steps_lower_the_loss_and_labels_decide_what_is_drawn() -> None
     torch.testing.assert_close(in_turn.pixels, batch["images"].repeat(2, 1, 1, 1))
 
 
+@pytest.mark.parametrize("variant", ["captions", "words with captions"])
+def test_captions_decide_what_is_drawn(variant: str) -> None:
+    """Every caption is one picture; of words, those of the autoencoder as it is."""
+    model = small_model(**VARIANTS[variant])
+    batch = random_batch(3, model.config)
+    phase = model.phases()[-1]
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, phase.betas)
+    for _ in range(80):
+        optimizer.zero_grad()
+        model.loss(phase.name, batch, NOW)["loss"].backward()
+        optimizer.step()
+    wanted = model.pixels(model.tokens(batch["images"]))
+    for i, caption in enumerate(("a", "bc", "cab")):
+        drawn = model.draw(2, PixelOptions(caption=caption, temperature=0.0))
+        torch.testing.assert_close(drawn.pixels, wanted[i].expand(2, -1, -1, -1))
+        assert drawn.labels is None
+    in_turn = model.draw(6, PixelOptions(temperature=0.0))
+    assert in_turn.columns == 3
+    torch.testing.assert_close(in_turn.pixels, wanted.repeat(2, 1, 1, 1))
+    assert (in_turn.labels is None) == (variant != "captions")  # they are the names of classes
+
+
+def test_captions_that_do_not_fit_are_named() -> None:
+    told, alone = small_model(**VARIANTS["captions"]), small_model()
+    with pytest.raises(ValueError, match=r"^caption: expected characters of the vocabulary, got 'e', 'x'$"):
+        told.draw(2, PixelOptions(caption="axe"))
+    with pytest.raises(ValueError, match=r"^caption: expected at most 3 characters, as in the data, got 4$"):
+        told.draw(2, PixelOptions(caption="abba"))
+    with pytest.raises(ValueError, match=r"^caption: expected none, as the model was told none, got 'a'$"):
+        alone.draw(2, PixelOptions(caption="a"))
+    with pytest.raises(ValueError, match=r"^caption: expected \(B, 3\) int64, as the model is told captions, got none"):
+        told.score({"images": random_batch(2, told.config)["images"]})
+    with pytest.raises(ValueError, match=r"^caption: expected shape \(B, caption_length\) = \(2, 3\), got \(2, 4\)"):
+        told(torch.zeros(2, 3, dtype=torch.int64), None, torch.zeros(2, 4, dtype=torch.int64))
+
+
+def test_the_bound_of_words_is_that_of_their_pixels_and_their_own() -> None:
+    model = small_model(**VARIANTS["words"]).eval()
+    batch = random_batch(4, model.config)
+    codes = model.autoencoder.encode(batch["images"])
+    scores = model.score(batch)
+    assert codes.shape == (4, 2, 2)
+    logits = model(codes.flatten(1)[:, :-1])
+    wanted = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none").view(4, -1).sum(1)
+    torch.testing.assert_close(scores["kl"], wanted)
+    torch.testing.assert_close(scores["elbo"], -scores["nll"] - scores["kl"])
+
+
 def test_labels_that_do_not_fit_are_named() -> None:
     told, alone = small_model(classes=3, conditional=True), small_model(classes=3)
     with pytest.raises(ValueError, match="label: expected -1 or a class below 3, got 3"):
@@ -174,6 +245,16 @@ CONFIG_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "one level": ({"levels": 1}, "levels: expected an integer of at least 2, got 1"),
     "one tone": ({"tones": 1}, "tones: expected an integer of at least 2, got 1"),
+    "no captions": ({"captions": True}, "captions: expected false, as the data has no captions, got true"),
+    "class and caption": (
+        {**VARIANTS["captions"], "conditional": True},
+        "captions: expected false with conditional, got true",
+    ),
+    "one word": ({"codebook_size": 1}, "codebook_size: expected at least 2, got 1"),
+    "a map of no size": (
+        {"codebook_size": 8, "image_size": 6},
+        "image_size: expected a multiple of 4, as halvings = 2, got 6",
+    ),
     "no classes": ({"conditional": True}, "conditional: expected false, as the data has 0 classes, got true"),
     "heads that do not divide": ({"width": 15}, "width: expected an even multiple of heads = 4, got 15"),
     "a negative mlp": ({"mlp_width": -1}, "mlp_width: expected an integer >= 0, got -1"),
@@ -189,7 +270,8 @@ def test_a_mistake_in_the_config_is_named(mistake: str) -> None:
     options, message = CONFIG_ERRORS[mistake]
     with pytest.raises(ValueError, match=f"^{message}"):
         ImageTransformerConfig(**options)
-    assert from_data(ImageTransformerConfig) == ["image_size", "channels", "levels", "classes"]
+    told = ["image_size", "channels", "levels", "classes"]
+    assert from_data(ImageTransformerConfig) == [*told, "caption_vocabulary", "caption_length", "caption_examples"]
 
 
 def test_images_and_tokens_that_do_not_fit_are_named() -> None:
@@ -214,7 +296,9 @@ def test_images_and_tokens_that_do_not_fit_are_named() -> None:
 def test_gradients_under_autocast_are_finite(variant: str) -> None:
     model = small_model(**VARIANTS[variant], dropout=0.1)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = model.loss("pixels", random_batch(3, model.config), NOW)["loss"]
+        loss = torch.stack(
+            [model.loss(p.name, random_batch(3, model.config), NOW)["loss"] for p in model.phases()]
+        ).sum()
         model.draw(2, PixelOptions())
     assert loss.dtype == torch.float32
     loss.backward()
@@ -239,7 +323,7 @@ def test_samples_depend_on_the_generator_alone() -> None:
 
 def test_a_saved_model_comes_back(tmp_path) -> None:
     pytest.importorskip("huggingface_hub")
-    model = small_model(**VARIANTS["conditional"], levels=256).eval()
+    model = small_model(**VARIANTS["words with captions"], levels=256).eval()
     model.save_pretrained(tmp_path)
     loaded = ImageTransformer.from_pretrained(tmp_path)
     assert loaded.config == model.config

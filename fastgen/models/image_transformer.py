@@ -4,8 +4,14 @@ An image's probability is the product of the probabilities of its values, each g
 (van den Oord, Kalchbrenner and Kavukcuoglu, "Pixel recurrent neural networks", 2016; Chen et al., "Generative
 pretraining from pixels", 2020). A pixel's colours follow one another. The values are classes without an order:
 
-    start or label, value, value, ... + embeddings of row, column and colour of the value to come
-        -> the blocks of the character Transformer -> norm -> logits of the value
+    [caption,] start or label, value, value, ... + embeddings of row, column and colour of the value to come
+        -> the blocks of the text Transformer -> norm -> logits of the value
+
+A caption stands in front, character by character; values see all of it (Ramesh et al., "Zero-shot text-to-image
+generation", 2021). With a ``codebook_size`` the values are not pixels but the words of an autoencoder with a codebook,
+which learns in a phase of its own (van den Oord et al., 2017; see ``vq_vae``). Images are then bounded below by
+
+    log p(image) >= log p(image | its words) + log p(its words)
 
 Where the data has more levels than ``tones``, neighbouring levels share a tone and are equally probable in it, so that
 the loss stays -log p(image) in nats of the levels themselves, which can be compared between models.
@@ -23,16 +29,19 @@ from torch import Tensor, nn
 
 from fastgen._checks import require_positive, require_probability, require_tensor
 from fastgen.models._base import Batch, Exhibit, GenerativeModel, Images, Moment, Phase, option
+from fastgen.models._captions import caption_rows, check_captions
 from fastgen.models._classes import LabelOptions, check_labels, wanted_labels
 from fastgen.models._decoder import DecoderBlock, Past, drawing, initialise_decoder
 from fastgen.models._tokens import choose
 from fastgen.models._vae import above_each_other, check_images
+from fastgen.models._vq import Autoencoder, AutoencoderConfig
 from fastgen.nn import RotaryEmbedding
 
 Activation = Literal["gelu", "swiglu"]
 
 MOST_VALUES = 4096
 COMPLETED = 16
+AUTOENCODER_RATE = 2e-3
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,12 @@ class ImageTransformerConfig:
     levels: int = option(17, "values a pixel can have: counts 0 .. levels - 1", from_data=True)
     classes: int = option(0, "classes of the images", from_data=True)
     conditional: bool = option(False, "tell the model the class, so that it draws what you ask for")
+    caption_vocabulary: str = option("", "the characters of captions; token 1 + i is character i", from_data=True)
+    caption_length: int = option(0, "characters of the longest caption; 0: the data has none", from_data=True)
+    caption_examples: tuple[str, ...] = option((), "captions that are drawn where none is asked for", from_data=True)
+    captions: bool = option(False, "tell the model the caption, so that it draws what you ask for in words")
+    codebook_size: int = option(0, "words of a learned codebook, of which images are then made; 0: of pixels")
+    halvings: int = option(2, "times the size is halved, to that of the map of words")
     tones: int = option(17, "values that it tells apart; of more levels, neighbours share one")
     width: int = option(64, "channels of a token")
     depth: int = option(4, "blocks")
@@ -64,12 +79,23 @@ class ImageTransformerConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 2:
                 raise ValueError(f"{name}: expected an integer of at least 2, got {value!r}")
+        object.__setattr__(self, "caption_examples", tuple(self.caption_examples))
+        for name in ("codebook_size", "caption_length"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}: expected an integer >= 0, got {value!r}")
+        if self.codebook_size:
+            _ = self.autoencoder
         if self.length > MOST_VALUES:
-            size = self.image_size
+            size = self.grid
             raise ValueError(
                 f"image_size: expected at most {MOST_VALUES} values in an image,"
-                f" got {self.channels} x {size} x {size} = {self.length}"
+                f" got {self.colours} x {size} x {size} = {self.length}"
             )
+        if self.captions and not (self.caption_length and self.caption_vocabulary and self.caption_examples):
+            raise ValueError("captions: expected false, as the data has no captions, got true")
+        if self.captions and self.conditional:
+            raise ValueError("captions: expected false with conditional, got true")
         if self.conditional and self.classes < 2:
             raise ValueError(f"conditional: expected false, as the data has {self.classes} classes, got true")
         if self.width % self.heads != 0 or self.width // self.heads % 2 != 0:
@@ -86,9 +112,34 @@ class ImageTransformerConfig:
             raise ValueError(f"weight_decay: expected a number >= 0, got {self.weight_decay}")
 
     @property
+    def autoencoder(self) -> AutoencoderConfig:
+        """Of the one whose words are the values."""
+        return AutoencoderConfig(self.image_size, self.channels, self.levels, self.halvings, self.codebook_size)
+
+    @property
+    def grid(self) -> int:
+        """Rows and columns of values."""
+        return self.image_size >> self.halvings if self.codebook_size else self.image_size
+
+    @property
+    def colours(self) -> int:
+        """Values in one place."""
+        return 1 if self.codebook_size else self.channels
+
+    @property
+    def values(self) -> int:
+        """Different values."""
+        return self.codebook_size or min(self.tones, self.levels)
+
+    @property
     def length(self) -> int:
         """Values of an image."""
-        return self.channels * self.image_size**2
+        return self.colours * self.grid**2
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the start."""
+        return self.caption_length if self.captions else 0
 
     @property
     def head_dim(self) -> int:
@@ -106,6 +157,7 @@ class ImageTransformerConfig:
 class PixelOptions(LabelOptions):
     """What is drawn, and how. ValueError names the field, what was expected and what came."""
 
+    caption: str = option("", "what is drawn, in the data's words; empty: captions of the data in turn")
     temperature: float = option(1.0, "divides the logits; 0: always the likeliest value")
 
     def __post_init__(self) -> None:
@@ -118,7 +170,7 @@ class ImageTransformer(GenerativeModel):
     """The model described at the top of this file.
 
     Images are (B, channels, image_size, image_size), floating, in [0, 1], multiples of 1 / (levels - 1). Tokens are
-    (B, length) int64, 0 .. min(tones, levels) - 1.
+    (B, length) int64, 0 .. values - 1. Captions are (B, caption_length) int64, padded with 0 at the end.
 
     Example:
         >>> model = ImageTransformer(ImageTransformerConfig(image_size=4, width=16, depth=1)).eval()
@@ -129,7 +181,7 @@ class ImageTransformer(GenerativeModel):
     """
 
     name = "image-transformer"
-    summary = "decoder-only Transformer over pixels, one after another"
+    summary = "decoder-only Transformer over pixels or a codebook's words, one after another"
     kind = "images"
     default_data = "digits"
     config_class, sampling_class = ImageTransformerConfig, PixelOptions
@@ -149,16 +201,21 @@ class ImageTransformer(GenerativeModel):
 
     def __init__(self, config: ImageTransformerConfig) -> None:
         super().__init__(config)
-        tones, width = min(config.tones, config.levels), config.width
+        tones, width = config.values, config.width
+        self.autoencoder = Autoencoder(config.autoencoder) if config.codebook_size else None
         self.embedding = nn.Embedding(tones, width)
         self.start = nn.Embedding(config.classes if config.conditional else 1, width)
-        self.row, self.column = nn.Embedding(config.image_size, width), nn.Embedding(config.image_size, width)
-        self.colour = nn.Embedding(config.channels, width)
+        self.caption = nn.Embedding(1 + len(config.caption_vocabulary), width) if config.captions else None
+        self.caption_place = nn.Embedding(config.prefix, width) if config.captions else None
+        self.row, self.column = nn.Embedding(config.grid, width), nn.Embedding(config.grid, width)
+        self.colour = nn.Embedding(config.colours, width)
         self.rotary = RotaryEmbedding(config.head_dim)
         self.decoder = nn.ModuleList(DecoderBlock(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.logits = nn.Linear(width, tones, bias=False)
         initialise_decoder(self, config)
+        if self.autoencoder is not None:
+            return
         counts = torch.arange(config.levels)
         tone = counts * tones // config.levels
         sizes = torch.bincount(tone, minlength=tones)
@@ -170,35 +227,50 @@ class ImageTransformer(GenerativeModel):
     def phases(self) -> tuple[Phase, ...]:
         config = self.config
         betas = (config.beta1, config.beta2)
-        return (Phase("pixels", (), config.learning_rate, betas, config.weight_decay),)
+        if self.autoencoder is None:
+            return (Phase("pixels", (), config.learning_rate, betas, config.weight_decay),)
+        parts = ("autoencoder.encoder", "autoencoder.decoder")
+        others = tuple(
+            name for name, part in self.named_children() if name != "autoencoder" and list(part.parameters())
+        )
+        return (
+            Phase("autoencoder", parts, AUTOENCODER_RATE, (0.9, 0.99), config.weight_decay),
+            Phase("words", others, config.learning_rate, betas, config.weight_decay),
+        )
 
     def tokens(self, images: Tensor) -> Tensor:
-        """(B, length): row by row, a pixel's colours one after another.
+        """(B, length): row by row, a pixel's colours one after another; or the words.
 
         Raises:
             TypeError, ValueError: images of another dtype or shape than the config's.
         """
         check_images(images, self.config)
+        if self.autoencoder is not None:
+            return self.autoencoder.encode(images).flatten(1)
         counts = (images.float() * (self.config.levels - 1)).round().long().clamp(0, self.config.levels - 1)
         return self.tone_of_level[counts].movedim(1, -1).flatten(1)
 
     def pixels(self, tokens: Tensor) -> Tensor:
-        """Images (B, C, S, S) of tokens (B, length); the mean of the levels that share a tone."""
-        size = self.config.image_size
+        """Images (B, C, S, S) of tokens (B, length): the mean of the levels that share a tone; the pixels expected of words."""
+        size = self.config.grid
+        if self.autoencoder is not None:
+            return self.autoencoder.decode(tokens.view(-1, size, size))
         return self.pixel_of_tone[tokens].view(-1, size, size, self.config.channels).movedim(-1, 1)
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits (B, N + 1, tones) of the first value and those after each token.
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, captions: Tensor | None = None) -> Tensor:
+        """Logits (B, N + 1, values) of the first value and those after each token.
 
         Args:
             tokens: (B, N) int64, N below ``length``.
             labels: (B,) int64, of a conditional model; others take no notice.
+            captions: (B, caption_length) int64, of a model with captions; likewise.
 
         Raises:
-            TypeError: tokens are no int64 tensor. ValueError: too many of them, or no labels where there should be.
+            TypeError: tokens are no int64 tensor. ValueError: too many of them, or no labels or captions where there
+                should be.
         """
         self._check_tokens(tokens, self.config.length - 1)
-        return self._run(self._embedded(tokens, labels), 0)
+        return self._run(self._embedded(tokens, labels, captions), 0)
 
     def _check_tokens(self, tokens: Tensor, most: int) -> None:
         require_tensor("tokens", tokens)
@@ -207,63 +279,98 @@ class ImageTransformer(GenerativeModel):
         if tokens.dim() != 2 or tokens.size(1) > most:
             raise ValueError(f"tokens: expected (B, N) with N at most {most}, got {tuple(tokens.shape)}")
 
-    def _embedded(self, tokens: Tensor, labels: Tensor | None) -> Tensor:
-        """(B, N + 1, width): start or label, then the tokens."""
+    def _embedded(self, tokens: Tensor, labels: Tensor | None, captions: Tensor | None) -> Tensor:
+        """(B, prefix + 1 + N, width): caption, start or label, then the tokens."""
         if self.config.conditional and labels is None:
             raise ValueError("labels: expected (B,) int64, as the model is conditional, got None")
         if not self.config.conditional or labels is None:
             labels = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
-        return torch.cat([self.start(labels).unsqueeze(1), self.embedding(tokens)], dim=1)
+        parts = [self.start(labels).unsqueeze(1), self.embedding(tokens)]
+        if self.caption is not None:
+            check_captions(captions, len(tokens), self.config.caption_length)
+            parts.insert(0, self.caption(captions))
+        return torch.cat(parts, dim=1)
 
     def _run(self, x: Tensor, first: int, past: Past | None = None) -> Tensor:
-        """x (B, N, width), what stands before the values ``first``, first + 1, ... -> their logits (B, N, tones)."""
+        """x (B, N, width), what is embedded from place ``first`` on -> logits of the values that stand after it."""
         places = self.row.weight[:, None, None] + self.column.weight[:, None] + self.colour.weight
+        places = places.flatten(0, 2)
+        if self.caption_place is not None:
+            places = torch.cat([self.caption_place.weight, places])
         here = slice(first, first + x.size(1))
-        x = x + places.flatten(0, 2)[here]
+        x = x + places[here]
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        cos, sin = self.rotary.tables(self.config.length, device=x.device, dtype=dtype)
+        cos, sin = self.rotary.tables(len(places), device=x.device, dtype=dtype)
         if self.training and self.config.dropout:
             x = F.dropout(x, self.config.dropout)
         if past is not None:
             past.open(x.size(1))
+        rotary = cos[here], sin[here]
         for i, block in enumerate(self.decoder):
-            x = block(x, (cos[here], sin[here]), past=past, layer=i)
-        logits: Tensor = self.logits(self.norm(x))
+            x = block(x, rotary, past=past, layer=i)
+        logits: Tensor = self.logits(self.norm(x[:, max(0, self.config.prefix - first) :]))
         return logits
 
-    def _nll(self, batch: Batch) -> Tensor:
+    def _given(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """The labels or captions that the model is told."""
+        return (
+            check_labels(batch) if self.config.conditional else None,
+            batch.get("caption") if self.config.captions else None,
+        )
+
+    def _nll(self, tokens: Tensor, batch: Batch) -> Tensor:
         """-log p of each value given those before it, (B, length), float32 whatever autocast chose."""
-        tokens = self.tokens(batch["images"])
-        labels = check_labels(batch) if self.config.conditional else None
-        logits = self(tokens[:, :-1], labels)
+        logits = self(tokens[:, :-1], *self._given(batch))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits.movedim(-1, 1), tokens, reduction="none") + self.log_share[tokens]
+        nll = F.cross_entropy(logits.movedim(-1, 1), tokens, reduction="none")
+        return nll if self.autoencoder is not None else nll + self.log_share[tokens]
 
     def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
-        """loss: nats per value."""
-        return {"loss": self._nll(batch).mean()}
+        """autoencoder: as ``vq_vae``. Else loss: nats per value."""
+        if phase == "autoencoder" and self.autoencoder is not None:
+            return self.autoencoder.loss(batch["images"])
+        return {"loss": self._nll(self.tokens(batch["images"]), batch).mean()}
 
     @torch.no_grad()
     def score(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """nll (B,): -log p(image), of a conditional model -log p(image | label), in nats."""
-        return {"nll": self._nll(batch).sum(1)}
+        """nll (B,): -log p(image), or -log p(image | label or caption), in nats.
+
+        Of words: elbo, nll (of the pixels, given the words) and kl (of the words), in nats; the mean squared error of
+        the expected pixels; the codebook's perplexity, which is no item's own.
+        """
+        if self.autoencoder is None:
+            return {"nll": self._nll(self.tokens(batch["images"]), batch).sum(1)}
+        codes, nll, error = self.autoencoder.judge(batch["images"])
+        kl = self._nll(codes.flatten(1), batch).sum(1)
+        perplexity = self.autoencoder.codebook.perplexity().expand(len(codes))
+        return {"elbo": -(nll + kl), "nll": nll, "kl": kl, "squared error": error, "codebook perplexity": perplexity}
 
     @torch.no_grad()
     def draw(self, n: int, options: PixelOptions, *, generator: torch.Generator | None = None) -> Images:
-        """n images; of all classes in turn each fills a column of its own.
+        """n images; of all classes, or captions of the data, in turn, each fills a column of its own.
 
         Raises:
-            ValueError: n is not a positive integer, or there is no such class.
+            ValueError: n is not a positive integer, there is no such class, or the caption is too long or has
+                characters that the vocabulary lacks.
         """
         require_positive("n", n)
-        labels, columns = None, None
-        if self.config.conditional:
-            labels, columns = wanted_labels(n, options.label, self.config.classes)
+        config = self.config
+        labels, columns, captions = None, None, None
+        if config.conditional:
+            labels, columns = wanted_labels(n, options.label, config.classes)
             labels = labels.to(self.device)
         elif options.label >= 0:
             raise ValueError(f"label: expected -1, as the model was not told the classes, got {options.label}")
+        if options.caption and not config.captions:
+            raise ValueError(f"caption: expected none, as the model was told none, got {options.caption!r}")
+        if config.captions:
+            texts = (options.caption,) if options.caption else config.caption_examples
+            chosen, columns = wanted_labels(n, 0 if options.caption else -1, len(texts))
+            captions = caption_rows(texts, config.caption_vocabulary, config.caption_length)[chosen].to(self.device)
+            if not options.caption and len(texts) == config.classes:  # their names
+                labels = chosen
         none = torch.zeros(n, 0, dtype=torch.int64, device=self.device)
-        pixels = self.pixels(self.complete(none, labels, options.temperature, generator=generator))
+        pixels = self.pixels(self.complete(none, labels, options.temperature, captions=captions, generator=generator))
         return Images(pixels, columns, labels)
 
     def complete(
@@ -272,6 +379,7 @@ class ImageTransformer(GenerativeModel):
         labels: Tensor | None = None,
         temperature: float = 1.0,
         *,
+        captions: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Tokens (B, length) of images that begin with ``tokens`` (B, N), N from 0 to ``length``.
@@ -282,13 +390,14 @@ class ImageTransformer(GenerativeModel):
         self._check_tokens(tokens, length)
         count = tokens.size(1)
         with drawing(self):
-            past = Past(self.config, len(tokens), length, self.embedding.weight)
-            x, first = self._embedded(tokens, labels), 0
+            prefix = self.config.prefix
+            past = Past(self.config, len(tokens), prefix + length, self.embedding.weight)
+            x, first = self._embedded(tokens, labels, captions), 0
             for at in range(count, length):
                 logits = self._run(x, first, past)[:, -1]
                 value = choose(logits, temperature, generator).unsqueeze(1)
                 tokens = torch.cat([tokens, value], dim=1)
-                x, first = self.embedding(value), at + 1
+                x, first = self.embedding(value), prefix + at + 1
         return tokens.clone()
 
     @torch.no_grad()
@@ -296,9 +405,9 @@ class ImageTransformer(GenerativeModel):
         """Completions: a row of held-out images, below it their upper halves, and how the model goes on from there."""
         batch = {name: tensor[:COMPLETED] for name, tensor in batch.items()}
         tokens = self.tokens(batch["images"])
-        known = self.config.image_size // 2 * self.config.image_size * self.config.channels
-        labels = check_labels(batch) if self.config.conditional else None
+        known = self.config.grid // 2 * self.config.grid * self.config.colours
+        labels, captions = self._given(batch)
         halves = self.pixels(tokens)
         halves[:, :, self.config.image_size // 2 :] = 0.5
-        completed = self.pixels(self.complete(tokens[:, :known], labels, generator=generator))
+        completed = self.pixels(self.complete(tokens[:, :known], labels, captions=captions, generator=generator))
         return {"completions": above_each_other(batch["images"].to(halves), halves, completed)}
