@@ -251,7 +251,7 @@ class ImageTransformer(GenerativeModel):
         return self.tone_of_level[counts].movedim(1, -1).flatten(1)
 
     def pixels(self, tokens: Tensor) -> Tensor:
-        """Images (B, C, S, S) of tokens (B, length): the mean of the levels that share a tone; the pixels expected of words."""
+        """Images (B, C, S, S) of tokens (B, length), the mean of levels that share a tone, or what words stand for."""
         size = self.config.grid
         if self.autoencoder is not None:
             return self.autoencoder.decode(tokens.view(-1, size, size))
