@@ -120,7 +120,7 @@ class CycleGAN(Translator):
     name, summary, kind = "cyclegan", "translates between two domains of images, without pairs", "domains"
     default_data = "textures"
     config_class, sampling_class = CycleGANConfig, DirectionOptions
-    train_defaults: ClassVar = {"epochs": 3.0, "batch_size": 4, "schedule": "linear", "average_decay": 0.99}
+    train_defaults: ClassVar = {"epochs": 2.0, "batch_size": 4, "schedule": "linear", "average_decay": 0.99}
     generators = averaged = ("a_to_b", "b_to_a")
     discriminators = ("discriminator_a", "discriminator_b")
     stores = ("history_a", "history_b")

@@ -4,11 +4,12 @@ Isola, Zhu, Zhou and Efros, "Image-to-image translation with conditional adversa
 output is to be near the target in mean absolute difference, and to look right to a discriminator that is shown patches
 of it beside its input:
 
-    input -> [half the size] -> ... -> [twice the size, joined with the map of that size on the way down] -> tanh
+    input -> [half the size] -> ... -> [twice the size, joined with the map of that size on the way down] -> 3x3, tanh
     input, image -> scores of patches
 
 Noise enters as dropout in the coarse maps on the way up, also when images are drawn. Each map is normalised, but the
-first and the coarsest. The loss is ``adversarial_weight * game + l1_weight * |output - target|``.
+first, the coarsest and the last. The last is joined with the input itself, unlike the paper's: at small sizes its
+detail is most of the image. The loss is ``adversarial_weight * game + l1_weight * |output - target|``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from fastgen.models._translation import PatchDiscriminator, TranslationConfig, T
 
 Norm = Literal["batch", "instance"]
 NOISY = 3
-"""Maps on the way up with dropout, the coarsest ones."""
+"""Most maps on the way up with dropout: the coarsest ones, up to a quarter of the size."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,9 @@ class Pix2PixConfig(TranslationConfig):
     @property
     def noisy(self) -> list[tuple[int, int, int]]:
         """(C, h, w) of the maps with dropout."""
-        ups = self.widths[::-1][1:]
+        count = min(NOISY, self.halvings - 2) if self.dropout else 0
         coarse = self.image_size >> self.halvings
-        return [(wide, coarse << i + 1, coarse << i + 1) for i, wide in enumerate(ups[:NOISY])] if self.dropout else []
+        return [(self.widths[-2 - i], coarse << i + 1, coarse << i + 1) for i in range(count)]
 
 
 class UNet(nn.Module):
@@ -79,11 +80,12 @@ class UNet(nn.Module):
             plain = i in (0, len(widths) - 1)
             self.down.append(nn.Conv2d(before, after, 4, 2, 1, bias=plain))
             self.down_norms.append(nn.Identity() if plain else _norm(config.norm, after))
-        ups = [*widths[::-1][1:], config.channels]
+        ups = [*widths[::-1][1:], widths[0]]
         for i, (before, after) in enumerate(zip(widths[::-1], ups, strict=True)):
             last = i == len(ups) - 1
             self.up.append(nn.ConvTranspose2d(before * (1 if i == 0 else 2), after, 4, 2, 1, bias=last))
             self.up_norms.append(nn.Identity() if last else _norm(config.norm, after))
+        self.image = nn.Conv2d(widths[0] + config.input_channels, config.channels, 3, padding=1)
 
     def forward(self, images: Tensor, factors: Sequence[Tensor]) -> Tensor:
         x, seen = images, []
@@ -95,7 +97,7 @@ class UNet(nn.Module):
             x = norm(convolution(F.relu(joined)))
             if i < len(factors):
                 x = x * factors[i].to(x.dtype)
-        return torch.tanh(x)
+        return torch.tanh(self.image(torch.cat([F.relu(x), images], dim=1)))
 
 
 def _norm(kind: Norm, channels: int) -> nn.Module:
@@ -116,7 +118,7 @@ class Pix2Pix(Translator):
     name, summary, kind = "pix2pix", "translates images into others, learnt from pairs", "pairs"
     default_data = "photos"
     config_class, sampling_class = Pix2PixConfig, NoOptions
-    train_defaults: ClassVar = {"epochs": 10.0, "batch_size": 16, "average_decay": 0.998}
+    train_defaults: ClassVar = {"epochs": 5.0, "batch_size": 16, "schedule": "linear", "average_decay": 0.99}
     generators = averaged = ("generator",)
     discriminators = ("discriminator",)
     config: Pix2PixConfig
