@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,3 +54,32 @@ def require_probability(name: str, value: float) -> None:
 def require_positive(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < 1:
         raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+
+
+def require_count(name: str, value: int, least: int, meaning: str = "an integer") -> None:
+    """An integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected {meaning} of at least {least}, got {value!r}")
+
+
+def require_choice(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def require_not_negative(**values: float) -> None:
+    """Numbers >= 0, neither infinite nor NaN."""
+    for name, value in values.items():
+        if not _is_number(value) or value < 0:
+            raise ValueError(f"{name}: expected a number >= 0, got {value!r}")
+
+
+def require_positive_number(**values: float) -> None:
+    """Numbers > 0, neither infinite nor NaN."""
+    for name, value in values.items():
+        if not _is_number(value) or value <= 0:
+            raise ValueError(f"{name}: expected a positive number, got {value!r}")

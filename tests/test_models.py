@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import functional
-from fastgen.models import ConvVAE, ConvVAEConfig
+from fastgen.models import ConvVAE, ConvVAEConfig, Moment
 from fastgen.models.conv_vae import beta_binomial_log_prob, beta_binomial_parameters, binomial_log_prob
 from fastgen.nn import GaussianLatent
 
@@ -81,7 +81,7 @@ def test_elbo_is_a_lower_bound_over_all_images_there_are(likelihood: str) -> Non
     assert 0.5 < total < 1.0
 
 
-@pytest.mark.parametrize("likelihood", ["beta-binomial", "binomial", "bernoulli"])
+@pytest.mark.parametrize("likelihood", ["beta-binomial", "binomial", "bernoulli", "gaussian"])
 def test_loss_is_the_mean_of_nll_and_weighted_kl(likelihood: str) -> None:
     model = small_model(likelihood=likelihood, levels=2 if likelihood == "bernoulli" else 17)
     images = random_images(5, model.config)
@@ -92,9 +92,13 @@ def test_loss_is_the_mean_of_nll_and_weighted_kl(likelihood: str) -> None:
     assert (full.kl >= 0).all()
 
 
-@pytest.mark.parametrize("likelihood", ["beta-binomial", "binomial"])
-def test_gradients_reach_every_parameter(likelihood: str) -> None:
-    model = small_model(likelihood=likelihood)
+@pytest.mark.parametrize(
+    "options",
+    [{"likelihood": "beta-binomial"}, {"likelihood": "binomial"}, {"attention": True, "free_bits": 0.01}],
+    ids=["beta-binomial", "binomial", "attention, free bits"],
+)
+def test_gradients_reach_every_parameter(options: dict[str, object]) -> None:
+    model = small_model(**options)
     with torch.no_grad():  # the zeros in which the details' layers start would hide what stands before them
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=seeded(2)))
@@ -103,6 +107,44 @@ def test_gradients_reach_every_parameter(likelihood: str) -> None:
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
         assert parameter.grad.abs().sum() > 0, name
+
+
+def test_free_bits_cost_nothing_and_what_lies_above_costs_itself() -> None:
+    free_bits = 0.05
+    plain, free = small_model(latent_dim=6), small_model(latent_dim=6, free_bits=free_bits)
+    images = random_images(5, plain.config)
+    for model in (plain, free):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=seeded(2)))
+    a, b = plain(images, generator=seeded(0)), free(images, generator=seeded(0))
+    mu, logvar = free.posterior(free._encode(images)).chunk(2, dim=1)
+    of_z = (0.5 * (logvar.exp() + mu.square() - 1 - logvar)).mean(0)
+    torch.testing.assert_close(a.loss, (a.nll + a.kl).mean())
+    details = b.kl.mean() - of_z.sum()
+    least = of_z.clamp(min=free_bits).sum() + max(details, 2 * free_bits)  # two channels; their sum is at most theirs
+    assert least - 1e-4 < b.loss - b.nll.mean() < least + 2 * free_bits
+    assert of_z.clamp(min=free_bits).sum() > of_z.sum() + 1e-3
+
+
+def test_beta_and_its_warm_up_weigh_the_kl() -> None:
+    model = small_model(beta=3.0, kl_warmup=10)
+    batch = {"images": random_images(4, model.config)}
+    for step, weight in ((5, 1.5), (99, 3.0)):
+        values = model.loss("model", batch, Moment(step, 100))
+        torch.testing.assert_close(values["loss"], values["nll"] + weight * values["kl"])
+
+
+def test_attention_is_the_identity_in_the_beginning_and_then_sees_all_positions() -> None:
+    plain, attentive = small_model(image_size=16), small_model(image_size=16, attention=True)
+    features = torch.randn(1, 16, 4, 4, generator=seeded(0))
+    block = attentive.encoder[-1]
+    assert sum(p.numel() for p in attentive.parameters()) > sum(p.numel() for p in plain.parameters())
+    torch.testing.assert_close(block(features), features)
+    torch.nn.init.ones_(block.out.weight)
+    moved = features.clone()
+    moved[..., 0, 0] += torch.randn(16, generator=seeded(1))
+    assert (block(moved) - block(features))[..., 3, 3].abs().min() > 1e-4
 
 
 def test_training_steps_lower_the_loss() -> None:
@@ -140,8 +182,10 @@ def test_other_sizes_are_refused(size: int) -> None:
         ({"latent_dim": 0}, "latent_dim: expected a positive integer, got 0"),
         ({"width": -3}, "width: expected a positive integer, got -3"),
         ({"channels": 1.5}, "channels: expected a positive integer, got 1.5"),
-        ({"levels": 1}, "levels: expected at least 2, got 1"),
-        ({"likelihood": "gaussian"}, "likelihood: expected one of .* got 'gaussian'"),
+        ({"levels": 1}, "levels: expected an integer of at least 2, got 1"),
+        ({"likelihood": "poisson"}, "likelihood: expected one of .* got 'poisson'"),
+        ({"free_bits": -1.0}, "free_bits: expected a number >= 0, got -1.0"),
+        ({"beta": float("nan")}, "beta: expected a number >= 0, got nan"),
         ({"likelihood": "bernoulli"}, "levels: expected 2 with likelihood 'bernoulli', got 17"),
     ],
 )
@@ -202,7 +246,7 @@ def test_details_start_at_their_prior() -> None:
     model = small_model()
     images = random_images(4, model.config)
     features = model.encoder(2 * images - 1)
-    _, kl_of_z = model.latent(model.posterior(features))
+    _, kl_of_z = GaussianLatent()(model.posterior(features))
     torch.testing.assert_close(model(images).kl, kl_of_z)
 
 

@@ -135,15 +135,27 @@ def test_beta_and_its_warm_up_weigh_the_kl(which: str) -> None:
     torch.testing.assert_close(scores["elbo"], -scores["nll"] - scores["kl"])
 
 
-def test_free_bits_cost_nothing_and_what_lies_above_costs_itself() -> None:
-    plain, free = shaken(small_model("vae")), shaken(small_model("vae", free_bits=0.08))
+@pytest.mark.parametrize("which", ["vae", "cvae"])
+def test_free_bits_cost_nothing_and_what_lies_above_costs_itself(which: str) -> None:
+    plain, free = shaken(small_model(which)), shaken(small_model(which, free_bits=0.08))
     batch = random_batch(6, plain.config)
-    mu, logvar = free._posterior(batch["images"])
+    mu, logvar = free._posterior(batch if which == "cvae" else batch["images"])[:2]
     kl = (0.5 * (logvar.exp() + mu.square() - 1 - logvar)).mean(0)
     assert len(kl) > (kl < 0.08).sum() > 0
     a, b = (model.bound(batch, generator=seeded(0)) for model in (plain, free))
-    torch.testing.assert_close((a.nll, a.kl), (b.nll, b.kl))
+    torch.testing.assert_close(a.kl, b.kl)
+    torch.testing.assert_close(a.loss, (a.nll + a.kl).mean())
     torch.testing.assert_close(b.loss - b.nll.mean(), kl.clamp(min=0.08).sum())
+
+
+def test_free_bits_of_a_flow_are_of_all_numbers_together() -> None:
+    free = shaken(small_model("flow-vae"))
+    batch = random_batch(6, free.config)
+    kl = free.bound(batch, generator=seeded(0)).kl.detach().mean()
+    for each, wanted in ((float(kl) / 8, kl), (float(kl), 4 * kl)):
+        model = shaken(small_model("flow-vae", free_bits=each))
+        out = model.bound(batch, beta=2.0, generator=seeded(0))
+        torch.testing.assert_close(out.loss - out.nll.mean(), 2 * wanted)
 
 
 @pytest.mark.parametrize("which", MODELS)

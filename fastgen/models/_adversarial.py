@@ -9,8 +9,7 @@ generated images pass through the discriminator in batches of their own, each no
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -19,16 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import losses
-from fastgen._checks import require_floating, require_positive, require_probability, require_shape, require_tensor
+from fastgen._checks import require_choice as require_choice
+from fastgen._checks import (
+    require_floating,
+    require_not_negative,
+    require_positive,
+    require_positive_number,
+    require_probability,
+    require_shape,
+    require_tensor,
+)
 from fastgen.losses.adversarial import ADVERSARIAL_LOSSES, AdversarialLoss
 from fastgen.models._base import Batch, GenerativeModel, Images, Moment, Phase, option
 
 Penalty = Literal["none", "r1", "gradient", "dragan"]
-
-
-def require_choice(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
 
 
 class Layers(nn.Sequential):
@@ -61,11 +64,11 @@ class GameConfig:
             require_positive(name, getattr(self, name))
         require_choice("loss", self.loss, ADVERSARIAL_LOSSES)
         require_choice("penalty", self.penalty, get_args(Penalty))
-        if not 0 <= self.penalty_weight < math.inf:
-            raise ValueError(f"penalty_weight: expected a number >= 0, got {self.penalty_weight}")
-        for name in ("generator_learning_rate", "discriminator_learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        require_not_negative(penalty_weight=self.penalty_weight)
+        require_positive_number(
+            generator_learning_rate=self.generator_learning_rate,
+            discriminator_learning_rate=self.discriminator_learning_rate,
+        )
         for name in ("beta1", "beta2"):
             require_probability(name, getattr(self, name))
 

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgen._checks import require_choice, require_count
+
 Likelihood = Literal["beta-binomial", "binomial", "bernoulli", "gaussian"]
 
 MAX_CONCENTRATION = 500.0
@@ -26,10 +28,8 @@ LOG_STD_BOUNDS = (-5.0, 2.0)
 
 def check_likelihood(likelihood: str, levels: int) -> None:
     """Raises ValueError where a config's fields of these names don't fit."""
-    if likelihood not in get_args(Likelihood):
-        raise ValueError(f"likelihood: expected one of {', '.join(get_args(Likelihood))}, got {likelihood!r}")
-    if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
-        raise ValueError(f"levels: expected an integer of at least 2, got {levels!r}")
+    require_choice("likelihood", likelihood, get_args(Likelihood))
+    require_count("levels", levels, 2)
     if likelihood == "bernoulli" and levels != 2:
         raise ValueError(f"levels: expected 2 with likelihood 'bernoulli', got {levels} (binomial takes any)")
 

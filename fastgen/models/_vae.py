@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import itertools
-import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastgen._checks import require_floating, require_positive, require_shape, require_tensor
-from fastgen.models._base import Batch, Exhibit, GenerativeModel, Images, Moment, Phase
-from fastgen.models._likelihoods import check_likelihood, numbers_per_pixel, pixels_log_prob, pixels_mean
+from fastgen import functional
+from fastgen._checks import (
+    require_floating,
+    require_not_negative,
+    require_positive,
+    require_positive_number,
+    require_shape,
+    require_tensor,
+)
+from fastgen.models._base import Batch, Exhibit, GenerativeModel, Images, Moment, Phase, option
+from fastgen.models._likelihoods import (
+    Likelihood,
+    check_likelihood,
+    numbers_per_pixel,
+    pixels_log_prob,
+    pixels_mean,
+)
 
 PAIRS_IN_A_ROW = 16
 
@@ -24,18 +38,78 @@ class Bound(NamedTuple):
     kl: Tensor
 
 
-def check_config(config: Any) -> None:
-    """Fields that all these models have. ValueError names the field, what was expected and what came."""
-    for name in ("image_size", "channels", "latent_dim", "width", "depth"):
-        require_positive(name, getattr(config, name))
-    check_likelihood(config.likelihood, config.levels)
-    for name in ("beta", "weight_decay"):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise ValueError(f"{name}: expected a number >= 0, got {getattr(config, name)}")
-    if isinstance(config.kl_warmup, bool) or not isinstance(config.kl_warmup, int) or config.kl_warmup < 0:
-        raise ValueError(f"kl_warmup: expected a number of steps >= 0, got {config.kl_warmup!r}")
-    if not 0 < config.learning_rate < math.inf:
-        raise ValueError(f"learning_rate: expected a positive number, got {config.learning_rate}")
+@dataclass(frozen=True)
+class VAEConfigBase:
+    """The images, how their pixels are distributed and how the KL counts, in every variational autoencoder here."""
+
+    image_size: int = option(8, "height and width of the images", from_data=True)
+    channels: int = option(1, "colour channels of the images", from_data=True)
+    levels: int = option(17, "values a pixel can have: counts 0 .. levels - 1", from_data=True)
+    likelihood: Likelihood = option("beta-binomial", "distribution of a pixel; bernoulli is for images of two levels")
+    beta: float = option(1.0, "weight of the KL in the loss")
+    free_bits: float = option(0.0, "nats that each number of z may cost for nothing, on average over the batch")
+    kl_warmup: int = option(230, "steps over which the KL's weight grows to beta")
+
+    def __post_init__(self) -> None:
+        require_positive("image_size", self.image_size)
+        require_positive("channels", self.channels)
+        check_likelihood(self.likelihood, self.levels)
+        require_not_negative(beta=self.beta, free_bits=self.free_bits)
+        if isinstance(self.kl_warmup, bool) or not isinstance(self.kl_warmup, int) or self.kl_warmup < 0:
+            raise ValueError(f"kl_warmup: expected a number of steps >= 0, got {self.kl_warmup!r}")
+
+    def warm_beta(self, step: int) -> float:
+        """Weight of the KL in ``step``."""
+        return self.beta * min(1.0, step / max(1, self.kl_warmup))
+
+
+@dataclass(frozen=True)
+class DenseVAEConfig(VAEConfigBase):
+    """A ``VAEConfigBase`` with sizes of dense layers. ValueError names the field, what was expected and what came."""
+
+    latent_dim: int = option(10, "numbers in z")
+    width: int = option(256, "units of a layer")
+    depth: int = option(2, "layers of the encoder, and of the decoder")
+    learning_rate: float = option(1e-3, "of AdamW")
+    weight_decay: float = option(0.1, "of AdamW")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("latent_dim", "width", "depth"):
+            require_positive(name, getattr(self, name))
+        require_positive_number(learning_rate=self.learning_rate)
+        require_not_negative(weight_decay=self.weight_decay)
+
+
+def sampled(
+    mu: Tensor,
+    logvar: Tensor,
+    free_bits: float,
+    *,
+    prior_mu: Tensor | None = None,
+    prior_logvar: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A sample z of N(mu, exp(logvar)), its KL (B,) in nats, and what of that a loss has to pay: one number.
+
+    That is the mean of the KL over the batch; with free bits, the sum over channels of their means, where these are
+    above ``free_bits``, so that no channel falls silent (Kingma et al., "Improved variational inference with inverse
+    autoregressive flow", 2016, appendix C).
+
+    Args:
+        mu, logvar, prior_mu, prior_logvar: (B, C, *); no prior: N(0, 1).
+    """
+    if not free_bits:
+        z, kl = functional.reparameterize_kl(
+            mu, logvar, prior_mu=prior_mu, prior_logvar=prior_logvar, generator=generator
+        )
+        return z, kl, kl.mean()
+    # A row of its own for each channel: its KL stands alone.
+    rows = [None if t is None else t.reshape(mu.size(0) * mu.size(1), -1) for t in (mu, logvar, prior_mu, prior_logvar)]
+    mus, logvars = cast(Tensor, rows[0]), cast(Tensor, rows[1])
+    z, kl = functional.reparameterize_kl(mus, logvars, prior_mu=rows[2], prior_logvar=rows[3], generator=generator)
+    kl = kl.view(mu.shape[:2])
+    return z.view(mu.shape), kl.sum(1), kl.mean(0).clamp(min=free_bits).sum()
 
 
 def check_images(images: Tensor, config: Any) -> None:
@@ -70,7 +144,7 @@ def above_each_other(*stacks: Tensor) -> Images:
 
 
 class DenseVAE(GenerativeModel):
-    """A model that has ``bound`` and ``reconstruct``; its config has the fields of ``check_config``."""
+    """A model that has ``bound`` and ``reconstruct``; its config is a ``DenseVAEConfig``."""
 
     kind = "images"
     default_data = "digits"
@@ -92,8 +166,7 @@ class DenseVAE(GenerativeModel):
 
     def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
         """The loss, whose KL grows to beta in the first ``kl_warmup`` steps; nll and kl in nats per image."""
-        warm = min(1.0, moment.step / max(1, self.config.kl_warmup))
-        out = self.bound(batch, beta=self.config.beta * warm)
+        out = self.bound(batch, beta=self.config.warm_beta(moment.step))
         return {"loss": out.loss, "nll": out.nll.mean(), "kl": out.kl.mean()}
 
     @torch.no_grad()

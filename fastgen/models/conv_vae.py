@@ -17,13 +17,13 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fastgen import functional
-from fastgen._checks import require_floating, require_positive, require_shape, require_tensor
+from fastgen._checks import require_positive
 from fastgen.models._base import Batch, Exhibit, GenerativeModel, Images, Moment, NoOptions, Phase, option
 from fastgen.models._likelihoods import (
     beta_binomial_log_prob,
@@ -36,56 +36,35 @@ from fastgen.models._likelihoods import (
     pixels_mean,
 )
 from fastgen.models._residual import ResidualBlock
-from fastgen.nn import GaussianLatent
+from fastgen.models._vae import Bound, VAEConfigBase, above_each_other, check_images, normal_noise, sampled
+from fastgen.nn import AttentionBlock2d
 
 __all__ = [
     "ConvVAE",
     "ConvVAEConfig",
-    "VAELoss",
     "beta_binomial_log_prob",
     "beta_binomial_parameters",
     "binomial_log_prob",
 ]
 
-Likelihood = Literal["beta-binomial", "binomial", "bernoulli"]
-
 LARGEST_COARSE_SIZE = 7
-PAIRS_IN_A_ROW = 16
 
 
 @dataclass(frozen=True)
-class ConvVAEConfig:
+class ConvVAEConfig(VAEConfigBase):
     """Sizes of a ConvVAE. ValueError names the field, what was expected and what came."""
 
-    image_size: int = option(8, "height and width of the images", from_data=True)
-    channels: int = option(1, "colour channels of the images", from_data=True)
-    levels: int = option(17, "values a pixel can have: counts 0 .. levels - 1", from_data=True)
     latent_dim: int = option(4, "numbers in z")
     detail_channels: int = option(2, "channels of the map of details")
     width: int = option(16, "channels at full size; doubled at each halving")
     hidden_dim: int = option(128, "units between z and the canvas")
-    likelihood: Likelihood = option("beta-binomial", "distribution of a pixel; bernoulli is for images of two levels")
-    kl_warmup: int = option(230, "steps over which the KL's weight grows to 1")
+    attention: bool = option(False, "let the positions of the smallest map attend to each other, on both ways")
+    free_bits: float = option(0.0, "nats that each number of z and each channel of the details may cost for nothing")
 
     def __post_init__(self) -> None:
-        for name in (
-            "image_size",
-            "channels",
-            "levels",
-            "latent_dim",
-            "detail_channels",
-            "width",
-            "hidden_dim",
-        ):
+        super().__post_init__()
+        for name in ("latent_dim", "detail_channels", "width", "hidden_dim"):
             require_positive(name, getattr(self, name))
-        if self.kl_warmup < 0:
-            raise ValueError(f"kl_warmup: expected a number of steps >= 0, got {self.kl_warmup}")
-        if self.levels < 2:
-            raise ValueError(f"levels: expected at least 2, got {self.levels}")
-        if self.likelihood not in get_args(Likelihood):
-            raise ValueError(f"likelihood: expected one of {get_args(Likelihood)}, got {self.likelihood!r}")
-        if self.likelihood == "bernoulli" and self.levels != 2:
-            raise ValueError(f"levels: expected 2 with likelihood 'bernoulli', got {self.levels}")
         if self.image_size < 4 or self.coarse_size << self.halvings != self.image_size:
             raise ValueError(
                 f"image_size: expected 4 to {LARGEST_COARSE_SIZE} times a power of 2 (8, 20, 28, 32, 64, ...)"
@@ -102,12 +81,12 @@ class ConvVAEConfig:
         return self.image_size >> self.halvings
 
 
-class VAELoss(NamedTuple):
-    """loss: scalar, the mean of nll + beta kl. nll, kl: (B,) in nats per image; -(nll + kl) is the ELBO."""
-
-    loss: Tensor
-    nll: Tensor
-    kl: Tensor
+def _attention(channels: int) -> AttentionBlock2d:
+    """As the identity in the beginning."""
+    block = AttentionBlock2d(channels, num_groups=math.gcd(8, channels))
+    for parameter in block.out.parameters():
+        nn.init.zeros_(parameter)
+    return block
 
 
 def _zeroed(convolution: nn.Conv2d) -> nn.Conv2d:
@@ -150,9 +129,10 @@ class ConvVAE(GenerativeModel):
         ]
         for fine, wide in itertools.pairwise(widths):
             encoder += [nn.Conv2d(fine, wide, 4, stride=2, padding=1), ResidualBlock(wide)]
+        if config.attention:
+            encoder.append(_attention(coarse))
         self.encoder = nn.Sequential(*encoder)
         self.posterior = nn.Sequential(nn.SiLU(), nn.Flatten(), nn.Linear(coarse * size**2, 2 * config.latent_dim))
-        self.latent = GaussianLatent()
 
         self.canvas = nn.Sequential(
             nn.Linear(config.latent_dim, config.hidden_dim),
@@ -170,14 +150,14 @@ class ConvVAE(GenerativeModel):
         )
         self.add_details = nn.Conv2d(details, coarse, 3, padding=1)
 
-        decoder: list[nn.Module] = [ResidualBlock(coarse)]
+        decoder: list[nn.Module] = [ResidualBlock(coarse), *([_attention(coarse)] if config.attention else [])]
         for wide, fine in itertools.pairwise(reversed(widths)):
             decoder += [nn.Conv2d(wide, 4 * fine, 3, padding=1), nn.PixelShuffle(2), ResidualBlock(fine)]
         per_pixel = numbers_per_pixel(config.likelihood)
         decoder += [nn.SiLU(), nn.Conv2d(widths[0], per_pixel * config.channels, 3, padding=1)]
         self.decoder = nn.Sequential(*decoder)
 
-    def forward(self, images: Tensor, *, beta: float = 1.0, generator: torch.Generator | None = None) -> VAELoss:
+    def forward(self, images: Tensor, *, beta: float = 1.0, generator: torch.Generator | None = None) -> Bound:
         """The loss, from one posterior sample per image.
 
         Args:
@@ -189,16 +169,17 @@ class ConvVAE(GenerativeModel):
             TypeError: images that are not floating. ValueError: another shape than the config's.
         """
         features = self._encode(images)
-        z, kl = self.latent(self.posterior(features), generator=generator)
+        free_bits = self.config.free_bits
+        z_mu, z_logvar = self.posterior(features).chunk(2, dim=1)
+        z, kl, paid = sampled(z_mu, z_logvar, free_bits, generator=generator)
         canvas = self.canvas(z)
         prior_mu, prior_logvar = self.detail_prior(canvas).chunk(2, dim=1)
         mu, logvar = self.detail_posterior(torch.cat([canvas, features], dim=1)).chunk(2, dim=1)
-        details, detail_kl = functional.reparameterize_kl(
-            mu, logvar, prior_mu=prior_mu, prior_logvar=prior_logvar, generator=generator
+        details, detail_kl, detail_paid = sampled(
+            mu, logvar, free_bits, prior_mu=prior_mu, prior_logvar=prior_logvar, generator=generator
         )
         nll = -self._log_prob(self._decode(canvas, details), images)
-        kl = kl + detail_kl
-        return VAELoss((nll + beta * kl).mean(), nll, kl)
+        return Bound(nll.mean() + beta * (paid + detail_paid), nll, kl + detail_kl)
 
     @torch.no_grad()
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
@@ -213,10 +194,10 @@ class ConvVAE(GenerativeModel):
         """
         require_positive("n", n)
         weight = self.add_details.weight
-        noise = _normal((n, self.config.latent_dim), weight, generator)
+        noise = normal_noise((n, self.config.latent_dim), weight, generator)
         canvas = self.canvas(noise)
         mu, logvar = self.detail_prior(canvas).chunk(2, dim=1)
-        details = mu + _normal(tuple(mu.shape), mu, generator) * torch.exp(0.5 * logvar)
+        details = mu + normal_noise(tuple(mu.shape), mu, generator) * torch.exp(0.5 * logvar)
         return self._mean(self._decode(canvas, details))
 
     @torch.no_grad()
@@ -234,12 +215,12 @@ class ConvVAE(GenerativeModel):
         return (Phase("model", learning_rate=4e-3, betas=(0.9, 0.99)),)
 
     def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
-        out: VAELoss = self(batch["images"], beta=min(1.0, moment.step / max(1, self.config.kl_warmup)))
+        out: Bound = self(batch["images"], beta=self.config.warm_beta(moment.step))
         return {"loss": out.loss, "nll": out.nll.mean(), "kl": out.kl.mean()}
 
     @torch.no_grad()
     def score(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        out: VAELoss = self(batch["images"], generator=generator)
+        out: Bound = self(batch["images"], generator=generator)
         return {"elbo": -(out.nll + out.kl), "nll": out.nll, "kl": out.kl}
 
     @torch.no_grad()
@@ -266,18 +247,10 @@ class ConvVAE(GenerativeModel):
 
     def show(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Exhibit]:
         """Rows of held-out images, each above the row of its reconstructions."""
-        originals = batch["images"]
-        columns = min(PAIRS_IN_A_ROW, len(originals))
-        originals = originals[: len(originals) // columns * columns]
-        rows = [images.unflatten(0, (-1, columns)) for images in (originals, self.reconstruct(originals))]
-        return {"reconstructions": Images(torch.stack(rows, dim=1).flatten(0, 2), columns)}
+        return {"reconstructions": above_each_other(batch["images"], self.reconstruct(batch["images"]))}
 
     def _encode(self, images: Tensor) -> Tensor:
-        config = self.config
-        require_tensor("images", images)
-        require_floating("images", images)
-        expected = (*images.shape[:1], config.channels, config.image_size, config.image_size)
-        require_shape("images", images, expected, "(B, C, S, S)")
+        check_images(images, self.config)
         features: Tensor = self.encoder(2 * images - 1)
         return features
 
@@ -291,8 +264,3 @@ class ConvVAE(GenerativeModel):
 
     def _mean(self, parameters: Tensor) -> Tensor:
         return pixels_mean(parameters, self.config.likelihood)
-
-
-def _normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    device = like.device if generator is None else generator.device
-    return torch.randn(shape, generator=generator, device=device).to(like)

@@ -20,32 +20,22 @@ from fastgen import functional
 from fastgen._checks import require_positive
 from fastgen.models._base import Batch, Exhibit, Images, option
 from fastgen.models._classes import LabelOptions, check_labels, wanted_labels
-from fastgen.models._likelihoods import Likelihood, log_normal, log_standard_normal
-from fastgen.models._vae import Bound, DenseVAE, check_config, check_images, dense, normal_noise
+from fastgen.models._likelihoods import log_normal, log_standard_normal
+from fastgen.models._vae import Bound, DenseVAE, DenseVAEConfig, check_images, dense, normal_noise, sampled
 
 STYLES_SHOWN = 8
 
 
 @dataclass(frozen=True)
-class CVAEConfig:
+class CVAEConfig(DenseVAEConfig):
     """Sizes of a CVAE and how it learns. ValueError names the field, what was expected and what came."""
 
-    image_size: int = option(8, "height and width of the images", from_data=True)
-    channels: int = option(1, "colour channels of the images", from_data=True)
-    levels: int = option(17, "values a pixel can have: counts 0 .. levels - 1", from_data=True)
     classes: int = option(10, "classes of the images", from_data=True)
     latent_dim: int = option(8, "numbers in z")
-    width: int = option(256, "units of a layer")
-    depth: int = option(2, "layers of the encoder, and of the decoder")
     label_dim: int = option(32, "numbers that a label is turned into")
-    likelihood: Likelihood = option("beta-binomial", "distribution of a pixel; bernoulli is for images of two levels")
-    beta: float = option(1.0, "weight of the KL in the loss")
-    kl_warmup: int = option(230, "steps over which the KL's weight grows to beta")
-    learning_rate: float = option(1e-3, "of AdamW")
-    weight_decay: float = option(0.1, "of AdamW")
 
     def __post_init__(self) -> None:
-        check_config(self)
+        super().__post_init__()
         if isinstance(self.classes, bool) or not isinstance(self.classes, int) or self.classes < 2:
             raise ValueError(f"classes: expected 2 or more (vae takes images without labels), got {self.classes!r}")
         require_positive("label_dim", self.label_dim)
@@ -81,9 +71,9 @@ class CVAE(DenseVAE):
     def bound(self, batch: Batch, *, beta: float = 1.0, generator: torch.Generator | None = None) -> Bound:
         images = batch["images"]
         mu, logvar, labels = self._posterior(batch)
-        z, kl = functional.reparameterize_kl(mu, logvar, generator=generator)
+        z, kl, paid = sampled(mu, logvar, self.config.free_bits, generator=generator)
         nll = -self._log_prob(self._decode(z, labels), images)
-        return Bound((nll + beta * kl).mean(), nll, kl)
+        return Bound(nll.mean() + beta * paid, nll, kl)
 
     @torch.no_grad()
     def log_weights(self, batch: Batch, *, generator: torch.Generator | None = None) -> Tensor:

@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen import functional
-from fastgen._checks import require_positive
+from fastgen._checks import require_choice, require_positive
 from fastgen.models._base import Batch, Images, NoOptions, option
-from fastgen.models._likelihoods import Likelihood, log_normal, log_standard_normal
-from fastgen.models._vae import Bound, DenseVAE, check_config, check_images, dense, normal_noise
+from fastgen.models._likelihoods import log_normal, log_standard_normal
+from fastgen.models._vae import Bound, DenseVAE, DenseVAEConfig, check_images, dense, normal_noise
 
 Flow = Literal["inverse-autoregressive", "planar"]
 
@@ -35,31 +35,20 @@ FIRST_GATE = 1.5  # sigmoid of it is 0.82: a new flow changes little
 
 
 @dataclass(frozen=True)
-class FlowVAEConfig:
+class FlowVAEConfig(DenseVAEConfig):
     """Sizes of a FlowVAE and how it learns. ValueError names the field, what was expected and what came."""
 
-    image_size: int = option(8, "height and width of the images", from_data=True)
-    channels: int = option(1, "colour channels of the images", from_data=True)
-    levels: int = option(17, "values a pixel can have: counts 0 .. levels - 1", from_data=True)
-    latent_dim: int = option(10, "numbers in z")
-    width: int = option(256, "units of a layer")
-    depth: int = option(2, "layers of the encoder, and of the decoder")
+    free_bits: float = option(0.0, "nats that z may cost for nothing, for each of its numbers, on average over all")
     flow: Flow = option("inverse-autoregressive", "what the posterior's samples pass through")
     flows: int = option(4, "how many of them")
     flow_width: int = option(64, "units of an inverse autoregressive flow")
     context_dim: int = option(32, "numbers that the encoder tells each inverse autoregressive flow")
-    likelihood: Likelihood = option("beta-binomial", "distribution of a pixel; bernoulli is for images of two levels")
-    beta: float = option(1.0, "weight of the KL in the loss")
-    kl_warmup: int = option(230, "steps over which the KL's weight grows to beta")
-    learning_rate: float = option(1e-3, "of AdamW")
-    weight_decay: float = option(0.1, "of AdamW")
 
     def __post_init__(self) -> None:
-        check_config(self)
+        super().__post_init__()
         for name in ("flows", "flow_width", "context_dim"):
             require_positive(name, getattr(self, name))
-        if self.flow not in get_args(Flow):
-            raise ValueError(f"flow: expected one of {', '.join(get_args(Flow))}, got {self.flow!r}")
+        require_choice("flow", self.flow, get_args(Flow))
         if self.flow == "inverse-autoregressive" and self.latent_dim < 2:
             raise ValueError("latent_dim: expected at least 2 with inverse autoregressive flows, got 1")
 
@@ -163,7 +152,10 @@ class FlowVAE(DenseVAE):
 
     def bound(self, batch: Batch, *, beta: float = 1.0, generator: torch.Generator | None = None) -> Bound:
         log_p, kl = self._sample(batch["images"], generator)
-        return Bound((beta * kl - log_p).mean(), -log_p, kl)
+        paid = kl.mean()
+        if self.config.free_bits:  # of all numbers together: a flow's KL is of them all
+            paid = paid.clamp(min=self.config.free_bits * self.config.latent_dim)
+        return Bound(beta * paid - log_p.mean(), -log_p, kl)
 
     @torch.no_grad()
     def log_weights(self, batch: Batch, *, generator: torch.Generator | None = None) -> Tensor:

@@ -12,7 +12,6 @@ inverse autoregressive flow", 2016, appendix C).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,32 +20,22 @@ from torch import Tensor
 
 from fastgen import functional
 from fastgen._checks import require_positive
-from fastgen.models._base import Batch, Images, NoOptions, option
-from fastgen.models._likelihoods import Likelihood, log_normal, log_standard_normal
-from fastgen.models._vae import Bound, DenseVAE, check_config, check_images, dense, normal_noise
+from fastgen.models._base import Batch, Images, NoOptions
+from fastgen.models._likelihoods import log_normal, log_standard_normal
+from fastgen.models._vae import (
+    Bound,
+    DenseVAE,
+    DenseVAEConfig,
+    check_images,
+    dense,
+    normal_noise,
+    sampled,
+)
 
 
 @dataclass(frozen=True)
-class VAEConfig:
+class VAEConfig(DenseVAEConfig):
     """Sizes of a VAE and how it learns. ValueError names the field, what was expected and what came."""
-
-    image_size: int = option(8, "height and width of the images", from_data=True)
-    channels: int = option(1, "colour channels of the images", from_data=True)
-    levels: int = option(17, "values a pixel can have: counts 0 .. levels - 1", from_data=True)
-    latent_dim: int = option(10, "numbers in z")
-    width: int = option(256, "units of a layer")
-    depth: int = option(2, "layers of the encoder, and of the decoder")
-    likelihood: Likelihood = option("beta-binomial", "distribution of a pixel; bernoulli is for images of two levels")
-    beta: float = option(1.0, "weight of the KL in the loss")
-    free_bits: float = option(0.0, "nats that each number of z may cost for nothing")
-    kl_warmup: int = option(230, "steps over which the KL's weight grows to beta")
-    learning_rate: float = option(1e-3, "of AdamW")
-    weight_decay: float = option(0.1, "of AdamW")
-
-    def __post_init__(self) -> None:
-        check_config(self)
-        if not 0 <= self.free_bits < math.inf:
-            raise ValueError(f"free_bits: expected a number >= 0, got {self.free_bits}")
 
 
 class VAE(DenseVAE):
@@ -75,14 +64,10 @@ class VAE(DenseVAE):
         self.decoder = dense(config.latent_dim, config.width, config.depth, self._decoder_outputs())
 
     def bound(self, batch: Batch, *, beta: float = 1.0, generator: torch.Generator | None = None) -> Bound:
-        images, free_bits = batch["images"], self.config.free_bits
-        mu, logvar = self._posterior(images)
-        # A row of its own for each number: its KL stands alone.
-        z, kl = functional.reparameterize_kl(mu.reshape(-1, 1), logvar.reshape(-1, 1), generator=generator)
-        z, kl = z.view(mu.shape), kl.view(mu.shape)
+        images = batch["images"]
+        z, kl, paid = sampled(*self._posterior(images), self.config.free_bits, generator=generator)
         nll = -self._log_prob(self.decoder(z), images)
-        paid = kl.mean(dim=0).clamp(min=free_bits).sum() if free_bits else kl.sum(dim=1).mean()
-        return Bound(nll.mean() + beta * paid, nll, kl.sum(dim=1))
+        return Bound(nll.mean() + beta * paid, nll, kl)
 
     @torch.no_grad()
     def log_weights(self, batch: Batch, *, generator: torch.Generator | None = None) -> Tensor:
