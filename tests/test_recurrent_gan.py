@@ -250,13 +250,18 @@ def test_the_scaler_of_float16_reaches_the_penalty_and_changes_nothing() -> None
     torch.testing.assert_close(*penalties)
 
 
-def test_r1_is_the_penalty_of_the_real_sequences() -> None:
-    model = small_model(penalty="r1")
+@pytest.mark.parametrize("penalty", ["r1", "r1-r2"])
+def test_penalties_are_those_of_the_real_sequences_and_of_the_generated_ones(penalty: str) -> None:
+    model = small_model(penalty=penalty).double()
     batch = batch_of(model, *PAIRS)
+    torch.manual_seed(2)
+    fake = model._generate(4).detach().requires_grad_()
     real = model._read(batch).requires_grad_()
-    torch.testing.assert_close(
-        model.loss("critic", batch, NOW)["penalty"], losses.r1_penalty(model.critic(real), real).detach()
-    )
+    wanted = losses.r1_penalty(model.critic(real), real)
+    if penalty == "r1-r2":
+        wanted = wanted + losses.r2_penalty(model.critic(fake), fake)
+    torch.manual_seed(2)
+    torch.testing.assert_close(model.loss("critic", batch, NOW)["penalty"], wanted.detach())
 
 
 def test_training_both_brings_samples_to_the_data() -> None:

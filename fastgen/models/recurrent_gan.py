@@ -195,10 +195,14 @@ class RecurrentGAN(GenerativeModel):
             return self._critic_loss(real, fake, moment)  # compiled code can't be differentiated twice
 
     def _critic_loss(self, real: Tensor, fake: Tensor, moment: Moment) -> dict[str, Tensor]:
+        """Both halves in one pass: a recurrence costs its steps, hardly its items."""
         config, scaler = self.config, moment.scaler
-        real.requires_grad_(config.penalty in ("r1", "r1-r2"))
-        fake.requires_grad_(config.penalty == "r1-r2")
-        real_scores, fake_scores = self.critic(real), self.critic(fake)
+        real.requires_grad_(config.penalty == "r1")
+        both = torch.cat((real, fake))
+        if config.penalty == "r1-r2":
+            both = both.detach().requires_grad_()
+        scores = self.critic(both)
+        real_scores, fake_scores = scores.chunk(2)
         values = {
             "loss": losses.discriminator_loss(real_scores, fake_scores, config.loss),
             "real": real_scores.detach().float().mean(),
@@ -208,10 +212,10 @@ class RecurrentGAN(GenerativeModel):
             return values
         if config.penalty == "gradient":
             penalty = losses.gradient_penalty(self.critic, real, fake, scaler=scaler)
-        else:
+        elif config.penalty == "r1":
             penalty = losses.r1_penalty(real_scores, real, scaler=scaler)
-        if config.penalty == "r1-r2":
-            penalty = penalty + losses.r2_penalty(fake_scores, fake, scaler=scaler)
+        else:  # the mean over both halves is half of what R1 and R2 are together
+            penalty = 2 * losses.r1_penalty(scores, both, scaler=scaler)
         return {**values, "loss": values["loss"] + config.penalty_weight * penalty, "penalty": penalty.detach()}
 
     @torch.no_grad()
