@@ -55,6 +55,7 @@ ENTRIES = (
     Entry("sagan", sample=("--n", "80"), show=CLASSES),
     Entry("attention-gan", show=DISTANCES),
     Entry("recurrent-gan", show=DISTANCES),
+    Entry("recurrent-gan", ("--data", "prose"), ("--n", "8"), name="recurrent-gan, text"),
     Entry("transgan", show=DISTANCES),
     Entry("stylegan", show=DISTANCES),
     Entry("cyclegan"),
@@ -122,17 +123,14 @@ def run(entry: Entry) -> dict:
 
 def exhibits(entry: Entry, folder: Path) -> dict:
     """Samples as a picture in docs/models, or as an excerpt in the record."""
-    from fastgen.models import MODELS
-
     shown = str(folder.relative_to(ROOT))
     PICTURES.mkdir(parents=True, exist_ok=True)
     picture = PICTURES / f"{slug(entry.key)}.png"
-    kind = MODELS[entry.model].kind
-    config = json.loads((folder / "model" / "config.json").read_text())
-    if kind == "text" or (kind == "sequences" and "vocabulary" in config):
+    suffix = min(file.suffix for file in (folder / "samples").iterdir())
+    if suffix == ".txt":
         text, _ = fastgen("sample", shown, *entry.sample)
         return {"excerpt": text.strip()[:EXCERPT], "sample": " ".join(entry.sample)}
-    if kind == "audio":
+    if suffix == ".wav":
         sound = folder / "samples.wav"
         fastgen("sample", shown, *entry.sample, "--out", str(sound))
         spectrogram(sound, picture)
