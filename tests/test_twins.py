@@ -1,4 +1,4 @@
-"""Models of the zoo against the same ones written with torch alone (benchmarks/twins): the same training, in rounding."""
+"""Models of the zoo against the same ones written with torch alone (benchmarks/twins): the same training."""
 
 from __future__ import annotations
 

@@ -98,14 +98,14 @@ def judge(
     penalty is that of their mean.
 
     Args:
-        discriminator: images (B, C, S, S) -> scores (B, ...). real, fake: images in [-1, 1], without history.
+        discriminator: images (B, C, S, S) -> scores (B, ...). real, fake: images in [-1, 1].
     """
     penalised = config.penalised(moment.step)
 
     def mean_scores(images: Tensor) -> Tensor:
         return _of_image(discriminator(images))
 
-    if penalised and config.penalty == "r1":
+    if penalised and config.penalty == "r1" and not real.requires_grad:
         real = real.detach().requires_grad_()
     with torch.compiler.set_stance("force_eager") if penalised else nullcontext():
         real_scores, fake_scores = discriminator(real), discriminator(fake)

@@ -120,6 +120,11 @@ def check_images(images: Tensor, config: Any) -> None:
     require_shape("images", images, expected, "(B, C, S, S)")
 
 
+def widened(x: Tensor) -> Tensor:
+    """float32 at least, whatever autocast chose."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def dense(inputs: int, width: int, depth: int, outputs: int) -> nn.Sequential:
     """``depth`` layers of ``width`` units with LayerNorm and SiLU, and a linear one."""
     sizes = [inputs, *[width] * depth]
@@ -186,8 +191,8 @@ class DenseVAE(GenerativeModel):
         return count
 
     def _as_map(self, parameters: Tensor) -> Tensor:
-        """What a dense decoder gave, as a map of pixels, float32 at least whatever autocast chose."""
-        wide = parameters.to(torch.promote_types(parameters.dtype, torch.float32))
+        """What a dense decoder gave, as a map of pixels, float32 at least."""
+        wide = widened(parameters)
         size: int = self.config.image_size
         return wide.view(len(wide), -1, size, size)
 

@@ -36,7 +36,7 @@ from fastgen.models._likelihoods import (
     pixels_mean,
 )
 from fastgen.models._residual import ResidualBlock
-from fastgen.models._vae import Bound, VAEConfigBase, above_each_other, check_images, normal_noise, sampled
+from fastgen.models._vae import Bound, VAEConfigBase, above_each_other, check_images, normal_noise, sampled, widened
 from fastgen.nn import AttentionBlock2d
 
 __all__ = [
@@ -255,9 +255,9 @@ class ConvVAE(GenerativeModel):
         return features
 
     def _decode(self, canvas: Tensor, details: Tensor) -> Tensor:
-        """Parameters of the pixels' distribution, float32 whatever autocast chose."""
+        """Parameters of the pixels' distribution, float32 at least whatever autocast chose."""
         parameters: Tensor = self.decoder(canvas + self.add_details(details))
-        return parameters.float()
+        return widened(parameters)
 
     def _log_prob(self, parameters: Tensor, images: Tensor) -> Tensor:
         return pixels_log_prob(parameters, images, self.config.likelihood, self.config.levels)

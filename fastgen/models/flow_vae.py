@@ -27,7 +27,7 @@ from fastgen import functional
 from fastgen._checks import require_choice, require_positive
 from fastgen.models._base import Batch, Images, NoOptions, option
 from fastgen.models._likelihoods import log_normal, log_standard_normal
-from fastgen.models._vae import Bound, DenseVAE, DenseVAEConfig, check_images, dense, normal_noise
+from fastgen.models._vae import Bound, DenseVAE, DenseVAEConfig, check_images, dense, normal_noise, widened
 
 Flow = Literal["inverse-autoregressive", "planar"]
 
@@ -179,7 +179,7 @@ class FlowVAE(DenseVAE):
         """mu and logvar of z_0, (B, latent_dim) each, and what the flows are told."""
         config = self.config
         check_images(images, config)
-        parts = self.encoder(2 * images.flatten(1) - 1).float()
+        parts = widened(self.encoder(2 * images.flatten(1) - 1))
         mu, logvar, told = parts.split((config.latent_dim, config.latent_dim, config.told), dim=1)
         return mu, logvar, told
 

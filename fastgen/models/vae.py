@@ -30,6 +30,7 @@ from fastgen.models._vae import (
     dense,
     normal_noise,
     sampled,
+    widened,
 )
 
 
@@ -96,5 +97,5 @@ class VAE(DenseVAE):
     def _posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """mu and logvar of z, (B, latent_dim) each."""
         check_images(images, self.config)
-        mu, logvar = self.encoder(2 * images.flatten(1) - 1).float().chunk(2, dim=1)
+        mu, logvar = widened(self.encoder(2 * images.flatten(1) - 1)).chunk(2, dim=1)
         return mu, logvar
