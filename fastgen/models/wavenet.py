@@ -1,15 +1,20 @@
 """Sound, sample by sample.
 
 Van den Oord et al., "WaveNet: a generative model for raw audio" (2016): each sample is one of 256 levels, spaced by the
-mu-law (ITU-T G.711), and its probability depends on the samples before it by convolutions whose dilation doubles from
-layer to layer:
+mu-law, and its probability depends on the samples before it by convolutions whose dilation doubles from layer to layer:
 
-    samples before -> embedding -> layers -> sum of the layers' skips -> [ReLU, linear] twice -> 256 logits
+    samples before -> embedding + convolution -> layers -> sum of the layers' skips -> [ReLU, linear] twice -> numbers
     layer: x_t, x_{t - dilation} -> tanh(.) * sigmoid(.) -> skip, and x + (.) for the next layer
 
-Before the first sample there is nothing: zeros, in every layer. The loss is the cross-entropy in nats per sample. A
-layer needs just one value from ``dilation`` samples ago, which sound as it is drawn keeps in a ring (Le Paine et al.,
-"Fast WaveNet generation algorithm", 2016).
+The numbers are 256 logits, or a mixture of logistic distributions whose probability a level's interval has; their
+centre is then a linear prediction of the sample from the last ones, with coefficients that are among the numbers (Hwang
+et al., "LP-WaveNet: linear prediction-based WaveNet speech synthesis", 2018): sound that goes on as it was needs no
+more than coefficients that stay as they are. These and the convolution's weights are cosine transforms of what is
+learnt: neighbouring samples are so alike that steps along the samples themselves would hardly tell pitches apart.
+
+Before the first sample there is nothing: zeros, in every layer. The loss is the cross-entropy of the levels in nats per
+sample. Levels are in ``_mu_law.py``, how sound is drawn with one small step per sample in
+``_wavenet_layers.py``.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +30,23 @@ from torch import Tensor, nn
 
 from fastgen._checks import require_floating, require_positive, require_probability, require_shape, require_tensor
 from fastgen.models._base import Batch, GenerativeModel, Moment, Phase, Sounds, option
+from fastgen.models._mu_law import (
+    LARGEST,
+    LEVELS,
+    SMALLEST,
+    heights,
+    inverse_mu_law,
+    level_borders,
+    logistics_level_logits,
+    logistics_log_prob,
+    mu_law,
+)
 from fastgen.models._tokens import choose
+from fastgen.models._wavenet_layers import GatedLayer, LayerSteps, cosines
 
-LEVELS = 256
+Output = Literal["logistics", "levels"]
 SCORED = 1 << 16  # samples that are judged at once: their logits are 64 MiB
+COEFFICIENT = 0.1  # of the prediction, for a number of 1
 
 
 @dataclass(frozen=True)
@@ -39,16 +57,24 @@ class WaveNetConfig:
     length: int = option(8000, "samples of a sound", from_data=True)
     channels: int = option(32, "channels of a layer")
     skip_channels: int = option(64, "channels of the layers' sum")
-    cycle: int = option(8, "layers until the dilation is 1 again: 1, 2, 4, ...")
-    cycles: int = option(2, "times the dilations are gone through")
+    cycle: int = option(9, "layers until the dilation is 1 again: 1, 2, 4, ...")
+    cycles: int = option(1, "times the dilations are gone through")
+    reach: int = option(80, "samples that the first convolution and the linear prediction look at")
+    output: Output = option("logistics", "what says how likely a level is: a mixture of logistics, or 256 logits")
+    components: int = option(4, "logistics of a mixture")
     crop: int = option(1000, "samples of each sound that a step predicts; 0: all")
-    learning_rate: float = option(5e-3, "of AdamW")
+    learning_rate: float = option(4e-3, "of AdamW")
     beta1: float = option(0.9, "of AdamW")
     beta2: float = option(0.99, "of AdamW")
 
     def __post_init__(self) -> None:
-        for name in ("sample_rate", "length", "channels", "skip_channels", "cycle", "cycles"):
+        for name in (
+            *("sample_rate", "length", "channels", "skip_channels"),
+            *("cycle", "cycles", "reach", "components"),
+        ):
             require_positive(name, getattr(self, name))
+        if self.output not in get_args(Output):
+            raise ValueError(f"output: expected one of {', '.join(get_args(Output))}, got {self.output!r}")
         if self.cycle > 16:
             raise ValueError(f"cycle: expected at most 16, dilations up to 32768, got {self.cycle}")
         if isinstance(self.crop, bool) or not isinstance(self.crop, int) or self.crop < 0:
@@ -65,7 +91,7 @@ class WaveNetConfig:
     @property
     def field(self) -> int:
         """Samples that a prediction depends on."""
-        return 1 + sum(self.dilations)
+        return self.reach + sum(self.dilations)
 
 
 @dataclass(frozen=True)
@@ -79,51 +105,6 @@ class SoundOptions:
         for name in ("seconds", "temperature"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a finite number >= 0, got {getattr(self, name)}")
-
-
-def mu_law(audio: Tensor) -> Tensor:
-    """Levels (int64, 0 to 255) of samples in [-1, 1]: even steps of sign(x) log(1 + 255 |x|) / log 256."""
-    mu = LEVELS - 1
-    audio = audio.clamp(-1, 1)
-    compressed = audio.sign() * torch.log1p(mu * audio.abs()) / math.log1p(mu)
-    return ((compressed + 1) * (0.5 * mu) + 0.5).floor().long()
-
-
-def inverse_mu_law(levels: Tensor) -> Tensor:
-    """Samples in [-1, 1], float32, of levels."""
-    mu = LEVELS - 1
-    compressed = 2 * levels.float() / mu - 1
-    return compressed.sign() * torch.expm1(compressed.abs() * math.log1p(mu)) / mu
-
-
-class GatedLayer(nn.Module):
-    """A dilated causal convolution of two taps, its gate, and what becomes of it.
-
-    ``last``: nothing comes after it but the sum of the skips.
-    """
-
-    def __init__(self, config: WaveNetConfig, dilation: int, last: bool) -> None:
-        super().__init__()
-        self.dilation, self.channels = dilation, 0 if last else config.channels
-        self.taps = nn.Linear(2 * config.channels, 2 * config.channels)
-        self.out = nn.Linear(config.channels, self.channels + config.skip_channels)
-
-    def forward(self, x: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """x (B, N, channels) -> the same and the skip (B, ., skip_channels), of the last ``length`` samples.
-
-        Where x does not reach back far enough, there are zeros.
-        """
-        missing = max(0, length + self.dilation - x.size(1))
-        past = F.pad(x, (0, 0, missing, 0)) if missing else x
-        past = past[:, -length - self.dilation : -self.dilation]
-        return self.step(past, x[:, -length:])
-
-    def step(self, past: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
-        """Of samples (..., channels) and those ``dilation`` before."""
-        filtered, gate = self.taps(torch.cat((past, now), -1)).chunk(2, -1)
-        out: Tensor = self.out(filtered.tanh() * gate.sigmoid())
-        change, skip = out.split((self.channels, out.size(-1) - self.channels), -1)
-        return now + change if self.channels else now, skip
 
 
 class _Layers(nn.ModuleList):
@@ -146,26 +127,44 @@ class WaveNet(GenerativeModel):
     default_data = "tones"
     config_class, sampling_class = WaveNetConfig, SoundOptions
     train_defaults: ClassVar = {
-        "steps": 1500,
+        "steps": 2000,
         "batch_size": 4,
         "schedule": "cosine",
         "warmup": 50,
         "clip": 1.0,
         "average_decay": 0.998,
         "evaluate_every": 750,
-        "sample_every": 500,
+        "sample_every": 750,
     }
     config: WaveNetConfig
+    borders: Tensor
+    cosines: Tensor
 
     def __init__(self, config: WaveNetConfig) -> None:
         super().__init__(config)
         dilations = config.dilations
         self.embedding = nn.Embedding(LEVELS, config.channels)
-        self.number = nn.Linear(1, config.channels, bias=False)
+        self.front = nn.Linear(config.reach, config.channels, bias=False)
         last = len(dilations) - 1
         self.layers = _Layers(GatedLayer(config, dilation, i == last) for i, dilation in enumerate(dilations))
         self.hidden = nn.Linear(config.skip_channels, config.skip_channels)
-        self.logits = nn.Linear(config.skip_channels, LEVELS)
+        mixture = config.output == "logistics"
+        self.numbers = nn.Linear(config.skip_channels, config.reach + 3 * config.components if mixture else LEVELS)
+        self.register_buffer("borders", level_borders(), persistent=False)
+        self.register_buffer("cosines", cosines(config.reach), persistent=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Levels begin almost alike; a mixture about the sample before."""
+        config, numbers = self.config, self.numbers
+        nn.init.normal_(self.embedding.weight, std=0.05)
+        if config.output == "logistics":
+            with torch.no_grad():
+                numbers.weight.mul_(0.1)
+                numbers.bias.zero_()
+                _, offset, log_scale, _ = self._split(numbers.bias)
+                offset.copy_(torch.linspace(-1, 1, config.components))
+                log_scale.fill_(-4.0)
 
     def phases(self) -> tuple[Phase, ...]:
         config = self.config
@@ -187,7 +186,16 @@ class WaveNet(GenerativeModel):
         length = levels.size(-1) if length is None else length
         if levels.dim() != 2 or not 1 <= length <= levels.size(1):
             raise ValueError(f"levels: expected (B, N) with N at least length = {length}, got {tuple(levels.shape)}")
-        x = F.pad(self._embed(levels[:, :-1]), (0, 0, 1, 0))  # what comes before each sample
+        numbers = self._numbers(levels, length)
+        if self.config.output == "levels":
+            return numbers
+        mixture = self._mixture(numbers, self._before(inverse_mu_law(levels), length))
+        return logistics_level_logits(*mixture, self.borders)
+
+    def _numbers(self, levels: Tensor, length: int) -> Tensor:
+        """(B, length, .) for the last samples."""
+        x = F.pad(self.embedding(levels[:, :-1]), (0, 0, 1, 0))  # what comes before each sample
+        x = x + self.front(self._before(heights(levels), levels.size(1)) @ self.cosines.t())
         reach = sum(self.config.dilations)
         total: Tensor | None = None
         for layer in self.layers:
@@ -198,29 +206,49 @@ class WaveNet(GenerativeModel):
         assert total is not None
         return self._head(total)
 
-    def _embed(self, levels: Tensor) -> Tensor:
-        """A learned vector of each level, and one times its height: neighbouring levels begin alike."""
-        height = levels.to(self.number.weight.dtype) / (LEVELS / 2) - 1
-        x: Tensor = self.embedding(levels) + self.number(height[..., None])
-        return x
+    def _before(self, samples: Tensor, length: int) -> Tensor:
+        """The ``reach`` samples before each of the last ``length`` ones, (B, length, reach); zeros where none are."""
+        reach = self.config.reach
+        windows = F.pad(samples[:, :-1], (reach, 0)).unfold(1, reach, 1)
+        return windows[:, -length:].to(self.front.weight.dtype)
 
     def _head(self, total: Tensor) -> Tensor:
-        logits: Tensor = self.logits(self.hidden(total.relu()).relu())
-        return logits
+        numbers: Tensor = self.numbers(self.hidden(total.relu()).relu())
+        return numbers.to(torch.promote_types(numbers.dtype, torch.float32))  # whatever autocast chose
+
+    def _split(self, numbers: Tensor) -> tuple[Tensor, ...]:
+        """Coefficients of the prediction, and each component's offset, log of its scale and logit."""
+        parts: tuple[Tensor, ...] = numbers.split((self.config.reach, *(self.config.components,) * 3), -1)
+        return parts
+
+    def _mixture(self, numbers: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Centres, logs of scales and logits, given the samples before each. Offsets count in scales."""
+        coefficients, offset, log_scale, weight = self._split(numbers)
+        log_scale = log_scale.clamp(SMALLEST, LARGEST)
+        with torch.autocast(numbers.device.type, enabled=False):  # 8 bits would be too few for a prediction
+            coefficients = COEFFICIENT * (coefficients @ self.cosines.to(coefficients.dtype))
+        prediction = before[..., -1:] + (coefficients * before).sum(-1, keepdim=True)
+        return prediction + offset * log_scale.exp(), log_scale, weight
 
     def _nll(self, levels: Tensor, length: int) -> Tensor:
         """-log p of the last samples, (B, length), float32 whatever autocast chose."""
-        logits = self(levels, length)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        nll = F.cross_entropy(logits.flatten(0, 1), levels[:, -length:].flatten(), reduction="none")
-        return nll.view(-1, length)
+        numbers, wanted = self._numbers(levels, length), levels[:, -length:]
+        if self.config.output == "levels":
+            nll = F.cross_entropy(numbers.flatten(0, 1), wanted.flatten(), reduction="none")
+            return nll.view(-1, length)
+        mixture = self._mixture(numbers, self._before(inverse_mu_law(levels), length))
+        low, high = self.borders[wanted], self.borders[wanted + 1]
+        return -logistics_log_prob(*mixture, low, high)
 
     def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
-        """loss: nats per sample, over ``crop`` samples from a random one on, the same in all sounds."""
+        """loss: nats per sample, over ``crop`` samples from a random one on, the same in all sounds.
+
+        One that would begin before the sound begins with it, or else its first samples would hardly ever be learnt.
+        """
         audio = self._checked(batch["audio"])
         crop, total = self.config.crop or self.config.length, self.config.length
-        start = int(torch.randint(0, max(1, total - crop + 1), ()))
-        window = audio[:, max(0, start + 1 - self.config.field) : start + crop]
+        start = max(0, int(torch.randint(min(0, 1 - crop), max(1, total - crop + 1), ())))
+        window = audio[:, max(0, start - self.config.field) : start + crop]
         return {"loss": self._nll(mu_law(window), min(crop, total)).mean()}
 
     @torch.no_grad()
@@ -241,25 +269,30 @@ class WaveNet(GenerativeModel):
         """
         require_positive("n", n)
         length = max(1, round(options.seconds * self.config.sample_rate)) if options.seconds else self.config.length
-        rings = [self.embedding.weight.new_zeros(layer.dilation, n, self.config.channels) for layer in self.layers]
-        x = self.embedding.weight.new_zeros(n, self.config.channels)
-        levels = []
-        for time in range(length):
-            levels.append(choose(self._next_logits(x, time, rings), options.temperature, generator))
-            x = self._embed(levels[-1])
-        return Sounds(inverse_mu_law(torch.stack(levels, 1)), self.config.sample_rate)
+        with torch.autocast(self.device.type, enabled=False):
+            levels = self._draw(n, length, options.temperature, generator)
+        return Sounds(inverse_mu_law(levels), self.config.sample_rate)
 
-    def _next_logits(self, x: Tensor, time: int, rings: list[Tensor]) -> Tensor:
-        """(B, 256), of sample ``time``, given the one before it as x (B, channels) and the layers' past in rings."""
-        total: Tensor | None = None
-        for layer, ring in zip(self.layers, rings, strict=True):
-            place = ring[time % layer.dilation]
-            past = place.clone()
-            place.copy_(x)
-            x, skip = layer.step(past, x)
-            total = skip if total is None else total + skip
-        assert total is not None
-        return self._head(total)
+    def _draw(self, n: int, length: int, temperature: float, generator: torch.Generator | None) -> Tensor:
+        """(n, length) int64."""
+        config, weight = self.config, self.embedding.weight
+        steps = LayerSteps(list(self.layers), n)
+        every = torch.arange(LEVELS, device=weight.device)
+        height_of, sample_of = (of(every).to(weight.dtype) for of in (heights, inverse_mu_law))
+        seen, heard = (weight.new_zeros(n, config.reach + length) for _ in range(2))
+        front = (self.front.weight @ self.cosines).t().contiguous()
+        x = weight.new_zeros(n, config.channels)
+        levels = torch.empty(n, length, dtype=torch.int64, device=weight.device)
+        for time in range(length):
+            now = time + config.reach
+            logits = self._head(steps.step(torch.addmm(x, seen[:, time:now], front)))
+            if config.output == "logistics":
+                mixture = self._mixture(logits, heard[:, time:now])
+                logits = logistics_level_logits(*mixture, self.borders)
+            level = choose(logits, temperature, generator)
+            levels[:, time], seen[:, now], heard[:, now] = level, height_of[level], sample_of[level]
+            x = self.embedding(level)
+        return levels
 
     def _checked(self, audio: Tensor) -> Tensor:
         require_tensor("audio", audio)
