@@ -328,6 +328,16 @@ def test_stores_go_on_from_where_they_were() -> None:
     assert model.history_a.filled.all()
 
 
+def test_pix2pix_begins_by_passing_the_input_on() -> None:
+    for inputs, outputs in ((1, 3), (3, 3), (3, 1)):
+        model = small_model("pix2pix", input_channels=inputs, channels=outputs, dropout=0.0)
+        images = torch.rand(4, inputs, 16, 16, generator=seeded(1))
+        expected = images if inputs == outputs else images.mean(1, keepdim=True).expand(-1, outputs, -1, -1)
+        found = translated(model, {"inputs": images})
+        expected = 0.5 * torch.tanh(2 * expected - 1) + 0.5
+        assert (found - expected).abs().mean() < 0.25 * (expected - 0.5).abs().mean()
+
+
 def test_pix2pix_learns_to_invert_pictures() -> None:
     model = small_model("pix2pix", channels=1, l1_weight=10.0, generator_learning_rate=5e-3)
     inputs = (

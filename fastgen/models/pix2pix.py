@@ -8,8 +8,9 @@ of it beside its input:
     input, image -> scores of patches
 
 Noise enters as dropout in the coarse maps on the way up, also when images are drawn. Each map is normalised, but the
-first, the coarsest and the last. The last is joined with the input itself, unlike the paper's: at small sizes its
-detail is most of the image. The loss is ``adversarial_weight * game + l1_weight * |output - target|``.
+first, the coarsest and the last. The last is joined with the input itself, unlike the paper's, and the network begins
+by passing that on: detail of single pixels is much of a small image. The loss is
+``adversarial_weight * game + l1_weight * |output - target|``.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Pix2PixConfig(TranslationConfig):
     width: int = option(32, "channels of the generator at half the size; doubled at each halving, to 8 times at most")
     halvings: int = option(4, "times the generator halves the size")
     norm: Norm = option("batch", "of the generator's maps; instance: each image by itself")
+    generator_learning_rate: float = option(1e-3, "of the generator's AdamW")
     dropout: float = option(0.5, "probability of dropping, in the coarse maps on the way up; 0: no noise")
     l1_weight: float = option(100.0, "of the mean absolute difference, in pixels from -1 to 1")
     adversarial_weight: float = option(1.0, "of the game, in the generator's loss")
@@ -73,7 +75,7 @@ class UNet(nn.Module):
 
     def __init__(self, config: Pix2PixConfig) -> None:
         super().__init__()
-        widths = config.widths
+        widths, self.inputs = config.widths, config.input_channels
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         self.down_norms, self.up_norms = nn.ModuleList(), nn.ModuleList()
         for i, (before, after) in enumerate(zip([config.input_channels, *widths], widths, strict=False)):
@@ -86,6 +88,12 @@ class UNet(nn.Module):
             self.up.append(nn.ConvTranspose2d(before * (1 if i == 0 else 2), after, 4, 2, 1, bias=last))
             self.up_norms.append(nn.Identity() if last else _norm(config.norm, after))
         self.image = nn.Conv2d(widths[0] + config.input_channels, config.channels, 3, padding=1)
+
+    @torch.no_grad()
+    def pass_input_on(self) -> None:
+        """The output begins near tanh(input), or of its channels' mean where the output has another number."""
+        middle = self.image.weight[:, -self.inputs :, 1, 1]
+        middle += torch.eye(self.inputs) if len(middle) == self.inputs else 1 / self.inputs
 
     def forward(self, images: Tensor, factors: Sequence[Tensor]) -> Tensor:
         x, seen = images, []
@@ -118,7 +126,7 @@ class Pix2Pix(Translator):
     name, summary, kind = "pix2pix", "translates images into others, learnt from pairs", "pairs"
     default_data = "photos"
     config_class, sampling_class = Pix2PixConfig, NoOptions
-    train_defaults: ClassVar = {"epochs": 5.0, "batch_size": 16, "schedule": "linear", "average_decay": 0.99}
+    train_defaults: ClassVar = {"epochs": 3.0, "batch_size": 16, "schedule": "linear", "average_decay": 0.99}
     generators = averaged = ("generator",)
     discriminators = ("discriminator",)
     config: Pix2PixConfig
@@ -128,6 +136,7 @@ class Pix2Pix(Translator):
         self.generator = UNet(config)
         self.discriminator = PatchDiscriminator(config, config.input_channels + config.channels)
         self.apply(initialise)
+        self.generator.pass_input_on()
 
     def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
         """What ``phase`` minimises; mean scores of "real" and "fake" pairs, "l1" as in ``score``, the "penalty"."""
