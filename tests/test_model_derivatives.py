@@ -20,26 +20,26 @@ NOW = Moment(1, 1)
 B = 3
 GAN = {"image_size": 8, "latent_dim": 3, "penalty": "r1"}
 CASES = {
-    # model: options, the phase that is differentiated, weights (by the beginning of their names)
-    "gan": (GAN | {"width": 6, "depth": 2}, "discriminator", ""),
-    "cgan": (GAN | {"width": 6, "depth": 2, "classes": 2}, "discriminator", ""),
-    "dcgan": (GAN | {"width": 2}, "discriminator", ""),
-    "cdcgan": (GAN | {"width": 2, "classes": 2}, "discriminator", ""),
-    "sagan": (GAN | {"width": 4, "classes": 2}, "discriminator", ""),
-    "attention-gan": (GAN | {"width": 2, "gate_width": 2}, "discriminator", ""),
-    "recurrent-gan": ({"generator_width": 4, "critic_width": 3, "noise_dim": 2, "penalty": "r1"}, "critic", ""),
-    "stylegan": ({"image_size": 8, "latent_dim": 3, "width": 4, "style_dim": 4, "penalty": "r1", "penalty_every": 1}, "discriminator", ""),
-    "transgan": ({"image_size": 8, "latent_dim": 3, "width": 8, "num_heads": 2, "penalty": "r1", "penalty_every": 1}, "discriminator", ""),
-    "vae": ({"width": 6, "latent_dim": 2}, "model", ""),
-    "conv-vae": ({"image_size": 4, "width": 2, "hidden_dim": 4, "latent_dim": 2, "attention": True}, "model", ""),
-    "cvae": ({"width": 6, "latent_dim": 2, "classes": 2}, "model", ""),
-    "flow-vae": ({"width": 6, "latent_dim": 3, "flow_width": 4, "context_dim": 2, "flows": 2}, "model", ""),
+    # model: options, and the beginning of the names of the weights; default those of the first phase
+    "gan": (GAN | {"width": 6, "depth": 2}, ""),
+    "cgan": (GAN | {"width": 6, "depth": 2, "classes": 2}, ""),
+    "dcgan": (GAN | {"width": 2}, ""),
+    "cdcgan": (GAN | {"width": 2, "classes": 2}, ""),
+    "sagan": (GAN | {"width": 4, "classes": 2}, ""),
+    "attention-gan": (GAN | {"width": 2, "gate_width": 2}, ""),
+    "recurrent-gan": ({"generator_width": 4, "critic_width": 3, "noise_dim": 2, "penalty": "r1"}, ""),
+    "stylegan": (GAN | {"width": 4, "style_dim": 4, "penalty_every": 1}, ""),
+    "transgan": (GAN | {"width": 8, "num_heads": 2, "penalty_every": 1}, ""),
+    "vae": ({"width": 6, "latent_dim": 2}, ""),
+    "conv-vae": ({"image_size": 4, "width": 2, "hidden_dim": 4, "latent_dim": 2, "attention": True}, ""),
+    "cvae": ({"width": 6, "latent_dim": 2, "classes": 2}, ""),
+    "flow-vae": ({"width": 6, "latent_dim": 3, "flow_width": 4, "context_dim": 2, "flows": 2}, ""),
     # The gradient passes straight through its quantiser: of the encoder it is none of the loss.
-    "vq-vae": ({"width": 4}, "autoencoder", "autoencoder.decoder"),
-    "transformer-lm": ({"vocabulary": "abc", "context": 4, "width": 8, "heads": 2, "depth": 1}, "text", ""),
-    "seq2seq": ({"vocabulary": "ab", "source_length": 5, "target_length": 4, "width": 8, "heads": 2}, "target", ""),
-    "image-transformer": ({"image_size": 4, "levels": 4, "width": 8, "heads": 2, "depth": 1}, "", ""),
-    "wavenet": ({"sample_rate": 100, "length": 40, "channels": 4, "skip_channels": 4, "cycle": 2, "crop": 8}, "sound", ""),
+    "vq-vae": ({"width": 4}, "autoencoder.decoder"),
+    "transformer-lm": ({"vocabulary": "abc", "context": 4, "width": 8, "heads": 2, "depth": 1}, ""),
+    "seq2seq": ({"vocabulary": "ab", "source_length": 5, "target_length": 4, "width": 8, "heads": 2}, ""),
+    "image-transformer": ({"image_size": 4, "levels": 4, "width": 8, "heads": 2, "depth": 1}, ""),
+    "wavenet": ({"sample_rate": 100, "length": 40, "channels": 4, "skip_channels": 4, "cycle": 2, "crop": 8}, ""),
 }  # fmt: skip
 LATER = {"cyclegan", "pix2pix", "stylegan", "transgan"}
 REFUSED = {("recurrent-gan", "forward"): r"call Tensor\.requires_grad_\(\)"}
@@ -49,13 +49,13 @@ REFUSED = {("recurrent-gan", "forward"): r"call Tensor\.requires_grad_\(\)"}
 class Loss(nn.Module):
     def __init__(self, name: str, penalised: bool) -> None:
         super().__init__()
-        options, self.phase, _ = CASES[name]
+        options, _ = CASES[name]
         options = options if penalised or "penalty" not in options else {**options, "penalty": "none"}
         torch.manual_seed(0)
         self.model = MODELS[name](MODELS[name].config_class(**options)).double()
         self.model.train(name != "sagan")  # whose power iterations, in training, PyTorch does not differentiate
         config = self.model.config
-        self.phase = self.phase or self.model.phases()[0].name
+        self.phase = self.model.phases()[0]
         size, channels = getattr(config, "image_size", 1), getattr(config, "channels", 1)
         levels = getattr(config, "levels", 0) or 17
         self.batch = {
@@ -70,17 +70,16 @@ class Loss(nn.Module):
     def forward(self) -> Tensor:
         torch.manual_seed(1)
         with torch.random.fork_rng():
-            return self.model.loss(self.phase, dict(self.batch), NOW)["loss"]
+            return self.model.loss(self.phase.name, dict(self.batch), NOW)["loss"]
 
 
 def loss_of(name: str, penalised: bool):
     """The loss as a function of weights, and those weights and a direction for each."""
     module = Loss(name, penalised)
-    phase = next(phase for phase in module.model.phases() if phase.name == module.phase)
     chosen = {
         key: weight.detach() + 0.1 * torch.randn_like(weight)
         for key, weight in module.named_parameters()
-        if key.removeprefix("model.").startswith(CASES[name][2] or phase.networks or "")
+        if key.removeprefix("model.").startswith(CASES[name][1] or module.phase.networks or "")
     }
     module.requires_grad_(False)
 
