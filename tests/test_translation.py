@@ -256,7 +256,7 @@ def test_a_saved_model_comes_back(name: str, tmp_path) -> None:
     assert torch.equal(translated(loaded, a_batch(model)), translated(model, a_batch(model)))
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", ["cyclegan, no identity", "pix2pix"])
 def test_networks_compile_without_breaks(name: str) -> None:
     """Also where a penalty takes its own steps out of the compiled code."""
     options = {"penalty": "r1", "penalty_every": 2}
