@@ -164,7 +164,7 @@ class RecurrentGAN(GenerativeModel):
     kinds = get_args(Sequence)
     default_data = "digits"
     config_class = RecurrentGANConfig
-    train_defaults: ClassVar = {"steps": 4000, "batch_size": 64, "average_decay": 0.998}
+    train_defaults: ClassVar = {"steps": 2600, "batch_size": 64, "average_decay": 0.998}
     averaged = ("generator",)
     config: RecurrentGANConfig
 

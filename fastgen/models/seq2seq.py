@@ -98,7 +98,7 @@ class Seq2Seq(GenerativeModel):
     default_data = "reversal"
     config_class, sampling_class = Seq2SeqConfig, DecodingOptions
     train_defaults: ClassVar = {
-        "steps": 1200,
+        "steps": 1500,
         "batch_size": 128,
         "schedule": "cosine",
         "warmup": 100,
