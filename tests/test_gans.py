@@ -40,11 +40,11 @@ MODELS: dict[str, tuple[type[ImageGAN], dict[str, object]]] = {
         AttentionGAN,
         {"width": 4, "gate_width": 4, "gate_stride": 2, "gate_each_channel": True},
     ),
-    "stylegan": (StyleGAN, {"width": 8, "style_dim": 8, "mapping_depth": 2, "penalty_every": 1}),
+    "stylegan": (StyleGAN, {"width": 8, "style_dim": 8, "style_mixing": 0.5}),
     "stylegan, residual": (
         StyleGAN,
-        {"width": 8, "style_dim": 8, "output": "residual", "minibatch_std": False, "style_mixing": 0.0}
-        | {"penalty_every": 1, "path_length_every": 1},
+        {"width": 8, "style_dim": 8, "output": "residual", "minibatch_std": False}
+        | {"path_length_weight": 2.0, "path_length_every": 1},
     ),
     "transgan": (TransGAN, {"width": 8, "num_heads": 2, "generator_depth": 1, "penalty_every": 1}),
     "transgan, windows": (

@@ -197,7 +197,7 @@ def test_the_discriminator_sees_how_much_the_images_of_a_group_differ() -> None:
 
 def test_every_token_reaches_every_place_within_its_window_and_beyond_it_by_shifted_ones() -> None:
     torch.manual_seed(0)
-    model = TransGAN(TransGANConfig(image_size=16, width=4, num_heads=2, window=8, latent_dim=4))
+    model = TransGAN(TransGANConfig(image_size=16, width=4, generator_depth=2, latent_dim=4))
     windows = [(m.window_size[0], m.shift[0]) for m in model.generator.modules() if hasattr(m, "window_size")]
     assert windows == [(4, 0), (4, 2), (8, 0), (8, 4), (8, 0), (8, 4)]
     last = model.generator[-6:]  # positions, both blocks, norm, linear, tanh

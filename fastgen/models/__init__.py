@@ -31,13 +31,15 @@ from fastgen.models.pix2pix import Pix2Pix, Pix2PixConfig
 from fastgen.models.recurrent_gan import RecurrentGAN, RecurrentGANConfig
 from fastgen.models.sagan import SAGAN, SAGANConfig
 from fastgen.models.seq2seq import Seq2Seq, Seq2SeqConfig
+from fastgen.models.stylegan import StyleGAN, StyleGANConfig
 from fastgen.models.transformer_lm import TransformerLM, TransformerLMConfig
+from fastgen.models.transgan import TransGAN, TransGANConfig
 from fastgen.models.vae import VAE, VAEConfig
 from fastgen.models.vq_vae import VQVAE, VQVAEConfig
 from fastgen.models.wavenet import WaveNet, WaveNetConfig
 
 _ALL: tuple[type[GenerativeModel], ...] = (
-    *(GAN, CGAN, DCGAN, CDCGAN, SAGAN, AttentionGAN, RecurrentGAN),
+    *(GAN, CGAN, DCGAN, CDCGAN, SAGAN, AttentionGAN, StyleGAN, TransGAN, RecurrentGAN),
     *(CycleGAN, Pix2Pix),
     *(VAE, ConvVAE, CVAE, FlowVAE, VQVAE),
     *(TransformerLM, Seq2Seq, ImageTransformer, WaveNet),
@@ -88,7 +90,11 @@ __all__ = [
     "Seq2Seq",
     "Seq2SeqConfig",
     "Sounds",
+    "StyleGAN",
+    "StyleGANConfig",
     "Texts",
+    "TransGAN",
+    "TransGANConfig",
     "TransformerLM",
     "TransformerLMConfig",
     "VAEConfig",

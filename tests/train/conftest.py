@@ -28,6 +28,8 @@ TINY: dict[str, list[str]] = {
     "cdcgan": GAN,
     "sagan": ["--model.width", "8", "--model.latent-dim", "8", "--batch-size", "32"],
     "attention-gan": GAN,
+    "stylegan": ["--model.width", "4", "--model.style-dim", "8", "--batch-size", "16"],
+    "transgan": ["--model.width", "4", "--batch-size", "16"],
     "recurrent-gan": ["--model.generator-width", "8", "--model.critic-width", "8", "--batch-size", "8"],
     "cyclegan": ["--model.width", "4", "--model.blocks", "1", "--model.patch-width", "4", "--batch-size", "4"],
     "pix2pix": ["--model.width", "4", "--model.patch-width", "4", "--batch-size", "8"],
