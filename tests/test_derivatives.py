@@ -112,7 +112,9 @@ def language_case():
             x, weight, None, list(heads), list(head_dims), False,
             reference.HeadFinish(norms, 1e-6, rotary[0][None], rotary[1][None], 2),
         ),
-        "scaled_dot_product_attention": lambda *t, dropout_p, window: plain_attention(*t, window=window)[0],
+        "scaled_dot_product_attention": lambda *t, dropout_p, window: plain_attention(
+            *t, window=[-1 if reach is None else reach for reach in window]
+        )[0],
         "merge_heads_projection": lambda x, weight, *, residual: reference.merge_heads(
             x, weight, None, residual, None, False
         ),

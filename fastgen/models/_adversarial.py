@@ -106,7 +106,7 @@ def judge(
         return _of_image(discriminator(images))
 
     if penalised and config.penalty == "r1" and not real.requires_grad:
-        real = real.detach().requires_grad_()
+        real = real.view_as(real).requires_grad_()  # of its own, with the tangents that the images may have
     with torch.compiler.set_stance("force_eager") if penalised else nullcontext():
         real_scores, fake_scores = discriminator(real), discriminator(fake)
         loss = losses.discriminator_loss(real_scores, fake_scores, config.loss)
