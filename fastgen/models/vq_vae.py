@@ -38,7 +38,7 @@ class VQVAEConfig(AutoencoderConfig):
     """Sizes of a VQVAE and how it learns. ValueError names the field, what was expected and what came."""
 
     prior_width: int = option(128, "units of the prior")
-    prior_dropout: float = option(0.3, "of the prior: probability of dropping a number of a word, or of its state")
+    prior_dropout: float = option(0.5, "of the prior: probability of dropping a number of a word, or of its state")
     learning_rate: float = option(2e-3, "of the autoencoder's AdamW")
     prior_learning_rate: float = option(2e-3, "of the prior's AdamW")
     weight_decay: float = option(0.1, "of AdamW")
