@@ -365,6 +365,20 @@ def test_hugging_face_data_sets_serve_images_and_text(
         load(source, column="words")
 
 
+def test_a_text_beside_pictures_of_hugging_face_is_their_caption(tmp_path: Path) -> None:
+    source = str(tmp_path / "set.parquet")
+    hugging_face().rename_column("words", "text").to_parquet(source)
+    data = load(source)
+    vocabulary = data.facts["caption_vocabulary"]
+    spelt = [
+        "".join(vocabulary[i - 1] for i in row if i)
+        for part in data.splits()
+        for row in everything(part)["caption"].tolist()
+    ]
+    assert sorted(spelt) == sorted([f"line {i}" for i in range(23)] + [""])
+    assert load(source, image_size=4).facts["caption_length"] == len("line 22")
+
+
 def test_a_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
 
