@@ -336,7 +336,7 @@ class StyleGAN(ImageGAN):
     name = "stylegan"
     summary = "style-based GAN: modulated convolutions, noise at every layer, path length penalty"
     config_class, sampling_class = StyleGANConfig, StyleOptions
-    train_defaults: ClassVar = {"epochs": 100.0, "batch_size": 64, "average_decay": 0.998}
+    train_defaults: ClassVar = {"epochs": 165.0, "batch_size": 64, "average_decay": 0.998}
     config: StyleGANConfig
     generator: Generator
     path_length_mean: Tensor

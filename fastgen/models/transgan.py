@@ -41,7 +41,7 @@ POSITION_STD = 0.1
 class TransGANConfig(AdversarialConfig):
     """Sizes of a TransGAN and how it learns. ValueError names the field, what was expected and what came."""
 
-    penalty_weight: float = option(0.1, "what the penalty is multiplied by (gamma, lambda)")
+    penalty_weight: float = option(0.3, "what the penalty is multiplied by (gamma, lambda)")
     generator_learning_rate: float = option(1e-3, "of the generator's AdamW")
     discriminator_learning_rate: float = option(1e-3, "of the discriminator's AdamW")
     penalty_every: int = option(4, "steps from one penalty to the next; its weight is multiplied by as much")
@@ -198,7 +198,7 @@ class TransGAN(ImageGAN):
     name = "transgan"
     summary = "GAN of two Transformers: attention on grids of tokens, in windows where they are large"
     config_class, sampling_class = TransGANConfig, NoOptions
-    train_defaults: ClassVar = {"epochs": 90.0, "batch_size": 64, "average_decay": 0.998}
+    train_defaults: ClassVar = {"epochs": 100.0, "batch_size": 64, "average_decay": 0.998}
     config: TransGANConfig
 
     def __init__(self, config: TransGANConfig) -> None:
