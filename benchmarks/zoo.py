@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import wave
@@ -31,13 +32,18 @@ EXCERPT = 420
 
 @dataclass(frozen=True)
 class Entry:
-    """A model as it is trained for the page. show: figures of ``fastgen evaluate``, in order of importance."""
+    """A model as it is trained for the page.
+
+    show: figures of ``fastgen evaluate``, in order of importance. exhibit: the run's folder whose last picture stands on
+    the page, instead of one that ``fastgen sample`` draws.
+    """
 
     model: str
     train: tuple[str, ...] = ()
     sample: tuple[str, ...] = ("--n", "64")
     show: tuple[str, ...] = ()
     name: str = ""
+    exhibit: str = ""
 
     @property
     def key(self) -> str:
@@ -58,8 +64,8 @@ ENTRIES = (
     Entry("recurrent-gan", ("--data", "prose"), ("--n", "8"), name="recurrent-gan, text"),
     Entry("transgan", show=DISTANCES),
     Entry("stylegan", show=DISTANCES),
-    Entry("cyclegan"),
-    Entry("pix2pix"),
+    Entry("cyclegan", exhibit="a-b-a"),
+    Entry("pix2pix", show=("absolute error", "absolute error, input as it is"), exhibit="translations"),
     Entry("vae", show=BOUNDS),
     Entry("conv-vae", show=BOUNDS),
     Entry("cvae", sample=("--n", "80"), show=(*BOUNDS, "class agreement")),
@@ -75,6 +81,13 @@ ENTRIES = (
         sample=("--n", "80"),
         show=("negative log-likelihood", "bits per dimension", *CLASSES),
         name="image-transformer, conditional",
+    ),
+    Entry(
+        "image-transformer",
+        ("--model.captions", "true"),
+        sample=("--n", "80"),
+        show=("negative log-likelihood", "bits per dimension", *CLASSES),
+        name="image-transformer, captions",
     ),
     Entry("wavenet", sample=("--n", "4"), show=("nats per token",)),
 )
@@ -126,6 +139,9 @@ def exhibits(entry: Entry, folder: Path) -> dict:
     shown = str(folder.relative_to(ROOT))
     PICTURES.mkdir(parents=True, exist_ok=True)
     picture = PICTURES / f"{slug(entry.key)}.png"
+    if entry.exhibit:
+        shutil.copyfile(max((folder / entry.exhibit).glob("*.png")), picture)
+        return {"picture": picture.name, "sample": "--n 64"}
     suffix = min(file.suffix for file in (folder / "samples").iterdir())
     if suffix == ".txt":
         text, _ = fastgen("sample", shown, *entry.sample)
