@@ -34,7 +34,7 @@ EXCERPT = 420
 class Entry:
     """A model as it is trained for the page.
 
-    show: figures of ``fastgen evaluate``, in order of importance. exhibit: the run's folder whose last picture stands on
+    show: figures of ``fastgen evaluate``, in order of importance. exhibit: folder of the run whose last picture is on
     the page, instead of one that ``fastgen sample`` draws.
     """
 
