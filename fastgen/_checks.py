@@ -59,7 +59,7 @@ def require_positive(name: str, value: int) -> None:
 def require_count(name: str, value: int, least: int, meaning: str = "an integer") -> None:
     """An integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: expected {meaning} of at least {least}, got {value!r}")
+        raise ValueError(f"{name}: expected {meaning} >= {least}, got {value!r}")
 
 
 def require_choice(name: str, value: str, known: Sequence[str]) -> None:

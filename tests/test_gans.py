@@ -116,7 +116,7 @@ CONFIG_ERRORS = {
     "stylegan": ({"image_size": 18}, SIZE),
     "transgan": ({"image_size": 18}, SIZE),
     "sagan: width": ({"width": 0}, "width: expected a positive integer, got 0"),
-    "sagan: classes": ({"classes": -1}, "classes: expected a number >= 0, got -1"),
+    "sagan: classes": ({"classes": -1}, "classes: expected an integer >= 0, got -1"),
     "sagan: attention": (
         {"image_size": 20, "attention_size": 4},
         "attention_size: expected at least 5, .*of 20, got 4",

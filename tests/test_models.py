@@ -182,7 +182,7 @@ def test_other_sizes_are_refused(size: int) -> None:
         ({"latent_dim": 0}, "latent_dim: expected a positive integer, got 0"),
         ({"width": -3}, "width: expected a positive integer, got -3"),
         ({"channels": 1.5}, "channels: expected a positive integer, got 1.5"),
-        ({"levels": 1}, "levels: expected an integer of at least 2, got 1"),
+        ({"levels": 1}, "levels: expected an integer >= 2, got 1"),
         ({"likelihood": "poisson"}, "likelihood: expected one of .* got 'poisson'"),
         ({"free_bits": -1.0}, "free_bits: expected a number >= 0, got -1.0"),
         ({"beta": float("nan")}, "beta: expected a number >= 0, got nan"),

@@ -239,7 +239,7 @@ CONFIG_ERRORS = {
 OPTION_ERRORS = {
     "a source of bytes": ({"source": b"a"}, "source: expected a string, got bytes"),
     "no beams": ({"beams": 0}, "beams: expected a positive integer, got 0"),
-    "negative temperature": ({"temperature": -1.0}, "temperature: expected a finite number >= 0, got -1.0"),
+    "negative temperature": ({"temperature": -1.0}, "temperature: expected a number >= 0, got -1.0"),
     "temperature NaN": ({"temperature": math.nan}, "temperature: .*got nan"),
     "beams that are drawn": ({"beams": 2, "temperature": 1.0}, "beams: expected 1 with a temperature above 0, got 2"),
 }

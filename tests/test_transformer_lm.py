@@ -376,7 +376,7 @@ CONFIG_ERRORS = {
 OPTION_ERRORS = {
     "a prompt of bytes": ({"prompt": b"a"}, "prompt: expected a string, got bytes"),
     "no length": ({"length": 0}, "length: expected a positive integer, got 0"),
-    "negative temperature": ({"temperature": -1.0}, "temperature: expected a finite number >= 0, got -1.0"),
+    "negative temperature": ({"temperature": -1.0}, "temperature: expected a number >= 0, got -1.0"),
     "temperature NaN": ({"temperature": math.nan}, "temperature: .*got nan"),
     "negative top_k": ({"top_k": -1}, "top_k: expected an integer >= 0, got -1"),
     "top_p of 0": ({"top_p": 0.0}, r"top_p: expected a probability in \(0, 1\], got 0.0"),

@@ -256,7 +256,7 @@ def test_a_chain_of_flows_has_the_sum_of_their_determinants(which: str) -> None:
 CONFIG_ERRORS: dict[str, tuple[type, dict[str, Any], str]] = {
     "no latent": (VAEConfig, {"latent_dim": 0}, "latent_dim: expected a positive integer, got 0"),
     "a depth of True": (VAEConfig, {"depth": True}, "depth: expected a positive integer, got True"),
-    "one level": (VAEConfig, {"levels": 1}, "levels: expected an integer of at least 2, got 1"),
+    "one level": (VAEConfig, {"levels": 1}, "levels: expected an integer >= 2, got 1"),
     "bits of grey": (VAEConfig, {"likelihood": "bernoulli"}, "levels: expected 2 with likelihood 'bernoulli', got 17"),
     "an unknown likelihood": (VAEConfig, {"likelihood": "poisson"}, "likelihood: expected one of .*, got 'poisson'"),
     "a negative beta": (VAEConfig, {"beta": -1.0}, "beta: expected a number >= 0, got -1.0"),

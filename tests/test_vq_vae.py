@@ -226,7 +226,7 @@ CONFIG_ERRORS = {
     "an odd size": ({"image_size": 10}, "image_size: expected a multiple of 4, as halvings = 2, got 10"),
     "no halvings": ({"halvings": 0}, "halvings: expected a positive integer, got 0"),
     "one word": ({"codebook_size": 1}, "codebook_size: expected at least 2, got 1"),
-    "one level": ({"levels": 1}, "levels: expected an integer of at least 2, got 1"),
+    "one level": ({"levels": 1}, "levels: expected an integer >= 2, got 1"),
     "an unknown likelihood": ({"likelihood": "flat"}, "likelihood: expected one of .*, got 'flat'"),
     "a decay of 1": ({"codebook_decay": 1.0}, r"codebook_decay: expected a number in \[0, 1\), got 1.0"),
     "revival of all": ({"revive_below": 1.0}, r"revive_below: expected a number in \[0, 1\), got 1.0"),
@@ -255,7 +255,7 @@ def test_images_and_maps_that_do_not_fit_are_named() -> None:
         model.decode(torch.tensor([[[0, 7], [1, 1]]]))
     with pytest.raises(ValueError, match="n: expected a positive integer, got 0"):
         model.draw(0, CodeOptions())
-    with pytest.raises(ValueError, match="temperature: expected a finite number >= 0, got -1"):
+    with pytest.raises(ValueError, match="temperature: expected a number >= 0, got -1"):
         CodeOptions(temperature=-1)
 
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import losses
-from fastgen._checks import require_choice as require_choice
 from fastgen._checks import (
+    require_choice,
     require_floating,
     require_not_negative,
     require_positive,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastgen._checks import require_positive
+from fastgen._checks import require_not_negative, require_positive
 from fastgen.models._base import option
 from fastgen.models._tokens import END, PADDING, START, choose
 
@@ -26,8 +26,7 @@ class DecodingOptions:
         if not isinstance(self.source, str):
             raise ValueError(f"source: expected a string, got {type(self.source).__name__}")
         require_positive("beams", self.beams)
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature: expected a finite number >= 0, got {self.temperature}")
+        require_not_negative(temperature=self.temperature)
         if self.temperature and self.beams > 1:
             raise ValueError(f"beams: expected 1 with a temperature above 0, got {self.beams}")
 

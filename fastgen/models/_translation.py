@@ -5,16 +5,15 @@ Such a model has ``translate`` in place of ``draw``: there is nothing to draw wi
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fastgen._checks import require_floating, require_positive, require_shape, require_tensor
+from fastgen._checks import require_choice, require_floating, require_positive, require_shape, require_tensor
 from fastgen.losses.adversarial import AdversarialLoss
-from fastgen.models._adversarial import GameConfig, Layers, Penalty, require_choice
+from fastgen.models._adversarial import GameConfig, Layers, Penalty
 from fastgen.models._base import GenerativeModel, Images, Phase, option
 from fastgen.models._convolutions import SLOPE
 from fastgen.models._vae import above_each_other
@@ -53,12 +52,6 @@ class TranslationConfig(GameConfig):
                 f"image_size: expected at least {least}, as patch_halvings = {self.patch_halvings},"
                 f" got {self.image_size}"
             )
-
-    def require_weights(self, *names: str) -> None:
-        """ValueError where one is not a number >= 0."""
-        for name in names:
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
 
 
 class PatchDiscriminator(Layers):

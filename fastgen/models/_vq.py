@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen._checks import require_positive, require_shape, require_tensor
+from fastgen._checks import require_not_negative, require_positive, require_shape, require_tensor
 from fastgen.models._base import option
 from fastgen.models._likelihoods import Likelihood, check_likelihood, numbers_per_pixel, pixels_log_prob, pixels_mean
 from fastgen.models._residual import ResidualBlock
@@ -49,8 +48,7 @@ class AutoencoderConfig:
         for name in ("codebook_decay", "revive_below"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
-        if not 0 <= self.commitment < math.inf:
-            raise ValueError(f"commitment: expected a number >= 0, got {self.commitment}")
+        require_not_negative(commitment=self.commitment)
 
     @property
     def map_size(self) -> int:

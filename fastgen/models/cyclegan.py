@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import losses
-from fastgen.models._adversarial import Layers, judge, require_choice
+from fastgen._checks import require_choice, require_count, require_not_negative
+from fastgen.models._adversarial import Layers, judge
 from fastgen.models._base import Batch, Exhibit, Images, Moment, option
 from fastgen.models._convolutions import initialise
 from fastgen.models._translation import (
@@ -54,12 +55,9 @@ class CycleGANConfig(TranslationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_weights("cycle_weight", "identity_weight")
+        require_not_negative(cycle_weight=self.cycle_weight, identity_weight=self.identity_weight)
         for name in ("blocks", "history"):
-            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
-                raise ValueError(f"{name}: expected an integer, got {getattr(self, name)!r}")
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
+            require_count(name, getattr(self, name), 0)
         if self.image_size >> self.halvings < 2:
             raise ValueError(
                 f"image_size: expected at least {2 << self.halvings}, as halvings = {self.halvings},"

@@ -19,8 +19,8 @@ from typing import ClassVar, Literal, get_args
 
 from torch import nn
 
-from fastgen._checks import require_positive
-from fastgen.models._adversarial import AdversarialConfig, ImageGAN, Layers, require_choice
+from fastgen._checks import require_choice, require_positive
+from fastgen.models._adversarial import AdversarialConfig, ImageGAN, Layers
 from fastgen.models._base import NoOptions, option
 from fastgen.models._convolutions import ConvolutionalConfig, discriminator_score, initialise
 from fastgen.models._convolutions import discriminator_features as convolutional_features

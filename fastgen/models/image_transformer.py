@@ -27,7 +27,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen._checks import require_positive, require_probability, require_tensor
+from fastgen._checks import (
+    require_choice,
+    require_count,
+    require_not_negative,
+    require_positive,
+    require_positive_number,
+    require_probability,
+    require_tensor,
+)
 from fastgen.models._base import Batch, Exhibit, GenerativeModel, Images, Moment, Phase, option
 from fastgen.models._captions import caption_rows, check_captions
 from fastgen.models._classes import LabelOptions, check_labels, wanted_labels
@@ -76,14 +84,10 @@ class ImageTransformerConfig:
         for name in ("image_size", "channels", "width", "depth", "heads"):
             require_positive(name, getattr(self, name))
         for name in ("levels", "tones"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 2:
-                raise ValueError(f"{name}: expected an integer of at least 2, got {value!r}")
+            require_count(name, getattr(self, name), 2)
         object.__setattr__(self, "caption_examples", tuple(self.caption_examples))
         for name in ("codebook_size", "caption_length"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name}: expected an integer >= 0, got {value!r}")
+            require_count(name, getattr(self, name), 0)
         if self.codebook_size:
             _ = self.autoencoder
         if self.length > MOST_VALUES:
@@ -100,16 +104,12 @@ class ImageTransformerConfig:
             raise ValueError(f"conditional: expected false, as the data has {self.classes} classes, got true")
         if self.width % self.heads != 0 or self.width // self.heads % 2 != 0:
             raise ValueError(f"width: expected an even multiple of heads = {self.heads}, got {self.width}")
-        if isinstance(self.mlp_width, bool) or not isinstance(self.mlp_width, int) or self.mlp_width < 0:
-            raise ValueError(f"mlp_width: expected an integer >= 0, got {self.mlp_width!r}")
-        if self.activation not in get_args(Activation):
-            raise ValueError(f"activation: expected one of {', '.join(get_args(Activation))}, got {self.activation!r}")
+        require_count("mlp_width", self.mlp_width, 0)
+        require_choice("activation", self.activation, get_args(Activation))
         for name in ("dropout", "beta1", "beta2"):
             require_probability(name, getattr(self, name))
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay: expected a number >= 0, got {self.weight_decay}")
+        require_positive_number(learning_rate=self.learning_rate)
+        require_not_negative(weight_decay=self.weight_decay)
 
     @property
     def autoencoder(self) -> AutoencoderConfig:
@@ -162,8 +162,7 @@ class PixelOptions(LabelOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature: expected a finite number >= 0, got {self.temperature}")
+        require_not_negative(temperature=self.temperature)
 
 
 class ImageTransformer(GenerativeModel):

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen import losses
-from fastgen._checks import require_positive, require_probability
-from fastgen.models._adversarial import judge, require_choice
+from fastgen._checks import require_choice, require_not_negative, require_positive, require_probability
+from fastgen.models._adversarial import judge
 from fastgen.models._base import Batch, Exhibit, Images, Moment, NoOptions, option
 from fastgen.models._convolutions import SLOPE, initialise
 from fastgen.models._translation import PatchDiscriminator, TranslationConfig, Translator, difference, rows, to_pixels
@@ -55,7 +55,7 @@ class Pix2PixConfig(TranslationConfig):
         require_positive("input_channels", self.input_channels)
         require_choice("norm", self.norm, get_args(Norm))
         require_probability("dropout", self.dropout)
-        self.require_weights("l1_weight", "adversarial_weight")
+        require_not_negative(l1_weight=self.l1_weight, adversarial_weight=self.adversarial_weight)
 
     @property
     def widths(self) -> list[int]:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import ParametrizationList
 
-from fastgen._checks import require_positive
+from fastgen._checks import require_count, require_positive
 from fastgen.losses.adversarial import AdversarialLoss
 from fastgen.models._adversarial import AdversarialConfig
 from fastgen.models._base import option
@@ -61,8 +61,7 @@ class SAGANConfig(AdversarialConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive("width", self.width)
-        if isinstance(self.classes, bool) or not isinstance(self.classes, int) or self.classes < 0:
-            raise ValueError(f"classes: expected a number >= 0, got {self.classes!r}")
+        require_count("classes", self.classes, 0)
         coarse = self.image_size >> halvings(self.image_size)
         if self.attention_size < coarse:
             raise ValueError(

@@ -16,7 +16,6 @@ are written in ``_beams.py``.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,7 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen._checks import require_positive, require_probability, require_shape, require_tensor
+from fastgen._checks import (
+    require_count,
+    require_not_negative,
+    require_positive,
+    require_positive_number,
+    require_probability,
+    require_shape,
+    require_tensor,
+)
 from fastgen.models._base import Batch, Exhibit, GenerativeModel, Moment, Phase, Texts, option
 from fastgen.models._beams import DecodingOptions, search
 from fastgen.models._encoder_decoder import BlockCache, DecoderBlock, EncoderBlock, Tables
@@ -62,14 +69,11 @@ class Seq2SeqConfig:
             require_positive(name, getattr(self, name))
         if self.width % self.heads != 0 or self.width // self.heads % 2 != 0:
             raise ValueError(f"width: expected an even multiple of heads = {self.heads}, got {self.width}")
-        if isinstance(self.mlp_width, bool) or not isinstance(self.mlp_width, int) or self.mlp_width < 0:
-            raise ValueError(f"mlp_width: expected an integer >= 0, got {self.mlp_width!r}")
+        require_count("mlp_width", self.mlp_width, 0)
         for name in ("dropout", "beta1", "beta2"):
             require_probability(name, getattr(self, name))
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay: expected a number >= 0, got {self.weight_decay}")
+        require_positive_number(learning_rate=self.learning_rate)
+        require_not_negative(weight_decay=self.weight_decay)
 
     @property
     def head_dim(self) -> int:

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen import losses
-from fastgen._checks import require_positive
-from fastgen.models._adversarial import AdversarialConfig, ImageGAN, require_choice
+from fastgen._checks import require_choice, require_not_negative, require_positive, require_positive_number
+from fastgen.models._adversarial import AdversarialConfig, ImageGAN
 from fastgen.models._base import Batch, Exhibit, Images, Moment, option
 from fastgen.models._convolutions import SLOPE, feature_sizes
 
@@ -67,12 +67,10 @@ class StyleGANConfig(AdversarialConfig):
             require_positive(name, getattr(self, name))
         feature_sizes(self.image_size)
         require_choice("output", self.output, get_args(Output))
-        if not 0 < self.mapping_rate < math.inf:
-            raise ValueError(f"mapping_rate: expected a positive number, got {self.mapping_rate}")
+        require_positive_number(mapping_rate=self.mapping_rate)
         if not 0 <= self.style_mixing <= 1:
             raise ValueError(f"style_mixing: expected a probability in [0, 1], got {self.style_mixing}")
-        if not 0 <= self.path_length_weight < math.inf:
-            raise ValueError(f"path_length_weight: expected a number >= 0, got {self.path_length_weight}")
+        require_not_negative(path_length_weight=self.path_length_weight)
 
     @property
     def sizes(self) -> list[int]:

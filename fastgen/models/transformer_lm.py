@@ -25,7 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen._checks import require_positive, require_probability, require_shape, require_tensor
+from fastgen._checks import (
+    require_choice,
+    require_count,
+    require_not_negative,
+    require_positive,
+    require_probability,
+    require_shape,
+    require_tensor,
+)
 from fastgen._vocabulary import Vocabulary, checked_vocabulary, tokenise
 from fastgen.models._base import Batch, GenerativeModel, Moment, Phase, Texts, option
 from fastgen.models._decoder import DecoderBlock, Past, Tables, drawing, initialise_decoder
@@ -67,17 +75,13 @@ class TransformerLMConfig:
         if self.width % self.heads != 0 or self.width // self.heads % 2 != 0:
             raise ValueError(f"width: expected an even multiple of heads = {self.heads}, got {self.width}")
         for name in ("window", "mlp_width"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name}: expected an integer >= 0, got {value!r}")
+            require_count(name, getattr(self, name), 0)
         if self.window and self.segments > 1:
             raise ValueError(f"window: expected 0 with segments = {self.segments}, got {self.window}")
-        if self.activation not in get_args(Activation):
-            raise ValueError(f"activation: expected one of {', '.join(get_args(Activation))}, got {self.activation!r}")
+        require_choice("activation", self.activation, get_args(Activation))
         for name in ("dropout", "beta1", "beta2"):
             require_probability(name, getattr(self, name))
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay: expected a number >= 0, got {self.weight_decay}")
+        require_not_negative(weight_decay=self.weight_decay)
 
     @property
     def head_dim(self) -> int:
@@ -120,10 +124,8 @@ class TextOptions:
         if not isinstance(self.prompt, str):
             raise ValueError(f"prompt: expected a string, got {type(self.prompt).__name__}")
         require_positive("length", self.length)
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature: expected a finite number >= 0, got {self.temperature}")
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
-            raise ValueError(f"top_k: expected an integer >= 0, got {self.top_k!r}")
+        require_not_negative(temperature=self.temperature)
+        require_count("top_k", self.top_k, 0)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected a probability in (0, 1], got {self.top_p}")
 

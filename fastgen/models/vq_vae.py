@@ -17,7 +17,6 @@ log p(images), in nats, like that of any variational autoencoder.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen._checks import require_positive, require_probability
+from fastgen._checks import require_not_negative, require_positive, require_positive_number, require_probability
 from fastgen.models._base import Batch, Exhibit, GenerativeModel, Images, Moment, Phase, option
 from fastgen.models._tokens import choose
 from fastgen.models._vae import above_each_other
@@ -47,11 +46,8 @@ class VQVAEConfig(AutoencoderConfig):
         super().__post_init__()
         require_positive("prior_width", self.prior_width)
         require_probability("prior_dropout", self.prior_dropout)
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay: expected a number >= 0, got {self.weight_decay}")
-        for name in ("learning_rate", "prior_learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        require_not_negative(weight_decay=self.weight_decay)
+        require_positive_number(learning_rate=self.learning_rate, prior_learning_rate=self.prior_learning_rate)
 
 
 @dataclass(frozen=True)
@@ -61,8 +57,7 @@ class CodeOptions:
     temperature: float = option(1.0, "divides the prior's logits; 0: always the likeliest word")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature: expected a finite number >= 0, got {self.temperature}")
+        require_not_negative(temperature=self.temperature)
 
 
 class Prior(nn.Module):
