@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import wave
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +14,28 @@ from torch import Tensor
 from fastgen.data._base import Dataset, Items, TensorItems, digest
 from fastgen.data.splitting import HELD_OUT, at_least, hold_out, hold_out_groups
 
-TONES, TONE_RATE = 1000, 8000
+TONES, TONE_RATE = 4000, 8000
+BLOCK = 80  # samples
 FORMATS = {3: "floats", 6: "A-law", 7: "mu-law", 65534: "the extensible format"}
+
+
+class Instrument(NamedTuple):
+    """Strengths and phases (in periods) of eight harmonics; seconds in which a tone rises, and falls to 1/e of it."""
+
+    strengths: tuple[float, ...]
+    phases: tuple[float, ...]
+    rise: tuple[float, float]
+    fall: tuple[float, float]
+
+
+STRING, PIPE = ((0.005, 0.02), (0.2, 0.6)), ((0.02, 0.05), (0.6, 2.0))
+INSTRUMENTS = (
+    Instrument((1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08), (0.0,) * 8, *STRING),
+    Instrument((0.6, 1.0, 0.3, 0.5, 0.1, 0.2, 0.05, 0.1), (0.0, 0.3, 0.6, 0.1, 0.8, 0.4, 0.2, 0.7), *STRING),
+    Instrument((1.0, 0.3, 0.1, 0.03, 0.01, 0.0, 0.0, 0.0), (0.0, 0.25, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), *PIPE),
+    Instrument((1.0, 0.05, 0.6, 0.05, 0.4, 0.05, 0.2, 0.05), (0.0, 0.2, 0.5, 0.4, 0.0, 0.1, 0.5, 0.3), *PIPE),
+)
+"""Two strings, of which the second has strong even harmonics, a flute, and a reed whose harmonics are odd."""
 
 
 def audio_dataset(name: str, waves: Tensor, rate: int, train: Tensor, held: Tensor, scale: float | None) -> Dataset:
@@ -29,10 +50,12 @@ def audio_dataset(name: str, waves: Tensor, rate: int, train: Tensor, held: Tens
 
 
 def tones(items: int, every: int, seconds: float) -> Dataset:
-    """Plucked and blown tones of 24 pitches from 110 Hz up, a semitone apart, 8000 samples a second.
+    """Tones of four instruments and 24 pitches from 110 Hz up, a semitone apart, 8000 samples a second.
 
-    Each is a sum of up to eight harmonics below 4000 Hz, of random strengths and phases, that rises within 5 to 50 ms
-    and dies away within 0.1 to 1 s. The loudest sample is 0.4 to 0.9; 16 bits.
+    A tone is the sum of those of eight harmonics that lie below 4000 Hz. Strengths and phases are the instrument's
+    (``INSTRUMENTS``), so that there are timbres to learn; each strength varies by a tenth, and the sound begins
+    anywhere in the period. Strings rise within 5 to 20 ms and die away within 0.2 to 0.6 s, pipes rise within 20 to
+    50 ms and die away within 0.6 to 2 s. The loudest sample is 0.4 to 0.9; 16 bits.
     """
     n, length = items or TONES, _samples(seconds, TONE_RATE)
     at_least("tones", n)
@@ -41,22 +64,35 @@ def tones(items: int, every: int, seconds: float) -> Dataset:
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(*shape, generator=generator, dtype=torch.float64)
 
-    pitch = 110 * 2 ** (torch.randint(0, 24, (n, 1), generator=generator).double() / 12)
-    rise, fall, loudness = uniform(0.005, 0.05, n, 1), uniform(0.1, 1.0, n, 1), uniform(0.4, 0.9, n, 1)
-    harmonic = torch.arange(1, 9)
-    strength = uniform(0.3, 0.9, n, 1) ** (harmonic - 1) * uniform(0.3, 1.0, n, 8)
-    strength = torch.where(pitch * harmonic < TONE_RATE / 2, strength, 0.0)
-    phasors = torch.polar(strength, 2 * math.pi * uniform(0, 1, n, 8))
-    time = torch.arange(length, dtype=torch.float64) / TONE_RATE
+    def within(ranges: list[tuple[float, float]]) -> Tensor:
+        low, high = torch.tensor(ranges, dtype=torch.float64)[instrument].split(1, 1)
+        return torch.lerp(low, high, uniform(0, 1, n, 1))
+
+    semitone, instrument = (torch.randint(0, many, (n,), generator=generator) for many in (24, len(INSTRUMENTS)))
+    rise, fall = within([found.rise for found in INSTRUMENTS]), within([found.fall for found in INSTRUMENTS])
+    loudness, harmonic = uniform(0.4, 0.9, n, 1), torch.arange(1, 9)
+    strength = torch.tensor([found.strengths for found in INSTRUMENTS], dtype=torch.float64)[instrument]
+    phase = torch.tensor([found.phases for found in INSTRUMENTS], dtype=torch.float64)[instrument]
+    phase = 2 * math.pi * (phase + harmonic * uniform(0, 1, n, 1))
+    strength = strength * uniform(0.9, 1.1, n, 8)
+
+    start = torch.arange(0, length, BLOCK, dtype=torch.float64)[:, None] / TONE_RATE
+    step = torch.arange(BLOCK, dtype=torch.float64) / TONE_RATE
+    time = (start + step).flatten()[:length]
     waves = torch.empty(n, length, dtype=torch.int16)
-    for part in torch.arange(n).split(64):
-        turn = torch.polar(torch.ones(()).double(), 2 * math.pi * pitch[part] * time)
-        total = torch.zeros_like(turn)
-        for k in reversed(range(8)):  # sum over k of phasor_k turn^k, by Horner's rule
-            total = (total + phasors[part, k, None]) * turn
-        sound = total.imag * (time / rise[part]).clamp(max=1) * torch.exp(-time / fall[part])
-        sound *= loudness[part] / sound.abs().amax(1, keepdim=True).clamp(min=1e-6)
-        waves[part] = (sound * 32767).round().short()  # coarser than what machines' sines differ by
+    for pitch in range(24):
+        part = (semitone == pitch).nonzero()[:, 0]
+        turn = 2 * math.pi * 110 * 2 ** (pitch / 12) * harmonic
+        turn = turn[turn < math.pi * TONE_RATE]
+        angle, audible = turn[:, None] * time, len(turn)
+        sines, cosines = (strength[part] * of(phase[part]) for of in (torch.cos, torch.sin))
+        sound = sines[:, :audible] @ angle.sin() + cosines[:, :audible] @ angle.cos()
+        decay = fall[part, :, None]  # of blocks, and within one: fewer exponentials
+        sound *= (torch.exp(-start / decay) * torch.exp(-step / decay)).flatten(1)[:, :length]
+        risen = round(0.05 * TONE_RATE)
+        sound[:, :risen] *= (time[:risen] / rise[part]).clamp(max=1)
+        sound *= 32767 * loudness[part] / sound.abs().amax(1, keepdim=True).clamp(min=1e-6)
+        waves[part] = sound.round_().short()  # coarser than what machines' sines differ by
     return audio_dataset("tones", waves, TONE_RATE, *hold_out(n, every), scale=32767.0)
 
 

@@ -15,9 +15,11 @@ from fastgen.metrics.features import FeatureSpace, classifier_features, inceptio
 from fastgen.metrics.figures import Figure, summarise
 from fastgen.metrics.images import class_agreement, evaluate_images
 from fastgen.metrics.likelihood import ImportanceWeightedBound, bits_per_dim, importance_weighted_bound, perplexity
+from fastgen.metrics.sounds import SHORTEST, evaluate_sounds, harmonicity
 from fastgen.metrics.translations import evaluate_domains, evaluate_pairs, structural_similarity
 
 __all__ = [
+    "SHORTEST",
     "FeatureSpace",
     "Figure",
     "ImportanceWeightedBound",
@@ -31,7 +33,9 @@ __all__ = [
     "evaluate_domains",
     "evaluate_images",
     "evaluate_pairs",
+    "evaluate_sounds",
     "frechet_distance",
+    "harmonicity",
     "importance_weighted_bound",
     "inception_features",
     "kernel_distance",

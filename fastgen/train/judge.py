@@ -1,4 +1,4 @@
-"""A trained model judged on held-out items: likelihoods, and distances of samples in a named feature space."""
+"""A trained model judged on held-out items: likelihoods, distances of samples in a named feature space, harmonics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastgen import metrics
 from fastgen.data import Items
-from fastgen.models import TRANSLATED, Images, option
+from fastgen.models import TRANSLATED, Images, Sounds, option
 from fastgen.train.config import TrainConfig
 from fastgen.train.errors import UsageError
 from fastgen.train.evaluation import Thinned, scores
@@ -30,13 +30,14 @@ from fastgen.train.trained import Trained, check_seed, joined, open_run
 Space = Literal["auto", "classifier", "rotations", "inception", "none"]
 FEATURES_FORMAT = "fastgen-features"
 MOST = 10_000  # items of a split that are looked at
+SOUNDS = 32  # drawn at most: they take seconds each
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """How to judge. ValueError names the field, what was expected and what came."""
 
-    n: int = option(1000, "images to draw for distances")
+    n: int = option(1000, f"images to draw for distances; sounds for their harmonics, at most {SOUNDS}")
     importance: int = option(50, "posterior samples of the importance-weighted bound; 0 leaves it out")
     features: Space = option(
         "auto", "of distances; auto: a classifier trained on the data, or rotations without labels"
@@ -76,6 +77,8 @@ def evaluate(folder: RunFolder, config: EvaluateConfig) -> list[metrics.Figure]:
             if trained.model.kind in TRANSLATED or (trained.model.kind == "images" and config.features != "none"):
                 judge = {"images": _distances, "domains": _domains, "pairs": _pairs}[trained.model.kind]
                 figures += judge(trained, data.name, train, held_out, config, folder)
+            if trained.model.kind == "audio":
+                figures += _sounds(trained, held_out, config)
     finally:
         leave(accelerator)
     kept = {"step": trained.step, "settings": asdict(config), "figures": [asdict(figure) for figure in figures]}
@@ -172,6 +175,18 @@ def _pairs(
         resamples=config.resamples,
         seed=config.seed,
     )
+
+
+def _sounds(trained: Trained, held_out: Items, config: EvaluateConfig) -> list[metrics.Figure]:
+    """Whether they have a pitch; nothing of sounds too short to tell."""
+    model_config: Any = trained.model.config
+    if model_config.length < metrics.SHORTEST * model_config.sample_rate:
+        return []
+    generator = torch.Generator().manual_seed(config.seed)
+    drawn = joined(list(trained.draw(min(config.n, SOUNDS), trained.model.sampling_class(), generator)))
+    assert isinstance(drawn, Sounds)
+    real = _all(Thinned(held_out, SOUNDS), config)["audio"]
+    return metrics.evaluate_sounds(real, drawn.waves, drawn.sample_rate, resamples=config.resamples, seed=config.seed)
 
 
 def _as_classes(domains: dict[str, Tensor]) -> dict[str, Tensor]:
