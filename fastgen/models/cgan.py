@@ -31,6 +31,7 @@ from fastgen.models._dense import discriminator_features, generator_layers
 class CGANConfig(ConditionalConfig):
     """Sizes of a conditional GAN and how it learns. ValueError names the field, what was expected and what came."""
 
+    penalty_weight: float = option(5.0, "what the penalty is multiplied by (gamma, lambda)")
     width: int = option(256, "of the hidden layers")
     depth: int = option(3, "hidden layers of each network")
 
