@@ -141,7 +141,8 @@ def test_the_score_says_which_drawn_sequences_are_well_formed(monkeypatch, symbo
     monkeypatch.setattr(model, "_generate", lambda n, generator: drawn.expand(n, -1, -1))
     scores = model.score(batch_of(model, ("a", "b"), ("b", "a")))
     assert scores["well formed"].tolist() == [formed] * 2
-    torch.testing.assert_close(scores["real"], model.critic(model._read(batch_of(model, ("a", "b"), ("b", "a")))))
+    real = model._read(batch_of(model, ("a", "b"), ("b", "a")))
+    torch.testing.assert_close(scores["real"], model.critic(real).mean(1))
 
 
 def test_images_are_sequences_of_their_rows_and_come_back() -> None:
@@ -191,12 +192,12 @@ def test_hard_outputs_are_one_hot_with_the_gradient_of_soft_ones() -> None:
 
 
 def test_symbols_are_drawn_with_the_probabilities_of_the_logits() -> None:
-    model = small_model(source_length=3, target_length=3)
+    model = small_model(source_length=3, target_length=3, logit_scale=2.0)
     with torch.no_grad():
         for parameter in model.generator.parameters():
             parameter.zero_()
         wanted = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
-        model.generator.out.bias.copy_(wanted.log())
+        model.generator.out.bias.copy_(wanted.log() / 2)
     drawn = model._generate(5000, seeded(4)).argmax(2)
     share = torch.bincount(drawn.flatten(), minlength=5) / drawn.numel()
     torch.testing.assert_close(share, wanted, rtol=0, atol=0.012)
@@ -211,6 +212,34 @@ def test_an_output_depends_on_the_one_before_it_and_on_none_after() -> None:
     after = model.generator(noise, changed)
     assert torch.equal(before[:, :4], after[:, :4])
     assert not torch.allclose(before[:, 5], after[:, 5])
+
+
+def test_the_critic_scores_each_symbol_after_those_before_it_and_tells_what_another_would_score() -> None:
+    """The gradient by a symbol's own score is all there is to know of it: the score is linear."""
+    critic = small_model().double().critic
+    symbols = torch.randint(0, 5, (2, 9), generator=seeded(5))
+    sequences = torch.nn.functional.one_hot(symbols, 5).double().requires_grad_()
+    scores = critic(sequences)
+    assert scores.shape == (2, 9)
+    (slope,) = torch.autograd.grad(scores[:, 4].sum(), sequences)
+    assert slope[:, :5].abs().sum(2).all()
+    assert not slope[:, 5:].any()
+    for other in range(5):
+        changed = sequences.detach().clone()
+        changed[:, 4] = torch.eye(5, dtype=torch.float64)[other]
+        again = critic(changed)
+        torch.testing.assert_close(again[:, 4], slope[:, 4, other])
+        assert torch.equal(again[:, :4], scores[:, :4])
+
+
+@pytest.mark.parametrize("kind", ["images", "text", "sequences"])
+def test_what_is_not_said_depends_on_the_kind(kind: str) -> None:
+    wanted = (2.0, 1e-3, 1e-3) if kind == "images" else (0.1, 3e-3, 2e-3)
+    model = small_model(kind=kind)
+    rates = tuple(phase.learning_rate for phase in model.phases())
+    assert (model.config.chosen("penalty_weight"), *rates) == wanted
+    told = RecurrentGANConfig(kind=kind, penalty_weight=0.0, critic_learning_rate=0.5)  # type: ignore[arg-type]
+    assert (told.chosen("penalty_weight"), told.chosen("critic_learning_rate")) == (0.0, 0.5)
 
 
 @pytest.mark.parametrize("variant", ["images", "text", "pairs", "r1", "gradient"])
@@ -257,9 +286,9 @@ def test_penalties_are_those_of_the_real_sequences_and_of_the_generated_ones(pen
     torch.manual_seed(2)
     fake = model._generate(4).detach().requires_grad_()
     real = model._read(batch).requires_grad_()
-    wanted = losses.r1_penalty(model.critic(real), real)
+    wanted = losses.r1_penalty(model.critic(real).mean(1), real)
     if penalty == "r1-r2":
-        wanted = wanted + losses.r2_penalty(model.critic(fake), fake)
+        wanted = wanted + losses.r2_penalty(model.critic(fake).mean(1), fake)
     torch.manual_seed(2)
     torch.testing.assert_close(model.loss("critic", batch, NOW)["penalty"], wanted.detach())
 
@@ -305,6 +334,7 @@ CONFIG_ERRORS = {
     "an unknown game": ({"loss": "poker"}, "loss: expected one of minimax, .*, got 'poker'"),
     "an unknown penalty": ({"penalty": "r3"}, "penalty: expected one of none, r1, r1-r2, gradient, got 'r3'"),
     "a temperature of 0": ({"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
+    "no scale of logits": ({"logit_scale": 0.0}, "logit_scale: expected a positive number, got 0.0"),
     "a learning rate NaN": ({"critic_learning_rate": math.nan}, "critic_learning_rate: expected a positive number"),
     "a negative weight": ({"penalty_weight": -1.0}, "penalty_weight: expected a number >= 0, got -1.0"),
     "a beta of 1": ({"beta1": 1.0}, r"beta1: expected a probability in \[0, 1\), got 1.0"),
@@ -333,7 +363,7 @@ CALL_ERRORS = {
     "texts of another length": (
         lambda m: small_model(kind="text").score({"tokens": torch.zeros(2, 7, dtype=torch.int64)}),
         ValueError,
-        r"tokens: expected shape \(B, length\) = \(2, 32\), got \(2, 7\)",
+        r"tokens: expected shape \(B, length\) = \(2, 16\), got \(2, 7\)",
     ),
     "targets of another length": (
         lambda m: m.score({"source": rows("a", length=6), "target": rows("a", length=6)}),

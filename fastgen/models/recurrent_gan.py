@@ -2,16 +2,19 @@
 
 Mogren, "C-RNN-GAN: continuous recurrent neural networks with adversarial training" (2016), for numbers, and Press et
 al., "Language generation with recurrent generative adversarial networks without pre-training" (2017), for symbols: a
-recurrent generator is given noise and its own previous output at every step, a recurrent critic reads the sequence in
-both directions. A penalty of the critic's slope makes the game learnable.
+recurrent generator is given noise and its own previous output at every step, a recurrent critic reads the sequence. A
+penalty of the critic's slope makes the game learnable.
 
     noise_t, output_{t-1} -> GRU -> linear -> output_t
-    outputs, or real steps -> GRU, both ways -> linear, LeakyReLU, linear -> mean over time -> score (B,)
+    rows -> GRU, both ways -> linear, LeakyReLU, linear -> mean over time -> score (B, 1)
+    symbols before t -> GRU -> linear, LeakyReLU, linear -> a score of each symbol; that of symbol_t is score_t (B, T)
 
 A step is a row of an image, its numbers in [-1, 1] by tanh, or a symbol. A symbol's output is a sample that has a
 gradient: the softmax of (logits + Gumbel noise) / temperature (Jang et al., "Categorical reparameterization with
-Gumbel-softmax", 2017), rounded to a one-hot vector where it is ``hard``, with the gradient of what was rounded. The
-recurrent layers are ``fastgen.nn``'s, whose penalty is differentiable on a GPU too. How data become steps is in
+Gumbel-softmax", 2017), rounded to a one-hot vector where it is ``hard``, with the gradient of what was rounded. Each
+symbol is a game of its own: the critic's score is linear in it, so that the gradient tells what every other symbol
+would have scored in its place.
+The recurrent layers are ``fastgen.nn``'s, whose penalty is differentiable on a GPU too. How data become steps is in
 ``_steps.py``.
 """
 
@@ -36,6 +39,8 @@ from fastgen.nn import GRU
 
 Penalty = Literal["none", "r1", "r1-r2", "gradient"]
 Sequence = Literal["images", "text", "sequences"]
+BY_KIND = {"penalty_weight": (2.0, 0.1), "generator_learning_rate": (1e-3, 2e-3), "critic_learning_rate": (1e-3, 3e-3)}
+"""Defaults of images, and of symbols."""
 
 
 @dataclass(frozen=True)
@@ -48,20 +53,23 @@ class RecurrentGANConfig:
     vocabulary: str = option("+0123456789", "the characters of text and sequences", from_data=True)
     source_length: int = option(9, "tokens of the longest source, start and end included", from_data=True)
     target_length: int = option(6, "tokens of the longest target, start and end included", from_data=True)
-    text_length: int = option(32, "characters of a piece of text")
+    text_length: int = option(16, "characters of a piece of text")
     noise_dim: int = option(16, "numbers of noise in each step")
     generator_width: int = option(128, "units of the generator's GRU")
-    critic_width: int = option(64, "units of the critic's GRU, in each direction")
-    temperature: float = option(1.0, "of the Gumbel-softmax")
+    critic_width: int = option(64, "units of the critic's GRU; of images in each direction")
+    logit_scale: float = option(4.0, "what the logits of symbols are multiplied by, before the noise")
+    temperature: float = option(4.0, "of the Gumbel-softmax")
     hard: bool = option(True, "round symbols to one-hot vectors, as they are when drawn")
     loss: AdversarialLoss = option("non-saturating", "the game")
     penalty: Penalty = option(
         "r1-r2", "of the critic's slope: at real sequences, at those and generated ones, between them"
     )
-    penalty_weight: float = option(2.0, "what the penalty is multiplied by (gamma, lambda)")
+    penalty_weight: float | None = option(
+        None, "what the penalty is multiplied by (gamma, lambda); default: 2, of symbols 0.1"
+    )
     critic_steps: int = option(1, "updates of the critic for one of the generator")
-    generator_learning_rate: float = option(1e-3, "of the generator's AdamW")
-    critic_learning_rate: float = option(1e-3, "of the critic's AdamW")
+    generator_learning_rate: float | None = option(None, "of the generator's AdamW; default: 0.001, of symbols 0.002")
+    critic_learning_rate: float | None = option(None, "of the critic's AdamW; default: 0.001, of symbols 0.003")
     beta1: float = option(0.0, "of AdamW")
     beta2: float = option(0.99, "of AdamW")
 
@@ -84,13 +92,18 @@ class RecurrentGANConfig:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name in ("temperature", "generator_learning_rate", "critic_learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
+        for name in ("logit_scale", "temperature", "generator_learning_rate", "critic_learning_rate"):
+            if not 0 < self.chosen(name) < math.inf:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        if not 0 <= self.penalty_weight < math.inf:
+        if not 0 <= self.chosen("penalty_weight") < math.inf:
             raise ValueError(f"penalty_weight: expected a number >= 0, got {self.penalty_weight}")
         for name in ("beta1", "beta2"):
             require_probability(name, getattr(self, name))
+
+    def chosen(self, name: str) -> float:
+        """An option, or what its default is for this kind of data."""
+        value: float | None = getattr(self, name)
+        return BY_KIND[name][self.kind != "images"] if value is None else value
 
     def data_options(self) -> dict[str, int]:
         """Of text, how long its pieces are."""
@@ -110,7 +123,7 @@ class Generator(nn.Module):
 
     def __init__(self, config: RecurrentGANConfig, width: int) -> None:
         super().__init__()
-        self.temperature, self.hard = config.temperature, config.hard
+        self.logit_scale, self.temperature, self.hard = config.logit_scale, config.temperature, config.hard
         self.gru = GRU(config.noise_dim + width, config.generator_width, batch_first=True)
         self.out = nn.Linear(config.generator_width, width)
 
@@ -119,7 +132,7 @@ class Generator(nn.Module):
         for t, now in enumerate(noise.unbind(1)):
             hidden, state = self.gru(torch.cat((now, output), 1)[:, None], state)
             output = self.out(hidden[:, 0])
-            output = output.tanh() if gumbel is None else self.sample(output + gumbel[:, t])
+            output = output.tanh() if gumbel is None else self.sample(self.logit_scale * output + gumbel[:, t])
             outputs.append(output)
         return torch.stack(outputs, 1)
 
@@ -133,7 +146,7 @@ class Generator(nn.Module):
 
 
 class Critic(nn.Module):
-    """Sequences (B, length, width) -> scores (B,): high means real."""
+    """Sequences of numbers (B, length, width) -> scores (B, 1): high means real."""
 
     def __init__(self, config: RecurrentGANConfig, width: int) -> None:
         super().__init__()
@@ -145,7 +158,23 @@ class Critic(nn.Module):
     def forward(self, sequences: Tensor) -> Tensor:
         states, _ = self.gru(sequences)
         scores: Tensor = self.score(F.leaky_relu(self.hidden(states), 0.2))
-        return scores.mean((1, 2))
+        return scores.mean(1)
+
+
+class SymbolCritic(nn.Module):
+    """Symbols (B, length, width) -> scores (B, length) of each after those before it: high means real."""
+
+    def __init__(self, config: RecurrentGANConfig, width: int) -> None:
+        super().__init__()
+        units = config.critic_width
+        self.gru = GRU(width, units, batch_first=True)
+        self.hidden = nn.Linear(units, units)
+        self.score = nn.Linear(units, width)
+
+    def forward(self, sequences: Tensor) -> Tensor:
+        past, _ = self.gru(F.pad(sequences[:, :-1], (0, 0, 1, 0)))
+        scores: Tensor = self.score(F.leaky_relu(self.hidden(past), 0.2))
+        return (scores * sequences).sum(2)
 
 
 class RecurrentGAN(GenerativeModel):
@@ -172,14 +201,16 @@ class RecurrentGAN(GenerativeModel):
         super().__init__(config)
         self.kind = config.kind
         self.steps = config.steps()
-        self.generator, self.critic = Generator(config, self.steps.width), Critic(config, self.steps.width)
+        self.generator = Generator(config, self.steps.width)
+        self.critic = (SymbolCritic if self.steps.symbols else Critic)(config, self.steps.width)
 
     def phases(self) -> tuple[Phase, ...]:
         config = self.config
         betas = (config.beta1, config.beta2)
+        rates = [config.chosen(f"{network}_learning_rate") for network in ("critic", "generator")]
         return (
-            Phase("critic", ("critic",), config.critic_learning_rate, betas, repeats=config.critic_steps),
-            Phase("generator", ("generator",), config.generator_learning_rate, betas),
+            Phase("critic", ("critic",), rates[0], betas, repeats=config.critic_steps),
+            Phase("generator", ("generator",), rates[1], betas),
         )
 
     def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
@@ -211,12 +242,16 @@ class RecurrentGAN(GenerativeModel):
         if config.penalty == "none":
             return values
         if config.penalty == "gradient":
-            penalty = losses.gradient_penalty(self.critic, real, fake, scaler=scaler)
+            penalty = losses.gradient_penalty(self._score, real, fake, scaler=scaler)
         elif config.penalty == "r1":
-            penalty = losses.r1_penalty(real_scores, real, scaler=scaler)
+            penalty = losses.r1_penalty(real_scores.mean(1), real, scaler=scaler)
         else:  # the mean over both halves is half of what R1 and R2 are together
-            penalty = 2 * losses.r1_penalty(scores, both, scaler=scaler)
-        return {**values, "loss": values["loss"] + config.penalty_weight * penalty, "penalty": penalty.detach()}
+            penalty = 2 * losses.r1_penalty(scores.mean(1), both, scaler=scaler)
+        return {
+            **values,
+            "loss": values["loss"] + config.chosen("penalty_weight") * penalty,
+            "penalty": penalty.detach(),
+        }
 
     @torch.no_grad()
     def score(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -228,7 +263,7 @@ class RecurrentGAN(GenerativeModel):
         """
         real = self._read(batch)
         fake = self._generate(len(real), generator).to(real.dtype)
-        scores = {"real": self.critic(real), "fake": self.critic(fake)}
+        scores = {"real": self._score(real), "fake": self._score(fake)}
         return {**scores, **self.steps.judge(fake, real)}
 
     @torch.no_grad()
@@ -255,6 +290,11 @@ class RecurrentGAN(GenerativeModel):
         gumbel = -(-uniform.clamp(min=tiny).log()).clamp(min=tiny).log()
         outputs = self.generator(noise, gumbel.to(weight))
         return outputs
+
+    def _score(self, sequences: Tensor) -> Tensor:
+        """The critic's mean score of each sequence, (B,)."""
+        scores: Tensor = self.critic(sequences)
+        return scores.mean(1)
 
     def _read(self, batch: Batch) -> Tensor:
         return self.steps.read(batch).to(self.generator.out.weight.dtype)
