@@ -62,6 +62,14 @@ def attention_place(request):
 
 
 @pytest.fixture
+def fresh_compiler():
+    """torch.compile knows no earlier test's code: it gives up on a function that it met in too many forms."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def emulator(request):
     """The emulator's module, with a schedule of this test's own; tensors made in the test are known to it."""
     reason = build.why_not()

@@ -497,7 +497,7 @@ def test_a_gpu_that_the_kernels_are_not_compiled_for_takes_pytorch_and_says_so(m
 
 
 FLOORS = [
-    ("fastgen.reference", "fastgen._library", "fastgen._checks", "fastgen._transforms"),
+    ("fastgen.reference", "fastgen._library", "fastgen._checks", "fastgen._transforms", "fastgen._vocabulary"),
     ("fastgen.ops",),
     ("fastgen._autograd",),
     ("fastgen.functional", "fastgen._recurrent"),

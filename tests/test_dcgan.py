@@ -215,6 +215,7 @@ def test_a_lazy_penalty_comes_every_so_many_steps_and_weighs_as_much() -> None:
             torch.testing.assert_close(values[1]["penalty"], 4 * values[0]["penalty"])
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_penalty_passes_by_compiled_networks() -> None:
     """With an r1 penalty in every second step; PyTorch can't differentiate compiled code twice."""
     model = small_model(penalty="r1", penalty_every=2)
@@ -229,7 +230,6 @@ def test_a_penalty_passes_by_compiled_networks() -> None:
                 torch.manual_seed(number)
                 losses_of_both.append(step(each, phase, images, Moment(number, 2))["loss"])
             torch.testing.assert_close(*losses_of_both)
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("case", PENALTIES)

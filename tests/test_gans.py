@@ -303,6 +303,7 @@ def test_a_saved_model_comes_back(name: str, tmp_path) -> None:
     assert torch.equal(drawn(loaded, 3), drawn(model, 3))
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("name", ["cdcgan", "gan", "stylegan", "transgan"])
 def test_networks_compile_without_breaks(name: str) -> None:
     model, reference = small_model(name, penalty="none"), small_model(name, penalty="none")
@@ -314,7 +315,6 @@ def test_networks_compile_without_breaks(name: str) -> None:
             torch.manual_seed(2)
             values.append(step(each, phase, a_batch(each))["loss"])
         torch.testing.assert_close(*values)
-    torch._dynamo.reset()
 
 
 def test_spectral_norms_of_samples_are_those_of_the_weights_as_they_are() -> None:

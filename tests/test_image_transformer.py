@@ -306,12 +306,12 @@ def test_gradients_under_autocast_are_finite(variant: str) -> None:
     assert model.training  # as it was before drawing
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_the_loss_compiles_without_graph_breaks() -> None:
     model = small_model()
     batch = random_batch(3, model.config)
     compiled = torch.compile(lambda b: model.loss("pixels", b, NOW)["loss"], fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(batch), model.loss("pixels", batch, NOW)["loss"])
-    torch._dynamo.reset()
 
 
 def test_samples_depend_on_the_generator_alone() -> None:

@@ -220,6 +220,7 @@ def test_reconstructions_do_not_change_from_call_to_call() -> None:
     assert torch.equal(model.reconstruct(images), model.reconstruct(images))
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_the_loss_compiles_without_graph_breaks() -> None:
     model = small_model()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

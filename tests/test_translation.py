@@ -256,6 +256,7 @@ def test_a_saved_model_comes_back(name: str, tmp_path) -> None:
     assert torch.equal(translated(loaded, a_batch(model)), translated(model, a_batch(model)))
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("name", ["cyclegan, no identity", "pix2pix"])
 def test_networks_compile_without_breaks(name: str) -> None:
     """Also where a penalty takes its own steps out of the compiled code."""
@@ -270,7 +271,6 @@ def test_networks_compile_without_breaks(name: str) -> None:
             torch.manual_seed(2)
             values.append(step(each, phase, a_batch(each), moment)["loss"])
         torch.testing.assert_close(*values)
-    torch._dynamo.reset()
 
 
 def test_a_score_of_a_patch_sees_so_many_pixels() -> None:

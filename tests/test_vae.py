@@ -316,6 +316,7 @@ def test_gradients_under_autocast_are_finite_and_close(which: str) -> None:
     torch.testing.assert_close(rounded.loss, exact.loss, rtol=0.05, atol=0)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("which", MODELS)
 def test_the_loss_compiles_without_graph_breaks(which: str) -> None:
     model = small_model(which)
@@ -326,7 +327,6 @@ def test_the_loss_compiles_without_graph_breaks(which: str) -> None:
         torch.manual_seed(0)
         losses.append(function(batch)["loss"])
     torch.testing.assert_close(*losses)
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("which", MODELS)

@@ -270,6 +270,7 @@ def test_gradients_under_autocast_are_finite(phase: str) -> None:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_the_autoencoder_s_loss_compiles_without_graph_breaks() -> None:
     model, reference = small_model(), small_model()
     images = random_images(4, model.config)
@@ -280,7 +281,6 @@ def test_the_autoencoder_s_loss_compiles_without_graph_breaks() -> None:
         torch.manual_seed(number)
         torch.testing.assert_close(ours, reference.loss("autoencoder", {"images": images}, NOW))
     torch.testing.assert_close(model.autoencoder.codebook.words, reference.autoencoder.codebook.words)
-    torch._dynamo.reset()
 
 
 def test_samples_depend_on_the_generator_alone() -> None:

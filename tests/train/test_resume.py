@@ -152,12 +152,13 @@ def test_a_second_ctrl_c_ends_at_once_and_keeps_the_last_checkpoint(
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
+    before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         after_step(patch, 5, twice)
         assert fit(*OFTEN) == 130
     assert "interrupted; step 4 is kept" in error_line()
     assert kept_step(tmp_path / "run") == 4
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_says_so(
