@@ -77,14 +77,14 @@ ENTRIES = (
     Entry("image-transformer", show=("negative log-likelihood", "bits per dimension", *DISTANCES)),
     Entry(
         "image-transformer",
-        ("--model.conditional", "true"),
+        ("--model.conditional",),
         sample=("--n", "80"),
         show=("negative log-likelihood", "bits per dimension", *CLASSES),
         name="image-transformer, conditional",
     ),
     Entry(
         "image-transformer",
-        ("--model.captions", "true"),
+        ("--model.captions",),
         sample=("--n", "80"),
         show=("negative log-likelihood", "bits per dimension", *CLASSES),
         name="image-transformer, captions",
