@@ -57,7 +57,7 @@ class WaveNetConfig:
     length: int = option(8000, "samples of a sound", from_data=True)
     channels: int = option(32, "channels of a layer")
     skip_channels: int = option(64, "channels of the layers' sum")
-    cycle: int = option(9, "layers until the dilation is 1 again: 1, 2, 4, ...")
+    cycle: int = option(10, "layers until the dilation is 1 again: 1, 2, 4, ...")
     cycles: int = option(1, "times the dilations are gone through")
     reach: int = option(80, "samples that the first convolution and the linear prediction look at")
     output: Output = option("logistics", "what says how likely a level is: a mixture of logistics, or 256 logits")
@@ -127,14 +127,14 @@ class WaveNet(GenerativeModel):
     default_data = "tones"
     config_class, sampling_class = WaveNetConfig, SoundOptions
     train_defaults: ClassVar = {
-        "steps": 2000,
+        "steps": 3500,
         "batch_size": 4,
         "schedule": "cosine",
         "warmup": 50,
         "clip": 1.0,
         "average_decay": 0.998,
-        "evaluate_every": 750,
-        "sample_every": 750,
+        "evaluate_every": 1750,
+        "sample_every": 1750,
     }
     config: WaveNetConfig
     borders: Tensor
