@@ -186,11 +186,10 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def written(figure: dict) -> str:
-    value, low, high = (figure[name] for name in ("value", "low", "high"))
-    unit = f" {figure['unit']}" if figure["unit"] else ""
-    spread = "" if low is None else f" [{low:.3g}, {high:.3g}]"
-    return f"{figure['name']} {value:.3g}{spread}{unit}"
+def written(figure: dict, floor: dict | None) -> str:
+    """Without its interval, which stands in the model's section."""
+    beside = f" (real images {floor['value']:.2g})" if floor and figure["name"] == "Frechet distance" else ""
+    return f"{figure['name']} {figure['value']:.3g}{beside} {figure['unit']}".rstrip()
 
 
 def page(records: dict[str, dict]) -> str:
@@ -200,9 +199,8 @@ def page(records: dict[str, dict]) -> str:
     for entry, record in entries:
         found = {figure["name"]: figure for figure in record["figures"]}
         chosen = [found[name] for name in entry.show if name in found] or list(found.values())
-        cell = "; ".join(written(figure) for figure in chosen)
         floor = found.get("Frechet distance, real against real")
-        cell += f"; Frechet distance of real images {floor['value']:.2g}" if floor else ""
+        cell = "; ".join(written(figure, floor) for figure in chosen)
         lines.append(
             f"| [{entry.key}](#{slug(entry.key)}) | {record['parameters']:,} | {record['cpu_minutes']:.1f} | {cell} |"
         )
@@ -249,8 +247,8 @@ Every model with its defaults on its default data, one seed, by the commands tha
 Made by `python benchmarks/zoo.py`; the same numbers are in `benchmarks/results/zoo.json`.
 
 CPU minutes are those of the training process, all threads together, on a shared machine: on two idle cores it takes
-about half as long. Square brackets are 95 % intervals over held-out items or samples, not over trainings. Frechet
-distances are in the feature space that is named under each model, a small network trained on the same data: numbers of
+about half as long. Square brackets below are 95 % intervals over held-out items or samples, not over trainings. Some
+defaults were chosen by these same figures. Frechet distances are in the feature space that is named under each model, a small network trained on the same data: numbers of
 different spaces can't be compared, and none of them with published FIDs.
 """
 
