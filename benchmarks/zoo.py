@@ -247,9 +247,9 @@ Every model with its defaults on its default data, one seed, by the commands tha
 Made by `python benchmarks/zoo.py`; the same numbers are in `benchmarks/results/zoo.json`.
 
 CPU minutes are those of the training process, all threads together, on a shared machine: on two idle cores it takes
-about half as long. Square brackets below are 95 % intervals over held-out items or samples, not over trainings. Some
-defaults were chosen by these same figures. Frechet distances are in the feature space that is named under each model, a small network trained on the same data: numbers of
-different spaces can't be compared, and none of them with published FIDs.
+about half as long. Square brackets below are 95 % intervals over held-out items or samples, not over trainings; some
+defaults were chosen by these same figures. Frechet distances are in the feature space that is named under each model,
+a small network trained on the same data: numbers of different spaces can't be compared, and none with published FIDs.
 """
 
 
