@@ -99,7 +99,9 @@ def test_a_transformer_without_dropout_needs_no_parts(
 def test_mistakes_end_all_processes(
     words: Words, together: Together, tmp_path: Path, options: list[str], message: str
 ) -> None:
-    assert together([*words("--device", "cpu"), *options]) == [2, 2]
+    codes = together([*words("--device", "cpu"), *options])
+    assert 2 in codes
+    assert set(codes) <= {1, 2}  # one may find the other gone before it comes to the mistake
     assert message in (tmp_path / "output").read_text()
     assert not (tmp_path / "run").exists()
 
