@@ -173,11 +173,11 @@ def exhibits(entry: Entry, folder: Path) -> dict:
     if entry.exhibit:
         shutil.copyfile(max((folder / entry.exhibit).glob("*.png")), picture)
         return {"picture": picture.name, "sample": "--n 64"}
-    suffix = min(file.suffix for file in (folder / "samples").iterdir())
-    if suffix == ".txt":
+    suffixes = {file.suffix for file in (folder / "samples").iterdir()}
+    if ".txt" in suffixes:
         text, _ = fastgen("sample", shown, *entry.sample)
         return {"excerpt": text.strip()[:EXCERPT], "sample": " ".join(entry.sample)}
-    if suffix == ".wav":
+    if ".wav" in suffixes:
         sound = folder / "samples.wav"
         fastgen("sample", shown, *entry.sample, "--out", str(sound))
         spectrogram(sound, picture)
