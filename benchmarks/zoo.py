@@ -266,8 +266,8 @@ def section(record: dict) -> list[str]:
     lines += [f"- {Figure(**figure)}" for figure in record["figures"]]
     lines += [
         "",
-        f"{record['step']:,} steps, {record['parameters']:,} parameters, {minutes(record)} minutes of CPU"
-        f" ({record['threads']} threads; {record['machine']}; torch {record['torch']}; commit {record['commit']},"
+        f"{record['step']:,} steps, {record['parameters']:,} parameters; minutes of CPU: {minutes(record)}"
+        f" (OMP_NUM_THREADS={record['threads']}; {record['machine']}; torch {record['torch']}; commit {record['commit']},"
         f" {record['date']}).",
     ]
     return lines
