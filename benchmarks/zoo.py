@@ -267,8 +267,8 @@ def section(record: dict) -> list[str]:
     lines += [
         "",
         f"{record['step']:,} steps, {record['parameters']:,} parameters; minutes of CPU: {minutes(record)}"
-        f" (OMP_NUM_THREADS={record['threads']}; {record['machine']}; torch {record['torch']}; commit {record['commit']},"
-        f" {record['date']}).",
+        f" (OMP_NUM_THREADS={record['threads']}; {record['machine']}; torch {record['torch']};"
+        f" commit {record['commit']}, {record['date']}).",
     ]
     return lines
 
