@@ -64,10 +64,7 @@ def pixels_mean(parameters: Tensor, likelihood: str) -> Tensor:
 
 
 def log_binomial_coefficient(trials: int, counts: Tensor) -> Tensor:
-    """Looked up, for whole counts: there are trials + 1 of them, and lgamma of every pixel is most of a small step."""
-    k = torch.arange(trials + 1, dtype=counts.dtype, device=counts.device)
-    table = math.lgamma(trials + 1) - torch.lgamma(k + 1) - torch.lgamma(trials - k + 1)
-    return table[counts.long()]
+    return math.lgamma(trials + 1) - torch.lgamma(counts + 1) - torch.lgamma(trials - counts + 1)
 
 
 def binomial_log_prob(logits: Tensor, counts: Tensor, trials: int) -> Tensor:
