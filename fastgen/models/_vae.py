@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastgen import functional
 from fastgen._checks import (
+    require_count,
     require_floating,
     require_not_negative,
     require_positive,
@@ -55,8 +56,7 @@ class VAEConfigBase:
         require_positive("channels", self.channels)
         check_likelihood(self.likelihood, self.levels)
         require_not_negative(beta=self.beta, free_bits=self.free_bits)
-        if isinstance(self.kl_warmup, bool) or not isinstance(self.kl_warmup, int) or self.kl_warmup < 0:
-            raise ValueError(f"kl_warmup: expected a number of steps >= 0, got {self.kl_warmup!r}")
+        require_count("kl_warmup", self.kl_warmup, 0, "a number of steps")
 
     def warm_beta(self, step: int) -> float:
         """Weight of the KL in ``step``."""

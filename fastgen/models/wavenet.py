@@ -28,7 +28,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen._checks import require_floating, require_positive, require_probability, require_shape, require_tensor
+from fastgen._checks import (
+    require_choice,
+    require_count,
+    require_floating,
+    require_positive,
+    require_positive_number,
+    require_probability,
+    require_shape,
+    require_tensor,
+)
 from fastgen.models._base import Batch, GenerativeModel, Moment, Phase, Sounds, option
 from fastgen.models._mu_law import (
     LARGEST,
@@ -73,16 +82,13 @@ class WaveNetConfig:
             *("cycle", "cycles", "reach", "components"),
         ):
             require_positive(name, getattr(self, name))
-        if self.output not in get_args(Output):
-            raise ValueError(f"output: expected one of {', '.join(get_args(Output))}, got {self.output!r}")
+        require_choice("output", self.output, get_args(Output))
         if self.cycle > 16:
             raise ValueError(f"cycle: expected at most 16, dilations up to 32768, got {self.cycle}")
-        if isinstance(self.crop, bool) or not isinstance(self.crop, int) or self.crop < 0:
-            raise ValueError(f"crop: expected an integer >= 0, got {self.crop!r}")
+        require_count("crop", self.crop, 0)
         for name in ("beta1", "beta2"):
             require_probability(name, getattr(self, name))
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
+        require_positive_number(learning_rate=self.learning_rate)
 
     @property
     def dilations(self) -> list[int]:

@@ -139,6 +139,15 @@ def test_evaluation_is_kept_with_its_feature_space(
         assert (tmp_path / "run" / "features.safetensors").stat().st_mtime_ns == features
 
 
+def test_classes_in_turn_keep_their_columns_where_samples_are_many(fit: Main, tmp_path: Path) -> None:
+    assert fit(model="cvae", steps=1) == 0
+    trained = open_run(RunFolder(tmp_path / "run"))
+    drawn = sample(trained, 300, trained.model.sampling_class(), 0)
+    assert isinstance(drawn, Images)
+    assert drawn.labels is not None
+    assert drawn.labels.tolist() == [number % 10 for number in range(300)]
+
+
 def test_a_folder_that_holds_a_run_is_refused(fit: Main, tmp_path: Path, error_line: Callable[[], str]) -> None:
     assert fit() == 0
     before = {file.name: file.read_bytes() for file in (tmp_path / "run").glob("*.*")}
