@@ -23,7 +23,8 @@ Tensor keep(const Tensor& seed, int64_t rows_per_seed, int64_t first_batch, int6
   checked_product({rows_per_seed, keys / kGroup + 1}, "keys");
   check_range(first_batch, batches, most, "first_batch, batches");
   check_range(first_query, queries, length, "first_query, queries");
-  STD_TORCH_CHECK(first_key <= last_key, "last_key: expected at least first_key, ", first_key, ", got ", last_key);
+  STD_TORCH_CHECK(first_key >= 0 && first_key <= last_key,
+                  "first_key, last_key: expected 0 <= first_key <= last_key, got ", first_key, " and ", last_key);
   check_range(first_key, last_key - first_key, keys, "first_key, last_key");
   STD_TORCH_CHECK(checked_product({first_batch + batches, heads, length}, "batches") <= most,
                   "batches: expected ranges within the problem, the ", most, " rows of all seeds");
