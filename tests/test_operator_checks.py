@@ -36,8 +36,8 @@ def attention(query=QUERY, key=KEY, value=VALUE, mask=None, seed=None, options=P
     return "attention_forward", (query, key, value, mask, seed, *options)
 
 
-def attention_backward(grad_out=OUT, grad_lse=None, out=OUT, lse=LSE):
-    return "attention_backward", (grad_out, grad_lse, QUERY, KEY, VALUE, out, lse, None, None, *PLAIN, False)
+def attention_backward(grad_out=OUT, grad_lse=None, out=OUT, lse=LSE, mask=None, mask_grad=False):
+    return "attention_backward", (grad_out, grad_lse, QUERY, KEY, VALUE, out, lse, mask, None, *PLAIN, mask_grad)
 
 
 def tangent(query=None, key=None, value=None, mask=None):
@@ -115,6 +115,7 @@ REFUSED = [
     (lambda: attention_backward(grad_out=randn(2, 4, 5, 4)), "grad_out: expected shape"),
     (lambda: attention_backward(out=rows(2, 4, 5, 3)), "out: expected a contiguous last dim"),
     (lambda: attention_backward(lse=LSE[:, :2]), "lse: expected shape"),
+    (lambda: attention_backward(mask=torch.ones(1, 1, 5, 6) > 0, mask_grad=True), "mask_grad: expected False"),
     (lambda: attention_backward(grad_lse=randn(2, 4)), "grad_lse: expected shape"),
     (lambda: tangent(query=randn(2, 4, 5, 7)), "tangent_query: expected shape"),
     (lambda: tangent(mask=torch.ones(1, 1, 5, 6) > 0), "tangent_mask: expected a floating tensor"),
@@ -208,6 +209,7 @@ def test_kernels_of_gpus_refuse_it_too(emulator):
         ("attention_forward", (*wide, 0.0, -(2**62), -1, 0.3, False), "window_left, window_right: expected >= 0"),
         ("attention_forward", (*wide, 0.5, -1, -1, 0.3, False), "seed: expected one"),
         ("attention_forward", (freed(2, 4, 5, 8), *wide[1:], *PLAIN), "query: expected a tensor whose storage"),
+        (*attention_backward(mask=torch.ones(1, 1, 5, 6) > 0, mask_grad=True), "mask_grad: expected False"),
         ("latent_backward", (None, randn(3), mu, mu, None, None, SEED), "grad_kl: expected shape"),
     ]:
         with pytest.raises(RuntimeError, match=text):

@@ -25,6 +25,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   return {out.finish(), lse};
 }
 
+void check_mask_grad(const MaybeTensor& mask, bool wanted) {
+  STD_TORCH_CHECK(!wanted || !mask.has_value() || mask->scalar_type() != ScalarType::Bool,
+                  "mask_grad: expected False for a boolean mask, which has no gradient");
+}
+
 // The gradient of a mask, allocated and launched as ``launch(gradient)``. Twice: of second order.
 template <typename Launch>
 Tensor mask_gradient(const Problem& problem, const MaybeTensor& given, const MaybeTensor& read, const Tensor& query,
@@ -59,6 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
   const DeviceScope scope(query);
   const Read q(query, "query", query), k(key, "key", query), v(value, "value", query);
   const Read o = read_out(out, "out", query, value), d = read_out(grad_out, "grad_out", query, value);
+  check_mask_grad(mask, mask_grad);
   const MaybeTensor read_mask = readable(mask, query);
   BackwardParams p;
   p.query = q.operand(), p.key = k.operand(), p.value = v.operand(), p.out = o.operand(), p.grad_out = d.operand();
@@ -137,6 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> second_order(
   const DeviceScope scope(query);
   const Read q(query, "query", query), k(key, "key", query), v(value, "value", query);
   const Read o = read_out(out, "out", query, value), d = read_out(grad_out, "grad_out", query, value);
+  check_mask_grad(mask, mask_grad);
   const MaybeTensor read_mask = readable(mask, query);
   const GivenTangents given(query, key, value, tangent_query, tangent_key, tangent_value, tangent_mask);
   TangentParams t;
