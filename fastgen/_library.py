@@ -37,6 +37,7 @@ class Definition(NamedTuple):
 _libraries = {namespace: torch.library.Library(namespace, "DEF") for namespace in (COMPILED, REFERENCE)}
 _operators: dict[str, list[Definition]] = {}
 _added: list[torch.library.Library] = []  # of add_backend, kept alive
+_derivatives: dict[str, Callable[..., Any]] = {}
 _namespaces = {"reference": REFERENCE}  # of the backends that are nothing but a namespace
 
 
@@ -93,15 +94,62 @@ def add_backend(name: str, namespace: str, families: Iterable[str]) -> None:
     """
     library = torch.library.Library(namespace, "DEF")
     _added.append(library)
+    names = set()
     for family in families:
         for definition in _operators[family]:
             _define_in(namespace, library, definition)
+            names.add(definition.name)
+    for known in _derivatives.keys() & names:
+        _differentiate_in(namespace, library, known, _derivatives[known])
     _namespaces[name] = namespace
+
+
+def differentiate(name: str, derivative: Callable[..., Any]) -> None:
+    """Registers ``derivative(namespace, *args)`` as what a call of operator ``name`` records for autograd.
+
+    fastgen's functions record their own and call operators below autograd (``call``). This one serves calls from
+    elsewhere: exported programs, whose graphs name the operators.
+    """
+    _derivatives[name] = derivative
+    for namespace, library in _libraries.items():
+        _differentiate_in(namespace, library, name, derivative)
+
+
+def _differentiate_in(
+    namespace: str, library: torch.library.Library, name: str, derivative: Callable[..., Any]
+) -> None:
+    def record(*args: Any) -> Any:
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError(
+                f"{namespace}::{name}: expected a call outside of torch.func.grad, jvp and the like, which do not reach"
+                " into operators that are called by name; call the function of fastgen.functional instead"
+            )
+        return derivative(namespace, *args)
+
+    library.impl(name, record, "Autograd")
+
+
+def no_derivative(name: str) -> Callable[..., Any]:
+    """The ``derivative`` of an operator that is only called inside of others: raises where one would be recorded."""
+
+    def derivative(namespace: str, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            raise RuntimeError(f"{namespace}::{name}: expected tensors that need no gradient; it has no derivative")
+        return call(namespace, name, *args)
+
+    return derivative
 
 
 def operator(namespace: str, name: str) -> Callable[..., Any]:
     """The callable of an operator, for example ``operator("fastgen_reference", "attention_forward")``."""
     return getattr(getattr(torch.ops, namespace), name)  # type: ignore[no-any-return]
+
+
+def call(namespace: str, name: str, *args: Any) -> Any:
+    """Calls an operator below autograd: the caller records what there is to differentiate."""
+    function = operator(namespace, name)
+    with torch._C._AutoDispatchBelowAutograd():
+        return function(*args)
 
 
 def operators() -> dict[str, list[str]]:
@@ -187,11 +235,16 @@ def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
 
 def has_kernel(name: str, device: torch.device) -> bool:
     """Whether a loaded library registered a kernel of operator ``name`` for this kind of device."""
+    if all(library.device != device.type for library in _compiled):
+        return False
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{COMPILED}::{name}", device.type.upper()))
 
 
 def why_not_compiled(name: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
-    """None when a compiled kernel of operator ``name`` serves the device, else the reason."""
+    """None when a compiled kernel of operator ``name`` serves the device, else the reason. Meta tensors have shapes and
+    nothing to compute: any backend serves them."""
+    if device.type == "meta":
+        return None
     library = next((library for library in _compiled if library.device == device.type), None)
     if library is None:
         return f"there are no kernels for device type '{device.type}'"
@@ -299,8 +352,8 @@ def select(name: str, tensor: Tensor, refused: str | None = None, slower: bool =
     return REFERENCE if slower and reason is None and backend == "auto" else namespace
 
 
-def operator_for_derivative(namespace: str, name: str, tensor: Tensor, refused: str | None) -> Callable[..., Any]:
-    """The operator that goes on where a forward pass was served by ``namespace``.
+def namespace_for_derivative(namespace: str, name: str, tensor: Tensor, refused: str | None) -> str:
+    """The namespace of the operator that goes on where a forward pass was served by ``namespace``.
 
     ``refused``: why its kernel, if there is one, does not take tensors like this one.
 
@@ -311,7 +364,7 @@ def operator_for_derivative(namespace: str, name: str, tensor: Tensor, refused: 
         if _selection.backend == "compiled":
             raise RuntimeError(f"backend 'compiled' was asked for, but {refused}; use 'auto' or 'reference'")
         namespace = REFERENCE
-    return operator(namespace, name)
+    return namespace
 
 
 def _tf32_allowed() -> bool:
