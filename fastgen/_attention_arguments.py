@@ -97,19 +97,18 @@ def _checked_mask(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
         check.require_floating("attn_mask", mask)
     if mask.device != query.device:
         raise ValueError(f"attn_mask: expected the device of query, {query.device}, got {mask.device}")
-    if mask.dtype == torch.float64 and query.dtype != torch.float64:
-        # Scores are float32 here. What is finite stays finite: a row of finfo(float64).min is not one of -inf.
-        largest = torch.finfo(torch.float32).max
-        mask = torch.where(mask.isinf(), mask, mask.clamp(-largest, largest)).float()
-    if mask.dim() < 4:
-        mask = mask[(None,) * (4 - mask.dim())]
     full = (query.size(-2), key.size(-2))
-    if any(m not in (1, n) for m, n in zip(mask.shape[-2:], full, strict=True)):
+    own = (1,) * (2 - mask.dim()) + tuple(mask.shape[-2:])
+    if any(m not in (1, n) for m, n in zip(own, full, strict=True)):
         raise ValueError(
             f"attn_mask: expected a shape that broadcasts to (..., query length, key length) = (..., {full[0]},"
             f" {full[1]}), got {check.shape_of(mask)}"
         )
-    return mask
+    if mask.dtype == torch.float64 and query.dtype != torch.float64:
+        # Scores are float32 here. What is finite stays finite: a row of finfo(float64).min is not one of -inf.
+        largest = torch.finfo(torch.float32).max
+        mask = torch.where(mask.isinf(), mask, mask.clamp(-largest, largest)).float()
+    return mask[(None,) * (4 - mask.dim())] if mask.dim() < 4 else mask
 
 
 def _broadcast(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool) -> Arguments:
