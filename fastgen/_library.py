@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastgen._shared_objects import why_incomplete
+
 COMPILED, REFERENCE = "fastgen", "fastgen_reference"
 BACKENDS = ("auto", "reference", "compiled")
 COMPILED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -175,12 +177,14 @@ class CompiledLibrary:
         return self.path is not None and self.problem is None
 
     def load(self) -> None:
-        stem = Path(__file__).with_name(self.name)
-        found = [p for s in importlib.machinery.EXTENSION_SUFFIXES if (p := stem.with_name(stem.name + s)).is_file()]
-        if not found:
+        self.path = _built(self.name)
+        if self.path is None:
             self.problem = f"{self.name} was not built (see FASTGEN_BUILD in the README)"
             return
-        self.path = found[0]
+        missing = why_incomplete(self.path)
+        if missing is not None:
+            self.problem = f"{self.path.name} was cut short: {missing}"
+            return
         try:
             torch.ops.load_library(str(self.path))
         except Exception as error:
@@ -188,7 +192,17 @@ class CompiledLibrary:
             self.problem = f"{self.path.name} does not load: {str(cause).splitlines()[0].rpartition('/')[2]}"
 
 
+def _built(name: str) -> Path | None:
+    """The file of a compiled part, beside this one."""
+    paths = (Path(__file__).with_name(name + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    return next((path for path in paths if path.is_file()), None)
+
+
 def _load_module() -> tuple[ModuleType | None, str | None]:
+    path = _built("_C")
+    missing = None if path is None else why_incomplete(path)
+    if path is not None and missing is not None:
+        return None, f"{path.name} was cut short: {missing}"
     try:
         return importlib.import_module("fastgen._C"), None
     except ImportError as error:

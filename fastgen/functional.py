@@ -439,8 +439,9 @@ def merge_heads_projection(
     flat: Tensor | None = None
     shape: tuple[int, ...] = (batch, channels, length) if channels_first else (batch, length, channels)
     if residual is not None:
-        fits = residual.dim() >= 3 and residual.shape[:2] == (batch, channels)
-        if channels_first and fits and math.prod(residual.shape[2:]) == length:
+        # In this order: a length that is compared with channels would be a guard of torch.export.
+        of_map = channels_first and residual.dim() >= 3 and residual.shape[:2] == (batch, channels)
+        if of_map and math.prod(residual.shape[2:]) == length:
             flat, shape = residual.flatten(2), tuple(residual.shape)
         else:
             meaning = "(B, E, *spatial)" if channels_first else "(B, N, E)"

@@ -114,6 +114,20 @@ def test_rows_that_a_finite_mask_hides_have_the_formulas_weights_and_gradients(d
         torch.testing.assert_close(a.float(), b.float(), rtol=0.02, atol=0.05 if dtype != torch.float32 else 1e-4)
 
 
+@pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, -1e9], ids=str)
+def test_kernels_weigh_rows_that_a_finite_mask_hides_evenly_and_their_derivatives_are_finite(emulator, lowest):
+    query, key, value = (torch.randn(1, 2, 4, 8) for _ in range(3))
+    mask = torch.full((4, 4), lowest)
+    mask[:2, :3] = 0
+    with fastgen.use_backend("emulated"):
+        leaves = [t.requires_grad_() for t in (query, key, value)]
+        out = attention(*leaves, mask)
+        grads = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+    torch.testing.assert_close(out, formula(query, key, value, mask))
+    assert all(t.isfinite().all() for t in (*grads, *second))
+
+
 def test_a_mask_of_the_lowest_double_is_not_one_of_minus_infinity():
     query, key, value = (torch.randn(1, 1, 3, 8) for _ in range(3))
     mask = torch.full((3, 3), torch.finfo(torch.float64).min, dtype=torch.float64)

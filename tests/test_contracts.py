@@ -496,6 +496,13 @@ def test_a_library_that_does_not_load_is_skipped_with_its_reason(tmp_path):
     assert "sample" in output
 
 
+def test_a_library_that_was_cut_short_is_skipped_with_its_reason_and_does_not_kill_the_process(tmp_path):
+    whole = Path(_library.compiled_libraries()[0].path or pytest.skip("no library was built")).read_bytes()
+    output = run_copy(tmp_path, _cpu__so=whole[: len(whole) // 2], _C__so=whole[:70])
+    assert f"library _cpu: _cpu.so was cut short: it has {len(whole) // 2} bytes of" in output
+    assert "sample" in output
+
+
 @pytest.mark.parametrize(
     ("capability", "architectures", "works"),
     [
@@ -529,10 +536,18 @@ def test_a_gpu_that_the_kernels_are_not_compiled_for_takes_pytorch_and_says_so(m
 
 
 FLOORS = [
-    ("fastgen.reference", "fastgen._library", "fastgen._checks", "fastgen._transforms", "fastgen._vocabulary"),
+    (
+        "fastgen.reference",
+        "fastgen._library",
+        "fastgen._checks",
+        "fastgen._seeds",
+        "fastgen._shared_objects",
+        "fastgen._transforms",
+        "fastgen._vocabulary",
+    ),
     ("fastgen.ops",),
     ("fastgen._autograd",),
-    ("fastgen.functional", "fastgen._recurrent"),
+    ("fastgen.functional", "fastgen._attention_arguments", "fastgen._recurrent"),
     ("fastgen.nn",),
     ("fastgen.models", "fastgen.integrations", "fastgen.losses"),
     ("fastgen.train", "fastgen.data", "fastgen.metrics", "fastgen.cli", "fastgen.__main__"),
