@@ -68,8 +68,9 @@ def _weight_grads(grad: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return weight, grad.sum((0, 1))
     if length_first(tokens):
         grad, tokens = grad.transpose(0, 1), tokens.transpose(0, 1)
-    rows = grad.flatten(0, 1)
-    return torch.mm(rows.t(), tokens.flatten(0, 1)), rows.sum(0)
+    count = grad.size(0) * grad.size(1)
+    rows = grad.reshape(count, grad.size(2))
+    return torch.mm(rows.t(), tokens.reshape(count, tokens.size(2))), rows.sum(0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ def _helper_backward(
     eps: float,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
-    grad_part, grad_norm = _unfinish(grad, part, norm, cos, sin, eps, interleaved)
+    grad_part, grad_norm = unfinish(grad, part, norm, cos, sin, eps, interleaved)
     result = _helper_fake(part, norm, cos, sin, eps, interleaved).copy_(grad_part)
     return result, part.new_empty(0, dtype=torch.float32) if grad_norm is None else grad_norm
 
@@ -206,7 +207,7 @@ def _forward_fake(
     return [*parts, *(part(h, d) for h, d, _ in zip(heads, head_dims, norms, strict=False) if keep)]
 
 
-def _unfinish(
+def unfinish(
     grad: Tensor,
     kept: Tensor | None,
     norm: Tensor | None,
@@ -215,7 +216,7 @@ def _unfinish(
     eps: float,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of a part before ``_finish``, and of its norm's weight."""
+    """Gradients of a part before ``finish``, and of its norm's weight."""
     wide = grad.float() if grad.dtype.itemsize < 4 else grad
     grad_norm = None
     if cos is not None and sin is not None:
@@ -226,7 +227,7 @@ def _unfinish(
     return wide.to(grad.dtype), grad_norm
 
 
-def _backward(
+def backward(
     grads: list[Tensor],
     kept: list[Tensor],
     x: Tensor,
@@ -245,7 +246,7 @@ def _backward(
     for i in range(max(len(norms), rotated if cos is not None else 0)):
         tables = (cos, sin) if i < rotated else (None, None)
         before, norm = (kept[i], norms[i]) if i < len(norms) else (None, None)
-        grads[i], grad_norm = _unfinish(grads[i], before, norm, *tables, eps, interleaved)
+        grads[i], grad_norm = unfinish(grads[i], before, norm, *tables, eps, interleaved)
         grad_norms += [] if grad_norm is None else [grad_norm]
     tokens = _tokens(x, channels_first)
     joined = [reference.join_heads(g) for g in grads]
@@ -337,7 +338,7 @@ def _merge_forward_fake(
     return x.new_empty((batch, channels, length) if channels_first else (batch, length, channels))
 
 
-def _merge_backward(
+def merge_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -367,7 +368,8 @@ def _merge_backward(
     elif gate is not None:
         grad_gate = (upstream * _linear(tokens, weight, bias)).sum_to_size(gate.shape)
     # In (B, N, H, D), whatever the layout of the gradient.
-    grad_x = torch.matmul(gated, factor).contiguous().unflatten(-1, (x.size(1), x.size(3))).transpose(1, 2)
+    by_heads = (x.size(0), x.size(2), x.size(1), x.size(3))
+    grad_x = torch.matmul(gated, factor).contiguous().reshape(by_heads).transpose(1, 2)
     return grad_x, grad_weight, weight.new_empty(0) if bias is None else grad_bias, grad_gate
 
 
@@ -426,7 +428,7 @@ define(
     f"projection_backward(Tensor[] grads, Tensor[] kept, Tensor x, Tensor weight, {_FINISH}, bool bias,"
     " bool channels_first, float eps, int rotated, bool interleaved, bool allow_tf32)"
     " -> (Tensor, Tensor, Tensor, Tensor[])",
-    _backward,
+    backward,
     _backward_fake,
     map_slices,
 )
@@ -442,7 +444,7 @@ define(
     "projection",
     "merge_heads_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? gate, bool channels_first,"
     " bool allow_tf32) -> (Tensor, Tensor, Tensor, Tensor)",
-    _merge_backward,
+    merge_backward,
     _merge_backward_fake,
     map_slices,
 )
