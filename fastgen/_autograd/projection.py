@@ -8,6 +8,7 @@ another, and the gradient would go on from there and count that path twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from fastgen._autograd.common import (
     tangent_formula,
     transforms_active,
 )
-from fastgen._library import COMPILED, COMPILED_DTYPES, REFERENCE, has_kernel, operator, outside_autocast
+from fastgen._library import COMPILED, COMPILED_DTYPES, REFERENCE, call, differentiate, has_kernel, outside_autocast
 from fastgen.ops import projection as formulas
 from fastgen.ops.projection import WIDEST_HELPED, Layout, finish_parts, length_first
 from fastgen.reference import HeadFinish
@@ -40,7 +41,7 @@ def _backward_operator(
     of gradients of ``torch.autograd.grad(..., is_grads_batched=True)``, which knows no vmap rules of operators."""
     if must_be_differentiable() or any(torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads):
         return outside_autocast(formula)
-    return operator(namespace, name)
+    return partial(call, namespace, name)
 
 
 def _run_projection(
@@ -53,9 +54,9 @@ def _run_finished(
     x: Tensor, weight: Tensor, bias: Tensor | None, finish: HeadFinish, layout: Layout, namespace: str, keep: bool
 ) -> tuple[Tensor, ...]:
     heads, head_dims, channels_first, eps, rotated, interleaved, allow_tf32 = layout
-    forward = operator(namespace, "projection_forward")
+    tensors = (x, weight, bias, list(finish.norms), finish.cos, finish.sin)
     numbers = (heads, head_dims, channels_first, eps, rotated, interleaved, keep, allow_tf32)
-    return tuple(forward(x, weight, bias, list(finish.norms), finish.cos, finish.sin, *numbers))
+    return tuple(call(namespace, "projection_forward", *tensors, *numbers))
 
 
 def _save_projection(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -115,7 +116,7 @@ class _FinishedHeads(Function):
     ) -> Tensor:
         ctx.save_for_backward(part, norm, cos, sin)
         ctx.options = options
-        result: Tensor = torch.ops.fastgen.cpu_finish_heads(part, norm, cos, sin, *options)
+        result: Tensor = call(COMPILED, "cpu_finish_heads", part, norm, cos, sin, *options)
         return result
 
     @staticmethod
@@ -141,7 +142,9 @@ def _finished(parts: list[Tensor], finish: HeadFinish, namespace: str) -> list[T
         tables = (finish.cos, finish.sin) if i < finish.rotated else (None, None)
         arguments = (parts[i], norm, *tables, finish.eps, finish.interleaved)
         function = choose(_FinishedHeads, _FinishedHeads, parts[i], norm)
-        finished[i] = torch.ops.fastgen.cpu_finish_heads(*arguments) if function is None else function.apply(*arguments)
+        run: Callable[..., Tensor] = partial(call, COMPILED, "cpu_finish_heads")
+        run = run if function is None else function.apply
+        finished[i] = run(*arguments)
     return finished
 
 
@@ -193,8 +196,7 @@ def _run_merge(
     allow_tf32: bool,
     namespace: str,
 ) -> Tensor:
-    forward = operator(namespace, "merge_heads_forward")
-    y: Tensor = forward(x, weight, bias, residual, gate, channels_first, allow_tf32)
+    y: Tensor = call(namespace, "merge_heads_forward", x, weight, bias, residual, gate, channels_first, allow_tf32)
     return y
 
 
@@ -330,3 +332,53 @@ def merge_heads(
         return _run_merge(*arguments)
     result: Tensor = function.apply(*arguments)
     return result
+
+
+# --------------------------------------------------------------------------------------------------
+# Operators called by name, in exported programs
+
+
+def _record(name: str, recorded: Callable[..., Any]) -> None:
+    """``recorded(namespace, *args)`` where the operator's arguments are differentiated."""
+
+    def derivative(namespace: str, *args: Any) -> Any:
+        tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(t, Tensor)]
+        if choose(Function, Function, *tensors) is None:
+            return call(namespace, name, *args)
+        return recorded(namespace, *args)
+
+    differentiate(name, derivative)
+
+
+def _recorded_projection(
+    namespace: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norms: list[Tensor],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *numbers: Any,
+) -> list[Tensor]:
+    heads, head_dims, channels_first, eps, rotated, interleaved, keep, allow_tf32 = numbers
+    finish = HeadFinish(tuple(norms), eps, cos, sin, rotated, interleaved)
+    layout = Layout(heads, head_dims, channels_first, eps, rotated, interleaved, allow_tf32)
+    parts = list(projection(x, weight, bias, HeadFinish(), layout, namespace))
+    return [*formulas.finish_parts_in_layout(parts, finish), *(parts[: len(norms)] if keep else [])]
+
+
+def _recorded_merge(namespace: str, *args: Any) -> Tensor:
+    x, weight, bias, residual, gate, channels_first, allow_tf32 = args
+    return merge_heads(x, weight, bias, residual, gate, channels_first, allow_tf32, namespace)
+
+
+def _recorded_formula(formula: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda namespace, *args: outside_autocast(formula)(*args)
+
+
+_record("projection_forward", _recorded_projection)
+_record("projection_backward", _recorded_formula(formulas.backward))
+_record("merge_heads_forward", _recorded_merge)
+_record("merge_heads_backward", _recorded_formula(formulas.merge_backward))
+_record("cpu_finish_heads", _recorded_formula(formulas.finish_heads))
+_record("cpu_finish_heads_backward", _recorded_formula(formulas.finish_heads_backward))

@@ -96,7 +96,7 @@ def _helper_fake(
     return part.new_empty(batch, length, heads, dim).transpose(1, 2)
 
 
-def _helper(
+def finish_heads(
     part: Tensor, norm: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, interleaved: bool
 ) -> Tensor:
     arguments = (part, norm, cos, sin, eps, interleaved)
@@ -116,7 +116,7 @@ def _helper_backward_fake(
     return _helper_fake(part, norm, cos, sin, eps, interleaved), grad_norm
 
 
-def _helper_backward(
+def finish_heads_backward(
     grad: Tensor,
     part: Tensor,
     norm: Tensor | None,
@@ -148,6 +148,12 @@ def finish_parts(parts: list[Tensor], all_of: reference.HeadFinish) -> list[Tens
     ]
 
 
+def finish_parts_in_layout(parts: list[Tensor], all_of: reference.HeadFinish) -> list[Tensor]:
+    """``finish_parts`` in the layout of the parts, whatever the steps left."""
+    finished = zip(finish_parts(parts, all_of), parts, strict=True)
+    return [f if f.stride() == p.stride() else torch.empty_like(p).copy_(f) for f, p in finished]
+
+
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -171,12 +177,8 @@ def _forward(
     flat = [_linear(tokens, w, b) for w, b in zip(weight.split(sizes), biases, strict=True)]
     parts = [y.unflatten(-1, (h, d)).transpose(1, 2) for y, h, d in zip(flat, heads, head_dims, strict=True)]
     kept = parts[: len(norms)] if keep else []
-    finished = finish_parts(parts, reference.HeadFinish(tuple(norms), eps, cos, sin, rotated, interleaved))
-    # In the layout of the parts, whatever the steps left.
-    parts = [
-        f if f.stride() == p.stride() else torch.empty_like(p).copy_(f) for f, p in zip(finished, parts, strict=True)
-    ]
-    return [*parts, *kept]
+    all_of = reference.HeadFinish(tuple(norms), eps, cos, sin, rotated, interleaved)
+    return [*finish_parts_in_layout(parts, all_of), *kept]
 
 
 def _forward_fake(
@@ -407,11 +409,11 @@ WIDEST_HELPED = 1024
 """Channels of a head that the CPU's compiled helper takes."""
 
 _HELPED = "Tensor part, Tensor? norm, Tensor? cos, Tensor? sin, float eps, bool interleaved"
-define("helpers", f"cpu_finish_heads({_HELPED}) -> Tensor", _helper, _helper_fake)
+define("helpers", f"cpu_finish_heads({_HELPED}) -> Tensor", finish_heads, _helper_fake)
 define(
     "helpers",
     f"cpu_finish_heads_backward(Tensor grad, {_HELPED}) -> (Tensor, Tensor)",
-    _helper_backward,
+    finish_heads_backward,
     _helper_backward_fake,
 )
 _FINISH = "Tensor[] norms, Tensor? cos, Tensor? sin"
