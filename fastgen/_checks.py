@@ -67,8 +67,12 @@ def require_alike(first_name: str, first: Tensor, **others: Tensor | None) -> No
             continue
         if tensor.dtype != first.dtype:
             raise TypeError(f"{name}: expected the dtype of {first_name}, {first.dtype}, got {tensor.dtype}")
-        if tensor.device != first.device:
-            raise ValueError(f"{name}: expected the device of {first_name}, {first.device}, got {tensor.device}")
+        require_device(name, tensor, first_name, first)
+
+
+def require_device(name: str, tensor: Tensor, first_name: str, first: Tensor) -> None:
+    if tensor.device != first.device:
+        raise ValueError(f"{name}: expected the device of {first_name}, {first.device}, got {tensor.device}")
 
 
 def require_broadcast(name: str, tensor: Tensor, target: tuple[int, ...], meaning: str) -> None:
@@ -133,3 +137,17 @@ def require_positive_number(**values: float) -> None:
     for name, value in values.items():
         if not _is_number(value) or value <= 0:
             raise ValueError(f"{name}: expected a positive number, got {value!r}")
+
+
+def require_flag(name: str, value: Any) -> None:
+    """True or False, 1 or 0: a string such as "no" would count as true."""
+    if isinstance(value, Tensor) or value not in (True, False):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def require_eps(name: str, value: Any) -> None:
+    """What a norm adds to a mean of squares: a number >= 0. A tensor is refused: a derivative by it would be lost."""
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")

@@ -61,10 +61,10 @@ def define(
     for namespace, library in _libraries.items():
         _define_in(namespace, library, definition)
         chosen = assisted if assisted is not None and namespace == COMPILED else implementation
-        library.impl(definition.name, _outside_autocast(chosen), "CompositeExplicitAutograd")
+        library.impl(definition.name, outside_autocast(chosen), "CompositeExplicitAutograd")
 
 
-def _outside_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+def outside_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
     """What is float32 inside an operator stays float32: autocast has chosen the arguments' dtype and is done."""
 
     @functools.wraps(implementation)

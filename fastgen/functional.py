@@ -143,6 +143,7 @@ def scaled_dot_product_attention(
 def _projection_input(x: Tensor, channels_first: bool) -> Tensor:
     check.require_tensor("x", x)
     check.require_floating("x", x)
+    check.require_flag("channels_first", channels_first)
     if channels_first:
         if x.dim() < 3:
             raise ValueError(f"x: expected (B, C, *spatial) with channels_first, got {check.shape_of(x)}")
@@ -195,6 +196,8 @@ def multi_head_projection(
     """
     check.require_positive("num_heads", num_heads)
     check.require_tensor("weight", weight)
+    if weight.dim() != 2 or weight.size(0) == 0:
+        raise ValueError(f"weight: expected (num_heads * head_dim, C), got {check.shape_of(weight)}")
     if weight.size(0) % num_heads != 0:
         raise ValueError(f"num_heads: expected a divisor of weight's {weight.size(0)} rows, got {num_heads}")
     return qkv_projection(
@@ -230,8 +233,9 @@ def _checked_rotary(rotary: tuple[Tensor, Tensor], x: Tensor, batch: int, length
 
 
 def _wide_tables(rotary: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """(1|B, N, R / 2), in float32, or float64 for float64."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    """(1|B, N, R / 2), in float32, or float64 where x or a table is."""
+    wide = any(t.dtype == torch.float64 for t in (x, *rotary))
+    dtype = torch.float64 if wide else torch.float32
     cos, sin = (table.to(dtype) if table.dim() == 3 else table.to(dtype).unsqueeze(0) for table in rotary)
     return cos, sin
 
@@ -243,7 +247,8 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool =
 
     Args:
         x: (B, H, N, D).
-        cos, sin: (N, R / 2) or (B, N, R / 2), R <= D; computed in float32 or wider. The channels beyond R stay.
+        cos, sin: (N, R / 2) or (B, N, R / 2), R <= D. Computed in float32, or in float64 where x or a table is float64.
+            The channels beyond R stay.
         interleaved: pairs are channels (2 i, 2 i + 1), as in the paper; otherwise (i, i + R / 2), as in Llama.
 
     Returns:
@@ -261,6 +266,7 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool =
     check.require_floating("x", x)
     if x.dim() != 4:
         raise ValueError(f"x: expected (B, H, N, D), got {check.shape_of(x)}")
+    check.require_flag("interleaved", interleaved)
     _checked_rotary((cos, sin), x, x.size(0), x.size(2), (x.size(3),))
     return reference.rotary(x, *_wide_tables((cos, sin), x), interleaved).to(x.dtype)
 
@@ -288,6 +294,7 @@ def qkv_projection(
         heads: (Hq, Hk, Hv). head_dims: (Dk, Dk, Dv). Any number of parts works the same way.
         norms: weights (Dk,) of q, or of q and k, whose heads are then normalised: ``y / sqrt(mean(y^2) + norm_eps) *
             weight`` (Zhang and Sennrich, "Root mean square layer normalization", 2019). In general: of the first parts.
+            Autocast lowers them with the weight. ``norm_eps`` is a number >= 0.
         rotary: tables (cos, sin) by which the first ``rotated`` parts are turned, after that; see
             ``rotary_embedding``, also for ``interleaved``.
 
@@ -296,7 +303,7 @@ def qkv_projection(
 
     Raises:
         TypeError: integer input, or dtypes that differ.
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, heads or head dims that are not positive integers, a negative ``norm_eps``.
 
     Example:
         >>> q, k, v = qkv_projection(torch.randn(2, 5, 6), torch.randn(24, 6), heads=(4, 1, 1), head_dims=(4, 4, 4))
@@ -304,19 +311,25 @@ def qkv_projection(
         (torch.Size([2, 4, 5, 4]), torch.Size([2, 1, 5, 4]))
     """
     tokens = _projection_input(x, channels_first)
-    if len(heads) != len(head_dims) or not heads:
-        raise ValueError(f"head_dims: expected as many as heads {tuple(heads)}, got {tuple(head_dims)}")
     for name, counts in (("heads", heads), ("head_dims", head_dims)):
+        if not isinstance(counts, (tuple, list)) or not counts:
+            raise ValueError(f"{name}: expected a sequence of positive integers, got {counts!r}")
         for count in counts:
             check.require_positive(name, count)
+    if len(heads) != len(head_dims):
+        raise ValueError(f"head_dims: expected as many as heads {tuple(heads)}, got {tuple(head_dims)}")
     rows = sum(h * d for h, d in zip(heads, head_dims, strict=True))
     check.require_tensor("weight", weight)
     if weight.dim() != 2 or weight.size(0) != rows:
         raise ValueError(f"weight: expected {rows} rows, the sum of heads * head_dims, got {check.shape_of(weight)}")
+    check.require_tensor("bias", bias, optional=True)
     low = _autocast_dtype(x)
     tokens, weight, bias = _cast(tokens, low), _cast(weight, low), None if bias is None else _cast(bias, low)
     _checked_linear(tokens, tokens.size(1 if channels_first else 2), weight, bias, rows)
     finish = HeadFinish()
+    norms = () if norms is None else norms
+    if not isinstance(norms, (tuple, list)):
+        raise TypeError(f"norms: expected a tuple or list of weights, one for each part, got {type(norms).__name__}")
     if norms or rotary is not None:
         length = tokens.size(2 if channels_first else 1)
         finish = _checked_finish(tokens, length, head_dims, norms, norm_eps, rotary, rotated, interleaved, low)
@@ -330,8 +343,10 @@ def qkv_projection(
         may_use_tf32(tokens),
     )
     namespace = _place_of_heads(tokens, layout, finish)
-    if finish.cos is not None and _may_be_differentiated(finish.cos, finish.sin):
-        # The fused operators take tables for constants.
+    if finish.cos is not None and (
+        _may_be_differentiated(finish.cos, finish.sin) or finish.cos.dtype.itemsize > max(tokens.dtype.itemsize, 4)
+    ):
+        # The fused operators take tables for constants, in float32 where x is not float64.
         parts = _autograd.projection(tokens, weight, bias, HeadFinish(), layout, namespace)
         return tuple(finish_parts(list(parts), finish))
     return _autograd.projection(tokens, weight, bias, finish, layout, namespace)
@@ -365,8 +380,9 @@ def _checked_finish(
     interleaved: bool,
     low: torch.dtype | None,
 ) -> HeadFinish:
-    if isinstance(norms, Tensor) or len(norms) > len(head_dims):
-        raise ValueError(f"norms: expected a sequence of at most {len(head_dims)} weights, one for each part")
+    if len(norms) > len(head_dims):
+        raise ValueError(f"norms: expected at most {len(head_dims)} weights, one for each part, got {len(norms)}")
+    check.require_eps("norm_eps", eps)
     cast = []
     for norm, dim in zip(norms, head_dims, strict=False):
         check.require_tensor("norms", norm)
@@ -376,6 +392,7 @@ def _checked_finish(
     finish = HeadFinish(norms=tuple(cast), eps=float(eps))
     if rotary is None:
         return finish
+    check.require_flag("interleaved", interleaved)
     if isinstance(rotated, bool) or not isinstance(rotated, int) or not 1 <= rotated <= len(head_dims):
         raise ValueError(f"rotated: expected between 1 and the {len(head_dims)} parts, got {rotated!r}")
     _checked_rotary(rotary, tokens, tokens.size(0), length, head_dims[:rotated])
@@ -426,8 +443,10 @@ def merge_heads_projection(
         >>> merge_heads_projection(torch.randn(2, 4, 5, 2), torch.randn(6, 8)).shape
         torch.Size([2, 5, 6])
     """
-    for name, tensor, optional in (("x", x, False), ("residual", residual, True)):
-        check.require_tensor(name, tensor, optional=optional)
+    tensors = {"x": x, "weight": weight, "bias": bias, "residual": residual}
+    for name, tensor in tensors.items():
+        check.require_tensor(name, tensor, optional=name in ("bias", "residual"))
+    check.require_flag("channels_first", channels_first)
     check.require_floating("x", x)
     if x.dim() != 4:
         raise ValueError(f"x: expected (B, H, N, D), got {check.shape_of(x)}")
@@ -464,6 +483,10 @@ def merge_heads_projection(
         namespace = select("merge_heads_forward", x, refused, plan.slower(problem, x))
     if low is not None and any(t is not None and t.dtype != x.dtype for t in (flat, wide_gate)):
         # A residual stream kept in float32 stays float32, as torch's own promotion has it.
+        for name, tensor in (("residual", flat), ("gate", wide_gate)):
+            if tensor is not None:
+                check.require_floating(name, tensor)
+                check.require_device(name, tensor, "x", x)
         y = _autograd.merge_heads(x, weight, bias, None, None, channels_first, may_use_tf32(x), namespace)
         if wide_gate is not None:
             y = y * (wide_gate.transpose(1, 2) if channels_first else wide_gate)

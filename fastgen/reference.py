@@ -453,7 +453,7 @@ def split_heads(y: Tensor, heads: list[int], head_dims: list[int]) -> list[Tenso
 
 def join_heads(x: Tensor) -> Tensor:
     """(B, H, N, D) -> (B, N, H * D)."""
-    return x.transpose(1, 2).flatten(2)
+    return x.transpose(1, 2).reshape(x.size(0), x.size(2), x.size(1) * x.size(3))
 
 
 class HeadFinish(NamedTuple):
@@ -491,7 +491,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     turned, rest = x.split([2 * cos.size(-1), x.size(-1) - 2 * cos.size(-1)], dim=-1)
     first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
     pair = first * cos - second * sin, second * cos + first * sin
-    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    shape = turned.shape
+    turned = torch.stack(pair, dim=-1).reshape(shape) if interleaved else torch.cat(pair, dim=-1)
     return torch.cat((turned, rest), dim=-1) if rest.size(-1) else turned
 
 
