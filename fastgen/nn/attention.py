@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastgen import functional
 from fastgen._checks import require_floating, require_probability, require_shape, require_tensor, shape_of
+from fastgen.nn._sublayers import merge_heads
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -216,14 +217,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         return k, v, more
 
     def _merge(self, heads: Tensor, residual: Tensor | None, batched: bool) -> Tensor:
-        weight, bias = self.out_proj.weight, self.out_proj.bias
         if batched and not self.batch_first:
-            out = functional.merge_heads_projection(heads.transpose(0, 2), weight, bias, residual=residual)
+            out = merge_heads(self, "out_proj", heads.transpose(0, 2), residual=residual)
             return out.contiguous()  # as torch's is, for those who call view on it
         if batched:
-            return functional.merge_heads_projection(heads, weight, bias, residual=residual)
-        residual = residual if residual is None else residual[None]
-        return functional.merge_heads_projection(heads, weight, bias, residual=residual)[0]
+            return merge_heads(self, "out_proj", heads, residual=residual)
+        return merge_heads(self, "out_proj", heads, residual=residual if residual is None else residual[None])[0]
 
     def _forward_nested(self, *arguments: Any) -> tuple[Tensor, Tensor | None]:
         *torchs, residual = arguments
