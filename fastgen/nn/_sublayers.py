@@ -178,7 +178,7 @@ def weight_and_bias(*modules: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def map_channels(owner: nn.Module, name: str, x: Tensor, channels: int) -> Tensor:
-    """x (B, C, H, W) -> (B, channels, H, W): a call of a sublayer of ``owner``, with tokens unless it holds a convolution.
+    """Calls a sublayer of ``owner``, with tokens unless it holds a convolution: x (B, C, H, W) -> (B, channels, H, W).
 
     Raises:
         TypeError, ValueError: the sublayer's output is no such tensor.
@@ -186,7 +186,8 @@ def map_channels(owner: nn.Module, name: str, x: Tensor, channels: int) -> Tenso
     y = _call(owner, name, x.flatten(2).transpose(1, 2), x, False)
     if y.size(-1) != channels:
         raise ValueError(f"{name}: expected {channels} channels from {_of(owner, [name])}, got {y.size(-1)}")
-    return y.transpose(1, 2).unflatten(2, x.shape[2:])
+    out: Tensor = y.transpose(1, 2).unflatten(2, tuple(x.shape[2:]))
+    return out
 
 
 def merge_heads(
@@ -233,9 +234,7 @@ def merge_heads(
     return residual + y
 
 
-def _call(
-    owner: nn.Module, name: str, tokens: Tensor, feature_map: Tensor | None, convolutions: bool
-) -> Tensor:
+def _call(owner: nn.Module, name: str, tokens: Tensor, feature_map: Tensor | None, convolutions: bool) -> Tensor:
     """(B, N, rows): what the sublayer makes of tokens (B, N, C), or of the same as a feature map (B, C, *spatial)."""
     module = getattr(owner, name)
     for part in module.modules():

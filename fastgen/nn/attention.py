@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastgen import functional
 from fastgen._checks import require_floating, require_probability, require_shape, require_tensor, shape_of
-from fastgen.nn._sublayers import merge_heads
+from fastgen.nn._sublayers import is_pointwise, merge_heads
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -225,6 +225,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         return merge_heads(self, "out_proj", heads, residual=residual if residual is None else residual[None])[0]
 
     def _forward_nested(self, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+        if not is_pointwise(self.out_proj):
+            raise RuntimeError(
+                "query: expected a padded tensor and key_padding_mask, as torch's kernel for nested tensors would not"
+                " call out_proj, got a nested tensor"
+            )
         *torchs, residual = arguments
         out, weights = super().forward(*torchs)
         return out if residual is None else residual + out, weights

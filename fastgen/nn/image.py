@@ -134,16 +134,12 @@ class SelfAttention2d(LoadsOtherNames):
         require_feature_map(x, self.channels)
         query, key, value = self._pooled_heads(x) if self.pool else self._heads(x)
         attended = _attend(query, key, value, self.scale)
-        return merge_heads(
-            self, "out", attended, residual=x, gate=self.gamma, channels_first=True, convolutions=True
-        )
+        return merge_heads(self, "out", attended, residual=x, gate=self.gamma, channels_first=True, convolutions=True)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
         heads = self.num_heads
         dims = (self.key_channels // heads, self.key_channels // heads, self.value_channels // heads)
-        return project_heads(
-            self, _MAPS, x, heads=(heads,) * 3, head_dims=dims, channels_first=True, convolutions=True
-        )
+        return project_heads(self, _MAPS, x, heads=(heads,) * 3, head_dims=dims, channels_first=True, convolutions=True)
 
     def _pooled_heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """Keys and values are made as one map, channels last, in which heads are contiguous after pooling."""
@@ -254,9 +250,7 @@ class AttentionBlock2d(LoadsOtherNames):
         """
         require_feature_map(x, self.channels)
         heads, dims = (self.num_heads,) * 3, (self.channels // self.num_heads,) * 3
-        query, key, value = project_heads(
-            self, _MAPS, self.norm(x), heads=heads, head_dims=dims, channels_first=True
-        )
+        query, key, value = project_heads(self, _MAPS, self.norm(x), heads=heads, head_dims=dims, channels_first=True)
         return merge_heads(self, "out", _attend(query, key, value), residual=x, channels_first=True)
 
 

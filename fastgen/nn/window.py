@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastgen import _checks as check
 from fastgen import functional
+from fastgen.nn._buffers import ComputedBuffers
 from fastgen.nn._loading import LoadsOtherNames
 from fastgen.nn._sublayers import is_pointwise, map_channels, weight_and_bias
 from fastgen.nn.image import require_divisible, require_feature_map
@@ -64,7 +65,7 @@ def _allowed(rows: Tensor, columns: Tensor) -> Tensor:
     return (same & (rows[:, None] >= 0) & (columns >= 0)).flatten(2, 3).flatten(0, 1)
 
 
-class WindowAttention2d(LoadsOtherNames):
+class WindowAttention2d(ComputedBuffers, LoadsOtherNames):
     """Self-attention within windows, with a learned bias for each relative position.
 
     Liu et al., "Swin Transformer: hierarchical vision Transformer using shifted windows" (2021), section 3.2 and
@@ -118,11 +119,14 @@ class WindowAttention2d(LoadsOtherNames):
         self.proj = nn.Linear(channels, channels, bias, device=device, dtype=dtype)
         table = torch.empty((2 * height - 1) * (2 * width - 1), num_heads, device=device, dtype=dtype)
         self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
-        down, right = (torch.arange(size, device=device) for size in self.window_size)
+        self._register_computed(device)
+
+    def _computed(self) -> dict[str, Tensor]:
+        height, width = self.window_size
+        down, right = torch.arange(height), torch.arange(width)
         down = down[:, None, None, None] - down[:, None] + height - 1
         right = right[:, None, None] - right + width - 1
-        index = (down * (2 * width - 1) + right).flatten(2, 3).flatten(0, 1)
-        self.register_buffer("relative_position_index", index, persistent=False)
+        return {"relative_position_index": (down * (2 * width - 1) + right).flatten(2, 3).flatten(0, 1)}
 
     def extra_repr(self) -> str:
         return f"{self.channels}, {self.num_heads}, window_size={self.window_size}, shift={self.shift}"
