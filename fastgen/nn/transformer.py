@@ -455,6 +455,8 @@ def _may_add_residual(attention: nn.Module, dropout: nn.Module) -> bool:
 def _runs_in_kernel(layer: nn.Module) -> bool:
     forwards = (TransformerEncoderLayer.forward, nn.TransformerEncoderLayer.forward)
     known = type(layer).forward in forwards and is_untouched(layer) and not layer.training
+    # torch reads weights more than once, and what computes them would run as often.
+    known = known and not any("parametrizations" in module._modules for module in layer.modules())
     return known and ignored_by_kernel(cast(nn.TransformerEncoderLayer, layer)) is None
 
 
