@@ -54,5 +54,6 @@ def _layer_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: 
     y = y if weight is None else y * weight
     y = y if bias is None else y + bias
     kind = x.device.type
-    widened = kind != "cpu" and torch.is_autocast_enabled(kind)  # by autocast, which leaves it alone on CPU
+    # By autocast, which leaves it alone on CPU.
+    widened = kind not in ("cpu", "meta") and torch.is_autocast_enabled(kind)
     return y.to(x.dtype) if low and not widened else y

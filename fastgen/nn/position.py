@@ -397,4 +397,7 @@ class RelativePositionBias(ComputedBuffers):
         distance = torch.arange(1 - query_length, key_length, device=self.weight.device) - offset
         bucket = self.bucket_of_distance[distance.clamp(-self.max_distance, self.max_distance) + self.max_distance]
         diagonals = self.weight[bucket].t()
+        if torch.compiler.is_exporting():  # unfold would make the length a constant
+            first = torch.arange(query_length - 1, -1, -1, device=bucket.device)
+            return diagonals[:, first[:, None] + torch.arange(key_length, device=bucket.device)]
         return diagonals.unfold(1, key_length, 1).flip(1)

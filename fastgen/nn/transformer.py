@@ -434,7 +434,7 @@ def _is_causal(mask: Tensor | None) -> bool:
     """Whether the mask is the causal one, so that it need not be read. One that may have a derivative is kept."""
     if mask is None or torch.compiler.is_compiling() or mask.dim() != 2 or mask.size(0) != mask.size(1):
         return False
-    if mask.requires_grad or transforms_active():
+    if mask.requires_grad or mask.is_meta or transforms_active():
         return False
     if mask.dtype == torch.bool:
         return torch.equal(mask, torch.ones_like(mask).triu(1))
