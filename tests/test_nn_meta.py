@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgen.models import (
     FlowVAE,
@@ -80,6 +81,22 @@ def test_buffers_after_meta(name, monkeypatch):
     assert_same_buffers(good, other)
 
 
+@pytest.mark.parametrize("name", set(WITH_BUFFERS) - {"KVCache", "PositionalEncoding"})
+def test_buffers_after_a_state_dict_is_assigned_to_a_module_on_meta(name):
+    good = WITH_BUFFERS[name]()
+    with torch.device("meta"):
+        other = WITH_BUFFERS[name]()
+    other.load_state_dict(good.state_dict(), assign=True)
+    assert_same_buffers(good, other)
+
+
+def test_a_positional_encoding_on_meta_goes_where_its_input_is():
+    x = torch.randn(1, 3, 4)
+    with torch.device("meta"):
+        layer = PositionalEncoding(4, 7)
+    assert torch.equal(layer(x), PositionalEncoding(4, 7)(x))
+
+
 def test_buffers_after_skip_init():
     other = torch.nn.utils.skip_init(WindowAttention2d, 16, 2, 4)
     assert_same_buffers(other, WindowAttention2d(16, 2, 4))
@@ -126,6 +143,15 @@ def test_what_is_written_to_rotary_tables_changes_no_other():
         table.zero_()
     assert torch.equal(rotary(query, key)[0], expected[0])
     assert torch.equal(rotary.tables(3)[0][0], torch.ones(2))
+
+
+def test_tables_made_of_fake_tensors_are_not_kept():
+    rotary, x = RotaryEmbedding(4), torch.randn(1, 2, 3, 4)
+    with FakeTensorMode() as mode:
+        rotary(mode.from_tensor(x), mode.from_tensor(x))
+    assert torch.equal(rotary(x, x)[0], RotaryEmbedding(4)(x, x)[0])
+    with mode:
+        rotary(mode.from_tensor(x), mode.from_tensor(x))
 
 
 def test_rotary_embedding_turns_backwards_at_negative_positions():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ class ComputedBuffers(nn.Module):
     """A module with buffers that are computed from its arguments and are not in its state dict.
 
     They are computed again whenever they move to new memory or another dtype. After ``to_empty`` or ``skip_init``,
-    which leave memory as it comes, no state dict would fill them.
+    which leave memory as it comes, no state dict would fill them. ``load_state_dict(assign=True)`` takes those on the
+    meta device to the device of the loaded tensors.
     """
 
     def _computed(self) -> dict[str, Tensor]:
@@ -43,3 +45,22 @@ class ComputedBuffers(nn.Module):
                     if name in moved:
                         self._buffers[name].copy_(value)  # type: ignore[union-attr]
         return self
+
+    def _leave_meta(self, device: torch.device) -> None:
+        """Those that are still on the meta device move to another."""
+        if device.type == "meta":
+            return
+        for name, value in self._values().items():
+            buffer = self._buffers[name]
+            if buffer is not None and buffer.is_meta:
+                self._buffers[name] = value.to(device, buffer.dtype)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)  # type: ignore[no-untyped-call]
+        if local_metadata.get("assign_to_params_buffers", False):
+            loaded = (entry for key, entry in state_dict.items() if key.startswith(prefix))
+            device = next((entry.device for entry in loaded if isinstance(entry, Tensor)), None)
+            if device is not None:
+                self._leave_meta(device)

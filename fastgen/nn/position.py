@@ -118,6 +118,8 @@ class PositionalEncoding(ComputedBuffers):
             layout = "(B, N, dim)" if self.batch_first else "(N, B, dim)"
             raise ValueError(f"x: expected {layout} with dim = {self.dim}, got {check.shape_of(x)}")
         batch, length = (x.size(0), x.size(1)) if self.batch_first else (x.size(1), x.size(0))
+        if self.table.is_meta and not x.is_meta:  # a state dict has no entry that would tell where to go
+            self._leave_meta(x.device)
         if positions is None:
             _require_not_negative("offset", offset)
             if offset + length > self.max_len:
@@ -232,9 +234,10 @@ class RotaryEmbedding(nn.Module):
         _require_not_negative("length", length)
         _require_not_negative("offset", offset)
         end = offset + length
-        # A captured graph reads its memory at every replay, when longer tables may have replaced those kept.
+        # A captured graph reads its memory at every replay, when longer tables may have replaced those kept; a mode
+        # (FakeTensorMode) makes tensors of its own.
         captured = where.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if torch.compiler.is_compiling() or captured:
+        if torch.compiler.is_compiling() or captured or torch._C._len_torch_dispatch_stack() > 0:
             return self._compute(torch.arange(offset, end, device=where), dtype)
         kept = self._kept.get((where, dtype))
         if kept is None or kept[0].size(0) < end:
