@@ -57,6 +57,9 @@ class SelfAttention2d(LoadsOtherNames):
 
     Shapes: x (B, C, H, W) -> (B, C, H, W). No memory of the size of the (H W)^2 scores.
 
+    Plain maps are fused. Where a map has hooks, or is more than a 1x1 convolution (an adapter, pruned, quantised), maps
+    are called instead.
+
     The weights ``query``, ``key``, ``value`` and ``out`` have the shapes of 1x1 convolutions. ``load_state_dict`` also
     takes the names theta, phi, g, o (BigGAN) and query_conv, key_conv, value_conv. The latter have no ``out`` (build
     this layer with ``value_channels=channels``): it becomes the identity. Weights saved with the older
@@ -183,6 +186,9 @@ class AttentionBlock2d(LoadsOtherNames):
         bias: let the four maps have biases.
 
     Shapes: x (B, C, H, W) -> (B, C, H, W). No memory of the size of the (H W)^2 scores.
+
+    Plain maps are fused. Where a map has hooks, or is more than an ``nn.Linear`` (an adapter, pruned, quantised), maps
+    are called instead, with (B, H W, C).
 
     The weights ``query``, ``key``, ``value`` and ``out`` are (C, C). ``load_state_dict`` also takes the names of
     diffusers' ``Attention`` (group_norm, to_q, to_k, to_v, to_out.0), of its older ``AttentionBlock`` (proj_attn) and

@@ -83,6 +83,8 @@ class WindowAttention2d(ComputedBuffers, LoadsOtherNames):
     Shapes: x (B, C, H, W) -> (B, C, H, W), any H and W: a side that the window does not divide is padded below or on
     the right, and padding is never attended to. (torchvision's layer pads with zeros that are attended to.)
 
+    Plain maps are fused. One that has hooks, or is more than an ``nn.Linear``, is called once, with (B, H W, C).
+
     State dicts have the entries of torchvision's and the authors' layers: ``qkv`` (3C, C), ``proj`` (C, C) and
     ``relative_position_bias_table`` ((2h - 1)(2w - 1), heads); a ``relative_position_index`` is left out.
 
