@@ -25,7 +25,7 @@ class MultiheadAttention(nn.MultiheadAttention):
       the output from them, in plain PyTorch.
     - Masks stay as small as they come: a padding mask is never expanded over heads and queries.
     - ``key_padding_mask`` and ``attn_mask`` may be of different kinds; a boolean one then joins the floating one.
-    - ``out_proj`` is called where it has hooks or is more than an ``nn.Linear`` (an adapter, say); torch never calls it.
+    - ``out_proj`` is called where it has hooks or is more than an ``nn.Linear`` (an adapter); torch never calls it.
     - Nested tensors go to torch's own inference kernels, which refuse what they do not take.
 
     Shapes, with ``batch_first``: query (B, L, E), key (B, S, kdim), value (B, S, vdim) -> output (B, L, E) and weights
