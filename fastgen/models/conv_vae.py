@@ -193,8 +193,7 @@ class ConvVAE(GenerativeModel):
             ValueError: n is not a positive integer.
         """
         require_positive("n", n)
-        weight = self.add_details.weight
-        noise = normal_noise((n, self.config.latent_dim), weight, generator)
+        noise = normal_noise((n, self.config.latent_dim), next(self.parameters()), generator)
         canvas = self.canvas(noise)
         mu, logvar = self.detail_prior(canvas).chunk(2, dim=1)
         details = mu + normal_noise(tuple(mu.shape), mu, generator) * torch.exp(0.5 * logvar)

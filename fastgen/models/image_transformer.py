@@ -44,6 +44,8 @@ from fastgen.models._tokens import choose
 from fastgen.models._vae import above_each_other, check_images
 from fastgen.models._vq import Autoencoder, AutoencoderConfig
 from fastgen.nn import RotaryEmbedding
+from fastgen.nn._buffers import ComputedBuffers
+from fastgen.nn._sublayers import all_rows
 
 Activation = Literal["gelu", "swiglu"]
 
@@ -165,7 +167,7 @@ class PixelOptions(LabelOptions):
         require_not_negative(temperature=self.temperature)
 
 
-class ImageTransformer(GenerativeModel):
+class ImageTransformer(ComputedBuffers, GenerativeModel):
     """The model described at the top of this file.
 
     Images are (B, channels, image_size, image_size), floating, in [0, 1], multiples of 1 / (levels - 1). Tokens are
@@ -213,15 +215,17 @@ class ImageTransformer(GenerativeModel):
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.logits = nn.Linear(width, tones, bias=False)
         initialise_decoder(self, config)
+        self._register_computed()
+
+    def _computed(self) -> dict[str, Tensor]:
         if self.autoencoder is not None:
-            return
-        counts = torch.arange(config.levels)
-        tone = counts * tones // config.levels
+            return {}
+        tones, levels = self.config.values, self.config.levels
+        counts = torch.arange(levels)
+        tone = counts * tones // levels
         sizes = torch.bincount(tone, minlength=tones)
-        pixels = torch.bincount(tone, counts.double(), tones) / sizes / (config.levels - 1)
-        self.register_buffer("tone_of_level", tone, persistent=False)
-        self.register_buffer("pixel_of_tone", pixels.float(), persistent=False)
-        self.register_buffer("log_share", sizes.float().log(), persistent=False)
+        pixels = torch.bincount(tone, counts.double(), tones) / sizes / (levels - 1)
+        return {"tone_of_level": tone, "pixel_of_tone": pixels.float(), "log_share": sizes.float().log()}
 
     def phases(self) -> tuple[Phase, ...]:
         config = self.config
@@ -254,7 +258,8 @@ class ImageTransformer(GenerativeModel):
         size = self.config.grid
         if self.autoencoder is not None:
             return self.autoencoder.decode(tokens.view(-1, size, size))
-        return self.pixel_of_tone[tokens].view(-1, size, size, self.config.channels).movedim(-1, 1)
+        pixels = F.embedding(tokens, self.pixel_of_tone[:, None])  # which takes no negative tokens
+        return pixels.view(-1, size, size, self.config.channels).movedim(-1, 1)
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None, captions: Tensor | None = None) -> Tensor:
         """Logits (B, N + 1, values) of the first value and those after each token.
@@ -292,10 +297,12 @@ class ImageTransformer(GenerativeModel):
 
     def _run(self, x: Tensor, first: int, past: Past | None = None) -> Tensor:
         """x (B, N, width), what is embedded from place ``first`` on -> logits of the values that stand after it."""
-        places = self.row.weight[:, None, None] + self.column.weight[:, None] + self.colour.weight
-        places = places.flatten(0, 2)
+        config = self.config
+        row, column = (all_rows(part, config.grid, x.device) for part in (self.row, self.column))
+        colour = all_rows(self.colour, config.colours, x.device)
+        places = (row[:, None, None] + column[:, None] + colour).flatten(0, 2)
         if self.caption_place is not None:
-            places = torch.cat([self.caption_place.weight, places])
+            places = torch.cat([all_rows(self.caption_place, config.prefix, x.device), places])
         here = slice(first, first + x.size(1))
         x = x + places[here]
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -390,7 +397,8 @@ class ImageTransformer(GenerativeModel):
         count = tokens.size(1)
         with drawing(self):
             prefix = self.config.prefix
-            past = Past(self.config, len(tokens), prefix + length, self.embedding.weight)
+            like = next(self.embedding.parameters(), self.norm.weight)
+            past = Past(self.config, len(tokens), prefix + length, like)
             x, first = self._embedded(tokens, labels, captions), 0
             for at in range(count, length):
                 logits = self._run(x, first, past)[:, -1]

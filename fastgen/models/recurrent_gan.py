@@ -278,7 +278,7 @@ class RecurrentGAN(GenerativeModel):
 
     def _generate(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Outputs (n, length, width). A CPU generator gives the same noise to every device."""
-        weight, length = self.generator.out.weight, self.steps.length
+        weight, length = next(self.generator.parameters()), self.steps.length
         device = weight.device if generator is None else generator.device
         noise = torch.randn(n, length, self.config.noise_dim, generator=generator, device=device).to(weight)
         outputs: Tensor
@@ -297,4 +297,4 @@ class RecurrentGAN(GenerativeModel):
         return scores.mean(1)
 
     def _read(self, batch: Batch) -> Tensor:
-        return self.steps.read(batch).to(self.generator.out.weight.dtype)
+        return self.steps.read(batch).to(next(self.generator.parameters()).dtype)

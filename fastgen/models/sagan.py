@@ -115,10 +115,6 @@ def settled(network: nn.Module) -> Iterator[None]:
             vector.copy_(before)
 
 
-def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor]:
-    return cast(Tensor, module.weight), cast(Tensor, module.bias)
-
-
 class ConditionalBatchNorm(nn.Module):
     """Batch normalisation; with classes, each has a gain and a bias of its own. x (B, C, H, W), labels (B,)."""
 
@@ -150,7 +146,7 @@ class GeneratorBlock(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        h = double_then_convolve(F.relu(self.norm1(x, labels)), *_weight_and_bias(self.conv1))
+        h = double_then_convolve(F.relu(self.norm1(x, labels)), self.conv1)
         h = self.conv2(F.relu(self.norm2(h, labels)))
         out: Tensor = h + F.interpolate(self.shortcut(x), scale_factor=2.0)
         return out
@@ -169,7 +165,7 @@ class DiscriminatorBlock(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         h = F.relu(self.conv1(F.relu(x)))
         if self.halve:
-            h, x = convolve_then_halve(h, *_weight_and_bias(self.conv2)), F.avg_pool2d(x, 2)
+            h, x = convolve_then_halve(h, self.conv2), F.avg_pool2d(x, 2)
         else:
             h = self.conv2(h)
         out: Tensor = h + self.shortcut(x)

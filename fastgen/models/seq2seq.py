@@ -37,6 +37,7 @@ from fastgen.models._beams import DecodingOptions, search
 from fastgen.models._encoder_decoder import BlockCache, DecoderBlock, EncoderBlock, Tables
 from fastgen.models._tokens import END, FIRST, PADDING, START, require_known, require_vocabulary, spell
 from fastgen.nn import KVCache, RotaryEmbedding
+from fastgen.nn._sublayers import embed
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -153,7 +154,7 @@ class Seq2Seq(GenerativeModel):
         """The memory (B, S, width), and which of it is no padding (B, 1, 1, S)."""
         _require_tokens("source", source, self.config.source_length, exact=True)
         visible = (source != PADDING)[:, None, None]
-        x = self._embed(source, self.source_positions)
+        x, _ = self._embed(source, self.source_positions)
         tables = self._tables(source.size(1), x)
         for block in self.encoder:
             x = block(x, tables, visible)
@@ -164,20 +165,22 @@ class Seq2Seq(GenerativeModel):
     ) -> Tensor:
         _require_tokens("target", target, self.config.target_length)
         if caches is None:
-            x = self._embed(target, self.target_positions[: target.size(1)])
+            x, table = self._embed(target, self.target_positions[: target.size(1)])
             tables = self._tables(target.size(1), x)
         else:
             positions = caches[0].target.positions(target.size(1))
-            x = self._embed(target, self.target_positions[positions])
+            x, table = self._embed(target, self.target_positions[positions])
             cos, sin = self._tables(self.config.target_length, x)
             tables = cos[positions], sin[positions]
         for i, block in enumerate(self.decoder):
             x = block(x, tables, visible, memory, None if caches is None else caches[i])
-        return F.linear(self.norm(x), self.embedding.weight)
+        return F.linear(self.norm(x), table)
 
-    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        x: Tensor = self.embedding(tokens) + positions
-        return F.dropout(x, self.config.dropout) if self.training and self.config.dropout else x
+    def _embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N, width) of the tokens, and (tokens, width) of all there are."""
+        x, table = embed(self.embedding, tokens, self.config.tokens)
+        x = x + positions
+        return F.dropout(x, self.config.dropout) if self.training and self.config.dropout else x, table
 
     def _tables(self, length: int, x: Tensor) -> Tables:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -246,7 +249,7 @@ class Seq2Seq(GenerativeModel):
         return self._decode(text[:, -1:], memory, visible, caches)[:, -1]
 
     def _caches(self, batch: int) -> list[BlockCache]:
-        config, weight = self.config, self.embedding.weight
+        config, weight = self.config, next(self.parameters())
         device = weight.device
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype

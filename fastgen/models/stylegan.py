@@ -22,18 +22,21 @@ from __future__ import annotations
 
 import itertools
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from fastgen import losses
 from fastgen._checks import require_choice, require_not_negative, require_positive, require_positive_number
 from fastgen.models._adversarial import AdversarialConfig, ImageGAN
 from fastgen.models._base import Batch, Exhibit, Images, Moment, option
 from fastgen.models._convolutions import SLOPE, feature_sizes
+from fastgen.nn._sublayers import is_plain
 
 Output = Literal["skip", "residual"]
 
@@ -151,10 +154,22 @@ class ModulatedConv2d(nn.Module):
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         """Maps are scaled before and after one convolution for all, not weights for each image: the same numbers."""
         scale = self.style(style)
-        y: Tensor = self.convolution(x * scale[:, :, None, None])
+        scaled, convolution = x * scale[:, :, None, None], self.convolution
         if not self.demodulate:
-            return y
-        squares = (self.convolution.weight * self.convolution.scale).square().sum(dim=(2, 3))
+            return cast(Tensor, convolution(scaled))
+        if type(convolution).forward is not ScaledConv2d.forward or "forward" in vars(convolution):
+            raise TypeError(
+                "convolution: expected a ScaledConv2d, whose weights tell the size of its output, got"
+                f" {type(convolution).__name__} or another forward; put adapters on style"
+            )
+        if is_plain(convolution, ScaledConv2d.forward):
+            weight = convolution.weight * convolution.scale
+            y = F.conv2d(scaled, weight, convolution.bias, padding=convolution.padding)
+        else:
+            with parametrize.cached() if parametrize.is_parametrized(convolution) else nullcontext():
+                y = convolution(scaled)  # first: a hook may be what makes the weight
+                weight = convolution.weight * convolution.scale
+        squares = weight.square().sum(dim=(2, 3))
         norm = torch.rsqrt(F.linear(scale.square(), squares) + 1e-8)
         return y * norm[:, :, None, None]
 

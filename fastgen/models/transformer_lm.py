@@ -38,6 +38,8 @@ from fastgen._vocabulary import Vocabulary, checked_vocabulary, tokenise
 from fastgen.models._base import Batch, GenerativeModel, Moment, Phase, Texts, option
 from fastgen.models._decoder import DecoderBlock, Past, Tables, drawing, initialise_decoder
 from fastgen.nn import RotaryEmbedding
+from fastgen.nn._buffers import ComputedBuffers
+from fastgen.nn._sublayers import embed
 
 Activation = Literal["gelu", "swiglu"]
 Position = TypeVar("Position", int, Tensor)
@@ -130,7 +132,7 @@ class TextOptions:
             raise ValueError(f"top_p: expected a probability in (0, 1], got {self.top_p}")
 
 
-class TransformerLM(GenerativeModel):
+class TransformerLM(ComputedBuffers, GenerativeModel):
     """The model described at the top of this file. Tokens are (B, N) int64; with neither window nor segments, N is at
     most the context.
 
@@ -165,7 +167,10 @@ class TransformerLM(GenerativeModel):
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
         self.logits = None if config.tied else nn.Linear(config.width, len(config.vocabulary), bias=False)
         initialise_decoder(self, config)
-        self.register_buffer("lengths", torch.tensor([len(item) for item in config.vocabulary]), persistent=False)
+        self._register_computed()
+
+    def _computed(self) -> dict[str, Tensor]:
+        return {"lengths": torch.tensor([len(item) for item in self.config.vocabulary])}
 
     def phases(self) -> tuple[Phase, ...]:
         config = self.config
@@ -184,7 +189,10 @@ class TransformerLM(GenerativeModel):
         """
         self._check(tokens)
         config, length = self.config, tokens.size(1)
-        x = self.embedding(tokens)
+        if self.logits is None:
+            x, table = embed(self.embedding, tokens, len(config.vocabulary))
+        else:
+            x = self.embedding(tokens)
         if self.training and config.dropout:
             x = F.dropout(x, config.dropout)
         if past is not None:
@@ -198,7 +206,7 @@ class TransformerLM(GenerativeModel):
             for block in self.decoder:
                 x = block(x, tables, window=config.window or None)
         x = self.norm(x)
-        logits: Tensor = F.linear(x, self.embedding.weight) if self.logits is None else self.logits(x)
+        logits: Tensor = F.linear(x, table) if self.logits is None else self.logits(x)
         return logits
 
     def _recur(self, x: Tensor) -> Tensor:
@@ -334,10 +342,11 @@ class TransformerLM(GenerativeModel):
         """Room for ``slots`` tokens, fewer where those further back are never seen. ``padding``: on the rows' left."""
         config = self.config
         if config.reach is None:
-            return Past(config, batch, slots, self.embedding.weight, padding=padding)
+            return Past(config, batch, slots, next(self.parameters()), padding=padding)
         slots = min(slots, config.reach + max(config.reach, LEAST_ROOM))
         rule, reach = config.first_visible, config.reach
-        return Past(config, batch, slots, self.embedding.weight, padding=padding, first_visible=rule, reach=reach)
+        like = next(self.parameters())
+        return Past(config, batch, slots, like, padding=padding, first_visible=rule, reach=reach)
 
 
 def choose(logits: Tensor, options: TextOptions, generator: Noise) -> Tensor:

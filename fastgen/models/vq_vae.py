@@ -30,6 +30,7 @@ from fastgen.models._tokens import choose
 from fastgen.models._vae import above_each_other
 from fastgen.models._vq import Autoencoder, AutoencoderConfig
 from fastgen.nn import GRU
+from fastgen.nn._sublayers import all_rows
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class Prior(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """-log p(codes), (B,) in nats, of codes (B, length)."""
         before = F.pad(codes[:, :-1], (1, 0), value=self.start)
-        states, _ = self.recurrent(self._dropped(self.embedding(before) + self.position.weight))
+        place = all_rows(self.position, self.length, codes.device)
+        states, _ = self.recurrent(self._dropped(self.embedding(before) + place))
         logits = self.logits(self._dropped(states))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits.movedim(-1, 1), codes, reduction="none").sum(1)
@@ -84,9 +86,10 @@ class Prior(nn.Module):
 
     def draw(self, n: int, temperature: float, generator: torch.Generator | None) -> Tensor:
         """Codes (n, length)."""
-        code = torch.full((n,), self.start, device=self.position.weight.device)
+        places = all_rows(self.position, self.length, next(self.parameters()).device)
+        code = torch.full((n,), self.start, device=places.device)
         state, drawn = None, []
-        for place in self.position.weight:
+        for place in places:
             output, state = self.recurrent((self.embedding(code) + place).unsqueeze(1), state)
             code = choose(self.logits(output[:, 0]), temperature, generator)
             drawn.append(code)
