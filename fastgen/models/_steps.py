@@ -75,12 +75,21 @@ class Characters(Steps):
         return F.one_hot(_tokens(batch, "tokens", self.length, "(B, length)"), self.width)
 
     def exhibit(self, steps: Tensor) -> Texts:
-        return Texts(["".join(self.vocabulary[i] for i in row) for row in steps.argmax(2).tolist()])
+        return Texts(["".join(self.vocabulary[i] for i in row) for row in _symbols(steps)])
 
     def judge(self, drawn: Tensor, real: Tensor) -> dict[str, Tensor]:
         """Shares of a text's triples of characters that occur in other real texts of the batch: drawn, and real."""
         drawn, real = (_triples(steps.argmax(2), self.width) for steps in (drawn, real))
         return {"known triples": _known(drawn, real), "known triples, real": _known(real, real)}
+
+
+def _symbols(steps: Tensor) -> list[list[int]]:
+    """Which symbol each step is. Raises ValueError for steps that are NaN, which are none."""
+    largest, symbols = steps.max(2)
+    if not bool(largest.isfinite().all()):
+        raise ValueError("steps: expected numbers, got NaN or infinite ones; the generator's weights may be NaN")
+    rows: list[list[int]] = symbols.tolist()
+    return rows
 
 
 def _triples(tokens: Tensor, width: int) -> Tensor:
@@ -118,7 +127,7 @@ class Pairs(Steps):
 
     def exhibit(self, steps: Tensor) -> Texts:
         """Texts "source -> target". What is not well formed shows further ends as "|", padding inside as "_"."""
-        return Texts([self.spell(row) for row in steps.argmax(2).tolist()])
+        return Texts([self.spell(row) for row in _symbols(steps)])
 
     def spell(self, symbols: list[int]) -> str:
         while symbols and symbols[-1] == BLANK:

@@ -40,7 +40,7 @@ from fastgen.models._base import Batch, Exhibit, GenerativeModel, Images, Moment
 from fastgen.models._captions import caption_rows, check_captions
 from fastgen.models._classes import LabelOptions, check_labels, wanted_labels
 from fastgen.models._decoder import DecoderBlock, Past, drawing, initialise_decoder
-from fastgen.models._tokens import choose
+from fastgen.models._sampling import Chooser
 from fastgen.models._vae import above_each_other, check_images
 from fastgen.models._vq import Autoencoder, AutoencoderConfig
 from fastgen.nn import RotaryEmbedding
@@ -388,15 +388,17 @@ class ImageTransformer(GenerativeModel):
         length = self.config.length
         self._check_tokens(tokens, length)
         count = tokens.size(1)
+        chooser = Chooser(temperature, generator)
         with drawing(self):
             prefix = self.config.prefix
             past = Past(self.config, len(tokens), prefix + length, self.embedding.weight)
             x, first = self._embedded(tokens, labels, captions), 0
             for at in range(count, length):
                 logits = self._run(x, first, past)[:, -1]
-                value = choose(logits, temperature, generator).unsqueeze(1)
+                value = chooser(logits).unsqueeze(1)
                 tokens = torch.cat([tokens, value], dim=1)
                 x, first = self.embedding(value), prefix + at + 1
+            chooser.check()
         return tokens.clone()
 
     @torch.no_grad()

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from fastgen._checks import require_not_negative, require_positive, require_positive_number, require_probability
 from fastgen.models._base import Batch, Exhibit, GenerativeModel, Images, Moment, Phase, option
-from fastgen.models._tokens import choose
+from fastgen.models._sampling import Chooser
 from fastgen.models._vae import above_each_other
 from fastgen.models._vq import Autoencoder, AutoencoderConfig
 from fastgen.nn import GRU
@@ -86,10 +86,12 @@ class Prior(nn.Module):
         """Codes (n, length)."""
         code = torch.full((n,), self.start, device=self.position.weight.device)
         state, drawn = None, []
+        chooser = Chooser(temperature, generator)
         for place in self.position.weight:
             output, state = self.recurrent((self.embedding(code) + place).unsqueeze(1), state)
-            code = choose(self.logits(output[:, 0]), temperature, generator)
+            code = chooser(self.logits(output[:, 0]))
             drawn.append(code)
+        chooser.check()
         return torch.stack(drawn, dim=1)
 
 

@@ -50,7 +50,7 @@ from fastgen.models._mu_law import (
     logistics_log_prob,
     mu_law,
 )
-from fastgen.models._tokens import choose
+from fastgen.models._sampling import Chooser
 from fastgen.models._wavenet_layers import GatedLayer, LayerSteps, cosines
 
 Output = Literal["logistics", "levels"]
@@ -289,15 +289,17 @@ class WaveNet(GenerativeModel):
         front = (self.front.weight @ self.cosines).t().contiguous()
         x = weight.new_zeros(n, config.channels)
         levels = torch.empty(n, length, dtype=torch.int64, device=weight.device)
+        chooser = Chooser(temperature, generator)
         for time in range(length):
             now = time + config.reach
             logits = self._head(steps.step(torch.addmm(x, seen[:, time:now], front)))
             if config.output == "logistics":
                 mixture = self._mixture(logits, heard[:, time:now])
                 logits = logistics_level_logits(*mixture, self.borders)
-            level = choose(logits, temperature, generator)
+            level = chooser(logits)
             levels[:, time], seen[:, now], heard[:, now] = level, height_of[level], sample_of[level]
             x = self.embedding(level)
+        chooser.check()
         return levels
 
     def _checked(self, audio: Tensor) -> Tensor:
