@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastgen.models._averaging import settle, settled
 from fastgen.models._base import (
     KINDS,
     TRANSLATED,
@@ -103,4 +104,6 @@ __all__ = [
     "WaveNetConfig",
     "from_data",
     "option",
+    "settle",
+    "settled",
 ]

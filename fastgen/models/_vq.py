@@ -15,6 +15,8 @@ from fastgen.models._likelihoods import Likelihood, check_likelihood, numbers_pe
 from fastgen.models._residual import ResidualBlock
 from fastgen.models._vae import check_images
 
+LEAST_USES = 1e-4  # of a word in a batch, on average, below which it stays where it is
+
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
@@ -95,8 +97,16 @@ class Codebook(nn.Module):
             others = rows[torch.randint(len(rows), (len(self.words),), device=rows.device)]
             self.uses.copy_(torch.where(dead, even, self.uses))
             self.sums.copy_(torch.where(dead[:, None], even * others, self.sums))
-        used = self.uses[:, None] > 1e-4
-        self.words.copy_(torch.where(used, self.sums / self.uses.clamp(min=1e-4)[:, None], self.words))
+        self.derive()
+
+    def derived(self) -> list[Tensor]:
+        return [self.words]
+
+    @torch.no_grad()
+    def derive(self) -> None:
+        """The words as the running averages have them: means of the features that chose each; unused ones stay."""
+        used = self.uses[:, None] > LEAST_USES
+        self.words.copy_(torch.where(used, self.sums / self.uses.clamp(min=LEAST_USES)[:, None], self.words))
 
     def perplexity(self) -> Tensor:
         """How many words are in use: the exponential of the entropy of ``uses``, from 1 to K."""
