@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from fastgen import functional
 from fastgen._checks import require_choice, require_positive
 from fastgen.models._base import Batch, Images, NoOptions, option
+from fastgen.models._constants import Constants
 from fastgen.models._likelihoods import log_normal, log_standard_normal
 from fastgen.models._vae import Bound, DenseVAE, DenseVAEConfig, check_images, dense, normal_noise, widened
 
@@ -77,7 +78,7 @@ def planar(z: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
     return z + u * h, log_det.squeeze(1)
 
 
-class InverseAutoregressiveFlow(nn.Module):
+class InverseAutoregressiveFlow(Constants):
     """g z + (1 - g) m, with g in (0, 1) and m of each number being functions of those before it and of the context.
 
     The nets are masked (Germain et al., "MADE", 2015): a hidden unit of degree d sees the first d numbers.
@@ -88,10 +89,8 @@ class InverseAutoregressiveFlow(nn.Module):
 
     def __init__(self, latent_dim: int, width: int, context_dim: int) -> None:
         super().__init__()
-        degrees = torch.arange(width) % (latent_dim - 1) + 1
-        numbers = torch.arange(1, latent_dim + 1)
-        self.register_buffer("mask_in", (degrees[:, None] >= numbers).float(), persistent=False)
-        self.register_buffer("mask_out", (numbers[:, None] > degrees).float().repeat(2, 1), persistent=False)
+        self.latent_dim, self.width = latent_dim, width
+        self.register_constants()
         self.hidden = nn.Linear(latent_dim, width)
         self.context = nn.Linear(context_dim, width, bias=False)
         self.out = nn.Linear(width, 2 * latent_dim)
@@ -100,6 +99,12 @@ class InverseAutoregressiveFlow(nn.Module):
             self.out.weight.mul_(0.1)
             self.told.weight.mul_(0.1)
             self.out.bias.copy_(torch.tensor([0.0, FIRST_GATE]).repeat_interleave(latent_dim))
+
+    def constants(self) -> dict[str, Tensor]:
+        degrees = torch.arange(self.width) % (self.latent_dim - 1) + 1
+        numbers = torch.arange(1, self.latent_dim + 1)
+        seen, given = degrees[:, None] >= numbers, numbers[:, None] > degrees
+        return {"mask_in": seen.float(), "mask_out": given.float().repeat(2, 1)}
 
     def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """z (B, L), context (B, context_dim) -> (B, L), and log |det| of the Jacobian, (B,)."""

@@ -39,6 +39,7 @@ from fastgen._checks import (
 from fastgen.models._base import Batch, Exhibit, GenerativeModel, Images, Moment, Phase, option
 from fastgen.models._captions import caption_rows, check_captions
 from fastgen.models._classes import LabelOptions, check_labels, wanted_labels
+from fastgen.models._constants import Constants
 from fastgen.models._decoder import DecoderBlock, Past, drawing, initialise_decoder
 from fastgen.models._sampling import Chooser
 from fastgen.models._vae import above_each_other, check_images
@@ -165,7 +166,7 @@ class PixelOptions(LabelOptions):
         require_not_negative(temperature=self.temperature)
 
 
-class ImageTransformer(GenerativeModel):
+class ImageTransformer(Constants, GenerativeModel):
     """The model described at the top of this file.
 
     Images are (B, channels, image_size, image_size), floating, in [0, 1], multiples of 1 / (levels - 1). Tokens are
@@ -213,15 +214,18 @@ class ImageTransformer(GenerativeModel):
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.logits = nn.Linear(width, tones, bias=False)
         initialise_decoder(self, config)
+        self.register_constants()
+
+    def constants(self) -> dict[str, Tensor]:
+        """Of pixels: the tone of each level; of each tone its mean pixel and the log of how many levels share it."""
         if self.autoencoder is not None:
-            return
-        counts = torch.arange(config.levels)
-        tone = counts * tones // config.levels
+            return {}
+        levels, tones = self.config.levels, self.config.values
+        counts = torch.arange(levels)
+        tone = counts * tones // levels
         sizes = torch.bincount(tone, minlength=tones)
-        pixels = torch.bincount(tone, counts.double(), tones) / sizes / (config.levels - 1)
-        self.register_buffer("tone_of_level", tone, persistent=False)
-        self.register_buffer("pixel_of_tone", pixels.float(), persistent=False)
-        self.register_buffer("log_share", sizes.float().log(), persistent=False)
+        pixels = torch.bincount(tone, counts.double(), tones) / sizes / (levels - 1)
+        return {"tone_of_level": tone, "pixel_of_tone": pixels.float(), "log_share": sizes.float().log()}
 
     def phases(self) -> tuple[Phase, ...]:
         config = self.config

@@ -37,6 +37,7 @@ from fastgen._checks import (
 from fastgen._vocabulary import Vocabulary, checked_vocabulary, tokenise
 from fastgen.models import _sampling
 from fastgen.models._base import Batch, GenerativeModel, Moment, Phase, Texts, option
+from fastgen.models._constants import Constants
 from fastgen.models._decoder import DecoderBlock, Past, Tables, drawing, initialise_decoder
 from fastgen.models._sampling import Chooser, Noise, require_top_p
 from fastgen.nn import RotaryEmbedding
@@ -130,7 +131,7 @@ class TextOptions:
         require_top_p(self.top_p)
 
 
-class TransformerLM(GenerativeModel):
+class TransformerLM(Constants, GenerativeModel):
     """The model described at the top of this file. Tokens are (B, N) int64; with neither window nor segments, N is at
     most the context.
 
@@ -165,7 +166,10 @@ class TransformerLM(GenerativeModel):
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
         self.logits = None if config.tied else nn.Linear(config.width, len(config.vocabulary), bias=False)
         initialise_decoder(self, config)
-        self.register_buffer("lengths", torch.tensor([len(item) for item in config.vocabulary]), persistent=False)
+        self.register_constants()
+
+    def constants(self) -> dict[str, Tensor]:
+        return {"lengths": torch.tensor([len(item) for item in self.config.vocabulary])}
 
     def phases(self) -> tuple[Phase, ...]:
         config = self.config

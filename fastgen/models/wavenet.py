@@ -39,6 +39,7 @@ from fastgen._checks import (
     require_tensor,
 )
 from fastgen.models._base import Batch, GenerativeModel, Moment, Phase, Sounds, option
+from fastgen.models._constants import Constants
 from fastgen.models._mu_law import (
     LARGEST,
     LEVELS,
@@ -118,7 +119,7 @@ class _Layers(nn.ModuleList):
         return cast(Iterator[GatedLayer], super().__iter__())
 
 
-class WaveNet(GenerativeModel):
+class WaveNet(Constants, GenerativeModel):
     """The model described at the top of this file. Audio is (B, length) in [-1, 1].
 
     Example:
@@ -156,9 +157,11 @@ class WaveNet(GenerativeModel):
         self.hidden = nn.Linear(config.skip_channels, config.skip_channels)
         mixture = config.output == "logistics"
         self.numbers = nn.Linear(config.skip_channels, config.reach + 3 * config.components if mixture else LEVELS)
-        self.register_buffer("borders", level_borders(), persistent=False)
-        self.register_buffer("cosines", cosines(config.reach), persistent=False)
+        self.register_constants()
         self._initialise()
+
+    def constants(self) -> dict[str, Tensor]:
+        return {"borders": level_borders(), "cosines": cosines(self.config.reach)}
 
     def _initialise(self) -> None:
         """Levels begin almost alike; a mixture about the sample before."""
