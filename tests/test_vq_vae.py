@@ -251,7 +251,7 @@ def test_images_and_maps_that_do_not_fit_are_named() -> None:
         model.decode(torch.zeros(2, 2, 2))
     with pytest.raises(ValueError, match=r"codes: expected shape \(B, h, w\) = \(2, 2, 2\), got \(2, 4\)"):
         model.decode(torch.zeros(2, 4, dtype=torch.int64))
-    with pytest.raises(ValueError, match="codes: expected 0 to 6, got 0 to 7"):
+    with pytest.raises(ValueError, match="codes: expected integers from 0 to 6, got 0 to 7"):
         model.decode(torch.tensor([[[0, 7], [1, 1]]]))
     with pytest.raises(ValueError, match="n: expected a positive integer, got 0"):
         model.draw(0, CodeOptions())

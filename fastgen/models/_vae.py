@@ -12,14 +12,12 @@ from torch import Tensor, nn
 from fastgen import functional
 from fastgen._checks import (
     require_count,
-    require_floating,
     require_not_negative,
     require_positive,
     require_positive_number,
-    require_shape,
-    require_tensor,
 )
 from fastgen.models._base import Batch, Exhibit, GenerativeModel, Images, Moment, Phase, option
+from fastgen.models._inputs import require_images
 from fastgen.models._likelihoods import (
     Likelihood,
     check_likelihood,
@@ -113,11 +111,8 @@ def sampled(
 
 
 def check_images(images: Tensor, config: Any) -> None:
-    """Raises TypeError, ValueError unless images are (B, channels, image_size, image_size), floating."""
-    require_tensor("images", images)
-    require_floating("images", images)
-    expected = (*images.shape[:1], config.channels, config.image_size, config.image_size)
-    require_shape("images", images, expected, "(B, C, S, S)")
+    """Raises TypeError, ValueError unless images are (B, channels, image_size, image_size), floating, in [0, 1]."""
+    require_images("images", images, config.channels, config.image_size)
 
 
 def widened(x: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen._checks import require_not_negative, require_positive, require_shape, require_tensor
+from fastgen._checks import require_not_negative, require_positive
 from fastgen.models._base import option
+from fastgen.models._inputs import require_tokens
 from fastgen.models._likelihoods import Likelihood, check_likelihood, numbers_per_pixel, pixels_log_prob, pixels_mean
 from fastgen.models._residual import ResidualBlock
 from fastgen.models._vae import check_images
@@ -168,13 +169,10 @@ class Autoencoder(nn.Module):
         Raises:
             TypeError: codes are no int64 tensor. ValueError: another shape, or words that are not in the codebook.
         """
-        require_tensor("codes", codes)
-        if codes.dtype != torch.int64:
-            raise TypeError(f"codes: expected an int64 tensor, got {codes.dtype}")
-        size, count = self.config.map_size, self.config.codebook_size
-        require_shape("codes", codes, (*codes.shape[:1], size, size), "(B, h, w)")
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < count:
-            raise ValueError(f"codes: expected 0 to {count - 1}, got {int(codes.min())} to {int(codes.max())}")
+        size = self.config.map_size
+        require_tokens("codes", codes, self.config.codebook_size, (*codes.shape[:1], size, size), "(B, h, w)")
+        if codes.device.type != "cpu" and codes.numel():
+            require_tokens("codes", torch.stack(codes.aminmax()).cpu(), self.config.codebook_size)
         return self._mean(self.codebook.look_up(codes))
 
     def _features(self, images: Tensor) -> Tensor:

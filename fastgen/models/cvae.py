@@ -115,7 +115,7 @@ class CVAE(DenseVAE):
         """mu and logvar of z, (B, latent_dim) each, and the labels."""
         images = batch["images"]
         check_images(images, self.config)
-        labels = check_labels(batch)
+        labels = check_labels(batch, self.config.classes)
         pixels = 2 * images.flatten(1) - 1
         mu, logvar = widened(self.encoder(torch.cat([pixels, self.encoder_label(labels)], dim=1))).chunk(2, dim=1)
         return mu, logvar, labels

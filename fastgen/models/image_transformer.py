@@ -34,13 +34,13 @@ from fastgen._checks import (
     require_positive,
     require_positive_number,
     require_probability,
-    require_tensor,
 )
 from fastgen.models._base import Batch, Exhibit, GenerativeModel, Images, Moment, Phase, option
 from fastgen.models._captions import caption_rows, check_captions
 from fastgen.models._classes import LabelOptions, check_labels, wanted_labels
 from fastgen.models._constants import Constants
 from fastgen.models._decoder import DecoderBlock, Past, drawing, initialise_decoder
+from fastgen.models._inputs import NEVER_IGNORED, require_labels, require_tokens
 from fastgen.models._sampling import Chooser
 from fastgen.models._vae import above_each_other, check_images
 from fastgen.models._vq import Autoencoder, AutoencoderConfig
@@ -258,7 +258,8 @@ class ImageTransformer(Constants, GenerativeModel):
         size = self.config.grid
         if self.autoencoder is not None:
             return self.autoencoder.decode(tokens.view(-1, size, size))
-        return self.pixel_of_tone[tokens].view(-1, size, size, self.config.channels).movedim(-1, 1)
+        require_tokens("tokens", tokens, self.config.values)
+        return self.pixel_of_tone.gather(0, tokens.flatten()).view(-1, size, size, self.config.channels).movedim(-1, 1)
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None, captions: Tensor | None = None) -> Tensor:
         """Logits (B, N + 1, values) of the first value and those after each token.
@@ -276,9 +277,7 @@ class ImageTransformer(Constants, GenerativeModel):
         return self._run(self._embedded(tokens, labels, captions), 0)
 
     def _check_tokens(self, tokens: Tensor, most: int) -> None:
-        require_tensor("tokens", tokens)
-        if tokens.dtype != torch.int64:
-            raise TypeError(f"tokens: expected an int64 tensor, got {tokens.dtype}")
+        require_tokens("tokens", tokens, self.config.values)
         if tokens.dim() != 2 or tokens.size(1) > most:
             raise ValueError(f"tokens: expected (B, N) with N at most {most}, got {tuple(tokens.shape)}")
 
@@ -288,9 +287,10 @@ class ImageTransformer(Constants, GenerativeModel):
             raise ValueError("labels: expected (B,) int64, as the model is conditional, got None")
         if not self.config.conditional or labels is None:
             labels = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
+        require_labels("labels", labels, len(tokens), self.start.num_embeddings)
         parts = [self.start(labels).unsqueeze(1), self.embedding(tokens)]
         if self.caption is not None:
-            check_captions(captions, len(tokens), self.config.caption_length)
+            check_captions(captions, len(tokens), self.config.caption_length, 1 + len(self.config.caption_vocabulary))
             parts.insert(0, self.caption(captions))
         return torch.cat(parts, dim=1)
 
@@ -317,7 +317,7 @@ class ImageTransformer(Constants, GenerativeModel):
     def _given(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """The labels or captions that the model is told."""
         return (
-            check_labels(batch) if self.config.conditional else None,
+            check_labels(batch, self.config.classes) if self.config.conditional else None,
             batch.get("caption") if self.config.captions else None,
         )
 
@@ -325,7 +325,7 @@ class ImageTransformer(Constants, GenerativeModel):
         """-log p of each value given those before it, (B, length), float32 whatever autocast chose."""
         logits = self(tokens[:, :-1], *self._given(batch))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        nll = F.cross_entropy(logits.movedim(-1, 1), tokens, reduction="none")
+        nll = F.cross_entropy(logits.movedim(-1, 1), tokens, reduction="none", ignore_index=NEVER_IGNORED)
         return nll if self.autoencoder is not None else nll + self.log_share[tokens]
 
     def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:

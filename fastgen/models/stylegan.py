@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from fastgen import losses
 from fastgen._checks import require_choice, require_not_negative, require_positive, require_positive_number
 from fastgen.models._adversarial import AdversarialConfig, ImageGAN
-from fastgen.models._base import Batch, Exhibit, Images, Moment, option
+from fastgen.models._base import Batch, Exhibit, Images, Moment, option, to_pixels
 from fastgen.models._convolutions import SLOPE, feature_sizes
 
 Output = Literal["skip", "residual"]
@@ -388,4 +388,4 @@ class StyleGAN(ImageGAN):
         half = self.config.style_layers // 2
         styles = torch.cat([rows[:, :half], columns[:, half:]], dim=1)
         pixels = network.synthesis(styles, network.noise(numbers).repeat_interleave(SHOWN, 0))
-        return {"styles": Images((0.5 * pixels.float() + 0.5).clamp(0, 1), SHOWN)}
+        return {"styles": Images(to_pixels(pixels), SHOWN)}

@@ -31,14 +31,13 @@ from fastgen._checks import (
     require_not_negative,
     require_positive,
     require_probability,
-    require_shape,
-    require_tensor,
 )
 from fastgen._vocabulary import Vocabulary, checked_vocabulary, tokenise
 from fastgen.models import _sampling
 from fastgen.models._base import Batch, GenerativeModel, Moment, Phase, Texts, option
 from fastgen.models._constants import Constants
 from fastgen.models._decoder import DecoderBlock, Past, Tables, drawing, initialise_decoder
+from fastgen.models._inputs import NEVER_IGNORED, require_tokens
 from fastgen.models._sampling import Chooser, Noise, require_top_p
 from fastgen.nn import RotaryEmbedding
 
@@ -221,9 +220,7 @@ class TransformerLM(Constants, GenerativeModel):
         return torch.cat(out, dim=1)
 
     def _check(self, tokens: Tensor) -> None:
-        require_tensor("tokens", tokens)
-        if tokens.dtype != torch.int64:
-            raise TypeError(f"tokens: expected an int64 tensor, got {tokens.dtype}")
+        require_tokens("tokens", tokens, len(self.config.vocabulary))
         bounded = self.config.reach is None
         if tokens.dim() != 2 or not tokens.size(1) or (bounded and tokens.size(1) > self.config.context):
             most = f"from 1 to context = {self.config.context}" if bounded else "at least 1"
@@ -244,10 +241,12 @@ class TransformerLM(Constants, GenerativeModel):
         """-log p of each token given those before it, (B, N), float32 whatever autocast chose."""
         tokens = batch["tokens"]
         length = self.config.data_options()["length"]
-        require_shape("tokens", tokens, (*tokens.shape[:1], length), "(B, segments * context + 1)")
+        shape = (*tokens.shape[:1], length)
+        require_tokens("tokens", tokens, len(self.config.vocabulary), shape, "(B, segments * context + 1)")
         logits, wanted = self(tokens[:, :-1]), tokens[:, 1:]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape)
+        nll = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none", ignore_index=NEVER_IGNORED)
+        return nll.view(wanted.shape)
 
     def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
         """loss: nats per token."""

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fastgen._checks import require_not_negative, require_positive, require_positive_number, require_probability
 from fastgen.models._base import Batch, Exhibit, GenerativeModel, Images, Moment, Phase, option
+from fastgen.models._inputs import NEVER_IGNORED
 from fastgen.models._sampling import Chooser
 from fastgen.models._vae import above_each_other
 from fastgen.models._vq import Autoencoder, AutoencoderConfig
@@ -77,7 +78,7 @@ class Prior(nn.Module):
         states, _ = self.recurrent(self._dropped(self.embedding(before) + self.position.weight))
         logits = self.logits(self._dropped(states))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits.movedim(-1, 1), codes, reduction="none").sum(1)
+        return F.cross_entropy(logits.movedim(-1, 1), codes, reduction="none", ignore_index=NEVER_IGNORED).sum(1)
 
     def _dropped(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.training and self.dropout else x

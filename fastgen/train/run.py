@@ -29,6 +29,7 @@ from fastgen.train.engine import Engine, find
 from fastgen.train.errors import StoppedError, UsageError
 from fastgen.train.files import inside
 from fastgen.train.folder import RunFolder
+from fastgen.train.inspection import inspect
 from fastgen.train.loop import Trainer
 from fastgen.train.progress import Progress
 from fastgen.train.sharding import leave, make_accelerator, whole
@@ -93,6 +94,7 @@ def train(request: Request) -> Result:
     try:
         torch.manual_seed(config.seed)
         model = model_class(model_config)
+        inspect(model, splits)
         parameters = sum(weight.numel() for weight in model.parameters())
         draws = max(phase.repeats for phase in model.phases())
         total = config.total_steps(len(splits[0]), draws)
