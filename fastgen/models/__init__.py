@@ -17,6 +17,7 @@ from fastgen.models._base import (
     Texts,
     from_data,
     option,
+    to_pixels,
 )
 from fastgen.models.attention_gan import AttentionGAN, AttentionGANConfig
 from fastgen.models.cdcgan import CDCGAN, CDCGANConfig
@@ -106,4 +107,5 @@ __all__ = [
     "option",
     "settle",
     "settled",
+    "to_pixels",
 ]

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen._checks import require_choice, require_count, require_shape
+from fastgen.models._norms import widened
 
 Likelihood = Literal["beta-binomial", "binomial", "bernoulli", "gaussian"]
 
@@ -122,11 +123,12 @@ def gaussian_log_prob(logits: Tensor, log_std: Tensor, counts: Tensor, levels: i
 
 
 def log_normal(x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    """(B,) log N(x; mu, exp(logvar)), summed over all dims but the first."""
+    """(B,) log N(x; mu, exp(logvar)), summed over all dims but the first; float32 at least."""
+    x, mu, logvar = widened(x), widened(mu), widened(logvar)
     log_density = -0.5 * ((x - mu).square() * torch.exp(-logvar) + logvar + math.log(2 * math.pi))
     return log_density.flatten(1).sum(dim=1)
 
 
 def log_standard_normal(x: Tensor) -> Tensor:
-    """(B,) log N(x; 0, 1), summed over all dims but the first."""
-    return (-0.5 * (x.square() + math.log(2 * math.pi))).flatten(1).sum(dim=1)
+    """(B,) log N(x; 0, 1), summed over all dims but the first; float32 at least."""
+    return (-0.5 * (widened(x).square() + math.log(2 * math.pi))).flatten(1).sum(dim=1)

@@ -25,6 +25,7 @@ from fastgen.models._likelihoods import (
     pixels_log_prob,
     pixels_mean,
 )
+from fastgen.models._norms import widened
 
 PAIRS_IN_A_ROW = 16
 
@@ -113,11 +114,6 @@ def sampled(
 def check_images(images: Tensor, config: Any) -> None:
     """Raises TypeError, ValueError unless images are (B, channels, image_size, image_size), floating, in [0, 1]."""
     require_images("images", images, config.channels, config.image_size)
-
-
-def widened(x: Tensor) -> Tensor:
-    """float32 at least, whatever autocast chose."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def dense(inputs: int, width: int, depth: int, outputs: int) -> nn.Sequential:

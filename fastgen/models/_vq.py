@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from fastgen._checks import require_not_negative, require_positive
 from fastgen.models._base import option
-from fastgen.models._inputs import require_tokens
+from fastgen.models._inputs import readable, require_tokens
 from fastgen.models._likelihoods import Likelihood, check_likelihood, numbers_per_pixel, pixels_log_prob, pixels_mean
+from fastgen.models._norms import widened
 from fastgen.models._residual import ResidualBlock
 from fastgen.models._vae import check_images
 
@@ -75,9 +76,10 @@ class Codebook(nn.Module):
 
     def nearest(self, features: Tensor) -> Tensor:
         """Features (B, D, h, w) -> the nearest words' indices (B, h, w)."""
-        rows = features.movedim(1, -1).to(self.words.dtype)
+        words = widened(self.words)
+        rows = features.movedim(1, -1).to(words.dtype)
         with torch.autocast(rows.device.type, enabled=False):
-            distances = self.words.square().sum(1) - 2 * rows @ self.words.T
+            distances = words.square().sum(1) - 2 * rows @ words.T
         return distances.argmin(-1)
 
     def look_up(self, codes: Tensor) -> Tensor:
@@ -151,16 +153,32 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def judge(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(map of words; nats of the pixels given them (B,); mean squared error of the expected pixels (B,))."""
-        codes = self.encode(images)
+        """(map of words; nats of the pixels given them (B,); mean squared error of the expected pixels (B,)).
+
+        Where the features are NaN, so that no word is the nearest, nats and error are NaN, too.
+        """
+        codes, flaw = self.read(images)
         words = self.codebook.look_up(codes)
         error = (self._mean(words) - images).square().flatten(1).mean(1)
-        return codes, -self._log_prob(words, images), error
+        return codes, flaw - self._log_prob(words, images), flaw + error
+
+    @torch.no_grad()
+    def read(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The map of words of each image, and (B,) 0, or NaN where its features are NaN or infinite."""
+        features = self._features(images)
+        return self.codebook.nearest(features), 0 * features.flatten(1).sum(1)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """The map of words (B, map_size, map_size) of each image."""
-        return self.codebook.nearest(self._features(images))
+        """The map of words (B, map_size, map_size) of each image.
+
+        Raises:
+            ValueError: features that are NaN or infinite, on the CPU, where that can be seen for nothing.
+        """
+        codes, flaw = self.read(images)
+        if readable(flaw) and not bool(flaw.isfinite().all()):
+            raise ValueError("images: expected finite features of each, got NaN or infinite ones; are the weights NaN?")
+        return codes
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:

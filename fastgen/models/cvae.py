@@ -21,7 +21,8 @@ from fastgen._checks import require_positive
 from fastgen.models._base import Batch, Exhibit, Images, option
 from fastgen.models._classes import LabelOptions, check_labels, wanted_labels
 from fastgen.models._likelihoods import log_normal, log_standard_normal
-from fastgen.models._vae import Bound, DenseVAE, DenseVAEConfig, check_images, dense, normal_noise, sampled, widened
+from fastgen.models._norms import widened
+from fastgen.models._vae import Bound, DenseVAE, DenseVAEConfig, check_images, dense, normal_noise, sampled
 
 STYLES_SHOWN = 8
 

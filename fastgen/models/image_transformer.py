@@ -247,11 +247,21 @@ class ImageTransformer(Constants, GenerativeModel):
         Raises:
             TypeError, ValueError: images of another dtype or shape than the config's.
         """
-        check_images(images, self.config)
         if self.autoencoder is not None:
             return self.autoencoder.encode(images).flatten(1)
-        counts = (images.float() * (self.config.levels - 1)).round().long().clamp(0, self.config.levels - 1)
-        return self.tone_of_level[counts].movedim(1, -1).flatten(1)
+        return self._read(images)[0]
+
+    def _read(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens, and what to add to -log p(images), (B,): 0, inf where pixels are not in [0, 1], NaN for NaN."""
+        check_images(images, self.config)
+        if self.autoencoder is not None:
+            codes, flaw = self.autoencoder.read(images)
+            return codes.flatten(1), flaw
+        exact = (images.float() * (self.config.levels - 1)).round()
+        impossible = (exact < 0) | (exact > self.config.levels - 1)
+        flaw = torch.where(impossible, math.inf, 0 * exact).flatten(1).sum(1)
+        counts = exact.long().clamp(0, self.config.levels - 1)
+        return self.tone_of_level[counts].movedim(1, -1).flatten(1), flaw
 
     def pixels(self, tokens: Tensor) -> Tensor:
         """Images (B, C, S, S) of tokens (B, length), the mean of levels that share a tone, or what words stand for."""
@@ -332,7 +342,8 @@ class ImageTransformer(Constants, GenerativeModel):
         """autoencoder: as ``vq_vae``. Else loss: nats per value."""
         if phase == "autoencoder" and self.autoencoder is not None:
             return self.autoencoder.loss(batch["images"])
-        return {"loss": self._nll(self.tokens(batch["images"]), batch).mean()}
+        tokens, flaw = self._read(batch["images"])
+        return {"loss": (self._nll(tokens, batch) + flaw[:, None]).mean()}
 
     @torch.no_grad()
     def score(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -342,7 +353,8 @@ class ImageTransformer(Constants, GenerativeModel):
         the expected pixels; the codebook's perplexity, which is no item's own.
         """
         if self.autoencoder is None:
-            return {"nll": self._nll(self.tokens(batch["images"]), batch).sum(1)}
+            tokens, flaw = self._read(batch["images"])
+            return {"nll": self._nll(tokens, batch).sum(1) + flaw}
         codes, nll, error = self.autoencoder.judge(batch["images"])
         kl = self._nll(codes.flatten(1), batch).sum(1)
         perplexity = self.autoencoder.codebook.perplexity().expand(len(codes))

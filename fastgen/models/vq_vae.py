@@ -145,9 +145,8 @@ class VQVAE(GenerativeModel):
         """
         images = batch["images"]
         if phase == "prior":
-            with torch.no_grad():
-                codes = self.encode(images)
-            return {"loss": self.prior(codes.flatten(1)).mean()}
+            codes, flaw = self.autoencoder.read(images)
+            return {"loss": (self.prior(codes.flatten(1)) + flaw).mean()}
         return self.autoencoder.loss(images)
 
     @torch.no_grad()
