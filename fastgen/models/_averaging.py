@@ -48,8 +48,8 @@ def settle(network: nn.Module) -> None:
 
     The largest singular value of a spectrally normalised weight is 1 afterwards. May wait for the device.
     """
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        for _, compute in _derived(network):
+    for buffers, compute in _derived(network):
+        with torch.autocast(buffers[0].device.type, enabled=False):
             compute()
 
 
