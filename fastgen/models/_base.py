@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from fastgen.models._inputs import check_batch
+
 if TYPE_CHECKING:
 
     class _HubMixin:
@@ -147,6 +149,12 @@ def from_data(config_class: type) -> list[str]:
     return [f.name for f in dataclasses.fields(config_class) if f.metadata.get("from_data")]
 
 
+def to_pixels(images: Tensor) -> Tensor:
+    """[-1, 1] -> [0, 1], float32 at least. What is beyond the ends is cut off; what is infinite becomes NaN."""
+    wide = 0.5 * images.to(torch.promote_types(images.dtype, torch.float32)) + 0.5
+    return wide.clamp(0, 1) + 0 * wide
+
+
 class GenerativeModel(nn.Module, _HubMixin):
     """Base of all models; described at the top of this file.
 
@@ -186,6 +194,14 @@ class GenerativeModel(nn.Module, _HubMixin):
     def phases(self) -> tuple[Phase, ...]:
         """The phases of a step, in order."""
         raise NotImplementedError
+
+    def check(self, batch: Batch) -> None:
+        """Whether the model can learn from a batch on the CPU, before training begins.
+
+        Raises:
+            TypeError, ValueError: values out of range, dtypes or shapes that do not fit the config.
+        """
+        check_batch(self.kind, self.config, batch)
 
     def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
         """What ``phase`` minimises, a scalar under "loss"; other scalars are shown beside it.

@@ -232,6 +232,10 @@ class DecoderBlock(nn.Module):
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
+    if x.element_size() < 4:  # a sum of squares in half precision overflows
+        wide = x.float()
+        mean = wide.square().mean(-1, keepdim=True)
+        return (wide * torch.rsqrt(mean + EPS)).to(x.dtype) * weight
     square = torch.linalg.vecdot(x, x).unsqueeze(-1)
     return x.mul(torch.add(eps, square, alpha=1 / x.size(-1)).rsqrt_()).mul_(weight)
 

@@ -35,8 +35,9 @@ from fastgen.models._likelihoods import (
     pixels_log_prob,
     pixels_mean,
 )
+from fastgen.models._norms import widened
 from fastgen.models._residual import ResidualBlock
-from fastgen.models._vae import Bound, VAEConfigBase, above_each_other, check_images, normal_noise, sampled, widened
+from fastgen.models._vae import Bound, VAEConfigBase, above_each_other, check_images, normal_noise, sampled
 from fastgen.nn import AttentionBlock2d
 
 __all__ = [

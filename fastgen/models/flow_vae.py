@@ -27,7 +27,8 @@ from fastgen import functional
 from fastgen._checks import require_choice, require_positive
 from fastgen.models._base import Batch, Images, NoOptions, option
 from fastgen.models._likelihoods import log_normal, log_standard_normal
-from fastgen.models._vae import Bound, DenseVAE, DenseVAEConfig, check_images, dense, normal_noise, widened
+from fastgen.models._norms import widened
+from fastgen.models._vae import Bound, DenseVAE, DenseVAEConfig, check_images, dense, normal_noise
 from fastgen.nn._buffers import ComputedBuffers
 
 Flow = Literal["inverse-autoregressive", "planar"]

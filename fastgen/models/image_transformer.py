@@ -34,13 +34,13 @@ from fastgen._checks import (
     require_positive,
     require_positive_number,
     require_probability,
-    require_tensor,
 )
 from fastgen.models._base import Batch, Exhibit, GenerativeModel, Images, Moment, Phase, option
 from fastgen.models._captions import caption_rows, check_captions
 from fastgen.models._classes import LabelOptions, check_labels, wanted_labels
 from fastgen.models._decoder import DecoderBlock, Past, drawing, initialise_decoder
-from fastgen.models._tokens import choose
+from fastgen.models._inputs import NEVER_IGNORED, require_labels, require_tokens
+from fastgen.models._sampling import Chooser
 from fastgen.models._vae import above_each_other, check_images
 from fastgen.models._vq import Autoencoder, AutoencoderConfig
 from fastgen.nn import RotaryEmbedding
@@ -247,19 +247,29 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
         Raises:
             TypeError, ValueError: images of another dtype or shape than the config's.
         """
-        check_images(images, self.config)
         if self.autoencoder is not None:
             return self.autoencoder.encode(images).flatten(1)
-        counts = (images.float() * (self.config.levels - 1)).round().long().clamp(0, self.config.levels - 1)
-        return self.tone_of_level[counts].movedim(1, -1).flatten(1)
+        return self._read(images)[0]
+
+    def _read(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens, and what to add to -log p(images), (B,): 0, inf where pixels are not in [0, 1], NaN for NaN."""
+        check_images(images, self.config)
+        if self.autoencoder is not None:
+            codes, flaw = self.autoencoder.read(images)
+            return codes.flatten(1), flaw
+        exact = (images.float() * (self.config.levels - 1)).round()
+        impossible = (exact < 0) | (exact > self.config.levels - 1)
+        flaw = torch.where(impossible, math.inf, 0 * exact).flatten(1).sum(1)
+        counts = exact.long().clamp(0, self.config.levels - 1)
+        return self.tone_of_level[counts].movedim(1, -1).flatten(1), flaw
 
     def pixels(self, tokens: Tensor) -> Tensor:
         """Images (B, C, S, S) of tokens (B, length), the mean of levels that share a tone, or what words stand for."""
         size = self.config.grid
         if self.autoencoder is not None:
             return self.autoencoder.decode(tokens.view(-1, size, size))
-        pixels = F.embedding(tokens, self.pixel_of_tone[:, None])  # which takes no negative tokens
-        return pixels.view(-1, size, size, self.config.channels).movedim(-1, 1)
+        require_tokens("tokens", tokens, self.config.values)
+        return self.pixel_of_tone.gather(0, tokens.flatten()).view(-1, size, size, self.config.channels).movedim(-1, 1)
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None, captions: Tensor | None = None) -> Tensor:
         """Logits (B, N + 1, values) of the first value and those after each token.
@@ -277,9 +287,7 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
         return self._run(self._embedded(tokens, labels, captions), 0)
 
     def _check_tokens(self, tokens: Tensor, most: int) -> None:
-        require_tensor("tokens", tokens)
-        if tokens.dtype != torch.int64:
-            raise TypeError(f"tokens: expected an int64 tensor, got {tokens.dtype}")
+        require_tokens("tokens", tokens, self.config.values)
         if tokens.dim() != 2 or tokens.size(1) > most:
             raise ValueError(f"tokens: expected (B, N) with N at most {most}, got {tuple(tokens.shape)}")
 
@@ -289,9 +297,10 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
             raise ValueError("labels: expected (B,) int64, as the model is conditional, got None")
         if not self.config.conditional or labels is None:
             labels = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
+        require_labels("labels", labels, len(tokens), self.start.num_embeddings)
         parts = [self.start(labels).unsqueeze(1), self.embedding(tokens)]
         if self.caption is not None:
-            check_captions(captions, len(tokens), self.config.caption_length)
+            check_captions(captions, len(tokens), self.config.caption_length, 1 + len(self.config.caption_vocabulary))
             parts.insert(0, self.caption(captions))
         return torch.cat(parts, dim=1)
 
@@ -320,7 +329,7 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
     def _given(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """The labels or captions that the model is told."""
         return (
-            check_labels(batch) if self.config.conditional else None,
+            check_labels(batch, self.config.classes) if self.config.conditional else None,
             batch.get("caption") if self.config.captions else None,
         )
 
@@ -328,14 +337,15 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
         """-log p of each value given those before it, (B, length), float32 whatever autocast chose."""
         logits = self(tokens[:, :-1], *self._given(batch))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        nll = F.cross_entropy(logits.movedim(-1, 1), tokens, reduction="none")
+        nll = F.cross_entropy(logits.movedim(-1, 1), tokens, reduction="none", ignore_index=NEVER_IGNORED)
         return nll if self.autoencoder is not None else nll + self.log_share[tokens]
 
     def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
         """autoencoder: as ``vq_vae``. Else loss: nats per value."""
         if phase == "autoencoder" and self.autoencoder is not None:
             return self.autoencoder.loss(batch["images"])
-        return {"loss": self._nll(self.tokens(batch["images"]), batch).mean()}
+        tokens, flaw = self._read(batch["images"])
+        return {"loss": (self._nll(tokens, batch) + flaw[:, None]).mean()}
 
     @torch.no_grad()
     def score(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -345,7 +355,8 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
         the expected pixels; the codebook's perplexity, which is no item's own.
         """
         if self.autoencoder is None:
-            return {"nll": self._nll(self.tokens(batch["images"]), batch).sum(1)}
+            tokens, flaw = self._read(batch["images"])
+            return {"nll": self._nll(tokens, batch).sum(1) + flaw}
         codes, nll, error = self.autoencoder.judge(batch["images"])
         kl = self._nll(codes.flatten(1), batch).sum(1)
         perplexity = self.autoencoder.codebook.perplexity().expand(len(codes))
@@ -395,6 +406,7 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
         length = self.config.length
         self._check_tokens(tokens, length)
         count = tokens.size(1)
+        chooser = Chooser(temperature, generator)
         with drawing(self):
             prefix = self.config.prefix
             like = next(self.embedding.parameters(), self.norm.weight)
@@ -402,9 +414,10 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
             x, first = self._embedded(tokens, labels, captions), 0
             for at in range(count, length):
                 logits = self._run(x, first, past)[:, -1]
-                value = choose(logits, temperature, generator).unsqueeze(1)
+                value = chooser(logits).unsqueeze(1)
                 tokens = torch.cat([tokens, value], dim=1)
                 x, first = self.embedding(value), prefix + at + 1
+            chooser.check()
         return tokens.clone()
 
     @torch.no_grad()

@@ -28,20 +28,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from torch.nn.utils.parametrize import ParametrizationList
 
 from fastgen._checks import require_count, require_positive
 from fastgen.losses.adversarial import AdversarialLoss
 from fastgen.models._adversarial import AdversarialConfig
+from fastgen.models._averaging import settled
 from fastgen.models._base import option
 from fastgen.models._classes import LabelOptions
 from fastgen.models._conditional import ConditionalGAN
 from fastgen.models._convolutions import halvings
 from fastgen.models._convolve import convolve_then_halve, double_then_convolve
 from fastgen.nn import SelfAttention2d
-
-SETTLING = 20
-"""Power iterations before samples are drawn."""
 
 
 @dataclass(frozen=True)
@@ -94,25 +91,6 @@ def spectral(module: nn.Module) -> nn.Module:
     return parametrizations.spectral_norm(module)
 
 
-@contextmanager
-def settled(network: nn.Module) -> Iterator[None]:
-    """Spectral normalisation by the singular vectors of the weights as they are; before and after, as they were.
-
-    An average of weights comes with an average of vectors, which are not its own.
-    """
-    lists = [module for module in network.modules() if isinstance(module, ParametrizationList)]
-    kept = [(vector, vector.clone()) for each in lists for vector in each.buffers()]
-    for each in lists:
-        norm, was_training = each[0], each.training
-        norm.train()
-        for _ in range(SETTLING):
-            norm(each.original)
-        norm.train(was_training)
-    try:
-        yield
-    finally:
-        for vector, before in kept:
-            vector.copy_(before)
 
 
 class ConditionalBatchNorm(nn.Module):
@@ -250,5 +228,6 @@ class SAGAN(ConditionalGAN):
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
+        """With the singular vectors of the generator's weights as they are, which training only follows."""
         with settled(self.generator):
             yield

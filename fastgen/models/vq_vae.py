@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from fastgen._checks import require_not_negative, require_positive, require_positive_number, require_probability
 from fastgen.models._base import Batch, Exhibit, GenerativeModel, Images, Moment, Phase, option
-from fastgen.models._tokens import choose
+from fastgen.models._inputs import NEVER_IGNORED
+from fastgen.models._sampling import Chooser
 from fastgen.models._vae import above_each_other
 from fastgen.models._vq import Autoencoder, AutoencoderConfig
 from fastgen.nn import GRU
@@ -79,7 +80,7 @@ class Prior(nn.Module):
         states, _ = self.recurrent(self._dropped(self.embedding(before) + place))
         logits = self.logits(self._dropped(states))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits.movedim(-1, 1), codes, reduction="none").sum(1)
+        return F.cross_entropy(logits.movedim(-1, 1), codes, reduction="none", ignore_index=NEVER_IGNORED).sum(1)
 
     def _dropped(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.training and self.dropout else x
@@ -89,10 +90,12 @@ class Prior(nn.Module):
         places = all_rows(self.position, self.length, next(self.parameters()).device)
         code = torch.full((n,), self.start, device=places.device)
         state, drawn = None, []
+        chooser = Chooser(temperature, generator)
         for place in places:
             output, state = self.recurrent((self.embedding(code) + place).unsqueeze(1), state)
-            code = choose(self.logits(output[:, 0]), temperature, generator)
+            code = chooser(self.logits(output[:, 0]))
             drawn.append(code)
+        chooser.check()
         return torch.stack(drawn, dim=1)
 
 
@@ -145,9 +148,8 @@ class VQVAE(GenerativeModel):
         """
         images = batch["images"]
         if phase == "prior":
-            with torch.no_grad():
-                codes = self.encode(images)
-            return {"loss": self.prior(codes.flatten(1)).mean()}
+            codes, flaw = self.autoencoder.read(images)
+            return {"loss": (self.prior(codes.flatten(1)) + flaw).mean()}
         return self.autoencoder.loss(images)
 
     @torch.no_grad()

@@ -31,14 +31,12 @@ from torch import Tensor, nn
 from fastgen._checks import (
     require_choice,
     require_count,
-    require_floating,
     require_positive,
     require_positive_number,
     require_probability,
-    require_shape,
-    require_tensor,
 )
 from fastgen.models._base import Batch, GenerativeModel, Moment, Phase, Sounds, option
+from fastgen.models._inputs import NEVER_IGNORED, require_audio, require_tokens
 from fastgen.models._mu_law import (
     LARGEST,
     LEVELS,
@@ -50,7 +48,7 @@ from fastgen.models._mu_law import (
     logistics_log_prob,
     mu_law,
 )
-from fastgen.models._tokens import choose
+from fastgen.models._sampling import Chooser
 from fastgen.models._wavenet_layers import CalledLayerSteps, GatedLayer, LayerSteps, cosines, may_be_fused
 from fastgen.nn._buffers import ComputedBuffers
 from fastgen.nn._sublayers import is_pointwise
@@ -190,9 +188,7 @@ class WaveNet(ComputedBuffers, GenerativeModel):
         Raises:
             TypeError: levels are no int64 tensor. ValueError: they are not (B, N), or N is less than length.
         """
-        require_tensor("levels", levels)
-        if levels.dtype != torch.int64:
-            raise TypeError(f"levels: expected an int64 tensor, got {levels.dtype}")
+        require_tokens("levels", levels, LEVELS)
         length = levels.size(-1) if length is None else length
         if levels.dim() != 2 or not 1 <= length <= levels.size(1):
             raise ValueError(f"levels: expected (B, N) with N at least length = {length}, got {tuple(levels.shape)}")
@@ -244,7 +240,7 @@ class WaveNet(ComputedBuffers, GenerativeModel):
         """-log p of the last samples, (B, length), float32 whatever autocast chose."""
         numbers, wanted = self._numbers(levels, length), levels[:, -length:]
         if self.config.output == "levels":
-            nll = F.cross_entropy(numbers.flatten(0, 1), wanted.flatten(), reduction="none")
+            nll = F.cross_entropy(numbers.flatten(0, 1), wanted.flatten(), reduction="none", ignore_index=NEVER_IGNORED)
             return nll.view(-1, length)
         mixture = self._mixture(numbers, self._before(inverse_mu_law(levels), length))
         low, high = self.borders[wanted], self.borders[wanted + 1]
@@ -296,6 +292,7 @@ class WaveNet(ComputedBuffers, GenerativeModel):
             front = (self.front.weight @ self.cosines).t().contiguous()
         x = weight.new_zeros(n, config.channels)
         levels = torch.empty(n, length, dtype=torch.int64, device=weight.device)
+        chooser = Chooser(temperature, generator)
         for time in range(length):
             now = time + config.reach
             before = seen[:, time:now]
@@ -304,13 +301,12 @@ class WaveNet(ComputedBuffers, GenerativeModel):
             if config.output == "logistics":
                 mixture = self._mixture(logits, heard[:, time:now])
                 logits = logistics_level_logits(*mixture, self.borders)
-            level = choose(logits, temperature, generator)
+            level = chooser(logits)
             levels[:, time], seen[:, now], heard[:, now] = level, height_of[level], sample_of[level]
             x = self.embedding(level)
+        chooser.check()
         return levels
 
     def _checked(self, audio: Tensor) -> Tensor:
-        require_tensor("audio", audio)
-        require_floating("audio", audio)
-        require_shape("audio", audio, (*audio.shape[:1], self.config.length), "(B, length)")
+        require_audio("audio", audio, self.config.length)
         return audio

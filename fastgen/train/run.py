@@ -21,7 +21,7 @@ from torch import Tensor
 
 import fastgen
 from fastgen.data import SOURCES, DataConfig, Dataset, Items, load_data
-from fastgen.models import MODELS, GenerativeModel, from_data
+from fastgen.models import MODELS, GenerativeModel, from_data, settle
 from fastgen.train.checkpoint import Header, load_checkpoint
 from fastgen.train.config import FREE_ON_RESUME, TrainConfig
 from fastgen.train.curves import read_rows
@@ -29,6 +29,7 @@ from fastgen.train.engine import Engine, find
 from fastgen.train.errors import StoppedError, UsageError
 from fastgen.train.files import inside
 from fastgen.train.folder import RunFolder
+from fastgen.train.inspection import inspect
 from fastgen.train.loop import Trainer
 from fastgen.train.progress import Progress
 from fastgen.train.sharding import leave, make_accelerator, whole
@@ -93,6 +94,7 @@ def train(request: Request) -> Result:
     try:
         torch.manual_seed(config.seed)
         model = model_class(model_config)
+        inspect(model, splits)
         parameters = sum(weight.numel() for weight in model.parameters())
         draws = max(phase.repeats for phase in model.phases())
         total = config.total_steps(len(splits[0]), draws)
@@ -249,10 +251,14 @@ def configs(checkpoint: Path, header: Header) -> tuple[type[GenerativeModel], An
 
 
 def load_average(model: GenerativeModel, tensors: Mapping[str, Tensor]) -> None:
-    """The averaged weights of a checkpoint, and the rest as it was."""
+    """The averaged weights of a checkpoint, what follows from them (``fastgen.models.settle``), and the rest as it was.
+
+    On the device of training these are the weights that it was evaluated with, bit for bit.
+    """
     for name, tensor in model.state_dict().items():
         averaged = f"average/{name}"
         tensor.copy_(find(tensors, averaged if averaged in tensors else f"model/{name}", tensor))
+    settle(model)
 
 
 def choose_device(name: str) -> torch.device:
