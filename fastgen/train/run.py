@@ -20,7 +20,7 @@ from accelerate.tracking import get_available_trackers
 from torch import Tensor
 
 import fastgen
-from fastgen.data import SOURCES, DataConfig, Dataset, Items, load_data
+from fastgen.data import BUNDLED, SOURCES, DataConfig, Dataset, Items, bundled, load_data
 from fastgen.models import MODELS, GenerativeModel, from_data
 from fastgen.train.checkpoint import Header, load_checkpoint
 from fastgen.train.config import FREE_ON_RESUME, TrainConfig
@@ -186,8 +186,10 @@ def _check_folder(request: Request) -> None:
 def _fresh(request: Request) -> tuple[Header, Dataset]:
     model_class = MODELS[request.model]
     config = _checked(TrainConfig, {**model_class.train_defaults, **request.train_options})
-    data_config = _checked(DataConfig, {"source": model_class.default_data, **request.data_options})
-    data = load_data(_anywhere(data_config), *_kinds(model_class))
+    data_config = _anywhere(
+        _checked(DataConfig, {"source": BUNDLED + model_class.default_data, **request.data_options})
+    )
+    data = load_data(data_config, *_kinds(model_class))
     told = {**data.facts, "kind": data.kind}
     wanted = from_data(model_class.config_class)
     missing = [name for name in wanted if name not in told]
@@ -195,10 +197,8 @@ def _fresh(request: Request) -> tuple[Header, Dataset]:
         raise UsageError(f"data: expected a set that tells {missing[0]}, for {request.model}, got {data.name}")
     facts = {name: told[name] for name in wanted if name in told}
     model_config = _checked(model_class.config_class, {**facts, **request.model_options}, prefix="model.")
-    header = Header(
-        request.model, asdict(model_config), asdict(config), asdict(_anywhere(data_config)), data.fingerprint
-    )
-    return header, data
+    kept = asdict(data_config) | {"source": data_config.source.removeprefix(BUNDLED)}
+    return Header(request.model, asdict(model_config), asdict(config), kept, data.fingerprint), data
 
 
 def _resumed(request: Request, saved: Header) -> tuple[Header, Dataset]:
@@ -206,7 +206,9 @@ def _resumed(request: Request, saved: Header) -> tuple[Header, Dataset]:
     _checked(TrainConfig, {**saved.train_config, **request.train_options})
     fixed = {name: value for name, value in request.train_options.items() if name not in FREE_ON_RESUME}
     data_options = dict(request.data_options)
-    source = data_options.pop("source", saved.data_config["source"])
+    source = saved.data_config["source"]
+    if "source" in data_options:
+        source = _anywhere(_checked(DataConfig, {"source": data_options.pop("source")})).source.removeprefix(BUNDLED)
     pairs: list[tuple[str, Any, Any]] = [("model", request.model, saved.model)]
     pairs += [(name, value, saved.train_config.get(name)) for name, value in fixed.items()]
     pairs += [(name, value, saved.data_config.get(name)) for name, value in data_options.items()]
@@ -221,7 +223,10 @@ def _resumed(request: Request, saved: Header) -> tuple[Header, Dataset]:
 
 def data_of(header: Header, folder: RunFolder) -> Dataset:
     """The data of a run; UsageError where they are no longer the same."""
-    data = load_data(_anywhere(DataConfig(**header.data_config)), *_kinds(MODELS[header.model]))
+    config = DataConfig(**header.data_config)
+    if config.source in SOURCES:  # paths are kept absolute
+        config = replace(config, source=BUNDLED + config.source)
+    data = load_data(config, *_kinds(MODELS[header.model]))
     if data.fingerprint != header.fingerprint:
         raise UsageError(
             f"data: expected the items with which the run in {folder.path} began, got others in {data.name}"
@@ -282,9 +287,11 @@ def limited_threads(config: TrainConfig, model: GenerativeModel, items: Items) -
 
 
 def _anywhere(config: DataConfig) -> DataConfig:
-    """With a path that means the same from every folder."""
-    path = Path(config.source)
-    return replace(config, source=str(path.resolve())) if path.exists() and config.source not in SOURCES else config
+    """With a source that means the same from every folder. ValueError: a path that is also the name of a set."""
+    name = bundled(config.source)
+    if name is not None:
+        return replace(config, source=BUNDLED + name)
+    return replace(config, source=str(Path(config.source).resolve())) if os.path.exists(config.source) else config
 
 
 def _checked(config_class: Any, options: Mapping[str, Any], prefix: str = "") -> Any:
