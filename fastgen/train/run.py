@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -29,6 +30,7 @@ from fastgen.train.engine import Engine, find
 from fastgen.train.errors import StoppedError, UsageError
 from fastgen.train.files import inside
 from fastgen.train.folder import RunFolder
+from fastgen.train.lock import locked
 from fastgen.train.loop import Trainer
 from fastgen.train.progress import Progress
 from fastgen.train.sharding import leave, make_accelerator, whole
@@ -37,6 +39,10 @@ from fastgen.train.signals import noticed
 SMALL_STEP = (
     2**28
 )  # items' elements x weights; below, a second thread gains little, and loses much where cores are shared
+
+
+UNWRITABLE = frozenset(("Cc", "Cs", "Zl", "Zp"))
+"""Kinds of characters that can't stand in the comment of config.yaml: YAML ends it, or is not UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +76,22 @@ def train(request: Request) -> Result:
 
     Raises:
         StoppedError: a signal, or gradients that stay NaN or infinite.
-        FileExistsError, FileNotFoundError: the folder holds a run already, or none to resume.
+        FileExistsError, FileNotFoundError: the folder holds a run already, or none to resume, or another process trains
+            in it.
         UsageError, ValueError, TypeError: options, data or a checkpoint that do not fit.
         OSError: a file can't be written; the checkpoint before is kept.
     """
+    if not first_process():  # the first one holds the lock for all of them
+        return _train_in_folder(request)
+    _check_folder(request)
+    with locked(request.folder.path):
+        _check_folder(request)  # again: another process may have trained there meanwhile
+        return _train_in_folder(request)
+
+
+def _train_in_folder(request: Request) -> Result:
     started = time.perf_counter()
     folder = request.folder
-    if first_process():
-        _check_folder(request)
     tensors: dict[str, Tensor] = {}
     if request.resume:
         saved, tensors = load_checkpoint(folder.checkpoint)
@@ -172,10 +186,12 @@ def _check_folder(request: Request) -> None:
     path = request.folder.path
     if request.resume and request.overwrite:
         raise UsageError("resume, overwrite: expected at most one of them, got both")
+    if any(unicodedata.category(character) in UNWRITABLE for character in str(path)):
+        raise UsageError(f"out: expected a path without line ends and other control characters, got {str(path)!r}")
     holds_run = request.folder.holds_run()
     if request.resume and not holds_run:
         raise FileNotFoundError(f"{path}: expected a run to resume, got a path without one")
-    if request.resume and not request.folder.checkpoint.exists():
+    if request.resume and not os.path.lexists(request.folder.checkpoint):
         raise FileNotFoundError(
             f"{path}: expected a run with a checkpoint, got one that ended before its first; --overwrite begins anew"
         )
@@ -268,7 +284,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (AssertionError, NotImplementedError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise UsageError(f"device: expected one that this machine has, got {name!r} ({reason})") from error
     return device
 

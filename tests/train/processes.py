@@ -7,14 +7,18 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
 
 import torch
 
 import fastgen.cli._train
 import fastgen.train.run  # noqa: F401
 from fastgen.cli import main
+from fastgen.train.lock import locked
 
 
 def context() -> ForkServerContext:
@@ -41,3 +45,15 @@ def run_command(words: Sequence[str], environment: dict[str, str], out: str) -> 
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def hold_lock(folder: Path, pipe: Connection) -> None:
+    """Hold a folder's lock until killed; tells so, then the number of a child."""
+    with locked(folder):
+        pipe.send("locked")
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+        pipe.send(child)
+        time.sleep(60)
