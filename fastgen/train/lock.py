@@ -58,17 +58,18 @@ def locked(folder: Path) -> Iterator[None]:
         OSError: the folder can't be made, or not written to.
     """
     missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
-    path = folder / NAME
-    descriptor = _take(path)
-    owner = os.getpid()
+    path, owner = folder / NAME, os.getpid()
     try:
-        yield
+        descriptor = _take(path)
+        try:
+            yield
+        finally:
+            if os.getpid() == owner:  # not a child that runs on from here
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                _drop(descriptor)
     finally:
-        if os.getpid() == owner:  # not a child that runs on from here
-            with contextlib.suppress(OSError):
-                path.unlink()
-            _held.discard(descriptor)
-            os.close(descriptor)
+        if os.getpid() == owner:
             with contextlib.suppress(OSError):  # nothing came of it: the folders go, as long as they are empty
                 for made in missing:
                     made.rmdir()

@@ -174,4 +174,5 @@ class Trainer:
 
     def _seconds_before(self) -> float:
         """How long the run trained before it was interrupted."""
-        return max((float(row.get("seconds", 0.0)) for row in read_rows(self.folder.metrics)), default=0.0)
+        seconds = (row.get("seconds") for row in read_rows(self.folder.metrics))
+        return max((float(each) for each in seconds if isinstance(each, (int, float))), default=0.0)

@@ -95,6 +95,7 @@ def _train_in_folder(request: Request) -> Result:
     tensors: dict[str, Tensor] = {}
     if request.resume:
         saved, tensors = load_checkpoint(folder.checkpoint)
+        configs(folder.checkpoint, saved)
         header, data = _resumed(request, saved)
     else:
         header, data = _fresh(request)
@@ -261,11 +262,20 @@ def split(data: Dataset, model_config: Any) -> tuple[Items, Items]:
 
 
 def configs(checkpoint: Path, header: Header) -> tuple[type[GenerativeModel], Any, TrainConfig]:
+    """The model's class and the configs of a header. ValueError names the checkpoint, and what does not fit.
+
+    Options that a header lacks, of an earlier version, take their defaults; not all of them.
+    """
     try:
+        if not header.model_config or not header.data_config.get("source"):
+            raise ValueError(
+                f"no {'options of the model' if header.data_config.get('source') else 'source of the data'}"
+            )
+        DataConfig(**header.data_config)
         model_class = MODELS[header.model]
         config = model_class.config_class(**header.model_config)
         return model_class, config, TrainConfig(**header.train_config)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{checkpoint}: expected a checkpoint of this version of fastgen, got {error}") from error
 
 
@@ -371,4 +381,4 @@ def _start_trackers(accelerator: Accelerator, trackers: list[str], folder: RunFo
 def _last_held_out(folder: RunFolder) -> dict[str, float]:
     rows = [row for row in read_rows(folder.metrics) if row.get("part") == "held-out"]
     values = rows[-1]["values"] if rows else {}
-    return {name: math.nan if value is None else float(value) for name, value in values.items()}
+    return {name: float(value) if isinstance(value, (int, float)) else math.nan for name, value in values.items()}

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 import fastgen.cli._train
-import fastgen.train.run  # noqa: F401
+import fastgen.data.pictures
+import fastgen.train.run
 from fastgen.cli import main
 from fastgen.train.lock import locked
 
@@ -30,8 +31,13 @@ def context() -> ForkServerContext:
 def run_command(words: Sequence[str], environment: dict[str, str], out: str) -> None:
     """What a process does: run the command, what it prints being added to a file; its exit code is the command's.
 
-    environment: variables to set; "limit" is none of them, but the largest size of a file that it may write.
+    environment: variables to set; "limit" is none of them, but the largest size of a file that it may write, and "lazy"
+    gives it a process group, and workers that decode pictures.
     """
+    if environment.pop("lazy", ""):
+        os.setpgrp()
+        multiprocessing.set_start_method(None, force=True)  # as in a process that was not forked
+        fastgen.data.pictures.MEMORY_LIMIT = 0
     limit = int(environment.pop("limit", 0))
     os.environ.update(environment)
     torch.set_num_threads(1)
