@@ -28,7 +28,8 @@ CLOCK = 2.0  # seconds by which two readings of when a process started may diffe
 HELD_BY_ANOTHER = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)
 NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
-_held: set[int] = set()
+_held: dict[int, Path] = {}
+"""Descriptors of locked files of this process."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,33 @@ def locked(folder: Path) -> Iterator[None]:
         finally:
             if os.getpid() == owner:  # not a child that runs on from here
                 with contextlib.suppress(OSError):
-                    path.unlink()
+                    if _is_at(path, descriptor):
+                        path.unlink()
                 _drop(descriptor)
     finally:
         if os.getpid() == owner:
             with contextlib.suppress(OSError):  # nothing came of it: the folders go, as long as they are empty
                 for made in missing:
                     made.rmdir()
+
+
+def check_held(folder: Path) -> None:
+    """Raises FileExistsError where this process locked the folder, and another has since: it was removed meanwhile."""
+    path = folder / NAME
+    for descriptor, held in _held.items():
+        if held == path and path.exists() and not _is_at(path, descriptor):
+            other = os.open(path, os.O_RDONLY)
+            try:
+                raise _busy(path, _read(other), ": the folder was removed while this process trained in it")
+            finally:
+                os.close(other)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _take(path: Path) -> int:
@@ -86,7 +107,7 @@ def _take(path: Path) -> int:
             continue
         except OSError as error:
             raise cannot_write(path, error) from error
-        _held.add(descriptor)
+        _held[descriptor] = path
         try:
             if _lock(path, descriptor):
                 return descriptor
@@ -111,10 +132,7 @@ def _lock(path: Path, descriptor: int) -> bool:
             if error.errno not in NO_LOCKS_HERE:
                 raise cannot_write(path, error) from error
             exclusive = False
-    try:
-        if not os.path.samestat(os.fstat(descriptor), os.stat(path)):
-            return False
-    except FileNotFoundError:
+    if not _is_at(path, descriptor):
         return False
     before, me = _read(descriptor), _me()
     another = before is not None and (before.pid, before.host) != (me.pid, me.host)
@@ -132,7 +150,7 @@ def _lock(path: Path, descriptor: int) -> bool:
 
 
 def _drop(descriptor: int) -> None:
-    _held.discard(descriptor)
+    _held.pop(descriptor, None)
     os.close(descriptor)
 
 

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 from collections.abc import Callable
@@ -18,8 +19,10 @@ import psutil
 import pytest
 
 from fastgen.cli import main
+from fastgen.train.engine import Engine
 from fastgen.train.lock import NAME, locked
 from tests.train import processes
+from tests.train.test_resume import after_step
 
 Main = Callable[..., int]
 Words = Callable[..., list[str]]
@@ -117,6 +120,28 @@ def test_training_is_refused_in_a_folder_in_use_and_sampling_is_not(
             assert f"got one in use by process {os.getpid()} on " in error_line()
         assert main(["sample", str(run), "--n", "1", "--out", str(tmp_path / "a.png")]) == 0
         assert before == {file.name: file.read_bytes() for file in run.glob("[!.]*.*")}
+
+
+def test_a_run_whose_folder_was_removed_and_taken_by_another_writes_no_more(
+    fit: Main, tmp_path: Path, error_line: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    other: list[Any] = []
+
+    def replaced(engine: Engine) -> None:
+        shutil.rmtree(run)
+        run.mkdir()
+        other.append(locked(run))
+        other[0].__enter__()
+
+    after_step(monkeypatch, 2, replaced)
+    assert fit("--log-every", "1", steps=4) == 1
+    line = error_line()
+    assert f"got one in use by process {os.getpid()} on " in line
+    assert "the folder was removed while this process trained in it" in line
+    assert [path.name for path in run.iterdir()] == [NAME]
+    other[0].__exit__(None, None, None)
+    assert not list(run.iterdir())
 
 
 def test_what_fails_before_it_begins_leaves_no_folder(fit: Main, tmp_path: Path) -> None:
