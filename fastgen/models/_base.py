@@ -20,6 +20,9 @@ step depends on nothing but weights, data and its number.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +31,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from fastgen._checksum import UNSEALED, is_whole, seal_file
 from fastgen.models._inputs import check_batch
 
 if TYPE_CHECKING:
@@ -232,6 +236,41 @@ class GenerativeModel(nn.Module, _HubMixin):
         """What else is worth looking at, by name, made from held-out items: reconstructions, completions, ..."""
         return {}
 
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """model.safetensors, whole or not at all, with a digest of it and of the config in its metadata."""
+        from safetensors.torch import save_model
+
+        file = save_directory / "model.safetensors"
+        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+        try:
+            config = getattr(self, "_hub_mixin_config", None) or self.config  # what becomes config.json
+            config = config if isinstance(config, dict) else dataclasses.asdict(config)
+            save_model(self, str(temporary), {**UNSEALED, "config": _config_digest(config)})
+            seal_file(temporary)
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:
+        """The model that ``save_pretrained`` wrote to a folder, or to a repository of the hub; in evaluation.
+
+        Args:
+            options: as of huggingface_hub; ``config``, a ``config_class``, replaces the saved one; ``map_location``.
+
+        Raises:
+            FileNotFoundError: no config.json or no weights there. ValueError: either is damaged, or of another model.
+        """
+        file = Path(pretrained_model_name_or_path) / "config.json"
+        if file.is_file():
+            try:
+                found = json.loads(file.read_bytes())
+            except ValueError as error:
+                raise ValueError(f"{file}: expected options of {cls.__name__}, got a damaged file: {error}") from error
+            if not isinstance(found, dict):
+                raise ValueError(f"{file}: expected options of {cls.__name__}, got {type(found).__name__}")
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
+
     @classmethod
     def _from_pretrained(
         cls,
@@ -255,13 +294,12 @@ class GenerativeModel(nn.Module, _HubMixin):
             raise FileNotFoundError(f"{model_id}: expected a saved {cls.__name__}, got no config.json there")
         if options:
             raise TypeError(f"{cls.__name__}.from_pretrained: expected no further options, got {', '.join(options)}")
-        if not dataclasses.is_dataclass(config):
+        saved = None if dataclasses.is_dataclass(config) else config
+        if saved is not None:
             known = {f.name for f in dataclasses.fields(cls.config_class)}
-            if not isinstance(config, dict) or set(config) - known:
-                unknown = sorted(set(config) - known) if isinstance(config, dict) else type(config).__name__
+            if set(saved) - known:
+                unknown = sorted(set(saved) - known)
                 raise ValueError(f"{model_id}: config.json: expected options of {cls.__name__}, got {unknown}")
-            config = cls.config_class(**config)
-        model = cls(config)
         file = Path(model_id) / "model.safetensors"
         if not Path(model_id).is_dir():
             file = Path(
@@ -277,6 +315,14 @@ class GenerativeModel(nn.Module, _HubMixin):
             )
         if not file.is_file():
             raise FileNotFoundError(f"{file}: expected the weights of a {cls.__name__}, got no file")
+        if not is_whole(file.read_bytes()):
+            raise ValueError(
+                f"{file}: expected the weights of a {cls.__name__}, got a damaged file (its digest differs)"
+            )
+        if saved is not None:
+            _check_saved_config(model_id, saved, known, file)
+            config = cls.config_class(**saved)
+        model = cls(config)
         try:
             load_model(model, file, strict=strict, device=map_location)
         except (SafetensorError, RuntimeError) as error:
@@ -284,3 +330,32 @@ class GenerativeModel(nn.Module, _HubMixin):
         model.to(map_location)
         model.eval()
         return model
+
+
+def _config_digest(config: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _check_saved_config(model_id: str, saved: Mapping[str, Any], known: set[str], weights: Path) -> None:
+    """ValueError where config.json is not the one that was saved with the weights.
+
+    Weights that don't tell, of an earlier version, need all options that this version knows.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(weights, framework="pt") as file:
+            told = (file.metadata() or {}).get("config")
+    except SafetensorError:
+        return  # said of the weights when they are read
+    missing = sorted(known - set(saved))
+    if told is None and missing:
+        raise ValueError(
+            f"{model_id}: config.json: expected all options of the model, got none for {', '.join(missing)}"
+        )
+    if told is not None and told != _config_digest(saved):
+        got = f"a file without {', '.join(missing)}" if missing else "other ones"
+        raise ValueError(
+            f"{model_id}: config.json: expected the options that were saved with the weights, got {got}; "
+            "config=... replaces them"
+        )
