@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastgen._checks import require_probability, require_tensor, shape_of
+from fastgen._compile import in_graph
 from fastgen._transforms import transforms_active
 from fastgen.nn.attention import MultiheadAttention, require_heads
 
@@ -432,15 +433,14 @@ def _watched(module: nn.Module) -> bool:
 
 def _normalized(norm: nn.Module, x: Tensor) -> Tensor:
     """``norm(x)``, with derivatives that are right in forward mode too."""
-    plain = type(norm) is nn.LayerNorm and not _watched(norm)
-    if plain and (torch.compiler.is_compiling() or transforms_active()):
-        y: Tensor = _layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    else:
-        y = norm(x)
+    exact = torch.compiler.is_compiling() or transforms_active()
+    if exact and type(norm) is nn.LayerNorm and not _watched(norm):
+        return _layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    y: Tensor = norm(x)
     return y
 
 
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+@in_graph
 def _layer_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Ba, Kiros and Hinton, "Layer normalization" (2016), over the last dims.
 
