@@ -52,11 +52,7 @@ def _request(name: str, words: list[str]) -> Request:
     add_fields(parser, DataConfig, without=["source"])
     add_fields(parser, TrainConfig, defaults=model.train_defaults)
     add_fields(parser, model.config_class, prefix="model.", without=from_data(model.config_class))
-    given = parse(parser, words, defaults=False)
-    typed = {word.partition("=")[0] for word in words}
-    for option in ("out", "resume", "overwrite"):
-        if option in given and f"--{option}" not in typed:
-            raise CommandError(f"{option}: expected on the command line, as no file may say where to write", USAGE)
+    given = parse(parser, words, defaults=False, refused=("out", "resume", "overwrite"))
     data_names = {field.name for field in dataclasses.fields(DataConfig)}
     data_options = {name: given.pop(name) for name in data_names & given.keys()}
     if "data" in given:
