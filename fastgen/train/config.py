@@ -16,6 +16,7 @@ Strategy = Literal["ddp", "fsdp"]
 FREE_ON_RESUME = (
     "epochs",
     "steps",
+    "learning_rate",
     "threads",
     "workers",
     "device",
@@ -26,8 +27,8 @@ FREE_ON_RESUME = (
     "checkpoint_every",
     "trackers",
 )
-"""Options that may change when a run goes on. None touches what a step computes, but for epochs and steps with a
-schedule of the learning rate, which is stretched."""
+"""Options that may change when a run goes on. Two touch what a step computes: the learning rate, and, where it has a
+schedule, which is stretched, epochs and steps."""
 
 PARTS_OF_A_RUN, LEAST_STEPS = 20, 10
 """Evaluations, samples and checkpoints in a run, and the fewest steps between two, where nobody says otherwise."""

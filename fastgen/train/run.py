@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import shlex
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -51,6 +50,7 @@ class Request:
     model_options: Mapping[str, Any] = field(default_factory=dict)
     resume: bool = False
     overwrite: bool = False
+    command: str = ""  # what was typed, for the report
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,11 @@ def train(request: Request) -> Result:
     if first_process():
         _check_folder(request)
     tensors: dict[str, Tensor] = {}
+    changes: dict[str, list[Any]] = {}
     if request.resume:
         saved, tensors = load_checkpoint(folder.checkpoint)
         header, data = _resumed(request, saved)
+        changes = changed(saved, header)
     else:
         header, data = _fresh(request)
     model_class, model_config, config = configs(folder.checkpoint, header)
@@ -107,7 +109,10 @@ def train(request: Request) -> Result:
             if not request.resume:
                 folder.clear()
             folder.begin(
-                _environment(accelerator, parameters), settings(header), command(header.model, folder, "--config")
+                {"command": request.command, **_environment(accelerator, parameters)},
+                settings(header),
+                command(header.model, folder, "--config"),
+                {"step": engine.step, "command": request.command, "changed": changes} if request.resume else None,
             )
             folder.keep_metrics(engine.step)
         accelerator.wait_for_everyone()
@@ -213,10 +218,23 @@ def _resumed(request: Request, saved: Header) -> tuple[Header, Dataset]:
     pairs += [(f"model.{name}", value, saved.model_config.get(name)) for name, value in request.model_options.items()]
     for name, asked, own in pairs:
         if asked != own:
-            raise UsageError(f"{name}: expected {own!r}, as when the run in {request.folder.path} began, got {asked!r}")
+            raise UsageError(
+                f"{name}: expected {_shown(own)}, as when the run in {request.folder.path} began, got {_shown(asked)};"
+                f" with --resume only {', '.join(FREE_ON_RESUME)} may change"
+            )
     free = {name: value for name, value in request.train_options.items() if name in FREE_ON_RESUME}
     header = replace(saved, train_config=saved.train_config | free, data_config=saved.data_config | {"source": source})
     return header, data_of(header, request.folder)
+
+
+def _shown(value: Any) -> str:
+    return "its default" if value is None else repr(value)
+
+
+def changed(before: Header, after: Header) -> dict[str, list[Any]]:
+    """Options of training and data that differ, by name: the old value and the new one."""
+    old, new = settings(before), settings(after)
+    return {name: [old.get(name), value] for name, value in new.items() if name != "model" and old.get(name) != value}
 
 
 def data_of(header: Header, folder: RunFolder) -> Dataset:
@@ -313,7 +331,6 @@ def command(model: str, folder: RunFolder, option: str) -> str:
 def _environment(accelerator: Accelerator, parameters: int) -> dict[str, Any]:
     info = fastgen.info()
     return {
-        "command": shlex.join(["fastgen", *sys.argv[1:]]),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **info.versions,
         "devices": info.devices,
