@@ -23,35 +23,12 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-
-    class _HubMixin:
-        def save_pretrained(self, save_directory: str | Path) -> None: ...
-        @classmethod
-        def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any: ...
-
-else:
-    try:
-        from huggingface_hub import PyTorchModelHubMixin as _HubMixin
-    except ImportError:
-
-        class _HubMixin:
-            """Stands in where huggingface_hub is not installed."""
-
-            def save_pretrained(self, *args: Any, **options: Any) -> None:
-                raise ImportError("save_pretrained needs huggingface_hub: pip install 'fastgen[train]'")
-
-            push_to_hub = save_pretrained
-
-            @classmethod
-            def from_pretrained(cls, *args: Any, **options: Any) -> None:
-                raise ImportError("from_pretrained needs huggingface_hub: pip install 'fastgen[train]'")
-
+from fastgen.models._pretrained import MODEL_TYPE, WEIGHTS, Pretrained
 
 Batch: TypeAlias = dict[str, Tensor]
 """Tensors whose first dim is the item; which ones there are depends on the kind of data (``KINDS``)."""
@@ -147,11 +124,12 @@ def from_data(config_class: type) -> list[str]:
     return [f.name for f in dataclasses.fields(config_class) if f.metadata.get("from_data")]
 
 
-class GenerativeModel(nn.Module, _HubMixin):
+class GenerativeModel(nn.Module, Pretrained):
     """Base of all models; described at the top of this file.
 
     ``save_pretrained(folder)`` writes config.json and model.safetensors, ``from_pretrained(folder or repository)``
-    reads them, by huggingface_hub. Reading never runs code: weights come from safetensors only.
+    reads them, by huggingface_hub; ``GenerativeModel.from_pretrained`` finds the class. Reading never runs code:
+    weights come from safetensors only.
     """
 
     name: ClassVar[str]
@@ -240,13 +218,15 @@ class GenerativeModel(nn.Module, _HubMixin):
         if options:
             raise TypeError(f"{cls.__name__}.from_pretrained: expected no further options, got {', '.join(options)}")
         if not dataclasses.is_dataclass(config):
+            if isinstance(config, dict):
+                config = {name: value for name, value in config.items() if name != MODEL_TYPE}
             known = {f.name for f in dataclasses.fields(cls.config_class)}
             if not isinstance(config, dict) or set(config) - known:
                 unknown = sorted(set(config) - known) if isinstance(config, dict) else type(config).__name__
                 raise ValueError(f"{model_id}: config.json: expected options of {cls.__name__}, got {unknown}")
             config = cls.config_class(**config)
         model = cls(config)
-        file = Path(model_id) / "model.safetensors"
+        file = Path(model_id) / WEIGHTS
         if not Path(model_id).is_dir():
             file = Path(
                 hf_hub_download(

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,19 @@ def changes(turn: Any) -> list[str]:
     for name, values in changed.items() if isinstance(changed, dict) else ():
         old, new = ("its default" if value is None else value for value in values)
         lines.append(f"step {turn.get('step')}: {name} changed from {old} to {new}".replace("\n", " "))
+    return lines
+
+
+def story(environment: Mapping[str, Any]) -> list[str]:
+    """What was typed to begin the run and to resume it, with the step and the options that changed; [] if not known."""
+    began = environment.get("command")
+    turns = [turn for turn in _list(environment.get("resumed")) if isinstance(turn, Mapping)]
+    if not isinstance(began, str) or not began:
+        return []
+    lines = [began]
+    for turn in turns:
+        lines += [f"# resumed at step {turn.get('step')}", *(f"# {note}" for note in changes(turn))]
+        lines += [str(turn["command"])] if turn.get("command") else []
     return lines
 
 

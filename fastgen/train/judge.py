@@ -17,6 +17,7 @@ from torch import Tensor
 from fastgen import metrics
 from fastgen.data import Items
 from fastgen.models import TRANSLATED, Images, Sounds, option
+from fastgen.train.card import write_card
 from fastgen.train.config import TrainConfig
 from fastgen.train.errors import UsageError
 from fastgen.train.evaluation import Thinned, scores
@@ -84,6 +85,8 @@ def evaluate(folder: RunFolder, config: EvaluateConfig) -> list[metrics.Figure]:
     kept = {"step": trained.step, "settings": asdict(config), "figures": [asdict(figure) for figure in figures]}
     write_whole(folder.evaluation, (json.dumps(kept, indent=2) + "\n").encode())
     write_report(folder.path)
+    if folder.pretrained.is_dir():
+        write_card(folder, trained.model)
     return figures
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from fastgen.train.curves import DARK, HELD_OUT, LIGHT, UNITS, describe, draw_panel, panels, read_rows
 from fastgen.train.exhibits import data_uri, read_exhibits
 from fastgen.train.files import inside, write_whole
-from fastgen.train.folder import changes
+from fastgen.train.folder import story
 from fastgen.train.progress import duration
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -103,7 +103,7 @@ def _page(folder: Path) -> str:
         evaluate=f"fastgen evaluate {_address(folder)}",
         config=list(_flat(config)),
         environment=[(name, value) for name, value in _flat(_about(environment)) if name not in ("command", "format")],
-        command="\n".join(_story(environment) or commands[:1]),
+        command="\n".join(story(environment) or commands[:1]),
         problems=problems,
         script=SLIDER,
         script_hash=base64.b64encode(hashlib.sha256(SLIDER.encode()).digest()).decode("ascii"),
@@ -144,19 +144,6 @@ def _commands(folder: Path, environment: Mapping[str, Any]) -> list[str]:
             first = file.readline(10_000).strip()
         found += [first.removeprefix("# ")] if first.startswith("# fastgen ") else []
     return found
-
-
-def _story(environment: Mapping[str, Any]) -> list[str]:
-    """What was typed to begin the run and to resume it, with the step and the options that changed; [] if not known."""
-    began = environment.get("command")
-    turns = [turn for turn in _list(environment.get("resumed")) if isinstance(turn, Mapping)]
-    if not isinstance(began, str) or not began:
-        return []
-    lines = [began]
-    for turn in turns:
-        lines += [f"# resumed at step {_plain(turn.get('step'))}", *(f"# {note}" for note in changes(turn))]
-        lines += [str(turn["command"])] if turn.get("command") else []
-    return lines
 
 
 def _about(environment: Mapping[str, Any]) -> dict[str, Any]:

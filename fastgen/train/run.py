@@ -21,6 +21,7 @@ from torch import Tensor
 import fastgen
 from fastgen.data import SOURCES, DataConfig, Dataset, Items, load_data
 from fastgen.models import MODELS, GenerativeModel, from_data
+from fastgen.train.card import write_card
 from fastgen.train.checkpoint import Header, load_checkpoint
 from fastgen.train.config import FREE_ON_RESUME, TrainConfig
 from fastgen.train.curves import read_rows
@@ -162,10 +163,11 @@ def _of_os(error: OSError) -> str:
 
 
 def write_pretrained(folder: RunFolder, model: GenerativeModel, weights: Mapping[str, Tensor]) -> None:
-    """The averaged weights as ``from_pretrained`` reads them, in the run's folder ``model``."""
+    """The averaged weights as ``from_pretrained`` reads them, in the run's folder ``model``, with a model card."""
     unsharded = type(model)(model.config)
     unsharded.load_state_dict({name: tensor.cpu() for name, tensor in weights.items()})
     unsharded.save_pretrained(inside(folder.path, folder.pretrained.name))
+    write_card(folder, unsharded)
 
 
 def first_process() -> bool:
