@@ -86,7 +86,17 @@ def _parsed(
         given: dict[str, Any] = parser.parse_args(words, defaults=defaults).as_dict()
     except argparse.ArgumentError as error:
         raise CommandError(f"{_plain(str(error), names)} ({parser.prog} --help lists the options)", USAGE) from error
+    _check_sizes(given)
     return given
+
+
+def _check_sizes(given: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuse integers that no tensor can have as a size."""
+    for name, value in given.items():
+        if isinstance(value, Mapping):
+            _check_sizes(value, f"{prefix}{name}.")
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise CommandError(f"{prefix}{name}: expected an integer from -2^63 to 2^63 - 1, got {value}", USAGE)
 
 
 def _plain(message: str, names: Collection[str]) -> str:

@@ -217,8 +217,9 @@ class ImageTransformer(GenerativeModel):
             return
         counts = torch.arange(config.levels)
         tone = counts * tones // config.levels
-        sizes = torch.bincount(tone, minlength=tones)
-        pixels = torch.bincount(tone, counts.double(), tones) / sizes / (config.levels - 1)
+        sizes = torch.zeros(tones, dtype=torch.int64).index_add(0, tone, torch.ones_like(tone))
+        sums = torch.zeros(tones, dtype=torch.float64).index_add(0, tone, counts.double())
+        pixels = sums / sizes / (config.levels - 1)
         self.register_buffer("tone_of_level", tone, persistent=False)
         self.register_buffer("pixel_of_tone", pixels.float(), persistent=False)
         self.register_buffer("log_share", sizes.float().log(), persistent=False)

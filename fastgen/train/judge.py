@@ -31,6 +31,7 @@ from fastgen.train.trained import Trained, check_seed, joined, open_run
 Space = Literal["auto", "classifier", "rotations", "inception", "none"]
 FEATURES_FORMAT = "fastgen-features"
 MOST = 10_000  # items of a split that are looked at
+MOST_EACH = 10**6  # of what is drawn, and how often
 SOUNDS = 32  # drawn at most: they take seconds each
 
 
@@ -56,6 +57,9 @@ class EvaluateConfig:
         for name in ("importance", "resamples"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
+        for name in ("n", "k", "batch_size", "importance", "resamples"):
+            if getattr(self, name) > MOST_EACH:
+                raise ValueError(f"{name}: expected at most {MOST_EACH}, got {getattr(self, name)}")
         if self.features not in get_args(Space):
             raise ValueError(f"features: expected one of {', '.join(get_args(Space))}, got {self.features!r}")
         check_seed(self.seed)

@@ -29,6 +29,7 @@ from fastgen.train.engine import Engine, find
 from fastgen.train.errors import StoppedError, UsageError
 from fastgen.train.files import inside
 from fastgen.train.folder import RunFolder
+from fastgen.train.limits import check_batch, check_layers, check_model
 from fastgen.train.loop import Trainer
 from fastgen.train.progress import Progress
 from fastgen.train.sharding import leave, make_accelerator, whole
@@ -94,6 +95,9 @@ def train(request: Request) -> Result:
     trackers = _trackers(config)
     accelerator = make_accelerator(config, device, log_with=trackers or None, project_dir=str(folder.path))
     try:
+        if accelerator.num_processes == 1 or config.strategy == "ddp":
+            check_model(model_class, model_config, accelerator.device)
+        check_batch(config, splits[0], accelerator.num_processes, accelerator.device)
         torch.manual_seed(config.seed)
         model = model_class(model_config)
         parameters = sum(weight.numel() for weight in model.parameters())
@@ -201,6 +205,7 @@ def _fresh(request: Request) -> tuple[Header, Dataset]:
     if missing and not model_class.kinds:
         raise UsageError(f"data: expected a set that tells {missing[0]}, for {request.model}, got {data.name}")
     facts = {name: told[name] for name in wanted if name in told}
+    check_layers(request.model_options)
     model_config = _checked(model_class.config_class, {**facts, **request.model_options}, prefix="model.")
     header = Header(
         request.model, asdict(model_config), asdict(config), asdict(_anywhere(data_config)), data.fingerprint
@@ -281,7 +286,9 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros((), device=device).item()
+        if device.type == "cpu" and device.index:
+            raise RuntimeError("there is one CPU device, cpu")
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"device: expected one that this machine has, got {name!r} ({reason})") from error
