@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastgen._compile import constant, is_dynamo_compiling
 from fastgen._shared_objects import why_incomplete
 
 COMPILED, REFERENCE = "fastgen", "fastgen_reference"
@@ -340,7 +341,7 @@ def _place(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, st
     return _places[key]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def _constant_place(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str | None]:
     return _place(name, device, dtype)
 
@@ -357,7 +358,7 @@ def select(name: str, tensor: Tensor, refused: str | None = None, slower: bool =
     backend = _selection.backend
     if backend in _namespaces:
         return _namespaces[backend]
-    place = _constant_place if torch.compiler.is_compiling() else _place
+    place = _constant_place if is_dynamo_compiling() else _place
     namespace, reason = place(name, tensor.device, tensor.dtype)
     if refused is not None and reason is None:
         namespace, reason = REFERENCE, refused
@@ -385,7 +386,7 @@ def _tf32_allowed() -> bool:
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def _constant_tf32_allowed() -> bool:
     return _tf32_allowed()
 
@@ -397,4 +398,4 @@ def may_use_tf32(tensor: Tensor) -> bool:
     """
     if tensor.dtype != torch.float32 or tensor.device.type != "cuda":
         return False
-    return _constant_tf32_allowed() if torch.compiler.is_compiling() else _tf32_allowed()
+    return _constant_tf32_allowed() if is_dynamo_compiling() else _tf32_allowed()

@@ -8,26 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
+from fastgen._compile import in_graph as in_graph
 from fastgen._transforms import transforms_active as transforms_active
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def in_graph(function: _Function) -> _Function:
-    """torch.compile puts calls of the function into its graph as they are, and does not look inside.
-
-    Then PyTorch's own autograd and transforms differentiate it, under whatever backend. (What Dynamo makes of an
-    autograd.Function that it traces has a backward that nothing differentiates: a second derivative is raised by
-    AOTAutograd, and silently wrong where a backend does without. A transform makes it call operators as constants.)
-    """
-    allowed: _Function = torch.compiler.allow_in_graph(function)
-    return allowed
 
 
 def tangent_formula(formula: Callable[..., Any]) -> Callable[..., Any]:

@@ -44,6 +44,9 @@ commands:
 fastgen COMMAND --help lists a command's options. --debug, anywhere, shows tracebacks.
 """
 
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
+"""In PyTorch's messages."""
+
 PLAIN = ("info", "bench")
 
 
@@ -83,7 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _one_line(error: Exception) -> str:
     """The message; of errors that nobody foresaw also the type."""
     own = isinstance(error, OSError) and error.filename is None and error.strerror
-    text = " ".join(str(own or error).split())
+    text = " ".join(str(own or error).partition("Exception raised from")[0].split())
+    if isinstance(error, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY):
+        return (
+            f"out of memory; fewer items, a smaller model or a smaller --batch-size take less ({text or 'by Python'})"
+        )
     foreseen = isinstance(error, (CommandError, ValueError, TypeError, OSError, ImportError))
     return text if foreseen and text else f"{type(error).__name__}: {text} (--debug shows where)"
 

@@ -39,8 +39,12 @@ def run(words: list[str]) -> None:
         given = parse(parser, words[1:], defaults=True)
         items = given_items(trained, folder, given.pop("input", ""))
         n, out, seed, device = (given.pop(name) for name in ("n", "out", "seed", "device"))
+        try:
+            options = trained.model.sampling_class(**given)
+        except (TypeError, ValueError) as error:
+            raise CommandError(str(error), USAGE) from error
         trained.model.to(choose_device(device))
-        exhibit = sample(trained, n, trained.model.sampling_class(**given), seed, items)
+        exhibit = sample(trained, n, options, seed, items)
         if isinstance(exhibit, Texts) and not out:
             print("\n\n".join(exhibit.texts))
             return

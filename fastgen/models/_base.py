@@ -20,44 +20,17 @@ step depends on nothing but weights, data and its number.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fastgen._checksum import UNSEALED, is_whole, seal_file
+from fastgen._checksum import is_whole
 from fastgen.models._inputs import check_batch
-
-if TYPE_CHECKING:
-
-    class _HubMixin:
-        def save_pretrained(self, save_directory: str | Path) -> None: ...
-        @classmethod
-        def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any: ...
-
-else:
-    try:
-        from huggingface_hub import PyTorchModelHubMixin as _HubMixin
-    except ImportError:
-
-        class _HubMixin:
-            """Stands in where huggingface_hub is not installed."""
-
-            def save_pretrained(self, *args: Any, **options: Any) -> None:
-                raise ImportError("save_pretrained needs huggingface_hub: pip install 'fastgen[train]'")
-
-            push_to_hub = save_pretrained
-
-            @classmethod
-            def from_pretrained(cls, *args: Any, **options: Any) -> None:
-                raise ImportError("from_pretrained needs huggingface_hub: pip install 'fastgen[train]'")
-
+from fastgen.models._pretrained import MODEL_TYPE, WEIGHTS, Pretrained, check_saved_config
 
 Batch: TypeAlias = dict[str, Tensor]
 """Tensors whose first dim is the item; which ones there are depends on the kind of data (``KINDS``)."""
@@ -159,11 +132,12 @@ def to_pixels(images: Tensor) -> Tensor:
     return wide.clamp(0, 1) + 0 * wide
 
 
-class GenerativeModel(nn.Module, _HubMixin):
+class GenerativeModel(nn.Module, Pretrained):
     """Base of all models; described at the top of this file.
 
     ``save_pretrained(folder)`` writes config.json and model.safetensors, ``from_pretrained(folder or repository)``
-    reads them, by huggingface_hub. Reading never runs code: weights come from safetensors only.
+    reads them, by huggingface_hub; ``GenerativeModel.from_pretrained`` finds the class. Reading never runs code:
+    weights come from safetensors only.
     """
 
     name: ClassVar[str]
@@ -236,41 +210,6 @@ class GenerativeModel(nn.Module, _HubMixin):
         """What else is worth looking at, by name, made from held-out items: reconstructions, completions, ..."""
         return {}
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        """model.safetensors, whole or not at all, with a digest of it and of the config in its metadata."""
-        from safetensors.torch import save_model
-
-        file = save_directory / "model.safetensors"
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        try:
-            config = getattr(self, "_hub_mixin_config", None) or self.config  # what becomes config.json
-            config = config if isinstance(config, dict) else dataclasses.asdict(config)
-            save_model(self, str(temporary), {**UNSEALED, "config": _config_digest(config)})
-            seal_file(temporary)
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:
-        """The model that ``save_pretrained`` wrote to a folder, or to a repository of the hub; in evaluation.
-
-        Args:
-            options: as of huggingface_hub; ``config``, a ``config_class``, replaces the saved one; ``map_location``.
-
-        Raises:
-            FileNotFoundError: no config.json or no weights there. ValueError: either is damaged, or of another model.
-        """
-        file = Path(pretrained_model_name_or_path) / "config.json"
-        if file.is_file():
-            try:
-                found = json.loads(file.read_bytes())
-            except ValueError as error:
-                raise ValueError(f"{file}: expected options of {cls.__name__}, got a damaged file: {error}") from error
-            if not isinstance(found, dict):
-                raise ValueError(f"{file}: expected options of {cls.__name__}, got {type(found).__name__}")
-        return super().from_pretrained(pretrained_model_name_or_path, **options)
-
     @classmethod
     def _from_pretrained(
         cls,
@@ -296,11 +235,12 @@ class GenerativeModel(nn.Module, _HubMixin):
             raise TypeError(f"{cls.__name__}.from_pretrained: expected no further options, got {', '.join(options)}")
         saved = None if dataclasses.is_dataclass(config) else config
         if saved is not None:
+            saved = {name: value for name, value in saved.items() if name != MODEL_TYPE}
             known = {f.name for f in dataclasses.fields(cls.config_class)}
             if set(saved) - known:
                 unknown = sorted(set(saved) - known)
                 raise ValueError(f"{model_id}: config.json: expected options of {cls.__name__}, got {unknown}")
-        file = Path(model_id) / "model.safetensors"
+        file = Path(model_id) / WEIGHTS
         if not Path(model_id).is_dir():
             file = Path(
                 hf_hub_download(
@@ -320,7 +260,7 @@ class GenerativeModel(nn.Module, _HubMixin):
                 f"{file}: expected the weights of a {cls.__name__}, got a damaged file (its digest differs)"
             )
         if saved is not None:
-            _check_saved_config(model_id, saved, known, file)
+            check_saved_config(model_id, saved, known, file)
             config = cls.config_class(**saved)
         model = cls(config)
         try:
@@ -330,32 +270,3 @@ class GenerativeModel(nn.Module, _HubMixin):
         model.to(map_location)
         model.eval()
         return model
-
-
-def _config_digest(config: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _check_saved_config(model_id: str, saved: Mapping[str, Any], known: set[str], weights: Path) -> None:
-    """ValueError where config.json is not the one that was saved with the weights.
-
-    Weights that don't tell, of an earlier version, need all options that this version knows.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(weights, framework="pt") as file:
-            told = (file.metadata() or {}).get("config")
-    except SafetensorError:
-        return  # said of the weights when they are read
-    missing = sorted(known - set(saved))
-    if told is None and missing:
-        raise ValueError(
-            f"{model_id}: config.json: expected all options of the model, got none for {', '.join(missing)}"
-        )
-    if told is not None and told != _config_digest(saved):
-        got = f"a file without {', '.join(missing)}" if missing else "other ones"
-        raise ValueError(
-            f"{model_id}: config.json: expected the options that were saved with the weights, got {got}; "
-            "config=... replaces them"
-        )

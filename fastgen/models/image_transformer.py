@@ -223,8 +223,9 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
         tones, levels = self.config.values, self.config.levels
         counts = torch.arange(levels)
         tone = counts * tones // levels
-        sizes = torch.bincount(tone, minlength=tones)
-        pixels = torch.bincount(tone, counts.double(), tones) / sizes / (levels - 1)
+        sizes = torch.zeros(tones, dtype=torch.int64).index_add(0, tone, torch.ones_like(tone))
+        sums = torch.zeros(tones, dtype=torch.float64).index_add(0, tone, counts.double())
+        pixels = sums / sizes / (levels - 1)
         return {"tone_of_level": tone, "pixel_of_tone": pixels.float(), "log_share": sizes.float().log()}
 
     def phases(self) -> tuple[Phase, ...]:

@@ -91,8 +91,6 @@ def spectral(module: nn.Module) -> nn.Module:
     return parametrizations.spectral_norm(module)
 
 
-
-
 class ConditionalBatchNorm(nn.Module):
     """Batch normalisation; with classes, each has a gain and a bias of its own. x (B, C, H, W), labels (B,)."""
 

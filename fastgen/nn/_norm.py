@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgen._compile import in_graph
 from fastgen._transforms import transforms_active
 from fastgen.nn._sublayers import is_plain
 
@@ -37,7 +38,7 @@ def _forward(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return y
 
 
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+@in_graph
 def _layer_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Ba, Kiros and Hinton, "Layer normalization" (2016), over the last dims.
 

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,18 +129,30 @@ class RunFolder:
             if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
                 folder.rmdir()
 
-    def begin(self, environment: dict[str, Any], config: dict[str, Any], command: str) -> None:
-        """The first files of a run: whose it is, and what reproduces it. A resumed run keeps when and how it began."""
+    def begin(
+        self, environment: dict[str, Any], config: dict[str, Any], command: str, resumed: dict[str, Any] | None = None
+    ) -> None:
+        """The first files of a run: whose it is, and what reproduces it.
+
+        Args:
+            environment: where it runs; of a resumed run, when and how it began are kept.
+            config: its options as the command line takes them.
+            command: what trains with them.
+            resumed: of a resumed run, its step, its command, and the options that changed: {name: [old, new]}.
+        """
         make_folder(self.path)
         self._remove_leftovers()
-        before = self._environment_before()
-        if before:
-            resumed = [*before.get("resumed", []), environment["started"]]
+        history: list[Any] = []
+        if resumed is not None:
+            before = self._environment_before()
+            history = [turn for turn in _list(before.get("resumed")) if not _lost(turn, resumed["step"])]
+            history.append({"started": environment["started"], **resumed})
             environment |= {name: before[name] for name in ("started", "command") if name in before}
-            environment["resumed"] = resumed
+            environment["resumed"] = history
         write_whole(self.environment, (json.dumps({"format": FORMAT, **environment}, indent=2) + "\n").encode())
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-        write_whole(self.config, f"# {command}\n{text}".encode())
+        notes = "".join(f"# {note}\n" for turn in history for note in changes(turn))
+        write_whole(self.config, f"# {command}\n{notes}{text}".encode())
 
     def _environment_before(self) -> dict[str, Any]:
         try:
@@ -177,3 +190,35 @@ class RunFolder:
                 file.write(json.dumps(row | {"values": values}) + "\n")
         except OSError as error:
             raise cannot_write(self.metrics, error) from error
+
+
+def changes(turn: Any) -> list[str]:
+    """A line for each option that changed where a run was resumed, from an entry of "resumed" in environment.json."""
+    changed = turn.get("changed") if isinstance(turn, dict) else None
+    lines = []
+    for name, values in changed.items() if isinstance(changed, dict) else ():
+        old, new = ("its default" if value is None else value for value in values)
+        lines.append(f"step {turn.get('step')}: {name} changed from {old} to {new}".replace("\n", " "))
+    return lines
+
+
+def story(environment: Mapping[str, Any]) -> list[str]:
+    """What was typed to begin the run and to resume it, with the step and the options that changed; [] if not known."""
+    began = environment.get("command")
+    turns = [turn for turn in _list(environment.get("resumed")) if isinstance(turn, Mapping)]
+    if not isinstance(began, str) or not began:
+        return []
+    lines = [began]
+    for turn in turns:
+        lines += [f"# resumed at step {turn.get('step')}", *(f"# {note}" for note in changes(turn))]
+        lines += [str(turn["command"])] if turn.get("command") else []
+    return lines
+
+
+def _lost(turn: Any, step: int) -> bool:
+    """Whether nothing is kept of what a resumed run did: it ended before its first checkpoint."""
+    return isinstance(turn, dict) and turn.get("step", -1) >= step
+
+
+def _list(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else []

@@ -19,6 +19,7 @@ from fastgen._checksum import KEY, UNSEALED, is_whole, seal
 from fastgen.data import Items
 from fastgen.data._files import read_bytes
 from fastgen.models import TRANSLATED, Images, Sounds, option
+from fastgen.train.card import write_card
 from fastgen.train.config import TrainConfig
 from fastgen.train.errors import UsageError
 from fastgen.train.evaluation import Thinned, scores
@@ -32,6 +33,7 @@ from fastgen.train.trained import Trained, check_seed, joined, open_run
 Space = Literal["auto", "classifier", "rotations", "inception", "none"]
 FEATURES_FORMAT = "fastgen-features"
 MOST = 10_000  # items of a split that are looked at
+MOST_EACH = 10**6  # of what is drawn, and how often
 SOUNDS = 32  # drawn at most: they take seconds each
 
 
@@ -57,6 +59,9 @@ class EvaluateConfig:
         for name in ("importance", "resamples"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
+        for name in ("n", "k", "batch_size", "importance", "resamples"):
+            if getattr(self, name) > MOST_EACH:
+                raise ValueError(f"{name}: expected at most {MOST_EACH}, got {getattr(self, name)}")
         if self.features not in get_args(Space):
             raise ValueError(f"features: expected one of {', '.join(get_args(Space))}, got {self.features!r}")
         check_seed(self.seed)
@@ -86,6 +91,8 @@ def evaluate(folder: RunFolder, config: EvaluateConfig) -> list[metrics.Figure]:
     kept = {"step": trained.step, "settings": asdict(config), "figures": [asdict(figure) for figure in figures]}
     write_whole(folder.evaluation, (json.dumps(kept, indent=2) + "\n").encode())
     write_report(folder.path)
+    if folder.pretrained.is_dir():
+        write_card(folder, trained.model)
     return figures
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import shlex
-import sys
 import time
 import unicodedata
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from torch import Tensor
 import fastgen
 from fastgen.data import BUNDLED, SOURCES, DataConfig, Dataset, Items, bundled, load_data
 from fastgen.models import MODELS, GenerativeModel, from_data, settle
+from fastgen.train.card import write_card
 from fastgen.train.checkpoint import Header, load_checkpoint
 from fastgen.train.config import FREE_ON_RESUME, TrainConfig
 from fastgen.train.curves import read_rows
@@ -31,6 +31,7 @@ from fastgen.train.errors import StoppedError, UsageError
 from fastgen.train.files import inside
 from fastgen.train.folder import RunFolder
 from fastgen.train.inspection import inspect
+from fastgen.train.limits import check_batch, check_layers, check_model
 from fastgen.train.lock import locked
 from fastgen.train.loop import Trainer
 from fastgen.train.progress import Progress
@@ -58,6 +59,7 @@ class Request:
     model_options: Mapping[str, Any] = field(default_factory=dict)
     resume: bool = False
     overwrite: bool = False
+    command: str = ""  # what was typed, for the report
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,12 @@ def _train_in_folder(request: Request) -> Result:
     started = time.perf_counter()
     folder = request.folder
     tensors: dict[str, Tensor] = {}
+    changes: dict[str, list[Any]] = {}
     if request.resume:
         saved, tensors = load_checkpoint(folder.checkpoint)
         configs(folder.checkpoint, saved)
         header, data = _resumed(request, saved)
+        changes = changed(saved, header)
     else:
         header, data = _fresh(request)
     model_class, model_config, config = configs(folder.checkpoint, header)
@@ -107,6 +111,9 @@ def _train_in_folder(request: Request) -> Result:
     trackers = _trackers(config)
     accelerator = make_accelerator(config, device, log_with=trackers or None, project_dir=str(folder.path))
     try:
+        if accelerator.num_processes == 1 or config.strategy == "ddp":
+            check_model(model_class, model_config, accelerator.device)
+        check_batch(config, splits[0], accelerator.num_processes, accelerator.device)
         torch.manual_seed(config.seed)
         model = model_class(model_config)
         inspect(model, splits)
@@ -124,7 +131,10 @@ def _train_in_folder(request: Request) -> Result:
             if not request.resume:
                 folder.clear()
             folder.begin(
-                _environment(accelerator, parameters), settings(header), command(header.model, folder, "--config")
+                {"command": request.command, **_environment(accelerator, parameters)},
+                settings(header),
+                command(header.model, folder, "--config"),
+                {"step": engine.step, "command": request.command, "changed": changes} if request.resume else None,
             )
             folder.keep_metrics(engine.step)
         accelerator.wait_for_everyone()
@@ -174,10 +184,11 @@ def _of_os(error: OSError) -> str:
 
 
 def write_pretrained(folder: RunFolder, model: GenerativeModel, weights: Mapping[str, Tensor]) -> None:
-    """The averaged weights as ``from_pretrained`` reads them, in the run's folder ``model``."""
+    """The averaged weights as ``from_pretrained`` reads them, in the run's folder ``model``, with a model card."""
     unsharded = type(model)(model.config)
     unsharded.load_state_dict({name: tensor.cpu() for name, tensor in weights.items()})
     unsharded.save_pretrained(inside(folder.path, folder.pretrained.name))
+    write_card(folder, unsharded)
 
 
 def first_process() -> bool:
@@ -215,6 +226,7 @@ def _fresh(request: Request) -> tuple[Header, Dataset]:
     if missing and not model_class.kinds:
         raise UsageError(f"data: expected a set that tells {missing[0]}, for {request.model}, got {data.name}")
     facts = {name: told[name] for name in wanted if name in told}
+    check_layers(request.model_options)
     model_config = _checked(model_class.config_class, {**facts, **request.model_options}, prefix="model.")
     kept = asdict(data_config) | {"source": data_config.source.removeprefix(BUNDLED)}
     return Header(request.model, asdict(model_config), asdict(config), kept, data.fingerprint), data
@@ -234,10 +246,23 @@ def _resumed(request: Request, saved: Header) -> tuple[Header, Dataset]:
     pairs += [(f"model.{name}", value, saved.model_config.get(name)) for name, value in request.model_options.items()]
     for name, asked, own in pairs:
         if asked != own:
-            raise UsageError(f"{name}: expected {own!r}, as when the run in {request.folder.path} began, got {asked!r}")
+            raise UsageError(
+                f"{name}: expected {_shown(own)}, as when the run in {request.folder.path} began, got {_shown(asked)};"
+                f" with --resume only {', '.join(FREE_ON_RESUME)} may change"
+            )
     free = {name: value for name, value in request.train_options.items() if name in FREE_ON_RESUME}
     header = replace(saved, train_config=saved.train_config | free, data_config=saved.data_config | {"source": source})
     return header, data_of(header, request.folder)
+
+
+def _shown(value: Any) -> str:
+    return "its default" if value is None else repr(value)
+
+
+def changed(before: Header, after: Header) -> dict[str, list[Any]]:
+    """Options of training and data that differ, by name: the old value and the new one."""
+    old, new = settings(before), settings(after)
+    return {name: [old.get(name), value] for name, value in new.items() if name != "model" and old.get(name) != value}
 
 
 def data_of(header: Header, folder: RunFolder) -> Dataset:
@@ -298,7 +323,9 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros((), device=device).item()
+        if device.type == "cpu" and device.index:
+            raise RuntimeError("there is one CPU device, cpu")
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"device: expected one that this machine has, got {name!r} ({reason})") from error
@@ -352,7 +379,6 @@ def command(model: str, folder: RunFolder, option: str) -> str:
 def _environment(accelerator: Accelerator, parameters: int) -> dict[str, Any]:
     info = fastgen.info()
     return {
-        "command": shlex.join(["fastgen", *sys.argv[1:]]),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **info.versions,
         "devices": info.devices,

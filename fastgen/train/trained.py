@@ -20,6 +20,7 @@ from fastgen.train.pictures import write_exhibit
 from fastgen.train.run import choose_device, configs, data_of, load_average, split
 from fastgen.train.stream import to_device
 
+MOST_SAMPLES = 100_000
 AT_ONCE = 256  # samples drawn together
 SUFFIXES: dict[type, str] = {Images: ".png", Texts: ".txt", Sounds: ".wav"}
 
@@ -90,6 +91,8 @@ def sample(trained: Trained, n: int, options: Any, seed: int = 0, items: Items |
     """
     if n < 1:
         raise UsageError(f"n: expected a positive number of samples, got {n}")
+    if n > MOST_SAMPLES:
+        raise UsageError(f"n: expected at most {MOST_SAMPLES} samples, got {n}")
     check_seed(seed)
     try:
         generator = torch.Generator().manual_seed(seed)
