@@ -187,7 +187,8 @@ def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
 
 def has_kernel(name: str, device: torch.device) -> bool:
     """Whether a loaded library registered a kernel of operator ``name`` for this kind of device."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{COMPILED}::{name}", device.type.upper()))
+    key = torch._C._dispatch_key_for_device(device.type)  # "Meta", "PrivateUse1": not the upper-case device type
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{COMPILED}::{name}", key))
 
 
 def why_not_compiled(name: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:

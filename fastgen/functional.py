@@ -40,6 +40,8 @@ def _draw_seed(device: torch.device, generator: torch.Generator | None) -> Tenso
 
 def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     device = tensor.device.type
+    if device == "meta":  # has no autocast, and torch raises when asked
+        return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
