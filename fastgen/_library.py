@@ -252,7 +252,8 @@ def has_kernel(name: str, device: torch.device) -> bool:
     """Whether a loaded library registered a kernel of operator ``name`` for this kind of device."""
     if all(library.device != device.type for library in _compiled):
         return False
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{COMPILED}::{name}", device.type.upper()))
+    key = torch._C._dispatch_key_for_device(device.type)
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{COMPILED}::{name}", key))
 
 
 def why_not_compiled(name: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:

@@ -37,9 +37,9 @@ __all__ = [
 
 def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     device = tensor.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):  # there is no autocast for meta tensors
+    if device == "meta":  # has no autocast, and torch raises when asked
         return None
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
