@@ -51,27 +51,54 @@ def define(
     fake: Callable[..., Any],
     vmap: Callable[..., Any] | None = None,
     assisted: Callable[..., Any] | None = None,
+    check: Callable[..., None] | None = None,
 ) -> None:
     """Registers an operator in both namespaces: schema, PyTorch implementation, fake and vmap rule.
 
     ``vmap`` is called as ``vmap(operator, info, in_dims, *args)``. ``assisted`` stands in for the implementation
-    in the namespace ``fastgen``; it is PyTorch that may call compiled helper operators.
+    in the namespace ``fastgen``; it is PyTorch that may call compiled helper operators. ``check`` is called with the
+    arguments before either of them, and raises where they do not fit; compiled kernels have checks of their own.
     """
     definition = Definition(schema.split("(", 1)[0], schema, fake, vmap)
     _operators.setdefault(family, []).append(definition)
     for namespace, library in _libraries.items():
         _define_in(namespace, library, definition)
         chosen = assisted if assisted is not None and namespace == COMPILED else implementation
-        library.impl(definition.name, outside_autocast(chosen), "CompositeExplicitAutograd")
+        library.impl(definition.name, outside_autocast(chosen, check), "CompositeExplicitAutograd")
 
 
-def outside_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """What is float32 inside an operator stays float32: autocast has chosen the arguments' dtype and is done."""
+def outside_autocast(
+    implementation: Callable[..., Any], check: Callable[..., None] | None = None
+) -> Callable[..., Any]:
+    """What is float32 inside an operator stays float32: autocast has chosen the arguments' dtype and is done.
+
+    ``check`` is called with the arguments first.
+    """
 
     @functools.wraps(implementation)
     def run(*args: Any, **options: Any) -> Any:
+        if check is not None:
+            check(*args, **options)
         with torch._C._DisableAutocast():
             return implementation(*args, **options)
+
+    return run
+
+
+def _of_tensors(fake: Callable[..., Any], schema: str) -> Callable[..., Any]:
+    """The dispatcher lets None through for a tensor; ``check`` refuses it where tensors are real, this where not."""
+    arguments = enumerate(torch._C.parse_schema(schema).arguments)
+    tensors = [(at, argument.name) for at, argument in arguments if str(argument.type) == "Tensor"]
+
+    @functools.wraps(fake)
+    def run(*args: Any) -> Any:
+        for at, name in tensors:
+            if args[at] is None:
+                raise TypeError(f"{name}: expected a tensor, got None")
+        try:
+            return fake(*args)
+        except IndexError as error:  # a tensor of fewer dims
+            raise ValueError(f"{schema.partition('(')[0]}: expected shapes as in {schema}; {error}") from None
 
     return run
 
@@ -79,7 +106,7 @@ def outside_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
 def _define_in(namespace: str, library: torch.library.Library, definition: Definition) -> None:
     name, schema, fake, vmap = definition
     library.define(schema)
-    torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+    torch.library.register_fake(f"{namespace}::{name}", _of_tensors(fake, schema), lib=library)
     if vmap is not None:
         operator = getattr(getattr(torch.ops, namespace), name)
         torch.library.register_vmap(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastgen import reference
 from fastgen._library import define, has_kernel
-from fastgen.ops import _attention_blocked, _attention_fused, _attention_tangent
+from fastgen.ops import _attention_blocked, _attention_checks, _attention_fused, _attention_tangent
 from fastgen.ops._attention_blocked import Options as Options
 from fastgen.ops._attention_blocked import allocate_grad, allocate_lse, allocate_out
 from fastgen.ops._batching import fold, fold_seed, unfold
@@ -390,6 +390,7 @@ define(
     _forward_fake,
     _vmap(query_at=0, mask_at=3),
     assisted=_assisted_forward,
+    check=_attention_checks.attention_forward,
 )
 define(
     "attention",
@@ -399,6 +400,7 @@ define(
     _backward_fake,
     _vmap(query_at=2, mask_at=7, mask_grad=True),
     assisted=_assisted_backward,
+    check=_attention_checks.attention_backward,
 )
 _TANGENTS = "Tensor? tangent_query, Tensor? tangent_key, Tensor? tangent_value, Tensor? tangent_mask"
 define(
@@ -409,6 +411,7 @@ define(
     _tangent_fake,
     _vmap(query_at=0, mask_at=5, tangent_mask_at=10),
     assisted=partial(_tangent, True),
+    check=_attention_checks.attention_tangent,
 )
 define(
     "attention",
@@ -419,12 +422,14 @@ define(
     _second_order_fake,
     _vmap(query_at=2, mask_at=7, tangent_mask_at=12, mask_grad=True),
     assisted=partial(_second_order, True),
+    check=_attention_checks.attention_second_order,
 )
 define(
     "helpers",
     "cpu_attention_forward(Tensor query, Tensor key, Tensor value, bool is_causal, float scale) -> (Tensor, Tensor)",
     _cpu_forward,
     _cpu_forward_fake,
+    check=_attention_checks.cpu_attention_forward,
 )
 define(
     "helpers",
@@ -432,6 +437,7 @@ define(
     "Tensor lse, bool is_causal, float scale) -> (Tensor, Tensor, Tensor)",
     _cpu_backward,
     _cpu_backward_fake,
+    check=_attention_checks.cpu_attention_backward,
 )
 define(
     "helpers",
@@ -439,6 +445,7 @@ define(
     "Tensor? delta, Tensor(d!)? cross) -> Tensor",
     _attention_tangent.weigh,
     lambda scores, direction, lse, *rest: torch.empty_like(lse),
+    check=_attention_checks.cpu_attention_weights,
 )
 define(
     "helpers",
@@ -446,16 +453,19 @@ define(
     "int first_query, int queries, int keys, int first_key, int last_key, float p) -> Tensor",
     _attention_blocked.keep_of_tile,
     _attention_blocked.keep_fake,
+    check=_attention_checks.cpu_dropout_keep,
 )
 define(
     "helpers",
     "cpu_attention_softmax(Tensor(a!) scores, Tensor? keep, Tensor(b!) lse) -> ()",
     _attention_blocked.softmax_of_tile,
     lambda scores, keep, lse: None,
+    check=_attention_checks.cpu_attention_softmax,
 )
 define(
     "helpers",
     "cpu_attention_softmax_backward(Tensor(a!) scores, Tensor(b!) grads, Tensor? keep, Tensor lse, Tensor delta) -> ()",
     _attention_blocked.softmax_backward_of_tile,
     lambda scores, grads, keep, lse, delta: None,
+    check=_attention_checks.cpu_attention_softmax_backward,
 )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastgen import _gaussian, reference
 from fastgen._library import define
+from fastgen.ops import _latent_checks
 from fastgen.ops._batching import fold, fold_seed, out_dims, unfold
 
 
@@ -112,6 +113,7 @@ define(
     _forward,
     _forward_fake,
     _vmap(seed_at=4),
+    check=_latent_checks.latent_forward,
 )
 define(
     "latent",
@@ -120,4 +122,5 @@ define(
     _backward,
     _backward_fake,
     _vmap(seed_at=6),
+    check=_latent_checks.latent_backward,
 )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastgen import reference
 from fastgen._library import define
+from fastgen.ops import _projection_checks
 from fastgen.ops._batching import fold, map_slices, out_dims, unfold
 
 
@@ -409,12 +410,19 @@ WIDEST_HELPED = 1024
 """Channels of a head that the CPU's compiled helper takes."""
 
 _HELPED = "Tensor part, Tensor? norm, Tensor? cos, Tensor? sin, float eps, bool interleaved"
-define("helpers", f"cpu_finish_heads({_HELPED}) -> Tensor", finish_heads, _helper_fake)
+define(
+    "helpers",
+    f"cpu_finish_heads({_HELPED}) -> Tensor",
+    finish_heads,
+    _helper_fake,
+    check=_projection_checks.cpu_finish_heads,
+)
 define(
     "helpers",
     f"cpu_finish_heads_backward(Tensor grad, {_HELPED}) -> (Tensor, Tensor)",
     finish_heads_backward,
     _helper_backward_fake,
+    check=_projection_checks.cpu_finish_heads_backward,
 )
 _FINISH = "Tensor[] norms, Tensor? cos, Tensor? sin"
 define(
@@ -424,6 +432,7 @@ define(
     _forward,
     _forward_fake,
     _vmap_forward,
+    check=_projection_checks.projection_forward,
 )
 define(
     "projection",
@@ -433,6 +442,7 @@ define(
     backward,
     _backward_fake,
     map_slices,
+    check=_projection_checks.projection_backward,
 )
 define(
     "projection",
@@ -441,6 +451,7 @@ define(
     _merge_forward,
     _merge_forward_fake,
     map_slices,
+    check=_projection_checks.merge_heads_forward,
 )
 define(
     "projection",
@@ -449,4 +460,5 @@ define(
     merge_backward,
     _merge_backward_fake,
     map_slices,
+    check=_projection_checks.merge_heads_backward,
 )
