@@ -14,12 +14,14 @@ def shape_of(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
-def require_tensor(name: str, value: Any, *, optional: bool = False) -> None:
-    """A dense tensor whose memory holds its values."""
+def require_tensor(name: str, value: Any, *, optional: bool = False, nested: bool = False) -> None:
+    """A dense tensor whose memory holds its values; with ``nested`` also a nested tensor."""
     if not isinstance(value, Tensor):
         if optional and value is None:
             return
         raise TypeError(f"{name}: expected a tensor{' or None' if optional else ''}, got {type(value).__name__}")
+    if nested and value.is_nested:
+        return
     if type(value) not in _PLAIN:
         _require_plain_subclass(name, value)
     if value.layout != torch.strided or value.is_nested:

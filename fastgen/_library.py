@@ -159,15 +159,16 @@ def _differentiate_in(
     library.impl(name, record, "Autograd")
 
 
-def no_derivative(name: str) -> Callable[..., Any]:
-    """The ``derivative`` of an operator that is only called inside of others: raises where one would be recorded."""
+def refuse_other_derivatives() -> None:
+    """Operators that have no derivative, being called inside of others only, raise where one would be recorded."""
+    for name in (name for names in operators().values() for name in names if name not in _derivatives):
+        differentiate(name, functools.partial(_refuse_derivative, name))
 
-    def derivative(namespace: str, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            raise RuntimeError(f"{namespace}::{name}: expected tensors that need no gradient; it has no derivative")
-        return call(namespace, name, *args)
 
-    return derivative
+def _refuse_derivative(name: str, namespace: str, *args: Any) -> Any:
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        raise RuntimeError(f"{namespace}::{name}: expected tensors that need no gradient; it has no derivative")
+    return call(namespace, name, *args)
 
 
 def operator(namespace: str, name: str) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ vmap rule besides: torch.func and dual numbers need them, and each of their call
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgen._compile import in_graph as in_graph
+from fastgen._library import call, differentiate, outside_autocast
 from fastgen._transforms import tangent_formula as tangent_formula
 from fastgen._transforms import transforms_active as transforms_active
 
@@ -38,3 +40,21 @@ def only_wanted(ctx: Any, first: int, *grads: Tensor | None) -> tuple[Tensor | N
     """The gradients that the inputs from ``first`` on ask for; None for the others."""
     wanted = ctx.needs_input_grad[first : first + len(grads)]
     return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))
+
+
+def record(name: str, recorded: Callable[..., Any]) -> None:
+    """Operator ``name``, called by itself, as exported programs do: ``recorded(namespace, *args)`` where its arguments
+    are differentiated."""
+
+    def derivative(namespace: str, *args: Any) -> Any:
+        tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(t, Tensor)]
+        if choose(Function, Function, *tensors) is None:
+            return call(namespace, name, *args)
+        return recorded(namespace, *args)
+
+    differentiate(name, derivative)
+
+
+def formula_of(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator's implementation in PyTorch as what is recorded: autograd follows it to any order."""
+    return lambda namespace, *args: outside_autocast(implementation)(*args)

@@ -12,8 +12,17 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgen import _gaussian, reference
-from fastgen._autograd.common import choose, in_graph, must_be_differentiable, only_wanted, tangent_formula
-from fastgen._library import operator
+from fastgen._autograd.common import (
+    choose,
+    formula_of,
+    in_graph,
+    must_be_differentiable,
+    only_wanted,
+    record,
+    tangent_formula,
+)
+from fastgen._library import call
+from fastgen.ops import latent as formulas
 from fastgen.ops.latent import widen
 
 
@@ -26,7 +35,7 @@ def _run(
     with_kl: bool,
     namespace: str,
 ) -> tuple[Tensor, Tensor]:
-    result = operator(namespace, "latent_forward")(mu, logvar, prior_mu, prior_logvar, seed, with_kl)
+    result = call(namespace, "latent_forward", mu, logvar, prior_mu, prior_logvar, seed, with_kl)
     return result[0], result[1]
 
 
@@ -57,9 +66,8 @@ class _GaussianLatent(Function):
             exact = _gaussian.gradients(*wide, noise, *widen(prior_mu, prior_logvar))
             grads = [None if grad is None else grad.to(mu.dtype) for grad in exact]
         else:
-            backward = operator(ctx.namespace, "latent_backward")
             grad_z = None if grad_z is None else grad_z.contiguous()
-            grads = backward(grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, seed)
+            grads = call(ctx.namespace, "latent_backward", grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, seed)
         return (*only_wanted(ctx, 0, *grads), None, None, None)
 
 
@@ -98,3 +106,12 @@ def gaussian_latent(
     function = choose(_GaussianLatent, _TransformedGaussianLatent, mu, logvar, prior_mu, prior_logvar)
     result = _run(*arguments) if function is None else function.apply(*arguments)
     return result[0], result[1]
+
+
+def _recorded(namespace: str, *args: Any) -> tuple[Tensor, Tensor]:
+    mu, logvar, prior_mu, prior_logvar, seed, with_kl = args
+    return gaussian_latent(mu, logvar, prior_mu, prior_logvar, seed, with_kl, namespace)
+
+
+record("latent_forward", _recorded)
+record("latent_backward", formula_of(formulas.backward))

@@ -18,13 +18,15 @@ from torch.autograd import Function
 from fastgen import reference
 from fastgen._autograd.common import (
     choose,
+    formula_of,
     in_graph,
     must_be_differentiable,
     only_wanted,
+    record,
     tangent_formula,
     transforms_active,
 )
-from fastgen._library import COMPILED, COMPILED_DTYPES, REFERENCE, call, differentiate, has_kernel, outside_autocast
+from fastgen._library import COMPILED, COMPILED_DTYPES, REFERENCE, call, has_kernel, outside_autocast
 from fastgen.ops import projection as formulas
 from fastgen.ops.projection import WIDEST_HELPED, Layout, finish_parts, length_first
 from fastgen.reference import HeadFinish
@@ -338,18 +340,6 @@ def merge_heads(
 # Operators called by name, in exported programs
 
 
-def _record(name: str, recorded: Callable[..., Any]) -> None:
-    """``recorded(namespace, *args)`` where the operator's arguments are differentiated."""
-
-    def derivative(namespace: str, *args: Any) -> Any:
-        tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(t, Tensor)]
-        if choose(Function, Function, *tensors) is None:
-            return call(namespace, name, *args)
-        return recorded(namespace, *args)
-
-    differentiate(name, derivative)
-
-
 def _recorded_projection(
     namespace: str,
     x: Tensor,
@@ -372,13 +362,9 @@ def _recorded_merge(namespace: str, *args: Any) -> Tensor:
     return merge_heads(x, weight, bias, residual, gate, channels_first, allow_tf32, namespace)
 
 
-def _recorded_formula(formula: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda namespace, *args: outside_autocast(formula)(*args)
-
-
-_record("projection_forward", _recorded_projection)
-_record("projection_backward", _recorded_formula(formulas.backward))
-_record("merge_heads_forward", _recorded_merge)
-_record("merge_heads_backward", _recorded_formula(formulas.merge_backward))
-_record("cpu_finish_heads", _recorded_formula(formulas.finish_heads))
-_record("cpu_finish_heads_backward", _recorded_formula(formulas.finish_heads_backward))
+record("projection_forward", _recorded_projection)
+record("projection_backward", formula_of(formulas.backward))
+record("merge_heads_forward", _recorded_merge)
+record("merge_heads_backward", formula_of(formulas.merge_backward))
+record("cpu_finish_heads", formula_of(formulas.finish_heads))
+record("cpu_finish_heads_backward", formula_of(formulas.finish_heads_backward))

@@ -108,7 +108,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             ValueError: shapes that do not fit, or is_causal without attn_mask.
         """
         for name, tensor in (("query", query), ("key", key), ("value", value)):
-            require_tensor(name, tensor)
+            require_tensor(name, tensor, nested=True)
         if query.is_nested or key.is_nested or value.is_nested:
             return self._forward_nested(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal, residual

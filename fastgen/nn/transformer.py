@@ -88,7 +88,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         Raises:
             TypeError, ValueError: as ``MultiheadAttention``.
         """
-        require_tensor("src", src)
+        require_tensor("src", src, nested=True)
         if src.is_nested:
             ignored = None if self.training or has_forward_hooks(self) else ignored_by_kernel(self)
             if ignored is not None:
@@ -252,7 +252,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         Raises:
             TypeError, ValueError: as ``MultiheadAttention``.
         """
-        require_tensor("src", src)
+        require_tensor("src", src, nested=True)
         if mask is None and src_key_padding_mask is not None and self._may_skip_padding(src, src_key_padding_mask):
             hidden = hidden_positions(src_key_padding_mask)
             if hidden is not None and not hidden.all():

@@ -57,7 +57,7 @@ def _forward_fake(
     return mu.new_empty(mu.shape), mu.new_empty(mu.size(0) if with_kl else 0, dtype=compute_dtype(mu.dtype))
 
 
-def _backward(
+def backward(
     grad_z: Tensor | None,
     grad_kl: Tensor | None,
     mu: Tensor,
@@ -119,7 +119,7 @@ define(
     "latent",
     "latent_backward(Tensor? grad_z, Tensor? grad_kl, Tensor mu, Tensor logvar, Tensor? prior_mu,"
     " Tensor? prior_logvar, Tensor seed) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
+    backward,
     _backward_fake,
     _vmap(seed_at=6),
     check=_latent_checks.latent_backward,
