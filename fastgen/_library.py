@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastgen._compile import constant, is_dynamo_compiling
+from fastgen._shared_objects import why_incomplete
 
 COMPILED, REFERENCE = "fastgen", "fastgen_reference"
 BACKENDS = ("auto", "reference", "compiled")
@@ -39,6 +40,7 @@ class Definition(NamedTuple):
 _libraries = {namespace: torch.library.Library(namespace, "DEF") for namespace in (COMPILED, REFERENCE)}
 _operators: dict[str, list[Definition]] = {}
 _added: list[torch.library.Library] = []  # of add_backend, kept alive
+_derivatives: dict[str, Callable[..., Any]] = {}
 _namespaces = {"reference": REFERENCE}  # of the backends that are nothing but a namespace
 
 
@@ -49,27 +51,54 @@ def define(
     fake: Callable[..., Any],
     vmap: Callable[..., Any] | None = None,
     assisted: Callable[..., Any] | None = None,
+    check: Callable[..., None] | None = None,
 ) -> None:
     """Registers an operator in both namespaces: schema, PyTorch implementation, fake and vmap rule.
 
     ``vmap`` is called as ``vmap(operator, info, in_dims, *args)``. ``assisted`` stands in for the implementation
-    in the namespace ``fastgen``; it is PyTorch that may call compiled helper operators.
+    in the namespace ``fastgen``; it is PyTorch that may call compiled helper operators. ``check`` is called with the
+    arguments before either of them, and raises where they do not fit; compiled kernels have checks of their own.
     """
     definition = Definition(schema.split("(", 1)[0], schema, fake, vmap)
     _operators.setdefault(family, []).append(definition)
     for namespace, library in _libraries.items():
         _define_in(namespace, library, definition)
         chosen = assisted if assisted is not None and namespace == COMPILED else implementation
-        library.impl(definition.name, _outside_autocast(chosen), "CompositeExplicitAutograd")
+        library.impl(definition.name, outside_autocast(chosen, check), "CompositeExplicitAutograd")
 
 
-def _outside_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """What is float32 inside an operator stays float32: autocast has chosen the arguments' dtype and is done."""
+def outside_autocast(
+    implementation: Callable[..., Any], check: Callable[..., None] | None = None
+) -> Callable[..., Any]:
+    """What is float32 inside an operator stays float32: autocast has chosen the arguments' dtype and is done.
+
+    ``check`` is called with the arguments first.
+    """
 
     @functools.wraps(implementation)
     def run(*args: Any, **options: Any) -> Any:
+        if check is not None:
+            check(*args, **options)
         with torch._C._DisableAutocast():
             return implementation(*args, **options)
+
+    return run
+
+
+def _of_tensors(fake: Callable[..., Any], schema: str) -> Callable[..., Any]:
+    """The dispatcher lets None through for a tensor; ``check`` refuses it where tensors are real, this where not."""
+    arguments = enumerate(torch._C.parse_schema(schema).arguments)
+    tensors = [(at, argument.name) for at, argument in arguments if str(argument.type) == "Tensor"]
+
+    @functools.wraps(fake)
+    def run(*args: Any) -> Any:
+        for at, name in tensors:
+            if args[at] is None:
+                raise TypeError(f"{name}: expected a tensor, got None")
+        try:
+            return fake(*args)
+        except IndexError as error:  # a tensor of fewer dims
+            raise ValueError(f"{schema.partition('(')[0]}: expected shapes as in {schema}; {error}") from None
 
     return run
 
@@ -77,7 +106,7 @@ def _outside_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
 def _define_in(namespace: str, library: torch.library.Library, definition: Definition) -> None:
     name, schema, fake, vmap = definition
     library.define(schema)
-    torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+    torch.library.register_fake(f"{namespace}::{name}", _of_tensors(fake, schema), lib=library)
     if vmap is not None:
         operator = getattr(getattr(torch.ops, namespace), name)
         torch.library.register_vmap(
@@ -95,15 +124,62 @@ def add_backend(name: str, namespace: str, families: Iterable[str]) -> None:
     """
     library = torch.library.Library(namespace, "DEF")
     _added.append(library)
+    names = set()
     for family in families:
         for definition in _operators[family]:
             _define_in(namespace, library, definition)
+            names.add(definition.name)
+    for known in _derivatives.keys() & names:
+        _differentiate_in(namespace, library, known, _derivatives[known])
     _namespaces[name] = namespace
+
+
+def differentiate(name: str, derivative: Callable[..., Any]) -> None:
+    """Registers ``derivative(namespace, *args)`` as what a call of operator ``name`` records for autograd.
+
+    fastgen's functions record their own and call operators below autograd (``call``). This one serves calls from
+    elsewhere: exported programs, whose graphs name the operators.
+    """
+    _derivatives[name] = derivative
+    for namespace, library in _libraries.items():
+        _differentiate_in(namespace, library, name, derivative)
+
+
+def _differentiate_in(
+    namespace: str, library: torch.library.Library, name: str, derivative: Callable[..., Any]
+) -> None:
+    def record(*args: Any) -> Any:
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError(
+                f"{namespace}::{name}: expected a call outside of torch.func.grad, jvp and the like, which do not reach"
+                " into operators that are called by name; call the function of fastgen.functional instead"
+            )
+        return derivative(namespace, *args)
+
+    library.impl(name, record, "Autograd")
+
+
+def no_derivative(name: str) -> Callable[..., Any]:
+    """The ``derivative`` of an operator that is only called inside of others: raises where one would be recorded."""
+
+    def derivative(namespace: str, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            raise RuntimeError(f"{namespace}::{name}: expected tensors that need no gradient; it has no derivative")
+        return call(namespace, name, *args)
+
+    return derivative
 
 
 def operator(namespace: str, name: str) -> Callable[..., Any]:
     """The callable of an operator, for example ``operator("fastgen_reference", "attention_forward")``."""
     return getattr(getattr(torch.ops, namespace), name)  # type: ignore[no-any-return]
+
+
+def call(namespace: str, name: str, *args: Any) -> Any:
+    """Calls an operator below autograd: the caller records what there is to differentiate."""
+    function = operator(namespace, name)
+    with torch._C._AutoDispatchBelowAutograd():
+        return function(*args)
 
 
 def operators() -> dict[str, list[str]]:
@@ -129,12 +205,14 @@ class CompiledLibrary:
         return self.path is not None and self.problem is None
 
     def load(self) -> None:
-        stem = Path(__file__).with_name(self.name)
-        found = [p for s in importlib.machinery.EXTENSION_SUFFIXES if (p := stem.with_name(stem.name + s)).is_file()]
-        if not found:
+        self.path = _built(self.name)
+        if self.path is None:
             self.problem = f"{self.name} was not built (see FASTGEN_BUILD in the README)"
             return
-        self.path = found[0]
+        missing = why_incomplete(self.path)
+        if missing is not None:
+            self.problem = f"{self.path.name} was cut short: {missing}"
+            return
         try:
             torch.ops.load_library(str(self.path))
         except Exception as error:
@@ -142,7 +220,17 @@ class CompiledLibrary:
             self.problem = f"{self.path.name} does not load: {str(cause).splitlines()[0].rpartition('/')[2]}"
 
 
+def _built(name: str) -> Path | None:
+    """The file of a compiled part, beside this one."""
+    paths = (Path(__file__).with_name(name + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    return next((path for path in paths if path.is_file()), None)
+
+
 def _load_module() -> tuple[ModuleType | None, str | None]:
+    path = _built("_C")
+    missing = None if path is None else why_incomplete(path)
+    if path is not None and missing is not None:
+        return None, f"{path.name} was cut short: {missing}"
     try:
         return importlib.import_module("fastgen._C"), None
     except ImportError as error:
@@ -189,11 +277,17 @@ def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
 
 def has_kernel(name: str, device: torch.device) -> bool:
     """Whether a loaded library registered a kernel of operator ``name`` for this kind of device."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{COMPILED}::{name}", device.type.upper()))
+    if all(library.device != device.type for library in _compiled):
+        return False
+    key = torch._C._dispatch_key_for_device(device.type)
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{COMPILED}::{name}", key))
 
 
 def why_not_compiled(name: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
-    """None when a compiled kernel of operator ``name`` serves the device, else the reason."""
+    """None when a compiled kernel of operator ``name`` serves the device, else the reason. Meta tensors have shapes and
+    nothing to compute: any backend serves them."""
+    if device.type == "meta":
+        return None
     library = next((library for library in _compiled if library.device == device.type), None)
     if library is None:
         return f"there are no kernels for device type '{device.type}'"
@@ -301,8 +395,8 @@ def select(name: str, tensor: Tensor, refused: str | None = None, slower: bool =
     return REFERENCE if slower and reason is None and backend == "auto" else namespace
 
 
-def operator_for_derivative(namespace: str, name: str, tensor: Tensor, refused: str | None) -> Callable[..., Any]:
-    """The operator that goes on where a forward pass was served by ``namespace``.
+def namespace_for_derivative(namespace: str, name: str, tensor: Tensor, refused: str | None) -> str:
+    """The namespace of the operator that goes on where a forward pass was served by ``namespace``.
 
     ``refused``: why its kernel, if there is one, does not take tensors like this one.
 
@@ -313,7 +407,7 @@ def operator_for_derivative(namespace: str, name: str, tensor: Tensor, refused: 
         if _selection.backend == "compiled":
             raise RuntimeError(f"backend 'compiled' was asked for, but {refused}; use 'auto' or 'reference'")
         namespace = REFERENCE
-    return operator(namespace, name)
+    return namespace
 
 
 def _tf32_allowed() -> bool:

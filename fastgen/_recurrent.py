@@ -14,7 +14,9 @@ from fastgen._autograd.recurrent import Recurrence, accelerated, recurrent_layer
 def _lowered_dtype(data: Tensor) -> torch.dtype | None:
     """What autocast lowers the layer to; None where it does not."""
     device = data.device.type
-    if not torch.is_autocast_enabled(device) or not data.is_floating_point() or data.dtype == torch.float64:
+    if data.is_meta or not data.is_floating_point() or data.dtype == torch.float64:
+        return None
+    if not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 

@@ -4,7 +4,7 @@
 #include <optional>
 
 #include "attention/config.h"
-#include "common/torch_api.h"
+#include "common/operand_checks.h"
 
 namespace fastgen::attention {
 
@@ -30,6 +30,7 @@ class Read {
                     ": expected four dims, the last of them contiguous");
     STD_TORCH_CHECK(tensor.scalar_type() == query.scalar_type(), name, ": expected the dtype of query");
     STD_TORCH_CHECK(tensor.device() == query.device(), name, ": expected the device of query");
+    STD_TORCH_CHECK(is_backed(tensor), name, ": expected a tensor whose storage holds its elements");
     if (is_aligned(tensor)) return;
     tensor_ = torch::stable::new_zeros(tensor, {tensor.size(0), tensor.size(1), tensor.size(2), aligned_dim(tensor)});
     Tensor part = torch::stable::narrow(tensor_, 3, 0, tensor.size(3));
@@ -126,6 +127,7 @@ inline Mask mask_of(const MaybeTensor& mask, const Tensor& query, int64_t keys, 
   int64_t strides[4];
   STD_TORCH_CHECK(mask->dim() == 4, name, ": expected four dims");
   STD_TORCH_CHECK(mask->device() == query.device(), name, ": expected the device of query");
+  STD_TORCH_CHECK(is_backed(*mask), name, ": expected a tensor whose storage holds its elements");
   for (int i = 0; i < 4; ++i) {
     STD_TORCH_CHECK(mask->size(i) == sizes[i] || mask->size(i) == 1, name, ": expected dim ", i, " to be 1 or ",
                     sizes[i], ", got ", mask->size(i));
@@ -157,6 +159,12 @@ inline Problem problem_of(const Tensor& query, const Tensor& key, const Tensor& 
   problem.queries = checked_int(query.size(2), "queries"), problem.key_dim = static_cast<int>(key_dim);
   problem.key_heads = checked_int(key.size(1), "key heads"), problem.keys = checked_int(key.size(2), "keys");
   problem.value_dim = static_cast<int>(value_dim);
+  check_probability(options.dropout_p, "dropout_p");
+  STD_TORCH_CHECK(seed.has_value() || options.dropout_p == 0.0, "seed: expected one, because dropout_p is ",
+                  options.dropout_p);
+  STD_TORCH_CHECK(options.window_left >= -1 && options.window_right >= -1,
+                  "window_left, window_right: expected >= 0, or -1 for unbounded, got ", options.window_left, " and ",
+                  options.window_right);
   // A bound beyond every key is as good as any.
   problem.window_left = static_cast<int>(options.window_left < INT32_MAX ? options.window_left : INT32_MAX);
   problem.window_right = static_cast<int>(options.window_right < INT32_MAX ? options.window_right : INT32_MAX);
@@ -179,7 +187,7 @@ inline Problem problem_of(const Tensor& query, const Tensor& key, const Tensor& 
 inline RowInput row_input(const Tensor& tensor, const char* name, const Tensor& query) {
   STD_TORCH_CHECK(tensor.dim() == 3 && tensor.size(0) == query.size(0) && tensor.size(1) == query.size(1) &&
                       tensor.size(2) == query.size(2) && tensor.scalar_type() == ScalarType::Float &&
-                      tensor.device() == query.device(),
+                      tensor.device() == query.device() && is_backed(tensor),
                   name, ": expected a float32 tensor (batch, heads, queries) on the query's device");
   return {tensor.const_data_ptr<float>(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }

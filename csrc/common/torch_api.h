@@ -29,7 +29,9 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
     case ScalarType::Float: return DType::kFloat32;
     case ScalarType::Half: return DType::kFloat16;
     case ScalarType::BFloat16: return DType::kBFloat16;
-    default: STD_TORCH_CHECK(false, name, ": expected float32, float16 or bfloat16");
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, float16 or bfloat16, got ",
+                      torch::headeronly::toString(tensor.scalar_type()));
   }
   return DType::kFloat32;
 }

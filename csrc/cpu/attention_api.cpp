@@ -1,16 +1,18 @@
 // Fused attention as operators: what ops/attention.py calls where torch's fused kernels do not fit.
 #include <tuple>
 
-#include "common/torch_api.h"
+#include "common/operand_checks.h"
 #include "cpu/attention.h"
 #include "cpu/attention_backward.h"
 
 namespace fastgen::cpu {
 namespace {
 
-void set_strides(const Tensor& tensor, const char* name, int64_t (&strides)[3]) {
-  STD_TORCH_CHECK(tensor.dim() == 4 && tensor.scalar_type() == ScalarType::Float && tensor.stride(3) == 1, name,
-                  ": expected a float32 tensor of four dims, the last of them contiguous");
+// A float32 operand (B, H, N, D) with a contiguous last dim, and the strides of the others.
+void read_operand(const Tensor& tensor, const char* name, const Tensor& query, int64_t (&strides)[3]) {
+  check_tensor(tensor, name, 4, ScalarType::Float, query);
+  STD_TORCH_CHECK(tensor.numel() == 0 || tensor.size(3) == 1 || tensor.stride(3) == 1, name,
+                  ": expected a contiguous last dim, got strides ", text_of(tensor.strides()));
   for (int i = 0; i < 3; ++i) strides[i] = tensor.stride(i);
 }
 
@@ -23,25 +25,34 @@ Tensor empty_strided(const int64_t (&sizes)[kDims], const int64_t (&strides)[kDi
   return Tensor(handle);
 }
 
-void check_head_dims(int64_t key_dim, int64_t value_dim) {
-  STD_TORCH_CHECK(key_dim <= kMaxKeyDim && value_dim <= kMaxValueDim && value_dim % kValueStep == 0,
-                  "query, value: expected head dims up to 64 and 256, the value's a multiple of 16");
+// Reads query, key and value into params of either direction.
+template <typename Params>
+void read_problem(const Tensor& query, const Tensor& key, const Tensor& value, Params& p) {
+  read_operand(query, "query", query, p.query_strides);
+  read_operand(key, "key", query, p.key_strides);
+  read_operand(value, "value", query, p.value_strides);
+  p.batch = query.size(0), p.heads = query.size(1), p.queries = query.size(2), p.key_dim = query.size(3);
+  p.key_heads = key.size(1), p.keys = key.size(2), p.value_dim = value.size(3);
+  STD_TORCH_CHECK(p.key_heads > 0 && p.heads % p.key_heads == 0 && p.keys > 0,
+                  "key: expected a number of heads that divides query's ", p.heads, " and at least one key, got ",
+                  text_of(key.sizes()));
+  check_operand(key, "key", {p.batch, p.key_heads, p.keys, p.key_dim}, ScalarType::Float, query);
+  check_operand(value, "value", {p.batch, p.key_heads, p.keys, p.value_dim}, ScalarType::Float, query);
+  STD_TORCH_CHECK(p.key_dim <= kMaxKeyDim && p.value_dim <= kMaxValueDim && p.value_dim % kValueStep == 0,
+                  "query, value: expected head dims up to 64 and 256, the value's a multiple of 16, got ", p.key_dim,
+                  " and ", p.value_dim);
+  for (const int64_t dim : {p.key_dim, p.value_dim}) {
+    checked_product({p.batch, p.heads, p.queries, dim}, "query");
+    checked_product({p.batch, p.key_heads, p.keys, dim}, "key");
+  }
+  p.query = query.const_data_ptr<float>(), p.key = key.const_data_ptr<float>();
+  p.value = value.const_data_ptr<float>();
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value, bool is_causal,
                                    double scale) {
   AttentionParams p;
-  set_strides(query, "query", p.query_strides);
-  set_strides(key, "key", p.key_strides);
-  set_strides(value, "value", p.value_strides);
-  p.query = query.const_data_ptr<float>(), p.key = key.const_data_ptr<float>();
-  p.value = value.const_data_ptr<float>();
-  p.batch = query.size(0), p.heads = query.size(1), p.queries = query.size(2), p.key_dim = query.size(3);
-  p.key_heads = key.size(1), p.keys = key.size(2), p.value_dim = value.size(3);
-  STD_TORCH_CHECK(key.size(0) == p.batch && key.size(3) == p.key_dim && p.heads % p.key_heads == 0 && p.keys > 0 &&
-                      value.size(0) == p.batch && value.size(1) == p.key_heads && value.size(2) == p.keys,
-                  "key, value: expected shapes that fit the query, and at least one key");
-  check_head_dims(p.key_dim, p.value_dim);
+  read_problem(query, key, value, p);
   p.is_causal = is_causal, p.scale = static_cast<float>(scale);
   // In memory (B, N, H, Dv) where the query is so; lse (B, N, H). See allocate_out in ops/_attention_blocked.py.
   const bool rows_first = p.heads > 1 && p.query_strides[1] < p.query_strides[2];
@@ -50,16 +61,15 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   Tensor out =
       empty_strided<4>({p.batch, p.heads, p.queries, p.value_dim}, {p.heads * p.queries * p.value_dim, head, row, 1});
   Tensor lse = empty_strided<3>({p.batch, p.heads, p.queries}, {p.heads * p.queries, 1, p.heads});
-  set_strides(out, "out", p.out_strides);
+  for (int i = 0; i < 3; ++i) p.out_strides[i] = out.stride(i);
   p.out = static_cast<float*>(out.mutable_data_ptr()), p.lse = static_cast<float*>(lse.mutable_data_ptr());
   attention_forward(p);
   return {out, lse};
 }
 
-void set_row_strides(const Tensor& tensor, const char* name, const AttentionBackwardParams& p, int64_t (&strides)[3]) {
-  STD_TORCH_CHECK(tensor.dim() == 3 && tensor.scalar_type() == ScalarType::Float && tensor.size(0) == p.batch &&
-                      tensor.size(1) == p.heads && tensor.size(2) == p.queries,
-                  name, ": expected a float32 tensor of shape (B, H, N)");
+void read_rows(const Tensor& tensor, const char* name, const AttentionBackwardParams& p, const Tensor& query,
+               int64_t (&strides)[3]) {
+  check_operand(tensor, name, {p.batch, p.heads, p.queries}, ScalarType::Float, query);
   for (int i = 0; i < 3; ++i) strides[i] = tensor.stride(i);
 }
 
@@ -67,7 +77,7 @@ void set_row_strides(const Tensor& tensor, const char* name, const AttentionBack
 Tensor empty_grad(const Tensor& like, int64_t (&strides)[3]) {
   const int64_t heads = like.size(1), rows = like.size(2), dim = like.size(3);
   Tensor grad = empty_strided<4>({like.size(0), heads, rows, dim}, {heads * rows * dim, dim, heads * dim, 1});
-  set_strides(grad, "grad", strides);
+  for (int i = 0; i < 3; ++i) strides[i] = grad.stride(i);
   return grad;
 }
 
@@ -75,29 +85,15 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const MaybeT
                                             const Tensor& key, const Tensor& value, const Tensor& out,
                                             const Tensor& lse, bool is_causal, double scale) {
   AttentionBackwardParams p;
-  set_strides(query, "query", p.query_strides);
-  set_strides(key, "key", p.key_strides);
-  set_strides(value, "value", p.value_strides);
-  set_strides(out, "out", p.out_strides);
-  set_strides(grad_out, "grad_out", p.grad_out_strides);
-  p.batch = query.size(0), p.heads = query.size(1), p.queries = query.size(2), p.key_dim = query.size(3);
-  p.key_heads = key.size(1), p.keys = key.size(2), p.value_dim = value.size(3);
-  const auto fits = [](const Tensor& tensor, int64_t batch, int64_t heads, int64_t rows, int64_t dim) {
-    return tensor.size(0) == batch && tensor.size(1) == heads && tensor.size(2) == rows && tensor.size(3) == dim;
-  };
-  STD_TORCH_CHECK(p.key_heads > 0 && p.heads % p.key_heads == 0 && p.keys > 0 &&
-                      fits(key, p.batch, p.key_heads, p.keys, p.key_dim) &&
-                      fits(value, p.batch, p.key_heads, p.keys, p.value_dim),
-                  "key, value: expected shapes that fit the query, and at least one key");
-  STD_TORCH_CHECK(
-      fits(out, p.batch, p.heads, p.queries, p.value_dim) && fits(grad_out, p.batch, p.heads, p.queries, p.value_dim),
-      "out, grad_out: expected the shape of the output");
-  check_head_dims(p.key_dim, p.value_dim);
-  set_row_strides(lse, "lse", p, p.lse_strides);
-  if (grad_lse) set_row_strides(*grad_lse, "grad_lse", p, p.grad_lse_strides);
-  p.query = query.const_data_ptr<float>(), p.key = key.const_data_ptr<float>();
-  p.value = value.const_data_ptr<float>(), p.out = out.const_data_ptr<float>();
-  p.grad_out = grad_out.const_data_ptr<float>(), p.lse = lse.const_data_ptr<float>();
+  read_problem(query, key, value, p);
+  read_operand(out, "out", query, p.out_strides);
+  read_operand(grad_out, "grad_out", query, p.grad_out_strides);
+  check_operand(out, "out", {p.batch, p.heads, p.queries, p.value_dim}, ScalarType::Float, query);
+  check_operand(grad_out, "grad_out", {p.batch, p.heads, p.queries, p.value_dim}, ScalarType::Float, query);
+  read_rows(lse, "lse", p, query, p.lse_strides);
+  if (grad_lse) read_rows(*grad_lse, "grad_lse", p, query, p.grad_lse_strides);
+  p.out = out.const_data_ptr<float>(), p.grad_out = grad_out.const_data_ptr<float>();
+  p.lse = lse.const_data_ptr<float>();
   p.grad_lse = grad_lse ? grad_lse->const_data_ptr<float>() : nullptr;
   p.is_causal = is_causal, p.scale = static_cast<float>(scale);
   Tensor grad_query = empty_grad(query, p.grad_query_strides), grad_key = empty_grad(key, p.grad_key_strides);

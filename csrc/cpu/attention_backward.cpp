@@ -292,8 +292,8 @@ void attention_backward(const AttentionBackwardParams& p) {
   const int64_t heads = p.batch * p.heads, key_heads = p.batch * p.key_heads, rows = round_up(p.queries, kTile);
   if (key_heads == 0) return;
   const int64_t width = round_up(p.key_dim, kWidest);
-  const int64_t parts =
-      std::min({ceil_div(kManyTasks, key_heads), ceil_div(kManySums, heads), ceil_div(p.keys, kTile)});
+  const int64_t parts = std::min(
+      {ceil_div(kManyTasks, key_heads), ceil_div(kManySums, std::max<int64_t>(heads, 1)), ceil_div(p.keys, kTile)});
   const std::unique_ptr<float[]> of_rows(new float[2 * heads * rows]);
   const std::unique_ptr<float[]> grad_queries(new float[heads * parts * rows * width]);
   const Shared shared{p, of_rows.get(), of_rows.get() + heads * rows, grad_queries.get(), rows, width, parts};

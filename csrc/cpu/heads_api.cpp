@@ -1,7 +1,7 @@
 // cpu_finish_heads and its backward as operators: what ops/projection.py does to heads that are normalised and turned.
 #include <tuple>
 
-#include "common/torch_api.h"
+#include "common/operand_checks.h"
 #include "cpu/heads.h"
 
 namespace fastgen::cpu {
@@ -12,10 +12,8 @@ Heads heads_of(const Tensor& tensor) {
 }
 
 Tensor readable(const Tensor& tensor, const char* name, const Tensor& like) {
-  STD_TORCH_CHECK(tensor.dim() == 4 && tensor.scalar_type() == like.scalar_type(), name,
-                  ": expected four dims, and the dtype of part");
-  for (int64_t dim = 0; dim < 4; ++dim)
-    STD_TORCH_CHECK(tensor.size(dim) == like.size(dim), name, ": expected part's shape");
+  STD_TORCH_CHECK(like.dim() == 4, "part: expected four dims, got shape ", text_of(like.sizes()));
+  check_operand(tensor, name, like.sizes(), like.scalar_type(), like);
   return tensor.numel() == 0 || tensor.size(3) == 1 || tensor.stride(3) == 1 ? tensor
                                                                              : torch::stable::contiguous(tensor);
 }
@@ -32,30 +30,33 @@ class Problem {
  public:
   Problem(const Tensor& part, const MaybeTensor& norm, const MaybeTensor& cos, const MaybeTensor& sin, double eps,
           bool interleaved)
-      : part_(readable(part, "part", part)) {
+      : dtype(dtype_of(part, "part")), part_(readable(part, "part", part)) {
     STD_TORCH_CHECK(part.size(3) >= 1 && part.size(3) <= kWidestHead, "part: expected heads of 1 to ", kWidestHead,
                     " channels, got ", part.size(3));
+    checked_product({part.size(0), part.size(1), part.size(2), part.size(3)}, "part");
     params = {part.size(0), part.size(1), part.size(2), part.size(3)};
     params.input = heads_of(part_);
     params.eps = static_cast<float>(eps), params.interleaved = interleaved;
     if (norm.has_value()) {
-      STD_TORCH_CHECK(norm->dim() == 1 && norm->size(0) == params.dim, "norm: expected (", params.dim, ",)");
+      dtype_of(*norm, "norm");
+      check_operand(*norm, "norm", {params.dim}, norm->scalar_type(), part);
       norm_ = torch::stable::contiguous(torch::stable::to(*norm, ScalarType::Float));
       params.norm = norm_->const_data_ptr<float>();
     }
     STD_TORCH_CHECK(cos.has_value() == sin.has_value(), "sin: expected together with cos");
     if (!cos.has_value()) return;
-    for (const Tensor& table : {*cos, *sin}) {
-      STD_TORCH_CHECK(table.dim() == 3 && table.scalar_type() == ScalarType::Float &&
-                          (table.size(0) == 1 || table.size(0) == params.batch) && table.size(1) == params.tokens &&
-                          table.size(2) == cos->size(2) && 2 * table.size(2) <= params.dim,
-                      "cos, sin: expected float32 tables (1 or batch, tokens, at most half the head dim)");
-    }
+    check_tensor(*cos, "cos", 3, ScalarType::Float, part);
+    STD_TORCH_CHECK((cos->size(0) == 1 || cos->size(0) == params.batch) && cos->size(1) == params.tokens &&
+                        cos->size(2) <= params.dim / 2,
+                    "cos: expected (1 or ", params.batch, ", ", params.tokens, ", at most ", params.dim / 2, "), got ",
+                    text_of(cos->sizes()));
+    check_operand(*sin, "sin", cos->sizes(), ScalarType::Float, part);
     cos_ = torch::stable::contiguous(*cos), sin_ = torch::stable::contiguous(*sin);
     params.cos = cos_->const_data_ptr<float>(), params.sin = sin_->const_data_ptr<float>();
     params.half = cos_->size(2), params.table_batch = cos_->size(0) > 1 ? params.tokens * params.half : 0;
   }
   HeadsParams params = {};
+  const DType dtype;
 
  private:
   Tensor part_;
@@ -67,7 +68,7 @@ Tensor finish(const Tensor& part, const MaybeTensor& norm, const MaybeTensor& co
   Problem problem(part, norm, cos, sin, eps, interleaved);
   Tensor out = empty_like_heads(part);
   problem.params.output = heads_of(out);
-  if (part.numel() > 0) finish_heads(problem.params, dtype_of(part, "part"));
+  if (part.numel() > 0) finish_heads(problem.params, problem.dtype);
   return out;
 }
 
@@ -79,7 +80,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& part, cons
   Tensor grad_norm = torch::stable::new_zeros(part, {norm.has_value() ? part.size(3) : 0}, ScalarType::Float);
   problem.params.grad = heads_of(upstream), problem.params.output = heads_of(out);
   problem.params.grad_norm = static_cast<float*>(grad_norm.mutable_data_ptr());
-  if (part.numel() > 0) finish_heads_backward(problem.params, dtype_of(part, "part"));
+  if (part.numel() > 0) finish_heads_backward(problem.params, problem.dtype);
   return {out, norm.has_value() ? torch::stable::to(grad_norm, norm->scalar_type()) : grad_norm};
 }
 

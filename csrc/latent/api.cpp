@@ -2,7 +2,7 @@
 // Built once for each library; FASTGEN_DISPATCH_KEY says which.
 #include <tuple>
 
-#include "common/torch_api.h"
+#include "common/operand_checks.h"
 #include "latent/config.h"
 #include "latent/launch.h"
 
@@ -12,22 +12,16 @@ namespace {
 // A (rows, cols) operand that is read in place, if it is there.
 Input input(const MaybeTensor& tensor, const char* name, const Tensor& mu) {
   if (!tensor.has_value()) return {};
-  STD_TORCH_CHECK(tensor->dim() == 2 && tensor->size(0) == mu.size(0) && tensor->size(1) == mu.size(1), name,
-                  ": expected the shape of mu, two dims");
-  STD_TORCH_CHECK(tensor->scalar_type() == mu.scalar_type(), name, ": expected the dtype of mu");
-  STD_TORCH_CHECK(tensor->device() == mu.device(), name, ": expected the device of mu");
+  STD_TORCH_CHECK(mu.dim() == 2, "mu: expected two dims, got shape ", text_of(mu.sizes()));
+  check_operand(*tensor, name, mu.sizes(), mu.scalar_type(), mu);
   STD_TORCH_CHECK(tensor->numel() == 0 || tensor->size(1) == 1 || tensor->stride(1) == 1, name,
-                  ": expected a contiguous last dim");
+                  ": expected a contiguous last dim, got strides ", text_of(tensor->strides()));
   return {tensor->const_data_ptr(), tensor->stride(0)};
 }
 
 Noise noise(const Tensor& seed, const Tensor& mu) {
   const int64_t count = seed.numel(), rows = mu.size(0);
-  STD_TORCH_CHECK(
-      seed.scalar_type() == ScalarType::Long && seed.dim() == 1 && seed.is_contiguous() && seed.device() == mu.device(),
-      "seed: expected a contiguous int64 vector on mu's device");
-  STD_TORCH_CHECK(count > 0 && rows % count == 0, "seed: expected a number of seeds that divides ", rows, " rows, got ",
-                  count);
+  check_seed(seed, rows, mu);
   return {seed.const_data_ptr<int64_t>(), rows > count ? rows / count : 1};
 }
 
@@ -74,8 +68,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const MaybeTensor& grad_z, c
   p.noise = noise(seed, mu);
   p.rows = mu.size(0), p.cols = mu.size(1);
   if (grad_kl.has_value()) {
-    STD_TORCH_CHECK(grad_kl->dim() == 1 && grad_kl->size(0) == p.rows && grad_kl->scalar_type() == ScalarType::Float,
-                    "grad_kl: expected a float32 vector with one entry for each row of mu");
+    check_operand(*grad_kl, "grad_kl", {p.rows}, ScalarType::Float, mu);
     p.grad_kl = grad_kl->const_data_ptr<float>();
     p.grad_kl_stride = grad_kl->stride(0);
   }

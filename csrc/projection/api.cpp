@@ -78,11 +78,12 @@ struct Tables {
   MaybeTensor cos, sin;
 
   Tables(const MaybeTensor& of_cos, const MaybeTensor& of_sin, const Tensor& x, int64_t batch, int64_t length) {
-    if (!of_cos.has_value() || !of_sin.has_value()) return;
+    STD_TORCH_CHECK(of_cos.has_value() == of_sin.has_value(), "sin: expected together with cos");
+    if (!of_cos.has_value()) return;
     for (const Tensor& table : {*of_cos, *of_sin}) {
       STD_TORCH_CHECK(table.dim() == 3 && (table.size(0) == 1 || table.size(0) == batch) && table.size(1) == length &&
                           table.scalar_type() == ScalarType::Float && table.device() == x.device() &&
-                          table.size(2) == of_cos->size(2),
+                          table.size(0) == of_cos->size(0) && table.size(2) == of_cos->size(2) && is_backed(table),
                       "cos, sin: expected float32 tables (1 or batch, length, half) on the device of x");
     }
     cos = torch::stable::contiguous(*of_cos), sin = torch::stable::contiguous(*of_sin);
@@ -94,6 +95,14 @@ struct Tables {
     finish.table_batch = cos->size(0) > 1 ? cos->stride(0) : 0, finish.interleaved = interleaved;
   }
 };
+
+// How many parts there are, how many of them are normalised and turned.
+void check_parts(size_t parts, size_t norms, int64_t rotated) {
+  STD_TORCH_CHECK(parts > 0 && parts <= kMostParts, "heads: kernels take up to ", kMostParts, " parts, got ", parts);
+  STD_TORCH_CHECK(norms <= parts, "norms: expected at most one for each of the ", parts, " parts, got ", norms);
+  STD_TORCH_CHECK(rotated >= 0 && rotated <= static_cast<int64_t>(parts), "rotated: expected between 0 and the ", parts,
+                  " parts, got ", rotated);
+}
 
 void check_whole_heads(const Matrix& parts, const HeadFinish& finish) {
   for (int i = 0; i < finish.norm_count || i < finish.rotated; ++i) {
@@ -114,12 +123,15 @@ Tensors forward(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, 
   const Sizes sizes(x, channels_first);
   const bool length_first = !channels_first && is_length_first(x);
   check_channels(sizes.channels, "x", x);
-  STD_TORCH_CHECK(heads.size() == head_dims.size() && norms.size() <= heads.size(), "heads: expected one for each dim");
+  STD_TORCH_CHECK(heads.size() == head_dims.size(), "heads: expected one for each dim");
+  check_parts(heads.size(), norms.size(), rotated);
   Tensors outputs, kept, dense_norms;
   std::vector<Matrix> parts, kept_parts;
   ProjectParams p;
   for (size_t i = 0; i < heads.size(); ++i) {
     check_channels(head_dims[i], "head_dims", x);
+    STD_TORCH_CHECK(heads[i] > 0, "heads: expected positive numbers, got ", heads[i]);
+    checked_product({sizes.batch, heads[i], sizes.length, head_dims[i]}, "heads");
     outputs.push_back(empty_heads(x, sizes.batch, heads[i], sizes.length, head_dims[i], length_first));
     parts.push_back(head_matrix(outputs.back()));
     if (i >= norms.size()) continue;
@@ -198,6 +210,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> backward(const Tensors& grads, const
   const DeviceScope scope(x);
   const Read read_x(x, "x", 3, x), read_weight(weight, "weight", 2, x);
   const Sizes sizes(x, channels_first);
+  check_parts(grads.size(), norms.size(), rotated);
+  STD_TORCH_CHECK(kept.size() >= norms.size(), "kept: expected one for each of the ", norms.size(), " norms, got ",
+                  kept.size());
+  int64_t rows = 0;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const Tensor& grad = grads[i];
+    check_operand(grad, "grads", 4, x);
+    check_channels(grad.size(3), "grads", x);
+    check_shape(grad, "grads", {sizes.batch, grad.size(1), sizes.length, grad.size(3)});
+    if (i < norms.size()) check_shape(kept[i], "kept", {sizes.batch, grad.size(1), sizes.length, grad.size(3)});
+    rows += checked_product({grad.size(1), grad.size(3)}, "grads");
+  }
+  check_channels(sizes.channels, "x", x);
+  check_shape(weight, "weight", {rows, sizes.channels});
   WrittenFlat grad_x(x, sizes, channels_first, !channels_first && is_length_first(x));
   if (x.numel() == 0) {
     Tensors no_norms;
@@ -224,6 +250,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> backward(const Tensors& grads, const
     p.finish.eps = static_cast<float>(eps);
     p.tokens = number_tokens(sizes.batch, sizes.length, p.grad, p.out);
     const int dim = static_cast<int>(grad.size(3));
+    STD_TORCH_CHECK(dim <= kWidestHead, "norms, cos: kernels normalise and turn heads of up to ", kWidestHead,
+                    " channels");
+    STD_TORCH_CHECK(!turned || 2 * p.finish.half <= dim, "cos, sin: expected tables of at most half the head dim");
     if (!normalised) {
       launch_heads_backward(p, dtype, scope.stream());
       continue;
@@ -263,16 +292,22 @@ Vector gate_vector(const MaybeTensor& gate, const Tensor& x, int64_t batch, int6
 
 void check_merge(const Tensor& x, const Tensor& weight) {
   check_operand(x, "x", 4, x);
+  check_operand(weight, "weight", 2, x);
   check_channels(x.size(3), "x", x);
   check_channels(weight.size(0), "weight", x);
-  check_channels(x.size(1) * x.size(3), "x", x);
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == x.size(1) * x.size(3), "weight: expected ",
-                  x.size(1) * x.size(3), " columns");
+  const int64_t columns = checked_product({x.size(1), x.size(3)}, "x");
+  STD_TORCH_CHECK(weight.size(1) == columns, "weight: expected ", columns, " columns, got ", weight.size(1));
+  check_channels(columns, "x", x);
 }
 
 struct FlatSizes : Sizes {
   FlatSizes(const Tensor& x, const Tensor& weight) : Sizes(x, false) { length = x.size(2), channels = weight.size(0); }
 };
+
+void check_flat(const Tensor& tensor, const char* name, const Sizes& sizes, bool channels_first) {
+  if (channels_first) return check_shape(tensor, name, {sizes.batch, sizes.channels, sizes.length});
+  check_shape(tensor, name, {sizes.batch, sizes.length, sizes.channels});
+}
 
 Tensor merge_forward(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& residual,
                      const MaybeTensor& gate, bool channels_first, bool allow_tf32) {
@@ -291,6 +326,7 @@ Tensor merge_forward(const Tensor& x, const Tensor& weight, const MaybeTensor& b
   p.gate = gate_vector(gate, x, sizes.batch, sizes.channels);
   std::optional<Read> read_residual;
   if (residual.has_value()) {
+    check_flat(*residual, "residual", sizes, channels_first);
     read_residual.emplace(*residual, "residual", 3, x);
     p.residual = flat_matrix(read_residual->tensor(), channels_first);
   }
@@ -311,7 +347,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_backward(const Tensor& grad, co
   check_merge(x, weight);
   const Read read_grad(grad, "grad", 3, x), read_x(x, "x", 4, x), read_weight(weight, "weight", 2, x);
   const FlatSizes sizes(x, weight);
-  STD_TORCH_CHECK(!gate.has_value() || gate->size(0) == 1, "gate: kernels take one that the batch shares");
+  check_flat(grad, "grad", sizes, channels_first);
+  STD_TORCH_CHECK(!gate.has_value() || (gate->dim() == 3 && gate->size(0) == 1),
+                  "gate: kernels take one that the batch shares");
+  const Vector of_gate = gate_vector(gate, x, sizes.batch, sizes.channels);
+  MaybeTensor dense_bias;
+  if (bias.has_value()) dense_bias = dense(*bias, "bias", sizes.channels, x);
   Tensor grad_x = empty_heads(x, sizes.batch, x.size(1), sizes.length, x.size(3), false);
   const int64_t gates = gate.has_value() ? gate->numel() : 0;
   Tensor grad_gate =
@@ -326,7 +367,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_backward(const Tensor& grad, co
   p.weight = read_weight.tensor().const_data_ptr(), p.weight_row = read_weight.tensor().stride(0);
   p.inputs_down = true, p.exact = !allow_tf32;
   const int rows = static_cast<int>(weight.size(0)), columns = static_cast<int>(weight.size(1));
-  const Vector of_gate = gate_vector(gate, x, sizes.batch, sizes.channels);
   MaybeTensor gated;
   if (gate.has_value()) {
     gated = torch::stable::new_empty(weight, {rows, columns});
@@ -340,13 +380,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_backward(const Tensor& grad, co
   const Tokens tokens = number_tokens(sizes.batch, sizes.length, p.x, of_x);
   WeightGradient gradient(weight, bias.has_value(), p.x, of_x, tokens, !allow_tf32, dtype, scope.stream());
   FinishParams& finish = gradient.finish();
-  MaybeTensor dense_bias, rows_of_gate;
+  MaybeTensor rows_of_gate;
   if (gate.has_value()) {
     finish.gate = of_gate;
     finish.weight = read_weight.tensor().const_data_ptr(), finish.weight_row = read_weight.tensor().stride(0);
-    if (bias.has_value()) {
-      dense_bias = dense(*bias, "bias", rows, x), finish.bias = dense_bias->const_data_ptr();
-    }
+    if (dense_bias.has_value()) finish.bias = dense_bias->const_data_ptr();
     rows_of_gate = floats(x, {rows});
     finish.grad_gate = data(*rows_of_gate);
   }

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "common/torch_api.h"
+#include "common/operand_checks.h"
 #include "projection/params.h"
 
 namespace fastgen::projection {
@@ -22,6 +22,14 @@ inline void check_operand(const Tensor& tensor, const char* name, int dims, cons
   STD_TORCH_CHECK(tensor.dim() == dims, name, ": expected ", dims, " dims, got ", tensor.dim());
   STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), name, ": expected the dtype of x");
   STD_TORCH_CHECK(tensor.device() == like.device(), name, ": expected the device of x");
+  STD_TORCH_CHECK(is_backed(tensor), name, ": expected a tensor whose storage holds its elements");
+}
+
+inline void check_shape(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
+  int64_t dim = 0;
+  for (const int64_t size : shape) same = same && tensor.size(dim++) == size;
+  STD_TORCH_CHECK(same, name, ": expected ", text_of(shape), ", got ", text_of(tensor.sizes()));
 }
 
 inline void check_channels(int64_t channels, const char* name, const Tensor& like) {
@@ -58,8 +66,8 @@ class Read {
 inline Matrix one_part(const Tensor& tensor, int64_t batch, int64_t head, int64_t token, int64_t dim, int64_t channels,
                        int64_t channel) {
   Matrix matrix;
-  matrix.parts[0] = {const_cast<void*>(tensor.const_data_ptr()), batch, head, token, 0, static_cast<int>(dim)};
-  matrix.count = 1, matrix.channels = static_cast<int>(channels), matrix.channel = channel;
+  matrix.parts[0] = {const_cast<void*>(tensor.const_data_ptr()), batch, head, token, 0, checked_int(dim, "head dim")};
+  matrix.count = 1, matrix.channels = checked_int(channels, "channels"), matrix.channel = channel;
   return matrix;
 }
 
@@ -84,7 +92,7 @@ inline Matrix packed(const std::vector<Matrix>& parts) {
   for (const Matrix& part : parts) {
     Part& own = matrix.parts[matrix.count++] = part.parts[0];
     own.first = matrix.channels;
-    matrix.channels += part.channels;
+    matrix.channels = checked_int(int64_t{matrix.channels} + part.channels, "channels");
   }
   return matrix;
 }

@@ -6,33 +6,15 @@ vmap rule besides: torch.func and dual numbers need them, and each of their call
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
 from fastgen._compile import in_graph as in_graph
+from fastgen._transforms import tangent_formula as tangent_formula
 from fastgen._transforms import transforms_active as transforms_active
-
-
-def tangent_formula(formula: Callable[..., Any]) -> Callable[..., Any]:
-    """``formula(ctx, saved, *tangents)``, in plain PyTorch, as a jvp that a jvp around it may differentiate.
-
-    PyTorch turns forward mode off inside a jvp, and the outer one would lose its tangents without a word. It is turned
-    on again here, for saved tensors without the tangents of the level that is being worked on.
-    """
-
-    @wraps(formula)
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        with forward_ad._set_fwd_grad_enabled(True):
-            level = max(forward_ad._current_level, 0)
-            saved = [t if t is None else forward_ad.unpack_dual(t, level=level).primal for t in ctx.saved_tensors]
-            return formula(ctx, saved, *tangents)
-
-    return jvp
 
 
 def choose(plain: type[Function], transformed: type[Function], *tensors: Tensor | None) -> type[Function] | None:

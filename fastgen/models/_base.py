@@ -28,7 +28,9 @@ from typing import Any, ClassVar, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from fastgen.models._pretrained import MODEL_TYPE, WEIGHTS, Pretrained
+from fastgen._checksum import is_whole
+from fastgen.models._inputs import check_batch
+from fastgen.models._pretrained import MODEL_TYPE, WEIGHTS, Pretrained, check_saved_config
 
 Batch: TypeAlias = dict[str, Tensor]
 """Tensors whose first dim is the item; which ones there are depends on the kind of data (``KINDS``)."""
@@ -124,6 +126,12 @@ def from_data(config_class: type) -> list[str]:
     return [f.name for f in dataclasses.fields(config_class) if f.metadata.get("from_data")]
 
 
+def to_pixels(images: Tensor) -> Tensor:
+    """[-1, 1] -> [0, 1], float32 at least. What is beyond the ends is cut off; what is infinite becomes NaN."""
+    wide = 0.5 * images.to(torch.promote_types(images.dtype, torch.float32)) + 0.5
+    return wide.clamp(0, 1) + 0 * wide
+
+
 class GenerativeModel(nn.Module, Pretrained):
     """Base of all models; described at the top of this file.
 
@@ -164,6 +172,14 @@ class GenerativeModel(nn.Module, Pretrained):
     def phases(self) -> tuple[Phase, ...]:
         """The phases of a step, in order."""
         raise NotImplementedError
+
+    def check(self, batch: Batch) -> None:
+        """Whether the model can learn from a batch on the CPU, before training begins.
+
+        Raises:
+            TypeError, ValueError: values out of range, dtypes or shapes that do not fit the config.
+        """
+        check_batch(self.kind, self.config, batch)
 
     def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
         """What ``phase`` minimises, a scalar under "loss"; other scalars are shown beside it.
@@ -217,15 +233,13 @@ class GenerativeModel(nn.Module, Pretrained):
             raise FileNotFoundError(f"{model_id}: expected a saved {cls.__name__}, got no config.json there")
         if options:
             raise TypeError(f"{cls.__name__}.from_pretrained: expected no further options, got {', '.join(options)}")
-        if not dataclasses.is_dataclass(config):
-            if isinstance(config, dict):
-                config = {name: value for name, value in config.items() if name != MODEL_TYPE}
+        saved = None if dataclasses.is_dataclass(config) else config
+        if saved is not None:
+            saved = {name: value for name, value in saved.items() if name != MODEL_TYPE}
             known = {f.name for f in dataclasses.fields(cls.config_class)}
-            if not isinstance(config, dict) or set(config) - known:
-                unknown = sorted(set(config) - known) if isinstance(config, dict) else type(config).__name__
+            if set(saved) - known:
+                unknown = sorted(set(saved) - known)
                 raise ValueError(f"{model_id}: config.json: expected options of {cls.__name__}, got {unknown}")
-            config = cls.config_class(**config)
-        model = cls(config)
         file = Path(model_id) / WEIGHTS
         if not Path(model_id).is_dir():
             file = Path(
@@ -241,6 +255,14 @@ class GenerativeModel(nn.Module, Pretrained):
             )
         if not file.is_file():
             raise FileNotFoundError(f"{file}: expected the weights of a {cls.__name__}, got no file")
+        if not is_whole(file.read_bytes()):
+            raise ValueError(
+                f"{file}: expected the weights of a {cls.__name__}, got a damaged file (its digest differs)"
+            )
+        if saved is not None:
+            check_saved_config(model_id, saved, known, file)
+            config = cls.config_class(**saved)
+        model = cls(config)
         try:
             load_model(model, file, strict=strict, device=map_location)
         except (SafetensorError, RuntimeError) as error:

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen._checks import require_choice, require_count
+from fastgen._checks import require_choice, require_count, require_shape
+from fastgen.models._norms import widened
 
 Likelihood = Literal["beta-binomial", "binomial", "bernoulli", "gaussian"]
 
@@ -44,9 +45,16 @@ def pixels_log_prob(parameters: Tensor, images: Tensor, likelihood: str, levels:
 
     Args:
         parameters: (B, numbers_per_pixel * C, H, W), float32 or wider.
-        images: (B, C, H, W), multiples of 1 / (levels - 1).
+        images: (B, C, H, W), multiples of 1 / (levels - 1) from 0 to 1; others are rounded. Beyond that range no
+            image has a probability: log P is -inf. NaN gives NaN.
+
+    Raises:
+        ValueError: images of another shape than that of the parameters.
     """
-    counts = (images.to(parameters.dtype) * (levels - 1)).round()
+    channels = parameters.size(1) // numbers_per_pixel(likelihood)
+    require_shape("images", images, (len(parameters), channels, *parameters.shape[2:]), "(B, C, H, W)")
+    exact = (images.to(parameters.dtype) * (levels - 1)).round()
+    counts = exact.clamp(0, levels - 1)
     if likelihood == "beta-binomial":
         logits, spread = parameters.chunk(2, dim=1)
         log_prob = beta_binomial_log_prob(logits, spread, counts, levels - 1)
@@ -55,7 +63,8 @@ def pixels_log_prob(parameters: Tensor, images: Tensor, likelihood: str, levels:
         log_prob = gaussian_log_prob(logits, log_std, counts, levels)
     else:
         log_prob = binomial_log_prob(parameters, counts, levels - 1)
-    return log_prob.flatten(1).sum(dim=1)
+    impossible = (exact < 0) | (exact > levels - 1)
+    return log_prob.masked_fill(impossible, -math.inf).flatten(1).sum(dim=1)
 
 
 def pixels_mean(parameters: Tensor, likelihood: str) -> Tensor:
@@ -114,11 +123,12 @@ def gaussian_log_prob(logits: Tensor, log_std: Tensor, counts: Tensor, levels: i
 
 
 def log_normal(x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    """(B,) log N(x; mu, exp(logvar)), summed over all dims but the first."""
+    """(B,) log N(x; mu, exp(logvar)), summed over all dims but the first; float32 at least."""
+    x, mu, logvar = widened(x), widened(mu), widened(logvar)
     log_density = -0.5 * ((x - mu).square() * torch.exp(-logvar) + logvar + math.log(2 * math.pi))
     return log_density.flatten(1).sum(dim=1)
 
 
 def log_standard_normal(x: Tensor) -> Tensor:
-    """(B,) log N(x; 0, 1), summed over all dims but the first."""
-    return (-0.5 * (x.square() + math.log(2 * math.pi))).flatten(1).sum(dim=1)
+    """(B,) log N(x; 0, 1), summed over all dims but the first; float32 at least."""
+    return (-0.5 * (widened(x).square() + math.log(2 * math.pi))).flatten(1).sum(dim=1)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import nn
+
+from fastgen._checksum import UNSEALED, seal_file
 
 if TYPE_CHECKING:
 
@@ -85,9 +89,20 @@ class Pretrained(_HubMixin):
         return super(Pretrained, chosen).from_pretrained(place, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        super()._save_pretrained(save_directory)
-        config = {MODEL_TYPE: self.name, **dataclasses.asdict(self.config)}
-        (save_directory / CONFIG).write_text(json.dumps(config, sort_keys=True, indent=2) + "\n", encoding="utf-8")
+        """The weights, whole or not at all, with a digest of them and of the config in their metadata; the config."""
+        from safetensors.torch import save_model
+
+        config = dataclasses.asdict(self.config)
+        file = save_directory / WEIGHTS
+        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+        try:
+            save_model(cast(nn.Module, self), str(temporary), {**UNSEALED, "config": _config_digest(config)})
+            seal_file(temporary)
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+        text = json.dumps({MODEL_TYPE: self.name, **config}, sort_keys=True, indent=2) + "\n"
+        (save_directory / CONFIG).write_text(text, encoding="utf-8")
 
     def generate_model_card(self, *, training: str = "", **options: Any) -> Any:
         """A README.md: what the model is, its config, how to load it.
@@ -203,3 +218,32 @@ def _class_of(asked: type[Pretrained], config: Mapping[str, Any], place: str) ->
 
 def _has(model: type[Pretrained], config: Mapping[str, Any]) -> bool:
     return {field.name for field in dataclasses.fields(model.config_class)} == set(config)
+
+
+def _config_digest(config: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def check_saved_config(model_id: str, saved: Mapping[str, Any], known: set[str], weights: Path) -> None:
+    """ValueError where config.json is not the one that was saved with the weights.
+
+    Weights that don't tell, of an earlier version, need all options that this version knows.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(weights, framework="pt") as file:
+            told = (file.metadata() or {}).get("config")
+    except SafetensorError:
+        return  # said of the weights when they are read
+    missing = sorted(known - set(saved))
+    if told is None and missing:
+        raise ValueError(
+            f"{model_id}: config.json: expected all options of the model, got none for {', '.join(missing)}"
+        )
+    if told is not None and told != _config_digest(saved):
+        got = f"a file without {', '.join(missing)}" if missing else "other ones"
+        raise ValueError(
+            f"{model_id}: config.json: expected the options that were saved with the weights, got {got}; "
+            "config=... replaces them"
+        )

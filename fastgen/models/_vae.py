@@ -12,14 +12,12 @@ from torch import Tensor, nn
 from fastgen import functional
 from fastgen._checks import (
     require_count,
-    require_floating,
     require_not_negative,
     require_positive,
     require_positive_number,
-    require_shape,
-    require_tensor,
 )
 from fastgen.models._base import Batch, Exhibit, GenerativeModel, Images, Moment, Phase, option
+from fastgen.models._inputs import require_images
 from fastgen.models._likelihoods import (
     Likelihood,
     check_likelihood,
@@ -27,6 +25,7 @@ from fastgen.models._likelihoods import (
     pixels_log_prob,
     pixels_mean,
 )
+from fastgen.models._norms import widened
 
 PAIRS_IN_A_ROW = 16
 
@@ -113,16 +112,8 @@ def sampled(
 
 
 def check_images(images: Tensor, config: Any) -> None:
-    """Raises TypeError, ValueError unless images are (B, channels, image_size, image_size), floating."""
-    require_tensor("images", images)
-    require_floating("images", images)
-    expected = (*images.shape[:1], config.channels, config.image_size, config.image_size)
-    require_shape("images", images, expected, "(B, C, S, S)")
-
-
-def widened(x: Tensor) -> Tensor:
-    """float32 at least, whatever autocast chose."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    """Raises TypeError, ValueError unless images are (B, channels, image_size, image_size), floating, in [0, 1]."""
+    require_images("images", images, config.channels, config.image_size)
 
 
 def dense(inputs: int, width: int, depth: int, outputs: int) -> nn.Sequential:

@@ -35,8 +35,9 @@ from fastgen.models._likelihoods import (
     pixels_log_prob,
     pixels_mean,
 )
+from fastgen.models._norms import widened
 from fastgen.models._residual import ResidualBlock
-from fastgen.models._vae import Bound, VAEConfigBase, above_each_other, check_images, normal_noise, sampled, widened
+from fastgen.models._vae import Bound, VAEConfigBase, above_each_other, check_images, normal_noise, sampled
 from fastgen.nn import AttentionBlock2d
 
 __all__ = [
@@ -193,8 +194,7 @@ class ConvVAE(GenerativeModel):
             ValueError: n is not a positive integer.
         """
         require_positive("n", n)
-        weight = self.add_details.weight
-        noise = normal_noise((n, self.config.latent_dim), weight, generator)
+        noise = normal_noise((n, self.config.latent_dim), next(self.parameters()), generator)
         canvas = self.canvas(noise)
         mu, logvar = self.detail_prior(canvas).chunk(2, dim=1)
         details = mu + normal_noise(tuple(mu.shape), mu, generator) * torch.exp(0.5 * logvar)

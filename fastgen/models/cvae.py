@@ -21,7 +21,8 @@ from fastgen._checks import require_positive
 from fastgen.models._base import Batch, Exhibit, Images, option
 from fastgen.models._classes import LabelOptions, check_labels, wanted_labels
 from fastgen.models._likelihoods import log_normal, log_standard_normal
-from fastgen.models._vae import Bound, DenseVAE, DenseVAEConfig, check_images, dense, normal_noise, sampled, widened
+from fastgen.models._norms import widened
+from fastgen.models._vae import Bound, DenseVAE, DenseVAEConfig, check_images, dense, normal_noise, sampled
 
 STYLES_SHOWN = 8
 
@@ -115,7 +116,7 @@ class CVAE(DenseVAE):
         """mu and logvar of z, (B, latent_dim) each, and the labels."""
         images = batch["images"]
         check_images(images, self.config)
-        labels = check_labels(batch)
+        labels = check_labels(batch, self.config.classes)
         pixels = 2 * images.flatten(1) - 1
         mu, logvar = widened(self.encoder(torch.cat([pixels, self.encoder_label(labels)], dim=1))).chunk(2, dim=1)
         return mu, logvar, labels

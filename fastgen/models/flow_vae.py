@@ -27,7 +27,9 @@ from fastgen import functional
 from fastgen._checks import require_choice, require_positive
 from fastgen.models._base import Batch, Images, NoOptions, option
 from fastgen.models._likelihoods import log_normal, log_standard_normal
-from fastgen.models._vae import Bound, DenseVAE, DenseVAEConfig, check_images, dense, normal_noise, widened
+from fastgen.models._norms import widened
+from fastgen.models._vae import Bound, DenseVAE, DenseVAEConfig, check_images, dense, normal_noise
+from fastgen.nn._buffers import ComputedBuffers
 
 Flow = Literal["inverse-autoregressive", "planar"]
 
@@ -77,24 +79,35 @@ def planar(z: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
     return z + u * h, log_det.squeeze(1)
 
 
+class MaskedLinear(ComputedBuffers, nn.Linear):
+    """A linear map of which output i sees the inputs j with ``out_degrees[i] >= in_degrees[j]``."""
+
+    mask: Tensor
+
+    def __init__(self, in_degrees: list[int], out_degrees: list[int]) -> None:
+        super().__init__(len(in_degrees), len(out_degrees))
+        self.in_degrees, self.out_degrees = in_degrees, out_degrees
+        self._register_computed()
+
+    def _computed(self) -> dict[str, Tensor]:
+        return {"mask": (torch.tensor(self.out_degrees)[:, None] >= torch.tensor(self.in_degrees)).float()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.mask, self.bias)
+
+
 class InverseAutoregressiveFlow(nn.Module):
     """g z + (1 - g) m, with g in (0, 1) and m of each number being functions of those before it and of the context.
 
     The nets are masked (Germain et al., "MADE", 2015): a hidden unit of degree d sees the first d numbers.
     """
 
-    mask_in: Tensor
-    mask_out: Tensor
-
     def __init__(self, latent_dim: int, width: int, context_dim: int) -> None:
         super().__init__()
-        degrees = torch.arange(width) % (latent_dim - 1) + 1
-        numbers = torch.arange(1, latent_dim + 1)
-        self.register_buffer("mask_in", (degrees[:, None] >= numbers).float(), persistent=False)
-        self.register_buffer("mask_out", (numbers[:, None] > degrees).float().repeat(2, 1), persistent=False)
-        self.hidden = nn.Linear(latent_dim, width)
+        degrees = [unit % (latent_dim - 1) + 1 for unit in range(width)]
+        self.hidden = MaskedLinear(list(range(1, latent_dim + 1)), degrees)
         self.context = nn.Linear(context_dim, width, bias=False)
-        self.out = nn.Linear(width, 2 * latent_dim)
+        self.out = MaskedLinear(degrees, 2 * list(range(latent_dim)))
         self.told = nn.Linear(context_dim, 2 * latent_dim, bias=False)
         with torch.no_grad():
             self.out.weight.mul_(0.1)
@@ -103,8 +116,14 @@ class InverseAutoregressiveFlow(nn.Module):
 
     def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """z (B, L), context (B, context_dim) -> (B, L), and log |det| of the Jacobian, (B,)."""
-        hidden = F.linear(z, self.hidden.weight * self.mask_in, self.hidden.bias) + self.context(context)
-        out = F.linear(F.silu(hidden), self.out.weight * self.mask_out, self.out.bias) + self.told(context)
+        for name, module in (("hidden", self.hidden), ("out", self.out)):
+            if not isinstance(module, MaskedLinear):
+                raise TypeError(
+                    f"{name}: expected a MaskedLinear, without which the flow's log determinant is wrong, got"
+                    f" {type(module).__name__}; put adapters on context and told"
+                )
+        hidden = self.hidden(z) + self.context(context)
+        out = self.out(F.silu(hidden)) + self.told(context)
         shift, gate = out.to(z.dtype).chunk(2, dim=1)
         kept = torch.sigmoid(gate)
         return kept * z + (1 - kept) * shift, F.logsigmoid(gate).sum(1)

@@ -22,6 +22,7 @@ from fastgen import functional
 from fastgen._checks import require_positive
 from fastgen.models._base import Batch, Images, NoOptions
 from fastgen.models._likelihoods import log_normal, log_standard_normal
+from fastgen.models._norms import widened
 from fastgen.models._vae import (
     Bound,
     DenseVAE,
@@ -30,7 +31,6 @@ from fastgen.models._vae import (
     dense,
     normal_noise,
     sampled,
-    widened,
 )
 
 

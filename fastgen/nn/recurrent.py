@@ -68,7 +68,7 @@ def _forward(layer: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any]:
     data, batch_sizes, batch = _batched(layer, input)
     unbatched = batch_sizes is None and input.dim() == 2
     weights = _weights(layer)
-    if data.dtype != weights[0].dtype and not torch.is_autocast_enabled(data.device.type):
+    if data.dtype != weights[0].dtype and (data.is_meta or not torch.is_autocast_enabled(data.device.type)):
         raise TypeError(f"input: expected the dtype of the weights, {weights[0].dtype}, got {data.dtype}")
     states = _states(layer, hx, data, batch, unbatched)
     if hx is not None and batch_sizes is not None and input.sorted_indices is not None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastgen import reference
 from fastgen._library import define, has_kernel
-from fastgen.ops import _attention_blocked, _attention_fused, _attention_tangent
+from fastgen.ops import _attention_blocked, _attention_checks, _attention_fused, _attention_tangent
 from fastgen.ops._attention_blocked import Options as Options
 from fastgen.ops._attention_blocked import allocate_grad, allocate_lse, allocate_out
 from fastgen.ops._batching import fold, fold_seed, unfold
@@ -47,7 +47,7 @@ def refused_heads_twice(query: Tensor, value: Tensor) -> str | None:
 
 def _refused(query: Tensor, value: Tensor, widest: int, who: str) -> str | None:
     dims = query.size(-1), value.size(-1)
-    if max(dims) <= widest:
+    if min(dims) > 0 and max(dims) <= widest:
         return None
     return f"{who} CUDA kernels for head dims up to {widest}, not for {dims[0]} and {dims[1]}"
 
@@ -65,18 +65,19 @@ def _heedless(
     of_keys: tuple[Tensor | None, ...],
     mask: Tensor | None,
     options: Options,
+    shown_in: tuple[int, ...] = (0,),
 ) -> _Results:
     """``run(*of_keys)``, whatever the keys and values hold that no query sees.
 
-    A weight of zero times NaN is NaN, so what nobody sees shows in every row of the first result. On CPU one row is
-    looked at, and only then are those keys taken out; elsewhere a look would wait for the device.
+    A weight of zero times NaN is NaN, so what nobody sees shows in the results ``shown_in``. On CPU they are looked at,
+    and only then are those keys taken out; elsewhere a look would wait for the device.
     """
-    if mask is None and options.window_right < 0:
+    if mask is None and options.window_left < 0 and options.window_right < 0:
         return run(*of_keys)
     if query.device.type == "cpu":
         results = run(*of_keys)
-        last_row = results[0][:, :, -1:].sum()
-        if not bool(last_row != last_row):
+        total = sum(float(results[i].sum()) for i in shown_in)
+        if total == total:
             return results
     return run(*reference.without_unseen_keys(query, mask, options.window_left, options.window_right, *of_keys))
 
@@ -94,7 +95,9 @@ def _forward(
 
     def run(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if _attention_fused.takes(query, key, value, mask, seed, known):
-            return _attention_fused.forward(query, key, value, mask, known.window_right == 0, known.scale)
+            out, lse = _attention_fused.forward(query, key, value, mask, known.window_right == 0, known.scale)
+            if not _attention_fused.hides_nan(out, lse, query, key, mask, known.window_right == 0):
+                return out, lse
         return _attention_blocked.forward(query, key, value, mask, seed, known, assisted)
 
     return _heedless(run, query, (key, value), mask, known)
@@ -175,7 +178,8 @@ def _backward(
     known, mask_grad = Options(*options[:-1]), options[-1]
 
     def run(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if not mask_grad and _attention_fused.takes(query, key, value, mask, seed, known):
+        fused = not mask_grad and _attention_fused.takes(query, key, value, mask, seed, known)
+        if fused and not _attention_blocked.lse_is_coarse(lse, mask):
             causal = known.window_right == 0
             grads = _attention_fused.backward(
                 grad_out, grad_lse, query, key, value, out, lse, mask, causal, known.scale
@@ -322,7 +326,7 @@ def _second_order(
         grad_key, grad_value = allocate_grad(key).copy_(grad_key), allocate_grad(value).copy_(grad_value)
         return rows[0], rows[1], rows[2], grad_key, grad_value, query.new_empty(0) if grad_mask is None else grad_mask
 
-    return _heedless(run, query, (key, value, tangent_key, tangent_value), mask, known)
+    return _heedless(run, query, (key, value, tangent_key, tangent_value), mask, known, shown_in=(0, 2))
 
 
 def _second_order_fake(
@@ -386,6 +390,7 @@ define(
     _forward_fake,
     _vmap(query_at=0, mask_at=3),
     assisted=_assisted_forward,
+    check=_attention_checks.attention_forward,
 )
 define(
     "attention",
@@ -395,6 +400,7 @@ define(
     _backward_fake,
     _vmap(query_at=2, mask_at=7, mask_grad=True),
     assisted=_assisted_backward,
+    check=_attention_checks.attention_backward,
 )
 _TANGENTS = "Tensor? tangent_query, Tensor? tangent_key, Tensor? tangent_value, Tensor? tangent_mask"
 define(
@@ -405,6 +411,7 @@ define(
     _tangent_fake,
     _vmap(query_at=0, mask_at=5, tangent_mask_at=10),
     assisted=partial(_tangent, True),
+    check=_attention_checks.attention_tangent,
 )
 define(
     "attention",
@@ -415,12 +422,14 @@ define(
     _second_order_fake,
     _vmap(query_at=2, mask_at=7, tangent_mask_at=12, mask_grad=True),
     assisted=partial(_second_order, True),
+    check=_attention_checks.attention_second_order,
 )
 define(
     "helpers",
     "cpu_attention_forward(Tensor query, Tensor key, Tensor value, bool is_causal, float scale) -> (Tensor, Tensor)",
     _cpu_forward,
     _cpu_forward_fake,
+    check=_attention_checks.cpu_attention_forward,
 )
 define(
     "helpers",
@@ -428,6 +437,7 @@ define(
     "Tensor lse, bool is_causal, float scale) -> (Tensor, Tensor, Tensor)",
     _cpu_backward,
     _cpu_backward_fake,
+    check=_attention_checks.cpu_attention_backward,
 )
 define(
     "helpers",
@@ -435,6 +445,7 @@ define(
     "Tensor? delta, Tensor(d!)? cross) -> Tensor",
     _attention_tangent.weigh,
     lambda scores, direction, lse, *rest: torch.empty_like(lse),
+    check=_attention_checks.cpu_attention_weights,
 )
 define(
     "helpers",
@@ -442,16 +453,19 @@ define(
     "int first_query, int queries, int keys, int first_key, int last_key, float p) -> Tensor",
     _attention_blocked.keep_of_tile,
     _attention_blocked.keep_fake,
+    check=_attention_checks.cpu_dropout_keep,
 )
 define(
     "helpers",
     "cpu_attention_softmax(Tensor(a!) scores, Tensor? keep, Tensor(b!) lse) -> ()",
     _attention_blocked.softmax_of_tile,
     lambda scores, keep, lse: None,
+    check=_attention_checks.cpu_attention_softmax,
 )
 define(
     "helpers",
     "cpu_attention_softmax_backward(Tensor(a!) scores, Tensor(b!) grads, Tensor? keep, Tensor lse, Tensor delta) -> ()",
     _attention_blocked.softmax_backward_of_tile,
     lambda scores, grads, keep, lse, delta: None,
+    check=_attention_checks.cpu_attention_softmax_backward,
 )

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen import reference
+from fastgen import _gaussian, reference
 from fastgen._library import define
+from fastgen.ops import _latent_checks
 from fastgen.ops._batching import fold, fold_seed, out_dims, unfold
 
 
@@ -22,7 +23,8 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _widen(*tensors: Tensor | None) -> list[Any]:
+def widen(*tensors: Tensor | None) -> list[Any]:
+    """The tensors in the dtype to compute in."""
     return [None if t is None else t.to(compute_dtype(t.dtype)) for t in tensors]
 
 
@@ -34,7 +36,7 @@ def _forward(
     seed: Tensor,
     with_kl: bool,
 ) -> tuple[Tensor, Tensor]:
-    wide_mu, wide_logvar, wide_prior_mu, wide_prior_logvar = _widen(mu, logvar, prior_mu, prior_logvar)
+    wide_mu, wide_logvar, wide_prior_mu, wide_prior_logvar = widen(mu, logvar, prior_mu, prior_logvar)
     noise = reference.standard_normal(seed, *mu.shape).to(wide_mu.dtype)
     z = wide_mu + noise * (0.5 * wide_logvar).exp()
     if with_kl:
@@ -64,16 +66,15 @@ def _backward(
     prior_logvar: Tensor | None,
     seed: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide_grad_z, wide_grad_kl, wide_mu, wide_logvar = _widen(grad_z, grad_kl, mu, logvar)
-    wide_prior_mu, wide_prior_logvar = _widen(prior_mu, prior_logvar)
+    wide_grad_z, wide_grad_kl, wide_mu, wide_logvar = widen(grad_z, grad_kl, mu, logvar)
+    wide_prior_mu, wide_prior_logvar = widen(prior_mu, prior_logvar)
     noise = reference.standard_normal(seed, *mu.shape).to(wide_mu.dtype)
-    grads = reference.gaussian_latent_backward(
+    grads = _gaussian.gradients(
         wide_grad_z, wide_grad_kl, wide_mu, wide_logvar, noise, wide_prior_mu, wide_prior_logvar
     )
     empty = mu.new_empty(0)
-    wanted = (True, True, prior_mu is not None, prior_logvar is not None)
-    # The copies keep outputs apart where the formula returns one tensor twice, or an input.
-    a, b, c, d = (g.to(mu.dtype, copy=True) if want else empty.clone() for g, want in zip(grads, wanted, strict=True))
+    # The copies keep outputs apart where the formula returns an input.
+    a, b, c, d = (empty.clone() if g is None else g.to(mu.dtype, copy=True) for g in grads)
     return a, b, c, d
 
 
@@ -112,6 +113,7 @@ define(
     _forward,
     _forward_fake,
     _vmap(seed_at=4),
+    check=_latent_checks.latent_forward,
 )
 define(
     "latent",
@@ -120,4 +122,5 @@ define(
     _backward,
     _backward_fake,
     _vmap(seed_at=6),
+    check=_latent_checks.latent_backward,
 )

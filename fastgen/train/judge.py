@@ -15,7 +15,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fastgen import metrics
+from fastgen._checksum import KEY, UNSEALED, is_whole, seal
 from fastgen.data import Items
+from fastgen.data._files import read_bytes
 from fastgen.models import TRANSLATED, Images, Sounds, option
 from fastgen.train.card import write_card
 from fastgen.train.config import TrainConfig
@@ -239,9 +241,9 @@ def _space(
     if kind == "inception":
         return metrics.inception_features().to(trained.model.device)
     wanted = {"format": FEATURES_FORMAT, "kind": kind, "fingerprint": trained.header.fingerprint}
-    kept = _kept_space(folder, wanted)
+    kept = _kept_space(folder, wanted, known["images"], trained.model.device)
     if kept is not None:
-        return kept.to(trained.model.device)
+        return kept
     with torch.enable_grad():
         if kind == "classifier":
             held_out = (real["images"], real["labels"])
@@ -249,20 +251,40 @@ def _space(
         else:
             space = metrics.rotation_features(known["images"], data=name)
     tensors, meta = space.state()
-    write_whole(folder.features, safetensors.torch.save(tensors, {**wanted, "meta": json.dumps(meta)}))
+    data = safetensors.torch.save(tensors, {**wanted, "meta": json.dumps(meta), **UNSEALED})
+    write_whole(folder.features, seal(data))
     return space.to(trained.model.device)
 
 
-def _kept_space(folder: RunFolder, wanted: dict[str, str]) -> metrics.FeatureSpace | None:
-    """The space of an earlier evaluation, if it is there, whole, and of these data."""
-    if not folder.features.is_file():
+def _kept_space(
+    folder: RunFolder, wanted: dict[str, str], images: Tensor, device: torch.device
+) -> metrics.FeatureSpace | None:
+    """The space of an earlier evaluation, if it is there, and of these data.
+
+    Args:
+        images: which it was trained on.
+
+    Raises:
+        ValueError: the file is damaged: distances in what it holds would mean nothing.
+    """
+    path = folder.features
+    if not path.exists():
         return None
+    again = "remove it, and it is made again"
+    data = read_bytes(path)
     try:
-        with safetensors.safe_open(folder.features, framework="pt") as file:
+        with safetensors.safe_open(path, framework="pt") as file:
             found = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        if not is_whole(data):
+            raise ValueError("its digest differs")
         if {name: found.get(name) for name in wanted} != wanted:
             return None
-        return metrics.FeatureSpace.from_state(tensors, json.loads(found["meta"]))
-    except (safetensors.SafetensorError, KeyError, OSError, ValueError):
-        return None
+        space = metrics.FeatureSpace.from_state(tensors, json.loads(found["meta"])).to(device)
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: expected a feature space, got a damaged file ({error}); {again}") from error
+    if KEY not in found:  # of an earlier version: features of mean 0 and deviation 1, or not what was trained
+        std, mean = torch.std_mean(space(images), dim=0)
+        if not (float((std - 1).abs().median()) < 0.1 and float(mean.abs().median()) < 0.1):
+            raise ValueError(f"{path}: expected features of mean 0 and deviation 1, got others: damaged? {again}")
+    return space

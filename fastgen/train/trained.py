@@ -12,6 +12,7 @@ import torch
 from fastgen.data import Items, TensorItems, read_pictures
 from fastgen.models import TRANSLATED, Exhibit, GenerativeModel, Images, Sounds, Texts
 from fastgen.train.checkpoint import Header, load_checkpoint
+from fastgen.train.engine import find
 from fastgen.train.errors import UsageError
 from fastgen.train.evaluation import Thinned
 from fastgen.train.folder import RunFolder
@@ -56,7 +57,7 @@ def open_run(folder: RunFolder, device: str = "auto") -> Trained:
     model = model_class(model_config)
     load_average(model, tensors)
     model.to(chosen).eval()
-    return Trained(model, header, int(tensors["step"]))
+    return Trained(model, header, int(find(tensors, "step")))
 
 
 def given_items(trained: Trained, folder: RunFolder, pictures: str = "") -> Items | None:

@@ -12,6 +12,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -21,6 +22,7 @@ from fastgen.models import MODELS
 from fastgen.train.checkpoint import load_checkpoint
 from fastgen.train.engine import Engine
 from fastgen.train.loop import Trainer
+from tests.train.test_data_files import COLOUR, save_images
 
 Main = Callable[..., int]
 Metrics = Callable[..., list[dict[str, Any]]]
@@ -145,6 +147,33 @@ def test_a_signal_ends_the_process_with_130_and_keeps_the_step(
     kept = int(output.split("interrupted; step ")[1].split()[0])
     assert kept == kept_step(folder) > 0
     assert f"--out {folder} --resume" in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_process_group_keeps_the_step_although_workers_get_it_too(
+    words: Words, start: Start, tmp_path: Path, number: signal.Signals
+) -> None:
+    folder, never = tmp_path / "run", "1000000"
+    save_images(tmp_path / "pictures", COLOUR)
+    options = ["--data", str(tmp_path / "pictures"), "--workers", "2", "--checkpoint-every", never, "--evaluate-every"]
+    options += [never, "--sample-every", never, "--log-every", "1"]
+    process = start(words(*options, steps=1000000), lazy="yes")
+    try:
+        while not (folder / "metrics.jsonl").exists() or (folder / "metrics.jsonl").stat().st_size < 1000:
+            assert process.is_alive(), (tmp_path / "output").read_text()
+            time.sleep(0.02)
+        assert process.pid is not None
+        workers = psutil.Process(process.pid).children(recursive=True)
+        assert len(workers) >= 2
+        os.killpg(process.pid, number)
+        process.join(timeout=60)
+    finally:
+        process.kill()
+        process.join()
+    assert process.exitcode == 130, (tmp_path / "output").read_text()
+    kept = int((tmp_path / "output").read_text().split("interrupted; step ")[1].split()[0])
+    assert kept == kept_step(folder) > 0
+    assert psutil.wait_procs(workers, timeout=30)[1] == []
 
 
 def test_a_second_ctrl_c_ends_at_once_and_keeps_the_last_checkpoint(
