@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib.util
 import os
 import sys
@@ -36,7 +37,7 @@ commands:
   train MODEL    train a model            fastgen train conv-vae --data digits --out runs/digits
   sample RUN     draw from a trained one  fastgen sample runs/digits --n 64 --out grid.png
   evaluate RUN   judge a trained one      fastgen evaluate runs/digits
-  models         the models there are
+  models [MODEL] the models there are, or all about one
   data PATH      look at a data set       fastgen data photos/ --image-size 32
   info           what this installation can do, and what it lacks
   bench          fastgen's layers against PyTorch's, on this machine
@@ -113,6 +114,12 @@ def _run(words: list[str]) -> None:
     parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     if not words:
         parser.error(f"expected a command, one of {', '.join(names)}, got nothing")
+    known = (*names, "--help", "-h", "--version")
+    if words[0] not in known:
+        wanted = {"help": "--help", "version": "--version", "-v": "--version", "-V": "--version"}
+        near = wanted.get(words[0]) or next(iter(difflib.get_close_matches(words[0].lower(), known, n=1)), "")
+        hint = f"; did you mean {near}?" if near else ""
+        parser.error(f"invalid choice: {words[0]!r}, expected a command, one of {', '.join(names)}{hint}")
     given = parser.parse_args(words)
     if given.command not in PLAIN:
         _require_extras(given.command)

@@ -6,12 +6,14 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import jsonargparse
 
 from fastgen.cli._config import apart, check, nearest
 from fastgen.cli._errors import USAGE, CommandError
+from fastgen.train.folder import RunFolder
 
 
 def options_parser(prog: str, description: str, *, files: bool = True) -> jsonargparse.ArgumentParser:
@@ -115,3 +117,11 @@ def _plain(message: str, names: Collection[str]) -> str:
     unknown = re.match(r"unrecognized arguments: --([\w.-]+)", text)
     near = nearest(unknown[1].replace("-", "_"), [*names, "config"]) if unknown else ""
     return f"{text}; did you mean --{near.replace('_', '-')}?" if near else text
+
+
+def run_folder(word: str) -> RunFolder:
+    """The run that a person names; its files, or its model, don't stand for it."""
+    path = Path(word)
+    if not (path / "checkpoint.safetensors").exists() and (path.parent / "checkpoint.safetensors").is_file():
+        raise CommandError(f"run: expected a run's folder, got {path.name} in one; the run is {path.parent}", USAGE)
+    return RunFolder(path)

@@ -7,6 +7,7 @@ import os
 import shlex
 from pathlib import Path
 
+from fastgen.cli._config import nearest
 from fastgen.cli._errors import INTERRUPTED, USAGE, CommandError
 from fastgen.cli._options import add_fields, options_parser, parse
 from fastgen.data import DataConfig
@@ -18,6 +19,17 @@ from fastgen.train.run import Request, Result, command, first_process, train
 
 ABOUT = "Train a model; the folder holds all that comes of it. With several processes: torchrun -m fastgen train ..."
 
+HELP = f"""\
+usage: fastgen train MODEL [options]
+
+{ABOUT}
+
+MODEL is one of: {", ".join(MODELS)}
+
+fastgen train MODEL --help lists the options of training, data and the model; fastgen models MODEL describes it.
+An option may come from a file (--config); the command line wins over files.
+--resume goes on with a run; {", ".join(FREE_ON_RESUME)} may then be given anew."""
+
 RESUME = (
     "go on with the run in the folder, with its own options; these may be given anew: "
     + ", ".join("--" + name.replace("_", "-") for name in FREE_ON_RESUME)
@@ -27,11 +39,13 @@ RESUME = (
 
 def run(words: list[str]) -> None:
     if words[:1] in (["-h"], ["--help"]):
-        print(f"usage: fastgen train MODEL [options]\n\nMODEL is one of: {', '.join(MODELS)}")
+        print(HELP)
         return
     if not words or words[0] not in MODELS:
         came = words[0] if words else "nothing"
-        raise CommandError(f"train: expected a model, one of {', '.join(MODELS)}, got {came}", USAGE)
+        near = nearest(came.lower().replace("_", "-"), MODELS) if words else ""
+        hint = f"; did you mean {near}?" if near else ""
+        raise CommandError(f"train: expected a model, one of {', '.join(MODELS)}, got {came}{hint}", USAGE)
     request = _request(words[0], words[1:])
     folder = request.folder
     try:
