@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen._checks import require_choice, require_count, require_shape
+from fastgen.models._inputs import SLACK, readable
 from fastgen.models._norms import widened
 
 Likelihood = Literal["beta-binomial", "binomial", "bernoulli", "gaussian"]
@@ -45,8 +46,8 @@ def pixels_log_prob(parameters: Tensor, images: Tensor, likelihood: str, levels:
 
     Args:
         parameters: (B, numbers_per_pixel * C, H, W), float32 or wider.
-        images: (B, C, H, W), multiples of 1 / (levels - 1) from 0 to 1; others are rounded. Beyond that range no
-            image has a probability: log P is -inf. NaN gives NaN.
+        images: (B, C, H, W), multiples of 1 / (levels - 1) from 0 to 1, as ``check_images`` has seen on the CPU;
+            others are rounded. On other devices log P is -inf where pixels are out of range. NaN gives NaN.
 
     Raises:
         ValueError: images of another shape than that of the parameters.
@@ -63,8 +64,10 @@ def pixels_log_prob(parameters: Tensor, images: Tensor, likelihood: str, levels:
         log_prob = gaussian_log_prob(logits, log_std, counts, levels)
     else:
         log_prob = binomial_log_prob(parameters, counts, levels - 1)
-    impossible = (exact < 0) | (exact > levels - 1)
-    return log_prob.masked_fill(impossible, -math.inf).flatten(1).sum(dim=1)
+    if not readable(images):  # else ``check_images`` has looked at them
+        slack = SLACK * (levels - 1)
+        log_prob = log_prob.masked_fill((exact < -slack) | (exact > levels - 1 + slack), -math.inf)
+    return log_prob.flatten(1).sum(dim=1)
 
 
 def pixels_mean(parameters: Tensor, likelihood: str) -> Tensor:

@@ -39,7 +39,7 @@ from fastgen.models._base import Batch, Exhibit, GenerativeModel, Images, Moment
 from fastgen.models._captions import caption_rows, check_captions
 from fastgen.models._classes import LabelOptions, check_labels, wanted_labels
 from fastgen.models._decoder import DecoderBlock, Past, drawing, initialise_decoder
-from fastgen.models._inputs import NEVER_IGNORED, require_labels, require_tokens
+from fastgen.models._inputs import NEVER_IGNORED, SLACK, require_labels, require_tokens
 from fastgen.models._sampling import Chooser
 from fastgen.models._vae import above_each_other, check_images
 from fastgen.models._vq import Autoencoder, AutoencoderConfig
@@ -259,7 +259,7 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
             codes, flaw = self.autoencoder.read(images)
             return codes.flatten(1), flaw
         exact = (images.float() * (self.config.levels - 1)).round()
-        impossible = (exact < 0) | (exact > self.config.levels - 1)
+        impossible = (images < -SLACK) | (images > 1 + SLACK)
         flaw = torch.where(impossible, math.inf, 0 * exact).flatten(1).sum(1)
         counts = exact.long().clamp(0, self.config.levels - 1)
         return self.tone_of_level[counts].movedim(1, -1).flatten(1), flaw
