@@ -9,11 +9,11 @@ SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 EXTRAS := train,test,bench,lint
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench wheel cuda-check clean
+.PHONY: help demo test fuzz lint bench wheel cuda-check clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
-	@echo "make lint | bench | wheel | cuda-check | clean"
+	@echo "make fuzz | lint | bench | wheel | cuda-check | clean"
 
 $(VENV)/.build: constraints.txt $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "fastgen needs Python 3.10 or newer, not %d.%d" % sys.version_info[:2])'
@@ -31,6 +31,13 @@ demo: $(VENV)/.build
 WORKERS ?= auto
 test: $(VENV)/.build
 	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --maxprocesses 8 --dist worksteal $(TESTS)
+
+# Random calls of every operator and function, with a library that AddressSanitizer and UBSan watch. A failure prints
+# its seed: make fuzz CALLS=1 SEED=... replays it.
+CALLS ?= 10000
+SEED ?= 0
+fuzz: $(VENV)/.build
+	$(BIN)/python -m tests.fuzz.build --calls $(CALLS) --seed $(SEED)
 
 lint: $(VENV)/.build
 	$(BIN)/ruff check .

@@ -69,7 +69,10 @@ def test_bad_operands_are_refused_by_name(emulated):
         ((mu, mu[:, :4], None, None, seed, True), r"logvar: expected shape \(4, 8\), got \(4, 4\)"),
         ((mu, mu.half(), None, None, seed, True), "logvar: expected Float, got Half"),
         ((mu, torch.zeros(8, 4).t(), None, None, seed, True), "logvar: expected a contiguous last dim"),
-        ((mu, mu, None, None, torch.tensor([1, 2, 3]), True), "seed: expected a number of seeds that divides 4 rows"),
+        (
+            (mu, mu, None, None, torch.tensor([1, 2, 3]), True),
+            "seed: expected a number of seeds that divides the batch, 4, got 3",
+        ),
         ((mu.double(), mu.double(), None, None, seed, True), "mu: expected float32, float16 or bfloat16"),
     ]:
         with pytest.raises(RuntimeError, match=text):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastgen import _library
+from tests.emulator import build
 
 NAMESPACES = ("fastgen", "fastgen_reference")
 PLAIN = (0.0, -1, -1, 0.25, False)
@@ -180,3 +181,34 @@ def test_keys_that_no_head_looks_at_have_a_gradient_of_zero(namespace):
     grads = backward(out, None, query, key, value, out, rows_of_query, False, 0.3)
     assert [g.shape for g in grads] == [query.shape, key.shape, value.shape]
     assert all(bool((g == 0).all()) for g in grads)
+
+
+def test_kernels_of_gpus_refuse_it_too(emulator):
+    """Before these were checked, the kernels read past the end of a residual, a gradient or a table."""
+    build.register()
+    operators = torch.ops.fastgen_emulated
+    x, weight, flat = randn(2, 3, 5, 8), randn(24, 24), randn(2, 5, 24)
+    tokens, grad = randn(2, 6, 16), randn(2, 3, 6, 8)
+    five = {"heads": [1] * 5, "dims": [8] * 5, "weight": randn(40, 16), "norms": [randn(8)] * 5}
+    wide = (randn(2, 4, 5, 8), randn(2, 2, 6, 8), randn(2, 2, 6, 8), None, None)
+    mu = randn(4, 8)
+    for name, arguments, text in [
+        ("merge_heads_forward", (x, weight, None, flat[:1], None, False, False), "residual: expected"),
+        ("merge_heads_forward", (x, weight, None, flat[:, :4], None, False, False), "residual: expected"),
+        ("merge_heads_backward", (flat[:, :4], x, weight, None, None, False, False), "grad: expected"),
+        ("merge_heads_backward", (flat, x, weight, randn(8), None, False, False), "bias: expected"),
+        (*projection_backward([grad[:, :, :5]]), "grads: expected"),
+        (*projection_backward([grad[:, :2]]), "weight: expected"),
+        (*projection_backward([grad], norms=[randn(8)]), "kept: expected one for each"),
+        (*projection_backward([grad], norms=[randn(8)], kept=[grad[:1]]), "kept: expected"),
+        (*projection(tokens, cos=randn(2, 6, 2), sin=randn(1, 6, 2)), "cos, sin: expected"),
+        (*projection(tokens, cos=randn(1, 6, 2)), "sin: expected together with cos"),
+        (*projection(tokens, rotated=-1), "rotated: expected"),
+        (*projection(tokens, **five), "heads: kernels take up to 4 parts, got 5"),
+        ("attention_forward", (*wide, 0.0, -(2**62), -1, 0.3, False), "window_left, window_right: expected >= 0"),
+        ("attention_forward", (*wide, 0.5, -1, -1, 0.3, False), "seed: expected one"),
+        ("attention_forward", (freed(2, 4, 5, 8), *wide[1:], *PLAIN), "query: expected a tensor whose storage"),
+        ("latent_backward", (None, randn(3), mu, mu, None, None, SEED), "grad_kl: expected shape"),
+    ]:
+        with pytest.raises(RuntimeError, match=text):
+            getattr(operators, name)(*arguments)

@@ -173,11 +173,7 @@ inline Problem problem_of(const Tensor& query, const Tensor& key, const Tensor& 
   problem.mask = mask_of(mask, query, key.size(2));
   if (seed.has_value()) {
     const int64_t count = seed->numel();
-    STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->dim() == 1 && seed->is_contiguous() &&
-                        seed->device() == query.device(),
-                    "seed: expected a contiguous int64 vector on the query's device");
-    STD_TORCH_CHECK(count > 0 && query.size(0) % count == 0,
-                    "seed: expected a number of seeds that divides the batch, ", query.size(0), ", got ", count);
+    check_seed(*seed, query.size(0), query);
     const int64_t rows_per_seed = query.size(0) / count * query.size(1) * query.size(2);
     problem.dropout = {seed->const_data_ptr<int64_t>(), rows_per_seed, static_cast<float>(options.dropout_p)};
   }

@@ -79,8 +79,8 @@ inline void check_operand(const Tensor& tensor, const char* name, std::initializ
 inline void check_seed(const Tensor& seed, int64_t batch, const Tensor& like) {
   check_tensor(seed, "seed", 1, ScalarType::Long, like);
   STD_TORCH_CHECK(seed.is_contiguous(), "seed: expected a contiguous tensor");
-  STD_TORCH_CHECK(seed.numel() > 0 && batch % seed.numel() == 0, "seed: expected a number of seeds that divides ",
-                  batch, ", got ", seed.numel());
+  STD_TORCH_CHECK(seed.numel() > 0 && batch % seed.numel() == 0,
+                  "seed: expected a number of seeds that divides the batch, ", batch, ", got ", seed.numel());
 }
 
 inline void check_probability(double p, const char* name) {

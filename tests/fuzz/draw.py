@@ -27,7 +27,9 @@ OTHERS = (
 )
 SIZES = (0, 1, 1, 2, 3, 4, 5, 8, 16, 17, 33)
 LENGTHS = (0, 1, 2, 3, 5, 8, 17, 33, 97, 130)
-NUMBERS = (-(2**63), -(2**31), -5, -2, -1, 0, 1, 2, 3, 7, 100, 2**31 - 1, 2**31, 2**45, 2**62, 2**63 - 1)
+NUMBERS = (-(2**63), -(2**31), -5, -2, -1, 0, 1, 2, 3, 7, 100, 2**45, 2**62, 2**63 - 1)
+"""None that memory could be allocated for, and would be slow."""
+
 REALS = (math.nan, math.inf, -math.inf, -1.0, 0.0, 1e-30, 0.5, 0.999999, 1.0, 2.0, 1e30)
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -50,10 +52,12 @@ def guarded(count: int, dtype: torch.dtype, at_end: bool = True) -> Tensor:
 class Draw:
     """What one call is made of."""
 
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
+    def __init__(self, seed: int, guard: bool = True) -> None:
+        """``guard``: most tensors end where memory ends; otherwise all are PyTorch's own."""
+        self.random, self.guard = random.Random(seed), guard
         torch.manual_seed(seed)
         self.plain = True  # contents are normal numbers
+        self.may_free = False  # storage of arguments: PyTorch's own operators read it all the same
 
     def one(self, options: Sequence[T]) -> T:
         return self.random.choice(options)
@@ -102,11 +106,9 @@ class Draw:
             strides[self.random.randrange(len(shape) - int(rows))] = 0
         extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if math.prod(shape) else 0
         offset = self.one((0, 0, 0, 1, 3, 8)) if extent else 0
-        flat = (
-            guarded(offset + extent, dtype, self.chance(0.8))
-            if self.chance(0.7)
-            else torch.empty(offset + extent, dtype=dtype)
-        )
+        at_end, guarded_too = self.chance(0.8), self.chance(0.7) and self.guard
+        size = offset + extent
+        flat = guarded(size, dtype, at_end) if guarded_too else torch.empty(size, dtype=dtype)
         self._fill(flat)
         return flat.as_strided(shape, strides, offset)
 
@@ -169,7 +171,7 @@ def _spoilt_tensor(draw: Draw, tensor: Tensor, others: list[Tensor]) -> Any:
         return tensor.to("meta")
     if kind == "sparse" and tensor.dtype in (torch.float32, torch.float64) and 0 not in tensor.stride():
         return tensor.to_sparse()
-    if kind == "freed":
+    if kind == "freed" and draw.may_free:
         freed = torch.empty(shape, dtype=tensor.dtype)
         freed.untyped_storage().resize_(0)
         return freed

@@ -188,8 +188,10 @@ class Projection:
         self.draw, self.dtype, self.first = draw, draw.dtype(), draw.chance(0.4)
         batch, length, channels = draw.one((0, 1, 2, 3)), draw.one(LENGTHS[:-2]), draw.one(SIZES)
         count = draw.one((1, 2, 3, 3, 5))
+        aligned = draw.chance(0.4)  # as the kernels of GPUs want it
+        channels = draw.one((8, 16, 24)) if aligned else channels
         self.heads = [draw.one((1, 2, 3)) for _ in range(count)]
-        self.dims = [draw.one((1, 2, 4, 8, 12, 40)) for _ in range(count)]
+        self.dims = [draw.one((8, 16, 40) if aligned else (1, 2, 4, 8, 12, 40)) for _ in range(count)]
         self.batch, self.length = batch, length
         self.x = draw.tensor(
             *((batch, channels, length) if self.first else (batch, length, channels)), dtype=self.dtype
@@ -231,6 +233,8 @@ def _merge(draw: Draw, backward: bool) -> Call:
     dtype, first = draw.dtype(), draw.chance(0.4)
     batch, heads, length, dim = draw.one((0, 1, 2, 3)), draw.one((0, 1, 2, 3)), draw.one(LENGTHS[:-2]), draw.one(SIZES)
     channels = draw.one(SIZES)
+    if draw.chance(0.4):  # as the kernels of GPUs want it
+        dim, channels = draw.one((8, 16)), draw.one((8, 24))
     x, weight = draw.tensor(batch, heads, length, dim, dtype=dtype), draw.tensor(channels, heads * dim, dtype=dtype)
     bias = draw.maybe(draw.tensor(channels, dtype=dtype))
     gate_shape = (1 if backward else draw.one((1, batch)), 1, draw.one((1, channels)))
