@@ -63,7 +63,7 @@ class _ExpTimes(Function):
 def _apply(x: Tensor, minus_one: bool, *factors: Tensor) -> Tensor:
     tensors = torch.broadcast_tensors(x, *factors)
     if transforms_active() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
-        result: Tensor = _ExpTimes.apply(tensors[0], minus_one, *tensors[1:])
+        result: Tensor = _ExpTimes.apply(tensors[0], minus_one, *tensors[1:])  # type: ignore[no-untyped-call]
         return result
     return _exp_times(tensors[0], minus_one, *tensors[1:])
 
@@ -100,8 +100,8 @@ def gradients(
     grad_z = torch.zeros_like(mu) if grad_z is None else grad_z
     from_z, half = 0.5 * grad_z, 0.5 * logvar
     if grad_kl is None:
-        of_prior = [None if prior is None else torch.zeros_like(mu) for prior in (prior_mu, prior_logvar)]
-        return grad_z, exp_times(half, from_z, noise), *of_prior
+        of_prior_mu, of_prior_logvar = (None if t is None else torch.zeros_like(mu) for t in (prior_mu, prior_logvar))
+        return grad_z, exp_times(half, from_z, noise), of_prior_mu, of_prior_logvar
     upstream = grad_kl.unsqueeze(-1)
     difference = mu if prior_mu is None else mu - prior_mu
     ratio = logvar if prior_logvar is None else logvar - prior_logvar

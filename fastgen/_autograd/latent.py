@@ -61,9 +61,10 @@ class _GaussianLatent(Function):
         if grad_z is None and grad_kl is None:
             return (None,) * 7
         if must_be_differentiable():
-            wide = widen(grad_z, grad_kl, mu, logvar)
-            noise = reference.standard_normal(seed, *mu.shape).to(wide[2].dtype)
-            exact = _gaussian.gradients(*wide, noise, *widen(prior_mu, prior_logvar))
+            wide_mu, wide_logvar = widen(mu, logvar)
+            noise = reference.standard_normal(seed, *mu.shape).to(wide_mu.dtype)
+            wide_priors, upstream = widen(prior_mu, prior_logvar), widen(grad_z, grad_kl)
+            exact = _gaussian.gradients(upstream[0], upstream[1], wide_mu, wide_logvar, noise, *wide_priors)
             grads = [None if grad is None else grad.to(mu.dtype) for grad in exact]
         else:
             grad_z = None if grad_z is None else grad_z.contiguous()

@@ -21,6 +21,7 @@ from fastgen.models._inputs import require_images
 from fastgen.models._likelihoods import (
     Likelihood,
     check_likelihood,
+    log_standard_normal,
     numbers_per_pixel,
     pixels_log_prob,
     pixels_mean,
@@ -109,6 +110,20 @@ def sampled(
     z, kl = functional.reparameterize_kl(mus, logvars, prior_mu=rows[2], prior_logvar=rows[3], generator=generator)
     kl = kl.view(mu.shape[:2])
     return z.view(mu.shape), kl.sum(1), kl.mean(0).clamp(min=free_bits).sum()
+
+
+def sample_and_log_prob(
+    mu: Tensor, logvar: Tensor, *, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """A sample z of N(mu, exp(logvar)) and log N(z; mu, exp(logvar)), (B,) in nats, both float32 at least.
+
+    The density is that of the noise: z - mu has lost its digits where the deviation is small beside mu.
+    """
+    mu, logvar = widened(mu), widened(logvar)
+    zero = torch.zeros_like(mu)
+    noise = functional.reparameterize(zero, zero, generator=generator)
+    log_density = log_standard_normal(noise) - 0.5 * logvar.flatten(1).sum(dim=1)
+    return mu + noise * torch.exp(0.5 * logvar), log_density
 
 
 def check_images(images: Tensor, config: Any) -> None:

@@ -23,16 +23,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen import functional
 from fastgen._checks import require_choice, require_positive
 from fastgen.models._base import Batch, Images, NoOptions, option
-from fastgen.models._likelihoods import log_normal, log_standard_normal
+from fastgen.models._likelihoods import log_standard_normal
 from fastgen.models._norms import widened
-from fastgen.models._vae import Bound, DenseVAE, DenseVAEConfig, check_images, dense, normal_noise
+from fastgen.models._vae import (
+    Bound,
+    DenseVAE,
+    DenseVAEConfig,
+    check_images,
+    dense,
+    normal_noise,
+    sample_and_log_prob,
+)
 from fastgen.nn._buffers import ComputedBuffers
 
 Flow = Literal["inverse-autoregressive", "planar"]
 
+LEAST_SLOPE = 1e-6  # of a planar flow, along w
 FIRST_GATE = 1.5  # sigmoid of it is 0.82: a new flow changes little
 
 
@@ -72,10 +80,13 @@ def planar(z: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
         (B, L) and (B,).
     """
     u, w, b = told.split((z.size(1), z.size(1), 1), dim=1)
-    along = (w * u).sum(1, keepdim=True)
-    u = u + (F.softplus(along + math.log(math.e - 1)) - 1 - along) * w / w.square().sum(1, keepdim=True).clamp(min=1e-6)
+    along, squared = (w * u).sum(1, keepdim=True), w.square().sum(1, keepdim=True)
+    # w u once it is moved, which is above -1 also after rounding: above a softplus that has underflowed, too.
+    target = F.softplus(along + math.log(math.e - 1)).clamp(min=LEAST_SLOPE) - 1
+    u = u + (target - along) * w / squared.clamp(min=1e-6)
+    along = torch.where(squared < 1e-6, (w * u).sum(1, keepdim=True).clamp(min=LEAST_SLOPE - 1), target)
     h = torch.tanh((w * z).sum(1, keepdim=True) + b)
-    log_det = torch.log1p((1 - h.square()) * (w * u).sum(1, keepdim=True))
+    log_det = torch.log1p((1 - h.square()) * along)
     return z + u * h, log_det.squeeze(1)
 
 
@@ -205,7 +216,6 @@ class FlowVAE(DenseVAE):
     def _sample(self, images: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """log p(images | z), and log q(z | images) - log p(z), (B,) each, of one posterior sample."""
         mu, logvar, told = self._posterior(images)
-        first = functional.reparameterize(mu, logvar, generator=generator)
+        first, log_first = sample_and_log_prob(mu, logvar, generator=generator)
         z, log_det = self.flow(first, told)
-        log_q = log_normal(first, mu, logvar) - log_det
-        return self._log_prob(self.decoder(z), images), log_q - log_standard_normal(z)
+        return self._log_prob(self.decoder(z), images), log_first - log_det - log_standard_normal(z)
