@@ -158,5 +158,5 @@ def test_adapters_parametrisations_and_hooks_of_embeddings(name):
 
 
 def test_a_negative_token_has_no_pixels():
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="tokens: expected integers from 0 to 16, got -1"):
         image_model().pixels(torch.full((1, 16), -1))

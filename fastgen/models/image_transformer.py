@@ -298,7 +298,7 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
             raise ValueError("labels: expected (B,) int64, as the model is conditional, got None")
         if not self.config.conditional or labels is None:
             labels = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
-        require_labels("labels", labels, len(tokens), self.start.num_embeddings)
+        require_labels("labels", labels, len(tokens), self.config.classes if self.config.conditional else 1)
         parts = [self.start(labels).unsqueeze(1), self.embedding(tokens)]
         if self.caption is not None:
             check_captions(captions, len(tokens), self.config.caption_length, 1 + len(self.config.caption_vocabulary))
