@@ -147,9 +147,17 @@ def require_flag(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected True or False, got {value!r}")
 
 
-def require_eps(name: str, value: Any) -> None:
-    """What a norm adds to a mean of squares: a number >= 0. A tensor is refused: a derivative by it would be lost."""
-    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
+def require_eps(name: str, value: Any) -> float:
+    """What a norm adds to a mean of squares, as a float: a number >= 0.
+
+    A tensor is refused: a derivative by it would be lost.
+    """
+    if isinstance(value, (bool, str, Tensor)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not 0.0 <= value < math.inf:
-        raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
+    if not 0.0 <= number < math.inf:
+        raise ValueError(f"{name}: expected a finite number >= 0, got {number}")
+    return number

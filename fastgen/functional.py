@@ -382,14 +382,13 @@ def _checked_finish(
 ) -> HeadFinish:
     if len(norms) > len(head_dims):
         raise ValueError(f"norms: expected at most {len(head_dims)} weights, one for each part, got {len(norms)}")
-    check.require_eps("norm_eps", eps)
     cast = []
     for norm, dim in zip(norms, head_dims, strict=False):
         check.require_tensor("norms", norm)
         check.require_shape("norms", norm, (dim,), "(head dim of the part,)")
         cast.append(_cast(norm, low))
         check.require_alike("x", tokens, norms=cast[-1])
-    finish = HeadFinish(norms=tuple(cast), eps=float(eps))
+    finish = HeadFinish(norms=tuple(cast), eps=check.require_eps("norm_eps", eps))
     if rotary is None:
         return finish
     check.require_flag("interleaved", interleaved)
