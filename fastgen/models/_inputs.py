@@ -1,7 +1,8 @@
 """Checks of what models are given: images, tokens, labels, captions, sound.
 
 Kinds, dtypes and shapes are checked in every call. Values are looked at where that waits for nothing: on the CPU, and
-not while a call is traced or transformed. Training looks at its data once, before it begins, whatever the device.
+not while a call is traced or transformed. Training looks at its data once, before it begins, whatever the device. NaN
+is refused there only: in a step it makes the loss NaN, and training skips the step.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ def readable(tensor: Tensor) -> bool:
 
 
 def require_range(name: str, tensor: Tensor, low: float, high: float, meaning: str, hint: str = "") -> None:
-    """Raises ValueError where readable values are not within [low, high], or are NaN."""
+    """Raises ValueError where readable values are below low or above high. NaN passes: what comes of it is NaN."""
     if not readable(tensor) or not tensor.numel():
         return
     least, largest = (end.item() for end in tensor.detach().aminmax())
-    if not (least >= low and largest <= high):
+    if least < low or largest > high:
         raise ValueError(f"{name}: expected {meaning}, got {least:.4g} to {largest:.4g}{hint}")
 
 
@@ -99,8 +100,11 @@ def _require_some(name: str, tensor: Tensor) -> None:
 def check_batch(kind: str, config: Any, batch: Mapping[str, Tensor]) -> None:
     """Raises TypeError, ValueError for a batch of the kind (``KINDS``) that does not fit a config.
 
-    What a config does not tell is not checked, nor tensors that are not there.
+    What a config does not tell is not checked, nor tensors that are not there. NaN and infinity are refused.
     """
+    for name, tensor in batch.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name}: expected finite numbers, got NaN or infinite ones")
 
     def told(field: str) -> Any:
         return getattr(config, field, None)

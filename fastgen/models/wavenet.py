@@ -255,16 +255,17 @@ class WaveNet(ComputedBuffers, GenerativeModel):
         crop, total = self.config.crop or self.config.length, self.config.length
         start = max(0, int(torch.randint(min(0, 1 - crop), max(1, total - crop + 1), ())))
         window = audio[:, max(0, start - self.config.field) : start + crop]
-        return {"loss": self._nll(mu_law(window), min(crop, total)).mean()}
+        levels, flaw = self._read(window)
+        return {"loss": (self._nll(levels, min(crop, total)) + flaw[:, None]).mean()}
 
     @torch.no_grad()
     def score(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """nll (B,): nats of a sound, in 256 levels. tokens (B,): its samples."""
-        levels = mu_law(self._checked(batch["audio"]))
+        levels, flaw = self._read(self._checked(batch["audio"]))
         length = self.config.length
         parts = levels.split(max(1, SCORED // length))
         nll = torch.cat([self._nll(part, length).double().sum(1) for part in parts])
-        return {"nll": nll, "tokens": torch.full_like(nll, length)}
+        return {"nll": nll + flaw, "tokens": torch.full_like(nll, length)}
 
     @torch.no_grad()
     def draw(self, n: int, options: SoundOptions, *, generator: torch.Generator | None = None) -> Sounds:
@@ -306,6 +307,11 @@ class WaveNet(ComputedBuffers, GenerativeModel):
             x = self.embedding(level)
         chooser.check()
         return levels
+
+    @staticmethod
+    def _read(audio: Tensor) -> tuple[Tensor, Tensor]:
+        """Levels of samples (B, N), and (B,) 0, or NaN where samples are NaN or infinite and so have no level."""
+        return mu_law(audio.nan_to_num()), 0 * audio.sum(1)
 
     def _checked(self, audio: Tensor) -> Tensor:
         require_audio("audio", audio, self.config.length)
