@@ -13,21 +13,23 @@ import torch
 
 from fastgen.data import Items
 from fastgen.models import GenerativeModel
-from fastgen.train.config import TrainConfig
+from fastgen.train.config import MOST_STEPS, TrainConfig
 from fastgen.train.errors import UsageError
 
-MOST_LAYERS = 1000
+MOST_LAYERS, MOST_SIZE = 1000, 2**20
 USUAL_LAYERS, USUAL_SIZE = 50, 1024
 LAYERS = ("depth", "blocks", "flows", "halvings", "cycle", "cycles")  # ends of the names of options that count layers
+LENGTHS = ("every", "warmup", "crop")  # of those that count steps, or samples of a sound
 COPIES = 5  # of the weights in training: weights, gradients, AdamW's two averages, the running average
 GIB = 2**30
 
 
-def check_layers(options: Mapping[str, Any]) -> None:
-    """Raises UsageError where an option of a model asks for so many layers that to make them would take for ever."""
+def check_sizes(options: Mapping[str, Any]) -> None:
+    """Raises UsageError where an option of a model asks for more layers, or a greater size, than could ever be made."""
     for name, value in options.items():
-        if name.endswith(LAYERS) and isinstance(value, int) and value > MOST_LAYERS:
-            raise UsageError(f"model.{name}: expected at most {MOST_LAYERS}, got {value}")
+        most = MOST_LAYERS if name.endswith(LAYERS) else MOST_STEPS if name.endswith(LENGTHS) else MOST_SIZE
+        if isinstance(value, int) and value > most:
+            raise UsageError(f"model.{name}: expected at most {most}, got {value}")
 
 
 def check_model(model_class: type[GenerativeModel], config: Any, device: torch.device) -> None:

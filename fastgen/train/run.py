@@ -31,7 +31,7 @@ from fastgen.train.errors import StoppedError, UsageError
 from fastgen.train.files import inside
 from fastgen.train.folder import RunFolder
 from fastgen.train.inspection import inspect
-from fastgen.train.limits import check_batch, check_layers, check_model
+from fastgen.train.limits import check_batch, check_model, check_sizes
 from fastgen.train.lock import locked
 from fastgen.train.loop import Trainer
 from fastgen.train.progress import Progress
@@ -226,7 +226,7 @@ def _fresh(request: Request) -> tuple[Header, Dataset]:
     if missing and not model_class.kinds:
         raise UsageError(f"data: expected a set that tells {missing[0]}, for {request.model}, got {data.name}")
     facts = {name: told[name] for name in wanted if name in told}
-    check_layers(request.model_options)
+    check_sizes(request.model_options)
     model_config = _checked(model_class.config_class, {**facts, **request.model_options}, prefix="model.")
     kept = asdict(data_config) | {"source": data_config.source.removeprefix(BUNDLED)}
     return Header(request.model, asdict(model_config), asdict(config), kept, data.fingerprint), data

@@ -55,6 +55,7 @@ def ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         raise Began
 
     monkeypatch.setattr("fastgen.train.run.Engine", began)
+    monkeypatch.setattr(limits, "memory", lambda device: 2**30)  # whatever the machine has
     monkeypatch.setattr("fastgen.cli._evaluate.evaluate", began)
 
     def ends(*words: str) -> str:
