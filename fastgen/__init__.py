@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from fastgen import functional, losses, ops
-from fastgen._info import Info, info
-from fastgen._library import current_backend, load_compiled, use_backend
-from fastgen.integrations import AccelerationReport, accelerate, restore
+import sys
+from importlib import import_module
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0.dev0"
-
-load_compiled()
 
 __all__ = [
     "AccelerationReport",
@@ -24,3 +22,60 @@ __all__ = [
     "restore",
     "use_backend",
 ]
+
+_SUBMODULES = ("functional", "integrations", "losses", "models", "nn", "ops", "reference")
+
+_HOMES = {
+    "functional": "fastgen",
+    "losses": "fastgen",
+    "ops": "fastgen",
+    **dict.fromkeys(("Info", "info"), "fastgen._info"),
+    **dict.fromkeys(("current_backend", "use_backend"), "fastgen._library"),
+    **dict.fromkeys(("AccelerationReport", "accelerate", "restore"), "fastgen.integrations"),
+}
+
+if TYPE_CHECKING:
+    from fastgen import functional, losses, ops
+    from fastgen import models as models
+    from fastgen import nn as nn
+    from fastgen import reference as reference
+    from fastgen._info import Info, info
+    from fastgen._library import current_backend, use_backend
+    from fastgen.integrations import AccelerationReport, accelerate, restore
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Submodules at their first use, and the package's names where they are not there yet."""
+        if name in _SUBMODULES:
+            return import_module(f"{__name__}.{name}")
+        if name in __all__:
+            return _load()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _load() -> dict[str, Any]:
+    """Import torch, register the operators, and fill in the package's names."""
+    for name, module in _HOMES.items():
+        globals()[name] = getattr(import_module(module), name)
+    return globals()
+
+
+def _is_command() -> bool:
+    """Whether this process is ``fastgen ...`` or ``python -m fastgen ...``.
+
+    There, torch, which is slow to import, waits until a command needs it. Everybody else has the operators
+    (``torch.ops.fastgen``) by the import alone.
+    """
+    program = (getattr(sys, "argv", None) or [""])[0].replace("\\", "/").rpartition("/")[2].lower()
+    if program == "-m":  # while Python looks for the module that it is to run
+        words = sys.orig_argv
+        return ("-m", "fastgen") in pairwise(words)
+    return program in ("fastgen", "fastgen.exe")
+
+
+if not _is_command():
+    _load()

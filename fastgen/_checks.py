@@ -14,14 +14,47 @@ def shape_of(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
-def require_tensor(name: str, value: Any, *, optional: bool = False) -> None:
-    if not isinstance(value, Tensor) and not (optional and value is None):
+def require_tensor(name: str, value: Any, *, optional: bool = False, nested: bool = False) -> None:
+    """A dense tensor whose memory holds its values; with ``nested`` also a nested tensor."""
+    if not isinstance(value, Tensor):
+        if optional and value is None:
+            return
         raise TypeError(f"{name}: expected a tensor{' or None' if optional else ''}, got {type(value).__name__}")
+    if nested and value.is_nested:
+        return
+    if type(value) not in _PLAIN:
+        _require_plain_subclass(name, value)
+    if value.layout != torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got a {kind} one")
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _require_plain_subclass(name: str, value: Tensor) -> None:
+    """Refuses a subclass with a ``__torch_function__`` of its own: what it stands for need not be in its memory.
+
+    Subclasses with ``__torch_dispatch__`` only (FakeTensor, DTensor) receive the operators themselves.
+    """
+    kind = type(value)
+    own = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
+    if own not in (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl):  # type: ignore[attr-defined]
+        raise TypeError(
+            f"{name}: expected a plain tensor, got {kind.__name__}, which overrides __torch_function__; convert it"
+            " first (as_subclass(torch.Tensor) where its memory holds its values)"
+        )
+
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def require_floating(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+    """One of the dtypes that functions compute in."""
+    if tensor.dtype in FLOATING:
+        return
+    expected = "a floating-point tensor" if not tensor.is_floating_point() else "float32, float64, bfloat16 or float16"
+    raise TypeError(f"{name}: expected {expected}, got {tensor.dtype}")
 
 
 def require_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
@@ -36,8 +69,12 @@ def require_alike(first_name: str, first: Tensor, **others: Tensor | None) -> No
             continue
         if tensor.dtype != first.dtype:
             raise TypeError(f"{name}: expected the dtype of {first_name}, {first.dtype}, got {tensor.dtype}")
-        if tensor.device != first.device:
-            raise ValueError(f"{name}: expected the device of {first_name}, {first.device}, got {tensor.device}")
+        require_device(name, tensor, first_name, first)
+
+
+def require_device(name: str, tensor: Tensor, first_name: str, first: Tensor) -> None:
+    if tensor.device != first.device:
+        raise ValueError(f"{name}: expected the device of {first_name}, {first.device}, got {tensor.device}")
 
 
 def require_broadcast(name: str, tensor: Tensor, target: tuple[int, ...], meaning: str) -> None:
@@ -47,8 +84,27 @@ def require_broadcast(name: str, tensor: Tensor, target: tuple[int, ...], meanin
 
 
 def require_probability(name: str, value: float) -> None:
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{name}: expected a probability in [0, 1), got {value}")
+    """A number in [0, 1]."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a number, got a tensor of shape {shape_of(value)}")
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}: expected a probability in [0, 1], got {value}")
+
+
+def require_finite(name: str, value: Any) -> float:
+    """A finite number, as a float. A tensor is refused: a derivative by it would be lost."""
+    if isinstance(value, Tensor):
+        raise TypeError(
+            f"{name}: expected a number, got a tensor of shape {shape_of(value)}, whose gradient would be lost;"
+            " multiply query by it instead"
+        )
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {value!r}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: expected a finite number, got {number}")
+    return number
 
 
 def require_positive(name: str, value: int) -> None:
@@ -83,3 +139,25 @@ def require_positive_number(**values: float) -> None:
     for name, value in values.items():
         if not _is_number(value) or value <= 0:
             raise ValueError(f"{name}: expected a positive number, got {value!r}")
+
+
+def require_flag(name: str, value: Any) -> None:
+    """True or False, 1 or 0: a string such as "no" would count as true."""
+    if isinstance(value, Tensor) or value not in (True, False):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def require_eps(name: str, value: Any) -> float:
+    """What a norm adds to a mean of squares, as a float: a number >= 0.
+
+    A tensor is refused: a derivative by it would be lost.
+    """
+    if isinstance(value, (bool, str, Tensor)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
+    if not 0.0 <= number < math.inf:
+        raise ValueError(f"{name}: expected a finite number >= 0, got {number}")
+    return number

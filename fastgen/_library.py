@@ -20,6 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastgen._compile import constant, is_dynamo_compiling
+from fastgen._shared_objects import why_incomplete
+
 COMPILED, REFERENCE = "fastgen", "fastgen_reference"
 BACKENDS = ("auto", "reference", "compiled")
 COMPILED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -37,6 +40,7 @@ class Definition(NamedTuple):
 _libraries = {namespace: torch.library.Library(namespace, "DEF") for namespace in (COMPILED, REFERENCE)}
 _operators: dict[str, list[Definition]] = {}
 _added: list[torch.library.Library] = []  # of add_backend, kept alive
+_derivatives: dict[str, Callable[..., Any]] = {}
 _namespaces = {"reference": REFERENCE}  # of the backends that are nothing but a namespace
 
 
@@ -60,12 +64,16 @@ def define(
     for namespace, library in _libraries.items():
         _define_in(namespace, library, definition)
         chosen = assisted if assisted is not None and namespace == COMPILED else implementation
-        library.impl(definition.name, _guarded(chosen, check), "CompositeExplicitAutograd")
+        library.impl(definition.name, outside_autocast(chosen, check), "CompositeExplicitAutograd")
 
 
-def _guarded(implementation: Callable[..., Any], check: Callable[..., None] | None) -> Callable[..., Any]:
-    """Checked arguments; and what is float32 inside an operator stays float32: autocast has chosen the arguments' dtype
-    and is done."""
+def outside_autocast(
+    implementation: Callable[..., Any], check: Callable[..., None] | None = None
+) -> Callable[..., Any]:
+    """What is float32 inside an operator stays float32: autocast has chosen the arguments' dtype and is done.
+
+    ``check`` is called with the arguments first.
+    """
 
     @functools.wraps(implementation)
     def run(*args: Any, **options: Any) -> Any:
@@ -116,15 +124,63 @@ def add_backend(name: str, namespace: str, families: Iterable[str]) -> None:
     """
     library = torch.library.Library(namespace, "DEF")
     _added.append(library)
+    names = set()
     for family in families:
         for definition in _operators[family]:
             _define_in(namespace, library, definition)
+            names.add(definition.name)
+    for known in _derivatives.keys() & names:
+        _differentiate_in(namespace, library, known, _derivatives[known])
     _namespaces[name] = namespace
+
+
+def differentiate(name: str, derivative: Callable[..., Any]) -> None:
+    """Registers ``derivative(namespace, *args)`` as what a call of operator ``name`` records for autograd.
+
+    fastgen's functions record their own and call operators below autograd (``call``). This one serves calls from
+    elsewhere: exported programs, whose graphs name the operators.
+    """
+    _derivatives[name] = derivative
+    for namespace, library in _libraries.items():
+        _differentiate_in(namespace, library, name, derivative)
+
+
+def _differentiate_in(
+    namespace: str, library: torch.library.Library, name: str, derivative: Callable[..., Any]
+) -> None:
+    def record(*args: Any) -> Any:
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError(
+                f"{namespace}::{name}: expected a call outside of torch.func.grad, jvp and the like, which do not reach"
+                " into operators that are called by name; call the function of fastgen.functional instead"
+            )
+        return derivative(namespace, *args)
+
+    library.impl(name, record, "Autograd")
+
+
+def refuse_other_derivatives() -> None:
+    """Operators that have no derivative, being called inside of others only, raise where one would be recorded."""
+    for name in (name for names in operators().values() for name in names if name not in _derivatives):
+        differentiate(name, functools.partial(_refuse_derivative, name))
+
+
+def _refuse_derivative(name: str, namespace: str, *args: Any) -> Any:
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        raise RuntimeError(f"{namespace}::{name}: expected tensors that need no gradient; it has no derivative")
+    return call(namespace, name, *args)
 
 
 def operator(namespace: str, name: str) -> Callable[..., Any]:
     """The callable of an operator, for example ``operator("fastgen_reference", "attention_forward")``."""
     return getattr(getattr(torch.ops, namespace), name)  # type: ignore[no-any-return]
+
+
+def call(namespace: str, name: str, *args: Any) -> Any:
+    """Calls an operator below autograd: the caller records what there is to differentiate."""
+    function = operator(namespace, name)
+    with torch._C._AutoDispatchBelowAutograd():
+        return function(*args)
 
 
 def operators() -> dict[str, list[str]]:
@@ -150,12 +206,14 @@ class CompiledLibrary:
         return self.path is not None and self.problem is None
 
     def load(self) -> None:
-        stem = Path(__file__).with_name(self.name)
-        found = [p for s in importlib.machinery.EXTENSION_SUFFIXES if (p := stem.with_name(stem.name + s)).is_file()]
-        if not found:
+        self.path = _built(self.name)
+        if self.path is None:
             self.problem = f"{self.name} was not built (see FASTGEN_BUILD in the README)"
             return
-        self.path = found[0]
+        missing = why_incomplete(self.path)
+        if missing is not None:
+            self.problem = f"{self.path.name} was cut short: {missing}"
+            return
         try:
             torch.ops.load_library(str(self.path))
         except Exception as error:
@@ -163,7 +221,17 @@ class CompiledLibrary:
             self.problem = f"{self.path.name} does not load: {str(cause).splitlines()[0].rpartition('/')[2]}"
 
 
+def _built(name: str) -> Path | None:
+    """The file of a compiled part, beside this one."""
+    paths = (Path(__file__).with_name(name + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    return next((path for path in paths if path.is_file()), None)
+
+
 def _load_module() -> tuple[ModuleType | None, str | None]:
+    path = _built("_C")
+    missing = None if path is None else why_incomplete(path)
+    if path is not None and missing is not None:
+        return None, f"{path.name} was cut short: {missing}"
     try:
         return importlib.import_module("fastgen._C"), None
     except ImportError as error:
@@ -210,11 +278,17 @@ def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
 
 def has_kernel(name: str, device: torch.device) -> bool:
     """Whether a loaded library registered a kernel of operator ``name`` for this kind of device."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{COMPILED}::{name}", device.type.upper()))
+    if all(library.device != device.type for library in _compiled):
+        return False
+    key = torch._C._dispatch_key_for_device(device.type)
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{COMPILED}::{name}", key))
 
 
 def why_not_compiled(name: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
-    """None when a compiled kernel of operator ``name`` serves the device, else the reason."""
+    """None when a compiled kernel of operator ``name`` serves the device, else the reason. Meta tensors have shapes and
+    nothing to compute: any backend serves them."""
+    if device.type == "meta":
+        return None
     library = next((library for library in _compiled if library.device == device.type), None)
     if library is None:
         return f"there are no kernels for device type '{device.type}'"
@@ -296,7 +370,7 @@ def _place(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, st
     return _places[key]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def _constant_place(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str | None]:
     return _place(name, device, dtype)
 
@@ -313,7 +387,7 @@ def select(name: str, tensor: Tensor, refused: str | None = None, slower: bool =
     backend = _selection.backend
     if backend in _namespaces:
         return _namespaces[backend]
-    place = _constant_place if torch.compiler.is_compiling() else _place
+    place = _constant_place if is_dynamo_compiling() else _place
     namespace, reason = place(name, tensor.device, tensor.dtype)
     if refused is not None and reason is None:
         namespace, reason = REFERENCE, refused
@@ -322,8 +396,8 @@ def select(name: str, tensor: Tensor, refused: str | None = None, slower: bool =
     return REFERENCE if slower and reason is None and backend == "auto" else namespace
 
 
-def operator_for_derivative(namespace: str, name: str, tensor: Tensor, refused: str | None) -> Callable[..., Any]:
-    """The operator that goes on where a forward pass was served by ``namespace``.
+def namespace_for_derivative(namespace: str, name: str, tensor: Tensor, refused: str | None) -> str:
+    """The namespace of the operator that goes on where a forward pass was served by ``namespace``.
 
     ``refused``: why its kernel, if there is one, does not take tensors like this one.
 
@@ -334,14 +408,14 @@ def operator_for_derivative(namespace: str, name: str, tensor: Tensor, refused: 
         if _selection.backend == "compiled":
             raise RuntimeError(f"backend 'compiled' was asked for, but {refused}; use 'auto' or 'reference'")
         namespace = REFERENCE
-    return operator(namespace, name)
+    return namespace
 
 
 def _tf32_allowed() -> bool:
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def _constant_tf32_allowed() -> bool:
     return _tf32_allowed()
 
@@ -353,4 +427,4 @@ def may_use_tf32(tensor: Tensor) -> bool:
     """
     if tensor.dtype != torch.float32 or tensor.device.type != "cuda":
         return False
-    return _constant_tf32_allowed() if torch.compiler.is_compiling() else _tf32_allowed()
+    return _constant_tf32_allowed() if is_dynamo_compiling() else _tf32_allowed()

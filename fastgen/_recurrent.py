@@ -11,12 +11,16 @@ from fastgen import _checks as check
 from fastgen._autograd.recurrent import Recurrence, accelerated, recurrent_layers
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast lowers products on the device to; None where it is off. There is none for meta tensors."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 def _lowered_dtype(data: Tensor) -> torch.dtype | None:
     """What autocast lowers the layer to; None where it does not."""
-    device = data.device.type
-    if not torch.is_autocast_enabled(device) or not data.is_floating_point() or data.dtype == torch.float64:
-        return None
-    return torch.get_autocast_dtype(device)
+    return None if data.dtype == torch.float64 else autocast_dtype(data.device)
 
 
 def recurrent(

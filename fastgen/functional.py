@@ -16,7 +16,9 @@ from torch import Tensor
 
 from fastgen import _autograd, reference
 from fastgen import _checks as check
+from fastgen._attention_arguments import attention_arguments, causal_bias, window_bounds
 from fastgen._library import may_use_tf32, select
+from fastgen._seeds import draw_seed
 from fastgen.ops import _projection_plan as plan
 from fastgen.ops.attention import Options, refused_heads
 from fastgen.ops.projection import Layout, finish_parts
@@ -33,13 +35,10 @@ __all__ = [
 ]
 
 
-def _draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """A one-element int64 seed on the device: no synchronisation, and a CUDA graph can replay it."""
-    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
-
-
 def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     device = tensor.device.type
+    if device == "meta":  # has no autocast, and torch raises when asked
+        return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
@@ -52,91 +51,6 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 # --------------------------------------------------------------------------------------------------
 # Attention
-
-
-def _window_bounds(window: tuple[int | None, int | None] | None, is_causal: bool) -> tuple[int, int]:
-    """(left, right) with -1 for unbounded; causal bounds the right at 0."""
-    left, right = -1, -1
-    if window is not None:
-        if not isinstance(window, (tuple, list)) or len(window) != 2:
-            raise ValueError(f"window: expected a pair (left, right), got {window!r}")
-        for side, size in zip(("left", "right"), window, strict=True):
-            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
-                raise ValueError(f"window: expected {side} to be an integer >= 0, or None for unbounded, got {size!r}")
-        left, right = (-1 if size is None else size for size in window)
-    return left, 0 if is_causal else right
-
-
-def _plainly_fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether nothing is left to check: the common case, in a few comparisons."""
-    q, k, v = query.shape, key.shape, value.shape
-    return (
-        len(q) == len(k) == len(v) == 4
-        and k[:3] == v[:3]
-        and q[:2] == k[:2]
-        and q[3] == k[3]
-        and query.dtype == key.dtype == value.dtype
-        and query.is_floating_point()
-        and query.device == key.device == value.device
-    )
-
-
-def _checked_attention_inputs(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
-    if _plainly_fit(query, key, value):
-        return
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check.require_tensor(name, tensor)
-        check.require_floating(name, tensor)
-        if tensor.dim() < 2 or tensor.dim() != query.dim():
-            raise ValueError(
-                f"{name}: expected (..., length, head_dim) with as many dims as query, {check.shape_of(query)},"
-                f" and at least 2, got {check.shape_of(tensor)}"
-            )
-    check.require_alike("query", query, key=key, value=value)
-    if key.size(-1) != query.size(-1):
-        raise ValueError(f"key: expected query's head dim {query.size(-1)}, got {check.shape_of(key)}")
-    if value.shape[:-1] != key.shape[:-1]:
-        expected = tuple(key.shape[:-1])
-        raise ValueError(f"value: expected key's dims {expected} before its own last, got {check.shape_of(value)}")
-    leading = tuple(query.shape[:-2])
-    if enable_gqa and query.dim() >= 3:
-        heads, key_heads = query.size(-3), key.size(-3)
-        if key_heads == 0 or heads % key_heads != 0:
-            raise ValueError(f"key: expected a number of heads that divides query's {heads}, got {key_heads}")
-        leading = (*query.shape[:-3], key_heads)
-    if tuple(key.shape[:-2]) != leading:
-        hint = "" if enable_gqa else " (grouped heads need enable_gqa=True)"
-        raise ValueError(f"key: expected leading dims {leading}, got {tuple(key.shape[:-2])}{hint}")
-
-
-def _four_dims(tensor: Tensor) -> Tensor:
-    """(N, D), (B, N, D) and (..., H, N, D) to (B, H, N, D) with a contiguous last dim."""
-    if tensor.dim() < 4:
-        tensor = tensor.unsqueeze(-3) if tensor.dim() == 3 else tensor[None, None]
-    elif tensor.dim() > 4:
-        tensor = tensor.flatten(0, -4)
-    return tensor if tensor.stride(-1) == 1 or tensor.size(-1) == 1 else tensor.contiguous()
-
-
-def _checked_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    """The mask as a 4-d tensor whose dims are full or 1."""
-    check.require_tensor("attn_mask", attn_mask, optional=True)
-    if attn_mask is None:
-        return None
-    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
-        raise TypeError(f"attn_mask: expected a boolean (True = attend) or floating tensor, got {attn_mask.dtype}")
-    if attn_mask.device != query.device:
-        raise ValueError(f"attn_mask: expected the device of query, {query.device}, got {attn_mask.device}")
-    target = (*query.shape[:-1], key.size(-2))
-    check.require_broadcast("attn_mask", attn_mask, target, "(..., query length, key length)")
-    mask = attn_mask.reshape((1,) * (len(target) - attn_mask.dim()) + tuple(attn_mask.shape))
-    if len(target) < 4:
-        return mask.unsqueeze(-3) if len(target) == 3 else mask[None, None]
-    if len(target) > 4:
-        batch = mask.shape[:-3]
-        shared = all(n == 1 for n in batch)
-        return (mask if shared else mask.expand(*target[:-3], *mask.shape[-3:])).flatten(0, -4)
-    return mask
 
 
 def scaled_dot_product_attention(
@@ -159,16 +73,18 @@ def scaled_dot_product_attention(
 
     Args:
         query: (B, H, N, Dk). Other numbers of leading dims work as in torch: (N, Dk), (B, N, Dk), (..., H, N, Dk).
-        key: (B, Hk, M, Dk); Hk is H, or divides it when ``enable_gqa``.
+        key: (B, Hk, M, Dk); Hk is H, or divides it when ``enable_gqa``. Leading dims broadcast.
         value: (B, Hk, M, Dv). Dv need not be Dk.
-        attn_mask: broadcasts to (B, H, N, M). Boolean: True where a query may see a key. Floating: added to the
-            scores, and differentiable; its gradient has the mask's own shape.
-        dropout_p: probability of dropping an attention weight, in [0, 1). Applied whenever it is above 0.
+        attn_mask: broadcasts to (B, H, N, M). Boolean: True where a query may attend to a key. Floating: added to the
+            scores in its own precision, which may be wider than query's, and differentiable; its gradient has the
+            mask's own shape. Or a ``torch.nn.attention.bias.CausalBias``.
+        dropout_p: probability of dropping an attention weight, in [0, 1]. Applied whenever it is above 0.
         is_causal: query i sees keys j <= i, as torch aligns it when N and M differ. May be combined with a mask.
-        scale: factor of the scores; default ``1 / sqrt(Dk)``.
-        enable_gqa: let several query heads share one key and value head.
+        scale: factor of the scores, a finite number; default ``1 / sqrt(Dk)``. For a learned factor multiply query.
+        enable_gqa: let several query heads share one key and value head, the third dim from the end.
         window: (left, right): query i sees keys i - left <= j <= i + right; None on a side is unbounded.
-        generator: source of the dropout seed, on the tensors' device.
+        generator: source of the dropout seed, on the tensors' device. Under ``torch.utils.checkpoint`` it needs
+            ``use_reentrant=False``.
         return_lse: also return the logsumexp of each row of scores, differentiable.
 
     Returns:
@@ -176,8 +92,9 @@ def scaled_dot_product_attention(
         float64), in nats. A row that may see no key gives 0, with lse -inf and gradients 0, never NaN.
 
     Raises:
-        TypeError: integer inputs, a mask that is neither boolean nor floating, dtypes that differ.
-        ValueError: shapes that do not fit, a negative window, a probability out of range.
+        TypeError: integer inputs, a mask that is neither boolean nor floating, dtypes that differ, a tensor as scale,
+            nested, sparse or quantised tensors, and tensor subclasses with a ``__torch_function__`` of their own.
+        ValueError: shapes that do not fit, a negative window, a probability out of range, a scale that is not finite.
         RuntimeError: the backend ``compiled`` is forced and there is no kernel for these tensors; a derivative that
             is not there.
 
@@ -197,22 +114,25 @@ def scaled_dot_product_attention(
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check.require_tensor(name, tensor)
+    check.require_probability("dropout_p", dropout_p)
+    window_left, window_right = window_bounds(window, is_causal)
+    if type(attn_mask).__name__ == "CausalBias":
+        attn_mask, bound = causal_bias(attn_mask, query, key, is_causal)
+        window_right = window_right if bound is None else bound if window_right < 0 else min(window_right, bound)
+    check.require_tensor("attn_mask", attn_mask, optional=True)
     low = _autocast_dtype(query)
     query, key, value = _cast(query, low), _cast(key, low), _cast(value, low)
-    _checked_attention_inputs(query, key, value, enable_gqa)
-    check.require_probability("dropout_p", dropout_p)
-    window_left, window_right = _window_bounds(window, is_causal)
-    mask = _checked_mask(attn_mask, query, key)
-    scale = query.size(-1) ** -0.5 if scale is None else float(scale)
-    seed = _draw_seed(query.device, generator) if dropout_p > 0 else None
+    if dropout_p == 1:  # every weight is dropped: 0 in place of the values, with gradients of 0
+        value, dropout_p = value * 0.0, 0.0
+    query, key, value, mask, rows = attention_arguments(query, key, value, attn_mask, enable_gqa)
+    # Without a head dim all scores are 0, whatever their factor.
+    scale = max(query.size(-1), 1) ** -0.5 if scale is None else check.require_finite("scale", scale)
+    seed = draw_seed(query.device, generator) if dropout_p > 0 else None
     options = Options(dropout_p, window_left, window_right, scale, may_use_tf32(query))
     namespace = select("attention_forward", query, refused_heads(query, value))
-    out, lse = _autograd.attention(
-        _four_dims(query), _four_dims(key), _four_dims(value), mask, seed, options, namespace
-    )
-    if query.dim() != 4:
-        out = out.reshape(*query.shape[:-1], value.size(-1))
-        lse = lse.reshape(query.shape[:-1])
+    out, lse = _autograd.attention(query, key, value, mask, seed, options, namespace)
+    if len(rows) != 3 or rows[:2] != out.shape[:2]:
+        out, lse = out.reshape(*rows, value.size(-1)), lse.reshape(rows)
     return (out, lse) if return_lse else out
 
 
@@ -223,6 +143,7 @@ def scaled_dot_product_attention(
 def _projection_input(x: Tensor, channels_first: bool) -> Tensor:
     check.require_tensor("x", x)
     check.require_floating("x", x)
+    check.require_flag("channels_first", channels_first)
     if channels_first:
         if x.dim() < 3:
             raise ValueError(f"x: expected (B, C, *spatial) with channels_first, got {check.shape_of(x)}")
@@ -275,6 +196,8 @@ def multi_head_projection(
     """
     check.require_positive("num_heads", num_heads)
     check.require_tensor("weight", weight)
+    if weight.dim() != 2 or weight.size(0) == 0:
+        raise ValueError(f"weight: expected (num_heads * head_dim, C), got {check.shape_of(weight)}")
     if weight.size(0) % num_heads != 0:
         raise ValueError(f"num_heads: expected a divisor of weight's {weight.size(0)} rows, got {num_heads}")
     return qkv_projection(
@@ -310,8 +233,9 @@ def _checked_rotary(rotary: tuple[Tensor, Tensor], x: Tensor, batch: int, length
 
 
 def _wide_tables(rotary: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """(1|B, N, R / 2), in float32, or float64 for float64."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    """(1|B, N, R / 2), in float32, or float64 where x or a table is."""
+    wide = any(t.dtype == torch.float64 for t in (x, *rotary))
+    dtype = torch.float64 if wide else torch.float32
     cos, sin = (table.to(dtype) if table.dim() == 3 else table.to(dtype).unsqueeze(0) for table in rotary)
     return cos, sin
 
@@ -323,7 +247,8 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool =
 
     Args:
         x: (B, H, N, D).
-        cos, sin: (N, R / 2) or (B, N, R / 2), R <= D; computed in float32 or wider. The channels beyond R stay.
+        cos, sin: (N, R / 2) or (B, N, R / 2), R <= D. Computed in float32, or in float64 where x or a table is float64.
+            The channels beyond R stay.
         interleaved: pairs are channels (2 i, 2 i + 1), as in the paper; otherwise (i, i + R / 2), as in Llama.
 
     Returns:
@@ -341,6 +266,7 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool =
     check.require_floating("x", x)
     if x.dim() != 4:
         raise ValueError(f"x: expected (B, H, N, D), got {check.shape_of(x)}")
+    check.require_flag("interleaved", interleaved)
     _checked_rotary((cos, sin), x, x.size(0), x.size(2), (x.size(3),))
     return reference.rotary(x, *_wide_tables((cos, sin), x), interleaved).to(x.dtype)
 
@@ -368,6 +294,7 @@ def qkv_projection(
         heads: (Hq, Hk, Hv). head_dims: (Dk, Dk, Dv). Any number of parts works the same way.
         norms: weights (Dk,) of q, or of q and k, whose heads are then normalised: ``y / sqrt(mean(y^2) + norm_eps) *
             weight`` (Zhang and Sennrich, "Root mean square layer normalization", 2019). In general: of the first parts.
+            Autocast lowers them with the weight. ``norm_eps`` is a number >= 0.
         rotary: tables (cos, sin) by which the first ``rotated`` parts are turned, after that; see
             ``rotary_embedding``, also for ``interleaved``.
 
@@ -376,7 +303,7 @@ def qkv_projection(
 
     Raises:
         TypeError: integer input, or dtypes that differ.
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, heads or head dims that are not positive integers, a negative ``norm_eps``.
 
     Example:
         >>> q, k, v = qkv_projection(torch.randn(2, 5, 6), torch.randn(24, 6), heads=(4, 1, 1), head_dims=(4, 4, 4))
@@ -384,19 +311,25 @@ def qkv_projection(
         (torch.Size([2, 4, 5, 4]), torch.Size([2, 1, 5, 4]))
     """
     tokens = _projection_input(x, channels_first)
-    if len(heads) != len(head_dims) or not heads:
-        raise ValueError(f"head_dims: expected as many as heads {tuple(heads)}, got {tuple(head_dims)}")
     for name, counts in (("heads", heads), ("head_dims", head_dims)):
+        if not isinstance(counts, (tuple, list)) or not counts:
+            raise ValueError(f"{name}: expected a sequence of positive integers, got {counts!r}")
         for count in counts:
             check.require_positive(name, count)
+    if len(heads) != len(head_dims):
+        raise ValueError(f"head_dims: expected as many as heads {tuple(heads)}, got {tuple(head_dims)}")
     rows = sum(h * d for h, d in zip(heads, head_dims, strict=True))
     check.require_tensor("weight", weight)
     if weight.dim() != 2 or weight.size(0) != rows:
         raise ValueError(f"weight: expected {rows} rows, the sum of heads * head_dims, got {check.shape_of(weight)}")
+    check.require_tensor("bias", bias, optional=True)
     low = _autocast_dtype(x)
     tokens, weight, bias = _cast(tokens, low), _cast(weight, low), None if bias is None else _cast(bias, low)
     _checked_linear(tokens, tokens.size(1 if channels_first else 2), weight, bias, rows)
     finish = HeadFinish()
+    norms = () if norms is None else norms
+    if not isinstance(norms, (tuple, list)):
+        raise TypeError(f"norms: expected a tuple or list of weights, one for each part, got {type(norms).__name__}")
     if norms or rotary is not None:
         length = tokens.size(2 if channels_first else 1)
         finish = _checked_finish(tokens, length, head_dims, norms, norm_eps, rotary, rotated, interleaved, low)
@@ -410,8 +343,10 @@ def qkv_projection(
         may_use_tf32(tokens),
     )
     namespace = _place_of_heads(tokens, layout, finish)
-    if finish.cos is not None and _may_be_differentiated(finish.cos, finish.sin):
-        # The fused operators take tables for constants.
+    if finish.cos is not None and (
+        _may_be_differentiated(finish.cos, finish.sin) or finish.cos.dtype.itemsize > max(tokens.dtype.itemsize, 4)
+    ):
+        # The fused operators take tables for constants, in float32 where x is not float64.
         parts = _autograd.projection(tokens, weight, bias, HeadFinish(), layout, namespace)
         return tuple(finish_parts(list(parts), finish))
     return _autograd.projection(tokens, weight, bias, finish, layout, namespace)
@@ -445,17 +380,18 @@ def _checked_finish(
     interleaved: bool,
     low: torch.dtype | None,
 ) -> HeadFinish:
-    if isinstance(norms, Tensor) or len(norms) > len(head_dims):
-        raise ValueError(f"norms: expected a sequence of at most {len(head_dims)} weights, one for each part")
+    if len(norms) > len(head_dims):
+        raise ValueError(f"norms: expected at most {len(head_dims)} weights, one for each part, got {len(norms)}")
     cast = []
     for norm, dim in zip(norms, head_dims, strict=False):
         check.require_tensor("norms", norm)
         check.require_shape("norms", norm, (dim,), "(head dim of the part,)")
         cast.append(_cast(norm, low))
         check.require_alike("x", tokens, norms=cast[-1])
-    finish = HeadFinish(norms=tuple(cast), eps=float(eps))
+    finish = HeadFinish(norms=tuple(cast), eps=check.require_eps("norm_eps", eps))
     if rotary is None:
         return finish
+    check.require_flag("interleaved", interleaved)
     if isinstance(rotated, bool) or not isinstance(rotated, int) or not 1 <= rotated <= len(head_dims):
         raise ValueError(f"rotated: expected between 1 and the {len(head_dims)} parts, got {rotated!r}")
     _checked_rotary(rotary, tokens, tokens.size(0), length, head_dims[:rotated])
@@ -506,8 +442,10 @@ def merge_heads_projection(
         >>> merge_heads_projection(torch.randn(2, 4, 5, 2), torch.randn(6, 8)).shape
         torch.Size([2, 5, 6])
     """
-    for name, tensor, optional in (("x", x, False), ("residual", residual, True)):
-        check.require_tensor(name, tensor, optional=optional)
+    tensors = {"x": x, "weight": weight, "bias": bias, "residual": residual}
+    for name, tensor in tensors.items():
+        check.require_tensor(name, tensor, optional=name in ("bias", "residual"))
+    check.require_flag("channels_first", channels_first)
     check.require_floating("x", x)
     if x.dim() != 4:
         raise ValueError(f"x: expected (B, H, N, D), got {check.shape_of(x)}")
@@ -519,8 +457,9 @@ def merge_heads_projection(
     flat: Tensor | None = None
     shape: tuple[int, ...] = (batch, channels, length) if channels_first else (batch, length, channels)
     if residual is not None:
-        fits = residual.dim() >= 3 and residual.shape[:2] == (batch, channels)
-        if channels_first and fits and math.prod(residual.shape[2:]) == length:
+        # In this order: a length that is compared with channels would be a guard of torch.export.
+        of_map = channels_first and residual.dim() >= 3 and residual.shape[:2] == (batch, channels)
+        if of_map and math.prod(residual.shape[2:]) == length:
             flat, shape = residual.flatten(2), tuple(residual.shape)
         else:
             meaning = "(B, E, *spatial)" if channels_first else "(B, N, E)"
@@ -543,6 +482,10 @@ def merge_heads_projection(
         namespace = select("merge_heads_forward", x, refused, plan.slower(problem, x))
     if low is not None and any(t is not None and t.dtype != x.dtype for t in (flat, wide_gate)):
         # A residual stream kept in float32 stays float32, as torch's own promotion has it.
+        for name, tensor in (("residual", flat), ("gate", wide_gate)):
+            if tensor is not None:
+                check.require_floating(name, tensor)
+                check.require_device(name, tensor, "x", x)
         y = _autograd.merge_heads(x, weight, bias, None, None, channels_first, may_use_tf32(x), namespace)
         if wide_gate is not None:
             y = y * (wide_gate.transpose(1, 2) if channels_first else wide_gate)
@@ -592,7 +535,7 @@ def _latent(
             check.require_broadcast(name, tensor, tuple(mu.shape), "the shape of mu")
             tensor = _rows(tensor.expand(mu.shape))
         priors.append(tensor)
-    seed = _draw_seed(mu.device, generator)
+    seed = draw_seed(mu.device, generator)
     namespace = select("latent_forward", mu)
     z, kl = _autograd.gaussian_latent(_rows(mu), _rows(logvar), priors[0], priors[1], seed, with_kl, namespace)
     return z if mu.dim() == 2 else z.reshape(mu.shape), kl

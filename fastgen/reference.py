@@ -124,18 +124,28 @@ def uniform_rows(
 # Gaussian latent
 
 
+def expm1_excess(x: Tensor) -> Tensor:
+    """e^x - 1 - x, right to the last digits also near 0, where its terms cancel: a Taylor series takes over there."""
+    small = x.abs() < 0.5
+    near = torch.where(small, x, 0)
+    series = torch.full_like(near, 1 / math.factorial(18))
+    for power in range(17, 1, -1):
+        series = series * near + 1 / math.factorial(power)
+    far = torch.where(small, 1, x)
+    return torch.where(small, near.square() * series, far.expm1() - far)
+
+
 def kl_divergence(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None) -> Tensor:
-    """KL( N(mu, e^logvar) || N(prior_mu, e^prior_logvar) ) in nats, summed over the last dim.
+    """KL( N(mu, e^logvar) || N(prior_mu, e^prior_logvar) ) in nats, summed over the last dim; never negative.
 
     Kingma and Welling, "Auto-encoding variational Bayes" (2014), appendix B. A missing prior is N(0, I).
     """
     difference = mu if prior_mu is None else mu - prior_mu
     if prior_logvar is None:
-        terms = difference.square() + logvar.exp() - 1 - logvar
-    else:
-        ratio = logvar - prior_logvar
-        terms = difference.square() * (-prior_logvar).exp() + ratio.exp() - 1 - ratio
-    return 0.5 * terms.sum(-1)
+        return 0.5 * (difference.square() + expm1_excess(logvar)).sum(-1)
+    scale = (-0.5 * prior_logvar).exp()
+    scaled = torch.where((difference == 0) & (scale == math.inf), 0, difference * scale)
+    return 0.5 * (scaled.square() + expm1_excess(logvar - prior_logvar)).sum(-1)
 
 
 def gaussian_latent(
@@ -143,35 +153,6 @@ def gaussian_latent(
 ) -> tuple[Tensor, Tensor]:
     """z = mu + noise * e^(logvar / 2), and the KL divergence of each row; (B, D) -> (B, D), (B,)."""
     return mu + noise * (0.5 * logvar).exp(), kl_divergence(mu, logvar, prior_mu, prior_logvar)
-
-
-def gaussian_latent_backward(
-    grad_z: Tensor | None,
-    grad_kl: Tensor | None,
-    mu: Tensor,
-    logvar: Tensor,
-    noise: Tensor,
-    prior_mu: Tensor | None = None,
-    prior_logvar: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of mu, logvar, prior_mu and prior_logvar, all (B, D); a missing prior counts as 0."""
-    grad_mu = grad_logvar = grad_prior_mu = grad_prior_logvar = torch.zeros_like(mu)
-    if grad_z is not None:
-        grad_mu = grad_mu + grad_z
-        grad_logvar = grad_logvar + 0.5 * grad_z * noise * (0.5 * logvar).exp()
-    if grad_kl is not None:
-        upstream = grad_kl.unsqueeze(-1)
-        difference = mu if prior_mu is None else mu - prior_mu
-        ratio = logvar.exp()
-        slope = difference
-        if prior_logvar is not None:
-            ratio = (logvar - prior_logvar).exp()
-            slope = difference * (-prior_logvar).exp()
-        grad_mu = grad_mu + upstream * slope
-        grad_logvar = grad_logvar + 0.5 * upstream * (ratio - 1)
-        grad_prior_mu = -upstream * slope
-        grad_prior_logvar = 0.5 * upstream * (1 - ratio - difference * slope)
-    return grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar
 
 
 # --------------------------------------------------------------------------------------------------
@@ -453,7 +434,7 @@ def split_heads(y: Tensor, heads: list[int], head_dims: list[int]) -> list[Tenso
 
 def join_heads(x: Tensor) -> Tensor:
     """(B, H, N, D) -> (B, N, H * D)."""
-    return x.transpose(1, 2).flatten(2)
+    return x.transpose(1, 2).reshape(x.size(0), x.size(2), x.size(1) * x.size(3))
 
 
 class HeadFinish(NamedTuple):
@@ -491,7 +472,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     turned, rest = x.split([2 * cos.size(-1), x.size(-1) - 2 * cos.size(-1)], dim=-1)
     first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
     pair = first * cos - second * sin, second * cos + first * sin
-    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    shape = turned.shape
+    turned = torch.stack(pair, dim=-1).reshape(shape) if interleaved else torch.cat(pair, dim=-1)
     return torch.cat((turned, rest), dim=-1) if rest.size(-1) else turned
 
 

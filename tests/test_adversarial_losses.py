@@ -82,6 +82,15 @@ def test_large_scores_neither_overflow_nor_lose_their_gradient(kind, dtype):
         torch.testing.assert_close(gradient[:2].double(), torch.full((2,), -0.25, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("score", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("kind", ADVERSARIAL_LOSSES)
+def test_a_score_that_has_overflowed_makes_the_loss_nan(kind, score):
+    bad, good = torch.tensor([score, 1.0]), torch.zeros(2)
+    assert bool(discriminator_loss(bad, good, kind).isnan())
+    assert bool(discriminator_loss(good, bad, kind).isnan())
+    assert bool(generator_loss(bad, kind).isnan())
+
+
 @pytest.mark.parametrize("kind", ADVERSARIAL_LOSSES)
 def test_autocast_leaves_losses_in_float32(kind):
     real, fake = torch.randn(2, 16).bfloat16()

@@ -149,10 +149,10 @@ def plain_games_of_the_generator(fake):
     return (1 - fake.sigmoid()).log().mean(), -fake.sigmoid().log().mean(), squares, -fake.mean(), -fake.mean()
 
 
-def plain_recurrent(x, w_ih, w_hh, b_ih, b_hh):
-    """A layer of LSTM (four gates) or GRU (three), one step after the other."""
+def plain_recurrent(x, w_ih, w_hh, b_ih, b_hh, start=None):
+    """A layer of LSTM (four gates) or GRU (three), one step after the other, from zeros or h = c = start."""
     lstm = w_ih.size(0) == 4 * w_hh.size(1)
-    h = c = x.new_zeros(x.size(1), w_hh.size(1))
+    h = c = x.new_zeros(x.size(1), w_hh.size(1)) if start is None else start
     hidden = []
     for step in x:
         a, b = (step @ w_ih.T + b_ih).chunk(4 if lstm else 3, 1), (h @ w_hh.T + b_hh).chunk(4 if lstm else 3, 1)

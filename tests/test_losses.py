@@ -153,6 +153,24 @@ def test_the_running_mean_of_path_lengths_converges_and_is_a_constant_of_the_pen
     assert not path_length_penalty((scale * latents)[..., None], latents, learned)[1].requires_grad
 
 
+@pytest.mark.parametrize("kind", PENALTIES)
+def test_a_slope_that_is_nan_gives_a_penalty_that_is_nan(kind):
+    network = network_of(kind, dtype=torch.float32)
+    with torch.no_grad():
+        network[1].weight[0, 0] = math.nan
+    assert bool(penalty_of(kind, network, torch.randn(5, 7)).isnan())
+
+
+@pytest.mark.parametrize("kind", PENALTIES)
+def test_a_slope_of_0_gives_a_finite_penalty_with_a_finite_gradient(kind):
+    network = network_of(kind, dtype=torch.float32)
+    nn.init.zeros_(network[3].weight)
+    penalty = penalty_of(kind, network, torch.randn(5, 7))
+    penalty.backward()
+    assert bool(penalty.isfinite())
+    assert all(bool(weight.grad.isfinite().all()) for weight in network.parameters() if weight.grad is not None)
+
+
 # --------------------------------------------------------------------------------------------------
 # Derivatives
 

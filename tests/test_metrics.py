@@ -49,6 +49,7 @@ def test_a_fair_coin_for_each_pixel_is_one_bit_per_dim_and_a_uniform_token_is_it
     assert metrics.bits_per_dim(64 * math.log(2), 64) == pytest.approx(1)
     assert metrics.perplexity(math.log(50)) == pytest.approx(50)
     assert metrics.perplexity(1e4) == math.inf
+    assert math.isnan(metrics.perplexity(math.nan))
     torch.testing.assert_close(metrics.bits_per_dim(torch.tensor([0.0, 8.0]), 8), torch.tensor([0, 1 / math.log(2)]))
 
 

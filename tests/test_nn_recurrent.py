@@ -264,11 +264,59 @@ def test_the_example_works():
         ),
         ("LSTM", torch.zeros(T, B, C), torch.zeros(1, B, H), TypeError, r"hx: expected a pair \(h, c\), got Tensor"),
         ("GRU", pack_sequence([torch.zeros(2, C)]), torch.zeros(1, 2, H), ValueError, r"hx: .* = \(1, 1, 5\), got"),
+        ("GRU", torch.zeros(T, B, C).long(), None, TypeError, "input: expected a floating-point tensor"),
+        (
+            "GRU",
+            torch.zeros(T, B, C),
+            torch.zeros(1, B, H).double(),
+            TypeError,
+            "hx: expected the dtype of the weights",
+        ),
+        (
+            "LSTM",
+            torch.zeros(T, B, C),
+            (torch.zeros(1, B, H), torch.zeros(1, B, H).half()),
+            TypeError,
+            r"hx\[1\]: expected the dtype of the weights, torch.float32, got torch.float16",
+        ),
+        (
+            "GRU",
+            torch.zeros(T, B, C),
+            torch.zeros(1, B, H, device="meta"),
+            ValueError,
+            "hx: expected the device of the weights, cpu, got meta",
+        ),
+        ("GRU", PackedSequence(torch.zeros(5, C), torch.tensor([3, 1])), None, ValueError, r"5 rows, got \[3, 1\]"),
+        ("GRU", PackedSequence(torch.zeros(5, C), torch.tensor([2, 3])), None, ValueError, r"5 rows, got \[2, 3\]"),
+        ("LSTM", PackedSequence(torch.zeros(3, C), torch.tensor([2, 1, 0])), None, ValueError, r"got \[2, 1, 0\]"),
+        ("LSTM", PackedSequence(torch.zeros(0, C), torch.tensor([]).long()), None, ValueError, r"0 rows, got \[\]"),
     ],
 )
 def test_bad_input_is_named(name, input, hx, error, text):
     with pytest.raises(error, match=text):
         getattr(nn, name)(C, H)(input, hx)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_autocast_refuses_what_it_does_not_lower(name):
+    layer = getattr(nn, name)(C, H)
+    states = torch.zeros(1, B, H).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(TypeError, match="input: expected the dtype of the weights"):
+            layer(torch.zeros(T, B, C).double())
+        with pytest.raises(TypeError, match="input: expected a floating-point tensor"):
+            layer(torch.zeros(T, B, C).long())
+        with pytest.raises(TypeError, match=r"hx(\[0\])?: expected the dtype of the weights"):
+            layer(torch.zeros(T, B, C), (states, states) if name == "LSTM" else states)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_meta_tensors_give_shapes_and_gradients_of_both_orders(name):
+    theirs, ours = pair(name, num_layers=2)
+    wanted = derivatives(theirs, normal(T, B, C))
+    for a, b in zip(derivatives(ours.to("meta"), normal(T, B, C, device="meta")), wanted, strict=True):
+        assert a.device.type == "meta"
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
 def test_bad_arguments_of_the_constructor_are_torch_s():
@@ -587,6 +635,18 @@ def test_autocast(device, name, dtype):
     if name == "LSTM" or implementation.accelerated(device):
         assert results[0].dtype == dtype
     assert all(r.dtype == torch.float32 for r in results[-len(list(ours.parameters())) :])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", BOTH)
+def test_second_derivatives_in_half_precision(device, name, dtype):
+    theirs, ours = pair(name, device, dtype, num_layers=2)
+    x = torch.randn(3 * T, B, C, device=device, dtype=dtype)
+    with torch.backends.cudnn.flags(enabled=False):
+        rough = derivatives(theirs, x)
+        exact = derivatives(theirs.double(), x.double())
+    for index, (result, low, wanted) in enumerate(zip(derivatives(ours, x), rough, exact, strict=True)):
+        assert_accurate(result, low, wanted, str(index), allowance=torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("packed", [False, True])

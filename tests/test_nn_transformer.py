@@ -17,6 +17,7 @@ from fastgen import functional
 from fastgen import nn as ours
 from fastgen.losses import r1_penalty
 from fastgen.nn import attention, transformer
+from fastgen.nn._norm import normalized
 from fastgen.testing import assert_accurate
 
 B, L, S, E, H = 3, 5, 4, 8, 2
@@ -548,7 +549,7 @@ def test_the_norm_under_transforms_is_as_accurate_as_torch_s(dtype, autocast):
     for parameter in norm.parameters():
         nn.init.normal_(parameter)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        result = torch.func.vmap(lambda x: transformer._normalized(norm, x))(x)
+        result = torch.func.vmap(lambda x: normalized(norm, x))(x)
         plain = norm(x)
     assert result.dtype == plain.dtype
     assert_accurate(result, plain, copy.deepcopy(norm).double()(x.double()))

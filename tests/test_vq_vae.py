@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgen.models import vq_vae
+from fastgen.models import settle, settled, vq_vae
 from fastgen.models._base import Images, Moment, from_data
 from fastgen.models.vq_vae import VQVAE, CodeOptions, VQVAEConfig
 
@@ -251,7 +251,7 @@ def test_images_and_maps_that_do_not_fit_are_named() -> None:
         model.decode(torch.zeros(2, 2, 2))
     with pytest.raises(ValueError, match=r"codes: expected shape \(B, h, w\) = \(2, 2, 2\), got \(2, 4\)"):
         model.decode(torch.zeros(2, 4, dtype=torch.int64))
-    with pytest.raises(ValueError, match="codes: expected 0 to 6, got 0 to 7"):
+    with pytest.raises(ValueError, match="codes: expected integers from 0 to 6, got 0 to 7"):
         model.decode(torch.tensor([[[0, 7], [1, 1]]]))
     with pytest.raises(ValueError, match="n: expected a positive integer, got 0"):
         model.draw(0, CodeOptions())
@@ -307,3 +307,16 @@ def test_examples_in_docstrings_run() -> None:
     results = doctest.testmod(vq_vae, extraglobs={"torch": torch})
     assert results.attempted
     assert results.failed == 0
+
+
+def test_the_words_of_an_averaged_codebook_are_those_that_its_averages_say() -> None:
+    book = VQVAE(VQVAEConfig(image_size=8, codebook_size=3, code_dim=2)).autoencoder.codebook
+    book.uses.copy_(torch.tensor([2.0, 0.0, 0.5]))
+    book.sums.copy_(torch.tensor([[2.0, 4.0], [7.0, 7.0], [1.0, 1.5]]))
+    before = book.words.clone()
+    expected = torch.stack([torch.tensor([1.0, 2.0]), before[1], torch.tensor([2.0, 3.0])])  # one that is unused stays
+    with settled(book):
+        assert torch.equal(book.words, expected)
+    assert torch.equal(book.words, before)
+    settle(book)
+    assert torch.equal(book.words, expected)

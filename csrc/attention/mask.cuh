@@ -1,6 +1,7 @@
 // Which keys a query sees, and what is added to its scores: window, length, and the mask of the call.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <type_traits>
 
@@ -80,8 +81,12 @@ struct HeadMask {
     return kind == MaskKind::kFloat32 ? reinterpret_cast<const float*>(data)[at]
                                       : device::to_float(reinterpret_cast<const T*>(data)[at]);
   }
-  // What it adds to the score, in units of log2; -inf where the key is ruled out.
-  __device__ __forceinline__ float term(int of_query, int of_key) const { return kLog2e * value(of_query, of_key); }
+  // What it adds to the score, in units of log2; -inf where the key is ruled out, and only there: the lowest floats,
+  // which people write for "hidden", must not overflow to it.
+  __device__ __forceinline__ float term(int of_query, int of_key) const {
+    const float added = value(of_query, of_key), scaled = kLog2e * added;
+    return scaled == -INFINITY && added > -INFINITY ? -FLT_MAX : scaled;
+  }
   __device__ __forceinline__ bool rules_out(int of_query, int of_key) const {
     return kind == MaskKind::kBool ? !lets(of_query, of_key) : term(of_query, of_key) == -INFINITY;
   }

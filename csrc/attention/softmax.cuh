@@ -61,9 +61,13 @@ struct Softmax {
   }
 };
 
-// A weight again, from its score and its row's logsumexp, both in units of log2.
+// Below this the logsumexp of a row, in units of log2, has no digits left for the number of its keys.
+constexpr float kLowestLse = -16777216.0f;
+
+// A weight again, from its score and its row's logsumexp, both in units of log2. A row without keys has 0, and so does,
+// in derivatives, a row whose keys a mask hides by huge finite numbers.
 __device__ __forceinline__ float weight(float score, float lse) {
-  return lse == -INFINITY ? 0.0f : device::exp2_approx(score - lse);
+  return lse < kLowestLse ? 0.0f : device::exp2_approx(score - lse);
 }
 
 }  // namespace fastgen::attention

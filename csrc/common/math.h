@@ -11,8 +11,9 @@ namespace fastgen {
 // Added and taken away again, rounds a float below 2^22 to an integer, which then stands in its low bits.
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
 
-// e^x. NaN passes through; overflow gives inf; what would be subnormal gives 0.
-FASTGEN_HOST_DEVICE float exp_float(float x) {
+// Returns e^x; gives expm1 = e^x - 1 and excess = e^x - 1 - x, which is never negative. Each is right to a few ulp of
+// its own size, near 0 too. NaN passes through; overflow of e^x gives inf; what would be subnormal gives 0.
+FASTGEN_HOST_DEVICE float exponentials(float x, float& expm1, float& excess) {
   constexpr float kLog2e = 1.44269504088896341f;
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   constexpr float kLargest = 88.7228394f, kSmallest = -87.3365479f;
@@ -25,12 +26,23 @@ FASTGEN_HOST_DEVICE float exp_float(float x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  const float tail = p * (r * r);
+  p = tail + r + 1.0f;
   // p is in (0.7, 1.5): n goes straight into its exponent, which it cannot overflow within the bounds.
   float result = bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23));
   result = x > kLargest ? INFINITY : result;
   result = x < kSmallest ? 0.0f : result;
-  return x == x ? result : x;
+  result = x == x ? result : x;
+  // With n = 0, |x| < 0.35, r is x and nothing has cancelled. Elsewhere e^x - 1 and x are well apart.
+  const bool small = n == 0.0f;
+  expm1 = small ? tail + r : result - 1.0f;
+  excess = small ? tail : (result - 1.0f) - x;
+  return result;
+}
+
+FASTGEN_HOST_DEVICE float exp_float(float x) {
+  float expm1, excess;
+  return exponentials(x, expm1, excess);
 }
 
 // ln x for normal x > 0. Exactly 0 at 1.

@@ -23,7 +23,7 @@ constexpr int64_t kBlock = 256;  // columns; a multiple of kGroup. Small, so tha
 constexpr int64_t kGroups = kBlock / kGroup;
 constexpr int64_t kElementsPerTask = 16 * 1024;
 
-// Columns first .. first + count of one row. Absent operands are null.
+// Columns first .. first + count of one row. An absent prior is zeros, or two null pointers: the unit normal.
 template <typename T>
 struct ForwardBlock {
   const T *mu, *logvar, *prior_mu, *prior_logvar;
@@ -32,6 +32,7 @@ struct ForwardBlock {
   int64_t count;
 };
 
+// An absent grad_z is zeros; the gradients of an absent prior go where nobody reads them.
 template <typename T>
 struct BackwardBlock {
   const T *grad_z, *mu, *logvar, *prior_mu, *prior_logvar;
@@ -40,11 +41,6 @@ struct BackwardBlock {
   float grad_kl;
   int64_t count;
 };
-
-template <typename T>
-FASTGEN_HOST_DEVICE float at(const T* data, int64_t i) {
-  return data == nullptr ? 0.0f : cpu::to_float(data[i]);
-}
 
 constexpr int kLanes = 16;
 
@@ -66,20 +62,18 @@ FASTGEN_HOST_DEVICE float sum(const float* terms, int64_t count) {
 template <typename T>
 FASTGEN_HOST_DEVICE float forward_block(const ForwardBlock<T>& b) {
   alignas(64) float terms[kBlock];
-  if (b.prior_mu == nullptr && b.prior_logvar == nullptr) {
+  if (b.prior_mu == nullptr) {
 #pragma omp simd
     for (int64_t i = 0; i < b.count; ++i) {
-      const float mu = cpu::to_float(b.mu[i]), logvar = cpu::to_float(b.logvar[i]);
-      const float std = exp_float(0.5f * logvar);
-      b.z[i] = cpu::from_float<T>(mu + b.noise[i] * std);
-      terms[i] = kl_term(mu, logvar, std);
+      const float z = forward_element(b.noise[i], cpu::to_float(b.mu[i]), cpu::to_float(b.logvar[i]), terms[i]);
+      b.z[i] = cpu::from_float<T>(z);
     }
   } else {
 #pragma omp simd
     for (int64_t i = 0; i < b.count; ++i) {
-      const float mu = cpu::to_float(b.mu[i]), logvar = cpu::to_float(b.logvar[i]);
-      b.z[i] = cpu::from_float<T>(mu + b.noise[i] * exp_float(0.5f * logvar));
-      terms[i] = kl_term(mu, logvar, at(b.prior_mu, i), at(b.prior_logvar, i));
+      const float z = forward_element(b.noise[i], cpu::to_float(b.mu[i]), cpu::to_float(b.logvar[i]),
+                                      cpu::to_float(b.prior_mu[i]), cpu::to_float(b.prior_logvar[i]), terms[i]);
+      b.z[i] = cpu::from_float<T>(z);
     }
   }
   return sum(terms, b.count);
@@ -87,23 +81,24 @@ FASTGEN_HOST_DEVICE float forward_block(const ForwardBlock<T>& b) {
 
 template <typename T>
 FASTGEN_HOST_DEVICE void backward_block(const BackwardBlock<T>& b) {
-  if (b.prior_mu == nullptr && b.prior_logvar == nullptr) {
+  if (b.prior_mu == nullptr) {
 #pragma omp simd
     for (int64_t i = 0; i < b.count; ++i) {
-      const float mu = cpu::to_float(b.mu[i]), std = exp_float(0.5f * cpu::to_float(b.logvar[i]));
-      const Gradients g = gradients(at(b.grad_z, i), b.grad_kl, b.noise[i] * std, mu, std);
+      const Gradients g = gradients(cpu::to_float(b.grad_z[i]), b.grad_kl, b.noise[i], cpu::to_float(b.mu[i]),
+                                    cpu::to_float(b.logvar[i]));
       b.grad_mu[i] = cpu::from_float<T>(g.mu);
       b.grad_logvar[i] = cpu::from_float<T>(g.logvar);
     }
   } else {
+#pragma omp simd
     for (int64_t i = 0; i < b.count; ++i) {
-      const float mu = cpu::to_float(b.mu[i]), logvar = cpu::to_float(b.logvar[i]);
-      const Gradients g = gradients(at(b.grad_z, i), b.grad_kl, b.noise[i] * exp_float(0.5f * logvar), mu, logvar,
-                                    at(b.prior_mu, i), at(b.prior_logvar, i));
+      const Gradients g =
+          gradients(cpu::to_float(b.grad_z[i]), b.grad_kl, b.noise[i], cpu::to_float(b.mu[i]),
+                    cpu::to_float(b.logvar[i]), cpu::to_float(b.prior_mu[i]), cpu::to_float(b.prior_logvar[i]));
       b.grad_mu[i] = cpu::from_float<T>(g.mu);
       b.grad_logvar[i] = cpu::from_float<T>(g.logvar);
-      if (b.grad_prior_mu != nullptr) b.grad_prior_mu[i] = cpu::from_float<T>(g.prior_mu);
-      if (b.grad_prior_logvar != nullptr) b.grad_prior_logvar[i] = cpu::from_float<T>(g.prior_logvar);
+      b.grad_prior_mu[i] = cpu::from_float<T>(g.prior_mu);
+      b.grad_prior_logvar[i] = cpu::from_float<T>(g.prior_logvar);
     }
   }
 }
@@ -148,6 +143,15 @@ const T* at_row(const Input& input, int64_t row, int64_t col) {
 }
 
 template <typename T>
+constexpr T kZeros[kBlock] = {};
+
+// Zeros where the operand is absent.
+template <typename T>
+const T* at_row_or_zeros(const Input& input, int64_t row, int64_t col) {
+  return input.data == nullptr ? kZeros<T> : at_row<T>(input, row, col);
+}
+
+template <typename T>
 T* at_row(void* output, int64_t row, int64_t cols, int64_t col) {
   return output == nullptr ? nullptr : static_cast<T*>(output) + row * cols + col;
 }
@@ -186,11 +190,13 @@ template <typename T>
 void forward(const ForwardParams& p) {
   cpu::prefer_large_pages(p.z, p.rows * p.cols * sizeof(T));
   const int64_t blocks = std::max<int64_t>(1, ceil_div(p.cols, kBlock));
+  const bool prior = p.prior_mu.data != nullptr || p.prior_logvar.data != nullptr;
   std::vector<float> parts(blocks > 1 && p.kl != nullptr ? p.rows * blocks : 0);
   for_each_block(p.rows, p.cols, p.noise, true, [&](int64_t row, int64_t col, int64_t count, const float* noise) {
-    const float kl =
-        run(ForwardBlock<T>{at_row<T>(p.mu, row, col), at_row<T>(p.logvar, row, col), at_row<T>(p.prior_mu, row, col),
-                            at_row<T>(p.prior_logvar, row, col), at_row<T>(p.z, row, p.cols, col), noise, count});
+    const float kl = run(ForwardBlock<T>{at_row<T>(p.mu, row, col), at_row<T>(p.logvar, row, col),
+                                         prior ? at_row_or_zeros<T>(p.prior_mu, row, col) : nullptr,
+                                         prior ? at_row_or_zeros<T>(p.prior_logvar, row, col) : nullptr,
+                                         at_row<T>(p.z, row, p.cols, col), noise, count});
     if (p.kl == nullptr) return;
     if (blocks > 1) {
       parts[row * blocks + col / kBlock] = kl;
@@ -211,14 +217,17 @@ void backward(const BackwardParams& p) {
     cpu::prefer_large_pages(output, p.rows * p.cols * sizeof(T));
   }
   const bool with_noise = p.grad_z.data != nullptr;
-  static const float kNoNoise[kBlock] = {};
+  const bool prior = p.prior_mu.data != nullptr || p.prior_logvar.data != nullptr;
   for_each_block(p.rows, p.cols, p.noise, with_noise, [&](int64_t row, int64_t col, int64_t count, const float* noise) {
-    run(BackwardBlock<T>{at_row<T>(p.grad_z, row, col), at_row<T>(p.mu, row, col), at_row<T>(p.logvar, row, col),
-                         at_row<T>(p.prior_mu, row, col), at_row<T>(p.prior_logvar, row, col),
+    alignas(64) T unread[2][kBlock];
+    run(BackwardBlock<T>{at_row_or_zeros<T>(p.grad_z, row, col), at_row<T>(p.mu, row, col),
+                         at_row<T>(p.logvar, row, col), prior ? at_row_or_zeros<T>(p.prior_mu, row, col) : nullptr,
+                         prior ? at_row_or_zeros<T>(p.prior_logvar, row, col) : nullptr,
                          at_row<T>(p.grad_mu, row, p.cols, col), at_row<T>(p.grad_logvar, row, p.cols, col),
-                         at_row<T>(p.grad_prior_mu, row, p.cols, col), at_row<T>(p.grad_prior_logvar, row, p.cols, col),
-                         with_noise ? noise : kNoNoise, p.grad_kl == nullptr ? 0.0f : p.grad_kl[row * p.grad_kl_stride],
-                         count});
+                         p.grad_prior_mu == nullptr ? unread[0] : at_row<T>(p.grad_prior_mu, row, p.cols, col),
+                         p.grad_prior_logvar == nullptr ? unread[1] : at_row<T>(p.grad_prior_logvar, row, p.cols, col),
+                         with_noise ? noise : kZeros<float>,
+                         p.grad_kl == nullptr ? 0.0f : p.grad_kl[row * p.grad_kl_stride], count});
   });
 }
 

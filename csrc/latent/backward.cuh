@@ -33,14 +33,13 @@ __global__ void __launch_bounds__(kThreads) latent_backward(BackwardParams p, Pl
       if (p.grad_z.data != nullptr) noise_group(noise_of_row, col + group, noise);
 #pragma unroll
       for (int i = group; i < group + kGroup; ++i) {
-        const float std = exp_float(0.5f * logvar[i]);
         Gradients g;
         if constexpr (kPrior) {
-          g = gradients(grad_z[i], grad_kl, noise[i - group] * std, mu[i], logvar[i], prior_mu[i], prior_logvar[i]);
+          g = gradients(grad_z[i], grad_kl, noise[i - group], mu[i], logvar[i], prior_mu[i], prior_logvar[i]);
           grad_prior_mu.set(i, g.prior_mu);
           grad_prior_logvar.set(i, g.prior_logvar);
         } else {
-          g = gradients(grad_z[i], grad_kl, noise[i - group] * std, mu[i], std);
+          g = gradients(grad_z[i], grad_kl, noise[i - group], mu[i], logvar[i]);
         }
         grad_mu.set(i, g.mu);
         grad_logvar.set(i, g.logvar);

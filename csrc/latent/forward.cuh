@@ -34,14 +34,15 @@ __global__ void __launch_bounds__(kThreads) latent_forward(ForwardParams p, Plan
         noise_group(noise_of_row, col + group, noise);
 #pragma unroll
         for (int i = group; i < group + kGroup; ++i) {
-          const float std = exp_float(0.5f * logvar[i]);
-          z.set(i, mu[i] + noise[i - group] * std);
           // Columns past the end were read as mu = logvar = prior = 0, whose term is 0.
+          float term, sample;
           if constexpr (kPrior) {
-            kl += kl_term(mu[i], logvar[i], prior_mu[i], prior_logvar[i]);
+            sample = forward_element(noise[i - group], mu[i], logvar[i], prior_mu[i], prior_logvar[i], term);
           } else {
-            kl += kl_term(mu[i], logvar[i], std);
+            sample = forward_element(noise[i - group], mu[i], logvar[i], term);
           }
+          z.set(i, sample);
+          kl += term;
         }
       }
       store_chunk<T, kVector>(p.z, row, col, p.cols, z);

@@ -6,5 +6,8 @@ from __future__ import annotations
 from fastgen._autograd.attention import attention
 from fastgen._autograd.latent import gaussian_latent
 from fastgen._autograd.projection import merge_heads, projection
+from fastgen._library import refuse_other_derivatives
+
+refuse_other_derivatives()
 
 __all__ = ["attention", "gaussian_latent", "merge_heads", "projection"]

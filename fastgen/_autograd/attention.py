@@ -20,7 +20,7 @@ from torch.autograd import Function
 
 from fastgen import _checks as check
 from fastgen._autograd.common import choose, in_graph, only_wanted, transforms_active
-from fastgen._library import operator, operator_for_derivative
+from fastgen._library import call, differentiate, namespace_for_derivative
 from fastgen.ops.attention import Options, refused_heads_twice
 
 _ANY_ORDER = (
@@ -105,24 +105,27 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     """``rest``: the options, one by one, and the namespace."""
     *options, namespace = rest
-    result = operator(namespace, "attention_forward")(query, key, value, mask, seed, *options)
+    result = call(namespace, "attention_forward", query, key, value, mask, seed, *options)
     return result[0], result[1]
 
 
 def _run_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(operator(arguments[-1], "attention_backward")(*arguments[:-1]))
+    return tuple(call(arguments[-1], "attention_backward", *arguments[:-1]))
 
 
 def _run_tangent(*arguments: Any) -> tuple[Tensor, ...]:
     query, _, value = arguments[:3]
-    refused = refused_heads_twice(query, value)
-    return tuple(operator_for_derivative(arguments[-1], "attention_tangent", query, refused)(*arguments[:-1]))
+    return _run_twice("attention_tangent", query, value, arguments)
 
 
 def _run_second_order(*arguments: Any) -> tuple[Tensor, ...]:
     query, _, value = arguments[2:5]
-    refused = refused_heads_twice(query, value)
-    return tuple(operator_for_derivative(arguments[-1], "attention_second_order", query, refused)(*arguments[:-1]))
+    return _run_twice("attention_second_order", query, value, arguments)
+
+
+def _run_twice(name: str, query: Tensor, value: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    namespace = namespace_for_derivative(arguments[-1], name, query, refused_heads_twice(query, value))
+    return tuple(call(namespace, name, *arguments[:-1]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -297,3 +300,16 @@ def attention(
     function = choose(_Attention, _TransformedAttention, query, key, value, mask)
     result = _run(*arguments) if function is None else function.apply(*arguments)
     return result[0], result[1]
+
+
+def _recorded(namespace: str, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    mask, seed, *options = rest
+    return attention(query, key, value, mask, seed, Options(*options), namespace)
+
+
+differentiate("attention_forward", _recorded)
+differentiate("attention_backward", lambda namespace, *args: _call(_Backward, _run_backward, (*args, namespace)))
+differentiate("attention_tangent", lambda namespace, *args: _call(_Tangent, _run_tangent, (*args, namespace)))
+differentiate(
+    "attention_second_order", lambda namespace, *args: _call(_SecondOrder, _run_second_order, (*args, namespace))
+)

@@ -7,44 +7,16 @@ vmap rule besides: torch.func and dual numbers need them, and each of their call
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
+from fastgen._compile import in_graph as in_graph
+from fastgen._library import call, differentiate, outside_autocast
+from fastgen._transforms import tangent_formula as tangent_formula
 from fastgen._transforms import transforms_active as transforms_active
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def in_graph(function: _Function) -> _Function:
-    """torch.compile puts calls of the function into its graph as they are, and does not look inside.
-
-    Then PyTorch's own autograd and transforms differentiate it, under whatever backend. (What Dynamo makes of an
-    autograd.Function that it traces has a backward that nothing differentiates: a second derivative is raised by
-    AOTAutograd, and silently wrong where a backend does without. A transform makes it call operators as constants.)
-    """
-    allowed: _Function = torch.compiler.allow_in_graph(function)
-    return allowed
-
-
-def tangent_formula(formula: Callable[..., Any]) -> Callable[..., Any]:
-    """``formula(ctx, saved, *tangents)``, in plain PyTorch, as a jvp that a jvp around it may differentiate.
-
-    PyTorch turns forward mode off inside a jvp, and the outer one would lose its tangents without a word. It is turned
-    on again here, for saved tensors without the tangents of the level that is being worked on.
-    """
-
-    @wraps(formula)
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        with forward_ad._set_fwd_grad_enabled(True):
-            level = max(forward_ad._current_level, 0)
-            saved = [t if t is None else forward_ad.unpack_dual(t, level=level).primal for t in ctx.saved_tensors]
-            return formula(ctx, saved, *tangents)
-
-    return jvp
 
 
 def choose(plain: type[Function], transformed: type[Function], *tensors: Tensor | None) -> type[Function] | None:
@@ -68,3 +40,21 @@ def only_wanted(ctx: Any, first: int, *grads: Tensor | None) -> tuple[Tensor | N
     """The gradients that the inputs from ``first`` on ask for; None for the others."""
     wanted = ctx.needs_input_grad[first : first + len(grads)]
     return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))
+
+
+def record(name: str, recorded: Callable[..., Any]) -> None:
+    """Operator ``name``, called by itself, as exported programs do: ``recorded(namespace, *args)`` where its arguments
+    are differentiated."""
+
+    def derivative(namespace: str, *args: Any) -> Any:
+        tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(t, Tensor)]
+        if choose(Function, Function, *tensors) is None:
+            return call(namespace, name, *args)
+        return recorded(namespace, *args)
+
+    differentiate(name, derivative)
+
+
+def formula_of(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator's implementation in PyTorch as what is recorded: autograd follows it to any order."""
+    return lambda namespace, *args: outside_autocast(implementation)(*args)

@@ -1,4 +1,7 @@
-"""Derivatives of the Gaussian latent. Noise is regenerated from the seed, never stored."""
+"""Derivatives of the Gaussian latent. Noise is regenerated from the seed, never stored.
+
+The formulas compute in float32, or float64 for float64, and only results are rounded to the dtype of the inputs.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,19 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgen import reference
-from fastgen._autograd.common import choose, in_graph, must_be_differentiable, only_wanted, tangent_formula
-from fastgen._library import operator
+from fastgen import _gaussian, reference
+from fastgen._autograd.common import (
+    choose,
+    formula_of,
+    in_graph,
+    must_be_differentiable,
+    only_wanted,
+    record,
+    tangent_formula,
+)
+from fastgen._library import call
+from fastgen.ops import latent as formulas
+from fastgen.ops.latent import widen
 
 
 def _run(
@@ -22,7 +35,7 @@ def _run(
     with_kl: bool,
     namespace: str,
 ) -> tuple[Tensor, Tensor]:
-    result = operator(namespace, "latent_forward")(mu, logvar, prior_mu, prior_logvar, seed, with_kl)
+    result = call(namespace, "latent_forward", mu, logvar, prior_mu, prior_logvar, seed, with_kl)
     return result[0], result[1]
 
 
@@ -48,14 +61,14 @@ class _GaussianLatent(Function):
         if grad_z is None and grad_kl is None:
             return (None,) * 7
         if must_be_differentiable():
-            noise = reference.standard_normal(seed, *mu.shape).to(mu.dtype)
-            priors = (prior_mu, prior_logvar)
-            grad_kl = None if grad_kl is None else grad_kl.to(mu.dtype)
-            grads = reference.gaussian_latent_backward(grad_z, grad_kl, mu, logvar, noise, *priors)
+            wide_mu, wide_logvar = widen(mu, logvar)
+            noise = reference.standard_normal(seed, *mu.shape).to(wide_mu.dtype)
+            wide_priors, upstream = widen(prior_mu, prior_logvar), widen(grad_z, grad_kl)
+            exact = _gaussian.gradients(upstream[0], upstream[1], wide_mu, wide_logvar, noise, *wide_priors)
+            grads = [None if grad is None else grad.to(mu.dtype) for grad in exact]
         else:
-            backward = operator(ctx.namespace, "latent_backward")
             grad_z = None if grad_z is None else grad_z.contiguous()
-            grads = backward(grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, seed)
+            grads = call(ctx.namespace, "latent_backward", grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, seed)
         return (*only_wanted(ctx, 0, *grads), None, None, None)
 
 
@@ -68,18 +81,15 @@ class _TransformedGaussianLatent(Function):
     @staticmethod
     @tangent_formula
     def jvp(ctx: Any, saved: list[Any], *tangents: Any) -> tuple[Tensor, Tensor]:
-        mu, logvar, prior_mu, prior_logvar, seed = saved
-        zero = torch.zeros_like(mu)
-        t_mu, t_logvar, t_prior_mu, t_prior_logvar = (zero if t is None else t for t in tangents[:4])
-        noise = reference.standard_normal(seed, *mu.shape).to(mu.dtype)
-        z = t_mu + 0.5 * noise * (0.5 * logvar).exp() * t_logvar
-        if not ctx.with_kl:
-            return z, mu.new_zeros(0)  # not None: PyTorch takes that for a tangent where a vmap is inside
-        ones = torch.ones(mu.size(0), dtype=mu.dtype, device=mu.device)
-        slopes = reference.gaussian_latent_backward(None, ones, mu, logvar, noise, prior_mu, prior_logvar)
-        directions = (t_mu, t_logvar, t_prior_mu, t_prior_logvar)
-        kl = sum((s * d).sum(-1) for s, d in zip(slopes, directions, strict=True))
-        return z, kl.to(torch.promote_types(mu.dtype, torch.float32))  # type: ignore[union-attr]
+        dtype = saved[0].dtype
+        mu, logvar, prior_mu, prior_logvar = widen(*saved[:4])
+        t_mu, t_logvar, *t_prior = widen(*tangents[:4])
+        noise = reference.standard_normal(saved[4], *mu.shape).to(mu.dtype)
+        t_mu = torch.zeros_like(mu) if t_mu is None else t_mu
+        t_logvar = torch.zeros_like(mu) if t_logvar is None else t_logvar
+        z, kl = _gaussian.tangents(mu, logvar, noise, prior_mu, prior_logvar, t_mu, t_logvar, *t_prior)
+        # Not None without a KL: PyTorch takes that for a tangent where a vmap is inside.
+        return z.to(dtype), kl if ctx.with_kl else mu.new_zeros(0)
 
 
 @in_graph
@@ -97,3 +107,12 @@ def gaussian_latent(
     function = choose(_GaussianLatent, _TransformedGaussianLatent, mu, logvar, prior_mu, prior_logvar)
     result = _run(*arguments) if function is None else function.apply(*arguments)
     return result[0], result[1]
+
+
+def _recorded(namespace: str, *args: Any) -> tuple[Tensor, Tensor]:
+    mu, logvar, prior_mu, prior_logvar, seed, with_kl = args
+    return gaussian_latent(mu, logvar, prior_mu, prior_logvar, seed, with_kl, namespace)
+
+
+record("latent_forward", _recorded)
+record("latent_backward", formula_of(formulas.backward))

@@ -1,7 +1,14 @@
-"""Derivatives of the multi-head projections, which are linear in each argument."""
+"""Derivatives of the multi-head projections, which are linear in each argument.
+
+A backward pass that is itself differentiated calls the operators' PyTorch implementation, which autograd records. It is
+a formula of the saved inputs and never calls ``torch.autograd.grad`` on them: one input may have been computed from
+another, and the gradient would go on from there and count that path twice.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,20 +18,32 @@ from torch.autograd import Function
 from fastgen import reference
 from fastgen._autograd.common import (
     choose,
+    formula_of,
     in_graph,
     must_be_differentiable,
     only_wanted,
+    record,
     tangent_formula,
     transforms_active,
 )
-from fastgen._library import COMPILED, COMPILED_DTYPES, REFERENCE, has_kernel, operator
+from fastgen._library import COMPILED, COMPILED_DTYPES, REFERENCE, call, has_kernel, outside_autocast
+from fastgen.ops import projection as formulas
 from fastgen.ops.projection import WIDEST_HELPED, Layout, finish_parts, length_first
-from fastgen.ops.projection import finish as finish_part
 from fastgen.reference import HeadFinish
 
 
 def _to_tokens(x: Tensor, channels_first: bool) -> Tensor:
     return x.transpose(1, 2) if channels_first else x
+
+
+def _backward_operator(
+    namespace: str, name: str, formula: Callable[..., Any], grads: Sequence[Tensor]
+) -> Callable[..., Any]:
+    """The operator, or its implementation in PyTorch: where somebody differentiates what comes out, and for the batch
+    of gradients of ``torch.autograd.grad(..., is_grads_batched=True)``, which knows no vmap rules of operators."""
+    if must_be_differentiable() or any(torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads):
+        return outside_autocast(formula)
+    return partial(call, namespace, name)
 
 
 def _run_projection(
@@ -37,9 +56,9 @@ def _run_finished(
     x: Tensor, weight: Tensor, bias: Tensor | None, finish: HeadFinish, layout: Layout, namespace: str, keep: bool
 ) -> tuple[Tensor, ...]:
     heads, head_dims, channels_first, eps, rotated, interleaved, allow_tf32 = layout
-    forward = operator(namespace, "projection_forward")
+    tensors = (x, weight, bias, list(finish.norms), finish.cos, finish.sin)
     numbers = (heads, head_dims, channels_first, eps, rotated, interleaved, keep, allow_tf32)
-    return tuple(forward(x, weight, bias, list(finish.norms), finish.cos, finish.sin, *numbers))
+    return tuple(call(namespace, "projection_forward", *tensors, *numbers))
 
 
 def _save_projection(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -59,16 +78,10 @@ class _Projection(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        layout, grad_bias = ctx.layout, None
-        if must_be_differentiable():
-            grad = torch.cat([reference.join_heads(g) for g in grads], dim=-1)
-            grad_x = _to_tokens(grad @ weight, layout.channels_first)
-            grad_weight = (grad.transpose(1, 2) @ _to_tokens(x, layout.channels_first)).sum(0)
-            grad_bias = grad.sum((0, 1)) if ctx.bias else None
-        else:
-            backward = operator(ctx.namespace, "projection_backward")
-            numbers = (ctx.bias, layout.channels_first, 0.0, 0, False, layout.allow_tf32)
-            grad_x, grad_weight, grad_bias, _ = backward(list(grads), [], x, weight, [], None, None, *numbers)
+        layout = ctx.layout
+        numbers = (ctx.bias, layout.channels_first, 0.0, 0, False, layout.allow_tf32)
+        backward = _backward_operator(ctx.namespace, "projection_backward", formulas.backward, grads)
+        grad_x, grad_weight, grad_bias, _ = backward(list(grads), [], x, weight, [], None, None, *numbers)
         return (*only_wanted(ctx, 0, grad_x, grad_weight, grad_bias), None, None)
 
 
@@ -100,22 +113,20 @@ class _FinishedHeads(Function):
     """One part, by the helper of the CPU. In reverse mode, as the next."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor, norm: Tensor | None, *options: Any) -> Tensor:
-        ctx.save_for_backward(part, norm)
+    def forward(
+        ctx: Any, part: Tensor, norm: Tensor | None, cos: Tensor | None, sin: Tensor | None, *options: Any
+    ) -> Tensor:
+        ctx.save_for_backward(part, norm, cos, sin)
         ctx.options = options
-        result: Tensor = torch.ops.fastgen.cpu_finish_heads(part, norm, *options)
+        result: Tensor = call(COMPILED, "cpu_finish_heads", part, norm, cos, sin, *options)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        part, norm = ctx.saved_tensors
-        if must_be_differentiable():
-            wanted = [t for t in (part, norm) if t is not None and t.requires_grad]
-            found = iter(torch.autograd.grad(finish_part(part, norm, *ctx.options), wanted, grad, create_graph=True))
-            grads = [next(found) if t is not None and t.requires_grad else None for t in (part, norm)]
-        else:
-            grads = list(torch.ops.fastgen.cpu_finish_heads_backward(grad, part, norm, *ctx.options))
-        return (*only_wanted(ctx, 0, grads[0], grads[1] if norm is not None else None), None, None, None, None)
+        arguments = (grad, *ctx.saved_tensors, *ctx.options)
+        backward = _backward_operator(COMPILED, "cpu_finish_heads_backward", formulas.unfinish, [grad])
+        grad_part, grad_norm = backward(*arguments)
+        return (*only_wanted(ctx, 0, grad_part, grad_norm), None, None, None, None)
 
 
 def _finishes(finish: HeadFinish) -> bool:
@@ -133,7 +144,9 @@ def _finished(parts: list[Tensor], finish: HeadFinish, namespace: str) -> list[T
         tables = (finish.cos, finish.sin) if i < finish.rotated else (None, None)
         arguments = (parts[i], norm, *tables, finish.eps, finish.interleaved)
         function = choose(_FinishedHeads, _FinishedHeads, parts[i], norm)
-        finished[i] = torch.ops.fastgen.cpu_finish_heads(*arguments) if function is None else function.apply(*arguments)
+        run: Callable[..., Tensor] = partial(call, COMPILED, "cpu_finish_heads")
+        run = run if function is None else function.apply
+        finished[i] = run(*arguments)
     return finished
 
 
@@ -151,44 +164,26 @@ class _FinishedProjection(Function):
         namespace: str,
         *norms: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.finish, ctx.layout, ctx.namespace = finish._replace(norms=()), layout, namespace
+        ctx.layout, ctx.namespace = layout, namespace
         outputs = _run_finished(x, weight, bias, finish, layout, namespace, keep=True)
         count = len(layout.heads)
-        ctx.save_for_backward(x, weight, bias, *norms, *outputs[count:])
+        ctx.save_for_backward(x, weight, bias, finish.cos, finish.sin, *norms, *outputs[count:])
         ctx.norms = len(norms)
         return outputs[:count]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, *rest = ctx.saved_tensors
+        x, weight, bias, cos, sin, *rest = ctx.saved_tensors
         norms, kept = rest[: ctx.norms], rest[ctx.norms :]
-        finish, layout = ctx.finish, ctx.layout
-        if must_be_differentiable():
-            inputs = (x, weight, bias, *norms)
-            wanted = [t for t in inputs if t is not None and t.requires_grad]
-            parts = finish_parts(
-                list(projection(x, weight, bias, HeadFinish(), layout, ctx.namespace)),
-                finish._replace(norms=tuple(norms)),
-            )
-            found = iter(torch.autograd.grad(parts, wanted, grads, create_graph=True))
-            grad_x, grad_weight, grad_bias, *grad_norms = (
-                next(found) if t is not None and t.requires_grad else None for t in inputs
-            )
-        else:
-            backward = operator(ctx.namespace, "projection_backward")
-            tables, numbers = (finish.cos, finish.sin), (layout.eps, layout.rotated, layout.interleaved)
-            grad_x, grad_weight, grad_bias, grad_norms = backward(
-                list(grads),
-                kept,
-                x,
-                weight,
-                norms,
-                *tables,
-                bias is not None,
-                layout.channels_first,
-                *numbers,
-                layout.allow_tf32,
-            )
+        layout = ctx.layout
+        if must_be_differentiable() and norms:
+            # What was kept are constants to autograd.
+            kept = list(projection(x, weight, bias, HeadFinish(), layout, ctx.namespace)[: ctx.norms])
+        numbers = (layout.channels_first, layout.eps, layout.rotated, layout.interleaved, layout.allow_tf32)
+        backward = _backward_operator(ctx.namespace, "projection_backward", formulas.backward, grads)
+        grad_x, grad_weight, grad_bias, grad_norms = backward(
+            list(grads), kept, x, weight, norms, cos, sin, bias is not None, *numbers
+        )
         first = only_wanted(ctx, 0, grad_x, grad_weight, grad_bias)
         return (*first, None, None, None, *only_wanted(ctx, 6, *grad_norms))
 
@@ -203,8 +198,7 @@ def _run_merge(
     allow_tf32: bool,
     namespace: str,
 ) -> Tensor:
-    forward = operator(namespace, "merge_heads_forward")
-    y: Tensor = forward(x, weight, bias, residual, gate, channels_first, allow_tf32)
+    y: Tensor = call(namespace, "merge_heads_forward", x, weight, bias, residual, gate, channels_first, allow_tf32)
     return y
 
 
@@ -223,22 +217,7 @@ class _MergeHeads(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, gate = ctx.saved_tensors
-        grad_bias: Tensor | None
-        grad_gate: Tensor | None
-        if must_be_differentiable():
-            tokens, upstream = reference.join_heads(x), _to_tokens(grad, ctx.channels_first)
-            gated = upstream if gate is None else upstream * gate
-            grad_x = (gated @ weight).unflatten(-1, (x.size(1), x.size(3))).transpose(1, 2)
-            grad_weight = (gated.transpose(1, 2) @ tokens).sum(0)
-            grad_bias = None if bias is None else gated.sum((0, 1))
-            grad_gate = None
-            if gate is not None:
-                y = tokens @ weight.t()
-                y = y if bias is None else y + bias
-                grad_gate = (upstream * y).sum_to_size(gate.shape)
-        else:
-            grad_x, grad_weight, grad_bias, grad_gate = _merge_grads(ctx, grad, x, weight, bias, gate)
+        grad_x, grad_weight, grad_bias, grad_gate = _merge_grads(ctx, grad, *ctx.saved_tensors)
         return (*only_wanted(ctx, 0, grad_x, grad_weight, grad_bias, grad, grad_gate), None, None, None)
 
 
@@ -246,7 +225,7 @@ def _merge_grads(
     ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     options = (ctx.channels_first, ctx.allow_tf32)
-    backward = operator(ctx.namespace, "merge_heads_backward")
+    backward = _backward_operator(ctx.namespace, "merge_heads_backward", formulas.merge_backward, [grad])
     if gate is None or gate.size(0) == 1:
         grads: tuple[Tensor, Tensor, Tensor, Tensor] = backward(grad, x, weight, bias, gate, *options)
         return grads
@@ -255,7 +234,7 @@ def _merge_grads(
     grad_x, grad_weight, grad_bias, _ = backward(grad * aligned, x, weight, bias, None, *options)
     if not ctx.needs_input_grad[4]:
         return grad_x, grad_weight, grad_bias, None
-    y = operator(ctx.namespace, "merge_heads_forward")(x, weight, bias, None, None, *options)
+    y = merge_heads(x, weight, bias, None, None, *options, ctx.namespace)
     return grad_x, grad_weight, grad_bias, _to_tokens((grad * y).sum_to_size(aligned.shape), ctx.channels_first)
 
 
@@ -355,3 +334,37 @@ def merge_heads(
         return _run_merge(*arguments)
     result: Tensor = function.apply(*arguments)
     return result
+
+
+# --------------------------------------------------------------------------------------------------
+# Operators called by name, in exported programs
+
+
+def _recorded_projection(
+    namespace: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norms: list[Tensor],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *numbers: Any,
+) -> list[Tensor]:
+    heads, head_dims, channels_first, eps, rotated, interleaved, keep, allow_tf32 = numbers
+    finish = HeadFinish(tuple(norms), eps, cos, sin, rotated, interleaved)
+    layout = Layout(heads, head_dims, channels_first, eps, rotated, interleaved, allow_tf32)
+    parts = list(projection(x, weight, bias, HeadFinish(), layout, namespace))
+    return [*formulas.finish_parts_in_layout(parts, finish), *(parts[: len(norms)] if keep else [])]
+
+
+def _recorded_merge(namespace: str, *args: Any) -> Tensor:
+    x, weight, bias, residual, gate, channels_first, allow_tf32 = args
+    return merge_heads(x, weight, bias, residual, gate, channels_first, allow_tf32, namespace)
+
+
+record("projection_forward", _recorded_projection)
+record("projection_backward", formula_of(formulas.backward))
+record("merge_heads_forward", _recorded_merge)
+record("merge_heads_backward", formula_of(formulas.merge_backward))
+record("cpu_finish_heads", formula_of(formulas.finish_heads))
+record("cpu_finish_heads_backward", formula_of(formulas.finish_heads_backward))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib.util
 import os
 import sys
@@ -36,13 +37,16 @@ commands:
   train MODEL    train a model            fastgen train conv-vae --data digits --out runs/digits
   sample RUN     draw from a trained one  fastgen sample runs/digits --n 64 --out grid.png
   evaluate RUN   judge a trained one      fastgen evaluate runs/digits
-  models         the models there are
+  models [MODEL] the models there are, or all about one
   data PATH      look at a data set       fastgen data photos/ --image-size 32
   info           what this installation can do, and what it lacks
   bench          fastgen's layers against PyTorch's, on this machine
 
 fastgen COMMAND --help lists a command's options. --debug, anywhere, shows tracebacks.
 """
+
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
+"""In PyTorch's messages."""
 
 PLAIN = ("info", "bench")
 
@@ -83,7 +87,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _one_line(error: Exception) -> str:
     """The message; of errors that nobody foresaw also the type."""
     own = isinstance(error, OSError) and error.filename is None and error.strerror
-    text = " ".join(str(own or error).split())
+    text = " ".join(str(own or error).partition("Exception raised from")[0].split())
+    if isinstance(error, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY):
+        return (
+            f"out of memory; fewer items, a smaller model or a smaller --batch-size take less ({text or 'by Python'})"
+        )
     foreseen = isinstance(error, (CommandError, ValueError, TypeError, OSError, ImportError))
     return text if foreseen and text else f"{type(error).__name__}: {text} (--debug shows where)"
 
@@ -106,6 +114,12 @@ def _run(words: list[str]) -> None:
     parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     if not words:
         parser.error(f"expected a command, one of {', '.join(names)}, got nothing")
+    known = (*names, "--help", "-h", "--version")
+    if words[0] not in known:
+        wanted = {"help": "--help", "version": "--version", "-v": "--version", "-V": "--version"}
+        near = wanted.get(words[0]) or next(iter(difflib.get_close_matches(words[0].lower(), known, n=1)), "")
+        hint = f"; did you mean {near}?" if near else ""
+        parser.error(f"invalid choice: {words[0]!r}, expected a command, one of {', '.join(names)}{hint}")
     given = parser.parse_args(words)
     if given.command not in PLAIN:
         _require_extras(given.command)

@@ -14,6 +14,8 @@ from fastgen.cli._errors import USAGE, CommandError
 
 ABOUT = "fastgen's layers against plain PyTorch, measured in turn on this machine: medians, and ratios of rounds."
 
+MOST_ROUNDS = 10**6
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -28,6 +30,10 @@ def run(words: list[str]) -> None:
     parser.add_argument("--json", default="", help="a file for the figures")
     given = parser.parse_args(words)
     device = given.device if given.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise CommandError("device: expected one that this machine has, got 'cuda' (fastgen info tells why)", USAGE)
+    if not 0 < given.rounds <= MOST_ROUNDS:
+        raise CommandError(f"rounds: expected a positive number, at most {MOST_ROUNDS}, got {given.rounds}", USAGE)
     only = [name for name in given.only.split(",") if name] or None
     if given.json and not Path(given.json).parent.is_dir():
         raise CommandError(f"json: expected a path in a folder that exists, got {given.json}", USAGE)

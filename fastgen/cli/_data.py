@@ -31,6 +31,8 @@ def run(words: list[str]) -> None:
     kind, out = given.pop("kind"), given.pop("out")
     if kind and kind not in KINDS:
         raise CommandError(f"kind: expected one of {', '.join(KINDS)}, got {kind}", USAGE)
+    if out and not Path(out).parent.is_dir():
+        raise CommandError(f"out: expected a path in a folder that exists, got {out}", USAGE)
     try:
         config = DataConfig(**given)
     except (TypeError, ValueError) as error:

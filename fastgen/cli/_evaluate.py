@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from fastgen.cli._errors import USAGE, CommandError
-from fastgen.cli._options import add_fields, options_parser, parse
+from fastgen.cli._options import add_fields, options_parser, parse, run_folder
 from fastgen.train.errors import UsageError
-from fastgen.train.folder import RunFolder
 from fastgen.train.judge import EvaluateConfig, evaluate
 
 ABOUT = "Judge a trained model on held-out items. Nothing is downloaded; figures go into the run's folder, too."
@@ -18,7 +15,7 @@ def run(words: list[str]) -> None:
     parser.add_argument("run", type=str, help="the run's folder")
     add_fields(parser, EvaluateConfig)
     given = parse(parser, words, defaults=True)
-    folder = RunFolder(Path(given.pop("run")))
+    folder = run_folder(given.pop("run"))
     try:
         config = EvaluateConfig(**given)
     except (TypeError, ValueError) as error:

@@ -5,18 +5,25 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import jsonargparse
 
+from fastgen.cli._config import apart, check, nearest
 from fastgen.cli._errors import USAGE, CommandError
+from fastgen.train.folder import RunFolder
 
 
 def options_parser(prog: str, description: str, *, files: bool = True) -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(prog=prog, description=description, print_config=None, exit_on_error=False)
+    parser = jsonargparse.ArgumentParser(
+        prog=prog, description=description, print_config=None, exit_on_error=False, allow_abbrev=False
+    )
     if files:
-        parser.add_argument("--config", action="config", help="a YAML file of options")
+        parser.add_argument(
+            "--config", action="config", help="a YAML file of options; those on the command line go before it"
+        )
     return parser
 
 
@@ -44,13 +51,77 @@ def add_fields(
             parser.add_argument(option, default=default, help=field.metadata["help"], **kind)
 
 
-def parse(parser: jsonargparse.ArgumentParser, words: list[str], *, defaults: bool) -> dict[str, Any]:
-    """What was given; with ``defaults`` also the rest."""
+def parse(
+    parser: jsonargparse.ArgumentParser, words: list[str], *, defaults: bool, refused: Collection[str] = ()
+) -> dict[str, Any]:
+    """What was given; with ``defaults`` also the rest.
+
+    Options on the command line win over those in files, and a file over the ones named before it, wherever they stand.
+
+    Args:
+        refused: names that no file may give.
+
+    Raises:
+        CommandError: an option that the parser does not know, a value that it does not take, or a file of no options.
+    """
+    known: dict[str, Any] = dict(vars(parser.get_defaults().as_flat()))
+    takes_files = "config" in known
+    known.pop("config", None)
+    files, rest = apart(words) if takes_files else ([], words)
+    given = _parsed(parser, rest, known, defaults)
+    ahead: list[str] = []
+    for file in files:
+        check(file, known, refused, parser.prog)
+        ahead += ["--config", file]
+        try:
+            given = _parsed(parser, [*ahead, *rest], known, defaults)
+        except CommandError as error:
+            raise CommandError(f"{file}: {error}", USAGE) from error
+    given.pop("config", None)
+    return given
+
+
+def _parsed(
+    parser: jsonargparse.ArgumentParser, words: list[str], names: Collection[str], defaults: bool
+) -> dict[str, Any]:
     try:
         given: dict[str, Any] = parser.parse_args(words, defaults=defaults).as_dict()
     except argparse.ArgumentError as error:
-        text = re.sub(r'^Parser key "(.+?)":\s*', r"\1: ", str(error))
-        text = re.sub(r"a <class '(\w+)'>", r"\1", text)
-        raise CommandError(f"{text} ({parser.prog} --help lists the options)", USAGE) from error
-    given.pop("config", None)
+        raise CommandError(f"{_plain(str(error), names)} ({parser.prog} --help lists the options)", USAGE) from error
+    _check_sizes(given)
     return given
+
+
+def _check_sizes(given: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuse integers that no tensor can have as a size."""
+    for name, value in given.items():
+        if isinstance(value, Mapping):
+            _check_sizes(value, f"{prefix}{name}.")
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise CommandError(f"{prefix}{name}: expected an integer from -2^63 to 2^63 - 1, got {value}", USAGE)
+
+
+def _plain(message: str, names: Collection[str]) -> str:
+    """jsonargparse's message without the names of Python's types, and with the option that was perhaps meant."""
+    text = re.sub(r'^Parser key "(.+?)":\s*', r"\1: ", message)
+    union = re.fullmatch(
+        r"(.+?): Does not validate against any.*?Subtypes: \[(.+?)\].*Given value: (.*)", text, re.DOTALL
+    )
+    if union:
+        kinds = " or ".join(re.sub(r"<class '(\w+)'>", r"\1", union[2]).replace("NoneType", "null").split(", "))
+        text = f"{union[1]}: Expected {kinds}. Got value: {union[3]}"
+    text = re.sub(r"a <class '(\w+)'>", r"\1", text)
+    text = re.sub(
+        r"a typing\.Literal\[(.+?)\]", lambda found: "one of " + found[1].replace("'", "").replace('"', ""), text
+    )
+    unknown = re.match(r"unrecognized arguments: --([\w.-]+)", text)
+    near = nearest(unknown[1].replace("-", "_"), [*names, "config"]) if unknown else ""
+    return f"{text}; did you mean --{near.replace('_', '-')}?" if near else text
+
+
+def run_folder(word: str) -> RunFolder:
+    """The run that a person names; its files, or its model, don't stand for it."""
+    path = Path(word)
+    if not (path / "checkpoint.safetensors").exists() and (path.parent / "checkpoint.safetensors").is_file():
+        raise CommandError(f"run: expected a run's folder, got {path.name} in one; the run is {path.parent}", USAGE)
+    return RunFolder(path)

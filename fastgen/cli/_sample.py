@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastgen.cli._errors import USAGE, CommandError
-from fastgen.cli._options import add_fields, options_parser, parse
+from fastgen.cli._options import add_fields, options_parser, parse, run_folder
 from fastgen.models import TRANSLATED, Texts
 from fastgen.train.errors import UsageError
-from fastgen.train.folder import RunFolder
 from fastgen.train.run import choose_device
 from fastgen.train.trained import SUFFIXES, given_items, open_run, sample, write_samples
 
@@ -31,7 +30,7 @@ def run(words: list[str]) -> None:
         parse(parser, words, defaults=True)
         return
     try:
-        folder = RunFolder(Path(words[0]))
+        folder = run_folder(words[0])
         trained = open_run(folder, "cpu")
         if trained.model.kind in TRANSLATED:
             parser.add_argument("--input", type=str, default="", help="pictures to translate; default held-out ones")
@@ -39,8 +38,14 @@ def run(words: list[str]) -> None:
         given = parse(parser, words[1:], defaults=True)
         items = given_items(trained, folder, given.pop("input", ""))
         n, out, seed, device = (given.pop(name) for name in ("n", "out", "seed", "device"))
+        if out and not Path(out).parent.is_dir():
+            raise CommandError(f"out: expected a path in a folder that exists, got {out}", USAGE)
+        try:
+            options = trained.model.sampling_class(**given)
+        except (TypeError, ValueError) as error:
+            raise CommandError(str(error), USAGE) from error
         trained.model.to(choose_device(device))
-        exhibit = sample(trained, n, trained.model.sampling_class(**given), seed, items)
+        exhibit = sample(trained, n, options, seed, items)
         if isinstance(exhibit, Texts) and not out:
             print("\n\n".join(exhibit.texts))
             return

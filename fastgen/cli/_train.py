@@ -3,27 +3,49 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shlex
 from pathlib import Path
 
+from fastgen.cli._config import nearest
 from fastgen.cli._errors import INTERRUPTED, USAGE, CommandError
 from fastgen.cli._options import add_fields, options_parser, parse
 from fastgen.data import DataConfig
 from fastgen.models import MODELS, from_data
-from fastgen.train.config import TrainConfig
+from fastgen.train.config import FREE_ON_RESUME, TrainConfig
 from fastgen.train.errors import StoppedError, UsageError
 from fastgen.train.folder import RunFolder
 from fastgen.train.run import Request, Result, command, first_process, train
 
 ABOUT = "Train a model; the folder holds all that comes of it. With several processes: torchrun -m fastgen train ..."
 
+HELP = f"""\
+usage: fastgen train MODEL [options]
+
+{ABOUT}
+
+MODEL is one of: {", ".join(MODELS)}
+
+fastgen train MODEL --help lists the options of training, data and the model; fastgen models MODEL describes it.
+An option may come from a file (--config); the command line wins over files.
+--resume goes on with a run; {", ".join(FREE_ON_RESUME)} may then be given anew."""
+
+RESUME = (
+    "go on with the run in the folder, with its own options; these may be given anew: "
+    + ", ".join("--" + name.replace("_", "-") for name in FREE_ON_RESUME)
+    + ", and --data where the same data have moved"
+)
+
 
 def run(words: list[str]) -> None:
     if words[:1] in (["-h"], ["--help"]):
-        print(f"usage: fastgen train MODEL [options]\n\nMODEL is one of: {', '.join(MODELS)}")
+        print(HELP)
         return
     if not words or words[0] not in MODELS:
         came = words[0] if words else "nothing"
-        raise CommandError(f"train: expected a model, one of {', '.join(MODELS)}, got {came}", USAGE)
+        near = nearest(came.lower().replace("_", "-"), MODELS) if words else ""
+        hint = f"; did you mean {near}?" if near else ""
+        raise CommandError(f"train: expected a model, one of {', '.join(MODELS)}, got {came}{hint}", USAGE)
     request = _request(words[0], words[1:])
     folder = request.folder
     try:
@@ -47,16 +69,12 @@ def _request(name: str, words: list[str]) -> Request:
     parser = options_parser(f"fastgen train {name}", ABOUT)
     parser.add_argument("--data", type=str, default=model.default_data, help="a set in the box, a path, or hf:NAME")
     parser.add_argument("--out", type=str, default=f"runs/{name}", help="the run's folder")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    parser.add_argument("--resume", action="store_true", help=RESUME)
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
     add_fields(parser, DataConfig, without=["source"])
     add_fields(parser, TrainConfig, defaults=model.train_defaults)
     add_fields(parser, model.config_class, prefix="model.", without=from_data(model.config_class))
-    given = parse(parser, words, defaults=False)
-    typed = {word.partition("=")[0] for word in words}
-    for option in ("out", "resume", "overwrite"):
-        if option in given and f"--{option}" not in typed:
-            raise CommandError(f"{option}: expected on the command line, as no file may say where to write", USAGE)
+    given = parse(parser, words, defaults=False, refused=("out", "resume", "overwrite"))
     data_names = {field.name for field in dataclasses.fields(DataConfig)}
     data_options = {name: given.pop(name) for name in data_names & given.keys()}
     if "data" in given:
@@ -69,7 +87,14 @@ def _request(name: str, words: list[str]) -> Request:
         overwrite=given.pop("overwrite", False),
         model_options=given.pop("model", {}),
         train_options=given,
+        command=shlex.join([*_program(), "train", name, *words]),
     )
+
+
+def _program() -> list[str]:
+    """What starts this command, and as many processes as there are."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    return ["fastgen"] if processes == "1" else ["torchrun", f"--nproc-per-node={processes}", "-m", "fastgen"]
 
 
 def _summary(model: str, folder: RunFolder, result: Result) -> str:

@@ -6,15 +6,17 @@ from fastgen.data._base import Dataset, Items, TensorItems
 from fastgen.data.config import DataConfig
 from fastgen.data.describe import Description, describe
 from fastgen.data.folders import read_pictures
-from fastgen.data.sources import SOURCES, load_data
+from fastgen.data.sources import BUNDLED, SOURCES, bundled, load_data
 
 __all__ = [
+    "BUNDLED",
     "SOURCES",
     "DataConfig",
     "Dataset",
     "Description",
     "Items",
     "TensorItems",
+    "bundled",
     "describe",
     "load_data",
     "read_pictures",

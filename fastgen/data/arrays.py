@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastgen.data._files import cannot_read
 from fastgen.data.image_sets import Pictures, check_labels, from_pixels
 from fastgen.data.pictures import Array
 
@@ -38,6 +39,8 @@ def read_npz(path: Path, image_size: int, column: str = "") -> Pictures:
             images = archive[wanted] if wanted in names else None
             labels = archive["labels"] if "labels" in names else None
     except (AttributeError, EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise cannot_read(path, error) from error
         raise ValueError(f"{path}: expected an .npz file of plain arrays, got one that fails: {error}") from error
     if images is None:
         raise ValueError(f"{path}: expected an array named {wanted!r}, got {', '.join(names) or 'no arrays'}")
@@ -101,6 +104,8 @@ def _read_idx(path: Path, magic: int, what: str) -> Array:
             size = math.prod(shape)
             data = file.read(size + 1) if size < 1 << 40 else b""
     except (EOFError, OSError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise cannot_read(path, error) from error
         raise ValueError(f"{path}: expected an IDX file, got one that can't be read: {error}") from error
     if len(data) != size:
         more = "more" if len(data) > size else str(len(data))

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-import wave
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastgen.data._base import Dataset, Items, TensorItems, digest
 from fastgen.data.splitting import HELD_OUT, at_least, hold_out, hold_out_groups
+from fastgen.data.wav import read_wav
 
 TONES, TONE_RATE = 4000, 8000
 BLOCK = 80  # samples
-FORMATS = {3: "floats", 6: "A-law", 7: "mu-law", 65534: "the extensible format"}
 
 
 class Instrument(NamedTuple):
@@ -103,7 +101,7 @@ def read_wavs(name: str, paths: list[Path], seconds: float, every: int) -> Datas
     least 2 ``every`` recordings whole ones are held out; of fewer, the last pieces of each.
 
     Raises:
-        ValueError: not PCM, truncated, different sample rates, too few pieces. Names the file.
+        ValueError: neither PCM nor floats, truncated, different sample rates, too few pieces. Names the file.
     """
     pieces, owners, rates = [], [], []
     for path in paths:
@@ -130,33 +128,6 @@ def read_wavs(name: str, paths: list[Path], seconds: float, every: int) -> Datas
             held_mask[-1] = True
         train, held = (~held_mask).nonzero()[:, 0], held_mask.nonzero()[:, 0]
     return audio_dataset(name, waves, rates[0], train, held, scale=None)
-
-
-def read_wav(path: Path) -> tuple[Tensor, int]:
-    """((samples,) float32 in [-1, 1], samples a second) of PCM with 8, 16, 24 or 32 bits, channels averaged."""
-    try:
-        with wave.open(str(path), "rb") as file:
-            width, channels, rate, n = file.getsampwidth(), file.getnchannels(), file.getframerate(), file.getnframes()
-            data = file.readframes(n)
-    except (wave.Error, EOFError, OSError) as error:
-        got = str(error) or "a truncated one"
-        number = got.rpartition(" ")[2]
-        if got.startswith("unknown format") and number.isdecimal():
-            got = FORMATS.get(int(number), f"format {number}")
-        raise ValueError(f"{path}: expected a WAV file of PCM (8, 16, 24 or 32 bits), got {got}") from error
-    if width not in (1, 2, 3, 4):
-        raise ValueError(f"{path}: expected PCM of 8, 16, 24 or 32 bits, got {8 * width}")
-    if len(data) != n * width * channels or not n:
-        raise ValueError(f"{path}: expected {n or 'some'} samples, got {len(data) // (width * channels)}: truncated?")
-    raw = np.frombuffer(data, np.uint8).reshape(-1, width)
-    if width == 1:
-        values = raw[:, 0].astype(np.float32) - 128
-    else:
-        wide = np.zeros((len(raw), 4), np.uint8)
-        wide[:, 4 - width :] = raw  # the sample's bytes on top of a 32-bit number
-        values = (wide.view("<i4")[:, 0] >> (32 - 8 * width)).astype(np.float64)
-    mono = values.reshape(-1, channels).mean(1, dtype=np.float64) / 2 ** (8 * width - 1)
-    return torch.from_numpy(mono.astype(np.float32)), rate
 
 
 def _samples(seconds: float, rate: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def find_captions(folder: Path, found: Sequence[Path]) -> Path | None:
     tables = [
         Path(name)
         for name, dialect in TABLES.items()
-        if Path(name) in found and (name != "metadata.csv" or TEXT in _rows(folder / name, dialect)[0])
+        if Path(name) in found and (name != "metadata.csv" or TEXT in _rows(folder / name, dialect)[0][1])
     ]
     if len(tables) > 1:
         raise ValueError(f"{folder}: expected captions in one file, got {' and '.join(map(str, tables))}")
@@ -43,13 +44,13 @@ def read_captions(folder: Path, table: Path, images: Sequence[Path]) -> list[str
             no caption.
     """
     path = folder / table
-    names, *rows = _rows(path, TABLES[table.name])
+    (_, names), *rows = _rows(path, TABLES[table.name])
     for column in (FILE, TEXT):
         if column not in names:
             raise ValueError(f"{path}: expected columns {FILE} and {TEXT}, got {', '.join(names)}")
     captions: dict[Path, str] = {}
     known = set(images)
-    for number, row in enumerate(rows, start=2):
+    for number, row in rows:
         if len(row) != len(names):
             raise ValueError(f"{path}: row {number}: expected {len(names)} columns, got {len(row)}")
         file, text = Path(row[names.index(FILE)]), row[names.index(TEXT)].strip()
@@ -65,12 +66,15 @@ def read_captions(folder: Path, table: Path, images: Sequence[Path]) -> list[str
     return [captions[image] for image in images]
 
 
-def _rows(path: Path, dialect: str) -> list[list[str]]:
+def _rows(path: Path, dialect: str) -> list[tuple[int, list[str]]]:
+    """(number, cells) of the rows that are not blank; numbers count from 1, blank rows too, as a spreadsheet does."""
+    reader = csv.reader(io.StringIO(read_text(path)), dialect, strict=True)
     try:
-        lines = read_text(path).splitlines(keepends=True)
-        return [row for row in csv.reader(lines, dialect, strict=True) if row]
+        return [(number, row) for number, row in enumerate(reader, start=1) if row]
     except csv.Error as error:
-        raise ValueError(f"{path}: expected a table of columns, got one that fails: {error}") from error
+        raise ValueError(
+            f"{path}: line {reader.line_num}: expected a table of columns, got one that fails: {error}"
+        ) from error
 
 
 def caption_tokens(captions: Sequence[str]) -> tuple[Tensor, str]:

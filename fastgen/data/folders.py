@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections import Counter
 from collections.abc import Set
 from functools import partial
@@ -13,16 +14,26 @@ import torch
 from torch import Tensor
 
 from fastgen.data._base import Dataset
+from fastgen.data._files import cannot_read, check_file, read_bytes
 from fastgen.data.captions import read_captions
 from fastgen.data.image_sets import Pictures, count_levels, domain_dataset, image_dataset, pair_dataset
 from fastgen.data.pictures import SUFFIXES, Files, LazyPictures, read_headers, read_stack
 from fastgen.data.splitting import at_least, hold_out
 
+SYSTEM_FILES = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini"))
+ABOUT_FILES = re.compile(r"(readme|licen[sc]e|copying|notice|authors|changelog|changes)\b", re.IGNORECASE)
+"""Beginnings of the names of files about the others."""
+
 SPLITS = frozenset(("train", "training", "test", "testing", "val", "valid", "validation"))
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Paths relative to the folder, sorted by their parts. Links are followed, hidden files and folders left out."""
+    """Paths relative to the folder, sorted by their parts. Links are followed; hidden files and folders, and those that
+    Windows leaves in folders, left out.
+
+    Raises:
+        OSError: a folder that can't be read; names it.
+    """
     found, seen = [], set()
     for here, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
         real = os.path.realpath(here)
@@ -31,16 +42,44 @@ def files_below(folder: Path) -> list[Path]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(here, name).relative_to(folder) for name in files if not name.startswith(".")]
+        found += [Path(here, name).relative_to(folder) for name in files if not _is_system_file(name)]
     return sorted(found, key=lambda path: path.parts)
 
 
+def _is_system_file(name: str) -> bool:
+    return name.startswith(".") or name.lower() in SYSTEM_FILES
+
+
 def _raise(error: OSError) -> None:
-    raise error
+    raise cannot_read(error.filename, error) from error
 
 
 def with_suffix(files: list[Path], suffixes: Set[str]) -> list[Path]:
     return [file for file in files if file.suffix.lower() in suffixes]
+
+
+def outnumbering(files: list[Path], found: list[Path], stronger: list[Path]) -> str:
+    """Files of other types that make it unlikely that a folder is one of ``files``; "" if there are none.
+
+    They are more than ``files``, without those about the others (README.txt) and those that belong to one of another
+    type by their name (00.txt to 00.png).
+
+    Args:
+        files: of one type. found: all. stronger: files of types to which ``files`` belong, not the reverse.
+    """
+    chosen, above = set(files), {file.stem for file in stronger}
+    others = [file for file in found if file not in chosen and not ABOUT_FILES.match(file.name)]
+    if not files or not others:
+        return ""
+    mine = [file for file in files if file.stem not in above and not ABOUT_FILES.match(file.name)]
+    names, kept = {file.stem for file in mine}, set(stronger)
+    groups: dict[str, list[Path]] = {}
+    for file in others:
+        if file in kept or file.stem not in names:
+            suffix = file.suffix.lower()
+            groups.setdefault("images" if suffix in SUFFIXES else suffix, []).append(file)
+    more = [file for group in groups.values() if len(group) > len(mine) for file in group]
+    return suffixes_of(more) if more else ""
 
 
 def suffixes_of(files: list[Path]) -> str:
@@ -128,7 +167,7 @@ class ImageFolder:
 
 
 def _read(folder: Path, files: list[Path], i: int) -> bytes:
-    return (folder / files[i]).read_bytes()
+    return read_bytes(folder / files[i])
 
 
 def _pictures(name: str, folder: Path, files: list[Path], image_size: int) -> Pictures:
@@ -151,10 +190,11 @@ def read_pictures(path: Path, image_size: int, channels: int) -> Tensor:
         image_size: S; the shorter side is resized to it, the centre cropped. channels: 1 (grey) or 3.
 
     Raises:
-        FileNotFoundError: nothing there. ValueError: no pictures, or one that can't be decoded.
+        FileNotFoundError: nothing there. OSError: a file that can't be read. ValueError: no pictures, or one that
+        can't be decoded.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: expected a picture or a folder of them, got a path where there is nothing")
+    if not path.is_dir():
+        check_file(path, "a picture or a folder of them")
     files = with_suffix(files_below(path), SUFFIXES) if path.is_dir() else [Path(path.name)]
     if not files:
         raise ValueError(f"{path}: expected pictures (.png, .jpg, ...) in it, got {suffixes_of(files_below(path))}")

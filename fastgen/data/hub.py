@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastgen.data._base import Dataset
+from fastgen.data._files import read_bytes
 from fastgen.data._optional import need
 from fastgen.data.folders import from_files
 from fastgen.data.image_sets import Pictures, check_labels, domain_dataset, image_dataset
@@ -151,5 +152,5 @@ def _one_line(error: Exception) -> str:
 def _encoded(rows: Any, column: str, i: int) -> bytes:
     cell = rows[i][column] or {}
     if cell.get("bytes") is None and cell.get("path"):
-        return Path(cell["path"]).read_bytes()
+        return read_bytes(Path(cell["path"]))
     return bytes(cell.get("bytes") or b"")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TypeAlias
 
 from fastgen.data import arrays, audio, box, folders, hub, sequences, text
 from fastgen.data._base import Dataset
+from fastgen.data._files import check_file
 from fastgen.data.captions import find_captions
 from fastgen.data.config import DataConfig
 from fastgen.data.image_sets import Pictures, domain_dataset, image_dataset
@@ -35,6 +37,9 @@ SERVES: Mapping[str, str] = {
     "audio": "tones, a .wav file, a folder of them",
 }
 """Kinds, and examples of what has them."""
+
+BUNDLED = "bundled:"
+"""Before the name of a set in the box, where a file or folder has the same name."""
 
 Makers: TypeAlias = dict[str, Callable[[], Dataset]]
 """What a source can serve, the first kind being what it is."""
@@ -68,16 +73,41 @@ def load_data(config: DataConfig, *kinds: str) -> Dataset:
 
 
 def find(config: DataConfig) -> Makers:
-    """What the source can serve. A name in the box comes first: ./digits is a folder of that name."""
-    if config.source in SOURCES:
-        return _in_the_box(config)
+    """What the source can serve."""
+    name = bundled(config.source)
+    if name is not None:
+        return _in_the_box(dataclasses.replace(config, source=name))
     if config.source.startswith(hub.PREFIX):
         return _table(config)
     path = Path(config.source)
-    if not path.exists():
-        known = ", ".join(SOURCES)
-        raise FileNotFoundError(f"{path}: expected {known}, hf:NAME or a path, got a path where there is nothing")
-    return _in_folder(config, path) if path.is_dir() else _in_file(config, path)
+    if not os.path.isdir(path):
+        check_file(path, f"{', '.join(SOURCES)}, {hub.PREFIX}NAME or a path")
+        return _in_file(config, path)
+    return _in_folder(config, path)
+
+
+def bundled(source: str) -> str | None:
+    """The set in the box that a source names, alone or after ``BUNDLED``; None for any other source.
+
+    "photos/" and "./photos" are paths. "photos" is the set in the box, unless something of that name lies in the
+    current folder.
+
+    Raises:
+        ValueError: a name that is both, or a set that is not in the box.
+    """
+    if source.startswith(BUNDLED):
+        name = source.removeprefix(BUNDLED)
+        if name not in SOURCES:
+            raise ValueError(f"{source}: expected one of {', '.join(SOURCES)} after {BUNDLED}, got {name!r}")
+        return name
+    if source not in SOURCES:
+        return None
+    if os.path.lexists(source):
+        raise ValueError(
+            f"{source}: expected {BUNDLED}{source} (the set in the box) or .{os.sep}{source} (the path), "
+            f"got a name that both have"
+        )
+    return source
 
 
 def _in_the_box(c: DataConfig) -> Makers:
@@ -144,26 +174,38 @@ def _in_folder(c: DataConfig, path: Path) -> Makers:
         return _table(c)
     found = folders.files_below(path)
     images, texts, waves = (folders.with_suffix(found, of) for of in (SUFFIXES, {".txt"}, {".wav"}))
+    refused = {
+        kind: f"{len(files)} {kind} files beside {others}"
+        for kind, files, stronger in (("image", images, []), ("text", texts, images + waves), ("audio", waves, []))
+        if (others := folders.outnumbering(files, found, stronger))
+    }
     makers: Makers = {}
-    table = find_captions(path, found) if images else None
-    if images:
+    table = None
+    if images and "image" not in refused:
+        table = find_captions(path, found)
         folder = folders.ImageFolder(path, images, table)
         named = {"images": folder.images, "domains": folder.domains, "pairs": folder.pairs}
         for kind in folder.kinds:
             makers[kind] = partial(named[kind], c.image_size, c.held_out)
-    if texts:
+    if texts and "text" not in refused:
         makers["text"] = lambda: text.text_dataset(
             c.source, text.read_texts([path / file for file in texts]), c.held_out, c.tokens
         )
-    if waves:
+    if waves and "audio" not in refused:
         makers["audio"] = lambda: audio.read_wavs(c.source, [path / file for file in waves], c.seconds, c.held_out)
     if not makers:
-        got = folders.suffixes_of(found)
-        raise ValueError(f"{path}: expected images (.png, .jpg, ...), .txt or .wav files in it, got {got}")
-    c.refuse_unused((IMAGES if images else NONE) | (TEXT if texts else NONE) | (AUDIO if waves else NONE))
-    used = {*images, *texts, *waves, table}
-    left = [file for file in found if file not in used]
-    return {kind: partial(_with_note, make, left) for kind, make in makers.items()}
+        expected, got = "images (.png, .jpg, ...), .txt or .wav files in it", folders.suffixes_of(found)
+        if refused:
+            expected, got = f"a folder of {expected.removesuffix(' in it')}, or one file", "; ".join(refused.values())
+        raise ValueError(f"{path}: expected {expected}, got {got}")
+    c.refuse_unused(
+        (IMAGES if "images" in makers else NONE)
+        | (TEXT if "text" in makers else NONE)
+        | (AUDIO if "audio" in makers else NONE)
+    )
+    used = {"text": texts, "audio": waves}
+    left = {kind: set(found) - set(used.get(kind, [*images, table])) for kind in makers}
+    return {kind: partial(_with_note, make, sorted(left[kind])) for kind, make in makers.items()}
 
 
 def _table(c: DataConfig) -> Makers:

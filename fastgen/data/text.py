@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from fastgen._vocabulary import Vocabulary, tokenise
 from fastgen.data._base import Dataset, Items, digest
+from fastgen.data._files import read_bytes
 from fastgen.data._optional import need
 from fastgen.data.splitting import HELD_OUT_TEXT, at_least
 
@@ -115,18 +117,34 @@ def encode(text: str) -> tuple[Tensor, str]:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file, line ends as LF. ValueError names the first byte that is none."""
-    data = path.read_bytes()
+    """A UTF-8 file, without a byte order mark. Line ends (LF, CR LF and CR, nothing else) become LF.
+
+    Raises:
+        ValueError: not UTF-8 (names the first byte that is not, and its line), a NUL, nothing but white space.
+        OSError: it can't be read.
+    """
+    data = read_bytes(path)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        got = f"byte 0x{data[error.start]:02x} at offset {error.start}"
+        before = data[: error.start]  # whatever stands there is UTF-8
+        line = _line_ends_as_lf(before.decode("utf-8", errors="replace")).count("\n") + 1
+        wide = ": UTF-16?" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else ""
+        got = f"byte 0x{data[error.start]:02x} at offset {error.start}, in line {line}{wide}"
         raise ValueError(f"{path}: expected UTF-8 text, got {got}") from error
+    text = _line_ends_as_lf(text)
     if "\0" in text:
-        raise ValueError(f"{path}: expected UTF-8 text, got binary data (a NUL at character {text.index(chr(0))})")
+        at = text.index("\0")
+        line = text.count("\n", 0, at) + 1
+        raise ValueError(f"{path}: expected UTF-8 text, got binary data (a NUL at character {at}, in line {line})")
     if not text.strip():
         raise ValueError(f"{path}: expected UTF-8 text, got an empty file")
-    return text.replace("\r\n", "\n")
+    return text
+
+
+def _line_ends_as_lf(text: str) -> str:
+    """Unlike ``str.splitlines``, which also splits at U+2028, U+0085, form feeds, ..."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_texts(paths: list[Path]) -> str:

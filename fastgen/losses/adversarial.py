@@ -14,7 +14,8 @@ least-squares: Mao et al., "Least squares generative adversarial networks" (2017
 "Geometric GAN" (2017). wasserstein: Arjovsky et al., "Wasserstein generative adversarial networks" (2017); it wants
 a discriminator whose slope is bounded, as ``gradient_penalty`` does.
 
-Each returns one number, the mean over all scores, in float32, or float64 for float64 scores, also under autocast.
+Each returns one number, the mean over all scores, in float32, or float64 for float64 scores, also under autocast. It is
+NaN where a score is NaN or infinite, also where the limit would be finite: the discriminator has overflowed.
 """
 
 from __future__ import annotations
@@ -39,12 +40,13 @@ def _check_kind(kind: str) -> None:
 
 
 def _wide_scores(name: str, scores: Tensor) -> Tensor:
-    """The scores in float32; float64 stays."""
+    """The scores in float32; float64 stays. Infinite ones, which have overflowed, become NaN."""
     check.require_tensor(name, scores)
     check.require_floating(name, scores)
     if scores.numel() == 0:
         raise ValueError(f"{name}: expected at least one score, got {check.shape_of(scores)}")
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return wide + 0 * wide.detach()
 
 
 def _softplus(x: Tensor) -> Tensor:

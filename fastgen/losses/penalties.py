@@ -165,9 +165,9 @@ def _squared_norms(
 
 
 def _safe_sqrt(squares: Tensor) -> Tensor:
-    """sqrt whose derivatives of every order are 0 at 0, not inf or NaN."""
-    positive = squares > 0
-    return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
+    """sqrt whose derivatives of every order are 0 at 0, not inf or NaN. NaN and inf stay what they are."""
+    zero = squares == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, squares).sqrt())
 
 
 # --------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ def perplexity(nats_per_token: Number) -> Number:
     """exp of the mean -log p(token), in nats; inf where that overflows."""
     if isinstance(nats_per_token, Tensor):
         return nats_per_token.exp()
-    return math.exp(nats_per_token) if nats_per_token < 709 else math.inf
+    return math.inf if nats_per_token >= 709 else math.exp(nats_per_token)  # of NaN: NaN
 
 
 class ImportanceWeightedBound:

@@ -17,6 +17,7 @@ SHORTEST = 0.25
 """Seconds that a sound must last, or else the multiples of a pitch are not apart."""
 STEP = 5e-4  # between pitches that are tried, as a share of one
 NAME, NOTE = "energy at harmonics", "of the best-fitting pitch"
+ROUNDING = 1e-12  # of a constant, less its mean
 WIDTH = 4.0  # Hz to either side of a multiple, or bins where they are wider; a sine in a Hann window takes two
 
 
@@ -72,7 +73,10 @@ def harmonicity(waves: Tensor, rate: int) -> Tensor:
     waves = waves.detach().cpu().double()
     if not bool(waves.isfinite().all()):
         raise ValueError("waves: expected finite numbers")
+    largest = waves.abs().amax(1, keepdim=True)
     waves = waves - waves.mean(1, keepdim=True)
+    peak = waves.abs().amax(1, keepdim=True)
+    waves = torch.where(peak > ROUNDING * largest, waves / peak, 0.0)  # quiet sounds have a pitch, constants have none
     power = torch.fft.rfft(waves * torch.hann_window(length, periodic=False, dtype=torch.float64)).abs().square()
     upto = torch.nn.functional.pad(power.cumsum(1), (1, 0))  # of the bins before each
     count = int(math.log(HIGHEST / LOWEST) / STEP) + 1

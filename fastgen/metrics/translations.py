@@ -83,10 +83,15 @@ def evaluate_pairs(
         outputs, targets: (N, C, S, S) in [0, 1]. inputs: (N, Cin, S, S). training: (T, C, S, S), targets.
 
     Raises:
-        ValueError: outputs and targets of different shapes.
+        ValueError: outputs and targets of different shapes, inputs of another number or size.
     """
     if outputs.shape != targets.shape:
         raise ValueError(f"outputs: expected the shape of targets {tuple(targets.shape)}, got {tuple(outputs.shape)}")
+    if inputs.shape[:1] + inputs.shape[2:] != targets.shape[:1] + targets.shape[2:]:
+        raise ValueError(
+            f"inputs: expected as many images as targets, of their size, {tuple(targets.shape)} with any channels, got"
+            f" {tuple(inputs.shape)}"
+        )
     plain = inputs if inputs.size(1) == targets.size(1) else inputs.mean(1, keepdim=True).expand_as(targets)
     figures = []
     for images, what in ((outputs, ""), (plain, ", input as it is")):
@@ -111,6 +116,8 @@ def structural_similarity(images: Tensor, others: Tensor) -> Tensor:
     Wang et al., "Image quality assessment: from error visibility to structural similarity" (2004): means, variances and
     covariance under a Gaussian window of 11 pixels (of S, if that is less), each channel by itself.
     """
+    if images.shape != others.shape:
+        raise ValueError(f"others: expected the shape of images {tuple(images.shape)}, got {tuple(others.shape)}")
     size = min(WINDOW, images.size(2), images.size(3))
     line = torch.exp(-((torch.arange(size, dtype=torch.float64) - (size - 1) / 2) ** 2) / (2 * SIGMA**2))
     window = torch.outer(line, line)[None, None].to(images.device) / line.sum() ** 2

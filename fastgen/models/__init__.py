@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastgen.models._averaging import settle, settled
 from fastgen.models._base import (
     KINDS,
     TRANSLATED,
@@ -16,6 +17,7 @@ from fastgen.models._base import (
     Texts,
     from_data,
     option,
+    to_pixels,
 )
 from fastgen.models.attention_gan import AttentionGAN, AttentionGANConfig
 from fastgen.models.cdcgan import CDCGAN, CDCGANConfig
@@ -103,4 +105,7 @@ __all__ = [
     "WaveNetConfig",
     "from_data",
     "option",
+    "settle",
+    "settled",
+    "to_pixels",
 ]

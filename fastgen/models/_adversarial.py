@@ -20,16 +20,14 @@ from torch import Tensor, nn
 from fastgen import losses
 from fastgen._checks import (
     require_choice,
-    require_floating,
     require_not_negative,
     require_positive,
     require_positive_number,
     require_probability,
-    require_shape,
-    require_tensor,
 )
 from fastgen.losses.adversarial import ADVERSARIAL_LOSSES, AdversarialLoss
-from fastgen.models._base import Batch, GenerativeModel, Images, Moment, Phase, option
+from fastgen.models._base import Batch, GenerativeModel, Images, Moment, Phase, option, to_pixels
+from fastgen.models._inputs import require_images
 
 Penalty = Literal["none", "r1", "gradient", "dragan"]
 
@@ -200,7 +198,7 @@ class ImageGAN(GenerativeModel):
                 pixels: Tensor = self.generator(self._noise(n, generator), *given)
         finally:
             self.generator.train(was_training)
-        return (0.5 * pixels.float() + 0.5).clamp(0, 1)
+        return to_pixels(pixels)
 
     def _noise(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         weight = next(self.generator.parameters())
@@ -208,10 +206,5 @@ class ImageGAN(GenerativeModel):
         return torch.randn(n, self.noise_dim, generator=generator, device=device).to(weight)
 
     def _checked(self, images: Tensor) -> Tensor:
-        config = self.config
-        require_tensor("images", images)
-        require_floating("images", images)
-        require_shape(
-            "images", images, (*images.shape[:1], config.channels, config.image_size, config.image_size), "(B, C, S, S)"
-        )
+        require_images("images", images, self.config.channels, self.config.image_size)
         return images

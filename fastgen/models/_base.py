@@ -23,35 +23,14 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-
-    class _HubMixin:
-        def save_pretrained(self, save_directory: str | Path) -> None: ...
-        @classmethod
-        def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any: ...
-
-else:
-    try:
-        from huggingface_hub import PyTorchModelHubMixin as _HubMixin
-    except ImportError:
-
-        class _HubMixin:
-            """Stands in where huggingface_hub is not installed."""
-
-            def save_pretrained(self, *args: Any, **options: Any) -> None:
-                raise ImportError("save_pretrained needs huggingface_hub: pip install 'fastgen[train]'")
-
-            push_to_hub = save_pretrained
-
-            @classmethod
-            def from_pretrained(cls, *args: Any, **options: Any) -> None:
-                raise ImportError("from_pretrained needs huggingface_hub: pip install 'fastgen[train]'")
-
+from fastgen._checksum import is_whole
+from fastgen.models._inputs import check_batch
+from fastgen.models._pretrained import MODEL_TYPE, WEIGHTS, Pretrained, check_saved_config
 
 Batch: TypeAlias = dict[str, Tensor]
 """Tensors whose first dim is the item; which ones there are depends on the kind of data (``KINDS``)."""
@@ -147,11 +126,18 @@ def from_data(config_class: type) -> list[str]:
     return [f.name for f in dataclasses.fields(config_class) if f.metadata.get("from_data")]
 
 
-class GenerativeModel(nn.Module, _HubMixin):
+def to_pixels(images: Tensor) -> Tensor:
+    """[-1, 1] -> [0, 1], float32 at least. What is beyond the ends is cut off; what is infinite becomes NaN."""
+    wide = 0.5 * images.to(torch.promote_types(images.dtype, torch.float32)) + 0.5
+    return wide.clamp(0, 1) + 0 * wide
+
+
+class GenerativeModel(nn.Module, Pretrained):
     """Base of all models; described at the top of this file.
 
     ``save_pretrained(folder)`` writes config.json and model.safetensors, ``from_pretrained(folder or repository)``
-    reads them, by huggingface_hub. Reading never runs code: weights come from safetensors only.
+    reads them, by huggingface_hub; ``GenerativeModel.from_pretrained`` finds the class. Reading never runs code:
+    weights come from safetensors only.
     """
 
     name: ClassVar[str]
@@ -186,6 +172,14 @@ class GenerativeModel(nn.Module, _HubMixin):
     def phases(self) -> tuple[Phase, ...]:
         """The phases of a step, in order."""
         raise NotImplementedError
+
+    def check(self, batch: Batch) -> None:
+        """Whether the model can learn from a batch on the CPU, before training begins.
+
+        Raises:
+            TypeError, ValueError: values out of range, dtypes or shapes that do not fit the config.
+        """
+        check_batch(self.kind, self.config, batch)
 
     def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
         """What ``phase`` minimises, a scalar under "loss"; other scalars are shown beside it.
@@ -239,14 +233,14 @@ class GenerativeModel(nn.Module, _HubMixin):
             raise FileNotFoundError(f"{model_id}: expected a saved {cls.__name__}, got no config.json there")
         if options:
             raise TypeError(f"{cls.__name__}.from_pretrained: expected no further options, got {', '.join(options)}")
-        if not dataclasses.is_dataclass(config):
+        saved = None if dataclasses.is_dataclass(config) else config
+        if saved is not None:
+            saved = {name: value for name, value in saved.items() if name != MODEL_TYPE}
             known = {f.name for f in dataclasses.fields(cls.config_class)}
-            if not isinstance(config, dict) or set(config) - known:
-                unknown = sorted(set(config) - known) if isinstance(config, dict) else type(config).__name__
+            if set(saved) - known:
+                unknown = sorted(set(saved) - known)
                 raise ValueError(f"{model_id}: config.json: expected options of {cls.__name__}, got {unknown}")
-            config = cls.config_class(**config)
-        model = cls(config)
-        file = Path(model_id) / "model.safetensors"
+        file = Path(model_id) / WEIGHTS
         if not Path(model_id).is_dir():
             file = Path(
                 hf_hub_download(
@@ -261,6 +255,14 @@ class GenerativeModel(nn.Module, _HubMixin):
             )
         if not file.is_file():
             raise FileNotFoundError(f"{file}: expected the weights of a {cls.__name__}, got no file")
+        if not is_whole(file.read_bytes()):
+            raise ValueError(
+                f"{file}: expected the weights of a {cls.__name__}, got a damaged file (its digest differs)"
+            )
+        if saved is not None:
+            check_saved_config(model_id, saved, known, file)
+            config = cls.config_class(**saved)
+        model = cls(config)
         try:
             load_model(model, file, strict=strict, device=map_location)
         except (SafetensorError, RuntimeError) as error:

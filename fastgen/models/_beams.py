@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastgen._checks import require_not_negative, require_positive
 from fastgen.models._base import option
-from fastgen.models._tokens import END, PADDING, START, choose
+from fastgen.models._sampling import Chooser
+from fastgen.models._tokens import END, PADDING, START
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,11 @@ def search(
         next_logits: beginnings (batch * beams, N) -> logits (batch * beams, tokens) of the token after each.
         reorder: told which rows the beginnings go on from, where there is more than one beam.
         generator: of the noise where there is a temperature. A CPU generator serves every device.
+
+    Raises:
+        ValueError: logits that are NaN or infinite.
     """
+    chooser = Chooser(options.temperature, generator)
     beams = options.beams
     text = torch.full((batch * beams, 1), START, device=device)
     scores = torch.full((batch, beams), -math.inf, device=device)
@@ -64,8 +69,9 @@ def search(
         log_prob = log_prob.masked_fill(ended, -math.inf)
         log_prob[:, PADDING] = log_prob[:, PADDING].masked_fill(ended[:, 0], 0.0)
         if options.temperature:
-            token = choose(log_prob, options.temperature, generator)
+            token = chooser(log_prob)
         else:
+            chooser.watch(log_prob)
             totals = scores.to(log_prob.dtype)[:, :, None] + log_prob.unflatten(0, (batch, beams))
             scores, best = totals.flatten(1).topk(beams)
             rows = (first + best // log_prob.size(1)).flatten()
@@ -75,4 +81,5 @@ def search(
                 reorder(rows)
         text = torch.cat((text, token[:, None]), 1)
         ended = ended | (token == END)[:, None]
+    chooser.check()
     return text.view(batch, beams, length)[:, 0]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastgen._checks import require_shape, require_tensor
+from fastgen.models._inputs import require_tokens
 from fastgen.models._tokens import require_known
 
 
@@ -22,11 +22,8 @@ def caption_rows(captions: Sequence[str], vocabulary: str, length: int) -> Tenso
     return rows
 
 
-def check_captions(captions: Tensor | None, batch: int, length: int) -> None:
-    """Raises TypeError, ValueError unless they are (batch, length) int64."""
+def check_captions(captions: Tensor | None, batch: int, length: int, count: int) -> None:
+    """Raises TypeError, ValueError unless they are (batch, length) int64, from 0 to count - 1."""
     if captions is None:
         raise ValueError(f"caption: expected (B, {length}) int64, as the model is told captions, got none")
-    require_tensor("caption", captions)
-    if captions.dtype != torch.int64:
-        raise TypeError(f"caption: expected an int64 tensor, got {captions.dtype}")
-    require_shape("caption", captions, (batch, length), "(B, caption_length)")
+    require_tokens("caption", captions, count, (batch, length), "(B, caption_length)")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from fastgen._checks import require_shape, require_tensor
 from fastgen.models._base import Batch, option
+from fastgen.models._inputs import require_labels
 
 MOST_COLUMNS = 32
 
@@ -24,16 +25,11 @@ class LabelOptions:
             raise ValueError(f"label: expected a class 0, 1, ... or -1 for all in turn, got {self.label!r}")
 
 
-def check_labels(batch: Batch) -> Tensor:
-    """The batch's labels. Raises TypeError, ValueError unless they are (B,) int64; the data keeps their range."""
+def check_labels(batch: Batch, classes: int) -> Tensor:
+    """The batch's labels. Raises TypeError, ValueError unless they are (B,) int64, from 0 to classes - 1."""
     labels = batch.get("labels")
-    if labels is None:
-        raise ValueError("labels: expected (B,) int64, got a batch without labels")
-    require_tensor("labels", labels)
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels: expected an int64 tensor, got {labels.dtype}")
-    require_shape("labels", labels, (len(batch["images"]),), "(B,)")
-    return labels
+    require_labels("labels", labels, len(batch["images"]), classes)
+    return cast(Tensor, labels)
 
 
 def wanted_labels(n: int, label: int, classes: int) -> tuple[Tensor, int | None]:

@@ -55,7 +55,7 @@ class ConditionalGAN(ImageGAN):
         return classes
 
     def conditions(self, batch: Batch) -> tuple[Tensor, ...]:
-        return (check_labels(batch),) if self.classes else ()
+        return (check_labels(batch, self.classes),) if self.classes else ()
 
     @torch.no_grad()
     def draw(self, n: int, options: LabelOptions, *, generator: torch.Generator | None = None) -> Images:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen import functional
+from fastgen.nn._sublayers import is_plain, is_pointwise, merge_heads, project_heads
 
 Tables: TypeAlias = tuple[Tensor, Tensor]
 EPS = 1e-6
@@ -74,6 +75,7 @@ class Past:
         self.mask: Tensor | None = None
         self.eps = torch.full((), EPS, device=device, dtype=like.dtype)
         self.norms: dict[int, Tensor] = {}  # of queries and keys, of a block
+        self.fused: dict[int, bool] = {}  # whether a block may take its step of one token in one piece
         self._rotations: tuple[Tables, Tables] | None = None
 
     @property
@@ -171,11 +173,15 @@ class DecoderBlock(nn.Module):
         """
         p = self.dropout if self.training else 0.0
         if past is not None and x.size(1) == 1:
-            return self._step(x, rotary, past, layer)
+            if layer not in past.fused:
+                past.fused[layer] = self._may_be_fused()
+            if past.fused[layer]:
+                return self._step(x, rotary, past, layer)
         before = 0 if memory is None else memory.size(1)
-        query, key, value = functional.qkv_projection(
+        query, key, value = project_heads(
+            self,
+            ("qkv",),
             self.attention_norm(x if memory is None else torch.cat((memory, x), dim=1)),
-            self.qkv.weight,
             heads=(self.heads,) * 3,
             head_dims=(self.head_dim,) * 3,
             norms=() if self.query_norm is None or self.key_norm is None else (self.query_norm, self.key_norm),
@@ -188,10 +194,8 @@ class DecoderBlock(nn.Module):
         else:
             heads = past.attend(layer, query, key, value)
         heads = cast(Tensor, heads)
-        if p:
-            x = x + F.dropout(functional.merge_heads_projection(heads, self.merge.weight), p)
-        else:
-            x = functional.merge_heads_projection(heads, self.merge.weight, residual=x)
+        merged = merge_heads(self, "merge", heads, residual=None if p else x)
+        x = x + F.dropout(merged, p) if p else merged
         branch: Tensor = self.mlp_out(self._activated(self.mlp_in(self.mlp_norm(x))))
         return x + (F.dropout(branch, p) if p else branch)
 
@@ -200,6 +204,14 @@ class DecoderBlock(nn.Module):
             gate, hidden = hidden.chunk(2, dim=-1)
             return F.silu(gate) * hidden
         return F.gelu(hidden)
+
+    def _may_be_fused(self) -> bool:
+        """Whether ``_step`` may read the weights of all sublayers without calling them."""
+        maps = (self.qkv, self.merge, self.mlp_in, self.mlp_out)
+        norms = (self.attention_norm, self.mlp_norm)
+        return all(is_pointwise(module) and module.bias is None for module in maps) and all(
+            is_plain(norm, nn.RMSNorm.forward) and norm.eps == EPS and norm.weight is not None for norm in norms
+        )
 
     def _step(self, x: Tensor, rotary: Tables, past: Past, layer: int) -> Tensor:
         """``forward`` of one token of each row, in few calls: at this size they cost more than their arithmetic."""
@@ -220,6 +232,10 @@ class DecoderBlock(nn.Module):
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
+    if x.element_size() < 4:  # a sum of squares in half precision overflows
+        wide = x.float()
+        mean = wide.square().mean(-1, keepdim=True)
+        return (wide * torch.rsqrt(mean + EPS)).to(x.dtype) * weight
     square = torch.linalg.vecdot(x, x).unsqueeze(-1)
     return x.mul(torch.add(eps, square, alpha=1 / x.size(-1)).rsqrt_()).mul_(weight)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastgen import functional
 from fastgen.nn import KVCache
+from fastgen.nn._sublayers import merge_heads, project_heads
 
 Tables = tuple[Tensor, Tensor]
 
@@ -43,21 +44,19 @@ class EncoderBlock(nn.Module):
         """x (B, S, width) -> the same. ``visible`` (B, 1, 1, S): which tokens are no padding."""
         query, key, value = self._heads(x, rotary)
         heads = functional.scaled_dot_product_attention(query, key, value, visible, self._p())
-        return self._plus_mlp(self._plus(x, cast(Tensor, heads), self.merge))
+        return self._plus_mlp(self._plus(x, cast(Tensor, heads), "merge"))
 
     def _p(self) -> float:
         return self.dropout if self.training else 0.0
 
     def _heads(self, x: Tensor, rotary: Tables) -> tuple[Tensor, ...]:
         heads, dims = (self.heads,) * 3, (self.head_dim,) * 3
-        return functional.qkv_projection(
-            self.attention_norm(x), self.qkv.weight, heads=heads, head_dims=dims, rotary=rotary
-        )
+        return project_heads(self, ("qkv",), self.attention_norm(x), heads=heads, head_dims=dims, rotary=rotary)
 
-    def _plus(self, x: Tensor, heads: Tensor, merge: nn.Linear) -> Tensor:
+    def _plus(self, x: Tensor, heads: Tensor, merge: str) -> Tensor:
         if self._p():
-            return x + F.dropout(functional.merge_heads_projection(heads, merge.weight), self._p())
-        return functional.merge_heads_projection(heads, merge.weight, residual=x)
+            return x + F.dropout(merge_heads(self, merge, heads), self._p())
+        return merge_heads(self, merge, heads, residual=x)
 
     def _plus_mlp(self, x: Tensor) -> Tensor:
         branch: Tensor = self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
@@ -85,14 +84,15 @@ class DecoderBlock(EncoderBlock):
         else:
             keys, values, mask = cache.target.update(key, value)
             heads = functional.scaled_dot_product_attention(query, keys, values, mask)
-        x = self._plus(x, cast(Tensor, heads), self.merge)
+        x = self._plus(x, cast(Tensor, heads), "merge")
         key_value = cache.memory if cache else ()
         if not key_value:
-            heads_of, dims = (self.heads,) * 2, (self.head_dim,) * 2
-            key_value = functional.qkv_projection(memory, self.key_value.weight, heads=heads_of, head_dims=dims)
+            dims = (self.head_dim,) * 2
+            key_value = project_heads(self, ("key_value",), memory, heads=(self.heads,) * 2, head_dims=dims)
         if cache:
             cache.memory = key_value
-        query = functional.multi_head_projection(self.memory_norm(x), self.query.weight, num_heads=self.heads)
+        of_one = (self.head_dim,)
+        (query,) = project_heads(self, ("query",), self.memory_norm(x), heads=(self.heads,), head_dims=of_one)
         key, value = key_value
         heads = functional.scaled_dot_product_attention(query, key, value, visible, self._p())
-        return self._plus_mlp(self._plus(x, cast(Tensor, heads), self.memory_merge))
+        return self._plus_mlp(self._plus(x, cast(Tensor, heads), "memory_merge"))

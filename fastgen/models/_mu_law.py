@@ -47,15 +47,17 @@ def logistics_log_prob(centre: Tensor, log_scale: Tensor, weight: Tensor, low: T
     """
     precision = torch.exp(-log_scale)
     below, above = (low[..., None] - centre) * precision, (high[..., None] - centre) * precision
-    width = torch.log(-torch.expm1(below - above))
+    # From the borders: above - below would be 0 where the centre is far away.
+    width = torch.log(-torch.expm1((low - high)[..., None] * precision))
     log_prob = F.logsigmoid(above) + F.logsigmoid(-below) + width
     return torch.logsumexp(log_prob + weight.log_softmax(-1), -1)
 
 
 def logistics_level_logits(centre: Tensor, log_scale: Tensor, weight: Tensor, borders: Tensor) -> Tensor:
     """log P (..., 256) of all levels, as above: what is above a level is below the next."""
-    places = (borders[:, None] - centre[..., None, :]) * torch.exp(-log_scale)[..., None, :]
-    below, above = places[..., :-1, :], places[..., 1:, :]
+    precision = torch.exp(-log_scale)[..., None, :]
+    places = (borders[:, None] - centre[..., None, :]) * precision
+    width = torch.log(-torch.expm1((borders[:-1] - borders[1:])[:, None] * precision))
     tail = F.logsigmoid(places)
-    log_prob = tail[..., 1:, :] + (tail - places)[..., :-1, :] + torch.log(-torch.expm1(below - above))
+    log_prob = tail[..., 1:, :] + (tail - places)[..., :-1, :] + width
     return torch.logsumexp(log_prob + weight.log_softmax(-1)[..., None, :], -1)

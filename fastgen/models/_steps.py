@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen._checks import require_floating, require_shape, require_tensor
-from fastgen.models._base import Batch, Exhibit, Images, Texts
+from fastgen.models._base import Batch, Exhibit, Images, Texts, to_pixels
+from fastgen.models._inputs import require_images, require_tokens
 from fastgen.models._tokens import PADDING
 
 BLANK, STOP, CHARACTER = 0, 1, 2
@@ -52,14 +52,12 @@ class Rows(Steps):
 
     def read(self, batch: Batch) -> Tensor:
         images, size = batch["images"], self.length
-        require_tensor("images", images)
-        require_floating("images", images)
-        require_shape("images", images, (*images.shape[:1], self.channels, size, size), "(B, C, S, S)")
+        require_images("images", images, self.channels, size)
         return 2 * images.transpose(1, 2).flatten(2) - 1
 
     def exhibit(self, steps: Tensor) -> Images:
         rows = steps.unflatten(2, (self.channels, self.length)).transpose(1, 2)
-        return Images((0.5 * rows.float() + 0.5).clamp(0, 1))
+        return Images(to_pixels(rows))
 
 
 class Characters(Steps):
@@ -72,15 +70,24 @@ class Characters(Steps):
         self.vocabulary = vocabulary
 
     def read(self, batch: Batch) -> Tensor:
-        return F.one_hot(_tokens(batch, "tokens", self.length, "(B, length)"), self.width)
+        return F.one_hot(_tokens(batch, "tokens", self.length, "(B, length)", self.width), self.width)
 
     def exhibit(self, steps: Tensor) -> Texts:
-        return Texts(["".join(self.vocabulary[i] for i in row) for row in steps.argmax(2).tolist()])
+        return Texts(["".join(self.vocabulary[i] for i in row) for row in _symbols(steps)])
 
     def judge(self, drawn: Tensor, real: Tensor) -> dict[str, Tensor]:
         """Shares of a text's triples of characters that occur in other real texts of the batch: drawn, and real."""
         drawn, real = (_triples(steps.argmax(2), self.width) for steps in (drawn, real))
         return {"known triples": _known(drawn, real), "known triples, real": _known(real, real)}
+
+
+def _symbols(steps: Tensor) -> list[list[int]]:
+    """Which symbol each step is. Raises ValueError for steps that are NaN, which are none."""
+    largest, symbols = steps.max(2)
+    if not bool(largest.isfinite().all()):
+        raise ValueError("steps: expected numbers, got NaN or infinite ones; the generator's weights may be NaN")
+    rows: list[list[int]] = symbols.tolist()
+    return rows
 
 
 def _triples(tokens: Tensor, width: int) -> Tensor:
@@ -110,15 +117,16 @@ class Pairs(Steps):
 
     def read(self, batch: Batch) -> Tensor:
         source, target = (
-            _tokens(batch, name, length, f"(B, {name}_length)")[:, 1:] for name, length in self.lengths.items()
+            _tokens(batch, name, length, f"(B, {name}_length)", self.width + 1)[:, 1:]
+            for name, length in self.lengths.items()
         )
         place = (source != PADDING).sum(1, keepdim=True) + torch.arange(target.size(1), device=target.device)
         tokens = F.pad(source, (0, target.size(1))).scatter(1, place, target)
-        return F.one_hot((tokens - 1).clamp(min=0), self.width)
+        return F.one_hot(tokens.masked_fill(tokens == PADDING, 1) - 1, self.width)
 
     def exhibit(self, steps: Tensor) -> Texts:
         """Texts "source -> target". What is not well formed shows further ends as "|", padding inside as "_"."""
-        return Texts([self.spell(row) for row in steps.argmax(2).tolist()])
+        return Texts([self.spell(row) for row in _symbols(steps)])
 
     def spell(self, symbols: list[int]) -> str:
         while symbols and symbols[-1] == BLANK:
@@ -138,10 +146,7 @@ class Pairs(Steps):
         return {"well formed": formed.double()}
 
 
-def _tokens(batch: Batch, name: str, length: int, meaning: str) -> Tensor:
+def _tokens(batch: Batch, name: str, length: int, meaning: str, count: int) -> Tensor:
     tokens = batch[name]
-    require_tensor(name, tokens)
-    if tokens.dtype != torch.int64:
-        raise TypeError(f"{name}: expected an int64 tensor, got {tokens.dtype}")
-    require_shape(name, tokens, (*tokens.shape[:1], length), meaning)
+    require_tokens(name, tokens, count, (*tokens.shape[:1], length), meaning)
     return tokens

@@ -1,11 +1,14 @@
-"""Characters as tokens, as data of kind "sequences" number them, and the choice of a token."""
+"""Characters as tokens, as data of kind "sequences" number them; how one is chosen is in ``_sampling.py``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
+
+from fastgen.models._sampling import choose
+
+__all__ = ["END", "FIRST", "PADDING", "START", "choose", "require_known", "require_vocabulary", "spell"]
 
 PADDING, START, END, FIRST = 0, 1, 2, 3
 """``FIRST`` is the vocabulary's first character."""
@@ -35,15 +38,3 @@ def spell(tokens: Tensor | Iterable[int], vocabulary: str) -> str:
             break
         text += vocabulary[token - FIRST] if token >= FIRST else ""
     return text
-
-
-def choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """A token of each row: logits (B, tokens) -> (B,) int64. 0: the likeliest. A CPU generator serves every device.
-
-    The largest of logits + Gumbel noise is a sample of their softmax (Gumbel 1954; Maddison et al. 2014).
-    """
-    if temperature == 0:
-        return logits.argmax(1)
-    device = logits.device if generator is None else generator.device
-    uniform = torch.rand(logits.shape, generator=generator, device=device).to(logits.device)
-    return (logits.float() / temperature - uniform.log().neg().log()).argmax(1)

@@ -11,11 +11,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fastgen._checks import require_choice, require_floating, require_positive, require_shape, require_tensor
+from fastgen._checks import require_choice, require_positive
 from fastgen.losses.adversarial import AdversarialLoss
 from fastgen.models._adversarial import GameConfig, Layers, Penalty
 from fastgen.models._base import GenerativeModel, Images, Phase, option
 from fastgen.models._convolutions import SLOPE
+from fastgen.models._inputs import require_images
 from fastgen.models._vae import above_each_other
 
 PatchNorm = Literal["instance", "none"]
@@ -124,16 +125,8 @@ class Translator(GenerativeModel):
 
     def _checked(self, name: str, images: Tensor, channels: int) -> Tensor:
         """Images (B, channels, S, S) in [0, 1] -> [-1, 1]."""
-        size = self.config.image_size
-        require_tensor(name, images)
-        require_floating(name, images)
-        require_shape(name, images, (*images.shape[:1], channels, size, size), "(B, C, S, S)")
+        require_images(name, images, channels, self.config.image_size)
         return 2 * images - 1
-
-
-def to_pixels(images: Tensor) -> Tensor:
-    """[-1, 1] -> [0, 1], float32 at least."""
-    return (0.5 * images.to(torch.promote_types(images.dtype, torch.float32)) + 0.5).clamp(0, 1)
 
 
 def difference(images: Tensor, others: Tensor) -> Tensor:

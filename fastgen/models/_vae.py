@@ -12,21 +12,21 @@ from torch import Tensor, nn
 from fastgen import functional
 from fastgen._checks import (
     require_count,
-    require_floating,
     require_not_negative,
     require_positive,
     require_positive_number,
-    require_shape,
-    require_tensor,
 )
 from fastgen.models._base import Batch, Exhibit, GenerativeModel, Images, Moment, Phase, option
+from fastgen.models._inputs import require_images
 from fastgen.models._likelihoods import (
     Likelihood,
     check_likelihood,
+    log_standard_normal,
     numbers_per_pixel,
     pixels_log_prob,
     pixels_mean,
 )
+from fastgen.models._norms import widened
 
 PAIRS_IN_A_ROW = 16
 
@@ -112,17 +112,23 @@ def sampled(
     return z.view(mu.shape), kl.sum(1), kl.mean(0).clamp(min=free_bits).sum()
 
 
+def sample_and_log_prob(
+    mu: Tensor, logvar: Tensor, *, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """A sample z of N(mu, exp(logvar)) and log N(z; mu, exp(logvar)), (B,) in nats, both float32 at least.
+
+    The density is that of the noise: z - mu has lost its digits where the deviation is small beside mu.
+    """
+    mu, logvar = widened(mu), widened(logvar)
+    zero = torch.zeros_like(mu)
+    noise = functional.reparameterize(zero, zero, generator=generator)
+    log_density = log_standard_normal(noise) - 0.5 * logvar.flatten(1).sum(dim=1)
+    return mu + noise * torch.exp(0.5 * logvar), log_density
+
+
 def check_images(images: Tensor, config: Any) -> None:
-    """Raises TypeError, ValueError unless images are (B, channels, image_size, image_size), floating."""
-    require_tensor("images", images)
-    require_floating("images", images)
-    expected = (*images.shape[:1], config.channels, config.image_size, config.image_size)
-    require_shape("images", images, expected, "(B, C, S, S)")
-
-
-def widened(x: Tensor) -> Tensor:
-    """float32 at least, whatever autocast chose."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    """Raises TypeError, ValueError unless images are (B, channels, image_size, image_size), floating, in [0, 1]."""
+    require_images("images", images, config.channels, config.image_size)
 
 
 def dense(inputs: int, width: int, depth: int, outputs: int) -> nn.Sequential:

@@ -9,11 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen._checks import require_not_negative, require_positive, require_shape, require_tensor
+from fastgen._checks import require_not_negative, require_positive
 from fastgen.models._base import option
+from fastgen.models._inputs import readable, require_tokens
 from fastgen.models._likelihoods import Likelihood, check_likelihood, numbers_per_pixel, pixels_log_prob, pixels_mean
+from fastgen.models._norms import widened
 from fastgen.models._residual import ResidualBlock
 from fastgen.models._vae import check_images
+
+LEAST_USES = 1e-4  # of a word in a batch, on average, below which it stays where it is
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,10 @@ class Codebook(nn.Module):
 
     def nearest(self, features: Tensor) -> Tensor:
         """Features (B, D, h, w) -> the nearest words' indices (B, h, w)."""
-        rows = features.movedim(1, -1).to(self.words.dtype)
+        words = widened(self.words)
+        rows = features.movedim(1, -1).to(words.dtype)
         with torch.autocast(rows.device.type, enabled=False):
-            distances = self.words.square().sum(1) - 2 * rows @ self.words.T
+            distances = words.square().sum(1) - 2 * rows @ words.T
         return distances.argmin(-1)
 
     def look_up(self, codes: Tensor) -> Tensor:
@@ -95,8 +100,16 @@ class Codebook(nn.Module):
             others = rows[torch.randint(len(rows), (len(self.words),), device=rows.device)]
             self.uses.copy_(torch.where(dead, even, self.uses))
             self.sums.copy_(torch.where(dead[:, None], even * others, self.sums))
-        used = self.uses[:, None] > 1e-4
-        self.words.copy_(torch.where(used, self.sums / self.uses.clamp(min=1e-4)[:, None], self.words))
+        self.derive()
+
+    def derived(self) -> list[Tensor]:
+        return [self.words]
+
+    @torch.no_grad()
+    def derive(self) -> None:
+        """The words as the running averages have them: means of the features that chose each; unused ones stay."""
+        used = self.uses[:, None] > LEAST_USES
+        self.words.copy_(torch.where(used, self.sums / self.uses.clamp(min=LEAST_USES)[:, None], self.words))
 
     def perplexity(self) -> Tensor:
         """How many words are in use: the exponential of the entropy of ``uses``, from 1 to K."""
@@ -140,16 +153,32 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def judge(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(map of words; nats of the pixels given them (B,); mean squared error of the expected pixels (B,))."""
-        codes = self.encode(images)
+        """(map of words; nats of the pixels given them (B,); mean squared error of the expected pixels (B,)).
+
+        Where the features are NaN, so that no word is the nearest, nats and error are NaN, too.
+        """
+        codes, flaw = self.read(images)
         words = self.codebook.look_up(codes)
         error = (self._mean(words) - images).square().flatten(1).mean(1)
-        return codes, -self._log_prob(words, images), error
+        return codes, flaw - self._log_prob(words, images), flaw + error
+
+    @torch.no_grad()
+    def read(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The map of words of each image, and (B,) 0, or NaN where its features are NaN or infinite."""
+        features = self._features(images)
+        return self.codebook.nearest(features), 0 * features.flatten(1).sum(1)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """The map of words (B, map_size, map_size) of each image."""
-        return self.codebook.nearest(self._features(images))
+        """The map of words (B, map_size, map_size) of each image.
+
+        Raises:
+            ValueError: features that are NaN or infinite, on the CPU, where that can be seen for nothing.
+        """
+        codes, flaw = self.read(images)
+        if readable(flaw) and not bool(flaw.isfinite().all()):
+            raise ValueError("images: expected finite features of each, got NaN or infinite ones; are the weights NaN?")
+        return codes
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -158,13 +187,10 @@ class Autoencoder(nn.Module):
         Raises:
             TypeError: codes are no int64 tensor. ValueError: another shape, or words that are not in the codebook.
         """
-        require_tensor("codes", codes)
-        if codes.dtype != torch.int64:
-            raise TypeError(f"codes: expected an int64 tensor, got {codes.dtype}")
-        size, count = self.config.map_size, self.config.codebook_size
-        require_shape("codes", codes, (*codes.shape[:1], size, size), "(B, h, w)")
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < count:
-            raise ValueError(f"codes: expected 0 to {count - 1}, got {int(codes.min())} to {int(codes.max())}")
+        size = self.config.map_size
+        require_tokens("codes", codes, self.config.codebook_size, (*codes.shape[:1], size, size), "(B, h, w)")
+        if codes.device.type != "cpu" and codes.numel():
+            require_tokens("codes", torch.stack(codes.aminmax()).cpu(), self.config.codebook_size)
         return self._mean(self.codebook.look_up(codes))
 
     def _features(self, images: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgen.nn._sublayers import is_pointwise, is_untouched, weight_and_bias
+
 
 class GatedLayer(nn.Module):
     """A dilated causal convolution of two taps, its gate, and what becomes of it.
@@ -51,14 +53,15 @@ class LayerSteps:
     """
 
     def __init__(self, layers: Sequence[GatedLayer], batch: int) -> None:
-        depth, channels = len(layers), layers[0].taps.in_features // 2
-        weight = layers[0].taps.weight
+        of_taps, of_out = ([weight_and_bias(part) for part in parts] for parts in _parts(layers))
+        weight = of_taps[0][0]
+        depth, channels = len(layers), weight.size(1) // 2
         half = torch.cat((weight.new_ones(channels), weight.new_full((channels,), 0.5)))  # of the gate
-        taps = [layer.taps.weight.detach() * half[:, None] for layer in layers]
+        taps = [weight.detach() * half[:, None] for weight, _ in of_taps]
         self.past_weight = torch.stack([tap[:, :channels].t() for tap in taps])
-        self.bias = torch.stack([(layer.taps.bias.detach() * half)[None] for layer in layers])
+        self.bias = torch.stack([(_known(bias).detach() * half)[None] for _, bias in of_taps])
         self.now_weights = [tap[:, channels:].t().contiguous() for tap in taps]
-        out = [torch.cat((0.5 * layer.out.weight.detach().t(), layer.out.bias.detach()[None])) for layer in layers]
+        out = [torch.cat((0.5 * weight.detach().t(), _known(bias).detach()[None])) for weight, bias in of_out]
         self.changes = [whole[:, : layer.channels].contiguous() for whole, layer in zip(out, layers, strict=True)]
         self.skips = torch.cat([whole[:, layer.channels :] for whole, layer in zip(out, layers, strict=True)])
 
@@ -94,6 +97,45 @@ class LayerSteps:
         self.ring.index_copy_(0, places, self.states)
         self.time += 1
         return self.gated @ self.skips
+
+
+def _parts(layers: Sequence[GatedLayer]) -> tuple[list[nn.Linear], list[nn.Linear]]:
+    return [layer.taps for layer in layers], [layer.out for layer in layers]
+
+
+def _known(bias: Tensor | None) -> Tensor:
+    assert bias is not None
+    return bias
+
+
+def may_be_fused(layers: Sequence[GatedLayer]) -> bool:
+    """Whether ``LayerSteps`` may read the weights of the layers without calling them."""
+    parts = [part for kind in _parts(layers) for part in kind]
+    return all(is_untouched(layer) for layer in layers) and all(
+        is_pointwise(part) and part.bias is not None for part in parts
+    )
+
+
+class CalledLayerSteps:
+    """What ``LayerSteps`` does by a call of each layer at each sample."""
+
+    def __init__(self, layers: Sequence[GatedLayer]) -> None:
+        self.layers = layers
+        self.seen: list[Tensor] = []
+
+    def step(self, x: Tensor) -> Tensor:
+        """The sum of the layers' skips (batch, skip_channels) of what comes into the first (batch, channels)."""
+        if not self.seen:
+            self.seen = [x.new_zeros(len(x), layer.dilation, x.size(1)) for layer in self.layers]
+        total: Tensor | None = None
+        for i, layer in enumerate(self.layers):
+            samples = torch.cat((self.seen[i], x.unsqueeze(1)), 1)
+            self.seen[i] = samples[:, 1:]
+            out, skip = layer(samples, 1)
+            x = out.squeeze(1)
+            total = skip.squeeze(1) if total is None else total + skip.squeeze(1)
+        assert total is not None
+        return total
 
 
 def cosines(n: int) -> Tensor:

@@ -22,7 +22,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastgen import functional
 from fastgen._checks import require_positive
 from fastgen.models._base import Batch, Exhibit, GenerativeModel, Images, Moment, NoOptions, Phase, option
 from fastgen.models._likelihoods import (
@@ -35,8 +34,17 @@ from fastgen.models._likelihoods import (
     pixels_log_prob,
     pixels_mean,
 )
+from fastgen.models._norms import widened
 from fastgen.models._residual import ResidualBlock
-from fastgen.models._vae import Bound, VAEConfigBase, above_each_other, check_images, normal_noise, sampled, widened
+from fastgen.models._vae import (
+    Bound,
+    VAEConfigBase,
+    above_each_other,
+    check_images,
+    normal_noise,
+    sample_and_log_prob,
+    sampled,
+)
 from fastgen.nn import AttentionBlock2d
 
 __all__ = [
@@ -193,8 +201,7 @@ class ConvVAE(GenerativeModel):
             ValueError: n is not a positive integer.
         """
         require_positive("n", n)
-        weight = self.add_details.weight
-        noise = normal_noise((n, self.config.latent_dim), weight, generator)
+        noise = normal_noise((n, self.config.latent_dim), next(self.parameters()), generator)
         canvas = self.canvas(noise)
         mu, logvar = self.detail_prior(canvas).chunk(2, dim=1)
         details = mu + normal_noise(tuple(mu.shape), mu, generator) * torch.exp(0.5 * logvar)
@@ -232,15 +239,15 @@ class ConvVAE(GenerativeModel):
         """
         images = batch["images"]
         features = self._encode(images)
-        posterior = self.posterior(features).chunk(2, dim=1)
-        z = functional.reparameterize(*posterior, generator=generator)
-        canvas = self.canvas(z)
-        detail_prior = self.detail_prior(canvas).chunk(2, dim=1)
-        detail_posterior = self.detail_posterior(torch.cat([canvas, features], dim=1)).chunk(2, dim=1)
-        details = functional.reparameterize(*detail_posterior, generator=generator)
-        log_p = self._log_prob(self._decode(canvas, details), images)
-        log_p = log_p + log_standard_normal(z) + log_normal(details, *detail_prior)
-        return log_p - log_normal(z, *posterior) - log_normal(details, *detail_posterior)
+        mu, logvar = self.posterior(features).chunk(2, dim=1)
+        z, log_q = sample_and_log_prob(mu, logvar, generator=generator)
+        canvas = self.canvas(z.to(mu.dtype))
+        prior_mu, prior_logvar = widened(self.detail_prior(canvas)).chunk(2, dim=1)
+        mu, logvar = self.detail_posterior(torch.cat([canvas, features], dim=1)).chunk(2, dim=1)
+        details, log_q_details = sample_and_log_prob(mu, logvar, generator=generator)
+        log_p = self._log_prob(self._decode(canvas, details.to(mu.dtype)), images)
+        log_p = log_p + log_standard_normal(z) + log_normal(details, prior_mu, prior_logvar)
+        return log_p - log_q - log_q_details
 
     def draw(self, n: int, options: NoOptions, *, generator: torch.Generator | None = None) -> Images:
         return Images(self.sample(n, generator=generator))

@@ -16,12 +16,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastgen import functional
 from fastgen._checks import require_positive
 from fastgen.models._base import Batch, Exhibit, Images, option
 from fastgen.models._classes import LabelOptions, check_labels, wanted_labels
-from fastgen.models._likelihoods import log_normal, log_standard_normal
-from fastgen.models._vae import Bound, DenseVAE, DenseVAEConfig, check_images, dense, normal_noise, sampled, widened
+from fastgen.models._likelihoods import log_standard_normal
+from fastgen.models._norms import widened
+from fastgen.models._vae import (
+    Bound,
+    DenseVAE,
+    DenseVAEConfig,
+    check_images,
+    dense,
+    normal_noise,
+    sample_and_log_prob,
+    sampled,
+)
 
 STYLES_SHOWN = 8
 
@@ -79,9 +88,9 @@ class CVAE(DenseVAE):
     def log_weights(self, batch: Batch, *, generator: torch.Generator | None = None) -> Tensor:
         """(B,) log p(images, z | label) - log q(z | images, label) of one posterior sample, in nats."""
         mu, logvar, labels = self._posterior(batch)
-        z = functional.reparameterize(mu, logvar, generator=generator)
+        z, log_q = sample_and_log_prob(mu, logvar, generator=generator)
         log_p = self._log_prob(self._decode(z, labels), batch["images"]) + log_standard_normal(z)
-        return log_p - log_normal(z, mu, logvar)
+        return log_p - log_q
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch) -> Tensor:
@@ -115,7 +124,7 @@ class CVAE(DenseVAE):
         """mu and logvar of z, (B, latent_dim) each, and the labels."""
         images = batch["images"]
         check_images(images, self.config)
-        labels = check_labels(batch)
+        labels = check_labels(batch, self.config.classes)
         pixels = 2 * images.flatten(1) - 1
         mu, logvar = widened(self.encoder(torch.cat([pixels, self.encoder_label(labels)], dim=1))).chunk(2, dim=1)
         return mu, logvar, labels

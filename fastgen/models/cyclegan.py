@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from fastgen import losses
 from fastgen._checks import require_choice, require_count, require_not_negative
 from fastgen.models._adversarial import Layers, judge
-from fastgen.models._base import Batch, Exhibit, Images, Moment, option
+from fastgen.models._base import Batch, Exhibit, Images, Moment, option, to_pixels
 from fastgen.models._convolutions import initialise
+from fastgen.models._inputs import require_same_batch
 from fastgen.models._translation import (
     History,
     PatchDiscriminator,
@@ -38,7 +39,6 @@ from fastgen.models._translation import (
     Translator,
     difference,
     rows,
-    to_pixels,
 )
 
 Direction = Literal["a-to-b", "b-to-a"]
@@ -188,7 +188,9 @@ class CycleGAN(Translator):
 
     def _both(self, batch: Batch) -> tuple[Tensor, Tensor]:
         channels = self.config.channels
-        return self._checked("a", batch["a"], channels), self._checked("b", batch["b"], channels)
+        a, b = (self._checked(name, batch[name], channels) for name in "ab")
+        require_same_batch("a", a, "b", b)
+        return a, b
 
 
 def _cut(images: Tensor, n: int) -> tuple[Tensor, Tensor]:

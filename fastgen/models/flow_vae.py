@@ -23,14 +23,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen import functional
 from fastgen._checks import require_choice, require_positive
 from fastgen.models._base import Batch, Images, NoOptions, option
-from fastgen.models._likelihoods import log_normal, log_standard_normal
-from fastgen.models._vae import Bound, DenseVAE, DenseVAEConfig, check_images, dense, normal_noise, widened
+from fastgen.models._likelihoods import log_standard_normal
+from fastgen.models._norms import widened
+from fastgen.models._vae import (
+    Bound,
+    DenseVAE,
+    DenseVAEConfig,
+    check_images,
+    dense,
+    normal_noise,
+    sample_and_log_prob,
+)
+from fastgen.nn._buffers import ComputedBuffers
 
 Flow = Literal["inverse-autoregressive", "planar"]
 
+LEAST_SLOPE = 1e-6  # of a planar flow, along w
 FIRST_GATE = 1.5  # sigmoid of it is 0.82: a new flow changes little
 
 
@@ -70,11 +80,31 @@ def planar(z: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
         (B, L) and (B,).
     """
     u, w, b = told.split((z.size(1), z.size(1), 1), dim=1)
-    along = (w * u).sum(1, keepdim=True)
-    u = u + (F.softplus(along + math.log(math.e - 1)) - 1 - along) * w / w.square().sum(1, keepdim=True).clamp(min=1e-6)
+    along, squared = (w * u).sum(1, keepdim=True), w.square().sum(1, keepdim=True)
+    # w u once it is moved, which is above -1 also after rounding: above a softplus that has underflowed, too.
+    target = F.softplus(along + math.log(math.e - 1)).clamp(min=LEAST_SLOPE) - 1
+    u = u + (target - along) * w / squared.clamp(min=1e-6)
+    along = torch.where(squared < 1e-6, (w * u).sum(1, keepdim=True).clamp(min=LEAST_SLOPE - 1), target)
     h = torch.tanh((w * z).sum(1, keepdim=True) + b)
-    log_det = torch.log1p((1 - h.square()) * (w * u).sum(1, keepdim=True))
+    log_det = torch.log1p((1 - h.square()) * along)
     return z + u * h, log_det.squeeze(1)
+
+
+class MaskedLinear(ComputedBuffers, nn.Linear):
+    """A linear map of which output i sees the inputs j with ``out_degrees[i] >= in_degrees[j]``."""
+
+    mask: Tensor
+
+    def __init__(self, in_degrees: list[int], out_degrees: list[int]) -> None:
+        super().__init__(len(in_degrees), len(out_degrees))
+        self.in_degrees, self.out_degrees = in_degrees, out_degrees
+        self._register_computed()
+
+    def _computed(self) -> dict[str, Tensor]:
+        return {"mask": (torch.tensor(self.out_degrees)[:, None] >= torch.tensor(self.in_degrees)).float()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.mask, self.bias)
 
 
 class InverseAutoregressiveFlow(nn.Module):
@@ -83,18 +113,12 @@ class InverseAutoregressiveFlow(nn.Module):
     The nets are masked (Germain et al., "MADE", 2015): a hidden unit of degree d sees the first d numbers.
     """
 
-    mask_in: Tensor
-    mask_out: Tensor
-
     def __init__(self, latent_dim: int, width: int, context_dim: int) -> None:
         super().__init__()
-        degrees = torch.arange(width) % (latent_dim - 1) + 1
-        numbers = torch.arange(1, latent_dim + 1)
-        self.register_buffer("mask_in", (degrees[:, None] >= numbers).float(), persistent=False)
-        self.register_buffer("mask_out", (numbers[:, None] > degrees).float().repeat(2, 1), persistent=False)
-        self.hidden = nn.Linear(latent_dim, width)
+        degrees = [unit % (latent_dim - 1) + 1 for unit in range(width)]
+        self.hidden = MaskedLinear(list(range(1, latent_dim + 1)), degrees)
         self.context = nn.Linear(context_dim, width, bias=False)
-        self.out = nn.Linear(width, 2 * latent_dim)
+        self.out = MaskedLinear(degrees, 2 * list(range(latent_dim)))
         self.told = nn.Linear(context_dim, 2 * latent_dim, bias=False)
         with torch.no_grad():
             self.out.weight.mul_(0.1)
@@ -103,8 +127,14 @@ class InverseAutoregressiveFlow(nn.Module):
 
     def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """z (B, L), context (B, context_dim) -> (B, L), and log |det| of the Jacobian, (B,)."""
-        hidden = F.linear(z, self.hidden.weight * self.mask_in, self.hidden.bias) + self.context(context)
-        out = F.linear(F.silu(hidden), self.out.weight * self.mask_out, self.out.bias) + self.told(context)
+        for name, module in (("hidden", self.hidden), ("out", self.out)):
+            if not isinstance(module, MaskedLinear):
+                raise TypeError(
+                    f"{name}: expected a MaskedLinear, without which the flow's log determinant is wrong, got"
+                    f" {type(module).__name__}; put adapters on context and told"
+                )
+        hidden = self.hidden(z) + self.context(context)
+        out = self.out(F.silu(hidden)) + self.told(context)
         shift, gate = out.to(z.dtype).chunk(2, dim=1)
         kept = torch.sigmoid(gate)
         return kept * z + (1 - kept) * shift, F.logsigmoid(gate).sum(1)
@@ -186,7 +216,6 @@ class FlowVAE(DenseVAE):
     def _sample(self, images: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """log p(images | z), and log q(z | images) - log p(z), (B,) each, of one posterior sample."""
         mu, logvar, told = self._posterior(images)
-        first = functional.reparameterize(mu, logvar, generator=generator)
+        first, log_first = sample_and_log_prob(mu, logvar, generator=generator)
         z, log_det = self.flow(first, told)
-        log_q = log_normal(first, mu, logvar) - log_det
-        return self._log_prob(self.decoder(z), images), log_q - log_standard_normal(z)
+        return self._log_prob(self.decoder(z), images), log_first - log_det - log_standard_normal(z)

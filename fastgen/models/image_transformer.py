@@ -34,16 +34,18 @@ from fastgen._checks import (
     require_positive,
     require_positive_number,
     require_probability,
-    require_tensor,
 )
 from fastgen.models._base import Batch, Exhibit, GenerativeModel, Images, Moment, Phase, option
 from fastgen.models._captions import caption_rows, check_captions
 from fastgen.models._classes import LabelOptions, check_labels, wanted_labels
 from fastgen.models._decoder import DecoderBlock, Past, drawing, initialise_decoder
-from fastgen.models._tokens import choose
+from fastgen.models._inputs import NEVER_IGNORED, SLACK, require_labels, require_tokens
+from fastgen.models._sampling import Chooser
 from fastgen.models._vae import above_each_other, check_images
 from fastgen.models._vq import Autoencoder, AutoencoderConfig
 from fastgen.nn import RotaryEmbedding
+from fastgen.nn._buffers import ComputedBuffers
+from fastgen.nn._sublayers import all_rows
 
 Activation = Literal["gelu", "swiglu"]
 
@@ -165,7 +167,7 @@ class PixelOptions(LabelOptions):
         require_not_negative(temperature=self.temperature)
 
 
-class ImageTransformer(GenerativeModel):
+class ImageTransformer(ComputedBuffers, GenerativeModel):
     """The model described at the top of this file.
 
     Images are (B, channels, image_size, image_size), floating, in [0, 1], multiples of 1 / (levels - 1). Tokens are
@@ -213,15 +215,18 @@ class ImageTransformer(GenerativeModel):
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.logits = nn.Linear(width, tones, bias=False)
         initialise_decoder(self, config)
+        self._register_computed()
+
+    def _computed(self) -> dict[str, Tensor]:
         if self.autoencoder is not None:
-            return
-        counts = torch.arange(config.levels)
-        tone = counts * tones // config.levels
-        sizes = torch.bincount(tone, minlength=tones)
-        pixels = torch.bincount(tone, counts.double(), tones) / sizes / (config.levels - 1)
-        self.register_buffer("tone_of_level", tone, persistent=False)
-        self.register_buffer("pixel_of_tone", pixels.float(), persistent=False)
-        self.register_buffer("log_share", sizes.float().log(), persistent=False)
+            return {}
+        tones, levels = self.config.values, self.config.levels
+        counts = torch.arange(levels)
+        tone = counts * tones // levels
+        sizes = torch.zeros(tones, dtype=torch.int64).index_add(0, tone, torch.ones_like(tone))
+        sums = torch.zeros(tones, dtype=torch.float64).index_add(0, tone, counts.double())
+        pixels = sums / sizes / (levels - 1)
+        return {"tone_of_level": tone, "pixel_of_tone": pixels.float(), "log_share": sizes.float().log()}
 
     def phases(self) -> tuple[Phase, ...]:
         config = self.config
@@ -243,18 +248,29 @@ class ImageTransformer(GenerativeModel):
         Raises:
             TypeError, ValueError: images of another dtype or shape than the config's.
         """
-        check_images(images, self.config)
         if self.autoencoder is not None:
             return self.autoencoder.encode(images).flatten(1)
-        counts = (images.float() * (self.config.levels - 1)).round().long().clamp(0, self.config.levels - 1)
-        return self.tone_of_level[counts].movedim(1, -1).flatten(1)
+        return self._read(images)[0]
+
+    def _read(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens, and what to add to -log p(images), (B,): 0, inf where pixels are not in [0, 1], NaN for NaN."""
+        check_images(images, self.config)
+        if self.autoencoder is not None:
+            codes, flaw = self.autoencoder.read(images)
+            return codes.flatten(1), flaw
+        exact = (images.float() * (self.config.levels - 1)).round()
+        impossible = (images < -SLACK) | (images > 1 + SLACK)
+        flaw = torch.where(impossible, math.inf, 0 * exact).flatten(1).sum(1)
+        counts = exact.long().clamp(0, self.config.levels - 1)
+        return self.tone_of_level[counts].movedim(1, -1).flatten(1), flaw
 
     def pixels(self, tokens: Tensor) -> Tensor:
         """Images (B, C, S, S) of tokens (B, length), the mean of levels that share a tone, or what words stand for."""
         size = self.config.grid
         if self.autoencoder is not None:
             return self.autoencoder.decode(tokens.view(-1, size, size))
-        return self.pixel_of_tone[tokens].view(-1, size, size, self.config.channels).movedim(-1, 1)
+        require_tokens("tokens", tokens, self.config.values)
+        return self.pixel_of_tone.gather(0, tokens.flatten()).view(-1, size, size, self.config.channels).movedim(-1, 1)
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None, captions: Tensor | None = None) -> Tensor:
         """Logits (B, N + 1, values) of the first value and those after each token.
@@ -272,9 +288,7 @@ class ImageTransformer(GenerativeModel):
         return self._run(self._embedded(tokens, labels, captions), 0)
 
     def _check_tokens(self, tokens: Tensor, most: int) -> None:
-        require_tensor("tokens", tokens)
-        if tokens.dtype != torch.int64:
-            raise TypeError(f"tokens: expected an int64 tensor, got {tokens.dtype}")
+        require_tokens("tokens", tokens, self.config.values)
         if tokens.dim() != 2 or tokens.size(1) > most:
             raise ValueError(f"tokens: expected (B, N) with N at most {most}, got {tuple(tokens.shape)}")
 
@@ -284,18 +298,21 @@ class ImageTransformer(GenerativeModel):
             raise ValueError("labels: expected (B,) int64, as the model is conditional, got None")
         if not self.config.conditional or labels is None:
             labels = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
+        require_labels("labels", labels, len(tokens), self.config.classes if self.config.conditional else 1)
         parts = [self.start(labels).unsqueeze(1), self.embedding(tokens)]
         if self.caption is not None:
-            check_captions(captions, len(tokens), self.config.caption_length)
+            check_captions(captions, len(tokens), self.config.caption_length, 1 + len(self.config.caption_vocabulary))
             parts.insert(0, self.caption(captions))
         return torch.cat(parts, dim=1)
 
     def _run(self, x: Tensor, first: int, past: Past | None = None) -> Tensor:
         """x (B, N, width), what is embedded from place ``first`` on -> logits of the values that stand after it."""
-        places = self.row.weight[:, None, None] + self.column.weight[:, None] + self.colour.weight
-        places = places.flatten(0, 2)
+        config = self.config
+        row, column = (all_rows(part, config.grid, x.device) for part in (self.row, self.column))
+        colour = all_rows(self.colour, config.colours, x.device)
+        places = (row[:, None, None] + column[:, None] + colour).flatten(0, 2)
         if self.caption_place is not None:
-            places = torch.cat([self.caption_place.weight, places])
+            places = torch.cat([all_rows(self.caption_place, config.prefix, x.device), places])
         here = slice(first, first + x.size(1))
         x = x + places[here]
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -313,7 +330,7 @@ class ImageTransformer(GenerativeModel):
     def _given(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """The labels or captions that the model is told."""
         return (
-            check_labels(batch) if self.config.conditional else None,
+            check_labels(batch, self.config.classes) if self.config.conditional else None,
             batch.get("caption") if self.config.captions else None,
         )
 
@@ -321,14 +338,15 @@ class ImageTransformer(GenerativeModel):
         """-log p of each value given those before it, (B, length), float32 whatever autocast chose."""
         logits = self(tokens[:, :-1], *self._given(batch))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        nll = F.cross_entropy(logits.movedim(-1, 1), tokens, reduction="none")
+        nll = F.cross_entropy(logits.movedim(-1, 1), tokens, reduction="none", ignore_index=NEVER_IGNORED)
         return nll if self.autoencoder is not None else nll + self.log_share[tokens]
 
     def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
         """autoencoder: as ``vq_vae``. Else loss: nats per value."""
         if phase == "autoencoder" and self.autoencoder is not None:
             return self.autoencoder.loss(batch["images"])
-        return {"loss": self._nll(self.tokens(batch["images"]), batch).mean()}
+        tokens, flaw = self._read(batch["images"])
+        return {"loss": (self._nll(tokens, batch) + flaw[:, None]).mean()}
 
     @torch.no_grad()
     def score(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -338,7 +356,8 @@ class ImageTransformer(GenerativeModel):
         the expected pixels; the codebook's perplexity, which is no item's own.
         """
         if self.autoencoder is None:
-            return {"nll": self._nll(self.tokens(batch["images"]), batch).sum(1)}
+            tokens, flaw = self._read(batch["images"])
+            return {"nll": self._nll(tokens, batch).sum(1) + flaw}
         codes, nll, error = self.autoencoder.judge(batch["images"])
         kl = self._nll(codes.flatten(1), batch).sum(1)
         perplexity = self.autoencoder.codebook.perplexity().expand(len(codes))
@@ -388,15 +407,18 @@ class ImageTransformer(GenerativeModel):
         length = self.config.length
         self._check_tokens(tokens, length)
         count = tokens.size(1)
+        chooser = Chooser(temperature, generator)
         with drawing(self):
             prefix = self.config.prefix
-            past = Past(self.config, len(tokens), prefix + length, self.embedding.weight)
+            like = next(self.embedding.parameters(), self.norm.weight)
+            past = Past(self.config, len(tokens), prefix + length, like)
             x, first = self._embedded(tokens, labels, captions), 0
             for at in range(count, length):
                 logits = self._run(x, first, past)[:, -1]
-                value = choose(logits, temperature, generator).unsqueeze(1)
+                value = chooser(logits).unsqueeze(1)
                 tokens = torch.cat([tokens, value], dim=1)
                 x, first = self.embedding(value), prefix + at + 1
+            chooser.check()
         return tokens.clone()
 
     @torch.no_grad()

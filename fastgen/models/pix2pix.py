@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from fastgen import losses
 from fastgen._checks import require_choice, require_not_negative, require_positive, require_probability
 from fastgen.models._adversarial import judge
-from fastgen.models._base import Batch, Exhibit, Images, Moment, NoOptions, option
+from fastgen.models._base import Batch, Exhibit, Images, Moment, NoOptions, option, to_pixels
 from fastgen.models._convolutions import SLOPE, initialise
-from fastgen.models._translation import PatchDiscriminator, TranslationConfig, Translator, difference, rows, to_pixels
+from fastgen.models._inputs import require_same_batch
+from fastgen.models._translation import PatchDiscriminator, TranslationConfig, Translator, difference, rows
 
 Norm = Literal["batch", "instance"]
 NOISY = 3
@@ -177,6 +178,7 @@ class Pix2Pix(Translator):
 
     def _pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         inputs = self._checked("inputs", batch["inputs"], self.config.input_channels)
+        require_same_batch("inputs", inputs, "targets", batch["targets"])
         return inputs, self._checked("targets", batch["targets"], self.config.channels)
 
     def _drawn(self, inputs: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -33,6 +33,7 @@ from fastgen import losses
 from fastgen._checks import require_positive, require_probability
 from fastgen.losses.adversarial import ADVERSARIAL_LOSSES, AdversarialLoss
 from fastgen.models._base import Batch, Exhibit, GenerativeModel, Kind, Moment, NoOptions, Phase, option
+from fastgen.models._sampling import TINY, tempered
 from fastgen.models._steps import Characters, Pairs, Rows, Steps
 from fastgen.models._tokens import require_vocabulary
 from fastgen.nn import GRU
@@ -138,7 +139,7 @@ class Generator(nn.Module):
 
     def sample(self, disturbed: Tensor) -> Tensor:
         """Symbols of logits with their noise (B, width)."""
-        soft = (disturbed / self.temperature).softmax(1)
+        soft = tempered(disturbed, self.temperature).softmax(1).to(disturbed.dtype)
         if not self.hard:
             return soft
         rounded = F.one_hot(disturbed.argmax(1), disturbed.size(1)).to(soft.dtype)
@@ -278,7 +279,7 @@ class RecurrentGAN(GenerativeModel):
 
     def _generate(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Outputs (n, length, width). A CPU generator gives the same noise to every device."""
-        weight, length = self.generator.out.weight, self.steps.length
+        weight, length = next(self.generator.parameters()), self.steps.length
         device = weight.device if generator is None else generator.device
         noise = torch.randn(n, length, self.config.noise_dim, generator=generator, device=device).to(weight)
         outputs: Tensor
@@ -286,8 +287,7 @@ class RecurrentGAN(GenerativeModel):
             outputs = self.generator(noise)
             return outputs
         uniform = torch.rand(n, length, self.steps.width, generator=generator, device=device)
-        tiny = torch.finfo(torch.float32).tiny
-        gumbel = -(-uniform.clamp(min=tiny).log()).clamp(min=tiny).log()
+        gumbel = -(-uniform.clamp(min=TINY).log()).clamp(min=TINY).log()
         outputs = self.generator(noise, gumbel.to(weight))
         return outputs
 
@@ -297,4 +297,4 @@ class RecurrentGAN(GenerativeModel):
         return scores.mean(1)
 
     def _read(self, batch: Batch) -> Tensor:
-        return self.steps.read(batch).to(self.generator.out.weight.dtype)
+        return self.steps.read(batch).to(next(self.generator.parameters()).dtype)

@@ -28,20 +28,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from torch.nn.utils.parametrize import ParametrizationList
 
 from fastgen._checks import require_count, require_positive
 from fastgen.losses.adversarial import AdversarialLoss
 from fastgen.models._adversarial import AdversarialConfig
+from fastgen.models._averaging import settled
 from fastgen.models._base import option
 from fastgen.models._classes import LabelOptions
 from fastgen.models._conditional import ConditionalGAN
 from fastgen.models._convolutions import halvings
 from fastgen.models._convolve import convolve_then_halve, double_then_convolve
 from fastgen.nn import SelfAttention2d
-
-SETTLING = 20
-"""Power iterations before samples are drawn."""
 
 
 @dataclass(frozen=True)
@@ -94,31 +91,6 @@ def spectral(module: nn.Module) -> nn.Module:
     return parametrizations.spectral_norm(module)
 
 
-@contextmanager
-def settled(network: nn.Module) -> Iterator[None]:
-    """Spectral normalisation by the singular vectors of the weights as they are; before and after, as they were.
-
-    An average of weights comes with an average of vectors, which are not its own.
-    """
-    lists = [module for module in network.modules() if isinstance(module, ParametrizationList)]
-    kept = [(vector, vector.clone()) for each in lists for vector in each.buffers()]
-    for each in lists:
-        norm, was_training = each[0], each.training
-        norm.train()
-        for _ in range(SETTLING):
-            norm(each.original)
-        norm.train(was_training)
-    try:
-        yield
-    finally:
-        for vector, before in kept:
-            vector.copy_(before)
-
-
-def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor]:
-    return cast(Tensor, module.weight), cast(Tensor, module.bias)
-
-
 class ConditionalBatchNorm(nn.Module):
     """Batch normalisation; with classes, each has a gain and a bias of its own. x (B, C, H, W), labels (B,)."""
 
@@ -150,7 +122,7 @@ class GeneratorBlock(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        h = double_then_convolve(F.relu(self.norm1(x, labels)), *_weight_and_bias(self.conv1))
+        h = double_then_convolve(F.relu(self.norm1(x, labels)), self.conv1)
         h = self.conv2(F.relu(self.norm2(h, labels)))
         out: Tensor = h + F.interpolate(self.shortcut(x), scale_factor=2.0)
         return out
@@ -169,7 +141,7 @@ class DiscriminatorBlock(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         h = F.relu(self.conv1(F.relu(x)))
         if self.halve:
-            h, x = convolve_then_halve(h, *_weight_and_bias(self.conv2)), F.avg_pool2d(x, 2)
+            h, x = convolve_then_halve(h, self.conv2), F.avg_pool2d(x, 2)
         else:
             h = self.conv2(h)
         out: Tensor = h + self.shortcut(x)
@@ -254,5 +226,6 @@ class SAGAN(ConditionalGAN):
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
+        """With the singular vectors of the generator's weights as they are, which training only follows."""
         with settled(self.generator):
             yield

@@ -30,13 +30,14 @@ from fastgen._checks import (
     require_positive_number,
     require_probability,
     require_shape,
-    require_tensor,
 )
 from fastgen.models._base import Batch, Exhibit, GenerativeModel, Moment, Phase, Texts, option
 from fastgen.models._beams import DecodingOptions, search
 from fastgen.models._encoder_decoder import BlockCache, DecoderBlock, EncoderBlock, Tables
+from fastgen.models._inputs import NEVER_IGNORED, readable, require_tokens
 from fastgen.models._tokens import END, FIRST, PADDING, START, require_known, require_vocabulary, spell
 from fastgen.nn import KVCache, RotaryEmbedding
+from fastgen.nn._sublayers import embed
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -151,9 +152,9 @@ class Seq2Seq(GenerativeModel):
 
     def _encode(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """The memory (B, S, width), and which of it is no padding (B, 1, 1, S)."""
-        _require_tokens("source", source, self.config.source_length, exact=True)
+        _require_tokens("source", source, self.config.source_length, self.config.tokens, exact=True)
         visible = (source != PADDING)[:, None, None]
-        x = self._embed(source, self.source_positions)
+        x, _ = self._embed(source, self.source_positions)
         tables = self._tables(source.size(1), x)
         for block in self.encoder:
             x = block(x, tables, visible)
@@ -162,22 +163,24 @@ class Seq2Seq(GenerativeModel):
     def _decode(
         self, target: Tensor, memory: Tensor, visible: Tensor, caches: list[BlockCache] | None = None
     ) -> Tensor:
-        _require_tokens("target", target, self.config.target_length)
+        _require_tokens("target", target, self.config.target_length, self.config.tokens)
         if caches is None:
-            x = self._embed(target, self.target_positions[: target.size(1)])
+            x, table = self._embed(target, self.target_positions[: target.size(1)])
             tables = self._tables(target.size(1), x)
         else:
             positions = caches[0].target.positions(target.size(1))
-            x = self._embed(target, self.target_positions[positions])
+            x, table = self._embed(target, self.target_positions[positions])
             cos, sin = self._tables(self.config.target_length, x)
             tables = cos[positions], sin[positions]
         for i, block in enumerate(self.decoder):
             x = block(x, tables, visible, memory, None if caches is None else caches[i])
-        return F.linear(self.norm(x), self.embedding.weight)
+        return F.linear(self.norm(x), table)
 
-    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        x: Tensor = self.embedding(tokens) + positions
-        return F.dropout(x, self.config.dropout) if self.training and self.config.dropout else x
+    def _embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N, width) of the tokens, and (tokens, width) of all there are."""
+        x, table = embed(self.embedding, tokens, self.config.tokens)
+        x = x + positions
+        return F.dropout(x, self.config.dropout) if self.training and self.config.dropout else x, table
 
     def _tables(self, length: int, x: Tensor) -> Tables:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -186,16 +189,19 @@ class Seq2Seq(GenerativeModel):
     def _judge(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Of each token after the start, (B, T - 1): -log p; whether it is no padding; whether it is the likeliest."""
         target = batch["target"]
-        _require_tokens("target", target, self.config.target_length, exact=True)
+        _require_tokens("target", target, self.config.target_length, self.config.tokens, exact=True)
         logits, wanted = self(batch["source"], target[:, :-1]), target[:, 1:]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        nll = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape)
-        return nll, wanted != PADDING, logits.argmax(2) == wanted
+        nll = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none", ignore_index=NEVER_IGNORED)
+        counts = wanted != PADDING
+        if readable(counts) and not bool(counts.any()):
+            raise ValueError("target: expected at least one token after the start, got nothing but padding")
+        return nll.view(wanted.shape), counts, logits.argmax(2) == wanted
 
     def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
         """loss: nats per token. accuracy: share of tokens that are the likeliest, given the true ones before."""
         nll, counts, right = self._judge(batch)
-        total = counts.sum().clamp(min=1)
+        total = counts.sum()
         return {"loss": nll.where(counts, 0).sum() / total, "accuracy": (right & counts).sum() / total}
 
     @torch.no_grad()
@@ -246,7 +252,7 @@ class Seq2Seq(GenerativeModel):
         return self._decode(text[:, -1:], memory, visible, caches)[:, -1]
 
     def _caches(self, batch: int) -> list[BlockCache]:
-        config, weight = self.config, self.embedding.weight
+        config, weight = self.config, next(self.parameters())
         device = weight.device
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
@@ -291,10 +297,8 @@ class Seq2Seq(GenerativeModel):
         return {"decoded": Texts(["\n".join(item) for item in zip(*lines, strict=True)])}
 
 
-def _require_tokens(name: str, tokens: Tensor, length: int, *, exact: bool = False) -> None:
-    require_tensor(name, tokens)
-    if tokens.dtype != torch.int64:
-        raise TypeError(f"{name}: expected an int64 tensor, got {tokens.dtype}")
+def _require_tokens(name: str, tokens: Tensor, length: int, count: int, *, exact: bool = False) -> None:
+    require_tokens(name, tokens, count)
     if exact:
         require_shape(name, tokens, (*tokens.shape[:1], length), f"(B, {name}_length)")
     elif tokens.dim() != 2 or not 1 <= tokens.size(1) <= length:

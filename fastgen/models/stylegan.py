@@ -22,18 +22,22 @@ from __future__ import annotations
 
 import itertools
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from fastgen import losses
 from fastgen._checks import require_choice, require_not_negative, require_positive, require_positive_number
 from fastgen.models._adversarial import AdversarialConfig, ImageGAN
-from fastgen.models._base import Batch, Exhibit, Images, Moment, option
+from fastgen.models._base import Batch, Exhibit, Images, Moment, option, to_pixels
 from fastgen.models._convolutions import SLOPE, feature_sizes
+from fastgen.models._norms import inverse_rms, widened
+from fastgen.nn._sublayers import is_plain
 
 Output = Literal["skip", "residual"]
 
@@ -151,12 +155,25 @@ class ModulatedConv2d(nn.Module):
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         """Maps are scaled before and after one convolution for all, not weights for each image: the same numbers."""
         scale = self.style(style)
-        y: Tensor = self.convolution(x * scale[:, :, None, None])
+        scaled, convolution = x * scale[:, :, None, None], self.convolution
         if not self.demodulate:
-            return y
-        squares = (self.convolution.weight * self.convolution.scale).square().sum(dim=(2, 3))
-        norm = torch.rsqrt(F.linear(scale.square(), squares) + 1e-8)
-        return y * norm[:, :, None, None]
+            return cast(Tensor, convolution(scaled))
+        if type(convolution).forward is not ScaledConv2d.forward or "forward" in vars(convolution):
+            raise TypeError(
+                "convolution: expected a ScaledConv2d, whose weights tell the size of its output, got"
+                f" {type(convolution).__name__} or another forward; put adapters on style"
+            )
+        if is_plain(convolution, ScaledConv2d.forward):
+            weight = convolution.weight * convolution.scale
+            y = F.conv2d(scaled, weight, convolution.bias, padding=convolution.padding)
+        else:
+            with parametrize.cached() if parametrize.is_parametrized(convolution) else nullcontext():
+                y = convolution(scaled)  # first: a hook may be what makes the weight
+                weight = convolution.weight * convolution.scale
+        with torch.autocast(x.device.type, enabled=False):
+            squares = widened(weight).square().sum(dim=(2, 3))
+            norm = torch.rsqrt(F.linear(widened(scale).square(), squares) + 1e-8)
+        return y * norm.to(y.dtype)[:, :, None, None]
 
 
 class StyledLayer(nn.Module):
@@ -192,7 +209,7 @@ class Mapping(nn.Module):
         self.register_buffer("average", torch.zeros(config.style_dim))
 
     def forward(self, z: Tensor) -> Tensor:
-        x = z * torch.rsqrt(z.square().mean(dim=1, keepdim=True) + 1e-8)
+        x = z * inverse_rms(z, 1e-8)
         for layer in self.layers:
             x = activated(layer(x))
         if self.training:
@@ -315,8 +332,8 @@ def differences(x: Tensor) -> Tensor:
     """(B, 1, H, W): the standard deviation over images, meaned over all else, in groups of GROUP or of all images."""
     batch, _, height, width = x.shape
     groups = batch // GROUP if batch % GROUP == 0 else 1
-    variance = x.unflatten(0, (-1, groups)).var(dim=0, correction=0)
-    mean: Tensor = (variance + 1e-8).sqrt().mean(dim=(1, 2, 3))
+    variance = widened(x).unflatten(0, (-1, groups)).var(dim=0, correction=0)
+    mean: Tensor = (variance + 1e-8).sqrt().mean(dim=(1, 2, 3)).to(x.dtype)
     return mean.repeat(batch // groups).view(-1, 1, 1, 1).expand(-1, -1, height, width)
 
 
@@ -388,4 +405,4 @@ class StyleGAN(ImageGAN):
         half = self.config.style_layers // 2
         styles = torch.cat([rows[:, :half], columns[:, half:]], dim=1)
         pixels = network.synthesis(styles, network.noise(numbers).repeat_interleave(SHOWN, 0))
-        return {"styles": Images((0.5 * pixels.float() + 0.5).clamp(0, 1), SHOWN)}
+        return {"styles": Images(to_pixels(pixels), SHOWN)}

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias, TypeVar, get_args
+from typing import ClassVar, Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -31,17 +31,19 @@ from fastgen._checks import (
     require_not_negative,
     require_positive,
     require_probability,
-    require_shape,
-    require_tensor,
 )
 from fastgen._vocabulary import Vocabulary, checked_vocabulary, tokenise
+from fastgen.models import _sampling
 from fastgen.models._base import Batch, GenerativeModel, Moment, Phase, Texts, option
 from fastgen.models._decoder import DecoderBlock, Past, Tables, drawing, initialise_decoder
+from fastgen.models._inputs import NEVER_IGNORED, require_tokens
+from fastgen.models._sampling import Chooser, Noise, require_top_p
 from fastgen.nn import RotaryEmbedding
+from fastgen.nn._buffers import ComputedBuffers
+from fastgen.nn._sublayers import embed
 
 Activation = Literal["gelu", "swiglu"]
 Position = TypeVar("Position", int, Tensor)
-Noise: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 
 PRINTABLE = "\n" + "".join(map(chr, range(32, 127)))
 LEARNING_RATE = 3e-3
@@ -126,11 +128,10 @@ class TextOptions:
         require_positive("length", self.length)
         require_not_negative(temperature=self.temperature)
         require_count("top_k", self.top_k, 0)
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: expected a probability in (0, 1], got {self.top_p}")
+        require_top_p(self.top_p)
 
 
-class TransformerLM(GenerativeModel):
+class TransformerLM(ComputedBuffers, GenerativeModel):
     """The model described at the top of this file. Tokens are (B, N) int64; with neither window nor segments, N is at
     most the context.
 
@@ -165,7 +166,10 @@ class TransformerLM(GenerativeModel):
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
         self.logits = None if config.tied else nn.Linear(config.width, len(config.vocabulary), bias=False)
         initialise_decoder(self, config)
-        self.register_buffer("lengths", torch.tensor([len(item) for item in config.vocabulary]), persistent=False)
+        self._register_computed()
+
+    def _computed(self) -> dict[str, Tensor]:
+        return {"lengths": torch.tensor([len(item) for item in self.config.vocabulary])}
 
     def phases(self) -> tuple[Phase, ...]:
         config = self.config
@@ -184,7 +188,10 @@ class TransformerLM(GenerativeModel):
         """
         self._check(tokens)
         config, length = self.config, tokens.size(1)
-        x = self.embedding(tokens)
+        if self.logits is None:
+            x, table = embed(self.embedding, tokens, len(config.vocabulary))
+        else:
+            x = self.embedding(tokens)
         if self.training and config.dropout:
             x = F.dropout(x, config.dropout)
         if past is not None:
@@ -198,7 +205,7 @@ class TransformerLM(GenerativeModel):
             for block in self.decoder:
                 x = block(x, tables, window=config.window or None)
         x = self.norm(x)
-        logits: Tensor = F.linear(x, self.embedding.weight) if self.logits is None else self.logits(x)
+        logits: Tensor = F.linear(x, table) if self.logits is None else self.logits(x)
         return logits
 
     def _recur(self, x: Tensor) -> Tensor:
@@ -217,9 +224,7 @@ class TransformerLM(GenerativeModel):
         return torch.cat(out, dim=1)
 
     def _check(self, tokens: Tensor) -> None:
-        require_tensor("tokens", tokens)
-        if tokens.dtype != torch.int64:
-            raise TypeError(f"tokens: expected an int64 tensor, got {tokens.dtype}")
+        require_tokens("tokens", tokens, len(self.config.vocabulary))
         bounded = self.config.reach is None
         if tokens.dim() != 2 or not tokens.size(1) or (bounded and tokens.size(1) > self.config.context):
             most = f"from 1 to context = {self.config.context}" if bounded else "at least 1"
@@ -240,10 +245,12 @@ class TransformerLM(GenerativeModel):
         """-log p of each token given those before it, (B, N), float32 whatever autocast chose."""
         tokens = batch["tokens"]
         length = self.config.data_options()["length"]
-        require_shape("tokens", tokens, (*tokens.shape[:1], length), "(B, segments * context + 1)")
+        shape = (*tokens.shape[:1], length)
+        require_tokens("tokens", tokens, len(self.config.vocabulary), shape, "(B, segments * context + 1)")
         logits, wanted = self(tokens[:, :-1]), tokens[:, 1:]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape)
+        nll = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none", ignore_index=NEVER_IGNORED)
+        return nll.view(wanted.shape)
 
     def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
         """loss: nats per token."""
@@ -313,6 +320,7 @@ class TransformerLM(GenerativeModel):
             tokens[begin - len(row) : begin] = torch.tensor(row)
         text = text.to(self.device)
         past = None
+        chooser = Chooser(options.temperature, generator, top_k=options.top_k, top_p=options.top_p)
         for _ in range(options.length):
             if past is not None and not (bounded and max(kept) > context):
                 logits = self(text[:, end - 1 : end], past)
@@ -326,45 +334,26 @@ class TransformerLM(GenerativeModel):
                 while at < end:
                     part = text[:, at : min(end, at + past.room)]
                     logits, at = self(part, past), at + part.size(1)
-            text[:, end] = choose(logits[:, -1], options, generator)[:, 0]
+            text[:, end] = chooser(logits[:, -1])
             end, kept = end + 1, [n + 1 for n in kept]
+        chooser.check()
         return text[:, begin:]
 
     def new_past(self, batch: int, slots: int, padding: Sequence[int] | None = None) -> Past:
         """Room for ``slots`` tokens, fewer where those further back are never seen. ``padding``: on the rows' left."""
         config = self.config
         if config.reach is None:
-            return Past(config, batch, slots, self.embedding.weight, padding=padding)
+            return Past(config, batch, slots, next(self.parameters()), padding=padding)
         slots = min(slots, config.reach + max(config.reach, LEAST_ROOM))
         rule, reach = config.first_visible, config.reach
-        return Past(config, batch, slots, self.embedding.weight, padding=padding, first_visible=rule, reach=reach)
+        like = next(self.parameters())
+        return Past(config, batch, slots, like, padding=padding, first_visible=rule, reach=reach)
 
 
 def choose(logits: Tensor, options: TextOptions, generator: Noise) -> Tensor:
     """A token of each row: logits (B, vocabulary) -> (B, 1). A CPU generator gives the same noise to every device.
 
-    generator: one, or one for each row.
-
-    The largest of logits + Gumbel noise is a sample of their softmax (Gumbel 1954; Maddison et al. 2014).
+    generator: one, or one for each row. ValueError: logits that are NaN, +inf or all -inf.
     """
-    logits = logits.float()
-    if options.temperature == 0:
-        return logits.argmax(1, keepdim=True)
-    logits = logits / options.temperature
-    if 0 < options.top_k < logits.size(1):
-        least = logits.topk(options.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    if options.top_p < 1:
-        ordered, order = logits.sort(dim=1, descending=True, stable=True)
-        before = ordered.softmax(1).cumsum(1) - ordered.softmax(1)
-        logits = logits.masked_fill((before >= options.top_p).scatter(1, order, before >= options.top_p), -math.inf)
-    if isinstance(generator, Sequence):
-        noise = torch.cat([_uniform(1, logits, each) for each in generator])
-    else:
-        noise = _uniform(len(logits), logits, generator)
-    return (logits - noise.log().neg().log()).argmax(1, keepdim=True)
-
-
-def _uniform(rows: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    device = like.device if generator is None else generator.device
-    return torch.rand(rows, like.size(1), generator=generator, device=device).to(like.device)
+    token = _sampling.choose(logits, options.temperature, generator, top_k=options.top_k, top_p=options.top_p)
+    return token[:, None]

@@ -29,6 +29,7 @@ from fastgen._checks import require_choice, require_positive
 from fastgen.models._adversarial import AdversarialConfig, ImageGAN, Layers
 from fastgen.models._base import NoOptions, option
 from fastgen.models._convolutions import feature_sizes
+from fastgen.models._norms import inverse_rms
 from fastgen.nn import TransformerEncoderLayer, WindowAttention2d
 
 Summary = Literal["token", "mean"]
@@ -88,7 +89,7 @@ class TokenNorm(nn.Module):
         self.gain = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-6) * self.gain[:, None, None]
+        return x * inverse_rms(x, 1e-6) * self.gain[:, None, None]
 
 
 class Block(nn.Module):

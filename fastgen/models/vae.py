@@ -18,10 +18,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastgen import functional
 from fastgen._checks import require_positive
 from fastgen.models._base import Batch, Images, NoOptions
-from fastgen.models._likelihoods import log_normal, log_standard_normal
+from fastgen.models._likelihoods import log_standard_normal
+from fastgen.models._norms import widened
 from fastgen.models._vae import (
     Bound,
     DenseVAE,
@@ -29,8 +29,8 @@ from fastgen.models._vae import (
     check_images,
     dense,
     normal_noise,
+    sample_and_log_prob,
     sampled,
-    widened,
 )
 
 
@@ -79,9 +79,9 @@ class VAE(DenseVAE):
         """
         images = batch["images"]
         mu, logvar = self._posterior(images)
-        z = functional.reparameterize(mu, logvar, generator=generator)
+        z, log_q = sample_and_log_prob(mu, logvar, generator=generator)
         log_p = self._log_prob(self.decoder(z), images) + log_standard_normal(z)
-        return log_p - log_normal(z, mu, logvar)
+        return log_p - log_q
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch) -> Tensor:

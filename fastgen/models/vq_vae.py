@@ -26,10 +26,12 @@ from torch import Tensor, nn
 
 from fastgen._checks import require_not_negative, require_positive, require_positive_number, require_probability
 from fastgen.models._base import Batch, Exhibit, GenerativeModel, Images, Moment, Phase, option
-from fastgen.models._tokens import choose
+from fastgen.models._inputs import NEVER_IGNORED
+from fastgen.models._sampling import Chooser
 from fastgen.models._vae import above_each_other
 from fastgen.models._vq import Autoencoder, AutoencoderConfig
 from fastgen.nn import GRU
+from fastgen.nn._sublayers import all_rows
 
 
 @dataclass(frozen=True)
@@ -74,22 +76,26 @@ class Prior(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """-log p(codes), (B,) in nats, of codes (B, length)."""
         before = F.pad(codes[:, :-1], (1, 0), value=self.start)
-        states, _ = self.recurrent(self._dropped(self.embedding(before) + self.position.weight))
+        place = all_rows(self.position, self.length, codes.device)
+        states, _ = self.recurrent(self._dropped(self.embedding(before) + place))
         logits = self.logits(self._dropped(states))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits.movedim(-1, 1), codes, reduction="none").sum(1)
+        return F.cross_entropy(logits.movedim(-1, 1), codes, reduction="none", ignore_index=NEVER_IGNORED).sum(1)
 
     def _dropped(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
     def draw(self, n: int, temperature: float, generator: torch.Generator | None) -> Tensor:
         """Codes (n, length)."""
-        code = torch.full((n,), self.start, device=self.position.weight.device)
+        places = all_rows(self.position, self.length, next(self.parameters()).device)
+        code = torch.full((n,), self.start, device=places.device)
         state, drawn = None, []
-        for place in self.position.weight:
+        chooser = Chooser(temperature, generator)
+        for place in places:
             output, state = self.recurrent((self.embedding(code) + place).unsqueeze(1), state)
-            code = choose(self.logits(output[:, 0]), temperature, generator)
+            code = chooser(self.logits(output[:, 0]))
             drawn.append(code)
+        chooser.check()
         return torch.stack(drawn, dim=1)
 
 
@@ -142,9 +148,8 @@ class VQVAE(GenerativeModel):
         """
         images = batch["images"]
         if phase == "prior":
-            with torch.no_grad():
-                codes = self.encode(images)
-            return {"loss": self.prior(codes.flatten(1)).mean()}
+            codes, flaw = self.autoencoder.read(images)
+            return {"loss": (self.prior(codes.flatten(1)) + flaw).mean()}
         return self.autoencoder.loss(images)
 
     @torch.no_grad()

@@ -31,14 +31,12 @@ from torch import Tensor, nn
 from fastgen._checks import (
     require_choice,
     require_count,
-    require_floating,
     require_positive,
     require_positive_number,
     require_probability,
-    require_shape,
-    require_tensor,
 )
 from fastgen.models._base import Batch, GenerativeModel, Moment, Phase, Sounds, option
+from fastgen.models._inputs import NEVER_IGNORED, require_audio, require_tokens
 from fastgen.models._mu_law import (
     LARGEST,
     LEVELS,
@@ -50,8 +48,10 @@ from fastgen.models._mu_law import (
     logistics_log_prob,
     mu_law,
 )
-from fastgen.models._tokens import choose
-from fastgen.models._wavenet_layers import GatedLayer, LayerSteps, cosines
+from fastgen.models._sampling import Chooser
+from fastgen.models._wavenet_layers import CalledLayerSteps, GatedLayer, LayerSteps, cosines, may_be_fused
+from fastgen.nn._buffers import ComputedBuffers
+from fastgen.nn._sublayers import is_pointwise
 
 Output = Literal["logistics", "levels"]
 SCORED = 1 << 16  # samples that are judged at once: their logits are 64 MiB
@@ -118,7 +118,7 @@ class _Layers(nn.ModuleList):
         return cast(Iterator[GatedLayer], super().__iter__())
 
 
-class WaveNet(GenerativeModel):
+class WaveNet(ComputedBuffers, GenerativeModel):
     """The model described at the top of this file. Audio is (B, length) in [-1, 1].
 
     Example:
@@ -156,9 +156,11 @@ class WaveNet(GenerativeModel):
         self.hidden = nn.Linear(config.skip_channels, config.skip_channels)
         mixture = config.output == "logistics"
         self.numbers = nn.Linear(config.skip_channels, config.reach + 3 * config.components if mixture else LEVELS)
-        self.register_buffer("borders", level_borders(), persistent=False)
-        self.register_buffer("cosines", cosines(config.reach), persistent=False)
+        self._register_computed()
         self._initialise()
+
+    def _computed(self) -> dict[str, Tensor]:
+        return {"borders": level_borders(), "cosines": cosines(self.config.reach)}
 
     def _initialise(self) -> None:
         """Levels begin almost alike; a mixture about the sample before."""
@@ -186,9 +188,7 @@ class WaveNet(GenerativeModel):
         Raises:
             TypeError: levels are no int64 tensor. ValueError: they are not (B, N), or N is less than length.
         """
-        require_tensor("levels", levels)
-        if levels.dtype != torch.int64:
-            raise TypeError(f"levels: expected an int64 tensor, got {levels.dtype}")
+        require_tokens("levels", levels, LEVELS)
         length = levels.size(-1) if length is None else length
         if levels.dim() != 2 or not 1 <= length <= levels.size(1):
             raise ValueError(f"levels: expected (B, N) with N at least length = {length}, got {tuple(levels.shape)}")
@@ -216,7 +216,7 @@ class WaveNet(GenerativeModel):
         """The ``reach`` samples before each of the last ``length`` ones, (B, length, reach); zeros where none are."""
         reach = self.config.reach
         windows = F.pad(samples[:, :-1], (reach, 0)).unfold(1, reach, 1)
-        return windows[:, -length:].to(self.front.weight.dtype)
+        return windows[:, -length:].to(next(self.parameters()).dtype)
 
     def _head(self, total: Tensor) -> Tensor:
         numbers: Tensor = self.numbers(self.hidden(total.relu()).relu())
@@ -240,7 +240,7 @@ class WaveNet(GenerativeModel):
         """-log p of the last samples, (B, length), float32 whatever autocast chose."""
         numbers, wanted = self._numbers(levels, length), levels[:, -length:]
         if self.config.output == "levels":
-            nll = F.cross_entropy(numbers.flatten(0, 1), wanted.flatten(), reduction="none")
+            nll = F.cross_entropy(numbers.flatten(0, 1), wanted.flatten(), reduction="none", ignore_index=NEVER_IGNORED)
             return nll.view(-1, length)
         mixture = self._mixture(numbers, self._before(inverse_mu_law(levels), length))
         low, high = self.borders[wanted], self.borders[wanted + 1]
@@ -255,16 +255,17 @@ class WaveNet(GenerativeModel):
         crop, total = self.config.crop or self.config.length, self.config.length
         start = max(0, int(torch.randint(min(0, 1 - crop), max(1, total - crop + 1), ())))
         window = audio[:, max(0, start - self.config.field) : start + crop]
-        return {"loss": self._nll(mu_law(window), min(crop, total)).mean()}
+        levels, flaw = self._read(window)
+        return {"loss": (self._nll(levels, min(crop, total)) + flaw[:, None]).mean()}
 
     @torch.no_grad()
     def score(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """nll (B,): nats of a sound, in 256 levels. tokens (B,): its samples."""
-        levels = mu_law(self._checked(batch["audio"]))
+        levels, flaw = self._read(self._checked(batch["audio"]))
         length = self.config.length
         parts = levels.split(max(1, SCORED // length))
         nll = torch.cat([self._nll(part, length).double().sum(1) for part in parts])
-        return {"nll": nll, "tokens": torch.full_like(nll, length)}
+        return {"nll": nll + flaw, "tokens": torch.full_like(nll, length)}
 
     @torch.no_grad()
     def draw(self, n: int, options: SoundOptions, *, generator: torch.Generator | None = None) -> Sounds:
@@ -281,27 +282,37 @@ class WaveNet(GenerativeModel):
 
     def _draw(self, n: int, length: int, temperature: float, generator: torch.Generator | None) -> Tensor:
         """(n, length) int64."""
-        config, weight = self.config, self.embedding.weight
-        steps = LayerSteps(list(self.layers), n)
+        config, weight = self.config, next(self.parameters())
+        layers = list(self.layers)
+        steps = LayerSteps(layers, n) if may_be_fused(layers) else CalledLayerSteps(layers)
         every = torch.arange(LEVELS, device=weight.device)
         height_of, sample_of = (of(every).to(weight.dtype) for of in (heights, inverse_mu_law))
         seen, heard = (weight.new_zeros(n, config.reach + length) for _ in range(2))
-        front = (self.front.weight @ self.cosines).t().contiguous()
+        front: Tensor | None = None
+        if is_pointwise(self.front) and self.front.bias is None:
+            front = (self.front.weight @ self.cosines).t().contiguous()
         x = weight.new_zeros(n, config.channels)
         levels = torch.empty(n, length, dtype=torch.int64, device=weight.device)
+        chooser = Chooser(temperature, generator)
         for time in range(length):
             now = time + config.reach
-            logits = self._head(steps.step(torch.addmm(x, seen[:, time:now], front)))
+            before = seen[:, time:now]
+            first = x + self.front(before @ self.cosines.t()) if front is None else torch.addmm(x, before, front)
+            logits = self._head(steps.step(first))
             if config.output == "logistics":
                 mixture = self._mixture(logits, heard[:, time:now])
                 logits = logistics_level_logits(*mixture, self.borders)
-            level = choose(logits, temperature, generator)
+            level = chooser(logits)
             levels[:, time], seen[:, now], heard[:, now] = level, height_of[level], sample_of[level]
             x = self.embedding(level)
+        chooser.check()
         return levels
 
+    @staticmethod
+    def _read(audio: Tensor) -> tuple[Tensor, Tensor]:
+        """Levels of samples (B, N), and (B,) 0, or NaN where samples are NaN or infinite and so have no level."""
+        return mu_law(audio.nan_to_num()), 0 * audio.sum(1)
+
     def _checked(self, audio: Tensor) -> Tensor:
-        require_tensor("audio", audio)
-        require_floating("audio", audio)
-        require_shape("audio", audio, (*audio.shape[:1], self.config.length), "(B, length)")
+        require_audio("audio", audio, self.config.length)
         return audio

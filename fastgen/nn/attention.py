@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastgen import functional
 from fastgen._checks import require_floating, require_probability, require_shape, require_tensor, shape_of
+from fastgen.nn._sublayers import is_pointwise, merge_heads
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -24,6 +25,7 @@ class MultiheadAttention(nn.MultiheadAttention):
       the output from them, in plain PyTorch.
     - Masks stay as small as they come: a padding mask is never expanded over heads and queries.
     - ``key_padding_mask`` and ``attn_mask`` may be of different kinds; a boolean one then joins the floating one.
+    - ``out_proj`` is called where it has hooks or is more than an ``nn.Linear`` (an adapter); torch never calls it.
     - Nested tensors go to torch's own inference kernels, which refuse what they do not take.
 
     Shapes, with ``batch_first``: query (B, L, E), key (B, S, kdim), value (B, S, vdim) -> output (B, L, E) and weights
@@ -106,7 +108,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             ValueError: shapes that do not fit, or is_causal without attn_mask.
         """
         for name, tensor in (("query", query), ("key", key), ("value", value)):
-            require_tensor(name, tensor)
+            require_tensor(name, tensor, nested=True)
         if query.is_nested or key.is_nested or value.is_nested:
             return self._forward_nested(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal, residual
@@ -216,16 +218,19 @@ class MultiheadAttention(nn.MultiheadAttention):
         return k, v, more
 
     def _merge(self, heads: Tensor, residual: Tensor | None, batched: bool) -> Tensor:
-        weight, bias = self.out_proj.weight, self.out_proj.bias
         if batched and not self.batch_first:
-            out = functional.merge_heads_projection(heads.transpose(0, 2), weight, bias, residual=residual)
+            out = merge_heads(self, "out_proj", heads.transpose(0, 2), residual=residual)
             return out.contiguous()  # as torch's is, for those who call view on it
         if batched:
-            return functional.merge_heads_projection(heads, weight, bias, residual=residual)
-        residual = residual if residual is None else residual[None]
-        return functional.merge_heads_projection(heads, weight, bias, residual=residual)[0]
+            return merge_heads(self, "out_proj", heads, residual=residual)
+        return merge_heads(self, "out_proj", heads, residual=residual if residual is None else residual[None])[0]
 
     def _forward_nested(self, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+        if not is_pointwise(self.out_proj):
+            raise RuntimeError(
+                "query: expected a padded tensor and key_padding_mask, as torch's kernel for nested tensors would not"
+                " call out_proj, got a nested tensor"
+            )
         *torchs, residual = arguments
         out, weights = super().forward(*torchs)
         return out if residual is None else residual + out, weights

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -27,8 +29,8 @@ class KVCache(nn.Module):
         device: of the buffers.
         dtype: of the buffers; keys and values have to have it. Under autocast that is the autocast dtype.
 
-    The buffers are no part of a state dict. ``position`` is the number of tokens written, an integer tensor of one
-    element on the device.
+    The buffers are no part of a state dict; after ``to_empty`` the cache is empty. ``position`` is the number of tokens
+    written, an integer tensor of one element on the device.
 
     What does not fit raises, from a count on the host. That count does not see compiled steps nor replays of a CUDA
     graph: there a position beyond the end is an error of the device (``index_copy_``).
@@ -79,6 +81,16 @@ class KVCache(nn.Module):
             self.register_buffer("values", torch.zeros(*shape, value_dim, device=device, dtype=dtype), persistent=False)
             self.register_buffer("position", torch.zeros(1, device=device, dtype=torch.int64), persistent=False)
             self.register_buffer("padding", torch.zeros(batch, device=device, dtype=torch.int64), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KVCache:
+        before = self.position, self.padding
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        counts = zip(before, (self.position, self.padding), strict=True)
+        if any(_is_lost(old, new) for old, new in counts):
+            for buffer in self.buffers():  # in memory as it came, of to_empty
+                buffer.zero_()
+            self._written, self._padded = 0, False
+        return self
 
     def extra_repr(self) -> str:
         return f"keys={tuple(self.keys.shape)}, values={tuple(self.values.shape)}, window={self.window}"
@@ -131,7 +143,8 @@ class KVCache(nn.Module):
             padding: (B,) integers, how many tokens each sequence of the coming prompt is padded with on its left.
 
         Raises:
-            TypeError: padding is no integer tensor. ValueError: it has another shape or device.
+            TypeError: padding is no integer tensor. ValueError: it has another shape or device, or is negative, which
+                on a GPU is an error of the device.
         """
         check.require_tensor("padding", padding, optional=True)
         if padding is not None:
@@ -139,6 +152,7 @@ class KVCache(nn.Module):
                 raise TypeError(f"padding: expected an integer tensor, got {padding.dtype}")
             check.require_shape("padding", padding, tuple(self.padding.shape), "(B,)")
             self._require_device("padding", padding)
+            _require_not_negative(padding)
         self._written, self._padded = 0, padding is not None
         self.position.zero_()
         self.padding.zero_() if padding is None else self.padding.copy_(padding)
@@ -200,3 +214,18 @@ class KVCache(nn.Module):
                 f" {self.max_length}, got {length}; build a longer cache, or call reset()"
             )
         return length
+
+
+def _is_lost(old: Tensor, new: Tensor) -> bool:
+    """Whether what a buffer held is not there after it was given other memory."""
+    if old is new or new.is_meta or type(new) is not Tensor:
+        return False
+    return old.is_meta or old.tolist() != new.tolist()
+
+
+def _require_not_negative(padding: Tensor) -> None:
+    right = (padding >= 0).all()
+    if torch.compiler.is_compiling() or padding.device.type != "cpu":
+        torch._assert_async(right, "padding: expected counts >= 0")
+    elif not right:
+        raise ValueError(f"padding: expected counts >= 0, got {int(padding.min())}")

@@ -12,8 +12,11 @@ from torch.nn.utils import parametrizations
 from fastgen import _checks as check
 from fastgen import functional
 from fastgen.nn._loading import LoadsOtherNames
+from fastgen.nn._sublayers import merge_heads, project_heads
 
 __all__ = ["AttentionBlock2d", "AttentionGate2d", "SelfAttention2d"]
+
+_MAPS = ("query", "key", "value")
 
 
 def require_feature_map(x: Tensor, channels: int) -> None:
@@ -28,13 +31,6 @@ def require_divisible(name: str, count: int, divisor_name: str, divisor: int) ->
     check.require_positive(divisor_name, divisor)
     if count % divisor != 0:
         raise ValueError(f"{name}: expected a multiple of {divisor_name} = {divisor}, got {count}")
-
-
-def _packed(*projections: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The weights of linear maps or 1x1 convolutions as one (rows, C), and their biases as one (rows,)."""
-    weights = [cast(Tensor, projection.weight).flatten(1) for projection in projections]
-    biases = [cast(Tensor, projection.bias) for projection in projections if projection.bias is not None]
-    return torch.cat(weights), torch.cat(biases) if biases else None
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
@@ -60,6 +56,9 @@ class SelfAttention2d(LoadsOtherNames):
         bias: let the maps have biases.
 
     Shapes: x (B, C, H, W) -> (B, C, H, W). No memory of the size of the (H W)^2 scores.
+
+    Plain maps are fused. Where a map has hooks, or is more than a 1x1 convolution (an adapter, pruned, quantised), maps
+    are called instead.
 
     The weights ``query``, ``key``, ``value`` and ``out`` have the shapes of 1x1 convolutions. ``load_state_dict`` also
     takes the names theta, phi, g, o (BigGAN) and query_conv, key_conv, value_conv. The latter have no ``out`` (build
@@ -137,16 +136,13 @@ class SelfAttention2d(LoadsOtherNames):
         """
         require_feature_map(x, self.channels)
         query, key, value = self._pooled_heads(x) if self.pool else self._heads(x)
-        weight, bias = _packed(self.out)
-        return functional.merge_heads_projection(
-            _attend(query, key, value, self.scale), weight, bias, residual=x, gate=self.gamma, channels_first=True
-        )
+        attended = _attend(query, key, value, self.scale)
+        return merge_heads(self, "out", attended, residual=x, gate=self.gamma, channels_first=True, convolutions=True)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
         heads = self.num_heads
         dims = (self.key_channels // heads, self.key_channels // heads, self.value_channels // heads)
-        weight, bias = _packed(self.query, self.key, self.value)
-        return functional.qkv_projection(x, weight, bias, heads=(heads,) * 3, head_dims=dims, channels_first=True)
+        return project_heads(self, _MAPS, x, heads=(heads,) * 3, head_dims=dims, channels_first=True, convolutions=True)
 
     def _pooled_heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """Keys and values are made as one map, channels last, in which heads are contiguous after pooling."""
@@ -155,8 +151,9 @@ class SelfAttention2d(LoadsOtherNames):
             raise ValueError(f"x: expected height and width of at least pool = {self.pool}, got {check.shape_of(x)}")
         heads, rest = self.num_heads, self.key_channels + self.value_channels
         dims = (self.key_channels // heads, rest)
-        weight, bias = _packed(self.query, self.key, self.value)
-        query, both = functional.qkv_projection(x, weight, bias, heads=(heads, 1), head_dims=dims, channels_first=True)
+        query, both = project_heads(
+            self, _MAPS, x, heads=(heads, 1), head_dims=dims, channels_first=True, convolutions=True
+        )
         feature_map = both.squeeze(1).unflatten(1, (height, width)).permute(0, 3, 1, 2)
         pooled = F.max_pool2d(feature_map, self.pool).permute(0, 2, 3, 1).flatten(1, 2)
         parts = pooled.split((self.key_channels, self.value_channels), dim=-1)
@@ -189,6 +186,9 @@ class AttentionBlock2d(LoadsOtherNames):
         bias: let the four maps have biases.
 
     Shapes: x (B, C, H, W) -> (B, C, H, W). No memory of the size of the (H W)^2 scores.
+
+    Plain maps are fused. Where a map has hooks, or is more than an ``nn.Linear`` (an adapter, pruned, quantised), maps
+    are called instead, with (B, H W, C).
 
     The weights ``query``, ``key``, ``value`` and ``out`` are (C, C). ``load_state_dict`` also takes the names of
     diffusers' ``Attention`` (group_norm, to_q, to_k, to_v, to_out.0), of its older ``AttentionBlock`` (proj_attn) and
@@ -256,13 +256,8 @@ class AttentionBlock2d(LoadsOtherNames):
         """
         require_feature_map(x, self.channels)
         heads, dims = (self.num_heads,) * 3, (self.channels // self.num_heads,) * 3
-        weight, bias = _packed(self.query, self.key, self.value)
-        query, key, value = functional.qkv_projection(
-            self.norm(x), weight, bias, heads=heads, head_dims=dims, channels_first=True
-        )
-        return functional.merge_heads_projection(
-            _attend(query, key, value), self.out.weight, self.out.bias, residual=x, channels_first=True
-        )
+        query, key, value = project_heads(self, _MAPS, self.norm(x), heads=heads, head_dims=dims, channels_first=True)
+        return merge_heads(self, "out", _attend(query, key, value), residual=x, channels_first=True)
 
 
 class AttentionGate2d(nn.Module):

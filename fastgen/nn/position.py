@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from fastgen import _checks as check
 from fastgen import functional
+from fastgen.nn._buffers import ComputedBuffers
 
 __all__ = ["PositionalEncoding", "RelativePositionBias", "RotaryEmbedding"]
 
@@ -40,14 +40,13 @@ def _require_positions(positions: Tensor, batch: int, length: int) -> None:
 
 
 def _sinusoids(length: int, dim: int, base: float) -> Tensor:
-    """sin and cos of each position in turn, (length, dim) in float64 on the CPU; an odd dim ends with a sin."""
-    kwargs: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
-    frequencies = base ** (-torch.arange(0, dim, 2, **kwargs) / dim)
-    angles = torch.outer(torch.arange(length, **kwargs), frequencies)
+    """sin and cos of each position in turn, (length, dim) in float64; an odd dim ends with a sin."""
+    frequencies = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, :dim]
 
 
-class PositionalEncoding(nn.Module):
+class PositionalEncoding(ComputedBuffers):
     """Adds sines and cosines of the position, ``x + table``, with table[p, 2i] = sin(p / base^(2i / dim)), cos beside.
 
     Vaswani et al., "Attention is all you need" (2017), section 3.5.
@@ -89,16 +88,10 @@ class PositionalEncoding(nn.Module):
         _require_base(base)
         self.dim, self.max_len, self.batch_first, self.base = dim, max_len, batch_first, base
         self.dropout = nn.Dropout(dropout)
-        self.register_buffer("table", torch.empty(max_len, dim, device=device, dtype=dtype), persistent=False)
-        self._fill()
+        self._register_computed(device, torch.get_default_dtype() if dtype is None else dtype)
 
-    def _fill(self) -> None:
-        self.table = _sinusoids(self.max_len, self.dim, self.base).to(self.table)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PositionalEncoding:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._fill()
-        return self
+    def _computed(self) -> dict[str, Tensor]:
+        return {"table": _sinusoids(self.max_len, self.dim, self.base)}
 
     def extra_repr(self) -> str:
         return f"{self.dim}, max_len={self.max_len}, batch_first={self.batch_first}"
@@ -109,15 +102,15 @@ class PositionalEncoding(nn.Module):
         Args:
             x: (B, N, dim), or (N, B, dim) without ``batch_first``.
             offset: position of the first token, where those before it are in a cache.
-            positions: (N,) or (B, N) integers on x's device instead, such as ``KVCache.positions`` gives; they are
-                not compared with max_len, which would wait for the device.
+            positions: (N,) or (B, N) integers on x's device instead, such as ``KVCache.positions`` gives. On a GPU one
+                that is negative, or not below max_len, is an error of the device: nothing waits for it.
 
         Returns:
             Like x.
 
         Raises:
             TypeError: x is not a floating tensor, or positions are not integers.
-            ValueError: x or positions have another shape, or the last position is beyond max_len.
+            ValueError: x or positions have another shape, or a position is negative or not below max_len.
         """
         check.require_tensor("x", x)
         check.require_floating("x", x)
@@ -125,6 +118,8 @@ class PositionalEncoding(nn.Module):
             layout = "(B, N, dim)" if self.batch_first else "(N, B, dim)"
             raise ValueError(f"x: expected {layout} with dim = {self.dim}, got {check.shape_of(x)}")
         batch, length = (x.size(0), x.size(1)) if self.batch_first else (x.size(1), x.size(0))
+        if self.table.is_meta and not x.is_meta:  # a state dict has no entry that would tell where to go
+            self._leave_meta(x.device)
         if positions is None:
             _require_not_negative("offset", offset)
             if offset + length > self.max_len:
@@ -135,11 +130,21 @@ class PositionalEncoding(nn.Module):
             table = self.table[offset : offset + length]
         else:
             _require_positions(positions, batch, length)
-            table = self.table[positions]
+            table = self._at(positions)
         if not self.batch_first:
             table = table.unsqueeze(1) if table.dim() == 2 else table.transpose(0, 1)
         result: Tensor = self.dropout(x + table.to(x.dtype))
         return result
+
+    def _at(self, positions: Tensor) -> Tensor:
+        index = positions.long()
+        try:
+            return self.table[torch.where(index < 0, self.max_len, index)]  # -1 would be the last row
+        except IndexError as error:
+            raise ValueError(
+                f"positions: expected 0 to max_len - 1 = {self.max_len - 1}, got {int(positions.min())} to"
+                f" {int(positions.max())}"
+            ) from error
 
 
 # --------------------------------------------------------------------------------------------------
@@ -163,7 +168,8 @@ class RotaryEmbedding(nn.Module):
             "Extending context window of large language models via positional interpolation", 2023).
 
     Tables are computed in float64 and handed out in float32, whatever dtype the module has; those of a step without
-    explicit positions are kept and grow with the length. Has no parameters.
+    explicit positions are kept and grow with the length. Positions may be negative: the angle is then negative. Has no
+    parameters.
 
     Raises:
         ValueError: an odd dim, or a base or scaling out of range.
@@ -208,6 +214,8 @@ class RotaryEmbedding(nn.Module):
     ) -> Tables:
         """cos and sin, (length, dim / 2) each, for ``functional.rotary_embedding`` and ``functional.qkv_projection``.
 
+        They are the caller's own: what is written to them changes no other.
+
         Args:
             length: number of positions.
             offset: the first of them.
@@ -217,16 +225,22 @@ class RotaryEmbedding(nn.Module):
         Raises:
             ValueError: a negative length or offset.
         """
+        where = torch.get_default_device() if device is None else torch.device(device)
+        cos, sin = self._views(length, offset, where, dtype)
+        return (cos, sin) if torch.compiler.is_compiling() else (cos.clone(), sin.clone())
+
+    def _views(self, length: int, offset: int, where: torch.device, dtype: torch.dtype) -> Tables:
+        """``tables``, parts of those kept, for those who only read them."""
         _require_not_negative("length", length)
         _require_not_negative("offset", offset)
-        where = torch.get_default_device() if device is None else torch.device(device)
         end = offset + length
-        if torch.compiler.is_compiling():
+        # A captured graph reads its memory at every replay, when longer tables may have replaced those kept; a mode
+        # (FakeTensorMode) makes tensors of its own.
+        captured = where.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if torch.compiler.is_compiling() or captured or torch._C._len_torch_dispatch_stack() > 0:
             return self._compute(torch.arange(offset, end, device=where), dtype)
         kept = self._kept.get((where, dtype))
         if kept is None or kept[0].size(0) < end:
-            if where.type == "cuda" and torch.cuda.is_current_stream_capturing():  # a graph's memory is its own
-                return self._compute(torch.arange(offset, end, device=where), dtype)
             with torch.inference_mode(False):  # training may use them later
                 kept = self._compute(torch.arange(1 << (end - 1).bit_length() if end else 0, device=where), dtype)
             self._kept[where, dtype] = kept
@@ -263,7 +277,7 @@ class RotaryEmbedding(nn.Module):
             )
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         if positions is None:
-            cos, sin = self.tables(query.size(2), offset, device=query.device, dtype=dtype)
+            cos, sin = self._views(query.size(2), offset, query.device, dtype)
         else:
             _require_positions(positions, query.size(0), query.size(2))
             cos, sin = self._compute(positions, dtype)
@@ -287,7 +301,7 @@ def _bucket(distance: Tensor, num_buckets: int, max_distance: int) -> Tensor:
     return torch.where(distance < exact, distance, (exact + large.long()).clamp(max=num_buckets - 1))
 
 
-class RelativePositionBias(nn.Module):
+class RelativePositionBias(ComputedBuffers):
     """A learned number for each head and bucket of distances between key and query, to be added to the scores.
 
     Raffel et al., "Exploring the limits of transfer learning with a unified text-to-text Transformer" (2020),
@@ -340,13 +354,17 @@ class RelativePositionBias(nn.Module):
         self.bidirectional = bidirectional
         self.weight = nn.Parameter(torch.empty(num_buckets, num_heads, device=device, dtype=dtype))
         nn.init.normal_(self.weight, std=0.02)
-        # On the CPU, where a logarithm has the same bits for all devices; -max_distance to max_distance.
-        distance = torch.arange(-max_distance, max_distance + 1, device="cpu")
-        if bidirectional:
-            bucket = _bucket(distance.abs(), one_way, max_distance) + (distance > 0) * one_way
+        self._register_computed(self.weight.device)
+
+    def _computed(self) -> dict[str, Tensor]:
+        """Of distances from -max_distance to max_distance. A logarithm on the CPU has the same bits for all devices."""
+        distance = torch.arange(-self.max_distance, self.max_distance + 1)
+        if self.bidirectional:
+            one_way = self.num_buckets // 2
+            bucket = _bucket(distance.abs(), one_way, self.max_distance) + (distance > 0) * one_way
         else:
-            bucket = _bucket((-distance).clamp(min=0), one_way, max_distance)
-        self.register_buffer("bucket_of_distance", bucket.to(self.weight.device), persistent=False)
+            bucket = _bucket((-distance).clamp(min=0), self.num_buckets, self.max_distance)
+        return {"bucket_of_distance": bucket}
 
     def extra_repr(self) -> str:
         return (
@@ -382,4 +400,7 @@ class RelativePositionBias(nn.Module):
         distance = torch.arange(1 - query_length, key_length, device=self.weight.device) - offset
         bucket = self.bucket_of_distance[distance.clamp(-self.max_distance, self.max_distance) + self.max_distance]
         diagonals = self.weight[bucket].t()
+        if torch.compiler.is_exporting():  # unfold would make the length a constant
+            first = torch.arange(query_length - 1, -1, -1, device=bucket.device)
+            return diagonals[:, first[:, None] + torch.arange(key_length, device=bucket.device)]
         return diagonals.unfold(1, key_length, 1).flip(1)

@@ -8,14 +8,15 @@ recurrence too: step by step, in O(T) small operations.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastgen._checks import require_shape, require_tensor, shape_of
-from fastgen._recurrent import recurrent
+from fastgen._checks import require_device, require_floating, require_shape, require_tensor, shape_of
+from fastgen._recurrent import autocast_dtype, recurrent
 
 
 def _weights(layer: torch.nn.RNNBase) -> list[Tensor]:
@@ -30,6 +31,7 @@ def _batched(layer: torch.nn.RNNBase, input: Any) -> tuple[Tensor, Tensor | None
     """The data with a batch dim, the batch sizes of a packed sequence, and the size of the batch."""
     if isinstance(input, PackedSequence):
         data, sizes, meaning = input.data, input.batch_sizes, "(rows, {})"
+        require_tensor("input", data)
     else:
         require_tensor("input", input)
         data, sizes = input, None
@@ -37,13 +39,35 @@ def _batched(layer: torch.nn.RNNBase, input: Any) -> tuple[Tensor, Tensor | None
     if data.dim() not in ((2, 3) if sizes is None else (2,)) or data.size(-1) != layer.input_size:
         raise ValueError(f"input: expected {meaning.format(layer.input_size)}, got {shape_of(data)}")
     if sizes is not None:
+        if not torch.compiler.is_compiling():
+            _require_packed(sizes.tolist(), data.size(0))
         return data, sizes, sizes[0]
     batch_dim = 0 if layer.batch_first else 1
     data = data.unsqueeze(batch_dim) if data.dim() == 2 else data
     return data, None, data.size(batch_dim)
 
 
-def _states(layer: torch.nn.RNNBase, hx: Any, data: Tensor, batch: Any, unbatched: bool) -> list[Tensor]:
+def _require_packed(sizes: list[int], rows: int) -> None:
+    """Of a sequence that was packed by hand: torch's layers drop rows, or read states that are not there."""
+    if not sizes or sizes[-1] < 1 or any(a < b for a, b in itertools.pairwise(sizes)) or sum(sizes) != rows:
+        raise ValueError(
+            "input: expected a packed sequence with at least one time step, whose batch sizes do not grow, are at least"
+            f" 1 and add up to its {rows} rows, got {sizes if len(sizes) <= 8 else [*sizes[:8], '...']}"
+        )
+
+
+def _require_dtype(name: str, tensor: Tensor, weight: Tensor) -> None:
+    """That of the weights; under autocast, which lowers them all, any but float64."""
+    require_floating(name, tensor)
+    wide = torch.float64 in (tensor.dtype, weight.dtype)
+    if tensor.dtype != weight.dtype and (wide or autocast_dtype(tensor.device) is None):
+        raise TypeError(f"{name}: expected the dtype of the weights, {weight.dtype}, got {tensor.dtype}")
+    require_device(name, tensor, "the weights", weight)
+
+
+def _states(
+    layer: torch.nn.RNNBase, hx: Any, data: Tensor, weight: Tensor, batch: Any, unbatched: bool
+) -> list[Tensor]:
     """h, and c of an LSTM: those given, with a batch dim, or zeros."""
     rows = layer.num_layers * (2 if layer.bidirectional else 1)
     names, widths = ["hx"], [layer.hidden_size]
@@ -56,6 +80,7 @@ def _states(layer: torch.nn.RNNBase, hx: Any, data: Tensor, batch: Any, unbatche
     states = list(hx) if layer.mode == "LSTM" else [hx]
     for name, state, width in zip(names, states, widths, strict=True):
         require_tensor(name, state)
+        _require_dtype(name, state, weight)
         if unbatched:
             require_shape(name, state, (rows, width), "(layers * directions, features)")
         else:
@@ -68,9 +93,8 @@ def _forward(layer: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any]:
     data, batch_sizes, batch = _batched(layer, input)
     unbatched = batch_sizes is None and input.dim() == 2
     weights = _weights(layer)
-    if data.dtype != weights[0].dtype and not torch.is_autocast_enabled(data.device.type):
-        raise TypeError(f"input: expected the dtype of the weights, {weights[0].dtype}, got {data.dtype}")
-    states = _states(layer, hx, data, batch, unbatched)
+    _require_dtype("input", data, weights[0])
+    states = _states(layer, hx, data, weights[0], batch, unbatched)
     if hx is not None and batch_sizes is not None and input.sorted_indices is not None:
         states = [state.index_select(1, input.sorted_indices) for state in states]
     output, *last = recurrent(
@@ -105,8 +129,9 @@ class LSTM(torch.nn.LSTM):
     and ``torch.export`` take it, ``torch.jit.script`` does not.
 
     Raises:
-        TypeError: an input of another dtype than the weights, hx that is no pair of tensors.
-        ValueError: an input or hx of a shape that does not fit, or no time step.
+        TypeError: an input or hx of another dtype than the weights, hx that is no pair of tensors.
+        ValueError: an input or hx of a shape or on a device that does not fit, no time step, or a packed sequence whose
+            batch sizes do not fit its rows.
 
     Example:
         >>> lstm = LSTM(3, 8, num_layers=2, batch_first=True)

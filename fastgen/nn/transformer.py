@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from fastgen._checks import require_probability, require_tensor, shape_of
 from fastgen._transforms import transforms_active
+from fastgen.nn._nested import has_forward_hooks, hidden_positions, ignored_by_kernel
+from fastgen.nn._norm import normalized
+from fastgen.nn._sublayers import is_untouched
 from fastgen.nn.attention import MultiheadAttention, require_heads
 
 Activation: TypeAlias = str | Callable[[Tensor], Tensor]
@@ -86,23 +88,29 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         Raises:
             TypeError, ValueError: as ``MultiheadAttention``.
         """
-        require_tensor("src", src)
+        require_tensor("src", src, nested=True)
         if src.is_nested:
+            ignored = None if self.training or has_forward_hooks(self) else ignored_by_kernel(self)
+            if ignored is not None:
+                raise RuntimeError(
+                    "src: expected a padded tensor and src_key_padding_mask, as torch's kernel for nested tensors would"
+                    f" not call {ignored}, got a nested tensor"
+                )
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         masks = (src_mask, src_key_padding_mask, is_causal)
         x = src
         if self.norm_first:
-            x = self._plus_self_attention(x, _normalized(self.norm1, x), *masks)
-            x = x + self._ff_block(_normalized(self.norm2, x))
+            x = self._plus_self_attention(x, normalized(self.norm1, x), *masks)
+            x = x + self._ff_block(normalized(self.norm2, x))
         else:
-            x = _normalized(self.norm1, self._plus_self_attention(x, x, *masks))
-            x = _normalized(self.norm2, x + self._ff_block(x))
+            x = normalized(self.norm1, self._plus_self_attention(x, x, *masks))
+            x = normalized(self.norm2, x + self._ff_block(x))
         return x
 
     def _plus_self_attention(
         self, x: Tensor, y: Tensor, attn_mask: Tensor | None, padding: Tensor | None, is_causal: bool
     ) -> Tensor:
-        own = type(self)._sa_block is nn.TransformerEncoderLayer._sa_block
+        own = type(self)._sa_block is nn.TransformerEncoderLayer._sa_block and "_sa_block" not in vars(self)
         if own and _may_add_residual(self.self_attn, self.dropout1):
             return _attend(self.self_attn, x, y, y, attn_mask, padding, is_causal)
         return x + self._sa_block(y, attn_mask, padding, is_causal)
@@ -180,19 +188,19 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         of_memory = (memory_mask, memory_key_padding_mask, memory_is_causal)
         x = tgt
         if self.norm_first:
-            x = self._plus_self_attention(x, _normalized(self.norm1, x), *of_self)
-            x = self._plus_cross_attention(x, _normalized(self.norm2, x), memory, *of_memory)
-            x = x + self._ff_block(_normalized(self.norm3, x))
+            x = self._plus_self_attention(x, normalized(self.norm1, x), *of_self)
+            x = self._plus_cross_attention(x, normalized(self.norm2, x), memory, *of_memory)
+            x = x + self._ff_block(normalized(self.norm3, x))
         else:
-            x = _normalized(self.norm1, self._plus_self_attention(x, x, *of_self))
-            x = _normalized(self.norm2, self._plus_cross_attention(x, x, memory, *of_memory))
-            x = _normalized(self.norm3, x + self._ff_block(x))
+            x = normalized(self.norm1, self._plus_self_attention(x, x, *of_self))
+            x = normalized(self.norm2, self._plus_cross_attention(x, x, memory, *of_memory))
+            x = normalized(self.norm3, x + self._ff_block(x))
         return x
 
     def _plus_self_attention(
         self, x: Tensor, y: Tensor, attn_mask: Tensor | None, padding: Tensor | None, is_causal: bool
     ) -> Tensor:
-        own = type(self)._sa_block is nn.TransformerDecoderLayer._sa_block
+        own = type(self)._sa_block is nn.TransformerDecoderLayer._sa_block and "_sa_block" not in vars(self)
         if own and _may_add_residual(self.self_attn, self.dropout1):
             return _attend(self.self_attn, x, y, y, attn_mask, padding, is_causal)
         return x + self._sa_block(y, attn_mask, padding, is_causal)
@@ -200,7 +208,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     def _plus_cross_attention(
         self, x: Tensor, y: Tensor, memory: Tensor, attn_mask: Tensor | None, padding: Tensor | None, is_causal: bool
     ) -> Tensor:
-        own = type(self)._mha_block is nn.TransformerDecoderLayer._mha_block
+        own = type(self)._mha_block is nn.TransformerDecoderLayer._mha_block and "_mha_block" not in vars(self)
         if own and _may_add_residual(self.multihead_attn, self.dropout2):
             return _attend(self.multihead_attn, x, y, memory, attn_mask, padding, is_causal)
         return x + self._mha_block(y, memory, attn_mask, padding, is_causal)
@@ -244,18 +252,27 @@ class TransformerEncoder(nn.TransformerEncoder):
         Raises:
             TypeError, ValueError: as ``MultiheadAttention``.
         """
-        require_tensor("src", src)
-        if mask is None and src_key_padding_mask is not None and self._may_skip_padding(src):
-            return super().forward(src, None, src_key_padding_mask, is_causal)
+        require_tensor("src", src, nested=True)
+        if mask is None and src_key_padding_mask is not None and self._may_skip_padding(src, src_key_padding_mask):
+            hidden = hidden_positions(src_key_padding_mask)
+            if hidden is not None and not hidden.all():
+                return super().forward(src, None, hidden, is_causal)
+            if hidden is not None:  # all is skipped; torch has no nested tensor of nothing
+                return torch.zeros_like(src) if self.norm is None else normalized(self.norm, torch.zeros_like(src))
         is_causal = _is_causal(mask) if is_causal is None else is_causal
         x = src
         for layer in self.layers:
             x = layer(x, src_mask=mask, src_key_padding_mask=src_key_padding_mask, is_causal=is_causal)
-        return x if self.norm is None else _normalized(self.norm, x)
+        return x if self.norm is None else normalized(self.norm, x)
 
-    def _may_skip_padding(self, src: Tensor) -> bool:
-        """Whether nobody differentiates or traces, which torch's nested tensors cannot follow."""
+    def _may_skip_padding(self, src: Tensor, padding: Tensor) -> bool:
+        """Whether nobody differentiates or traces, which torch's nested tensors cannot follow, and torch's kernel is
+        what the layers compute."""
         if not getattr(self, "use_nested_tensor", False) or self.training or torch.compiler.is_compiling():
+            return False
+        if not torch.is_tensor(padding) or src.dim() != 3 or padding.shape != src.shape[:2] or src.numel() == 0:
+            return False
+        if src.is_meta or not torch.backends.mha.get_fastpath_enabled() or not all(map(_runs_in_kernel, self.layers)):
             return False
         recorded = torch.is_grad_enabled() and (src.requires_grad or any(p.requires_grad for p in self.parameters()))
         return not recorded and not transforms_active()
@@ -312,7 +329,7 @@ class TransformerDecoder(nn.TransformerDecoder):
                 tgt_is_causal=tgt_is_causal,
                 memory_is_causal=memory_is_causal,
             )
-        return x if self.norm is None else _normalized(self.norm, x)
+        return x if self.norm is None else normalized(self.norm, x)
 
 
 class Transformer(nn.Transformer):
@@ -417,48 +434,11 @@ def _is_causal(mask: Tensor | None) -> bool:
     """Whether the mask is the causal one, so that it need not be read. One that may have a derivative is kept."""
     if mask is None or torch.compiler.is_compiling() or mask.dim() != 2 or mask.size(0) != mask.size(1):
         return False
-    if mask.requires_grad or transforms_active():
+    if mask.requires_grad or mask.is_meta or transforms_active():
         return False
     if mask.dtype == torch.bool:
         return torch.equal(mask, torch.ones_like(mask).triu(1))
     return torch.equal(mask, torch.full_like(mask, -torch.inf).triu(1))
-
-
-def _watched(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def _normalized(norm: nn.Module, x: Tensor) -> Tensor:
-    """``norm(x)``, with derivatives that are right in forward mode too."""
-    plain = type(norm) is nn.LayerNorm and not _watched(norm)
-    if plain and (torch.compiler.is_compiling() or transforms_active()):
-        y: Tensor = _layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    else:
-        y = norm(x)
-    return y
-
-
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-def _layer_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Ba, Kiros and Hinton, "Layer normalization" (2016), over the last dims.
-
-    torch's takes mean and deviation for constants in the derivatives of its tangent, which come out wrong without a
-    word (pytorch/pytorch#196700); so under transforms it is written out. torch.compile decides as late as this is run.
-    """
-    if not transforms_active():
-        return F.layer_norm(x, shape, weight, bias, eps)
-    dims = tuple(range(-len(shape), 0))
-    low = x.dtype.itemsize < 4
-    centered = x.float() if low else x
-    centered = centered - centered.mean(dims, keepdim=True)
-    y = centered * (centered.square().mean(dims, keepdim=True) + eps).rsqrt()
-    y = y if weight is None else y * weight
-    y = y if bias is None else y + bias
-    kind = x.device.type
-    widened = kind != "cpu" and torch.is_autocast_enabled(kind)  # by autocast, which leaves it alone on CPU
-    return y.to(x.dtype) if low and not widened else y
 
 
 def _may_add_residual(attention: nn.Module, dropout: nn.Module) -> bool:
@@ -467,8 +447,17 @@ def _may_add_residual(attention: nn.Module, dropout: nn.Module) -> bool:
         type(attention) is MultiheadAttention
         and type(dropout) is nn.Dropout
         and not (dropout.training and dropout.p > 0)
-        and not (_watched(attention) or _watched(dropout) or _has_any_global_hook())
+        and is_untouched(attention)
+        and is_untouched(dropout)
     )
+
+
+def _runs_in_kernel(layer: nn.Module) -> bool:
+    forwards = (TransformerEncoderLayer.forward, nn.TransformerEncoderLayer.forward)
+    known = type(layer).forward in forwards and is_untouched(layer) and not layer.training
+    # torch reads weights more than once, and what computes them would run as often.
+    known = known and not any("parametrizations" in module._modules for module in layer.modules())
+    return known and ignored_by_kernel(cast(nn.TransformerEncoderLayer, layer)) is None
 
 
 def _attend(

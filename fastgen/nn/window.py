@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,15 @@ from torch import Tensor, nn
 
 from fastgen import _checks as check
 from fastgen import functional
+from fastgen.nn._buffers import ComputedBuffers
 from fastgen.nn._loading import LoadsOtherNames
+from fastgen.nn._sublayers import is_pointwise, map_channels, weight_and_bias
 from fastgen.nn.image import require_divisible, require_feature_map
 
 __all__ = ["WindowAttention2d"]
+
+_Linear: TypeAlias = tuple[Tensor, Tensor | None]
+"""Weight and bias."""
 
 
 class _Run(NamedTuple):
@@ -60,7 +65,7 @@ def _allowed(rows: Tensor, columns: Tensor) -> Tensor:
     return (same & (rows[:, None] >= 0) & (columns >= 0)).flatten(2, 3).flatten(0, 1)
 
 
-class WindowAttention2d(LoadsOtherNames):
+class WindowAttention2d(ComputedBuffers, LoadsOtherNames):
     """Self-attention within windows, with a learned bias for each relative position.
 
     Liu et al., "Swin Transformer: hierarchical vision Transformer using shifted windows" (2021), section 3.2 and
@@ -77,6 +82,8 @@ class WindowAttention2d(LoadsOtherNames):
 
     Shapes: x (B, C, H, W) -> (B, C, H, W), any H and W: a side that the window does not divide is padded below or on
     the right, and padding is never attended to. (torchvision's layer pads with zeros that are attended to.)
+
+    Plain maps are fused. One that has hooks, or is more than an ``nn.Linear``, is called once, with (B, H W, C).
 
     State dicts have the entries of torchvision's and the authors' layers: ``qkv`` (3C, C), ``proj`` (C, C) and
     ``relative_position_bias_table`` ((2h - 1)(2w - 1), heads); a ``relative_position_index`` is left out.
@@ -114,11 +121,14 @@ class WindowAttention2d(LoadsOtherNames):
         self.proj = nn.Linear(channels, channels, bias, device=device, dtype=dtype)
         table = torch.empty((2 * height - 1) * (2 * width - 1), num_heads, device=device, dtype=dtype)
         self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
-        down, right = (torch.arange(size, device=device) for size in self.window_size)
+        self._register_computed(device)
+
+    def _computed(self) -> dict[str, Tensor]:
+        height, width = self.window_size
+        down, right = torch.arange(height), torch.arange(width)
         down = down[:, None, None, None] - down[:, None] + height - 1
         right = right[:, None, None] - right + width - 1
-        index = (down * (2 * width - 1) + right).flatten(2, 3).flatten(0, 1)
-        self.register_buffer("relative_position_index", index, persistent=False)
+        return {"relative_position_index": (down * (2 * width - 1) + right).flatten(2, 3).flatten(0, 1)}
 
     def extra_repr(self) -> str:
         return f"{self.channels}, {self.num_heads}, window_size={self.window_size}, shift={self.shift}"
@@ -142,13 +152,25 @@ class WindowAttention2d(LoadsOtherNames):
         shift = [
             moved if size < side else 0 for moved, size, side in zip(self.shift, self.window_size, padded, strict=True)
         ]
+        qkv, proj = (weight_and_bias(layer) if is_pointwise(layer) else None for layer in (self.qkv, self.proj))
+        if qkv is None:  # called, once for all windows
+            x = map_channels(self, "qkv", x, 3 * self.channels)
         whole = F.pad(x, (0, padded[1] - sides[1], 0, padded[0] - sides[0]))
         rolled = whole.roll([-moved for moved in shift], (2, 3)) if any(shift) else whole
-        out = self._attend_in_runs(rolled, sides, padded, shift)
+        out = self._attend_in_runs(rolled, sides, padded, shift, qkv, proj)
         out = out.roll(shift, (2, 3)) if any(shift) else out
-        return out[:, :, : sides[0], : sides[1]]
+        out = out[:, :, : sides[0], : sides[1]]
+        return out if proj is not None else map_channels(self, "proj", out, self.channels)
 
-    def _attend_in_runs(self, x: Tensor, sides: tuple[int, ...], padded: list[int], shift: list[int]) -> Tensor:
+    def _attend_in_runs(
+        self,
+        x: Tensor,
+        sides: tuple[int, ...],
+        padded: list[int],
+        shift: list[int],
+        qkv: _Linear | None,
+        proj: _Linear | None,
+    ) -> Tensor:
         """Windows that mask alike go together: no mask is repeated for a batch or for windows."""
         down, right = zip(sides, self.window_size, padded, shift, strict=True)
         bias = self.relative_position_bias()
@@ -161,24 +183,29 @@ class WindowAttention2d(LoadsOtherNames):
                     of_rows = _parts(rows, self.window_size[0], sides[0], padded[0], shift[0], x.device)
                     of_columns = _parts(columns, self.window_size[1], sides[1], padded[1], shift[1], x.device)
                     mask = bias.masked_fill(~_allowed(of_rows, of_columns), -math.inf)
-                parts.append(self._attend(x[:, :, rows.start : rows.stop, columns.start : columns.stop], mask))
+                part = x[:, :, rows.start : rows.stop, columns.start : columns.stop]
+                parts.append(self._attend(part, mask, qkv, proj))
             stripes.append(torch.cat(parts, dim=3) if len(parts) > 1 else parts[0])
         return torch.cat(stripes, dim=2) if len(stripes) > 1 else stripes[0]
 
-    def _attend(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Whole windows of one mask, each a batch entry of its own."""
-        (height, width), heads = self.window_size, self.num_heads
-        batch, channels, rows, columns = x.shape
+    def _attend(self, x: Tensor, mask: Tensor, qkv: _Linear | None, proj: _Linear | None) -> Tensor:
+        """Whole windows of one mask, each a batch entry of its own: (B, C, h, w) -> the same.
+
+        Without ``qkv``, x is (B, 3C, h, w), projected already; without ``proj``, heads are joined and no more.
+        """
+        (height, width), heads, channels = self.window_size, self.num_heads, self.channels
+        batch, _, rows, columns = x.shape
         windows = x.unflatten(3, (columns // width, width)).unflatten(2, (rows // height, height))
-        tokens = windows.permute(0, 2, 4, 3, 5, 1).reshape(-1, height * width, channels)
-        dims = (channels // heads,) * 3
-        query, key, value = functional.qkv_projection(
-            tokens, self.qkv.weight, self.qkv.bias, heads=(heads,) * 3, head_dims=dims
-        )
+        tokens = windows.permute(0, 2, 4, 3, 5, 1).reshape(-1, height * width, x.size(1))
+        if qkv is None:
+            query, key, value = tokens.unflatten(2, (3, heads, channels // heads)).permute(2, 0, 3, 1, 4)
+        else:
+            dims = (channels // heads,) * 3
+            query, key, value = functional.qkv_projection(tokens, *qkv, heads=(heads,) * 3, head_dims=dims)
         out = cast(Tensor, functional.scaled_dot_product_attention(query, key, value, attn_mask=mask))
-        merged = functional.merge_heads_projection(out, self.proj.weight, self.proj.bias)
+        merged = out.transpose(1, 2) if proj is None else functional.merge_heads_projection(out, *proj)
         grid = merged.reshape(batch, rows // height, columns // width, height, width, channels)
-        return grid.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, rows, columns)
 
     def _translate(self, state_dict: dict[str, Any], prefix: str) -> None:
         state_dict.pop(f"{prefix}relative_position_index", None)

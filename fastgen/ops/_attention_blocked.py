@@ -253,6 +253,25 @@ def softmax_of_tile(scores: Tensor, keep: Tensor | None, lse: Tensor) -> None:
     lse.copy_(rows)
 
 
+COARSE_LSE = 256.0
+
+
+def lse_is_coarse(lse: Tensor, mask: Tensor | None) -> bool:
+    """Whether e^(S - lse) may be far from a weight: a float mask moved all scores of a row far from 0, and float32 has
+    too few digits there for their logsumexp. Rows hidden by -1e9 are such."""
+    if mask is None or not mask.is_floating_point() or lse.device.type != "cpu" or lse.numel() == 0:
+        return False
+    return bool(lse.masked_fill(lse == -math.inf, 0).abs_().amax() > COARSE_LSE)
+
+
+def _recentred(scores: Tensor) -> Tensor:
+    """Moves the largest score of each row to 0, and returns the logsumexp of what they are now, (..., 1)."""
+    if scores.size(-1) == 0:
+        return scores.new_full((*scores.shape[:-1], 1), -math.inf)
+    top = scores.amax(-1, keepdim=True)
+    return scores.sub_(top.masked_fill_(top == -math.inf, 0)).logsumexp(-1, keepdim=True)
+
+
 def softmax_backward_of_tile(scores: Tensor, grads: Tensor, keep: Tensor | None, lse: Tensor, delta: Tensor) -> None:
     """Scores become weights, times dropout's factors; grads, those of the weights, become those of the scores.
 
@@ -288,6 +307,7 @@ def backward(
     grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device)
     grad_value = torch.zeros(value.shape, dtype=dtype, device=value.device)
     grad_mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device) if mask is not None and mask_grad else None
+    coarse = lse_is_coarse(lse, mask)
     for tile in tiles(query, key, mask, seed, options, TILE_BYTES):
         batch, keys = slice(tile.b0, tile.b1), slice(tile.j0, tile.j1)
         upstream, weights = tile.rows(grad_out), tile.scores()
@@ -295,7 +315,7 @@ def backward(
         row = (upstream * tile.rows(out)).sum(-1, keepdim=True)
         if grad_lse is not None:
             row = row - tile.row_vector(grad_lse)
-        tile_lse = tile.row_vector(lse).contiguous()
+        tile_lse = _recentred(weights) if coarse else tile.row_vector(lse).contiguous()
         softmax_backward(weights, grad_scores, tile.keep(assisted), tile_lse, row.contiguous())
         grad_value[batch, :, keys] += torch.matmul(weights.transpose(-2, -1), upstream)
         grad_key[batch, :, keys] += torch.matmul(grad_scores.transpose(-2, -1), tile.rows(query)) * options.scale

@@ -23,13 +23,17 @@ def settle(tensor: Tensor, in_rows: bool) -> Tensor:
 def takes(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seed: Tensor | None, options: Options
 ) -> bool:
-    """Whether the kernel computes this: no dropout, no window but causal, a mask or causal but not both."""
+    """Whether the kernel computes this: no dropout, no window but causal, a mask or causal but not both.
+
+    It multiplies hidden scores of -inf by the scale, which is no number where that is 0 or negative.
+    """
     return (
         query.device.type == "cpu"
         and seed is None
         and options.window_left < 0
         and options.window_right <= 0
         and not (mask is not None and options.window_right == 0)
+        and not (options.scale <= 0 and options.window_right == 0)
         and min(query.numel(), key.numel(), value.numel()) > 0
     )
 
@@ -46,9 +50,28 @@ def _pad_heads(tensor: Tensor, dim: int, fill: float | Tensor = 0.0) -> Tensor:
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if mask is None or mask.is_floating_point():
-        return mask if mask is None else mask.to(dtype)
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
+    """A mask that the kernel takes beside queries of ``dtype``: of that dtype, or float32 where it is another."""
+    if mask is None:
+        return None
+    if not mask.is_floating_point():
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
+    return mask if mask.dtype == dtype else mask.to(torch.promote_types(mask.dtype, torch.float32))
+
+
+SHORTEST_VECTOR_FREE = 16
+"""The kernel compares fewer keys than this one by one, and loses NaN: as wide as the widest vector."""
+
+
+def hides_nan(out: Tensor, lse: Tensor, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> bool:
+    """Whether a result may be 0 where the formula gives NaN.
+
+    The kernel takes a row whose scores are all NaN for one that sees no key (out and lse 0) where a row has few keys,
+    and in 16 bits one with an infinite score.
+    """
+    keys = min(query.size(2), key.size(2)) if is_causal else key.size(2)
+    if mask is None and keys < SHORTEST_VECTOR_FREE and bool((lse == 0).any()):
+        return True
+    return query.dtype.itemsize == 2 and bool(lse.amax() == math.inf)
 
 
 def forward(

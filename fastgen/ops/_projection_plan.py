@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastgen._compile import constant, is_dynamo_compiling
+
 
 class Chip(NamedTuple):
     """FLOP/s of dense products and bytes/s, from data sheets, and what share of the first the two ways should reach."""
@@ -173,7 +175,7 @@ def _major(tensor: Tensor) -> int:
     return torch.cuda.get_device_capability(tensor.device)[0]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def _constant_major(tensor: Tensor) -> int:
     return _major(tensor)
 
@@ -183,5 +185,5 @@ def slower(problem: Problem, tensor: Tensor) -> bool:
     take the kernels."""
     if tensor.device.type != "cuda" or not all(isinstance(size, int) for size in problem[:3]):
         return False
-    major = _constant_major(tensor) if torch.compiler.is_compiling() else _major(tensor)
+    major = _constant_major(tensor) if is_dynamo_compiling() else _major(tensor)
     return estimate(problem, major).takes_library

@@ -47,7 +47,7 @@ def refused_heads_twice(query: Tensor, value: Tensor) -> str | None:
 
 def _refused(query: Tensor, value: Tensor, widest: int, who: str) -> str | None:
     dims = query.size(-1), value.size(-1)
-    if max(dims) <= widest:
+    if min(dims) > 0 and max(dims) <= widest:
         return None
     return f"{who} CUDA kernels for head dims up to {widest}, not for {dims[0]} and {dims[1]}"
 
@@ -65,18 +65,19 @@ def _heedless(
     of_keys: tuple[Tensor | None, ...],
     mask: Tensor | None,
     options: Options,
+    shown_in: tuple[int, ...] = (0,),
 ) -> _Results:
     """``run(*of_keys)``, whatever the keys and values hold that no query sees.
 
-    A weight of zero times NaN is NaN, so what nobody sees shows in every row of the first result. On CPU one row is
-    looked at, and only then are those keys taken out; elsewhere a look would wait for the device.
+    A weight of zero times NaN is NaN, so what nobody sees shows in the results ``shown_in``. On CPU they are looked at,
+    and only then are those keys taken out; elsewhere a look would wait for the device.
     """
-    if mask is None and options.window_right < 0:
+    if mask is None and options.window_left < 0 and options.window_right < 0:
         return run(*of_keys)
     if query.device.type == "cpu":
         results = run(*of_keys)
-        last_row = results[0][:, :, -1:].sum()
-        if not bool(last_row != last_row):
+        total = sum(float(results[i].sum()) for i in shown_in)
+        if total == total:
             return results
     return run(*reference.without_unseen_keys(query, mask, options.window_left, options.window_right, *of_keys))
 
@@ -94,7 +95,9 @@ def _forward(
 
     def run(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if _attention_fused.takes(query, key, value, mask, seed, known):
-            return _attention_fused.forward(query, key, value, mask, known.window_right == 0, known.scale)
+            out, lse = _attention_fused.forward(query, key, value, mask, known.window_right == 0, known.scale)
+            if not _attention_fused.hides_nan(out, lse, query, key, mask, known.window_right == 0):
+                return out, lse
         return _attention_blocked.forward(query, key, value, mask, seed, known, assisted)
 
     return _heedless(run, query, (key, value), mask, known)
@@ -175,7 +178,8 @@ def _backward(
     known, mask_grad = Options(*options[:-1]), options[-1]
 
     def run(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if not mask_grad and _attention_fused.takes(query, key, value, mask, seed, known):
+        fused = not mask_grad and _attention_fused.takes(query, key, value, mask, seed, known)
+        if fused and not _attention_blocked.lse_is_coarse(lse, mask):
             causal = known.window_right == 0
             grads = _attention_fused.backward(
                 grad_out, grad_lse, query, key, value, out, lse, mask, causal, known.scale
@@ -322,7 +326,7 @@ def _second_order(
         grad_key, grad_value = allocate_grad(key).copy_(grad_key), allocate_grad(value).copy_(grad_value)
         return rows[0], rows[1], rows[2], grad_key, grad_value, query.new_empty(0) if grad_mask is None else grad_mask
 
-    return _heedless(run, query, (key, value, tangent_key, tangent_value), mask, known)
+    return _heedless(run, query, (key, value, tangent_key, tangent_value), mask, known, shown_in=(0, 2))
 
 
 def _second_order_fake(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen import reference
+from fastgen import _gaussian, reference
 from fastgen._library import define
 from fastgen.ops import _latent_checks
 from fastgen.ops._batching import fold, fold_seed, out_dims, unfold
@@ -23,7 +23,8 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _widen(*tensors: Tensor | None) -> list[Any]:
+def widen(*tensors: Tensor | None) -> list[Any]:
+    """The tensors in the dtype to compute in."""
     return [None if t is None else t.to(compute_dtype(t.dtype)) for t in tensors]
 
 
@@ -35,7 +36,7 @@ def _forward(
     seed: Tensor,
     with_kl: bool,
 ) -> tuple[Tensor, Tensor]:
-    wide_mu, wide_logvar, wide_prior_mu, wide_prior_logvar = _widen(mu, logvar, prior_mu, prior_logvar)
+    wide_mu, wide_logvar, wide_prior_mu, wide_prior_logvar = widen(mu, logvar, prior_mu, prior_logvar)
     noise = reference.standard_normal(seed, *mu.shape).to(wide_mu.dtype)
     z = wide_mu + noise * (0.5 * wide_logvar).exp()
     if with_kl:
@@ -56,7 +57,7 @@ def _forward_fake(
     return mu.new_empty(mu.shape), mu.new_empty(mu.size(0) if with_kl else 0, dtype=compute_dtype(mu.dtype))
 
 
-def _backward(
+def backward(
     grad_z: Tensor | None,
     grad_kl: Tensor | None,
     mu: Tensor,
@@ -65,16 +66,15 @@ def _backward(
     prior_logvar: Tensor | None,
     seed: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide_grad_z, wide_grad_kl, wide_mu, wide_logvar = _widen(grad_z, grad_kl, mu, logvar)
-    wide_prior_mu, wide_prior_logvar = _widen(prior_mu, prior_logvar)
+    wide_grad_z, wide_grad_kl, wide_mu, wide_logvar = widen(grad_z, grad_kl, mu, logvar)
+    wide_prior_mu, wide_prior_logvar = widen(prior_mu, prior_logvar)
     noise = reference.standard_normal(seed, *mu.shape).to(wide_mu.dtype)
-    grads = reference.gaussian_latent_backward(
+    grads = _gaussian.gradients(
         wide_grad_z, wide_grad_kl, wide_mu, wide_logvar, noise, wide_prior_mu, wide_prior_logvar
     )
     empty = mu.new_empty(0)
-    wanted = (True, True, prior_mu is not None, prior_logvar is not None)
-    # The copies keep outputs apart where the formula returns one tensor twice, or an input.
-    a, b, c, d = (g.to(mu.dtype, copy=True) if want else empty.clone() for g, want in zip(grads, wanted, strict=True))
+    # The copies keep outputs apart where the formula returns an input.
+    a, b, c, d = (empty.clone() if g is None else g.to(mu.dtype, copy=True) for g in grads)
     return a, b, c, d
 
 
@@ -119,7 +119,7 @@ define(
     "latent",
     "latent_backward(Tensor? grad_z, Tensor? grad_kl, Tensor mu, Tensor logvar, Tensor? prior_mu,"
     " Tensor? prior_logvar, Tensor seed) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
+    backward,
     _backward_fake,
     _vmap(seed_at=6),
     check=_latent_checks.latent_backward,

@@ -69,8 +69,9 @@ def _weight_grads(grad: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return weight, grad.sum((0, 1))
     if length_first(tokens):
         grad, tokens = grad.transpose(0, 1), tokens.transpose(0, 1)
-    rows = grad.flatten(0, 1)
-    return torch.mm(rows.t(), tokens.flatten(0, 1)), rows.sum(0)
+    count = grad.size(0) * grad.size(1)
+    rows = grad.reshape(count, grad.size(2))
+    return torch.mm(rows.t(), tokens.reshape(count, tokens.size(2))), rows.sum(0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -96,7 +97,7 @@ def _helper_fake(
     return part.new_empty(batch, length, heads, dim).transpose(1, 2)
 
 
-def _helper(
+def finish_heads(
     part: Tensor, norm: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, interleaved: bool
 ) -> Tensor:
     arguments = (part, norm, cos, sin, eps, interleaved)
@@ -116,7 +117,7 @@ def _helper_backward_fake(
     return _helper_fake(part, norm, cos, sin, eps, interleaved), grad_norm
 
 
-def _helper_backward(
+def finish_heads_backward(
     grad: Tensor,
     part: Tensor,
     norm: Tensor | None,
@@ -125,7 +126,7 @@ def _helper_backward(
     eps: float,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
-    grad_part, grad_norm = _unfinish(grad, part, norm, cos, sin, eps, interleaved)
+    grad_part, grad_norm = unfinish(grad, part, norm, cos, sin, eps, interleaved)
     result = _helper_fake(part, norm, cos, sin, eps, interleaved).copy_(grad_part)
     return result, part.new_empty(0, dtype=torch.float32) if grad_norm is None else grad_norm
 
@@ -146,6 +147,12 @@ def finish_parts(parts: list[Tensor], all_of: reference.HeadFinish) -> list[Tens
         else part
         for i, part in enumerate(parts)
     ]
+
+
+def finish_parts_in_layout(parts: list[Tensor], all_of: reference.HeadFinish) -> list[Tensor]:
+    """``finish_parts`` in the layout of the parts, whatever the steps left."""
+    finished = zip(finish_parts(parts, all_of), parts, strict=True)
+    return [f if f.stride() == p.stride() else torch.empty_like(p).copy_(f) for f, p in finished]
 
 
 def _forward(
@@ -171,12 +178,8 @@ def _forward(
     flat = [_linear(tokens, w, b) for w, b in zip(weight.split(sizes), biases, strict=True)]
     parts = [y.unflatten(-1, (h, d)).transpose(1, 2) for y, h, d in zip(flat, heads, head_dims, strict=True)]
     kept = parts[: len(norms)] if keep else []
-    finished = finish_parts(parts, reference.HeadFinish(tuple(norms), eps, cos, sin, rotated, interleaved))
-    # In the layout of the parts, whatever the steps left.
-    parts = [
-        f if f.stride() == p.stride() else torch.empty_like(p).copy_(f) for f, p in zip(finished, parts, strict=True)
-    ]
-    return [*parts, *kept]
+    all_of = reference.HeadFinish(tuple(norms), eps, cos, sin, rotated, interleaved)
+    return [*finish_parts_in_layout(parts, all_of), *kept]
 
 
 def _forward_fake(
@@ -207,7 +210,7 @@ def _forward_fake(
     return [*parts, *(part(h, d) for h, d, _ in zip(heads, head_dims, norms, strict=False) if keep)]
 
 
-def _unfinish(
+def unfinish(
     grad: Tensor,
     kept: Tensor | None,
     norm: Tensor | None,
@@ -216,7 +219,7 @@ def _unfinish(
     eps: float,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of a part before ``_finish``, and of its norm's weight."""
+    """Gradients of a part before ``finish``, and of its norm's weight."""
     wide = grad.float() if grad.dtype.itemsize < 4 else grad
     grad_norm = None
     if cos is not None and sin is not None:
@@ -227,7 +230,7 @@ def _unfinish(
     return wide.to(grad.dtype), grad_norm
 
 
-def _backward(
+def backward(
     grads: list[Tensor],
     kept: list[Tensor],
     x: Tensor,
@@ -246,7 +249,7 @@ def _backward(
     for i in range(max(len(norms), rotated if cos is not None else 0)):
         tables = (cos, sin) if i < rotated else (None, None)
         before, norm = (kept[i], norms[i]) if i < len(norms) else (None, None)
-        grads[i], grad_norm = _unfinish(grads[i], before, norm, *tables, eps, interleaved)
+        grads[i], grad_norm = unfinish(grads[i], before, norm, *tables, eps, interleaved)
         grad_norms += [] if grad_norm is None else [grad_norm]
     tokens = _tokens(x, channels_first)
     joined = [reference.join_heads(g) for g in grads]
@@ -338,7 +341,7 @@ def _merge_forward_fake(
     return x.new_empty((batch, channels, length) if channels_first else (batch, length, channels))
 
 
-def _merge_backward(
+def merge_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -368,7 +371,8 @@ def _merge_backward(
     elif gate is not None:
         grad_gate = (upstream * _linear(tokens, weight, bias)).sum_to_size(gate.shape)
     # In (B, N, H, D), whatever the layout of the gradient.
-    grad_x = torch.matmul(gated, factor).contiguous().unflatten(-1, (x.size(1), x.size(3))).transpose(1, 2)
+    by_heads = (x.size(0), x.size(2), x.size(1), x.size(3))
+    grad_x = torch.matmul(gated, factor).contiguous().reshape(by_heads).transpose(1, 2)
     return grad_x, grad_weight, weight.new_empty(0) if bias is None else grad_bias, grad_gate
 
 
@@ -409,14 +413,14 @@ _HELPED = "Tensor part, Tensor? norm, Tensor? cos, Tensor? sin, float eps, bool 
 define(
     "helpers",
     f"cpu_finish_heads({_HELPED}) -> Tensor",
-    _helper,
+    finish_heads,
     _helper_fake,
     check=_projection_checks.cpu_finish_heads,
 )
 define(
     "helpers",
     f"cpu_finish_heads_backward(Tensor grad, {_HELPED}) -> (Tensor, Tensor)",
-    _helper_backward,
+    finish_heads_backward,
     _helper_backward_fake,
     check=_projection_checks.cpu_finish_heads_backward,
 )
@@ -435,7 +439,7 @@ define(
     f"projection_backward(Tensor[] grads, Tensor[] kept, Tensor x, Tensor weight, {_FINISH}, bool bias,"
     " bool channels_first, float eps, int rotated, bool interleaved, bool allow_tf32)"
     " -> (Tensor, Tensor, Tensor, Tensor[])",
-    _backward,
+    backward,
     _backward_fake,
     map_slices,
     check=_projection_checks.projection_backward,
@@ -453,7 +457,7 @@ define(
     "projection",
     "merge_heads_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? gate, bool channels_first,"
     " bool allow_tf32) -> (Tensor, Tensor, Tensor, Tensor)",
-    _merge_backward,
+    merge_backward,
     _merge_backward_fake,
     map_slices,
     check=_projection_checks.merge_heads_backward,

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from fastgen.data._files import cannot_read, check_file
 from fastgen.train.files import write_whole
 
 FORMAT = "fastgen-checkpoint"
@@ -46,10 +47,14 @@ def load_checkpoint(path: Path) -> tuple[Header, dict[str, Tensor]]:
     """Read a file that ``save_checkpoint`` wrote; tensors come on the CPU. Never runs code from the file.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: cut short, changed, or not one of ours; names the file.
+        FileNotFoundError: no such file. OSError: it can't be read. ValueError: cut short, changed, or not one of ours.
+        Each names the file.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a fastgen checkpoint, got a path where there is no file")
+    check_file(path, "a fastgen checkpoint")
+    try:
+        open(path, "rb").close()  # tells what is wrong, unlike the library
+    except OSError as error:
+        raise cannot_read(path, error) from error
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

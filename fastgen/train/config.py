@@ -16,6 +16,7 @@ Strategy = Literal["ddp", "fsdp"]
 FREE_ON_RESUME = (
     "epochs",
     "steps",
+    "learning_rate",
     "threads",
     "workers",
     "device",
@@ -26,8 +27,16 @@ FREE_ON_RESUME = (
     "checkpoint_every",
     "trackers",
 )
-"""Options that may change when a run goes on. None touches what a step computes, but for epochs and steps with a
-schedule of the learning rate, which is stretched."""
+"""Options that may change when a run goes on. Two touch what a step computes: the learning rate, and, where it has a
+schedule, which is stretched, epochs and steps."""
+
+COUNTS = (
+    *("batch_size", "accumulate", "nan_limit", "log_every", "steps", "warmup", "threads", "workers"),
+    *("evaluate_every", "sample_every", "checkpoint_every"),
+)
+MOST = {"threads": 1024, "workers": 1024}
+MOST_STEPS = 2**53
+"""The largest numbers: of threads and processes more than machines have, of all else more than a run can come to."""
 
 PARTS_OF_A_RUN, LEAST_STEPS = 20, 10
 """Evaluations, samples and checkpoints in a run, and the fewest steps between two, where nobody says otherwise."""
@@ -62,6 +71,12 @@ class TrainConfig:
     trackers: str = option("", "tensorboard, or others that accelerate knows, with commas between")
 
     def __post_init__(self) -> None:
+        for name in COUNTS:
+            value, most = getattr(self, name), MOST.get(name, MOST_STEPS)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name}: expected an integer, got {value!r}")
+            if value > most:
+                raise ValueError(f"{name}: expected at most {most}, got {value}")
         for name in ("batch_size", "accumulate", "nan_limit", "log_every"):
             require_positive(name, getattr(self, name))
         for name in ("steps", "warmup", "threads", "workers", "evaluate_every", "sample_every", "checkpoint_every"):
@@ -83,7 +98,10 @@ class TrainConfig:
 
     def total_steps(self, items: int, batches_per_step: int) -> int:
         """Steps of the run, over ``items`` training items."""
-        return self.steps or max(1, math.ceil(self.epochs * items / (self.batch_size * batches_per_step)))
+        total = self.steps or max(1, math.ceil(self.epochs * items / (self.batch_size * batches_per_step)))
+        if total > MOST_STEPS:
+            raise ValueError(f"epochs: expected at most {MOST_STEPS} steps, got {self.epochs:g} epochs")
+        return total
 
     def every(self, what: str, total: int) -> int:
         """Steps between two of ``what``: "evaluate", "sample" or "checkpoint"."""

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from fastgen.models import Batch, GenerativeModel, Moment, Phase
+from fastgen.models import Batch, GenerativeModel, Moment, Phase, settled
 from fastgen.train.config import TrainConfig
 from fastgen.train.sharding import assign, shard, whole
 from fastgen.train.stream import FLIP, NOISE, mirrored, seed_everything, seed_of, to_device
@@ -76,8 +76,10 @@ class Engine:
         self._summed = 0
         self._statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         self._good_statistics = [buffer.clone() for buffer in self._statistics]
-        self._averaged = self._floating_state(model.averaged)
-        self.average = {name: tensor.detach().clone() for name, tensor in self._averaged.items()}
+        state = self._floating_state(model.averaged)
+        copies = {tensor: tensor.detach().clone() for tensor in state.values()}
+        self.average = {name: copies[tensor] for name, tensor in state.items()}  # tied weights have one for all names
+        self._pairs = list(copies.items())
         updated = {weight for updater in self.updaters for weight in updater.parameters}
         for name, weight in model.named_parameters():
             if weight not in updated:
@@ -89,7 +91,7 @@ class Engine:
         chosen = {
             name: tensor
             for name, tensor in state.items()
-            if tensor.is_floating_point() and (not networks or name.split(".")[0] in networks)
+            if (tensor.is_floating_point() or tensor.is_complex()) and (not networks or name.split(".")[0] in networks)
         }
         return chosen
 
@@ -182,7 +184,8 @@ class Engine:
     def _update_average(self) -> None:
         """One step of the average: decay grows to its value, so that early weights are soon forgotten."""
         decay = min(self.config.average_decay, (1 + self.step) / (AVERAGE_RAMP + self.step))
-        torch._foreach_lerp_(list(self.average.values()), list(self._averaged.values()), 1 - decay)
+        weights, averages = zip(*self._pairs, strict=True)
+        torch._foreach_lerp_(averages, weights, 1 - decay)
 
     def _record(self, phase: str, values: Values, parts: int) -> None:
         for name, value in values.items():
@@ -202,11 +205,14 @@ class Engine:
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
-        """The model in evaluation, with averaged weights; what it gives calls the model's methods on all processes."""
+        """The model in evaluation, with averaged weights and what follows from them (``fastgen.models.settled``).
+
+        What it gives calls the model's methods on all processes.
+        """
         self._swap()
         self.model.eval()
         try:
-            with torch.no_grad(), self.accelerator.autocast():
+            with settled(self.model), torch.no_grad(), self.accelerator.autocast():
                 yield self.updaters[0].module
         finally:
             for updater in self.updaters:
@@ -217,36 +223,38 @@ class Engine:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for name, average in self.average.items():
-            weight = self._averaged[name]
+        for weight, average in self._pairs:
             kept = weight.detach().clone()
             weight.copy_(average)
             average.copy_(kept)
 
     @torch.no_grad()
     def share_buffers(self) -> None:
-        """Buffers become the same in all processes: before a checkpoint, so that all go on from the same.
+        """Buffers and their averages become the same in all processes: before a checkpoint, so that all go on from it.
 
         Statistics become their means. Of a store of items row i comes from process i modulo their number.
         """
         accelerator = self.accelerator
         if accelerator.num_processes > 1:
             stored = {buffer for name in self.model.stores for buffer in self.model.get_submodule(name).buffers()}
+            averages = dict(self._pairs)
             for buffer in self._statistics:
-                if buffer in stored:
-                    own = torch.zeros_like(buffer)
-                    mine = slice(accelerator.process_index, None, accelerator.num_processes)
-                    own[mine] = buffer[mine]
-                    buffer.copy_(accelerator.reduce(own, "sum"))
-                else:
-                    buffer.copy_(accelerator.reduce(buffer, "mean"))
+                for each in (buffer, *([averages[buffer]] if buffer in averages else [])):
+                    if buffer in stored:
+                        own = torch.zeros_like(each)
+                        mine = slice(accelerator.process_index, None, accelerator.num_processes)
+                        own[mine] = each[mine]
+                        each.copy_(accelerator.reduce(own, "sum"))
+                    else:
+                        each.copy_(accelerator.reduce(each, "mean"))
             for now, good in zip(self._statistics, self._good_statistics, strict=True):
                 good.copy_(now)
 
     def tensors(self) -> Values:
         """All that changes, by name; what ``restore`` takes. Every process has to call it."""
-        named = {f"model/{name}": whole(tensor) for name, tensor in self.model.state_dict().items()}
-        named |= {f"average/{name}": whole(tensor) for name, tensor in self.average.items()}
+        state = self.model.state_dict(keep_vars=True)
+        named = {f"model/{name}": tensor for name, tensor in _unshared(state).items()}
+        named |= {f"average/{name}": tensor for name, tensor in _unshared(self.average).items()}
         for updater, name, weight in self._optimized():
             for key, tensor in updater.optimizer.state[weight].items():
                 named[f"optimizer/{updater.phase.name}/{name}/{key}"] = whole(tensor)
@@ -293,6 +301,17 @@ class Engine:
         for updater in self.updaters:
             for weight in updater.parameters:
                 yield updater, names[weight], weight
+
+
+def _unshared(named: Mapping[str, Tensor]) -> Values:
+    """Whole tensors, of those that have several names (tied weights) a copy for each: a file can't hold one twice."""
+    seen: set[Tensor] = set()
+    found = {}
+    for name, tensor in named.items():
+        full = whole(tensor.detach())
+        found[name] = full.clone() if tensor in seen else full
+        seen.add(tensor)
+    return found
 
 
 def find(tensors: Mapping[str, Tensor], name: str, like: Tensor | None = None) -> Tensor:

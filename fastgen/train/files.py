@@ -4,11 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
+
+import psutil
+
+TEMPORARY = re.compile(r"\.(.+?)(?:\.(\d+))?\.tmp")
 
 
 def temporary_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
+    """In the same folder, and of this process alone: another may be writing the same file."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_leftovers(folder: Path, ours: Callable[[str], object]) -> None:
+    """Remove what processes left in a folder that died while they were writing.
+
+    Args:
+        ours: whether a file that was to have this name is one of those that may go.
+    """
+    for file in folder.iterdir():
+        match = TEMPORARY.fullmatch(file.name)
+        if match and ours(match[1]):
+            pid = int(match[2] or 0)
+            if pid in (0, os.getpid()) or not psutil.pid_exists(pid):
+                with contextlib.suppress(OSError):
+                    file.unlink()
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, where they are missing. OSError names it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(
+            error.errno, f"{path}: expected to make the folder, got: {error.strerror or error}"
+        ) from error
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -65,5 +97,5 @@ def inside(folder: Path, *names: str) -> Path:
 
 def cannot_write(path: Path, error: OSError) -> OSError:
     """An error of the same type that names the file."""
-    kept = "; what was there is kept" if path.exists() else ""
+    kept = "; what was there is kept" if os.path.exists(path) else ""
     return type(error)(error.errno, f"{path}: expected to write it, got: {error.strerror or error}{kept}")

@@ -6,13 +6,16 @@ import json
 import math
 import os
 import re
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fastgen.train.files import cannot_write, temporary_name, write_whole
+from fastgen.data._files import cannot_read, read_bytes, what_is_at
+from fastgen.train.files import cannot_write, make_folder, remove_leftovers, write_whole
 
 FORMAT = "fastgen-run"
 EXHIBIT = re.compile(r"\d{6,}\.(png|txt|wav)")
@@ -72,22 +75,39 @@ class RunFolder:
 
         Raises:
             FileExistsError: the path is a file, or holds a file of another program under one of our names.
+            ValueError: environment.json is damaged. OSError: it can't be read.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise FileExistsError(f"{self.path}: expected a folder for the run, got a file")
-        present = [file for file in self._files() if file.exists()]
+        try:
+            if os.path.lexists(self.path) and not self.path.is_dir():
+                raise FileExistsError(f"{self.path}: expected a folder for the run, got {what_is_at(self.path)}")
+            present = [file for file in self._files() if file.exists()]
+        except PermissionError as error:
+            raise cannot_read(self.path, error) from error
         if not present:
             return False
+        if not self.environment.exists():
+            raise self._another_programs(present[0])
         try:
-            ours = json.loads(self.environment.read_text(encoding="utf-8"))["format"] == FORMAT
-        except (OSError, KeyError, TypeError, ValueError):
-            ours = False
-        if not ours:
-            name = present[0].relative_to(self.path)
-            raise FileExistsError(
-                f"{self.path}: expected a new folder or a fastgen run, got a folder with {name} from another program"
-            )
+            environment = json.loads(read_bytes(self.environment))
+        except ValueError as error:
+            raise ValueError(
+                f"{self.environment}: expected what a fastgen run writes first, got a damaged file: {error}"
+            ) from error
+        if not isinstance(environment, dict) or environment.get("format") != FORMAT:
+            raise self._another_programs(present[0])
         return True
+
+    def _another_programs(self, file: Path) -> FileExistsError:
+        name = file.relative_to(self.path)
+        return FileExistsError(
+            f"{self.path}: expected a new folder or a fastgen run, got a folder with {name} from another program"
+        )
+
+    def _remove_leftovers(self) -> None:
+        names = {file.name for file in self._files()}
+        for folder in (self.path, *self.path.iterdir()):
+            if folder.is_dir() and not (folder.is_symlink() and folder != self.path):
+                remove_leftovers(folder, lambda name: name in names or EXHIBIT.fullmatch(name))
 
     def clear(self) -> None:
         """Remove a run's files, its exhibits and its event files; all others stay."""
@@ -99,24 +119,40 @@ class RunFolder:
                     ours = EXHIBIT.fullmatch(file.name) or file.name.startswith("events.out.tfevents.")
                     if ours and not file.is_dir():
                         file.unlink()
+        self._remove_leftovers()
         for file in self._files():
-            temporary_name(file).unlink(missing_ok=True)
-            file.unlink(missing_ok=True)
+            try:
+                file.unlink(missing_ok=True)
+            except OSError as error:
+                raise cannot_write(file, error) from error
         for folder in sorted(self.path.iterdir()):
             if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
                 folder.rmdir()
 
-    def begin(self, environment: dict[str, Any], config: dict[str, Any], command: str) -> None:
-        """The first files of a run: whose it is, and what reproduces it. A resumed run keeps when and how it began."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        before = self._environment_before()
-        if before:
-            resumed = [*before.get("resumed", []), environment["started"]]
+    def begin(
+        self, environment: dict[str, Any], config: dict[str, Any], command: str, resumed: dict[str, Any] | None = None
+    ) -> None:
+        """The first files of a run: whose it is, and what reproduces it.
+
+        Args:
+            environment: where it runs; of a resumed run, when and how it began are kept.
+            config: its options as the command line takes them.
+            command: what trains with them.
+            resumed: of a resumed run, its step, its command, and the options that changed: {name: [old, new]}.
+        """
+        make_folder(self.path)
+        self._remove_leftovers()
+        history: list[Any] = []
+        if resumed is not None:
+            before = self._environment_before()
+            history = [turn for turn in _list(before.get("resumed")) if not _lost(turn, resumed["step"])]
+            history.append({"started": environment["started"], **resumed})
             environment |= {name: before[name] for name in ("started", "command") if name in before}
-            environment["resumed"] = resumed
+            environment["resumed"] = history
         write_whole(self.environment, (json.dumps({"format": FORMAT, **environment}, indent=2) + "\n").encode())
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-        write_whole(self.config, f"# {command}\n{text}".encode())
+        notes = "".join(f"# {note}\n" for turn in history for note in changes(turn))
+        write_whole(self.config, f"# {command}\n{notes}{text}".encode())
 
     def _environment_before(self) -> dict[str, Any]:
         try:
@@ -125,16 +161,22 @@ class RunFolder:
             return {}
 
     def keep_metrics(self, step: int) -> None:
-        """Drop the lines after ``step``, and one that an interruption cut short."""
+        """Drop the lines after ``step``, and one that an interruption cut short.
+
+        Warns of other lines that can't be read, which are dropped, too.
+        """
         kept = []
-        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
-        for line in lines:
+        lines = read_bytes(self.metrics).split(b"\n") if self.metrics.exists() else []
+        damaged = 0
+        for number, line in enumerate(lines, start=1):
             try:
                 if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (KeyError, TypeError, ValueError):
-                continue
-        write_whole(self.metrics, "".join(kept).encode())
+                    kept.append(line + b"\n")
+            except (KeyError, RecursionError, TypeError, ValueError):
+                damaged += bool(line.strip(b"\r\0 ")) and number < len(lines)
+        if damaged:
+            warnings.warn(f"{self.metrics}: {damaged} damaged lines were left out", stacklevel=2)
+        write_whole(self.metrics, b"".join(kept))
 
     def add_metrics(self, row: dict[str, Any]) -> None:
         """Append a line, never through a link that somebody put in the file's place.
@@ -148,3 +190,35 @@ class RunFolder:
                 file.write(json.dumps(row | {"values": values}) + "\n")
         except OSError as error:
             raise cannot_write(self.metrics, error) from error
+
+
+def changes(turn: Any) -> list[str]:
+    """A line for each option that changed where a run was resumed, from an entry of "resumed" in environment.json."""
+    changed = turn.get("changed") if isinstance(turn, dict) else None
+    lines = []
+    for name, values in changed.items() if isinstance(changed, dict) else ():
+        old, new = ("its default" if value is None else value for value in values)
+        lines.append(f"step {turn.get('step')}: {name} changed from {old} to {new}".replace("\n", " "))
+    return lines
+
+
+def story(environment: Mapping[str, Any]) -> list[str]:
+    """What was typed to begin the run and to resume it, with the step and the options that changed; [] if not known."""
+    began = environment.get("command")
+    turns = [turn for turn in _list(environment.get("resumed")) if isinstance(turn, Mapping)]
+    if not isinstance(began, str) or not began:
+        return []
+    lines = [began]
+    for turn in turns:
+        lines += [f"# resumed at step {turn.get('step')}", *(f"# {note}" for note in changes(turn))]
+        lines += [str(turn["command"])] if turn.get("command") else []
+    return lines
+
+
+def _lost(turn: Any, step: int) -> bool:
+    """Whether nothing is kept of what a resumed run did: it ended before its first checkpoint."""
+    return isinstance(turn, dict) and turn.get("step", -1) >= step
+
+
+def _list(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else []

@@ -15,8 +15,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fastgen import metrics
+from fastgen._checksum import KEY, UNSEALED, is_whole, seal
 from fastgen.data import Items
+from fastgen.data._files import read_bytes
 from fastgen.models import TRANSLATED, Images, Sounds, option
+from fastgen.train.card import write_card
 from fastgen.train.config import TrainConfig
 from fastgen.train.errors import UsageError
 from fastgen.train.evaluation import Thinned, scores
@@ -30,6 +33,7 @@ from fastgen.train.trained import Trained, check_seed, joined, open_run
 Space = Literal["auto", "classifier", "rotations", "inception", "none"]
 FEATURES_FORMAT = "fastgen-features"
 MOST = 10_000  # items of a split that are looked at
+MOST_EACH = 10**6  # of what is drawn, and how often
 SOUNDS = 32  # drawn at most: they take seconds each
 
 
@@ -55,6 +59,9 @@ class EvaluateConfig:
         for name in ("importance", "resamples"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
+        for name in ("n", "k", "batch_size", "importance", "resamples"):
+            if getattr(self, name) > MOST_EACH:
+                raise ValueError(f"{name}: expected at most {MOST_EACH}, got {getattr(self, name)}")
         if self.features not in get_args(Space):
             raise ValueError(f"features: expected one of {', '.join(get_args(Space))}, got {self.features!r}")
         check_seed(self.seed)
@@ -84,6 +91,8 @@ def evaluate(folder: RunFolder, config: EvaluateConfig) -> list[metrics.Figure]:
     kept = {"step": trained.step, "settings": asdict(config), "figures": [asdict(figure) for figure in figures]}
     write_whole(folder.evaluation, (json.dumps(kept, indent=2) + "\n").encode())
     write_report(folder.path)
+    if folder.pretrained.is_dir():
+        write_card(folder, trained.model)
     return figures
 
 
@@ -232,9 +241,9 @@ def _space(
     if kind == "inception":
         return metrics.inception_features().to(trained.model.device)
     wanted = {"format": FEATURES_FORMAT, "kind": kind, "fingerprint": trained.header.fingerprint}
-    kept = _kept_space(folder, wanted)
+    kept = _kept_space(folder, wanted, known["images"], trained.model.device)
     if kept is not None:
-        return kept.to(trained.model.device)
+        return kept
     with torch.enable_grad():
         if kind == "classifier":
             held_out = (real["images"], real["labels"])
@@ -242,20 +251,40 @@ def _space(
         else:
             space = metrics.rotation_features(known["images"], data=name)
     tensors, meta = space.state()
-    write_whole(folder.features, safetensors.torch.save(tensors, {**wanted, "meta": json.dumps(meta)}))
+    data = safetensors.torch.save(tensors, {**wanted, "meta": json.dumps(meta), **UNSEALED})
+    write_whole(folder.features, seal(data))
     return space.to(trained.model.device)
 
 
-def _kept_space(folder: RunFolder, wanted: dict[str, str]) -> metrics.FeatureSpace | None:
-    """The space of an earlier evaluation, if it is there, whole, and of these data."""
-    if not folder.features.is_file():
+def _kept_space(
+    folder: RunFolder, wanted: dict[str, str], images: Tensor, device: torch.device
+) -> metrics.FeatureSpace | None:
+    """The space of an earlier evaluation, if it is there, and of these data.
+
+    Args:
+        images: which it was trained on.
+
+    Raises:
+        ValueError: the file is damaged: distances in what it holds would mean nothing.
+    """
+    path = folder.features
+    if not path.exists():
         return None
+    again = "remove it, and it is made again"
+    data = read_bytes(path)
     try:
-        with safetensors.safe_open(folder.features, framework="pt") as file:
+        with safetensors.safe_open(path, framework="pt") as file:
             found = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        if not is_whole(data):
+            raise ValueError("its digest differs")
         if {name: found.get(name) for name in wanted} != wanted:
             return None
-        return metrics.FeatureSpace.from_state(tensors, json.loads(found["meta"]))
-    except (safetensors.SafetensorError, KeyError, OSError, ValueError):
-        return None
+        space = metrics.FeatureSpace.from_state(tensors, json.loads(found["meta"])).to(device)
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: expected a feature space, got a damaged file ({error}); {again}") from error
+    if KEY not in found:  # of an earlier version: features of mean 0 and deviation 1, or not what was trained
+        std, mean = torch.std_mean(space(images), dim=0)
+        if not (float((std - 1).abs().median()) < 0.1 and float(mean.abs().median()) < 0.1):
+            raise ValueError(f"{path}: expected features of mean 0 and deviation 1, got others: damaged? {again}")
+    return space

@@ -16,6 +16,7 @@ from fastgen.train.errors import StoppedError
 from fastgen.train.evaluation import HELD_OUT_SHOWN, Thinned, first, mean_scores, scores
 from fastgen.train.files import inside
 from fastgen.train.folder import STEP_DIGITS, RunFolder
+from fastgen.train.lock import check_held
 from fastgen.train.pictures import write_exhibit
 from fastgen.train.progress import Progress
 from fastgen.train.report import write_report
@@ -154,6 +155,7 @@ class Trainer:
         engine.share_buffers()
         tensors = engine.tensors()
         if self.first_process:
+            check_held(self.folder.path)
             save_checkpoint(self.folder.checkpoint, self.header, tensors)
             if time.perf_counter() - self._pages > SECONDS_BETWEEN_PAGES:
                 self.write_pages()
@@ -169,9 +171,11 @@ class Trainer:
     def _write(self, part: str, row: dict[str, Any]) -> None:
         step = self.engine.step
         if self.first_process:
+            check_held(self.folder.path)
             self.folder.add_metrics({"step": step, "epoch": round(step / self.epoch_steps, 4), "part": part} | row)
         self.engine.accelerator.log({f"{part}/{name}": value for name, value in row["values"].items()}, step)
 
     def _seconds_before(self) -> float:
         """How long the run trained before it was interrupted."""
-        return max((float(row.get("seconds", 0.0)) for row in read_rows(self.folder.metrics)), default=0.0)
+        seconds = (row.get("seconds") for row in read_rows(self.folder.metrics))
+        return max((float(each) for each in seconds if isinstance(each, (int, float))), default=0.0)

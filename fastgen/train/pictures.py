@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastgen.models import Exhibit, Images, Sounds, Texts
-from fastgen.train.files import inside, write_whole
+from fastgen.train.files import inside, make_folder, write_whole
 
 TARGET_SIZE = 64
 MAX_SCALE = 8
@@ -59,7 +59,7 @@ def write_exhibit(folder: Path, stem: str, exhibit: Exhibit) -> Path:
         raise TypeError(f"exhibit: expected Images, Texts or Sounds, got {type(exhibit).__name__}")
     paths = [inside(folder, stem + suffix) for suffix in files]
     inside(folder, stem)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for path, data in zip(paths, files.values(), strict=True):
         write_whole(path, data)
     return paths[0]

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from fastgen.train.curves import DARK, HELD_OUT, LIGHT, UNITS, describe, draw_panel, panels, read_rows
 from fastgen.train.exhibits import data_uri, read_exhibits
 from fastgen.train.files import inside, write_whole
+from fastgen.train.folder import story
 from fastgen.train.progress import duration
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -101,8 +102,8 @@ def _page(folder: Path) -> str:
         evaluated_step=_value(evaluation["step"]) if "step" in evaluation else "",
         evaluate=f"fastgen evaluate {_address(folder)}",
         config=list(_flat(config)),
-        environment=[(name, value) for name, value in _flat(environment) if name not in ("command", "format")],
-        command=commands[0] if commands else "",
+        environment=[(name, value) for name, value in _flat(_about(environment)) if name not in ("command", "format")],
+        command="\n".join(story(environment) or commands[:1]),
         problems=problems,
         script=SLIDER,
         script_hash=base64.b64encode(hashlib.sha256(SLIDER.encode()).digest()).decode("ascii"),
@@ -143,6 +144,12 @@ def _commands(folder: Path, environment: Mapping[str, Any]) -> list[str]:
             first = file.readline(10_000).strip()
         found += [first.removeprefix("# ")] if first.startswith("# fastgen ") else []
     return found
+
+
+def _about(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """The environment; of resumed runs only when that was."""
+    when = [turn.get("started") if isinstance(turn, Mapping) else turn for turn in _list(environment.get("resumed"))]
+    return {**environment, "resumed": when} if when else dict(environment)
 
 
 def _model(config: Mapping[str, Any], environment: Mapping[str, Any], commands: list[str]) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import shlex
-import sys
 import time
+import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -20,8 +20,9 @@ from accelerate.tracking import get_available_trackers
 from torch import Tensor
 
 import fastgen
-from fastgen.data import SOURCES, DataConfig, Dataset, Items, load_data
-from fastgen.models import MODELS, GenerativeModel, from_data
+from fastgen.data import BUNDLED, SOURCES, DataConfig, Dataset, Items, bundled, load_data
+from fastgen.models import MODELS, GenerativeModel, from_data, settle
+from fastgen.train.card import write_card
 from fastgen.train.checkpoint import Header, load_checkpoint
 from fastgen.train.config import FREE_ON_RESUME, TrainConfig
 from fastgen.train.curves import read_rows
@@ -29,6 +30,9 @@ from fastgen.train.engine import Engine, find
 from fastgen.train.errors import StoppedError, UsageError
 from fastgen.train.files import inside
 from fastgen.train.folder import RunFolder
+from fastgen.train.inspection import inspect
+from fastgen.train.limits import check_batch, check_model, check_sizes
+from fastgen.train.lock import locked
 from fastgen.train.loop import Trainer
 from fastgen.train.progress import Progress
 from fastgen.train.sharding import leave, make_accelerator, whole
@@ -37,6 +41,10 @@ from fastgen.train.signals import noticed
 SMALL_STEP = (
     2**28
 )  # items' elements x weights; below, a second thread gains little, and loses much where cores are shared
+
+
+UNWRITABLE = frozenset(("Cc", "Cs", "Zl", "Zp"))
+"""Kinds of characters that can't stand in the comment of config.yaml: YAML ends it, or is not UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,7 @@ class Request:
     model_options: Mapping[str, Any] = field(default_factory=dict)
     resume: bool = False
     overwrite: bool = False
+    command: str = ""  # what was typed, for the report
 
 
 @dataclass(frozen=True)
@@ -70,18 +79,29 @@ def train(request: Request) -> Result:
 
     Raises:
         StoppedError: a signal, or gradients that stay NaN or infinite.
-        FileExistsError, FileNotFoundError: the folder holds a run already, or none to resume.
+        FileExistsError, FileNotFoundError: the folder holds a run already, or none to resume, or another process trains
+            in it.
         UsageError, ValueError, TypeError: options, data or a checkpoint that do not fit.
         OSError: a file can't be written; the checkpoint before is kept.
     """
+    if not first_process():  # the first one holds the lock for all of them
+        return _train_in_folder(request)
+    _check_folder(request)
+    with locked(request.folder.path):
+        _check_folder(request)  # again: another process may have trained there meanwhile
+        return _train_in_folder(request)
+
+
+def _train_in_folder(request: Request) -> Result:
     started = time.perf_counter()
     folder = request.folder
-    if first_process():
-        _check_folder(request)
     tensors: dict[str, Tensor] = {}
+    changes: dict[str, list[Any]] = {}
     if request.resume:
         saved, tensors = load_checkpoint(folder.checkpoint)
+        configs(folder.checkpoint, saved)
         header, data = _resumed(request, saved)
+        changes = changed(saved, header)
     else:
         header, data = _fresh(request)
     model_class, model_config, config = configs(folder.checkpoint, header)
@@ -91,8 +111,12 @@ def train(request: Request) -> Result:
     trackers = _trackers(config)
     accelerator = make_accelerator(config, device, log_with=trackers or None, project_dir=str(folder.path))
     try:
+        if accelerator.num_processes == 1 or config.strategy == "ddp":
+            check_model(model_class, model_config, accelerator.device)
+        check_batch(config, splits[0], accelerator.num_processes, accelerator.device)
         torch.manual_seed(config.seed)
         model = model_class(model_config)
+        inspect(model, splits)
         parameters = sum(weight.numel() for weight in model.parameters())
         draws = max(phase.repeats for phase in model.phases())
         total = config.total_steps(len(splits[0]), draws)
@@ -107,7 +131,10 @@ def train(request: Request) -> Result:
             if not request.resume:
                 folder.clear()
             folder.begin(
-                _environment(accelerator, parameters), settings(header), command(header.model, folder, "--config")
+                {"command": request.command, **_environment(accelerator, parameters)},
+                settings(header),
+                command(header.model, folder, "--config"),
+                {"step": engine.step, "command": request.command, "changed": changes} if request.resume else None,
             )
             folder.keep_metrics(engine.step)
         accelerator.wait_for_everyone()
@@ -157,10 +184,11 @@ def _of_os(error: OSError) -> str:
 
 
 def write_pretrained(folder: RunFolder, model: GenerativeModel, weights: Mapping[str, Tensor]) -> None:
-    """The averaged weights as ``from_pretrained`` reads them, in the run's folder ``model``."""
+    """The averaged weights as ``from_pretrained`` reads them, in the run's folder ``model``, with a model card."""
     unsharded = type(model)(model.config)
     unsharded.load_state_dict({name: tensor.cpu() for name, tensor in weights.items()})
     unsharded.save_pretrained(inside(folder.path, folder.pretrained.name))
+    write_card(folder, unsharded)
 
 
 def first_process() -> bool:
@@ -172,10 +200,12 @@ def _check_folder(request: Request) -> None:
     path = request.folder.path
     if request.resume and request.overwrite:
         raise UsageError("resume, overwrite: expected at most one of them, got both")
+    if any(unicodedata.category(character) in UNWRITABLE for character in str(path)):
+        raise UsageError(f"out: expected a path without line ends and other control characters, got {str(path)!r}")
     holds_run = request.folder.holds_run()
     if request.resume and not holds_run:
         raise FileNotFoundError(f"{path}: expected a run to resume, got a path without one")
-    if request.resume and not request.folder.checkpoint.exists():
+    if request.resume and not os.path.lexists(request.folder.checkpoint):
         raise FileNotFoundError(
             f"{path}: expected a run with a checkpoint, got one that ended before its first; --overwrite begins anew"
         )
@@ -186,19 +216,20 @@ def _check_folder(request: Request) -> None:
 def _fresh(request: Request) -> tuple[Header, Dataset]:
     model_class = MODELS[request.model]
     config = _checked(TrainConfig, {**model_class.train_defaults, **request.train_options})
-    data_config = _checked(DataConfig, {"source": model_class.default_data, **request.data_options})
-    data = load_data(_anywhere(data_config), *_kinds(model_class))
+    data_config = _anywhere(
+        _checked(DataConfig, {"source": BUNDLED + model_class.default_data, **request.data_options})
+    )
+    data = load_data(data_config, *_kinds(model_class))
     told = {**data.facts, "kind": data.kind}
     wanted = from_data(model_class.config_class)
     missing = [name for name in wanted if name not in told]
     if missing and not model_class.kinds:
         raise UsageError(f"data: expected a set that tells {missing[0]}, for {request.model}, got {data.name}")
     facts = {name: told[name] for name in wanted if name in told}
+    check_sizes(request.model_options)
     model_config = _checked(model_class.config_class, {**facts, **request.model_options}, prefix="model.")
-    header = Header(
-        request.model, asdict(model_config), asdict(config), asdict(_anywhere(data_config)), data.fingerprint
-    )
-    return header, data
+    kept = asdict(data_config) | {"source": data_config.source.removeprefix(BUNDLED)}
+    return Header(request.model, asdict(model_config), asdict(config), kept, data.fingerprint), data
 
 
 def _resumed(request: Request, saved: Header) -> tuple[Header, Dataset]:
@@ -206,22 +237,40 @@ def _resumed(request: Request, saved: Header) -> tuple[Header, Dataset]:
     _checked(TrainConfig, {**saved.train_config, **request.train_options})
     fixed = {name: value for name, value in request.train_options.items() if name not in FREE_ON_RESUME}
     data_options = dict(request.data_options)
-    source = data_options.pop("source", saved.data_config["source"])
+    source = saved.data_config["source"]
+    if "source" in data_options:
+        source = _anywhere(_checked(DataConfig, {"source": data_options.pop("source")})).source.removeprefix(BUNDLED)
     pairs: list[tuple[str, Any, Any]] = [("model", request.model, saved.model)]
     pairs += [(name, value, saved.train_config.get(name)) for name, value in fixed.items()]
     pairs += [(name, value, saved.data_config.get(name)) for name, value in data_options.items()]
     pairs += [(f"model.{name}", value, saved.model_config.get(name)) for name, value in request.model_options.items()]
     for name, asked, own in pairs:
         if asked != own:
-            raise UsageError(f"{name}: expected {own!r}, as when the run in {request.folder.path} began, got {asked!r}")
+            raise UsageError(
+                f"{name}: expected {_shown(own)}, as when the run in {request.folder.path} began, got {_shown(asked)};"
+                f" with --resume only {', '.join(FREE_ON_RESUME)} may change"
+            )
     free = {name: value for name, value in request.train_options.items() if name in FREE_ON_RESUME}
     header = replace(saved, train_config=saved.train_config | free, data_config=saved.data_config | {"source": source})
     return header, data_of(header, request.folder)
 
 
+def _shown(value: Any) -> str:
+    return "its default" if value is None else repr(value)
+
+
+def changed(before: Header, after: Header) -> dict[str, list[Any]]:
+    """Options of training and data that differ, by name: the old value and the new one."""
+    old, new = settings(before), settings(after)
+    return {name: [old.get(name), value] for name, value in new.items() if name != "model" and old.get(name) != value}
+
+
 def data_of(header: Header, folder: RunFolder) -> Dataset:
     """The data of a run; UsageError where they are no longer the same."""
-    data = load_data(_anywhere(DataConfig(**header.data_config)), *_kinds(MODELS[header.model]))
+    config = DataConfig(**header.data_config)
+    if config.source in SOURCES:  # paths are kept absolute
+        config = replace(config, source=BUNDLED + config.source)
+    data = load_data(config, *_kinds(MODELS[header.model]))
     if data.fingerprint != header.fingerprint:
         raise UsageError(
             f"data: expected the items with which the run in {folder.path} began, got others in {data.name}"
@@ -240,19 +289,32 @@ def split(data: Dataset, model_config: Any) -> tuple[Items, Items]:
 
 
 def configs(checkpoint: Path, header: Header) -> tuple[type[GenerativeModel], Any, TrainConfig]:
+    """The model's class and the configs of a header. ValueError names the checkpoint, and what does not fit.
+
+    Options that a header lacks, of an earlier version, take their defaults; not all of them.
+    """
     try:
+        if not header.model_config or not header.data_config.get("source"):
+            raise ValueError(
+                f"no {'options of the model' if header.data_config.get('source') else 'source of the data'}"
+            )
+        DataConfig(**header.data_config)
         model_class = MODELS[header.model]
         config = model_class.config_class(**header.model_config)
         return model_class, config, TrainConfig(**header.train_config)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{checkpoint}: expected a checkpoint of this version of fastgen, got {error}") from error
 
 
 def load_average(model: GenerativeModel, tensors: Mapping[str, Tensor]) -> None:
-    """The averaged weights of a checkpoint, and the rest as it was."""
+    """The averaged weights of a checkpoint, what follows from them (``fastgen.models.settle``), and the rest as it was.
+
+    On the device of training these are the weights that it was evaluated with, bit for bit.
+    """
     for name, tensor in model.state_dict().items():
         averaged = f"average/{name}"
         tensor.copy_(find(tensors, averaged if averaged in tensors else f"model/{name}", tensor))
+    settle(model)
 
 
 def choose_device(name: str) -> torch.device:
@@ -261,9 +323,11 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros((), device=device).item()
+        if device.type == "cpu" and device.index:
+            raise RuntimeError("there is one CPU device, cpu")
     except (AssertionError, NotImplementedError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise UsageError(f"device: expected one that this machine has, got {name!r} ({reason})") from error
     return device
 
@@ -282,9 +346,11 @@ def limited_threads(config: TrainConfig, model: GenerativeModel, items: Items) -
 
 
 def _anywhere(config: DataConfig) -> DataConfig:
-    """With a path that means the same from every folder."""
-    path = Path(config.source)
-    return replace(config, source=str(path.resolve())) if path.exists() and config.source not in SOURCES else config
+    """With a source that means the same from every folder. ValueError: a path that is also the name of a set."""
+    name = bundled(config.source)
+    if name is not None:
+        return replace(config, source=BUNDLED + name)
+    return replace(config, source=str(Path(config.source).resolve())) if os.path.exists(config.source) else config
 
 
 def _checked(config_class: Any, options: Mapping[str, Any], prefix: str = "") -> Any:
@@ -313,7 +379,6 @@ def command(model: str, folder: RunFolder, option: str) -> str:
 def _environment(accelerator: Accelerator, parameters: int) -> dict[str, Any]:
     info = fastgen.info()
     return {
-        "command": shlex.join(["fastgen", *sys.argv[1:]]),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **info.versions,
         "devices": info.devices,
@@ -348,4 +413,4 @@ def _start_trackers(accelerator: Accelerator, trackers: list[str], folder: RunFo
 def _last_held_out(folder: RunFolder) -> dict[str, float]:
     rows = [row for row in read_rows(folder.metrics) if row.get("part") == "held-out"]
     values = rows[-1]["values"] if rows else {}
-    return {name: math.nan if value is None else float(value) for name, value in values.items()}
+    return {name: float(value) if isinstance(value, (int, float)) else math.nan for name, value in values.items()}

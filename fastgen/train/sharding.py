@@ -30,6 +30,8 @@ def make_accelerator(config: TrainConfig, device: torch.device, **options: Any) 
     if device.type == "cuda" and device.index is not None and accelerator.num_processes == 1:
         torch.cuda.set_device(device)
         accelerator.state.device = device
+    if accelerator.device.type != device.type:
+        raise UsageError(f"device: expected one that accelerate trains on, {accelerator.device}, got {device}")
     parts = accelerator.num_processes * config.accumulate
     if config.batch_size % parts:
         raise UsageError(

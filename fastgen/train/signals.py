@@ -36,3 +36,28 @@ def noticed() -> Iterator[Wish]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM wait. Processes that begin meanwhile have them blocked until ``ignore_in_worker``."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, POLITE)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def ignore_in_worker(worker: int) -> None:
+    """In a process of DataLoader: SIGINT and SIGTERM are the trainer's, which lets its workers go when it ends.
+
+    A terminal sends Ctrl-C to the whole process group, and service managers SIGTERM to every process. A worker that
+    died of it would take the current step with it.
+    """
+    for number in POLITE:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, POLITE)

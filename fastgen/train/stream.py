@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastgen.data import Items
 from fastgen.models import Batch
+from fastgen.train.signals import held_back, ignore_in_worker
 
 RESIDENT_BYTES = 2**31  # data sets up to this size are kept on the device
 PICTURES = ({"images"}, {"inputs", "targets"}, {"a"}, {"b"})  # what is mirrored, together
@@ -106,7 +107,17 @@ def batches(items: Items, stream: Stream, device: torch.device, workers: int) ->
     """What ``stream`` names, one part after another, on the device."""
     if items.lazy:
         pinned = device.type == "cuda"
-        yield from DataLoader(_ByIndices(items), None, sampler=stream, num_workers=workers, pin_memory=pinned)
+        loader = DataLoader(
+            _ByIndices(items),
+            None,
+            sampler=stream,
+            num_workers=workers,
+            pin_memory=pinned,
+            worker_init_fn=ignore_in_worker,
+        )
+        with held_back():
+            iterator = iter(loader)
+        yield from iterator
         return
     for indices in stream:
         yield items.batch(indices)

@@ -12,6 +12,7 @@ import torch
 from fastgen.data import Items, TensorItems, read_pictures
 from fastgen.models import TRANSLATED, Exhibit, GenerativeModel, Images, Sounds, Texts
 from fastgen.train.checkpoint import Header, load_checkpoint
+from fastgen.train.engine import find
 from fastgen.train.errors import UsageError
 from fastgen.train.evaluation import Thinned
 from fastgen.train.folder import RunFolder
@@ -19,6 +20,7 @@ from fastgen.train.pictures import write_exhibit
 from fastgen.train.run import choose_device, configs, data_of, load_average, split
 from fastgen.train.stream import to_device
 
+MOST_SAMPLES = 100_000
 AT_ONCE = 256  # samples drawn together
 SUFFIXES: dict[type, str] = {Images: ".png", Texts: ".txt", Sounds: ".wav"}
 
@@ -55,7 +57,7 @@ def open_run(folder: RunFolder, device: str = "auto") -> Trained:
     model = model_class(model_config)
     load_average(model, tensors)
     model.to(chosen).eval()
-    return Trained(model, header, int(tensors["step"]))
+    return Trained(model, header, int(find(tensors, "step")))
 
 
 def given_items(trained: Trained, folder: RunFolder, pictures: str = "") -> Items | None:
@@ -89,6 +91,8 @@ def sample(trained: Trained, n: int, options: Any, seed: int = 0, items: Items |
     """
     if n < 1:
         raise UsageError(f"n: expected a positive number of samples, got {n}")
+    if n > MOST_SAMPLES:
+        raise UsageError(f"n: expected at most {MOST_SAMPLES} samples, got {n}")
     check_seed(seed)
     try:
         generator = torch.Generator().manual_seed(seed)

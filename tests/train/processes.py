@@ -7,14 +7,19 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
 
 import torch
 
 import fastgen.cli._train
-import fastgen.train.run  # noqa: F401
+import fastgen.data.pictures
+import fastgen.train.run
 from fastgen.cli import main
+from fastgen.train.lock import locked
 
 
 def context() -> ForkServerContext:
@@ -26,8 +31,13 @@ def context() -> ForkServerContext:
 def run_command(words: Sequence[str], environment: dict[str, str], out: str) -> None:
     """What a process does: run the command, what it prints being added to a file; its exit code is the command's.
 
-    environment: variables to set; "limit" is none of them, but the largest size of a file that it may write.
+    environment: variables to set; "limit" is none of them, but the largest size of a file that it may write, and "lazy"
+    gives it a process group, and workers that decode pictures.
     """
+    if environment.pop("lazy", ""):
+        os.setpgrp()
+        multiprocessing.set_start_method(None, force=True)  # as in a process that was not forked
+        fastgen.data.pictures.MEMORY_LIMIT = 0
     limit = int(environment.pop("limit", 0))
     os.environ.update(environment)
     torch.set_num_threads(1)
@@ -41,3 +51,15 @@ def run_command(words: Sequence[str], environment: dict[str, str], out: str) -> 
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def hold_lock(folder: Path, pipe: Connection) -> None:
+    """Hold a folder's lock until killed; tells so, then the number of a child."""
+    with locked(folder):
+        pipe.send("locked")
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+        pipe.send(child)
+        time.sleep(60)

@@ -94,6 +94,12 @@ def test_options_can_come_from_a_file_but_not_where_to_write(
 def test_models_and_data_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models"]) == 0
     assert all(name in capsys.readouterr().out for name in ["conv-vae"])
+    assert main(["models", "dcgan"]) == 0
+    described = capsys.readouterr().out
+    for text in ("Radford, Metz and Chintala", "by default digits", "--model.latent-dim", "(default 64)", "DCGANConfig",
+                 "least-squares", "fastgen train dcgan --data digits --out runs/dcgan", "--epochs 150.0"):  # fmt: skip
+        assert text in described
+    assert "--model.image-size" not in described  # the data decide
     assert main(["data"]) == 0
     assert "digits" in capsys.readouterr().out
     out = tmp_path / "digits.png"
@@ -108,6 +114,13 @@ def test_models_and_data_are_listed(tmp_path: Path, capsys: pytest.CaptureFixtur
     [
         ([], 2, "expected a command, one of train, sample, evaluate, models, data, info, bench, got nothing"),
         (["paint"], 2, "invalid choice: 'paint'"),
+        (["trian"], 2, "did you mean train?"),
+        (["help"], 2, "did you mean --help?"),
+        (["--versoin"], 2, "did you mean --version?"),
+        (["train", "GAN"], 2, "got GAN; did you mean gan?"),
+        (["models", "dcgn"], 2, "got dcgn; did you mean dcgan?"),
+        (["bench", "--rounds", "-1"], 2, "rounds: expected a positive number"),
+        (["data", "digits", "--out", "nowhere/a.png"], 2, "out: expected a path in a folder that exists"),
         (["train"], 2, "train: expected a model, one of gan, cgan, dcgan,"),
         (["train", "pix3pix"], 2, "got pix3pix"),
         (["train", "conv-vae", "--epochs", "many"], 2, "epochs: Expected float. Got value: many"),
@@ -129,7 +142,7 @@ def test_models_and_data_are_listed(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["evaluate", "nowhere"], 1, "nowhere/checkpoint.safetensors: expected a fastgen checkpoint"),
         (["data", "nowhere"], 1, "nowhere"),
         (["data", "digits", "--kind", "smells"], 2, "kind: expected one of images, pairs"),
-        (["models", "now"], 2, "now"),
+        (["models", "now"], 2, "models: expected one of gan, cgan"),
         (["info", "now"], 2, "unrecognized arguments: now"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
@@ -162,6 +175,7 @@ def test_tracebacks_come_only_with_debug(tmp_path: Path, capsys: pytest.CaptureF
     [
         (["--n", "0"], "n: expected a positive number of samples, got 0"),
         (["--seed", "-1"], "seed: expected an integer from 0 to 2^63 - 1, got -1"),
+        (["--out", "nowhere/grid.png"], "out: expected a path in a folder that exists, got nowhere/grid.png"),
         (["--out", "grid.jpg"], "out: expected a path that ends in .png, got grid.jpg"),
         (["--device", "abacus"], "device: expected one that this machine has, got 'abacus'"),
     ],
@@ -205,3 +219,14 @@ def test_train_help_lists_the_options_of_loop_and_model(capsys: pytest.CaptureFi
                    "--resume", "--overwrite", "--config", "--model.latent-dim", "--model.likelihood"):  # fmt: skip
         assert option in text
     assert "--model.levels" not in text  # the data decide
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+def test_a_part_of_a_run_s_folder_is_not_taken_for_the_run(
+    tmp_path: Path, error_line: Callable[[], str], command: str
+) -> None:
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint.safetensors").touch()
+    for part in ("model", "checkpoint.safetensors"):
+        assert main([command, str(tmp_path / "run" / part)]) == 2
+        assert f"expected a run's folder, got {part} in one; the run is {tmp_path / 'run'}" in error_line()

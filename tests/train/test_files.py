@@ -59,7 +59,7 @@ def test_an_exception_while_writing_leaves_the_old_file_alone(
 
 def test_a_link_planted_for_the_temporary_file_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").write_text("theirs")
-    (tmp_path / ".a.tmp").symlink_to(tmp_path / "elsewhere")
+    files.temporary_name(tmp_path / "a").symlink_to(tmp_path / "elsewhere")
     files.write_whole(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"new"
     assert (tmp_path / "elsewhere").read_text() == "theirs"

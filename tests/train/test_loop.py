@@ -6,17 +6,21 @@ import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import psutil
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from fastgen.data import TensorItems
 from fastgen.models import Batch, GenerativeModel, Moment, NoOptions, Phase
+from fastgen.train.checkpoint import Header, load_checkpoint, save_checkpoint
 from fastgen.train.config import TrainConfig
 from fastgen.train.engine import Engine
+from fastgen.train.run import load_average
 from fastgen.train.sharding import leave, make_accelerator
 from fastgen.train.stream import Order, Stream, batches, mirrored, seed_everything
 
@@ -224,6 +228,72 @@ def test_averaged_weights_are_there_for_evaluation_and_gone_after(engine_of: Any
     assert model.training
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in trained.items())
     assert not torch.equal(trained["left.weight"], average["left.weight"])
+
+
+class Normalised(GenerativeModel):
+    """Spectral norms of both kinds, a weight norm and a weight with two names."""
+
+    name, summary, kind, default_data, config_class = "normalised", "", "images", "digits", PairConfig
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        self.spectral = parametrizations.spectral_norm(nn.Linear(3, 3))
+        self.hooked = nn.utils.spectral_norm(nn.Linear(3, 3))
+        self.both = parametrizations.spectral_norm(parametrizations.weight_norm(nn.Linear(3, 3)))
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase("all", learning_rate=0.3),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.spectral, self.hooked, self.both, self.first, self.second):
+            x = layer(x)
+        return x
+
+    def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
+        return {"loss": self(batch["images"]).square().mean()}
+
+    def furthest(self) -> float:
+        """How far the largest singular value of a weight is from 1."""
+        self(torch.zeros(1, 3))  # a hook computes its weight with a forward pass
+        layers = (self.spectral, self.hooked, self.both)
+        return max(abs(float(torch.linalg.matrix_norm(layer.weight, 2)) - 1) for layer in layers)
+
+
+def test_averaged_weights_are_spectrally_normalised_and_training_goes_on_as_if_nobody_had_looked(
+    engine_of: Any, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = Normalised()
+    engine = engine_of(model, average_decay=0.9)
+    stream = fixed_batches()
+    for _ in range(4):
+        engine.advance(stream, 1)
+    before = {name: tensor.clone() for name, tensor in engine.tensors().items()}
+    loaded = Normalised()
+    load_average(loaded, before)
+    loaded.eval()
+    with engine.averaged():
+        assert model.furthest() < 1e-4
+        assert loaded.furthest() < 1e-4
+        found = loaded.state_dict()
+        assert [name for name, value in model.state_dict().items() if not torch.equal(found[name], value)] == []
+        average = engine.model.first.weight.clone()
+    after = engine.tensors()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+    assert torch.equal(average, before["average/first.weight"])
+    assert torch.equal(before["average/first.weight"], before["average/second.weight"])
+    assert not torch.equal(average, model.first.weight)
+
+    save_checkpoint(tmp_path / "file", Header("normalised", {}, {}, {}, ""), after)
+    engine.advance(fixed_batches(), 1)
+    other = engine_of(Normalised(), average_decay=0.9)
+    other.restore(load_checkpoint(tmp_path / "file")[1])
+    other.advance(fixed_batches(), 1)
+    first, second = engine.tensors(), other.tensors()
+    assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
 
 
 def test_a_weight_that_no_phase_updates_is_refused(engine_of: Any) -> None:

@@ -12,13 +12,17 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
+import yaml
 
+from fastgen.cli import main
 from fastgen.models import MODELS
 from fastgen.train.checkpoint import load_checkpoint
 from fastgen.train.engine import Engine
 from fastgen.train.loop import Trainer
+from tests.train.test_data_files import COLOUR, save_images
 
 Main = Callable[..., int]
 Metrics = Callable[..., list[dict[str, Any]]]
@@ -145,6 +149,33 @@ def test_a_signal_ends_the_process_with_130_and_keeps_the_step(
     assert f"--out {folder} --resume" in output
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_process_group_keeps_the_step_although_workers_get_it_too(
+    words: Words, start: Start, tmp_path: Path, number: signal.Signals
+) -> None:
+    folder, never = tmp_path / "run", "1000000"
+    save_images(tmp_path / "pictures", COLOUR)
+    options = ["--data", str(tmp_path / "pictures"), "--workers", "2", "--checkpoint-every", never, "--evaluate-every"]
+    options += [never, "--sample-every", never, "--log-every", "1"]
+    process = start(words(*options, steps=1000000), lazy="yes")
+    try:
+        while not (folder / "metrics.jsonl").exists() or (folder / "metrics.jsonl").stat().st_size < 1000:
+            assert process.is_alive(), (tmp_path / "output").read_text()
+            time.sleep(0.02)
+        assert process.pid is not None
+        workers = psutil.Process(process.pid).children(recursive=True)
+        assert len(workers) >= 2
+        os.killpg(process.pid, number)
+        process.join(timeout=60)
+    finally:
+        process.kill()
+        process.join()
+    assert process.exitcode == 130, (tmp_path / "output").read_text()
+    kept = int((tmp_path / "output").read_text().split("interrupted; step ")[1].split()[0])
+    assert kept == kept_step(folder) > 0
+    assert psutil.wait_procs(workers, timeout=30)[1] == []
+
+
 def test_a_second_ctrl_c_ends_at_once_and_keeps_the_last_checkpoint(
     fit: Main, tmp_path: Path, error_line: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,7 +256,9 @@ def test_resume_without_a_run_is_refused(fit: Main, error_line: Callable[[], str
     ("options", "message"),
     [
         (["--model.width", "8"], "model.width: expected 4, as when the run in"),
-        (["--learning-rate", "0.1"], "learning_rate: expected None, as when the run in"),
+        (["--clip", "3"], "got 3.0; with --resume only epochs, steps, learning_rate, threads"),
+        (["--batch-size", "64"], "batch_size: expected 32, as when the run in"),
+        (["--model.beta", "2"], "model.beta: expected 1.0, as when the run in"),
         (["--data", "digits"], "data: expected the items with which the run in"),
         (["--held-out", "7"], "held_out: expected 0, as when the run in"),
         (["--steps", "1"], "steps: expected at least the 8 steps that are trained, got 1"),
@@ -252,3 +285,46 @@ def test_resume_drops_metrics_that_its_checkpoint_does_not_know(fit: Main, tmp_p
     rows = metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == [4, 8, 12]
     assert rows[-1]["values"]["loss"] > 0
+
+
+def test_a_learning_rate_that_changes_is_taken_and_recorded(pages: None, fit: Main, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert fit("--learning-rate", "0.01", steps=3) == 0
+    assert fit("--resume", "--learning-rate", "1e-9", steps=4) == 0
+    assert fit("--resume", steps=5) == 0
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (settings["learning_rate"], settings["steps"]) == (1e-9, 5)
+    assert fit("--learning-rate", "0.01", name="short", steps=3) == 0
+    short, longer = (load_checkpoint(tmp_path / name / "checkpoint.safetensors")[1] for name in ("short", "run"))
+    for name, weight in short.items():
+        if name.startswith("model/") and weight.is_floating_point() and "running" not in name:
+            torch.testing.assert_close(longer[name], weight, rtol=0, atol=1e-7)  # two steps of about 1e-9 each
+    turns = json.loads((folder / "environment.json").read_text())["resumed"]
+    assert [turn["step"] for turn in turns] == [3, 4]
+    assert turns[0]["changed"] == {"steps": [3, 4], "learning_rate": [0.01, 1e-9]}
+    assert turns[1]["changed"] == {"steps": [4, 5]}
+    assert "--learning-rate 1e-9" in turns[0]["command"]
+    assert "# step 3: learning_rate changed from 0.01 to 1e-09" in (folder / "config.yaml").read_text()
+    page = (folder / "report.html").read_text().split("Reproduce")[1].split("</pre>")[0]
+    assert "--learning-rate 0.01" in page
+    assert "# resumed at step 3\n# step 3: steps changed" in page
+    assert f"--out {folder} --steps 4 --resume --learning-rate 1e-9" in page
+    assert f"--out {folder} --steps 5 --resume" in page
+    assert main(["train", "conv-vae", "--config", str(folder / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
+
+
+def test_a_change_of_which_nothing_was_kept_is_forgotten(
+    fit: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def at_once(self: Trainer, *rest: Any) -> None:
+        raise KeyboardInterrupt
+
+    assert fit(steps=3) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "run", at_once)
+        assert fit("--resume", "--learning-rate", "0.5", steps=4) == 130
+    assert fit("--resume", steps=4) == 0
+    text = (tmp_path / "run" / "config.yaml").read_text()
+    assert yaml.safe_load(text)["learning_rate"] is None
+    assert "learning_rate changed" not in text
+    assert len(json.loads((tmp_path / "run" / "environment.json").read_text())["resumed"]) == 1

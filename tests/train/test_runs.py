@@ -56,9 +56,13 @@ def test_training_lowers_the_loss_and_fills_the_folder(
     for row in metrics(folder, "held-out")[-1:]:
         assert f"held-out {next(iter(row['values']))}" in printed.out
     assert str(folder / "report.html") in printed.out
+    card = (folder / "model" / "README.md").read_text()
+    assert f"{steps} steps, with fastgen" in card
+    assert f"fastgen train {model} --out {folder} --steps {steps}" in card
+    assert all(f"| {name} |" in card for row in metrics(folder, "held-out")[-1:] for name in row["values"])
 
 
-@pytest.mark.parametrize("model", ["conv-vae", "dcgan", "transformer-lm"])
+@pytest.mark.parametrize("model", ["conv-vae", "dcgan", "sagan", "transformer-lm", "vq-vae"])
 def test_the_weights_that_are_kept_for_others_are_the_averaged_ones(fit: Main, tmp_path: Path, model: str) -> None:
     assert fit(model=model) == 0
     folder = tmp_path / "run"

@@ -41,6 +41,9 @@ def test_partials_that_share_no_pitch_have_the_strongest_one_s_share() -> None:
     assert 0.2 < harmonicity(apart[None], RATE) < 0.55
     assert (harmonicity(noise(4), RATE) < 0.2).all()
     assert harmonicity(torch.zeros(1, RATE), RATE) == 0
+    assert harmonicity(torch.full((1, RATE), 0.1, dtype=torch.float64), RATE) == 0
+    quiet = 1e-9 * noise(1)
+    torch.testing.assert_close(harmonicity(quiet, RATE), harmonicity(1e9 * quiet, RATE), rtol=1e-4, atol=0)
 
 
 def test_energy_between_the_harmonics_counts_against_a_tone() -> None:

@@ -1,0 +1,50 @@
+"""Reading a user's files: one clear line where that fails."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def read_bytes(path: Path) -> bytes:
+    """The contents of a file.
+
+    Raises:
+        OSError: of the system's own type, with a message that names the file: nothing there, a link to nothing, a
+            folder, a pipe, no permission.
+    """
+    check_file(path)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise cannot_read(path, error) from error
+
+
+def check_file(path: Path, expected: str = "a file that can be read") -> None:
+    """Raises OSError where the path leads to no file, so that nothing waits for the other end of a pipe."""
+    try:
+        if path.is_file():
+            return
+        there = path.exists()
+    except OSError as error:
+        raise cannot_read(path, error) from error
+    kind = (IsADirectoryError if path.is_dir() else OSError) if there else FileNotFoundError
+    raise kind(f"{path}: expected {expected}, got {what_is_at(path)}")
+
+
+def what_is_at(path: Path) -> str:
+    """What a path leads to, for messages: "a folder", "a link to ../x, where there is nothing", ..."""
+    if path.is_dir():
+        return "a folder"
+    if path.is_file():
+        return "a file"
+    if path.exists():
+        return "something that is neither a file nor a folder"
+    if path.is_symlink():
+        return f"a link to {os.readlink(path)}, where there is nothing"
+    return "a path where there is nothing"
+
+
+def cannot_read(path: Path | str, error: OSError) -> OSError:
+    """An error of the same type that names the file."""
+    return type(error)(error.errno, f"{path}: expected to read it, got: {error.strerror or error}")

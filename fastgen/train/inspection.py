@@ -1,0 +1,26 @@
+"""Whether a model can learn from the data: looked at once, before training begins."""
+
+from __future__ import annotations
+
+import torch
+
+from fastgen.data import Items
+from fastgen.models import GenerativeModel
+from fastgen.train.errors import UsageError
+from fastgen.train.evaluation import Thinned
+from fastgen.train.stream import to_device
+
+LOOKED_AT, LAZY_LOOKED_AT = 2**14, 64
+"""Items of each part that are looked at, evenly spaced; of those that take work to fetch, fewer."""
+BLOCK = 1024
+
+
+def inspect(model: GenerativeModel, splits: tuple[Items, Items]) -> None:
+    """Raises UsageError for items that the model's ``check`` refuses: values out of range, shapes, labels, tokens."""
+    for part, items in zip(("training", "held-out"), splits, strict=True):
+        chosen = Thinned(items, LAZY_LOOKED_AT if items.lazy else LOOKED_AT)
+        for indices in torch.arange(len(chosen)).split(BLOCK):
+            try:
+                model.check(to_device(chosen.batch(indices), torch.device("cpu")))
+            except (TypeError, ValueError) as error:
+                raise UsageError(f"data: {part} items: {error}") from error

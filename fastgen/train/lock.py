@@ -1,0 +1,200 @@
+"""One training at a time in a run's folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import psutil
+
+from fastgen.train.files import cannot_write, make_folder
+
+try:
+    import fcntl
+except ImportError:  # Windows: the text of the file alone tells
+    fcntl = None  # type: ignore[assignment]
+
+NAME = ".fastgen-lock"
+TRIES = 100
+CLOCK = 2.0  # seconds by which two readings of when a process started may differ
+HELD_BY_ANOTHER = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)
+NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+
+_held: dict[int, Path] = {}
+"""Descriptors of locked files of this process."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process that trains. started: when the process began, in seconds since 1970; tells it from a later one that
+    has the same number. since: when it took the lock, for people."""
+
+    pid: int
+    host: str
+    started: float
+    since: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} since {self.since}"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Inside, no other training that uses this lock writes to the folder, which is made where it is missing.
+
+    The system's lock (flock) on a file in the folder goes with the process, however that ends; on NFS it holds between
+    hosts. Child processes don't keep it. The file says who has it, and is removed at the end. Where the file system has
+    no locks the file alone tells: of a process of this host whether it still runs; one of another host is taken to run.
+
+    Raises:
+        FileExistsError: another process has it; names its number and host.
+        OSError: the folder can't be made, or not written to.
+    """
+    missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    path, owner = folder / NAME, os.getpid()
+    try:
+        descriptor = _take(path)
+        try:
+            yield
+        finally:
+            if os.getpid() == owner:  # not a child that runs on from here
+                with contextlib.suppress(OSError):
+                    if _is_at(path, descriptor):
+                        path.unlink()
+                _drop(descriptor)
+    finally:
+        if os.getpid() == owner:
+            with contextlib.suppress(OSError):  # nothing came of it: the folders go, as long as they are empty
+                for made in missing:
+                    made.rmdir()
+
+
+def check_held(folder: Path) -> None:
+    """Raises FileExistsError where this process locked the folder, and another has since: it was removed meanwhile."""
+    path = folder / NAME
+    for descriptor, held in _held.items():
+        if held == path and path.exists() and not _is_at(path, descriptor):
+            other = os.open(path, os.O_RDONLY)
+            try:
+                raise _busy(path, _read(other), ": the folder was removed while this process trained in it")
+            finally:
+                os.close(other)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _take(path: Path) -> int:
+    """The descriptor of the locked file."""
+    for _ in range(TRIES):
+        make_folder(path.parent)
+        try:
+            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+            descriptor = os.open(path, flags, 0o644)
+        except FileNotFoundError:  # another process removed the folder that it had made
+            continue
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        _held[descriptor] = path
+        try:
+            if _lock(path, descriptor):
+                return descriptor
+        except BaseException:
+            _drop(descriptor)
+            raise
+        _drop(descriptor)  # the file was removed between opening and locking
+    raise _busy(path, None)
+
+
+def _lock(path: Path, descriptor: int) -> bool:
+    """Lock the open file and write into it who has it; False where it is no longer the one at ``path``."""
+    exclusive = True
+    if fcntl is None:
+        exclusive = False
+    else:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in HELD_BY_ANOTHER:
+                raise _busy(path, _read(descriptor)) from error
+            if error.errno not in NO_LOCKS_HERE:
+                raise cannot_write(path, error) from error
+            exclusive = False
+    if not _is_at(path, descriptor):
+        return False
+    before, me = _read(descriptor), _me()
+    another = before is not None and (before.pid, before.host) != (me.pid, me.host)
+    if before and another and _runs(before, me, otherwise=not exclusive):
+        note = "" if before.host == me.host else f"; if it is gone, remove {path}"
+        raise _busy(path, before, note)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.write(descriptor, (json.dumps(asdict(me)) + "\n").encode())
+        os.fsync(descriptor)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    return True
+
+
+def _drop(descriptor: int) -> None:
+    _held.pop(descriptor, None)
+    os.close(descriptor)
+
+
+def _busy(path: Path, owner: Owner | None, note: str = "") -> FileExistsError:
+    who = str(owner) if owner else "another process"
+    return FileExistsError(f"{path.parent}: expected a folder in which nobody trains, got one in use by {who}{note}")
+
+
+def _me() -> Owner:
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return Owner(os.getpid(), socket.gethostname(), psutil.Process().create_time(), now)
+
+
+def _read(descriptor: int) -> Owner | None:
+    """What the file says; None if it says nothing that makes sense."""
+    try:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        found = json.loads(os.read(descriptor, 4096))
+        return Owner(int(found["pid"]), str(found["host"]), float(found["started"]), str(found["since"]))
+    except (KeyError, OSError, TypeError, ValueError):
+        return None
+
+
+def _runs(owner: Owner, me: Owner, *, otherwise: bool) -> bool:
+    """Whether that very process still runs; ``otherwise`` of one on another host, which can't be asked."""
+    if owner.host != me.host:
+        return otherwise
+    try:
+        process = psutil.Process(owner.pid)
+        same = abs(process.create_time() - owner.started) < CLOCK
+        return bool(same and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.AccessDenied:
+        return True
+    except (psutil.Error, ValueError):
+        return False
+
+
+def _forget() -> None:
+    """In a child process (a worker that decodes pictures), which would keep the lock when its parent dies."""
+    for descriptor in _held:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

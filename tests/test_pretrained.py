@@ -1,0 +1,108 @@
+"""save_pretrained and from_pretrained: which class loads a folder, what is said where none can, the model card."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgen.models import CGAN, GAN, MODELS, VAE, GANConfig, GenerativeModel, VAEConfig
+
+pytest.importorskip("huggingface_hub")
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    VAE(VAEConfig(image_size=4, width=4, depth=1)).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_the_base_class_loads_the_class_that_the_config_names(saved: Path) -> None:
+    for place in (saved, str(saved)):
+        loaded = GenerativeModel.from_pretrained(place)
+        assert type(loaded) is VAE
+        assert not loaded.training
+        assert all(
+            torch.equal(a, b) for a, b in zip(loaded.parameters(), VAE.from_pretrained(place).parameters(), strict=True)
+        )
+
+
+def test_a_model_of_before_configs_named_their_class_is_known_by_its_options(saved: Path) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    assert config.pop("model_type") == "vae"
+    (saved / "config.json").write_text(json.dumps(config))
+    assert type(GenerativeModel.from_pretrained(saved)) is VAE
+    assert type(VAE.from_pretrained(saved)) is VAE
+    del config["beta"]
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="expected a model of fastgen"):
+        GenerativeModel.from_pretrained(saved)
+
+
+def test_another_class_s_model_is_refused_with_the_class_that_loads_it(tmp_path: Path) -> None:
+    GAN(GANConfig(image_size=4, width=4, depth=1)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"expected a saved CGAN, got one of model type 'gan'; load it by GAN\.from"):
+        CGAN.from_pretrained(tmp_path)
+
+
+def test_a_class_of_one_s_own_is_loaded_by_itself(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class MineConfig(VAEConfig):
+        pass
+
+    class Mine(VAE):
+        name, config_class = "mine", MineConfig
+
+    Mine(MineConfig(image_size=4, width=4, depth=1)).save_pretrained(tmp_path)
+    assert type(Mine.from_pretrained(tmp_path)) is Mine
+    with pytest.raises(ValueError, match=r"got model type 'mine'; a class of your own loads its models by its own"):
+        GenerativeModel.from_pretrained(tmp_path)
+
+
+def test_a_missing_folder_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "config.json").write_text("{}")
+    for model in (VAE, GenerativeModel):
+        for place, message in (
+            (tmp_path / "nowhere", "got a path where there is no folder"),
+            (f"{tmp_path}/nowhere", "got a path where there is no folder"),
+            ("./nowhere", "got a path where there is no folder"),
+            ("runs/nowhere/model", "got a path where there is no folder"),
+            (tmp_path / "file", "got a file"),
+            (tmp_path / "run", "got a folder without config.json; a run's model is in"),
+        ):
+            with pytest.raises(FileNotFoundError, match=f"{place}: expected a .*{message}"):
+                model.from_pretrained(place)
+        with pytest.raises(
+            FileNotFoundError, match=r"runs/nowhere: expected a folder .* there is no such folder, and of"
+        ):
+            model.from_pretrained("runs/nowhere", local_files_only=True)
+
+
+def test_a_damaged_config_is_named(saved: Path) -> None:
+    (saved / "config.json").write_text('{"model_ty')
+    with pytest.raises(ValueError, match=r"config\.json: expected JSON, got a file that is cut short or damaged"):
+        VAE.from_pretrained(saved)
+    (saved / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"config\.json: expected options of a model, got list"):
+        VAE.from_pretrained(saved)
+
+
+def test_the_model_card_says_what_the_model_is_and_nothing_that_is_not_so(saved: Path) -> None:
+    card = (saved / "README.md").read_text()
+    assert "pushed" not in card
+    assert "More Information Needed" not in card
+    assert "Nothing is recorded here of how its weights came about." in card
+    assert "| width | 4 |" in card
+    code = card.split("```python\n")[1].split("```")[0].replace('"FOLDER"', repr(str(saved)))
+    exec(code, {})
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=list(MODELS))
+def test_options_tell_models_apart(model: type[GenerativeModel]) -> None:
+    fields = set(model.config_class.__dataclass_fields__)
+    assert [other for other in MODELS.values() if set(other.config_class.__dataclass_fields__) == fields] == [model]
