@@ -85,18 +85,18 @@ def outside_autocast(
     return run
 
 
-def _of_tensors(fake: Callable[..., Any], schema: str) -> Callable[..., Any]:
-    """The dispatcher lets None through for a tensor; ``check`` refuses it where tensors are real, this where not."""
+def _of_tensors(function: Callable[..., Any], schema: str) -> Callable[..., Any]:
+    """The dispatcher lets None through for a tensor. ``check`` refuses it in front of an implementation, this in front
+    of a fake or a derivative, which are called before or without that."""
     arguments = enumerate(torch._C.parse_schema(schema).arguments)
     tensors = [(at, argument.name) for at, argument in arguments if str(argument.type) == "Tensor"]
 
-    @functools.wraps(fake)
     def run(*args: Any) -> Any:
         for at, name in tensors:
             if args[at] is None:
                 raise TypeError(f"{name}: expected a tensor, got None")
         try:
-            return fake(*args)
+            return function(*args)
         except IndexError as error:  # a tensor of fewer dims
             raise ValueError(f"{schema.partition('(')[0]}: expected shapes as in {schema}; {error}") from None
 
@@ -148,13 +148,16 @@ def differentiate(name: str, derivative: Callable[..., Any]) -> None:
 def _differentiate_in(
     namespace: str, library: torch.library.Library, name: str, derivative: Callable[..., Any]
 ) -> None:
+    schema = next(known.schema for family in _operators.values() for known in family if known.name == name)
+    checked = _of_tensors(functools.partial(derivative, namespace), schema)
+
     def record(*args: Any) -> Any:
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise RuntimeError(
                 f"{namespace}::{name}: expected a call outside of torch.func.grad, jvp and the like, which do not reach"
                 " into operators that are called by name; call the function of fastgen.functional instead"
             )
-        return derivative(namespace, *args)
+        return checked(*args)
 
     library.impl(name, record, "Autograd")
 

@@ -214,3 +214,16 @@ def test_kernels_of_gpus_refuse_it_too(emulator):
     ]:
         with pytest.raises(RuntimeError, match=text):
             getattr(operators, name)(*arguments)
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_a_mask_of_any_float_dtype_may_stand_beside_any_query(namespace):
+    forward = _library.operator(namespace, "attention_forward")
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        query, key, value = (t.to(dtype) for t in (QUERY, KEY, VALUE))
+        for of_mask in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            mask = randn(1, 4, 5, 6).to(of_mask)
+            out, _ = forward(query, key, value, mask, None, *PLAIN)
+            exact, _ = forward(query.double(), key.double(), value.double(), mask.double(), None, *PLAIN)
+            assert out.dtype == dtype
+            assert float((out - exact).abs().max()) < (0.05 if dtype == torch.bfloat16 else 1e-5)

@@ -55,7 +55,7 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         return None
     if not mask.is_floating_point():
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
-    return mask if mask.dtype == dtype else mask.to(torch.promote_types(mask.dtype, torch.float32))
+    return mask if mask.dtype == dtype else mask.to(torch.float32)
 
 
 SHORTEST_VECTOR_FREE = 16

@@ -104,6 +104,8 @@ class Fuzzer:
             self._operator(draw, seed, name) if raw else self._function(draw, seed, name)
         except Failed as error:
             raise Failed(f"seed {seed}: {self.text}: {error}") from None
+        except Exception as error:  # of what a result is compared with, or of the fuzzer
+            raise Failed(f"seed {seed}: {self.text}: {type(error).__name__} around the call: {error}") from error
 
     def _spoil(self, draw: Draw, arguments: list[Any], options: dict[str, Any]) -> bool:
         """Changes some of the arguments; whether it did."""
@@ -171,7 +173,8 @@ class Fuzzer:
         def wide(value: Any) -> Any:
             if isinstance(value, Tensor):
                 tensor = next(copies)
-                return tensor.double() if tensor.is_floating_point() else tensor
+                wide_too = {"dtype": torch.float64, "memory_format": torch.contiguous_format}
+                return tensor.to(**wide_too) if tensor.is_floating_point() else tensor
             return [wide(item) for item in value] if isinstance(value, list) else value
 
         again = [wide(value) for value in arguments]
