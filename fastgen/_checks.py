@@ -83,12 +83,12 @@ def require_broadcast(name: str, tensor: Tensor, target: tuple[int, ...], meanin
         raise ValueError(f"{name}: expected a shape that broadcasts to {meaning} = {target}, got {shape_of(tensor)}")
 
 
-def require_probability(name: str, value: float) -> None:
-    """A number in [0, 1]."""
+def require_probability(name: str, value: float, *, certain: bool = False) -> None:
+    """A number in [0, 1), or in [0, 1] with ``certain``."""
     if isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a number, got a tensor of shape {shape_of(value)}")
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name}: expected a probability in [0, 1], got {value}")
+    if not 0.0 <= value <= 1.0 or (value == 1 and not certain):
+        raise ValueError(f"{name}: expected a probability in [0, 1{']' if certain else ')'}, got {value}")
 
 
 def require_finite(name: str, value: Any) -> float:

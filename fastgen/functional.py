@@ -114,7 +114,7 @@ def scaled_dot_product_attention(
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check.require_tensor(name, tensor)
-    check.require_probability("dropout_p", dropout_p)
+    check.require_probability("dropout_p", dropout_p, certain=True)
     window_left, window_right = window_bounds(window, is_causal)
     if type(attn_mask).__name__ == "CausalBias":
         attn_mask, bound = causal_bias(attn_mask, query, key, is_causal)

@@ -114,12 +114,44 @@ def test_every_operator_has_an_opcheck_case():
     assert names == {name for name, _ in CASES}
 
 
-# --------------------------------------------------------------------------------------------------
-# torch.compile
-
-
 def leaf(*shape):
     return torch.randn(*shape, requires_grad=True)
+
+
+def wanting_gradients(argument):
+    if isinstance(argument, list):
+        return [wanting_gradients(a) for a in argument]
+    wants = isinstance(argument, torch.Tensor) and argument.is_floating_point()
+    return argument.detach().clone().requires_grad_() if wants else argument
+
+
+def differentiable_cases():
+    """Each operator that a program may name; the last derivative, and those called inside of others, have none."""
+    quick = {"latent_forward", "attention_forward", "attention_backward", "projection_forward", "merge_heads_forward"}
+    for i, (name, _) in enumerate(CASES):
+        if name == "attention_second_order" or (name.startswith("cpu_") and "finish" not in name):
+            continue
+        marks = [] if name in quick else [pytest.mark.slow]
+        quick.discard(name)
+        yield pytest.param(i, marks=marks, id=f"{name}-{i}")
+
+
+@pytest.mark.parametrize("case", differentiable_cases())
+def test_operators_called_by_name_are_differentiated_eagerly_and_compiled(case):
+    name, arguments = CASES[case]
+    arguments = tuple(wanting_gradients(a) for a in arguments)
+    tests = ("test_autograd_registration", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(getattr(torch.ops.fastgen, name).default, arguments, test_utils=tests)
+
+
+def test_operators_that_are_called_inside_of_others_refuse_to_be_differentiated():
+    query, value = leaf(1, 1, 4, 8), leaf(1, 1, 4, 16)
+    with pytest.raises(RuntimeError, match="cpu_attention_forward: expected tensors that need no gradient"):
+        torch.ops.fastgen.cpu_attention_forward(query, query, value, False, 0.3)
+
+
+# --------------------------------------------------------------------------------------------------
+# torch.compile
 
 
 FUNCTIONS = {

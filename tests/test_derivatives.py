@@ -108,15 +108,15 @@ def language_case():
     formula = Formula(model, lambda layer, tokens: layer.loss("text", {"tokens": tokens}, models.Moment(1, 1))["loss"])
     names, values = zip(*formula.named_parameters(), strict=True)
     plain_functions = {
-        "qkv_projection": lambda x, weight, *, heads, head_dims, norms, rotary: reference.projection(
-            x, weight, None, list(heads), list(head_dims), False,
+        "qkv_projection": lambda x, weight, bias, *, heads, head_dims, norms, rotary, **rest: reference.projection(
+            x, weight, bias, list(heads), list(head_dims), False,
             reference.HeadFinish(norms, 1e-6, rotary[0][None], rotary[1][None], 2),
         ),
         "scaled_dot_product_attention": lambda *t, dropout_p, window: plain_attention(
             *t, window=[-1 if reach is None else reach for reach in window]
         )[0],
-        "merge_heads_projection": lambda x, weight, *, residual: reference.merge_heads(
-            x, weight, None, residual, None, False
+        "merge_heads_projection": lambda x, weight, bias, *, residual, **rest: reference.merge_heads(
+            x, weight, bias, residual, None, False
         ),
     }  # fmt: skip
 

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen._checks import shape_of
+from fastgen._checks import require_probability, shape_of
 from fastgen.ops._checks import (
     FLOATS,
     STRIDED,
     require_apart,
-    require_dropout,
     require_operand,
     require_rows,
     require_seed,
@@ -75,7 +74,7 @@ def _require_options(query: Tensor, seed: Tensor | None, dropout_p: float, windo
         require_seed(seed, query.size(0), query)
     elif dropout_p > 0.0:
         raise ValueError(f"seed: expected one, because dropout_p is {dropout_p}")
-    require_dropout("dropout_p", dropout_p)
+    require_probability("dropout_p", dropout_p)
     if window_left < -1 or window_right < -1:
         name = "window_left" if window_left < -1 else "window_right"
         raise ValueError(f"{name}: expected >= 0, or -1 for unbounded, got {min(window_left, window_right)}")
@@ -273,7 +272,7 @@ def cpu_dropout_keep(
     p: float,
 ) -> None:
     require_seed(seed, 0, seed)
-    require_dropout("p", p)
+    require_probability("p", p)
     for name, size, least in (("rows_per_seed", rows_per_seed, 1), ("heads", heads, 0), ("length", length, 0)):
         if size < least:
             raise ValueError(f"{name}: expected at least {least}, got {size}")

@@ -62,12 +62,6 @@ def require_seed(seed: Tensor, batch: int, like: Tensor) -> None:
         raise ValueError(f"seed: expected a number of seeds that divides the batch, {batch}, got {seed.numel()}")
 
 
-def require_dropout(name: str, p: float) -> None:
-    """Not 1: what stays is divided by 1 - p."""
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"{name}: expected a probability in [0, 1), got {p}")
-
-
 def _shares_memory(a: Tensor, b: Tensor) -> bool:
     if a.numel() == 0 or b.numel() == 0:
         return False
