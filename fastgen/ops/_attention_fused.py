@@ -69,7 +69,7 @@ def hides_nan(out: Tensor, lse: Tensor, query: Tensor, key: Tensor, mask: Tensor
     and in 16 bits one with an infinite score.
     """
     keys = min(query.size(2), key.size(2)) if is_causal else key.size(2)
-    if mask is None and keys < SHORTEST_VECTOR_FREE and bool((lse == 0).any()):
+    if mask is None and keys < SHORTEST_VECTOR_FREE and int(lse.count_nonzero()) < lse.numel():
         return True
     return query.dtype.itemsize == 2 and bool(lse.amax() == math.inf)
 
