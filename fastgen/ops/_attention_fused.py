@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import reference
-from fastgen.ops._attention_blocked import Options, allocate, rows_first, strides
+from fastgen.ops._attention_blocked import Options, allocate, rows_first, strides, wide
 
 
 def settle(tensor: Tensor, in_rows: bool) -> Tensor:
@@ -50,12 +50,15 @@ def _pad_heads(tensor: Tensor, dim: int, fill: float | Tensor = 0.0) -> Tensor:
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A mask that the kernel takes beside queries of ``dtype``: of that dtype, or float32 where it is another."""
+    """A mask that the kernel takes beside queries of ``dtype``: of that dtype, or float32 beside 16 bits.
+
+    It also takes float32 beside float64, and reads it as float64, beyond its end.
+    """
     if mask is None:
         return None
     if not mask.is_floating_point():
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
-    return mask if mask.dtype == dtype else mask.to(torch.float32)
+    return mask if mask.dtype == dtype else mask.to(wide(dtype))
 
 
 SHORTEST_VECTOR_FREE = 16

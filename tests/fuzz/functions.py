@@ -50,7 +50,9 @@ def scaled_dot_product_attention(draw: Draw) -> Call:
     full = (*lead, length, keys)
     of_mask = full[draw.random.randint(0, len(full) - 2) :]
     mask = (
-        _leaf(draw, operators.mask(draw, *of_mask, dtype=draw.one((torch.bool, dtype)))) if draw.chance(0.4) else None
+        _leaf(draw, operators.mask(draw, *of_mask, dtype=draw.one((torch.bool, dtype, draw.dtype()))))
+        if draw.chance(0.4)
+        else None
     )
     dropout = 0.3 if draw.chance(0.2) else 0.0
     left, right = (draw.one((None, 0, 1, 3, 2**40)) for _ in range(2))
