@@ -159,7 +159,7 @@ def _grouped_heads(leading: dict[str, tuple[int, ...]], enable_gqa: bool) -> boo
     if not enable_gqa:
         return False
     for name, count in (("key", key_heads), ("value", value_heads)):
-        if count == 0 or heads % count != 0:
+        if count != heads and (count == 0 or heads % count != 0):
             raise ValueError(f"{name}: expected a number of heads that divides query's {heads}, got {count}")
     if key_heads != value_heads and 1 not in (key_heads, value_heads):
         raise ValueError(f"value: expected key's number of heads, {key_heads}, got {value_heads}")

@@ -69,6 +69,14 @@ def test_grouped_heads_are_the_third_dim_from_the_end_whatever_stands_before(lea
     torch.testing.assert_close(attention(query, key, one, enable_gqa=True), wanted)
 
 
+@pytest.mark.parametrize("shape", [(0, 5, 4), (2, 0, 5, 4), (0, 2, 5, 4), (2, 2, 0, 4)], ids=str)
+def test_grouped_heads_may_be_none_at_all(shape):
+    x = torch.randn(shape, requires_grad=True)
+    out = attention(x, x, x, enable_gqa=True)
+    assert out.shape == shape
+    assert torch.autograd.grad(out.sum(), x)[0].shape == shape
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("mask_dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_a_mask_keeps_its_precision_in_every_pass(attention_place, dtype, mask_dtype):

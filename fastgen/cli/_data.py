@@ -13,7 +13,7 @@ from fastgen.models import KINDS, Images
 from fastgen.train.errors import UsageError
 from fastgen.train.trained import write_samples
 
-ABOUT = "Look at a data set before training on it: a set in the box, a path, or hf:NAME. Alone, it lists the box."
+ABOUT = "Look at a data set before training on it: a bundled data set, a path, or hf:NAME. Alone, it lists the bundled sets."
 
 
 def run(words: list[str]) -> None:
@@ -23,7 +23,7 @@ def run(words: list[str]) -> None:
             print(f"{name:<{width}}  {about}")
         return
     parser = options_parser("fastgen data", ABOUT)
-    parser.add_argument("source", type=str, help="a set in the box, a path, or hf:NAME")
+    parser.add_argument("source", type=str, help="a bundled data set, a path, or hf:NAME")
     parser.add_argument("--kind", type=str, default="", help=f"one of {', '.join(KINDS)}; default: the first that fits")
     parser.add_argument("--out", type=str, default="", help="a PNG file for some of the pictures")
     add_fields(parser, DataConfig, without=["source"])

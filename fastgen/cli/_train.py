@@ -67,7 +67,7 @@ def run(words: list[str]) -> None:
 def _request(name: str, words: list[str]) -> Request:
     model = MODELS[name]
     parser = options_parser(f"fastgen train {name}", ABOUT)
-    parser.add_argument("--data", type=str, default=model.default_data, help="a set in the box, a path, or hf:NAME")
+    parser.add_argument("--data", type=str, default=model.default_data, help="a bundled data set, a path, or hf:NAME")
     parser.add_argument("--out", type=str, default=f"runs/{name}", help="the run's folder")
     parser.add_argument("--resume", action="store_true", help=RESUME)
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the folder")

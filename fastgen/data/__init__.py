@@ -1,4 +1,4 @@
-"""Data sets: in the box, or a person's own files; read without running code, split the same way every time."""
+"""Data sets: bundled ones, or a person's own files; read without running code, split the same way every time."""
 
 from __future__ import annotations
 

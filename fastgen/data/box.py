@@ -1,4 +1,4 @@
-"""Pictures in the box: digits, patches of textures and of photographs. Nothing is downloaded."""
+"""Bundled pictures: digits, patches of textures and of photographs. Nothing is downloaded."""
 
 from __future__ import annotations
 

@@ -20,12 +20,12 @@ class DataConfig:
         ValueError: a number out of range. TypeError: not a number where one is due.
     """
 
-    source: str = _option("digits", "a set in the box, a path, or hf:NAME (fastgen data lists them)")
+    source: str = _option("digits", "a bundled data set, a path, or hf:NAME (fastgen data lists them)")
     image_size: int = _option(
         0, "resize the shorter side to this and crop the centre; of patches, their size (0: as is)"
     )
     held_out: int = _option(0, "one item in this many is held out of training (0: 5; of text 10)")
-    items: int = _option(0, "how many items a set in the box has, held-out ones included (0: its own number)")
+    items: int = _option(0, "how many items a bundled data set has, held-out ones included (0: its own number)")
     tokens: int = _option(0, "read text by a vocabulary of so many strings, learnt from it (0: by characters)")
     seconds: float = _option(1.0, "length of the pieces that recordings are cut into")
     column: str = _option(
@@ -43,7 +43,7 @@ class DataConfig:
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name}: expected a string, got {getattr(self, name)!r}")
         if not self.source:
-            raise ValueError("source: expected a set in the box, a path or hf:NAME, got an empty string")
+            raise ValueError("source: expected a bundled data set, a path or hf:NAME, got an empty string")
         if self.held_out == 1:
             raise ValueError("held_out: expected 2 or more (one item in so many), or 0, got 1")
         if isinstance(self.seconds, bool) or not isinstance(self.seconds, (int, float)):

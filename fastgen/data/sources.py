@@ -26,7 +26,7 @@ SOURCES: Mapping[str, str] = {
     "sums": 'sequences: "12+345" to "357"',
     "tones": "audio: plucked and blown tones, 8000 samples a second",
 }
-"""The sets in the box: kinds and contents."""
+"""The bundled data sets: kinds and contents."""
 
 SERVES: Mapping[str, str] = {
     "images": "digits, textures, photos, a folder of images, .npz, IDX, hf:NAME, ...",
@@ -39,7 +39,7 @@ SERVES: Mapping[str, str] = {
 """Kinds, and examples of what has them."""
 
 BUNDLED = "bundled:"
-"""Before the name of a set in the box, where a file or folder has the same name."""
+"""Before the name of a bundled data set, where a file or folder has the same name."""
 
 Makers: TypeAlias = dict[str, Callable[[], Dataset]]
 """What a source can serve, the first kind being what it is."""
@@ -87,13 +87,13 @@ def find(config: DataConfig) -> Makers:
 
 
 def bundled(source: str) -> str | None:
-    """The set in the box that a source names, alone or after ``BUNDLED``; None for any other source.
+    """The bundled set that a source names, alone or after ``BUNDLED``; None for any other source.
 
-    "photos/" and "./photos" are paths. "photos" is the set in the box, unless something of that name lies in the
+    "photos/" and "./photos" are paths. "photos" is the bundled set, unless something of that name lies in the
     current folder.
 
     Raises:
-        ValueError: a name that is both, or a set that is not in the box.
+        ValueError: a name that is both, or a set that is not bundled.
     """
     if source.startswith(BUNDLED):
         name = source.removeprefix(BUNDLED)
@@ -104,7 +104,7 @@ def bundled(source: str) -> str | None:
         return None
     if os.path.lexists(source):
         raise ValueError(
-            f"{source}: expected {BUNDLED}{source} (the set in the box) or .{os.sep}{source} (the path), "
+            f"{source}: expected {BUNDLED}{source} (the bundled set) or .{os.sep}{source} (the path), "
             f"got a name that both have"
         )
     return source

@@ -1,4 +1,4 @@
-"""Sets in the box: what batches hold, what is held out, how options are refused, what people are told."""
+"""Bundled data sets: what batches hold, what is held out, how options are refused, what people are told."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ def test_windows_that_do_not_fit_are_refused_with_both_lengths(length: int) -> N
         ({"tokens": -1}, "tokens: expected 0 or more, got -1"),
         ({"seconds": float("nan")}, "seconds: expected more than 0, got nan"),
         ({"seconds": "1"}, "seconds: expected a number, got '1'"),
-        ({"source": ""}, "source: expected a set in the box, a path or hf:NAME, got an empty string"),
+        ({"source": ""}, "source: expected a bundled data set, a path or hf:NAME, got an empty string"),
         ({"column": 3}, "column: expected a string, got 3"),
     ],
 )

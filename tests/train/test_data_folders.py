@@ -60,7 +60,7 @@ def test_a_name_of_the_box_that_is_also_a_path_has_to_be_chosen(
     assert mine == load("./digits").fingerprint == load("digits/").fingerprint
     assert bundled == load("bundled:digits").fingerprint
     assert load("bundled:digits").name == "digits"
-    message = "^digits: expected bundled:digits .the set in the box. or ./digits .the path., got a name that both have$"
+    message = "^digits: expected bundled:digits .the bundled set. or ./digits .the path., got a name that both have$"
     with pytest.raises(ValueError, match=message):
         load("digits")
     with pytest.raises(ValueError, match=r"^bundled:cats: expected one of digits, .* after bundled:, got 'cats'$"):

@@ -1,4 +1,4 @@
-"""Sounds are judged by their pitch, and the tones in the box have one."""
+"""Sounds are judged by their pitch, and the bundled tones have one."""
 
 from __future__ import annotations
 
