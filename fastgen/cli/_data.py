@@ -13,7 +13,7 @@ from fastgen.models import KINDS, Images
 from fastgen.train.errors import UsageError
 from fastgen.train.trained import write_samples
 
-ABOUT = "Look at a data set before training on it: a bundled data set, a path, or hf:NAME. Alone, it lists the bundled sets."
+ABOUT = "Look at a data set before training on it: a bundled one, a path, or hf:NAME. Alone, it lists the bundled sets."
 
 
 def run(words: list[str]) -> None:
