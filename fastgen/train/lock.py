@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -125,7 +126,7 @@ def _lock(path: Path, descriptor: int) -> bool:
         exclusive = False
     else:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(descriptor)
         except OSError as error:
             if error.errno in HELD_BY_ANOTHER:
                 raise _busy(path, _read(descriptor)) from error
@@ -147,6 +148,19 @@ def _lock(path: Path, descriptor: int) -> bool:
     except OSError as error:
         raise cannot_write(path, error) from error
     return True
+
+
+def _flock(descriptor: int) -> None:
+    """The system's lock. A child that was forked a moment ago may still hold that of a process that is gone."""
+    for _ in range(TRIES):
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = _read(descriptor) if error.errno in HELD_BY_ANOTHER else None
+            if owner is None or _runs(owner, _me(), otherwise=True):
+                raise
+        time.sleep(0.02)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _drop(descriptor: int) -> None:
