@@ -14,6 +14,7 @@ import fastgen
 from fastgen import reference
 from fastgen.functional import reparameterize, reparameterize_kl
 from fastgen.functional import scaled_dot_product_attention as attention
+from tests.emulator import build
 
 LEADING = [
     ((1, 2), (3, 2)),
@@ -124,6 +125,7 @@ def test_rows_that_a_finite_mask_hides_have_the_formulas_weights_and_gradients(d
 
 @pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, -1e9], ids=str)
 def test_kernels_weigh_rows_that_a_finite_mask_hides_evenly_and_their_derivatives_are_finite(emulator, lowest):
+    build.register()
     query, key, value = (torch.randn(1, 2, 4, 8) for _ in range(3))
     mask = torch.full((4, 4), lowest)
     mask[:2, :3] = 0
