@@ -99,7 +99,7 @@ def scaled_dot_product_attention(
             is not there.
 
     On CUDA, float32 is multiplied at float32 accuracy unless ``torch.backends.cuda.matmul`` allows TF32, and kernels
-    give the same bits in every run. A key that no query of the call sees counts for nothing, whatever it and its value
+    give the same bits in every run. A key that no query of the call may attend to is ignored, whatever it and its value
     hold.
 
     Derivatives: of first and second order in reverse mode (gradient penalties), of first order in forward mode

@@ -11,7 +11,7 @@
 
 namespace fastgen::latent {
 
-// a b, where an overflowed b counts for nothing if a is 0. NaN passes through.
+// a b, where an overflowed b is ignored if a is 0. NaN passes through.
 FASTGEN_HOST_DEVICE float product(float a, float b) {
   const float most = a == 0.0f ? FLT_MAX : INFINITY;
   b = b > most ? most : b;

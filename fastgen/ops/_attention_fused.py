@@ -65,7 +65,7 @@ SHORTEST_VECTOR_FREE = 16
 """The kernel compares fewer keys than this one by one, and loses NaN: as wide as the widest vector."""
 
 
-def hides_nan(out: Tensor, lse: Tensor, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> bool:
+def hides_nan(lse: Tensor, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> bool:
     """Whether a result may be 0 where the formula gives NaN.
 
     The kernel takes a row whose scores are all NaN for one that sees no key (out and lse 0) where a row has few keys,

@@ -72,7 +72,7 @@ def _heedless(
     A weight of zero times NaN is NaN, so what nobody sees shows in the results ``shown_in``. On CPU they are looked at,
     and only then are those keys taken out; elsewhere a look would wait for the device.
     """
-    if mask is None and options.window_left < 0 and options.window_right < 0:
+    if mask is None and options.window_right < 0:
         return run(*of_keys)
     if query.device.type == "cpu":
         results = run(*of_keys)
@@ -96,7 +96,7 @@ def _forward(
     def run(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if _attention_fused.takes(query, key, value, mask, seed, known):
             out, lse = _attention_fused.forward(query, key, value, mask, known.window_right == 0, known.scale)
-            if not _attention_fused.hides_nan(out, lse, query, key, mask, known.window_right == 0):
+            if not _attention_fused.hides_nan(lse, query, key, mask, known.window_right == 0):
                 return out, lse
         return _attention_blocked.forward(query, key, value, mask, seed, known, assisted)
 
