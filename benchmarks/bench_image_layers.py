@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastgen._bench_cases import UsualSelfAttention
+from fastgen.bench.cases import UsualSelfAttention
 from fastgen.nn import SelfAttention2d
 
 BATCH = 16

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.shapes import LATENT_SHAPES
-from fastgen._bench_cases import usual_latent
+from fastgen.bench.cases import usual_latent
 from fastgen.functional import reparameterize_kl
 
 

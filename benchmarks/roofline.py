@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from benchmarks.shapes import ATTENTION_SHAPES, AttentionShape
-from fastgen import _library
+from fastgen import backend
 
 
 class Chip(NamedTuple):
@@ -93,8 +93,8 @@ def cost(shape: AttentionShape, *passes: Pass) -> Cost:
 
 def computed_share(shape: AttentionShape) -> float:
     """Useful part of the products that the forward kernel executes: the rest is padding to tiles and slices."""
-    assert _library.build_module is not None, "the plan is compiled: FASTGEN_BUILD=cpu or cuda"
-    plan = _library.build_module.attention_plan(
+    assert backend.build_module is not None, "the plan is compiled: FASTGEN_BUILD=cpu or cuda"
+    plan = backend.build_module.attention_plan(
         shape.batch, shape.heads, shape.heads, shape.queries, shape.keys, shape.key_dim, shape.value_dim,
         element_size=ELEMENT, multiprocessors=CHIPS[0].multiprocessors, plain=shape.mask in ("", "causal"),
     )["forward"]  # fmt: skip

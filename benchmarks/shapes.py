@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastgen.shapes import ATTENTION_SHAPES, EQUAL_HEADS, LATENT_SHAPES, UNEQUAL_HEADS, AttentionShape
+from fastgen.bench.shapes import ATTENTION_SHAPES, EQUAL_HEADS, LATENT_SHAPES, UNEQUAL_HEADS, AttentionShape
 
 __all__ = [
     "ATTENTION_SHAPES",

@@ -7,7 +7,7 @@ from importlib import import_module
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0.dev0"
+from fastgen.version import __version__
 
 __all__ = [
     "AccelerationReport",
@@ -29,8 +29,8 @@ _HOMES = {
     "functional": "fastgen",
     "losses": "fastgen",
     "ops": "fastgen",
-    **dict.fromkeys(("Info", "info"), "fastgen._info"),
-    **dict.fromkeys(("current_backend", "use_backend"), "fastgen._library"),
+    **dict.fromkeys(("Info", "info"), "fastgen.environment"),
+    **dict.fromkeys(("current_backend", "use_backend"), "fastgen.backend"),
     **dict.fromkeys(("AccelerationReport", "accelerate", "restore"), "fastgen.integrations"),
 }
 
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from fastgen import models as models
     from fastgen import nn as nn
     from fastgen import reference as reference
-    from fastgen._info import Info, info
-    from fastgen._library import current_backend, use_backend
+    from fastgen.backend import current_backend, use_backend
+    from fastgen.environment import Info, info
     from fastgen.integrations import AccelerationReport, accelerate, restore
 else:
 

@@ -17,10 +17,9 @@ import pytest
 import torch
 
 import fastgen
-from fastgen import _library
 from tests.emulator import build
 
-PLACES = [("reference", "cpu"), ("compiled", "cpu"), ("emulated", "cpu"), ("reference", "cuda"), ("compiled", "cuda")]
+PLACES = [("torch", "cpu"), ("compiled", "cpu"), ("emulated", "cpu"), ("torch", "cuda"), ("compiled", "cuda")]
 
 
 def place_or_skip(backend: str, device: str, operator: str) -> torch.device:
@@ -34,7 +33,7 @@ def place_or_skip(backend: str, device: str, operator: str) -> torch.device:
         pytest.skip("no CUDA device")
     where = torch.device(device)
     if backend == "compiled":
-        reason = _library.why_not_compiled(operator, where)
+        reason = backend.why_not_compiled(operator, where)
         if reason is not None:
             pytest.skip(reason)
     return where
@@ -87,7 +86,7 @@ def emulator(request):
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request):
-    return place_or_skip("reference", request.param, "")
+    return place_or_skip("torch", request.param, "")
 
 
 @pytest.hookimpl(tryfirst=True)

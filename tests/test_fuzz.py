@@ -7,14 +7,14 @@ import sys
 import pytest
 import torch
 
-from fastgen import _library, functional
+from fastgen import backend, functional
 from tests.fuzz import build, functions, operators
 from tests.fuzz.__main__ import Failed, Fuzzer
 from tests.fuzz.draw import Draw, guarded
 
 
 def test_every_operator_and_function_is_called():
-    names = {name for family in _library.operators().values() for name in family}
+    names = {name for family in backend.operators().values() for name in family}
     assert set(operators.VALID) == names
     assert set(functions.VALID) == set(functional.__all__)
 

@@ -46,8 +46,8 @@ def test_compiled_calls_stay_whole_in_the_graph_although_the_compiler_came_later
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     called = ran.stdout.split()
     assert sum("norm" in name for name in called) == 2
-    assert "fastgen._autograd.attention.attention" in called
-    assert "fastgen._autograd.projection.projection" in called
+    assert "fastgen.ops.attention.autograd.attention" in called
+    assert "fastgen.ops.projection.autograd.projection" in called
 
 
 def test_version_help_and_mistakes_need_no_torch():

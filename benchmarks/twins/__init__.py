@@ -1,7 +1,7 @@
 """Models of the zoo written with torch alone, as people write them: what ``bench_models.py`` compares with.
 
-A twin has the state dict of its model and, for the same noise, the same loss (tests/test_twins.py). It is one file,
-reads no fastgen, checks no arguments and keeps the options of the model's defaults only.
+A twin has the state dict of its model and, for the same noise, the same loss (tests/models/test_twins.py).
+It is one file, reads no fastgen, checks no arguments and keeps the options of the model's defaults only.
 """
 
 from benchmarks.twins.dcgan import DCGANTwin

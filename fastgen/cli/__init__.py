@@ -11,8 +11,8 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-import fastgen
 from fastgen.cli._errors import FAILURE, INTERRUPTED, USAGE, CommandError
+from fastgen.version import __version__
 
 SUCCESS = 0
 
@@ -109,7 +109,7 @@ def _run(words: list[str]) -> None:
         epilog=COMMANDS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"fastgen {fastgen.__version__}")
+    parser.add_argument("--version", action="version", version=f"fastgen {__version__}")
     parser.add_argument("command", choices=names, help=argparse.SUPPRESS)
     parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     if not words:

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import torch
 
-from fastgen import _bench
+from fastgen.bench import runner as _bench
 from fastgen.cli._errors import USAGE, CommandError
 
 ABOUT = "fastgen's layers against plain PyTorch, measured in turn on this machine: medians, and ratios of rounds."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastgen.cli._errors import USAGE, CommandError
 from fastgen.cli._options import add_fields, options_parser, parse, run_folder
 from fastgen.train.errors import UsageError
-from fastgen.train.judge import EvaluateConfig, evaluate
+from fastgen.train.evaluate import EvaluateConfig, evaluate
 
 ABOUT = "Judge a trained model on held-out items. Nothing is downloaded; figures go into the run's folder, too."
 

@@ -7,9 +7,9 @@ from typing import NoReturn
 
 import torch
 
-import fastgen
-from fastgen._library import COMPILED_DTYPES
+from fastgen.backend import COMPILED_DTYPES
 from fastgen.cli._errors import USAGE, CommandError
+from fastgen.environment import info
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,6 +42,6 @@ def run(words: list[str]) -> None:
 
     attention, projection = sizes("attention", "B,H,N,M,Dk,Dv"), sizes("projection", "B,N,C,E")
     try:
-        print(fastgen.info(attention, getattr(torch, given.dtype), projection))
+        print(info(attention, getattr(torch, given.dtype), projection))
     except ValueError as error:
         parser.error(str(error))

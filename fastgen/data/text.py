@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgen._vocabulary import Vocabulary, tokenise
 from fastgen.data._base import Dataset, Items, digest
 from fastgen.data._files import read_bytes
 from fastgen.data._optional import need
 from fastgen.data.splitting import HELD_OUT_TEXT, at_least
+from fastgen.vocabulary import Vocabulary, tokenise
 
 OVERLAP = 8
 """How many training windows each token lies in."""

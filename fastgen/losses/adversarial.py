@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen import _checks as check
+from fastgen import checks as check
 
 __all__ = ["discriminator_loss", "generator_loss"]
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-from fastgen import _checks as check
+from fastgen import checks as check
 
 __all__ = ["dragan_penalty", "gradient_penalty", "path_length_penalty", "r1_penalty", "r2_penalty"]
 

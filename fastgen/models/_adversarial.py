@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import losses
-from fastgen._checks import (
+from fastgen.checks import (
     require_choice,
     require_not_negative,
     require_positive,

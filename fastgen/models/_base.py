@@ -28,7 +28,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from fastgen._checksum import is_whole
+from fastgen.models._checksum import is_whole
 from fastgen.models._inputs import check_batch
 from fastgen.models._pretrained import MODEL_TYPE, WEIGHTS, Pretrained, check_saved_config
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastgen._checks import require_not_negative, require_positive
+from fastgen.checks import require_not_negative, require_positive
 from fastgen.models._base import option
 from fastgen.models._sampling import Chooser
 from fastgen.models._tokens import END, PADDING, START

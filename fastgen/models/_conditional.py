@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastgen._checks import require_positive
+from fastgen.checks import require_positive
 from fastgen.models._adversarial import AdversarialConfig, ImageGAN
 from fastgen.models._base import Batch, Images, option
 from fastgen.models._classes import LabelOptions, check_labels, wanted_labels

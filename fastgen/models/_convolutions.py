@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from fastgen._checks import require_choice, require_positive
+from fastgen.checks import require_choice, require_positive
 from fastgen.models._adversarial import AdversarialConfig
 from fastgen.models._base import option
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgen._checks import require_shape, require_tensor, shape_of
-from fastgen._transforms import transforms_active
+from fastgen.checks import require_shape, require_tensor, shape_of
+from fastgen.ops.transforms import transforms_active
 
 SLACK = 1e-3  # beyond the ends of a range, for what resampling and low precision do
 FIRST_CHARACTER = 3  # of sequences, after padding, start and end

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen._checks import require_choice, require_count, require_shape
+from fastgen.checks import require_choice, require_count, require_shape
 from fastgen.models._inputs import SLACK, readable
 from fastgen.models._norms import widened
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import nn
 
-from fastgen._checksum import UNSEALED, seal_file
+from fastgen.models._checksum import UNSEALED, seal_file
 
 if TYPE_CHECKING:
 

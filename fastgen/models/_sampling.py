@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fastgen._checks import require_count, require_floating, require_not_negative, require_tensor
+from fastgen.checks import require_count, require_floating, require_not_negative, require_tensor
 
 Noise: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 """One generator, one for each row, or None: torch's global one."""

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fastgen._checks import require_choice, require_positive
+from fastgen.checks import require_choice, require_positive
 from fastgen.losses.adversarial import AdversarialLoss
 from fastgen.models._adversarial import GameConfig, Layers, Penalty
 from fastgen.models._base import GenerativeModel, Images, Phase, option

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import functional
-from fastgen._checks import (
+from fastgen.checks import (
     require_count,
     require_not_negative,
     require_positive,

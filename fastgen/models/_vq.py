@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen._checks import require_not_negative, require_positive
+from fastgen.checks import require_not_negative, require_positive
 from fastgen.models._base import option
 from fastgen.models._inputs import readable, require_tokens
 from fastgen.models._likelihoods import Likelihood, check_likelihood, numbers_per_pixel, pixels_log_prob, pixels_mean

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen._checks import require_positive
+from fastgen.checks import require_positive
 from fastgen.models._adversarial import ImageGAN, Layers
 from fastgen.models._base import Batch, Exhibit, Images, NoOptions, option
 from fastgen.models._convolutions import (

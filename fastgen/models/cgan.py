@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastgen._checks import require_positive
+from fastgen.checks import require_positive
 from fastgen.models._adversarial import Layers
 from fastgen.models._base import option
 from fastgen.models._classes import LabelOptions

@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastgen._checks import require_positive
+from fastgen.checks import require_positive
 from fastgen.models._base import Batch, Exhibit, GenerativeModel, Images, Moment, NoOptions, Phase, option
 from fastgen.models._likelihoods import (
     beta_binomial_log_prob,

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastgen._checks import require_positive
+from fastgen.checks import require_positive
 from fastgen.models._base import Batch, Exhibit, Images, option
 from fastgen.models._classes import LabelOptions, check_labels, wanted_labels
 from fastgen.models._likelihoods import log_standard_normal

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import losses
-from fastgen._checks import require_choice, require_count, require_not_negative
+from fastgen.checks import require_choice, require_count, require_not_negative
 from fastgen.models._adversarial import Layers, judge
 from fastgen.models._base import Batch, Exhibit, Images, Moment, option, to_pixels
 from fastgen.models._convolutions import initialise

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen._checks import require_choice, require_positive
+from fastgen.checks import require_choice, require_positive
 from fastgen.models._base import Batch, Images, NoOptions, option
 from fastgen.models._likelihoods import log_standard_normal
 from fastgen.models._norms import widened

@@ -19,7 +19,7 @@ from typing import ClassVar, Literal, get_args
 
 from torch import nn
 
-from fastgen._checks import require_choice, require_positive
+from fastgen.checks import require_choice, require_positive
 from fastgen.models._adversarial import AdversarialConfig, ImageGAN, Layers
 from fastgen.models._base import NoOptions, option
 from fastgen.models._convolutions import ConvolutionalConfig, discriminator_score, initialise

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen._checks import (
+from fastgen.checks import (
     require_choice,
     require_count,
     require_not_negative,

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen import losses
-from fastgen._checks import require_choice, require_not_negative, require_positive, require_probability
+from fastgen.checks import require_choice, require_not_negative, require_positive, require_probability
 from fastgen.models._adversarial import judge
 from fastgen.models._base import Batch, Exhibit, Images, Moment, NoOptions, option, to_pixels
 from fastgen.models._convolutions import SLOPE, initialise

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen import losses
-from fastgen._checks import require_positive, require_probability
+from fastgen.checks import require_positive, require_probability
 from fastgen.losses.adversarial import ADVERSARIAL_LOSSES, AdversarialLoss
 from fastgen.models._base import Batch, Exhibit, GenerativeModel, Kind, Moment, NoOptions, Phase, option
 from fastgen.models._sampling import TINY, tempered

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from fastgen._checks import require_count, require_positive
+from fastgen.checks import require_count, require_positive
 from fastgen.losses.adversarial import AdversarialLoss
 from fastgen.models._adversarial import AdversarialConfig
 from fastgen.models._averaging import settled

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen._checks import (
+from fastgen.checks import (
     require_count,
     require_not_negative,
     require_positive,

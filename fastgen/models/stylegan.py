@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fastgen import losses
-from fastgen._checks import require_choice, require_not_negative, require_positive, require_positive_number
+from fastgen.checks import require_choice, require_not_negative, require_positive, require_positive_number
 from fastgen.models._adversarial import AdversarialConfig, ImageGAN
 from fastgen.models._base import Batch, Exhibit, Images, Moment, option, to_pixels
 from fastgen.models._convolutions import SLOPE, feature_sizes

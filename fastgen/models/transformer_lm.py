@@ -25,14 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen._checks import (
+from fastgen.checks import (
     require_choice,
     require_count,
     require_not_negative,
     require_positive,
     require_probability,
 )
-from fastgen._vocabulary import Vocabulary, checked_vocabulary, tokenise
 from fastgen.models import _sampling
 from fastgen.models._base import Batch, GenerativeModel, Moment, Phase, Texts, option
 from fastgen.models._decoder import DecoderBlock, Past, Tables, drawing, initialise_decoder
@@ -41,6 +40,7 @@ from fastgen.models._sampling import Chooser, Noise, require_top_p
 from fastgen.nn import RotaryEmbedding
 from fastgen.nn._buffers import ComputedBuffers
 from fastgen.nn._sublayers import embed
+from fastgen.vocabulary import Vocabulary, checked_vocabulary, tokenise
 
 Activation = Literal["gelu", "swiglu"]
 Position = TypeVar("Position", int, Tensor)

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen._checks import require_choice, require_positive
+from fastgen.checks import require_choice, require_positive
 from fastgen.models._adversarial import AdversarialConfig, ImageGAN, Layers
 from fastgen.models._base import NoOptions, option
 from fastgen.models._convolutions import feature_sizes

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastgen._checks import require_positive
+from fastgen.checks import require_positive
 from fastgen.models._base import Batch, Images, NoOptions
 from fastgen.models._likelihoods import log_standard_normal
 from fastgen.models._norms import widened

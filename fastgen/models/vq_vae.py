@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen._checks import require_not_negative, require_positive, require_positive_number, require_probability
+from fastgen.checks import require_not_negative, require_positive, require_positive_number, require_probability
 from fastgen.models._base import Batch, Exhibit, GenerativeModel, Images, Moment, Phase, option
 from fastgen.models._inputs import NEVER_IGNORED
 from fastgen.models._sampling import Chooser

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen._compile import in_graph
-from fastgen._transforms import transforms_active
+from fastgen._dynamo import in_graph
 from fastgen.nn._sublayers import is_plain
+from fastgen.ops.transforms import transforms_active
 
 __all__ = ["normalized"]
 

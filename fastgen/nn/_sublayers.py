@@ -21,7 +21,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 
 from fastgen import functional
-from fastgen._checks import shape_of
+from fastgen.checks import shape_of
 
 __all__ = [
     "all_rows",

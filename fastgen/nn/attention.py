@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen import functional
-from fastgen._checks import require_floating, require_probability, require_shape, require_tensor, shape_of
+from fastgen.checks import require_floating, require_probability, require_shape, require_tensor, shape_of
 from fastgen.nn._sublayers import is_pointwise, merge_heads
 
 

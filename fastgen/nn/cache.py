@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fastgen import _checks as check
+from fastgen import checks as check
 
 __all__ = ["KVCache"]
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from fastgen import _checks as check
+from fastgen import checks as check
 from fastgen import functional
 from fastgen.nn._loading import LoadsOtherNames
 from fastgen.nn._sublayers import merge_heads, project_heads

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import functional
-from fastgen._checks import require_tensor, shape_of
+from fastgen.checks import require_tensor, shape_of
 
 
 class GaussianLatent(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgen import _checks as check
+from fastgen import checks as check
 from fastgen import functional
 from fastgen.nn._buffers import ComputedBuffers
 

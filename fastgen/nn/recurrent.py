@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastgen._checks import require_device, require_floating, require_shape, require_tensor, shape_of
-from fastgen._recurrent import autocast_dtype, recurrent
+from fastgen.checks import require_device, require_floating, require_shape, require_tensor, shape_of
+from fastgen.functional.recurrent import autocast_dtype, recurrent
 
 
 def _weights(layer: torch.nn.RNNBase) -> list[Tensor]:

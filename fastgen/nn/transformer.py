@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen._checks import require_probability, require_tensor, shape_of
-from fastgen._transforms import transforms_active
+from fastgen.checks import require_probability, require_tensor, shape_of
 from fastgen.nn._nested import has_forward_hooks, hidden_positions, ignored_by_kernel
 from fastgen.nn._norm import normalized
 from fastgen.nn._sublayers import is_untouched
 from fastgen.nn.attention import MultiheadAttention, require_heads
+from fastgen.ops.transforms import transforms_active
 
 Activation: TypeAlias = str | Callable[[Tensor], Tensor]
 

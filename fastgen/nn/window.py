@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen import _checks as check
+from fastgen import checks as check
 from fastgen import functional
 from fastgen.nn._buffers import ComputedBuffers
 from fastgen.nn._loading import LoadsOtherNames

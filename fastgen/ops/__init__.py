@@ -1,10 +1,11 @@
-"""Raw operators, one file per family: schema, fake, PyTorch implementation, vmap rule. No autograd."""
+"""Raw operators, one folder for each family: schema, fake, PyTorch implementation, vmap rule, derivatives."""
 
 from __future__ import annotations
 
-from fastgen._library import load_compiled
+from fastgen.backend import load_compiled, refuse_other_derivatives
 from fastgen.ops import attention, latent, projection
 
 __all__ = ["attention", "latent", "projection"]
 
+refuse_other_derivatives()
 load_compiled()  # now that the operators, for which the libraries have kernels, have their schemas

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgen._checks import shape_of
+from fastgen.checks import shape_of
 
 FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 STRIDED = torch.strided

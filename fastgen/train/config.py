@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from fastgen._checks import require_positive
+from fastgen.checks import require_positive
 from fastgen.models import option
 
 Schedule = Literal["constant", "linear", "cosine"]

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastgen.train.curves import DARK, HELD_OUT, LIGHT, UNITS, describe, draw_panel, panels, read_rows
-from fastgen.train.exhibits import data_uri, read_exhibits
 from fastgen.train.files import inside, write_whole
 from fastgen.train.folder import story
 from fastgen.train.progress import duration
+from fastgen.train.samples import data_uri, read_exhibits
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 HEADLINES = 3

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from torch import Tensor
 
-import fastgen
+from fastgen import environment
 from fastgen.data import BUNDLED, SOURCES, DataConfig, Dataset, Items, bundled, load_data
 from fastgen.models import MODELS, GenerativeModel, from_data, settle
 from fastgen.train.card import write_card
@@ -377,7 +377,7 @@ def command(model: str, folder: RunFolder, option: str) -> str:
 
 
 def _environment(accelerator: Accelerator, parameters: int) -> dict[str, Any]:
-    info = fastgen.info()
+    info = environment.info()
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **info.versions,

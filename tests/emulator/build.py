@@ -24,7 +24,7 @@ from types import ModuleType
 
 import torch
 
-from fastgen import _library
+from fastgen import backend
 from tests import compile_check
 
 HERE = Path(__file__).resolve().parent
@@ -65,7 +65,7 @@ def ninja() -> str | None:
 
 def families() -> list[str]:
     """The families that have CUDA kernels."""
-    return [name for name in _library.operators() if any((CSRC / name).glob("*.cu"))]
+    return [name for name in backend.operators() if any((CSRC / name).glob("*.cu"))]
 
 
 def manifest() -> str:
@@ -216,7 +216,7 @@ def cuda_module() -> ModuleType:
 def register() -> None:
     """Adds the backend "emulated": the families with CUDA kernels."""
     folder = build()
-    _library.add_backend("emulated", NAMESPACE, families())
+    backend.add_backend("emulated", NAMESPACE, families())
     for family in families():
         torch.ops.load_library(str(folder / f"{family}.so"))
 

@@ -27,7 +27,7 @@ from fastgen import functional
 from tests.fuzz import functions, operators
 from tests.fuzz.draw import Draw, describe, spoilt
 
-NAMESPACES = ("fastgen", "fastgen_reference")
+NAMESPACES = ("fastgen", "fastgen_torch")
 ALLOWED = (TypeError, ValueError, RuntimeError)
 WRITES = {
     "cpu_attention_weights": (0, 1, 4, 6),
@@ -142,7 +142,7 @@ class Fuzzer:
         valid = not self._spoil(draw, arguments, {})
         namespace = "fastgen_emulated" if self.emulated else draw.one(NAMESPACES)
         if name.startswith("latent") and any(t.dtype == torch.float64 for t in tensors_in(arguments)) and valid:
-            namespace = "fastgen_reference"  # compiled kernels do not take it
+            namespace = "fastgen_torch"  # compiled kernels do not take it
         self.text = f"{namespace}.{name}{describe(arguments)}"
         self.log.write(f"seed {seed}: {self.text}\n")
         before = [t.clone() for t in tensors_in(arguments)] if valid else []
@@ -178,7 +178,7 @@ class Fuzzer:
             return [wide(item) for item in value] if isinstance(value, list) else value
 
         again = [wide(value) for value in arguments]
-        expected = list(tensors_in(getattr(torch.ops.fastgen_reference, name)(*again)))
+        expected = list(tensors_in(getattr(torch.ops.fastgen_torch, name)(*again)))
         expected += list(tensors_in([again[at] for at in WRITES.get(name, ())]))
         for at, (a, b) in enumerate(zip(found, expected, strict=True)):
             _near(f"result {at}", a, b, dtype)

@@ -60,7 +60,7 @@ class Attention:
 
     def results(self) -> tuple[Tensor, Tensor]:
         arguments = (self.query, self.key, self.value, self.mask, self.seed, *self.options)
-        out, lse = torch.ops.fastgen_reference.attention_forward(*arguments)
+        out, lse = torch.ops.fastgen_torch.attention_forward(*arguments)
         return out, lse
 
     @property
@@ -133,7 +133,7 @@ def cpu_attention_forward(draw: Draw) -> Call:
 
 def cpu_attention_backward(draw: Draw) -> Call:
     p = _Kernel(draw)
-    results = torch.ops.fastgen_reference.cpu_attention_forward(p.query, p.key, p.value, *p.options)
+    results = torch.ops.fastgen_torch.cpu_attention_forward(p.query, p.key, p.value, *p.options)
     return Call([*p.upstream(), p.query, p.key, p.value, *results, *p.options], p.of_gradients)
 
 

@@ -15,7 +15,7 @@ from fastgen.data import DataConfig
 from fastgen.models import MODELS, from_data
 from fastgen.train import limits
 from fastgen.train.config import TrainConfig
-from fastgen.train.judge import EvaluateConfig
+from fastgen.train.evaluate import EvaluateConfig
 
 Main = Callable[..., int]
 

@@ -15,10 +15,10 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastgen._checksum import UNSEALED, is_whole, seal
 from fastgen.cli import main
 from fastgen.models import ConvVAE
-from fastgen.train import judge
+from fastgen.models._checksum import UNSEALED, is_whole, seal
+from fastgen.train import evaluate as judge
 from fastgen.train.checkpoint import Header, load_checkpoint, save_checkpoint
 from fastgen.train.files import temporary_name
 from fastgen.train.lock import NAME

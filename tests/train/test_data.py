@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastgen import _vocabulary
-from fastgen._vocabulary import tokenise
+from fastgen import vocabulary as _vocabulary
 from fastgen.data import SOURCES, DataConfig, Dataset, Items, describe, load_data
 from fastgen.data.sequences import spell
 from fastgen.data.text import prose
+from fastgen.vocabulary import tokenise
 
 SERVED = [
     ("digits", "images", {"image_size": 8, "channels": 1, "levels": 17, "classes": 10}),

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from fastgen.models import Images, Sounds, Texts
-from fastgen.train import exhibits
+from fastgen.train import samples as exhibits
 from fastgen.train.pictures import write_exhibit
 from fastgen.train.report import write_report
 

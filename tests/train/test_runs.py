@@ -111,7 +111,7 @@ def test_evaluation_is_kept_with_its_feature_space(
     capsys: pytest.CaptureFixture[str],
     model: str,
 ) -> None:
-    from fastgen.train import judge
+    from fastgen.train import evaluate as judge
 
     monkeypatch.setattr(judge, "write_report", lambda folder: None)
     briefly = functools.partial(judge.metrics.classifier_features, steps=20)

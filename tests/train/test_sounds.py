@@ -106,7 +106,7 @@ def test_the_tones_in_the_box_have_pitches_a_semitone_apart_and_four_timbres() -
 def test_evaluate_reports_whether_sounds_have_a_pitch(
     fit: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fastgen.train import judge
+    from fastgen.train import evaluate as judge
 
     monkeypatch.setattr(judge, "write_report", lambda folder: None)
     assert fit("--data", "tones", "--items", "20", "--seconds", "0.25", model="wavenet", steps=1) == 0

@@ -30,7 +30,7 @@ def test_a_model_trains_stops_goes_on_with_the_same_bits_is_judged_and_draws(
     capsys: pytest.CaptureFixture[str],
     model: str,
 ) -> None:
-    from fastgen.train import judge
+    from fastgen.train import evaluate as judge
 
     monkeypatch.setattr(judge, "write_report", lambda folder: None)
     for space in ("classifier_features", "rotation_features"):

@@ -1,0 +1,1 @@
+"""Benchmarks of the operators beside PyTorch, for ``fastgen bench`` and ``benchmarks/``."""

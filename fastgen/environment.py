@@ -1,0 +1,192 @@
+"""Everything a bug report needs."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgen import backend
+from fastgen.ops.attention.operators import WIDEST_HEAD
+from fastgen.ops.projection import plan
+
+
+@dataclass(frozen=True)
+class Info:
+    """What ``fastgen.info()`` found. ``str()`` is for people, ``as_dict()`` for programs."""
+
+    versions: dict[str, str]
+    devices: list[str]
+    backend: str
+    build: dict[str, Any]
+    libraries: dict[str, str]
+    architectures: list[str]
+    operators: dict[str, dict[str, str]]
+    plans: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [", ".join(f"{name} {version}" for name, version in self.versions.items())]
+        lines += [f"device: {device}" for device in self.devices]
+        lines.append(f"backend: {self.backend}")
+        built = ", ".join(self.build.get("built", [])) or "nothing compiled"
+        lines.append(f"build ({self.build.get('mode', 'no report')}): {built}")
+        lines += [f"  not {name}: {reason}" for name, reason in self.build.get("missing", {}).items()]
+        lines += [f"library {name}: {state}" for name, state in self.libraries.items()]
+        lines.append(f"CUDA architectures: {', '.join(self.architectures) or 'none'}")
+        width = max(len(name) for name in self.operators)
+        for name, places in self.operators.items():
+            lines += [f"{name:<{width}}  {device:<5} {served}" for device, served in places.items()]
+        for name, launch in self.plans.items():
+            lines.append(f"{name}: " + ", ".join(f"{what} {value}" for what, value in launch.items()))
+        return "\n".join(lines)
+
+
+def _devices() -> list[str]:
+    found = [f"cpu: {platform.machine()}, {torch.get_num_threads()} threads"]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            gib = properties.total_memory / 2**30
+            found.append(f"cuda:{index}: {properties.name}, sm_{properties.major}{properties.minor}, {gib:.0f} GiB")
+    return found
+
+
+def _served_by(name: str, device: torch.device) -> str:
+    reason = backend.why_not_compiled(name, device)
+    if reason is not None:
+        return f"{_pytorch(name, device)} ({reason})"
+    dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in backend.COMPILED_DTYPES)
+    compiled = f"compiled for {dtypes}; PyTorch for other dtypes"
+    if name.startswith(("projection", "merge_heads")) and device.type == "cuda":
+        compiled += ", and where cuBLAS is expected to be faster (fastgen info --projection)"
+    return compiled
+
+
+def _pytorch(name: str, device: torch.device) -> str:
+    """Which PyTorch: on CPU attention takes fused kernels where they fit."""
+    if device.type != "cpu" or not name.startswith("attention"):
+        return "PyTorch"
+    if name in ("attention_tangent", "attention_second_order"):
+        helped = backend.has_kernel("cpu_attention_weights", device)
+        return "PyTorch in tiles, with fastgen's helper for float32 arithmetic" if helped else "PyTorch in tiles"
+    helper = backend.has_kernel(f"cpu_{name}", device)
+    kernels = "torch's fused kernel or fastgen's for narrow heads" if helper else "torch's fused kernel"
+    return f"{kernels} where it fits, else PyTorch"
+
+
+H200_MULTIPROCESSORS = 132
+
+
+def _attention_plans(sizes: Sequence[int], dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    if len(sizes) != 6 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+        raise ValueError(f"attention: expected six positive integers (B, H, N, M, Dk, Dv), got {tuple(sizes)}")
+    _require_kernel_dtype(dtype)
+    if backend.build_module is None:
+        raise RuntimeError(f"attention: no plan without the compiled module: {backend.build_module_problem}")
+    batch, heads, queries, keys, key_dim, value_dim = sizes
+    if max(key_dim, value_dim) > WIDEST_HEAD:
+        raise ValueError(f"attention: expected head dims up to {WIDEST_HEAD}, got {key_dim} and {value_dim}")
+    count = H200_MULTIPROCESSORS
+    if torch.cuda.is_available():
+        count = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+    plans = backend.build_module.attention_plan(
+        batch, heads, heads, queries, keys, key_dim, value_dim, dtype.itemsize, count
+    )
+    return {f"attention {name}": plan for name, plan in plans.items()}
+
+
+def _projection_plans(sizes: Sequence[int], dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    if len(sizes) != 4 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+        raise ValueError(f"projection: expected four positive integers (B, N, C, E), got {tuple(sizes)}")
+    _require_kernel_dtype(dtype)
+    batch, tokens, inputs, outputs = sizes
+    reason = plan.refused(dtype, [inputs, outputs])
+    if reason is not None:
+        raise ValueError(f"projection: {reason}")
+    major, count = 9, H200_MULTIPROCESSORS
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        major, count = properties.major, properties.multi_processor_count
+    problem = plan.heads_problem(batch * tokens, inputs, [(1, outputs)], 0, 0, dtype.itemsize)
+    expected = plan.estimate(problem, major)
+    times = {
+        "kernels": f"{expected.kernel * 1e6:.0f} us",
+        "cuBLAS": f"{expected.library * 1e6:.0f} us",
+        "taken": "cuBLAS" if expected.takes_library else "kernels",
+    }
+    plans: dict[str, dict[str, Any]] = {"projection, forward and backward, by roofline": times}
+    if backend.build_module is not None:
+        shared = backend.build_module.projection_plan(1, batch * tokens, inputs, outputs, 1, dtype.itemsize, count)
+        plans |= {f"projection {name}": plan for name, plan in shared.items()}
+    return plans
+
+
+def _require_kernel_dtype(dtype: torch.dtype) -> None:
+    if dtype not in backend.COMPILED_DTYPES:
+        known = ", ".join(str(dtype) for dtype in backend.COMPILED_DTYPES)
+        raise ValueError(f"dtype: expected one of {known}, got {dtype}")
+
+
+def info(
+    attention: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    projection: Sequence[int] | None = None,
+) -> Info:
+    """Versions, devices, what is compiled, what serves each operator on each device, and why not more.
+
+    Args:
+        attention: (B, H, N, M, Dk, Dv) of an attention problem without mask and dropout: also show how each of its CUDA
+            kernels shares it out among blocks, on the current GPU, or on an H200 where there is none.
+        dtype: of that problem.
+        projection: (B, N, C, E) of a projection of tokens (B, N, C) to E channels: also show what the kernels and
+            cuBLAS are expected to take, which of them serves, and how the kernels share it out.
+
+    Raises:
+        ValueError: not six (or four) positive integers, heads wider than any kernel's, or a dtype that no kernel takes.
+        RuntimeError: a plan is asked for and nothing is compiled.
+
+    Example:
+        >>> print(fastgen.info())  # doctest: +SKIP
+    """
+    from fastgen.version import __version__
+
+    report = Path(__file__).with_name("_build_report.json")
+    build: dict[str, Any] = json.loads(report.read_text()) if report.is_file() else {}
+    module = backend.build_module
+    versions = {
+        "fastgen": __version__,
+        "torch": torch.__version__,
+        "CUDA of torch": torch.version.cuda or "none",
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}",
+    }
+    if module is not None:
+        details = module.build_info()
+        versions |= {
+            "built with torch": details["torch_version"],
+            "nvcc": details["cuda_version"] or "none",
+            "compiler": details["compiler"],
+        }
+    libraries = {lib.name: lib.problem or "loaded" for lib in backend.compiled_libraries()}
+    libraries["_C"] = backend.build_module_problem or "loaded"
+    kinds = [torch.device("cpu")] + ([torch.device("cuda", 0)] if torch.cuda.is_available() else [])
+    names = [name for family, names in backend.operators().items() if family != "helpers" for name in names]
+    return Info(
+        versions,
+        _devices(),
+        backend.current_backend(),
+        build,
+        libraries,
+        backend.compiled_architectures(),
+        {name: {kind.type: _served_by(name, kind) for kind in kinds} for name in names},
+        ({} if attention is None else _attention_plans(attention, dtype))
+        | ({} if projection is None else _projection_plans(projection, dtype)),
+    )

@@ -1,0 +1,373 @@
+"""Multi-head projections. Shapes: B batch, H heads, N tokens, C and E channels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastgen import checks as check
+from fastgen import reference
+from fastgen.backend import may_use_tf32, select
+from fastgen.functional._autocast import autocast_dtype, lower
+from fastgen.ops.projection import plan
+from fastgen.ops.projection.autograd import merge_heads, projection
+from fastgen.ops.projection.operators import Layout, finish_parts
+from fastgen.reference import HeadFinish
+
+
+def _projection_input(x: Tensor, channels_first: bool) -> Tensor:
+    check.require_tensor("x", x)
+    check.require_floating("x", x)
+    check.require_flag("channels_first", channels_first)
+    if channels_first:
+        if x.dim() < 3:
+            raise ValueError(f"x: expected (B, C, *spatial) with channels_first, got {check.shape_of(x)}")
+        return x.flatten(2)
+    if x.dim() != 3:
+        raise ValueError(f"x: expected (B, N, C), got {check.shape_of(x)}")
+    return x
+
+
+def _checked_linear(x: Tensor, channels: int, weight: Tensor, bias: Tensor | None, rows: int | str) -> None:
+    check.require_tensor("weight", weight)
+    check.require_tensor("bias", bias, optional=True)
+    if weight.dim() != 2 or weight.size(1) != channels:
+        raise ValueError(f"weight: expected ({rows}, {channels}), got {check.shape_of(weight)}")
+    if bias is not None:
+        check.require_shape("bias", bias, (weight.size(0),), "(rows of weight,)")
+    check.require_alike("x", x, weight=weight, bias=bias)
+
+
+def multi_head_projection(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    num_heads: int,
+    channels_first: bool = False,
+    norm: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    interleaved: bool = False,
+) -> Tensor:
+    """A linear map whose output is split into heads: ``x @ weight^T + bias``.
+
+    Args:
+        x: (B, N, C), or (B, C, *spatial) with ``channels_first``; then N is the number of positions.
+        weight: (H * D, C), H = ``num_heads``.
+        bias: (H * D,).
+        norm, norm_eps, rotary, interleaved: as in ``qkv_projection``, of this one part; norm is (D,).
+
+    Returns:
+        (B, H, N, D), with a contiguous last dim.
+
+    Raises:
+        TypeError: integer input, or dtypes that differ.
+        ValueError: shapes that do not fit, or heads that do not divide the weight's rows.
+
+    Example:
+        >>> multi_head_projection(torch.randn(2, 5, 6), torch.randn(8, 6), num_heads=4).shape
+        torch.Size([2, 4, 5, 2])
+    """
+    check.require_positive("num_heads", num_heads)
+    check.require_tensor("weight", weight)
+    if weight.dim() != 2 or weight.size(0) == 0:
+        raise ValueError(f"weight: expected (num_heads * head_dim, C), got {check.shape_of(weight)}")
+    if weight.size(0) % num_heads != 0:
+        raise ValueError(f"num_heads: expected a divisor of weight's {weight.size(0)} rows, got {num_heads}")
+    return qkv_projection(
+        x,
+        weight,
+        bias,
+        heads=(num_heads,),
+        head_dims=(weight.size(0) // num_heads,),
+        channels_first=channels_first,
+        norms=() if norm is None else (norm,),
+        norm_eps=norm_eps,
+        rotary=rotary,
+        rotated=1,
+        interleaved=interleaved,
+    )[0]
+
+
+def _checked_rotary(rotary: tuple[Tensor, Tensor], x: Tensor, batch: int, length: int, dims: Sequence[int]) -> None:
+    """Tables for heads of each of ``dims``."""
+    if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
+        raise ValueError(f"rotary: expected a pair of tables (cos, sin), got {type(rotary).__name__}")
+    for name, table in zip(("cos", "sin"), rotary, strict=True):
+        check.require_tensor(name, table)
+        check.require_floating(name, table)
+        if table.shape[:-1] not in ((length,), (batch, length)) or not 1 <= 2 * table.size(-1) <= min(dims):
+            raise ValueError(
+                f"{name}: expected (N, R / 2) or (B, N, R / 2) with B = {batch}, N = {length} and R at most the head"
+                f" dim {min(dims)}, got {check.shape_of(table)}"
+            )
+        if table.device != x.device:
+            raise ValueError(f"{name}: expected the device of x, {x.device}, got {table.device}")
+    check.require_shape("sin", rotary[1], tuple(rotary[0].shape), "that of cos")
+
+
+def _wide_tables(rotary: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """(1|B, N, R / 2), in float32, or float64 where x or a table is."""
+    wide = any(t.dtype == torch.float64 for t in (x, *rotary))
+    dtype = torch.float64 if wide else torch.float32
+    cos, sin = (table.to(dtype) if table.dim() == 3 else table.to(dtype).unsqueeze(0) for table in rotary)
+    return cos, sin
+
+
+def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+    """Heads turned by their position: pairs (a, b) become ``(a cos - b sin, b cos + a sin)``.
+
+    Su et al., "RoFormer: Enhanced Transformer with rotary position embedding" (2021), section 3.2.2.
+
+    Args:
+        x: (B, H, N, D).
+        cos, sin: (N, R / 2) or (B, N, R / 2), R <= D. Computed in float32, or in float64 where x or a table is float64.
+            The channels beyond R stay.
+        interleaved: pairs are channels (2 i, 2 i + 1), as in the paper; otherwise (i, i + R / 2), as in Llama.
+
+    Returns:
+        Like x.
+
+    Raises:
+        TypeError: integer tensors. ValueError: shapes or devices that do not fit.
+
+    Example:
+        >>> angles = torch.arange(5.0)[:, None] * torch.tensor([1.0, 0.01])
+        >>> rotary_embedding(torch.randn(2, 3, 5, 4), angles.cos(), angles.sin()).shape
+        torch.Size([2, 3, 5, 4])
+    """
+    check.require_tensor("x", x)
+    check.require_floating("x", x)
+    if x.dim() != 4:
+        raise ValueError(f"x: expected (B, H, N, D), got {check.shape_of(x)}")
+    check.require_flag("interleaved", interleaved)
+    _checked_rotary((cos, sin), x, x.size(0), x.size(2), (x.size(3),))
+    return reference.rotary(x, *_wide_tables((cos, sin), x), interleaved).to(x.dtype)
+
+
+def qkv_projection(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    heads: Sequence[int],
+    head_dims: Sequence[int],
+    channels_first: bool = False,
+    norms: Sequence[Tensor] = (),
+    norm_eps: float = 1e-6,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    rotated: int = 2,
+    interleaved: bool = False,
+) -> tuple[Tensor, ...]:
+    """Query, key and value from one packed weight.
+
+    Args:
+        x: (B, N, C), or (B, C, *spatial) with ``channels_first``.
+        weight: (Hq * Dk + Hk * Dk + Hv * Dv, C), the rows of q, then k, then v.
+        bias: (Hq * Dk + Hk * Dk + Hv * Dv,).
+        heads: (Hq, Hk, Hv). head_dims: (Dk, Dk, Dv). Any number of parts works the same way.
+        norms: weights (Dk,) of q, or of q and k, whose heads are then normalised: ``y / sqrt(mean(y^2) + norm_eps) *
+            weight`` (Zhang and Sennrich, "Root mean square layer normalization", 2019). In general: of the first parts.
+            Autocast lowers them with the weight. ``norm_eps`` is a number >= 0.
+        rotary: tables (cos, sin) by which the first ``rotated`` parts are turned, after that; see
+            ``rotary_embedding``, also for ``interleaved``.
+
+    Returns:
+        q (B, Hq, N, Dk), k (B, Hk, N, Dk), v (B, Hv, N, Dv), each with a contiguous last dim.
+
+    Raises:
+        TypeError: integer input, or dtypes that differ.
+        ValueError: shapes that do not fit, heads or head dims that are not positive integers, a negative ``norm_eps``.
+
+    Example:
+        >>> q, k, v = qkv_projection(torch.randn(2, 5, 6), torch.randn(24, 6), heads=(4, 1, 1), head_dims=(4, 4, 4))
+        >>> q.shape, v.shape
+        (torch.Size([2, 4, 5, 4]), torch.Size([2, 1, 5, 4]))
+    """
+    tokens = _projection_input(x, channels_first)
+    for name, counts in (("heads", heads), ("head_dims", head_dims)):
+        if not isinstance(counts, (tuple, list)) or not counts:
+            raise ValueError(f"{name}: expected a sequence of positive integers, got {counts!r}")
+        for count in counts:
+            check.require_positive(name, count)
+    if len(heads) != len(head_dims):
+        raise ValueError(f"head_dims: expected as many as heads {tuple(heads)}, got {tuple(head_dims)}")
+    rows = sum(h * d for h, d in zip(heads, head_dims, strict=True))
+    check.require_tensor("weight", weight)
+    if weight.dim() != 2 or weight.size(0) != rows:
+        raise ValueError(f"weight: expected {rows} rows, the sum of heads * head_dims, got {check.shape_of(weight)}")
+    check.require_tensor("bias", bias, optional=True)
+    low = autocast_dtype(x)
+    tokens, weight, bias = lower(tokens, low), lower(weight, low), None if bias is None else lower(bias, low)
+    _checked_linear(tokens, tokens.size(1 if channels_first else 2), weight, bias, rows)
+    finish = HeadFinish()
+    norms = () if norms is None else norms
+    if not isinstance(norms, (tuple, list)):
+        raise TypeError(f"norms: expected a tuple or list of weights, one for each part, got {type(norms).__name__}")
+    if norms or rotary is not None:
+        length = tokens.size(2 if channels_first else 1)
+        finish = _checked_finish(tokens, length, head_dims, norms, norm_eps, rotary, rotated, interleaved, low)
+    layout = Layout(
+        list(heads),
+        list(head_dims),
+        channels_first,
+        finish.eps,
+        finish.rotated,
+        finish.interleaved,
+        may_use_tf32(tokens),
+    )
+    namespace = _place_of_heads(tokens, layout, finish)
+    if finish.cos is not None and (
+        _may_be_differentiated(finish.cos, finish.sin) or finish.cos.dtype.itemsize > max(tokens.dtype.itemsize, 4)
+    ):
+        # The fused operators take tables for constants, in float32 where x is not float64.
+        parts = projection(tokens, weight, bias, HeadFinish(), layout, namespace)
+        return tuple(finish_parts(list(parts), finish))
+    return projection(tokens, weight, bias, finish, layout, namespace)
+
+
+def _place_of_heads(tokens: Tensor, layout: Layout, finish: HeadFinish) -> str:
+    if tokens.device.type == "cpu":  # there is nothing to choose
+        return select("projection_forward", tokens)
+    sizes = list(zip(layout.heads, layout.head_dims, strict=True))
+    inputs = tokens.size(1 if layout.channels_first else 2)
+    normed, rotated = len(finish.norms), finish.rotated
+    whole = layout.head_dims[: max(normed, rotated)]
+    refused = plan.refused(tokens.dtype, [inputs, *layout.head_dims], len(sizes), whole)
+    rows = tokens.numel() // max(inputs, 1)
+    problem = plan.heads_problem(rows, inputs, sizes, normed, rotated, tokens.dtype.itemsize, layout.allow_tf32)
+    return select("projection_forward", tokens, refused, plan.slower(problem, tokens))
+
+
+def _may_be_differentiated(*tables: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(table is not None and table.requires_grad for table in tables)
+
+
+def _checked_finish(
+    tokens: Tensor,
+    length: int,
+    head_dims: Sequence[int],
+    norms: Sequence[Tensor],
+    eps: float,
+    rotary: tuple[Tensor, Tensor] | None,
+    rotated: int,
+    interleaved: bool,
+    low: torch.dtype | None,
+) -> HeadFinish:
+    if len(norms) > len(head_dims):
+        raise ValueError(f"norms: expected at most {len(head_dims)} weights, one for each part, got {len(norms)}")
+    cast = []
+    for norm, dim in zip(norms, head_dims, strict=False):
+        check.require_tensor("norms", norm)
+        check.require_shape("norms", norm, (dim,), "(head dim of the part,)")
+        cast.append(lower(norm, low))
+        check.require_alike("x", tokens, norms=cast[-1])
+    finish = HeadFinish(norms=tuple(cast), eps=check.require_eps("norm_eps", eps))
+    if rotary is None:
+        return finish
+    check.require_flag("interleaved", interleaved)
+    if isinstance(rotated, bool) or not isinstance(rotated, int) or not 1 <= rotated <= len(head_dims):
+        raise ValueError(f"rotated: expected between 1 and the {len(head_dims)} parts, got {rotated!r}")
+    _checked_rotary(rotary, tokens, tokens.size(0), length, head_dims[:rotated])
+    cos, sin = _wide_tables(rotary, tokens)
+    return finish._replace(cos=cos, sin=sin, rotated=rotated, interleaved=bool(interleaved))
+
+
+def _checked_gate(gate: Tensor | None, batch: int, channels: int) -> Tensor | None:
+    """The gate as (1|B, 1, 1|E)."""
+    check.require_tensor("gate", gate, optional=True)
+    if gate is None:
+        return None
+    shape = tuple(gate.shape)
+    if shape in ((), (1,), (channels,)):
+        return gate.reshape(1, 1, -1)
+    if shape in ((batch, channels), (batch, 1, channels)):
+        return gate.reshape(batch, 1, channels)
+    raise ValueError(f"gate: expected one element, (E,) = ({channels},) or (B, E) = ({batch}, {channels}), got {shape}")
+
+
+def merge_heads_projection(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    channels_first: bool = False,
+) -> Tensor:
+    """Heads joined and mapped back to channels: ``residual + gate * (join(x) @ weight^T + bias)``.
+
+    Args:
+        x: (B, H, N, D).
+        weight: (E, H * D).
+        bias: (E,).
+        residual: like the output. Absent, nothing is added.
+        gate: one element (SAGAN's gamma), (E,), or (B, E) (adaptive gates of diffusion Transformers).
+        channels_first: make a feature map.
+
+    Returns:
+        (B, N, E); with ``channels_first`` (B, E, *spatial), the residual's shape, or (B, E, N) without one.
+
+    Raises:
+        TypeError: integer input, or dtypes that differ.
+        ValueError: shapes that do not fit.
+
+    Example:
+        >>> merge_heads_projection(torch.randn(2, 4, 5, 2), torch.randn(6, 8)).shape
+        torch.Size([2, 5, 6])
+    """
+    tensors = {"x": x, "weight": weight, "bias": bias, "residual": residual}
+    for name, tensor in tensors.items():
+        check.require_tensor(name, tensor, optional=name in ("bias", "residual"))
+    check.require_flag("channels_first", channels_first)
+    check.require_floating("x", x)
+    if x.dim() != 4:
+        raise ValueError(f"x: expected (B, H, N, D), got {check.shape_of(x)}")
+    low = autocast_dtype(x)
+    x, weight, bias = lower(x, low), lower(weight, low), None if bias is None else lower(bias, low)
+    _checked_linear(x, x.size(1) * x.size(3), weight, bias, "E")
+    batch, length, channels = x.size(0), x.size(2), weight.size(0)
+    wide_gate = _checked_gate(gate, batch, channels)
+    flat: Tensor | None = None
+    shape: tuple[int, ...] = (batch, channels, length) if channels_first else (batch, length, channels)
+    if residual is not None:
+        # In this order: a length that is compared with channels would be a guard of torch.export.
+        of_map = channels_first and residual.dim() >= 3 and residual.shape[:2] == (batch, channels)
+        if of_map and math.prod(residual.shape[2:]) == length:
+            flat, shape = residual.flatten(2), tuple(residual.shape)
+        else:
+            meaning = "(B, E, *spatial)" if channels_first else "(B, N, E)"
+            check.require_shape("residual", residual, shape, meaning)
+            flat = residual
+    namespace = select("merge_heads_forward", x)
+    if x.device.type != "cpu":
+        refused = plan.refused(x.dtype, [x.size(3), channels])
+        problem = plan.merge_problem(
+            batch * length,
+            x.size(1) * x.size(3),
+            channels,
+            x.dtype.itemsize,
+            may_use_tf32(x),
+            bias=bias is not None,
+            residual=flat is not None,
+            gate=wide_gate is not None,
+            channels_first=channels_first,
+        )
+        namespace = select("merge_heads_forward", x, refused, plan.slower(problem, x))
+    if low is not None and any(t is not None and t.dtype != x.dtype for t in (flat, wide_gate)):
+        # A residual stream kept in float32 stays float32, as torch's own promotion has it.
+        for name, tensor in (("residual", flat), ("gate", wide_gate)):
+            if tensor is not None:
+                check.require_floating(name, tensor)
+                check.require_device(name, tensor, "x", x)
+        y = merge_heads(x, weight, bias, None, None, channels_first, may_use_tf32(x), namespace)
+        if wide_gate is not None:
+            y = y * (wide_gate.transpose(1, 2) if channels_first else wide_gate)
+        return (y if flat is None else flat + y).reshape(shape)
+    check.require_alike("x", x, residual=residual, gate=gate)
+    y = merge_heads(x, weight, bias, flat, wide_gate, channels_first, may_use_tf32(x), namespace)
+    return y.reshape(shape)

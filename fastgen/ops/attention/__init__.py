@@ -1,0 +1,7 @@
+"""Operators of softmax attention."""
+
+from __future__ import annotations
+
+from fastgen.ops.attention import autograd, operators
+
+__all__ = ["autograd", "operators"]

@@ -1,0 +1,326 @@
+"""Attention in plain PyTorch, one tile of scores at a time: O(N) memory, every feature, any device.
+
+Arithmetic is float32 (float64 for float64), whatever the data are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgen import reference
+from fastgen.backend import has_kernel
+
+TILE_BYTES = 4 * 2**20
+"""About how much one tile of scores may hold, so that it stays in cache. Four or five live at a time."""
+
+
+class Options(NamedTuple):
+    """The last arguments of both operators. Query i sees keys i - window_left <= j <= i + window_right, -1 is
+    unbounded; ``allow_tf32`` lets CUDA kernels multiply float32 in tf32."""
+
+    dropout_p: float
+    window_left: int
+    window_right: int
+    scale: float
+    allow_tf32: bool = False
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rows_first(like: Tensor) -> bool:
+    """Whether (B, H, N, D) lies in memory as (B, N, H, D)."""
+    return like.size(1) > 1 and like.stride(1) < like.stride(2)
+
+
+def allocate(like: Tensor, dim: int, in_rows: bool) -> Tensor:
+    """(B, H, N, dim), in memory (B, N, H, dim) with ``in_rows``: merging the heads is then a view.
+
+    Strided from the start: an output that is itself a view may not carry a forward-mode tangent.
+    """
+    shape = (*like.shape[:3], dim)
+    return like.new_empty_strided(shape, strides(shape, in_rows))
+
+
+def strides(shape: tuple[int, int, int, int], in_rows: bool) -> tuple[int, int, int, int]:
+    _, heads, length, dim = shape
+    tail = (dim, heads * dim, 1) if in_rows else (length * dim, dim, 1)
+    return (heads * length * dim, *tail)
+
+
+def allocate_out(query: Tensor, dim: int) -> Tensor:
+    """The output, in the layout of the query."""
+    return allocate(query, dim, rows_first(query))
+
+
+def allocate_grad(like: Tensor) -> Tensor:
+    """A gradient: in rows on CPU, as torch's fused kernel makes it, elsewhere in the layout of its tensor."""
+    return allocate(like, like.size(-1), like.device.type == "cpu" or rows_first(like))
+
+
+def allocate_lse(query: Tensor) -> Tensor:
+    """(B, H, N); on CPU in memory (B, N, H), as torch's fused kernel makes it."""
+    _, heads, length, _ = query.shape
+    tail = (1, heads) if query.device.type == "cpu" else (length, 1)
+    return query.new_empty_strided(query.shape[:3], (heads * length, *tail), dtype=wide(query.dtype))
+
+
+class Tile:
+    """Batches ``b0:b1``, query rows ``i0:i1`` and the key range ``j0:j1`` that the window leaves them.
+
+    Grouped heads are folded into the rows: scores are (b, Hk, G * rows, keys).
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        seed: Tensor | None,
+        options: Options,
+        spans: tuple[int, int, int, int],
+    ) -> None:
+        self.b0, self.b1, self.i0, self.i1 = spans
+        self.query, self.key, self.mask, self.seed, self.options = query, key, mask, seed, options
+        left, right = options.window_left, options.window_right
+        keys = key.size(2)
+        self.j0 = min(max(0, self.i0 - left), keys) if left >= 0 else 0
+        self.j1 = max(self.j0, min(keys, self.i1 + right)) if right >= 0 else keys
+        self.groups = query.size(1) // key.size(1)
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """(B, H, N, D) -> (b, Hk, G * rows, D), in the arithmetic type."""
+        part = tensor[self.b0 : self.b1, :, self.i0 : self.i1].to(wide(tensor.dtype))
+        folded: Tensor = part.unflatten(1, (-1, self.groups)).flatten(2, 3)
+        return folded
+
+    def keys(self, tensor: Tensor) -> Tensor:
+        """(B, Hk, M, D) -> (b, Hk, keys, D), in the arithmetic type."""
+        return tensor[self.b0 : self.b1, :, self.j0 : self.j1].to(wide(tensor.dtype))
+
+    def row_vector(self, tensor: Tensor) -> Tensor:
+        """(B, H, N) -> (b, Hk, G * rows, 1)."""
+        return self.rows(tensor.unsqueeze(-1))
+
+    def per_head(self, scores: Tensor) -> Tensor:
+        """(b, Hk, G * rows, keys) -> a view (b, Hk, G, rows, keys)."""
+        by_head: Tensor = scores.unflatten(2, (self.groups, self.i1 - self.i0))
+        return by_head
+
+    def mask_part(self, mask: Tensor) -> Tensor:
+        """The mask's (1|b, 1|H, 1|rows, 1|keys) part for this tile, a view."""
+        spans = ((self.b0, self.b1), (0, mask.size(1)), (self.i0, self.i1), (self.j0, self.j1))
+        slices = tuple(slice(None) if n == 1 else slice(*s) for n, s in zip(mask.shape, spans, strict=True))
+        return mask[slices]
+
+    def add_mask(self, scores: Tensor, mask: Tensor) -> None:
+        """Adds the mask's part; a boolean one puts -inf where it is False."""
+        part, by_head = self.mask_part(mask), self.per_head(scores)
+        part = part.unflatten(1, (-1, self.groups)) if part.size(1) > 1 else part.unsqueeze(1)
+        by_head.masked_fill_(~part, -math.inf) if part.dtype == torch.bool else by_head.add_(part)
+
+    def add_mask_grad(self, grad_mask: Tensor, grad_scores: Tensor) -> None:
+        """Adds the gradient of the scores to that of the mask, summed where the mask is broadcast."""
+        target = self.mask_part(grad_mask)
+        target += self.per_head(grad_scores).flatten(1, 2).sum_to_size(target.shape)
+
+    def store(self, result: Tensor, part: Tensor) -> None:
+        """Writes (b, Hk, G * rows, D) to its place in (B, H, N, D)."""
+        target = result[self.b0 : self.b1, :, self.i0 : self.i1]
+        target.copy_(part.unflatten(2, (self.groups, -1)).flatten(1, 2))
+
+    def store_row(self, result: Tensor, part: Tensor) -> None:
+        """Writes (b, Hk, G * rows, 1) to its place in (B, H, N)."""
+        self.store(result.unsqueeze(-1), part)
+
+    def scores(self) -> Tensor:
+        scores = torch.matmul(self.rows(self.query) * self.options.scale, self.keys(self.key).transpose(-2, -1))
+        by_head = self.per_head(scores)
+        if self.mask is not None:
+            self.add_mask(scores, self.mask)
+        device = scores.device
+        rows, cols = torch.arange(self.i0, self.i1, device=device), torch.arange(self.j0, self.j1, device=device)
+        allowed = reference.attended(rows, cols, self.options.window_left, self.options.window_right)
+        if allowed is not None:
+            by_head.masked_fill_(~allowed, -math.inf)
+        return scores
+
+    def keep(self, assisted: bool) -> Tensor | None:
+        """The dropout mask over its probability, (b, Hk, G * rows, keys). The compiled helper gives the same bits."""
+        if self.seed is None:
+            return None
+        batch, heads, length, _ = self.query.shape
+        helped = assisted and has_kernel("cpu_dropout_keep", self.seed.device)
+        function = torch.ops.fastgen.cpu_dropout_keep if helped else keep_of_tile
+        rows_per_seed = max(batch // self.seed.numel(), 1) * heads * length
+        queries, keys = (self.i0, self.i1 - self.i0), (self.key.size(2), self.j0, self.j1)
+        sizes = (rows_per_seed, self.b0, self.b1 - self.b0, heads, length, *queries, *keys)
+        keep: Tensor = function(self.seed, *sizes, self.options.dropout_p)
+        shape = (self.b1 - self.b0, self.key.size(1), self.groups * (self.i1 - self.i0), self.j1 - self.j0)
+        if self.query.dtype == torch.float64:  # the factor too
+            keep = keep.sign().double().div_(1 - self.options.dropout_p)
+        return keep.reshape(shape)
+
+
+def keep_of_tile(
+    seed: Tensor,
+    rows_per_seed: int,
+    first_batch: int,
+    batches: int,
+    heads: int,
+    length: int,
+    first_query: int,
+    queries: int,
+    keys: int,
+    first_key: int,
+    last_key: int,
+    p: float,
+) -> Tensor:
+    """Dropout's factors for a range of the batch, of the queries and of the keys, over all heads, in float32."""
+    device = seed.device
+    b = torch.arange(first_batch, first_batch + batches, device=device).reshape(-1, 1, 1)
+    h = torch.arange(heads, device=device).reshape(1, -1, 1)
+    i = torch.arange(first_query, first_query + queries, device=device)
+    rows = ((b * heads + h) * length + i).flatten()
+    first, last = first_key // reference.GROUP, reference.groups_per_row(last_key)
+    groups = reference.groups_per_row(keys)
+    uniform = reference.uniform_rows(seed, rows, rows_per_seed, groups, first, last - first)
+    start = first_key - first * reference.GROUP
+    keep = (uniform[:, start : start + last_key - first_key] >= p).to(torch.float32)
+    return keep.div_(1 - p).reshape(batches, heads, queries, last_key - first_key)
+
+
+def keep_fake(seed: Tensor, *sizes: Any) -> Tensor:
+    _, _, batches, heads, _, _, queries, _, first_key, last_key, _ = sizes
+    return seed.new_empty(batches, heads, queries, last_key - first_key, dtype=torch.float32)
+
+
+def tiles(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    options: Options,
+    tile_bytes: int,
+) -> Iterator[Tile]:
+    batch, heads, length, _ = query.shape
+    if heads == 0:
+        return
+    row_bytes = max(1, heads * key.size(2) * (8 if query.dtype == torch.float64 else 4))
+    batches = max(1, min(batch, tile_bytes // (row_bytes * min(length, 64) or 1)))
+    rows = max(1, min(length, max(16, tile_bytes // (row_bytes * batches))))
+    for b0 in range(0, batch, batches):
+        for i0 in range(0, length, rows):
+            spans = (b0, min(b0 + batches, batch), i0, min(i0 + rows, length))
+            yield Tile(query, key, mask, seed, options, spans)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    options: Options,
+    assisted: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``assisted``: compiled helpers may serve, where there are any."""
+    out, lse = allocate_out(query, value.size(-1)), allocate_lse(query)
+    softmax = torch.ops.fastgen.cpu_attention_softmax if _helped(query, assisted) else softmax_of_tile
+    for tile in tiles(query, key, mask, seed, options, TILE_BYTES):
+        weights = tile.scores()
+        row_lse = weights.new_empty(weights.shape[:-1])
+        softmax(weights, tile.keep(assisted), row_lse)
+        tile.store(out, torch.matmul(weights, tile.keys(value)))
+        tile.store_row(lse, row_lse.unsqueeze(-1))
+    return out, lse
+
+
+def _helped(query: Tensor, assisted: bool) -> bool:
+    return assisted and wide(query.dtype) == torch.float32 and has_kernel("cpu_attention_softmax", query.device)
+
+
+def softmax_of_tile(scores: Tensor, keep: Tensor | None, lse: Tensor) -> None:
+    """Scores (..., keys) become weights, times dropout's factors; their logsumexp goes to lse (...)."""
+    weights, rows = reference.softmax_lse(scores)
+    scores.copy_(weights if keep is None else weights.mul_(keep))
+    lse.copy_(rows)
+
+
+COARSE_LSE = 256.0
+
+
+def lse_is_coarse(lse: Tensor, mask: Tensor | None) -> bool:
+    """Whether e^(S - lse) may be far from a weight: a float mask moved all scores of a row far from 0, and float32 has
+    too few digits there for their logsumexp. Rows hidden by -1e9 are such."""
+    if mask is None or not mask.is_floating_point() or lse.device.type != "cpu" or lse.numel() == 0:
+        return False
+    return bool(lse.masked_fill(lse == -math.inf, 0).abs_().amax() > COARSE_LSE)
+
+
+def _recentred(scores: Tensor) -> Tensor:
+    """Moves the largest score of each row to 0, and returns the logsumexp of what they are now, (..., 1)."""
+    if scores.size(-1) == 0:
+        return scores.new_full((*scores.shape[:-1], 1), -math.inf)
+    top = scores.amax(-1, keepdim=True)
+    return scores.sub_(top.masked_fill_(top == -math.inf, 0)).logsumexp(-1, keepdim=True)
+
+
+def softmax_backward_of_tile(scores: Tensor, grads: Tensor, keep: Tensor | None, lse: Tensor, delta: Tensor) -> None:
+    """Scores become weights, times dropout's factors; grads, those of the weights, become those of the scores.
+
+    lse and delta (..., 1): the logsumexp, and rowsum(dO * O) - dlse.
+    """
+    weights = scores.sub_(lse.masked_fill(lse == -math.inf, 0)).exp_()
+    if keep is not None:
+        grads.mul_(keep)
+    grads.sub_(delta).mul_(weights)
+    if keep is not None:
+        weights.mul_(keep)
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    options: Options,
+    mask_grad: bool,
+    assisted: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``assisted``: compiled helpers may serve, where there are any."""
+    helped = _helped(query, assisted)
+    softmax_backward = torch.ops.fastgen.cpu_attention_softmax_backward if helped else softmax_backward_of_tile
+    dtype = wide(query.dtype)
+    grad_query = allocate_grad(query)
+    grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device)
+    grad_value = torch.zeros(value.shape, dtype=dtype, device=value.device)
+    grad_mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device) if mask is not None and mask_grad else None
+    coarse = lse_is_coarse(lse, mask)
+    for tile in tiles(query, key, mask, seed, options, TILE_BYTES):
+        batch, keys = slice(tile.b0, tile.b1), slice(tile.j0, tile.j1)
+        upstream, weights = tile.rows(grad_out), tile.scores()
+        grad_scores = torch.matmul(upstream, tile.keys(value).transpose(-2, -1))
+        row = (upstream * tile.rows(out)).sum(-1, keepdim=True)
+        if grad_lse is not None:
+            row = row - tile.row_vector(grad_lse)
+        tile_lse = _recentred(weights) if coarse else tile.row_vector(lse).contiguous()
+        softmax_backward(weights, grad_scores, tile.keep(assisted), tile_lse, row.contiguous())
+        grad_value[batch, :, keys] += torch.matmul(weights.transpose(-2, -1), upstream)
+        grad_key[batch, :, keys] += torch.matmul(grad_scores.transpose(-2, -1), tile.rows(query)) * options.scale
+        tile.store(grad_query, torch.matmul(grad_scores, tile.keys(key)) * options.scale)
+        if grad_mask is not None:
+            tile.add_mask_grad(grad_mask, grad_scores)
+    grad_mask = None if grad_mask is None or mask is None else grad_mask.to(mask.dtype)
+    return grad_query, grad_key, grad_value, grad_mask

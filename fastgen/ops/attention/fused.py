@@ -1,0 +1,133 @@
+"""torch's fused attention kernel on CPU, made to take heads of two widths, grouped heads and a gradient of lse."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgen import reference
+from fastgen.ops.attention.blocked import Options, allocate, rows_first, strides, wide
+
+
+def settle(tensor: Tensor, in_rows: bool) -> Tensor:
+    """``tensor`` in the layout that the fake promises."""
+    batch, heads, length, dim = tensor.shape
+    if tensor.stride() == strides((batch, heads, length, dim), in_rows):
+        return tensor
+    return allocate(tensor, dim, in_rows).copy_(tensor)
+
+
+def takes(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seed: Tensor | None, options: Options
+) -> bool:
+    """Whether the kernel computes this: no dropout, no window but causal, a mask or causal but not both.
+
+    It multiplies hidden scores of -inf by the scale, which is no number where that is 0 or negative.
+    """
+    return (
+        query.device.type == "cpu"
+        and seed is None
+        and options.window_left < 0
+        and options.window_right <= 0
+        and not (mask is not None and options.window_right == 0)
+        and not (options.scale <= 0 and options.window_right == 0)
+        and min(query.numel(), key.numel(), value.numel()) > 0
+    )
+
+
+def _pad_heads(tensor: Tensor, dim: int, fill: float | Tensor = 0.0) -> Tensor:
+    """Zero columns up to ``dim``; the first of them takes ``fill`` where one is given."""
+    width = tensor.size(-1)
+    if width == dim and tensor.stride(-1) == 1:
+        return tensor
+    padded = F.pad(tensor, (0, dim - width))
+    if isinstance(fill, Tensor) or fill != 0.0:
+        padded[..., width] = fill
+    return padded
+
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask that the kernel takes beside queries of ``dtype``: of that dtype, or float32 beside 16 bits.
+
+    It also takes float32 beside float64, and reads it as float64, beyond its end.
+    """
+    if mask is None:
+        return None
+    if not mask.is_floating_point():
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
+    return mask if mask.dtype == dtype else mask.to(wide(dtype))
+
+
+SHORTEST_VECTOR_FREE = 16
+"""The kernel compares fewer keys than this one by one, and loses NaN: as wide as the widest vector."""
+
+
+def hides_nan(lse: Tensor, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> bool:
+    """Whether a result may be 0 where the formula gives NaN.
+
+    The kernel takes a row whose scores are all NaN for one that sees no key (out and lse 0) where a row has few keys,
+    and in 16 bits one with an infinite score.
+    """
+    keys = min(query.size(2), key.size(2)) if is_causal else key.size(2)
+    if mask is None and keys < SHORTEST_VECTOR_FREE and int(lse.count_nonzero()) < lse.numel():
+        return True
+    return query.dtype.itemsize == 2 and bool(lse.amax() == math.inf)
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    dim = max(query.size(-1), value.size(-1))
+    mask = _additive(mask, query.dtype)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        _pad_heads(query, dim),
+        reference.expand_heads(_pad_heads(key, dim), query.size(1)),
+        reference.expand_heads(_pad_heads(value, dim), query.size(1)),
+        0.0,
+        is_causal,
+        attn_mask=mask,
+        scale=scale,
+    )
+    if mask is not None:
+        lse.masked_fill_(mask.amax(-1) == -math.inf, -math.inf)
+    return settle(out[..., : value.size(-1)], rows_first(query)), lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """torch's kernel knows no gradient of lse. It takes d = rowsum(dO O), and the wanted d is that minus
+    dl: one padding column more, with dl in dO and -1 in O, subtracts it, and V's zero column keeps the
+    rest as it was."""
+    key_dim, value_dim, heads, key_heads = query.size(-1), value.size(-1), query.size(1), key.size(1)
+    dim = max(key_dim, value_dim + (grad_lse is not None))
+    if dim > max(key_dim, value_dim):
+        dim += -dim % 8
+    grad_query, grad_key, grad_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        _pad_heads(grad_out, dim, 0.0 if grad_lse is None else grad_lse.to(grad_out.dtype)),
+        _pad_heads(query, dim),
+        reference.expand_heads(_pad_heads(key, dim), heads),
+        reference.expand_heads(_pad_heads(value, dim), heads),
+        _pad_heads(out, dim, 0.0 if grad_lse is None else -1.0),
+        lse if mask is None else lse.masked_fill(lse == -math.inf, 0),
+        0.0,
+        is_causal,
+        attn_mask=_additive(mask, query.dtype),
+        scale=scale,
+    )
+    if key_heads != heads:
+        grad_key = grad_key.unflatten(1, (key_heads, -1)).sum(2)
+        grad_value = grad_value.unflatten(1, (key_heads, -1)).sum(2)
+    return grad_query[..., :key_dim], grad_key[..., :key_dim], grad_value[..., :value_dim]

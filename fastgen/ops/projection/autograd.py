@@ -1,0 +1,370 @@
+"""Derivatives of the multi-head projections, which are linear in each argument.
+
+A backward pass that is itself differentiated calls the operators' PyTorch implementation, which autograd records. It is
+a formula of the saved inputs and never calls ``torch.autograd.grad`` on them: one input may have been computed from
+another, and the gradient would go on from there and count that path twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from fastgen import reference
+from fastgen.backend import COMPILED, COMPILED_DTYPES, TORCH, call, has_kernel, outside_autocast
+from fastgen.ops.autograd import (
+    choose,
+    formula_of,
+    in_graph,
+    must_be_differentiable,
+    only_wanted,
+    record,
+    tangent_formula,
+    transforms_active,
+)
+from fastgen.ops.projection import operators
+from fastgen.ops.projection.operators import WIDEST_HELPED, Layout, finish_parts, length_first
+from fastgen.reference import HeadFinish
+
+
+def _to_tokens(x: Tensor, channels_first: bool) -> Tensor:
+    return x.transpose(1, 2) if channels_first else x
+
+
+def _backward_operator(
+    namespace: str, name: str, formula: Callable[..., Any], grads: Sequence[Tensor]
+) -> Callable[..., Any]:
+    """The operator, or its implementation in PyTorch: where somebody differentiates what comes out, and for the batch
+    of gradients of ``torch.autograd.grad(..., is_grads_batched=True)``, which knows no vmap rules of operators."""
+    if must_be_differentiable() or any(torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads):
+        return outside_autocast(formula)
+    return partial(call, namespace, name)
+
+
+def _run_projection(
+    x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, namespace: str
+) -> tuple[Tensor, ...]:
+    return _run_finished(x, weight, bias, HeadFinish(), layout, namespace, keep=False)
+
+
+def _run_finished(
+    x: Tensor, weight: Tensor, bias: Tensor | None, finish: HeadFinish, layout: Layout, namespace: str, keep: bool
+) -> tuple[Tensor, ...]:
+    heads, head_dims, channels_first, eps, rotated, interleaved, allow_tf32 = layout
+    tensors = (x, weight, bias, list(finish.norms), finish.cos, finish.sin)
+    numbers = (heads, head_dims, channels_first, eps, rotated, interleaved, keep, allow_tf32)
+    return tuple(call(namespace, "projection_forward", *tensors, *numbers))
+
+
+def _save_projection(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.save_for_forward(*inputs[:2])
+    ctx.bias = inputs[2] is not None
+    ctx.layout, ctx.namespace = inputs[3:]
+
+
+class _Projection(Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _run_projection(*inputs)
+        _save_projection(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        layout = ctx.layout
+        numbers = (ctx.bias, layout.channels_first, 0.0, 0, False, layout.allow_tf32)
+        backward = _backward_operator(ctx.namespace, "projection_backward", operators.backward, grads)
+        grad_x, grad_weight, grad_bias, _ = backward(list(grads), [], x, weight, [], None, None, *numbers)
+        return (*only_wanted(ctx, 0, grad_x, grad_weight, grad_bias), None, None)
+
+
+class _TransformedProjection(Function):
+    forward = staticmethod(_run_projection)
+    setup_context = staticmethod(_save_projection)
+    backward = _Projection.backward
+    generate_vmap_rule = True
+
+    @staticmethod
+    @tangent_formula
+    def jvp(ctx: Any, saved: list[Any], *tangents: Any) -> tuple[Tensor, ...]:
+        x, weight = saved
+        t_x, t_weight, t_bias = tangents[:3]
+        layout = ctx.layout
+        y = torch.zeros((), dtype=x.dtype, device=x.device)
+        if t_x is not None:
+            y = y + _to_tokens(t_x, layout.channels_first) @ weight.t()
+        if t_weight is not None:
+            y = y + _to_tokens(x, layout.channels_first) @ t_weight.t()
+        if t_bias is not None:
+            y = y + t_bias
+        length = x.size(2 if layout.channels_first else 1)
+        parts = reference.split_heads(y.expand(x.size(0), length, -1), layout.heads, layout.head_dims)
+        return tuple(part.clone() for part in parts)
+
+
+class _FinishedHeads(Function):
+    """One part, by the helper of the CPU. In reverse mode, as the next."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, part: Tensor, norm: Tensor | None, cos: Tensor | None, sin: Tensor | None, *options: Any
+    ) -> Tensor:
+        ctx.save_for_backward(part, norm, cos, sin)
+        ctx.options = options
+        result: Tensor = call(COMPILED, "cpu_finish_heads", part, norm, cos, sin, *options)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        arguments = (grad, *ctx.saved_tensors, *ctx.options)
+        backward = _backward_operator(COMPILED, "cpu_finish_heads_backward", operators.unfinish, [grad])
+        grad_part, grad_norm = backward(*arguments)
+        return (*only_wanted(ctx, 0, grad_part, grad_norm), None, None, None, None)
+
+
+def _finishes(finish: HeadFinish) -> bool:
+    return bool(finish.norms) or finish.cos is not None
+
+
+def _finished(parts: list[Tensor], finish: HeadFinish, namespace: str) -> list[Tensor]:
+    """Parts normalised and turned one by one: in one pass over memory where there is a helper."""
+    helped = namespace == COMPILED and not transforms_active() and has_kernel("cpu_finish_heads", parts[0].device)
+    if not helped or parts[0].dtype not in COMPILED_DTYPES or max(p.size(-1) for p in parts) > WIDEST_HELPED:
+        return finish_parts(parts, finish)
+    finished = list(parts)
+    for i in range(max(len(finish.norms), finish.rotated)):
+        norm = finish.norms[i] if i < len(finish.norms) else None
+        tables = (finish.cos, finish.sin) if i < finish.rotated else (None, None)
+        arguments = (parts[i], norm, *tables, finish.eps, finish.interleaved)
+        function = choose(_FinishedHeads, _FinishedHeads, parts[i], norm)
+        run: Callable[..., Tensor] = partial(call, COMPILED, "cpu_finish_heads")
+        run = run if function is None else function.apply
+        finished[i] = run(*arguments)
+    return finished
+
+
+class _FinishedProjection(Function):
+    """With norms or rotary tables; in reverse mode. A gradient that is differentiated comes from the plain formula."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        finish: HeadFinish,
+        layout: Layout,
+        namespace: str,
+        *norms: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.layout, ctx.namespace = layout, namespace
+        outputs = _run_finished(x, weight, bias, finish, layout, namespace, keep=True)
+        count = len(layout.heads)
+        ctx.save_for_backward(x, weight, bias, finish.cos, finish.sin, *norms, *outputs[count:])
+        ctx.norms = len(norms)
+        return outputs[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, cos, sin, *rest = ctx.saved_tensors
+        norms, kept = rest[: ctx.norms], rest[ctx.norms :]
+        layout = ctx.layout
+        if must_be_differentiable() and norms:
+            # What was kept are constants to autograd.
+            kept = list(projection(x, weight, bias, HeadFinish(), layout, ctx.namespace)[: ctx.norms])
+        numbers = (layout.channels_first, layout.eps, layout.rotated, layout.interleaved, layout.allow_tf32)
+        backward = _backward_operator(ctx.namespace, "projection_backward", operators.backward, grads)
+        grad_x, grad_weight, grad_bias, grad_norms = backward(
+            list(grads), kept, x, weight, norms, cos, sin, bias is not None, *numbers
+        )
+        first = only_wanted(ctx, 0, grad_x, grad_weight, grad_bias)
+        return (*first, None, None, None, *only_wanted(ctx, 6, *grad_norms))
+
+
+def _run_merge(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    channels_first: bool,
+    allow_tf32: bool,
+    namespace: str,
+) -> Tensor:
+    y: Tensor = call(namespace, "merge_heads_forward", x, weight, bias, residual, gate, channels_first, allow_tf32)
+    return y
+
+
+def _save_merge(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, _, gate, ctx.channels_first, ctx.allow_tf32, ctx.namespace = inputs
+    ctx.save_for_backward(x, weight, bias, gate)
+    ctx.save_for_forward(x, weight, bias, gate)
+
+
+class _MergeHeads(Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _run_merge(*inputs)
+        _save_merge(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight, grad_bias, grad_gate = _merge_grads(ctx, grad, *ctx.saved_tensors)
+        return (*only_wanted(ctx, 0, grad_x, grad_weight, grad_bias, grad, grad_gate), None, None, None)
+
+
+def _merge_grads(
+    ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    options = (ctx.channels_first, ctx.allow_tf32)
+    backward = _backward_operator(ctx.namespace, "merge_heads_backward", operators.merge_backward, [grad])
+    if gate is None or gate.size(0) == 1:
+        grads: tuple[Tensor, Tensor, Tensor, Tensor] = backward(grad, x, weight, bias, gate, *options)
+        return grads
+    # Gates of each entry of the batch: their gradient needs the product before them, which is computed again.
+    aligned = _to_tokens(gate, ctx.channels_first)
+    grad_x, grad_weight, grad_bias, _ = backward(grad * aligned, x, weight, bias, None, *options)
+    if not ctx.needs_input_grad[4]:
+        return grad_x, grad_weight, grad_bias, None
+    y = merge_heads(x, weight, bias, None, None, *options, ctx.namespace)
+    return grad_x, grad_weight, grad_bias, _to_tokens((grad * y).sum_to_size(aligned.shape), ctx.channels_first)
+
+
+class _TransformedMergeHeads(Function):
+    forward = staticmethod(_run_merge)
+    setup_context = staticmethod(_save_merge)
+    backward = _MergeHeads.backward
+    generate_vmap_rule = True
+
+    @staticmethod
+    @tangent_formula
+    def jvp(ctx: Any, saved: list[Any], *tangents: Any) -> Tensor:
+        x, weight, bias, gate = saved
+        t_x, t_weight, t_bias, t_residual, t_gate = tangents[:5]
+        tokens = reference.join_heads(x)
+        t_y = x.new_zeros(x.size(0), x.size(2), weight.size(0))
+        if t_x is not None:
+            t_y = t_y + reference.join_heads(t_x) @ weight.t()
+        if t_weight is not None:
+            t_y = t_y + tokens @ t_weight.t()
+        if t_bias is not None:
+            t_y = t_y + t_bias
+        t_y = t_y if gate is None else gate * t_y
+        if t_gate is not None:
+            y = tokens @ weight.t()
+            t_y = t_y + t_gate * (y if bias is None else y + bias)
+        t_y = _to_tokens(t_y, ctx.channels_first)
+        return t_y if t_residual is None else t_y + t_residual
+
+
+def _by_pytorch(name: str, tokens: Tensor, namespace: str) -> bool:
+    """Whether PyTorch's own linear map serves, with its own derivatives: no kernel does, and it copies no tokens."""
+    by_kernel = namespace == COMPILED and has_kernel(name, tokens.device)
+    if by_kernel or namespace not in (COMPILED, TORCH):
+        return False
+    return tokens.is_contiguous() or tokens.size(0) == 1 or length_first(tokens)
+
+
+@in_graph
+def projection(
+    x: Tensor, weight: Tensor, bias: Tensor | None, finish: HeadFinish, layout: Layout, namespace: str
+) -> tuple[Tensor, ...]:
+    """``projection_forward`` with derivatives of every order."""
+    if not layout.channels_first and _by_pytorch("projection_forward", x, namespace):
+        tokens = x.transpose(0, 1) if length_first(x) else x
+        y = torch.nn.functional.linear(tokens, weight, bias)
+        y = y if tokens is x else y.transpose(0, 1)
+        parts = reference.split_heads(y, layout.heads, layout.head_dims)
+        return tuple(_finished(parts, finish, namespace) if _finishes(finish) else parts)
+    if _finishes(finish):
+        if transforms_active() or (namespace == COMPILED and has_kernel("cpu_finish_heads", x.device)):
+            parts = list(projection(x, weight, bias, HeadFinish(), layout, namespace))
+            return tuple(_finished(parts, finish, namespace))
+        finished = choose(_FinishedProjection, _FinishedProjection, x, weight, bias, *finish.norms)
+        if finished is None:
+            return _run_finished(x, weight, bias, finish, layout, namespace, keep=False)
+        return tuple(finished.apply(x, weight, bias, finish, layout, namespace, *finish.norms))
+    function = choose(_Projection, _TransformedProjection, x, weight, bias)
+    if function is None:
+        return _run_projection(x, weight, bias, layout, namespace)
+    return tuple(function.apply(x, weight, bias, layout, namespace))
+
+
+def _merge_by_pytorch(
+    tokens: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gate: Tensor | None
+) -> Tensor:
+    if gate is not None and gate.size(0) == 1 and weight.dtype.itemsize >= 4:
+        # A gate that the batch shares becomes part of the weight: no pass over the tokens, forwards or backwards. Its
+        # gradient would suffer where the weight's is rounded to 16 bits.
+        rows = gate.reshape(-1)
+        weight, bias, gate = weight * rows.unsqueeze(1), None if bias is None else bias * rows, None
+    flipped = length_first(tokens)
+    y = torch.nn.functional.linear(tokens.transpose(0, 1) if flipped else tokens, weight, bias)
+    y = y.transpose(0, 1) if flipped else y
+    y = y if gate is None else gate * y
+    return y if residual is None else residual + y
+
+
+@in_graph
+def merge_heads(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    channels_first: bool,
+    allow_tf32: bool,
+    namespace: str,
+) -> Tensor:
+    """``merge_heads_forward`` with derivatives of every order."""
+    tokens = reference.join_heads(x)
+    if not channels_first and _by_pytorch("merge_heads_forward", tokens, namespace):
+        return _merge_by_pytorch(tokens, weight, bias, residual, gate)
+    arguments = (x, weight, bias, residual, gate, channels_first, allow_tf32, namespace)
+    function = choose(_MergeHeads, _TransformedMergeHeads, x, weight, bias, residual, gate)
+    if function is None:
+        return _run_merge(*arguments)
+    result: Tensor = function.apply(*arguments)
+    return result
+
+
+# --------------------------------------------------------------------------------------------------
+# Operators called by name, in exported programs
+
+
+def _recorded_projection(
+    namespace: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norms: list[Tensor],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *numbers: Any,
+) -> list[Tensor]:
+    heads, head_dims, channels_first, eps, rotated, interleaved, keep, allow_tf32 = numbers
+    finish = HeadFinish(tuple(norms), eps, cos, sin, rotated, interleaved)
+    layout = Layout(heads, head_dims, channels_first, eps, rotated, interleaved, allow_tf32)
+    parts = list(projection(x, weight, bias, HeadFinish(), layout, namespace))
+    return [*operators.finish_parts_in_layout(parts, finish), *(parts[: len(norms)] if keep else [])]
+
+
+def _recorded_merge(namespace: str, *args: Any) -> Tensor:
+    x, weight, bias, residual, gate, channels_first, allow_tf32 = args
+    return merge_heads(x, weight, bias, residual, gate, channels_first, allow_tf32, namespace)
+
+
+record("projection_forward", _recorded_projection)
+record("projection_backward", formula_of(operators.backward))
+record("merge_heads_forward", _recorded_merge)
+record("merge_heads_backward", formula_of(operators.merge_backward))
+record("cpu_finish_heads", formula_of(operators.finish_heads))
+record("cpu_finish_heads_backward", formula_of(operators.finish_heads_backward))

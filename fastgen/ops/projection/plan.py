@@ -1,0 +1,189 @@
+"""Which way a projection takes on a GPU: the fused kernels, or PyTorch's product (cuBLAS) and passes of its own for
+what is around it.
+
+By roofline, until it is measured: every product takes as long as its arithmetic or its memory, and every pass its
+memory, forward and backward together. The kernels multiply by mma.sync, which on Hopper reaches about 60 % of what
+cuBLAS's wgmma does (Luo et al., "Benchmarking and dissecting the Nvidia Hopper GPU architecture", 2024); what they save
+is passes over memory.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgen._dynamo import constant, is_dynamo_compiling
+
+
+class Chip(NamedTuple):
+    """FLOP/s of dense products and bytes/s, from data sheets, and what share of the first the two ways should reach."""
+
+    name: str
+    half: float
+    tf32: float
+    single: float
+    bandwidth: float
+    kernel_share: float
+    library_share: float
+
+
+CHIPS = {
+    8: Chip("A100", 312e12, 156e12, 19.5e12, 2.0e12, kernel_share=0.65, library_share=0.8),
+    9: Chip("H200", 989e12, 494e12, 67e12, 4.8e12, kernel_share=0.45, library_share=0.7),
+    12: Chip("RTX 5090", 209e12, 105e12, 105e12, 1.8e12, kernel_share=0.7, library_share=0.8),
+}
+"""By the major number of the compute capability."""
+
+LAUNCH = 4e-6
+"""Seconds that a launch costs at least, kernel after kernel."""
+
+
+class Problem(NamedTuple):
+    """A product of (tokens, inputs) and (inputs, outputs), and the passes around it.
+
+    ``forward_passes`` and ``backward_passes``: how often a matrix of the outputs' size is read or written besides,
+    where every step has a kernel of its own, and ``launches`` of these; ``kernel_passes``: by the fused kernels.
+    ``filled``: the share of the kernels' tiles that is not padding.
+    """
+
+    tokens: int
+    inputs: int
+    outputs: int
+    element_size: int
+    allow_tf32: bool = False
+    forward_passes: float = 0.0
+    backward_passes: float = 0.0
+    launches: int = 0
+    kernel_passes: float = 0.0
+    kernel_launches: int = 0
+    filled: float = 1.0
+
+
+class Estimate(NamedTuple):
+    """Seconds of forward and backward, either way."""
+
+    kernel: float
+    library: float
+
+    @property
+    def takes_library(self) -> bool:
+        return self.library < self.kernel
+
+
+def _product(problem: Problem, chip: Chip, rate: float) -> float:
+    flops = 2.0 * problem.tokens * problem.inputs * problem.outputs
+    elements = problem.tokens * (problem.inputs + problem.outputs) + problem.inputs * problem.outputs
+    return max(flops / rate, elements * problem.element_size / chip.bandwidth)
+
+
+@lru_cache(maxsize=4096)
+def estimate(problem: Problem, major: int) -> Estimate:
+    """For a GPU of that major compute capability; an unknown one counts as the newest known."""
+    chip = CHIPS.get(major, CHIPS[max(CHIPS)])
+    narrow = problem.element_size == 2
+    # float32 at float32 accuracy is three products in tf32.
+    tensor_cores = chip.half if narrow else chip.tf32 if problem.allow_tf32 else chip.tf32 / 3
+    library = chip.half if narrow else chip.tf32 if problem.allow_tf32 else chip.single
+    outputs = problem.tokens * problem.outputs * problem.element_size / chip.bandwidth
+    by_kernel = 3 * _product(problem, chip, tensor_cores * chip.kernel_share * problem.filled)
+    by_library = 3 * _product(problem, chip, library * chip.library_share)
+    passes = problem.forward_passes + problem.backward_passes
+    return Estimate(
+        by_kernel + problem.kernel_passes * outputs + (4 + problem.kernel_launches) * LAUNCH,
+        by_library + passes * outputs + (3 + problem.launches) * LAUNCH,
+    )
+
+
+def heads_problem(
+    tokens: int,
+    inputs: int,
+    sizes: list[tuple[int, int]],
+    normed: int,
+    rotated: int,
+    element_size: int,
+    allow_tf32: bool = False,
+) -> Problem:
+    """Of ``qkv_projection``: sizes are (heads, head dim) of each part."""
+    outputs = sum(h * d for h, d in sizes)
+    of_norms = sum(h * d for h, d in sizes[:normed]) / outputs
+    of_turns = sum(h * d for h, d in sizes[:rotated]) / outputs
+    tile = 128
+    whole = sizes[: max(normed, rotated)]
+    used = sum(h * d for h, d in whole) + sum(h * d for h, d in sizes[len(whole) :])
+    paid = sum(h * d * tile / (tile // d * d) if d <= tile else h * d for h, d in whole) + sum(
+        h * d for h, d in sizes[len(whole) :]
+    )
+    # Around cuBLAS: float32 copies, normalisation, halves, products, and back; and the gradients joined. One launch for
+    # each part's product, about fourteen for each part that is normalised or turned.
+    return Problem(
+        tokens,
+        inputs,
+        outputs,
+        element_size,
+        allow_tf32,
+        forward_passes=6 * of_norms + 12 * of_turns,
+        backward_passes=3 + 10 * of_norms + 12 * of_turns,
+        launches=len(sizes) + 2 + 14 * max(normed, rotated),
+        kernel_passes=of_norms + 3 * max(of_norms, of_turns),
+        kernel_launches=2 * max(normed, rotated),
+        filled=used / paid,
+    )
+
+
+def merge_problem(
+    tokens: int,
+    inputs: int,
+    outputs: int,
+    element_size: int,
+    allow_tf32: bool = False,
+    *,
+    bias: bool = False,
+    residual: bool = False,
+    gate: bool = False,
+    channels_first: bool = False,
+) -> Problem:
+    """Of ``merge_heads_projection``. cuBLAS adds a bias itself, but not along the tokens of a feature map."""
+    forward = (2.0 if residual else 0.0) + (2.0 if bias and channels_first else 0.0)
+    launches = int(residual) + int(bias and channels_first) + int(bias) + (6 if gate else 0)
+    return Problem(tokens, inputs, outputs, element_size, allow_tf32, forward, float(bias), launches)
+
+
+def refused(
+    dtype: torch.dtype, channels: list[int], parts: int = 1, whole_heads: list[int] | None = None
+) -> str | None:
+    """Why the kernels do not take a projection of these channels and head dims; None where they do."""
+    chunk = 16 // dtype.itemsize
+    for size in channels:
+        if size == 0 or size % chunk:
+            return f"the projection kernels take channels and head dims that are multiples of {chunk}, not {size}"
+    if parts > MOST_PARTS:
+        return f"the projection kernels take up to {MOST_PARTS} parts, not {parts}"
+    widest = max(whole_heads or [0])
+    if widest > WIDEST_FINISHED:
+        return f"the projection kernels normalise and turn heads of up to {WIDEST_FINISHED} channels, not {widest}"
+    return None
+
+
+MOST_PARTS = 4
+WIDEST_FINISHED = 128
+
+
+def _major(tensor: Tensor) -> int:
+    return torch.cuda.get_device_capability(tensor.device)[0]
+
+
+@constant
+def _constant_major(tensor: Tensor) -> int:
+    return _major(tensor)
+
+
+def slower(problem: Problem, tensor: Tensor) -> bool:
+    """Whether the kernels are taken to be the slower way for tensors like this one; sizes that torch.compile keeps open
+    take the kernels."""
+    if tensor.device.type != "cuda" or not all(isinstance(size, int) for size in problem[:3]):
+        return False
+    major = _constant_major(tensor) if is_dynamo_compiling() else _major(tensor)
+    return estimate(problem, major).takes_library

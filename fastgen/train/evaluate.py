@@ -1,0 +1,290 @@
+"""A trained model judged on held-out items: likelihoods, distances of samples in a named feature space, harmonics."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import safetensors
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from fastgen import metrics
+from fastgen.data import Items
+from fastgen.data._files import read_bytes
+from fastgen.models import TRANSLATED, Images, Sounds, option
+from fastgen.models._checksum import KEY, UNSEALED, is_whole, seal
+from fastgen.train.card import write_card
+from fastgen.train.config import TrainConfig
+from fastgen.train.errors import UsageError
+from fastgen.train.evaluation import Thinned, scores
+from fastgen.train.files import write_whole
+from fastgen.train.folder import RunFolder
+from fastgen.train.report import write_report
+from fastgen.train.run import data_of, split
+from fastgen.train.sharding import leave, make_accelerator
+from fastgen.train.trained import Trained, check_seed, joined, open_run
+
+Space = Literal["auto", "classifier", "rotations", "inception", "none"]
+FEATURES_FORMAT = "fastgen-features"
+MOST = 10_000  # items of a split that are looked at
+MOST_EACH = 10**6  # of what is drawn, and how often
+SOUNDS = 32  # drawn at most: they take seconds each
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How to judge. ValueError names the field, what was expected and what came."""
+
+    n: int = option(1000, f"images to draw for distances; sounds for their harmonics, at most {SOUNDS}")
+    importance: int = option(50, "posterior samples of the importance-weighted bound; 0 leaves it out")
+    features: Space = option(
+        "auto", "of distances; auto: a classifier trained on the data, or rotations without labels"
+    )
+    k: int = option(5, "neighbours of precision, recall, density and coverage")
+    resamples: int = option(200, "of the distances' intervals; 0: none")
+    batch_size: int = option(256, "items at once")
+    seed: int = option(0, "of all noise")
+    device: str = option("auto", "cpu, cuda, ...; auto: cuda if there is one")
+
+    def __post_init__(self) -> None:
+        for name in ("n", "k", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        for name in ("importance", "resamples"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
+        for name in ("n", "k", "batch_size", "importance", "resamples"):
+            if getattr(self, name) > MOST_EACH:
+                raise ValueError(f"{name}: expected at most {MOST_EACH}, got {getattr(self, name)}")
+        if self.features not in get_args(Space):
+            raise ValueError(f"features: expected one of {', '.join(get_args(Space))}, got {self.features!r}")
+        check_seed(self.seed)
+
+
+def evaluate(folder: RunFolder, config: EvaluateConfig) -> list[metrics.Figure]:
+    """Every figure that the model of a run has, kept in evaluation.json and the report.
+
+    Raises:
+        FileNotFoundError, ValueError: no run, or a checkpoint that does not fit. UsageError: options or data that do
+        not fit the run.
+    """
+    trained = open_run(folder, config.device)
+    data = data_of(trained.header, folder)
+    train, held_out = split(data, trained.model.config)
+    accelerator = make_accelerator(TrainConfig(batch_size=1), trained.model.device)
+    try:
+        with torch.no_grad():
+            figures = _likelihoods(trained, held_out, config, accelerator)
+            if trained.model.kind in TRANSLATED or (trained.model.kind == "images" and config.features != "none"):
+                judge = {"images": _distances, "domains": _domains, "pairs": _pairs}[trained.model.kind]
+                figures += judge(trained, data.name, train, held_out, config, folder)
+            if trained.model.kind == "audio":
+                figures += _sounds(trained, held_out, config)
+    finally:
+        leave(accelerator)
+    kept = {"step": trained.step, "settings": asdict(config), "figures": [asdict(figure) for figure in figures]}
+    write_whole(folder.evaluation, (json.dumps(kept, indent=2) + "\n").encode())
+    write_report(folder.path)
+    if folder.pretrained.is_dir():
+        write_card(folder, trained.model)
+    return figures
+
+
+def _likelihoods(
+    trained: Trained, items: Items, config: EvaluateConfig, accelerator: Accelerator
+) -> list[metrics.Figure]:
+    model = trained.model
+
+    def call(method: str, *args: Any, **options: Any) -> Any:
+        return getattr(model, method)(*args, **options)
+
+    def of_items(method: str, seed: int) -> dict[str, Tensor]:
+        return scores(call, items, config.batch_size, accelerator, method, seed)
+
+    values = of_items("score", config.seed)
+    if not values:
+        return []
+    if hasattr(model, "log_weights") and config.importance:
+        draws = (of_items("log_weights", config.seed + k)["log_weights"] for k in range(config.importance))
+        values["iwae"] = metrics.importance_weighted_bound(draws)
+    judged = model.kind == "images" and not values.keys().isdisjoint(("iwae", "elbo", "nll"))
+    dims = items.batch(torch.tensor([0]))["images"][0].numel() if judged else None
+    return metrics.summarise(values, dims, seed=config.seed)
+
+
+def _distances(
+    trained: Trained, name: str, train: Items, held_out: Items, config: EvaluateConfig, folder: RunFolder
+) -> list[metrics.Figure]:
+    real, known = _all(held_out, config), _all(train, config)
+    space = _space(name, known, real, config, folder, trained)
+    generator = torch.Generator().manual_seed(config.seed)
+    drawn = joined(list(trained.draw(config.n, trained.model.sampling_class(), generator)))
+    assert isinstance(drawn, Images)
+    pixels = drawn.pixels.float().clamp(0, 1).cpu()
+    figures = metrics.evaluate_images(
+        real["images"],
+        pixels,
+        space,
+        training=known["images"],
+        k=config.k,
+        resamples=config.resamples,
+        seed=config.seed,
+    )
+    if drawn.labels is not None and space.kind == "classifier":
+        figures.append(metrics.class_agreement(pixels, drawn.labels, space))
+    return figures
+
+
+def _domains(
+    trained: Trained, name: str, train: Items, held_out: Items, config: EvaluateConfig, folder: RunFolder
+) -> list[metrics.Figure]:
+    """Distances in both directions; "auto" features come from a classifier of the two domains."""
+    if config.features == "none":
+        return []
+    real, known = _all(held_out, config), _all(train, config)
+    space = _space(name, _as_classes(known), _as_classes(real), config, folder, trained)
+    figures = []
+    for source, target in (("a", "b"), ("b", "a")):
+        options = trained.model.sampling_class(direction=f"{source}-to-{target}")
+        figures += metrics.evaluate_domains(
+            real[target],
+            _translated(trained, held_out, options, config),
+            real[source],
+            space,
+            name=f"{source} to {target}",
+            training=known[target],
+            label="ab".index(target),
+            resamples=config.resamples,
+            seed=config.seed,
+        )
+    return figures
+
+
+def _pairs(
+    trained: Trained, name: str, train: Items, held_out: Items, config: EvaluateConfig, folder: RunFolder
+) -> list[metrics.Figure]:
+    """Errors against the targets, and distances from them."""
+    real, known = _all(held_out, config), _all(train, config)
+    outputs = _translated(trained, held_out, trained.model.sampling_class(), config)
+    if config.features == "none":
+        return metrics.evaluate_pairs(outputs, real["targets"], real["inputs"], seed=config.seed)
+    space = _space(name, {"images": known["targets"]}, {"images": real["targets"]}, config, folder, trained)
+    return metrics.evaluate_pairs(
+        outputs,
+        real["targets"],
+        real["inputs"],
+        space,
+        training=known["targets"],
+        resamples=config.resamples,
+        seed=config.seed,
+    )
+
+
+def _sounds(trained: Trained, held_out: Items, config: EvaluateConfig) -> list[metrics.Figure]:
+    """Whether they have a pitch; nothing of sounds too short to tell."""
+    model_config: Any = trained.model.config
+    if model_config.length < metrics.SHORTEST * model_config.sample_rate:
+        return []
+    generator = torch.Generator().manual_seed(config.seed)
+    drawn = joined(list(trained.draw(min(config.n, SOUNDS), trained.model.sampling_class(), generator)))
+    assert isinstance(drawn, Sounds)
+    real = _all(Thinned(held_out, SOUNDS), config)["audio"]
+    return metrics.evaluate_sounds(real, drawn.waves, drawn.sample_rate, resamples=config.resamples, seed=config.seed)
+
+
+def _as_classes(domains: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Images of both domains, a as class 0."""
+    labels = torch.arange(2).repeat_interleave(torch.tensor([len(domains["a"]), len(domains["b"])]))
+    return {"images": torch.cat([domains["a"], domains["b"]]), "labels": labels}
+
+
+def _translated(trained: Trained, items: Items, options: Any, config: EvaluateConfig) -> Tensor:
+    """What becomes of the items that ``_all`` gives, on the CPU."""
+    generator = torch.Generator().manual_seed(config.seed)
+    drawn = joined(list(trained.translate(Thinned(items, MOST), options, generator)))
+    assert isinstance(drawn, Images)
+    return drawn.pixels.float().clamp(0, 1).cpu()
+
+
+def _all(items: Items, config: EvaluateConfig) -> dict[str, Tensor]:
+    """All items on the CPU; of large sets ``MOST``, evenly spaced."""
+    items = Thinned(items, MOST)
+
+    def blocks() -> Iterator[dict[str, Tensor]]:
+        for indices in torch.arange(len(items)).split(config.batch_size):
+            yield {name: tensor.cpu() for name, tensor in items.batch(indices).items()}
+
+    found = list(blocks())
+    return {name: torch.cat([block[name] for block in found]) for name in found[0]}
+
+
+def _space(
+    name: str,
+    known: dict[str, Tensor],
+    real: dict[str, Tensor],
+    config: EvaluateConfig,
+    folder: RunFolder,
+    trained: Trained,
+) -> metrics.FeatureSpace:
+    """The feature space, trained once for a run and kept in its folder; on the model's device."""
+    kind, name = config.features, Path(name).name if Path(name).exists() else name
+    if kind == "auto":
+        kind = "classifier" if "labels" in known else "rotations"
+    if kind == "classifier" and "labels" not in known:
+        raise UsageError(f"features: expected rotations or inception for {name}, which has no classes, got classifier")
+    if kind == "inception":
+        return metrics.inception_features().to(trained.model.device)
+    wanted = {"format": FEATURES_FORMAT, "kind": kind, "fingerprint": trained.header.fingerprint}
+    kept = _kept_space(folder, wanted, known["images"], trained.model.device)
+    if kept is not None:
+        return kept
+    with torch.enable_grad():
+        if kind == "classifier":
+            held_out = (real["images"], real["labels"])
+            space = metrics.classifier_features(known["images"], known["labels"], held_out=held_out, data=name)
+        else:
+            space = metrics.rotation_features(known["images"], data=name)
+    tensors, meta = space.state()
+    data = safetensors.torch.save(tensors, {**wanted, "meta": json.dumps(meta), **UNSEALED})
+    write_whole(folder.features, seal(data))
+    return space.to(trained.model.device)
+
+
+def _kept_space(
+    folder: RunFolder, wanted: dict[str, str], images: Tensor, device: torch.device
+) -> metrics.FeatureSpace | None:
+    """The space of an earlier evaluation, if it is there, and of these data.
+
+    Args:
+        images: which it was trained on.
+
+    Raises:
+        ValueError: the file is damaged: distances in what it holds would mean nothing.
+    """
+    path = folder.features
+    if not path.exists():
+        return None
+    again = "remove it, and it is made again"
+    data = read_bytes(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            found = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        if not is_whole(data):
+            raise ValueError("its digest differs")
+        if {name: found.get(name) for name in wanted} != wanted:
+            return None
+        space = metrics.FeatureSpace.from_state(tensors, json.loads(found["meta"])).to(device)
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: expected a feature space, got a damaged file ({error}); {again}") from error
+    if KEY not in found:  # of an earlier version: features of mean 0 and deviation 1, or not what was trained
+        std, mean = torch.std_mean(space(images), dim=0)
+        if not (float((std - 1).abs().median()) < 0.1 and float(mean.abs().median()) < 0.1):
+            raise ValueError(f"{path}: expected features of mean 0 and deviation 1, got others: damaged? {again}")
+    return space

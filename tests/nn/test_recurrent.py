@@ -1,0 +1,704 @@
+"""LSTM and GRU against torch's: values, derivatives of both orders, sequences of any kind, what accelerators do."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import itertools
+import pickle
+import warnings
+import weakref
+
+import pytest
+import torch
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
+from torch.utils.checkpoint import checkpoint
+
+from fastgen import losses, nn
+from fastgen.nn import recurrent
+from fastgen.ops.recurrent import autograd as implementation
+from fastgen.testing import assert_accurate
+
+T, B, C, H = 4, 3, 3, 5
+BOTH = ["LSTM", "GRU"]
+OPTIONS = [
+    {"num_layers": layers, "bias": bias, "batch_first": batch_first, "bidirectional": bidirectional}
+    for layers, bias, batch_first, bidirectional in itertools.product((1, 2), *[(True, False)] * 3)
+]
+GRID = [(name, options, given) for name in BOTH for options in OPTIONS for given in {False, options["num_layers"] == 2}]
+GRID += [("LSTM", {**options, "proj_size": 2}, options["num_layers"] == 2) for options in OPTIONS]
+
+
+class _Library(torch.autograd.Function):
+    """What cuDNN is to torch: one backward pass, in training mode only, everything lowered under autocast."""
+
+    @staticmethod
+    def forward(ctx, stack, batch_sizes, train, *tensors):
+        low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            ctx.leaves = [t.detach().requires_grad_() for t in tensors]
+            lowered = [t if low is None else t.to(low) for t in ctx.leaves]
+            arguments = implementation._arguments(stack, batch_sizes, lowered)
+            ctx.results = KEPT["torch_recurrence"](stack, *arguments, 0.0, train)
+        ctx.train = train
+        ctx.save_for_backward(*tensors)
+        return tuple(result.detach() for result in ctx.results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        if not ctx.train:
+            raise RuntimeError("cudnn RNN backward can only be called in training mode")
+        if ctx.saved_tensors:
+            CALLS.append("backward")
+        gradients = torch.autograd.grad(ctx.results, ctx.leaves, grads, retain_graph=True, materialize_grads=True)
+        return None, None, None, *gradients
+
+
+def _as_library(stack, data, batch_sizes, states, weights, probability=0.0, train=True):
+    CALLS.append("forward")
+    if torch.is_grad_enabled():
+        assert not (probability and train), "its mask is lost"
+    return _Library.apply(stack, batch_sizes, train, data, *states, *weights)
+
+
+KEPT = {"torch_recurrence": implementation.torch_recurrence}
+CALLS: list[str] = []
+
+
+def pretend(monkeypatch):
+    CALLS.clear()
+    monkeypatch.setattr(implementation, "accelerated", lambda device: True)
+    monkeypatch.setattr("fastgen.functional.recurrent.accelerated", lambda device: True)
+    monkeypatch.setattr(implementation, "torch_recurrence", _as_library)
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """CPU tensors go where those of a GPU go, to an implementation that can be differentiated once."""
+    pretend(monkeypatch)
+    return CALLS
+
+
+@pytest.fixture(params=["cpu", "as on a GPU", "cuda"])
+def device(request, monkeypatch):
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if request.param == "as on a GPU":
+        pretend(monkeypatch)
+    return torch.device("cuda" if request.param == "cuda" else "cpu")
+
+
+def normal(*shape, device="cpu"):
+    return torch.randn(*shape, dtype=torch.float64, device=device)
+
+
+def pair(name, device="cpu", dtype=torch.float64, **options):
+    """torch's layer and ours, of the same state dict."""
+    theirs = getattr(torch.nn, name)(C, H, **options).to(device, dtype)
+    ours = getattr(nn, name)(C, H, **options).to(device, dtype)
+    assert not any(ours.load_state_dict(theirs.state_dict()))
+    return theirs, ours
+
+
+def flat(results):
+    """(output, h) or (output, (h, c)) as tensors, a packed output as its rows."""
+    output, last = results
+    output = output.data if isinstance(output, PackedSequence) else output
+    return [output, *(last if isinstance(last, tuple) else (last,))]
+
+
+def states_of(layer, batch, device="cpu"):
+    rows = layer.num_layers * (2 if layer.bidirectional else 1)
+    h = normal(rows, batch, layer.proj_size or H, device=device)
+    return (h, normal(rows, batch, H, device=device)) if layer.mode == "LSTM" else h
+
+
+def scalar(tensors):
+    return sum((t.sin() * torch.linspace(0.5, 1.5, t.numel()).to(t).reshape(t.shape)).sum() for t in tensors)
+
+
+def derivatives(layer, x, hx=None):
+    """The results, the gradients of a number made of them, and the gradients of those gradients' squares."""
+    x = x.detach().clone().requires_grad_()
+    hx = (
+        ()
+        if hx is None
+        else tuple(t.detach().clone().requires_grad_() for t in (hx if isinstance(hx, tuple) else [hx]))
+    )
+    given = None if not hx else hx if layer.mode == "LSTM" else hx[0]
+    results = flat(layer(x, given))
+    inputs = [x, *hx, *layer.parameters()]
+    plain = torch.autograd.grad(scalar(results), inputs, retain_graph=True)
+    first = torch.autograd.grad(scalar(results), inputs, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+    return [*results, *plain, *first, *second]
+
+
+def assert_all_close(results, expected):
+    for a, b in zip(results, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# --------------------------------------------------------------------------------------------------
+# In place of torch's
+
+
+@pytest.mark.parametrize(("name", "options", "given"), GRID, ids=str)
+def test_values_and_both_orders_agree_with_torch_s(device, name, options, given):
+    theirs, ours = pair(name, device, **options)
+    x = normal(*((B, T) if options["batch_first"] else (T, B)), C, device=device)
+    hx = states_of(ours, B, device) if given else None
+    with torch.backends.cudnn.flags(enabled=False):
+        expected = derivatives(theirs, x, hx)
+    assert_all_close(derivatives(ours, x, hx), expected)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["zeros", "hx"])
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[12], OPTIONS[13]], ids=str)
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("kind", ["sorted", "unsorted", "padded", "unbatched"])
+def test_sequences_of_any_kind(device, kind, name, options, given):
+    theirs, ours = pair(name, device, **options)
+    leaf = normal(T + 1, B, C, device=device)
+
+    def sequence(x):
+        if kind == "unbatched":
+            return x[:, 0]
+        if kind == "padded":
+            return pack_padded_sequence(x, [2, 5, 1], enforce_sorted=False)
+        lengths = [5, 2, 2] if kind == "sorted" else [2, 5, 3]
+        return pack_sequence([x[:n, i] for i, n in enumerate(lengths)], enforce_sorted=kind == "sorted")
+
+    hx = states_of(ours, B, device) if given else None
+    if given and kind == "unbatched":
+        hx = tuple(t[:, 0] for t in hx) if name == "LSTM" else hx[:, 0]
+
+    class Around(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer, self.mode = layer, layer.mode
+
+        def forward(self, x, hx):
+            return self.layer(sequence(x), hx)
+
+    with torch.backends.cudnn.flags(enabled=False):
+        expected = derivatives(Around(theirs), leaf, hx)
+    assert_all_close(derivatives(Around(ours), leaf, hx), expected)
+    for result, wanted in zip(ours(sequence(leaf), hx)[0], theirs(sequence(leaf), hx)[0], strict=True):
+        torch.testing.assert_close(result, wanted)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_on_cpu_the_bits_are_torch_s_dropout_included(name):
+    theirs, ours = pair(name, dtype=torch.float32, num_layers=3, dropout=0.5)
+    x = torch.randn(T, B, C)
+    for train in (True, False):
+        torch.manual_seed(1)
+        expected = flat(theirs.train(train)(x))
+        torch.manual_seed(1)
+        for a, b in zip(flat(ours.train(train)(x)), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_nothing_but_the_class_differs(name):
+    theirs, ours = pair(name, num_layers=2, dropout=0.1)
+    assert vars(theirs).keys() == vars(ours).keys()
+    assert isinstance(ours, getattr(torch.nn, name))
+    assert str(theirs) == str(ours)
+    x, expected = normal(T, B, C), None
+    for layer in (ours.eval(), copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert type(layer) is getattr(nn, name)
+        results = flat(layer(x))
+        expected = expected or results
+        assert_all_close(results, expected)
+
+
+def test_the_example_works():
+    assert doctest.testmod(recurrent).failed == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "input", "hx", "error", "text"),
+    [
+        ("LSTM", None, None, TypeError, "input: expected a tensor, got NoneType"),
+        ("LSTM", torch.zeros(T, B, 4), None, ValueError, r"input: expected \(T, B, 3\) or \(T, 3\), got \(4, 3, 4\)"),
+        ("GRU", torch.zeros(4), None, ValueError, r"input: expected \(T, B, 3\) or \(T, 3\), got \(4,\)"),
+        ("GRU", torch.zeros(1, T, B, C), None, ValueError, r"input: expected .* got \(1, 4, 3, 3\)"),
+        ("GRU", pack_sequence([torch.zeros(2, 4)]), None, ValueError, r"input: expected \(rows, 3\), got \(2, 4\)"),
+        (
+            "LSTM",
+            torch.zeros(T, B, C).double(),
+            None,
+            TypeError,
+            "input: expected the dtype of the weights, torch.float32",
+        ),
+        ("LSTM", torch.zeros(0, B, C), None, ValueError, r"input: expected at least one time step, got \(0, 3, 3\)"),
+        ("GRU", torch.zeros(0, B, C), None, ValueError, r"input: expected at least one time step, got \(0, 3, 3\)"),
+        (
+            "GRU",
+            torch.zeros(T, B, C),
+            torch.zeros(1, H),
+            ValueError,
+            r"hx: expected shape .* = \(1, 3, 5\), got \(1, 5\)",
+        ),
+        (
+            "GRU",
+            torch.zeros(T, C),
+            torch.zeros(1, 1, H),
+            ValueError,
+            r"hx: expected shape .* = \(1, 5\), got \(1, 1, 5\)",
+        ),
+        ("GRU", torch.zeros(T, B, C), torch.zeros(1, 4, H), ValueError, r"hx: expected shape .* = \(1, 3, 5\), got"),
+        ("GRU", torch.zeros(T, B, C), (torch.zeros(1, B, H),) * 2, TypeError, "hx: expected a tensor, got tuple"),
+        (
+            "LSTM",
+            torch.zeros(T, B, C),
+            (torch.zeros(1, B, H), torch.zeros(1, B, 2)),
+            ValueError,
+            r"hx\[1\]: expected shape",
+        ),
+        ("LSTM", torch.zeros(T, B, C), torch.zeros(1, B, H), TypeError, r"hx: expected a pair \(h, c\), got Tensor"),
+        ("GRU", pack_sequence([torch.zeros(2, C)]), torch.zeros(1, 2, H), ValueError, r"hx: .* = \(1, 1, 5\), got"),
+        ("GRU", torch.zeros(T, B, C).long(), None, TypeError, "input: expected a floating-point tensor"),
+        (
+            "GRU",
+            torch.zeros(T, B, C),
+            torch.zeros(1, B, H).double(),
+            TypeError,
+            "hx: expected the dtype of the weights",
+        ),
+        (
+            "LSTM",
+            torch.zeros(T, B, C),
+            (torch.zeros(1, B, H), torch.zeros(1, B, H).half()),
+            TypeError,
+            r"hx\[1\]: expected the dtype of the weights, torch.float32, got torch.float16",
+        ),
+        (
+            "GRU",
+            torch.zeros(T, B, C),
+            torch.zeros(1, B, H, device="meta"),
+            ValueError,
+            "hx: expected the device of the weights, cpu, got meta",
+        ),
+        ("GRU", PackedSequence(torch.zeros(5, C), torch.tensor([3, 1])), None, ValueError, r"5 rows, got \[3, 1\]"),
+        ("GRU", PackedSequence(torch.zeros(5, C), torch.tensor([2, 3])), None, ValueError, r"5 rows, got \[2, 3\]"),
+        ("LSTM", PackedSequence(torch.zeros(3, C), torch.tensor([2, 1, 0])), None, ValueError, r"got \[2, 1, 0\]"),
+        ("LSTM", PackedSequence(torch.zeros(0, C), torch.tensor([]).long()), None, ValueError, r"0 rows, got \[\]"),
+    ],
+)
+def test_bad_input_is_named(name, input, hx, error, text):
+    with pytest.raises(error, match=text):
+        getattr(nn, name)(C, H)(input, hx)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_autocast_refuses_what_it_does_not_lower(name):
+    layer = getattr(nn, name)(C, H)
+    states = torch.zeros(1, B, H).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(TypeError, match="input: expected the dtype of the weights"):
+            layer(torch.zeros(T, B, C).double())
+        with pytest.raises(TypeError, match="input: expected a floating-point tensor"):
+            layer(torch.zeros(T, B, C).long())
+        with pytest.raises(TypeError, match=r"hx(\[0\])?: expected the dtype of the weights"):
+            layer(torch.zeros(T, B, C), (states, states) if name == "LSTM" else states)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_meta_tensors_give_shapes_and_gradients_of_both_orders(name):
+    theirs, ours = pair(name, num_layers=2)
+    wanted = derivatives(theirs, normal(T, B, C))
+    for a, b in zip(derivatives(ours.to("meta"), normal(T, B, C, device="meta")), wanted, strict=True):
+        assert a.device.type == "meta"
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+def test_bad_arguments_of_the_constructor_are_torch_s():
+    with pytest.raises(ValueError, match="proj_size has to be smaller than hidden_size"):
+        nn.LSTM(C, H, proj_size=H)
+    with pytest.raises(ValueError, match="dropout should be a number in range"):
+        nn.GRU(C, H, 2, dropout=1.5)
+    with pytest.raises(ValueError, match="proj_size argument is only supported for LSTM"):
+        nn.GRU(C, H, proj_size=2)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_no_sequences(device, name):
+    theirs, ours = pair(name, device)
+    assert_all_close(flat(ours(normal(T, 0, C, device=device))), flat(theirs(normal(T, 0, C, device=device))))
+
+
+# --------------------------------------------------------------------------------------------------
+# Derivatives
+
+
+class Critic(torch.nn.Module):
+    """A recurrent discriminator of (B, T, C)."""
+
+    def __init__(self, recurrent, heads):
+        super().__init__()
+        self.recurrent, self.head = recurrent, torch.nn.Linear(heads, 1, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.head(self.recurrent(x)[0].mean(1))
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_gradient_penalty_through_a_recurrent_discriminator(device, name):
+    theirs, ours = pair(name, device, num_layers=2, batch_first=True, bidirectional=True)
+    real, fake = normal(2, B, T, C, device=device)
+    results = []
+    for layer in (theirs, ours):
+        torch.manual_seed(4)
+        critic = Critic(layer, 2 * H).to(device)
+        torch.manual_seed(5)
+        with torch.backends.cudnn.flags(enabled=layer is ours):
+            loss = critic(fake).mean() - critic(real).mean() + 10 * losses.gradient_penalty(critic, real, fake)
+            loss.backward()
+        results.append([loss.detach(), *(p.grad for p in critic.parameters())])
+    assert_all_close(*results)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("name", BOTH)
+def test_finite_differences(device, name, bidirectional):
+    layer = getattr(nn, name)(2, 2, bidirectional=bidirectional).to(device, torch.float64)
+    names, values = zip(*layer.named_parameters(), strict=True)
+    inputs = [t.detach().requires_grad_() for t in (normal(2, 2, 2, device=device), *values)]
+
+    def call(x, *weights):
+        return tuple(flat(functional_call(layer, dict(zip(names, weights, strict=True)), (x,))))
+
+    assert gradcheck(call, inputs, check_forward_ad=device.type == "cpu", fast_mode=True)
+    assert gradgradcheck(call, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", BOTH)
+def test_forward_mode_and_transforms(device, name, dtype):
+    """torch's float32 LSTM has no forward mode on CPU, and no layer of its has a vmap."""
+    theirs, ours = pair(name, device, dtype, num_layers=2, bidirectional=True)
+    theirs = theirs.double()
+    x, d = normal(2, T, B, C, device=device)
+    f = lambda layer: lambda x: scalar(flat(layer(x)))  # noqa: E731
+    with torch.backends.cudnn.flags(enabled=False):
+        leaf = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(f(theirs)(leaf), leaf, create_graph=True)
+        (curved,) = torch.autograd.grad((slope * d).sum(), leaf)
+    x, d, ours_f = x.to(dtype), d.to(dtype), f(ours)
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(ours_f(forward_ad.make_dual(x, d))).tangent
+    results = {
+        "jvp": (torch.func.jvp(ours_f, (x,), (d,))[1], (slope * d).sum()),
+        "dual": (dual, (slope * d).sum()),
+        "grad": (torch.func.grad(ours_f)(x), slope),
+        "vmap": (torch.func.vmap(torch.func.grad(ours_f))(torch.stack([d, x]))[1], slope),
+        "jvp of grad": (torch.func.jvp(torch.func.grad(ours_f), (x,), (d,))[1], curved),
+        "grad of jvp": (torch.func.grad(lambda x: torch.func.jvp(ours_f, (x,), (d,))[1])(x), curved),
+    }
+    for name, (result, expected) in results.items():
+        torch.testing.assert_close(result, expected.detach().to(dtype), msg=name)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_the_weights_of_functional_call_are_differentiated(device, name):
+    _, ours = pair(name, device, num_layers=2)
+    x, values = normal(T, B, C, device=device), dict(ours.named_parameters())
+    expected = torch.autograd.grad(scalar(flat(ours(x))), values.values())
+    results = torch.func.grad(lambda values: scalar(flat(functional_call(ours, values, (x,)))))(values)
+    assert_all_close(results.values(), expected)
+    single = copy.deepcopy(ours).float()
+    assert_all_close(flat(functional_call(single, values, (x,))), flat(ours(x)))
+    assert_all_close(flat(single(x.float())), flat(copy.deepcopy(single)(x.float())))
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_an_input_computed_from_a_weight_counts_once(device, name):
+    """The gradient that is differentiated ends at the layer: what leads to its inputs is autograd's to add."""
+    theirs, ours = pair(name, device, num_layers=1)
+    x = normal(T, B, C, device=device)
+
+    def twice(layer):
+        weight = layer.weight_ih_l0
+        y = scalar(flat(layer((x @ weight.T @ weight).sin())))
+        (first,) = torch.autograd.grad(y, weight, create_graph=True)
+        return [first, *torch.autograd.grad(first.square().sum(), layer.parameters())]
+
+    with torch.backends.cudnn.flags(enabled=False):
+        expected = twice(theirs)
+    assert_all_close(twice(ours), expected)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_third_derivative(device, name):
+    theirs, ours = pair(name, device)
+    x = normal(2, 2, C, device=device).requires_grad_()
+
+    def third(layer):
+        y = scalar(flat(layer(x)))
+        for _ in range(2):
+            y = torch.autograd.grad(y, x, create_graph=True)[0].square().sum()
+        return torch.autograd.grad(y, [x, *layer.parameters()])
+
+    with torch.backends.cudnn.flags(enabled=False):
+        expected = third(theirs)
+    assert_all_close(third(ours), expected)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_the_gradient_of_one_result_alone(device, which):
+    theirs, ours = pair("LSTM", device, num_layers=2, proj_size=2)
+    x = normal(T, B, C, device=device).requires_grad_()
+    for create in (False, True):
+        results = [
+            torch.autograd.grad(
+                flat(layer(x))[which].square().sum(),
+                [x, *layer.parameters()],
+                create_graph=create,
+                materialize_grads=True,
+            )
+            for layer in (ours, theirs)
+        ]
+        assert_all_close(*results)
+
+
+def test_dropout_has_one_mask_in_every_derivative(device):
+    """One draw for all: finite differences of the gradient, with the random numbers of the same seed."""
+    layer = nn.LSTM(2, 2, num_layers=3, dropout=0.5).to(device, torch.float64)
+    x = normal(2, 2, 2, device=device).requires_grad_()
+
+    def call(x):
+        torch.manual_seed(7)
+        return tuple(flat(layer(x)))
+
+    assert gradcheck(call, [x])
+    assert gradgradcheck(call, [x])
+    expected = torch.func.jvp(call, (x.detach(),), (torch.ones_like(x),))[1]
+    if device.type == "cpu":
+        theirs = torch.nn.LSTM(2, 2, num_layers=3, dropout=0.5).double()
+        theirs.load_state_dict(layer.state_dict())
+        results = call(x)
+        torch.manual_seed(7)
+        assert_all_close(results, flat(theirs(x)))
+        torch.manual_seed(7)
+        slope = torch.autograd.grad(flat(theirs(x))[0].sum(), x)[0].sum()
+        torch.testing.assert_close(expected[0].sum(), slope)
+    assert torch.equal(flat(layer.eval()(x))[0], flat(layer(x))[0])
+
+
+def test_a_checkpoint_that_first_runs_without_gradients_draws_the_same_dropout(device):
+    layer = nn.GRU(C, H, num_layers=3, dropout=0.5).to(device, torch.float64)
+    x = normal(T, B, C, device=device).requires_grad_()
+    results = []
+    for call in (layer, lambda x: checkpoint(layer, x, use_reentrant=True)):
+        x.grad = None
+        torch.manual_seed(7)
+        call(x)[0].square().sum().backward()
+        results.append(x.grad)
+    torch.testing.assert_close(*results)
+
+
+# --------------------------------------------------------------------------------------------------
+# As on a GPU: torch's implementation has one backward pass
+
+
+def test_the_substitute_is_as_strict_as_cudnn(library):
+    """Else the tests above would show nothing."""
+    layer = torch.nn.LSTM(C, H).double()
+    stack = implementation.Recurrence("LSTM", True, 1, False, False)
+    x = normal(T, B, C).requires_grad_()
+    zeros = [torch.zeros(1, B, H, dtype=torch.float64)] * 2
+
+    def call(train):
+        return scalar(implementation.torch_recurrence(stack, x, None, zeros, list(layer.parameters()), 0.0, train))
+
+    (first,) = torch.autograd.grad(call(True), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+    with pytest.raises(RuntimeError, match="training mode"):
+        torch.autograd.grad(call(False), x)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("name", BOTH)
+def test_the_library_serves_what_it_can(library, monkeypatch, name, train):
+    """Training takes its forward and backward passes; the recurrence is called where those do not reach."""
+    _, ours = pair(name)
+    ours.train(train)
+    calls = []
+    recurrence = implementation.recurrence
+    monkeypatch.setattr(implementation, "recurrence", lambda *a: calls.append("recurrence") or recurrence(*a))
+    x = normal(T, B, C).requires_grad_()
+    with torch.no_grad():
+        ours(x)
+    assert library == ["forward"]
+    ours(x)[0].sum().backward()
+    assert library == ["forward", "forward", "backward"]
+    assert not calls
+    torch.autograd.grad(ours(x)[0].sum(), x, create_graph=True)
+    assert library == ["forward", "forward", "backward", "forward"]
+    assert calls == ["recurrence"]
+
+
+def test_frozen_weights_and_inputs_get_no_gradient(library):
+    theirs, ours = pair("GRU", num_layers=2)
+    x = normal(T, B, C)
+    for layer in (theirs, ours):
+        layer.requires_grad_(False)
+        layer.weight_hh_l1.requires_grad_()
+        layer(x)[0].square().sum().backward()
+    assert [p.grad is None for p in ours.parameters()] == [p.grad is None for p in theirs.parameters()]
+    torch.testing.assert_close(ours.weight_hh_l1.grad, theirs.weight_hh_l1.grad)
+
+
+def test_a_freed_graph_and_a_written_input_raise_as_in_torch(library):
+    _, ours = pair("LSTM")
+    x = normal(T, B, C).requires_grad_()
+    loss = ours(x)[0].sum()
+    loss.backward(retain_graph=True)
+    kept = x.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(x.grad, 2 * kept)
+    with pytest.raises(RuntimeError, match="Trying to backward through the graph a second time"):
+        loss.backward()
+    loss = ours(x)[0].sum()
+    with torch.no_grad():
+        ours.weight_hh_l0.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_kept_loss_keeps_no_activations(library):
+    _, ours = pair("LSTM")
+    loss = ours(normal(T, B, C).requires_grad_())[0].sum()
+    node = loss.grad_fn.next_functions[0][0]
+    held = weakref.ref(node.inner[1][0].node)
+    assert "_Library" in held().name()
+    loss.backward()
+    assert held() is None
+
+
+def test_a_batch_of_gradients(library):
+    theirs, ours = pair("GRU", num_layers=2)
+    x = normal(T, B, C).requires_grad_()
+    output = ours(x)[0]
+    grads = normal(2, *output.shape)
+    (results,) = torch.autograd.grad(output, x, grads, is_grads_batched=True)
+    assert_all_close(results, [torch.autograd.grad(theirs(x)[0], x, grad)[0] for grad in grads])
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_checkpoints(device, name):
+    theirs, ours = pair(name, device, num_layers=2)
+
+    class Checkpointed(torch.nn.Module):
+        mode = name
+
+        def forward(self, x, hx):
+            return checkpoint(ours, x, use_reentrant=False)
+
+        def parameters(self):
+            return ours.parameters()
+
+    x = normal(T, B, C, device=device)
+    with torch.backends.cudnn.flags(enabled=False):
+        expected = derivatives(theirs, x)
+    assert_all_close(derivatives(Checkpointed(), x), expected)
+
+
+# --------------------------------------------------------------------------------------------------
+# Low precision, compiled and exported
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", BOTH)
+def test_autocast(device, name, dtype):
+    """Under autocast torch's LSTM raises on a CPU whose oneDNN does not have it; ours then is in the lower dtype."""
+    theirs, ours = pair(name, device, torch.float32, num_layers=2)
+    x = torch.randn(T, B, C, device=device)
+    plain = copy.deepcopy(theirs).to(dtype)
+    exact = derivatives(theirs.double(), x.double())
+    with torch.backends.cudnn.flags(enabled=False):
+        rough = derivatives(plain, x.to(dtype))
+    with torch.autocast(device.type, dtype=dtype):
+        results = derivatives(ours, x)
+        tangent = torch.func.jvp(lambda x: ours(x)[0], (x,), (torch.ones_like(x),))[0]
+    assert tangent.dtype == results[0].dtype
+    for index, (result, low, wanted) in enumerate(zip(results, rough, exact, strict=True)):
+        assert_accurate(result.to(dtype), low, wanted, str(index), allowance=torch.finfo(dtype).eps)
+    if name == "LSTM" or implementation.accelerated(device):
+        assert results[0].dtype == dtype
+    assert all(r.dtype == torch.float32 for r in results[-len(list(ours.parameters())) :])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", BOTH)
+def test_second_derivatives_in_half_precision(device, name, dtype):
+    theirs, ours = pair(name, device, dtype, num_layers=2)
+    x = torch.randn(3 * T, B, C, device=device, dtype=dtype)
+    with torch.backends.cudnn.flags(enabled=False):
+        rough = derivatives(theirs, x)
+        exact = derivatives(theirs.double(), x.double())
+    for index, (result, low, wanted) in enumerate(zip(derivatives(ours, x), rough, exact, strict=True)):
+        assert_accurate(result, low, wanted, str(index), allowance=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", BOTH)
+def test_autocast_gives_torch_s_dtypes_where_torch_works(name, packed):
+    theirs, ours = pair(name, dtype=torch.float32)
+    x = torch.randn(T, B, C)
+    sequence = pack_padded_sequence(x, [T, T, 2]) if packed else x
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        try:
+            expected = flat(theirs(sequence))
+        except RuntimeError:
+            pytest.skip("oneDNN has no LSTM in bfloat16 for this processor")
+        for a, b in zip(flat(ours(sequence)), expected, strict=True):
+            assert a.dtype == b.dtype
+
+
+def test_compiled(device):
+    """torch.compile leaves recurrent layers out of its graphs unless told to take them, ours like torch's."""
+    _, ours = pair("LSTM", device)
+    x = normal(2, B, C, device=device)
+    f = lambda x: scalar(flat(ours(x)))  # noqa: E731
+    inputs = [x.clone().requires_grad_(), *ours.parameters()]
+    expected = torch.autograd.grad(f(inputs[0]), inputs)
+    torch._dynamo.reset()
+    left_out = torch.compile(f, backend="aot_eager")
+    assert_all_close(torch.autograd.grad(left_out(inputs[0]), inputs), expected)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(allow_rnn=True):
+        whole = torch.compile(f, backend="aot_eager", fullgraph=True)
+        assert_all_close(torch.autograd.grad(whole(inputs[0]), inputs), expected)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_exported(name):
+    _, ours = pair(name, num_layers=2, bidirectional=True)
+    x = normal(T, B, C)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the list of weights was assigned to, as for torch's
+        program = torch.export.export(ours, (x,), strict=True)
+    assert_all_close(flat(program.module()(x)), flat(ours(x)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", BOTH)
+def test_torch_s_cudnn_has_no_second_derivative_and_ours_does(name):
+    theirs, ours = pair(name, "cuda", num_layers=2)
+    x = normal(T, B, C, device="cuda").requires_grad_()
+    for layer, works in ((theirs, False), (ours, True)):
+        (first,) = torch.autograd.grad(layer(x)[0].square().sum(), x, create_graph=True)
+        if works:
+            first.sum().backward()
+        else:
+            with pytest.raises(RuntimeError, match="_cudnn_rnn_backward"):
+                first.sum().backward()

@@ -1,0 +1,80 @@
+"""Where a module stands: an import goes down the floors of the package, never up, nor across to another family."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import fastgen
+
+PACKAGE = Path(fastgen.__file__).parent
+
+FLOORS = [
+    ("reference", "checks", "version", "vocabulary", "_dynamo", "_shared_objects"),
+    ("backend",),
+    ("ops.transforms", "ops._batching", "ops._checks"),
+    ("ops.autograd",),
+    ("ops.attention", "ops.latent", "ops.projection", "ops.recurrent"),
+    ("ops",),
+    ("environment",),
+    ("functional",),
+    ("nn", "losses"),
+    ("models", "integrations", "metrics", "data"),
+    ("testing", "bench", "train"),
+    ("cli",),
+    ("__main__", ""),
+]
+"""From the ground up: packages and modules of fastgen. The last is the package's own ``__init__``."""
+
+APART = ("ops.attention", "ops.latent", "ops.projection", "ops.recurrent")
+"""On one floor, but never importing each other."""
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+
+
+def place(module: str) -> tuple[int, str] | None:
+    """The floor, and the longest name in FLOORS that the module belongs to."""
+    found = [(len(name), level, name) for level, names in enumerate(FLOORS) for name in names if within(module, name)]
+    return max(found)[1:] if found else None
+
+
+def within(module: str, name: str) -> bool:
+    return module == name or (name != "" and module.startswith(name + "."))
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules of fastgen that a file imports anywhere, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    known = {module_of(file) for file in PACKAGE.rglob("*.py")}
+    out = set()
+    for name in names:
+        module = name.removeprefix("fastgen.") if name.startswith("fastgen.") else "" if name == "fastgen" else None
+        while module and module not in known:  # a name that a module defines
+            module = module.rpartition(".")[0]
+        if module is not None:
+            out.add(module)
+    return out
+
+
+def test_every_module_stands_on_a_floor_and_imports_only_go_down() -> None:
+    wrong, seen = [], 0
+    for path in sorted(PACKAGE.rglob("*.py")):
+        module = module_of(path)
+        here = place(module)
+        assert here is not None, f"{module} is on no floor"
+        for target in imported_modules(path) - {module}:
+            there = place(target)
+            assert there is not None, target
+            seen += 1
+            across = here[1] in APART and there[1] in APART and here[1] != there[1]
+            if there[0] > here[0] or across:
+                wrong.append(f"{module} imports {target}")
+    assert not wrong
+    assert seen > 200
