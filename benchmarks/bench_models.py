@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.twins import TWINS
 from fastgen.data import DataConfig, load_data
-from fastgen.models import MODELS, Batch, GenerativeModel, Moment, from_data
+from fastgen.models import MODELS, Batch, GenerativeModel, StepContext, from_data
 from fastgen.train.run import split
 
 CASES = {
@@ -67,7 +67,7 @@ def trainer(module: nn.Module, like: GenerativeModel, batch: Batch, steps: int) 
                 module.requires_grad_(False)
                 for weight in weights:
                     weight.requires_grad_(True)
-                loss = module.loss(phase.name, batch, Moment(1, 1))["loss"]
+                loss = module.loss(phase.name, batch, StepContext(1, 1))["loss"]
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

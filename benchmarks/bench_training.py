@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from fastgen.data import DataConfig, load_data
-from fastgen.models import MODELS, GenerativeModel, Moment, from_data
+from fastgen.models import MODELS, GenerativeModel, StepContext, from_data
 from fastgen.testing import interleaved_times, median_ratio
 from fastgen.train.checkpoint import Header
 from fastgen.train.config import TrainConfig
@@ -58,7 +58,7 @@ def by_hand(name: str) -> Callable[[], None]:
         for _ in range(STEPS):
             step = next(steps)
             batch = items.batch(torch.randint(len(items), (config.batch_size,)))
-            loss = model.loss(phase.name, batch, Moment(step, NEVER))["loss"]
+            loss = model.loss(phase.name, batch, StepContext(step, NEVER))["loss"]
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, config.clip)
@@ -78,13 +78,13 @@ def by_fastgen(name: str, folder: Path) -> tuple[Callable[[], None], Accelerator
     engine = Engine(model, config, NEVER, accelerator)
     trainer = Trainer(engine, splits, RunFolder(folder), Header(name, {}, {}, {}, ""))
     progress = Progress(NEVER, 0, trainer.epoch_steps, quiet=True)
-    wish = type("Wish", (), {"asked": False})()
+    stop = type("StopRequest", (), {"asked": False})()
 
     def run() -> None:
         engine.total = engine.step + STEPS
         trainer._evaluate = lambda progress: None  # type: ignore[method-assign]
         trainer.draw = trainer.save = lambda: None  # type: ignore[method-assign]
-        trainer.run(progress, wish)
+        trainer.run(progress, stop)
 
     return run, accelerator
 

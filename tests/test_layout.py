@@ -16,6 +16,7 @@ FLOORS = [
     ("ops.autograd",),
     ("ops.attention", "ops.latent", "ops.projection", "ops.recurrent"),
     ("ops",),
+    ("batch",),
     ("environment",),
     ("functional",),
     ("nn", "losses"),

@@ -17,7 +17,7 @@ class GANTwin(nn.Module):
     def labels(self, batch) -> tuple[Tensor, ...]:
         return ()
 
-    def loss(self, phase, batch, moment) -> dict[str, Tensor]:
+    def loss(self, phase, batch, context) -> dict[str, Tensor]:
         images, labels, config = batch["images"], self.labels(batch), self.config
         hinge, noise = config.loss == "hinge", torch.randn(len(images), config.latent_dim, device=images.device)
         if phase == "generator":

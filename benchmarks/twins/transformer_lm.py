@@ -56,6 +56,6 @@ class TransformerLMTwin(nn.Module):
             x = block(x, self.cos[:length], self.sin[:length])
         return F.linear(self.norm(x), self.embedding.weight)
 
-    def loss(self, phase, batch, moment) -> dict[str, Tensor]:
+    def loss(self, phase, batch, context) -> dict[str, Tensor]:
         tokens = batch["tokens"]
         return {"loss": F.cross_entropy(self(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())}

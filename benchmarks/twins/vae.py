@@ -29,7 +29,7 @@ class VAETwin(nn.Module):
     def noise(self, mu: Tensor) -> Tensor:
         return torch.randn_like(mu)
 
-    def loss(self, phase, batch, moment) -> dict[str, Tensor]:
+    def loss(self, phase, batch, context) -> dict[str, Tensor]:
         images, trials = batch["images"], self.config.levels - 1
         mu, logvar = self.encoder(2 * images.flatten(1) - 1).chunk(2, dim=1)
         z = mu + self.noise(mu) * torch.exp(0.5 * logvar)
@@ -46,5 +46,5 @@ class VAETwin(nn.Module):
             + torch.lgamma(alpha + beta) - torch.lgamma(alpha) - torch.lgamma(beta)
         )  # fmt: skip
         nll = -log_prob.flatten(1).sum(1)
-        warm = self.config.beta * min(1.0, moment.step / max(1, self.config.kl_warmup))
+        warm = self.config.beta * min(1.0, context.step / max(1, self.config.kl_warmup))
         return {"loss": nll.mean() + warm * kl.mean(), "nll": nll.mean(), "kl": kl.mean()}

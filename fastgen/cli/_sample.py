@@ -45,12 +45,12 @@ def run(words: list[str]) -> None:
         except (TypeError, ValueError) as error:
             raise CommandError(str(error), USAGE) from error
         trained.model.to(choose_device(device))
-        exhibit = sample(trained, n, options, seed, items)
-        if isinstance(exhibit, Texts) and not out:
-            print("\n\n".join(exhibit.texts))
+        samples = sample(trained, n, options, seed, items)
+        if isinstance(samples, Texts) and not out:
+            print("\n\n".join(samples.texts))
             return
-        path = Path(out or "samples" + SUFFIXES[type(exhibit)])
-        write_samples(exhibit, path)
+        path = Path(out or "samples" + SUFFIXES[type(samples)])
+        write_samples(samples, path)
     except UsageError as error:
         raise CommandError(str(error), USAGE) from error
     print(path)

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from fastgen.models._averaging import settle, settled
-from fastgen.models._base import (
+from fastgen.models.attention_gan import AttentionGAN, AttentionGANConfig
+from fastgen.models.base import (
     KINDS,
     TRANSLATED,
     Batch,
-    Exhibit,
     GenerativeModel,
     Images,
-    Moment,
     NoOptions,
     Phase,
+    Samples,
     Sounds,
+    StepContext,
     Texts,
     from_data,
     option,
     to_pixels,
 )
-from fastgen.models.attention_gan import AttentionGAN, AttentionGANConfig
 from fastgen.models.cdcgan import CDCGAN, CDCGANConfig
 from fastgen.models.cgan import CGAN, CGANConfig
 from fastgen.models.conv_vae import ConvVAE, ConvVAEConfig
@@ -39,6 +38,7 @@ from fastgen.models.transgan import TransGAN, TransGANConfig
 from fastgen.models.vae import VAE, VAEConfig
 from fastgen.models.vq_vae import VQVAE, VQVAEConfig
 from fastgen.models.wavenet import WaveNet, WaveNetConfig
+from fastgen.nn.averaging import settle, settled
 
 _ALL: tuple[type[GenerativeModel], ...] = (
     *(GAN, CGAN, DCGAN, CDCGAN, SAGAN, AttentionGAN, StyleGAN, TransGAN, RecurrentGAN),
@@ -73,7 +73,6 @@ __all__ = [
     "CycleGAN",
     "CycleGANConfig",
     "DCGANConfig",
-    "Exhibit",
     "FlowVAE",
     "FlowVAEConfig",
     "GANConfig",
@@ -81,7 +80,6 @@ __all__ = [
     "ImageTransformer",
     "ImageTransformerConfig",
     "Images",
-    "Moment",
     "NoOptions",
     "Phase",
     "Pix2Pix",
@@ -89,9 +87,11 @@ __all__ = [
     "RecurrentGAN",
     "RecurrentGANConfig",
     "SAGANConfig",
+    "Samples",
     "Seq2Seq",
     "Seq2SeqConfig",
     "Sounds",
+    "StepContext",
     "StyleGAN",
     "StyleGANConfig",
     "Texts",

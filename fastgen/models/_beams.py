@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastgen.checks import require_not_negative, require_positive
-from fastgen.models._base import option
-from fastgen.models._sampling import Chooser
 from fastgen.models._tokens import END, PADDING, START
+from fastgen.models.base import option
+from fastgen.models.decoding import Chooser
 
 
 @dataclass(frozen=True)

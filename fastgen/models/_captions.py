@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastgen.models._inputs import require_tokens
+from fastgen.batch import require_tokens
 from fastgen.models._tokens import require_known
 
 

@@ -8,8 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fastgen.models._base import Batch, option
-from fastgen.models._inputs import require_labels
+from fastgen.batch import require_labels
+from fastgen.models.base import Batch, option
 
 MOST_COLUMNS = 32
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.checks import require_positive
-from fastgen.models._adversarial import AdversarialConfig, ImageGAN
-from fastgen.models._base import Batch, Images, option
 from fastgen.models._classes import LabelOptions, check_labels, wanted_labels
+from fastgen.models.adversarial import ImageGAN, NoiseGANConfig
+from fastgen.models.base import Batch, Images, option
 
 
 @dataclass(frozen=True)
-class ConditionalConfig(AdversarialConfig):
-    """An ``AdversarialConfig`` with classes."""
+class ConditionalConfig(NoiseGANConfig):
+    """An ``NoiseGANConfig`` with classes."""
 
     classes: int = option(0, "classes of the images", from_data=True)
     embedding_dim: int = option(16, "numbers that tell the generator the class")

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from fastgen.checks import require_choice, require_positive
-from fastgen.models._adversarial import AdversarialConfig
-from fastgen.models._base import option
+from fastgen.models.adversarial import NoiseGANConfig
+from fastgen.models.base import option
 
 Norm = Literal["batch", "layer", "none"]
 
@@ -53,8 +53,8 @@ def require_norm(norm: str, penalty: str) -> None:
 
 
 @dataclass(frozen=True)
-class ConvolutionalConfig(AdversarialConfig):
-    """An ``AdversarialConfig`` with the sizes of both networks."""
+class ConvolutionalConfig(NoiseGANConfig):
+    """An ``NoiseGANConfig`` with the sizes of both networks."""
 
     width: int = option(64, "channels at half the size; doubled at each halving")
     discriminator_norm: Norm = option("batch", "of the discriminator's features")

@@ -7,12 +7,12 @@ import math
 
 from torch import nn
 
-from fastgen.models._adversarial import AdversarialConfig
+from fastgen.models.adversarial import NoiseGANConfig
 
 SLOPE = 0.2
 
 
-def generator_layers(config: AdversarialConfig, inputs: int, width: int, depth: int) -> list[nn.Module]:
+def generator_layers(config: NoiseGANConfig, inputs: int, width: int, depth: int) -> list[nn.Module]:
     """(B, inputs) -> images (B, C, S, S) in [-1, 1], by ``depth`` hidden layers of ``width``."""
     shape = (config.channels, config.image_size, config.image_size)
     layers: list[nn.Module] = []

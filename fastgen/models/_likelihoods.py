@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgen.batch import SLACK, readable
 from fastgen.checks import require_choice, require_count, require_shape
-from fastgen.models._inputs import SLACK, readable
 from fastgen.models._norms import widened
 
 Likelihood = Literal["beta-binomial", "binomial", "bernoulli", "gaussian"]

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.models._base import Batch, Exhibit, Images, Texts, to_pixels
-from fastgen.models._inputs import require_images, require_tokens
+from fastgen.batch import require_images, require_tokens
 from fastgen.models._tokens import PADDING
+from fastgen.models.base import Batch, Images, Samples, Texts, to_pixels
 
 BLANK, STOP, CHARACTER = 0, 1, 2
 """Symbols of a pair: padding, the end of a side, and the vocabulary's first character."""
@@ -33,7 +33,7 @@ class Steps(ABC):
         """(B, length, width): int64 one-hot vectors of symbols, or numbers in [-1, 1]."""
 
     @abstractmethod
-    def exhibit(self, steps: Tensor) -> Exhibit:
+    def samples(self, steps: Tensor) -> Samples:
         """What a person looks at."""
 
     def judge(self, drawn: Tensor, real: Tensor) -> dict[str, Tensor]:
@@ -55,7 +55,7 @@ class Rows(Steps):
         require_images("images", images, self.channels, size)
         return 2 * images.transpose(1, 2).flatten(2) - 1
 
-    def exhibit(self, steps: Tensor) -> Images:
+    def samples(self, steps: Tensor) -> Images:
         rows = steps.unflatten(2, (self.channels, self.length)).transpose(1, 2)
         return Images(to_pixels(rows))
 
@@ -72,7 +72,7 @@ class Characters(Steps):
     def read(self, batch: Batch) -> Tensor:
         return F.one_hot(_tokens(batch, "tokens", self.length, "(B, length)", self.width), self.width)
 
-    def exhibit(self, steps: Tensor) -> Texts:
+    def samples(self, steps: Tensor) -> Texts:
         return Texts(["".join(self.vocabulary[i] for i in row) for row in _symbols(steps)])
 
     def judge(self, drawn: Tensor, real: Tensor) -> dict[str, Tensor]:
@@ -124,7 +124,7 @@ class Pairs(Steps):
         tokens = F.pad(source, (0, target.size(1))).scatter(1, place, target)
         return F.one_hot(tokens.masked_fill(tokens == PADDING, 1) - 1, self.width)
 
-    def exhibit(self, steps: Tensor) -> Texts:
+    def samples(self, steps: Tensor) -> Texts:
         """Texts "source -> target". What is not well formed shows further ends as "|", padding inside as "_"."""
         return Texts([self.spell(row) for row in _symbols(steps)])
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from fastgen.models._sampling import choose
+from fastgen.models.decoding import choose
 
 __all__ = ["END", "FIRST", "PADDING", "START", "choose", "require_known", "require_vocabulary", "spell"]
 

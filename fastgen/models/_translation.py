@@ -11,20 +11,20 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from fastgen.batch import require_images
 from fastgen.checks import require_choice, require_positive
 from fastgen.losses.adversarial import AdversarialLoss
-from fastgen.models._adversarial import GameConfig, Layers, Penalty
-from fastgen.models._base import GenerativeModel, Images, Phase, option
 from fastgen.models._convolutions import SLOPE
-from fastgen.models._inputs import require_images
-from fastgen.models._vae import above_each_other
+from fastgen.models.adversarial import AdversarialConfig, Layers, Penalty
+from fastgen.models.base import GenerativeModel, Images, Phase, option
+from fastgen.models.variational import above_each_other
 
 PatchNorm = Literal["instance", "none"]
 
 
 @dataclass(frozen=True)
-class TranslationConfig(GameConfig):
-    """A ``GameConfig`` whose discriminators judge patches."""
+class TranslationConfig(AdversarialConfig):
+    """A ``AdversarialConfig`` whose discriminators judge patches."""
 
     image_size: int = option(32, "height and width of the images", from_data=True)
     loss: AdversarialLoss = option("least-squares", "the game")

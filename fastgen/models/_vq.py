@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgen.batch import readable, require_tokens
 from fastgen.checks import require_not_negative, require_positive
-from fastgen.models._base import option
-from fastgen.models._inputs import readable, require_tokens
 from fastgen.models._likelihoods import Likelihood, check_likelihood, numbers_per_pixel, pixels_log_prob, pixels_mean
 from fastgen.models._norms import widened
 from fastgen.models._residual import ResidualBlock
-from fastgen.models._vae import check_images
+from fastgen.models.base import option
+from fastgen.models.variational import check_images
 
 LEAST_USES = 1e-4  # of a word in a batch, on average, below which it stays where it is
 

@@ -21,8 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.checks import require_positive
-from fastgen.models._adversarial import ImageGAN, Layers
-from fastgen.models._base import Batch, Exhibit, Images, NoOptions, option
 from fastgen.models._convolutions import (
     ConvolutionalConfig,
     discriminator_features,
@@ -30,6 +28,8 @@ from fastgen.models._convolutions import (
     generator_layers,
     initialise,
 )
+from fastgen.models.adversarial import ImageGAN, Layers
+from fastgen.models.base import Batch, Images, NoOptions, Samples, option
 from fastgen.nn import AttentionGate2d
 
 SHOWN, COLUMNS = 32, 16
@@ -82,7 +82,7 @@ class AttentionGAN(ImageGAN):
                 initialise(layer)
 
     @torch.no_grad()
-    def show(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Exhibit]:
+    def visualize(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Samples]:
         """Rows of samples, each above the row of its last gate's map (the mean over channels), white for 1."""
         last = [layer for layer in self.generator.children() if isinstance(layer, AttentionGate2d)][-1]
         seen: list[Tensor] = []

@@ -19,8 +19,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastgen.models._adversarial import Layers
-from fastgen.models._base import option
 from fastgen.models._classes import LabelOptions
 from fastgen.models._conditional import ConditionalConfig, ConditionalGAN, LabelledGenerator
 from fastgen.models._convolutions import (
@@ -30,6 +28,8 @@ from fastgen.models._convolutions import (
     generator_layers,
     initialise,
 )
+from fastgen.models.adversarial import Layers
+from fastgen.models.base import option
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.checks import require_positive
-from fastgen.models._base import Batch, Exhibit, GenerativeModel, Images, Moment, NoOptions, Phase, option
 from fastgen.models._likelihoods import (
     beta_binomial_log_prob,
     beta_binomial_parameters,
@@ -36,7 +35,8 @@ from fastgen.models._likelihoods import (
 )
 from fastgen.models._norms import widened
 from fastgen.models._residual import ResidualBlock
-from fastgen.models._vae import (
+from fastgen.models.base import Batch, GenerativeModel, Images, NoOptions, Phase, Samples, StepContext, option
+from fastgen.models.variational import (
     Bound,
     VAEConfigBase,
     above_each_other,
@@ -221,8 +221,8 @@ class ConvVAE(GenerativeModel):
     def phases(self) -> tuple[Phase, ...]:
         return (Phase("model", learning_rate=4e-3, betas=(0.9, 0.99)),)
 
-    def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
-        out: Bound = self(batch["images"], beta=self.config.warm_beta(moment.step))
+    def loss(self, phase: str, batch: Batch, context: StepContext) -> dict[str, Tensor]:
+        out: Bound = self(batch["images"], beta=self.config.warm_beta(context.step))
         return {"loss": out.loss, "nll": out.nll.mean(), "kl": out.kl.mean()}
 
     @torch.no_grad()
@@ -252,7 +252,7 @@ class ConvVAE(GenerativeModel):
     def draw(self, n: int, options: NoOptions, *, generator: torch.Generator | None = None) -> Images:
         return Images(self.sample(n, generator=generator))
 
-    def show(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Exhibit]:
+    def visualize(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Samples]:
         """Rows of held-out images, each above the row of its reconstructions."""
         return {"reconstructions": above_each_other(batch["images"], self.reconstruct(batch["images"]))}
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.checks import require_positive
-from fastgen.models._base import Batch, Exhibit, Images, option
 from fastgen.models._classes import LabelOptions, check_labels, wanted_labels
 from fastgen.models._likelihoods import log_standard_normal
 from fastgen.models._norms import widened
-from fastgen.models._vae import (
+from fastgen.models.base import Batch, Images, Samples, option
+from fastgen.models.variational import (
     Bound,
     DenseVAE,
     DenseVAEConfig,
@@ -110,9 +110,9 @@ class CVAE(DenseVAE):
         return Images(self._mean(self._decode(noise, labels.to(self.device))), columns, labels)
 
     @torch.no_grad()
-    def show(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Exhibit]:
+    def visualize(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Samples]:
         """Reconstructions, and styles: each row a held-out image, then its z under every label."""
-        shown = super().show(batch, generator=generator)
+        shown = super().visualize(batch, generator=generator)
         few = {name: batch[name][:STYLES_SHOWN] for name in ("images", "labels")}
         z, classes = self._posterior(few)[0], self.config.classes
         labels = torch.arange(classes, device=z.device).repeat(len(z))

@@ -27,11 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import losses
+from fastgen.batch import require_same_batch
 from fastgen.checks import require_choice, require_count, require_not_negative
-from fastgen.models._adversarial import Layers, judge
-from fastgen.models._base import Batch, Exhibit, Images, Moment, option, to_pixels
 from fastgen.models._convolutions import initialise
-from fastgen.models._inputs import require_same_batch
 from fastgen.models._translation import (
     History,
     PatchDiscriminator,
@@ -40,6 +38,8 @@ from fastgen.models._translation import (
     difference,
     rows,
 )
+from fastgen.models.adversarial import Layers, judge
+from fastgen.models.base import Batch, Images, Samples, StepContext, option, to_pixels
 
 Direction = Literal["a-to-b", "b-to-a"]
 
@@ -133,15 +133,15 @@ class CycleGAN(Translator):
         self.history_a, self.history_b = History(config.history, shape), History(config.history, shape)
         self.apply(initialise)
 
-    def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
+    def loss(self, phase: str, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         """What ``phase`` minimises, summed over both domains; mean scores, "cycle" and "identity" as in ``score``."""
         a, b = self._both(batch)
         if phase == "generator":
             return self._generators_loss(a, b)
         with torch.no_grad():
             fake_a, fake_b = self.history_a.exchange(self.b_to_a(b)), self.history_b.exchange(self.a_to_b(a))
-        of_a = judge(self.discriminator_a, a, fake_a, self.config, moment)
-        of_b = judge(self.discriminator_b, b, fake_b, self.config, moment)
+        of_a = judge(self.discriminator_a, a, fake_a, self.config, context)
+        of_b = judge(self.discriminator_b, b, fake_b, self.config, context)
         both = {name: of_a[name] + of_b[name] for name in of_a}
         return {name: value if name == "loss" else value / 2 for name, value in both.items()}
 
@@ -179,7 +179,7 @@ class CycleGAN(Translator):
         return Images(to_pixels(network(self._checked(source, batch[source], self.config.channels))))
 
     @torch.no_grad()
-    def show(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Exhibit]:
+    def visualize(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Samples]:
         """Rows of held-out images, their translations, and these translated back."""
         a, b = self._both(batch)
         fake_a, fake_b = self.b_to_a(b), self.a_to_b(a)

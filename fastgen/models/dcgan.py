@@ -15,8 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fastgen.models._adversarial import ImageGAN, Layers
-from fastgen.models._base import NoOptions
 from fastgen.models._convolutions import (
     ConvolutionalConfig,
     discriminator_features,
@@ -24,6 +22,8 @@ from fastgen.models._convolutions import (
     generator_layers,
     initialise,
 )
+from fastgen.models.adversarial import ImageGAN, Layers
+from fastgen.models.base import NoOptions
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.checks import require_choice, require_positive
-from fastgen.models._base import Batch, Images, NoOptions, option
 from fastgen.models._likelihoods import log_standard_normal
 from fastgen.models._norms import widened
-from fastgen.models._vae import (
+from fastgen.models.base import Batch, Images, NoOptions, option
+from fastgen.models.variational import (
     Bound,
     DenseVAE,
     DenseVAEConfig,

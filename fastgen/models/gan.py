@@ -20,17 +20,17 @@ from typing import ClassVar, Literal, get_args
 from torch import nn
 
 from fastgen.checks import require_choice, require_positive
-from fastgen.models._adversarial import AdversarialConfig, ImageGAN, Layers
-from fastgen.models._base import NoOptions, option
 from fastgen.models._convolutions import ConvolutionalConfig, discriminator_score, initialise
 from fastgen.models._convolutions import discriminator_features as convolutional_features
 from fastgen.models._dense import discriminator_features, generator_layers
+from fastgen.models.adversarial import ImageGAN, Layers, NoiseGANConfig
+from fastgen.models.base import NoOptions, option
 
 DiscriminatorKind = Literal["dense", "convolutional"]
 
 
 @dataclass(frozen=True)
-class GANConfig(AdversarialConfig):
+class GANConfig(NoiseGANConfig):
     """Sizes of a GAN and how it learns. ValueError names the field, what was expected and what came."""
 
     penalty_weight: float = option(4.0, "what the penalty is multiplied by (gamma, lambda)")

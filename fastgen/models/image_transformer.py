@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgen.batch import NEVER_IGNORED, SLACK, require_labels, require_tokens
 from fastgen.checks import (
     require_choice,
     require_count,
@@ -35,14 +36,13 @@ from fastgen.checks import (
     require_positive_number,
     require_probability,
 )
-from fastgen.models._base import Batch, Exhibit, GenerativeModel, Images, Moment, Phase, option
 from fastgen.models._captions import caption_rows, check_captions
 from fastgen.models._classes import LabelOptions, check_labels, wanted_labels
 from fastgen.models._decoder import DecoderBlock, Past, drawing, initialise_decoder
-from fastgen.models._inputs import NEVER_IGNORED, SLACK, require_labels, require_tokens
-from fastgen.models._sampling import Chooser
-from fastgen.models._vae import above_each_other, check_images
 from fastgen.models._vq import Autoencoder, AutoencoderConfig
+from fastgen.models.base import Batch, GenerativeModel, Images, Phase, Samples, StepContext, option
+from fastgen.models.decoding import Chooser
+from fastgen.models.variational import above_each_other, check_images
 from fastgen.nn import RotaryEmbedding
 from fastgen.nn._buffers import ComputedBuffers
 from fastgen.nn._sublayers import all_rows
@@ -341,7 +341,7 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
         nll = F.cross_entropy(logits.movedim(-1, 1), tokens, reduction="none", ignore_index=NEVER_IGNORED)
         return nll if self.autoencoder is not None else nll + self.log_share[tokens]
 
-    def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
+    def loss(self, phase: str, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         """autoencoder: as ``vq_vae``. Else loss: nats per value."""
         if phase == "autoencoder" and self.autoencoder is not None:
             return self.autoencoder.loss(batch["images"])
@@ -422,7 +422,7 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
         return tokens.clone()
 
     @torch.no_grad()
-    def show(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Exhibit]:
+    def visualize(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Samples]:
         """Completions: a row of held-out images, below it their upper halves, and how the model goes on from there."""
         batch = {name: tensor[:COMPLETED] for name, tensor in batch.items()}
         tokens = self.tokens(batch["images"])

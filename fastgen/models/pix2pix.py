@@ -25,12 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen import losses
+from fastgen.batch import require_same_batch
 from fastgen.checks import require_choice, require_not_negative, require_positive, require_probability
-from fastgen.models._adversarial import judge
-from fastgen.models._base import Batch, Exhibit, Images, Moment, NoOptions, option, to_pixels
 from fastgen.models._convolutions import SLOPE, initialise
-from fastgen.models._inputs import require_same_batch
 from fastgen.models._translation import PatchDiscriminator, TranslationConfig, Translator, difference, rows
+from fastgen.models.adversarial import judge
+from fastgen.models.base import Batch, Images, NoOptions, Samples, StepContext, option, to_pixels
 
 Norm = Literal["batch", "instance"]
 NOISY = 3
@@ -139,7 +139,7 @@ class Pix2Pix(Translator):
         self.apply(initialise)
         self.generator.pass_input_on()
 
-    def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
+    def loss(self, phase: str, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         """What ``phase`` minimises; mean scores of "real" and "fake" pairs, "l1" as in ``score``, the "penalty"."""
         config = self.config
         inputs, targets = self._pairs(batch)
@@ -156,7 +156,7 @@ class Pix2Pix(Translator):
             scores: Tensor = self.discriminator(torch.cat([inputs, images], dim=1))
             return scores
 
-        return judge(discriminator, targets, fake, config, moment)
+        return judge(discriminator, targets, fake, config, context)
 
     @torch.no_grad()
     def score(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -171,7 +171,7 @@ class Pix2Pix(Translator):
         return Images(to_pixels(self._drawn(inputs, generator)))
 
     @torch.no_grad()
-    def show(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Exhibit]:
+    def visualize(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Samples]:
         """Rows of held-out inputs, what becomes of them, and their targets."""
         outputs = self.translate(batch, NoOptions(), generator=generator).pixels
         return {"translations": rows(batch["inputs"], outputs, batch["targets"])}

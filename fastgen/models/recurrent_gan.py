@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from fastgen import losses
 from fastgen.checks import require_positive, require_probability
 from fastgen.losses.adversarial import ADVERSARIAL_LOSSES, AdversarialLoss
-from fastgen.models._base import Batch, Exhibit, GenerativeModel, Kind, Moment, NoOptions, Phase, option
-from fastgen.models._sampling import TINY, tempered
 from fastgen.models._steps import Characters, Pairs, Rows, Steps
 from fastgen.models._tokens import require_vocabulary
+from fastgen.models.base import Batch, GenerativeModel, Kind, NoOptions, Phase, Samples, StepContext, option
+from fastgen.models.decoding import TINY, tempered
 from fastgen.nn import GRU
 
 Penalty = Literal["none", "r1", "r1-r2", "gradient"]
@@ -214,7 +214,7 @@ class RecurrentGAN(GenerativeModel):
             Phase("generator", ("generator",), rates[1], betas),
         )
 
-    def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
+    def loss(self, phase: str, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         """What ``phase`` minimises; mean scores of "real" and "fake" sequences, the "penalty"."""
         config = self.config
         real = self._read(batch)
@@ -224,11 +224,11 @@ class RecurrentGAN(GenerativeModel):
         with torch.no_grad():
             fake = self._generate(len(real)).to(real.dtype)
         with nullcontext() if config.penalty == "none" else torch.compiler.set_stance("force_eager"):
-            return self._critic_loss(real, fake, moment)  # compiled code can't be differentiated twice
+            return self._critic_loss(real, fake, context)  # compiled code can't be differentiated twice
 
-    def _critic_loss(self, real: Tensor, fake: Tensor, moment: Moment) -> dict[str, Tensor]:
+    def _critic_loss(self, real: Tensor, fake: Tensor, context: StepContext) -> dict[str, Tensor]:
         """Both halves in one pass: a recurrence costs its steps, hardly its items."""
-        config, scaler = self.config, moment.scaler
+        config, scaler = self.config, context.scaler
         real.requires_grad_(config.penalty == "r1")
         both = torch.cat((real, fake))
         if config.penalty == "r1-r2":
@@ -268,14 +268,14 @@ class RecurrentGAN(GenerativeModel):
         return {**scores, **self.steps.judge(fake, real)}
 
     @torch.no_grad()
-    def draw(self, n: int, options: NoOptions, *, generator: torch.Generator | None = None) -> Exhibit:
+    def draw(self, n: int, options: NoOptions, *, generator: torch.Generator | None = None) -> Samples:
         """n images or texts. Of pairs what is not well formed shows further ends as "|", padding inside as "_".
 
         Raises:
             ValueError: n is not a positive integer.
         """
         require_positive("n", n)
-        return self.steps.exhibit(self._generate(n, generator))
+        return self.steps.samples(self._generate(n, generator))
 
     def _generate(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Outputs (n, length, width). A CPU generator gives the same noise to every device."""

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgen.batch import NEVER_IGNORED, readable, require_tokens
 from fastgen.checks import (
     require_count,
     require_not_negative,
@@ -31,11 +32,10 @@ from fastgen.checks import (
     require_probability,
     require_shape,
 )
-from fastgen.models._base import Batch, Exhibit, GenerativeModel, Moment, Phase, Texts, option
 from fastgen.models._beams import DecodingOptions, search
 from fastgen.models._encoder_decoder import BlockCache, DecoderBlock, EncoderBlock, Tables
-from fastgen.models._inputs import NEVER_IGNORED, readable, require_tokens
 from fastgen.models._tokens import END, FIRST, PADDING, START, require_known, require_vocabulary, spell
+from fastgen.models.base import Batch, GenerativeModel, Phase, Samples, StepContext, Texts, option
 from fastgen.nn import KVCache, RotaryEmbedding
 from fastgen.nn._sublayers import embed
 
@@ -198,7 +198,7 @@ class Seq2Seq(GenerativeModel):
             raise ValueError("target: expected at least one token after the start, got nothing but padding")
         return nll.view(wanted.shape), counts, logits.argmax(2) == wanted
 
-    def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
+    def loss(self, phase: str, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         """loss: nats per token. accuracy: share of tokens that are the likeliest, given the true ones before."""
         nll, counts, right = self._judge(batch)
         total = counts.sum()
@@ -290,7 +290,7 @@ class Seq2Seq(GenerativeModel):
         sides = ([spell(tokens, config.vocabulary) for tokens in side] for side in (source, target))
         return Texts([f"{a} -> {b}" for a, b in zip(*sides, strict=True)])
 
-    def show(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Exhibit]:
+    def visualize(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Samples]:
         """Held-out sources, their targets, and what greedy decoding makes of them."""
         rows = {"source": batch["source"], "expected": batch["target"], "decoded": self.decode(batch["source"])}
         lines = [[f"{name:9}{spell(tokens, self.config.vocabulary)}" for tokens in side] for name, side in rows.items()]

@@ -33,10 +33,10 @@ from torch.nn.utils import parametrize
 
 from fastgen import losses
 from fastgen.checks import require_choice, require_not_negative, require_positive, require_positive_number
-from fastgen.models._adversarial import AdversarialConfig, ImageGAN
-from fastgen.models._base import Batch, Exhibit, Images, Moment, option, to_pixels
 from fastgen.models._convolutions import SLOPE, feature_sizes
 from fastgen.models._norms import inverse_rms, widened
+from fastgen.models.adversarial import ImageGAN, NoiseGANConfig
+from fastgen.models.base import Batch, Images, Samples, StepContext, option, to_pixels
 from fastgen.nn._sublayers import is_plain
 
 Output = Literal["skip", "residual"]
@@ -47,7 +47,7 @@ SHOWN = 8
 
 
 @dataclass(frozen=True)
-class StyleGANConfig(AdversarialConfig):
+class StyleGANConfig(NoiseGANConfig):
     """Sizes of a StyleGAN and how it learns. ValueError names the field, what was expected and what came."""
 
     penalty_weight: float = option(2.0, "what the penalty is multiplied by (gamma, lambda)")
@@ -365,17 +365,17 @@ class StyleGAN(ImageGAN):
     def noise_dim(self) -> int:
         return self.config.latent_dim + sum(self.config.noise_dims)
 
-    def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
+    def loss(self, phase: str, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         """As that of its base; the generator's with the penalty of "path" lengths, of half as many images, at times.
 
         Each penalty comes times its interval: its mean over all steps is that of the penalty.
         """
-        values, config = super().loss(phase, batch, moment), self.config
-        if phase == "generator" and config.path_length_weight and moment.step % config.path_length_every == 0:
+        values, config = super().loss(phase, batch, context), self.config
+        if phase == "generator" and config.path_length_weight and context.step % config.path_length_every == 0:
             numbers = self._noise(-(-len(batch["images"]) // 2))
             styles = self.generator.styles(numbers)
             images = self.generator.synthesis(styles, self.generator.noise(numbers))
-            spread, mean = losses.path_length_penalty(images, styles, self.path_length_mean, scaler=moment.scaler)
+            spread, mean = losses.path_length_penalty(images, styles, self.path_length_mean, scaler=context.scaler)
             self.path_length_mean.copy_(mean)
             penalty = config.path_length_every * spread
             values["loss"] = values["loss"] + config.path_length_weight * penalty
@@ -393,7 +393,7 @@ class StyleGAN(ImageGAN):
         return Images(self._draw(n, truncation, generator))
 
     @torch.no_grad()
-    def show(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Exhibit]:
+    def visualize(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Samples]:
         """Mixed styles: each row has its coarser half from one z, each column its finer half; the diagonal has one."""
         network = self.generator
         was_training = network.training

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgen.batch import NEVER_IGNORED, require_tokens
 from fastgen.checks import (
     require_choice,
     require_count,
@@ -32,11 +33,10 @@ from fastgen.checks import (
     require_positive,
     require_probability,
 )
-from fastgen.models import _sampling
-from fastgen.models._base import Batch, GenerativeModel, Moment, Phase, Texts, option
+from fastgen.models import decoding
 from fastgen.models._decoder import DecoderBlock, Past, Tables, drawing, initialise_decoder
-from fastgen.models._inputs import NEVER_IGNORED, require_tokens
-from fastgen.models._sampling import Chooser, Noise, require_top_p
+from fastgen.models.base import Batch, GenerativeModel, Phase, StepContext, Texts, option
+from fastgen.models.decoding import Chooser, Noise, require_top_p
 from fastgen.nn import RotaryEmbedding
 from fastgen.nn._buffers import ComputedBuffers
 from fastgen.nn._sublayers import embed
@@ -252,7 +252,7 @@ class TransformerLM(ComputedBuffers, GenerativeModel):
         nll = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none", ignore_index=NEVER_IGNORED)
         return nll.view(wanted.shape)
 
-    def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
+    def loss(self, phase: str, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         """loss: nats per token."""
         return {"loss": self._nll(batch).mean()}
 
@@ -355,5 +355,5 @@ def choose(logits: Tensor, options: TextOptions, generator: Noise) -> Tensor:
 
     generator: one, or one for each row. ValueError: logits that are NaN, +inf or all -inf.
     """
-    token = _sampling.choose(logits, options.temperature, generator, top_k=options.top_k, top_p=options.top_p)
+    token = decoding.choose(logits, options.temperature, generator, top_k=options.top_k, top_p=options.top_p)
     return token[:, None]

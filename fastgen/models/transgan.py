@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.checks import require_choice, require_positive
-from fastgen.models._adversarial import AdversarialConfig, ImageGAN, Layers
-from fastgen.models._base import NoOptions, option
 from fastgen.models._convolutions import feature_sizes
 from fastgen.models._norms import inverse_rms
+from fastgen.models.adversarial import ImageGAN, Layers, NoiseGANConfig
+from fastgen.models.base import NoOptions, option
 from fastgen.nn import TransformerEncoderLayer, WindowAttention2d
 
 Summary = Literal["token", "mean"]
@@ -39,7 +39,7 @@ POSITION_STD = 0.1
 
 
 @dataclass(frozen=True)
-class TransGANConfig(AdversarialConfig):
+class TransGANConfig(NoiseGANConfig):
     """Sizes of a TransGAN and how it learns. ValueError names the field, what was expected and what came."""
 
     penalty_weight: float = option(0.3, "what the penalty is multiplied by (gamma, lambda)")

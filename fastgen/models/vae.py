@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from fastgen.checks import require_positive
-from fastgen.models._base import Batch, Images, NoOptions
 from fastgen.models._likelihoods import log_standard_normal
 from fastgen.models._norms import widened
-from fastgen.models._vae import (
+from fastgen.models.base import Batch, Images, NoOptions
+from fastgen.models.variational import (
     Bound,
     DenseVAE,
     DenseVAEConfig,

@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgen.batch import NEVER_IGNORED
 from fastgen.checks import require_not_negative, require_positive, require_positive_number, require_probability
-from fastgen.models._base import Batch, Exhibit, GenerativeModel, Images, Moment, Phase, option
-from fastgen.models._inputs import NEVER_IGNORED
-from fastgen.models._sampling import Chooser
-from fastgen.models._vae import above_each_other
 from fastgen.models._vq import Autoencoder, AutoencoderConfig
+from fastgen.models.base import Batch, GenerativeModel, Images, Phase, Samples, StepContext, option
+from fastgen.models.decoding import Chooser
+from fastgen.models.variational import above_each_other
 from fastgen.nn import GRU
 from fastgen.nn._sublayers import all_rows
 
@@ -140,7 +140,7 @@ class VQVAE(GenerativeModel):
             Phase("prior", ("prior",), config.prior_learning_rate, (0.9, 0.99), config.weight_decay),
         )
 
-    def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
+    def loss(self, phase: str, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         """autoencoder: nll + commitment, and the codebook's step in training. prior: nats of a map of words.
 
         Raises:
@@ -186,6 +186,6 @@ class VQVAE(GenerativeModel):
             codes = self.prior.draw(n, options.temperature, generator)
         return Images(self.decode(codes.view(n, self.config.map_size, -1)))
 
-    def show(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Exhibit]:
+    def visualize(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Samples]:
         """Rows of held-out images, each above the row of its reconstructions."""
         return {"reconstructions": above_each_other(batch["images"], self.decode(self.encode(batch["images"])))}

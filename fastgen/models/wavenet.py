@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgen.batch import NEVER_IGNORED, require_audio, require_tokens
 from fastgen.checks import (
     require_choice,
     require_count,
@@ -35,8 +36,6 @@ from fastgen.checks import (
     require_positive_number,
     require_probability,
 )
-from fastgen.models._base import Batch, GenerativeModel, Moment, Phase, Sounds, option
-from fastgen.models._inputs import NEVER_IGNORED, require_audio, require_tokens
 from fastgen.models._mu_law import (
     LARGEST,
     LEVELS,
@@ -48,8 +47,9 @@ from fastgen.models._mu_law import (
     logistics_log_prob,
     mu_law,
 )
-from fastgen.models._sampling import Chooser
 from fastgen.models._wavenet_layers import CalledLayerSteps, GatedLayer, LayerSteps, cosines, may_be_fused
+from fastgen.models.base import Batch, GenerativeModel, Phase, Sounds, StepContext, option
+from fastgen.models.decoding import Chooser
 from fastgen.nn._buffers import ComputedBuffers
 from fastgen.nn._sublayers import is_pointwise
 
@@ -246,7 +246,7 @@ class WaveNet(ComputedBuffers, GenerativeModel):
         low, high = self.borders[wanted], self.borders[wanted + 1]
         return -logistics_log_prob(*mixture, low, high)
 
-    def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
+    def loss(self, phase: str, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         """loss: nats per sample, over ``crop`` samples from a random one on, the same in all sounds.
 
         One that would begin before the sound begins with it, or else its first samples would hardly ever be learnt.

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from fastgen.models import Batch, GenerativeModel, Moment, Phase, settled
+from fastgen.models import Batch, GenerativeModel, Phase, StepContext, settled
 from fastgen.train.config import TrainConfig
 from fastgen.train.sharding import assign, shard, whole
 from fastgen.train.stream import FLIP, NOISE, mirrored, seed_everything, seed_of, to_device
@@ -136,14 +136,14 @@ class Engine:
     def _update(self, updater: _Updater, number: int, parts: Sequence[Batch], step: int, repeat: int) -> Tensor:
         """One update of one phase; whether it was skipped, as a tensor: nothing waits for the device."""
         scaler = self.accelerator.scaler
-        moment = Moment(step, self.total, scaler)
+        context = StepContext(step, self.total, scaler)
         updater.optimizer.zero_grad()
         for part, batch in enumerate(parts):
             seed_everything(self._seed(NOISE, step, number, repeat, part), self.device)
             last = part == len(parts) - 1
             with nullcontext() if last else self._without_exchange(updater):
                 with self.accelerator.autocast():
-                    out: Values = updater.module("loss", updater.phase.name, batch, moment)
+                    out: Values = updater.module("loss", updater.phase.name, batch, context)
                 loss = out["loss"] / len(parts)
                 (loss if scaler is None else scaler.scale(loss)).backward()
             self._record(updater.phase.name, out, len(parts) * updater.phase.repeats)

@@ -110,7 +110,7 @@ class RunFolder:
                 remove_leftovers(folder, lambda name: name in names or EXHIBIT.fullmatch(name))
 
     def clear(self) -> None:
-        """Remove a run's files, its exhibits and its event files; all others stay."""
+        """Remove a run's files, its samples and its event files; all others stay."""
         if not self.path.is_dir():
             return
         for folder in sorted(self.path.iterdir()):

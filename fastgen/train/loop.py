@@ -17,10 +17,10 @@ from fastgen.train.evaluation import HELD_OUT_SHOWN, Thinned, first, mean_scores
 from fastgen.train.files import inside
 from fastgen.train.folder import STEP_DIGITS, RunFolder
 from fastgen.train.lock import check_held
-from fastgen.train.pictures import write_exhibit
+from fastgen.train.pictures import save_samples
 from fastgen.train.progress import Progress
 from fastgen.train.report import write_report
-from fastgen.train.signals import Wish
+from fastgen.train.signals import StopRequest
 from fastgen.train.stream import Stream, batches, resident
 
 SHOWN = {"images": 64, "pairs": 16, "domains": 16, "text": 4, "sequences": 8, "audio": 4}
@@ -62,7 +62,7 @@ class Trainer:
         self._pages = time.perf_counter()
         self._speed = 0.0
 
-    def run(self, progress: Progress, wish: Wish) -> None:
+    def run(self, progress: Progress, stop: StopRequest) -> None:
         """Train to the last step.
 
         Raises:
@@ -88,18 +88,18 @@ class Trainer:
                 self.draw()
             if step % self._save_every == 0 or last:
                 self.save()
-            if self._wished(wish, step):
+            if self._wished(stop, step):
                 self.save()
                 raise StoppedError("interrupted", self.saved, interrupted=True)
 
-    def _wished(self, wish: Wish, step: int) -> bool:
+    def _wished(self, stop: StopRequest, step: int) -> bool:
         """Whether to end here. Several processes have to agree, so they ask one another, but seldom."""
         accelerator = self.engine.accelerator
         if accelerator.num_processes == 1:
-            return wish.asked
+            return stop.asked
         if step % self.config.log_every:
             return False
-        asked = torch.tensor(float(wish.asked), device=self.engine.device)
+        asked = torch.tensor(float(stop.asked), device=self.engine.device)
         return bool(accelerator.reduce(asked, "sum") > 0)
 
     def _log(self, progress: Progress) -> None:
@@ -140,14 +140,14 @@ class Trainer:
             options = model.sampling_class()
             if model.kind in TRANSLATED:
                 given = first(Thinned(self.held_out, count), count, engine.device)
-                exhibits = {"samples": module("translate", given, options, generator=generator)}
+                samples = {"samples": module("translate", given, options, generator=generator)}
             else:
-                exhibits = {"samples": module("draw", count, options, generator=generator)}
+                samples = {"samples": module("draw", count, options, generator=generator)}
             shown = Thinned(self.held_out, HELD_OUT_SHOWN)
-            exhibits |= module("show", first(shown, HELD_OUT_SHOWN, engine.device), generator=generator)
+            samples |= module("visualize", first(shown, HELD_OUT_SHOWN, engine.device), generator=generator)
         if self.first_process:
-            for name, exhibit in exhibits.items():
-                write_exhibit(inside(self.folder.path, name), f"{engine.step:0{STEP_DIGITS}d}", exhibit)
+            for name, each in samples.items():
+                save_samples(inside(self.folder.path, name), f"{engine.step:0{STEP_DIGITS}d}", each)
 
     def save(self) -> None:
         """The checkpoint of this step, and now and then the pages."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from fastgen.models import Exhibit, Images, Sounds, Texts
+from fastgen.models import Images, Samples, Sounds, Texts
 from fastgen.train.files import inside, make_folder, write_whole
 
 TARGET_SIZE = 64
@@ -33,7 +33,7 @@ WAVE_SIZE = (97, 1024)
 WAVE_SHADE, AXIS_SHADE, PAPER_SHADE = 0.2, 0.8, 1.0
 
 
-def write_exhibit(folder: Path, stem: str, exhibit: Exhibit) -> Path:
+def save_samples(folder: Path, stem: str, samples: Samples) -> Path:
     """Write what a model shows into ``folder``, which is made if need be.
 
     Images become ``stem``.png; Texts ``stem``.txt in UTF-8, with ``TEXT_SEPARATOR`` in a line between two; Sounds
@@ -44,19 +44,19 @@ def write_exhibit(folder: Path, stem: str, exhibit: Exhibit) -> Path:
         The PNG, text or WAV file.
 
     Raises:
-        ValueError: ``stem`` is no plain name, or the exhibit is empty or of another shape.
-        TypeError: no exhibit.
+        ValueError: ``stem`` is no plain name, or the samples are empty or of another shape.
+        TypeError: not samples.
         OSError: the folder can't be made, or the file not written.
     """
-    if isinstance(exhibit, Images):
-        files = {".png": _png(_picture_sheet(exhibit))}
-    elif isinstance(exhibit, Texts):
-        files = {".txt": _joined(exhibit.texts)}
-    elif isinstance(exhibit, Sounds):
-        waves = _checked_waves(exhibit)
-        files = {".wav": _wav(waves, exhibit.sample_rate), ".png": _png(_wave_sheet(waves))}
+    if isinstance(samples, Images):
+        files = {".png": _png(_picture_sheet(samples))}
+    elif isinstance(samples, Texts):
+        files = {".txt": _joined(samples.texts)}
+    elif isinstance(samples, Sounds):
+        waves = _checked_waves(samples)
+        files = {".wav": _wav(waves, samples.sample_rate), ".png": _png(_wave_sheet(waves))}
     else:
-        raise TypeError(f"exhibit: expected Images, Texts or Sounds, got {type(exhibit).__name__}")
+        raise TypeError(f"samples: expected Images, Texts or Sounds, got {type(samples).__name__}")
     paths = [inside(folder, stem + suffix) for suffix in files]
     inside(folder, stem)
     make_folder(folder)

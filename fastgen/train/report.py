@@ -1,4 +1,4 @@
-"""A run's folder as one page that needs nothing else: exhibits over time, curves, figures, settings."""
+"""A run's folder as one page that needs nothing else: samples over time, curves, figures, settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastgen.train.curves import DARK, HELD_OUT, LIGHT, UNITS, describe, draw_pa
 from fastgen.train.files import inside, write_whole
 from fastgen.train.folder import story
 from fastgen.train.progress import duration
-from fastgen.train.samples import data_uri, read_exhibits
+from fastgen.train.samples import data_uri, read_samples
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 HEADLINES = 3
@@ -93,7 +93,7 @@ def _page(folder: Path) -> str:
         data=_name(config.get("data")),
         started=_moment(environment.get("started")),
         tiles=_tiles(folder, rows, environment, figures),
-        exhibits=read_exhibits(folder),
+        samples=read_samples(folder),
         charts=[
             Chart(panel.title, describe(panel), *(data_uri("image/png", draw_panel(panel, t)) for t in (LIGHT, DARK)))
             for panel in shown
@@ -281,10 +281,10 @@ def _value(value: object, digits: int = 4) -> str:
 def _moment(given: object) -> str:
     """21 November 2026, 15:10, of an ISO date; as it is otherwise."""
     try:
-        moment = datetime.fromisoformat(str(given))
+        started = datetime.fromisoformat(str(given))
     except ValueError:
         return _name(given)
-    return f"{moment.day} {moment:%B %Y, %H:%M}"
+    return f"{started.day} {started:%B %Y, %H:%M}"
 
 
 def _joined(*words: str) -> str:

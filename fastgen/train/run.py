@@ -159,8 +159,8 @@ def _train(trainer: Trainer, accelerator: Accelerator) -> None:
     engine, folder = trainer.engine, trainer.folder
     first = accelerator.is_main_process
     try:
-        with noticed() as wish, Progress(engine.total, engine.step, trainer.epoch_steps, quiet=not first) as progress:
-            trainer.run(progress, wish)
+        with noticed() as stop, Progress(engine.total, engine.step, trainer.epoch_steps, quiet=not first) as progress:
+            trainer.run(progress, stop)
     except BaseException as error:
         if first and folder.checkpoint.exists():
             with suppress(OSError):

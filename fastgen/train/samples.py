@@ -16,7 +16,7 @@ MOST_FRAMES = 24
 PAGE_BYTES = 9_000_000
 """Of all files of a page together, before they grow by a third in base64."""
 
-LATEST_SHARE = 0.3  # of the bytes of an exhibit, for its last frame
+LATEST_SHARE = 0.3  # of the bytes of one series of samples, for its last frame
 TEXT_BYTES = 32_768  # of a file of texts
 WIDEST = 760  # CSS pixels of a picture
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -38,15 +38,15 @@ class Frame:
 
 @dataclass(frozen=True)
 class Shown:
-    """An exhibit over time: the latest frame first. ``count``: how many steps there are in the folder."""
+    """Samples over time: the latest frame first. ``count``: how many steps there are in the folder."""
 
     name: str
     frames: list[Frame]
     count: int
 
 
-def read_exhibits(folder: Path) -> list[Shown]:
-    """The exhibits of a run's folder, "samples" first; subfolders and files that are links are left out."""
+def read_samples(folder: Path) -> list[Shown]:
+    """The samples of a run's folder, "samples" first; subfolders and files that are links are left out."""
     found: dict[str, dict[int, dict[str, Path]]] = {}
     for place in sorted(folder.iterdir()):
         if place.is_symlink() or not place.is_dir():

@@ -11,7 +11,7 @@ from types import FrameType
 POLITE = (signal.SIGINT, signal.SIGTERM)
 
 
-class Wish:
+class StopRequest:
     """Whether somebody asked training to end. A second Ctrl-C ends it at once."""
 
     def __init__(self) -> None:
@@ -24,15 +24,15 @@ class Wish:
 
 
 @contextmanager
-def noticed() -> Iterator[Wish]:
-    """Inside, SIGINT and SIGTERM set the wish. Only the main thread may ask for signals; elsewhere nothing changes."""
-    wish = Wish()
+def noticed() -> Iterator[StopRequest]:
+    """Inside, SIGINT and SIGTERM request a stop. Signals are handled in the main thread only."""
+    stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield wish
+        yield stop
         return
-    before = {number: signal.signal(number, wish._handle) for number in POLITE}
+    before = {number: signal.signal(number, stop._handle) for number in POLITE}
     try:
-        yield wish
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

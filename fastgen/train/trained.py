@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from fastgen.data import Items, TensorItems, read_pictures
-from fastgen.models import TRANSLATED, Exhibit, GenerativeModel, Images, Sounds, Texts
+from fastgen.models import TRANSLATED, GenerativeModel, Images, Samples, Sounds, Texts
 from fastgen.train.checkpoint import Header, load_checkpoint
 from fastgen.train.engine import find
 from fastgen.train.errors import UsageError
 from fastgen.train.evaluation import Thinned
 from fastgen.train.folder import RunFolder
-from fastgen.train.pictures import write_exhibit
+from fastgen.train.pictures import save_samples
 from fastgen.train.run import choose_device, configs, data_of, load_average, split
 from fastgen.train.stream import to_device
 
@@ -33,7 +33,7 @@ class Trained:
     header: Header
     step: int
 
-    def draw(self, n: int, options: Any, generator: torch.Generator) -> Iterator[Exhibit]:
+    def draw(self, n: int, options: Any, generator: torch.Generator) -> Iterator[Samples]:
         """n samples, some at a time; of classes in turn whole turns, so that each keeps its column."""
         turn = max(1, getattr(self.model.config, "classes", 1))
         at_once = turn * max(1, AT_ONCE // turn)
@@ -41,7 +41,7 @@ class Trained:
             for start in range(0, n, at_once):
                 yield self.model.draw(min(at_once, n - start), options, generator=generator)
 
-    def translate(self, items: Items, options: Any, generator: torch.Generator) -> Iterator[Exhibit]:
+    def translate(self, items: Items, options: Any, generator: torch.Generator) -> Iterator[Samples]:
         """What becomes of the items, some at a time; for models of the kinds ``TRANSLATED``."""
         with torch.no_grad():
             for chosen in torch.arange(len(items)).split(AT_ONCE):
@@ -80,7 +80,7 @@ def given_items(trained: Trained, folder: RunFolder, pictures: str = "") -> Item
     return TensorItems(dict.fromkeys(names, stack), dict.fromkeys(names, 255.0))
 
 
-def sample(trained: Trained, n: int, options: Any, seed: int = 0, items: Items | None = None) -> Exhibit:
+def sample(trained: Trained, n: int, options: Any, seed: int = 0, items: Items | None = None) -> Samples:
     """n samples; one seed gives the same noise on every device.
 
     Args:
@@ -108,7 +108,7 @@ def check_seed(seed: int) -> None:
         raise UsageError(f"seed: expected an integer from 0 to 2^63 - 1, got {seed}")
 
 
-def joined(parts: list[Exhibit]) -> Exhibit:
+def joined(parts: list[Samples]) -> Samples:
     """Exhibits of one kind, one after another."""
     images = [part for part in parts if isinstance(part, Images)]
     texts = [part for part in parts if isinstance(part, Texts)]
@@ -122,15 +122,15 @@ def joined(parts: list[Exhibit]) -> Exhibit:
     return Sounds(torch.cat([part.waves for part in sounds]), sounds[0].sample_rate)
 
 
-def write_samples(exhibit: Exhibit, out: Path) -> None:
+def write_samples(samples: Samples, out: Path) -> None:
     """Write what ``sample`` gave to a file whose name ends as its kind demands.
 
     Raises:
         UsageError: another ending. FileNotFoundError: no such folder.
     """
-    suffix = SUFFIXES[type(exhibit)]
+    suffix = SUFFIXES[type(samples)]
     if out.suffix.lower() != suffix:
         raise UsageError(f"out: expected a path that ends in {suffix}, got {out}")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out}: expected a path in a folder that exists, got one in {out.parent}")
-    write_exhibit(out.parent, out.name.removesuffix(out.suffix), exhibit)
+    save_samples(out.parent, out.name.removesuffix(out.suffix), samples)

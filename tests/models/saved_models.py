@@ -27,6 +27,7 @@ FACTS: dict[str, dict[str, Any]] = {
 }
 GAN = {"width": 4, "latent_dim": 8}
 DENSE = {"width": 8, "depth": 1}
+# ruff: noqa: E501
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gan": ("gan", {**DENSE, "latent_dim": 8, "critic_steps": 2}),
     "gan, convolutional": ("gan", {**DENSE, "discriminator": "convolutional", "convolution_width": 4}),
@@ -71,7 +72,7 @@ def config_of(case: str) -> Any:
 
     name, options = CASES[case]
     model = MODELS[name]
-    known = {field for field in model.config_class.__dataclass_fields__}
+    known = set(model.config_class.__dataclass_fields__)
     facts = FACTS[options.get("kind", model.kind)]
     return model.config_class(**{**{key: value for key, value in facts.items() if key in known}, **options})
 
@@ -130,13 +131,13 @@ def contents(samples: Any) -> Any:
 
 def losses_of(model: Any, batch: dict[str, Tensor]) -> dict[str, dict[str, float]]:
     """By phase, in the first step of 100."""
-    from fastgen.models import Moment
+    from fastgen.models import StepContext
 
     out = {}
     model.train()
     for phase in model.phases():
         torch.manual_seed(3)
-        values = model.loss(phase.name, dict(batch), Moment(1, 100))
+        values = model.loss(phase.name, dict(batch), StepContext(1, 100))
         out[phase.name] = {name: float(value) for name, value in values.items()}
     return out
 

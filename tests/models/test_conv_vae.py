@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import functional
-from fastgen.models import ConvVAE, ConvVAEConfig, Moment
+from fastgen.models import ConvVAE, ConvVAEConfig, StepContext
 from fastgen.models.conv_vae import beta_binomial_log_prob, beta_binomial_parameters, binomial_log_prob
 from fastgen.nn import GaussianLatent
 
@@ -131,7 +131,7 @@ def test_beta_and_its_warm_up_weigh_the_kl() -> None:
     model = small_model(beta=3.0, kl_warmup=10)
     batch = {"images": random_images(4, model.config)}
     for step, weight in ((5, 1.5), (99, 3.0)):
-        values = model.loss("model", batch, Moment(step, 100))
+        values = model.loss("model", batch, StepContext(step, 100))
         torch.testing.assert_close(values["loss"], values["nll"] + weight * values["kl"])
 
 

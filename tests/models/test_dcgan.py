@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from fastgen import losses
 from fastgen.models import dcgan
-from fastgen.models._base import Images, Moment, NoOptions, from_data
+from fastgen.models.base import Images, NoOptions, StepContext, from_data
 from fastgen.models.dcgan import DCGAN, DCGANConfig
 
-NOW = Moment(1, 10)
+NOW = StepContext(1, 10)
 
 
 def small_model(**options: object) -> DCGAN:
@@ -36,10 +36,10 @@ def only(model: DCGAN, phase: str) -> None:
             model.get_submodule(name).requires_grad_(other.name == phase)
 
 
-def step(model: DCGAN, phase: str, images: Tensor, moment: Moment = NOW) -> dict[str, Tensor]:
+def step(model: DCGAN, phase: str, images: Tensor, context: StepContext = NOW) -> dict[str, Tensor]:
     only(model, phase)
     model.zero_grad()
-    values = model.loss(phase, {"images": images}, moment)
+    values = model.loss(phase, {"images": images}, context)
     values["loss"].backward()
     return values
 
@@ -189,7 +189,7 @@ def test_the_scaler_of_float16_reaches_the_penalty_and_changes_nothing(case: str
     penalties = []
     for scaler in (None, Scaler("cpu")):
         torch.manual_seed(2)
-        penalties.append(model.loss("discriminator", {"images": images}, Moment(1, 10, scaler))["penalty"])
+        penalties.append(model.loss("discriminator", {"images": images}, StepContext(1, 10, scaler))["penalty"])
     torch.testing.assert_close(*penalties)
     assert len(calls) == 1
 
@@ -209,7 +209,7 @@ def test_a_lazy_penalty_comes_every_so_many_steps_and_weighs_as_much() -> None:
         values = []
         for model in (eager, lazy):
             torch.manual_seed(number)
-            values.append(model.loss("discriminator", {"images": images}, Moment(number, 8)))
+            values.append(model.loss("discriminator", {"images": images}, StepContext(number, 8)))
         assert ("penalty" in values[1]) == (number % 4 == 0)
         if number % 4 == 0:
             torch.testing.assert_close(values[1]["penalty"], 4 * values[0]["penalty"])
@@ -228,7 +228,7 @@ def test_a_penalty_passes_by_compiled_networks() -> None:
             losses_of_both = []
             for each in (model, reference):
                 torch.manual_seed(number)
-                losses_of_both.append(step(each, phase, images, Moment(number, 2))["loss"])
+                losses_of_both.append(step(each, phase, images, StepContext(number, 2))["loss"])
             torch.testing.assert_close(*losses_of_both)
 
 

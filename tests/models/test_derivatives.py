@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
-from fastgen.models import MODELS, Moment
+from fastgen.models import MODELS, StepContext
 
 STEP = 1e-6
-NOW = Moment(1, 1)
+NOW = StepContext(1, 1)
 B = 3
 GAN = {"image_size": 8, "latent_dim": 3, "penalty": "r1"}
 PATCHES = {"image_size": 16, "width": 2, "patch_width": 2, "patch_halvings": 1, "penalty": "r1"}

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fastgen.models import sagan
-from fastgen.models._adversarial import ImageGAN
-from fastgen.models._base import Images, Moment, from_data
 from fastgen.models._classes import LabelOptions
+from fastgen.models.adversarial import ImageGAN
 from fastgen.models.attention_gan import AttentionGAN
+from fastgen.models.base import Images, StepContext, from_data
 from fastgen.models.cdcgan import CDCGAN
 from fastgen.models.cgan import CGAN
 from fastgen.models.gan import GAN
@@ -22,7 +22,7 @@ from fastgen.models.sagan import SAGAN, SAGANConfig, settled
 from fastgen.models.stylegan import StyleGAN
 from fastgen.models.transgan import TransGAN
 
-NOW = Moment(1, 10)
+NOW = StepContext(1, 10)
 CLASSES = 3
 
 MODELS: dict[str, tuple[type[ImageGAN], dict[str, object]]] = {
@@ -71,11 +71,11 @@ def a_batch(model: ImageGAN, n: int = 8) -> dict[str, Tensor]:
     return {"images": images, "labels": torch.arange(n) % CLASSES}
 
 
-def step(model: ImageGAN, phase: str, batch: dict[str, Tensor], moment: Moment = NOW) -> dict[str, Tensor]:
+def step(model: ImageGAN, phase: str, batch: dict[str, Tensor], context: StepContext = NOW) -> dict[str, Tensor]:
     for other in model.phases():
         model.get_submodule(other.name).requires_grad_(other.name == phase)
     model.zero_grad()
-    values = model.loss(phase, batch, moment)
+    values = model.loss(phase, batch, context)
     values["loss"].backward()
     return values
 
@@ -358,7 +358,7 @@ def test_attention_is_where_the_config_says_and_begins_as_the_identity() -> None
 
 def test_gates_are_shown_under_their_samples() -> None:
     model = small_model("attention-gan", image_size=10, channels=3)
-    shown = model.show(a_batch(model), generator=seeded(7))["gates"]
+    shown = model.visualize(a_batch(model), generator=seeded(7))["gates"]
     assert isinstance(shown, Images)
     samples, maps = shown.pixels.unflatten(0, (-1, 2, shown.columns)).unbind(1)
     torch.testing.assert_close(samples.flatten(0, 1), drawn(model, 32))

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.models import image_transformer
-from fastgen.models._base import Images, Moment, from_data
 from fastgen.models._decoder import Past
+from fastgen.models.base import Images, StepContext, from_data
 from fastgen.models.image_transformer import ImageTransformer, ImageTransformerConfig, PixelOptions
 
-NOW = Moment(1, 10)
+NOW = StepContext(1, 10)
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "conditional": {"classes": 3, "conditional": True},
@@ -75,7 +75,7 @@ def test_shapes_and_gradients_of_every_variant(variant: str) -> None:
     drawn = model.draw(4, PixelOptions(), generator=seeded(0))
     assert isinstance(drawn, Images)
     assert drawn.pixels.shape == (4, *batch["images"].shape[1:])
-    shown = model.show(batch, generator=seeded(0))["completions"]
+    shown = model.visualize(batch, generator=seeded(0))["completions"]
     assert (shown.pixels.shape, shown.columns) == ((15, *batch["images"].shape[1:]), 5)
 
 

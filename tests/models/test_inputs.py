@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgen.data import TensorItems
 from fastgen.metrics.translations import evaluate_pairs, structural_similarity
-from fastgen.models import MODELS, GenerativeModel, Moment, to_pixels
+from fastgen.models import MODELS, GenerativeModel, StepContext, to_pixels
 from fastgen.models._decoder import _rms_norm
 from fastgen.models._likelihoods import pixels_log_prob
 from fastgen.models._norms import inverse_rms
@@ -19,7 +19,7 @@ from fastgen.models.stylegan import ModulatedConv2d, differences
 from fastgen.train.errors import UsageError
 from fastgen.train.inspection import inspect
 
-NOW = Moment(1, 10)
+NOW = StepContext(1, 10)
 CONFIGS: dict[str, dict[str, Any]] = {
     "gan": {"width": 8},
     "cgan": {"width": 8, "classes": 3},
@@ -227,7 +227,7 @@ def test_pixels_out_of_range_have_no_probability_and_nan_stays_nan(
 def test_figures_of_images_that_are_nan_are_nan_where_values_are_not_looked_at(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, int]
 ) -> None:
-    monkeypatch.setattr("fastgen.models._inputs.readable", lambda tensor: False)
+    monkeypatch.setattr("fastgen.batch.readable", lambda tensor: False)
     for name in ("image-transformer", "vq-vae"):
         model = small(name, **options).eval()
         batch = batch_of(model)

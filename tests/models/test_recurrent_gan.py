@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fastgen import losses
 from fastgen.models import recurrent_gan
-from fastgen.models._base import Images, Moment, NoOptions, Texts, from_data
 from fastgen.models._steps import Characters
+from fastgen.models.base import Images, NoOptions, StepContext, Texts, from_data
 from fastgen.models.recurrent_gan import RecurrentGAN, RecurrentGANConfig
 
-NOW = Moment(1, 10)
+NOW = StepContext(1, 10)
 VARIANTS = {
     "images": {"kind": "images", "image_size": 5, "channels": 3},
     "images, gradient": {"kind": "images", "penalty": "gradient"},
@@ -151,7 +151,7 @@ def test_images_are_sequences_of_their_rows_and_come_back() -> None:
     steps = model._read(batch)
     assert steps.shape == (4, 4, 12)
     assert torch.equal(steps[2, 1], 2 * batch["images"][2, :, 1].flatten() - 1)
-    back = model.steps.exhibit(steps)
+    back = model.steps.samples(steps)
     assert isinstance(back, Images)
     torch.testing.assert_close(back.pixels, batch["images"])
     drawn = model.draw(3, NoOptions()).pixels
@@ -173,7 +173,7 @@ def test_texts_are_judged_by_the_triples_of_characters_that_other_texts_have() -
     wanted = [sum(t in has for t in mine) / 3 for mine, has in zip(known, others, strict=True)]
     torch.testing.assert_close(figures["known triples"], torch.tensor(wanted).double())
     assert figures["known triples, real"].tolist() == [0.0, 1.0, 1.0]
-    assert steps.exhibit(drawn).texts == ["bcaaa", "ddddd", "abcaa"]
+    assert steps.samples(drawn).texts == ["bcaaa", "ddddd", "abcaa"]
 
 
 def test_hard_outputs_are_one_hot_with_the_gradient_of_soft_ones() -> None:
@@ -275,7 +275,7 @@ def test_the_scaler_of_float16_reaches_the_penalty_and_changes_nothing() -> None
     penalties = []
     for scaler in (None, torch.amp.GradScaler("cpu")):
         torch.manual_seed(2)
-        penalties.append(model.loss("critic", batch_of(model, *PAIRS), Moment(1, 10, scaler))["penalty"])
+        penalties.append(model.loss("critic", batch_of(model, *PAIRS), StepContext(1, 10, scaler))["penalty"])
     torch.testing.assert_close(*penalties)
 
 

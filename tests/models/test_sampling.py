@@ -22,10 +22,10 @@ from fastgen.models import (
     VQVAEConfig,
     WaveNet,
     WaveNetConfig,
-    _sampling,
+    decoding,
 )
-from fastgen.models._base import GenerativeModel
-from fastgen.models._sampling import Chooser, choose, tempered
+from fastgen.models.base import GenerativeModel
+from fastgen.models.decoding import Chooser, choose, tempered
 from fastgen.models.recurrent_gan import Generator
 
 INF = math.inf
@@ -175,4 +175,4 @@ def test_samples_at_a_tiny_temperature_are_the_greedy_ones(name: str) -> None:
 
 
 def test_the_examples_in_the_documentation_run() -> None:
-    assert doctest.testmod(_sampling).failed == 0
+    assert doctest.testmod(decoding).failed == 0

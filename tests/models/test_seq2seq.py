@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from fastgen.models import seq2seq
-from fastgen.models._base import Moment, Texts, from_data
 from fastgen.models._tokens import END, PADDING, START, spell
+from fastgen.models.base import StepContext, Texts, from_data
 from fastgen.models.seq2seq import DecodingOptions, Seq2Seq, Seq2SeqConfig
 
-NOW = Moment(1, 10)
+NOW = StepContext(1, 10)
 VARIANTS = {
     "default": {},
     "odd sizes": {"width": 18, "heads": 3, "source_length": 5, "target_length": 9, "mlp_width": 7},
@@ -111,7 +111,7 @@ def test_training_makes_greedy_decoding_exact() -> None:
     assert values[-1] < 0.1 * values[0]
     assert model.score(batch)["exact"].tolist() == [1.0] * 4
     assert model.draw(1, DecodingOptions(source="abcd", beams=3)).texts == ["abcd -> dcba"]
-    shown = model.show(batch)["decoded"]
+    shown = model.visualize(batch)["decoded"]
     assert isinstance(shown, Texts)
     assert shown.texts[0].split() == ["source", "abc", "expected", "cba", "decoded", "cba"]
 

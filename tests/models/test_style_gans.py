@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import losses
-from fastgen.models._base import Images, Moment
+from fastgen.models.base import Images, StepContext
 from fastgen.models.stylegan import (
     AVERAGE_STEP,
     ModulatedConv2d,
@@ -77,14 +77,14 @@ def test_the_path_length_penalty_comes_every_so_many_steps_and_its_mean_is_kept(
     batch = {"images": torch.rand(6, 1, 8, 8, generator=seeded(1))}
     before = copy.deepcopy(model)
     torch.manual_seed(3)
-    without = model.loss("generator", batch, Moment(1, 10))
+    without = model.loss("generator", batch, StepContext(1, 10))
     assert "path" not in without
     assert model.path_length_mean == 0
     torch.manual_seed(3)
-    values = model.loss("generator", batch, Moment(2, 10))
+    values = model.loss("generator", batch, StepContext(2, 10))
 
     torch.manual_seed(3)
-    before.loss("generator", batch, Moment(1, 10))  # draws what the loss draws
+    before.loss("generator", batch, StepContext(1, 10))  # draws what the loss draws
     numbers = torch.randn(3, model.noise_dim)
     styles = before.generator.styles(numbers)
     images = before.generator.synthesis(styles, before.generator.noise(numbers))
@@ -107,7 +107,7 @@ def test_the_path_length_penalty_is_differentiated_by_the_generator_s_weights() 
     def penalty() -> Tensor:
         model.path_length_mean.fill_(1e3)  # far away: how much the mean itself follows the weights is little
         torch.manual_seed(3)
-        return model.loss("generator", batch, Moment(1, 10))["loss"] / 1e3
+        return model.loss("generator", batch, StepContext(1, 10))["loss"] / 1e3
 
     weights = list(model.generator.parameters())
     slopes = torch.autograd.grad(penalty(), weights)
@@ -126,7 +126,7 @@ def test_truncation_draws_styles_to_their_mean_and_leaves_the_noise() -> None:
     images = torch.rand(16, 1, 8, 8, generator=seeded(1))
     for step in range(1, 4):
         torch.manual_seed(step)
-        model.loss("generator", {"images": images}, Moment(step, 10))
+        model.loss("generator", {"images": images}, StepContext(step, 10))
 
     def spread(truncation: float) -> float:
         pixels = model.draw(32, StyleOptions(truncation), generator=seeded(2)).pixels
@@ -147,7 +147,7 @@ def test_the_mean_of_styles_is_a_running_one_of_training_alone() -> None:
     torch.testing.assert_close(mapping.average, AVERAGE_STEP * w.mean(dim=0))
     kept = mapping.average.clone()
     model.draw(4, StyleOptions())
-    model.show({})
+    model.visualize({})
     assert torch.equal(mapping.average, kept)
     torch.testing.assert_close(mapping(5 * z), w)  # z's length says nothing
 
@@ -172,7 +172,7 @@ def test_styles_are_mixed_in_training_at_one_place_of_each_image() -> None:
 def test_mixed_styles_are_shown_with_plain_samples_on_the_diagonal() -> None:
     model = small_stylegan(channels=3)
     give_noise_strength(model)
-    shown = model.show({}, generator=seeded(4))["styles"]
+    shown = model.visualize({}, generator=seeded(4))["styles"]
     assert isinstance(shown, Images)
     grid = shown.pixels.unflatten(0, (-1, shown.columns))
     plain = model.draw(len(grid), StyleOptions(), generator=seeded(4)).pixels

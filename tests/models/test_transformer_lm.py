@@ -13,11 +13,11 @@ from torch import Tensor
 
 from fastgen import functional
 from fastgen.models import transformer_lm
-from fastgen.models._base import Moment, Texts, from_data
+from fastgen.models.base import StepContext, Texts, from_data
 from fastgen.models.transformer_lm import TextOptions, TransformerLM, TransformerLMConfig, choose
 from fastgen.vocabulary import tokenise
 
-NOW = Moment(1, 10)
+NOW = StepContext(1, 10)
 VOCABULARY = "\n abcde"
 VARIANTS = {
     "default": {},

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fastgen import metrics
-from fastgen.models import CycleGAN, CycleGANConfig, Images, Moment, Pix2Pix
+from fastgen.models import CycleGAN, CycleGANConfig, Images, Pix2Pix, StepContext
 from fastgen.models._translation import History, PatchDiscriminator, Translator
 from fastgen.models.cyclegan import DirectionOptions
 
-NOW = Moment(1, 10)
+NOW = StepContext(1, 10)
 SMALL: dict[str, tuple[type[Translator], dict[str, object]]] = {
     "cyclegan": (
         CycleGAN,
@@ -70,12 +70,12 @@ def a_batch(model: Translator, n: int = 4) -> dict[str, Tensor]:
     }
 
 
-def step(model: Translator, phase: str, batch: dict[str, Tensor], moment: Moment = NOW) -> dict[str, Tensor]:
+def step(model: Translator, phase: str, batch: dict[str, Tensor], context: StepContext = NOW) -> dict[str, Tensor]:
     for each in model.phases():
         for network in each.networks:
             model.get_submodule(network).requires_grad_(each.name == phase)
     model.zero_grad()
-    values = model.loss(phase, batch, moment)
+    values = model.loss(phase, batch, context)
     values["loss"].backward()
     return values
 
@@ -178,7 +178,7 @@ def test_a_penalty_is_differentiated_by_the_discriminators_weights(name: str, pe
         for weight in model.parameters():
             weight.add_(0.1 * torch.randn(weight.shape, generator=seeded(5)))
     batch = {key: value.double() for key, value in a_batch(model).items()}
-    now = Moment(2, 10)
+    now = StepContext(2, 10)
     assert "penalty" not in step(model, "discriminator", batch)
 
     def loss() -> float:
@@ -224,7 +224,7 @@ def test_translations_depend_on_images_and_generator_alone(name: str) -> None:
     assert torch.equal(first, again)
     assert torch.equal(first, other) == (name == "cyclegan")  # dropout is noise
     torch.testing.assert_close(translated(model, {key: value[:1] for key, value in batch.items()}), first[:1])
-    shown = model.show(batch, generator=seeded(0))
+    shown = model.visualize(batch, generator=seeded(0))
     assert all(isinstance(each, Images) and each.columns == 4 for each in shown.values())
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
@@ -232,12 +232,12 @@ def test_translations_depend_on_images_and_generator_alone(name: str) -> None:
 def test_rows_show_images_there_and_back_again() -> None:
     model = small_model("cyclegan").eval()
     batch = a_batch(model)
-    a, there, back = model.show(batch)["a-b-a"].pixels.split(4)
+    a, there, back = model.visualize(batch)["a-b-a"].pixels.split(4)
     torch.testing.assert_close(a, batch["a"])
     torch.testing.assert_close(there, translated(model, {"a": batch["a"]}, direction="a-to-b"))
     torch.testing.assert_close(back, translated(model, {"b": there}, direction="b-to-a"))
     cycle_a = (back - a).abs().flatten(1).mean(1)
-    b, _, back = model.show(batch)["b-a-b"].pixels.split(4)
+    b, _, back = model.visualize(batch)["b-a-b"].pixels.split(4)
     expected = (cycle_a + (back - b).abs().flatten(1).mean(1)) / 2
     torch.testing.assert_close(model.score(batch)["cycle error"], expected)
 
@@ -265,11 +265,11 @@ def test_networks_compile_without_breaks(name: str) -> None:
     for phase in model.phases():
         for network in phase.networks:
             model.get_submodule(network).compile(backend="eager", fullgraph=True)
-    for phase, moment in (("discriminator", NOW), ("discriminator", Moment(2, 10)), ("generator", NOW)):
+    for phase, context in (("discriminator", NOW), ("discriminator", StepContext(2, 10)), ("generator", NOW)):
         values = []
         for each in (model, reference):
             torch.manual_seed(2)
-            values.append(step(each, phase, a_batch(each), moment)["loss"])
+            values.append(step(each, phase, a_batch(each), context)["loss"])
         torch.testing.assert_close(*values)
 
 

@@ -8,7 +8,7 @@ import torch
 from benchmarks.bench_models import trainer
 from benchmarks.twins import TWINS
 from fastgen import reference
-from fastgen.models import MODELS, Moment
+from fastgen.models import MODELS, StepContext
 
 STEPS = 6
 CASES = {
@@ -47,7 +47,7 @@ def test_a_model_trains_as_its_twin_does(name):
         values = []
         for module in (ours, twin):
             torch.manual_seed(1)
-            values.append(module.loss(phase.name, dict(batch), Moment(3, 10)))
+            values.append(module.loss(phase.name, dict(batch), StepContext(3, 10)))
         assert values[0].keys() == values[1].keys()
         torch.testing.assert_close(values[0], values[1], rtol=1e-4, atol=1e-5)
     for module in (ours, twin):
@@ -57,6 +57,6 @@ def test_a_model_trains_as_its_twin_does(name):
     for module in (ours, twin):
         torch.manual_seed(3)
         losses.append(
-            {phase.name: module.loss(phase.name, batch, Moment(3, 10))["loss"].detach() for phase in ours.phases()}
+            {phase.name: module.loss(phase.name, batch, StepContext(3, 10))["loss"].detach() for phase in ours.phases()}
         )
     torch.testing.assert_close(losses[0], losses[1], rtol=2e-3, atol=2e-3)

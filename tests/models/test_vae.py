@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.models import cvae, flow_vae, vae
-from fastgen.models._base import Images, Moment, from_data
 from fastgen.models._classes import LabelOptions
 from fastgen.models._likelihoods import gaussian_log_prob, pixels_log_prob, pixels_mean
-from fastgen.models._vae import DenseVAE
+from fastgen.models.base import Images, StepContext, from_data
 from fastgen.models.cvae import CVAE, CVAEConfig
 from fastgen.models.flow_vae import FlowVAE, FlowVAEConfig, InverseAutoregressiveFlow, planar
 from fastgen.models.vae import VAE, VAEConfig
+from fastgen.models.variational import DenseVAE
 
-NOW = Moment(500, 1000)
+NOW = StepContext(500, 1000)
 CLASSES = 3
 MODELS: dict[str, tuple[type[DenseVAE], type, dict[str, Any]]] = {
     "vae": (VAE, VAEConfig, {}),
@@ -101,7 +101,7 @@ def test_shapes_and_gradients_of_every_model(which: str, size: int, channels: in
     assert isinstance(drawn, Images)
     assert drawn.pixels.shape == (5, channels, size, size)
     assert ((drawn.pixels >= 0) & (drawn.pixels <= 1)).all()
-    shown = model.show(batch)
+    shown = model.visualize(batch)
     assert shown["reconstructions"].pixels.shape == (14, channels, size, size)
 
 
@@ -129,7 +129,7 @@ def test_beta_and_its_warm_up_weigh_the_kl(which: str) -> None:
     batch = random_batch(6, model.config)
     for step, weight in ((1, 0.3), (5, 1.5), (10, 3.0), (99, 3.0)):
         torch.manual_seed(step)
-        values = model.loss("model", batch, Moment(step, 100))
+        values = model.loss("model", batch, StepContext(step, 100))
         torch.testing.assert_close(values["loss"], values["nll"] + weight * values["kl"])
     scores = model.score(batch, generator=seeded(0))
     torch.testing.assert_close(scores["elbo"], -scores["nll"] - scores["kl"])
@@ -197,7 +197,7 @@ def test_labels_decide_what_is_drawn() -> None:
     assert in_turn.columns == CLASSES
     errors = (in_turn.pixels[:, None] - batch["images"][None]).abs().mean((2, 3, 4))
     assert errors.argmin(1).tolist() == [0, 1, 2, 0, 1, 2]
-    assert model.show(batch)["styles"].pixels.shape == (CLASSES * (CLASSES + 1), 1, 8, 8)
+    assert model.visualize(batch)["styles"].pixels.shape == (CLASSES * (CLASSES + 1), 1, 8, 8)
 
 
 def test_labels_that_do_not_fit_are_named() -> None:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fastgen.models import settle, settled, vq_vae
-from fastgen.models._base import Images, Moment, from_data
+from fastgen.models.base import Images, StepContext, from_data
 from fastgen.models.vq_vae import VQVAE, CodeOptions, VQVAEConfig
 
-NOW = Moment(1, 10)
+NOW = StepContext(1, 10)
 PHASES = ("autoencoder", "prior")
 
 
@@ -76,7 +76,7 @@ def test_shapes_and_gradients_of_both_phases(size: int, channels: int, halvings:
     assert isinstance(drawn, Images)
     assert drawn.pixels.shape == (4, *images.shape[1:])
     assert ((drawn.pixels >= 0) & (drawn.pixels <= 1)).all()
-    assert model.show({"images": images})["reconstructions"].pixels.shape == (10, *images.shape[1:])
+    assert model.visualize({"images": images})["reconstructions"].pixels.shape == (10, *images.shape[1:])
 
 
 def test_the_phases_update_every_weight_and_no_more() -> None:

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.models import wavenet
-from fastgen.models._base import Moment, Sounds, from_data
 from fastgen.models._mu_law import (
     inverse_mu_law,
     level_borders,
@@ -20,9 +19,10 @@ from fastgen.models._mu_law import (
     mu_law,
 )
 from fastgen.models._tokens import choose
+from fastgen.models.base import Sounds, StepContext, from_data
 from fastgen.models.wavenet import SoundOptions, WaveNet, WaveNetConfig
 
-NOW = Moment(1, 10)
+NOW = StepContext(1, 10)
 VARIANTS = {
     "default": {},
     "levels": {"output": "levels"},

@@ -89,7 +89,7 @@ def dcgan_loss(plain):
 
     def loss(images):
         if not plain:
-            return model.loss("discriminator", {"images": images.sigmoid()}, models.Moment(1, 1))["loss"]
+            return model.loss("discriminator", {"images": images.sigmoid()}, models.StepContext(1, 1))["loss"]
         fake = model.generator(torch.randn(B, 2).double())
         real = 2 * images.sigmoid() - 1
         real = real if real.requires_grad else real.requires_grad_()
@@ -105,7 +105,9 @@ def language_case():
     torch.manual_seed(0)
     model = TransformerLM(TransformerLMConfig(vocabulary="abc", context=N, width=2 * D, heads=2, depth=1)).double()
     tokens = torch.tensor([[0, 2, 1, 1], [1, 0, 0, 2]])
-    formula = Formula(model, lambda layer, tokens: layer.loss("text", {"tokens": tokens}, models.Moment(1, 1))["loss"])
+    formula = Formula(
+        model, lambda layer, tokens: layer.loss("text", {"tokens": tokens}, models.StepContext(1, 1))["loss"]
+    )
     names, values = zip(*formula.named_parameters(), strict=True)
     plain_functions = {
         "qkv_projection": lambda x, weight, bias, *, heads, head_dims, norms, rotary, **rest: reference.projection(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from fastgen.data import TensorItems
-from fastgen.models import Batch, GenerativeModel, Moment, NoOptions, Phase
+from fastgen.models import Batch, GenerativeModel, NoOptions, Phase, StepContext
 from fastgen.train.checkpoint import Header, load_checkpoint, save_checkpoint
 from fastgen.train.config import TrainConfig
 from fastgen.train.engine import Engine
@@ -122,8 +122,8 @@ class Pair(GenerativeModel):
             Phase("right", ("right",), learning_rate=0.01, betas=(0.5, 0.9), weight_decay=0.1),
         )
 
-    def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
-        self.seen.append((phase, moment.step, float(batch["images"].sum())))
+    def loss(self, phase: str, batch: Batch, context: StepContext) -> dict[str, Tensor]:
+        self.seen.append((phase, context.step, float(batch["images"].sum())))
         out = self.right(self.norm(self.left(batch["images"])))
         noise = torch.rand(())
         sign = 1 if phase == "left" else -1
@@ -171,7 +171,7 @@ def test_phases_update_their_own_weights_by_their_own_optimisers(engine_of: Any)
         batch = next(theirs)
         for name, optimizer in optimizers.items():
             twin.zero_grad()
-            twin.loss(name, batch, Moment(step, 10))["loss"].backward()
+            twin.loss(name, batch, StepContext(step, 10))["loss"].backward()
             nn.utils.clip_grad_norm_(twin.get_submodule(name).parameters(), 0.5)
             optimizer.step()
         decay = min(0.5, (1 + step - 1) / (10 + step - 1))
@@ -251,7 +251,7 @@ class Normalised(GenerativeModel):
             x = layer(x)
         return x
 
-    def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
+    def loss(self, phase: str, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         return {"loss": self(batch["images"]).square().mean()}
 
     def furthest(self) -> float:

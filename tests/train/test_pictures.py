@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgen.models import Exhibit, Images, Sounds, Texts
+from fastgen.models import Images, Samples, Sounds, Texts
 from fastgen.train.curves import read_rows, write_curves
 from fastgen.train.files import inside
-from fastgen.train.pictures import GAP, NOT_FINITE, SILENCE, TEXT_SEPARATOR, write_exhibit
+from fastgen.train.pictures import GAP, NOT_FINITE, SILENCE, TEXT_SEPARATOR, save_samples
 
 RATE = 800
 NAN, INF = float("nan"), float("inf")
@@ -22,7 +22,7 @@ NAN, INF = float("nan"), float("inf")
 
 def test_pixels_are_clamped_and_those_that_are_not_finite_have_a_colour(tmp_path: Path) -> None:
     pixels = torch.tensor([[-1.0, 0.5, 2.0, NAN], [INF, -INF, 0.0, 1.0]]).view(2, 1, 1, 4)
-    path = write_exhibit(tmp_path / "samples", "000100", Images(pixels, columns=1))
+    path = save_samples(tmp_path / "samples", "000100", Images(pixels, columns=1))
     assert path == tmp_path / "samples" / "000100.png"
     image = np.asarray(Image.open(path).convert("RGB"))
     scale = (image.shape[1] - 2 * GAP) // 4
@@ -33,13 +33,13 @@ def test_pixels_are_clamped_and_those_that_are_not_finite_have_a_colour(tmp_path
 
 
 def test_texts_are_separated_and_any_characters_can_be_written(tmp_path: Path) -> None:
-    path = write_exhibit(tmp_path, "000100", Texts(["one\nline", "zwölf ☃", "half \ud800"]))
+    path = save_samples(tmp_path, "000100", Texts(["one\nline", "zwölf ☃", "half \ud800"]))
     assert path.read_text(encoding="utf-8").split(f"\n{TEXT_SEPARATOR}\n") == ["one\nline", "zwölf ☃", "half ?\n"]
 
 
 def test_sounds_follow_one_another_clamped_and_silent_where_they_are_not_finite(tmp_path: Path) -> None:
     waves = torch.stack([torch.full((100,), 2.0), torch.full((100,), -0.5), torch.full((100,), NAN)])
-    path = write_exhibit(tmp_path, "000100", Sounds(waves, RATE))
+    path = save_samples(tmp_path, "000100", Sounds(waves, RATE))
     with wave.open(io.BytesIO(path.read_bytes())) as file:
         assert (file.getnchannels(), file.getsampwidth(), file.getframerate()) == (1, 2, RATE)
         heard = np.frombuffer(file.readframes(file.getnframes()), "<i2")
@@ -64,17 +64,17 @@ def test_sounds_follow_one_another_clamped_and_silent_where_they_are_not_finite(
     ids=["channels", "no-images", "columns", "no-texts", "one-wave", "rate"],
 )
 def test_an_exhibit_of_another_shape_is_refused_and_nothing_written(
-    tmp_path: Path, exhibit: Exhibit, message: str
+    tmp_path: Path, exhibit: Samples, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        write_exhibit(tmp_path / "samples", "000100", exhibit)
+        save_samples(tmp_path / "samples", "000100", exhibit)
     assert not (tmp_path / "samples").exists()
 
 
 @pytest.mark.parametrize("stem", ["", ".", "..", "a/b", "../a", "a\\b", "c:a", "a\0b"])
 def test_a_stem_that_is_no_plain_name_is_refused(tmp_path: Path, stem: str) -> None:
     with pytest.raises(ValueError, match="expected a plain name"):
-        write_exhibit(tmp_path / "samples", stem, Texts(["a"]))
+        save_samples(tmp_path / "samples", stem, Texts(["a"]))
     assert not list(tmp_path.iterdir())
 
 
@@ -94,7 +94,7 @@ def test_a_folder_that_is_a_link_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_is_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "000100.txt").symlink_to(tmp_path / "precious")
-    path = write_exhibit(tmp_path, "000100", Texts(["a"]))
+    path = save_samples(tmp_path, "000100", Texts(["a"]))
     assert (tmp_path / "precious").read_text() == "mine"
     assert not path.is_symlink()
     assert path.read_text(encoding="utf-8") == "a\n"

@@ -15,7 +15,7 @@ from PIL import Image
 
 from fastgen.models import Images, Sounds, Texts
 from fastgen.train import samples as exhibits
-from fastgen.train.pictures import write_exhibit
+from fastgen.train.pictures import save_samples
 from fastgen.train.report import write_report
 
 HOSTILE = "<script>alert('x')</script>\"'><img src=x onerror=alert(1)>&"
@@ -111,7 +111,7 @@ def test_whatever_a_run_holds_is_shown_as_text(tmp_path: Path) -> None:
     figure = dict.fromkeys(("name", "value", "low", "high", "unit", "space", "n", "note"), HOSTILE)
     (tmp_path / "evaluation.json").write_text(json.dumps({"step": HOSTILE, "figures": [figure]}))
     write_metrics(tmp_path, 2, **{HOSTILE: 1.0})
-    write_exhibit(tmp_path / HOSTILE.replace("/", ""), "000001", Texts([HOSTILE, HOSTILE]))
+    save_samples(tmp_path / HOSTILE.replace("/", ""), "000001", Texts([HOSTILE, HOSTILE]))
     page = Page(write_report(tmp_path))
     assert page.text.count(HOSTILE) >= 12
     assert len(page.all("script")) == 1
@@ -128,15 +128,15 @@ def test_a_file_that_is_broken_is_named_on_the_page(tmp_path: Path, name: str, c
 
 
 def show_images(folder: Path, step: int) -> None:
-    write_exhibit(folder, f"{step:06d}", Images(torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(step))))
+    save_samples(folder, f"{step:06d}", Images(torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(step))))
 
 
 def show_texts(folder: Path, step: int) -> None:
-    write_exhibit(folder, f"{step:06d}", Texts([f"first at {step}", f"second at {step}"]))
+    save_samples(folder, f"{step:06d}", Texts([f"first at {step}", f"second at {step}"]))
 
 
 def show_sounds(folder: Path, step: int) -> None:
-    write_exhibit(folder, f"{step:06d}", Sounds(torch.zeros(2, 100), 800))
+    save_samples(folder, f"{step:06d}", Sounds(torch.zeros(2, 100), 800))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_large_pictures_and_sounds_do_not_make_a_large_page(tmp_path: Path, monk
     noise = np.random.default_rng(0).integers(0, 256, (600, 600, 3), np.uint8)
     for step in range(3):
         Image.fromarray(noise).save(tmp_path / "samples" / f"{step:06d}.png")
-        write_exhibit(tmp_path / "sounds", f"{step:06d}", Sounds(torch.zeros(1, 30_000), 8000))
+        save_samples(tmp_path / "sounds", f"{step:06d}", Sounds(torch.zeros(1, 30_000), 8000))
     (tmp_path / "samples" / "000003.png").write_bytes(b"no picture")
     path = write_report(tmp_path)
     page = Page(path)

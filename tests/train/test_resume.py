@@ -218,10 +218,10 @@ def test_a_step_whose_gradient_is_nan_changes_nothing_and_is_counted(
 ) -> None:
     loss = MODELS[model].loss
 
-    def sometimes(self: Any, phase: str, batch: Any, moment: Any) -> Any:
-        if moment.step in (3, 4):  # in the pictures, so that batch norm sees it, too
+    def sometimes(self: Any, phase: str, batch: Any, context: Any) -> Any:
+        if context.step in (3, 4):  # in the pictures, so that batch norm sees it, too
             batch = batch | {"images": batch["images"] * float("nan")}
-        return loss(self, phase, batch, moment)
+        return loss(self, phase, batch, context)
 
     monkeypatch.setattr(MODELS[model], "loss", sometimes)
     assert fit("--log-every", "1", "--nan-limit", "3", model=model, steps=6) == 0

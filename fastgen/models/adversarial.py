@@ -1,7 +1,7 @@
 """What generative adversarial networks of images share: the two players' phases, their losses, noise and drawing.
 
 A model of this family is an ``ImageGAN`` with two networks, ``generator`` (z -> images in [-1, 1]) and
-``discriminator`` (images -> scores (B,), logits: high means real), and an ``AdversarialConfig``.
+``discriminator`` (images -> scores (B,), logits: high means real), and an ``NoiseGANConfig``.
 
 The game that both play and the penalty of the discriminator's slope are those of ``fastgen.losses``. Real and
 generated images pass through the discriminator in batches of their own, each normalised by its own statistics.
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import losses
+from fastgen.batch import require_images
 from fastgen.checks import (
     require_choice,
     require_not_negative,
@@ -26,8 +27,7 @@ from fastgen.checks import (
     require_probability,
 )
 from fastgen.losses.adversarial import ADVERSARIAL_LOSSES, AdversarialLoss
-from fastgen.models._base import Batch, GenerativeModel, Images, Moment, Phase, option, to_pixels
-from fastgen.models._inputs import require_images
+from fastgen.models.base import Batch, GenerativeModel, Images, Phase, StepContext, option, to_pixels
 
 Penalty = Literal["none", "r1", "gradient", "dragan"]
 
@@ -42,7 +42,7 @@ class Layers(nn.Sequential):
 
 
 @dataclass(frozen=True)
-class GameConfig:
+class AdversarialConfig:
     """The images, and how both networks learn. ValueError names the field, what was expected and what came."""
 
     image_size: int = option(8, "height and width of the images", from_data=True)
@@ -76,8 +76,8 @@ class GameConfig:
 
 
 @dataclass(frozen=True)
-class AdversarialConfig(GameConfig):
-    """A ``GameConfig`` of images that are made from z."""
+class NoiseGANConfig(AdversarialConfig):
+    """A ``AdversarialConfig`` of images that are made from z."""
 
     latent_dim: int = option(64, "numbers in z")
 
@@ -87,7 +87,11 @@ class AdversarialConfig(GameConfig):
 
 
 def judge(
-    discriminator: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, config: GameConfig, moment: Moment
+    discriminator: Callable[[Tensor], Tensor],
+    real: Tensor,
+    fake: Tensor,
+    config: AdversarialConfig,
+    context: StepContext,
 ) -> dict[str, Tensor]:
     """What a discriminator minimises, under "loss", and mean scores of "real" and "fake" images, the "penalty".
 
@@ -98,7 +102,7 @@ def judge(
     Args:
         discriminator: images (B, C, S, S) -> scores (B, ...). real, fake: images in [-1, 1].
     """
-    penalised = config.penalised(moment.step)
+    penalised = config.penalised(context.step)
 
     def mean_scores(images: Tensor) -> Tensor:
         return _of_image(discriminator(images))
@@ -110,7 +114,7 @@ def judge(
         loss = losses.discriminator_loss(real_scores, fake_scores, config.loss)
         values = {"real": real_scores.detach().float().mean(), "fake": fake_scores.detach().float().mean()}
         if penalised:
-            scaler = moment.scaler
+            scaler = context.scaler
             compute: dict[str, Callable[[], Tensor]] = {
                 "r1": lambda: losses.r1_penalty(_of_image(real_scores), real, scaler=scaler),
                 "gradient": lambda: losses.gradient_penalty(mean_scores, real, fake.to(real.dtype), scaler=scaler),
@@ -160,7 +164,7 @@ class ImageGAN(GenerativeModel):
         """What of the batch both networks are given beside z and images."""
         return ()
 
-    def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
+    def loss(self, phase: str, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         """What ``phase`` minimises, and what people watch: see ``judge``."""
         real, given = self._checked(batch["images"]), self.conditions(batch)
         if phase == "generator":
@@ -173,7 +177,7 @@ class ImageGAN(GenerativeModel):
             scores: Tensor = self.discriminator(images, *given)
             return scores
 
-        return judge(discriminator, 2 * real - 1, fake, self.config, moment)
+        return judge(discriminator, 2 * real - 1, fake, self.config, context)
 
     @torch.no_grad()
     def draw(self, n: int, options: Any, *, generator: torch.Generator | None = None) -> Images:

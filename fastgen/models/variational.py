@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import functional
+from fastgen.batch import require_images
 from fastgen.checks import (
     require_count,
     require_not_negative,
     require_positive,
     require_positive_number,
 )
-from fastgen.models._base import Batch, Exhibit, GenerativeModel, Images, Moment, Phase, option
-from fastgen.models._inputs import require_images
 from fastgen.models._likelihoods import (
     Likelihood,
     check_likelihood,
@@ -27,6 +26,7 @@ from fastgen.models._likelihoods import (
     pixels_mean,
 )
 from fastgen.models._norms import widened
+from fastgen.models.base import Batch, GenerativeModel, Images, Phase, Samples, StepContext, option
 
 PAIRS_IN_A_ROW = 16
 
@@ -175,9 +175,9 @@ class DenseVAE(GenerativeModel):
         """The expected pixels (B, C, S, S), in [0, 1], of the images' posterior means: the same on each call."""
         raise NotImplementedError
 
-    def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
+    def loss(self, phase: str, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         """The loss, whose KL grows to beta in the first ``kl_warmup`` steps; nll and kl in nats per image."""
-        out = self.bound(batch, beta=self.config.warm_beta(moment.step))
+        out = self.bound(batch, beta=self.config.warm_beta(context.step))
         return {"loss": out.loss, "nll": out.nll.mean(), "kl": out.kl.mean()}
 
     @torch.no_grad()
@@ -187,7 +187,7 @@ class DenseVAE(GenerativeModel):
         return {"elbo": -(out.nll + out.kl), "nll": out.nll, "kl": out.kl}
 
     @torch.no_grad()
-    def show(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Exhibit]:
+    def visualize(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Samples]:
         """Rows of held-out images, each above the row of its reconstructions."""
         return {"reconstructions": above_each_other(batch["images"], self.reconstruct(batch))}
 

@@ -28,9 +28,9 @@ from typing import Any, ClassVar, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from fastgen.batch import check_batch
 from fastgen.models._checksum import is_whole
-from fastgen.models._inputs import check_batch
-from fastgen.models._pretrained import MODEL_TYPE, WEIGHTS, Pretrained, check_saved_config
+from fastgen.models.pretrained import MODEL_TYPE, WEIGHTS, Pretrained, check_saved_config
 
 Batch: TypeAlias = dict[str, Tensor]
 """Tensors whose first dim is the item; which ones there are depends on the kind of data (``KINDS``)."""
@@ -83,7 +83,7 @@ class Sounds:
     sample_rate: int
 
 
-Exhibit: TypeAlias = Images | Texts | Sounds
+Samples: TypeAlias = Images | Texts | Sounds
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Moment:
+class StepContext:
     """When a loss is asked for: in ``step`` (1, 2, ...) of ``steps``. scaler: of float16, for penalties."""
 
     step: int
@@ -181,7 +181,7 @@ class GenerativeModel(nn.Module, Pretrained):
         """
         check_batch(self.kind, self.config, batch)
 
-    def loss(self, phase: str, batch: Batch, moment: Moment) -> dict[str, Tensor]:
+    def loss(self, phase: str, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         """What ``phase`` minimises, a scalar under "loss"; other scalars are shown beside it.
 
         Noise comes from torch's global generators.
@@ -192,7 +192,7 @@ class GenerativeModel(nn.Module, Pretrained):
         """Figures (B,) of held-out items, in nats where they are likelihoods ("nll", "kl", "elbo"); {}: it has none."""
         return {}
 
-    def draw(self, n: int, options: Any, *, generator: torch.Generator | None = None) -> Exhibit:
+    def draw(self, n: int, options: Any, *, generator: torch.Generator | None = None) -> Samples:
         """n samples; the same for the same generator. A CPU generator gives the same noise to every device.
 
         Args:
@@ -206,7 +206,7 @@ class GenerativeModel(nn.Module, Pretrained):
         """What becomes of a batch's images, one for each. The batch holds what is translated, perhaps nothing else."""
         raise NotImplementedError
 
-    def show(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Exhibit]:
+    def visualize(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Samples]:
         """What else is worth looking at, by name, made from held-out items: reconstructions, completions, ..."""
         return {}
 
