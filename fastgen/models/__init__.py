@@ -30,6 +30,7 @@ from fastgen.models.gan import GAN, GANConfig
 from fastgen.models.image_transformer import ImageTransformer, ImageTransformerConfig
 from fastgen.models.pix2pix import Pix2Pix, Pix2PixConfig
 from fastgen.models.recurrent_gan import RecurrentGAN, RecurrentGANConfig
+from fastgen.models.registry import MODELS, create_model, find_model, list_models, register_model
 from fastgen.models.sagan import SAGAN, SAGANConfig
 from fastgen.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from fastgen.models.stylegan import StyleGAN, StyleGANConfig
@@ -46,9 +47,8 @@ _ALL: tuple[type[GenerativeModel], ...] = (
     *(VAE, ConvVAE, CVAE, FlowVAE, VQVAE),
     *(TransformerLM, Seq2Seq, ImageTransformer, WaveNet),
 )
-
-MODELS: dict[str, type[GenerativeModel]] = {model.name: model for model in _ALL}
-"""By the name that the command line uses."""
+for _model in _ALL:
+    register_model(_model)
 
 __all__ = [
     "CDCGAN",
@@ -103,8 +103,12 @@ __all__ = [
     "VQVAEConfig",
     "WaveNet",
     "WaveNetConfig",
+    "create_model",
+    "find_model",
     "from_data",
+    "list_models",
     "option",
+    "register_model",
     "settle",
     "settled",
     "to_pixels",

@@ -202,6 +202,34 @@ class GenerativeModel(nn.Module, Pretrained):
         """
         raise NotImplementedError
 
+    def sample(self, n: int, *, generator: torch.Generator | None = None, **options: Any) -> Tensor | list[str]:
+        """n samples as plain data; the same for the same generator.
+
+        Args:
+            n: number of samples.
+            generator: source of the noise; default torch's global one. A CPU generator gives the same noise on every
+                device.
+            options: fields of ``sampling_class``, for example ``label`` or ``temperature``.
+
+        Returns:
+            Images (n, C, H, W) in [0, 1], a list of n strings, or waveforms (n, samples) in [-1, 1].
+
+        Raises:
+            TypeError: the model has no such option, or translates images (see ``translate``).
+            ValueError: n or an option is out of range.
+        """
+        if self.kind in TRANSLATED:
+            raise TypeError(f"{self.name}: expected a model that samples; this one translates images: call translate")
+        known = [f.name for f in dataclasses.fields(self.sampling_class)]
+        unknown = sorted(options.keys() - set(known))
+        if unknown:
+            raise TypeError(f"{self.name}: expected options among {known}, got {', '.join(unknown)}")
+        with torch.no_grad():
+            samples = self.draw(n, self.sampling_class(**options), generator=generator)
+        if isinstance(samples, Images):
+            return samples.pixels
+        return samples.texts if isinstance(samples, Texts) else samples.waves
+
     def translate(self, batch: Batch, options: Any, *, generator: torch.Generator | None = None) -> Images:
         """What becomes of a batch's images, one for each. The batch holds what is translated, perhaps nothing else."""
         raise NotImplementedError

@@ -42,10 +42,10 @@ else:
 
 CONFIG, WEIGHTS, MODEL_TYPE = "config.json", "model.safetensors", "model_type"
 DRAWING = {
-    "images": "model.draw(16, model.sampling_class()).pixels  # (16, channels, size, size), in [0, 1]",
-    "text": "model.draw(4, model.sampling_class()).texts",
-    "sequences": "model.draw(4, model.sampling_class()).texts",
-    "audio": "model.draw(4, model.sampling_class()).waves  # (4, samples), in [-1, 1]",
+    "images": "model.sample(16)  # (16, channels, size, size), in [0, 1]",
+    "text": "model.sample(4)  # a list of strings",
+    "sequences": "model.sample(4)  # a list of strings",
+    "audio": "model.sample(4)  # (4, samples), in [-1, 1]",
     "pairs": 'model.translate({"inputs": images}, model.sampling_class()).pixels  # images in [0, 1]',
     "domains": 'model.translate({"a": images}, model.sampling_class()).pixels  # images in [0, 1]',
 }
@@ -191,7 +191,7 @@ def _class_of(asked: type[Pretrained], config: Mapping[str, Any], place: str) ->
 
     Models that were saved before configs named their class are known by their options.
     """
-    from fastgen.models import MODELS
+    from fastgen.models.registry import MODELS
 
     concrete = hasattr(asked, "config_class")
     named = config.get(MODEL_TYPE)
