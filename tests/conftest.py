@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import fastgen
+from fastgen.backend import why_not_compiled
 from tests.emulator import build
 
 PLACES = [("torch", "cpu"), ("compiled", "cpu"), ("emulated", "cpu"), ("torch", "cuda"), ("compiled", "cuda")]
@@ -33,7 +34,7 @@ def place_or_skip(backend: str, device: str, operator: str) -> torch.device:
         pytest.skip("no CUDA device")
     where = torch.device(device)
     if backend == "compiled":
-        reason = backend.why_not_compiled(operator, where)
+        reason = why_not_compiled(operator, where)
         if reason is not None:
             pytest.skip(reason)
     return where

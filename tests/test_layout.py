@@ -10,7 +10,8 @@ import fastgen
 PACKAGE = Path(fastgen.__file__).parent
 
 FLOORS = [
-    ("reference", "checks", "version", "vocabulary", "_dynamo", "_shared_objects"),
+    ("random", "checks", "version", "vocabulary", "_dynamo", "_shared_objects"),
+    ("reference",),
     ("backend",),
     ("ops.transforms", "ops._batching", "ops._checks"),
     ("ops.autograd",),
@@ -79,3 +80,10 @@ def test_every_module_stands_on_a_floor_and_imports_only_go_down() -> None:
                 wrong.append(f"{module} imports {target}")
     assert not wrong
     assert seen > 200
+
+
+def test_nothing_in_the_package_imports_the_oracle() -> None:
+    """``fastgen/__init__.py`` names it among its submodules; only tests and benchmarks use it."""
+    users = {module_of(path) for path in PACKAGE.rglob("*.py") if "reference" in imported_modules(path)}
+    assert users <= {""}
+    assert imported_modules(PACKAGE / "reference.py") <= {"random"}

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from fastgen import checks as check
-from fastgen import reference
 from fastgen.backend import may_use_tf32, select
 from fastgen.functional._autocast import autocast_dtype, lower
-from fastgen.ops.projection import plan
+from fastgen.ops.projection import epilogue, plan
 from fastgen.ops.projection.autograd import merge_heads, projection
-from fastgen.ops.projection.operators import Layout, finish_parts
-from fastgen.reference import HeadFinish
+from fastgen.ops.projection.epilogue import HeadEpilogue
+from fastgen.ops.projection.layout import Layout
 
 
 def _projection_input(x: Tensor, channels_first: bool) -> Tensor:
@@ -146,7 +145,7 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool =
         raise ValueError(f"x: expected (B, H, N, D), got {check.shape_of(x)}")
     check.require_flag("interleaved", interleaved)
     _checked_rotary((cos, sin), x, x.size(0), x.size(2), (x.size(3),))
-    return reference.rotary(x, *_wide_tables((cos, sin), x), interleaved).to(x.dtype)
+    return epilogue.rotary(x, *_wide_tables((cos, sin), x), interleaved).to(x.dtype)
 
 
 def qkv_projection(
@@ -204,38 +203,30 @@ def qkv_projection(
     low = autocast_dtype(x)
     tokens, weight, bias = lower(tokens, low), lower(weight, low), None if bias is None else lower(bias, low)
     _checked_linear(tokens, tokens.size(1 if channels_first else 2), weight, bias, rows)
-    finish = HeadFinish()
+    after = HeadEpilogue()
     norms = () if norms is None else norms
     if not isinstance(norms, (tuple, list)):
         raise TypeError(f"norms: expected a tuple or list of weights, one for each part, got {type(norms).__name__}")
     if norms or rotary is not None:
         length = tokens.size(2 if channels_first else 1)
-        finish = _checked_finish(tokens, length, head_dims, norms, norm_eps, rotary, rotated, interleaved, low)
-    layout = Layout(
-        list(heads),
-        list(head_dims),
-        channels_first,
-        finish.eps,
-        finish.rotated,
-        finish.interleaved,
-        may_use_tf32(tokens),
-    )
-    namespace = _place_of_heads(tokens, layout, finish)
-    if finish.cos is not None and (
-        _may_be_differentiated(finish.cos, finish.sin) or finish.cos.dtype.itemsize > max(tokens.dtype.itemsize, 4)
+        after = _checked_epilogue(tokens, length, head_dims, norms, norm_eps, rotary, rotated, interleaved, low)
+    layout = Layout(list(heads), list(head_dims), channels_first, may_use_tf32(tokens))
+    namespace = _place_of_heads(tokens, layout, after)
+    if after.cos is not None and (
+        _may_be_differentiated(after.cos, after.sin) or after.cos.dtype.itemsize > max(tokens.dtype.itemsize, 4)
     ):
         # The fused operators take tables for constants, in float32 where x is not float64.
-        parts = projection(tokens, weight, bias, HeadFinish(), layout, namespace)
-        return tuple(finish_parts(list(parts), finish))
-    return projection(tokens, weight, bias, finish, layout, namespace)
+        parts = projection(tokens, weight, bias, HeadEpilogue(), layout, namespace)
+        return tuple(epilogue.apply(list(parts), after))
+    return projection(tokens, weight, bias, after, layout, namespace)
 
 
-def _place_of_heads(tokens: Tensor, layout: Layout, finish: HeadFinish) -> str:
+def _place_of_heads(tokens: Tensor, layout: Layout, after: HeadEpilogue) -> str:
     if tokens.device.type == "cpu":  # there is nothing to choose
         return select("projection_forward", tokens)
     sizes = list(zip(layout.heads, layout.head_dims, strict=True))
     inputs = tokens.size(1 if layout.channels_first else 2)
-    normed, rotated = len(finish.norms), finish.rotated
+    normed, rotated = len(after.norms), after.rotated
     whole = layout.head_dims[: max(normed, rotated)]
     refused = plan.refused(tokens.dtype, [inputs, *layout.head_dims], len(sizes), whole)
     rows = tokens.numel() // max(inputs, 1)
@@ -247,7 +238,7 @@ def _may_be_differentiated(*tables: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(table is not None and table.requires_grad for table in tables)
 
 
-def _checked_finish(
+def _checked_epilogue(
     tokens: Tensor,
     length: int,
     head_dims: Sequence[int],
@@ -257,7 +248,7 @@ def _checked_finish(
     rotated: int,
     interleaved: bool,
     low: torch.dtype | None,
-) -> HeadFinish:
+) -> HeadEpilogue:
     if len(norms) > len(head_dims):
         raise ValueError(f"norms: expected at most {len(head_dims)} weights, one for each part, got {len(norms)}")
     cast = []
@@ -266,15 +257,15 @@ def _checked_finish(
         check.require_shape("norms", norm, (dim,), "(head dim of the part,)")
         cast.append(lower(norm, low))
         check.require_alike("x", tokens, norms=cast[-1])
-    finish = HeadFinish(norms=tuple(cast), eps=check.require_eps("norm_eps", eps))
+    after = HeadEpilogue(norms=tuple(cast), eps=check.require_eps("norm_eps", eps))
     if rotary is None:
-        return finish
+        return after
     check.require_flag("interleaved", interleaved)
     if isinstance(rotated, bool) or not isinstance(rotated, int) or not 1 <= rotated <= len(head_dims):
         raise ValueError(f"rotated: expected between 1 and the {len(head_dims)} parts, got {rotated!r}")
     _checked_rotary(rotary, tokens, tokens.size(0), length, head_dims[:rotated])
     cos, sin = _wide_tables(rotary, tokens)
-    return finish._replace(cos=cos, sin=sin, rotated=rotated, interleaved=bool(interleaved))
+    return after._replace(cos=cos, sin=sin, rotated=rotated, interleaved=bool(interleaved))
 
 
 def _checked_gate(gate: Tensor | None, batch: int, channels: int) -> Tensor | None:

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.bench_models import trainer
 from benchmarks.twins import TWINS
-from fastgen import reference
+from fastgen import random
 from fastgen.models import MODELS, StepContext
 
 STEPS = 6
@@ -22,7 +22,7 @@ CASES = {
 
 def philox(mu):
     """The noise that the fused latent draws where a twin calls torch.randn_like."""
-    return reference.standard_normal(torch.randint(0, 2**63 - 1, (1,)), len(mu), mu[0].numel()).view_as(mu)
+    return random.standard_normal(torch.randint(0, 2**63 - 1, (1,)), len(mu), mu[0].numel()).view_as(mu)
 
 
 @pytest.mark.parametrize("name", CASES)

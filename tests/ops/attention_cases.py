@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.shapes import ATTENTION_SHAPES
-from fastgen import reference
+from fastgen import random, reference
 from fastgen.functional import scaled_dot_product_attention
 from fastgen.testing import ROUNDING_ULPS, assert_accurate
 
@@ -91,8 +91,8 @@ def keep_of(case: Case, seed: Tensor) -> Tensor | None:
     """The dropout mask over its probability."""
     if case.dropout == 0:
         return None
-    rows, groups = case.batch * case.heads[0] * case.queries, reference.groups_per_row(case.keys)
-    uniform = reference.uniform_rows(seed, torch.arange(rows), rows, groups, 0, groups)
+    rows, groups = case.batch * case.heads[0] * case.queries, random.groups_per_row(case.keys)
+    uniform = random.uniform_rows(seed, torch.arange(rows), rows, groups, 0, groups)
     keep = (uniform[:, : case.keys] >= case.dropout).double() / (1 - case.dropout)
     return keep.reshape(case.batch, case.heads[0], case.queries, case.keys)
 

@@ -163,8 +163,8 @@ def our_network(first):
 
 def plain_network(first):
     def project(x, weight, norm, rotary):
-        finish = reference.HeadFinish((norm, norm), 1e-6, rotary[0][None], rotary[1][None], 2)
-        return reference.projection(x, weight, None, [2, 2, 2], [2, 2, 2], first, finish)
+        epilogue = ((norm, norm), 1e-6, rotary[0][None], rotary[1][None], 2)
+        return reference.projection(x, weight, None, [2, 2, 2], [2, 2, 2], first, *epilogue)
 
     def merge(x, weight, bias, residual, gate):
         return reference.merge_heads(x, weight, bias, residual, gate[:, None], first)

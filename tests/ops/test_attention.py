@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import fastgen
 from benchmarks.shapes import ATTENTION_SHAPES
-from fastgen import backend, reference
+from fastgen import backend, random, reference
 from fastgen.functional import scaled_dot_product_attention as attention
 from fastgen.ops.attention import blocked as _attention_blocked
 from fastgen.testing import assert_accurate, largest_error
@@ -122,9 +122,9 @@ def test_every_feature_matches_the_reference_in_float64(tiles, mask, window, cau
     if dropout:
         torch.manual_seed(7)
         seed = torch.randint(0, 2**63 - 1, (1,))
-        groups_of_row = reference.groups_per_row(keys)
+        groups_of_row = random.groups_per_row(keys)
         count = 3 * heads * queries
-        uniform = reference.uniform_rows(seed, torch.arange(count), count, groups_of_row, 0, groups_of_row)
+        uniform = random.uniform_rows(seed, torch.arange(count), count, groups_of_row, 0, groups_of_row)
         keep = ((uniform[:, :keys] >= dropout).double() / (1 - dropout)).reshape(3, heads, queries, keys)
 
     def both(out, lse):

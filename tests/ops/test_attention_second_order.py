@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from fastgen import reference
+from fastgen import random, reference
 from fastgen.data import DataConfig, load_data
 from fastgen.functional import scaled_dot_product_attention as attention
 from fastgen.losses import gradient_penalty, r1_penalty
@@ -46,8 +46,8 @@ def test_tiles_give_the_formulas(monkeypatch, namespace, absent, window, dropout
     directions = [None if i in absent else d for i, d in enumerate(directions)]
     seed, keep = None, None
     if dropout:
-        seed, groups = torch.tensor([3]), reference.groups_per_row(33)
-        uniform = reference.uniform_rows(seed, torch.arange(2 * 4 * 21), 2 * 4 * 21, groups, 0, groups)[:, :33]
+        seed, groups = torch.tensor([3]), random.groups_per_row(33)
+        uniform = random.uniform_rows(seed, torch.arange(2 * 4 * 21), 2 * 4 * 21, groups, 0, groups)[:, :33]
         keep = ((uniform >= dropout).double() / (1 - dropout)).reshape(2, 4, 21, 33)
     upstream = torch.randn(2, 4, 21, 5, dtype=dtype), torch.randn(2, 4, 21, dtype=dtype)
     options = Options(dropout, *window, 0.6)

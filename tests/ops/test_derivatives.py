@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from fastgen import functional, losses, models, nn, reference
+from fastgen import functional, losses, models, nn, random, reference
 from fastgen.losses.adversarial import ADVERSARIAL_LOSSES
 from fastgen.models.dcgan import DCGAN, DCGANConfig
 from fastgen.models.transformer_lm import TransformerLM, TransformerLMConfig
@@ -33,7 +33,7 @@ def normal(*shape):
 def plain_latent(mu, logvar, prior_mu=None, prior_logvar=None, generator=None):
     flat = mu.reshape(mu.size(0), -1)
     seed = torch.randint(0, 2**63 - 1, (1,), generator=generator)
-    noise = reference.standard_normal(seed, *flat.shape).to(mu.dtype).reshape(mu.shape)
+    noise = random.standard_normal(seed, *flat.shape).to(mu.dtype).reshape(mu.shape)
     rows = [t if t is None else t.expand(mu.shape).reshape(flat.shape) for t in (prior_mu, prior_logvar)]
     return mu + noise * (0.5 * logvar).exp(), reference.kl_divergence(flat, logvar.reshape(flat.shape), *rows)
 
@@ -42,8 +42,8 @@ def plain_attention(query, key, value, attn_mask=None, window=(-1, -1), dropout_
     keep = None
     if dropout_p:
         seed, rows = torch.randint(0, 2**63 - 1, (1,)), query.shape[:-1].numel()
-        groups = reference.groups_per_row(key.size(-2))
-        uniform = reference.uniform_rows(seed, torch.arange(rows), rows, groups, 0, groups)[:, : key.size(-2)]
+        groups = random.groups_per_row(key.size(-2))
+        uniform = random.uniform_rows(seed, torch.arange(rows), rows, groups, 0, groups)[:, : key.size(-2)]
         keep = ((uniform >= dropout_p).double() / (1 - dropout_p)).reshape(*query.shape[:-1], key.size(-2))
     return reference.attention(query, key, value, attn_mask, keep, *window)
 
@@ -112,7 +112,7 @@ def language_case():
     plain_functions = {
         "qkv_projection": lambda x, weight, bias, *, heads, head_dims, norms, rotary, **rest: reference.projection(
             x, weight, bias, list(heads), list(head_dims), False,
-            reference.HeadFinish(norms, 1e-6, rotary[0][None], rotary[1][None], 2),
+            norms, 1e-6, rotary[0][None], rotary[1][None], 2,
         ),
         "scaled_dot_product_attention": lambda *t, dropout_p, window: plain_attention(
             *t, window=[-1 if reach is None else reach for reach in window]
@@ -350,7 +350,7 @@ CASES = {
                 None,
                 *(list(QKV[name]) for name in ("heads", "head_dims")),
                 False,
-                reference.HeadFinish((n, m), 1e-6, TABLES[0][None], TABLES[1][None], 2),
+                (n, m), 1e-6, TABLES[0][None], TABLES[1][None], 2,
             )
         ),
         [normal(B, N, D), normal(9, D), normal(2), normal(2)],
@@ -364,7 +364,7 @@ CASES = {
                 None,
                 *(list(QKV[name]) for name in ("heads", "head_dims")),
                 True,
-                reference.HeadFinish((n,), 1e-6, TABLES[0][None], TABLES[1][None], 2),
+                (n,), 1e-6, TABLES[0][None], TABLES[1][None], 2,
             )
         ),
         [normal(B, D, N), normal(9, D), normal(2)],

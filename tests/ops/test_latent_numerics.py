@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastgen import reference
+from fastgen import random
 from fastgen.functional import reparameterize, reparameterize_kl
 from fastgen.nn import GaussianLatent
 
@@ -174,7 +174,7 @@ def test_tangents_and_second_derivatives_in_half_precision_are_rounded_only_once
     directions = (torch.full_like(mu, 341.25), torch.full_like(mu, 0.5))
     torch.manual_seed(3)
     z_tangent, kl_tangent = torch.func.jvp(reparameterize_kl, (mu, logvar), directions)[1]
-    noise = reference.standard_normal(seed_after(3), 1, 4).double()
+    noise = random.standard_normal(seed_after(3), 1, 4).double()
     d, t = [x.double() for x in (mu, logvar)], [x.double() for x in directions]
     want = (d[0] * t[0] + 0.5 * d[1].expm1() * t[1]).sum(1)
     torch.testing.assert_close(kl_tangent, want.float(), rtol=1e-5, atol=0)  # beyond float16
@@ -211,7 +211,7 @@ def test_a_tensor_given_twice_gets_each_path_once(alias):
         return (z.square().sum(1) + kl).square().sum()
 
     def plain(mu, logvar, prior_mu, prior_logvar):
-        noise = reference.standard_normal(torch.randint(0, 2**63 - 1, (1,)), *mu.shape)
+        noise = random.standard_normal(torch.randint(0, 2**63 - 1, (1,)), *mu.shape)
         zero = torch.zeros_like(mu)
         prior_mu, prior_logvar = (zero if prior is None else prior for prior in (prior_mu, prior_logvar))
         r = logvar - prior_logvar

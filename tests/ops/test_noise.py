@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from fastgen import backend, reference
+from fastgen import backend, random
 from fastgen.functional import reparameterize
 
 # Known answers of Philox4x32-10 from Random123 (kat_vectors): counter, key, output.
@@ -28,13 +28,13 @@ def as_int64(low, high):
 
 @pytest.mark.parametrize(("counter", "key", "output"), KNOWN)
 def test_philox_gives_the_published_answers(counter, key, output):
-    words = reference.philox(as_int64(*key), as_int64(*counter[:2]), as_int64(*counter[2:]))
+    words = random.philox(as_int64(*key), as_int64(*counter[:2]), as_int64(*counter[2:]))
     assert tuple(int(word) for word in words) == output
 
 
 def test_uniforms_are_in_the_half_open_interval_and_never_zero():
     bits = torch.tensor([0, 1, 2**31, 2**32 - 1])
-    uniform = reference.to_uniform(bits)
+    uniform = random.to_uniform(bits)
     assert float(uniform[0]) == 2.0**-33
     assert bool(((uniform > 0) & (uniform <= 1)).all())
 
@@ -42,7 +42,7 @@ def test_uniforms_are_in_the_half_open_interval_and_never_zero():
 def test_box_muller_reduces_the_angle_exactly():
     u1 = torch.rand(100_000)
     u0 = torch.rand(100_000).clamp(min=2.0**-33)
-    n0, n1 = reference.box_muller(u0, u1)
+    n0, n1 = random.box_muller(u0, u1)
     radius = (-2 * u0.double().log()).sqrt()
     angle = 2 * torch.pi * u1.double()
     for low, high in ((n0, radius * angle.cos()), (n1, radius * angle.sin())):
@@ -63,7 +63,7 @@ def test_noise_agrees_with_the_reference_to_a_few_ulp(latent_place):
     sample = reparameterize(zeros, zeros)
     torch.manual_seed(4)
     seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=latent_place)
-    wanted = reference.standard_normal(seed, 257, 1003)
+    wanted = random.standard_normal(seed, 257, 1003)
     ulps = (sample - wanted).abs() / (wanted.abs() * torch.finfo(torch.float32).eps)
     assert float(ulps.max()) <= 8
 
@@ -89,7 +89,7 @@ def test_neighbours_are_not_correlated(noise, lag):
 
 
 def test_seeds_streams_and_rows_are_independent():
-    draws = [reference.standard_normal(torch.tensor([seed]), 200, 500).double() for seed in (0, 1, 2**32, 2**62)]
+    draws = [random.standard_normal(torch.tensor([seed]), 200, 500).double() for seed in (0, 1, 2**32, 2**62)]
     for i, a in enumerate(draws):
         for b in draws[:i]:
             assert abs(float((a * b).mean())) < 4 / a.numel() ** 0.5
@@ -99,17 +99,17 @@ def test_seeds_streams_and_rows_are_independent():
 
 def test_rows_begin_on_group_boundaries_so_that_a_longer_row_begins_alike():
     seed = torch.tensor([9])
-    first = reference.standard_normal(seed, 1, 5)
-    assert torch.equal(first, reference.standard_normal(seed, 1, 1000)[:, :5])
+    first = random.standard_normal(seed, 1, 5)
+    assert torch.equal(first, random.standard_normal(seed, 1, 1000)[:, :5])
 
 
 def test_dropout_keeps_the_wanted_share_and_uses_its_own_stream():
     seed = torch.tensor([3])
-    uniform = reference.uniform_rows(seed, torch.arange(1000), 1000, 250, 0, 250)
+    uniform = random.uniform_rows(seed, torch.arange(1000), 1000, 250, 0, 250)
     for p in (0.1, 0.5, 0.9):
         share = float((uniform >= p).double().mean())
         assert abs(share - (1 - p)) < 4 * (p * (1 - p) / uniform.numel()) ** 0.5
-    part = reference.uniform_rows(seed, torch.tensor([7, 2]), 1000, 250, 11, 3)
+    part = random.uniform_rows(seed, torch.tensor([7, 2]), 1000, 250, 11, 3)
     assert torch.equal(part, uniform[[7, 2], 44:56])
 
 
@@ -126,8 +126,8 @@ def test_the_compiled_dropout_mask_has_the_same_bits(keys, p):
     plain = torch.ops.fastgen_torch.cpu_dropout_keep(seed, *sizes)
     assert torch.equal(ours, plain)
     rows = torch.arange(4 * 14)
-    groups = reference.groups_per_row(keys)
-    uniform = reference.uniform_rows(seed, rows, 14, groups, 0, groups).reshape(4, 2, 7, -1)
+    groups = random.groups_per_row(keys)
+    uniform = random.uniform_rows(seed, rows, 14, groups, 0, groups).reshape(4, 2, 7, -1)
     assert torch.equal(ours > 0, (uniform >= p)[1:, :, 2:6, first:last])
 
 

@@ -151,8 +151,8 @@ def test_empty_inputs_give_what_linear_gives(shape, channels_first, backend):
         y = through(leaves, tables, channels_first)
         gradients = twice(y, leaves)
     x, weight, bias, norm, out, gate = leaves
-    finish = reference.HeadFinish((norm,), 1e-6, tables[0][None], tables[1][None], 1)
-    (heads,) = reference.projection(x, weight, bias, [2], [4], channels_first, finish)
+    epilogue = ((norm,), 1e-6, tables[0][None], tables[1][None], 1)
+    (heads,) = reference.projection(x, weight, bias, [2], [4], channels_first, *epilogue)
     plain = reference.merge_heads(heads, out, None, None, gate[:, None], channels_first)
     for a, b in zip([y, *gradients], [plain, *twice(plain, leaves)], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

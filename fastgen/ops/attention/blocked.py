@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgen import reference
+from fastgen import random
 from fastgen.backend import has_kernel
+from fastgen.ops.attention.masking import window_mask
 
 TILE_BYTES = 4 * 2**20
 """About how much one tile of scores may hold, so that it stays in cache. Four or five live at a time."""
@@ -146,7 +147,7 @@ class Tile:
             self.add_mask(scores, self.mask)
         device = scores.device
         rows, cols = torch.arange(self.i0, self.i1, device=device), torch.arange(self.j0, self.j1, device=device)
-        allowed = reference.attended(rows, cols, self.options.window_left, self.options.window_right)
+        allowed = window_mask(rows, cols, self.options.window_left, self.options.window_right)
         if allowed is not None:
             by_head.masked_fill_(~allowed, -math.inf)
         return scores
@@ -188,10 +189,10 @@ def keep_of_tile(
     h = torch.arange(heads, device=device).reshape(1, -1, 1)
     i = torch.arange(first_query, first_query + queries, device=device)
     rows = ((b * heads + h) * length + i).flatten()
-    first, last = first_key // reference.GROUP, reference.groups_per_row(last_key)
-    groups = reference.groups_per_row(keys)
-    uniform = reference.uniform_rows(seed, rows, rows_per_seed, groups, first, last - first)
-    start = first_key - first * reference.GROUP
+    first, last = first_key // random.GROUP, random.groups_per_row(last_key)
+    groups = random.groups_per_row(keys)
+    uniform = random.uniform_rows(seed, rows, rows_per_seed, groups, first, last - first)
+    start = first_key - first * random.GROUP
     keep = (uniform[:, start : start + last_key - first_key] >= p).to(torch.float32)
     return keep.div_(1 - p).reshape(batches, heads, queries, last_key - first_key)
 
@@ -247,10 +248,23 @@ def _helped(query: Tensor, assisted: bool) -> bool:
 
 
 def softmax_of_tile(scores: Tensor, keep: Tensor | None, lse: Tensor) -> None:
-    """Scores (..., keys) become weights, times dropout's factors; their logsumexp goes to lse (...)."""
-    weights, rows = reference.softmax_lse(scores)
-    scores.copy_(weights if keep is None else weights.mul_(keep))
-    lse.copy_(rows)
+    """Scores (..., keys) become weights, times dropout's factors; their logsumexp goes to lse (...).
+
+    A row of -inf gives weights of 0 and a logsumexp of -inf, never NaN.
+    """
+    if scores.size(-1) == 0:
+        lse.fill_(-math.inf)
+        return
+    top = scores.amax(-1, keepdim=True)
+    top.masked_fill_(top == -math.inf, 0)
+    scores.sub_(top).exp_()
+    total = scores.sum(-1, keepdim=True)
+    empty = total == 0
+    total.masked_fill_(empty, 1)
+    scores.div_(total)
+    if keep is not None:
+        scores.mul_(keep)
+    lse.copy_(top.add_(total.log_()).masked_fill_(empty, -math.inf).reshape(lse.shape))
 
 
 COARSE_LSE = 256.0

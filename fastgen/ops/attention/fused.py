@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen import reference
 from fastgen.ops.attention.blocked import Options, allocate, rows_first, strides, wide
 
 
@@ -49,6 +48,11 @@ def _pad_heads(tensor: Tensor, dim: int, fill: float | Tensor = 0.0) -> Tensor:
     return padded
 
 
+def _expand_heads(tensor: Tensor, heads: int) -> Tensor:
+    """Key or value heads repeated for grouped queries: (B, Hk, M, D) -> (B, H, M, D)."""
+    return tensor if tensor.size(1) == heads else tensor.repeat_interleave(heads // tensor.size(1), dim=1)
+
+
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A mask that the kernel takes beside queries of ``dtype``: of that dtype, or float32 beside 16 bits.
 
@@ -84,8 +88,8 @@ def forward(
     mask = _additive(mask, query.dtype)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         _pad_heads(query, dim),
-        reference.expand_heads(_pad_heads(key, dim), query.size(1)),
-        reference.expand_heads(_pad_heads(value, dim), query.size(1)),
+        _expand_heads(_pad_heads(key, dim), query.size(1)),
+        _expand_heads(_pad_heads(value, dim), query.size(1)),
         0.0,
         is_causal,
         attn_mask=mask,
@@ -118,8 +122,8 @@ def backward(
     grad_query, grad_key, grad_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         _pad_heads(grad_out, dim, 0.0 if grad_lse is None else grad_lse.to(grad_out.dtype)),
         _pad_heads(query, dim),
-        reference.expand_heads(_pad_heads(key, dim), heads),
-        reference.expand_heads(_pad_heads(value, dim), heads),
+        _expand_heads(_pad_heads(key, dim), heads),
+        _expand_heads(_pad_heads(value, dim), heads),
         _pad_heads(out, dim, 0.0 if grad_lse is None else -1.0),
         lse if mask is None else lse.masked_fill(lse == -math.inf, 0),
         0.0,

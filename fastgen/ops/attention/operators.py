@@ -20,12 +20,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastgen import reference
 from fastgen.backend import define, has_kernel
 from fastgen.ops._batching import fold, fold_seed, unfold
 from fastgen.ops.attention import blocked, checks, fused, tangent
 from fastgen.ops.attention.blocked import Options as Options
 from fastgen.ops.attention.blocked import allocate_grad, allocate_lse, allocate_out
+from fastgen.ops.attention.masking import zero_masked_keys
 
 WIDEST_HEAD = 512
 """The largest head dim that has a CUDA kernel (csrc/attention/config.h)."""
@@ -79,7 +79,7 @@ def _heedless(
         total = sum(float(results[i].sum()) for i in shown_in)
         if total == total:
             return results
-    return run(*reference.without_unseen_keys(query, mask, options.window_left, options.window_right, *of_keys))
+    return run(*zero_masked_keys(query, mask, options.window_left, options.window_right, *of_keys))
 
 
 def _forward(

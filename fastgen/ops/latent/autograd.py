@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgen import reference
 from fastgen.backend import call
 from fastgen.ops.autograd import (
     choose,
@@ -24,6 +23,7 @@ from fastgen.ops.autograd import (
 )
 from fastgen.ops.latent import formulas, operators
 from fastgen.ops.latent.operators import widen
+from fastgen.random import standard_normal
 
 
 def _run(
@@ -62,7 +62,7 @@ class _GaussianLatent(Function):
             return (None,) * 7
         if must_be_differentiable():
             wide_mu, wide_logvar = widen(mu, logvar)
-            noise = reference.standard_normal(seed, *mu.shape).to(wide_mu.dtype)
+            noise = standard_normal(seed, *mu.shape).to(wide_mu.dtype)
             wide_priors, upstream = widen(prior_mu, prior_logvar), widen(grad_z, grad_kl)
             exact = formulas.gradients(upstream[0], upstream[1], wide_mu, wide_logvar, noise, *wide_priors)
             grads = [None if grad is None else grad.to(mu.dtype) for grad in exact]
@@ -84,7 +84,7 @@ class _TransformedGaussianLatent(Function):
         dtype = saved[0].dtype
         mu, logvar, prior_mu, prior_logvar = widen(*saved[:4])
         t_mu, t_logvar, *t_prior = widen(*tangents[:4])
-        noise = reference.standard_normal(saved[4], *mu.shape).to(mu.dtype)
+        noise = standard_normal(saved[4], *mu.shape).to(mu.dtype)
         t_mu = torch.zeros_like(mu) if t_mu is None else t_mu
         t_logvar = torch.zeros_like(mu) if t_logvar is None else t_logvar
         z, kl = formulas.tangents(mu, logvar, noise, prior_mu, prior_logvar, t_mu, t_logvar, *t_prior)

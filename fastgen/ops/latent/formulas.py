@@ -78,6 +78,30 @@ def expm1_times(x: Tensor, *factors: Tensor) -> Tensor:
     return _apply(x, True, *factors)
 
 
+def expm1_excess(x: Tensor) -> Tensor:
+    """e^x - 1 - x, accurate to the last digits also near 0, where its terms cancel: a Taylor series serves there."""
+    small = x.abs() < 0.5
+    near = torch.where(small, x, 0)
+    series = torch.full_like(near, 1 / math.factorial(18))
+    for power in range(17, 1, -1):
+        series = series * near + 1 / math.factorial(power)
+    far = torch.where(small, 1, x)
+    return torch.where(small, near.square() * series, far.expm1() - far)
+
+
+def kl_divergence(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None) -> Tensor:
+    """KL( N(mu, e^logvar) || N(prior_mu, e^prior_logvar) ) in nats, summed over the last dim; never negative.
+
+    Kingma and Welling, "Auto-encoding variational Bayes" (2014), appendix B. A missing prior is N(0, I).
+    """
+    difference = mu if prior_mu is None else mu - prior_mu
+    if prior_logvar is None:
+        return 0.5 * (difference.square() + expm1_excess(logvar)).sum(-1)
+    scale = (-0.5 * prior_logvar).exp()
+    scaled = torch.where((difference == 0) & (scale == math.inf), 0, difference * scale)
+    return 0.5 * (scaled.square() + expm1_excess(logvar - prior_logvar)).sum(-1)
+
+
 def gradients(
     grad_z: Tensor | None,
     grad_kl: Tensor | None,

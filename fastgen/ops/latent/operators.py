@@ -1,7 +1,7 @@
 """Gaussian latent: z = mu + noise * e^(logvar / 2) and its KL divergence, on (B, D) matrices.
 
 All operands are (B, D) with a contiguous last dim and any row stride (0 for a prior shared by the
-batch). ``seed`` is (S,) int64, S dividing B; see ``reference.standard_normal``.
+batch). ``seed`` is (S,) int64, S dividing B; see ``fastgen.random.standard_normal``.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen import reference
 from fastgen.backend import define
 from fastgen.ops._batching import fold, fold_seed, out_dims, unfold
 from fastgen.ops.latent import checks, formulas
+from fastgen.random import standard_normal
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -37,10 +37,10 @@ def _forward(
     with_kl: bool,
 ) -> tuple[Tensor, Tensor]:
     wide_mu, wide_logvar, wide_prior_mu, wide_prior_logvar = widen(mu, logvar, prior_mu, prior_logvar)
-    noise = reference.standard_normal(seed, *mu.shape).to(wide_mu.dtype)
+    noise = standard_normal(seed, *mu.shape).to(wide_mu.dtype)
     z = wide_mu + noise * (0.5 * wide_logvar).exp()
     if with_kl:
-        kl = reference.kl_divergence(wide_mu, wide_logvar, wide_prior_mu, wide_prior_logvar)
+        kl = formulas.kl_divergence(wide_mu, wide_logvar, wide_prior_mu, wide_prior_logvar)
     else:
         kl = wide_mu.new_empty(0)
     return z.to(mu.dtype), kl
@@ -68,7 +68,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide_grad_z, wide_grad_kl, wide_mu, wide_logvar = widen(grad_z, grad_kl, mu, logvar)
     wide_prior_mu, wide_prior_logvar = widen(prior_mu, prior_logvar)
-    noise = reference.standard_normal(seed, *mu.shape).to(wide_mu.dtype)
+    noise = standard_normal(seed, *mu.shape).to(wide_mu.dtype)
     grads = formulas.gradients(wide_grad_z, wide_grad_kl, wide_mu, wide_logvar, noise, wide_prior_mu, wide_prior_logvar)
     empty = mu.new_empty(0)
     # The copies keep outputs apart where the formula returns an input.

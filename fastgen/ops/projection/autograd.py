@@ -2,7 +2,7 @@
 
 A backward pass that is itself differentiated calls the operators' PyTorch implementation, which autograd records. It is
 a formula of the saved inputs and never calls ``torch.autograd.grad`` on them: one input may have been computed from
-another, and the gradient would go on from there and count that path twice.
+another, and that path would be counted twice.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgen import reference
 from fastgen.backend import COMPILED, COMPILED_DTYPES, TORCH, call, has_kernel, outside_autocast
 from fastgen.ops.autograd import (
     choose,
@@ -27,37 +26,37 @@ from fastgen.ops.autograd import (
     tangent_formula,
     transforms_active,
 )
-from fastgen.ops.projection import operators
-from fastgen.ops.projection.operators import WIDEST_HELPED, Layout, finish_parts, length_first
-from fastgen.reference import HeadFinish
-
-
-def _to_tokens(x: Tensor, channels_first: bool) -> Tensor:
-    return x.transpose(1, 2) if channels_first else x
+from fastgen.ops.projection import epilogue, operators
+from fastgen.ops.projection.epilogue import HeadEpilogue
+from fastgen.ops.projection.layout import Layout, join_heads, length_first, split_heads, to_tokens
+from fastgen.ops.projection.operators import WIDEST_CPU_HEAD
 
 
 def _backward_operator(
     namespace: str, name: str, formula: Callable[..., Any], grads: Sequence[Tensor]
 ) -> Callable[..., Any]:
-    """The operator, or its implementation in PyTorch: where somebody differentiates what comes out, and for the batch
-    of gradients of ``torch.autograd.grad(..., is_grads_batched=True)``, which knows no vmap rules of operators."""
+    """The operator, or its PyTorch implementation: where the result is to be differentiated, and for the batch of
+    gradients of ``torch.autograd.grad(..., is_grads_batched=True)``, which ignores the vmap rules of operators."""
     if must_be_differentiable() or any(torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads):
         return outside_autocast(formula)
     return partial(call, namespace, name)
 
 
+_IDENTITY = HeadEpilogue()
+
+
 def _run_projection(
     x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, namespace: str
 ) -> tuple[Tensor, ...]:
-    return _run_finished(x, weight, bias, HeadFinish(), layout, namespace, keep=False)
+    return _run_with_epilogue(x, weight, bias, _IDENTITY, layout, namespace, keep=False)
 
 
-def _run_finished(
-    x: Tensor, weight: Tensor, bias: Tensor | None, finish: HeadFinish, layout: Layout, namespace: str, keep: bool
+def _run_with_epilogue(
+    x: Tensor, weight: Tensor, bias: Tensor | None, after: HeadEpilogue, layout: Layout, namespace: str, keep: bool
 ) -> tuple[Tensor, ...]:
-    heads, head_dims, channels_first, eps, rotated, interleaved, allow_tf32 = layout
-    tensors = (x, weight, bias, list(finish.norms), finish.cos, finish.sin)
-    numbers = (heads, head_dims, channels_first, eps, rotated, interleaved, keep, allow_tf32)
+    heads, head_dims, channels_first, allow_tf32 = layout
+    tensors = (x, weight, bias, list(after.norms), after.cos, after.sin)
+    numbers = (heads, head_dims, channels_first, after.eps, after.rotated, after.interleaved, keep, allow_tf32)
     return tuple(call(namespace, "projection_forward", *tensors, *numbers))
 
 
@@ -99,18 +98,18 @@ class _TransformedProjection(Function):
         layout = ctx.layout
         y = torch.zeros((), dtype=x.dtype, device=x.device)
         if t_x is not None:
-            y = y + _to_tokens(t_x, layout.channels_first) @ weight.t()
+            y = y + to_tokens(t_x, layout.channels_first) @ weight.t()
         if t_weight is not None:
-            y = y + _to_tokens(x, layout.channels_first) @ t_weight.t()
+            y = y + to_tokens(x, layout.channels_first) @ t_weight.t()
         if t_bias is not None:
             y = y + t_bias
         length = x.size(2 if layout.channels_first else 1)
-        parts = reference.split_heads(y.expand(x.size(0), length, -1), layout.heads, layout.head_dims)
+        parts = split_heads(y.expand(x.size(0), length, -1), layout)
         return tuple(part.clone() for part in parts)
 
 
-class _FinishedHeads(Function):
-    """One part, by the helper of the CPU. In reverse mode, as the next."""
+class _PartEpilogue(Function):
+    """The epilogue of one part, by the compiled CPU kernel; reverse mode only."""
 
     @staticmethod
     def forward(
@@ -124,34 +123,28 @@ class _FinishedHeads(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         arguments = (grad, *ctx.saved_tensors, *ctx.options)
-        backward = _backward_operator(COMPILED, "cpu_finish_heads_backward", operators.unfinish, [grad])
+        backward = _backward_operator(COMPILED, "cpu_finish_heads_backward", epilogue.part_backward, [grad])
         grad_part, grad_norm = backward(*arguments)
         return (*only_wanted(ctx, 0, grad_part, grad_norm), None, None, None, None)
 
 
-def _finishes(finish: HeadFinish) -> bool:
-    return bool(finish.norms) or finish.cos is not None
-
-
-def _finished(parts: list[Tensor], finish: HeadFinish, namespace: str) -> list[Tensor]:
-    """Parts normalised and turned one by one: in one pass over memory where there is a helper."""
-    helped = namespace == COMPILED and not transforms_active() and has_kernel("cpu_finish_heads", parts[0].device)
-    if not helped or parts[0].dtype not in COMPILED_DTYPES or max(p.size(-1) for p in parts) > WIDEST_HELPED:
-        return finish_parts(parts, finish)
-    finished = list(parts)
-    for i in range(max(len(finish.norms), finish.rotated)):
-        norm = finish.norms[i] if i < len(finish.norms) else None
-        tables = (finish.cos, finish.sin) if i < finish.rotated else (None, None)
-        arguments = (parts[i], norm, *tables, finish.eps, finish.interleaved)
-        function = choose(_FinishedHeads, _FinishedHeads, parts[i], norm)
+def _apply_epilogue(parts: list[Tensor], after: HeadEpilogue, namespace: str) -> list[Tensor]:
+    """The epilogue apart from the product: in one pass over memory where the compiled CPU kernel takes the parts."""
+    compiled = namespace == COMPILED and not transforms_active() and has_kernel("cpu_finish_heads", parts[0].device)
+    if not compiled or parts[0].dtype not in COMPILED_DTYPES or max(p.size(-1) for p in parts) > WIDEST_CPU_HEAD:
+        return epilogue.apply(parts, after)
+    results = list(parts)
+    for i in range(after.parts):
+        norm, cos, sin = after.of_part(i)
+        function = choose(_PartEpilogue, _PartEpilogue, parts[i], norm)
         run: Callable[..., Tensor] = partial(call, COMPILED, "cpu_finish_heads")
         run = run if function is None else function.apply
-        finished[i] = run(*arguments)
-    return finished
+        results[i] = run(parts[i], norm, cos, sin, after.eps, after.interleaved)
+    return results
 
 
-class _FinishedProjection(Function):
-    """With norms or rotary tables; in reverse mode. A gradient that is differentiated comes from the plain formula."""
+class _ProjectionWithEpilogue(Function):
+    """With norms or rotary tables; reverse mode only. A gradient that is differentiated comes from the formula."""
 
     @staticmethod
     def forward(
@@ -159,30 +152,28 @@ class _FinishedProjection(Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        finish: HeadFinish,
+        after: HeadEpilogue,
         layout: Layout,
         namespace: str,
         *norms: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.layout, ctx.namespace = layout, namespace
-        outputs = _run_finished(x, weight, bias, finish, layout, namespace, keep=True)
+        ctx.layout, ctx.namespace, ctx.norms = layout, namespace, len(norms)
+        ctx.numbers = (layout.channels_first, after.eps, after.rotated, after.interleaved, layout.allow_tf32)
+        outputs = _run_with_epilogue(x, weight, bias, after, layout, namespace, keep=True)
         count = len(layout.heads)
-        ctx.save_for_backward(x, weight, bias, finish.cos, finish.sin, *norms, *outputs[count:])
-        ctx.norms = len(norms)
+        ctx.save_for_backward(x, weight, bias, after.cos, after.sin, *norms, *outputs[count:])
         return outputs[:count]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, cos, sin, *rest = ctx.saved_tensors
         norms, kept = rest[: ctx.norms], rest[ctx.norms :]
-        layout = ctx.layout
         if must_be_differentiable() and norms:
-            # What was kept are constants to autograd.
-            kept = list(projection(x, weight, bias, HeadFinish(), layout, ctx.namespace)[: ctx.norms])
-        numbers = (layout.channels_first, layout.eps, layout.rotated, layout.interleaved, layout.allow_tf32)
+            # Saved outputs are constants to autograd.
+            kept = list(projection(x, weight, bias, _IDENTITY, ctx.layout, ctx.namespace)[: ctx.norms])
         backward = _backward_operator(ctx.namespace, "projection_backward", operators.backward, grads)
         grad_x, grad_weight, grad_bias, grad_norms = backward(
-            list(grads), kept, x, weight, norms, cos, sin, bias is not None, *numbers
+            list(grads), kept, x, weight, norms, cos, sin, bias is not None, *ctx.numbers
         )
         first = only_wanted(ctx, 0, grad_x, grad_weight, grad_bias)
         return (*first, None, None, None, *only_wanted(ctx, 6, *grad_norms))
@@ -230,12 +221,12 @@ def _merge_grads(
         grads: tuple[Tensor, Tensor, Tensor, Tensor] = backward(grad, x, weight, bias, gate, *options)
         return grads
     # Gates of each entry of the batch: their gradient needs the product before them, which is computed again.
-    aligned = _to_tokens(gate, ctx.channels_first)
+    aligned = to_tokens(gate, ctx.channels_first)
     grad_x, grad_weight, grad_bias, _ = backward(grad * aligned, x, weight, bias, None, *options)
     if not ctx.needs_input_grad[4]:
         return grad_x, grad_weight, grad_bias, None
     y = merge_heads(x, weight, bias, None, None, *options, ctx.namespace)
-    return grad_x, grad_weight, grad_bias, _to_tokens((grad * y).sum_to_size(aligned.shape), ctx.channels_first)
+    return grad_x, grad_weight, grad_bias, to_tokens((grad * y).sum_to_size(aligned.shape), ctx.channels_first)
 
 
 class _TransformedMergeHeads(Function):
@@ -249,10 +240,10 @@ class _TransformedMergeHeads(Function):
     def jvp(ctx: Any, saved: list[Any], *tangents: Any) -> Tensor:
         x, weight, bias, gate = saved
         t_x, t_weight, t_bias, t_residual, t_gate = tangents[:5]
-        tokens = reference.join_heads(x)
+        tokens = join_heads(x)
         t_y = x.new_zeros(x.size(0), x.size(2), weight.size(0))
         if t_x is not None:
-            t_y = t_y + reference.join_heads(t_x) @ weight.t()
+            t_y = t_y + join_heads(t_x) @ weight.t()
         if t_weight is not None:
             t_y = t_y + tokens @ t_weight.t()
         if t_bias is not None:
@@ -261,7 +252,7 @@ class _TransformedMergeHeads(Function):
         if t_gate is not None:
             y = tokens @ weight.t()
             t_y = t_y + t_gate * (y if bias is None else y + bias)
-        t_y = _to_tokens(t_y, ctx.channels_first)
+        t_y = to_tokens(t_y, ctx.channels_first)
         return t_y if t_residual is None else t_y + t_residual
 
 
@@ -275,23 +266,23 @@ def _by_pytorch(name: str, tokens: Tensor, namespace: str) -> bool:
 
 @in_graph
 def projection(
-    x: Tensor, weight: Tensor, bias: Tensor | None, finish: HeadFinish, layout: Layout, namespace: str
+    x: Tensor, weight: Tensor, bias: Tensor | None, after: HeadEpilogue, layout: Layout, namespace: str
 ) -> tuple[Tensor, ...]:
     """``projection_forward`` with derivatives of every order."""
     if not layout.channels_first and _by_pytorch("projection_forward", x, namespace):
         tokens = x.transpose(0, 1) if length_first(x) else x
         y = torch.nn.functional.linear(tokens, weight, bias)
         y = y if tokens is x else y.transpose(0, 1)
-        parts = reference.split_heads(y, layout.heads, layout.head_dims)
-        return tuple(_finished(parts, finish, namespace) if _finishes(finish) else parts)
-    if _finishes(finish):
+        parts = split_heads(y, layout)
+        return tuple(parts if after.is_identity else _apply_epilogue(parts, after, namespace))
+    if not after.is_identity:
         if transforms_active() or (namespace == COMPILED and has_kernel("cpu_finish_heads", x.device)):
-            parts = list(projection(x, weight, bias, HeadFinish(), layout, namespace))
-            return tuple(_finished(parts, finish, namespace))
-        finished = choose(_FinishedProjection, _FinishedProjection, x, weight, bias, *finish.norms)
-        if finished is None:
-            return _run_finished(x, weight, bias, finish, layout, namespace, keep=False)
-        return tuple(finished.apply(x, weight, bias, finish, layout, namespace, *finish.norms))
+            parts = list(projection(x, weight, bias, _IDENTITY, layout, namespace))
+            return tuple(_apply_epilogue(parts, after, namespace))
+        recorded = choose(_ProjectionWithEpilogue, _ProjectionWithEpilogue, x, weight, bias, *after.norms)
+        if recorded is None:
+            return _run_with_epilogue(x, weight, bias, after, layout, namespace, keep=False)
+        return tuple(recorded.apply(x, weight, bias, after, layout, namespace, *after.norms))
     function = choose(_Projection, _TransformedProjection, x, weight, bias)
     if function is None:
         return _run_projection(x, weight, bias, layout, namespace)
@@ -325,7 +316,7 @@ def merge_heads(
     namespace: str,
 ) -> Tensor:
     """``merge_heads_forward`` with derivatives of every order."""
-    tokens = reference.join_heads(x)
+    tokens = join_heads(x)
     if not channels_first and _by_pytorch("merge_heads_forward", tokens, namespace):
         return _merge_by_pytorch(tokens, weight, bias, residual, gate)
     arguments = (x, weight, bias, residual, gate, channels_first, allow_tf32, namespace)
@@ -340,21 +331,10 @@ def merge_heads(
 # Operators called by name, in exported programs
 
 
-def _recorded_projection(
-    namespace: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norms: list[Tensor],
-    cos: Tensor | None,
-    sin: Tensor | None,
-    *numbers: Any,
-) -> list[Tensor]:
-    heads, head_dims, channels_first, eps, rotated, interleaved, keep, allow_tf32 = numbers
-    finish = HeadFinish(tuple(norms), eps, cos, sin, rotated, interleaved)
-    layout = Layout(heads, head_dims, channels_first, eps, rotated, interleaved, allow_tf32)
-    parts = list(projection(x, weight, bias, HeadFinish(), layout, namespace))
-    return [*operators.finish_parts_in_layout(parts, finish), *(parts[: len(norms)] if keep else [])]
+def _recorded_projection(namespace: str, *args: Any) -> list[Tensor]:
+    x, weight, bias, after, layout, keep = operators.unpack(*args)
+    parts = list(projection(x, weight, bias, _IDENTITY, layout, namespace))
+    return [*epilogue.apply_in_layout(parts, after), *(parts[: len(after.norms)] if keep else [])]
 
 
 def _recorded_merge(namespace: str, *args: Any) -> Tensor:
@@ -366,5 +346,5 @@ record("projection_forward", _recorded_projection)
 record("projection_backward", formula_of(operators.backward))
 record("merge_heads_forward", _recorded_merge)
 record("merge_heads_backward", formula_of(operators.merge_backward))
-record("cpu_finish_heads", formula_of(operators.finish_heads))
-record("cpu_finish_heads_backward", formula_of(operators.finish_heads_backward))
+record("cpu_finish_heads", formula_of(operators.part_epilogue))
+record("cpu_finish_heads_backward", formula_of(operators.part_epilogue_backward))

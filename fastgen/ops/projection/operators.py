@@ -1,9 +1,8 @@
 """Multi-head projections: tokens or a feature map to heads, and heads back.
 
 ``projection_forward`` takes x (B, N, C), or (B, C, N) with ``channels_first``, and a packed weight
-(sum of heads * head_dims, C), and returns one (B, heads, N, head_dim) tensor for each packed part. The first
-``len(norms)`` parts are normalised by norms (D,), then the first ``rotated`` turned by cos and sin (1|B, N, R / 2);
-with ``keep`` follows what the normalised parts were before.
+(sum of heads * head_dims, C), and returns one (B, heads, N, head_dim) tensor for each packed part, after the epilogue
+(``HeadEpilogue``); with ``keep`` the normalized parts before their normalization follow.
 ``merge_heads_forward`` takes x (B, H, N, D), weight (E, H * D), residual like the output, and a gate that
 broadcasts to (B, N, E) as (1|B, 1, 1|E); it returns (B, N, E), or (B, E, N) with ``channels_first``. Its backward takes
 gates that the batch shares.
@@ -11,32 +10,16 @@ gates that the batch shares.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgen import reference
 from fastgen.backend import define
 from fastgen.ops._batching import fold, map_slices, out_dims, unfold
-from fastgen.ops.projection import checks
-
-
-class Layout(NamedTuple):
-    """The arguments of ``projection_forward`` that are numbers."""
-
-    heads: list[int]
-    head_dims: list[int]
-    channels_first: bool
-    eps: float = 0.0
-    rotated: int = 0
-    interleaved: bool = False
-    allow_tf32: bool = False
-
-
-def length_first(tokens: Tensor) -> bool:
-    """Whether (B, N, C) lies in memory as (N, B, C)."""
-    return not tokens.is_contiguous() and tokens.transpose(0, 1).is_contiguous()
+from fastgen.ops.projection import checks, epilogue
+from fastgen.ops.projection.epilogue import HeadEpilogue
+from fastgen.ops.projection.layout import Layout, join_heads, length_first, to_tokens
 
 
 def _linear(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -49,10 +32,6 @@ def _linear(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if bias is None:
         return torch.bmm(tokens, expanded)
     return torch.baddbmm(bias, tokens, expanded)
-
-
-def _tokens(x: Tensor, channels_first: bool) -> Tensor:
-    return x.transpose(1, 2) if channels_first else x
 
 
 def _weight_grads(grad: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,156 +57,59 @@ def _weight_grads(grad: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
 # Tokens to heads
 
 
-def finish(
-    part: Tensor, norm: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, interleaved: bool
-) -> Tensor:
-    """(B, H, N, D) normalised and turned, in float32 where the part is narrower; differentiable."""
-    wide = part.float() if part.dtype.itemsize < 4 else part
-    if norm is not None:
-        wide = torch.nn.functional.rms_norm(wide, norm.shape, norm.to(wide.dtype), eps)
-    if cos is not None and sin is not None:
-        wide = reference.rotary(wide, cos, sin, interleaved)
-    return wide.to(part.dtype)
-
-
-def _helper_fake(
-    part: Tensor, norm: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, interleaved: bool
-) -> Tensor:
+def _part_fake(part: Tensor, *rest: Any) -> Tensor:
     batch, heads, length, dim = part.shape
     return part.new_empty(batch, length, heads, dim).transpose(1, 2)
 
 
-def finish_heads(
-    part: Tensor, norm: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, interleaved: bool
-) -> Tensor:
-    arguments = (part, norm, cos, sin, eps, interleaved)
-    return _helper_fake(*arguments).copy_(finish(*arguments))
+def part_epilogue(part: Tensor, *rest: Any) -> Tensor:
+    """PyTorch implementation of ``cpu_finish_heads``."""
+    return _part_fake(part).copy_(epilogue.apply_to_part(part, *rest))
 
 
-def _helper_backward_fake(
-    grad: Tensor,
-    part: Tensor,
-    norm: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    eps: float,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor]:
+def _part_backward_fake(grad: Tensor, part: Tensor, norm: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     grad_norm = part.new_empty(0, dtype=torch.float32) if norm is None else norm.new_empty(norm.shape)
-    return _helper_fake(part, norm, cos, sin, eps, interleaved), grad_norm
+    return _part_fake(part), grad_norm
 
 
-def finish_heads_backward(
-    grad: Tensor,
-    part: Tensor,
-    norm: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    eps: float,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor]:
-    grad_part, grad_norm = unfinish(grad, part, norm, cos, sin, eps, interleaved)
-    result = _helper_fake(part, norm, cos, sin, eps, interleaved).copy_(grad_part)
+def part_epilogue_backward(grad: Tensor, part: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """PyTorch implementation of ``cpu_finish_heads_backward``."""
+    grad_part, grad_norm = epilogue.part_backward(grad, part, *rest)
+    result = _part_fake(part).copy_(grad_part)
     return result, part.new_empty(0, dtype=torch.float32) if grad_norm is None else grad_norm
 
 
-def finish_parts(parts: list[Tensor], all_of: reference.HeadFinish) -> list[Tensor]:
-    """``finish``, of the parts that have something of it."""
-    norms, cos, sin = all_of.norms, all_of.cos, all_of.sin
-    rotated = all_of.rotated if cos is not None else 0
-    return [
-        finish(
-            part,
-            norms[i] if i < len(norms) else None,
-            *((cos, sin) if i < rotated else (None, None)),
-            all_of.eps,
-            all_of.interleaved,
-        )
-        if i < max(len(norms), rotated)
-        else part
-        for i, part in enumerate(parts)
-    ]
+def unpack(*args: Any) -> tuple[Tensor, Tensor, Tensor | None, HeadEpilogue, Layout, bool]:
+    """The arguments of ``projection_forward``: x, weight, bias, epilogue, layout, keep."""
+    x, weight, bias, norms, cos, sin, heads, head_dims, channels_first, eps, rotated, interleaved, keep, tf32 = args
+    after = HeadEpilogue(tuple(norms), eps, cos, sin, rotated, interleaved)
+    return x, weight, bias, after, Layout(heads, head_dims, channels_first, tf32), keep
 
 
-def finish_parts_in_layout(parts: list[Tensor], all_of: reference.HeadFinish) -> list[Tensor]:
-    """``finish_parts`` in the layout of the parts, whatever the steps left."""
-    finished = zip(finish_parts(parts, all_of), parts, strict=True)
-    return [f if f.stride() == p.stride() else torch.empty_like(p).copy_(f) for f, p in finished]
-
-
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norms: list[Tensor],
-    cos: Tensor | None,
-    sin: Tensor | None,
-    heads: list[int],
-    head_dims: list[int],
-    channels_first: bool,
-    eps: float,
-    rotated: int,
-    interleaved: bool,
-    keep: bool,
-    allow_tf32: bool,
-) -> list[Tensor]:
+def _forward(*args: Any) -> list[Tensor]:
     # Outputs of an operator may not share memory, so each part has a product of its own.
-    tokens = _tokens(x, channels_first)
-    sizes = [h * d for h, d in zip(heads, head_dims, strict=True)]
+    x, weight, bias, after, layout, keep = unpack(*args)
+    tokens = to_tokens(x, layout.channels_first)
+    heads = list(zip(layout.heads, layout.head_dims, strict=True))
+    sizes = [h * d for h, d in heads]
     biases = [None] * len(sizes) if bias is None else bias.split(sizes)
     flat = [_linear(tokens, w, b) for w, b in zip(weight.split(sizes), biases, strict=True)]
-    parts = [y.unflatten(-1, (h, d)).transpose(1, 2) for y, h, d in zip(flat, heads, head_dims, strict=True)]
-    kept = parts[: len(norms)] if keep else []
-    all_of = reference.HeadFinish(tuple(norms), eps, cos, sin, rotated, interleaved)
-    return [*finish_parts_in_layout(parts, all_of), *kept]
+    parts = [y.unflatten(-1, size).transpose(1, 2) for y, size in zip(flat, heads, strict=True)]
+    return [*epilogue.apply_in_layout(parts, after), *(parts[: len(after.norms)] if keep else [])]
 
 
-def _forward_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norms: list[Tensor],
-    cos: Tensor | None,
-    sin: Tensor | None,
-    heads: list[int],
-    head_dims: list[int],
-    channels_first: bool,
-    eps: float,
-    rotated: int,
-    interleaved: bool,
-    keep: bool,
-    allow_tf32: bool,
-) -> list[Tensor]:
-    batch, length = x.size(0), x.size(2 if channels_first else 1)
-    by_length = length_first(_tokens(x, channels_first))
+def _forward_fake(*args: Any) -> list[Tensor]:
+    x, _, _, after, layout, keep = unpack(*args)
+    batch, length, _ = to_tokens(x, layout.channels_first).shape
+    by_length = length_first(to_tokens(x, layout.channels_first))
 
     def part(heads: int, dim: int) -> Tensor:
         if by_length:
             return x.new_empty(length, batch, heads, dim).permute(1, 2, 0, 3)
         return x.new_empty(batch, length, heads, dim).transpose(1, 2)
 
-    parts = [part(h, d) for h, d in zip(heads, head_dims, strict=True)]
-    return [*parts, *(part(h, d) for h, d, _ in zip(heads, head_dims, norms, strict=False) if keep)]
-
-
-def unfinish(
-    grad: Tensor,
-    kept: Tensor | None,
-    norm: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    eps: float,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of a part before ``finish``, and of its norm's weight."""
-    wide = grad.float() if grad.dtype.itemsize < 4 else grad
-    grad_norm = None
-    if cos is not None and sin is not None:
-        wide = reference.rotary(wide, cos, -sin, interleaved)
-    if norm is not None and kept is not None:
-        wide, grad_norm = reference.rms_norm_backward(wide, kept.to(wide.dtype), norm.to(wide.dtype), eps)
-        grad_norm = grad_norm.to(norm.dtype)
-    return wide.to(grad.dtype), grad_norm
+    sizes = list(zip(layout.heads, layout.head_dims, strict=True))
+    return [part(*size) for size in (*sizes, *(sizes[: len(after.norms)] if keep else []))]
 
 
 def backward(
@@ -245,14 +127,15 @@ def backward(
     interleaved: bool,
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Gradients of x, weight, bias and norms; ``kept``: the normalized parts before their normalization."""
     grads, grad_norms = list(grads), []
-    for i in range(max(len(norms), rotated if cos is not None else 0)):
-        tables = (cos, sin) if i < rotated else (None, None)
-        before, norm = (kept[i], norms[i]) if i < len(norms) else (None, None)
-        grads[i], grad_norm = unfinish(grads[i], before, norm, *tables, eps, interleaved)
+    after = HeadEpilogue(tuple(norms), eps, cos, sin, rotated, interleaved)
+    for i in range(after.parts):
+        before = kept[i] if i < len(norms) else None
+        grads[i], grad_norm = epilogue.part_backward(grads[i], before, *after.of_part(i), eps, interleaved)
         grad_norms += [] if grad_norm is None else [grad_norm]
-    tokens = _tokens(x, channels_first)
-    joined = [reference.join_heads(g) for g in grads]
+    tokens = to_tokens(x, channels_first)
+    joined = [join_heads(g) for g in grads]
     by_length = length_first(tokens)
     if by_length:
         grad = torch.cat([g.transpose(0, 1) for g in joined], dim=-1).transpose(0, 1)
@@ -269,20 +152,9 @@ def backward(
 
 
 def _backward_fake(
-    grads: list[Tensor],
-    kept: list[Tensor],
-    x: Tensor,
-    weight: Tensor,
-    norms: list[Tensor],
-    cos: Tensor | None,
-    sin: Tensor | None,
-    bias: bool,
-    channels_first: bool,
-    eps: float,
-    rotated: int,
-    interleaved: bool,
-    allow_tf32: bool,
+    grads: list[Tensor], kept: list[Tensor], x: Tensor, weight: Tensor, norms: list[Tensor], *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    _, _, bias, channels_first = rest[:4]
     grad_x = x.new_empty(x.shape)
     if not channels_first and length_first(x):
         grad_x = x.new_empty(x.size(1), x.size(0), x.size(2)).transpose(0, 1)
@@ -311,7 +183,7 @@ def _merge_forward(
     channels_first: bool,
     allow_tf32: bool,
 ) -> Tensor:
-    tokens = reference.join_heads(x)
+    tokens = join_heads(x)
     weight, bias, gate = _folded(weight, bias, gate)
     if not channels_first:
         y = _linear(tokens, weight, bias).contiguous()
@@ -355,8 +227,8 @@ def merge_backward(
     That product's inner product with grad is the one of the weight and the weight's gradient, if that is not rounded to
     16 bits; otherwise it is computed again. The batch shares the gate.
     """
-    upstream = _tokens(grad, channels_first)
-    tokens = reference.join_heads(x)
+    upstream = to_tokens(grad, channels_first)
+    tokens = join_heads(x)
     grad_gate = weight.new_empty(0)
     exact = weight.dtype.itemsize >= 4
     gated, factor = upstream, weight
@@ -399,35 +271,35 @@ def _merge_backward_fake(
 
 
 def _vmap_forward(operator: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-    finished = bool(args[3]) or args[4] is not None
-    if finished or any(dim is not None for dim in in_dims[1:3]):
+    has_epilogue = bool(args[3]) or args[4] is not None
+    if has_epilogue or any(dim is not None for dim in in_dims[1:3]):
         return map_slices(operator, info, in_dims, *args)
     outputs = unfold(operator(fold(args[0], in_dims[0], info.batch_size), *args[1:]), info.batch_size)
     return outputs, out_dims(outputs)
 
 
-WIDEST_HELPED = 1024
-"""Channels of a head that the CPU's compiled helper takes."""
+WIDEST_CPU_HEAD = 1024
+"""The largest head dim that the compiled CPU kernel of the epilogue takes."""
 
-_HELPED = "Tensor part, Tensor? norm, Tensor? cos, Tensor? sin, float eps, bool interleaved"
+_PART = "Tensor part, Tensor? norm, Tensor? cos, Tensor? sin, float eps, bool interleaved"
 define(
     "helpers",
-    f"cpu_finish_heads({_HELPED}) -> Tensor",
-    finish_heads,
-    _helper_fake,
+    f"cpu_finish_heads({_PART}) -> Tensor",
+    part_epilogue,
+    _part_fake,
     check=checks.cpu_finish_heads,
 )
 define(
     "helpers",
-    f"cpu_finish_heads_backward(Tensor grad, {_HELPED}) -> (Tensor, Tensor)",
-    finish_heads_backward,
-    _helper_backward_fake,
+    f"cpu_finish_heads_backward(Tensor grad, {_PART}) -> (Tensor, Tensor)",
+    part_epilogue_backward,
+    _part_backward_fake,
     check=checks.cpu_finish_heads_backward,
 )
-_FINISH = "Tensor[] norms, Tensor? cos, Tensor? sin"
+_EPILOGUE = "Tensor[] norms, Tensor? cos, Tensor? sin"
 define(
     "projection",
-    f"projection_forward(Tensor x, Tensor weight, Tensor? bias, {_FINISH}, int[] heads, int[] head_dims,"
+    f"projection_forward(Tensor x, Tensor weight, Tensor? bias, {_EPILOGUE}, int[] heads, int[] head_dims,"
     " bool channels_first, float eps, int rotated, bool interleaved, bool keep, bool allow_tf32) -> Tensor[]",
     _forward,
     _forward_fake,
@@ -436,7 +308,7 @@ define(
 )
 define(
     "projection",
-    f"projection_backward(Tensor[] grads, Tensor[] kept, Tensor x, Tensor weight, {_FINISH}, bool bias,"
+    f"projection_backward(Tensor[] grads, Tensor[] kept, Tensor x, Tensor weight, {_EPILOGUE}, bool bias,"
     " bool channels_first, float eps, int rotated, bool interleaved, bool allow_tf32)"
     " -> (Tensor, Tensor, Tensor, Tensor[])",
     backward,

@@ -159,16 +159,19 @@ def refused(
     for size in channels:
         if size == 0 or size % chunk:
             return f"the projection kernels take channels and head dims that are multiples of {chunk}, not {size}"
-    if parts > MOST_PARTS:
-        return f"the projection kernels take up to {MOST_PARTS} parts, not {parts}"
+    if parts > MAX_PARTS:
+        return f"the projection kernels take up to {MAX_PARTS} parts, not {parts}"
     widest = max(whole_heads or [0])
-    if widest > WIDEST_FINISHED:
-        return f"the projection kernels normalise and turn heads of up to {WIDEST_FINISHED} channels, not {widest}"
+    if widest > WIDEST_EPILOGUE_HEAD:
+        return (
+            f"the projection kernels apply norms and rotary embedding to head dims up to {WIDEST_EPILOGUE_HEAD},"
+            f" not {widest}"
+        )
     return None
 
 
-MOST_PARTS = 4
-WIDEST_FINISHED = 128
+MAX_PARTS = 4
+WIDEST_EPILOGUE_HEAD = 128
 
 
 def _major(tensor: Tensor) -> int:
