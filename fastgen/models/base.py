@@ -148,6 +148,17 @@ def to_pixels(images: Tensor) -> Tensor:
     return wide.clamp(0, 1) + 0 * wide
 
 
+def image_rows(*stacks: Tensor, columns: int = 16) -> Images:
+    """Rows of images (B, C, H, W), each above the row of its counterparts in the other stacks.
+
+    Images that do not fill a row of ``columns`` are left out. C may be 1 where other stacks have more channels.
+    """
+    count, channels = len(stacks[0]), max(stack.size(1) for stack in stacks)
+    columns = min(columns, count)
+    same = [stack[: count // columns * columns].expand(-1, channels, -1, -1) for stack in stacks]
+    return Images(torch.stack([images.unflatten(0, (-1, columns)) for images in same], dim=1).flatten(0, 2), columns)
+
+
 class GenerativeModel(nn.Module, Pretrained):
     """Base of all models; described at the top of this file.
 
