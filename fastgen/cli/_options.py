@@ -49,6 +49,9 @@ def add_fields(
             else:
                 kind = {"type": types[field.name]}
             parser.add_argument(option, default=default, help=field.metadata["help"], **kind)
+    for old, new in getattr(config, "renamed", {}).items():  # commands and config.yaml of earlier versions
+        option = "--" + prefix + old.replace("_", "-")
+        parser.add_argument(option, type=types[new] | None, default=None, help=argparse.SUPPRESS)
 
 
 def parse(

@@ -6,12 +6,14 @@ import dataclasses
 import os
 import shlex
 from pathlib import Path
+from typing import Any
 
 from fastgen.cli._config import nearest
 from fastgen.cli._errors import INTERRUPTED, USAGE, CommandError
 from fastgen.cli._options import add_fields, options_parser, parse
 from fastgen.data import DataConfig
-from fastgen.models import MODELS, from_data
+from fastgen.models import MODELS, GenerativeModel, from_data
+from fastgen.models.base import current_names
 from fastgen.train.config import FREE_ON_RESUME, TrainConfig
 from fastgen.train.errors import StoppedError, UsageError
 from fastgen.train.folder import RunFolder
@@ -85,10 +87,17 @@ def _request(name: str, words: list[str]) -> Request:
         data_options=data_options,
         resume=given.pop("resume", False),
         overwrite=given.pop("overwrite", False),
-        model_options=given.pop("model", {}),
+        model_options=_model_options(model, given),
         train_options=given,
         command=shlex.join([*_program(), "train", name, *words]),
     )
+
+
+def _model_options(model: type[GenerativeModel], given: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return current_names(model.config_class, given.pop("model", {}))
+    except ValueError as error:
+        raise CommandError(f"model.{error}", USAGE) from error
 
 
 def _program() -> list[str]:

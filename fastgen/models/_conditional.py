@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.checks import require_positive
-from fastgen.models._classes import LabelOptions, check_labels, wanted_labels
 from fastgen.models.adversarial import ImageGAN, NoiseGANConfig
 from fastgen.models.base import Batch, Images, option
+from fastgen.models.conditioning import LabelOptions, check_labels, wanted_labels
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from fastgen.checks import require_choice, require_positive
 from fastgen.losses.adversarial import AdversarialLoss
 from fastgen.models._convolutions import SLOPE
 from fastgen.models.adversarial import AdversarialConfig, Layers, Penalty
-from fastgen.models.base import GenerativeModel, Images, Phase, option
-from fastgen.models.variational import above_each_other
+from fastgen.models.base import GenerativeModel, Images, Phase, image_rows, option
 
 PatchNorm = Literal["instance", "none"]
 
@@ -138,4 +137,4 @@ def difference(images: Tensor, others: Tensor) -> Tensor:
 def rows(*stacks: Tensor) -> Images:
     """Rows of images (B, C, S, S) in [0, 1], C 1 or as in the others, each above the row of its counterparts."""
     channels = max(stack.size(1) for stack in stacks)
-    return above_each_other(*(stack.expand(-1, channels, -1, -1) for stack in stacks))
+    return image_rows(*(stack.expand(-1, channels, -1, -1) for stack in stacks))

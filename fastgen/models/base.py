@@ -126,10 +126,37 @@ def from_data(config_class: type) -> list[str]:
     return [f.name for f in dataclasses.fields(config_class) if f.metadata.get("from_data")]
 
 
+def current_names(config_class: type, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Options under the names that the config's fields have now.
+
+    A config whose fields were renamed maps their old names to the new ones, so that saved models and runs still load:
+    ``renamed: ClassVar[Mapping[str, str]] = {"halvings": "num_downsamples"}``.
+
+    Raises:
+        ValueError: an option is given under both names.
+    """
+    renamed: Mapping[str, str] = getattr(config_class, "renamed", {})
+    for old, new in renamed.items():
+        if old in saved and new in saved:
+            raise ValueError(f"{new}: expected one value, got another under its old name {old}")
+    return {renamed.get(name, name): value for name, value in saved.items()}
+
+
 def to_pixels(images: Tensor) -> Tensor:
     """[-1, 1] -> [0, 1], float32 at least. What is beyond the ends is cut off; what is infinite becomes NaN."""
     wide = 0.5 * images.to(torch.promote_types(images.dtype, torch.float32)) + 0.5
     return wide.clamp(0, 1) + 0 * wide
+
+
+def image_rows(*stacks: Tensor, columns: int = 16) -> Images:
+    """Rows of images (B, C, H, W), each above the row of its counterparts in the other stacks.
+
+    Images that do not fill a row of ``columns`` are left out. C may be 1 where other stacks have more channels.
+    """
+    count, channels = len(stacks[0]), max(stack.size(1) for stack in stacks)
+    columns = min(columns, count)
+    same = [stack[: count // columns * columns].expand(-1, channels, -1, -1) for stack in stacks]
+    return Images(torch.stack([images.unflatten(0, (-1, columns)) for images in same], dim=1).flatten(0, 2), columns)
 
 
 class GenerativeModel(nn.Module, Pretrained):
@@ -264,9 +291,9 @@ class GenerativeModel(nn.Module, Pretrained):
         saved = None if dataclasses.is_dataclass(config) else config
         if saved is not None:
             saved = {name: value for name, value in saved.items() if name != MODEL_TYPE}
+            current = current_names(cls.config_class, saved)
             known = {f.name for f in dataclasses.fields(cls.config_class)}
-            if set(saved) - known:
-                unknown = sorted(set(saved) - known)
+            if unknown := sorted(set(current) - known):
                 raise ValueError(f"{model_id}: config.json: expected options of {cls.__name__}, got {unknown}")
         file = Path(model_id) / WEIGHTS
         if not Path(model_id).is_dir():
@@ -288,8 +315,8 @@ class GenerativeModel(nn.Module, Pretrained):
                 f"{file}: expected the weights of a {cls.__name__}, got a damaged file (its digest differs)"
             )
         if saved is not None:
-            check_saved_config(model_id, saved, known, file)
-            config = cls.config_class(**saved)
+            check_saved_config(model_id, saved, sorted(known - set(current)), file)
+            config = cls.config_class(**current)
         model = cls(config)
         try:
             load_model(model, file, strict=strict, device=map_location)

@@ -19,7 +19,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastgen.models._classes import LabelOptions
 from fastgen.models._conditional import ConditionalConfig, ConditionalGAN, LabelledGenerator
 from fastgen.models._convolutions import (
     INITIAL_STD,
@@ -30,6 +29,7 @@ from fastgen.models._convolutions import (
 )
 from fastgen.models.adversarial import Layers
 from fastgen.models.base import option
+from fastgen.models.conditioning import LabelOptions
 
 
 @dataclass(frozen=True)

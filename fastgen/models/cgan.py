@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.checks import require_positive
-from fastgen.models._classes import LabelOptions
 from fastgen.models._conditional import ConditionalConfig, ConditionalGAN, LabelledGenerator
 from fastgen.models._dense import discriminator_features, generator_layers
 from fastgen.models.adversarial import Layers
 from fastgen.models.base import option
+from fastgen.models.conditioning import LabelOptions
 
 
 @dataclass(frozen=True)

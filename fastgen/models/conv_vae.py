@@ -1,15 +1,15 @@
-"""A convolutional variational autoencoder for images whose pixels are counts.
+"""Convolutional variational autoencoder with two levels of latents.
 
-Two latents. z, a vector, says what is in the picture and has the prior N(0, 1). The details, a small map,
-say how it is drawn; their prior is predicted from z, so that samples of both fit together:
+z, a vector with the prior N(0, 1), encodes the content of an image. The details, a small feature map, encode the rest;
+the prior of the details is predicted from z, so that samples of both fit together:
 
-    images    -> encode   -> features                 features -> posterior of z
-    z         -> canvas   -> prior of the details     features, canvas -> posterior of the details
-    canvas + details -> decode -> p(pixel | z, details), a distribution over counts 0 .. levels - 1
+    images    -> encoder -> features                features -> posterior of z
+    z         -> canvas  -> prior of the details    canvas, features -> posterior of the details
+    canvas + details -> decoder -> p(pixel | z, details)
 
-The loss is the negative evidence lower bound of the counts themselves, a probability mass function, so it
-bounds -log p(images) in nats and can be compared between models (Kingma and Welling, "Auto-encoding
-variational Bayes", 2014; for a learned prior, Soenderby et al., "Ladder variational autoencoders", 2016).
+Encoder and decoder are residual convolutional networks, with optional self-attention at the coarsest resolution. The
+loss is the negative ELBO, in nats per image; see ``variational.py``. Kingma and Welling, "Auto-encoding variational
+Bayes" (2014); for the learned prior, Soenderby et al., "Ladder variational autoencoders" (2016).
 """
 
 from __future__ import annotations
@@ -20,93 +20,125 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen.checks import require_positive
-from fastgen.models._likelihoods import (
-    beta_binomial_log_prob,
-    beta_binomial_parameters,
-    binomial_log_prob,
-    log_normal,
-    log_standard_normal,
-    numbers_per_pixel,
-    pixels_log_prob,
-    pixels_mean,
-)
-from fastgen.models._norms import widened
-from fastgen.models._residual import ResidualBlock
-from fastgen.models.base import Batch, GenerativeModel, Images, NoOptions, Phase, Samples, StepContext, option
+from fastgen.checks import require_count, require_not_negative, require_positive
+from fastgen.models.base import Images, NoOptions, Phase, option
 from fastgen.models.variational import (
     Bound,
-    VAEConfigBase,
-    above_each_other,
+    Likelihood,
+    VariationalAutoencoder,
     check_images,
+    check_likelihood,
+    log_normal,
+    log_standard_normal,
     normal_noise,
+    parameters_per_pixel,
+    pixels_mean,
     sample_and_log_prob,
-    sampled,
+    sample_posterior,
+    upcast,
 )
 from fastgen.nn import AttentionBlock2d
 
-__all__ = [
-    "ConvVAE",
-    "ConvVAEConfig",
-    "beta_binomial_log_prob",
-    "beta_binomial_parameters",
-    "binomial_log_prob",
-]
-
-LARGEST_COARSE_SIZE = 7
+MAX_COARSE_SIZE = 7
 
 
 @dataclass(frozen=True)
-class ConvVAEConfig(VAEConfigBase):
-    """Sizes of a ConvVAE. ValueError names the field, what was expected and what came."""
+class ConvVAEConfig:
+    """Hyperparameters of a ConvVAE.
 
-    latent_dim: int = option(4, "numbers in z")
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    image_size: int = option(8, "height and width of the images", from_data=True)
+    channels: int = option(1, "color channels of the images", from_data=True)
+    levels: int = option(17, "number of values of a pixel: counts 0 .. levels - 1", from_data=True)
+    likelihood: Likelihood = option("beta-binomial", "distribution of a pixel; bernoulli requires two levels")
+    beta: float = option(1.0, "weight of the KL in the loss")
+    free_bits: float = option(0.0, "minimum of the mean KL of each latent channel in the loss, in nats")
+    kl_warmup: int = option(230, "number of steps over which the weight of the KL grows to beta")
+    latent_dim: int = option(4, "dimension of z")
     detail_channels: int = option(2, "channels of the map of details")
-    width: int = option(16, "channels at full size; doubled at each halving")
-    hidden_dim: int = option(128, "units between z and the canvas")
-    attention: bool = option(False, "let the positions of the smallest map attend to each other, on both ways")
-    free_bits: float = option(0.0, "nats that each number of z and each channel of the details may cost for nothing")
+    width: int = option(16, "channels at full resolution; doubled at each downsampling")
+    hidden_dim: int = option(128, "hidden units between z and the canvas")
+    attention: bool = option(False, "self-attention at the coarsest resolution of encoder and decoder")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("latent_dim", "detail_channels", "width", "hidden_dim"):
+        for name in ("image_size", "channels", "latent_dim", "detail_channels", "width", "hidden_dim"):
             require_positive(name, getattr(self, name))
-        if self.image_size < 4 or self.coarse_size << self.halvings != self.image_size:
+        check_likelihood(self.likelihood, self.levels)
+        require_not_negative(beta=self.beta, free_bits=self.free_bits)
+        require_count("kl_warmup", self.kl_warmup, 0, "a number of steps")
+        if self.image_size < 4 or self.coarse_size << self.num_downsamples != self.image_size:
             raise ValueError(
-                f"image_size: expected 4 to {LARGEST_COARSE_SIZE} times a power of 2 (8, 20, 28, 32, 64, ...)"
+                f"image_size: expected 4 to {MAX_COARSE_SIZE} times a power of 2 (8, 20, 28, 32, 64, ...)"
                 f", got {self.image_size}"
             )
 
     @property
-    def halvings(self) -> int:
-        """Times the size is halved: until it is at most LARGEST_COARSE_SIZE."""
-        return math.ceil(math.log2(max(1.0, self.image_size / LARGEST_COARSE_SIZE)))
+    def num_downsamples(self) -> int:
+        """Number of downsamplings by 2, to a size of at most MAX_COARSE_SIZE."""
+        return math.ceil(math.log2(max(1.0, self.image_size / MAX_COARSE_SIZE)))
 
     @property
     def coarse_size(self) -> int:
-        return self.image_size >> self.halvings
+        """Height and width of the coarsest feature map."""
+        return self.image_size >> self.num_downsamples
 
 
-def _attention(channels: int) -> AttentionBlock2d:
-    """As the identity in the beginning."""
-    block = AttentionBlock2d(channels, num_groups=math.gcd(8, channels))
-    for parameter in block.out.parameters():
+class ResidualBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with 3x3 convolutions and GroupNorm. (B, C, H, W) -> the same."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(math.gcd(8, channels), channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(math.gcd(8, channels), channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return x + h
+
+
+def downsampling(widths: list[int]) -> list[nn.Module]:
+    """Layers (B, widths[0], S, S) -> (B, widths[-1], S / 2^n, S / 2^n), each with a residual block."""
+    layers: list[nn.Module] = []
+    for in_channels, out_channels in itertools.pairwise(widths):
+        layers += [nn.Conv2d(in_channels, out_channels, 4, stride=2, padding=1), ResidualBlock(out_channels)]
+    return layers
+
+
+def upsampling(widths: list[int]) -> list[nn.Module]:
+    """Layers (B, widths[0], S, S) -> (B, widths[-1], S * 2^n, S * 2^n), each with a residual block."""
+    layers: list[nn.Module] = []
+    for in_channels, out_channels in itertools.pairwise(widths):
+        convolution = nn.Conv2d(in_channels, 4 * out_channels, 3, padding=1)
+        layers += [convolution, nn.PixelShuffle(2), ResidualBlock(out_channels)]
+    return layers
+
+
+@torch.no_grad()
+def zero_init(layer: nn.Module) -> nn.Module:
+    """Set weight and bias to 0."""
+    for parameter in layer.parameters():
         nn.init.zeros_(parameter)
+    return layer
+
+
+def attention(channels: int) -> AttentionBlock2d:
+    """Self-attention between positions, initialized as the identity."""
+    block = AttentionBlock2d(channels, num_groups=math.gcd(8, channels))
+    zero_init(block.out)
     return block
 
 
-def _zeroed(convolution: nn.Conv2d) -> nn.Conv2d:
-    """Starts at 0, where the posterior of the details equals their prior."""
-    nn.init.zeros_(convolution.weight)
-    if convolution.bias is not None:
-        nn.init.zeros_(convolution.bias)
-    return convolution
-
-
-class ConvVAE(GenerativeModel):
-    """The model described at the top of this file.
+class ConvVAE(VariationalAutoencoder):
+    """Convolutional variational autoencoder with two levels of latents.
 
     Images are (B, channels, image_size, image_size), floating, in [0, 1], multiples of 1 / (levels - 1).
 
@@ -120,28 +152,21 @@ class ConvVAE(GenerativeModel):
 
     name = "conv-vae"
     summary = "convolutional variational autoencoder for images whose pixels are counts"
-    kind = "images"
-    default_data = "digits"
     config_class = ConvVAEConfig
     train_defaults: ClassVar = {"epochs": 50.0, "batch_size": 64, "clip": 100.0, "average_decay": 0.998}
     config: ConvVAEConfig
 
     def __init__(self, config: ConvVAEConfig) -> None:
         super().__init__(config)
-        widths = [config.width << i for i in range(config.halvings + 1)]
-        coarse, size = widths[-1], config.coarse_size
-
-        encoder: list[nn.Module] = [
+        widths = [config.width << i for i in range(config.num_downsamples + 1)]
+        coarse, size, details = widths[-1], config.coarse_size, config.detail_channels
+        self.encoder = nn.Sequential(
             nn.Conv2d(config.channels, widths[0], 3, padding=1),
             ResidualBlock(widths[0]),
-        ]
-        for fine, wide in itertools.pairwise(widths):
-            encoder += [nn.Conv2d(fine, wide, 4, stride=2, padding=1), ResidualBlock(wide)]
-        if config.attention:
-            encoder.append(_attention(coarse))
-        self.encoder = nn.Sequential(*encoder)
+            *downsampling(widths),
+            *([attention(coarse)] if config.attention else []),
+        )
         self.posterior = nn.Sequential(nn.SiLU(), nn.Flatten(), nn.Linear(coarse * size**2, 2 * config.latent_dim))
-
         self.canvas = nn.Sequential(
             nn.Linear(config.latent_dim, config.hidden_dim),
             nn.SiLU(),
@@ -149,125 +174,130 @@ class ConvVAE(GenerativeModel):
             nn.Unflatten(1, (coarse, size, size)),
             ResidualBlock(coarse),
         )
-        details = config.detail_channels
-        self.detail_prior = nn.Sequential(nn.SiLU(), _zeroed(nn.Conv2d(coarse, 2 * details, 3, padding=1)))
+        # The last layers of prior and posterior of the details are zero-initialized: their KL starts at 0.
+        self.detail_prior = nn.Sequential(nn.SiLU(), zero_init(nn.Conv2d(coarse, 2 * details, 3, padding=1)))
         self.detail_posterior = nn.Sequential(
             nn.Conv2d(2 * coarse, coarse, 3, padding=1),
             nn.SiLU(),
-            _zeroed(nn.Conv2d(coarse, 2 * details, 3, padding=1)),
+            zero_init(nn.Conv2d(coarse, 2 * details, 3, padding=1)),
         )
         self.add_details = nn.Conv2d(details, coarse, 3, padding=1)
-
-        decoder: list[nn.Module] = [ResidualBlock(coarse), *([_attention(coarse)] if config.attention else [])]
-        for wide, fine in itertools.pairwise(reversed(widths)):
-            decoder += [nn.Conv2d(wide, 4 * fine, 3, padding=1), nn.PixelShuffle(2), ResidualBlock(fine)]
-        per_pixel = numbers_per_pixel(config.likelihood)
-        decoder += [nn.SiLU(), nn.Conv2d(widths[0], per_pixel * config.channels, 3, padding=1)]
-        self.decoder = nn.Sequential(*decoder)
+        self.decoder = nn.Sequential(
+            ResidualBlock(coarse),
+            *([attention(coarse)] if config.attention else []),
+            *upsampling(widths[::-1]),
+            nn.SiLU(),
+            nn.Conv2d(widths[0], parameters_per_pixel(config.likelihood) * config.channels, 3, padding=1),
+        )
 
     def forward(self, images: Tensor, *, beta: float = 1.0, generator: torch.Generator | None = None) -> Bound:
-        """The loss, from one posterior sample per image.
+        """The loss, with one posterior sample per image.
 
         Args:
-            images: (B, C, S, S), see the class.
-            beta: weight of the KL in the loss; 1 is the ELBO, less only warms up. nll and kl don't use it.
+            images: (B, C, S, S) in [0, 1].
+            beta: weight of the KL in the loss; nll and kl do not depend on it.
             generator: source of the noise, on the images' device; default torch's global one.
 
         Raises:
-            TypeError: images that are not floating. ValueError: another shape than the config's.
+            TypeError, ValueError: images of another dtype or shape than the config's.
         """
-        features = self._encode(images)
-        free_bits = self.config.free_bits
-        z_mu, z_logvar = self.posterior(features).chunk(2, dim=1)
-        z, kl, paid = sampled(z_mu, z_logvar, free_bits, generator=generator)
+        features, free_bits = self._features(images), self.config.free_bits
+        z, kl, kl_loss = sample_posterior(*self._z_posterior(features), free_bits, generator=generator)
         canvas = self.canvas(z)
-        prior_mu, prior_logvar = self.detail_prior(canvas).chunk(2, dim=1)
-        mu, logvar = self.detail_posterior(torch.cat([canvas, features], dim=1)).chunk(2, dim=1)
-        details, detail_kl, detail_paid = sampled(
+        prior_mu, prior_logvar = self._detail_prior(canvas)
+        mu, logvar = self._detail_posterior(canvas, features)
+        details, detail_kl, detail_kl_loss = sample_posterior(
             mu, logvar, free_bits, prior_mu=prior_mu, prior_logvar=prior_logvar, generator=generator
         )
-        nll = -self._log_prob(self._decode(canvas, details), images)
-        return Bound(nll.mean() + beta * (paid + detail_paid), nll, kl + detail_kl)
-
-    @torch.no_grad()
-    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """n images (n, C, S, S) from the prior: the expected pixels, in [0, 1], of latents drawn from it.
-
-        Args:
-            n: how many.
-            generator: source of the latents, on any device; a CPU one draws the same for every device.
-
-        Raises:
-            ValueError: n is not a positive integer.
-        """
-        require_positive("n", n)
-        noise = normal_noise((n, self.config.latent_dim), next(self.parameters()), generator)
-        canvas = self.canvas(noise)
-        mu, logvar = self.detail_prior(canvas).chunk(2, dim=1)
-        details = mu + normal_noise(tuple(mu.shape), mu, generator) * torch.exp(0.5 * logvar)
-        return self._mean(self._decode(canvas, details))
-
-    @torch.no_grad()
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """The expected pixels (B, C, S, S), in [0, 1], of the images' posterior means: the same on each call.
-
-        Raises: as ``forward``.
-        """
-        features = self._encode(images)
-        canvas = self.canvas(self.posterior(features).chunk(2, dim=1)[0])
-        details = self.detail_posterior(torch.cat([canvas, features], dim=1)).chunk(2, dim=1)[0]
-        return self._mean(self._decode(canvas, details))
+        nll = -self.log_likelihood(self._pixel_parameters(canvas, details), images)
+        return Bound(nll.mean() + beta * (kl_loss + detail_kl_loss), nll, kl + detail_kl)
 
     def phases(self) -> tuple[Phase, ...]:
         return (Phase("model", learning_rate=4e-3, betas=(0.9, 0.99)),)
 
-    def loss(self, phase: str, batch: Batch, context: StepContext) -> dict[str, Tensor]:
-        out: Bound = self(batch["images"], beta=self.config.warm_beta(context.step))
-        return {"loss": out.loss, "nll": out.nll.mean(), "kl": out.kl.mean()}
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Parameters of the posterior of images (B, C, S, S).
 
-    @torch.no_grad()
-    def score(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        out: Bound = self(batch["images"], generator=generator)
-        return {"elbo": -(out.nll + out.kl), "nll": out.nll, "kl": out.kl}
-
-    @torch.no_grad()
-    def log_weights(self, batch: Batch, *, generator: torch.Generator | None = None) -> Tensor:
-        """(B,) log p(images, z, details) - log q(z, details | images) of one posterior sample, in nats.
-
-        Its mean is the ELBO; logs of means of K such weights bound log p(images) tighter (Burda, Grosse and
-        Salakhutdinov, "Importance weighted autoencoders", 2016).
+        Returns:
+            mu and logvar of z, (B, latent_dim) each; mu and logvar of the details given z = mu,
+            (B, detail_channels, coarse_size, coarse_size) each.
         """
-        images = batch["images"]
-        features = self._encode(images)
-        mu, logvar = self.posterior(features).chunk(2, dim=1)
+        features = self._features(images)
+        mu, logvar = self._z_posterior(features)
+        detail_mu, detail_logvar = self._detail_posterior(self.canvas(mu), features)
+        return mu, logvar, detail_mu, detail_logvar
+
+    def decode(self, z: Tensor, details: Tensor | None = None) -> Tensor:
+        """Expected pixels (B, C, S, S) in [0, 1].
+
+        Args:
+            z: (B, latent_dim).
+            details: (B, detail_channels, coarse_size, coarse_size); default: the mean of their prior given z.
+        """
+        canvas = self.canvas(z)
+        details = self._detail_prior(canvas)[0] if details is None else details
+        return pixels_mean(self._pixel_parameters(canvas, details), self.config.likelihood)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Images (B, C, S, S) -> ``decode`` of their posterior means (B, C, S, S), without noise."""
+        mu, _, detail_mu, _ = self.encode(images)
+        return self.decode(mu, detail_mu)
+
+    def log_weight(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """(B,) log p(images, z, details) - log q(z, details | images) of one posterior sample per image, in nats."""
+        features = self._features(images)
+        mu, logvar = self._z_posterior(features)
         z, log_q = sample_and_log_prob(mu, logvar, generator=generator)
         canvas = self.canvas(z.to(mu.dtype))
-        prior_mu, prior_logvar = widened(self.detail_prior(canvas)).chunk(2, dim=1)
-        mu, logvar = self.detail_posterior(torch.cat([canvas, features], dim=1)).chunk(2, dim=1)
+        prior_mu, prior_logvar = self._detail_prior(canvas)
+        mu, logvar = self._detail_posterior(canvas, features)
         details, log_q_details = sample_and_log_prob(mu, logvar, generator=generator)
-        log_p = self._log_prob(self._decode(canvas, details.to(mu.dtype)), images)
+        log_p = self.log_likelihood(self._pixel_parameters(canvas, details.to(mu.dtype)), images)
         log_p = log_p + log_standard_normal(z) + log_normal(details, prior_mu, prior_logvar)
         return log_p - log_q - log_q_details
 
+    @torch.no_grad()
+    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """The expected pixels (n, C, S, S), in [0, 1], of n latents from the prior.
+
+        Args:
+            n: number of images.
+            generator: source of the noise, on any device; a CPU generator gives the same noise on every device.
+
+        Raises:
+            ValueError: n is not a positive integer.
+        """
+        return self.draw(n, NoOptions(), generator=generator).pixels
+
+    @torch.no_grad()
     def draw(self, n: int, options: NoOptions, *, generator: torch.Generator | None = None) -> Images:
-        return Images(self.sample(n, generator=generator))
+        """As ``sample``."""
+        require_positive("n", n)
+        z = normal_noise((n, self.config.latent_dim), next(self.parameters()), generator)
+        canvas = self.canvas(z)
+        mu, logvar = self._detail_prior(canvas)
+        details = mu + normal_noise(tuple(mu.shape), mu, generator) * torch.exp(0.5 * logvar)
+        return Images(pixels_mean(self._pixel_parameters(canvas, details), self.config.likelihood))
 
-    def visualize(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Samples]:
-        """Rows of held-out images, each above the row of its reconstructions."""
-        return {"reconstructions": above_each_other(batch["images"], self.reconstruct(batch["images"]))}
-
-    def _encode(self, images: Tensor) -> Tensor:
+    def _features(self, images: Tensor) -> Tensor:
+        """Images -> features (B, coarse channels, coarse_size, coarse_size)."""
         check_images(images, self.config)
         features: Tensor = self.encoder(2 * images - 1)
         return features
 
-    def _decode(self, canvas: Tensor, details: Tensor) -> Tensor:
-        """Parameters of the pixels' distribution, float32 at least whatever autocast chose."""
-        parameters: Tensor = self.decoder(canvas + self.add_details(details))
-        return widened(parameters)
+    def _z_posterior(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        mu, logvar = self.posterior(features).chunk(2, dim=1)
+        return mu, logvar
 
-    def _log_prob(self, parameters: Tensor, images: Tensor) -> Tensor:
-        return pixels_log_prob(parameters, images, self.config.likelihood, self.config.levels)
+    def _detail_prior(self, canvas: Tensor) -> tuple[Tensor, Tensor]:
+        mu, logvar = self.detail_prior(canvas).chunk(2, dim=1)
+        return mu, logvar
 
-    def _mean(self, parameters: Tensor) -> Tensor:
-        return pixels_mean(parameters, self.config.likelihood)
+    def _detail_posterior(self, canvas: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        mu, logvar = self.detail_posterior(torch.cat([canvas, features], dim=1)).chunk(2, dim=1)
+        return mu, logvar
+
+    def _pixel_parameters(self, canvas: Tensor, details: Tensor) -> Tensor:
+        """-> parameters of the distribution of each pixel, (B, parameters_per_pixel * C, S, S), float32 at least."""
+        return upcast(self.decoder(canvas + self.add_details(details)))

@@ -36,13 +36,12 @@ from fastgen.checks import (
     require_positive_number,
     require_probability,
 )
-from fastgen.models._captions import caption_rows, check_captions
-from fastgen.models._classes import LabelOptions, check_labels, wanted_labels
 from fastgen.models._decoder import DecoderBlock, Past, drawing, initialise_decoder
-from fastgen.models._vq import Autoencoder, AutoencoderConfig
-from fastgen.models.base import Batch, GenerativeModel, Images, Phase, Samples, StepContext, option
+from fastgen.models.base import Batch, GenerativeModel, Images, Phase, Samples, StepContext, image_rows, option
+from fastgen.models.conditioning import LabelOptions, caption_rows, check_captions, check_labels, wanted_labels
 from fastgen.models.decoding import Chooser
-from fastgen.models.variational import above_each_other, check_images
+from fastgen.models.variational import check_images
+from fastgen.models.vq_vae import Autoencoder, AutoencoderConfig
 from fastgen.nn import RotaryEmbedding
 from fastgen.nn._buffers import ComputedBuffers
 from fastgen.nn._sublayers import all_rows
@@ -256,7 +255,7 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
         """Tokens, and what to add to -log p(images), (B,): 0, inf where pixels are not in [0, 1], NaN for NaN."""
         check_images(images, self.config)
         if self.autoencoder is not None:
-            codes, flaw = self.autoencoder.read(images)
+            codes, flaw = self.autoencoder.quantize(images)
             return codes.flatten(1), flaw
         exact = (images.float() * (self.config.levels - 1)).round()
         impossible = (images < -SLACK) | (images > 1 + SLACK)
@@ -358,7 +357,7 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
         if self.autoencoder is None:
             tokens, flaw = self._read(batch["images"])
             return {"nll": self._nll(tokens, batch).sum(1) + flaw}
-        codes, nll, error = self.autoencoder.judge(batch["images"])
+        codes, nll, error = self.autoencoder.evaluate(batch["images"])
         kl = self._nll(codes.flatten(1), batch).sum(1)
         perplexity = self.autoencoder.codebook.perplexity().expand(len(codes))
         return {"elbo": -(nll + kl), "nll": nll, "kl": kl, "squared error": error, "codebook perplexity": perplexity}
@@ -431,4 +430,4 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
         halves = self.pixels(tokens)
         halves[:, :, self.config.image_size // 2 :] = 0.5
         completed = self.pixels(self.complete(tokens[:, :known], labels, captions=captions, generator=generator))
-        return {"completions": above_each_other(batch["images"].to(halves), halves, completed)}
+        return {"completions": image_rows(batch["images"].to(halves), halves, completed)}

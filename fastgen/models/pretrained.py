@@ -217,17 +217,21 @@ def _class_of(asked: type[Pretrained], config: Mapping[str, Any], place: str) ->
 
 
 def _has(model: type[Pretrained], config: Mapping[str, Any]) -> bool:
-    return {field.name for field in dataclasses.fields(model.config_class)} == set(config)
+    from fastgen.models.base import current_names
+
+    return {field.name for field in dataclasses.fields(model.config_class)} == set(
+        current_names(model.config_class, config)
+    )
 
 
 def _config_digest(config: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def check_saved_config(model_id: str, saved: Mapping[str, Any], known: set[str], weights: Path) -> None:
+def check_saved_config(model_id: str, saved: Mapping[str, Any], missing: list[str], weights: Path) -> None:
     """ValueError where config.json is not the one that was saved with the weights.
 
-    Weights that don't tell, of an earlier version, need all options that this version knows.
+    Weights of an earlier version, without a digest of the config, need all of its options: none may be missing.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -236,7 +240,6 @@ def check_saved_config(model_id: str, saved: Mapping[str, Any], known: set[str],
             told = (file.metadata() or {}).get("config")
     except SafetensorError:
         return  # said of the weights when they are read
-    missing = sorted(known - set(saved))
     if told is None and missing:
         raise ValueError(
             f"{model_id}: config.json: expected all options of the model, got none for {', '.join(missing)}"

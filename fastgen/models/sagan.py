@@ -31,12 +31,12 @@ from torch.nn.utils import parametrizations
 
 from fastgen.checks import require_count, require_positive
 from fastgen.losses.adversarial import AdversarialLoss
-from fastgen.models._classes import LabelOptions
 from fastgen.models._conditional import ConditionalGAN
 from fastgen.models._convolutions import halvings
 from fastgen.models._convolve import convolve_then_halve, double_then_convolve
 from fastgen.models.adversarial import NoiseGANConfig
 from fastgen.models.base import option
+from fastgen.models.conditioning import LabelOptions
 from fastgen.nn import SelfAttention2d
 from fastgen.nn.averaging import settled
 

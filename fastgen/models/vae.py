@@ -1,59 +1,93 @@
-"""A variational autoencoder of dense layers.
+"""Variational autoencoder (VAE) with fully connected layers.
 
-Kingma and Welling, "Auto-encoding variational Bayes" (2014): a vector z with prior N(0, 1) says what is in a picture,
+Kingma and Welling, "Auto-encoding variational Bayes" (2014). Both networks are multilayer perceptrons; z has the prior
+N(0, 1):
 
     images -> encoder -> mu, logvar of z          z -> decoder -> p(pixel | z)
 
-and the loss is the negative evidence lower bound -E log p(images | z) + beta KL(q(z | images) || p(z)), in nats per
-image. beta: Higgins et al., "beta-VAE" (2017); 1 is the bound. Free bits: each number of z may cost so many nats for
-nothing, on average over the batch, so that none falls silent (Kingma et al., "Improved variational inference with
-inverse autoregressive flow", 2016, appendix C).
+The loss is -E log p(images | z) + beta KL(q(z | images) || p(z)), in nats per image; see ``variational.py``.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastgen.checks import require_positive
-from fastgen.models._likelihoods import log_standard_normal
-from fastgen.models._norms import widened
-from fastgen.models.base import Batch, Images, NoOptions
+from fastgen.checks import require_count, require_not_negative, require_positive, require_positive_number
+from fastgen.models.base import Images, NoOptions, Phase, option
 from fastgen.models.variational import (
     Bound,
-    DenseVAE,
-    DenseVAEConfig,
+    Likelihood,
+    VariationalAutoencoder,
     check_images,
-    dense,
+    check_likelihood,
+    log_standard_normal,
     normal_noise,
+    parameters_per_pixel,
+    pixels_mean,
     sample_and_log_prob,
-    sampled,
+    sample_posterior,
+    upcast,
 )
 
 
 @dataclass(frozen=True)
-class VAEConfig(DenseVAEConfig):
-    """Sizes of a VAE and how it learns. ValueError names the field, what was expected and what came."""
+class VAEConfig:
+    """Hyperparameters of a VAE.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    image_size: int = option(8, "height and width of the images", from_data=True)
+    channels: int = option(1, "color channels of the images", from_data=True)
+    levels: int = option(17, "number of values of a pixel: counts 0 .. levels - 1", from_data=True)
+    likelihood: Likelihood = option("beta-binomial", "distribution of a pixel; bernoulli requires two levels")
+    beta: float = option(1.0, "weight of the KL in the loss")
+    free_bits: float = option(0.0, "minimum of each latent dimension's mean KL in the loss, in nats")
+    kl_warmup: int = option(230, "number of steps over which the weight of the KL grows to beta")
+    latent_dim: int = option(10, "latent dimension")
+    width: int = option(256, "units of each hidden layer")
+    depth: int = option(2, "number of hidden layers of the encoder and of the decoder")
+    learning_rate: float = option(1e-3, "AdamW learning rate")
+    weight_decay: float = option(0.1, "AdamW weight decay")
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "channels", "latent_dim", "width", "depth"):
+            require_positive(name, getattr(self, name))
+        check_likelihood(self.likelihood, self.levels)
+        require_not_negative(beta=self.beta, free_bits=self.free_bits, weight_decay=self.weight_decay)
+        require_count("kl_warmup", self.kl_warmup, 0, "a number of steps")
+        require_positive_number(learning_rate=self.learning_rate)
 
 
-class VAE(DenseVAE):
-    """The model described at the top of this file.
+def mlp(inputs: int, width: int, depth: int, outputs: int) -> nn.Sequential:
+    """``depth`` hidden layers of ``width`` units with LayerNorm and SiLU, and a linear layer."""
+    layers: list[nn.Module] = []
+    for in_features, out_features in itertools.pairwise([inputs, *[width] * depth]):
+        layers += [nn.Linear(in_features, out_features), nn.LayerNorm(out_features), nn.SiLU()]
+    return nn.Sequential(*layers, nn.Linear(width, outputs))
+
+
+class VAE(VariationalAutoencoder):
+    """Variational autoencoder with fully connected layers.
 
     Images are (B, channels, image_size, image_size), floating, in [0, 1], multiples of 1 / (levels - 1).
 
     Example:
         >>> model = VAE(VAEConfig(image_size=8, levels=17))
-        >>> model.bound({"images": torch.zeros(5, 1, 8, 8)}).kl.shape
+        >>> model(torch.zeros(5, 1, 8, 8)).kl.shape
         torch.Size([5])
         >>> model.draw(3, NoOptions()).pixels.shape
         torch.Size([3, 1, 8, 8])
     """
 
     name = "vae"
-    summary = "variational autoencoder of dense layers"
+    summary = "variational autoencoder with fully connected layers"
     config_class = VAEConfig
     train_defaults: ClassVar = {"epochs": 150.0, "batch_size": 64, "clip": 100.0, "average_decay": 0.998}
     config: VAEConfig
@@ -61,41 +95,61 @@ class VAE(DenseVAE):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__(config)
         pixels = config.channels * config.image_size**2
-        self.encoder = dense(pixels, config.width, config.depth, 2 * config.latent_dim)
-        self.decoder = dense(config.latent_dim, config.width, config.depth, self._decoder_outputs())
+        outputs = parameters_per_pixel(config.likelihood) * pixels
+        self.encoder = mlp(pixels, config.width, config.depth, 2 * config.latent_dim)
+        self.decoder = mlp(config.latent_dim, config.width, config.depth, outputs)
 
-    def bound(self, batch: Batch, *, beta: float = 1.0, generator: torch.Generator | None = None) -> Bound:
-        images = batch["images"]
-        z, kl, paid = sampled(*self._posterior(images), self.config.free_bits, generator=generator)
-        nll = -self._log_prob(self.decoder(z), images)
-        return Bound(nll.mean() + beta * paid, nll, kl)
+    def forward(self, images: Tensor, *, beta: float = 1.0, generator: torch.Generator | None = None) -> Bound:
+        """The loss, with one posterior sample per image.
 
-    @torch.no_grad()
-    def log_weights(self, batch: Batch, *, generator: torch.Generator | None = None) -> Tensor:
-        """(B,) log p(images, z) - log q(z | images) of one posterior sample, in nats.
+        Args:
+            images: (B, C, S, S) in [0, 1].
+            beta: weight of the KL in the loss; nll and kl do not depend on it.
+            generator: source of the noise, on the images' device; default torch's global one.
 
-        Its mean is the ELBO; logs of means of K such weights bound log p(images) tighter (Burda, Grosse and
-        Salakhutdinov, "Importance weighted autoencoders", 2016).
+        Raises:
+            TypeError, ValueError: images of another dtype or shape than the config's.
         """
-        images = batch["images"]
-        mu, logvar = self._posterior(images)
-        z, log_q = sample_and_log_prob(mu, logvar, generator=generator)
-        log_p = self._log_prob(self.decoder(z), images) + log_standard_normal(z)
-        return log_p - log_q
+        mu, logvar = self.encode(images)
+        z, kl, kl_loss = sample_posterior(mu, logvar, self.config.free_bits, generator=generator)
+        nll = -self.log_likelihood(self._pixel_parameters(z), images)
+        return Bound(nll.mean() + beta * kl_loss, nll, kl)
+
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase("model", (), self.config.learning_rate, (0.9, 0.99), self.config.weight_decay),)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, C, S, S) -> mu and logvar of z, (B, latent_dim) each."""
+        check_images(images, self.config)
+        mu, logvar = upcast(self.encoder(2 * images.flatten(1) - 1)).chunk(2, dim=1)
+        return mu, logvar
+
+    def decode(self, z: Tensor) -> Tensor:
+        """z (B, latent_dim) -> expected pixels (B, C, S, S) in [0, 1]."""
+        return pixels_mean(self._pixel_parameters(z), self.config.likelihood)
 
     @torch.no_grad()
-    def reconstruct(self, batch: Batch) -> Tensor:
-        return self._mean(self.decoder(self._posterior(batch["images"])[0]))
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Images (B, C, S, S) -> ``decode`` of their posterior means (B, C, S, S), without noise."""
+        return self.decode(self.encode(images)[0])
+
+    def log_weight(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """(B,) log p(images, z) - log q(z | images) of one posterior sample per image, in nats."""
+        z, log_q = sample_and_log_prob(*self.encode(images), generator=generator)
+        return self.log_likelihood(self._pixel_parameters(z), images) + log_standard_normal(z) - log_q
 
     @torch.no_grad()
     def draw(self, n: int, options: NoOptions, *, generator: torch.Generator | None = None) -> Images:
-        """The expected pixels of n latents from the prior."""
-        require_positive("n", n)
-        noise = normal_noise((n, self.config.latent_dim), next(self.decoder.parameters()), generator)
-        return Images(self._mean(self.decoder(noise)))
+        """The expected pixels of n latents from the prior.
 
-    def _posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """mu and logvar of z, (B, latent_dim) each."""
-        check_images(images, self.config)
-        mu, logvar = widened(self.encoder(2 * images.flatten(1) - 1)).chunk(2, dim=1)
-        return mu, logvar
+        Raises:
+            ValueError: n is not a positive integer.
+        """
+        require_positive("n", n)
+        z = normal_noise((n, self.config.latent_dim), next(self.decoder.parameters()), generator)
+        return Images(self.decode(z))
+
+    def _pixel_parameters(self, z: Tensor) -> Tensor:
+        """z -> parameters of the distribution of each pixel, (B, parameters_per_pixel * C, S, S)."""
+        size = self.config.image_size
+        return upcast(self.decoder(z)).view(len(z), -1, size, size)

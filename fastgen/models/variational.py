@@ -1,34 +1,44 @@
-"""What variational autoencoders of dense layers share: nets, checks, the loss of a bound, what is scored and shown."""
+"""The evidence lower bound (ELBO) of variational autoencoders: loss, likelihoods of pixels, tighter bounds.
+
+Kingma and Welling, "Auto-encoding variational Bayes" (2014):
+
+    log p(x) >= ELBO(x) = E_q(z|x) [log p(x | z)] - KL(q(z | x) || p(z)),        loss = -log p(x | z) + beta KL
+
+beta: Higgins et al., "beta-VAE" (2017); 1 is the ELBO. Free bits: Kingma et al., "Improved variational inference with
+inverse autoregressive flow" (2016), appendix C. The importance-weighted bound of K posterior samples,
+log 1/K sum_k p(x, z_k) / q(z_k | x), is tighter than the ELBO: Burda, Grosse and Salakhutdinov, "Importance weighted
+autoencoders" (2016).
+
+A pixel is a count, 0 .. levels - 1, stored as count / (levels - 1). The four likelihoods are probability mass functions
+over the counts, so that -log p(x), in nats, is comparable between models and likelihoods:
+
+    bernoulli      two levels
+    binomial       levels - 1 trials with one probability
+    beta-binomial  the same, the probability itself being sampled from a Beta distribution
+    gaussian       a normal distribution, integrated over the interval of each level; the outer intervals are open
+"""
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from fastgen import functional
-from fastgen.batch import require_images
-from fastgen.checks import (
-    require_count,
-    require_not_negative,
-    require_positive,
-    require_positive_number,
-)
-from fastgen.models._likelihoods import (
-    Likelihood,
-    check_likelihood,
-    log_standard_normal,
-    numbers_per_pixel,
-    pixels_log_prob,
-    pixels_mean,
-)
-from fastgen.models._norms import widened
-from fastgen.models.base import Batch, GenerativeModel, Images, Phase, Samples, StepContext, option
+from fastgen.batch import SLACK, readable, require_images
+from fastgen.checks import require_choice, require_count, require_positive, require_shape
+from fastgen.models.base import Batch, GenerativeModel, Samples, StepContext, image_rows
 
-PAIRS_IN_A_ROW = 16
+Likelihood = Literal["beta-binomial", "binomial", "bernoulli", "gaussian"]
+
+MAX_CONCENTRATION = 500.0
+FLOAT32_TRIALS = 255  # with more, terms of opposite sign grow so large that their sum is computed in float64
+LOG_STD_BOUNDS = (-5.0, 2.0)
+NARROW = 0.3  # the next term of the expansion is below 3e-9 then
 
 
 class Bound(NamedTuple):
@@ -39,49 +49,100 @@ class Bound(NamedTuple):
     kl: Tensor
 
 
-@dataclass(frozen=True)
-class VAEConfigBase:
-    """The images, how their pixels are distributed and how the KL counts, in every variational autoencoder here."""
+class VariationalAutoencoder(GenerativeModel):
+    """Training protocol of variational autoencoders: loss, scores, bounds, reconstructions.
 
-    image_size: int = option(8, "height and width of the images", from_data=True)
-    channels: int = option(1, "colour channels of the images", from_data=True)
-    levels: int = option(17, "values a pixel can have: counts 0 .. levels - 1", from_data=True)
-    likelihood: Likelihood = option("beta-binomial", "distribution of a pixel; bernoulli is for images of two levels")
-    beta: float = option(1.0, "weight of the KL in the loss")
-    free_bits: float = option(0.0, "nats that each number of z may cost for nothing, on average over the batch")
-    kl_warmup: int = option(230, "steps over which the KL's weight grows to beta")
+    A subclass defines these methods; ``conditions`` are labels, or nothing:
 
-    def __post_init__(self) -> None:
-        require_positive("image_size", self.image_size)
-        require_positive("channels", self.channels)
-        check_likelihood(self.likelihood, self.levels)
-        require_not_negative(beta=self.beta, free_bits=self.free_bits)
-        require_count("kl_warmup", self.kl_warmup, 0, "a number of steps")
+        forward(images, *conditions, beta=1.0, generator=None) -> Bound
+        encode(images, *conditions) -> parameters of the posterior, mu and logvar of z first
+        decode(z, *conditions) -> expected pixels (B, C, S, S) in [0, 1]
+        reconstruct(images, *conditions) -> ``decode`` of the mean of the posterior
+        log_weight(images, *conditions, generator=None) -> (B,) log p(images, z) - log q(z | images) of a sample z
 
-    def warm_beta(self, step: int) -> float:
-        """Weight of the KL in ``step``."""
-        return self.beta * min(1.0, step / max(1, self.kl_warmup))
+    Its config has the fields image_size, channels, levels, likelihood, beta, free_bits and kl_warmup.
+    """
+
+    kind = "images"
+    default_data = "digits"
+    encode: Callable[..., Any]
+    decode: Callable[..., Tensor]
+    reconstruct: Callable[..., Tensor]
+    log_weight: Callable[..., Tensor]
+
+    def conditions(self, batch: Batch) -> tuple[Tensor, ...]:
+        """The tensors of a batch that the networks receive besides the images."""
+        return ()
+
+    def loss(self, phase: str, batch: Batch, context: StepContext) -> dict[str, Tensor]:
+        """The loss, in which the weight of the KL grows to beta in ``kl_warmup`` steps; mean nll and kl in nats."""
+        beta = self.config.beta * min(1.0, context.step / max(1, self.config.kl_warmup))
+        out: Bound = self(batch["images"], *self.conditions(batch), beta=beta)
+        return {"loss": out.loss, "nll": out.nll.mean(), "kl": out.kl.mean()}
+
+    @torch.no_grad()
+    def score(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """elbo, nll and kl (B,) in nats, from one posterior sample per image."""
+        out: Bound = self(batch["images"], *self.conditions(batch), generator=generator)
+        return {"elbo": -(out.nll + out.kl), "nll": out.nll, "kl": out.kl}
+
+    @torch.no_grad()
+    def log_weights(self, batch: Batch, *, generator: torch.Generator | None = None) -> Tensor:
+        """(B,) importance weights of one posterior sample per image, as logarithms in nats. Their mean is the ELBO."""
+        return self.log_weight(batch["images"], *self.conditions(batch), generator=generator)
+
+    @torch.no_grad()
+    def elbo(
+        self, images: Tensor, *conditions: Tensor, samples: int = 1, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """A lower bound of log p(images), (B,) in nats.
+
+        Args:
+            images: (B, C, S, S) in [0, 1]; ``conditions`` as in ``forward``.
+            samples: number of posterior samples per image. 1: the ELBO; more: the importance-weighted bound.
+            generator: source of the noise; default torch's global one.
+
+        Raises:
+            TypeError, ValueError: images or conditions of another dtype or shape; samples is not a positive integer.
+        """
+        require_positive("samples", samples)
+        if samples == 1:
+            out: Bound = self(images, *conditions, generator=generator)
+            return -(out.nll + out.kl)
+        weights = [self.log_weight(images, *conditions, generator=generator) for _ in range(samples)]
+        return torch.stack(weights).logsumexp(0) - math.log(samples)
+
+    @torch.no_grad()
+    def visualize(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Samples]:
+        """Rows of held-out images, each above the row of its reconstructions."""
+        images = batch["images"]
+        return {"reconstructions": image_rows(images, self.reconstruct(images, *self.conditions(batch)))}
+
+    def log_likelihood(self, parameters: Tensor, images: Tensor) -> Tensor:
+        """(B,) log p(images | z) in nats; ``parameters`` as in ``pixels_log_prob``."""
+        return pixels_log_prob(parameters, images, self.config.likelihood, self.config.levels)
 
 
-@dataclass(frozen=True)
-class DenseVAEConfig(VAEConfigBase):
-    """A ``VAEConfigBase`` with sizes of dense layers. ValueError names the field, what was expected and what came."""
-
-    latent_dim: int = option(10, "numbers in z")
-    width: int = option(256, "units of a layer")
-    depth: int = option(2, "layers of the encoder, and of the decoder")
-    learning_rate: float = option(1e-3, "of AdamW")
-    weight_decay: float = option(0.1, "of AdamW")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("latent_dim", "width", "depth"):
-            require_positive(name, getattr(self, name))
-        require_positive_number(learning_rate=self.learning_rate)
-        require_not_negative(weight_decay=self.weight_decay)
+def check_images(images: Tensor, config: Any) -> None:
+    """Raises TypeError, ValueError unless images are (B, channels, image_size, image_size), floating, in [0, 1]."""
+    require_images("images", images, config.channels, config.image_size)
 
 
-def sampled(
+def upcast(x: Tensor) -> Tensor:
+    """x in float32 at least, whatever dtype autocast chose."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def normal_noise(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """N(0, 1) of ``like``'s dtype and device. A CPU generator gives the same noise on every device."""
+    device = like.device if generator is None else generator.device
+    return torch.randn(shape, generator=generator, device=device).to(like)
+
+
+# Posteriors
+
+
+def sample_posterior(
     mu: Tensor,
     logvar: Tensor,
     free_bits: float,
@@ -90,21 +151,20 @@ def sampled(
     prior_logvar: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A sample z of N(mu, exp(logvar)), its KL (B,) in nats, and what of that a loss has to pay: one number.
+    """A sample z of N(mu, exp(logvar)), its KL (B,) in nats, and the KL's term in the loss, a scalar.
 
-    That is the mean of the KL over the batch; with free bits, the sum over channels of their means, where these are
-    above ``free_bits``, so that no channel falls silent (Kingma et al., "Improved variational inference with inverse
-    autoregressive flow", 2016, appendix C).
+    The term is the mean of the KL over the batch; with free bits it is the sum over the channels of
+    max(mean KL, free_bits), so that no channel collapses to the prior.
 
     Args:
-        mu, logvar, prior_mu, prior_logvar: (B, C, *); no prior: N(0, 1).
+        mu, logvar, prior_mu, prior_logvar: (B, C, *); the default prior is N(0, 1).
     """
     if not free_bits:
         z, kl = functional.reparameterize_kl(
             mu, logvar, prior_mu=prior_mu, prior_logvar=prior_logvar, generator=generator
         )
         return z, kl, kl.mean()
-    # A row of its own for each channel: its KL stands alone.
+    # One row for each channel, so that the KL is summed per channel.
     rows = [None if t is None else t.reshape(mu.size(0) * mu.size(1), -1) for t in (mu, logvar, prior_mu, prior_logvar)]
     mus, logvars = cast(Tensor, rows[0]), cast(Tensor, rows[1])
     z, kl = functional.reparameterize_kl(mus, logvars, prior_mu=rows[2], prior_logvar=rows[3], generator=generator)
@@ -117,93 +177,139 @@ def sample_and_log_prob(
 ) -> tuple[Tensor, Tensor]:
     """A sample z of N(mu, exp(logvar)) and log N(z; mu, exp(logvar)), (B,) in nats, both float32 at least.
 
-    The density is that of the noise: z - mu has lost its digits where the deviation is small beside mu.
+    The density is computed from the noise: z - mu has lost its digits where the deviation is small beside mu.
     """
-    mu, logvar = widened(mu), widened(logvar)
+    mu, logvar = upcast(mu), upcast(logvar)
     zero = torch.zeros_like(mu)
     noise = functional.reparameterize(zero, zero, generator=generator)
     log_density = log_standard_normal(noise) - 0.5 * logvar.flatten(1).sum(dim=1)
     return mu + noise * torch.exp(0.5 * logvar), log_density
 
 
-def check_images(images: Tensor, config: Any) -> None:
-    """Raises TypeError, ValueError unless images are (B, channels, image_size, image_size), floating, in [0, 1]."""
-    require_images("images", images, config.channels, config.image_size)
+def log_normal(x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    """(B,) log N(x; mu, exp(logvar)), summed over all dims but the first; float32 at least."""
+    x, mu, logvar = upcast(x), upcast(mu), upcast(logvar)
+    scaled = (x - mu) * torch.exp(-0.5 * logvar)  # its square overflows later than exp(-logvar)
+    log_density = -0.5 * (scaled.square() + logvar + math.log(2 * math.pi))
+    return log_density.flatten(1).sum(dim=1)
 
 
-def dense(inputs: int, width: int, depth: int, outputs: int) -> nn.Sequential:
-    """``depth`` layers of ``width`` units with LayerNorm and SiLU, and a linear one."""
-    sizes = [inputs, *[width] * depth]
-    layers: list[nn.Module] = []
-    for before, after in itertools.pairwise(sizes):
-        layers += [nn.Linear(before, after), nn.LayerNorm(after), nn.SiLU()]
-    return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
+def log_standard_normal(x: Tensor) -> Tensor:
+    """(B,) log N(x; 0, 1), summed over all dims but the first; float32 at least."""
+    return (-0.5 * (upcast(x).square() + math.log(2 * math.pi))).flatten(1).sum(dim=1)
 
 
-def normal_noise(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """N(0, 1) of ``like``'s dtype and device. A CPU generator gives the same noise to every device."""
-    device = like.device if generator is None else generator.device
-    return torch.randn(shape, generator=generator, device=device).to(like)
+# Likelihoods of pixels
 
 
-def above_each_other(*stacks: Tensor) -> Images:
-    """Rows of images (B, C, H, W), each above the row of its counterparts; what does not fill a row is left out."""
-    count = len(stacks[0])
-    columns = min(PAIRS_IN_A_ROW, count)
-    rows = [images[: count // columns * columns].unflatten(0, (-1, columns)) for images in stacks]
-    return Images(torch.stack(rows, dim=1).flatten(0, 2), columns)
+def check_likelihood(likelihood: str, levels: int) -> None:
+    """Raises ValueError unless the config's fields of these names fit together."""
+    require_choice("likelihood", likelihood, get_args(Likelihood))
+    require_count("levels", levels, 2)
+    if likelihood == "bernoulli" and levels != 2:
+        raise ValueError(f"levels: expected 2 with likelihood 'bernoulli', got {levels} (binomial takes any)")
 
 
-class DenseVAE(GenerativeModel):
-    """A model that has ``bound`` and ``reconstruct``; its config is a ``DenseVAEConfig``."""
+def parameters_per_pixel(likelihood: str) -> int:
+    """Number of values that a decoder computes for each pixel and channel."""
+    return 2 if likelihood in ("beta-binomial", "gaussian") else 1
 
-    kind = "images"
-    default_data = "digits"
 
-    def phases(self) -> tuple[Phase, ...]:
-        return (Phase("model", (), self.config.learning_rate, (0.9, 0.99), self.config.weight_decay),)
+def pixels_log_prob(parameters: Tensor, images: Tensor, likelihood: str, levels: int) -> Tensor:
+    """(B,) log P(images) in nats.
 
-    def bound(self, batch: Batch, *, beta: float = 1.0, generator: torch.Generator | None = None) -> Bound:
-        """The loss, from one posterior sample per image. beta: weight of the KL in the loss; nll and kl don't use it.
+    Args:
+        parameters: (B, parameters_per_pixel * C, H, W), float32 or float64.
+        images: (B, C, H, W), multiples of 1 / (levels - 1) from 0 to 1, which ``check_images`` ensures on the CPU;
+            other values are rounded. On other devices log P is -inf where pixels are out of range. NaN gives NaN.
 
-        Raises:
-            TypeError, ValueError: images (or labels) of another dtype or shape than the config's.
-        """
-        raise NotImplementedError
+    Raises:
+        ValueError: the shape of the images does not fit the parameters.
+    """
+    channels = parameters.size(1) // parameters_per_pixel(likelihood)
+    require_shape("images", images, (len(parameters), channels, *parameters.shape[2:]), "(B, C, H, W)")
+    exact = (images.to(parameters.dtype) * (levels - 1)).round()
+    counts = exact.clamp(0, levels - 1)
+    if likelihood == "beta-binomial":
+        logits, spread = parameters.chunk(2, dim=1)
+        log_prob = beta_binomial_log_prob(logits, spread, counts, levels - 1)
+    elif likelihood == "gaussian":
+        logits, log_std = parameters.chunk(2, dim=1)
+        log_prob = gaussian_log_prob(logits, log_std, counts, levels)
+    else:
+        log_prob = binomial_log_prob(parameters, counts, levels - 1)
+    if not readable(images):  # else ``check_images`` has checked their values
+        slack = SLACK * (levels - 1)
+        log_prob = log_prob.masked_fill((exact < -slack) | (exact > levels - 1 + slack), -math.inf)
+    return log_prob.flatten(1).sum(dim=1)
 
-    def reconstruct(self, batch: Batch) -> Tensor:
-        """The expected pixels (B, C, S, S), in [0, 1], of the images' posterior means: the same on each call."""
-        raise NotImplementedError
 
-    def loss(self, phase: str, batch: Batch, context: StepContext) -> dict[str, Tensor]:
-        """The loss, whose KL grows to beta in the first ``kl_warmup`` steps; nll and kl in nats per image."""
-        out = self.bound(batch, beta=self.config.warm_beta(context.step))
-        return {"loss": out.loss, "nll": out.nll.mean(), "kl": out.kl.mean()}
+def pixels_mean(parameters: Tensor, likelihood: str) -> Tensor:
+    """The expected pixels (B, C, H, W), in [0, 1]; for gaussian the center of the distribution."""
+    return torch.sigmoid(parameters.chunk(parameters_per_pixel(likelihood), dim=1)[0])
 
-    @torch.no_grad()
-    def score(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """elbo, nll and kl (B,) in nats, from one posterior sample per image."""
-        out = self.bound(batch, generator=generator)
-        return {"elbo": -(out.nll + out.kl), "nll": out.nll, "kl": out.kl}
 
-    @torch.no_grad()
-    def visualize(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Samples]:
-        """Rows of held-out images, each above the row of its reconstructions."""
-        return {"reconstructions": above_each_other(batch["images"], self.reconstruct(batch))}
+def binomial_log_prob(logits: Tensor, counts: Tensor, trials: int) -> Tensor:
+    """log P(counts) of ``trials`` independent trials, each 1 with probability sigmoid(logits)."""
+    dtype = logits.dtype
+    if trials > FLOAT32_TRIALS:
+        logits, counts = _to_float64(logits), _to_float64(counts)
+    successes = counts * F.logsigmoid(logits) + (trials - counts) * F.logsigmoid(-logits)
+    return (_log_binomial_coefficient(trials, counts) + successes).to(dtype)
 
-    def _decoder_outputs(self) -> int:
-        config = self.config
-        count: int = numbers_per_pixel(config.likelihood) * config.channels * config.image_size**2
-        return count
 
-    def _as_map(self, parameters: Tensor) -> Tensor:
-        """What a dense decoder gave, as a map of pixels, float32 at least."""
-        wide = widened(parameters)
-        size: int = self.config.image_size
-        return wide.view(len(wide), -1, size, size)
+def beta_binomial_parameters(logits: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+    """(alpha, beta) with mean alpha / (alpha + beta) = sigmoid(logits); the binomial is alpha + beta -> inf.
 
-    def _log_prob(self, parameters: Tensor, images: Tensor) -> Tensor:
-        return pixels_log_prob(self._as_map(parameters), images, self.config.likelihood, self.config.levels)
+    The sum is bounded: lgamma of larger numbers would cost float32 its last digits.
+    """
+    concentration = F.softplus(spread + 3).clamp(max=MAX_CONCENTRATION)
+    return concentration * torch.sigmoid(logits) + 1e-6, concentration * torch.sigmoid(-logits) + 1e-6
 
-    def _mean(self, parameters: Tensor) -> Tensor:
-        return pixels_mean(self._as_map(parameters), self.config.likelihood)
+
+def beta_binomial_log_prob(logits: Tensor, spread: Tensor, counts: Tensor, trials: int) -> Tensor:
+    """log P(counts) of ``trials`` trials whose common probability is itself sampled from Beta(alpha, beta).
+
+    It models correlated trials, such as the neighboring bits of one stroke that a pixel counts. Skellam (1948).
+    """
+    dtype = logits.dtype
+    if trials > FLOAT32_TRIALS:
+        logits, spread, counts = (_to_float64(x) for x in (logits, spread, counts))
+    alpha, beta = beta_binomial_parameters(logits, spread)
+    with_counts = (
+        torch.lgamma(counts + alpha) + torch.lgamma(trials - counts + beta) - torch.lgamma(trials + alpha + beta)
+    )
+    without = torch.lgamma(alpha) + torch.lgamma(beta) - torch.lgamma(alpha + beta)
+    return (_log_binomial_coefficient(trials, counts) + with_counts - without).to(dtype)
+
+
+def gaussian_log_prob(logits: Tensor, log_std: Tensor, counts: Tensor, levels: int) -> Tensor:
+    """log P(counts) under N(sigmoid(logits), exp(log_std - 1)^2), integrated over half a level to either side.
+
+    The interval of the first level is open below, that of the last level above. The standard deviation is bounded.
+    """
+    precision = torch.exp(-(log_std - 1).clamp(*LOG_STD_BOUNDS))
+    center = (counts / (levels - 1) - torch.sigmoid(logits)) * precision
+    half = 0.5 / (levels - 1) * precision
+    # Both ends in the lower tail, where differences of the distribution function keep their digits.
+    away = center.abs()
+    upper, lower = torch.special.log_ndtr(half - away), torch.special.log_ndtr(-half - away)
+    # For a narrow interval, where the difference has no digits left: the density's integral, expanded at the center.
+    narrow = 2 * half * (1 + away) < NARROW
+    between = upper + torch.log(-torch.expm1(torch.where(narrow, -1.0, lower - upper)))
+    squared, width = away.square(), (2 * half).square()
+    bend = width * (squared - 1) / 24 + width.square() * (squared.square() - 6 * squared + 3) / 1920
+    density = -0.5 * (squared + math.log(2 * math.pi)) + torch.log(2 * half)
+    between = torch.where(narrow, density + torch.log1p(torch.where(narrow, bend, 0.0)), between)
+    below, above = torch.special.log_ndtr(center + half), torch.special.log_ndtr(half - center)
+    return torch.where(counts == 0, below, torch.where(counts == levels - 1, above, between))
+
+
+def _log_binomial_coefficient(trials: int, counts: Tensor) -> Tensor:
+    """In float64 where the device has it: the terms are large, and their errors would be the same in every image."""
+    exact = _to_float64(counts)
+    return (math.lgamma(trials + 1) - torch.lgamma(exact + 1) - torch.lgamma(trials - exact + 1)).to(counts.dtype)
+
+
+def _to_float64(x: Tensor) -> Tensor:
+    return x if x.device.type == "mps" else x.double()

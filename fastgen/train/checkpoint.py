@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from fastgen.data._files import cannot_read, check_file
+from fastgen.models import MODELS
+from fastgen.models.base import current_names
 from fastgen.train.files import write_whole
 
 FORMAT = "fastgen-checkpoint"
@@ -74,6 +76,9 @@ def load_checkpoint(path: Path) -> tuple[Header, dict[str, Tensor]]:
         known = {field.name for field in fields(Header)}
         if set(header) != known:
             raise ValueError(f"{', '.join(sorted(set(header) ^ known))} missing or unknown")
+        model_class, options = MODELS.get(header["model"]), header["model_config"]
+        if model_class is not None and isinstance(options, dict):
+            header["model_config"] = current_names(model_class.config_class, options)
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: expected a fastgen checkpoint of this version, got a header with {error}") from error
     return Header(**header), tensors

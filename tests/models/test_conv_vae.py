@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastgen import functional
 from fastgen.models import ConvVAE, ConvVAEConfig, StepContext
-from fastgen.models.conv_vae import beta_binomial_log_prob, beta_binomial_parameters, binomial_log_prob
+from fastgen.models.variational import beta_binomial_log_prob, beta_binomial_parameters, binomial_log_prob
 from fastgen.nn import GaussianLatent
 
 SMALL = {"width": 4, "hidden_dim": 16}
@@ -118,7 +118,7 @@ def test_free_bits_cost_nothing_and_what_lies_above_costs_itself() -> None:
             for parameter in model.parameters():
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=seeded(2)))
     a, b = plain(images, generator=seeded(0)), free(images, generator=seeded(0))
-    mu, logvar = free.posterior(free._encode(images)).chunk(2, dim=1)
+    mu, logvar = free.posterior(free._features(images)).chunk(2, dim=1)
     of_z = (0.5 * (logvar.exp() + mu.square() - 1 - logvar)).mean(0)
     torch.testing.assert_close(a.loss, (a.nll + a.kl).mean())
     details = b.kl.mean() - of_z.sum()
@@ -163,7 +163,7 @@ def test_training_steps_lower_the_loss() -> None:
 
 @pytest.mark.parametrize("size", [4, 7, 8, 20, 28, 32, 64])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_sizes_whose_halvings_divide_them_work(size: int, channels: int) -> None:
+def test_sizes_that_downsampling_divides_work(size: int, channels: int) -> None:
     model = small_model(image_size=size, channels=channels, levels=256)
     images = random_images(2, model.config)
     assert torch.isfinite(model(images).loss)

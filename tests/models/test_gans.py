@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from fastgen.models import sagan
-from fastgen.models._classes import LabelOptions
 from fastgen.models.adversarial import ImageGAN
 from fastgen.models.attention_gan import AttentionGAN
 from fastgen.models.base import Images, StepContext, from_data
 from fastgen.models.cdcgan import CDCGAN
 from fastgen.models.cgan import CGAN
+from fastgen.models.conditioning import LabelOptions
 from fastgen.models.gan import GAN
 from fastgen.models.sagan import SAGAN, SAGANConfig, settled
 from fastgen.models.stylegan import StyleGAN

@@ -13,9 +13,9 @@ from fastgen.data import TensorItems
 from fastgen.metrics.translations import evaluate_pairs, structural_similarity
 from fastgen.models import MODELS, GenerativeModel, StepContext, to_pixels
 from fastgen.models._decoder import _rms_norm
-from fastgen.models._likelihoods import pixels_log_prob
 from fastgen.models._norms import inverse_rms
 from fastgen.models.stylegan import ModulatedConv2d, differences
+from fastgen.models.variational import pixels_log_prob
 from fastgen.train.errors import UsageError
 from fastgen.train.inspection import inspect
 
@@ -207,7 +207,7 @@ def test_training_refuses_data_that_the_model_can_not_learn_from() -> None:
 def test_pixels_out_of_range_have_no_probability_and_nan_stays_nan(
     monkeypatch: pytest.MonkeyPatch, likelihood: str
 ) -> None:
-    monkeypatch.setattr("fastgen.models._likelihoods.readable", lambda tensor: False)
+    monkeypatch.setattr("fastgen.models.variational.readable", lambda tensor: False)
     count = 1 if likelihood == "binomial" else 2
     parameters = torch.randn(4, count, 2, 2, requires_grad=True)
     images = torch.rand(4, 1, 2, 2)

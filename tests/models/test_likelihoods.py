@@ -9,11 +9,16 @@ import pytest
 import torch
 
 from fastgen import functional
-from fastgen.models._likelihoods import beta_binomial_log_prob, binomial_log_prob, gaussian_log_prob, log_normal
 from fastgen.models._mu_law import level_borders, logistics_level_logits, logistics_log_prob
 from fastgen.models.conv_vae import ConvVAE, ConvVAEConfig
 from fastgen.models.flow_vae import planar
-from fastgen.models.variational import sample_and_log_prob
+from fastgen.models.variational import (
+    beta_binomial_log_prob,
+    binomial_log_prob,
+    gaussian_log_prob,
+    log_normal,
+    sample_and_log_prob,
+)
 
 LIKELIHOODS = {
     "beta-binomial": lambda logits, spread, counts, levels: beta_binomial_log_prob(logits, spread, counts, levels - 1),
@@ -65,13 +70,13 @@ def test_a_planar_flow_at_the_edge_of_being_invertible_knows_its_determinant(alo
     w = torch.tensor([[3.0, -1.0, 0.5]]).repeat(5, 1)
     u = along * w / w.square().sum(1, keepdim=True)
     z = torch.randn(5, 3)
-    told = torch.cat([u, w, -(w * z).sum(1, keepdim=True) + torch.linspace(-2, 2, 5)[:, None]], dim=1)
-    told[2, -1] = -(w * z)[2].sum()  # the steepest part of tanh
-    told.requires_grad_()
-    _, log_det = planar(z, told)
-    _, exact = planar(z.double(), told.detach().double())
+    parameters = torch.cat([u, w, -(w * z).sum(1, keepdim=True) + torch.linspace(-2, 2, 5)[:, None]], dim=1)
+    parameters[2, -1] = -(w * z)[2].sum()  # the steepest part of tanh
+    parameters.requires_grad_()
+    _, log_det = planar(z, parameters)
+    _, exact = planar(z.double(), parameters.detach().double())
     torch.testing.assert_close(log_det.double(), exact, rtol=1e-4, atol=0.1 if along < 0 else 1e-5)
-    assert bool(torch.autograd.grad(log_det.sum(), told)[0].isfinite().all())
+    assert bool(torch.autograd.grad(log_det.sum(), parameters)[0].isfinite().all())
 
 
 @pytest.mark.parametrize("logvar", [-200.0, -60.0, -30.0, 1.0])

@@ -12,17 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.models import cvae, flow_vae, vae
-from fastgen.models._classes import LabelOptions
-from fastgen.models._likelihoods import gaussian_log_prob, pixels_log_prob, pixels_mean
 from fastgen.models.base import Images, StepContext, from_data
+from fastgen.models.conditioning import LabelOptions
 from fastgen.models.cvae import CVAE, CVAEConfig
 from fastgen.models.flow_vae import FlowVAE, FlowVAEConfig, InverseAutoregressiveFlow, planar
 from fastgen.models.vae import VAE, VAEConfig
-from fastgen.models.variational import DenseVAE
+from fastgen.models.variational import (
+    Bound,
+    VariationalAutoencoder,
+    gaussian_log_prob,
+    pixels_log_prob,
+    pixels_mean,
+)
 
 NOW = StepContext(500, 1000)
 CLASSES = 3
-MODELS: dict[str, tuple[type[DenseVAE], type, dict[str, Any]]] = {
+MODELS: dict[str, tuple[type[VariationalAutoencoder], type, dict[str, Any]]] = {
     "vae": (VAE, VAEConfig, {}),
     "vae, free bits": (VAE, VAEConfig, {"free_bits": 0.1}),
     "vae, gaussian": (VAE, VAEConfig, {"likelihood": "gaussian"}),
@@ -42,6 +47,10 @@ def random_batch(n: int, config: Any) -> dict[str, Tensor]:
     shape = (n, config.channels, config.image_size, config.image_size)
     counts = torch.randint(0, config.levels, shape, generator=seeded(1))
     return {"images": counts / (config.levels - 1), "labels": torch.arange(n) % CLASSES}
+
+
+def bound(model: Any, batch: dict[str, Tensor], **options: Any) -> Bound:
+    return model(batch["images"], *model.conditions(batch), **options)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -90,7 +99,7 @@ def test_what_a_likelihood_expects_lies_between_0_and_1(likelihood: str) -> None
 def test_shapes_and_gradients_of_every_model(which: str, size: int, channels: int) -> None:
     model = shaken(small_model(which, image_size=size, channels=channels))
     batch = random_batch(7, model.config)
-    out = model.bound(batch)
+    out = bound(model, batch)
     assert out.nll.shape == out.kl.shape == model.log_weights(batch).shape == (7,)
     out.loss.backward()
     for name, parameter in model.named_parameters():
@@ -139,10 +148,10 @@ def test_beta_and_its_warm_up_weigh_the_kl(which: str) -> None:
 def test_free_bits_cost_nothing_and_what_lies_above_costs_itself(which: str) -> None:
     plain, free = shaken(small_model(which)), shaken(small_model(which, free_bits=0.08))
     batch = random_batch(6, plain.config)
-    mu, logvar = free._posterior(batch if which == "cvae" else batch["images"])[:2]
+    mu, logvar = free.encode(batch["images"], *free.conditions(batch))
     kl = (0.5 * (logvar.exp() + mu.square() - 1 - logvar)).mean(0)
     assert len(kl) > (kl < 0.08).sum() > 0
-    a, b = (model.bound(batch, generator=seeded(0)) for model in (plain, free))
+    a, b = (bound(model, batch, generator=seeded(0)) for model in (plain, free))
     torch.testing.assert_close(a.kl, b.kl)
     torch.testing.assert_close(a.loss, (a.nll + a.kl).mean())
     torch.testing.assert_close(b.loss - b.nll.mean(), kl.clamp(min=0.08).sum())
@@ -151,10 +160,10 @@ def test_free_bits_cost_nothing_and_what_lies_above_costs_itself(which: str) -> 
 def test_free_bits_of_a_flow_are_of_all_numbers_together() -> None:
     free = shaken(small_model("flow-vae"))
     batch = random_batch(6, free.config)
-    kl = free.bound(batch, generator=seeded(0)).kl.detach().mean()
+    kl = bound(free, batch, generator=seeded(0)).kl.detach().mean()
     for each, wanted in ((float(kl) / 8, kl), (float(kl), 4 * kl)):
         model = shaken(small_model("flow-vae", free_bits=each))
-        out = model.bound(batch, beta=2.0, generator=seeded(0))
+        out = bound(model, batch, beta=2.0, generator=seeded(0))
         torch.testing.assert_close(out.loss - out.nll.mean(), 2 * wanted)
 
 
@@ -170,11 +179,20 @@ def test_log_weights_bound_the_likelihood_tighter_than_the_elbo(which: str) -> N
     z = torch.randn(20_000, model.config.latent_dim, generator=seeded(2))
     image = batch["images"][:1]
     with torch.no_grad():
-        decoded = model._decode(z, torch.zeros(len(z), dtype=torch.int64)) if "cvae" in which else model.decoder(z)
-        log_prob = model._log_prob(decoded, image.expand(len(z), -1, -1, -1)).double()
+        labels = [torch.zeros(len(z), dtype=torch.int64)] if "cvae" in which else []
+        parameters = model._pixel_parameters(z, *labels)
+        log_prob = model.log_likelihood(parameters, image.expand(len(z), -1, -1, -1)).double()
     log_p = log_prob.logsumexp(0) - torch.tensor(float(len(z))).log()
     iwae = weights.logsumexp(0) - torch.tensor(600.0).log()
     assert elbo.mean() < iwae + 0.05
+    few = {name: tensor[:5] for name, tensor in batch.items()}
+    labels = model.conditions(few)
+    torch.testing.assert_close(
+        model.elbo(few["images"], *labels, generator=seeded(3)), model.score(few, generator=seeded(3))["elbo"]
+    )
+    many = model.elbo(few["images"], *labels, samples=200, generator=seeded(4))
+    assert many.shape == (5,)
+    assert (many.double() - log_p).abs().max() < 0.5
     assert abs(iwae - log_p) < 0.5
 
 
@@ -210,7 +228,7 @@ def test_labels_that_do_not_fit_are_named() -> None:
     ):
         batch = {"images": images} if labels is None else {"images": images, "labels": labels}
         with pytest.raises(error, match=message):
-            model.bound(batch)
+            bound(model, batch)
     with pytest.raises(ValueError, match="label: expected -1 or a class below 3, got 3"):
         model.draw(2, LabelOptions(label=3))
     with pytest.raises(ValueError, match=r"label: expected a class .* or -1 for all in turn, got -2"):
@@ -220,10 +238,10 @@ def test_labels_that_do_not_fit_are_named() -> None:
 @pytest.mark.parametrize("dim", [2, 5])
 def test_planar_flows_are_invertible_and_know_their_determinant(dim: int) -> None:
     z = torch.randn(50, dim, generator=seeded(0)).double()
-    told = 4 * torch.randn(50, 2 * dim + 1, generator=seeded(1)).double()
-    _, log_det = planar(z, told)
+    parameters = 4 * torch.randn(50, 2 * dim + 1, generator=seeded(1)).double()
+    _, log_det = planar(z, parameters)
     for i in range(50):
-        jacobian = torch.autograd.functional.jacobian(lambda x, i=i: planar(x[None], told[i : i + 1])[0][0], z[i])
+        jacobian = torch.autograd.functional.jacobian(lambda x, i=i: planar(x[None], parameters[i : i + 1])[0][0], z[i])
         sign, wanted = torch.linalg.slogdet(jacobian)
         assert sign == 1
         torch.testing.assert_close(log_det[i], wanted)
@@ -248,9 +266,9 @@ def test_inverse_autoregressive_flows_are_triangular_and_know_their_determinant(
 def test_a_chain_of_flows_has_the_sum_of_their_determinants(which: str) -> None:
     model = shaken(small_model(which)).double()
     z = torch.randn(1, 4, generator=seeded(0)).double()
-    told = torch.randn(1, model.config.told, generator=seeded(1)).double()
-    jacobian = torch.autograd.functional.jacobian(lambda x: model.flow(x[None], told)[0][0], z[0])
-    torch.testing.assert_close(model.flow(z, told)[1][0], torch.linalg.slogdet(jacobian)[1])
+    parameters = torch.randn(1, model.config.context_size, generator=seeded(1)).double()
+    jacobian = torch.autograd.functional.jacobian(lambda x: model.flow(x[None], parameters)[0][0], z[0])
+    torch.testing.assert_close(model.flow(z, parameters)[1][0], torch.linalg.slogdet(jacobian)[1])
 
 
 CONFIG_ERRORS: dict[str, tuple[type, dict[str, Any], str]] = {
@@ -292,13 +310,16 @@ def test_the_data_decide_sizes_levels_and_classes() -> None:
 def test_images_that_do_not_fit_are_named(which: str) -> None:
     model = small_model(which)
     batch = random_batch(2, model.config)
-    for method in (model.bound, model.reconstruct, model.log_weights):
+    labels = model.conditions(batch)
+    for method in (model, model.encode, model.reconstruct, model.log_weight, model.elbo):
         with pytest.raises(
             ValueError, match=r"images: expected shape \(B, C, S, S\) = \(2, 1, 8, 8\), got \(2, 3, 8, 8\)"
         ):
-            method(batch | {"images": torch.zeros(2, 3, 8, 8)})
+            method(torch.zeros(2, 3, 8, 8), *labels)
+    with pytest.raises(ValueError, match="samples: expected a positive integer, got 0"):
+        model.elbo(batch["images"], *labels, samples=0)
     with pytest.raises(TypeError, match="images: expected a floating-point tensor"):
-        model.bound(batch | {"images": torch.zeros(2, 1, 8, 8, dtype=torch.uint8)})
+        bound(model, batch | {"images": torch.zeros(2, 1, 8, 8, dtype=torch.uint8)})
     with pytest.raises(ValueError, match="n: expected a positive integer, got 0"):
         model.draw(0, model.sampling_class())
 
@@ -307,9 +328,9 @@ def test_images_that_do_not_fit_are_named(which: str) -> None:
 def test_gradients_under_autocast_are_finite_and_close(which: str) -> None:
     model = shaken(small_model(which))
     batch = random_batch(4, model.config)
-    exact = model.bound(batch, generator=seeded(0))
+    exact = bound(model, batch, generator=seeded(0))
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = model.bound(batch, generator=seeded(0))
+        rounded = bound(model, batch, generator=seeded(0))
     rounded.loss.backward()
     assert rounded.nll.dtype == rounded.kl.dtype == torch.float32
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
@@ -337,7 +358,8 @@ def test_samples_depend_on_the_generator_alone(which: str) -> None:
     assert torch.equal(first, again)
     assert all(not torch.equal(a, b) for a, b in itertools.pairwise([again, other]))
     batch = random_batch(4, model.config)
-    assert torch.equal(model.reconstruct(batch), model.reconstruct(batch))
+    images, labels = batch["images"], model.conditions(batch)
+    assert torch.equal(model.reconstruct(images, *labels), model.reconstruct(images, *labels))
     scores = [model.score(batch, generator=seeded(s))["elbo"] for s in (1, 1, 2)]
     assert torch.equal(scores[0], scores[1])
     assert not torch.equal(scores[0], scores[2])
@@ -357,10 +379,10 @@ def test_a_saved_model_comes_back(which: str, tmp_path) -> None:
 def test_a_bernoulli_vae_has_the_binary_cross_entropy() -> None:
     model = small_model("vae", likelihood="bernoulli", levels=2)
     batch = random_batch(3, model.config)
-    out = model.bound(batch, generator=seeded(0))
-    logits = model._as_map(model.decoder(torch.zeros(3, 4)))
+    out = bound(model, batch, generator=seeded(0))
+    logits = model._pixel_parameters(torch.zeros(3, 4))
     wanted = F.binary_cross_entropy_with_logits(logits, batch["images"], reduction="none").flatten(1).sum(1)
-    torch.testing.assert_close(-model._log_prob(logits.flatten(1), batch["images"]), wanted)
+    torch.testing.assert_close(-model.log_likelihood(logits, batch["images"]), wanted)
     assert (out.nll > 0).all()
 
 

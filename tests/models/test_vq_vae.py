@@ -58,11 +58,11 @@ def train(
 
 
 @pytest.mark.parametrize(
-    ("size", "channels", "halvings", "likelihood"),
+    ("size", "channels", "num_downsamples", "likelihood"),
     [(8, 1, 2, "beta-binomial"), (6, 3, 1, "gaussian"), (20, 2, 2, "binomial"), (16, 1, 3, "beta-binomial")],
 )
-def test_shapes_and_gradients_of_both_phases(size: int, channels: int, halvings: int, likelihood: str) -> None:
-    model = small_model(image_size=size, channels=channels, halvings=halvings, likelihood=likelihood)
+def test_shapes_and_gradients_of_both_phases(size: int, channels: int, num_downsamples: int, likelihood: str) -> None:
+    model = small_model(image_size=size, channels=channels, num_downsamples=num_downsamples, likelihood=likelihood)
     images = random_images(5, model.config)
     model.loss("autoencoder", {"images": images}, NOW)  # words move to features
     for phase in ("autoencoder", "prior"):
@@ -71,7 +71,7 @@ def test_shapes_and_gradients_of_both_phases(size: int, channels: int, halvings:
         for name, parameter in model.named_parameters():
             assert (parameter.grad is not None and bool(parameter.grad.any())) == name.startswith(phase), name
     codes = model.encode(images)
-    assert codes.shape == (5, size >> halvings, size >> halvings)
+    assert codes.shape == (5, size >> num_downsamples, size >> num_downsamples)
     drawn = model.draw(4, CodeOptions())
     assert isinstance(drawn, Images)
     assert drawn.pixels.shape == (4, *images.shape[1:])
@@ -111,7 +111,7 @@ def test_words_follow_running_means_of_the_features_that_chose_them() -> None:
         features = torch.randn(5, 3, 2, 2, generator=seeded(number))
         codes = codebook.nearest(features)
         before = codebook.words.clone()
-        codebook.follow(features, codes)
+        codebook.update(features, codes)
         for word in range(7):
             rows = features.movedim(1, -1).reshape(-1, 3)[codes.flatten() == word]
             uses[word] = 0.9 * uses[word] + 0.1 * len(rows)
@@ -131,7 +131,7 @@ def test_words_that_are_hardly_used_move_to_features_of_the_batch() -> None:
         codebook.sums.copy_(codebook.uses[:, None] * codebook.words)
     features = torch.randn(5, 3, 2, 2, generator=seeded(0))
     torch.manual_seed(4)
-    codebook.follow(features, codebook.nearest(features))
+    codebook.update(features, codebook.nearest(features))
     rows = features.movedim(1, -1).reshape(-1, 3)
     assert torch.equal(codebook.words[1], torch.full((3,), 100.0))  # 3 is above half of 20 / 7
     distances = torch.cdist(codebook.words[2:], rows)
@@ -145,7 +145,7 @@ def test_words_that_are_hardly_used_move_to_features_of_the_batch() -> None:
         other.uses.copy_(torch.tensor([20.0, 3.0, 0, 0, 0, 0, 0]))
         other.sums.copy_(other.uses[:, None] * other.words)
     torch.manual_seed(4)  # the same noise, the same words: a resumed run goes on as it would have
-    other.follow(features, other.nearest(features))
+    other.update(features, other.nearest(features))
     assert torch.equal(other.words, moved)
 
 
@@ -180,7 +180,7 @@ def test_perplexity_counts_the_words_in_use() -> None:
 
 
 def test_the_prior_is_a_distribution_over_maps_and_draws_from_it() -> None:
-    model = small_model(codebook_size=3, halvings=2).eval()  # 81 maps of 4 words
+    model = small_model(codebook_size=3, num_downsamples=2).eval()  # 81 maps of 4 words
     maps = torch.cartesian_prod(*[torch.arange(3)] * 4)
     with torch.no_grad():
         for parameter in model.prior.parameters():
@@ -188,17 +188,17 @@ def test_the_prior_is_a_distribution_over_maps_and_draws_from_it() -> None:
         probabilities = (-model.prior(maps)).exp()
     torch.testing.assert_close(probabilities.sum(), torch.tensor(1.0))
     with torch.no_grad():
-        drawn = model.prior.draw(20_000, 1.0, seeded(0))
+        drawn = model.prior.sample(20_000, 1.0, seeded(0))
     number = (drawn * torch.tensor([27, 9, 3, 1])).sum(1)
     counts = torch.bincount(number, minlength=81) / 20_000
     assert (counts - probabilities).abs().max() < 5 * (probabilities.max() / 20_000).sqrt()
-    likeliest = model.prior.draw(2, 0.0, None)
+    likeliest = model.prior.sample(2, 0.0, None)
     assert torch.equal(likeliest[0], likeliest[1])
 
 
 def test_the_bound_is_one_over_all_images_there_are() -> None:
     """The 4096 images of 2x2 pixels of 8 levels: what bounds their probabilities sums to at most 1."""
-    model = small_model(image_size=2, halvings=1, levels=8).eval()
+    model = small_model(image_size=2, num_downsamples=1, levels=8).eval()
     images = torch.cartesian_prod(*[torch.arange(8.0)] * 4).view(-1, 1, 2, 2) / 7
     scores = model.score({"images": images})
     torch.testing.assert_close(scores["elbo"], -scores["nll"] - scores["kl"])
@@ -217,14 +217,14 @@ def test_steps_of_both_phases_lower_their_losses_on_a_fixed_batch() -> None:
     history = train(model.eval(), images, 60, PHASES[1:])
     assert history[-1]["prior"] < 0.4 * history[0]["prior"]
     seen = {tuple(row) for row in model.encode(images).flatten(1).tolist()}
-    drawn = model.prior.draw(64, 1.0, seeded(0)).tolist()  # it has learned the maps that there are
+    drawn = model.prior.sample(64, 1.0, seeded(0)).tolist()  # it has learned the maps that there are
     assert sum(tuple(row) in seen for row in drawn) > 45
 
 
 CONFIG_ERRORS = {
     "no size": ({"image_size": 0}, "image_size: expected a positive integer, got 0"),
-    "an odd size": ({"image_size": 10}, "image_size: expected a multiple of 4, as halvings = 2, got 10"),
-    "no halvings": ({"halvings": 0}, "halvings: expected a positive integer, got 0"),
+    "an odd size": ({"image_size": 10}, "image_size: expected a multiple of 4, as num_downsamples = 2, got 10"),
+    "no num_downsamples": ({"num_downsamples": 0}, "num_downsamples: expected a positive integer, got 0"),
     "one word": ({"codebook_size": 1}, "codebook_size: expected at least 2, got 1"),
     "one level": ({"levels": 1}, "levels: expected an integer >= 2, got 1"),
     "an unknown likelihood": ({"likelihood": "flat"}, "likelihood: expected one of .*, got 'flat'"),
