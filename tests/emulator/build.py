@@ -5,6 +5,7 @@ What it makes, below build/emulator/:
     libemulator_torch.so torch_memory.cpp: tensors as device memory
     <family>.so          a family's .cu files and its api.cpp, unchanged: operators of the namespace fastgen_emulated
     emulated_kernels.so  a Python module: the emulator's controls, unit kernels and samples
+    <name>.so            the same for a .cu file of your own, see module_of
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def families() -> list[str]:
     return [name for name in backend.operators() if any((CSRC / name).glob("*.cu"))]
 
 
-def manifest() -> str:
-    """build.ninja."""
+def manifest(own: Path | None = None) -> str:
+    """build.ninja; with ``own``, that of the emulator and a module with the kernels of this .cu file."""
     import pybind11
 
     torch_root = Path(torch.__file__).parent
@@ -116,6 +117,16 @@ def manifest() -> str:
         lines.extend([f"build $out_dir/{name}.so: link {' '.join(objects)} | {needs}", f"  libs = {libs}"])
 
     library("libemulator", [(path, "-O2") for path in sorted((HERE / "core").glob("*.cpp"))], core_link)
+
+    def kernels_module(name: str, kernels: list[Path]) -> None:
+        named = f"-DFASTGEN_KERNELS_MODULE={name} -DFASTGEN_KERNELS_EMULATED"
+        bindings = [(HERE / file, f"-O1 {python} {named}") for file in ("bindings.cpp", "controls.cpp")]
+        sources = [(path, instrument) for path in kernels]
+        library(name, sources + bindings, f"{origin}{wrap} -lemulator", "libemulator.so")
+
+    if own is not None:
+        kernels_module(own.stem, [own])
+        return "\n".join(lines) + "\n"
     library(
         "libemulator_torch",
         [(HERE / "torch_memory.cpp", f"-O1 {torch_flags}")],
@@ -127,10 +138,7 @@ def manifest() -> str:
         api = [(path, f"-O1 {torch_flags} {stable}") for path in (CSRC / family / "api.cpp", HERE / "device_scope.cpp")]
         libs = f"{origin}{wrap} -lemulator -lemulator_torch {torch_link}"
         library(family, kernels + api, libs, "libemulator.so", "libemulator_torch.so")
-    samples = [(path, instrument) for path in sorted((HERE / "kernels").glob("*.cu"))]
-    named = "-DFASTGEN_KERNELS_MODULE=emulated_kernels -DFASTGEN_KERNELS_EMULATED"
-    bindings = [(HERE / name, f"-O1 {python} {named}") for name in ("bindings.cpp", "controls.cpp")]
-    library("emulated_kernels", samples + bindings, f"{origin}{wrap} -lemulator", "libemulator.so")
+    kernels_module("emulated_kernels", sorted((HERE / "kernels").glob("*.cu")))
     return "\n".join(lines) + "\n"
 
 
@@ -146,9 +154,9 @@ def alone() -> Iterator[None]:
 
 
 @cache
-def build() -> Path:
-    """The folder with the built libraries."""
-    path, text = OUT / "build.ninja", manifest()
+def build(own: Path | None = None) -> Path:
+    """The folder with the built libraries; with ``own``, only what this .cu file needs."""
+    path, text = OUT / ("build.ninja" if own is None else f"{own.stem}.ninja"), manifest(own)
     with alone():
         if not path.is_file() or path.read_text() != text:
             path.write_text(text)
@@ -172,6 +180,14 @@ def load(library: Path) -> ModuleType:
 def module() -> ModuleType:
     """The Python module of the emulator."""
     return load(build() / "emulated_kernels.so")
+
+
+def module_of(source: Path) -> ModuleType:
+    """A Python module with the emulator's controls and the kernels of a .cu file of your own.
+
+    The file lies in the repository and registers its kernels as ``kernels/samples.cu`` does (``kernels/registry.h``).
+    """
+    return load(build(source.resolve()) / f"{source.stem}.so")
 
 
 def why_not_cuda() -> str | None:
