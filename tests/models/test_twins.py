@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.baselines import TWINS
-from benchmarks.bench_models import trainer
+from benchmarks.suites.bench_models import trainer
 from fastgen import reference
 from fastgen.models import MODELS, StepContext
 
