@@ -47,7 +47,7 @@ lint: $(VENV)/.build
 
 bench: $(VENV)/.build
 	mkdir -p .benchmarks
-	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-only -q --benchmark-json=.benchmarks/latest.json
+	$(BIN)/python -m pytest benchmarks/suites/bench_*.py --benchmark-only -q --benchmark-json=.benchmarks/latest.json
 	$(BIN)/python benchmarks/report.py .benchmarks/latest.json
 
 # Compiles every CUDA source for each architecture; prints what each kernel uses, and on sm_80 and sm_90a fails on a

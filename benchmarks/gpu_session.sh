@@ -33,8 +33,8 @@ for stage in "${stages[@]}"; do
     bench)
       : >"$out/report.md"
       part=$(mktemp -d)
-      for family in attention attention_twice projection latent image_layers transformer; do
-        $python -m pytest "benchmarks/bench_$family.py" -q -k cuda --benchmark-only \
+      for family in attention attention_second_order projection latent image_layers transformer; do
+        $python -m pytest "benchmarks/suites/bench_$family.py" -q -k cuda --benchmark-only \
           --benchmark-json="$part/$family.json" >>"$out/log.txt" 2>&1 || failed=1
         [ -s "$part/$family.json" ] || continue
         $python benchmarks/report.py "$part/$family.json" | tee -a "$out/report.md"

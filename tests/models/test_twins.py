@@ -1,12 +1,12 @@
-"""Models of the zoo against the same ones written with torch alone (benchmarks/twins): the same training."""
+"""Models of the zoo against the same ones written with torch alone (benchmarks/baselines): the same training."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from benchmarks.bench_models import trainer
-from benchmarks.twins import TWINS
+from benchmarks.baselines import TWINS
+from benchmarks.suites.bench_models import trainer
 from fastgen import random
 from fastgen.models import MODELS, StepContext
 

@@ -1,4 +1,4 @@
-"""Training steps of models of the zoo against their twins in plain PyTorch (twins/): same weights, same batches.
+"""Training steps of models of the zoo against their twins in plain PyTorch (baselines/): same weights, same batches.
 
 A step is every phase of the model in turn: loss, gradients of that phase's weights, fused AdamW. Defaults of the model
 and of its data; the trainer around it is measured in bench_training.py.
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.twins import TWINS
+from benchmarks.baselines import TWINS
 from fastgen.data import DataConfig, load_data
 from fastgen.models import MODELS, Batch, GenerativeModel, StepContext, from_data
 from fastgen.train.run import split

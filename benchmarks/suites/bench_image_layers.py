@@ -1,7 +1,7 @@
 """Attention on feature maps against the usual block of 1x1 convolutions, bmm, softmax, bmm.
 
-usage: pytest benchmarks/bench_image_layers.py --benchmark-only
-       python -m benchmarks.bench_image_layers [SIDE ...]
+usage: pytest benchmarks/suites/bench_image_layers.py --benchmark-only
+       python -m benchmarks.suites.bench_image_layers [SIDE ...]
 
 The second measures the peak memory of a training step, each in a process of its own.
 """
@@ -76,7 +76,7 @@ def main() -> int:
     sides = [int(word) for word in sys.argv[1:]] or [32, 64, 96]
     print("| (1, 64, H, W) float32 | positions | ours, MiB | bmm, softmax, bmm, MiB |\n|---|---|---|---|")
     for side in sides:
-        command = [sys.executable, "-m", "benchmarks.bench_image_layers", "--one"]
+        command = [sys.executable, "-m", "benchmarks.suites.bench_image_layers", "--one"]
         found = [
             float(subprocess.run([*command, whose, str(side)], check=True, capture_output=True, text=True).stdout)
             for whose in ("ours", "usual")

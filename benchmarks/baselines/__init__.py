@@ -4,10 +4,10 @@ A twin has the state dict of its model and, for the same noise, the same loss (t
 It is one file, reads no fastgen, checks no arguments and keeps the options of the model's defaults only.
 """
 
-from benchmarks.twins.dcgan import DCGANTwin
-from benchmarks.twins.sagan import SAGANTwin
-from benchmarks.twins.transformer_lm import TransformerLMTwin
-from benchmarks.twins.vae import VAETwin
+from benchmarks.baselines.dcgan import DCGANTwin
+from benchmarks.baselines.sagan import SAGANTwin
+from benchmarks.baselines.transformer_lm import TransformerLMTwin
+from benchmarks.baselines.vae import VAETwin
 
 TWINS = {"vae": VAETwin, "dcgan": DCGANTwin, "sagan": SAGANTwin, "transformer-lm": TransformerLMTwin}
 """By the name of the model; built from its config."""

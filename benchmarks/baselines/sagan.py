@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from benchmarks.twins._gan import GANTwin
+from benchmarks.baselines._gan import GANTwin
 
 
 class SelfAttention(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from benchmarks.twins._gan import GANTwin
+from benchmarks.baselines._gan import GANTwin
 
 
 def generator(inputs, widths, coarse_size, channels) -> nn.Sequential:
