@@ -45,7 +45,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "recurrent-gan, text": ("recurrent-gan", {"generator_width": 8, "critic_width": 8, "kind": "text", "text_length": 6}),
     "recurrent-gan, sequences": ("recurrent-gan", {"generator_width": 8, "critic_width": 8, "kind": "sequences"}),
     "cyclegan": ("cyclegan", {"width": 4, "blocks": 1, "patch_width": 4, "identity_weight": 0.5, "history": 4}),
-    "pix2pix": ("pix2pix", {"width": 4, "patch_width": 4, "halvings": 3}),
+    "pix2pix": ("pix2pix", {"width": 4, "patch_width": 4, "num_downsamples": 3}),
     "vae": ("vae", {**DENSE, "latent_dim": 4}),
     "conv-vae": ("conv-vae", {"width": 4, "hidden_dim": 16, "attention": True}),
     "cvae": ("cvae", {**DENSE, "latent_dim": 4}),

@@ -19,7 +19,7 @@ STEP = 1e-6
 NOW = StepContext(1, 1)
 B = 3
 GAN = {"image_size": 8, "latent_dim": 3, "penalty": "r1"}
-PATCHES = {"image_size": 16, "width": 2, "patch_width": 2, "patch_halvings": 1, "penalty": "r1"}
+PATCHES = {"image_size": 16, "width": 2, "patch_width": 2, "patch_num_downsamples": 1, "penalty": "r1"}
 CASES = {
     # model: options, and the beginning of the names of the weights; default those of the first phase
     "gan": (GAN | {"width": 6, "depth": 2}, ""),
@@ -32,7 +32,7 @@ CASES = {
     "stylegan": (GAN | {"width": 4, "style_dim": 4, "penalty_every": 1}, ""),
     "transgan": (GAN | {"width": 8, "num_heads": 2, "penalty_every": 1}, ""),
     "cyclegan": (PATCHES | {"blocks": 1, "history": 0}, ""),
-    "pix2pix": (PATCHES | {"halvings": 2, "norm": "instance"}, ""),
+    "pix2pix": (PATCHES | {"num_downsamples": 2, "norm": "instance"}, ""),
     "vae": ({"width": 6, "latent_dim": 2}, ""),
     "conv-vae": ({"image_size": 4, "width": 2, "hidden_dim": 4, "latent_dim": 2, "attention": True}, ""),
     "cvae": ({"width": 6, "latent_dim": 2, "classes": 2}, ""),

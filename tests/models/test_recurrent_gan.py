@@ -11,9 +11,8 @@ from torch import Tensor
 
 from fastgen import losses
 from fastgen.models import recurrent_gan
-from fastgen.models._steps import Characters
 from fastgen.models.base import Images, NoOptions, StepContext, Texts, from_data
-from fastgen.models.recurrent_gan import RecurrentGAN, RecurrentGANConfig
+from fastgen.models.recurrent_gan import RecurrentGAN, RecurrentGANConfig, TextCharacters
 
 NOW = StepContext(1, 10)
 VARIANTS = {
@@ -97,11 +96,11 @@ def test_a_phase_gives_finite_gradients_to_its_own_network_only(variant: str, au
 
 def test_both_sides_are_one_sequence_of_one_hot_vectors() -> None:
     model = small_model()
-    sequences = model._read(batch_of(model, ("abca", "c"), ("b", "aab")))
+    sequences = model._encode(batch_of(model, ("abca", "c"), ("b", "aab")))
     assert sequences.shape == (2, 9, 5)
     assert sequences.argmax(2).tolist() == [[2, 3, 4, 2, 1, 4, 1, 0, 0], [3, 1, 2, 2, 3, 1, 0, 0, 0]]
     assert (sequences.sum(2) == 1).all()
-    assert [model.steps.spell(row) for row in sequences.argmax(2).tolist()] == ["abca -> c", "b -> aab"]
+    assert [model.format.spell(row) for row in sequences.argmax(2).tolist()] == ["abca -> c", "b -> aab"]
 
 
 SPELT = {
@@ -117,7 +116,7 @@ SPELT = {
 @pytest.mark.parametrize("case", SPELT)
 def test_what_is_not_well_formed_shows(case: str) -> None:
     symbols, text = SPELT[case]
-    assert small_model().steps.spell(symbols) == text
+    assert small_model().format.spell(symbols) == text
 
 
 @pytest.mark.parametrize(
@@ -141,17 +140,17 @@ def test_the_score_says_which_drawn_sequences_are_well_formed(monkeypatch, symbo
     monkeypatch.setattr(model, "_generate", lambda n, generator: drawn.expand(n, -1, -1))
     scores = model.score(batch_of(model, ("a", "b"), ("b", "a")))
     assert scores["well formed"].tolist() == [formed] * 2
-    real = model._read(batch_of(model, ("a", "b"), ("b", "a")))
+    real = model._encode(batch_of(model, ("a", "b"), ("b", "a")))
     torch.testing.assert_close(scores["real"], model.critic(real).mean(1))
 
 
 def test_images_are_sequences_of_their_rows_and_come_back() -> None:
     model = small_model(kind="images", image_size=4, channels=3)
     batch = any_batch(model)
-    steps = model._read(batch)
+    steps = model._encode(batch)
     assert steps.shape == (4, 4, 12)
     assert torch.equal(steps[2, 1], 2 * batch["images"][2, :, 1].flatten() - 1)
-    back = model.steps.samples(steps)
+    back = model.format.decode(steps)
     assert isinstance(back, Images)
     torch.testing.assert_close(back.pixels, batch["images"])
     drawn = model.draw(3, NoOptions()).pixels
@@ -159,21 +158,21 @@ def test_images_are_sequences_of_their_rows_and_come_back() -> None:
     assert 0 <= drawn.min() < drawn.max() <= 1
 
 
-def test_texts_are_judged_by_the_triples_of_characters_that_other_texts_have() -> None:
-    steps = Characters("abcd", 5)
+def test_known_triples_are_the_character_triples_that_other_texts_have() -> None:
+    characters = TextCharacters("abcd", 5)
 
     def one_hot(*texts: str) -> Tensor:
-        return steps.read({"tokens": torch.tensor([["abcd".index(c) for c in text] for text in texts])})
+        return characters.encode({"tokens": torch.tensor([["abcd".index(c) for c in text] for text in texts])})
 
     real = one_hot("aaaaa", "abcab", "bcabc")
     drawn = one_hot("bcaaa", "ddddd", "abcaa")
-    figures = steps.judge(drawn, real)
+    metrics = characters.metrics(drawn, real)
     known = [["bca", "caa", "aaa"], ["ddd"] * 3, ["abc", "bca", "caa"]]
     others = [{"abc", "bca", "cab"}, {"aaa", "bca", "cab", "abc"}, {"aaa", "abc", "bca", "cab"}]
     wanted = [sum(t in has for t in mine) / 3 for mine, has in zip(known, others, strict=True)]
-    torch.testing.assert_close(figures["known triples"], torch.tensor(wanted).double())
-    assert figures["known triples, real"].tolist() == [0.0, 1.0, 1.0]
-    assert steps.samples(drawn).texts == ["bcaaa", "ddddd", "abcaa"]
+    torch.testing.assert_close(metrics["known triples"], torch.tensor(wanted).double())
+    assert metrics["known triples, real"].tolist() == [0.0, 1.0, 1.0]
+    assert characters.decode(drawn).texts == ["bcaaa", "ddddd", "abcaa"]
 
 
 def test_hard_outputs_are_one_hot_with_the_gradient_of_soft_ones() -> None:
@@ -201,6 +200,18 @@ def test_symbols_are_drawn_with_the_probabilities_of_the_logits() -> None:
     drawn = model._generate(5000, seeded(4)).argmax(2)
     share = torch.bincount(drawn.flatten(), minlength=5) / drawn.numel()
     torch.testing.assert_close(share, wanted, rtol=0, atol=0.012)
+
+
+def test_forward_takes_gumbel_noise_for_symbols_only() -> None:
+    symbols, images = small_model(), small_model(kind="images", image_size=4)
+    noise = torch.randn(2, symbols.format.length, 16, generator=seeded(0))
+    gumbel = torch.randn(2, symbols.format.length, symbols.format.width, generator=seeded(1))
+    assert symbols(noise, gumbel).shape == gumbel.shape
+    assert images(noise[:, :4]).shape == (2, 4, 4)
+    with pytest.raises(ValueError, match=r"gumbel: expected Gumbel noise .*, got none"):
+        symbols(noise)
+    with pytest.raises(ValueError, match="gumbel: expected none for images, got a tensor"):
+        images(noise[:, :4], gumbel)
 
 
 def test_an_output_depends_on_the_one_before_it_and_on_none_after() -> None:
@@ -285,7 +296,7 @@ def test_penalties_are_those_of_the_real_sequences_and_of_the_generated_ones(pen
     batch = batch_of(model, *PAIRS)
     torch.manual_seed(2)
     fake = model._generate(4).detach().requires_grad_()
-    real = model._read(batch).requires_grad_()
+    real = model._encode(batch).requires_grad_()
     wanted = losses.r1_penalty(model.critic(real).mean(1), real)
     if penalty == "r1-r2":
         wanted = wanted + losses.r2_penalty(model.critic(fake).mean(1), fake)

@@ -26,7 +26,7 @@ from fastgen.models import (
 )
 from fastgen.models.base import GenerativeModel
 from fastgen.models.decoding import Chooser, choose, tempered
-from fastgen.models.recurrent_gan import Generator
+from fastgen.models.recurrent_gan import RecurrentGenerator
 
 INF = math.inf
 TINY_TEMPERATURES = (1e-4, 1e-20, 1e-38, 1e-39, 1e-45, 5e-324)
@@ -127,7 +127,7 @@ def test_tempered_logits_have_the_softmax_of_the_logits_over_the_temperature(dty
 @pytest.mark.parametrize("hard", [False, True])
 def test_gumbel_softmax_at_a_tiny_temperature_is_one_hot_with_a_finite_gradient(hard: bool) -> None:
     config = RecurrentGANConfig(kind="text", vocabulary="abc", temperature=1e-39, hard=hard)
-    generator = Generator(config, 3)
+    generator = RecurrentGenerator(config, 3)
     disturbed = torch.tensor([[1.0, 2.0, 30.0], [7.0, -30.0, -20.0]], requires_grad=True)
     symbols = generator.sample(disturbed)
     assert symbols.tolist() == [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]

@@ -56,3 +56,24 @@ def test_a_saved_run_loads_and_resumes(name: str, tmp_path: Path, monkeypatch: p
     for weight, (total, size) in expected.items():
         sums = torch.stack((state[weight].double().sum(), state[weight].double().abs().sum()))
         torch.testing.assert_close(sums, torch.tensor([total, size], dtype=torch.float64), rtol=1e-4, atol=1e-4)
+
+
+def test_renamed_options_are_accepted_in_saved_files_and_on_the_command_line(capsys: pytest.CaptureFixture) -> None:
+    from fastgen.cli import main
+    from fastgen.cli._errors import CommandError
+    from fastgen.cli._train import _request
+    from fastgen.train.checkpoint import load_checkpoint
+
+    run = SAVED / "trained" / "pix2pix"
+    saved = json.loads((run / "model" / "config.json").read_text())
+    assert {"halvings", "patch_halvings"} < saved.keys()
+    config = GenerativeModel.from_pretrained(run / "model").config
+    assert (config.num_downsamples, config.patch_num_downsamples) == (saved["halvings"], saved["patch_halvings"])
+    header, _ = load_checkpoint(run / "checkpoint.safetensors")
+    assert header.model_config["num_downsamples"] == saved["halvings"]
+    options = _request("pix2pix", ["--config", str(run / "config.yaml"), "--model.patch-halvings", "2"]).model_options
+    assert (options["num_downsamples"], options["patch_num_downsamples"]) == (saved["halvings"], 2)
+    with pytest.raises(CommandError, match=r"num_downsamples: expected one value, got another under its old name"):
+        _request("pix2pix", ["--model.halvings", "2", "--model.num-downsamples", "3"])
+    assert main(["train", "pix2pix", "--help"]) == 0
+    assert "halvings" not in capsys.readouterr().out

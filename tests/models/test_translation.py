@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from fastgen import metrics
-from fastgen.models import CycleGAN, CycleGANConfig, Images, Pix2Pix, StepContext
-from fastgen.models._translation import History, PatchDiscriminator, Translator
-from fastgen.models.cyclegan import DirectionOptions
+from fastgen.models import CycleGAN, CycleGANConfig, GenerativeModel, Images, Pix2Pix, StepContext
+from fastgen.models.cyclegan import DirectionOptions, History
+from fastgen.models.pix2pix import PatchDiscriminator
 
 NOW = StepContext(1, 10)
-SMALL: dict[str, tuple[type[Translator], dict[str, object]]] = {
+SMALL: dict[str, tuple[type[GenerativeModel], dict[str, object]]] = {
     "cyclegan": (
         CycleGAN,
         {
             "image_size": 16,
             "width": 4,
-            "halvings": 2,
+            "num_downsamples": 2,
             "blocks": 1,
             "patch_width": 4,
             "history": 6,
@@ -32,13 +32,13 @@ SMALL: dict[str, tuple[type[Translator], dict[str, object]]] = {
         CycleGAN,
         {"image_size": 16, "width": 4, "blocks": 1, "patch_width": 4, "identity_weight": 0.0, "history": 0},
     ),
-    "pix2pix": (Pix2Pix, {"image_size": 16, "width": 4, "halvings": 3, "patch_width": 4}),
+    "pix2pix": (Pix2Pix, {"image_size": 16, "width": 4, "num_downsamples": 3, "patch_width": 4}),
     "pix2pix, instance": (
         Pix2Pix,
         {
             "image_size": 16,
             "width": 4,
-            "halvings": 3,
+            "num_downsamples": 3,
             "patch_width": 4,
             "norm": "instance",
             "dropout": 0.0,
@@ -53,13 +53,13 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def small_model(name: str, **options: object) -> Translator:
+def small_model(name: str, **options: object) -> GenerativeModel:
     torch.manual_seed(0)
     model_class, small = SMALL[name]
     return model_class(model_class.config_class(**{**small, **options}))
 
 
-def a_batch(model: Translator, n: int = 4) -> dict[str, Tensor]:
+def a_batch(model: GenerativeModel, n: int = 4) -> dict[str, Tensor]:
     config, size = model.config, model.config.image_size
     channels = {"a": config.channels, "b": config.channels}
     if isinstance(model, Pix2Pix):
@@ -70,7 +70,7 @@ def a_batch(model: Translator, n: int = 4) -> dict[str, Tensor]:
     }
 
 
-def step(model: Translator, phase: str, batch: dict[str, Tensor], context: StepContext = NOW) -> dict[str, Tensor]:
+def step(model: GenerativeModel, phase: str, batch: dict[str, Tensor], context: StepContext = NOW) -> dict[str, Tensor]:
     for each in model.phases():
         for network in each.networks:
             model.get_submodule(network).requires_grad_(each.name == phase)
@@ -80,13 +80,17 @@ def step(model: Translator, phase: str, batch: dict[str, Tensor], context: StepC
     return values
 
 
-def translated(model: Translator, batch: dict[str, Tensor], seed: int = 7, **options: object) -> Tensor:
+def translated(model: GenerativeModel, batch: dict[str, Tensor], seed: int = 7, **options: object) -> Tensor:
     return model.translate(batch, model.sampling_class(**options), generator=seeded(seed)).pixels
 
 
 SIZES = {
-    "cyclegan": [{"image_size": 12}, {"image_size": 20, "channels": 3, "patch_halvings": 1}, {"halvings": 1}],
-    "pix2pix": [{"image_size": 24}, {"image_size": 8, "patch_halvings": 1, "channels": 2, "input_channels": 5}],
+    "cyclegan": [
+        {"image_size": 12},
+        {"image_size": 20, "channels": 3, "patch_num_downsamples": 1},
+        {"num_downsamples": 1},
+    ],
+    "pix2pix": [{"image_size": 24}, {"image_size": 8, "patch_num_downsamples": 1, "channels": 2, "input_channels": 5}],
 }
 
 
@@ -105,14 +109,14 @@ def test_shapes_of_odd_sizes_and_channels(name: str) -> None:
 
 
 CONFIG_ERRORS = {
-    "cyclegan: size": ({"image_size": 18}, "image_size: expected a multiple of 4, as halvings = 2, got 18"),
+    "cyclegan: size": ({"image_size": 18}, "image_size: expected a multiple of 4, as num_downsamples = 2, got 18"),
     "cyclegan: small": (
         {"image_size": 8},
-        "image_size: expected at least 12, as patch_halvings = 2, got 8",
+        "image_size: expected at least 12, as patch_num_downsamples = 2, got 8",
     ),
     "cyclegan: coarse": (
-        {"image_size": 16, "halvings": 4},
-        "image_size: expected at least 32, as halvings = 4, got 16",
+        {"image_size": 16, "num_downsamples": 4},
+        "image_size: expected at least 32, as num_downsamples = 4, got 16",
     ),
     "cyclegan: blocks": ({"blocks": -1}, "blocks: expected an integer >= 0, got -1"),
     "cyclegan: history": ({"history": 2.5}, "history: expected an integer >= 0, got 2.5"),
@@ -120,7 +124,7 @@ CONFIG_ERRORS = {
     "cyclegan: identity": ({"identity_weight": float("inf")}, "identity_weight: expected a number >= 0, got inf"),
     "cyclegan: game": ({"loss": "poker"}, "loss: expected one of minimax, .*, got 'poker'"),
     "cyclegan: width": ({"width": 0}, "width: expected a positive integer, got 0"),
-    "pix2pix: size": ({"image_size": 20}, "image_size: expected a multiple of 8, as halvings = 3, got 20"),
+    "pix2pix: size": ({"image_size": 20}, "image_size: expected a multiple of 8, as num_downsamples = 3, got 20"),
     "pix2pix: norm": ({"norm": "layer"}, "norm: expected one of batch, instance, got 'layer'"),
     "pix2pix: dropout": ({"dropout": 1.0}, r"dropout: expected a probability in \[0, 1\), got 1.0"),
     "pix2pix: l1": ({"l1_weight": -1.0}, "l1_weight: expected a number >= 0, got -1.0"),
@@ -174,7 +178,7 @@ def test_a_penalty_is_differentiated_by_the_discriminators_weights(name: str, pe
     if name == "cyclegan":
         options["history"] = 0
     model = small_model(name, **options).double()
-    with torch.no_grad():  # weights as large as after training: slopes jump where features are 0
+    with torch.no_grad():  # weights as large as after training: gradients jump where features are 0
         for weight in model.parameters():
             weight.add_(0.1 * torch.randn(weight.shape, generator=seeded(5)))
     batch = {key: value.double() for key, value in a_batch(model).items()}
@@ -187,14 +191,14 @@ def test_a_penalty_is_differentiated_by_the_discriminators_weights(name: str, pe
 
     torch.manual_seed(3)
     assert step(model, "discriminator", batch, now)["penalty"] > 0
-    weights = [w for network in model.discriminators for w in model.get_submodule(network).parameters()]
-    slopes = [torch.zeros_like(w) if w.grad is None else w.grad.clone() for w in weights]
-    norm = torch.stack([slope.square().sum() for slope in slopes]).sum().sqrt().item()
+    weights = [w for network in model.phases()[0].networks for w in model.get_submodule(network).parameters()]
+    gradients = [torch.zeros_like(w) if w.grad is None else w.grad.clone() for w in weights]
+    norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt().item()
     ends = []
     for sign in (1, -2):
         with torch.no_grad():
-            for weight, slope in zip(weights, slopes, strict=True):
-                weight.add_(slope, alpha=sign * 1e-6 / norm)
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.add_(gradient, alpha=sign * 1e-6 / norm)
         ends.append(loss())
     assert (ends[0] - ends[1]) / 2e-6 == pytest.approx(norm, rel=1e-3)
 
@@ -227,6 +231,23 @@ def test_translations_depend_on_images_and_generator_alone(name: str) -> None:
     shown = model.visualize(batch, generator=seeded(0))
     assert all(isinstance(each, Images) and each.columns == 4 for each in shown.values())
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_forward_translates_with_gradients() -> None:
+    cyclegan, pix2pix = small_model("cyclegan"), small_model("pix2pix").eval()
+    a = a_batch(cyclegan)["a"]
+    for direction in ("a-to-b", "b-to-a"):
+        images = cyclegan(a, direction)
+        assert torch.equal(images, translated(cyclegan, {direction[0]: a}, direction=direction))
+        images.sum().backward()
+    inputs = a_batch(pix2pix)["inputs"]
+    images = pix2pix(inputs, generator=seeded(7))
+    assert torch.equal(images, translated(pix2pix, {"inputs": inputs}))
+    images.sum().backward()
+    for model in (cyclegan, pix2pix):
+        assert all(p.grad is not None for name in model.averaged for p in model.get_submodule(name).parameters())
+    with pytest.raises(ValueError, match="direction: expected one of a-to-b, b-to-a, got 'c'"):
+        cyclegan(a, "c")
 
 
 def test_rows_show_images_there_and_back_again() -> None:
@@ -273,16 +294,16 @@ def test_networks_compile_without_breaks(name: str) -> None:
         torch.testing.assert_close(*values)
 
 
-def test_a_score_of_a_patch_sees_so_many_pixels() -> None:
-    for halvings, seen in ((1, 16), (2, 34), (3, 70)):
-        layers = PatchDiscriminator(CycleGANConfig(image_size=128, patch_halvings=halvings, patch_width=2), 1)
+def test_a_score_has_the_documented_receptive_field() -> None:
+    for n, pixels in ((1, 16), (2, 34), (3, 70)):
+        layers = PatchDiscriminator(CycleGANConfig(image_size=128, patch_num_downsamples=n, patch_width=2), 1)
         image = torch.rand(1, 1, 128, 128, requires_grad=True)
         scores = layers(image)
-        assert scores.shape == (1, (128 >> halvings) - 2, (128 >> halvings) - 2)
+        assert scores.shape == (1, (128 >> n) - 2, (128 >> n) - 2)
         middle = scores.size(1) // 2
-        (slope,) = torch.autograd.grad(scores[0, middle, middle], image)
-        rows = slope[0, 0].abs().sum(1).nonzero()
-        assert int(rows[-1] - rows[0]) + 1 == seen
+        (gradient,) = torch.autograd.grad(scores[0, middle, middle], image)
+        rows = gradient[0, 0].abs().sum(1).nonzero()
+        assert int(rows[-1] - rows[0]) + 1 == pixels
 
 
 def test_a_history_fills_and_then_gives_back_half() -> None:
