@@ -10,13 +10,13 @@ import fastgen
 PACKAGE = Path(fastgen.__file__).parent
 
 FLOORS = [
-    ("reference", "checks", "version", "vocabulary", "_dynamo", "_shared_objects"),
+    ("reference", "checks", "version", "_dynamo", "_shared_objects"),
     ("backend",),
     ("ops.transforms", "ops._batching", "ops._checks"),
     ("ops.autograd",),
     ("ops.attention", "ops.latent", "ops.projection", "ops.recurrent"),
     ("ops",),
-    ("batch",),
+    ("batch", "vocabulary"),
     ("environment",),
     ("functional",),
     ("nn", "losses"),
