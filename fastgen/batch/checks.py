@@ -1,8 +1,8 @@
-"""Checks of what models are given: images, tokens, labels, captions, sound.
+"""Checks of batches: images, tokens, labels, captions, audio.
 
-Kinds, dtypes and shapes are checked in every call. Values are looked at where that waits for nothing: on the CPU, and
-not while a call is traced or transformed. Training looks at its data once, before it begins, whatever the device. NaN
-is refused there only: in a step it makes the loss NaN, and training skips the step.
+Dtypes and shapes are checked in every call. Values are checked only where that does not synchronize: on the CPU, and
+not while a call is traced or transformed. Training checks the values of its data once, before it begins, on any device.
+Only that check rejects NaN; in a training step NaN makes the loss NaN, and the step is skipped.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgen.batch.vocabulary import FIRST
 from fastgen.checks import require_shape, require_tensor, shape_of
 from fastgen.ops.transforms import transforms_active
 
-SLACK = 1e-3  # beyond the ends of a range, for what resampling and low precision do
-FIRST_CHARACTER = 3  # of sequences, after padding, start and end
+SLACK = 1e-3  # tolerance beyond the ends of a range, for resampling and low precision
 NEVER_IGNORED = -(1 << 40)
-"""``ignore_index`` of cross-entropies: torch's own, -100, would give a target of -100 the loss 0."""
+"""``ignore_index`` of cross-entropies: with torch's default, -100, an invalid target of -100 would have loss 0."""
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether the values can be looked at without waiting for a device, breaking a graph or a transform."""
+    """Whether the values can be read without synchronizing, a graph break or a failing transform."""
     return (
         tensor.device.type == "cpu"
         and type(tensor) in (Tensor, nn.Parameter)
@@ -33,7 +33,7 @@ def readable(tensor: Tensor) -> bool:
 
 
 def require_range(name: str, tensor: Tensor, low: float, high: float, meaning: str, hint: str = "") -> None:
-    """Raises ValueError where readable values are below low or above high. NaN passes: what comes of it is NaN."""
+    """Raises ValueError where readable values are below low or above high. NaN passes, and makes the result NaN."""
     if not readable(tensor) or not tensor.numel():
         return
     least, largest = (end.item() for end in tensor.detach().aminmax())
@@ -87,7 +87,7 @@ def require_audio(name: str, audio: Tensor, length: int) -> None:
 
 
 def require_same_batch(first_name: str, first: Tensor, name: str, tensor: Tensor) -> None:
-    """Raises ValueError unless both have as many items: of one item, arithmetic would make many."""
+    """Raises ValueError unless both have the same batch size: a batch of one would broadcast."""
     if len(first) != len(tensor):
         raise ValueError(f"{name}: expected as many items as {first_name}, {len(first)}, got {len(tensor)}")
 
@@ -98,33 +98,36 @@ def _require_some(name: str, tensor: Tensor) -> None:
 
 
 def check_batch(kind: str, config: Any, batch: Mapping[str, Tensor]) -> None:
-    """Raises TypeError, ValueError for a batch of the kind (``KINDS``) that does not fit a config.
+    """Checks a batch of a kind (``KINDS``) against a config.
 
-    What a config does not tell is not checked, nor tensors that are not there. NaN and infinity are refused.
+    Facts that the config does not have are not checked, nor tensors that the batch does not have.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or values that do not fit; NaN or infinite values.
     """
     for name, tensor in batch.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ValueError(f"{name}: expected finite numbers, got NaN or infinite ones")
 
-    def told(field: str) -> Any:
-        return getattr(config, field, None)
+    def fact(name: str) -> Any:
+        return getattr(config, name, None)
 
-    if kind in ("images", "pairs", "domains") and told("image_size") and told("channels"):
+    if kind in ("images", "pairs", "domains") and fact("image_size") and fact("channels"):
         for name in ("images", "inputs", "targets", "a", "b"):
             if name in batch:
-                channels = told("input_channels") if name == "inputs" else told("channels")
-                require_images(name, batch[name], channels, told("image_size"))
-    if kind == "images" and told("classes") and told("conditional") is not False and "labels" in batch:
-        require_labels("labels", batch["labels"], len(batch["images"]), told("classes"))
-    if kind == "images" and told("captions") and "caption" in batch:
-        count = 1 + len(told("caption_vocabulary"))
-        shape = (len(batch["images"]), told("caption_length"))
+                channels = fact("input_channels") if name == "inputs" else fact("channels")
+                require_images(name, batch[name], channels, fact("image_size"))
+    if kind == "images" and fact("classes") and fact("conditional") is not False and "labels" in batch:
+        require_labels("labels", batch["labels"], len(batch["images"]), fact("classes"))
+    if kind == "images" and fact("captions") and "caption" in batch:
+        count = 1 + len(fact("caption_vocabulary"))
+        shape = (len(batch["images"]), fact("caption_length"))
         require_tokens("caption", batch["caption"], count, shape, "(B, caption_length)")
-    if kind == "text" and told("vocabulary"):
-        require_tokens("tokens", batch["tokens"], len(told("vocabulary")))
-    if kind == "sequences" and told("vocabulary"):
+    if kind == "text" and fact("vocabulary"):
+        require_tokens("tokens", batch["tokens"], len(fact("vocabulary")))
+    if kind == "sequences" and fact("vocabulary"):
         for name in ("source", "target"):
-            shape = (len(batch["source"]), told(f"{name}_length"))
-            require_tokens(name, batch[name], FIRST_CHARACTER + len(told("vocabulary")), shape, f"(B, {name}_length)")
-    if kind == "audio" and told("length"):
-        require_audio("audio", batch["audio"], told("length"))
+            shape = (len(batch["source"]), fact(f"{name}_length"))
+            require_tokens(name, batch[name], FIRST + len(fact("vocabulary")), shape, f"(B, {name}_length)")
+    if kind == "audio" and fact("length"):
+        require_audio("audio", batch["audio"], fact("length"))

@@ -1,12 +1,13 @@
-"""Data sets: bundled ones, or a person's own files; read without running code, split the same way every time."""
+"""Data sets: bundled ones, or a user's own files; read without running code, split the same way every time."""
 
 from __future__ import annotations
 
 from fastgen.data._base import Dataset, Items, TensorItems
+from fastgen.data.bundled import BUNDLED, SOURCES
 from fastgen.data.config import DataConfig
 from fastgen.data.describe import Description, describe
-from fastgen.data.folders import read_pictures
-from fastgen.data.sources import BUNDLED, SOURCES, bundled, load_data
+from fastgen.data.folders import read_images
+from fastgen.data.sources import bundled_name, load_data
 
 __all__ = [
     "BUNDLED",
@@ -16,8 +17,8 @@ __all__ = [
     "Description",
     "Items",
     "TensorItems",
-    "bundled",
+    "bundled_name",
     "describe",
     "load_data",
-    "read_pictures",
+    "read_images",
 ]

@@ -1,19 +1,21 @@
-"""What a data set offers to training: two splits, facts, and a fingerprint."""
+"""Data sets: two splits of items, facts, and a fingerprint; and the sources that they are loaded from."""
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastgen.batch import FACTS
+
 
 class Items(ABC):
-    """A split: items by number. ``lazy``: fetching one takes work (decoding a file), worth doing ahead."""
+    """A split: items by index. ``lazy``: reading an item is expensive (a file is decoded) and worth prefetching."""
 
     lazy = False
 
@@ -25,16 +27,16 @@ class Items(ABC):
         """The items ``indices`` (B,) int64, on any device: tensors (B, ...), on the device of the data."""
 
     def to(self, device: torch.device | str) -> Items:
-        """On the device, if that makes sense for these items; else as they are."""
+        """The items on a device; lazy ones stay where they are."""
         return self
 
 
 class TensorItems(Items):
-    """Items that lie in memory whole.
+    """Items in memory.
 
     Args:
         tensors: (N, ...) each, by name.
-        scale: name -> s: integers that are divided by s when asked for, as float32.
+        scale: name -> s: integers that a batch holds as float32, divided by s.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], scale: Mapping[str, float] | None = None) -> None:
@@ -60,27 +62,55 @@ class TensorItems(Items):
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set of one kind (``fastgen.models.KINDS`` says what its batches hold), split in two.
+    """A data set of one kind (``fastgen.batch.KINDS`` lists the tensors of its batches), split in two.
 
-    name: as the user wrote it. facts: what a model's config may take from the data. fingerprint: of the contents and
-    the split; equal only for equal data. make_splits: options of the model (the length of text) -> train, held out.
-    about: what else ``describe`` tells a person.
+    Attributes:
+        name: the source as the user wrote it.
+        facts: what a model's config may take from the data, by the names in ``fastgen.batch.FACTS``.
+        fingerprint: hash of the contents and the split; equal only for equal data.
+        train, held_out: the splits.
+        classes: name -> number of items, both splits.
+        warnings: notes for ``describe``.
     """
 
     name: str
     kind: str
     facts: Mapping[str, Any]
     fingerprint: str
-    make_splits: Callable[..., tuple[Items, Items]] = field(repr=False)
-    about: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    train: Items = field(repr=False)
+    held_out: Items = field(repr=False)
+    classes: Mapping[str, int] = field(default_factory=dict, repr=False)
+    warnings: tuple[str, ...] = field(default=(), repr=False)
 
-    def splits(self, **options: Any) -> tuple[Items, Items]:
-        """(training, held out). Options: ``length`` of text, in tokens."""
-        return self.make_splits(**options)
+    def __post_init__(self) -> None:
+        if set(self.facts) != set(FACTS[self.kind]):
+            raise ValueError(f"facts: expected {', '.join(FACTS[self.kind])}, got {', '.join(self.facts)}")
+
+    def splits(self, length: int | None = None) -> tuple[Items, Items]:
+        """(training, held-out) items. length: tokens of a window of text; None for all other kinds."""
+        if length is not None:
+            raise ValueError(f"length: expected None, as {self.name} is no text, got {length}")
+        return self.train, self.held_out
+
+
+class Source(ABC):
+    """Data before a kind is chosen: a bundled set, a file, a folder, a table.
+
+    Attributes:
+        kinds: the kinds that it can serve, the default first.
+        options: names of the ``DataConfig`` fields that it uses, beside ``source`` and ``held_out``.
+    """
+
+    kinds: tuple[str, ...]
+    options: frozenset[str] = frozenset()
+
+    @abstractmethod
+    def load(self, kind: str) -> Dataset:
+        """The data set as one of ``kinds``."""
 
 
 def digest(*parts: Any) -> str:
-    """A fingerprint of tensors, arrays' bytes and anything with a ``repr`` that says it all."""
+    """A fingerprint of tensors, bytes and objects whose ``repr`` is complete."""
     total = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):

@@ -1,4 +1,4 @@
-"""Images in arrays: NumPy's .npz, and the IDX files of MNIST and its kin."""
+"""Images in arrays: NumPy's .npz, and the IDX files of MNIST and similar datasets."""
 
 from __future__ import annotations
 
@@ -13,21 +13,36 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastgen.data._base import Dataset, Source
 from fastgen.data._files import cannot_read
-from fastgen.data.image_sets import Pictures, check_labels, from_pixels
-from fastgen.data.pictures import Array
+from fastgen.data.config import DataConfig
+from fastgen.data.image_sets import ImageStack, check_labels, domain_dataset, from_pixels, image_dataset
+from fastgen.data.images import Array
 
 IMAGES_MAGIC, LABELS_MAGIC = 2051, 2049
 IDX_NAME = re.compile(r"idx\d-ubyte(\.gz)?$|\.idx(\.gz)?$")
 
 
-def read_npz(path: Path, image_size: int, column: str = "") -> Pictures:
+class ImageArrays(Source):
+    """Images in memory; those of two classes are two domains, too."""
+
+    def __init__(self, config: DataConfig, images: ImageStack, options: tuple[str, ...] = ()) -> None:
+        self.every, self.images = config.held_out, images
+        self.options = frozenset(("image_size", *options))
+        two = images.labels is not None and images.labels.unique().tolist() == [0, 1]
+        self.kinds = ("images", "domains") if two else ("images",)
+
+    def load(self, kind: str) -> Dataset:
+        return (image_dataset if kind == "images" else domain_dataset)(self.images, self.every)
+
+
+def read_npz(path: Path, image_size: int, column: str = "") -> ImageStack:
     """Images of an .npz file. Reading runs no code.
 
     Args:
         path: has an array ``images``, uint8 of shape (N, H, W), (N, C, H, W) or (N, H, W, C), C being 1 or 3, and
             optionally ``labels``, integers of shape (N,).
-        column: name of the array of images, if it is another.
+        column: name of the array of images instead of ``images``.
 
     Raises:
         TypeError: an array of another dtype. ValueError: not an .npz file, an array missing or of another shape.
@@ -65,7 +80,7 @@ def _channels_first(path: Path, name: str, images: Array) -> Array:
     )
 
 
-def read_idx(path: Path, image_size: int) -> Pictures:
+def read_idx(path: Path, image_size: int) -> ImageStack:
     """Images (N, H, W) of an IDX file, gzipped where its name ends with .gz, and the labels found beside it.
 
     Labels of train-images-idx3-ubyte are looked for in train-labels-idx1-ubyte, with and without .gz.

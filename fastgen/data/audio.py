@@ -1,4 +1,4 @@
-"""Audio: tones, and a user's WAV files, in pieces of one length."""
+"""Audio: bundled tones, and a user's WAV files, in pieces of one length."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastgen.data._base import Dataset, Items, TensorItems, digest
+from fastgen.data._base import Dataset, Source, TensorItems, digest
+from fastgen.data.config import DataConfig
 from fastgen.data.splitting import HELD_OUT, at_least, hold_out, hold_out_groups
 from fastgen.data.wav import read_wav
 
@@ -41,19 +42,17 @@ def audio_dataset(name: str, waves: Tensor, rate: int, train: Tensor, held: Tens
     scales = {} if scale is None else {"audio": scale}
     facts = {"sample_rate": rate, "length": waves.shape[1]}
 
-    def make_splits() -> tuple[Items, Items]:
-        return TensorItems({"audio": waves[train]}, scales), TensorItems({"audio": waves[held]}, scales)
-
-    return Dataset(name, "audio", facts, digest("audio", facts, scale, waves, held), make_splits)
+    train_items, held_out = (TensorItems({"audio": waves[part]}, scales) for part in (train, held))
+    return Dataset(name, "audio", facts, digest("audio", facts, scale, waves, held), train_items, held_out)
 
 
 def tones(items: int, every: int, seconds: float) -> Dataset:
     """Tones of four instruments and 24 pitches from 110 Hz up, a semitone apart, 8000 samples a second.
 
-    A tone is the sum of those of eight harmonics that lie below 4000 Hz. Strengths and phases are the instrument's
-    (``INSTRUMENTS``), so that there are timbres to learn; each strength varies by a tenth, and the sound begins
-    anywhere in the period. Strings rise within 5 to 20 ms and die away within 0.2 to 0.6 s, pipes rise within 20 to
-    50 ms and die away within 0.6 to 2 s. The loudest sample is 0.4 to 0.9; 16 bits.
+    A tone is the sum of up to eight harmonics, those below 4000 Hz. ``INSTRUMENTS`` gives their strengths and phases,
+    so that there are timbres to learn; each strength varies by a tenth, and the sound begins anywhere in the period.
+    Strings rise within 5 to 20 ms and decay within 0.2 to 0.6 s, pipes rise within 20 to 50 ms and decay within 0.6 to
+    2 s. The loudest sample is 0.4 to 0.9; 16 bits.
     """
     n, length = items or TONES, _samples(seconds, TONE_RATE)
     at_least("tones", n)
@@ -80,10 +79,10 @@ def tones(items: int, every: int, seconds: float) -> Dataset:
     waves = torch.empty(n, length, dtype=torch.int16)
     for pitch in range(24):
         part = (semitone == pitch).nonzero()[:, 0]
-        turn = 2 * math.pi * 110 * 2 ** (pitch / 12) * harmonic
-        turn = turn[turn < math.pi * TONE_RATE]
-        angle, audible = turn[:, None] * time, len(turn)
-        sines, cosines = (strength[part] * of(phase[part]) for of in (torch.cos, torch.sin))
+        frequency = 2 * math.pi * 110 * 2 ** (pitch / 12) * harmonic  # radians per second
+        frequency = frequency[frequency < math.pi * TONE_RATE]
+        angle, audible = frequency[:, None] * time, len(frequency)
+        sines, cosines = strength[part] * phase[part].cos(), strength[part] * phase[part].sin()
         sound = sines[:, :audible] @ angle.sin() + cosines[:, :audible] @ angle.cos()
         decay = fall[part, :, None]  # of blocks, and within one: fewer exponentials
         sound *= (torch.exp(-start / decay) * torch.exp(-step / decay)).flatten(1)[:, :length]
@@ -94,40 +93,51 @@ def tones(items: int, every: int, seconds: float) -> Dataset:
     return audio_dataset("tones", waves, TONE_RATE, *hold_out(n, every), scale=32767.0)
 
 
-def read_wavs(name: str, paths: list[Path], seconds: float, every: int) -> Dataset:
-    """Recordings, cut into pieces of ``seconds`` one after the other, channels averaged.
+class Recordings(Source):
+    """Recordings, cut into consecutive pieces of ``config.seconds``, channels averaged.
 
-    What is left at the end of a recording is dropped; one shorter than a piece is filled up with silence. Of at
-    least 2 ``every`` recordings whole ones are held out; of fewer, the last pieces of each.
-
-    Raises:
-        ValueError: neither PCM nor floats, truncated, different sample rates, too few pieces. Names the file.
+    The rest at the end of a recording is dropped; a recording shorter than a piece is padded with silence. Of at least
+    2 ``held_out`` recordings whole ones are held out; of fewer, the last pieces of each.
     """
-    pieces, owners, rates = [], [], []
-    for path in paths:
-        samples, rate = read_wav(path)
-        rates.append(rate)
-        if rate != rates[0]:
-            raise ValueError(f"{path}: expected {rates[0]} samples a second, as in {paths[0]}, got {rate}")
-        length = _samples(seconds, rate)
-        if len(samples) < length:
-            samples = torch.cat([samples, samples.new_zeros(length - len(samples))])
-        cut = samples[: len(samples) // length * length].view(-1, length)
-        pieces.append(cut)
-        owners += [len(rates) - 1] * len(cut)
-    waves, groups = torch.cat(pieces), torch.tensor(owners)
-    at_least(name, len(waves), f"pieces of {seconds:g} s (--seconds)")
-    if len(paths) >= 2 * (every or HELD_OUT):
-        train, held = hold_out_groups(groups, every)
-    else:
-        held_mask = torch.zeros(len(waves), dtype=torch.bool)
-        for owner in range(len(paths)):
-            own = (groups == owner).nonzero()[:, 0]
-            held_mask[own[len(own) - len(own) // (every or HELD_OUT) :]] = True
-        if not held_mask.any():
-            held_mask[-1] = True
-        train, held = (~held_mask).nonzero()[:, 0], held_mask.nonzero()[:, 0]
-    return audio_dataset(name, waves, rates[0], train, held, scale=None)
+
+    kinds = ("audio",)
+    options = frozenset(("seconds",))
+
+    def __init__(self, config: DataConfig, paths: list[Path]) -> None:
+        self.config, self.paths = config, paths
+
+    def load(self, kind: str) -> Dataset:
+        """Raises ValueError for a file that is neither PCM nor floats, or truncated; for different sample rates."""
+        name, seconds, every = self.config.source, self.config.seconds, self.config.held_out
+        pieces, owners, rates = [], [], []
+        for path in self.paths:
+            samples, rate = read_wav(path)
+            rates.append(rate)
+            if rate != rates[0]:
+                raise ValueError(f"{path}: expected {rates[0]} samples a second, as in {self.paths[0]}, got {rate}")
+            length = _samples(seconds, rate)
+            if len(samples) < length:
+                samples = torch.cat([samples, samples.new_zeros(length - len(samples))])
+            cut = samples[: len(samples) // length * length].view(-1, length)
+            pieces.append(cut)
+            owners += [len(rates) - 1] * len(cut)
+        waves, groups = torch.cat(pieces), torch.tensor(owners)
+        at_least(name, len(waves), f"pieces of {seconds:g} s (--seconds)")
+        train, held = _split_recordings(groups, len(self.paths), every)
+        return audio_dataset(name, waves, rates[0], train, held, scale=None)
+
+
+def _split_recordings(groups: Tensor, recordings: int, every: int) -> tuple[Tensor, Tensor]:
+    """(training, held out) pieces; groups: (N,) the recording of each piece."""
+    if recordings >= 2 * (every or HELD_OUT):
+        return hold_out_groups(groups, every)
+    held = torch.zeros(len(groups), dtype=torch.bool)
+    for recording in range(recordings):
+        own = (groups == recording).nonzero()[:, 0]
+        held[own[len(own) - len(own) // (every or HELD_OUT) :]] = True
+    if not held.any():
+        held[-1] = True
+    return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
 
 
 def _samples(seconds: float, rate: int) -> int:

@@ -1,35 +1,32 @@
-"""What a person chooses of the data."""
+"""Options of a data set: its source, how it is cut, how it is split."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+from fastgen.batch import option
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which data, and how they are cut and split. An option that the source has no use for must keep its default.
+    """A data set and how it is cut and split. An option that the source does not use must keep its default.
 
     Raises:
-        ValueError: a number out of range. TypeError: not a number where one is due.
+        ValueError: a number out of range. TypeError: a value of another type.
     """
 
-    source: str = _option("digits", "a bundled data set, a path, or hf:NAME (fastgen data lists them)")
-    image_size: int = _option(
-        0, "resize the shorter side to this and crop the centre; of patches, their size (0: as is)"
+    source: str = option("digits", "a bundled dataset, a path, or hf:NAME (fastgen data lists the bundled ones)")
+    image_size: int = option(
+        0, "size that images are resized to (shorter side) and center-cropped; size of patches (0: unchanged)"
     )
-    held_out: int = _option(0, "one item in this many is held out of training (0: 5; of text 10)")
-    items: int = _option(0, "how many items a bundled data set has, held-out ones included (0: its own number)")
-    tokens: int = _option(0, "read text by a vocabulary of so many strings, learnt from it (0: by characters)")
-    seconds: float = _option(1.0, "length of the pieces that recordings are cut into")
-    column: str = _option(
-        "", "column of a Hugging Face data set, or array of an .npz file (default: the one that fits)"
+    held_out: int = option(0, "split ratio: one item in this many is held out (0: 5; 10 for text)")
+    items: int = option(0, "number of items of a bundled dataset, held-out ones included (0: its default)")
+    tokens: int = option(0, "vocabulary size of a tokenizer trained on the text (0: characters)")
+    seconds: float = option(1.0, "length of the pieces that recordings are cut into, in seconds")
+    column: str = option(
+        "", "column of a Hugging Face dataset, or array of an .npz file (default: the only one that fits)"
     )
 
     def __post_init__(self) -> None:
@@ -43,7 +40,7 @@ class DataConfig:
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name}: expected a string, got {getattr(self, name)!r}")
         if not self.source:
-            raise ValueError("source: expected a bundled data set, a path or hf:NAME, got an empty string")
+            raise ValueError("source: expected a bundled dataset, a path or hf:NAME, got an empty string")
         if self.held_out == 1:
             raise ValueError("held_out: expected 2 or more (one item in so many), or 0, got 1")
         if isinstance(self.seconds, bool) or not isinstance(self.seconds, (int, float)):
@@ -52,9 +49,9 @@ class DataConfig:
             raise ValueError(f"seconds: expected more than 0, got {self.seconds}")
 
     def refuse_unused(self, used: frozenset[str]) -> None:
-        """ValueError where an option that only some sources have is set for one that has it not."""
-        for option in dataclasses.fields(self):
-            value = getattr(self, option.name)
-            if option.name not in used | {"source", "held_out"} and value != option.default:
-                expected = f"{option.default!r}, as it has no use for it"
-                raise ValueError(f"{self.source}: {option.name}: expected {expected}, got {value!r}")
+        """ValueError where an option is set that the source does not use."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in used | {"source", "held_out"} and value != field.default:
+                expected = f"{field.default!r}, as this source does not use it"
+                raise ValueError(f"{self.source}: {field.name}: expected {expected}, got {value!r}")

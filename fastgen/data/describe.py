@@ -1,4 +1,4 @@
-"""What a person wants to know of data before training on them."""
+"""A summary of a data set, for looking at it before training."""
 
 from __future__ import annotations
 
@@ -10,28 +10,32 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from fastgen.batch import spell
 from fastgen.data._base import Dataset, Items
 from fastgen.data.config import DataConfig
-from fastgen.data.sequences import spell
-from fastgen.data.sources import find, load_data
+from fastgen.data.sources import choose_kind, open_source
 
 EXAMPLES = 8
 EXAMPLE_LENGTH = 64
-LOOKED_AT, LOOKED_AT_LAZY = 20_000, 1_000
+INSPECTED, INSPECTED_LAZY = 20_000, 1_000
 TINY, TINY_TEXT = 100, 10_000
 FEW = 5
-SHOWN, SHOWN_CLASSES = 120, 20
+MOST_CHARACTERS, MOST_CLASSES = 120, 20
 Examples: TypeAlias = Mapping[str, Tensor | list[str]]
 
 
 @dataclass(frozen=True, eq=False)
 class Description:
-    """A data set as people see it; ``str`` is for the terminal.
+    """A summary of a data set; ``str`` formats it for the terminal.
 
-    kinds: all that the source can serve; ``kind`` is the one described. train, held_out: numbers of items (of text:
-    characters or tokens). facts: what a model's config may take from the data. classes: name -> number of items,
-    both splits. value_range: smallest and largest value of pixels or samples. examples: by name, pictures
-    (n, C, S, S) in [0, 1], waves (n, length), or strings. warnings: what may spoil the training.
+    Attributes:
+        kinds: all kinds that the source can serve; ``kind`` is the one described.
+        train, held_out: numbers of items (characters or tokens of text).
+        facts: what a model's config may take from the data.
+        classes: name -> number of items, both splits.
+        value_range: smallest and largest value of pixels or audio samples.
+        examples: by name, images (n, C, S, S) in [0, 1], waves (n, length), or strings.
+        warnings: properties of the data that may harm training.
     """
 
     name: str
@@ -66,42 +70,36 @@ class Description:
 
 
 def describe(config: DataConfig, kind: str | None = None) -> Description:
-    """Look at a data set; at a very large one, at its first items. Errors are those of ``load_data``.
+    """Summarize a data set; of a very large one, its first items. Errors are those of ``load_data``.
 
     Args:
-        kind: as which kind of data; default the first that the source can serve.
+        kind: the kind of data to load it as; default the first that the source can serve.
     """
-    makers = find(config)
-    kind = kind or next(iter(makers))
-    data = makers[kind]() if kind in makers else load_data(config, kind)
-    return _describe(data, tuple(makers))
-
-
-def _describe(data: Dataset, kinds: Sequence[str]) -> Description:
+    source = open_source(config)
+    data = source.load(choose_kind(config, source, kind or source.kinds[0]))
+    text = data.kind == "text"
     unit = _unit(data.kind, data.facts)
-    lengths = data.about.get(unit)
-    splits = data.splits(length=min(EXAMPLE_LENGTH, *lengths)) if lengths else data.splits()
-    train, held_out = lengths or map(len, splits)
-    warnings = list(data.about.get("warnings", []))
-    if train < (TINY_TEXT if lengths else TINY):
+    train, held_out = len(data.train), len(data.held_out)
+    splits = data.splits(min(EXAMPLE_LENGTH, train, held_out)) if text else data.splits()
+    warnings = list(data.warnings)
+    if train < (TINY_TEXT if text else TINY):
         warnings.append(f"only {train} {unit} to train on")
-    classes = _class_counts(data)
-    few = [name for name, n in classes.items() if n < FEW]
+    few = [name for name, n in data.classes.items() if n < FEW]
     if few:
         warnings.append(f"classes with fewer than {FEW} items: {_short(', '.join(few))}")
     value_range = None
     if data.kind not in ("text", "sequences"):
-        value_range, found = _look(splits, repeats=data.kind != "domains")
+        value_range, found = _inspect(splits, repeats=data.kind != "domains")
         warnings += found
     return Description(
         name=data.name,
         kind=data.kind,
-        kinds=kinds,
+        kinds=source.kinds,
         train=train,
         held_out=held_out,
         facts=data.facts,
         fingerprint=data.fingerprint,
-        classes=classes,
+        classes=data.classes,
         value_range=value_range,
         examples=_examples(data, splits[0]),
         warnings=warnings,
@@ -109,25 +107,19 @@ def _describe(data: Dataset, kinds: Sequence[str]) -> Description:
 
 
 def _unit(kind: str, facts: Mapping[str, Any]) -> str:
-    """What there are so many of."""
+    """The unit that the splits are counted in."""
     if kind != "text":
         return "items"
     return "characters" if isinstance(facts["vocabulary"], str) else "tokens"
 
 
-def _class_counts(data: Dataset) -> dict[str, int]:
-    names = data.about.get("class_names", [])
-    counts = data.about.get("class_counts", [])
-    return {names[i] if i < len(names) else str(i): n for i, n in enumerate(counts)}
-
-
-def _look(splits: tuple[Items, Items], repeats: bool) -> tuple[tuple[float, float], list[str]]:
-    """(smallest and largest value, warnings) of items that are floats. ``repeats``: whether they are worth counting."""
+def _inspect(splits: tuple[Items, Items], repeats: bool) -> tuple[tuple[float, float], list[str]]:
+    """(smallest and largest value, warnings) of floating-point items. ``repeats``: whether to count repeated items."""
     low, high, constant, repeated, leaked = float("inf"), float("-inf"), 0, 0, 0
     seen: set[bytes] = set()
     for items in splits:
         trained_on = set(seen)
-        for indices in torch.arange(min(len(items), LOOKED_AT_LAZY if items.lazy else LOOKED_AT)).split(256):
+        for indices in torch.arange(min(len(items), INSPECTED_LAZY if items.lazy else INSPECTED)).split(256):
             parts = [part.flatten(1) for part in items.batch(indices).values() if part.is_floating_point()]
             low = min(low, *(float(part.min()) for part in parts))
             high = max(high, *(float(part.max()) for part in parts))
@@ -144,7 +136,7 @@ def _look(splits: tuple[Items, Items], repeats: bool) -> tuple[tuple[float, floa
 
 
 def _examples(data: Dataset, train: Items) -> Examples:
-    """Items spread over the training part."""
+    """Items spread over the training split."""
     n = min(EXAMPLES, len(train))
     batch = train.batch(torch.arange(n) * (len(train) // n))
     vocabulary = data.facts.get("vocabulary", "")
@@ -160,11 +152,11 @@ def _short(value: object) -> str:
     if isinstance(value, tuple):
         return f"{len(value)} strings, the last ones {', '.join(map(repr, value[-FEW:]))}"
     text = value if isinstance(value, str) else str(value)
-    length = f" ({len(text)} characters)" if len(text) > SHOWN else ""
-    shown = text[:SHOWN] + ("..." if length else "")
+    length = f" ({len(text)} characters)" if len(text) > MOST_CHARACTERS else ""
+    shown = text[:MOST_CHARACTERS] + ("..." if length else "")
     return (shown if shown.isprintable() else repr(shown)[1:-1]) + length
 
 
 def _counts(classes: Mapping[str, int]) -> str:
     listed = [f"{name} {n:,}" for name, n in classes.items()]
-    return ", ".join(listed[:SHOWN_CLASSES]) + (f", ... ({len(listed)} classes)" if len(listed) > SHOWN_CLASSES else "")
+    return ", ".join(listed[:MOST_CLASSES]) + (f", ... ({len(listed)} classes)" if len(listed) > MOST_CLASSES else "")

@@ -1,8 +1,8 @@
-"""Data sets of kinds images, domains and pairs, from stacks of pictures."""
+"""Data sets of kinds images, domains and pairs, from stacks of images."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,19 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgen.batch import caption_tokens
 from fastgen.data._base import Dataset, Items, TensorItems, digest
-from fastgen.data.captions import caption_tokens, examples
-from fastgen.data.pictures import Array, LazyItems, Stack, choose, fit_array, square
+from fastgen.data.captions import caption_examples
+from fastgen.data.images import Array, LazyItems, Stack, choose, fit_array, require_square
 from fastgen.data.splitting import at_least, hold_out
 
 
 @dataclass(frozen=True, eq=False)
-class Pictures:
-    """Pictures of one size, before they become a data set of some kind.
+class ImageStack:
+    """Images of one size with their labels and captions, before the kind of data set is chosen.
 
-    name: as the user wrote it. stack: (N, C, S, S) uint8. levels: values of a pixel, 0 to levels - 1 times
-    ``step``. labels: (N,) int64. contents: what a fingerprint must know of them. captions: of each picture; without
-    them, the names of its class are its caption, or ``class_captions`` where these say it better.
+    Attributes:
+        name: the source as the user wrote it.
+        stack: (N, C, S, S) uint8.
+        contents: hashed by the fingerprint.
+        levels: number of values of a pixel, which are 0 to levels - 1 times ``step``.
+        labels: (N,) int64.
+        captions: one for each image. Without them the names of the classes, ``class_captions`` if given, are captions.
     """
 
     name: str
@@ -43,21 +48,29 @@ class Pictures:
     def facts(self) -> dict[str, int]:
         return {"image_size": self.stack.shape[2], "channels": self.stack.shape[1], "levels": self.levels}
 
+    @property
+    def classes(self) -> dict[str, int]:
+        """Name -> number of images."""
+        counts = [] if self.labels is None else self.labels.bincount().tolist()
+        return {self.class_names[i] if i < len(self.class_names) else str(i): n for i, n in enumerate(counts)}
+
     def captioned(self, train: Tensor) -> tuple[Tensor | None, dict[str, Any]]:
-        """Their captions (N, T) int64, padded with 0, if they have any; and the facts. train: whose are examples."""
+        """(captions (N, T) int64 or None, facts). train: indices of the images whose captions are examples."""
         if self.captions:
-            tokens, vocabulary = caption_tokens(self.captions)
-            shown = examples([self.captions[i] for i in train.tolist()])
+            texts = list(self.captions)
+            examples = caption_examples([texts[i] for i in train.tolist()])
         elif self.labels is not None:
-            names = [str(number) for number in range(int(self.labels.max()) + 1)]
-            for captions in (self.class_names, self.class_captions):
-                names[: len(captions)] = captions[: len(names)]
-            tokens, vocabulary = caption_tokens(names)
-            tokens, shown = tokens[self.labels], tuple(names)
+            texts = [str(number) for number in range(int(self.labels.max()) + 1)]
+            for names in (self.class_names, self.class_captions):
+                texts[: len(names)] = names[: len(texts)]
+            examples = tuple(texts)
         else:
             return None, {"caption_vocabulary": "", "caption_length": 0, "caption_examples": ()}
-        facts = {"caption_vocabulary": vocabulary, "caption_length": tokens.shape[1], "caption_examples": shown}
-        return tokens, facts
+        vocabulary, length = "".join(sorted(set("".join(texts)))), max(map(len, texts), default=0)
+        tokens = caption_tokens(texts, vocabulary, length)
+        if not self.captions and self.labels is not None:
+            tokens = tokens[self.labels]
+        return tokens, {"caption_vocabulary": vocabulary, "caption_length": length, "caption_examples": examples}
 
 
 def from_pixels(
@@ -67,15 +80,15 @@ def from_pixels(
     labels: Tensor | None = None,
     class_names: Sequence[str] = (),
     levels: int | None = None,
-) -> Pictures:
-    """Pictures that lie in memory.
+) -> ImageStack:
+    """Images in memory.
 
     Args:
         pixels: (N, C, H, W) uint8, from 0 to 255, or to ``levels`` - 1. Only 0 and 1, or only 0 and 255, are 2 levels.
-        image_size: resize to this; 0 leaves them.
+        image_size: the size to resize to; 0 leaves them as they are.
 
     Raises:
-        ValueError: too few, or not square and no ``image_size``.
+        ValueError: too few images, or not square and no ``image_size``.
     """
     at_least(name, len(pixels), "images")
     top = (levels or 256) - 1
@@ -84,9 +97,9 @@ def from_pixels(
             top = 1
         pixels = (pixels.int() * 255 + top // 2).div(top, rounding_mode="floor").to(torch.uint8)
         pixels, levels = fit_array(pixels, image_size), None
-    square(name, pixels.shape[2], pixels.shape[3])
+    require_square(name, pixels.shape[2], pixels.shape[3])
     levels, step = (levels, 1) if levels else count_levels(pixels)
-    return Pictures(name, pixels, pixels, levels, step, labels, class_names)
+    return ImageStack(name, pixels, pixels, levels, step, labels, class_names)
 
 
 def count_levels(stack: Stack) -> tuple[int, int]:
@@ -99,7 +112,7 @@ def count_levels(stack: Stack) -> tuple[int, int]:
 
 
 def check_labels(name: str, labels: Array, n: int) -> Tensor:
-    """(n,) int64, 0 to classes - 1. TypeError, ValueError where the labels are something else."""
+    """(n,) int64, 0 to classes - 1. Raises TypeError, ValueError for other labels."""
     if not np.issubdtype(labels.dtype, np.integer):
         raise TypeError(f"{name}: labels: expected integers, got {labels.dtype}")
     if labels.shape != (n,):
@@ -113,85 +126,74 @@ def check_labels(name: str, labels: Array, n: int) -> Tensor:
     return torch.from_numpy(labels.astype(np.int64))
 
 
-def image_dataset(pictures: Pictures, every: int) -> Dataset:
-    """Kind images. One picture in ``every`` of each class is held out."""
-    train, held = hold_out(len(pictures.stack), every, pictures.labels)
-    return split_images(pictures, train, held)
+def image_dataset(images: ImageStack, every: int) -> Dataset:
+    """Kind images. One image in ``every`` of each class is held out."""
+    return split_images(images, *hold_out(len(images.stack), every, images.labels))
 
 
-def split_images(pictures: Pictures, train: Tensor, held: Tensor) -> Dataset:
-    """Kind images, with a split made elsewhere: numbers of pictures."""
-    labels, scale = pictures.labels, {"images": pictures.scale}
-    classes = 0 if labels is None else int(labels.max()) + 1
-    captions, of_captions = pictures.captioned(train)
-    more = {name: of for name, of in (("labels", labels), ("caption", captions)) if of is not None}
-
-    def make_splits() -> tuple[Items, Items]:
-        return _items(_part(train), scale), _items(_part(held), scale)
-
-    def _part(indices: Tensor) -> dict[str, Stack]:
-        return {"images": choose(pictures.stack, indices), **{name: of[indices] for name, of in more.items()}}
-
-    counts = [] if labels is None else labels.bincount().tolist()
-    about = {"class_names": list(pictures.class_names), "class_counts": counts}
-    facts = {**pictures.facts, "classes": classes}
-    told = [list(pictures.captions)] if pictures.captions else []
-    fingerprint = digest("images", facts, pictures.step, pictures.contents, labels, held, *told)
-    return Dataset(pictures.name, "images", {**facts, **of_captions}, fingerprint, make_splits, about)
+def split_images(images: ImageStack, train: Tensor, held: Tensor) -> Dataset:
+    """Kind images. train, held: indices of the images of each split."""
+    labels = images.labels
+    captions, caption_facts = images.captioned(train)
+    stacks: dict[str, Stack] = {"images": images.stack}
+    stacks |= {name: part for name, part in (("labels", labels), ("caption", captions)) if part is not None}
+    facts = {**images.facts, "classes": 0 if labels is None else int(labels.max()) + 1}
+    texts = [list(images.captions)] if images.captions else []
+    fingerprint = digest("images", facts, images.step, images.contents, labels, held, *texts)
+    train_items, held_out = (_items(stacks, {"images": images.scale}, indices) for indices in (train, held))
+    return Dataset(
+        images.name, "images", {**facts, **caption_facts}, fingerprint, train_items, held_out, images.classes
+    )
 
 
-def domain_dataset(pictures: Pictures, every: int) -> Dataset:
-    """Kind domains: class 0 is a, class 1 is b. One picture in ``every`` of each is held out."""
-    assert pictures.labels is not None
+def domain_dataset(images: ImageStack, every: int) -> Dataset:
+    """Kind domains: class 0 is a, class 1 is b. One image in ``every`` of each is held out."""
+    assert images.labels is not None
     train, held = [], []
     for domain in (0, 1):
-        members = (pictures.labels == domain).nonzero()[:, 0]
-        at_least(pictures.name, len(members), f"images of domain {'ab'[domain]}")
+        members = (images.labels == domain).nonzero()[:, 0]
+        at_least(images.name, len(members), f"images of domain {'ab'[domain]}")
         kept, out = hold_out(len(members), every)
         train.append(members[kept])
         held.append(members[out])
-    return split_domains(pictures, torch.cat(train), torch.cat(held))
+    return split_domains(images, torch.cat(train), torch.cat(held))
 
 
-def split_domains(pictures: Pictures, train: Tensor, held: Tensor) -> Dataset:
-    """Kind domains, with a split made elsewhere.
+def split_domains(images: ImageStack, train: Tensor, held: Tensor) -> Dataset:
+    """Kind domains. train, held: indices of the images of each split.
 
-    Item i holds the pictures i of both domains, which have nothing to do with each other. In training the smaller
-    domain comes round again until the larger one is through; of the held-out pictures the larger leaves some out.
+    Item i holds image i of each domain; the two are unrelated. In training the smaller domain repeats until the larger
+    one is exhausted; of the held-out images the larger domain leaves some out.
     """
-    labels, scale = pictures.labels, {"a": pictures.scale, "b": pictures.scale}
+    labels, scale = images.labels, {"a": images.scale, "b": images.scale}
     assert labels is not None
 
-    def make_splits() -> tuple[Items, Items]:
-        (a, b), (held_a, held_b) = (
-            [indices[labels[indices] == domain] for domain in (0, 1)] for indices in (train, held)
-        )
-        n, m = max(len(a), len(b)), min(len(held_a), len(held_b))
-        return _pair(a[torch.arange(n) % len(a)], b[torch.arange(n) % len(b)]), _pair(held_a[:m], held_b[:m])
+    def items(a: Tensor, b: Tensor) -> Items:
+        return _from_stacks({"a": choose(images.stack, a), "b": choose(images.stack, b)}, scale)
 
-    def _pair(a: Tensor, b: Tensor) -> Items:
-        return _items({"a": choose(pictures.stack, a), "b": choose(pictures.stack, b)}, scale)
-
-    about = {"class_names": list(pictures.class_names), "class_counts": labels.bincount().tolist()}
-    fingerprint = digest("domains", pictures.facts, pictures.step, pictures.contents, labels, held)
-    return Dataset(pictures.name, "domains", pictures.facts, fingerprint, make_splits, about)
+    (a, b), (held_a, held_b) = ([part[labels[part] == domain] for domain in (0, 1)] for part in (train, held))
+    n, m = max(len(a), len(b)), min(len(held_a), len(held_b))
+    splits = (items(a[torch.arange(n) % len(a)], b[torch.arange(n) % len(b)]), items(held_a[:m], held_b[:m]))
+    fingerprint = digest("domains", images.facts, images.step, images.contents, labels, held)
+    return Dataset(images.name, "domains", images.facts, fingerprint, *splits, images.classes)
 
 
-def pair_dataset(inputs: Pictures, targets: Pictures, train: Tensor, held: Tensor) -> Dataset:
-    """Kind pairs: picture i of the inputs belongs to picture i of the targets."""
-    scale = {"inputs": inputs.scale, "targets": targets.scale}
+def pair_dataset(inputs: ImageStack, targets: ImageStack, train: Tensor, held: Tensor) -> Dataset:
+    """Kind pairs: image i of the inputs belongs to image i of the targets."""
+    stacks, scale = (
+        {"inputs": inputs.stack, "targets": targets.stack},
+        {"inputs": inputs.scale, "targets": targets.scale},
+    )
     facts = {**targets.facts, "input_channels": inputs.stack.shape[1]}
-
-    def make_splits() -> tuple[Items, Items]:
-        return _part(train), _part(held)
-
-    def _part(indices: Tensor) -> Items:
-        return _items({"inputs": choose(inputs.stack, indices), "targets": choose(targets.stack, indices)}, scale)
-
     fingerprint = digest("pairs", facts, inputs.scale, targets.step, inputs.contents, targets.contents, held)
-    return Dataset(targets.name, "pairs", facts, fingerprint, make_splits)
+    train_items, held_out = (_items(stacks, scale, indices) for indices in (train, held))
+    return Dataset(targets.name, "pairs", facts, fingerprint, train_items, held_out)
 
 
-def _items(stacks: dict[str, Stack], scale: dict[str, float]) -> Items:
+def _items(stacks: Mapping[str, Stack], scale: dict[str, float], indices: Tensor) -> Items:
+    return _from_stacks({name: choose(stack, indices) for name, stack in stacks.items()}, scale)
+
+
+def _from_stacks(stacks: dict[str, Stack], scale: dict[str, float]) -> Items:
     tensors = {name: stack for name, stack in stacks.items() if isinstance(stack, Tensor)}
     return TensorItems(tensors, scale) if len(tensors) == len(stacks) else LazyItems(stacks, scale)

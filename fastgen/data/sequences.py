@@ -1,4 +1,4 @@
-"""Sequences turned into others: reversal, sums, and a user's pairs of lines."""
+"""Pairs of sequences: reversal, sums, and a user's pairs of lines."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastgen.data._base import Dataset, TensorItems, digest
+from fastgen.batch import END, FIRST, PADDING, START
+from fastgen.data._base import Dataset, Source, TensorItems, digest
+from fastgen.data.config import DataConfig
 from fastgen.data.splitting import at_least, hold_out_groups
 from fastgen.data.text import encode, read_text
-
-PADDING, START, END, FIRST = 0, 1, 2, 3
-"""Tokens; ``FIRST`` is the vocabulary's first character."""
 
 ITEMS, SUMS = 10_000, 50_000
 MOST = 200_000
@@ -39,12 +38,11 @@ def sequence_dataset(name: str, pairs: Pairs, every: int, groups: Tensor | None 
     facts = {"vocabulary": vocabulary, **{f"{side}_length": tensor.shape[1] for side, tensor in tensors.items()}}
     train, held = hold_out_groups(groups, every)
 
-    def make_splits() -> tuple[TensorItems, TensorItems]:
-        parts = [{side: tensor[part] for side, tensor in tensors.items()} for part in (train, held)]
-        return TensorItems(parts[0]), TensorItems(parts[1])
-
+    train_items, held_out = (
+        TensorItems({side: tensor[part] for side, tensor in tensors.items()}) for part in (train, held)
+    )
     fingerprint = digest("sequences", facts, *tensors.values(), held)
-    return Dataset(name, "sequences", facts, fingerprint, make_splits)
+    return Dataset(name, "sequences", facts, fingerprint, train_items, held_out)
 
 
 def _pad(tokens: Tensor, texts: list[str]) -> Tensor:
@@ -58,41 +56,36 @@ def _pad(tokens: Tensor, texts: list[str]) -> Tensor:
     return out
 
 
-def spell(tokens: Tensor, vocabulary: str) -> str:
-    """The text of a source or target (S,), without start, end and padding."""
-    return "".join(vocabulary[token - FIRST] for token in tokens.tolist() if token >= FIRST)
-
-
 def reversal(items: int, every: int) -> Dataset:
-    """Random strings of 4 to 12 letters, and the same backwards. No string occurs twice."""
-    draw = _numbers("reversal", items)
+    """Random strings of 4 to 12 letters, and their reversals. No string occurs twice."""
+    sample = _sampler("reversal", items)
     texts: dict[str, None] = {}
     while len(texts) < (items or ITEMS):
-        length = int(draw(4, 13, 1))
-        texts["".join(LETTERS[i] for i in draw(0, 26, length).tolist())] = None
+        length = int(sample(4, 13, 1))
+        texts["".join(LETTERS[i] for i in sample(0, 26, length).tolist())] = None
     return sequence_dataset("reversal", [(text, text[::-1]) for text in texts], every)
 
 
 def sums(items: int, every: int) -> Dataset:
     """Two numbers from 0 to 999 and their sum: "12+345" -> "357". No two pairs have the same numbers, in any order.
 
-    Numbers of one, two and three digits are as likely; of the few short ones there are, most occur.
+    One, two and three digits are equally likely; most of the few short numbers occur.
     """
-    draw = _numbers("sums", items)
+    sample = _sampler("sums", items)
     wanted = items or SUMS
     terms: dict[tuple[int, int], tuple[int, int]] = {}
     while len(terms) < wanted:
-        digits = draw(1, 4, 2 * wanted)
+        digits = sample(1, 4, 2 * wanted)
         low = torch.where(digits == 1, 0, 10 ** (digits - 1))
-        numbers = low + draw(0, 9000, 2 * wanted) % (10**digits - low)
+        numbers = low + sample(0, 9000, 2 * wanted) % (10**digits - low)
         for a, b in numbers.view(-1, 2).tolist():
             terms.setdefault((min(a, b), max(a, b)), (a, b))
     pairs = [(f"{a}+{b}", str(a + b)) for a, b in list(terms.values())[:wanted]]
     return sequence_dataset("sums", pairs, every)
 
 
-def _numbers(name: str, items: int) -> Callable[[int, int, int], Tensor]:
-    """Random whole numbers: low, high (excluded), how many."""
+def _sampler(name: str, items: int) -> Callable[[int, int, int], Tensor]:
+    """sample(low, high, n): n random integers, low <= i < high."""
     if items:
         at_least(name, items)
     if items > MOST:
@@ -101,19 +94,22 @@ def _numbers(name: str, items: int) -> Callable[[int, int, int], Tensor]:
     return lambda low, high, n: torch.randint(low, high, (n,), generator=generator)
 
 
-def read_tsv(path: Path, every: int) -> Dataset:
-    """A UTF-8 file of lines: source, a tab, target. Empty lines are left out.
+class PairsFile(Source):
+    """A UTF-8 file of lines: source, a tab, target. Empty lines are left out."""
 
-    Raises:
-        ValueError: a line with another number of tabs, or nothing on a side of it; not UTF-8; too few pairs.
-    """
-    pairs: Pairs = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line:
-            continue
-        parts = line.split("\t")
-        if len(parts) != 2 or not all(parts):
-            got = f"{len(parts) - 1} tabs" if len(parts) != 2 else "nothing on one side of it"
-            raise ValueError(f"{path}: line {number}: expected source, one tab, target, got {got}")
-        pairs.append((parts[0], parts[1]))
-    return sequence_dataset(str(path), pairs, every)
+    kinds = ("sequences",)
+
+    def __init__(self, config: DataConfig, path: Path) -> None:
+        self.every, self.path = config.held_out, path
+
+    def load(self, kind: str) -> Dataset:
+        pairs: Pairs = []
+        for number, line in enumerate(read_text(self.path).split("\n"), start=1):
+            if not line:
+                continue
+            parts = line.split("\t")
+            if len(parts) != 2 or not all(parts):
+                got = f"{len(parts) - 1} tabs" if len(parts) != 2 else "nothing on one side of it"
+                raise ValueError(f"{self.path}: line {number}: expected source, one tab, target, got {got}")
+            pairs.append((parts[0], parts[1]))
+        return sequence_dataset(str(self.path), pairs, self.every)

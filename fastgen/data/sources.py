@@ -1,34 +1,28 @@
-"""From what a person wrote to a data set: the box's names, files, folders, Hugging Face."""
+"""From a source string to a data set: ``open_source`` finds the source, its ``load`` reads the data set.
+
+A source is a bundled dataset, a file, a folder, or a Hugging Face dataset: one class each, in the module of its data.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
-from typing import TypeAlias
 
-from fastgen.data import arrays, audio, box, folders, hub, sequences, text
-from fastgen.data._base import Dataset
+from fastgen.data import hub
+from fastgen.data._base import Dataset, Source
 from fastgen.data._files import check_file
-from fastgen.data.captions import find_captions
+from fastgen.data.arrays import IDX_NAME, ImageArrays, read_idx, read_npz
+from fastgen.data.audio import Recordings
+from fastgen.data.bundled import BUNDLED, SOURCES, BundledSource
+from fastgen.data.captions import read_captions
 from fastgen.data.config import DataConfig
-from fastgen.data.image_sets import Pictures, domain_dataset, image_dataset
-from fastgen.data.pictures import SUFFIXES
+from fastgen.data.folders import ImageFolder, describe_suffixes, files_below, outnumbering, with_suffix
+from fastgen.data.images import SUFFIXES
+from fastgen.data.sequences import PairsFile
+from fastgen.data.text import TextFiles
 
-SOURCES: Mapping[str, str] = {
-    "digits": "images: 1797 handwritten digits, 8x8, grey, 10 classes (scikit-learn)",
-    "textures": "domains, images: patches of grass and gravel, grey (scikit-image)",
-    "photos": "images, pairs (grey to colour): patches of two photographs (scikit-learn)",
-    "prose": "text: the documentation of Python's language (standard library)",
-    "reversal": "sequences: random strings, backwards",
-    "sums": 'sequences: "12+345" to "357"',
-    "tones": "audio: plucked and blown tones, 8000 samples a second",
-}
-"""The bundled data sets: kinds and contents."""
-
-SERVES: Mapping[str, str] = {
+EXAMPLES = {
     "images": "digits, textures, photos, a folder of images, .npz, IDX, hf:NAME, ...",
     "pairs": "photos, a folder with inputs/ and targets/",
     "domains": "textures, a folder with two subfolders of images, images of two classes",
@@ -36,64 +30,78 @@ SERVES: Mapping[str, str] = {
     "sequences": "reversal, sums, a .tsv file",
     "audio": "tones, a .wav file, a folder of them",
 }
-"""Kinds, and examples of what has them."""
-
-BUNDLED = "bundled:"
-"""Before the name of a bundled data set, where a file or folder has the same name."""
-
-Makers: TypeAlias = dict[str, Callable[[], Dataset]]
-"""What a source can serve, the first kind being what it is."""
-
-PATCHES = frozenset(("image_size", "items"))
-IMAGES = frozenset(("image_size",))
-ITEMS = frozenset(("items",))
-TEXT = frozenset(("tokens",))
-AUDIO = frozenset(("seconds",))
-COLUMN = frozenset(("column",))
-NONE: frozenset[str] = frozenset()
+"""Examples of sources for each kind."""
 
 
 def load_data(config: DataConfig, *kinds: str) -> Dataset:
-    """The data set, as batches of the first of ``kinds`` (of ``fastgen.models.KINDS``) that it can serve.
+    """The data set, of the first of ``kinds`` (of ``fastgen.batch.KINDS``) that the source can serve.
 
     Raises:
         ValueError: another kind of data, a file that is not what it should be, an option out of range.
-        TypeError: an array of another dtype. FileNotFoundError: nothing there.
+        TypeError: an array of another dtype. FileNotFoundError: no such file.
         ImportError: a package of the extras is missing. Each in one line that names the file or the argument.
     """
     for kind in kinds:
-        if kind not in SERVES:
-            raise ValueError(f"kind: expected one of {', '.join(SERVES)}, got {kind!r}")
-    makers = find(config)
+        if kind not in EXAMPLES:
+            raise ValueError(f"kind: expected one of {', '.join(EXAMPLES)}, got {kind!r}")
+    source = open_source(config)
+    return source.load(choose_kind(config, source, *kinds))
+
+
+def choose_kind(config: DataConfig, source: Source, *kinds: str) -> str:
+    """The first of ``kinds`` that the source can serve. ValueError if there is none."""
     for kind in kinds:
-        if kind in makers:
-            return makers[kind]()
-    expected, got = (" or ".join(texts) for texts in ([f"{kind} ({SERVES[kind]})" for kind in kinds], makers))
-    raise ValueError(f"{config.source}: expected data of kind {expected}, got {got}")
+        if kind in source.kinds:
+            return kind
+    expected = " or ".join(f"{kind} ({EXAMPLES[kind]})" for kind in kinds)
+    raise ValueError(f"{config.source}: expected data of kind {expected}, got {' or '.join(source.kinds)}")
 
 
-def find(config: DataConfig) -> Makers:
-    """What the source can serve."""
-    name = bundled(config.source)
+def open_source(config: DataConfig) -> Source:
+    """The source that the config names. Errors are those of ``load_data``."""
+    source = _find(config)
+    config.refuse_unused(source.options)
+    return source
+
+
+def _find(config: DataConfig) -> Source:
+    name = bundled_name(config.source)
     if name is not None:
-        return _in_the_box(dataclasses.replace(config, source=name))
+        return BundledSource(dataclasses.replace(config, source=name))
     if config.source.startswith(hub.PREFIX):
-        return _table(config)
+        return hub.Table(config)
     path = Path(config.source)
-    if not os.path.isdir(path):
-        check_file(path, f"{', '.join(SOURCES)}, {hub.PREFIX}NAME or a path")
-        return _in_file(config, path)
-    return _in_folder(config, path)
+    if os.path.isdir(path):
+        return hub.Table(config) if hub.is_saved(path) else Folder(config, path)
+    check_file(path, f"{', '.join(SOURCES)}, {hub.PREFIX}NAME or a path")
+    suffix = path.suffix.lower()
+    if IDX_NAME.search(path.name):
+        return ImageArrays(config, read_idx(path, config.image_size))
+    if suffix == ".npz":
+        return ImageArrays(config, read_npz(path, config.image_size, config.column), options=("column",))
+    if suffix == ".txt":
+        return TextFiles(config, [path])
+    if suffix == ".tsv":
+        return PairsFile(config, path)
+    if suffix == ".wav":
+        return Recordings(config, [path])
+    if suffix == ".parquet":
+        return hub.Table(config)
+    if suffix in SUFFIXES:
+        raise ValueError(f"{path}: expected a folder of images, got one file")
+    raise ValueError(
+        f"{path}: expected a folder or an .npz, IDX, .txt, .tsv, .wav or .parquet file, got {suffix or 'no suffix'}"
+    )
 
 
-def bundled(source: str) -> str | None:
-    """The bundled set that a source names, alone or after ``BUNDLED``; None for any other source.
+def bundled_name(source: str) -> str | None:
+    """The bundled dataset that a source names, alone or after ``BUNDLED``; None for any other source.
 
-    "photos/" and "./photos" are paths. "photos" is the bundled set, unless something of that name lies in the
-    current folder.
+    "photos/" and "./photos" are paths. "photos" is the bundled dataset, unless the current folder has an entry of that
+    name.
 
     Raises:
-        ValueError: a name that is both, or a set that is not bundled.
+        ValueError: an ambiguous name, or no bundled dataset after ``BUNDLED``.
     """
     if source.startswith(BUNDLED):
         name = source.removeprefix(BUNDLED)
@@ -104,126 +112,53 @@ def bundled(source: str) -> str | None:
         return None
     if os.path.lexists(source):
         raise ValueError(
-            f"{source}: expected {BUNDLED}{source} (the bundled set) or .{os.sep}{source} (the path), "
+            f"{source}: expected {BUNDLED}{source} (the bundled dataset) or .{os.sep}{source} (the path), "
             f"got a name that both have"
         )
     return source
 
 
-def _in_the_box(c: DataConfig) -> Makers:
-    used, makers = {
-        "digits": (IMAGES, {"images": lambda: box.digits(c.image_size, c.held_out)}),
-        "textures": (
-            PATCHES,
-            {
-                "domains": lambda: box.texture_domains(c.image_size, c.items, c.held_out),
-                "images": lambda: box.texture_images(c.image_size, c.items, c.held_out),
-            },
-        ),
-        "photos": (
-            PATCHES,
-            {
-                "images": lambda: box.photo_images(c.image_size, c.items, c.held_out),
-                "pairs": lambda: box.photo_pairs(c.image_size, c.items, c.held_out),
-            },
-        ),
-        "prose": (TEXT, {"text": lambda: text.text_dataset("prose", text.prose(), c.held_out, c.tokens)}),
-        "reversal": (ITEMS, {"sequences": lambda: sequences.reversal(c.items, c.held_out)}),
-        "sums": (ITEMS, {"sequences": lambda: sequences.sums(c.items, c.held_out)}),
-        "tones": (ITEMS | AUDIO, {"audio": lambda: audio.tones(c.items, c.held_out, c.seconds)}),
-    }[c.source]
-    c.refuse_unused(used)
-    return makers
+class Folder(Source):
+    """Files below a folder: images, texts, recordings, whichever are there; all others are left out.
 
+    Raises:
+        ValueError: no such files, or files of other types outnumber them.
+    """
 
-def _in_file(c: DataConfig, path: Path) -> Makers:
-    suffix = path.suffix.lower()
-    if arrays.IDX_NAME.search(path.name):
-        c.refuse_unused(IMAGES)
-        return _arrays(c, arrays.read_idx(path, c.image_size))
-    if suffix == ".npz":
-        c.refuse_unused(IMAGES | COLUMN)
-        return _arrays(c, arrays.read_npz(path, c.image_size, c.column))
-    if suffix == ".txt":
-        c.refuse_unused(TEXT)
-        return {"text": lambda: text.text_dataset(c.source, text.read_text(path), c.held_out, c.tokens)}
-    if suffix == ".tsv":
-        c.refuse_unused(NONE)
-        return {"sequences": lambda: sequences.read_tsv(path, c.held_out)}
-    if suffix == ".wav":
-        c.refuse_unused(AUDIO)
-        return {"audio": lambda: audio.read_wavs(c.source, [path], c.seconds, c.held_out)}
-    if suffix == ".parquet":
-        return _table(c)
-    if suffix in SUFFIXES:
-        raise ValueError(f"{path}: expected a folder of images, got one file")
-    raise ValueError(
-        f"{path}: expected a folder or an .npz, IDX, .txt, .tsv, .wav or .parquet file, got {suffix or 'no suffix'}"
-    )
+    def __init__(self, config: DataConfig, path: Path) -> None:
+        self.found = files_below(path)
+        images, texts, waves = (with_suffix(self.found, suffixes) for suffixes in (SUFFIXES, {".txt"}, {".wav"}))
+        refused = {
+            kind: f"{len(files)} {kind} files beside {others}"
+            for kind, files, stronger in (("image", images, []), ("text", texts, images + waves), ("audio", waves, []))
+            if (others := outnumbering(files, self.found, stronger))
+        }
+        self.sources: dict[str, Source] = {}
+        self.used: dict[str, list[Path]] = {}
+        if images and "image" not in refused:
+            table = read_captions(path, self.found)
+            folder = ImageFolder(config, path, images, table)
+            self.sources |= dict.fromkeys(folder.kinds, folder)
+            self.used |= dict.fromkeys(folder.kinds, images + ([table.file] if table else []))
+        if texts and "text" not in refused:
+            self.sources["text"] = TextFiles(config, [path / file for file in texts])
+            self.used["text"] = texts
+        if waves and "audio" not in refused:
+            self.sources["audio"] = Recordings(config, [path / file for file in waves])
+            self.used["audio"] = waves
+        if not self.sources:
+            expected, got = "images (.png, .jpg, ...), .txt or .wav files in it", describe_suffixes(self.found)
+            if refused:
+                expected = f"a folder of {expected.removesuffix(' in it')}, or one file"
+                got = "; ".join(refused.values())
+            raise ValueError(f"{path}: expected {expected}, got {got}")
+        self.kinds = tuple(self.sources)
+        self.options = frozenset().union(*(source.options for source in self.sources.values()))
 
-
-def _arrays(c: DataConfig, pictures: Pictures) -> Makers:
-    makers: Makers = {"images": lambda: image_dataset(pictures, c.held_out)}
-    if pictures.labels is not None and pictures.labels.unique().tolist() == [0, 1]:
-        makers["domains"] = lambda: domain_dataset(pictures, c.held_out)
-    return makers
-
-
-def _in_folder(c: DataConfig, path: Path) -> Makers:
-    if hub.is_saved(path):
-        return _table(c)
-    found = folders.files_below(path)
-    images, texts, waves = (folders.with_suffix(found, of) for of in (SUFFIXES, {".txt"}, {".wav"}))
-    refused = {
-        kind: f"{len(files)} {kind} files beside {others}"
-        for kind, files, stronger in (("image", images, []), ("text", texts, images + waves), ("audio", waves, []))
-        if (others := folders.outnumbering(files, found, stronger))
-    }
-    makers: Makers = {}
-    table = None
-    if images and "image" not in refused:
-        table = find_captions(path, found)
-        folder = folders.ImageFolder(path, images, table)
-        named = {"images": folder.images, "domains": folder.domains, "pairs": folder.pairs}
-        for kind in folder.kinds:
-            makers[kind] = partial(named[kind], c.image_size, c.held_out)
-    if texts and "text" not in refused:
-        makers["text"] = lambda: text.text_dataset(
-            c.source, text.read_texts([path / file for file in texts]), c.held_out, c.tokens
-        )
-    if waves and "audio" not in refused:
-        makers["audio"] = lambda: audio.read_wavs(c.source, [path / file for file in waves], c.seconds, c.held_out)
-    if not makers:
-        expected, got = "images (.png, .jpg, ...), .txt or .wav files in it", folders.suffixes_of(found)
-        if refused:
-            expected, got = f"a folder of {expected.removesuffix(' in it')}, or one file", "; ".join(refused.values())
-        raise ValueError(f"{path}: expected {expected}, got {got}")
-    c.refuse_unused(
-        (IMAGES if "images" in makers else NONE)
-        | (TEXT if "text" in makers else NONE)
-        | (AUDIO if "audio" in makers else NONE)
-    )
-    used = {"text": texts, "audio": waves}
-    left = {kind: set(found) - set(used.get(kind, [*images, table])) for kind in makers}
-    return {kind: partial(_with_note, make, sorted(left[kind])) for kind, make in makers.items()}
-
-
-def _table(c: DataConfig) -> Makers:
-    table = hub.Table(c.source, c.column)
-    c.refuse_unused(COLUMN | (IMAGES if "images" in table.kinds else NONE) | (TEXT if "text" in table.kinds else NONE))
-    makers: Makers = {}
-    for kind in table.kinds:
-        if kind == "text":
-            makers[kind] = lambda: table.text(c.held_out, c.tokens)
-        else:
-            makers[kind] = partial(table.images if kind == "images" else table.domains, c.image_size, c.held_out)
-    return makers
-
-
-def _with_note(make: Callable[[], Dataset], left_out: list[Path]) -> Dataset:
-    """The data set, and what ``describe`` says of files that it does not use."""
-    data = make()
-    if not left_out:
-        return data
-    note = f"files of other types were left out: {folders.suffixes_of(left_out)}"
-    return dataclasses.replace(data, about={**data.about, "warnings": [note]})
+    def load(self, kind: str) -> Dataset:
+        data = self.sources[kind].load(kind)
+        unused = sorted(set(self.found) - set(self.used[kind]))
+        if not unused:
+            return data
+        note = f"files of other types were left out: {describe_suffixes(unused)}"
+        return dataclasses.replace(data, warnings=(note,))

@@ -1,4 +1,4 @@
-"""Which items are held out: the same ones on every call and every machine."""
+"""The held-out split: the same items on every call and every machine."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ HELD_OUT_TEXT = 10
 
 
 def hold_out(n: int, every: int, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(training, held out): numbers of items, ascending. One in ``every`` is held out, drawn at random.
+    """(training, held out): indices of items, ascending. One in ``every`` is held out, chosen at random.
 
     Args:
-        n: items. every: 0 stands for ``HELD_OUT``.
-        labels: (n,) int64. Each class gives its share, to within one item.
+        n: number of items.
+        every: 0 stands for ``HELD_OUT``.
+        labels: (n,) int64; the split is stratified by them.
     """
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     if labels is not None:
@@ -26,13 +27,13 @@ def hold_out(n: int, every: int, labels: Tensor | None = None) -> tuple[Tensor, 
 
 
 def hold_out_groups(groups: Tensor, every: int) -> tuple[Tensor, Tensor]:
-    """As ``hold_out``, but items of one group (groups: (n,) int64, 0, 1, ...) stay on one side."""
+    """As ``hold_out``; items of one group (groups: (n,) int64, 0, 1, ...) stay in one split."""
     _, held_groups = hold_out(int(groups.max()) + 1, every)
     held = torch.isin(groups, held_groups)
     return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
 
 
 def at_least(name: str, n: int, what: str = "items", least: int = MIN_ITEMS) -> None:
-    """ValueError where there are too few items to train on some and hold out others."""
+    """Raises ValueError where there are too few items for two splits."""
     if n < least:
         raise ValueError(f"{name}: {what}: expected at least {least} of them, got {n}")

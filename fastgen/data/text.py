@@ -9,18 +9,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgen.data._base import Dataset, Items, digest
+from fastgen.batch import Vocabulary, tokenize
+from fastgen.data._base import Dataset, Items, Source, digest
 from fastgen.data._files import read_bytes
 from fastgen.data._optional import need
+from fastgen.data.config import DataConfig
 from fastgen.data.splitting import HELD_OUT_TEXT, at_least
-from fastgen.vocabulary import Vocabulary, tokenise
 
 OVERLAP = 8
-"""How many training windows each token lies in."""
+"""Number of training windows that each token is in."""
 
 PIECES = r" ?\S+|\s+"
 LONGEST = 16
-"""Where strings of the vocabulary end at the latest: with the word, or the space between; after so many characters."""
+"""Learned strings end at the latest with the word, with the white space between words, or after so many characters."""
+
+
+class TextFiles(Source):
+    """UTF-8 files, one after the other, with a line end between."""
+
+    kinds = ("text",)
+    options = frozenset(("tokens",))
+
+    def __init__(self, config: DataConfig, paths: list[Path]) -> None:
+        self.config, self.paths = config, paths
+
+    def load(self, kind: str) -> Dataset:
+        text = "\n".join(read_text(path) for path in self.paths)
+        return text_dataset(self.config.source, text, self.config.held_out, self.config.tokens)
 
 
 class Windows(Items):
@@ -30,7 +45,7 @@ class Windows(Items):
         tokens: (N,) integers, N at least ``length``.
     """
 
-    def __init__(self, tokens: Tensor, length: int, stride: int) -> None:
+    def __init__(self, tokens: Tensor, length: int = 1, stride: int = 1) -> None:
         self.tokens, self.length, self.stride = tokens, length, stride
 
     def __len__(self) -> int:
@@ -45,49 +60,58 @@ class Windows(Items):
         return Windows(self.tokens.to(device), self.length, self.stride)
 
 
-def text_dataset(name: str, text: str, every: int, count: int = 0) -> Dataset:
+class TextDataset(Dataset):
+    """Text. Its items are single tokens until ``splits`` cuts windows."""
+
+    def splits(self, length: int | None = None) -> tuple[Items, Items]:
+        """Windows of ``length`` tokens.
+
+        Held-out windows do not overlap, and the tokens at the end that fill none are left out. Training windows start
+        every max(1, length // 8) tokens, so an epoch has each token about eight times, in different contexts.
+
+        Raises:
+            ValueError: a text too short for one window in either split.
+        """
+        assert isinstance(self.train, Windows)
+        assert isinstance(self.held_out, Windows)
+        train, held = self.train.tokens, self.held_out.tokens
+        unit = "characters" if isinstance(self.facts["vocabulary"], str) else "tokens"
+        if length is None or length < 1:
+            raise ValueError(f"length: expected 1 or more {unit}, got {length}")
+        if len(held) < length or len(train) < length:
+            raise ValueError(
+                f"{self.name}: expected a text with {length} {unit} or more to train on and {length} or more held out, "
+                f"got {len(train)} and {len(held)}"
+            )
+        return Windows(train, length, max(1, length // OVERLAP)), Windows(held, length, length)
+
+
+def text_dataset(name: str, text: str, every: int, count: int = 0) -> TextDataset:
     """Kind text. The last tenth (or 1 / ``every``) of the text is held out.
 
-    The vocabulary is the text's characters, sorted. With ``count`` it goes on with strings that the training part has
-    often, ``count`` items altogether or all there are; then a token is always the longest of them that fits.
-
-    ``splits(length=...)`` gives windows of so many tokens. Held-out windows do not overlap, and the tokens at the end
-    that fill none are left out. Training windows start every max(1, length // 8) tokens: an epoch sees each about
-    eight times, each time after another stretch of the past.
+    The vocabulary is the text's characters, sorted. With ``count``, frequent strings of the training split are added,
+    up to ``count`` items altogether; the longest item that matches is then one token.
 
     Raises:
-        ValueError: an empty text, a count that is no more than its characters; from ``splits``: a text too short for
-            one window in either part. ImportError: a count without the package ``tokenizers``.
+        ValueError: an empty text; a count that is not above the number of distinct characters.
+        ImportError: a count without the package ``tokenizers``.
     """
     at_least(name, len(text), "characters")
     tokens, characters = encode(text)
     vocabulary: Vocabulary = characters
-    unit = "tokens" if count else "characters"
     cut = len(text) - max(1, len(text) // (every or HELD_OUT_TEXT))
     train, held = tokens[:cut], tokens[cut:]
     if count:
         vocabulary = learn_strings(name, text[:cut], characters, count)
         train, held = (
-            torch.tensor(tokenise(name, part, vocabulary), dtype=torch.int32) for part in (text[:cut], text[cut:])
+            torch.tensor(tokenize(name, part, vocabulary), dtype=torch.int32) for part in (text[:cut], text[cut:])
         )
-
-    def make_splits(length: int) -> tuple[Items, Items]:
-        if length < 1:
-            raise ValueError(f"length: expected 1 or more {unit}, got {length}")
-        if len(held) < length or len(train) < length:
-            raise ValueError(
-                f"{name}: expected a text with {length} {unit} or more to train on and {length} or more held out, "
-                f"got {len(train)} and {len(held)}"
-            )
-        return Windows(train, length, max(1, length // OVERLAP)), Windows(held, length, length)
-
-    about = {unit: (len(train), len(held))}
     fingerprint = digest("text", vocabulary, tokens, cut)
-    return Dataset(name, "text", {"vocabulary": vocabulary}, fingerprint, make_splits, about)
+    return TextDataset(name, "text", {"vocabulary": vocabulary}, fingerprint, Windows(train), Windows(held))
 
 
 def learn_strings(name: str, text: str, characters: str, count: int) -> tuple[str, ...]:
-    """The characters, then what comes of joining, over and over, the two neighbours in words that are most often there.
+    """The characters, then the strings that byte-pair encoding merges.
 
     Sennrich, Haddow and Birch, "Neural machine translation of rare words with subword units" (2016).
     """
@@ -127,7 +151,7 @@ def read_text(path: Path) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        before = data[: error.start]  # whatever stands there is UTF-8
+        before = data[: error.start]  # valid UTF-8
         line = _line_ends_as_lf(before.decode("utf-8", errors="replace")).count("\n") + 1
         wide = ": UTF-16?" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else ""
         got = f"byte 0x{data[error.start]:02x} at offset {error.start}, in line {line}{wide}"
@@ -147,16 +171,11 @@ def _line_ends_as_lf(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_texts(paths: list[Path]) -> str:
-    """Several files, one after the other, with a line end between."""
-    return "\n".join(read_text(path) for path in paths)
-
-
 def prose() -> str:
     """The documentation of Python's language, from its standard library.
 
-    Topics in sorted order; a paragraph that another topic had before is left out, so that hardly a held-out sentence
-    occurs in training. The text differs between versions of Python; the fingerprint tells.
+    Topics in sorted order; a paragraph that an earlier topic has is left out, so that hardly a held-out sentence
+    occurs in training. The text differs between versions of Python, and so does the fingerprint.
     """
     from pydoc_data.topics import topics
 

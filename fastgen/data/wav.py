@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastgen.data._files import cannot_read, check_file
-from fastgen.data.pictures import Array
+from fastgen.data.images import Array
 
 PCM, FLOAT, EXTENSIBLE = 1, 3, 0xFFFE
 NAMES = {2: "ADPCM", 6: "A-law", 7: "mu-law", 0x11: "IMA ADPCM", 0x31: "GSM 6.10", 0x50: "MPEG", 0x55: "MP3"}

@@ -21,39 +21,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from fastgen.batch import KINDS as KINDS
+from fastgen.batch import TRANSLATED as TRANSLATED
+from fastgen.batch import Batch as Batch
+from fastgen.batch import Kind as Kind
 from fastgen.batch import check_batch
+from fastgen.batch import from_data as from_data
+from fastgen.batch import option as option
 from fastgen.models._checksum import is_whole
 from fastgen.models.pretrained import MODEL_TYPE, WEIGHTS, Pretrained, check_saved_config
-
-Batch: TypeAlias = dict[str, Tensor]
-"""Tensors whose first dim is the item; which ones there are depends on the kind of data (``KINDS``)."""
-
-Kind = Literal["images", "pairs", "domains", "text", "sequences", "audio"]
-KINDS: tuple[str, ...] = get_args(Kind)
-"""Kinds of data, the tensors of their batches, and the facts they offer to a config:
-
-images: images (B, C, S, S) in [0, 1], and labels (B,) int64 where there are classes. Facts: image_size, channels,
-    levels (values of a pixel: multiples of 1 / (levels - 1)), classes (0: no labels). Where they are captioned (those
-    with labels are, by the names of their classes): caption (B, T) int64, padded with 0 at the end, token 1 + i being
-    character i of caption_vocabulary. Facts: caption_vocabulary, caption_length (T), caption_examples; else "", 0, ().
-pairs: inputs (B, Cin, S, S), targets (B, C, S, S), in [0, 1]. Facts: image_size, input_channels, channels, levels.
-domains: a, b (B, C, S, S) in [0, 1], unpaired. Facts: image_size, channels, levels.
-text: tokens (B, length) int64. Facts: vocabulary (one string, token i being its character i; or a tuple of strings,
-    where the data was asked for longer tokens). The config's ``data_options`` gives the length.
-sequences: source (B, S), target (B, T) int64, padded at the end; token 0 is padding, 1 start, 2 end, 3 + i character
-    i of the vocabulary; both begin with 1 and end with 2. Facts: vocabulary, source_length, target_length.
-audio: audio (B, length) in [-1, 1]. Facts: sample_rate, length.
-"""
-
-TRANSLATED: tuple[str, ...] = ("pairs", "domains")
-"""Kinds whose models have ``translate`` in place of ``draw``."""
 
 
 @dataclass(frozen=True)
@@ -114,16 +97,6 @@ class StepContext:
 @dataclass(frozen=True)
 class NoOptions:
     """Options of sampling, of a model that has none."""
-
-
-def option(default: Any, help: str, *, from_data: bool = False) -> Any:
-    """A config's field. ``help`` is shown on the command line. ``from_data``: the data's fact of that name decides."""
-    return field(default=default, metadata={"help": help, "from_data": from_data})
-
-
-def from_data(config_class: type) -> list[str]:
-    """Names of the fields that the data decide."""
-    return [f.name for f in dataclasses.fields(config_class) if f.metadata.get("from_data")]
 
 
 def current_names(config_class: type, saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -258,21 +258,12 @@ class ConvVAE(VariationalAutoencoder):
         return log_p - log_q - log_q_details
 
     @torch.no_grad()
-    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """The expected pixels (n, C, S, S), in [0, 1], of n latents from the prior.
-
-        Args:
-            n: number of images.
-            generator: source of the noise, on any device; a CPU generator gives the same noise on every device.
+    def draw(self, n: int, options: NoOptions, *, generator: torch.Generator | None = None) -> Images:
+        """The expected pixels of n latents from the prior.
 
         Raises:
             ValueError: n is not a positive integer.
         """
-        return self.draw(n, NoOptions(), generator=generator).pixels
-
-    @torch.no_grad()
-    def draw(self, n: int, options: NoOptions, *, generator: torch.Generator | None = None) -> Images:
-        """As ``sample``."""
         require_positive("n", n)
         z = normal_noise((n, self.config.latent_dim), next(self.parameters()), generator)
         canvas = self.canvas(z)

@@ -38,7 +38,7 @@ from fastgen.checks import (
 )
 from fastgen.models._decoder import DecoderBlock, Past, drawing, initialise_decoder
 from fastgen.models.base import Batch, GenerativeModel, Images, Phase, Samples, StepContext, image_rows, option
-from fastgen.models.conditioning import LabelOptions, caption_rows, check_captions, check_labels, wanted_labels
+from fastgen.models.conditioning import LabelOptions, check_captions, check_labels, wanted_labels
 from fastgen.models.decoding import Chooser
 from fastgen.models.variational import check_images
 from fastgen.models.vq_vae import Autoencoder, AutoencoderConfig
@@ -383,7 +383,7 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
         if config.captions:
             texts = (options.caption,) if options.caption else config.caption_examples
             chosen, columns = wanted_labels(n, 0 if options.caption else -1, len(texts))
-            captions = caption_rows(texts, config.caption_vocabulary, config.caption_length)[chosen].to(self.device)
+            captions = caption_tokens(texts, config.caption_vocabulary, config.caption_length)[chosen].to(self.device)
             if not options.caption and len(texts) == config.classes:  # their names
                 labels = chosen
         none = torch.zeros(n, 0, dtype=torch.int64, device=self.device)

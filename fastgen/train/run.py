@@ -20,7 +20,7 @@ from accelerate.tracking import get_available_trackers
 from torch import Tensor
 
 from fastgen import environment
-from fastgen.data import BUNDLED, SOURCES, DataConfig, Dataset, Items, bundled, load_data
+from fastgen.data import BUNDLED, SOURCES, DataConfig, Dataset, Items, bundled_name, load_data
 from fastgen.models import MODELS, GenerativeModel, from_data, settle
 from fastgen.train.card import write_card
 from fastgen.train.checkpoint import Header, load_checkpoint
@@ -347,7 +347,7 @@ def limited_threads(config: TrainConfig, model: GenerativeModel, items: Items) -
 
 def _anywhere(config: DataConfig) -> DataConfig:
     """With a source that means the same from every folder. ValueError: a path that is also the name of a set."""
-    name = bundled(config.source)
+    name = bundled_name(config.source)
     if name is not None:
         return replace(config, source=BUNDLED + name)
     return replace(config, source=str(Path(config.source).resolve())) if os.path.exists(config.source) else config

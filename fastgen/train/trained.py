@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastgen.data import Items, TensorItems, read_pictures
+from fastgen.data import Items, TensorItems, read_images
 from fastgen.models import TRANSLATED, GenerativeModel, Images, Samples, Sounds, Texts
 from fastgen.train.checkpoint import Header, load_checkpoint
 from fastgen.train.engine import find
@@ -76,7 +76,7 @@ def given_items(trained: Trained, folder: RunFolder, pictures: str = "") -> Item
         return split(data_of(trained.header, folder), model.config)[1]
     names = ("inputs",) if model.kind == "pairs" else ("a", "b")
     channels = model.config.input_channels if model.kind == "pairs" else model.config.channels
-    stack = read_pictures(Path(pictures), model.config.image_size, channels)
+    stack = read_images(Path(pictures), model.config.image_size, channels)
     return TensorItems(dict.fromkeys(names, stack), dict.fromkeys(names, 255.0))
 
 

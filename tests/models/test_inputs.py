@@ -227,7 +227,7 @@ def test_pixels_out_of_range_have_no_probability_and_nan_stays_nan(
 def test_figures_of_images_that_are_nan_are_nan_where_values_are_not_looked_at(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, int]
 ) -> None:
-    monkeypatch.setattr("fastgen.batch.readable", lambda tensor: False)
+    monkeypatch.setattr("fastgen.batch.checks.readable", lambda tensor: False)
     for name in ("image-transformer", "vq-vae"):
         model = small(name, **options).eval()
         batch = batch_of(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import socket
 from collections.abc import Callable, Sequence
@@ -13,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastgen.cli import EXTRAS, main
+from fastgen.cli import main
 from fastgen.models import MODELS
+from tests.extras import MISSING
 
-MISSING = [package for module, package in EXTRAS.items() if importlib.util.find_spec(module) is None]
 collect_ignore_glob = ["test_*.py"] if MISSING else []
 
 GAN = ["--model.width", "4", "--model.latent-dim", "8", "--batch-size", "32"]

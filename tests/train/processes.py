@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import fastgen.cli._train
-import fastgen.data.pictures
+import fastgen.data.images
 import fastgen.train.run
 from fastgen.cli import main
 from fastgen.train.lock import locked
@@ -37,7 +37,7 @@ def run_command(words: Sequence[str], environment: dict[str, str], out: str) -> 
     if environment.pop("lazy", ""):
         os.setpgrp()
         multiprocessing.set_start_method(None, force=True)  # as in a process that was not forked
-        fastgen.data.pictures.MEMORY_LIMIT = 0
+        fastgen.data.images.MEMORY_LIMIT = 0
     limit = int(environment.pop("limit", 0))
     os.environ.update(environment)
     torch.set_num_threads(1)

@@ -22,7 +22,7 @@ from fastgen.models import MODELS
 from fastgen.train.checkpoint import load_checkpoint
 from fastgen.train.engine import Engine
 from fastgen.train.loop import Trainer
-from tests.train.test_data_files import COLOUR, save_images
+from tests.data.test_files import COLOUR, save_images
 
 Main = Callable[..., int]
 Metrics = Callable[..., list[dict[str, Any]]]

@@ -83,5 +83,20 @@ def test_a_model_of_several_kinds_of_data_takes_what_the_data_are(
     assert "tones: expected data of kind images (digits, " in error_line()
 
 
+def test_evaluate_reports_the_harmonicity_of_sounds(
+    fit: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fastgen.train import evaluate
+
+    monkeypatch.setattr(evaluate, "write_report", lambda folder: None)
+    assert fit("--data", "tones", "--items", "20", "--seconds", "0.25", model="wavenet", steps=1) == 0
+    assert main(["evaluate", str(tmp_path / "run"), "--n", "2", "--resamples", "0"]) == 0
+    kept = json.loads((tmp_path / "run" / "evaluation.json").read_text())["figures"]
+    found = {figure["name"]: figure for figure in kept}
+    assert found["energy at harmonics"]["n"] == {"generated": 2}
+    assert found["energy at harmonics, held-out sounds"]["value"] > 0.99
+    assert "energy at harmonics" in capsys.readouterr().out
+
+
 SUFFIX = {"text": ".txt", "sequences": ".txt", "audio": ".wav"} | dict.fromkeys(("images", "domains", "pairs"), ".png")
 SHORT = {"transformer-lm": ["--length", "5"], "wavenet": ["--seconds", "0.01"]}

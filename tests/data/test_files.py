@@ -1,10 +1,11 @@
-"""A person's own data: images, arrays, text, recordings, Hugging Face; and files that are not what they should be."""
+"""Data from files: images, arrays, text, recordings, Hugging Face datasets."""
 
 from __future__ import annotations
 
 import gzip
 import struct
 import wave
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 from fastgen.data import DataConfig, Dataset, TensorItems, describe, load_data
-from tests.train.test_data import check_contract, everything
+from tests.data.test_bundled import check_contract, everything
 
 RANDOM = np.random.RandomState(0)
 GREY = RANDOM.randint(0, 256, (12, 8, 8)).astype(np.uint8)
@@ -45,7 +46,7 @@ CAPTIONS = ["a red dog", "a dög", "two cats, one dog"] * 4
 
 
 @pytest.mark.parametrize("table", ["metadata.csv", "captions.tsv"])
-def test_a_table_beside_pictures_has_their_captions(tmp_path: Path, table: str) -> None:
+def test_a_table_beside_images_has_their_captions(tmp_path: Path, table: str) -> None:
     save_images(tmp_path, GREY)
     without = load(tmp_path)
     assert without.facts == NO_CAPTIONS | {"image_size": 8, "channels": 1, "levels": 256, "classes": 0}
@@ -74,8 +75,8 @@ def test_a_table_beside_pictures_has_their_captions(tmp_path: Path, table: str) 
     [
         ("00.png\ta dog", "columns file_name and text, got 00.png, a dog"),
         ("file_name\ttext\n00.png", "row 2: expected 2 columns, got 1"),
-        ("file_name\ttext\n77.png\ta", "row 2: expected a picture in the folder, got 77.png, one that is not there"),
-        ("file_name\ttext\n00.png\ta\n00.png\tb", "row 3: .*got 00.png, another one: it is there before"),
+        ("file_name\ttext\n77.png\ta", "row 2: expected an image in the folder, got 77.png, which does not exist"),
+        ("file_name\ttext\n00.png\ta\n00.png\tb", "row 3: .*got 00.png, which an earlier row has"),
         ("file_name\ttext\n00.png\t ", "row 2: expected a caption of 00.png, got none"),
         ("file_name\ttext\n00.png\ta", "expected a caption of 01.png, got none"),
     ],
@@ -197,11 +198,11 @@ def test_pairs_belong_together_by_name(tmp_path: Path) -> None:
     for part in map(everything, data.splits()):
         assert torch.allclose(part["targets"], (1 - part["inputs"]).expand(-1, 3, -1, -1))
     (tmp_path / "targets" / "03.bmp").unlink()
-    with pytest.raises(ValueError, match=r"expected a picture 03 in targets. too, got none"):
+    with pytest.raises(ValueError, match=r"expected an image 03 in targets. too, got none"):
         load(tmp_path, "pairs")
 
 
-def test_one_picture_in_colour_makes_all_of_them_so(tmp_path: Path) -> None:
+def test_one_image_in_colour_makes_all_of_them_so(tmp_path: Path) -> None:
     save_images(tmp_path, GREY)
     Image.fromarray(COLOUR[0]).save(tmp_path / "colour.png")
     both = all_images(load(tmp_path))
@@ -213,7 +214,7 @@ def _rgba(value: tuple[int, int, int, int]) -> Image.Image:
     return Image.new("RGBA", (8, 8), value)
 
 
-PICTURES: dict[str, tuple[Callable[[], Image.Image], dict[str, Any], list[int]]] = {
+MODES: dict[str, tuple[Callable[[], Image.Image], dict[str, Any], list[int]]] = {
     "transparent": (lambda: _rgba((255, 0, 0, 0)), {}, [255, 255, 255]),
     "half transparent": (lambda: _rgba((255, 0, 0, 128)), {}, [255, 127, 127]),
     "palette": (lambda: Image.new("RGB", (8, 8), (9, 90, 200)).quantize(4), {}, [9, 90, 200]),
@@ -225,9 +226,9 @@ PICTURES: dict[str, tuple[Callable[[], Image.Image], dict[str, Any], list[int]]]
 }
 
 
-@pytest.mark.parametrize("case", PICTURES)
-def test_every_mode_of_pictures_shows_what_a_viewer_shows(tmp_path: Path, case: str) -> None:
-    make, options, expected = PICTURES[case]
+@pytest.mark.parametrize("case", MODES)
+def test_every_image_mode_is_decoded_as_viewers_show_it(tmp_path: Path, case: str) -> None:
+    make, options, expected = MODES[case]
     for i in range(10):
         make().save(tmp_path / f"{i}.png", **options)
     data = load(tmp_path)
@@ -236,7 +237,7 @@ def test_every_mode_of_pictures_shows_what_a_viewer_shows(tmp_path: Path, case: 
     assert len(pixels) == len(expected)
 
 
-def test_pictures_are_turned_upright_resized_and_cropped(tmp_path: Path) -> None:
+def test_images_are_rotated_upright_resized_and_cropped(tmp_path: Path) -> None:
     lying = np.zeros((16, 40, 3), np.uint8)
     lying[:, 20:] = 255  # the right half is white; turned by orientation 6 the lower half is
     exif = Image.Exif()
@@ -250,14 +251,14 @@ def test_pictures_are_turned_upright_resized_and_cropped(tmp_path: Path) -> None
     assert pixels[:, 5:].min() > 0.9
 
 
-def test_pictures_that_do_not_fit_into_memory_are_decoded_when_asked_for(
+def test_images_beyond_the_memory_limit_are_decoded_batch_by_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_images(tmp_path / "a", COLOUR)
     save_images(tmp_path / "b", COLOUR[:, ::-1])
     eager = {kind: load(tmp_path, kind) for kind in ("images", "domains")}
     assert all(isinstance(part, TensorItems) for data in eager.values() for part in data.splits())
-    monkeypatch.setattr("fastgen.data.pictures.MEMORY_LIMIT", 1000)
+    monkeypatch.setattr("fastgen.data.images.MEMORY_LIMIT", 1000)
     for kind, data in eager.items():
         lazy = load(tmp_path, kind)
         assert lazy.fingerprint == data.fingerprint
@@ -269,12 +270,33 @@ def test_pictures_that_do_not_fit_into_memory_are_decoded_when_asked_for(
         [everything(part) for part in lazy.splits()]
 
 
+@pytest.mark.parametrize("limit", [2 << 30, 1000], ids=["in memory", "lazy"])
+def test_each_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    save_images(tmp_path / "a", COLOUR)
+    save_images(tmp_path / "b", GREY)
+    monkeypatch.setattr("fastgen.data.images.MEMORY_LIMIT", limit)
+    counts: Counter[Path] = Counter()
+    read = Path.read_bytes
+
+    def counting(path: Path) -> bytes:
+        counts[path] += 1
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", counting)
+    splits = load_data(DataConfig(str(tmp_path)), "images").splits()
+    assert len(counts) == 24
+    assert set(counts.values()) == {1}
+    both = torch.cat([everything(part)["images"] for part in splits])
+    assert (both == both[:, :1]).flatten(1).all(1).sum() == 12
+    assert set(counts.values()) == ({1} if limit > 1000 else {2})
+
+
 def test_text_files_are_one_text(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_bytes("\ufeffWäre\r\n".encode() + b"x" * 300)
     (tmp_path / "a.txt").write_text("€" * 100)
     data = load(tmp_path, "text")
     assert data.facts["vocabulary"] == "\nWerxä€"
-    assert sum(data.about["characters"]) == 100 + 1 + 5 + 300
+    assert len(data.train) + len(data.held_out) == 100 + 1 + 5 + 300
     (tmp_path / "c.txt").write_text("short but sweet")
     with pytest.raises(
         ValueError, match="with 33 characters or more to train on and 33 or more held out, got 14 and 1"
@@ -336,7 +358,7 @@ def hugging_face() -> Any:
 
 
 @pytest.mark.parametrize("place", ["folder", "folder of splits", "parquet", "hub"])
-def test_hugging_face_data_sets_serve_images_and_text(
+def test_hugging_face_datasets_serve_images_and_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     rows, source = hugging_face(), str(tmp_path / "set")
@@ -358,14 +380,14 @@ def test_hugging_face_data_sets_serve_images_and_text(
     assert all_images(load(source)).sum() == GREY.sum() + (GREY // 2).sum()
     assert load(source, image_size=4, column="picture").facts["image_size"] == 4
     text = load_data(DataConfig(source, column="words"), "text")
-    assert sum(text.about["characters"]) == len("\n".join(f"line {i}" for i in range(23)))
+    assert len(text.train) + len(text.held_out) == len("\n".join(f"line {i}" for i in range(23)))
     with pytest.raises(ValueError, match="column: expected one of picture, label, words, got 'text'"):
         load(source, column="text")
     with pytest.raises(ValueError, match=r"expected data of kind images .*, got text"):
         load(source, column="words")
 
 
-def test_a_text_beside_pictures_of_hugging_face_is_their_caption(tmp_path: Path) -> None:
+def test_a_text_column_beside_images_of_hugging_face_is_their_caption(tmp_path: Path) -> None:
     source = str(tmp_path / "set.parquet")
     hugging_face().rename_column("words", "text").to_parquet(source)
     data = load(source)
@@ -386,5 +408,5 @@ def test_a_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) 
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(FileNotFoundError, match=r"hf:someone/pets: expected a data set of .* got: no network"):
+    with pytest.raises(FileNotFoundError, match=r"hf:someone/pets: expected a dataset of .* got: no network"):
         load("hf:someone/pets")

@@ -1,4 +1,4 @@
-"""Files that are not what they should be are refused in one line that names them, what was expected and what came."""
+"""Bad files are rejected in one line that names the file, what was expected and what it holds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.train.test_data_files import COLOUR, GREY, load, save_images, save_wav
+from tests.data.test_files import COLOUR, GREY, load, save_images, save_wav
 
 
 def png(pixels: Any) -> bytes:
@@ -135,7 +135,7 @@ BAD: dict[str, tuple[str, str, Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_files_are_refused_in_one_line_that_names_them(tmp_path: Path, case: str) -> None:
+def test_bad_files_are_rejected_in_one_line_that_names_them(tmp_path: Path, case: str) -> None:
     name, kind, make, message = BAD[case]
     make(tmp_path / name)
     before = sorted(tmp_path.rglob("*"))

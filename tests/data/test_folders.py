@@ -1,4 +1,4 @@
-"""A person's files as they lie on disk: line ends, stray files, links to nothing, names that mean two things."""
+"""Folders as they are on disk: line ends, stray files, broken links, ambiguous names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from fastgen.data import DataConfig, describe
 from fastgen.data.captions import read_captions
-from tests.train.test_data_files import GREY, load, save_idx, save_images, save_wav
+from tests.data.test_files import GREY, load, save_idx, save_images, save_wav
 
 UNICODE_LINE_ENDS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
 """What ``str.splitlines`` takes for line ends, and files do not."""
@@ -27,17 +27,18 @@ def test_only_the_line_ends_of_files_end_lines(tmp_path: Path, end: str) -> None
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + end.join([*lines, ""]).encode())
         return tmp_path / name
 
-    save_images(tmp_path / "pictures", GREY)
+    save_images(tmp_path / "images", GREY)
     names = [Path(f"{i:02}.png") for i in range(12)]
     for table, mark in (("captions.tsv", "\t"), ("metadata.csv", ",")):
-        write(f"pictures/{table}", f"file_name{mark}text", *(f"{name}{mark}{name}{odd}x" for name in names))
-        found = read_captions(tmp_path / "pictures", Path(table), names)
-        assert found == [f"{name}{odd}x" for name in names]
+        write(f"images/{table}", f"file_name{mark}text", *(f"{name}{mark}{name}{odd}x" for name in names))
+        found = read_captions(tmp_path / "images", [Path(table)])
+        assert found is not None
+        assert found.captions(names) == [f"{name}{odd}x" for name in names]
     data = load(write("pairs.tsv", *(f"{i}{odd}s\t{i}{odd}t" for i in range(10, 20))), "sequences")
     assert (data.facts["source_length"], data.facts["target_length"]) == (13, 13)  # with start and end
     text = load(write("text.txt", *(f"a{odd}b" for _ in range(40))), "text")
     assert text.facts["vocabulary"] == "".join(sorted({*odd, *"ab\n"}))
-    assert sum(text.about["characters"]) == 40 * (3 + len(odd))
+    assert len(text.train) + len(text.held_out) == 40 * (3 + len(odd))
 
 
 def test_rows_of_a_table_are_counted_as_a_spreadsheet_counts_them(tmp_path: Path) -> None:
@@ -50,9 +51,7 @@ def test_rows_of_a_table_are_counted_as_a_spreadsheet_counts_them(tmp_path: Path
         load(tmp_path)
 
 
-def test_a_name_of_the_box_that_is_also_a_path_has_to_be_chosen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bundled_name_that_is_also_a_path_is_ambiguous(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_images(tmp_path / "digits", GREY)
     bundled = load("digits").fingerprint
     monkeypatch.chdir(tmp_path)
@@ -60,7 +59,9 @@ def test_a_name_of_the_box_that_is_also_a_path_has_to_be_chosen(
     assert mine == load("./digits").fingerprint == load("digits/").fingerprint
     assert bundled == load("bundled:digits").fingerprint
     assert load("bundled:digits").name == "digits"
-    message = "^digits: expected bundled:digits .the bundled set. or ./digits .the path., got a name that both have$"
+    message = (
+        "^digits: expected bundled:digits .the bundled dataset. or ./digits .the path., got a name that both have$"
+    )
     with pytest.raises(ValueError, match=message):
         load("digits")
     with pytest.raises(ValueError, match=r"^bundled:cats: expected one of digits, .* after bundled:, got 'cats'$"):
@@ -104,7 +105,7 @@ def test_stray_files_beside_the_data_change_nothing(tmp_path: Path) -> None:
     ],
     ids=["CIFAR", "heic", "flac", "README", "captions"],
 )
-def test_a_folder_that_looks_like_no_kind_is_refused_with_what_is_in_it(
+def test_a_folder_of_no_known_kind_is_rejected_with_its_contents(
     tmp_path: Path, files: list[str], kind: str, error: str
 ) -> None:
     for name in files:
@@ -128,13 +129,13 @@ def test_what_cannot_be_read_is_named_in_one_line(tmp_path: Path, monkeypatch: p
         with pytest.raises(OSError, match="^" + re.escape(f"{tmp_path / name}: expected digits, ")) as caught:
             load(tmp_path / name, "text")
         assert error in str(caught.value)
-    save_images(tmp_path / "pictures", GREY)
-    (tmp_path / "pictures" / "link.png").symlink_to("../gone.png")
+    save_images(tmp_path / "images", GREY)
+    (tmp_path / "images" / "link.png").symlink_to("../gone.png")
     with pytest.raises(
         FileNotFoundError, match=r"link\.png: expected a file that can be read, got a link to \.\./gone\.png"
     ):
-        load(tmp_path / "pictures")
-    (tmp_path / "pictures" / "link.png").unlink()
+        load(tmp_path / "images")
+    (tmp_path / "images" / "link.png").unlink()
     save_wav(tmp_path / "a.wav", [0] * 800)
     np.savez(tmp_path / "a.npz", images=GREY)
     save_idx(tmp_path / "images-idx3-ubyte", GREY, 2051)
@@ -143,8 +144,8 @@ def test_what_cannot_be_read_is_named_in_one_line(tmp_path: Path, monkeypatch: p
         raise PermissionError(errno.EACCES, "Permission denied", str(args[0]))
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(PermissionError, match="pictures: expected to read it, got: Permission denied"):
-        load(tmp_path / "pictures")
+    with pytest.raises(PermissionError, match="images: expected to read it, got: Permission denied"):
+        load(tmp_path / "images")
     for place in ("builtins.open", "io.open"):
         monkeypatch.setattr(place, refuse)
     for name, kind in (("a.txt", "text"), ("a.wav", "audio"), ("a.npz", "images"), ("images-idx3-ubyte", "images")):

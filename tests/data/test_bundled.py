@@ -1,4 +1,4 @@
-"""Bundled data sets: what batches hold, what is held out, how options are refused, what people are told."""
+"""Bundled datasets: tensors of their batches, held-out splits, options that are rejected, descriptions."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastgen import vocabulary as _vocabulary
+from fastgen.batch import spell, tokenize
+from fastgen.batch import vocabulary as _vocabulary
 from fastgen.data import SOURCES, DataConfig, Dataset, Items, describe, load_data
-from fastgen.data.sequences import spell
 from fastgen.data.text import prose
-from fastgen.vocabulary import tokenise
+from fastgen.metrics import harmonicity
 
 SERVED = [
     ("digits", "images", {"image_size": 8, "channels": 1, "levels": 17, "classes": 10}),
@@ -35,7 +35,7 @@ def everything(items: Items) -> dict[str, torch.Tensor]:
 
 
 def check_contract(data: Dataset) -> None:
-    """Batches hold what ``fastgen.models.KINDS`` says of the kind."""
+    """Batches hold what ``fastgen.batch.KINDS`` says of the kind."""
     facts: dict[str, Any] = dict(data.facts)
     for items in data.splits(length=33) if data.kind == "text" else data.splits():
         batch = items.batch(torch.tensor([len(items) - 1, 0, 0]))
@@ -73,7 +73,7 @@ def check_contract(data: Dataset) -> None:
 
 
 @pytest.mark.parametrize(("source", "kind", "facts"), SERVED, ids=[f"{s}-{k}" for s, k, _ in SERVED])
-def test_sets_in_the_box_hold_what_their_kind_says_and_are_always_the_same(
+def test_bundled_datasets_follow_the_contract_of_their_kind_and_are_deterministic(
     source: str, kind: str, facts: dict[str, Any]
 ) -> None:
     config = DataConfig(source=source, **SMALL.get(source, {}))
@@ -86,7 +86,7 @@ def test_sets_in_the_box_hold_what_their_kind_says_and_are_always_the_same(
     assert other.fingerprint != data.fingerprint
 
 
-def test_every_set_in_the_box_is_tested() -> None:
+def test_every_bundled_dataset_is_tested() -> None:
     assert {source for source, _, _ in SERVED} == set(SOURCES)
     for source, line in SOURCES.items():
         kinds = {kind for other, kind, _ in SERVED if other == source}
@@ -140,7 +140,7 @@ def test_grey_inputs_are_the_luma_of_their_targets() -> None:
     assert (batch["inputs"] - luma).abs().max() < 1.5 / 255
 
 
-def test_held_out_sequences_are_new_and_right() -> None:
+def test_held_out_sequences_are_new_and_correct() -> None:
     for source in ("reversal", "sums"):
         data = load_data(DataConfig(source=source, items=5000), "sequences")
         vocabulary = data.facts["vocabulary"]
@@ -182,14 +182,14 @@ def test_windows_of_text_cover_it_and_held_out_ones_come_after() -> None:
     train, held = (
         [spell(row + 3, vocabulary) for row in everything(part)["tokens"]] for part in data.splits(length=80)
     )
-    n_train, n_held = data.about["characters"]
+    n_train, n_held = len(data.train), len(data.held_out)
     assert n_held == len(text) // 10
     assert n_train + n_held == len(text)
     assert train == [text[start : start + 80] for start in range(0, n_train - 79, 10)]
     assert held == [text[start : start + 80] for start in range(n_train, len(text) - 79, 80)]
 
 
-def test_longer_tokens_are_learnt_from_the_training_part_and_spell_the_same_text() -> None:
+def test_longer_tokens_are_learned_from_the_training_part_and_spell_the_same_text() -> None:
     pytest.importorskip("tokenizers")
     text = prose()
     data = load_data(DataConfig(source="prose", tokens=300), "text")
@@ -202,7 +202,7 @@ def test_longer_tokens_are_learnt_from_the_training_part_and_spell_the_same_text
     assert text[:cut] == "".join(vocabulary[i] for i in train.tokens)
     assert text[cut:] == "".join(vocabulary[i] for i in held.tokens)
     assert all(string in text[:cut] for string in vocabulary[len(characters) :])
-    assert data.about["tokens"] == (len(train.tokens), len(held.tokens))
+    assert (len(data.train), len(data.held_out)) == (len(train.tokens), len(held.tokens))
     assert len(train.tokens) < 0.6 * cut
     assert data.fingerprint != load_data(DataConfig(source="prose", tokens=301), "text").fingerprint
     seen = describe(DataConfig(source="prose", tokens=300))
@@ -211,11 +211,11 @@ def test_longer_tokens_are_learnt_from_the_training_part_and_spell_the_same_text
     assert "vocabulary: 300 strings, the last ones" in str(seen)
 
 
-def test_the_longest_string_is_taken() -> None:
+def test_tokenize_takes_the_longest_string() -> None:
     vocabulary = ("a", "b", "c", "ab", "abcb", "bc")
-    assert [vocabulary[i] for i in tokenise("text", "abcabcbbca", vocabulary)] == ["ab", "c", "abcb", "bc", "a"]
+    assert [vocabulary[i] for i in tokenize("text", "abcabcbbca", vocabulary)] == ["ab", "c", "abcb", "bc", "a"]
     with pytest.raises(ValueError, match=r"^prompt: expected characters of the vocabulary, got 'x', 'z'$"):
-        tokenise("prompt", "azabx", vocabulary)
+        tokenize("prompt", "azabx", vocabulary)
     assert doctest.testmod(_vocabulary).failed == 0
 
 
@@ -228,7 +228,7 @@ def test_prose_is_not_trained_on_what_is_held_out() -> None:
 
 
 @pytest.mark.parametrize("length", [0, 40_000])
-def test_windows_that_do_not_fit_are_refused_with_both_lengths(length: int) -> None:
+def test_windows_that_do_not_fit_are_rejected_with_both_lengths(length: int) -> None:
     data = load_data(DataConfig(source="prose"), "text")
     with pytest.raises(ValueError, match=f"{length}.*got|length: expected 1"):
         data.splits(length=length)
@@ -243,11 +243,11 @@ def test_windows_that_do_not_fit_are_refused_with_both_lengths(length: int) -> N
         ({"tokens": -1}, "tokens: expected 0 or more, got -1"),
         ({"seconds": float("nan")}, "seconds: expected more than 0, got nan"),
         ({"seconds": "1"}, "seconds: expected a number, got '1'"),
-        ({"source": ""}, "source: expected a bundled data set, a path or hf:NAME, got an empty string"),
+        ({"source": ""}, "source: expected a bundled dataset, a path or hf:NAME, got an empty string"),
         ({"column": 3}, "column: expected a string, got 3"),
     ],
 )
-def test_options_out_of_range_are_refused(options: dict[str, Any], error: str) -> None:
+def test_options_out_of_range_are_rejected(options: dict[str, Any], error: str) -> None:
     with pytest.raises((TypeError, ValueError), match=f"^{re.escape(error)}$"):
         DataConfig(**options)
 
@@ -258,10 +258,10 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], error: str) -
         ("prose", "images", {}, "prose: expected data of kind images (digits, textures, photos, a folder"),
         ("photos", "domains", {}, "photos: expected data of kind domains (textures, "),
         ("digits", "video", {}, "kind: expected one of images, pairs, domains, text, sequences, audio, got 'video'"),
-        ("prose", "text", {"image_size": 8}, "prose: image_size: expected 0, as it has no use for it, got 8"),
-        ("digits", "images", {"tokens": 300}, "digits: tokens: expected 0, as it has no use for it, got 300"),
+        ("prose", "text", {"image_size": 8}, "prose: image_size: expected 0, as this source does not use it, got 8"),
+        ("digits", "images", {"tokens": 300}, "digits: tokens: expected 0, as this source does not use it, got 300"),
         ("prose", "text", {"tokens": 50}, "tokens: expected more than prose has characters, 10"),
-        ("digits", "images", {"items": 8}, "digits: items: expected 0, as it has no use for it, got 8"),
+        ("digits", "images", {"items": 8}, "digits: items: expected 0, as this source does not use it, got 8"),
         ("textures", "images", {"image_size": 103}, "image_size: expected at most 102, the width of the held-out part"),
         ("textures", "images", {"items": 10**6}, "textures: items: expected fewer"),
         ("tones", "audio", {"items": 3}, "tones: items: expected at least 10 of them, got 3"),
@@ -275,13 +275,15 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], error: str) -
         ),
     ],
 )
-def test_what_a_source_cannot_serve_is_refused(source: str, kind: str, options: dict[str, Any], error: str) -> None:
+def test_kinds_and_options_that_a_source_does_not_have_are_rejected(
+    source: str, kind: str, options: dict[str, Any], error: str
+) -> None:
     with pytest.raises((FileNotFoundError, ValueError), match=re.escape(error)):
         load_data(DataConfig(source=source, **options), kind)
 
 
 @pytest.mark.parametrize(("source", "kind"), [(source, kind) for source, kind, _ in SERVED])
-def test_descriptions_say_what_is_there(source: str, kind: str) -> None:
+def test_descriptions_name_kind_facts_sizes_and_fingerprint(source: str, kind: str) -> None:
     config = DataConfig(source=source, **SMALL.get(source, {}))
     seen, data = describe(config, kind), load_data(config, kind)
     assert (seen.kind, seen.facts, seen.fingerprint) == (kind, data.facts, data.fingerprint)
@@ -300,3 +302,24 @@ def test_descriptions_count_classes() -> None:
     assert sum(seen.classes.values()) == 1797
     assert seen.value_range == (0, 1)
     assert not seen.warnings
+
+
+def test_bundled_tones_have_pitches_a_semitone_apart_and_four_timbres() -> None:
+    waves = load_data(DataConfig(source="tones", items=300), "audio").splits()[0]
+    audio = waves.batch(torch.arange(len(waves)))["audio"].double()
+    assert (harmonicity(audio, 8000) > 0.99).all()
+    peak = audio.abs().amax(1)
+    assert 0.39 < peak.min() < 0.45
+    assert 0.85 < peak.max() < 0.91
+    power = torch.fft.rfft(audio * torch.hann_window(8000)).abs().square()
+    pitches = 110 * 2 ** (torch.arange(24) / 12)
+    at = [power[:, (pitches * k).round().long()[:, None] + torch.arange(-3, 4)].sum(-1) for k in (1, 2, 3)]
+    fits = at[0] + at[1] + at[2]
+    pitch = fits.argmax(1, keepdim=True)
+    assert set(pitch.flatten().tolist()) == set(range(24))
+    first, second, third = (each.gather(1, pitch).sqrt() for each in at)
+    ratios = torch.cat((second / first, third / first), 1)
+    timbres = torch.tensor([(0.7, 0.5), (5 / 3, 0.5), (0.3, 0.1), (0.05, 0.6)]).double()
+    distance = ((ratios[:, None] - timbres).abs() / timbres).amax(-1)
+    assert (distance.amin(1) < 0.25).all()  # 1.1 / 0.9
+    assert set(distance.argmin(1).tolist()) == {0, 1, 2, 3}
