@@ -45,7 +45,7 @@ from fastgen.models.decoding import Chooser
 from fastgen.models.variational import above_each_other, check_images
 from fastgen.nn import RotaryEmbedding
 from fastgen.nn._buffers import ComputedBuffers
-from fastgen.nn._sublayers import all_rows
+from fastgen.nn._sublayers import embedding_table
 
 Activation = Literal["gelu", "swiglu"]
 
@@ -308,11 +308,11 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
     def _run(self, x: Tensor, first: int, past: Past | None = None) -> Tensor:
         """x (B, N, width), what is embedded from place ``first`` on -> logits of the values that stand after it."""
         config = self.config
-        row, column = (all_rows(part, config.grid, x.device) for part in (self.row, self.column))
-        colour = all_rows(self.colour, config.colours, x.device)
+        row, column = (embedding_table(part, config.grid, x.device) for part in (self.row, self.column))
+        colour = embedding_table(self.colour, config.colours, x.device)
         places = (row[:, None, None] + column[:, None] + colour).flatten(0, 2)
         if self.caption_place is not None:
-            places = torch.cat([all_rows(self.caption_place, config.prefix, x.device), places])
+            places = torch.cat([embedding_table(self.caption_place, config.prefix, x.device), places])
         here = slice(first, first + x.size(1))
         x = x + places[here]
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -31,7 +31,7 @@ from fastgen.models.base import Batch, GenerativeModel, Images, Phase, Samples, 
 from fastgen.models.decoding import Chooser
 from fastgen.models.variational import above_each_other
 from fastgen.nn import GRU
-from fastgen.nn._sublayers import all_rows
+from fastgen.nn._sublayers import embedding_table
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Prior(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """-log p(codes), (B,) in nats, of codes (B, length)."""
         before = F.pad(codes[:, :-1], (1, 0), value=self.start)
-        place = all_rows(self.position, self.length, codes.device)
+        place = embedding_table(self.position, self.length, codes.device)
         states, _ = self.recurrent(self._dropped(self.embedding(before) + place))
         logits = self.logits(self._dropped(states))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -87,7 +87,7 @@ class Prior(nn.Module):
 
     def draw(self, n: int, temperature: float, generator: torch.Generator | None) -> Tensor:
         """Codes (n, length)."""
-        places = all_rows(self.position, self.length, next(self.parameters()).device)
+        places = embedding_table(self.position, self.length, next(self.parameters()).device)
         code = torch.full((n,), self.start, device=places.device)
         state, drawn = None, []
         chooser = Chooser(temperature, generator)
