@@ -1,4 +1,4 @@
-"""fastgen in models that were written without it."""
+"""Use of fastgen's layers in existing PyTorch models."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Layers of a model exchanged in place, and given back.
+"""In-place replacement of torch layers by fastgen's layers.
 
-fastgen's layers are subclasses of torch's that keep nothing of their own on the instance, so a layer is exchanged by
-giving it the other class. Parameters, buffers, hooks, flags and every reference to the layer stay what they are.
+fastgen's layers are subclasses of torch's without attributes of their own, so a layer is replaced by assigning its
+``__class__``. Parameters, buffers, hooks, flags and references to the layer are unchanged.
 
-An exchanged layer carries the attribute ``_fastgen_accelerated``. It travels with deepcopy and pickle, it tells such
-layers from those built as fastgen's, and ``restore`` takes it away again. State dicts do not hold it.
+Replaced layers have the attribute ``_fastgen_accelerated``, which distinguishes them from layers that were constructed
+as fastgen's. It is copied by deepcopy and pickle, removed by ``restore``, and not part of the state dict.
 """
 
 from __future__ import annotations
@@ -32,18 +32,21 @@ _NAMES = (
     "TransformerEncoder",
     "TransformerEncoderLayer",
 )
-_OURS: dict[type[nn.Module], type[nn.Module]] = {getattr(nn, name): getattr(fastgen.nn, name) for name in _NAMES}
-_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+_REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
+    getattr(nn, name): getattr(fastgen.nn, name) for name in _NAMES
+}
+_ORIGINALS = {fast: original for original, fast in _REPLACEMENTS.items()}
 _WITHOUT_EQUIVALENT = (nn.RNNBase, nn.RNNCellBase)
 
 
 @dataclass(frozen=True)
 class AccelerationReport:
-    """What was done to which layer. A layer that stands in several places has several names.
+    """Report of ``accelerate`` and ``restore``. A layer that is shared between modules has several names.
 
     Attributes:
-        replaced: name -> the class before and after.
-        kept: name -> why a layer of attention or recurrence was left alone. Other layers are not listed.
+        replaced: maps the name of each replaced layer to its class before and after.
+        kept: maps the name of each attention or recurrent layer that was not replaced to the reason. Other layers are
+            not listed.
     """
 
     replaced: dict[str, str]
@@ -59,70 +62,70 @@ class AccelerationReport:
 
 
 # --------------------------------------------------------------------------------------------------
-# Looking
+# Which layers are replaced
 
 
-def _places(module: nn.Module, name: str = "", compiled: bool = False) -> Iterator[tuple[str, nn.Module, bool]]:
-    """Every module under every name it has, and whether it is there in code of torch.compile."""
+def _named_modules(module: nn.Module, name: str = "", compiled: bool = False) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Yields each module under each of its names, and whether it is inside a module compiled with ``torch.compile``."""
     compiled = compiled or hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
     yield name or "(model)", module, compiled
     for child_name, child in module._modules.items():
         if child is not None:
-            yield from _places(child, f"{name}.{child_name}" if name else child_name, compiled)
+            yield from _named_modules(child, f"{name}.{child_name}" if name else child_name, compiled)
 
 
 def _name_of(cls: type) -> str:
-    """torch.nn.LSTM, as one writes it."""
+    """Public name of a class, for example torch.nn.LSTM."""
     for package, root in ((nn, "torch.nn"), (fastgen.nn, "fastgen.nn")):
         if getattr(package, cls.__name__, None) is cls:
             return f"{root}.{cls.__name__}"
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _why_kept(module: nn.Module) -> str | None:
-    """Why a layer keeps its class; None for one that has an equivalent, and for what is no such layer at all."""
+def _reason_kept(module: nn.Module) -> str | None:
+    """Reason not to replace a layer; None if it can be replaced, or is not an attention or recurrent layer."""
     cls = type(module)
     if _MARK in vars(module):
-        return f"accelerated before: {_name_of(cls)}"
+        return f"already accelerated: {_name_of(cls)}"
     if isinstance(module, torch.jit.ScriptModule):
         script = getattr(module, "original_name", "")
-        return f"a script of torch.nn.{script}, which runs outside Python" if script in _NAMES else None
-    if cls in _THEIRS:
-        return f"built as {_name_of(cls)}"
-    if cls in _OURS:
-        return _why_not_this_one(module)
+        return f"torch.nn.{script} is scripted (torch.jit)" if script in _NAMES else None
+    if cls in _ORIGINALS:
+        return f"constructed as {_name_of(cls)}"
+    if cls in _REPLACEMENTS:
+        return _reason_original_class_kept(module)
     if cls.__module__.startswith("torch.ao.") and cls.__name__ in _NAMES:
-        return f"quantised: {_name_of(cls)}"
-    if isinstance(module, LazyModuleMixin) and getattr(module, "cls_to_become", None) in _OURS:
-        return "not initialised yet: call the model once, then accelerate it"
-    base = next((theirs for theirs in _OURS if isinstance(module, theirs)), None)
+        return f"quantized: {_name_of(cls)}"
+    if isinstance(module, LazyModuleMixin) and getattr(module, "cls_to_become", None) in _REPLACEMENTS:
+        return "not initialized yet (lazy module): call the model once, then accelerate it"
+    base = next((original for original in _REPLACEMENTS if isinstance(module, original)), None)
     if base is not None:
-        return _why_not_this_subclass(module, base)
+        return _reason_subclass_kept(module, base)
     if isinstance(module, _WITHOUT_EQUIVALENT):
         return f"{_name_of(cls)} has no equivalent in fastgen.nn"
     return None
 
 
-def _why_not_this_subclass(module: nn.Module, base: type[nn.Module]) -> str:
+def _reason_subclass_kept(module: nn.Module, base: type[nn.Module]) -> str:
     cls = type(module)
     if is_parametrized(module) or cls.__module__.startswith("torch.distributed."):
-        cause = "a parametrisation" if is_parametrized(module) else "FSDP"
-        return f"{cause} gave this {_name_of(base)} a class of its own, {cls.__name__}; accelerate before that"
-    return f"{_name_of(cls)} is a subclass of {_name_of(base)}, and may compute something else"
+        cause = "parametrization" if is_parametrized(module) else "FSDP"
+        return f"{cause} changed the class of this {_name_of(base)} to {cls.__name__}; accelerate before that"
+    return f"{_name_of(cls)} is a subclass of {_name_of(base)}, which may override its behavior"
 
 
-def _why_not_this_one(module: nn.Module) -> str | None:
-    """Why a layer of torch's own class cannot have ours."""
+def _reason_original_class_kept(module: nn.Module) -> str | None:
+    """Reason not to replace a layer whose class is exactly torch's; None if it can be replaced."""
     patched = [name for name in vars(module) if callable(getattr(type(module), name, None))]
     if patched:
-        return f"{', '.join(patched)} was replaced on the instance"
+        return f"{', '.join(patched)} is overridden on the instance"
     if isinstance(module, nn.MultiheadAttention) and module.dropout >= 1:
-        return f"dropout is {module.dropout}, which drops everything; fastgen's takes a probability below 1"
+        return f"dropout is {module.dropout}; fastgen's layer requires a probability below 1"
     return None
 
 
 # --------------------------------------------------------------------------------------------------
-# Exchanging
+# Replacement
 
 
 def _require_module(model: Any) -> None:
@@ -130,34 +133,35 @@ def _require_module(model: Any) -> None:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
-def _exchange(module: nn.Module, cls: type[nn.Module]) -> str:
+def _set_class(module: nn.Module, cls: type[nn.Module]) -> str:
     text = f"{_name_of(type(module))} -> {_name_of(cls)}"
     module.__class__ = cls  # type: ignore[assignment]
     return text
 
 
 def accelerate(model: nn.Module) -> AccelerationReport:
-    """Give a model's layers fastgen's implementations, in place, where there is one for exactly that class.
+    """Replaces torch layers in ``model`` by fastgen's equivalents, in place.
 
-    MultiheadAttention, the Transformer layers, LSTM and GRU. The layers stay the same objects with the same parameters,
-    so optimisers, hooks, state dicts and wrappers (DDP) keep working. Results stay the same up to rounding, but for the
-    random numbers of dropout and for queries that may see no key, which get 0. Derivatives of second order and forward
-    mode are there besides.
+    Replaces ``MultiheadAttention``, the Transformer layers, ``LSTM`` and ``GRU`` of ``torch.nn``. The layers remain the
+    same objects with the same parameters, so optimizers, hooks, state dicts and wrappers (DDP) keep working. Results
+    are the same up to rounding, except for the random numbers of dropout and for fully masked queries, whose attention
+    output is 0. The layers gain second-order and forward-mode derivatives.
 
-    A model may be accelerated again after layers were added. Code of torch.compile is compiled anew at its next call;
-    better accelerate first. A pickle of an accelerated model needs fastgen to be loaded; its state dict does
-    not. ``torch.jit.script`` takes torch's layers only: restore first.
+    ``accelerate`` may be called again after layers were added. Modules compiled with ``torch.compile`` are recompiled
+    at their next call; accelerate before compiling. Loading a pickle of an accelerated model requires fastgen; loading
+    its state dict does not. ``torch.jit.script`` supports torch's layers only: call ``restore`` first.
 
     Args:
-        model: any module. Not replaced, and named in the report: subclasses of torch's layers, layers with a method
-            replaced on the instance, parametrised, sharded (fully_shard), quantised, scripted and uninitialised ones,
-            and recurrent layers without equivalent (torch.nn.RNN, the cells).
+        model: any module. The following layers are not replaced, and are listed in the report: subclasses of torch's
+            layers; layers with a method overridden on the instance; parametrized, sharded (``fully_shard``), quantized,
+            scripted and uninitialized (lazy) layers; recurrent layers without an equivalent (``torch.nn.RNN`` and the
+            cells).
 
     Returns:
-        What was replaced, and what was not and why. Print it.
+        A printable report of the layers that were replaced, and of those that were not, with the reason.
 
     Raises:
-        TypeError: model is not a module.
+        TypeError: if ``model`` is not a module.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.GRU(4, 5), torch.nn.RNN(5, 6))
@@ -175,46 +179,55 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     replaced: dict[str, str] = {}
     kept: dict[str, str] = {}
     done: dict[nn.Module, str] = {}
-    for name, module, compiled in _places(model):
-        reason = None if module in done else _why_kept(module)
+    for name, module, compiled in _named_modules(model):
+        reason = None if module in done else _reason_kept(module)
         if reason is not None:
             kept[name] = reason
             continue
-        if type(module) in _OURS:
-            done[module] = _exchange(module, _OURS[type(module)])
+        if type(module) in _REPLACEMENTS:
+            done[module] = _set_class(module, _REPLACEMENTS[type(module)])
             vars(module)[_MARK] = True
         if module in done:
-            replaced[name] = done[module] + (", compiled anew at its next call" if compiled else "")
+            replaced[name] = done[module] + (", recompiled at its next call" if compiled else "")
     return AccelerationReport(replaced, kept)
 
 
 def restore(model: nn.Module) -> AccelerationReport:
-    """Undo ``accelerate``: every layer that it replaced has torch's class again. Nothing else changes.
+    """Reverts ``accelerate``: restores torch's class of every replaced layer.
 
-    Layers built as fastgen's stay. Copies of accelerated layers (deepcopy, pickle) count as accelerated.
+    Layers that were constructed as fastgen's are unchanged. Copies of accelerated layers (deepcopy, pickle) are
+    restored, too.
 
     Args:
-        model: any module, also one that was never accelerated, or a part of one that was.
+        model: any module, for example a part of an accelerated model, or a model that was never accelerated.
 
     Returns:
-        What was replaced; ``kept`` is empty.
+        A report of the restored layers; ``kept`` is empty.
 
     Raises:
-        TypeError: model is not a module.
-        RuntimeError: an accelerated layer has been given another class since, by a parametrisation for instance.
-            Then nothing is restored.
+        TypeError: if ``model`` is not a module.
+        RuntimeError: if the class of an accelerated layer was changed since, by a parametrization for example. Nothing
+            is restored in this case.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.GRU(4, 5))
+        >>> _ = accelerate(model)
+        >>> print(restore(model))
+        replaced: 1
+          1  fastgen.nn.GRU -> torch.nn.GRU
+        kept: none
     """
     _require_module(model)
-    marked = [place for place in _places(model) if _MARK in vars(place[1])]
-    for name, module, _ in marked:
-        if type(module) not in _THEIRS:
+    accelerated = [(name, module) for name, module, _ in _named_modules(model) if _MARK in vars(module)]
+    for name, module in accelerated:
+        if type(module) not in _ORIGINALS:
             raise RuntimeError(
                 f"model: expected {name} to have the class that accelerate gave it, got {_name_of(type(module))};"
-                " undo first what changed it (a parametrisation, a wrapper)"
+                " undo the change (a parametrization, a wrapper) first"
             )
     done = {}
-    for _, module, _ in marked:
+    for _, module in accelerated:
         if module not in done:
-            done[module] = _exchange(module, _THEIRS[type(module)])
+            done[module] = _set_class(module, _ORIGINALS[type(module)])
             del vars(module)[_MARK]
-    return AccelerationReport({name: done[module] for name, module, _ in marked}, {})
+    return AccelerationReport({name: done[module] for name, module in accelerated}, {})

@@ -1,10 +1,10 @@
-"""Offline evaluation of generative models: likelihoods, distances in a named feature space, and their intervals.
+"""Metrics of generative models: likelihoods and distances in a named feature space, with confidence intervals.
 
-It knows tensors and modules that it is given; neither models, nor files, nor training.
+Functions take tensors and modules. They are independent of fastgen's models, files and training.
 
     space = classifier_features(images, labels, data="digits")
-    for figure in evaluate_images(held_out, generated, space, training=images):
-        print(figure)
+    for metric in evaluate_images(held_out, generated, space, training=images):
+        print(metric)
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from __future__ import annotations
 from fastgen.metrics.bootstrap import Interval, bootstrap_interval, bootstrap_sets, proportion_interval
 from fastgen.metrics.distances import Neighbourhoods, frechet_distance, kernel_distance, neighbourhoods
 from fastgen.metrics.features import FeatureSpace, classifier_features, inception_features, rotation_features
-from fastgen.metrics.figures import Figure, summarise
 from fastgen.metrics.images import class_agreement, evaluate_images
 from fastgen.metrics.likelihood import ImportanceWeightedBound, bits_per_dim, importance_weighted_bound, perplexity
 from fastgen.metrics.sounds import SHORTEST, evaluate_sounds, harmonicity
+from fastgen.metrics.summary import Metric, summarise
 from fastgen.metrics.translations import evaluate_domains, evaluate_pairs, structural_similarity
+
+Figure = Metric
+"""Deprecated alias of ``Metric``."""
 
 __all__ = [
     "SHORTEST",
@@ -24,6 +27,7 @@ __all__ = [
     "Figure",
     "ImportanceWeightedBound",
     "Interval",
+    "Metric",
     "Neighbourhoods",
     "bits_per_dim",
     "bootstrap_interval",

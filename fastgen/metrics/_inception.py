@@ -1,4 +1,4 @@
-"""torchvision's Inception-v3 as a module from images to features, if it and its weights are on this machine."""
+"""Features of torchvision's Inception-v3, if torchvision and the weights are available locally."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ IMAGE_SIZE = 299
 
 
 class InceptionFeatures(nn.Module):
-    """Images (B, C, S, S) in [0, 1], C being 1 or 3 -> (B, 2048)."""
+    """Maps images (B, C, S, S) in [0, 1] with C = 1 or 3 to features (B, 2048)."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -40,10 +40,10 @@ def load() -> InceptionFeatures:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: expected torchvision's weights of Inception-v3, got no file")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    if not digest.startswith(file.stem.rpartition("-")[2]):  # the name of the file ends with what its digest begins
+    if not digest.startswith(file.stem.rpartition("-")[2]):  # the file name ends with a prefix of the digest
         raise ValueError(f"{file}: expected the weights that torchvision names, got a file of SHA-256 {digest}")
     network = inception_v3(weights=None, init_weights=False, aux_logits=True, transform_input=False)
-    # By torchvision's own reader, told to read tensors and nothing that runs.
+    # weights_only: unpickle tensors only.
     network.load_state_dict(weights.get_state_dict(progress=False, weights_only=True))
     network.fc = nn.Identity()
     return InceptionFeatures(network.eval())

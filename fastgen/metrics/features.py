@@ -1,8 +1,8 @@
-"""Named feature spaces: what distances between sets of images are measured in.
+"""Named feature spaces for distances between sets of images.
 
-A figure without the name of its space means nothing: Frechet distances in two spaces can't be compared. The two spaces
-that are trained here are made from the data at hand, need no download, and are the same again for the same images,
-seed and number of threads.
+Distances in different feature spaces are not comparable, so every metric is reported with the name of its space. The
+classifier and rotation features are trained on the given images without any download, and are reproducible for the same
+images, seed and number of threads.
 """
 
 from __future__ import annotations
@@ -15,27 +15,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgen.metrics._network import FeatureNetwork, NetworkConfig, quarter_turns, train
+from fastgen.metrics._network import FeatureNetwork, NetworkConfig, rotate_quarters, train
 
-BLOCK = 256  # images whose features are computed at once
-HELD_OUT = 5  # one image in this many measures accuracy, where no others are given
-FEWEST_IMAGES = 50
+BATCH_SIZE = 256  # images whose features are computed at once
+HELD_OUT = 5  # every fifth image is held out to measure the accuracy, unless held-out images are given
+MIN_IMAGES = 50
 
 
 class FeatureSpace:
-    """A network with a name.
-
-    >>> space = FeatureSpace("pixels of 4x4 images", 16, nn.Flatten())
-    >>> space(torch.rand(3, 1, 4, 4)).shape
-    torch.Size([3, 16])
+    """A feature extractor with a name.
 
     Args:
-        name: printed beside every figure.
-        dims: D of the features.
-        network: images (B, C, S, S) in [0, 1] -> (B, D); set to ``eval``.
-        kind: "classifier", "rotations" or "inception", for those made below.
-        config: of a network trained here.
-        accuracy: its share of right answers on held-out images.
+        name: name of the space, reported with every metric.
+        dims: number of features D.
+        network: module that maps images (B, C, S, S) in [0, 1] to features (B, D). It is set to eval mode.
+        kind: "classifier", "rotations", "inception", or "module" for user-defined spaces.
+        config: configuration of a trained feature network.
+        accuracy: accuracy of a trained feature network on held-out images.
+
+    Example:
+        >>> space = FeatureSpace("pixels of 4x4 images", 16, nn.Flatten())
+        >>> space(torch.rand(3, 1, 4, 4)).shape
+        torch.Size([3, 16])
     """
 
     def __init__(
@@ -59,25 +60,50 @@ class FeatureSpace:
         return f"FeatureSpace({self.name!r}, dims={self.dims})"
 
     def to(self, device: torch.device | str) -> FeatureSpace:
-        """Moves the network to where features are to be computed; returns itself."""
+        """Moves the network to ``device`` and returns the feature space."""
         self.network.to(device)
         return self
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features (B, D) float32, on the device of the network. Block by block; no gradients."""
-        features = self._blocks(self.network, images)
+        """Computes features in batches, without gradients.
+
+        Args:
+            images: (B, C, S, S) in [0, 1].
+
+        Returns:
+            Features (B, D), float32, on the device of the network.
+
+        Raises:
+            TypeError: if images are not floating point.
+            ValueError: if images have the wrong shape or range, or the network returns another shape.
+        """
+        features = self._in_batches(self.network, images)
         if features.shape != (len(images), self.dims):
             raise ValueError(f"network: expected features (B, {self.dims}), got {tuple(features.shape)}")
         return features
 
     def predict(self, images: Tensor) -> Tensor:
-        """Classes (B,) int64; only where the space was trained on labels, else ValueError."""
+        """Predicts the classes of images.
+
+        Args:
+            images: (B, C, S, S) in [0, 1].
+
+        Returns:
+            Classes (B,), int64.
+
+        Raises:
+            ValueError: if the space was not trained on labels.
+        """
         if self.kind != "classifier" or not isinstance(self.network, FeatureNetwork):
             raise ValueError(f"predict: expected a feature space trained on labels, got {self.name}")
-        return self._blocks(self.network.logits, images).argmax(1)
+        return self._in_batches(self.network.logits, images).argmax(1)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors, and what goes into JSON, from which ``from_state`` makes the same space again."""
+        """Returns the tensors and the JSON-serializable metadata for ``from_state``.
+
+        Raises:
+            ValueError: if the space is user-defined.
+        """
         if self.kind == "module":
             raise ValueError(f"state: expected a feature space made by fastgen.metrics, got {self.name}")
         config = None if self.config is None else dataclasses.asdict(self.config)
@@ -87,7 +113,11 @@ class FeatureSpace:
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> FeatureSpace:
-        """What ``state`` returned, perhaps read from files. Anything else: ValueError."""
+        """Constructs a feature space from the return values of ``state``.
+
+        Raises:
+            ValueError: if tensors or metadata are invalid.
+        """
         if meta.get("kind") == "inception":
             return inception_features()
         try:
@@ -100,19 +130,21 @@ class FeatureSpace:
             name, kind, accuracy = str(meta["name"]), str(meta["kind"]), float(meta["accuracy"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = textwrap.shorten(str(error), 200)
-            raise ValueError(f"state: expected that of a feature space, got one that fails: {reason}") from error
+            raise ValueError(
+                f"state: expected the state of a feature space, got one that fails to load: {reason}"
+            ) from error
         return cls(name, config.dims, network, kind=kind, config=config, accuracy=accuracy)
 
     @torch.no_grad()
-    def _blocks(self, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    def _in_batches(self, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         _check_images("images", images)
         if self.config is not None:
-            wanted = (self.config.channels, self.config.image_size, self.config.image_size)
-            if tuple(images.shape[1:]) != wanted:
-                raise ValueError(f"images: expected (B, {', '.join(map(str, wanted))}), got {tuple(images.shape)}")
+            expected = (self.config.channels, self.config.image_size, self.config.image_size)
+            if tuple(images.shape[1:]) != expected:
+                raise ValueError(f"images: expected (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}")
         weights = next(self.network.parameters(), images)
         with torch.autocast(weights.device.type, enabled=False):
-            return torch.cat([function(block.to(weights.device).float()) for block in images.split(BLOCK)])
+            return torch.cat([function(batch.to(weights.device).float()) for batch in images.split(BATCH_SIZE)])
 
 
 def classifier_features(
@@ -125,19 +157,26 @@ def classifier_features(
     seed: int = 0,
     steps: int = 400,
 ) -> FeatureSpace:
-    """A small convolutional network, trained to name the classes of the images. Its ``predict`` names them, too.
+    """Trains a small convolutional classifier and returns its feature space, which also has ``predict``.
 
     Args:
-        images: (N, C, S, S) in [0, 1], at least 50.
-        labels: (N,) int64, from 0.
-        held_out: images and labels to measure its accuracy on; default: every fifth of those given, then not trained
-            on.
-        data: what the images are, for the name.
-        dims: of the features.
-        seed: of weights and batches.
-        steps: of training, 128 images each.
+        images: training images (N, C, S, S) in [0, 1] with N >= 50.
+        labels: classes (N,), int64, starting at 0.
+        held_out: images and labels for measuring the accuracy. Default: a fifth of the training images, which are then
+            not used for training.
+        data: name of the data set, part of the name of the space.
+        dims: number of features.
+        seed: random seed of weights and batches.
+        steps: number of training steps, with 128 images each.
+
+    Returns:
+        The feature space.
+
+    Raises:
+        TypeError: if images are not floating point, or labels are not int64.
+        ValueError: if shapes or ranges are wrong, or there are fewer than 2 classes.
     """
-    _check_images("images", images, FEWEST_IMAGES)
+    _check_images("images", images, MIN_IMAGES)
     _check_labels("labels", labels, images)
     labels = labels.to(images.device)
     if held_out is None:
@@ -159,28 +198,49 @@ def rotation_features(
     seed: int = 0,
     steps: int = 400,
 ) -> FeatureSpace:
-    """A small convolutional network, trained to tell by which quarter turn an image was rotated: needs no labels.
+    """Trains a small convolutional network to predict rotations of images, and returns its feature space.
 
-    Gidaris, Singh and Komodakis, "Unsupervised representation learning by predicting image rotations", 2018. Where
-    its accuracy is near 25%, the images have no upright and its features little meaning. Arguments as of
-    ``classifier_features``.
+    Gidaris, Singh and Komodakis, "Unsupervised representation learning by predicting image rotations" (2018). No labels
+    are required. If the accuracy is close to 25%, the images have no preferred orientation and the features are not
+    meaningful.
+
+    Args:
+        images: training images (N, C, S, S) in [0, 1] with N >= 50.
+        held_out: images for measuring the accuracy. Default: a fifth of the training images, which are then not used
+            for training.
+        data: name of the data set, part of the name of the space.
+        dims: number of features.
+        seed: random seed of weights and batches.
+        steps: number of training steps, with 128 images each.
+
+    Returns:
+        The feature space.
+
+    Raises:
+        TypeError: if images are not floating point.
+        ValueError: if shapes or ranges are wrong.
     """
-    _check_images("images", images, FEWEST_IMAGES)
+    _check_images("images", images, MIN_IMAGES)
     if held_out is None:
         (images, _), (held_out, _) = _hold_out(images, images)
     _check_images("held_out", held_out)
-    turned = quarter_turns(held_out.repeat_interleave(4, dim=0))
-    return _trained("rotations", data, images, None, turned, dims, 4, seed, steps)
+    rotated = rotate_quarters(held_out.repeat_interleave(4, dim=0))
+    return _trained("rotations", data, images, None, rotated, dims, 4, seed, steps)
 
 
 def inception_features() -> FeatureSpace:
-    """Inception-v3 with torchvision's weights, where both are on this machine; nothing is downloaded.
+    """Feature space of Inception-v3 with torchvision's weights. Nothing is downloaded.
 
-    2048 features after the pooling, from images brought to 299x299 pixels, grey ones in three equal channels. Published
-    Frechet distances use other weights of this network, so they can't be compared.
+    The 2048 features after the global pooling, for images that are resized to 299x299 and, if grayscale, repeated to
+    three channels. Published FID values use other weights of this network and are not comparable.
+
+    Returns:
+        The feature space.
 
     Raises:
-        ImportError: no torchvision. FileNotFoundError: no weights. ValueError: a file of weights that was changed.
+        ImportError: if torchvision is not installed.
+        FileNotFoundError: if the weights are not in torch.hub's cache.
+        ValueError: if the checksum of the weights does not match.
     """
     from fastgen.metrics import _inception
 
@@ -200,7 +260,7 @@ def _trained(
     seed: int,
     steps: int,
 ) -> FeatureSpace:
-    """Trains on classes, or quarter turns where there are no labels; names the space after what it then knows."""
+    """Trains on labels, or rotations if ``labels`` is None, and measures the accuracy on held-out images."""
     if dims < 1 or steps < 2:
         raise ValueError(f"dims, steps: expected at least 1 and 2, got {dims} and {steps}")
     config = NetworkConfig(images.shape[1], images.shape[2], dims, classes)
@@ -214,32 +274,32 @@ def _trained(
     ):
         torch.default_generator.manual_seed(seed)
         network = FeatureNetwork(config).float().to(images.device)
-        # Clones: tensors made in inference mode have no place in autograd.
+        # Clone: inference tensors cannot be used in autograd.
         train(network, images.detach().clone().float(), None if labels is None else labels.clone(), steps)
-    guesser = FeatureSpace("", dims, network, kind="classifier", config=config)
-    features, guesses = guesser(images), guesser.predict(held_out[0])
+    classifier = FeatureSpace("", dims, network, kind="classifier", config=config)
+    features, predictions = classifier(images), classifier.predict(held_out[0])
     network.mean.copy_(features.mean(0))
     network.std.copy_(features.std(0).clamp(min=1e-6))
-    accuracy = float((guesses == held_out[1].to(guesses.device)).double().mean())
+    accuracy = float((predictions == held_out[1].to(predictions.device)).double().mean())
     name = f"{kind}-{data}-{dims}d ({accuracy:.1%} held-out accuracy)"
     return FeatureSpace(name, dims, network, kind=kind, config=config, accuracy=accuracy)
 
 
 def _hold_out(images: Tensor, labels: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The same images for every seed; shuffled, as data may be sorted."""
+    """Random split that is the same for every seed."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(images.device)
     rest, out = order[len(order) // HELD_OUT :], order[: len(order) // HELD_OUT]
     return (images[rest], labels[rest]), (images[out], labels[out])
 
 
-def _check_images(name: str, images: Tensor, fewest: int = 1) -> None:
+def _check_images(name: str, images: Tensor, minimum: int = 1) -> None:
     if not isinstance(images, Tensor) or not images.is_floating_point():
         got = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"{name}: expected images of floating point, got {got}")
     if images.ndim != 4 or images.shape[2] != images.shape[3] or not images.shape[1]:
         raise ValueError(f"{name}: expected images (B, C, S, S), got {tuple(images.shape)}")
-    if len(images) < fewest:
-        raise ValueError(f"{name}: expected at least {fewest} images, got {len(images)}")
+    if len(images) < minimum:
+        raise ValueError(f"{name}: expected at least {minimum} images, got {len(images)}")
     low, high = (float(end) for end in images.aminmax())
     if not (low >= -1e-3 and high <= 1 + 1e-3):
         raise ValueError(f"{name}: expected pixels in [0, 1], got {low:.4g} to {high:.4g}")

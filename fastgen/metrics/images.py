@@ -1,4 +1,4 @@
-"""Sets of generated images against held-out ones, in a feature space."""
+"""Evaluation of generated images against held-out images in a feature space."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from fastgen.metrics.distances import (
     resampled_kernel,
 )
 from fastgen.metrics.features import FeatureSpace
-from fastgen.metrics.figures import Figure, share
+from fastgen.metrics.summary import Metric, proportion
 
 
 @dataclass(frozen=True)
 class _Distance:
     name: str
-    of_sets: Callable[[Tensor, Tensor], float]
-    of_resampled: Callable[..., Tensor]
+    function: Callable[[Tensor, Tensor], float]
+    resampled: Callable[..., Tensor]
     needs_covariance: bool = False
-    least: float = -math.inf
+    minimum: float = -math.inf
 
 
-FRECHET = _Distance("Frechet distance", frechet_distance, resampled_frechet, needs_covariance=True, least=0.0)
+FRECHET = _Distance("Frechet distance", frechet_distance, resampled_frechet, needs_covariance=True, minimum=0.0)
 FLOOR = dataclasses.replace(FRECHET, name="Frechet distance, real against real")
 KERNEL = _Distance("kernel distance", kernel_distance, resampled_kernel)
 
@@ -45,69 +45,82 @@ def evaluate_images(
     k: int = 5,
     resamples: int = 200,
     seed: int = 0,
-) -> list[Figure]:
-    """Frechet and kernel distance, precision, recall, density and coverage, each with a 95% interval.
+) -> list[Metric]:
+    """Frechet and kernel distance, precision, recall, density and coverage, each with a 95% confidence interval.
 
-    The intervals of the two distances are over other sets of the same sizes (``bootstrap_sets``). Those of precision
-    and density are over other generated images, those of recall and coverage over other real ones, with the
-    neighbourhoods of the other set as they are. None of them knows of other trainings of the model.
+    Intervals of the two distances are computed by ``bootstrap_sets``. Intervals of precision and density are over the
+    generated images, intervals of recall and coverage over the real images, with fixed manifolds of the other set. They
+    do not include the variance between training runs.
 
     Args:
-        real: (N, C, S, S) in [0, 1], held out.
-        generated: (M, C, S, S) in [0, 1].
-        space: what the distances are measured in.
-        training: (T, C, S, S), real images the model was trained on: adds their own Frechet distance from the held-out
-            ones, as many of them as were generated if there are. A generator whose distance is near it can't be told
-            from the data by this space.
-        k: neighbours that make a neighbourhood.
-        resamples: of the two distances; 0 leaves their intervals out. 200 take half a second for 64 features of 1,000
-            images, and far too long for 2048 features.
-        seed: of the resampling, and of the choice among the training images.
+        real: held-out images (N, C, S, S) in [0, 1].
+        generated: generated images (M, C, S, S) in [0, 1].
+        space: feature space.
+        training: training images (T, C, S, S). Adds the Frechet distance between M of them and the held-out images, the
+            value that a perfect generator would reach.
+        k: number of nearest neighbors of precision, recall, density and coverage.
+        resamples: number of bootstrap resamples of the two distances; 0 omits their intervals. 200 resamples take half
+            a second for 1,000 images with 64 features, but are impractical for 2048 features.
+        seed: random seed of the resampling and of the choice of training images.
+
+    Returns:
+        The metrics.
 
     Raises:
-        ValueError: images of another shape, out of [0, 1], or too few: at least k + 1, and 10 to resample.
+        ValueError: if images have different shapes, are not in [0, 1], or are too few: k + 1, or 10 with resampling.
     """
     features, others = space(real), space(generated)
     n = {"generated": len(others), "held-out": len(features)}
-    figures = [distance_figure(FRECHET, features, others, space, n, resamples, seed)]
+    metrics = [distance_metric(FRECHET, features, others, space, n, resamples, seed)]
     if training is not None:
         chosen = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))[: len(generated)]
         known = space(training[chosen.to(training.device)])
         floor_n = {"training": len(known), "held-out": len(features)}
-        figures.append(distance_figure(FLOOR, features, known, space, floor_n, resamples, seed))
-    figures.append(distance_figure(KERNEL, features, others, space, n, resamples, seed))
-    found = neighbourhoods(features, others, k=k)
-    spread = bootstrap_interval(found.spheres, seed=seed)
-    density = Figure("density", spread.estimate, spread.low, spread.high, space=space.name, n=n, note=f"k = {k}")
-    shares = [
-        share(name, hits, space=space.name, n=n, note=f"k = {k}")
-        for name, hits in (("precision", found.precise), ("recall", found.recalled), ("coverage", found.covered))
-    ]
-    return [*figures, *shares[:2], density, shares[2]]
+        metrics.append(distance_metric(FLOOR, features, known, space, floor_n, resamples, seed))
+    metrics.append(distance_metric(KERNEL, features, others, space, n, resamples, seed))
+    manifolds = neighbourhoods(features, others, k=k)
+    interval = bootstrap_interval(manifolds.spheres, seed=seed)
+    density = Metric("density", interval.estimate, interval.low, interval.high, space=space.name, n=n, note=f"k = {k}")
+    members = {"precision": manifolds.precise, "recall": manifolds.recalled, "coverage": manifolds.covered}
+    precision, recall, coverage = (
+        proportion(name, hits, space=space.name, n=n, note=f"k = {k}") for name, hits in members.items()
+    )
+    return [*metrics, precision, recall, density, coverage]
 
 
-def class_agreement(generated: Tensor, labels: Tensor, space: FeatureSpace) -> Figure:
-    """The share of images (N, C, S, S) that the space's classifier takes for the class (N,) they were generated as."""
+def class_agreement(generated: Tensor, labels: Tensor, space: FeatureSpace) -> Metric:
+    """Fraction of class-conditional samples that the classifier of the feature space assigns to their class.
+
+    Args:
+        generated: images (N, C, S, S) in [0, 1].
+        labels: classes (N,) that the images were generated for.
+        space: feature space trained on labels, see ``classifier_features``.
+
+    Returns:
+        The fraction with Wilson's interval.
+
+    Raises:
+        ValueError: if shapes do not match, or the space was not trained on labels.
+    """
     if labels.shape != generated.shape[:1]:
         raise ValueError(f"labels: expected ({len(generated)},), one for each image, got {tuple(labels.shape)}")
-    guesses = space.predict(generated)
-    hits = (guesses == labels.to(guesses.device)).cpu()
-    return share("class agreement", hits, space=space.name, n={"generated": len(generated)})
+    predictions = space.predict(generated)
+    hits = (predictions == labels.to(predictions.device)).cpu()
+    return proportion("class agreement", hits, space=space.name, n={"generated": len(generated)})
 
 
-def distance_figure(
+def distance_metric(
     distance: _Distance, real: Tensor, others: Tensor, space: FeatureSpace, n: dict[str, int], resamples: int, seed: int
-) -> Figure:
-    """One of the distances above between features (N, D) and (M, D); ``resamples`` 0: without its interval."""
+) -> Metric:
+    """Distance between features (N, D) and (M, D), without interval if ``resamples`` is 0."""
     note = ""
     if distance.needs_covariance and min(n.values()) <= space.dims:
         note = f"far too high: a covariance of {space.dims} features needs more images"
     if not resamples:
-        return Figure(distance.name, distance.of_sets(real, others), space=space.name, n=n, note=note)
+        return Metric(distance.name, distance.function(real, others), space=space.name, n=n, note=note)
     sizes = (len(real), len(others))
-    found = bootstrap_sets(
-        lambda *counts: distance.of_resampled(real, others, *counts), sizes, resamples=resamples, seed=seed
+    interval = bootstrap_sets(
+        lambda *counts: distance.resampled(real, others, *counts), sizes, resamples=resamples, seed=seed
     )
-    return Figure(
-        distance.name, found.estimate, max(found.low, distance.least), found.high, space=space.name, n=n, note=note
-    )
+    low = max(interval.low, distance.minimum)
+    return Metric(distance.name, interval.estimate, low, interval.high, space=space.name, n=n, note=note)

@@ -1,4 +1,4 @@
-"""Whether a sound has a pitch: how much of its energy lies at the multiples of one frequency."""
+"""Harmonicity of sounds: fraction of the energy at the harmonics of one pitch."""
 
 from __future__ import annotations
 
@@ -9,61 +9,71 @@ import torch
 from torch import Tensor
 
 from fastgen.metrics.bootstrap import bootstrap_interval
-from fastgen.metrics.figures import Figure
+from fastgen.metrics.summary import Metric
 
-LOWEST, HIGHEST = 80.0, 1000.0
-"""Pitches that are tried, in Hz."""
+MIN_PITCH, MAX_PITCH = 80.0, 1000.0
+"""Range of candidate pitches in Hz."""
 SHORTEST = 0.25
-"""Seconds that a sound must last, or else the multiples of a pitch are not apart."""
-STEP = 5e-4  # between pitches that are tried, as a share of one
+"""Minimum duration of a sound in seconds; in shorter sounds, the harmonics of a pitch are not resolved."""
+STEP = 5e-4  # relative difference of candidate pitches
 NAME, NOTE = "energy at harmonics", "of the best-fitting pitch"
-ROUNDING = 1e-12  # of a constant, less its mean
-WIDTH = 4.0  # Hz to either side of a multiple, or bins where they are wider; a sine in a Hann window takes two
+ROUNDING = 1e-12  # relative rounding error of a constant signal minus its mean
+WIDTH = 4.0  # half width of a harmonic in Hz, or in bins if these are wider; a sine in a Hann window takes two bins
 
 
 def evaluate_sounds(
     real: Tensor, generated: Tensor, rate: int, *, resamples: int = 1000, seed: int = 0
-) -> list[Figure]:
-    """The mean ``harmonicity`` of generated sounds, and of held-out ones, as the best that can be hoped for.
+) -> list[Metric]:
+    """Mean ``harmonicity`` of generated sounds, and of held-out sounds for comparison.
 
     Args:
-        real, generated: (N, samples), of any two lengths from ``SHORTEST`` seconds on.
-        rate: samples a second, of both.
-        resamples, seed: of the intervals; none for 0 resamples or a single sound.
+        real: held-out sounds (N, samples) of at least ``SHORTEST`` seconds.
+        generated: generated sounds (M, samples) of at least ``SHORTEST`` seconds.
+        rate: sample rate in Hz.
+        resamples: number of bootstrap resamples; 0 omits the intervals. There is no interval for a single sound.
+        seed: random seed of the resampling.
+
+    Returns:
+        Two metrics, of generated and of held-out sounds.
 
     Raises:
-        ValueError: as ``harmonicity``; says which, generated or held-out.
+        ValueError: see ``harmonicity``.
     """
-    figures = []
+    metrics = []
     for name, title, waves in (("generated", NAME, generated), ("held-out", f"{NAME}, held-out sounds", real)):
         try:
             shares = harmonicity(waves, rate)
         except ValueError as error:
             raise ValueError(f"{name} {error}") from error
-        figure = Figure(title, shares.mean().item(), n={name: len(shares)}, note=NOTE)
+        metric = Metric(title, shares.mean().item(), n={name: len(shares)}, note=NOTE)
         if resamples and len(shares) > 1:
-            found = bootstrap_interval(shares, resamples=resamples, seed=seed)
-            figure = replace(figure, low=found.low, high=found.high)
-        figures.append(figure)
-    return figures
+            interval = bootstrap_interval(shares, resamples=resamples, seed=seed)
+            metric = replace(metric, low=interval.low, high=interval.high)
+        metrics.append(metric)
+    return metrics
 
 
 def harmonicity(waves: Tensor, rate: int) -> Tensor:
-    """The share of each sound's energy that lies at the multiples of its best-fitting pitch.
+    """Fraction of the energy of each sound at the harmonics of its best-fitting pitch.
 
-    Of a Hann window over the whole sound; a multiple takes 4 Hz to either side, in less than a second 4 / seconds. A
-    held tone has 1, whatever its harmonics' strengths; white noise about 0.12 in a second, 0.46 in a quarter; silence
-    0.
+    The spectrum is computed with a Hann window over the whole sound. A harmonic includes 4 Hz to either side, or
+    4 / seconds for sounds shorter than a second. The result is 1 for a sustained tone, whatever the strengths of its
+    harmonics; about 0.12 for a second of white noise and 0.46 for a quarter of a second; and 0 for silence.
 
     Args:
-        waves: (N, samples), on any device.
-        rate: samples a second.
+        waves: sounds (N, samples), on any device.
+        rate: sample rate in Hz.
 
     Returns:
-        (N,) float64 on the CPU, from 0 to 1.
+        Fractions (N,) in [0, 1], float64 on the CPU.
 
     Raises:
-        ValueError: waves of another shape, shorter than ``SHORTEST`` seconds, NaN or infinite.
+        ValueError: if waves are not (N, samples), are shorter than ``SHORTEST`` seconds, or are NaN or infinite.
+
+    Example:
+        >>> time = torch.arange(8000) / 8000
+        >>> round(float(harmonicity(torch.sin(2 * math.pi * 220 * time)[None], 8000)), 3)
+        1.0
     """
     if waves.dim() != 2 or not waves.numel():
         raise ValueError(f"waves: expected (N, samples), got {tuple(waves.shape)}")
@@ -76,17 +86,17 @@ def harmonicity(waves: Tensor, rate: int) -> Tensor:
     largest = waves.abs().amax(1, keepdim=True)
     waves = waves - waves.mean(1, keepdim=True)
     peak = waves.abs().amax(1, keepdim=True)
-    waves = torch.where(peak > ROUNDING * largest, waves / peak, 0.0)  # quiet sounds have a pitch, constants have none
+    waves = torch.where(peak > ROUNDING * largest, waves / peak, 0.0)  # constant signals become silence
     power = torch.fft.rfft(waves * torch.hann_window(length, periodic=False, dtype=torch.float64)).abs().square()
-    upto = torch.nn.functional.pad(power.cumsum(1), (1, 0))  # of the bins before each
-    count = int(math.log(HIGHEST / LOWEST) / STEP) + 1
-    pitches = LOWEST * torch.exp(STEP * torch.arange(count, dtype=torch.float64)) * length / rate  # in bins
+    cumulative = torch.nn.functional.pad(power.cumsum(1), (1, 0))  # energy of the bins below each bin
+    count = int(math.log(MAX_PITCH / MIN_PITCH) / STEP) + 1
+    pitches = MIN_PITCH * torch.exp(STEP * torch.arange(count, dtype=torch.float64)) * length / rate  # in bins
     width = WIDTH * max(1.0, length / rate)
-    found = torch.zeros(len(waves), count, dtype=torch.float64)
-    multiple, last = 1, power.size(1)
-    while pitches[0] * multiple - width < last:
-        place = pitches * multiple
-        low, high = (place - width).ceil().long(), (place + width).floor().long() + 1
-        found += upto[:, high.clamp(max=last)] - upto[:, low.clamp(max=last)]
-        multiple += 1
-    return found.amax(1) / upto[:, -1].clamp(min=1e-12)
+    energy = torch.zeros(len(waves), count, dtype=torch.float64)
+    harmonic, last = 1, power.size(1)
+    while pitches[0] * harmonic - width < last:
+        center = pitches * harmonic
+        low, high = (center - width).ceil().long(), (center + width).floor().long() + 1
+        energy += cumulative[:, high.clamp(max=last)] - cumulative[:, low.clamp(max=last)]
+        harmonic += 1
+    return energy.amax(1) / cumulative[:, -1].clamp(min=1e-12)

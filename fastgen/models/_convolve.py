@@ -10,7 +10,7 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen.nn._sublayers import is_plain
+from fastgen.nn._sublayers import is_fusible
 
 
 def _widened(weight: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def _may_be_fused(module: nn.Module) -> bool:
         return False
     sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
     usual = sizes == ((3, 3), (1, 1), (1, 1), (1, 1)) and module.groups == 1 and module.padding_mode == "zeros"
-    return usual and is_plain(module, nn.Conv2d.forward)
+    return usual and is_fusible(module, nn.Conv2d.forward)
 
 
 def convolve_then_halve(x: Tensor, convolution: nn.Module) -> Tensor:

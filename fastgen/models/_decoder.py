@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen import functional
-from fastgen.nn._sublayers import is_plain, is_pointwise, merge_heads, project_heads
+from fastgen.nn._sublayers import is_fusible, is_pointwise, merge_heads, project_heads
 
 Tables: TypeAlias = tuple[Tensor, Tensor]
 EPS = 1e-6
@@ -210,7 +210,7 @@ class DecoderBlock(nn.Module):
         maps = (self.qkv, self.merge, self.mlp_in, self.mlp_out)
         norms = (self.attention_norm, self.mlp_norm)
         return all(is_pointwise(module) and module.bias is None for module in maps) and all(
-            is_plain(norm, nn.RMSNorm.forward) and norm.eps == EPS and norm.weight is not None for norm in norms
+            is_fusible(norm, nn.RMSNorm.forward) and norm.eps == EPS and norm.weight is not None for norm in norms
         )
 
     def _step(self, x: Tensor, rotary: Tables, past: Past, layer: int) -> Tensor:

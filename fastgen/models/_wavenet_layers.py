@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen.nn._sublayers import is_pointwise, is_untouched, weight_and_bias
+from fastgen.nn._sublayers import is_pointwise, is_unhooked, weight_and_bias
 
 
 class GatedLayer(nn.Module):
@@ -111,7 +111,7 @@ def _known(bias: Tensor | None) -> Tensor:
 def may_be_fused(layers: Sequence[GatedLayer]) -> bool:
     """Whether ``LayerSteps`` may read the weights of the layers without calling them."""
     parts = [part for kind in _parts(layers) for part in kind]
-    return all(is_untouched(layer) for layer in layers) and all(
+    return all(is_unhooked(layer) for layer in layers) and all(
         is_pointwise(part) and part.bias is not None for part in parts
     )
 

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen.batch import NEVER_IGNORED, SLACK, require_labels, require_tokens
+from fastgen.batch import NEVER_IGNORED, SLACK, caption_tokens, require_labels, require_tokens
 from fastgen.checks import (
     require_choice,
     require_count,
@@ -44,7 +44,7 @@ from fastgen.models.variational import check_images
 from fastgen.models.vq_vae import Autoencoder, AutoencoderConfig
 from fastgen.nn import RotaryEmbedding
 from fastgen.nn._buffers import ComputedBuffers
-from fastgen.nn._sublayers import all_rows
+from fastgen.nn._sublayers import embedding_table
 
 Activation = Literal["gelu", "swiglu"]
 
@@ -307,11 +307,11 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
     def _run(self, x: Tensor, first: int, past: Past | None = None) -> Tensor:
         """x (B, N, width), what is embedded from place ``first`` on -> logits of the values that stand after it."""
         config = self.config
-        row, column = (all_rows(part, config.grid, x.device) for part in (self.row, self.column))
-        colour = all_rows(self.colour, config.colours, x.device)
+        row, column = (embedding_table(part, config.grid, x.device) for part in (self.row, self.column))
+        colour = embedding_table(self.colour, config.colours, x.device)
         places = (row[:, None, None] + column[:, None] + colour).flatten(0, 2)
         if self.caption_place is not None:
-            places = torch.cat([all_rows(self.caption_place, config.prefix, x.device), places])
+            places = torch.cat([embedding_table(self.caption_place, config.prefix, x.device), places])
         here = slice(first, first + x.size(1))
         x = x + places[here]
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -37,7 +37,7 @@ from fastgen.models._convolutions import SLOPE, feature_sizes
 from fastgen.models._norms import inverse_rms, widened
 from fastgen.models.adversarial import ImageGAN, NoiseGANConfig
 from fastgen.models.base import Batch, Images, Samples, StepContext, option, to_pixels
-from fastgen.nn._sublayers import is_plain
+from fastgen.nn._sublayers import is_fusible
 
 Output = Literal["skip", "residual"]
 
@@ -163,7 +163,7 @@ class ModulatedConv2d(nn.Module):
                 "convolution: expected a ScaledConv2d, whose weights tell the size of its output, got"
                 f" {type(convolution).__name__} or another forward; put adapters on style"
             )
-        if is_plain(convolution, ScaledConv2d.forward):
+        if is_fusible(convolution, ScaledConv2d.forward):
             weight = convolution.weight * convolution.scale
             y = F.conv2d(scaled, weight, convolution.bias, padding=convolution.padding)
         else:

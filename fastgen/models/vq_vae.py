@@ -40,7 +40,7 @@ from fastgen.models.variational import (
     upcast,
 )
 from fastgen.nn import GRU
-from fastgen.nn._sublayers import all_rows
+from fastgen.nn._sublayers import embedding_table
 
 MIN_USES = 1e-4  # average number of uses in a batch below which a codebook entry keeps its value
 
@@ -314,14 +314,14 @@ class Prior(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """Codes (B, length) -> -log p(codes), (B,) in nats."""
         previous = F.pad(codes[:, :-1], (1, 0), value=self.start)
-        position = all_rows(self.position, self.length, codes.device)
+        position = embedding_table(self.position, self.length, codes.device)
         states, _ = self.recurrent(self._dropout(self.embedding(previous) + position))
         logits = upcast(self.logits(self._dropout(states)))
         return F.cross_entropy(logits.movedim(-1, 1), codes, reduction="none", ignore_index=NEVER_IGNORED).sum(1)
 
     def sample(self, n: int, temperature: float, generator: torch.Generator | None) -> Tensor:
         """Codes (n, length)."""
-        positions = all_rows(self.position, self.length, next(self.parameters()).device)
+        positions = embedding_table(self.position, self.length, next(self.parameters()).device)
         code = torch.full((n,), self.start, device=positions.device)
         state, codes = None, []
         chooser = Chooser(temperature, generator)

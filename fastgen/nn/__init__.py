@@ -1,4 +1,4 @@
-"""Layers that hold parameters and call ``fastgen.functional``."""
+"""Layers (``torch.nn.Module``) built on ``fastgen.functional``."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ from fastgen.nn.attention import MultiheadAttention
 from fastgen.nn.cache import KVCache
 from fastgen.nn.image import AttentionBlock2d, AttentionGate2d, SelfAttention2d
 from fastgen.nn.latent import GaussianLatent
-from fastgen.nn.position import PositionalEncoding, RelativePositionBias, RotaryEmbedding
+from fastgen.nn.positional_encoding import PositionalEncoding
 from fastgen.nn.recurrent import GRU, LSTM
-from fastgen.nn.transformer import (
-    Transformer,
-    TransformerDecoder,
-    TransformerDecoderLayer,
-    TransformerEncoder,
-    TransformerEncoderLayer,
-)
+from fastgen.nn.relative_position import RelativePositionBias
+from fastgen.nn.rotary import RotaryEmbedding
+from fastgen.nn.transformer import Transformer, TransformerDecoder, TransformerEncoder
+from fastgen.nn.transformer_layers import TransformerDecoderLayer, TransformerEncoderLayer
 from fastgen.nn.window import WindowAttention2d
 
 __all__ = [

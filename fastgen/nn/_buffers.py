@@ -1,4 +1,4 @@
-"""Buffers that follow from a module's arguments."""
+"""Non-persistent buffers that are recomputed from a module's constructor arguments."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ __all__ = ["ComputedBuffers"]
 
 
 class ComputedBuffers(nn.Module):
-    """A module with buffers that are computed from its arguments and are not in its state dict.
+    """Base class of modules with non-persistent buffers that depend on constructor arguments only.
 
-    They are computed again whenever they move to new memory or another dtype. After ``to_empty`` or ``skip_init``,
-    which leave memory as it comes, no state dict would fill them. ``load_state_dict(assign=True)`` takes those on the
-    meta device to the device of the loaded tensors.
+    The buffers are recomputed whenever they are moved or cast, so that they are valid after ``to_empty`` and
+    ``skip_init``, which allocate uninitialized memory that no state dict fills. ``load_state_dict(assign=True)`` moves
+    buffers on the meta device to the device of the loaded tensors.
     """
 
     def _computed(self) -> dict[str, Tensor]:
-        """Name of a buffer -> its value. Called with the CPU as default device."""
+        """Maps each buffer's name to its value. Called with the CPU as default device."""
         raise NotImplementedError
 
     def _register_computed(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
-        """Registers them, on ``device``, floating ones in ``dtype`` where there is one."""
+        """Registers the buffers on ``device``; floating-point buffers are cast to ``dtype`` if given."""
         device = torch.get_default_device() if device is None else device
         for name, value in self._values().items():
-            wanted = dtype if value.is_floating_point() else None
-            self.register_buffer(name, value.to(device, wanted or value.dtype), persistent=False)
+            buffer_dtype = dtype if dtype is not None and value.is_floating_point() else value.dtype
+            self.register_buffer(name, value.to(device, buffer_dtype), persistent=False)
 
     def _values(self) -> dict[str, Tensor]:
         with torch.device("cpu"):
@@ -37,7 +37,7 @@ class ComputedBuffers(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ComputedBuffers:
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # Those that stay where they are may be shared with other processes, or read by a captured CUDA graph.
+        # Buffers that did not move may be shared with other processes or read by a captured CUDA graph: leave them.
         moved = {name for name, buffer in self._buffers.items() if buffer is not None and buffer is not before[name]}
         if moved:
             with torch.no_grad():
@@ -47,7 +47,7 @@ class ComputedBuffers(nn.Module):
         return self
 
     def _leave_meta(self, device: torch.device) -> None:
-        """Those that are still on the meta device move to another."""
+        """Materializes buffers that are on the meta device on ``device``."""
         if device.type == "meta":
             return
         for name, value in self._values().items():

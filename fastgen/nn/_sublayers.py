@@ -1,8 +1,8 @@
-"""Sublayers as parts of a fused operation: which may be, and what happens to the others.
+"""Fusion of sublayers into one operation, with a fallback that calls them.
 
-A fused operation reads the weights of a sublayer and never calls it, so hooks, adapters, pruning and quantised weights
-would be ignored. Therefore only plain sublayers are fused. Any other one is called, once per call of its layer, and its
-output is split into heads, or added to the residual, by ordinary operations.
+A fused operation reads the weights of a sublayer and never calls it, which would bypass hooks, adapters, pruning and
+quantized weights. Therefore only unmodified sublayers are fused (``is_fusible``). Any other sublayer is called once per
+forward pass, and its output is split into heads, or added to the residual, by ordinary PyTorch operations.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from fastgen import functional
 from fastgen.checks import shape_of
 
 __all__ = [
-    "all_rows",
     "embed",
-    "is_plain",
+    "embedding_table",
+    "is_fusible",
     "is_pointwise",
-    "is_untouched",
+    "is_unhooked",
     "map_channels",
     "merge_heads",
     "project_heads",
@@ -43,12 +43,14 @@ _POINTWISE_CONVOLUTIONS = {
 
 
 # --------------------------------------------------------------------------------------------------
-# The rule
+# What can be fused
 
 
-def is_untouched(module: nn.Module) -> bool:
-    """Whether calling the module runs its class's ``forward`` and nothing else: no hooks, global ones included, and no
-    ``forward`` set on the instance."""
+def is_unhooked(module: nn.Module) -> bool:
+    """Whether calling the module runs its class's ``forward`` and nothing else.
+
+    That is, it has no hooks (global module hooks included) and no ``forward`` set on the instance.
+    """
     return not (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -59,36 +61,35 @@ def is_untouched(module: nn.Module) -> bool:
     )
 
 
-def is_plain(module: nn.Module, forward: Callable[..., Any]) -> bool:
-    """Whether a call would compute ``forward`` from the module's weight and bias, which may then be read instead.
+def is_fusible(module: nn.Module, forward: Callable[..., Any]) -> bool:
+    """Whether calling the module computes exactly ``forward`` with its ``weight`` and ``bias``.
 
-    Subclasses are plain if they keep ``forward``. Weight and bias are parameters, or come from
-    ``torch.nn.utils.parametrize``, which computes them at each reading: read them once. Tensor subclasses with
-    operations of their own (quantised, sharded) are not plain.
+    A fused operation may then read the two tensors instead. Subclasses qualify if they do not override ``forward``.
+    Parametrized tensors (``torch.nn.utils.parametrize``) qualify too; they are computed at each access, so read them
+    once. Tensor subclasses with operations of their own (quantized, sharded) do not qualify.
     """
-    if type(module).forward is not forward or not is_untouched(module):
+    if type(module).forward is not forward or not is_unhooked(module):
         return False
     computed = module._modules.get("parametrizations")
     for name in ("weight", "bias"):
         if name in module._parameters:
-            if not _is_plain_tensor(module._parameters[name]):
+            if not _is_fusible_tensor(module._parameters[name]):
                 return False
         elif computed is None or name not in cast(nn.ModuleDict, computed):
             return name == "bias" and getattr(module, "bias", None) is None
     return True
 
 
-def _is_plain_tensor(tensor: Tensor | None) -> bool:
-    kind = type(tensor)
-    stands_for_one = (FakeTensor, FunctionalTensor)
-    return tensor is None or kind is nn.Parameter or kind is Tensor or isinstance(tensor, stands_for_one)
+def _is_fusible_tensor(tensor: Tensor | None) -> bool:
+    tracing = (FakeTensor, FunctionalTensor)
+    return tensor is None or type(tensor) in (nn.Parameter, Tensor) or isinstance(tensor, tracing)
 
 
 def is_pointwise(module: nn.Module) -> bool:
-    """Whether it is a plain linear map of channels: ``nn.Linear``, or a 1x1 convolution."""
+    """Whether the module is a fusible ``nn.Linear`` or 1x1 convolution."""
     forward = type(module).forward
     if forward is _LINEAR:
-        return is_plain(module, _LINEAR)
+        return is_fusible(module, _LINEAR)
     if forward not in _POINTWISE_CONVOLUTIONS:
         return False
     inner, ones = _POINTWISE_CONVOLUTIONS[forward]
@@ -98,12 +99,12 @@ def is_pointwise(module: nn.Module) -> bool:
         and convolution.kernel_size == convolution.stride == ones
         and convolution.groups == 1
         and (isinstance(convolution.padding, str) or not any(convolution.padding))
-        and is_plain(convolution, forward)
+        and is_fusible(convolution, forward)
     )
 
 
 # --------------------------------------------------------------------------------------------------
-# Linear maps to and from heads
+# Projections to and from heads
 
 
 def project_heads(
@@ -119,16 +120,16 @@ def project_heads(
     norm_eps: float = 1e-6,
     rotary: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
-    """``functional.qkv_projection`` of x by sublayers of ``owner``, whose outputs stand beside each other.
+    """Applies ``functional.qkv_projection`` with the concatenated weights of sublayers of ``owner``.
 
     Args:
-        names: of the sublayers, linear maps or 1x1 convolutions. One that is not plain is called with tokens
-            (B, N, C); with x itself where it holds a convolution.
+        names: attribute names of the sublayers, linear layers or 1x1 convolutions. A sublayer that cannot be fused is
+            called with tokens (B, N, C), or with x itself if it contains a convolution.
         x: (B, N, C), or (B, C, *spatial) with ``channels_first``.
-        convolutions: whether sublayers that hold neither a linear map nor a convolution are called with x too.
+        convolutions: whether sublayers that contain neither a linear layer nor a convolution are called with x, too.
 
     Raises:
-        TypeError, ValueError: as ``functional.qkv_projection``; a sublayer whose output has another shape.
+        TypeError, ValueError: see ``functional.qkv_projection``; also if a sublayer's output has an unexpected shape.
     """
     modules = [getattr(owner, name) for name in names]
     if all(is_pointwise(module) for module in modules):
@@ -150,23 +151,23 @@ def project_heads(
     sizes = [count * dim for count, dim in zip(heads, head_dims, strict=True)]
     if y.size(-1) != sum(sizes):
         raise ValueError(
-            f"{', '.join(names)}: expected {sum(sizes)} channels from {_of(owner, names)}, got {y.size(-1)}"
+            f"{', '.join(names)}: expected {sum(sizes)} channels from {_describe(owner, names)}, got {y.size(-1)}"
         )
     parts = [
         part.unflatten(-1, (count, dim)).transpose(1, 2)
         for part, count, dim in zip(y.split(sizes, -1), heads, head_dims, strict=True)
     ]
     for i, norm in enumerate(norms):
-        wide = parts[i].to(torch.promote_types(parts[i].dtype, torch.float32))
-        wide = wide * (wide.square().mean(-1, keepdim=True) + norm_eps).rsqrt() * norm
-        parts[i] = wide.to(parts[i].dtype)
+        upcast = parts[i].to(torch.promote_types(parts[i].dtype, torch.float32))
+        upcast = upcast * (upcast.square().mean(-1, keepdim=True) + norm_eps).rsqrt() * norm
+        parts[i] = upcast.to(parts[i].dtype)
     if rotary is not None:
         parts[:2] = [functional.rotary_embedding(part, *rotary) for part in parts[:2]]
     return tuple(parts)
 
 
 def weight_and_bias(*modules: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The weights of plain maps as one (rows, C), and their biases as one (rows,). Each is read once."""
+    """Concatenated weights (rows, C) and biases (rows,) of fusible linear layers. Each tensor is read once."""
     weights = [cast(Tensor, module.weight).flatten(1) for module in modules]
     biases = [cast("Tensor | None", module.bias) for module in modules]
     if len(modules) == 1:
@@ -178,14 +179,16 @@ def weight_and_bias(*modules: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def map_channels(owner: nn.Module, name: str, x: Tensor, channels: int) -> Tensor:
-    """Calls a sublayer of ``owner``, with tokens unless it holds a convolution: x (B, C, H, W) -> (B, channels, H, W).
+    """Calls a sublayer of ``owner`` on a feature map x (B, C, H, W) and returns (B, channels, H, W).
+
+    The sublayer is called with tokens (B, H W, C), or with x if it contains a convolution.
 
     Raises:
-        TypeError, ValueError: the sublayer's output is no such tensor.
+        TypeError, ValueError: if the sublayer's output is not a tensor of the expected shape.
     """
     y = _call(owner, name, x.flatten(2).transpose(1, 2), x, False)
     if y.size(-1) != channels:
-        raise ValueError(f"{name}: expected {channels} channels from {_of(owner, [name])}, got {y.size(-1)}")
+        raise ValueError(f"{name}: expected {channels} channels from {_describe(owner, [name])}, got {y.size(-1)}")
     out: Tensor = y.transpose(1, 2).unflatten(2, tuple(x.shape[2:]))
     return out
 
@@ -200,15 +203,16 @@ def merge_heads(
     channels_first: bool = False,
     convolutions: bool = False,
 ) -> Tensor:
-    """``functional.merge_heads_projection`` of x (B, H, N, D) by a sublayer of ``owner``.
+    """Applies ``functional.merge_heads_projection`` to x (B, H, N, D) with the weight of a sublayer of ``owner``.
 
-    One that is not plain is called with (B, N, H * D), or (B, H * D, *spatial); see ``project_heads``.
+    A sublayer that cannot be fused is called with (B, N, H * D), or (B, H * D, *spatial); see ``project_heads``.
 
     Args:
-        gate: one element.
+        gate: tensor of one element that scales the output before the residual is added.
 
     Raises:
-        TypeError, ValueError: as ``functional.merge_heads_projection``; a sublayer whose output has another shape.
+        TypeError, ValueError: see ``functional.merge_heads_projection``; also if the sublayer's output has an
+            unexpected shape.
     """
     module = getattr(owner, name)
     if is_pointwise(module):
@@ -229,13 +233,14 @@ def merge_heads(
         return y
     if y.shape != residual.shape:
         raise ValueError(
-            f"{name}: expected {tuple(residual.shape)} from {_of(owner, [name])}, like the residual, got {shape_of(y)}"
+            f"{name}: expected {tuple(residual.shape)} from {_describe(owner, [name])}, like the residual, got"
+            f" {shape_of(y)}"
         )
     return residual + y
 
 
 def _call(owner: nn.Module, name: str, tokens: Tensor, feature_map: Tensor | None, convolutions: bool) -> Tensor:
-    """(B, N, rows): what the sublayer makes of tokens (B, N, C), or of the same as a feature map (B, C, *spatial)."""
+    """Calls a sublayer with tokens (B, N, C), or the same data as a feature map (B, C, *spatial); returns tokens."""
     module = getattr(owner, name)
     for part in module.modules():
         if isinstance(part, (nn.Linear, _ConvNd)):
@@ -244,45 +249,45 @@ def _call(owner: nn.Module, name: str, tokens: Tensor, feature_map: Tensor | Non
     feature_map = feature_map if convolutions else None
     y = module(tokens if feature_map is None else feature_map)
     if not isinstance(y, Tensor):
-        raise TypeError(f"{name}: expected a tensor from {_of(owner, [name])}, got {type(y).__name__}")
+        raise TypeError(f"{name}: expected a tensor from {_describe(owner, [name])}, got {type(y).__name__}")
     expected = tokens.shape[:2]
     if feature_map is not None and y.shape[2:] == feature_map.shape[2:]:
         y = y.flatten(2).transpose(1, 2)
     if y.dim() != 3 or y.shape[:2] != expected:
         raise ValueError(
-            f"{name}: expected an output of {tuple(expected)} tokens from {_of(owner, [name])}, got {shape_of(y)}"
+            f"{name}: expected an output of {tuple(expected)} tokens from {_describe(owner, [name])}, got {shape_of(y)}"
         )
     return y
 
 
-def _of(owner: nn.Module, names: Sequence[str]) -> str:
+def _describe(owner: nn.Module, names: Sequence[str]) -> str:
     kinds = (type(getattr(owner, name)).__name__ for name in names)
     return f"the {', '.join(kinds)} in {type(owner).__name__}"
 
 
 # --------------------------------------------------------------------------------------------------
-# Tables
+# Embeddings
 
 
-def all_rows(module: nn.Module, count: int, device: torch.device) -> Tensor:
-    """(count, channels): what an embedding has for indices 0 to count - 1."""
-    if is_plain(module, _EMBEDDING) and cast(nn.Embedding, module).max_norm is None:
+def embedding_table(module: nn.Module, count: int, device: torch.device) -> Tensor:
+    """Embeddings (count, channels) of the indices 0 to count - 1."""
+    if is_fusible(module, _EMBEDDING) and cast(nn.Embedding, module).max_norm is None:
         return cast(Tensor, module.weight)
     rows: Tensor = module(torch.arange(count, device=device))
     return rows
 
 
 def embed(module: nn.Module, indices: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """What an embedding has for the indices, and for all from 0 to count - 1, as tied logits need it.
+    """Embeddings of ``indices``, and the table (count, channels) that tied output logits are computed with.
 
-    Whatever stands in the place of an ``nn.Embedding`` (an adapter, say) is asked for all rows, once.
+    A module that replaces ``nn.Embedding`` (an adapter, for example) is called once, with all indices.
     """
     if type(module).forward is not _EMBEDDING or "forward" in module.__dict__:
-        rows = all_rows(module, count, indices.device)
+        rows = embedding_table(module, count, indices.device)
         return F.embedding(indices, rows), rows
-    if is_plain(module, _EMBEDDING) and cast(nn.Embedding, module).max_norm is None:
+    if is_fusible(module, _EMBEDDING) and cast(nn.Embedding, module).max_norm is None:
         rows = cast(Tensor, module.weight)
         return F.embedding(indices, rows, cast(nn.Embedding, module).padding_idx), rows
     with parametrize.cached() if "parametrizations" in module._modules else nullcontext():
-        embedded: Tensor = module(indices)  # first: a hook may be what makes the weight
+        embedded: Tensor = module(indices)  # before the weight is read: a forward hook may compute it
         return embedded, cast(Tensor, module.weight)

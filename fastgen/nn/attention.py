@@ -1,4 +1,4 @@
-"""torch's multi-head attention layer on fastgen's functions."""
+"""Multi-head attention, a drop-in replacement for ``torch.nn.MultiheadAttention``."""
 
 from __future__ import annotations
 
@@ -10,40 +10,47 @@ from torch import Tensor, nn
 
 from fastgen import functional
 from fastgen.checks import require_floating, require_probability, require_shape, require_tensor, shape_of
+from fastgen.nn._checks import require_divisible
 from fastgen.nn._sublayers import is_pointwise, merge_heads
 
 
 class MultiheadAttention(nn.MultiheadAttention):
-    """``torch.nn.MultiheadAttention``, differentiable twice and in forward mode.
+    """Drop-in replacement for ``torch.nn.MultiheadAttention`` with fused second-order and forward-mode derivatives.
 
-    Vaswani et al., "Attention is all you need" (2017), section 3.2.2. The constructor, parameters, state dict and
-    forward arguments are torch's, and so are the outputs. What differs:
+    Vaswani et al., "Attention is all you need" (2017), section 3.2.2. The constructor, parameters, state dict, forward
+    arguments and outputs are the same as in torch, except for the following:
 
-    - A query that may see no key gets attention 0 and weights 0, so that its output is the bias of ``out_proj``;
-      torch gives NaN in some of its paths.
-    - ``need_weights=False`` never holds the (L, S) weights. ``need_weights=True``, torch's default, computes them, and
-      the output from them, in plain PyTorch.
-    - Masks stay as small as they come: a padding mask is never expanded over heads and queries.
-    - ``key_padding_mask`` and ``attn_mask`` may be of different kinds; a boolean one then joins the floating one.
-    - ``out_proj`` is called where it has hooks or is more than an ``nn.Linear`` (an adapter); torch never calls it.
-    - Nested tensors go to torch's own inference kernels, which refuse what they do not take.
+    - A fully masked query has attention output 0 and weights 0, so that its output is the bias of ``out_proj``. Some
+      of torch's implementations return NaN.
+    - ``need_weights=False`` never materializes the (L, S) weights. ``need_weights=True``, the default as in torch,
+      computes the weights and the output in plain PyTorch.
+    - Masks are broadcast, never expanded: a padding mask is not copied for each head and query.
+    - ``key_padding_mask`` and ``attn_mask`` may have different dtypes; they are combined into one floating mask.
+    - ``out_proj`` is called if it has hooks or is not a plain ``nn.Linear`` (an adapter, for example). torch never
+      calls it.
+    - Nested tensors are passed to torch's own inference kernels, which raise for unsupported arguments.
 
-    Shapes, with ``batch_first``: query (B, L, E), key (B, S, kdim), value (B, S, vdim) -> output (B, L, E) and weights
-    (B, L, S) or None. Without: (L, B, E), (S, B, kdim), (S, B, vdim) -> (L, B, E), contiguous, and the same weights.
-    All without B for a single sequence.
+    Shapes:
+        - With ``batch_first``: query (B, L, E), key (B, S, kdim), value (B, S, vdim) -> output (B, L, E), weights
+          (B, L, S) or None.
+        - Without: query (L, B, E), key (S, B, kdim), value (S, B, vdim) -> output (L, B, E), contiguous, and weights
+          (B, L, S) or None.
+        - A single sequence has no batch dim: (L, E), (S, kdim), (S, vdim) -> (L, E), (L, S).
 
     Args:
-        embed_dim: E, a multiple of num_heads.
-        num_heads: H.
-        dropout: probability of dropping an attention weight in training, in [0, 1).
-        bias: give the projections biases.
-        add_bias_kv: learn one key and one value that every query sees besides the others.
-        add_zero_attn: let every query see a key and a value of zeros.
-        kdim, vdim: channels of key and value; default E.
-        batch_first: whether the batch is dim 0, or dim 1.
+        embed_dim: number of channels E, a multiple of ``num_heads``.
+        num_heads: number of heads H.
+        dropout: dropout probability of the attention weights in training, in [0, 1).
+        bias: whether the projections have biases.
+        add_bias_kv: appends one learned key and value that every query attends to.
+        add_zero_attn: appends a zero key and value that every query attends to.
+        kdim: number of channels of the keys. Default: ``embed_dim``.
+        vdim: number of channels of the values. Default: ``embed_dim``.
+        batch_first: whether the batch is dim 0 of inputs and output; otherwise dim 1.
 
     Raises:
-        ValueError: num_heads does not divide embed_dim; a size that is not positive; a dropout out of range.
+        ValueError: if ``num_heads`` does not divide ``embed_dim``, a size is not positive, or ``dropout`` is out of
+            range.
 
     Example:
         >>> layer = MultiheadAttention(16, 4, batch_first=True)
@@ -67,7 +74,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        require_heads("embed_dim", embed_dim, "num_heads", num_heads)
+        require_divisible("embed_dim", embed_dim, "num_heads", num_heads)
         require_probability("dropout", dropout)
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
@@ -86,26 +93,29 @@ class MultiheadAttention(nn.MultiheadAttention):
         *,
         residual: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend.
+        """Computes attention.
 
         Args:
-            query, key, value: see above. Where they are one tensor, one product projects all three.
-            key_padding_mask: (B, S), or (S,) without a batch. Boolean, True for a key that nobody sees, or floating,
-                added to the scores.
-            need_weights: return the attention weights too.
-            attn_mask: (L, S), or (B * H, L, S). Boolean, True where a query may **not** see a key, or floating, added
-                to the scores and differentiable.
-            average_attn_weights: return the mean of the weights over the heads; if not, weights (B, H, L, S).
-            is_causal: says that attn_mask is the causal mask, which then need not be read. As in torch, attn_mask must
-                be there, and what comes of a wrong hint is not defined.
-            residual: like the output, and added to it.
+            query: queries; see the class for shapes.
+            key: keys. If query, key and value are the same tensor, one matrix product projects all three.
+            value: values.
+            key_padding_mask: (B, S), or (S,) without a batch. Boolean (True: the key is masked), or floating and added
+                to the scores.
+            need_weights: whether to return the attention weights.
+            attn_mask: (L, S) or (B * H, L, S). Boolean (True: the query does **not** attend to the key), or floating,
+                added to the scores and differentiable.
+            average_attn_weights: whether to average the returned weights over the heads. If False, weights are
+                (B, H, L, S).
+            is_causal: hint that ``attn_mask`` is the causal mask, which is then not read. As in torch, ``attn_mask`` is
+                required and a wrong hint is undefined behavior.
+            residual: tensor with the shape of the output that is added to the output in the epilogue of the projection.
 
         Returns:
-            The output, and the weights, or None without ``need_weights``.
+            The output, and the attention weights, or None if ``need_weights`` is False.
 
         Raises:
-            TypeError: integer tensors, masks that are neither boolean nor floating, dtypes that differ.
-            ValueError: shapes that do not fit, or is_causal without attn_mask.
+            TypeError: if an input is an integer tensor, a mask is neither boolean nor floating, or dtypes differ.
+            ValueError: if shapes do not match, or ``is_causal`` is set without ``attn_mask``.
         """
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             require_tensor(name, tensor, nested=True)
@@ -115,18 +125,16 @@ class MultiheadAttention(nn.MultiheadAttention):
             )
         self._check_inputs(query, key, value)
         if is_causal and attn_mask is None:
-            raise ValueError(
-                "attn_mask: expected the causal mask beside is_causal=True, which only describes it, got None"
-            )
+            raise ValueError("attn_mask: expected the causal mask with is_causal=True, which is only a hint, got None")
         self._check_masks(query, key, attn_mask, key_padding_mask)
 
         batched = query.dim() == 3
-        q, k, v = self._heads(query, key, value)
-        k, v, more_keys = self._with_extra_keys(k, v)
-        # A causal window hides keys by position, and would hide the extra ones. Beside padding the mask is read, as in
-        # torch: one mask of both is what fused kernels take.
-        causal = is_causal and not need_weights and more_keys == 0 and key_padding_mask is None
-        mask = _visible(None if causal else attn_mask, key_padding_mask, q.size(1), q.dtype, more_keys)
+        q, k, v = self._project_qkv(query, key, value)
+        k, v, num_extra = self._append_extra_keys(k, v)
+        # Causal masking by position would mask the appended keys, too. With padding, both masks are merged into one,
+        # as in torch.
+        causal = is_causal and not need_weights and num_extra == 0 and key_padding_mask is None
+        mask = _merge_masks(None if causal else attn_mask, key_padding_mask, q.size(1), q.dtype, num_extra)
         dropout_p = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
@@ -136,7 +144,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         else:
             attend = functional.scaled_dot_product_attention
             heads = attend(q, k, v, mask, dropout_p, is_causal=causal)  # type: ignore[assignment]
-        return self._merge(heads, residual, batched), weights
+        return self._output_projection(heads, residual, batched), weights
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         batched = "(B, {}, {})" if self.batch_first else "({}, B, {})"
@@ -161,7 +169,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", padding)):
             require_tensor(name, mask, optional=True)
             if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
-                raise TypeError(f"{name}: expected a boolean (True = hidden) or floating tensor, got {mask.dtype}")
+                raise TypeError(f"{name}: expected a boolean (True = masked) or floating tensor, got {mask.dtype}")
         batched = query.dim() == 3
         batch, length = (0, 1) if self.batch_first else (1, 0)
         queries, keys = (query.size(length), key.size(length)) if batched else (query.size(0), key.size(0))
@@ -176,9 +184,9 @@ class MultiheadAttention(nn.MultiheadAttention):
                     f"attn_mask: expected (L, S) = {shared} or (B * num_heads, L, S) = {own}, got {shape_of(attn_mask)}"
                 )
 
-    def _heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Projected query, key and value, each (B, H, N, D)."""
-        q_k, k_v = query is key, key is value
+    def _project_qkv(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Projects query, key and value to heads, (B, H, N, D) each."""
+        q_is_k, k_is_v = query is key, key is value
         batched = query.dim() == 3
         if not batched:
             query, key, value = query[None], key[None], value[None]
@@ -186,10 +194,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
             parts = [self._project(x, w, b)[0] for x, w, b in zip((query, key, value), weights, biases, strict=True)]
-        elif q_k and k_v:
+        elif q_is_k and k_is_v:
             parts = self._project(query, self.in_proj_weight, self.in_proj_bias)
         else:
-            sizes = [self.embed_dim, 2 * self.embed_dim] if k_v else [self.embed_dim] * 3
+            sizes = [self.embed_dim, 2 * self.embed_dim] if k_is_v else [self.embed_dim] * 3
             biases = (None,) * len(sizes) if self.in_proj_bias is None else self.in_proj_bias.split(sizes)
             inputs = zip((query, key, value), self.in_proj_weight.split(sizes), biases, strict=False)
             parts = [part for x, w, b in inputs for part in self._project(x, w, b)]
@@ -199,28 +207,28 @@ class MultiheadAttention(nn.MultiheadAttention):
         return q, k, v
 
     def _project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
-        """The heads of each E rows of a packed weight. Sequence first, the length stands where the batch does."""
+        """Heads of each block of E rows of a packed weight. With the sequence first, dims 0 and 2 are swapped."""
         count = weight.size(0) // self.embed_dim
         dims = (self.head_dim,) * count
         return list(functional.qkv_projection(x, weight, bias, heads=(self.num_heads,) * count, head_dims=dims))
 
-    def _with_extra_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Keys and values with the learned one and the one of zeros, and how many those are."""
+    def _append_extra_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Appends the learned key and the zero key (and values) if enabled; also returns their number."""
         batch, heads, _, dim = k.shape
-        more = 0
+        num_extra = 0
         if self.bias_k is not None and self.bias_v is not None:
             learned = [t.to(k.dtype).reshape(1, heads, 1, dim) for t in (self.bias_k, self.bias_v)]
             k, v = (torch.cat((t, b.expand(batch, -1, -1, -1)), 2) for t, b in zip((k, v), learned, strict=True))
-            more += 1
+            num_extra += 1
         if self.add_zero_attn:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-            more += 1
-        return k, v, more
+            num_extra += 1
+        return k, v, num_extra
 
-    def _merge(self, heads: Tensor, residual: Tensor | None, batched: bool) -> Tensor:
+    def _output_projection(self, heads: Tensor, residual: Tensor | None, batched: bool) -> Tensor:
         if batched and not self.batch_first:
             out = merge_heads(self, "out_proj", heads.transpose(0, 2), residual=residual)
-            return out.contiguous()  # as torch's is, for those who call view on it
+            return out.contiguous()  # as in torch, so that callers may use view
         if batched:
             return merge_heads(self, "out_proj", heads, residual=residual)
         return merge_heads(self, "out_proj", heads, residual=residual if residual is None else residual[None])[0]
@@ -231,25 +239,17 @@ class MultiheadAttention(nn.MultiheadAttention):
                 "query: expected a padded tensor and key_padding_mask, as torch's kernel for nested tensors would not"
                 " call out_proj, got a nested tensor"
             )
-        *torchs, residual = arguments
-        out, weights = super().forward(*torchs)
+        *torch_arguments, residual = arguments
+        out, weights = super().forward(*torch_arguments)
         return out if residual is None else residual + out, weights
 
 
-def require_heads(channels_name: str, channels: int, heads_name: str, heads: int) -> None:
-    for name, value in ((channels_name, channels), (heads_name, heads)):
-        if value < 1:
-            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-    if channels % heads:
-        raise ValueError(f"{heads_name}: expected a divisor of {channels_name}, {channels}, got {heads}")
-
-
-def _visible(
-    attn_mask: Tensor | None, padding: Tensor | None, heads: int, dtype: torch.dtype, more_keys: int
+def _merge_masks(
+    attn_mask: Tensor | None, padding: Tensor | None, heads: int, dtype: torch.dtype, num_extra: int
 ) -> Tensor | None:
-    """torch's two masks as one that broadcasts to (B, H, L, S): boolean, True = visible, or floating.
+    """Combines torch's two masks into one that broadcasts to (B, H, L, S): boolean (True = attend), or floating.
 
-    The last ``more_keys`` columns are visible to all.
+    The last ``num_extra`` keys are not masked.
     """
     masks = []
     if attn_mask is not None:
@@ -258,32 +258,32 @@ def _visible(
         masks.append(padding if padding.dim() == 1 else padding[:, None, None, :])
     if not masks:
         return None
-    if more_keys:
-        masks = [F.pad(mask, (0, more_keys)) for mask in masks]
+    if num_extra:
+        masks = [F.pad(mask, (0, num_extra)) for mask in masks]
     if all(mask.dtype == torch.bool for mask in masks):
         return ~(masks[0] if len(masks) == 1 else masks[0] | masks[1])
-    added = [_additive(mask, dtype) for mask in masks]
+    added = [_to_additive(mask, dtype) for mask in masks]
     return added[0] if len(added) == 1 else added[0] + added[1]
 
 
-def _additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    if hidden.is_floating_point():
-        return hidden
-    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, -torch.inf)
+def _to_additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.is_floating_point():
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, -torch.inf)
 
 
 def _attend_with_weights(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention in plain PyTorch: the heads' outputs, and the weights (B, H, L, S) after dropout."""
+    """Attention in plain PyTorch. Returns the outputs of the heads and the weights (B, H, L, S) after dropout."""
     scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)
     if mask is None:
         weights = scores.softmax(-1)
     else:
-        visible = mask if mask.dtype == torch.bool else mask != -torch.inf
+        attended = mask if mask.dtype == torch.bool else mask != -torch.inf
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        # Filled before the softmax as well: 0 * NaN would come out of its derivative.
-        blind = ~visible.any(-1, keepdim=True)
-        weights = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+        # Fully masked rows are filled before the softmax as well: its backward would compute 0 * NaN.
+        fully_masked = ~attended.any(-1, keepdim=True)
+        weights = scores.masked_fill(fully_masked, 0.0).softmax(-1).masked_fill(fully_masked, 0.0)
     weights = F.dropout(weights, dropout_p)
     return weights @ v, weights

@@ -1,14 +1,13 @@
-"""What a running average of weights leaves inconsistent, and how it is made consistent again.
+"""Recomputation of derived buffers after weight averaging (EMA).
 
-An average of weights (parameters and buffers, each by itself) is a model again, but for buffers that are a function of
-others:
+Averaging each parameter and buffer separately gives a valid model, except for buffers that are a function of others:
 
-    spectral normalisation  the average of singular vectors is no singular vector of the averaged weight, nor has it
-                            norm 1: they are computed anew by power iterations
-    a codebook              its words are quotients of two running averages: they are computed anew from these
+- Spectral normalization: the average of singular vectors is neither a singular vector of the averaged weight nor has
+  it norm 1. The vectors are recomputed by power iteration.
+- A VQ codebook trained by EMA: its codes are quotients of two running averages. They are recomputed from these.
 
-Everything else may be averaged by itself: batch normalisation's mean and variance, the gain and the direction of a
-weight norm. Integers are not averaged but taken as they are.
+Everything else can be averaged, for example the running mean and variance of batch normalization, or the gain and
+direction of a weight norm. Integer buffers are copied, not averaged.
 """
 
 from __future__ import annotations
@@ -28,25 +27,34 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 ITERATIONS = 20
 MOST_ITERATIONS = 1000
 TOLERANCE = 1e-6
-"""Power iterations end when ``ITERATIONS`` of them raise the singular value by no more than this share."""
+"""Power iteration stops when ``ITERATIONS`` steps increase the singular value by no more than this relative amount."""
 
 
 @runtime_checkable
 class Derived(Protocol):
-    """A module with buffers that are a function of others."""
+    """Protocol of modules with buffers that are a function of other parameters and buffers."""
 
     def derived(self) -> list[Tensor]:
-        """These buffers."""
+        """Returns the derived buffers."""
 
     def derive(self) -> None:
-        """Compute them anew."""
+        """Recomputes the derived buffers in place."""
 
 
 @torch.no_grad()
 def settle(network: nn.Module) -> None:
-    """Compute the buffers of ``network`` anew that are a function of others; to be called once weights are averaged.
+    """Recomputes the derived buffers of ``network`` in place. Call it after averaging weights.
 
-    The largest singular value of a spectrally normalised weight is 1 afterwards. May wait for the device.
+    The largest singular value of each spectrally normalized weight is 1 afterwards. Synchronizes with the device.
+
+    Args:
+        network: any module.
+
+    Example:
+        >>> network = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(4, 4))
+        >>> settle(network)
+        >>> round(float(torch.linalg.matrix_norm(network.eval().weight, 2)), 4)
+        1.0
     """
     for buffers, compute in _derived(network):
         with torch.autocast(buffers[0].device.type, enabled=False):
@@ -55,51 +63,51 @@ def settle(network: nn.Module) -> None:
 
 @contextmanager
 def settled(network: nn.Module) -> Iterator[None]:
-    """The network as ``settle`` leaves it; afterwards its buffers are as they were before, bit for bit."""
-    kept = [(buffer, buffer.detach().clone()) for buffers, _ in _derived(network) for buffer in buffers]
+    """Context manager that applies ``settle`` to ``network`` and restores the buffers bitwise on exit."""
+    saved = [(buffer, buffer.detach().clone()) for buffers, _ in _derived(network) for buffer in buffers]
     try:
         settle(network)
         yield
     finally:
         with torch.no_grad():
-            for buffer, before in kept:
+            for buffer, before in saved:
                 buffer.copy_(before)
 
 
 def _derived(network: nn.Module) -> Iterator[tuple[list[Tensor], Callable[[], None]]]:
-    """Buffers, and what computes them anew."""
+    """Yields groups of derived buffers with the function that recomputes them."""
     for module in network.modules():
         if isinstance(module, Derived):
             yield module.derived(), module.derive
         if isinstance(module, ParametrizationList):
             norms: list[Any] = [each for each in module if isinstance(each, _SpectralNorm) and hasattr(each, "_u")]
             if norms:
-                yield [vector for each in norms for vector in (each._u, each._v)], partial(_parametrized, module)
+                yield [vector for each in norms for vector in (each._u, each._v)], partial(_update_parametrized, module)
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, SpectralNorm):
                 u, v = (cast(Tensor, getattr(module, f"{hook.name}_{vector}")) for vector in "uv")
-                yield [u, v], partial(_hooked, hook, module)
+                yield [u, v], partial(_update_hook, hook, module)
 
 
-def _parametrized(weight: ParametrizationList) -> None:
-    """Every spectral norm among a weight's parametrizations, given what those before it make of the weight."""
+def _update_parametrized(weight: ParametrizationList) -> None:
+    """Updates each spectral norm in a chain of parametrizations, applied to the output of the preceding ones."""
     x: Any = weight.original if weight.is_tensor else [getattr(weight, f"original{i}") for i in range(weight.ntensors)]
     for place, each in enumerate(weight):
         if isinstance(each, _SpectralNorm) and hasattr(each, "_u"):
-            _iterate(each._reshape_weight_to_matrix(x), each._u, each._v, each.eps)
+            _power_iteration(each._reshape_weight_to_matrix(x), each._u, each._v, each.eps)
         was_training = each.training
-        each.eval()  # in training a spectral norm would go on
+        each.eval()  # in training mode, a spectral norm runs another power iteration
         x = each(*x) if place == 0 and not weight.is_tensor else each(x)
         each.train(was_training)
 
 
-def _hooked(hook: SpectralNorm, module: nn.Module) -> None:
+def _update_hook(hook: SpectralNorm, module: nn.Module) -> None:
     matrix = hook.reshape_weight_to_matrix(cast(Tensor, getattr(module, f"{hook.name}_orig")))
-    _iterate(matrix, getattr(module, f"{hook.name}_u"), getattr(module, f"{hook.name}_v"), hook.eps)
+    _power_iteration(matrix, getattr(module, f"{hook.name}_u"), getattr(module, f"{hook.name}_v"), hook.eps)
 
 
-def _iterate(matrix: Tensor, u: Tensor, v: Tensor, eps: float) -> None:
-    """u (M,) and v (N,) become the singular vectors of the largest singular value of the matrix (M, N)."""
+def _power_iteration(matrix: Tensor, u: Tensor, v: Tensor, eps: float) -> None:
+    """Sets u (M,) and v (N,) to the singular vectors of the largest singular value of ``matrix`` (M, N)."""
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     left, right, value = u.to(matrix), v.to(matrix), 0.0
     for _ in range(MOST_ITERATIONS // ITERATIONS):

@@ -1,4 +1,4 @@
-"""Attention on feature maps (B, C, H, W): SAGAN's, that of diffusion autoencoders, and a gate without softmax."""
+"""Attention layers for feature maps (B, C, H, W)."""
 
 from __future__ import annotations
 
@@ -11,63 +11,52 @@ from torch.nn.utils import parametrizations
 
 from fastgen import checks as check
 from fastgen import functional
-from fastgen.nn._loading import LoadsOtherNames
+from fastgen.nn._checks import require_divisible, require_feature_map
+from fastgen.nn._state_dict import StateDictRemapping
 from fastgen.nn._sublayers import merge_heads, project_heads
 
 __all__ = ["AttentionBlock2d", "AttentionGate2d", "SelfAttention2d"]
 
-_MAPS = ("query", "key", "value")
-
-
-def require_feature_map(x: Tensor, channels: int) -> None:
-    check.require_tensor("x", x)
-    check.require_floating("x", x)
-    if x.dim() != 4 or x.size(1) != channels:
-        raise ValueError(f"x: expected (B, C, H, W) with C = {channels}, got {check.shape_of(x)}")
-
-
-def require_divisible(name: str, count: int, divisor_name: str, divisor: int) -> None:
-    check.require_positive(name, count)
-    check.require_positive(divisor_name, divisor)
-    if count % divisor != 0:
-        raise ValueError(f"{name}: expected a multiple of {divisor_name} = {divisor}, got {count}")
+_QKV = ("query", "key", "value")
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
     return cast(Tensor, functional.scaled_dot_product_attention(query, key, value, scale=scale))
 
 
-class SelfAttention2d(LoadsOtherNames):
-    """The self-attention block of SAGAN: ``x + gamma * out(softmax(query(x)^T key(x)) value(x))``.
+class SelfAttention2d(StateDictRemapping):
+    """Self-attention block of SAGAN: ``x + gamma * out(softmax(query(x)^T key(x)) value(x))``.
 
-    Zhang et al., "Self-attention generative adversarial networks" (2019), section 3. Every position attends to every
-    other one. The maps are 1x1 convolutions; gamma is learned and starts at 0, where the layer is the identity.
+    Zhang et al., "Self-attention generative adversarial networks" (2019), section 3. Every position attends to all
+    positions. ``query``, ``key``, ``value`` and ``out`` are 1x1 convolutions; ``gamma`` is a learned scalar that is
+    initialized to 0, where the layer is the identity. Memory is linear in the number of positions H * W.
+
+    The projections are fused with the attention. If one of them has hooks or is not a plain 1x1 convolution (an
+    adapter, pruned, quantized), the projections are called instead.
+
+    ``load_state_dict`` also accepts the names theta, phi, g, o (BigGAN) and query_conv, key_conv, value_conv. Layers
+    with the latter names have no ``out``: construct this layer with ``value_channels=channels``, and ``out`` is set to
+    the identity. Weights saved with the older ``torch.nn.utils.spectral_norm`` have to be renamed from ``weight_orig``,
+    ``weight_u`` and ``weight_v`` to ``parametrizations.weight.original``, ``parametrizations.weight.0._u`` and
+    ``parametrizations.weight.0._v``.
+
+    Shapes:
+        - Input: (B, C, H, W).
+        - Output: (B, C, H, W).
 
     Args:
-        channels: C.
-        key_channels: channels of queries and keys, over all heads; default C // 8.
-        value_channels: channels of values, over all heads; default C // 2.
-        num_heads: 1 in the paper.
-        pool: size of the max pooling of projected keys and values, 2 in the authors' code; False for none. Rows and
-            columns that do not fill a pooling window are no keys.
-        scale: factor of the scores, 1 in the paper.
-        spectral_norm: hold the largest singular value of each map at 1
-            (``torch.nn.utils.parametrizations.spectral_norm``).
-        bias: let the maps have biases.
-
-    Shapes: x (B, C, H, W) -> (B, C, H, W). No memory of the size of the (H W)^2 scores.
-
-    Plain maps are fused. Where a map has hooks, or is more than a 1x1 convolution (an adapter, pruned, quantised), maps
-    are called instead.
-
-    The weights ``query``, ``key``, ``value`` and ``out`` have the shapes of 1x1 convolutions. ``load_state_dict`` also
-    takes the names theta, phi, g, o (BigGAN) and query_conv, key_conv, value_conv. The latter have no ``out`` (build
-    this layer with ``value_channels=channels``): it becomes the identity. Weights saved with the older
-    ``torch.nn.utils.spectral_norm`` are ``weight_orig``, ``weight_u`` and ``weight_v`` there, and
-    ``parametrizations.weight.original``, ``parametrizations.weight.0._u`` and ``..._v`` here.
+        channels: number of channels C.
+        key_channels: number of channels of queries and keys, over all heads. Default: ``channels // 8``.
+        value_channels: number of channels of values, over all heads. Default: ``channels // 2``.
+        num_heads: number of heads, 1 in the paper.
+        pool: kernel size of the max pooling of projected keys and values (2 in the authors' code), or False. Rows and
+            columns that do not fill a pooling window are dropped.
+        scale: factor of the attention scores, 1 in the paper.
+        spectral_norm: whether to apply ``torch.nn.utils.parametrizations.spectral_norm`` to each projection.
+        bias: whether the projections have biases.
 
     Raises:
-        ValueError: channels that the heads do not divide, or a count that is not positive.
+        ValueError: if the number of heads does not divide the channels, or a count is not positive.
 
     Example:
         >>> layer = SelfAttention2d(16, pool=2)
@@ -76,7 +65,7 @@ class SelfAttention2d(LoadsOtherNames):
         True
     """
 
-    other_names: ClassVar[dict[str, str]] = {
+    key_aliases: ClassVar[dict[str, str]] = {
         "query_conv": "query",
         "key_conv": "key",
         "value_conv": "value",
@@ -111,14 +100,14 @@ class SelfAttention2d(LoadsOtherNames):
         self.channels, self.key_channels, self.value_channels = channels, key_channels, value_channels
         self.num_heads, self.pool, self.scale = num_heads, int(pool), scale
 
-        def convolution(inputs: int, outputs: int) -> nn.Module:
-            made = nn.Conv2d(inputs, outputs, 1, bias=bias, device=device, dtype=dtype)
-            return parametrizations.spectral_norm(made) if spectral_norm else made
+        def conv1x1(in_channels: int, out_channels: int) -> nn.Module:
+            conv = nn.Conv2d(in_channels, out_channels, 1, bias=bias, device=device, dtype=dtype)
+            return parametrizations.spectral_norm(conv) if spectral_norm else conv
 
-        self.query = convolution(channels, key_channels)
-        self.key = convolution(channels, key_channels)
-        self.value = convolution(channels, value_channels)
-        self.out = convolution(value_channels, channels)
+        self.query = conv1x1(channels, key_channels)
+        self.key = conv1x1(channels, key_channels)
+        self.value = conv1x1(channels, value_channels)
+        self.out = conv1x1(value_channels, channels)
         self.gamma = nn.Parameter(torch.zeros((), device=device, dtype=dtype))
 
     def extra_repr(self) -> str:
@@ -128,11 +117,17 @@ class SelfAttention2d(LoadsOtherNames):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend.
+        """Applies the block to a feature map.
+
+        Args:
+            x: (B, C, H, W).
+
+        Returns:
+            (B, C, H, W).
 
         Raises:
-            TypeError: x is not a floating tensor, or has another dtype than the weights.
-            ValueError: x has another shape, or is smaller than a pooling window.
+            TypeError: if x is not a floating-point tensor, or its dtype differs from that of the weights.
+            ValueError: if x has the wrong shape, or is smaller than a pooling window.
         """
         require_feature_map(x, self.channels)
         query, key, value = self._pooled_heads(x) if self.pool else self._heads(x)
@@ -142,17 +137,17 @@ class SelfAttention2d(LoadsOtherNames):
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
         heads = self.num_heads
         dims = (self.key_channels // heads, self.key_channels // heads, self.value_channels // heads)
-        return project_heads(self, _MAPS, x, heads=(heads,) * 3, head_dims=dims, channels_first=True, convolutions=True)
+        return project_heads(self, _QKV, x, heads=(heads,) * 3, head_dims=dims, channels_first=True, convolutions=True)
 
     def _pooled_heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Keys and values are made as one map, channels last, in which heads are contiguous after pooling."""
+        """Projects keys and values to one channels-last feature map, so that heads are contiguous after pooling."""
         height, width = x.shape[2:]
         if min(height, width) < self.pool:
             raise ValueError(f"x: expected height and width of at least pool = {self.pool}, got {check.shape_of(x)}")
         heads, rest = self.num_heads, self.key_channels + self.value_channels
         dims = (self.key_channels // heads, rest)
         query, both = project_heads(
-            self, _MAPS, x, heads=(heads, 1), head_dims=dims, channels_first=True, convolutions=True
+            self, _QKV, x, heads=(heads, 1), head_dims=dims, channels_first=True, convolutions=True
         )
         feature_map = both.squeeze(1).unflatten(1, (height, width)).permute(0, 3, 1, 2)
         pooled = F.max_pool2d(feature_map, self.pool).permute(0, 2, 3, 1).flatten(1, 2)
@@ -160,9 +155,9 @@ class SelfAttention2d(LoadsOtherNames):
         key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts)
         return query, key, value
 
-    def _translate(self, state_dict: dict[str, Any], prefix: str) -> None:
+    def _remap_state_dict(self, state_dict: dict[str, Any], prefix: str) -> None:
         without_out = any(key.startswith(f"{prefix}value_conv.") for key in state_dict)
-        super()._translate(state_dict, prefix)
+        super()._remap_state_dict(state_dict, prefix)
         if without_out and self.value_channels == self.channels:
             for name, entry in self.out.named_parameters():
                 identity = (
@@ -171,39 +166,41 @@ class SelfAttention2d(LoadsOtherNames):
                 state_dict.setdefault(f"{prefix}out.{name}", identity)
 
 
-class AttentionBlock2d(LoadsOtherNames):
-    """The attention block of diffusion autoencoders: ``x + out(attention(query(h), key(h), value(h)))``, h = norm(x).
+class AttentionBlock2d(StateDictRemapping):
+    """Attention block of diffusion autoencoders: ``x + out(attention(query(h), key(h), value(h)))`` with h = norm(x).
 
-    Rombach et al., "High-resolution image synthesis with latent diffusion models" (2022), the middle block of the
-    autoencoder; there with one head as wide as the feature map.
+    Rombach et al., "High-resolution image synthesis with latent diffusion models" (2022): the middle block of the
+    autoencoder, where it has a single head. Memory is linear in the number of positions H * W.
+
+    The projections are fused with the attention. If one of them has hooks or is not a plain ``nn.Linear`` (an adapter,
+    pruned, quantized), the projections are called instead, with (B, H * W, C).
+
+    The weights of ``query``, ``key``, ``value`` and ``out`` are (C, C). ``load_state_dict`` also accepts the names of
+    diffusers' ``Attention`` (group_norm, to_q, to_k, to_v, to_out.0), its older ``AttentionBlock`` (proj_attn), and
+    latent diffusion's ``AttnBlock`` (q, k, v, proj_out, as 1x1 convolutions).
+
+    Shapes:
+        - Input: (B, C, H, W).
+        - Output: (B, C, H, W).
 
     Args:
-        channels: C.
-        num_heads: the number of heads; or give head_dim.
-        head_dim: C / num_heads.
-        num_groups: of the GroupNorm.
-        eps: of the GroupNorm.
-        bias: let the four maps have biases.
-
-    Shapes: x (B, C, H, W) -> (B, C, H, W). No memory of the size of the (H W)^2 scores.
-
-    Plain maps are fused. Where a map has hooks, or is more than an ``nn.Linear`` (an adapter, pruned, quantised), maps
-    are called instead, with (B, H W, C).
-
-    The weights ``query``, ``key``, ``value`` and ``out`` are (C, C). ``load_state_dict`` also takes the names of
-    diffusers' ``Attention`` (group_norm, to_q, to_k, to_v, to_out.0), of its older ``AttentionBlock`` (proj_attn) and
-    of latent diffusion's ``AttnBlock`` (q, k, v, proj_out, as 1x1 convolutions).
+        channels: number of channels C.
+        num_heads: number of heads. Default: 1, or ``channels // head_dim``.
+        head_dim: number of channels of a head, an alternative to ``num_heads``.
+        num_groups: number of groups of the GroupNorm.
+        eps: epsilon of the GroupNorm.
+        bias: whether the four projections have biases.
 
     Raises:
-        ValueError: channels that the heads or the groups do not divide, a count that is not positive, or a head_dim
-            that contradicts num_heads.
+        ValueError: if the number of heads or groups does not divide ``channels``, a count is not positive, or
+            ``head_dim`` contradicts ``num_heads``.
 
     Example:
         >>> AttentionBlock2d(64)(torch.randn(2, 64, 8, 8)).shape
         torch.Size([2, 64, 8, 8])
     """
 
-    other_names: ClassVar[dict[str, str]] = {
+    key_aliases: ClassVar[dict[str, str]] = {
         "group_norm": "norm",
         "to_q": "query",
         "to_k": "key",
@@ -248,35 +245,45 @@ class AttentionBlock2d(LoadsOtherNames):
         return f"{self.channels}, num_heads={self.num_heads}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend.
+        """Applies the block to a feature map.
+
+        Args:
+            x: (B, C, H, W).
+
+        Returns:
+            (B, C, H, W).
 
         Raises:
-            TypeError: x is not a floating tensor, or has another dtype than the weights.
-            ValueError: x has another shape.
+            TypeError: if x is not a floating-point tensor, or its dtype differs from that of the weights.
+            ValueError: if x has the wrong shape.
         """
         require_feature_map(x, self.channels)
         heads, dims = (self.num_heads,) * 3, (self.channels // self.num_heads,) * 3
-        query, key, value = project_heads(self, _MAPS, self.norm(x), heads=heads, head_dims=dims, channels_first=True)
+        query, key, value = project_heads(self, _QKV, self.norm(x), heads=heads, head_dims=dims, channels_first=True)
         return merge_heads(self, "out", _attend(query, key, value), residual=x, channels_first=True)
 
 
 class AttentionGate2d(nn.Module):
-    """Multiplies features by a learned map of their own and adds them: ``x * map(x) + x``, the map in (0, 1).
+    """Gates a feature map with a learned attention map in (0, 1): ``x * map(x) + x``.
 
-    The residual attention of Wang et al., "Residual attention network for image classification" (2017), equation 1,
-    ``(1 + M(x)) * x``. The map is Conv-ReLU-Conv-ReLU-Conv-Sigmoid, and resized bilinearly to x where it is smaller.
+    Residual attention, ``(1 + M(x)) * x``, of Wang et al., "Residual attention network for image classification"
+    (2017), equation 1. The map is computed by Conv-ReLU-Conv-ReLU-Conv-Sigmoid and, with a stride, upsampled
+    bilinearly to the size of x.
+
+    Shapes:
+        - Input: (B, C, H, W).
+        - Output: (B, C, H, W).
 
     Args:
-        channels: C.
-        hidden_channels: channels between the convolutions; default C.
-        map_channels: 1, one map for all channels, or C.
-        kernel_size: of the convolutions, odd.
-        stride: of the first convolution; above 1 the map is computed at a lower resolution.
-
-    Shapes: x (B, C, H, W) -> (B, C, H, W).
+        channels: number of channels C.
+        hidden_channels: number of channels between the convolutions. Default: ``channels``.
+        map_channels: number of channels of the attention map: 1 (shared by all channels) or ``channels``.
+        kernel_size: kernel size of the convolutions, odd.
+        stride: stride of the first convolution; above 1, the map is computed at a lower resolution.
 
     Raises:
-        ValueError: a count that is not positive, an even kernel size, or map_channels neither 1 nor C.
+        ValueError: if a count is not positive, the kernel size is even, or ``map_channels`` is neither 1 nor
+            ``channels``.
 
     Example:
         >>> AttentionGate2d(16, stride=2)(torch.randn(2, 16, 9, 7)).shape
@@ -305,23 +312,32 @@ class AttentionGate2d(nn.Module):
             raise ValueError(f"map_channels: expected 1 or channels = {channels}, got {map_channels}")
         self.channels = channels
 
-        def convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-            return nn.Conv2d(inputs, outputs, kernel_size, stride, kernel_size // 2, device=device, dtype=dtype)
+        def conv(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+            return nn.Conv2d(
+                in_channels, out_channels, kernel_size, stride, kernel_size // 2, device=device, dtype=dtype
+            )
 
         self.map = nn.Sequential(
-            convolution(channels, hidden, stride),
+            conv(channels, hidden, stride),
             nn.ReLU(),
-            convolution(hidden, hidden),
+            conv(hidden, hidden),
             nn.ReLU(),
-            convolution(hidden, map_channels),
+            conv(hidden, map_channels),
             nn.Sigmoid(),
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Gate.
+        """Applies the gate to a feature map.
+
+        Args:
+            x: (B, C, H, W).
+
+        Returns:
+            (B, C, H, W).
 
         Raises:
-            TypeError: x is not a floating tensor. ValueError: x has another shape.
+            TypeError: if x is not a floating-point tensor.
+            ValueError: if x has the wrong shape.
         """
         require_feature_map(x, self.channels)
         attention_map: Tensor = self.map(x)

@@ -1,4 +1,4 @@
-"""The sampling layer of a variational autoencoder."""
+"""Sampling layer of variational autoencoders."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from fastgen.checks import require_tensor, shape_of
 
 
 class GaussianLatent(nn.Module):
-    """Samples N(mu, e^logvar) from an encoder's output and gives its KL divergence from N(0, 1).
+    """Samples z ~ N(mu, exp(logvar)) from an encoder's output and computes the KL divergence from N(0, 1).
 
-    The first half of the channels is mu, the second logvar; both are read in place. Has no parameters.
-    Samples in eval mode too: for a deterministic code, take ``h.chunk(2, dim=1)[0]``.
-    Formula: Kingma and Welling, "Auto-encoding variational Bayes" (2014), section 2.4 and appendix B.
+    Kingma and Welling, "Auto-encoding variational Bayes" (2014), section 2.4 and appendix B. The first half of the
+    channels is mu, the second half logvar; both are read in place. The layer has no parameters. It also samples in
+    eval mode; use ``h.chunk(2, dim=1)[0]`` for the posterior mean.
 
-    Shapes: h (B, 2L, *) -> z (B, L, *) in h's dtype, kl (B,) in nats, summed over the latent dims.
+    Shapes:
+        - Input: h (B, 2L, *).
+        - Output: z (B, L, *) in the dtype of h, and kl (B,) in nats, summed over the latent dims.
 
     Example:
         >>> z, kl = GaussianLatent()(torch.zeros(4, 32, 2, 2))
@@ -25,14 +27,18 @@ class GaussianLatent(nn.Module):
     """
 
     def forward(self, h: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Sample.
+        """Samples the latents.
 
         Args:
-            h: (B, 2L, *), floating.
-            generator: source of the noise, on h's device; default torch's global one.
+            h: mu and logvar, (B, 2L, *), floating point.
+            generator: random number generator of the noise, on the device of h. Default: torch's global generator.
+
+        Returns:
+            z (B, L, *) and the KL divergence (B,).
 
         Raises:
-            TypeError: h is not a floating tensor. ValueError: it has no channels, or an odd number of them.
+            TypeError: if h is not a floating-point tensor.
+            ValueError: if h has no channels, or an odd number of channels.
         """
         require_tensor("h", h)
         if h.dim() < 2 or h.size(1) % 2 or h.size(1) == 0:

@@ -1,9 +1,9 @@
-"""Recurrent layers in place of torch's: the same arguments, results and state dicts, and derivatives of every order.
+"""LSTM and GRU with higher-order derivatives, drop-in replacements for ``torch.nn.LSTM`` and ``torch.nn.GRU``.
 
-torch hands these layers to cuDNN on a GPU, whose backward pass cannot be differentiated: a gradient penalty through a
-recurrent discriminator raises there. Here cuDNN computes the output and first derivatives all the same, and the
-recurrence, in differentiable operations, what is differentiated further. Forward mode and ``torch.func`` take the
-recurrence too: step by step, in O(T) small operations.
+On a GPU, torch runs these layers in cuDNN, whose backward pass is not differentiable: a gradient penalty through a
+recurrent discriminator raises. Here, cuDNN still computes the output and the first derivatives; higher-order
+derivatives, forward-mode AD and ``torch.func`` transforms use the recurrence in differentiable operations, time step
+by time step.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from fastgen.functional.recurrent import autocast_dtype, recurrent
 
 
 def _weights(layer: torch.nn.RNNBase) -> list[Tensor]:
-    """In torch's order. Values put in place of parameters, by torch.func.functional_call for instance, are taken."""
+    """Weights in torch's order, including tensors substituted by ``torch.func.functional_call``."""
     weights = [getattr(layer, name) for name in layer._flat_weights_names]
     if all(isinstance(weight, torch.nn.Parameter) for weight in weights):
-        layer._update_flat_weights()  # in one chunk of memory, for cuDNN
+        layer._update_flat_weights()  # cuDNN needs contiguous weights
     return weights
 
 
 def _batched(layer: torch.nn.RNNBase, input: Any) -> tuple[Tensor, Tensor | None, Any]:
-    """The data with a batch dim, the batch sizes of a packed sequence, and the size of the batch."""
+    """Returns the data with a batch dim, the batch sizes of a packed sequence or None, and the batch size."""
     if isinstance(input, PackedSequence):
         data, sizes, meaning = input.data, input.batch_sizes, "(rows, {})"
         require_tensor("input", data)
@@ -48,7 +48,7 @@ def _batched(layer: torch.nn.RNNBase, input: Any) -> tuple[Tensor, Tensor | None
 
 
 def _require_packed(sizes: list[int], rows: int) -> None:
-    """Of a sequence that was packed by hand: torch's layers drop rows, or read states that are not there."""
+    """Checks sequences that were packed by hand, for which torch's layers drop rows or read states out of bounds."""
     if not sizes or sizes[-1] < 1 or any(a < b for a, b in itertools.pairwise(sizes)) or sum(sizes) != rows:
         raise ValueError(
             "input: expected a packed sequence with at least one time step, whose batch sizes do not grow, are at least"
@@ -57,10 +57,10 @@ def _require_packed(sizes: list[int], rows: int) -> None:
 
 
 def _require_dtype(name: str, tensor: Tensor, weight: Tensor) -> None:
-    """That of the weights; under autocast, which lowers them all, any but float64."""
+    """Requires the dtype of the weights; under autocast, any dtype but float64."""
     require_floating(name, tensor)
-    wide = torch.float64 in (tensor.dtype, weight.dtype)
-    if tensor.dtype != weight.dtype and (wide or autocast_dtype(tensor.device) is None):
+    double = torch.float64 in (tensor.dtype, weight.dtype)
+    if tensor.dtype != weight.dtype and (double or autocast_dtype(tensor.device) is None):
         raise TypeError(f"{name}: expected the dtype of the weights, {weight.dtype}, got {tensor.dtype}")
     require_device(name, tensor, "the weights", weight)
 
@@ -68,7 +68,7 @@ def _require_dtype(name: str, tensor: Tensor, weight: Tensor) -> None:
 def _states(
     layer: torch.nn.RNNBase, hx: Any, data: Tensor, weight: Tensor, batch: Any, unbatched: bool
 ) -> list[Tensor]:
-    """h, and c of an LSTM: those given, with a batch dim, or zeros."""
+    """Initial states with a batch dim: h, and c of an LSTM. Zeros if ``hx`` is None."""
     rows = layer.num_layers * (2 if layer.bidirectional else 1)
     names, widths = ["hx"], [layer.hidden_size]
     if layer.mode == "LSTM":
@@ -89,7 +89,7 @@ def _states(
 
 
 def _forward(layer: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any]:
-    """What both layers do around the recurrence."""
+    """Forward pass of both layers: checks, packing and initial states around ``recurrent``."""
     data, batch_sizes, batch = _batched(layer, input)
     unbatched = batch_sizes is None and input.dim() == 2
     weights = _weights(layer)
@@ -121,17 +121,18 @@ def _forward(layer: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any]:
 
 
 class LSTM(torch.nn.LSTM):
-    """Long short-term memory, in place of ``torch.nn.LSTM``.
+    """Drop-in replacement for ``torch.nn.LSTM`` with higher-order and forward-mode derivatives.
 
-    Arguments, shapes and results are torch's; see there. A gradient in eval mode is there on a GPU too. On a GPU,
-    dropout between layers runs layer by layer, with other random numbers than cuDNN's. As with torch's,
-    ``torch.compile`` leaves the layer out of its graphs unless ``torch._dynamo.config.allow_rnn``. ``torch.jit.trace``
-    and ``torch.export`` take it, ``torch.jit.script`` does not.
+    Arguments, shapes and results are those of ``torch.nn.LSTM``. Differences: gradients are available in eval mode on
+    a GPU, too; on a GPU, dropout between layers uses other random numbers than cuDNN. As in torch, ``torch.compile``
+    breaks the graph at this layer unless ``torch._dynamo.config.allow_rnn`` is set. ``torch.jit.trace`` and
+    ``torch.export`` are supported, ``torch.jit.script`` is not.
 
     Raises:
-        TypeError: an input or hx of another dtype than the weights, hx that is no pair of tensors.
-        ValueError: an input or hx of a shape or on a device that does not fit, no time step, or a packed sequence whose
-            batch sizes do not fit its rows.
+        TypeError: if the dtype of the input or of ``hx`` differs from that of the weights, or ``hx`` is not a pair of
+            tensors.
+        ValueError: if the input or ``hx`` has the wrong shape or device, there is no time step, or the batch sizes of a
+            packed sequence do not match its rows.
 
     Example:
         >>> lstm = LSTM(3, 8, num_layers=2, batch_first=True)
@@ -141,14 +142,22 @@ class LSTM(torch.nn.LSTM):
     """
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:  # type: ignore[override]
-        """(T, B, C), (B, T, C), (T, C) or a packed sequence -> the output alike, (h, c)."""
+        """Runs the recurrence.
+
+        Args:
+            input: (T, B, C), (B, T, C) with ``batch_first``, (T, C) without a batch, or a packed sequence.
+            hx: initial states (h, c). Default: zeros.
+
+        Returns:
+            The output, in the layout of the input, and the final states (h, c).
+        """
         return _forward(self, input, hx)
 
 
 class GRU(torch.nn.GRU):
-    """Gated recurrent units, in place of ``torch.nn.GRU``.
+    """Drop-in replacement for ``torch.nn.GRU`` with higher-order and forward-mode derivatives.
 
-    Arguments, shapes and results are torch's; see there, and ``LSTM`` here.
+    Arguments, shapes and results are those of ``torch.nn.GRU``; see ``LSTM`` for differences and errors.
 
     Example:
         >>> output, h = GRU(3, 8, bidirectional=True)(torch.randn(5, 4, 3))
@@ -157,5 +166,13 @@ class GRU(torch.nn.GRU):
     """
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:  # type: ignore[override]
-        """(T, B, C), (B, T, C), (T, C) or a packed sequence -> the output alike, h."""
+        """Runs the recurrence.
+
+        Args:
+            input: (T, B, C), (B, T, C) with ``batch_first``, (T, C) without a batch, or a packed sequence.
+            hx: initial state h. Default: zeros.
+
+        Returns:
+            The output, in the layout of the input, and the final state h.
+        """
         return _forward(self, input, hx)

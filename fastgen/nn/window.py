@@ -1,4 +1,4 @@
-"""Attention within windows of a feature map, shifted or not."""
+"""(Shifted) window attention of the Swin Transformer."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from fastgen import checks as check
 from fastgen import functional
 from fastgen.nn._buffers import ComputedBuffers
-from fastgen.nn._loading import LoadsOtherNames
+from fastgen.nn._checks import require_divisible, require_feature_map
+from fastgen.nn._state_dict import StateDictRemapping
 from fastgen.nn._sublayers import is_pointwise, map_channels, weight_and_bias
-from fastgen.nn.image import require_divisible, require_feature_map
 
 __all__ = ["WindowAttention2d"]
 
@@ -24,7 +24,7 @@ _Linear: TypeAlias = tuple[Tensor, Tensor | None]
 
 
 class _Run(NamedTuple):
-    """Neighbouring windows of one side that mask alike: positions start to stop of the padded, rolled side."""
+    """Adjacent windows along one side with the same mask: positions start to stop of the padded, rolled side."""
 
     start: int
     stop: int
@@ -38,14 +38,14 @@ def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int
     return pair[0], pair[1]
 
 
-def _part(position: int, length: int, padded: int, shift: int) -> int:
-    """Which part of a side, rolled back by ``shift``, a position comes from: 0, 1 if it wrapped, -1 if padding."""
+def _region(position: int, length: int, padded: int, shift: int) -> int:
+    """Region of a position of a side that was rolled by ``shift``: 0, 1 if it wrapped around, -1 for padding."""
     return -1 if (position + shift) % padded >= length else int(position + shift >= padded)
 
 
 def _runs(length: int, window: int, padded: int, shift: int) -> list[_Run]:
-    parts = [_part(position, length, padded, shift) for position in range(padded)]
-    windows = [(start, parts[start : start + window]) for start in range(0, padded, window)]
+    regions = [_region(position, length, padded, shift) for position in range(padded)]
+    windows = [(start, regions[start : start + window]) for start in range(0, padded, window)]
     runs = []
     for pattern, group in itertools.groupby(windows, key=lambda entry: entry[1]):
         starts = [start for start, _ in group]
@@ -53,44 +53,47 @@ def _runs(length: int, window: int, padded: int, shift: int) -> list[_Run]:
     return runs
 
 
-def _parts(run: _Run, window: int, length: int, padded: int, shift: int, device: torch.device) -> Tensor:
-    """``_part`` for the positions of the run's first window, made on the device."""
+def _regions(run: _Run, length: int, window: int, padded: int, shift: int, device: torch.device) -> Tensor:
+    """``_region`` of the positions of the run's first window, computed on the device."""
     position = torch.arange(run.start, run.start + window, device=device) + shift
     return torch.where(position % padded >= length, -1, (position >= padded).long())
 
 
-def _allowed(rows: Tensor, columns: Tensor) -> Tensor:
-    """(h w, h w): whether a position of a window sees another, which is of its part in both sides and no padding."""
+def _attention_mask(rows: Tensor, columns: Tensor) -> Tensor:
+    """(h w, h w), True where both positions are in the same region along both sides and the key is not padding."""
     same = (rows[:, None, None, None] == rows[:, None]) & (columns[:, None, None] == columns)
     return (same & (rows[:, None] >= 0) & (columns >= 0)).flatten(2, 3).flatten(0, 1)
 
 
-class WindowAttention2d(ComputedBuffers, LoadsOtherNames):
-    """Self-attention within windows, with a learned bias for each relative position.
+class WindowAttention2d(ComputedBuffers, StateDictRemapping):
+    """Self-attention within (shifted) windows, with a learned relative position bias.
 
     Liu et al., "Swin Transformer: hierarchical vision Transformer using shifted windows" (2021), section 3.2 and
-    equation 4.
+    equation 4. H and W are arbitrary: a side that is not a multiple of the window size is padded at the bottom or on
+    the right, and the padding is masked. (torchvision's layer pads with zeros that are attended to.)
+
+    The projections are fused with the attention. A projection that has hooks or is not a plain ``nn.Linear`` is called
+    once, with (B, H * W, C).
+
+    State dicts have the keys of torchvision's and the authors' layers: ``qkv`` (3C, C), ``proj`` (C, C) and
+    ``relative_position_bias_table`` ((2h - 1)(2w - 1), num_heads). An entry ``relative_position_index`` is ignored.
+
+    Shapes:
+        - Input: (B, C, H, W).
+        - Output: (B, C, H, W).
 
     Args:
-        channels: C.
-        num_heads: the number of heads, a divisor of C.
+        channels: number of channels C.
+        num_heads: number of heads, a divisor of ``channels``.
         window_size: height and width of a window, or one number for both.
-        shift: how far the windows are moved down and right, half of their size in every second layer of the paper.
-            The map is rolled, and positions that were no neighbours before do not see each other. Along a side that
-            one window covers nothing is shifted, as in the authors' code.
-        bias: let the two linear maps have biases.
-
-    Shapes: x (B, C, H, W) -> (B, C, H, W), any H and W: a side that the window does not divide is padded below or on
-    the right, and padding is never attended to. (torchvision's layer pads with zeros that are attended to.)
-
-    Plain maps are fused. One that has hooks, or is more than an ``nn.Linear``, is called once, with (B, H W, C).
-
-    State dicts have the entries of torchvision's and the authors' layers: ``qkv`` (3C, C), ``proj`` (C, C) and
-    ``relative_position_bias_table`` ((2h - 1)(2w - 1), heads); a ``relative_position_index`` is left out.
+        shift: cyclic shift of the windows down and right; half the window size in every second layer of the paper.
+            Positions that are adjacent only because of the cyclic shift do not attend to each other. A side that is
+            covered by a single window is not shifted, as in the authors' code.
+        bias: whether the two projections have biases.
 
     Raises:
-        ValueError: channels that the heads do not divide, a size that is not positive, or a shift as large as the
-            window.
+        ValueError: if ``num_heads`` does not divide ``channels``, a size is not positive, or the shift is not smaller
+            than the window.
 
     Example:
         >>> WindowAttention2d(32, 4, 7, shift=3)(torch.randn(2, 32, 14, 20)).shape
@@ -134,15 +137,21 @@ class WindowAttention2d(ComputedBuffers, LoadsOtherNames):
         return f"{self.channels}, {self.num_heads}, window_size={self.window_size}, shift={self.shift}"
 
     def relative_position_bias(self) -> Tensor:
-        """(heads, h w, h w): what is added to the scores of query i and key j of a window."""
+        """Bias (num_heads, h w, h w) that is added to the scores of query i and key j of a window."""
         return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend.
+        """Applies window attention to a feature map.
+
+        Args:
+            x: (B, C, H, W).
+
+        Returns:
+            (B, C, H, W).
 
         Raises:
-            TypeError: x is not a floating tensor, or has another dtype than the weights.
-            ValueError: x has another shape, or no positions.
+            TypeError: if x is not a floating-point tensor, or its dtype differs from that of the weights.
+            ValueError: if x has the wrong shape, or an empty side.
         """
         require_feature_map(x, self.channels)
         sides = tuple(x.shape[2:])
@@ -153,10 +162,10 @@ class WindowAttention2d(ComputedBuffers, LoadsOtherNames):
             moved if size < side else 0 for moved, size, side in zip(self.shift, self.window_size, padded, strict=True)
         ]
         qkv, proj = (weight_and_bias(layer) if is_pointwise(layer) else None for layer in (self.qkv, self.proj))
-        if qkv is None:  # called, once for all windows
+        if qkv is None:  # not fusible: called once, for all windows
             x = map_channels(self, "qkv", x, 3 * self.channels)
-        whole = F.pad(x, (0, padded[1] - sides[1], 0, padded[0] - sides[0]))
-        rolled = whole.roll([-moved for moved in shift], (2, 3)) if any(shift) else whole
+        padded_x = F.pad(x, (0, padded[1] - sides[1], 0, padded[0] - sides[0]))
+        rolled = padded_x.roll([-moved for moved in shift], (2, 3)) if any(shift) else padded_x
         out = self._attend_in_runs(rolled, sides, padded, shift, qkv, proj)
         out = out.roll(shift, (2, 3)) if any(shift) else out
         out = out[:, :, : sides[0], : sides[1]]
@@ -171,7 +180,7 @@ class WindowAttention2d(ComputedBuffers, LoadsOtherNames):
         qkv: _Linear | None,
         proj: _Linear | None,
     ) -> Tensor:
-        """Windows that mask alike go together: no mask is repeated for a batch or for windows."""
+        """Processes windows with the same mask together, so that no mask is repeated over the batch or the windows."""
         down, right = zip(sides, self.window_size, padded, shift, strict=True)
         bias = self.relative_position_bias()
         stripes = []
@@ -180,18 +189,18 @@ class WindowAttention2d(ComputedBuffers, LoadsOtherNames):
             for columns in _runs(*right):
                 mask = bias
                 if not (rows.uniform and columns.uniform):
-                    of_rows = _parts(rows, self.window_size[0], sides[0], padded[0], shift[0], x.device)
-                    of_columns = _parts(columns, self.window_size[1], sides[1], padded[1], shift[1], x.device)
-                    mask = bias.masked_fill(~_allowed(of_rows, of_columns), -math.inf)
+                    row_regions = _regions(rows, *down, x.device)
+                    column_regions = _regions(columns, *right, x.device)
+                    mask = bias.masked_fill(~_attention_mask(row_regions, column_regions), -math.inf)
                 part = x[:, :, rows.start : rows.stop, columns.start : columns.stop]
                 parts.append(self._attend(part, mask, qkv, proj))
             stripes.append(torch.cat(parts, dim=3) if len(parts) > 1 else parts[0])
         return torch.cat(stripes, dim=2) if len(stripes) > 1 else stripes[0]
 
     def _attend(self, x: Tensor, mask: Tensor, qkv: _Linear | None, proj: _Linear | None) -> Tensor:
-        """Whole windows of one mask, each a batch entry of its own: (B, C, h, w) -> the same.
+        """Attention of windows with the same mask, which are folded into the batch: (B, C, h, w) -> (B, C, h, w).
 
-        Without ``qkv``, x is (B, 3C, h, w), projected already; without ``proj``, heads are joined and no more.
+        If ``qkv`` is None, x is already projected, (B, 3C, h, w). If ``proj`` is None, the heads are concatenated only.
         """
         (height, width), heads, channels = self.window_size, self.num_heads, self.channels
         batch, _, rows, columns = x.shape
@@ -207,6 +216,6 @@ class WindowAttention2d(ComputedBuffers, LoadsOtherNames):
         grid = merged.reshape(batch, rows // height, columns // width, height, width, channels)
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, rows, columns)
 
-    def _translate(self, state_dict: dict[str, Any], prefix: str) -> None:
+    def _remap_state_dict(self, state_dict: dict[str, Any], prefix: str) -> None:
         state_dict.pop(f"{prefix}relative_position_index", None)
-        super()._translate(state_dict, prefix)
+        super()._remap_state_dict(state_dict, prefix)

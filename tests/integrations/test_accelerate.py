@@ -1,4 +1,4 @@
-"""accelerate and restore: a torch model gains fastgen's layers in one line and loses them in another."""
+"""``accelerate`` and ``restore``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastgen.losses import r1_penalty
 
 
 class Mixer(nn.Module):
-    """A user's own block."""
+    """A custom block."""
 
     def __init__(self, width):
         super().__init__()
@@ -32,7 +32,7 @@ class Mixer(nn.Module):
 
 
 class Model(nn.Module):
-    """A user's model: (B, T) tokens or (B, T, width) embeddings -> (B, 1)."""
+    """A custom model: (B, T) tokens or (B, T, width) embeddings -> (B, 1)."""
 
     def __init__(self, width=8):
         super().__init__()
@@ -70,7 +70,7 @@ def tokens():
 
 
 def snapshot(model):
-    """Everything about a model that accelerate might disturb, by identity where it has one."""
+    """State of a model that accelerate must preserve, by identity of the objects."""
     return {
         name: (type(part), {key: id(value) for key, value in vars(part).items()}, [id(p) for p in part.parameters()])
         for name, part in model.named_modules(remove_duplicate=False)
@@ -83,15 +83,15 @@ def assert_states_equal(a, b):
 
 
 # --------------------------------------------------------------------------------------------------
-# Before, during and after
+# Equivalence to the original model
 
 
-def test_results_before_during_and_after():
+def test_outputs_and_state_dict_are_preserved():
     model, x = Model(), tokens()
     state = {key: value.clone() for key, value in model.state_dict().items()}
     for mode in (model.train, model.eval):
         mode()
-        before, untouched = model(x), snapshot(model)
+        before, original = model(x), snapshot(model)
         fastgen.accelerate(model)
         torch.testing.assert_close(model(x), before)
         with torch.no_grad():
@@ -100,10 +100,10 @@ def test_results_before_during_and_after():
         fastgen.restore(model)
         assert torch.equal(model(x), before)
         assert_states_equal(model.state_dict(), state)
-        assert snapshot(model) == untouched
+        assert snapshot(model) == original
 
 
-def test_gradients_before_during_and_after():
+def test_gradients_are_preserved():
     model, x = Model().double(), tokens()
 
     def gradients():
@@ -117,7 +117,7 @@ def test_gradients_before_during_and_after():
     assert all(torch.equal(a, b) for a, b in zip(gradients(), before, strict=True))
 
 
-def test_the_report_names_every_layer():
+def test_report_lists_every_layer():
     model = Model()
     report = fastgen.accelerate(model)
     assert report.replaced == {name: f"torch.nn.{cls} -> fastgen.nn.{cls}" for name, cls in LAYERS.items()}
@@ -131,13 +131,13 @@ def test_the_report_names_every_layer():
         assert type(model.get_submodule(name)) is getattr(nn, cls)
 
 
-def test_every_layer_of_torch_s_that_fastgen_has_is_replaced():
-    """A class added to fastgen.nn in place of torch's must be in the table."""
+def test_every_drop_in_layer_of_fastgen_is_in_the_table():
+    """A drop-in replacement added to fastgen.nn must be in the table."""
     same = {name for name in fastgen.nn.__all__ if issubclass(getattr(fastgen.nn, name), getattr(nn, name, ()))}
     assert same == set(modules._NAMES)
 
 
-def test_a_whole_transformer():
+def test_nn_transformer_is_accelerated():
     model = nn.Transformer(8, 2, 1, 1, 16, dropout=0.0, batch_first=True).double()
     source, target = torch.randn(2, 4, 8).double(), torch.randn(2, 3, 8).double()
     before = model(source, target)
@@ -149,7 +149,7 @@ def test_a_whole_transformer():
     assert torch.equal(model(source, target), before)
 
 
-def test_r1_raises_before_works_during_and_raises_after():
+def test_r1_penalty_requires_acceleration():
     attention = nn.MultiheadAttention(8, 2, batch_first=True)
     real = torch.randn(3, 5, 8, requires_grad=True)
 
@@ -161,19 +161,19 @@ def test_r1_raises_before_works_during_and_raises_after():
         with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
             return torch.autograd.grad(penalty(), list(attention.parameters()), materialize_grads=True)
 
-    wanted = expected()
+    reference = expected()
     with pytest.raises(RuntimeError, match="is not implemented"):
         penalty().backward()
     fastgen.accelerate(attention)
     results = torch.autograd.grad(penalty(), list(attention.parameters()), materialize_grads=True)
-    for a, b in zip(results, wanted, strict=True):
+    for a, b in zip(results, reference, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     fastgen.restore(attention)
     with pytest.raises(RuntimeError, match="is not implemented"):
         penalty().backward()
 
 
-def test_r1_through_the_whole_model():
+def test_r1_penalty_through_a_model():
     model = Model()
     fastgen.accelerate(model)
     real = torch.randn(3, 5, 8, requires_grad=True)
@@ -183,10 +183,10 @@ def test_r1_through_the_whole_model():
 
 
 # --------------------------------------------------------------------------------------------------
-# What belongs to the model stays with it
+# State of the model
 
 
-def test_parameters_optimizers_hooks_and_flags_are_the_same_objects():
+def test_parameters_optimizers_hooks_and_flags_are_preserved():
     model, x = Model(), tokens()
     model.gru.requires_grad_(False)
     model.recurrent.eval()
@@ -221,7 +221,7 @@ def test_parameters_optimizers_hooks_and_flags_are_the_same_objects():
     assert all(int(state["step"]) == 3 for state in optimizer.state.values())
 
 
-def test_training_goes_the_same_way():
+def test_training_steps_match_torch():
     torch.manual_seed(1)
     plain = Model().double()
     ours, x, losses = copy.deepcopy(plain), tokens(), []
@@ -251,7 +251,7 @@ def through_torch_save(model):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, through_torch_save])
-def test_copies_of_an_accelerated_model_are_accelerated_and_can_be_restored(copied):
+def test_copies_of_accelerated_models_can_be_restored(copied):
     model, x = Model().eval(), tokens()
     before = model(x)
     fastgen.accelerate(model)
@@ -264,7 +264,7 @@ def test_copies_of_an_accelerated_model_are_accelerated_and_can_be_restored(copi
     assert set(vars(other.recurrent)) == set(vars(Model().recurrent))
 
 
-def test_state_dicts_go_from_one_to_the_other():
+def test_state_dicts_are_interchangeable():
     model, accelerated = Model(), Model()
     fastgen.accelerate(accelerated)
     assert not any(accelerated.load_state_dict(model.state_dict()))
@@ -274,15 +274,15 @@ def test_state_dicts_go_from_one_to_the_other():
 
 
 # --------------------------------------------------------------------------------------------------
-# Twice, in part, and nothing at all
+# Repeated, partial and empty calls
 
 
-def test_twice_is_once():
+def test_accelerate_is_idempotent():
     model = Model()
     first, second = fastgen.accelerate(model), fastgen.accelerate(model)
     assert second.replaced == {}
     assert second.kept == {
-        **{name: f"accelerated before: fastgen.nn.{cls}" for name, cls in LAYERS.items()},
+        **{name: f"already accelerated: fastgen.nn.{cls}" for name, cls in LAYERS.items()},
         **first.kept,
     }
     assert set(fastgen.restore(model).replaced) == set(LAYERS)
@@ -290,16 +290,16 @@ def test_twice_is_once():
     assert type(model.recurrent) is nn.LSTM
 
 
-def test_layers_built_as_fastgen_s_stay():
+def test_layers_constructed_as_fastgen_layers_are_not_restored():
     model = nn.ModuleList([fastgen.nn.GRU(2, 2), nn.GRU(2, 2)])
     report = fastgen.accelerate(model)
     assert report.replaced == {"1": "torch.nn.GRU -> fastgen.nn.GRU"}
-    assert report.kept == {"0": "built as fastgen.nn.GRU"}
+    assert report.kept == {"0": "constructed as fastgen.nn.GRU"}
     fastgen.restore(model)
     assert [type(part) for part in model] == [fastgen.nn.GRU, nn.GRU]
 
 
-def test_a_part_can_be_restored():
+def test_restore_of_a_submodule():
     model = Model()
     fastgen.accelerate(model)
     assert set(fastgen.restore(model.mixer).replaced) == {"attention"}
@@ -307,14 +307,14 @@ def test_a_part_can_be_restored():
     assert type(model.recurrent) is fastgen.nn.LSTM
 
 
-def test_a_model_with_nothing_to_replace():
+def test_model_without_replaceable_layers():
     model = nn.Sequential(nn.Linear(2, 2), nn.Conv1d(2, 2, 1))
     report = fastgen.accelerate(model)
     assert report == fastgen.AccelerationReport({}, {})
     assert str(report) == "replaced: none\nkept: none"
 
 
-def test_the_report_is_made_for_reading():
+def test_report_formatting():
     report = fastgen.accelerate(nn.ModuleDict({"a": nn.LSTM(2, 2), "longer": nn.GRU(2, 2), "c": nn.RNNCell(2, 2)}))
     assert str(report).splitlines() == [
         "replaced: 2",
@@ -330,20 +330,20 @@ def test_the_report_is_made_for_reading():
 
 @pytest.mark.parametrize("function", [fastgen.accelerate, fastgen.restore])
 @pytest.mark.parametrize("model", [None, nn.LSTM, [nn.LSTM(2, 2)], torch.zeros(2)], ids=lambda m: type(m).__name__)
-def test_what_is_no_module(function, model):
+def test_non_modules_raise(function, model):
     with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got"):
         function(model)
 
 
-def test_the_example_works():
+def test_docstring_examples():
     assert doctest.testmod(modules).failed == 0
 
 
 # --------------------------------------------------------------------------------------------------
-# What is left alone, and says why
+# Layers that are kept
 
 
-class OwnLSTM(nn.LSTM):
+class CustomLSTM(nn.LSTM):
     def forward(self, input, hx=None):
         output, last = super().forward(input, hx)
         return output + 1, last
@@ -355,7 +355,7 @@ def patched():
     return layer
 
 
-def parametrised():
+def parametrized():
     return parametrizations.weight_norm(nn.LSTM(2, 2), "weight_hh_l0")
 
 
@@ -365,7 +365,7 @@ def scripted():
         return torch.jit.script(nn.Sequential(nn.LSTM(2, 2)))
 
 
-def quantised():
+def quantized():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.ao.nn.quantized.dynamic.LSTM(2, 2)
@@ -382,19 +382,22 @@ class LazyGRU(nn.modules.lazy.LazyModuleMixin, nn.GRU):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: OwnLSTM(2, 2), r"tests\.test_accelerate\.OwnLSTM is a subclass of torch\.nn\.LSTM, and may compute"),
-        (patched, "forward was replaced on the instance"),
-        (parametrised, r"a parametrisation gave this torch\.nn\.LSTM a class .*; accelerate before that"),
-        (scripted, r"a script of torch\.nn\.LSTM"),
-        (quantised, r"quantised: torch\.ao\.nn\.quantized\.dynamic\.modules\.rnn\.LSTM"),
-        (LazyGRU, "not initialised yet: call the model once"),
+        (
+            lambda: CustomLSTM(2, 2),
+            r"\.CustomLSTM is a subclass of torch\.nn\.LSTM, which may override",
+        ),
+        (patched, "forward is overridden on the instance"),
+        (parametrized, r"parametrization changed the class of this torch\.nn\.LSTM to .*; accelerate before that"),
+        (scripted, r"torch\.nn\.LSTM is scripted"),
+        (quantized, r"quantized: torch\.ao\.nn\.quantized\.dynamic\.modules\.rnn\.LSTM"),
+        (LazyGRU, "not initialized yet"),
         (lambda: nn.RNN(2, 2), "has no equivalent"),
         (lambda: nn.LSTMCell(2, 2), r"torch\.nn\.LSTMCell has no equivalent"),
-        (lambda: nn.MultiheadAttention(2, 1, dropout=1.0), r"dropout is 1\.0, which drops everything"),
+        (lambda: nn.MultiheadAttention(2, 1, dropout=1.0), r"dropout is 1\.0; fastgen's layer requires"),
     ],
-    ids=["subclass", "patched", "parametrised", "script", "quantised", "lazy", "RNN", "cell", "dropout"],
+    ids=["subclass", "patched", "parametrized", "script", "quantized", "lazy", "RNN", "cell", "dropout"],
 )
-def test_left_alone(make, reason):
+def test_unsupported_layers_are_kept_with_a_reason(make, reason):
     model = nn.ModuleDict({"inner": make()})
     before = {name: type(part) for name, part in model.named_modules()}
     report = fastgen.accelerate(model)
@@ -406,7 +409,7 @@ def test_left_alone(make, reason):
     assert {name: type(part) for name, part in model.named_modules()} == before
 
 
-def test_a_layer_around_one_that_is_kept():
+def test_parent_of_a_kept_layer_is_replaced():
     layer = nn.TransformerEncoderLayer(4, 1, 4, dropout=1.0, batch_first=True)
     x = torch.randn(2, 3, 4)
     before = layer(x)
@@ -416,14 +419,14 @@ def test_a_layer_around_one_that_is_kept():
     torch.testing.assert_close(layer(x), before)
 
 
-def test_advice_on_parametrisations_holds():
+def test_parametrization_after_acceleration():
     layer, x = nn.LSTM(2, 3), torch.randn(4, 2, 2)
     before = layer(x)[0]
     fastgen.accelerate(layer)
     parametrizations.weight_norm(layer, "weight_hh_l0")
     torch.testing.assert_close(layer(x)[0], before)
     report = fastgen.accelerate(layer)
-    assert "accelerated before" in report.kept["(model)"]
+    assert "already accelerated" in report.kept["(model)"]
     with pytest.raises(RuntimeError, match=r"model: expected \(model\) to have the class that accelerate gave it, got"):
         fastgen.restore(layer)
     parametrize.remove_parametrizations(layer, "weight_hh_l0")
@@ -432,7 +435,7 @@ def test_advice_on_parametrisations_holds():
     torch.testing.assert_close(layer(x)[0], before)
 
 
-def test_restoring_is_all_or_nothing():
+def test_restore_is_atomic():
     model = nn.ModuleList([nn.GRU(2, 2), nn.LSTM(2, 2)])
     fastgen.accelerate(model)
     parametrizations.weight_norm(model[1], "weight_hh_l0")
@@ -445,7 +448,7 @@ def test_restoring_is_all_or_nothing():
 # Wrappers
 
 
-def test_data_parallel_wrappers_are_walked_into():
+def test_data_parallel_modules_are_accelerated():
     model = nn.DataParallel(Mixer(4))
     x = torch.randn(2, 3, 4)
     before = model(x)
@@ -462,7 +465,7 @@ def one_process(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-def test_distributed_wrappers(one_process):
+def test_distributed_data_parallel_modules_are_accelerated(one_process):
     model, x = nn.parallel.DistributedDataParallel(Mixer(4)), torch.randn(2, 3, 4)
     before = model(x)
     assert set(fastgen.accelerate(model).replaced) == {"module.attention"}
@@ -472,17 +475,17 @@ def test_distributed_wrappers(one_process):
     assert torch.equal(model(x), before)
 
 
-def test_a_sharded_layer_is_left_alone_and_its_neighbours_are_not(one_process):
+def test_sharded_layers_are_kept(one_process):
     model = nn.ModuleList([nn.LSTM(4, 4), nn.GRU(4, 4)])
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
     torch.distributed.fsdp.fully_shard(model[0], mesh=mesh)
     report = fastgen.accelerate(model)
     assert set(report.replaced) == {"1"}
-    assert report.kept == {"0": "FSDP gave this torch.nn.LSTM a class of its own, FSDPLSTM; accelerate before that"}
+    assert report.kept == {"0": "FSDP changed the class of this torch.nn.LSTM to FSDPLSTM; accelerate before that"}
 
 
 @pytest.mark.parametrize("how", ["function", "method"])
-def test_compiled_models_are_compiled_anew(how):
+def test_compiled_models_are_recompiled(how):
     torch._dynamo.reset()
     module = Mixer(4)
     model = torch.compile(module, backend="eager") if how == "function" else module
@@ -493,7 +496,7 @@ def test_compiled_models_are_compiled_anew(how):
     report = fastgen.accelerate(model)
     ((name, text),) = report.replaced.items()
     assert name == ("_orig_mod.attention" if how == "function" else "attention")
-    assert text == "torch.nn.MultiheadAttention -> fastgen.nn.MultiheadAttention, compiled anew at its next call"
+    assert text == "torch.nn.MultiheadAttention -> fastgen.nn.MultiheadAttention, recompiled at its next call"
     attend = fastgen.functional.scaled_dot_product_attention
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(

@@ -1,4 +1,4 @@
-"""Evaluation: likelihoods, intervals, distances between sets, feature spaces, and the lines that report them."""
+"""Metrics: likelihoods, confidence intervals, distances between sets, feature spaces, and formatting."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fastgen import metrics
-from fastgen.metrics import bootstrap, distances, features, figures, likelihood
+from fastgen.metrics import bootstrap, distances, features, likelihood, sounds, summary, translations
 
 pytest.importorskip("scipy")
 
@@ -28,14 +28,17 @@ def normal(n, dims=8, seed=0, scale=1.0, shift=0.0):
 
 
 def whitened(n, dims, seed=0):
-    """A set whose mean is 0 and whose covariance is 1, but for rounding."""
+    """Samples with mean 0 and identity covariance, up to rounding."""
     x = normal(n, dims, seed)
     x = x - x.mean(0)
     return x @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T
 
 
-@pytest.mark.parametrize("module", [bootstrap, features, figures, likelihood], ids=lambda module: module.__name__)
-def test_the_examples_in_docstrings_hold(module):
+MODULES = [bootstrap, distances, features, likelihood, sounds, summary, translations]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_docstring_examples(module):
     result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.attempted
     assert not result.failed
@@ -45,7 +48,7 @@ def test_the_examples_in_docstrings_hold(module):
 # Likelihoods
 
 
-def test_a_fair_coin_for_each_pixel_is_one_bit_per_dim_and_a_uniform_token_is_its_vocabulary_in_perplexity():
+def test_bits_per_dim_and_perplexity_of_uniform_distributions():
     assert metrics.bits_per_dim(64 * math.log(2), 64) == pytest.approx(1)
     assert metrics.perplexity(math.log(50)) == pytest.approx(50)
     assert metrics.perplexity(1e4) == math.inf
@@ -61,7 +64,7 @@ def linear_gaussian(x, samples, mean, variance, seed=1):
     return unit.log_prob(z) + unit.log_prob(x - z) - q.log_prob(z)
 
 
-def test_the_bound_is_exact_with_the_true_posterior_and_tightens_with_more_samples_otherwise():
+def test_importance_weighted_bound_is_exact_for_the_true_posterior_and_tightens_with_samples():
     x = 2**0.5 * torch.randn(2000, generator=seeded(), dtype=torch.float64)
     exact = torch.distributions.Normal(0.0, 2**0.5).log_prob(x)
     torch.testing.assert_close(metrics.importance_weighted_bound(linear_gaussian(x, 3, 0.5, 0.5)), exact)
@@ -72,7 +75,7 @@ def test_the_bound_is_exact_with_the_true_posterior_and_tightens_with_more_sampl
     assert bounds[-1] == pytest.approx(float(exact.mean()), abs=0.005)
 
 
-def test_the_bound_streams_survives_huge_weights_and_counts_weights_of_zero():
+def test_importance_weighted_bound_is_streaming_and_numerically_stable():
     log_weights = torch.tensor([[-2000.0, 3000.0, -math.inf], [-2001.0, 3001.0, 0.0]])
     streamed = metrics.importance_weighted_bound(row for row in log_weights)
     expected = torch.tensor([-2000 + math.log1p(math.exp(-1)), 3001 + math.log1p(math.exp(-1)), 0.0]) - math.log(2)
@@ -84,15 +87,15 @@ def test_the_bound_streams_survives_huge_weights_and_counts_weights_of_zero():
 # Intervals
 
 
-def test_the_interval_of_a_skewed_mean_covers_the_truth_about_as_often_as_it_says():
-    draws = torch.empty(200, 60, dtype=torch.float64).exponential_(generator=seeded())
-    found = [metrics.bootstrap_interval(row, resamples=300, confidence=0.9) for row in draws]
+def test_bootstrap_interval_of_a_skewed_mean_has_nominal_coverage():
+    samples = torch.empty(200, 60, dtype=torch.float64).exponential_(generator=seeded())
+    found = [metrics.bootstrap_interval(row, resamples=300, confidence=0.9) for row in samples]
     covered = sum(one.low <= 1 <= one.high for one in found) / len(found)
     assert 0.84 <= covered <= 0.95
     assert all(one.low < one.estimate < one.high for one in found)
 
 
-def test_the_interval_of_a_distance_covers_what_sets_of_this_size_give_on_average():
+def test_bootstrap_sets_interval_covers_the_expected_distance():
     def pair(seed):
         return normal(60, 4, 2 * seed), normal(80, 4, 2 * seed + 1, scale=1.3, shift=0.3)
 
@@ -108,25 +111,25 @@ def test_the_interval_of_a_distance_covers_what_sets_of_this_size_give_on_averag
     assert 49 <= hits <= 60
 
 
-def test_columns_are_resampled_together():
+def test_paired_values_are_resampled_together():
     x = torch.rand(50, generator=seeded()) + 1
     found = metrics.bootstrap_interval([3 * x, x], lambda a, b: a.sum(-1) / b.sum(-1))
     assert [found.low, found.estimate, found.high] == pytest.approx([3, 3, 3])
 
 
-def test_a_statistic_without_a_corrected_interval_has_percentiles():
+def test_percentile_interval_is_the_fallback_of_bca():
     values = torch.tensor([0.0] * 30 + [1.0])
     found = metrics.bootstrap_interval(values, lambda v: v.amax(-1))
     assert (found.estimate, found.low, found.high) == (1, 0, 1)
 
 
-def test_a_proportion_of_all_has_an_interval_with_width():
+def test_proportion_interval_of_all_hits_has_nonzero_width():
     found = metrics.proportion_interval(torch.ones(20, dtype=torch.bool))
     assert (found.estimate, found.high) == (1, 1)
     assert found.low == pytest.approx(20 / (20 + 1.959964**2))  # Wilson's lower end at n of n
 
 
-def test_intervals_depend_on_the_seed_alone():
+def test_intervals_depend_on_the_seed_only():
     values = torch.rand(30, generator=seeded())
     torch.manual_seed(1)
     first = metrics.bootstrap_interval(values, seed=3)
@@ -139,20 +142,20 @@ def test_intervals_depend_on_the_seed_alone():
 # Distances
 
 
-def test_the_frechet_distance_of_known_gaussians():
+def test_frechet_distance_of_known_gaussians():
     real = whitened(200, 3)
     scale = torch.tensor([[2.0, 0, 0], [0, 3.0, 0], [0, 0, 0.5]], dtype=torch.float64)
-    turn = torch.linalg.qr(normal(3, 3, 9)).Q
-    generated = whitened(300, 3, seed=1) @ scale @ turn + torch.tensor([1.0, -2.0, 0.0])
-    # |difference of means|^2 + sum (standard deviation - 1)^2, in whatever directions
+    rotation = torch.linalg.qr(normal(3, 3, 9)).Q
+    generated = whitened(300, 3, seed=1) @ scale @ rotation + torch.tensor([1.0, -2.0, 0.0])
+    # |difference of means|^2 + sum (standard deviation - 1)^2, in any basis
     assert metrics.frechet_distance(real, generated) == pytest.approx(5 + 1 + 4 + 0.25)
     assert metrics.frechet_distance(generated, real) == pytest.approx(10.25)
     assert metrics.frechet_distance(real, real) == pytest.approx(0, abs=1e-12)
     assert metrics.frechet_distance(real, real + 3) == pytest.approx(27)
 
 
-class Given(nn.Module):
-    """Takes features for images, as torchmetrics asks for them."""
+class IdentityFeatures(nn.Module):
+    """Identity feature extractor for torchmetrics."""
 
     num_features = 8
 
@@ -161,11 +164,11 @@ class Given(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_frechet_and_kernel_distance_agree_with_torchmetrics():
+def test_frechet_and_kernel_distance_match_torchmetrics():
     fid, kid = (pytest.importorskip(f"torchmetrics.image.{name}") for name in ("fid", "kid"))
     real, generated = normal(90), normal(90, seed=1, scale=1.2, shift=0.2)
-    frechet = fid.FrechetInceptionDistance(feature=Given(), normalize=True).set_dtype(torch.float64)
-    kernel = kid.KernelInceptionDistance(feature=Given(), subsets=1, subset_size=90)
+    frechet = fid.FrechetInceptionDistance(feature=IdentityFeatures(), normalize=True).set_dtype(torch.float64)
+    kernel = kid.KernelInceptionDistance(feature=IdentityFeatures(), subsets=1, subset_size=90)
     for metric in (frechet, kernel):
         metric.update(real, real=True)
         metric.update(generated, real=False)
@@ -173,13 +176,13 @@ def test_frechet_and_kernel_distance_agree_with_torchmetrics():
     assert metrics.kernel_distance(real, generated) == pytest.approx(float(kernel.compute()[0]), rel=1e-9)
 
 
-def test_the_kernel_distance_is_unbiased_for_equal_distributions():
+def test_kernel_distance_is_unbiased_for_equal_distributions():
     found = torch.tensor([metrics.kernel_distance(normal(20, 3, 2 * i), normal(30, 3, 2 * i + 1)) for i in range(400)])
     assert float(found.min()) < 0
     assert abs(float(found.mean())) < 4 * float(found.std()) / 20
 
 
-def test_counts_stand_for_copies_except_in_pairs_of_the_kernel():
+def test_resampling_counts_are_equivalent_to_repeated_items():
     real, generated = normal(12), normal(15, seed=1)
     counts = [torch.randint(0, 4, (3, n), generator=seeded(n)).double() for n in (12, 15)]
     frechet = distances.resampled_frechet(real, generated, *counts)
@@ -207,13 +210,13 @@ def test_neighbourhoods_of_points_on_a_line():
     assert (found.precision, found.recall, found.density, found.coverage) == (0.5, 1, 1, 0.5)
 
 
-def test_neighbourhoods_agree_with_whole_matrices_in_any_blocks(monkeypatch):
+def test_neighbourhoods_match_full_distance_matrices_for_any_block_size(monkeypatch):
     real, generated = normal(40, 3, shift=100), normal(50, 3, 1, scale=0.8, shift=100)
     within, others, between = (torch.cdist(a, b) for a, b in ((real, real), (generated, generated), (generated, real)))
     radii, reach = within.sort(1).values[:, 5], others.sort(1).values[:, 5]
     inside = between <= radii
     for numbers in (2**22, 130):
-        monkeypatch.setattr(distances, "MOST_NUMBERS", numbers)
+        monkeypatch.setattr(distances, "MAX_ELEMENTS", numbers)
         found = metrics.neighbourhoods(real, generated)
         assert torch.equal(found.precise, inside.any(1))
         assert torch.equal(found.covered, inside.any(0))
@@ -222,26 +225,26 @@ def test_neighbourhoods_agree_with_whole_matrices_in_any_blocks(monkeypatch):
         assert metrics.kernel_distance(real / 100, generated / 100) == pytest.approx(1.8e-4, abs=5e-3)
 
 
-def test_equal_sets_are_precise_recalled_and_covered():
+def test_equal_sets_have_precision_recall_and_coverage_one():
     real = normal(50, 16, shift=50)
     real[10:20] = real[0]  # more copies than k: a sphere of radius 0
     found = metrics.neighbourhoods(real, real[torch.randperm(50, generator=seeded())])
     assert (found.precision, found.recall, found.coverage) == (1, 1, 1)
 
 
-def test_a_point_on_a_sphere_is_inside_however_it_was_rounded():
+def test_points_on_a_sphere_are_inside_despite_rounding():
     real = normal(200, 64, shift=5)
     assert metrics.neighbourhoods(real, real.flip(0)).density == pytest.approx(6 / 5)  # itself, and 5 on average
 
 
-def test_neighbourhoods_do_not_see_where_the_origin_is():
+def test_neighbourhoods_are_translation_invariant():
     real, generated = normal(60, 8), normal(70, 8, 1)
     near, far = metrics.neighbourhoods(real, generated), metrics.neighbourhoods(real + 1e6, generated + 1e6)
     for name in ("precise", "recalled", "spheres", "covered"):
         assert torch.equal(getattr(near, name), getattr(far, name))
 
 
-def test_a_dropped_mode_lowers_recall_and_coverage_and_not_precision():
+def test_mode_dropping_lowers_recall_and_coverage_but_not_precision():
     modes = torch.cat([normal(100, 4), normal(100, 4, 1, shift=20)])
     whole = metrics.neighbourhoods(modes, torch.cat([normal(100, 4, 2), normal(100, 4, 3, shift=20)]))
     half = metrics.neighbourhoods(modes, normal(200, 4, 4))
@@ -252,7 +255,7 @@ def test_a_dropped_mode_lowers_recall_and_coverage_and_not_precision():
     assert 0.45 < half.coverage <= 0.5
 
 
-def test_copies_of_one_real_item_are_precise_and_recall_only_it():
+def test_copies_of_one_real_item_have_low_recall_and_coverage():
     real = normal(100, 4)
     found = metrics.neighbourhoods(real, real[:1].expand(60, -1))
     assert found.precision == 1
@@ -280,7 +283,7 @@ def space(digits):
     return metrics.classifier_features(images[:1400], labels[:1400], held_out=held_out, data="digits", steps=120)
 
 
-def test_the_classifier_knows_digits_and_is_named_after_what_it_knows(space, digits):
+def test_classifier_features_of_digits(space, digits):
     images, labels = digits
     accuracy = float((space.predict(images[1400:]) == labels[1400:]).double().mean())
     assert accuracy > 0.93
@@ -297,7 +300,7 @@ def upright(n=60, size=9, channels=2):
     return (0.8 * ramp + 0.2 * torch.rand(n, channels, size, size, generator=seeded())).contiguous()
 
 
-def test_rotations_are_learnt_without_labels():
+def test_rotation_features_need_no_labels():
     found = metrics.rotation_features(upright(), data="ramps", dims=5, steps=40)
     assert found.name == "rotations-ramps-5d (100.0% held-out accuracy)"
     assert found(upright()).shape == (60, 5)
@@ -305,7 +308,7 @@ def test_rotations_are_learnt_without_labels():
         found.predict(upright())
 
 
-def test_training_depends_on_the_seed_alone_and_leaves_randomness_alone():
+def test_feature_training_is_reproducible_and_preserves_the_rng_state():
     images, labels = upright(), torch.arange(60) % 3
 
     def trained(seed):
@@ -323,13 +326,13 @@ def test_training_depends_on_the_seed_alone_and_leaves_randomness_alone():
 
 
 @pytest.mark.parametrize("size", [1, 5, 28, 40])
-def test_networks_take_images_of_any_size(size):
+def test_feature_networks_support_any_image_size(size):
     images = torch.rand(50, 3, size, size, generator=seeded())
     found = metrics.classifier_features(images, torch.arange(50) % 2, steps=2, dims=3)
     assert found(images).shape == (50, 3)
 
 
-def test_a_space_survives_safetensors_and_json(space, digits):
+def test_feature_space_serialization_round_trip(space, digits):
     save, load = (pytest.importorskip("safetensors.torch").__dict__[name] for name in ("save", "load"))
     tensors, meta = space.state()
     before = torch.get_rng_state()
@@ -341,7 +344,7 @@ def test_a_space_survives_safetensors_and_json(space, digits):
     assert torch.equal(again.predict(images), space.predict(images))
 
 
-def test_inception_needs_torchvision(monkeypatch):
+def test_inception_features_require_torchvision(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision.models", None)
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ImportError, match="inception_features needs torchvision"):
@@ -349,7 +352,7 @@ def test_inception_needs_torchvision(monkeypatch):
 
 
 class Inception(nn.Module):
-    """Stands in for torchvision's: the first pixel for features."""
+    """Replacement of torchvision's network with the first pixel as features."""
 
     def __init__(self):
         super().__init__()
@@ -361,7 +364,7 @@ class Inception(nn.Module):
         return self.fc(x[:, :1, 0, 0] * self.scale)
 
 
-def test_inception_reads_only_weights_that_are_there_and_whole(monkeypatch, tmp_path):
+def test_inception_features_require_intact_local_weights(monkeypatch, tmp_path):
     content = b"weights"
     file = tmp_path / "checkpoints" / f"inception-{hashlib.sha256(content).hexdigest()[:8]}.pth"
     state = {**Inception().state_dict(), "scale": torch.full((2048,), 2.0)}
@@ -392,10 +395,10 @@ def test_inception_reads_only_weights_that_are_there_and_whole(monkeypatch, tmp_
 
 
 # --------------------------------------------------------------------------------------------------
-# Figures
+# Evaluation and formatting
 
 
-def test_evaluation_ranks_images_and_every_line_names_the_space(space, digits):
+def test_evaluate_images_ranks_degraded_samples_and_reports_the_space(space, digits):
     images, labels = digits
     real, training = images[1400:], images[:1400]
     noisy = (training[:700] + 0.3 * torch.randn(700, 1, 8, 8, generator=seeded())).clamp(0, 1)
@@ -422,7 +425,7 @@ def test_evaluation_ranks_images_and_every_line_names_the_space(space, digits):
         assert "against 397 held-out" in str(one)
 
 
-def test_evaluation_depends_on_its_seed_alone_and_can_leave_intervals_out(space, digits):
+def test_evaluate_images_is_reproducible_and_intervals_are_optional(space, digits):
     images = digits[0]
     first, again, other, bare = (
         metrics.evaluate_images(images[1500:], images[:200], space, training=images[200:1400], **options)
@@ -435,19 +438,19 @@ def test_evaluation_depends_on_its_seed_alone_and_can_leave_intervals_out(space,
     assert "[" not in str(bare[0])
 
 
-def test_no_interval_of_a_frechet_distance_goes_below_0(space, digits):
+def test_frechet_interval_is_nonnegative(space, digits):
     found = metrics.evaluate_images(digits[0][:100], digits[0][:100], space, resamples=20)[0]
     assert found.value == pytest.approx(0, abs=1e-9)
     assert found.low == 0
 
 
-def test_a_covariance_of_too_few_images_is_noted(space, digits):
+def test_too_few_images_for_the_covariance_are_noted(space, digits):
     images = digits[0]
     found = metrics.evaluate_images(images[:64], images[100:200], space, resamples=0)
     assert [bool("covariance of 64 features needs more images" in one.note) for one in found] == [True] + 5 * [False]
 
 
-def test_class_agreement_counts_images_of_their_class(space, digits):
+def test_class_agreement(space, digits):
     images, labels = digits
     wrong = labels[1400:].clone()
     wrong[:100] = (wrong[:100] + 1) % 10
@@ -457,12 +460,12 @@ def test_class_agreement_counts_images_of_their_class(space, digits):
     assert space.name in str(right)
 
 
-def test_scores_are_summarised_in_the_units_of_the_field():
+def test_summarise_reports_likelihood_units():
     nats = 64 * math.log(2) * torch.tensor([1.0, 2.0, 3.0])
     found = {one.name: one for one in metrics.summarise({"elbo": -nats, "nll": nats / 2, "error": nats}, dims=64)}
     assert found["ELBO"].value == pytest.approx(-128 * math.log(2))
     assert found["error"].unit == ""
-    assert found["bits per dimension"].value == pytest.approx(2)  # of the bound, not of its reconstruction alone
+    assert found["bits per dimension"].value == pytest.approx(2)  # of the bound, not of the reconstruction term
     assert "at most" in found["bits per dimension"].note
 
     lines = metrics.summarise({"nll": torch.tensor([10.0, 30.0]), "tokens": torch.tensor([10, 10])})
@@ -470,8 +473,8 @@ def test_scores_are_summarised_in_the_units_of_the_field():
     assert [one.value for one in lines[1:]] == pytest.approx([2, math.exp(2)])
     assert lines[2].high == pytest.approx(math.exp(lines[1].high))
     assert str(lines[1]).endswith("nats/token  20 tokens of 2 held-out items")
-    figures = {"nll": [10.0, 30.0], "tokens": [10, 10], "characters": [30, 50]}
-    lines = metrics.summarise({name: torch.tensor(values) for name, values in figures.items()})
+    values = {"nll": [10.0, 30.0], "tokens": [10, 10], "characters": [30, 50]}
+    lines = metrics.summarise({name: torch.tensor(column) for name, column in values.items()})
     assert lines[3].value == pytest.approx(0.5)
     assert str(lines[3]).endswith("nats/character  80 characters of 20 tokens of 2 held-out items")
     weighted = metrics.summarise({"nll": torch.tensor([10.0, 30.0])}, tokens=torch.tensor([10, 90]))
@@ -479,21 +482,21 @@ def test_scores_are_summarised_in_the_units_of_the_field():
 
 
 @pytest.mark.parametrize(
-    ("figure", "line"),
+    ("metric", "line"),
     [
         (
-            metrics.Figure("Frechet distance", 3.2149, 2.9, 3.6, space="pixels", n={"generated": 1000, "held-out": 9}),
+            metrics.Metric("Frechet distance", 3.2149, 2.9, 3.6, space="pixels", n={"generated": 1000, "held-out": 9}),
             "Frechet distance  3.21 [2.90, 3.60]  in pixels, 1,000 generated against 9 held-out",
         ),
-        (metrics.Figure("ELBO", -1234.5, -1240.0, -1229.0, unit="nats"), "ELBO  -1,234.5 [-1,240.0, -1,229.0] nats"),
-        (metrics.Figure("x", 1.23456, note="by hand"), "x  1.235 (by hand)"),
-        (metrics.Figure("x", 2.0, 2.0, 2.0), "x  2 [2, 2]"),
-        (metrics.Figure("perplexity", math.inf, 3.0, math.inf), "perplexity  inf [3, inf]"),
+        (metrics.Metric("ELBO", -1234.5, -1240.0, -1229.0, unit="nats"), "ELBO  -1,234.5 [-1,240.0, -1,229.0] nats"),
+        (metrics.Metric("x", 1.23456, note="by hand"), "x  1.235 (by hand)"),
+        (metrics.Metric("x", 2.0, 2.0, 2.0), "x  2 [2, 2]"),
+        (metrics.Metric("perplexity", math.inf, 3.0, math.inf), "perplexity  inf [3, inf]"),
     ],
     ids=["space", "large", "bare", "constant", "infinite"],
 )
-def test_a_line_shows_as_many_digits_as_its_interval_bears(figure, line):
-    assert str(figure) == line
+def test_metric_formatting_uses_significant_digits(metric, line):
+    assert str(metric) == line
 
 
 # --------------------------------------------------------------------------------------------------
@@ -548,7 +551,7 @@ ERRORS = {
     "features' dims": (
         lambda: metrics.kernel_distance(torch.zeros(3, 2), torch.zeros(3, 4)),
         ValueError,
-        "generated: expected 2 dims on cpu as the real ones, got 4 dims on cpu",
+        "generated: expected 2 dims on cpu, as in real, got 4 dims on cpu",
     ),
     "features of NaN": (
         lambda: metrics.frechet_distance(torch.zeros(3, 2), torch.full((3, 2), math.nan)),
@@ -611,7 +614,7 @@ ERRORS = {
             },
         ),
         ValueError,
-        "got one that fails: Error",
+        "got one that fails to load: Error",
     ),
     "network": (
         lambda: metrics.FeatureSpace("pixels", 35, nn.Flatten())(IMAGES),
@@ -626,7 +629,7 @@ ERRORS = {
     "state of nothing": (
         lambda: metrics.FeatureSpace.from_state({}, {"kind": "classifier"}),
         ValueError,
-        "state: expected that of a feature space",
+        "state: expected the state of a feature space",
     ),
     "agreement's labels": (
         lambda: metrics.class_agreement(IMAGES, LABELS[:3], PIXELS),
@@ -647,7 +650,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_a_bad_input_gives_one_clear_line(case):
+def test_invalid_arguments_raise_single_line_errors(case):
     call, error, message = ERRORS[case]
     with pytest.raises(error, match=message) as raised:
         call()

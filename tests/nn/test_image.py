@@ -1,9 +1,8 @@
-"""Attention on feature maps, against the same thing written in plain PyTorch."""
+"""Attention layers of feature maps against plain PyTorch implementations."""
 
 from __future__ import annotations
 
 import copy
-import doctest
 import pickle
 
 import pytest
@@ -14,7 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, jvp
 
 from fastgen.losses import r1_penalty
-from fastgen.nn import AttentionBlock2d, AttentionGate2d, SelfAttention2d, WindowAttention2d, image, window
+from fastgen.nn import AttentionBlock2d, AttentionGate2d, SelfAttention2d, WindowAttention2d
 from fastgen.testing import assert_accurate
 
 # --------------------------------------------------------------------------------------------------
@@ -119,7 +118,7 @@ TINY = {
 
 
 def made(case, table=LAYERS, dtype=torch.float64, gain=0.5):
-    """The layer with random parameters, so that nothing is hidden by one that starts at 0, and an input."""
+    """A layer with random parameters (none is left at its initial 0), and an input."""
     make, shape = table[case]
     layer = make().to(dtype)
     with torch.no_grad():
@@ -137,19 +136,19 @@ def plain(layer, x):
 
 
 @pytest.mark.parametrize("case", LAYERS)
-def test_output_and_gradients_are_those_of_the_formula(case):
+def test_outputs_and_gradients_match_the_formula(case):
     layer, x = made(case)
     leaves = [x.requires_grad_(), *layer.parameters()]
-    ours, wanted = layer(x), plain(layer, x)
+    ours, expected = layer(x), plain(layer, x)
     assert ours.shape == x.shape
-    torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
     upstream = torch.randn_like(x)
-    for a, b in zip(*(torch.autograd.grad(y, leaves, upstream) for y in (ours, wanted)), strict=True):
+    for a, b in zip(*(torch.autograd.grad(y, leaves, upstream) for y in (ours, expected)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("case", LAYERS)
-def test_an_r1_penalty_is_that_of_the_formula(case):
+def test_r1_penalty_matches_the_formula(case):
     layer, x = made(case)
     x.requires_grad_()
 
@@ -164,7 +163,7 @@ def test_an_r1_penalty_is_that_of_the_formula(case):
 
 
 @pytest.mark.parametrize("case", LAYERS)
-def test_a_tangent_is_that_of_the_formula(case):
+def test_jvp_matches_the_formula(case):
     layer, x = made(case)
     parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
     directions = {name: torch.randn_like(parameter) for name, parameter in parameters.items()}
@@ -180,14 +179,14 @@ def test_a_tangent_is_that_of_the_formula(case):
 
     out, tangent = jvp(lambda p, x: functional_call(layer, p, x), primals, tangents)
     prefixed = tuple({f"layer.{name}": t for name, t in group.items()} for group in (parameters, directions))
-    wanted = jvp(lambda p, x: functional_call(Plain(), p, x), (prefixed[0], x), (prefixed[1], tangents[1]))
-    torch.testing.assert_close(out, wanted[0], rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(tangent, wanted[1], rtol=1e-9, atol=1e-9)
+    expected = jvp(lambda p, x: functional_call(Plain(), p, x), (prefixed[0], x), (prefixed[1], tangents[1]))
+    torch.testing.assert_close(out, expected[0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(tangent, expected[1], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
 @pytest.mark.parametrize("case", TINY)
-def test_derivatives_are_those_of_differences(case, check):
+def test_derivatives_match_finite_differences(case, check):
     layer, x = made(case, TINY)
     names, parameters = zip(*layer.named_parameters(), strict=True)
     leaves = [t.detach().requires_grad_() for t in (x, *parameters)]
@@ -196,7 +195,7 @@ def test_derivatives_are_those_of_differences(case, check):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", ["self", "self, pooled", "block, heads, no bias", "gate", "window, shifted, padded"])
-def test_low_precision_is_as_accurate_as_the_formula(case, dtype):
+def test_low_precision_accuracy(case, dtype):
     layer, x = made(case, gain=0.2)
     low = copy.deepcopy(layer).to(dtype)
     rounded = copy.deepcopy(low).double()
@@ -214,30 +213,32 @@ def test_low_precision_is_as_accurate_as_the_formula(case, dtype):
 @pytest.mark.parametrize("case", LAYERS)
 def test_autocast(case):
     layer, x = made(case, dtype=torch.float32)
-    wanted = layer(x)
+    expected = layer(x)
     with torch.autocast("cpu", torch.bfloat16):
         out = layer(x)
     if not isinstance(layer, WindowAttention2d):  # ends with a residual, which stays float32
         assert out.dtype == torch.float32
     assert out.isfinite().all()
-    torch.testing.assert_close(out.float(), wanted, rtol=0.1, atol=0.1 * wanted.abs().max().item())
+    torch.testing.assert_close(out.float(), expected, rtol=0.1, atol=0.1 * expected.abs().max().item())
     out.float().square().sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
 
 
 @pytest.mark.parametrize("case", LAYERS)
-def test_memory_formats_and_strides_change_nothing(case):
+def test_memory_formats_and_strides(case):
     layer, x = made(case)
-    wanted = layer(x)
-    wide = torch.randn(*x.shape[:3], 2 * x.size(3), dtype=x.dtype)
-    wide[..., ::2] = x
-    for other in (x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().mT, wide[..., ::2]):
-        torch.testing.assert_close(layer(other), wanted, rtol=1e-10, atol=1e-10)
+    expected = layer(x)
+    padded = torch.randn(*x.shape[:3], 2 * x.size(3), dtype=x.dtype)
+    padded[..., ::2] = x
+    for other in (
+        x.contiguous(memory_format=torch.channels_last),
+        x.transpose(2, 3).contiguous().mT,
+        padded[..., ::2],
+    ):
+        torch.testing.assert_close(layer(other), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_memory_kept_for_backward_grows_with_the_number_of_positions():
-    """Not with its square, which is 16 times the least of these."""
-
+def test_saved_memory_is_linear_in_the_number_of_positions():
     def kept(side, layer):
         sizes = {}
 
@@ -256,10 +257,10 @@ def test_memory_kept_for_backward_grows_with_the_number_of_positions():
 
 
 # --------------------------------------------------------------------------------------------------
-# What each layer is
+# Layer-specific behavior
 
 
-def test_self_attention_begins_as_the_identity_and_takes_the_default_widths():
+def test_self_attention_defaults_and_identity_initialization():
     layer, x = SelfAttention2d(64), torch.randn(1, 64, 3, 3)
     assert torch.equal(layer(x), x)
     assert layer.query.weight.shape == (8, 64, 1, 1)
@@ -269,7 +270,7 @@ def test_self_attention_begins_as_the_identity_and_takes_the_default_widths():
 
 
 @pytest.mark.parametrize("pool", [False, 2])
-def test_spectral_norm_holds_the_largest_singular_value_at_one(pool):
+def test_spectral_norm_limits_the_largest_singular_value_to_one(pool):
     layer, x = SelfAttention2d(16, spectral_norm=True, pool=pool), torch.randn(1, 16, 4, 4)
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
@@ -290,7 +291,7 @@ def test_spectral_norm_holds_the_largest_singular_value_at_one(pool):
 
 
 @pytest.mark.parametrize("case", LAYERS)
-def test_a_state_dict_goes_round(case):
+def test_state_dict_round_trip(case):
     layer, x = made(case)
     other = LAYERS[case][0]().double()
     assert not torch.equal(other(x), layer(x))
@@ -298,16 +299,16 @@ def test_a_state_dict_goes_round(case):
     assert torch.equal(other(x), layer(x))
 
 
-def test_keys():
+def test_state_dict_keys():
     assert [*SelfAttention2d(8).state_dict()] == ["gamma", *(f"{n}.weight" for n in ("query", "key", "value", "out"))]
     parts = ("norm", "query", "key", "value", "out")
     assert [*AttentionBlock2d(32).state_dict()] == [f"{n}.{p}" for n in parts for p in ("weight", "bias")]
-    of_torchvision = {"relative_position_bias_table", "qkv.weight", "qkv.bias", "proj.weight", "proj.bias"}
-    assert {*WindowAttention2d(8, 2, 7).state_dict()} == of_torchvision
+    torchvision_keys = {"relative_position_bias_table", "qkv.weight", "qkv.bias", "proj.weight", "proj.bias"}
+    assert {*WindowAttention2d(8, 2, 7).state_dict()} == torchvision_keys
 
 
-class UsualSAGAN(nn.Module):
-    """The block of many SAGAN repositories, with no convolution after attention."""
+class QueryConvSAGAN(nn.Module):
+    """SAGAN block of many repositories, without a convolution after attention."""
 
     def __init__(self, channels):
         super().__init__()
@@ -326,8 +327,8 @@ class BigGAN(nn.Module):
     def __init__(self, channels):
         super().__init__()
         sizes = {"theta": (channels, channels // 8), "phi": (channels, channels // 8), "g": (channels, channels // 2)}
-        for name, (inputs, outputs) in {**sizes, "o": (channels // 2, channels)}.items():
-            setattr(self, name, nn.Conv2d(inputs, outputs, 1, bias=False))
+        for name, (in_channels, out_channels) in {**sizes, "o": (channels // 2, channels)}.items():
+            setattr(self, name, nn.Conv2d(in_channels, out_channels, 1, bias=False))
         self.gamma = nn.Parameter(torch.tensor(0.7))
 
     def forward(self, x):
@@ -368,7 +369,7 @@ class Diffusers(nn.Module):
 @pytest.mark.parametrize(
     ("theirs", "ours"),
     [
-        (lambda: UsualSAGAN(16), lambda: SelfAttention2d(16, value_channels=16, bias=True)),
+        (lambda: QueryConvSAGAN(16), lambda: SelfAttention2d(16, value_channels=16, bias=True)),
         (lambda: BigGAN(16), lambda: SelfAttention2d(16, pool=2)),
         (lambda: LatentDiffusion(32), lambda: AttentionBlock2d(32)),
         (lambda: Diffusers(64), lambda: AttentionBlock2d(64)),
@@ -385,17 +386,17 @@ def test_state_dicts_of_other_implementations(theirs, ours, nested):
     saved = theirs.state_dict()
     kept = {**saved}
     ours.load_state_dict(saved)
-    assert saved.keys() == kept.keys(), "the caller's mapping is left alone"
+    assert saved.keys() == kept.keys(), "the caller's mapping is not modified"
     channels = next(module.channels for module in ours.modules() if hasattr(module, "channels"))
     x = torch.randn(2, channels, 4, 6)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
 
 
-def test_swin_s_state_dict_with_its_index_loads():
+def test_swin_state_dict_with_relative_position_index_loads():
     layer = WindowAttention2d(8, 2, 3)
     saved = {**layer.state_dict(), "relative_position_index": torch.zeros(81, dtype=torch.long)}
     layer.load_state_dict(saved)
-    expected = torch.tensor([4 * 5 // 2 + 2, 12 - 1, 12 - 5])  # of (0, 0), (0, 1) and (1, 0), seen from (0, 0)
+    expected = torch.tensor([4 * 5 // 2 + 2, 12 - 1, 12 - 5])  # of (0, 0), (0, 1) and (1, 0), relative to (0, 0)
     assert torch.equal(layer.relative_position_index[0, [0, 1, 3]], expected)
 
 
@@ -410,13 +411,13 @@ def test_swin_s_state_dict_with_its_index_loads():
         (WindowAttention2d(8, 2, 3), WindowAttention2d(8, 2, 4), "size mismatch for relative_position_bias_table"),
     ],
 )  # fmt: skip
-def test_a_state_dict_of_another_layer_is_refused(layer, state, text):
+def test_mismatched_state_dicts_raise(layer, state, text):
     with pytest.raises(RuntimeError, match=text):
         layer.load_state_dict(state.state_dict())
 
 
 # --------------------------------------------------------------------------------------------------
-# What PyTorch does with modules
+# Copies, export, compilation
 
 
 @pytest.mark.parametrize("case", ["self", "self, pooled", "block", "gate, strided", "window, shifted, padded"])
@@ -440,13 +441,13 @@ class TestModules:
         for a, b in zip(*(torch.autograd.grad(f(x).sin().sum(), leaves) for f in (code, layer)), strict=True):
             torch.testing.assert_close(a, b)
 
-    def test_says_what_it_is(self, case):
+    def test_repr(self, case):
         layer, x = made(case)
         assert type(layer).__name__ in repr(layer)
         assert str(x.size(1)) in repr(layer)
 
 
-def test_devices_and_dtypes_of_the_factory():
+def test_factory_arguments():
     for make in (
         lambda **k: SelfAttention2d(8, **k),
         lambda **k: AttentionBlock2d(8, num_groups=2, **k),
@@ -463,8 +464,8 @@ def test_devices_and_dtypes_of_the_factory():
 X = torch.randn(1, 8, 4, 4)
 ERRORS = [
     (lambda: SelfAttention2d(0), ValueError, "channels: expected a positive integer, got 0"),
-    (lambda: SelfAttention2d(64, num_heads=3), ValueError, "key_channels: expected a multiple of num_heads = 3, got 8"),
-    (lambda: SelfAttention2d(64, num_heads=8, value_channels=20), ValueError, "value_channels: .* = 8, got 20"),
+    (lambda: SelfAttention2d(64, num_heads=3), ValueError, "num_heads: expected a divisor of key_channels = 8, got 3"),
+    (lambda: SelfAttention2d(64, num_heads=8, value_channels=20), ValueError, "divisor of value_channels = 20, got 8"),
     (lambda: SelfAttention2d(8, pool=0), ValueError, "pool: expected a positive integer, got 0"),
     (lambda: SelfAttention2d(8, pool=True), ValueError, "pool: expected a positive integer, got True"),
     (lambda: SelfAttention2d(8, pool=2)(X[..., :1]), ValueError, "x: expected height and width of at least pool = 2"),
@@ -473,16 +474,16 @@ ERRORS = [
     (lambda: SelfAttention2d(8)(X.long()), TypeError, "x: expected a floating-point tensor, got torch.int64"),
     (lambda: SelfAttention2d(8)(X.double()), TypeError, "weight: expected the dtype of x, torch.float64"),
     (lambda: SelfAttention2d(8)([1]), TypeError, "x: expected a tensor, got list"),
-    (lambda: AttentionBlock2d(48), ValueError, "channels: expected a multiple of num_groups = 32, got 48"),
-    (lambda: AttentionBlock2d(64, num_heads=5), ValueError, "channels: expected a multiple of num_heads = 5, got 64"),
-    (lambda: AttentionBlock2d(64, head_dim=5), ValueError, "channels: expected a multiple of head_dim = 5, got 64"),
+    (lambda: AttentionBlock2d(48), ValueError, "num_groups: expected a divisor of channels = 48, got 32"),
+    (lambda: AttentionBlock2d(64, num_heads=5), ValueError, "num_heads: expected a divisor of channels = 64, got 5"),
+    (lambda: AttentionBlock2d(64, head_dim=5), ValueError, "head_dim: expected a divisor of channels = 64, got 5"),
     (lambda: AttentionBlock2d(64, head_dim=8, num_heads=4), ValueError, "num_heads: expected channels / head_dim = 8"),
     (lambda: AttentionBlock2d(32)(X), ValueError, r"x: expected \(B, C, H, W\) with C = 32"),
     (lambda: AttentionGate2d(8, kernel_size=4), ValueError, "kernel_size: expected an odd number, got 4"),
     (lambda: AttentionGate2d(8, map_channels=3), ValueError, "map_channels: expected 1 or channels = 8, got 3"),
     (lambda: AttentionGate2d(8, stride=0), ValueError, "stride: expected a positive integer, got 0"),
     (lambda: AttentionGate2d(4)(X), ValueError, r"x: expected \(B, C, H, W\) with C = 4"),
-    (lambda: WindowAttention2d(8, 3, 4), ValueError, "channels: expected a multiple of num_heads = 3, got 8"),
+    (lambda: WindowAttention2d(8, 3, 4), ValueError, "num_heads: expected a divisor of channels = 8, got 3"),
     (lambda: WindowAttention2d(8, 2, 0), ValueError, "window_size: expected an integer >= 1 or a pair of them, got 0"),
     (lambda: WindowAttention2d(8, 2, (3, 3, 3)), ValueError, "window_size: expected an integer >= 1 or a pair of them"),
     (lambda: WindowAttention2d(8, 2, 4.0), ValueError, "window_size: .*integer >= 1 or a pair of them, got 4.0"),
@@ -493,13 +494,6 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("call", "error", "text"), ERRORS)
-def test_a_bad_argument_is_named(call, error, text):
+def test_invalid_arguments_raise(call, error, text):
     with pytest.raises(error, match=text):
         call()
-
-
-@pytest.mark.parametrize("module", [image, window])
-def test_examples(module):
-    results = doctest.testmod(module, extraglobs={"torch": torch})
-    assert results.attempted > 0
-    assert results.failed == 0

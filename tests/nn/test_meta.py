@@ -1,4 +1,4 @@
-"""Layers and models made on the meta device, and given memory later."""
+"""Layers and models on the meta device: materialization of buffers, and shapes of outputs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import pickle
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgen.models import (
     FlowVAE,
@@ -41,7 +40,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 WITH_BUFFERS = {
     "RelativePositionBias": lambda: RelativePositionBias(4),
-    "RelativePositionBias of one direction": lambda: RelativePositionBias(4, bidirectional=False),
+    "RelativePositionBias, unidirectional": lambda: RelativePositionBias(4, bidirectional=False),
     "WindowAttention2d": lambda: WindowAttention2d(8, 2, (2, 3)),
     "PositionalEncoding": lambda: PositionalEncoding(5, max_len=7),
     "KVCache": lambda: KVCache(2, 2, 4, 3),
@@ -65,9 +64,9 @@ def assert_same_buffers(model, other):
 
 
 @pytest.mark.parametrize("name", WITH_BUFFERS)
-def test_buffers_after_meta(name, monkeypatch):
+def test_buffers_after_to_empty(name, monkeypatch):
     empty_like = torch.empty_like
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(7))  # memory as it may come
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(7))  # uninitialized memory
     good = WITH_BUFFERS[name]()
     with torch.device("meta"):
         other = WITH_BUFFERS[name]()
@@ -75,14 +74,14 @@ def test_buffers_after_meta(name, monkeypatch):
     other.to_empty(device="cpu")
     other.load_state_dict(good.state_dict())
     assert_same_buffers(good, other)
-    with torch.device("meta"):  # whatever the default device is
+    with torch.device("meta"):  # independent of the default device
         other.to_empty(device="cpu")
     other.load_state_dict(good.state_dict())
     assert_same_buffers(good, other)
 
 
 @pytest.mark.parametrize("name", [n for n in WITH_BUFFERS if n not in ("KVCache", "PositionalEncoding")])
-def test_buffers_after_a_state_dict_is_assigned_to_a_module_on_meta(name):
+def test_buffers_after_assigning_a_state_dict(name):
     good = WITH_BUFFERS[name]()
     with torch.device("meta"):
         other = WITH_BUFFERS[name]()
@@ -90,7 +89,7 @@ def test_buffers_after_a_state_dict_is_assigned_to_a_module_on_meta(name):
     assert_same_buffers(good, other)
 
 
-def test_a_positional_encoding_on_meta_goes_where_its_input_is():
+def test_positional_encoding_on_meta_is_materialized_on_the_input_device():
     x = torch.randn(1, 3, 4)
     with torch.device("meta"):
         layer = PositionalEncoding(4, 7)
@@ -103,7 +102,7 @@ def test_buffers_after_skip_init():
 
 
 @pytest.mark.parametrize("name", [n for n in WITH_BUFFERS if n != "KVCache"])
-def test_buffers_that_stay_are_not_touched_and_those_that_change_their_dtype_keep_their_values(name):
+def test_unmoved_buffers_are_shared_and_cast_buffers_keep_their_values(name):
     model = WITH_BUFFERS[name]()
     before = {key: (buffer.data_ptr(), buffer.clone()) for key, buffer in model.named_buffers()}
     model.float().to("cpu").share_memory()
@@ -113,70 +112,25 @@ def test_buffers_that_stay_are_not_touched_and_those_that_change_their_dtype_kee
     model.bfloat16().float()
     persistent = set(model.state_dict())
     for key, buffer in model.named_buffers():
-        if key not in persistent:  # not even rounded
+        if key not in persistent:  # recomputed, not rounded
             assert torch.equal(buffer, before[key][1]), key
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert_same_buffers(model, copied)
 
 
-def test_a_cache_keeps_its_tokens_when_it_moves_and_is_empty_after_to_empty():
+def test_cache_is_preserved_when_moved_and_empty_after_to_empty():
     cache = KVCache(2, 2, 4, 3)
     cache.reset(torch.tensor([1, 0]))
     keys, values = torch.randn(2, 2, 2, 3), torch.randn(2, 2, 2, 3)
     cache.update(keys, values)
     assert torch.equal(cache.double().keys[:, :, :2].float(), keys)
     assert (cache.position.item(), cache.padding.tolist()) == (2, [1, 0])
-    cache._apply(lambda tensor: torch.full_like(tensor, 7))  # as to_empty may
+    cache._apply(lambda tensor: torch.full_like(tensor, 7))  # as by to_empty
     assert (cache.position.item(), cache.padding.tolist(), cache._written) == (0, [0, 0], 0)
     cache.update(torch.randn(2, 2, 4, 3).double(), torch.randn(2, 2, 4, 3).double())
 
 
-# --------------------------------------------------------------------------------------------------
-# Tables of positions
-
-
-def test_what_is_written_to_rotary_tables_changes_no_other():
-    rotary = RotaryEmbedding(4)
-    query, key = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4)
-    expected = rotary(query, key)
-    for table in rotary.tables(3):
-        table.zero_()
-    assert torch.equal(rotary(query, key)[0], expected[0])
-    assert torch.equal(rotary.tables(3)[0][0], torch.ones(2))
-
-
-def test_tables_made_of_fake_tensors_are_not_kept():
-    rotary, x = RotaryEmbedding(4), torch.randn(1, 2, 3, 4)
-    with FakeTensorMode() as mode:
-        rotary(mode.from_tensor(x), mode.from_tensor(x))
-    assert torch.equal(rotary(x, x)[0], RotaryEmbedding(4)(x, x)[0])
-    with mode:
-        rotary(mode.from_tensor(x), mode.from_tensor(x))
-
-
-def test_rotary_embedding_turns_backwards_at_negative_positions():
-    rotary = RotaryEmbedding(4)
-    x = torch.randn(1, 1, 3, 4).double()
-    there, _ = rotary(x, x, positions=torch.tensor([1, 5, 9]))
-    back, _ = rotary(there, there, positions=torch.tensor([-1, -5, -9]))
-    torch.testing.assert_close(back, x)
-
-
-@pytest.mark.parametrize("positions", [(-1, 0), (0, 7), (2, -7)])
-def test_positions_that_a_table_does_not_have(positions):
-    message = rf"positions: expected 0 to max_len - 1 = 6, got {min(positions)} to {max(positions)}"
-    with pytest.raises(ValueError, match=message):
-        PositionalEncoding(4, 7)(torch.zeros(1, 2, 4), positions=torch.tensor(positions))
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
-def test_positions_of_any_integer_dtype(dtype):
-    layer, x = PositionalEncoding(4, 7), torch.zeros(1, 2, 4)
-    expected = layer(x, positions=torch.tensor([1, 0]))
-    assert torch.equal(layer(x, positions=torch.tensor([1, 0], dtype=dtype)), expected)
-
-
-def test_negative_padding_of_a_cache():
+def test_negative_cache_padding_raises():
     with pytest.raises(ValueError, match="padding: expected counts >= 0, got -2"):
         KVCache(2, 1, 4, 3).reset(torch.tensor([0, -2]))
 
@@ -235,7 +189,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_meta_tensors_go_through_a_layer_and_keep_their_shapes(name):
+def test_layers_support_meta_tensors(name):
     make, call = CALLS[name]
     with torch.device("meta"):
         layer = make()

@@ -1,4 +1,4 @@
-"""Batches of nothing but padding, and tensors without an element, through every Transformer layer."""
+"""Fully masked batches and empty tensors in all Transformer layers."""
 
 from __future__ import annotations
 
@@ -21,34 +21,38 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 E = 8
 
 
-def attention(x, memory, of_x, of_memory, *, weights, **options):
+def attention(x, memory, x_padding, memory_padding, *, weights, **options):
     layer = MultiheadAttention(E, 2, **options)
-    return layer, lambda: layer(x, memory, memory, key_padding_mask=of_memory, need_weights=weights)[0]
+    return layer, lambda: layer(x, memory, memory, key_padding_mask=memory_padding, need_weights=weights)[0]
 
 
-def encoder_layer(x, memory, of_x, of_memory, **options):
+def encoder_layer(x, memory, x_padding, memory_padding, **options):
     layer = TransformerEncoderLayer(E, 2, 8, **options)
-    return layer, lambda: layer(x, src_key_padding_mask=of_x)
+    return layer, lambda: layer(x, src_key_padding_mask=x_padding)
 
 
-def encoder(x, memory, of_x, of_memory, **options):
+def encoder(x, memory, x_padding, memory_padding, **options):
     layer = TransformerEncoder(TransformerEncoderLayer(E, 2, 8, **options), 2, norm=nn.LayerNorm(E))
-    return layer, lambda: layer(x, src_key_padding_mask=of_x)
+    return layer, lambda: layer(x, src_key_padding_mask=x_padding)
 
 
-def decoder_layer(x, memory, of_x, of_memory, **options):
+def decoder_layer(x, memory, x_padding, memory_padding, **options):
     layer = TransformerDecoderLayer(E, 2, 8, **options)
-    return layer, lambda: layer(x, memory, tgt_key_padding_mask=of_x, memory_key_padding_mask=of_memory)
+    return layer, lambda: layer(x, memory, tgt_key_padding_mask=x_padding, memory_key_padding_mask=memory_padding)
 
 
-def decoder(x, memory, of_x, of_memory, **options):
+def decoder(x, memory, x_padding, memory_padding, **options):
     layer = TransformerDecoder(TransformerDecoderLayer(E, 2, 8, norm_first=True, **options), 2)
-    return layer, lambda: layer(x, memory, tgt_key_padding_mask=of_x, memory_key_padding_mask=of_memory)
+    return layer, lambda: layer(x, memory, tgt_key_padding_mask=x_padding, memory_key_padding_mask=memory_padding)
 
 
-def transformer(x, memory, of_x, of_memory, **options):
+def transformer(x, memory, x_padding, memory_padding, **options):
     layer = Transformer(E, 2, 1, 1, 8, **options)
-    masks = {"src_key_padding_mask": of_memory, "memory_key_padding_mask": of_memory, "tgt_key_padding_mask": of_x}
+    masks = {
+        "src_key_padding_mask": memory_padding,
+        "memory_key_padding_mask": memory_padding,
+        "tgt_key_padding_mask": x_padding,
+    }
     return layer, lambda: layer(memory, x, **masks)
 
 
@@ -66,7 +70,7 @@ SIZES = {"all padding": (2, 3, 4), "no batch": (0, 3, 4), "no query": (2, 0, 4),
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("name", MAKERS)
-def test_nothing_to_see_gives_finite_outputs_and_gradients(name, sizes):
+def test_fully_masked_and_empty_inputs_have_finite_outputs_and_gradients(name, sizes):
     batch, queries, keys = SIZES[sizes]
     masks = torch.ones(batch, queries, dtype=torch.bool), torch.ones(batch, keys, dtype=torch.bool)
     for training, batch_first in itertools.product((True, False), repeat=2):
@@ -90,13 +94,11 @@ def inference_encoder(**options):
     return TransformerEncoder(layer, 2, norm=nn.LayerNorm(E)).eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("hidden", [(3, 3), (3, 1), (0, 3), (0, 1), (0, 0)], ids=str)
+@pytest.mark.parametrize("num_padded", [(3, 3), (3, 1), (0, 3), (0, 1), (0, 0)], ids=str)
 @pytest.mark.parametrize("norm_first", [False, True])
-def test_an_encoder_in_inference_gives_the_same_for_visible_positions_and_for_padding_what_skipping_gives(
-    hidden, norm_first
-):
+def test_encoder_inference_skips_padding(num_padded, norm_first):
     model, x = inference_encoder(norm_first=norm_first), torch.randn(2, 3, E)
-    padding = torch.arange(3) >= 3 - torch.tensor(hidden)[:, None]
+    padding = torch.arange(3) >= 3 - torch.tensor(num_padded)[:, None]
     out = model(x, src_key_padding_mask=padding)
     assert out.isfinite().all()
     expected = model(x.clone().requires_grad_(), src_key_padding_mask=padding)
@@ -107,13 +109,13 @@ def test_an_encoder_in_inference_gives_the_same_for_visible_positions_and_for_pa
     torch.testing.assert_close(model(x, src_key_padding_mask=added), out)
 
 
-def test_a_floating_padding_mask_that_only_lowers_scores_hides_nothing():
+def test_finite_floating_padding_masks_are_added_to_scores():
     model, x = inference_encoder(), torch.randn(2, 3, E)
     lower = torch.tensor([[0.0, 0.0, -1.5], [0.0, 0.0, 0.0]])
     expected = model(x.clone().requires_grad_(), src_key_padding_mask=lower)
     torch.testing.assert_close(model(x, src_key_padding_mask=lower), expected.detach())
 
 
-def test_padding_of_another_shape_is_named_in_inference_too():
+def test_padding_of_wrong_shape_raises_in_inference():
     with pytest.raises(ValueError, match=r"key_padding_mask: expected shape \(B, S\) = \(2, 3\), got"):
         inference_encoder()(torch.randn(2, 3, E), src_key_padding_mask=torch.zeros(2, 4, dtype=torch.bool))

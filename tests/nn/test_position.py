@@ -1,24 +1,24 @@
-"""Sinusoids, rotations and relative biases, against the papers' formulas written out element by element."""
+"""Sinusoidal, rotary and relative position layers against element-wise implementations of the papers' formulas."""
 
 from __future__ import annotations
 
 import copy
-import doctest
 import math
 import pickle
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, jvp, vmap
 
 from fastgen import functional
 from fastgen.losses import r1_penalty
-from fastgen.nn import KVCache, PositionalEncoding, RelativePositionBias, RotaryEmbedding, position
+from fastgen.nn import KVCache, PositionalEncoding, RelativePositionBias, RotaryEmbedding
 
 # --------------------------------------------------------------------------------------------------
-# Sinusoids
+# Sinusoidal encoding
 
 
 def sinusoid(p, channel, dim, base=10000.0):
@@ -32,7 +32,7 @@ def sinusoids(positions, dim, base=10000.0):
 
 @pytest.mark.parametrize("base", [10000.0, 50.0])
 @pytest.mark.parametrize("dim", [1, 2, 5, 8])
-def test_sinusoids_are_the_paper_s(dim, base):
+def test_sinusoidal_encoding_matches_the_paper(dim, base):
     x = torch.randn(3, 7, dim, dtype=torch.float64)
     layer = PositionalEncoding(dim, 20, base=base).double()
     torch.testing.assert_close(layer(x), x + sinusoids(range(7), dim, base), rtol=1e-12, atol=1e-12)
@@ -42,21 +42,21 @@ def test_sinusoids_are_the_paper_s(dim, base):
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_sinusoids_of_given_positions(batch_first):
+def test_sinusoidal_encoding_at_given_positions(batch_first):
     layer = PositionalEncoding(4, 20, batch_first=batch_first).double()
     x = torch.randn(2, 3, 4, dtype=torch.float64)
-    of_all, of_each = torch.tensor([5, 0, 19]), torch.tensor([[1, 2, 3], [7, 0, 7]])
+    shared, per_sample = torch.tensor([5, 0, 19]), torch.tensor([[1, 2, 3], [7, 0, 7]])
     given = x if batch_first else x.transpose(0, 1)
     for positions, table in (
-        (of_all, sinusoids(of_all.tolist(), 4)),
-        (of_each, torch.stack([sinusoids(row, 4) for row in of_each.tolist()])),
+        (shared, sinusoids(shared.tolist(), 4)),
+        (per_sample, torch.stack([sinusoids(row, 4) for row in per_sample.tolist()])),
     ):
         out = layer(given, positions=positions)
         torch.testing.assert_close(out if batch_first else out.transpose(0, 1), x + table, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_table_is_rounded_once_whatever_dtypes_the_module_has_had(dtype):
+def test_table_is_recomputed_exactly_after_dtype_changes(dtype):
     layer = PositionalEncoding(6, 3000).bfloat16().to(dtype)
     exact = sinusoids([2999], 6)[0]
     assert torch.equal(layer.table[2999], exact.to(dtype))
@@ -66,67 +66,83 @@ def test_the_table_is_rounded_once_whatever_dtypes_the_module_has_had(dtype):
     assert torch.equal(empty.table[2999], exact.float())
 
 
-def test_low_precision_tokens_stay_low():
+def test_encoding_preserves_the_dtype_of_tokens():
     layer, x = PositionalEncoding(4), torch.zeros(1, 3, 4, dtype=torch.bfloat16)
     assert torch.equal(layer(x)[0], sinusoids(range(3), 4).bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x.float()).dtype == torch.float32
 
 
-def test_dropout_acts_in_training_only():
+def test_dropout_is_applied_in_training_only():
     layer, x = PositionalEncoding(8, dropout=0.5), torch.randn(4, 50, 8)
     share = (layer(x) == 0).float().mean().item()
     assert 0.4 < share < 0.6
     assert not (layer.eval()(x) == 0).any()
 
 
+@pytest.mark.parametrize("positions", [(-1, 0), (0, 7), (2, -7)])
+def test_out_of_range_positions_raise(positions):
+    message = rf"positions: expected 0 to max_len - 1 = 6, got {min(positions)} to {max(positions)}"
+    with pytest.raises(ValueError, match=message):
+        PositionalEncoding(4, 7)(torch.zeros(1, 2, 4), positions=torch.tensor(positions))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
+def test_positions_of_any_integer_dtype(dtype):
+    layer, x = PositionalEncoding(4, 7), torch.zeros(1, 2, 4)
+    expected = layer(x, positions=torch.tensor([1, 0]))
+    assert torch.equal(layer(x, positions=torch.tensor([1, 0], dtype=dtype)), expected)
+
+
 # --------------------------------------------------------------------------------------------------
-# Rotations
+# Rotary embedding
 
 
 def rotation(x, positions, dim, base=10000.0, interleaved=False, scaling=1.0):
-    """Each pair multiplied by e^(i angle)."""
+    """Multiplies each pair of channels by e^(i angle)."""
     result = x.clone()
     for i in range(dim // 2):
         a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + dim // 2)
         for batch in range(x.size(0)):
             for n in range(x.size(2)):
                 angle = positions[batch][n] / scaling / base ** (2 * i / dim)
-                turned = torch.complex(x[batch, :, n, a], x[batch, :, n, b]) * complex(math.cos(angle), math.sin(angle))
-                result[batch, :, n, a], result[batch, :, n, b] = turned.real, turned.imag
+                rotated = torch.complex(x[batch, :, n, a], x[batch, :, n, b]) * complex(
+                    math.cos(angle), math.sin(angle)
+                )
+                result[batch, :, n, a], result[batch, :, n, b] = rotated.real, rotated.imag
     return result
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("dim", "base", "scaling"), [(6, 10000.0, 1.0), (4, 500.0, 1.0), (2, 10000.0, 4.0)])
-def test_rotations_are_the_paper_s(dim, base, scaling, interleaved):
+def test_rotary_embedding_matches_the_paper(dim, base, scaling, interleaved):
     rotary = RotaryEmbedding(dim, base=base, interleaved=interleaved, scaling=scaling)
     query, key = (torch.randn(2, heads, 3, 6, dtype=torch.float64) for heads in (4, 2))
-    of_each = torch.tensor([[4, 5, 6], [0, 9, 100]])
+    per_sample = torch.tensor([[4, 5, 6], [0, 9, 100]])
     for given, positions in (
         ({}, [[0, 1, 2]] * 2),
         ({"offset": 7}, [[7, 8, 9]] * 2),
-        ({"positions": of_each[1]}, of_each[[1, 1]].tolist()),
-        ({"positions": of_each}, of_each.tolist()),
+        ({"positions": per_sample[1]}, per_sample[[1, 1]].tolist()),
+        ({"positions": per_sample}, per_sample.tolist()),
     ):
         for ours, x in zip(rotary(query, key, **given), (query, key), strict=True):
-            wanted = rotation(x, positions, dim, base, interleaved, scaling)
-            torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
+            expected = rotation(x, positions, dim, base, interleaved, scaling)
+            torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_scores_depend_on_the_distance_alone():
+def test_rotary_scores_depend_on_relative_positions_only():
     rotary = RotaryEmbedding(8)
     query, key = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
 
     def score(i, j):
-        turned, _ = rotary(query, key, offset=i)
-        return (turned * rotary(query, key, offset=j)[1]).sum()
+        rotated, _ = rotary(query, key, offset=i)
+        return (rotated * rotary(query, key, offset=j)[1]).sum()
 
     torch.testing.assert_close(score(3, 1), score(1002, 1000))
     assert abs(score(3, 1) - score(1, 3)) > 1e-6
 
 
-def test_tables_are_float32_and_exact_in_a_module_of_any_dtype_and_at_any_length():
+def test_rotary_tables_are_exact_float32_for_any_module_dtype():
     rotary, frequencies = RotaryEmbedding(4).bfloat16(), torch.tensor([1.0, 0.01], dtype=torch.float64)
     for length, offset in ((3, 0), (5, 100_000), (0, 0), (1, 1)):
         cos, sin = rotary.tables(length, offset)
@@ -137,29 +153,56 @@ def test_tables_are_float32_and_exact_in_a_module_of_any_dtype_and_at_any_length
     assert rotary(low, low)[0].dtype == torch.bfloat16
 
 
-def test_tables_are_kept_usable_in_training_and_left_out_of_copies():
+def test_rotary_table_cache_is_usable_in_training_and_not_copied():
     rotary = RotaryEmbedding(4)
     with torch.inference_mode():
         rotary.tables(100)
-    (kept,) = rotary._kept.values()
+    (tables,) = rotary._cache.values()
     rotary.tables(50, 20)
-    assert list(rotary._kept.values()) == [kept]
+    assert list(rotary._cache.values()) == [tables]
     query = torch.randn(1, 1, 100, 4, requires_grad=True)
-    rotary(query, query)[0].sum().backward()  # an inference tensor may not be saved
+    rotary(query, query)[0].sum().backward()  # inference tensors cannot be saved for backward
     assert len(pickle.dumps(rotary)) < 2000
-    assert copy.deepcopy(rotary)._kept == {}
+    assert copy.deepcopy(rotary)._cache == {}
     assert rotary.state_dict() == {}
 
 
-def test_tables_feed_a_projection():
+def test_rotary_tables_in_qkv_projection():
     rotary, x, weight = RotaryEmbedding(4), torch.randn(2, 5, 6).double(), torch.randn(12, 6).double()
     tables = rotary.tables(5, 2, dtype=torch.float64)
     heads, dims = (1, 1, 1), (4, 4, 4)
     query, key, value = functional.qkv_projection(x, weight, heads=heads, head_dims=dims, rotary=tables)
     plain = functional.qkv_projection(x, weight, heads=heads, head_dims=dims)
-    wanted = rotary(*plain[:2], offset=2)
-    for a, b in zip((query, key, value), (*wanted, plain[2]), strict=True):
+    expected = rotary(*plain[:2], offset=2)
+    for a, b in zip((query, key, value), (*expected, plain[2]), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_rotary_tables_are_copies():
+    rotary = RotaryEmbedding(4)
+    query, key = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4)
+    expected = rotary(query, key)
+    for table in rotary.tables(3):
+        table.zero_()
+    assert torch.equal(rotary(query, key)[0], expected[0])
+    assert torch.equal(rotary.tables(3)[0][0], torch.ones(2))
+
+
+def test_fake_rotary_tables_are_not_cached():
+    rotary, x = RotaryEmbedding(4), torch.randn(1, 2, 3, 4)
+    with FakeTensorMode() as mode:
+        rotary(mode.from_tensor(x), mode.from_tensor(x))
+    assert torch.equal(rotary(x, x)[0], RotaryEmbedding(4)(x, x)[0])
+    with mode:
+        rotary(mode.from_tensor(x), mode.from_tensor(x))
+
+
+def test_negative_positions_invert_the_rotation():
+    rotary = RotaryEmbedding(4)
+    x = torch.randn(1, 1, 3, 4).double()
+    there, _ = rotary(x, x, positions=torch.tensor([1, 5, 9]))
+    back, _ = rotary(there, there, positions=torch.tensor([-1, -5, -9]))
+    torch.testing.assert_close(back, x)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -167,7 +210,7 @@ def test_tables_feed_a_projection():
 
 
 def t5_bucket(distance, bidirectional, num_buckets, max_distance):
-    """Raffel et al. 2020 and its code: one number, key position minus query position, to its bucket."""
+    """Bucket of key position minus query position (Raffel et al. 2020 and T5's code)."""
     bucket = 0
     if bidirectional:
         num_buckets //= 2
@@ -178,7 +221,7 @@ def t5_bucket(distance, bidirectional, num_buckets, max_distance):
     exact = num_buckets // 2
     if distance < exact:
         return bucket + distance
-    # In float32 as there: at the edges of buckets it decides.
+    # In float32 as in T5: rounding decides at the edges of buckets.
     ratio = torch.log(torch.tensor(float(distance)) / exact) / math.log(max_distance / exact)
     return bucket + min(exact + int(ratio * (num_buckets - exact)), num_buckets - 1)
 
@@ -186,39 +229,39 @@ def t5_bucket(distance, bidirectional, num_buckets, max_distance):
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (8, 20), (4, 3)])
 @pytest.mark.parametrize(("n", "m", "offset"), [(5, 7, 0), (300, 290, 0), (1, 200, 199), (3, 2, 40)])
-def test_buckets_are_those_of_t5(n, m, offset, num_buckets, max_distance, bidirectional):
+def test_relative_position_buckets_match_t5(n, m, offset, num_buckets, max_distance, bidirectional):
     layer = RelativePositionBias(1, num_buckets=num_buckets, max_distance=max_distance, bidirectional=bidirectional)
     with torch.no_grad():
         layer.weight.copy_(torch.arange(num_buckets)[:, None])
     bucket = {d: t5_bucket(d, bidirectional, num_buckets, max_distance) for d in range(-n - offset, m + 1)}
-    wanted = torch.tensor([[float(bucket[j - i - offset]) for j in range(m)] for i in range(n)])
-    assert torch.equal(layer(n, m, offset)[0], wanted)
-    assert torch.equal(layer(n, m, torch.tensor([offset]))[0], wanted)
+    expected = torch.tensor([[float(bucket[j - i - offset]) for j in range(m)] for i in range(n)])
+    assert torch.equal(layer(n, m, offset)[0], expected)
+    assert torch.equal(layer(n, m, torch.tensor([offset]))[0], expected)
 
 
-def test_the_gradient_counts_each_pair_once():
+def test_relative_bias_gradient_sums_over_pairs():
     layer = RelativePositionBias(3, num_buckets=8, max_distance=16).double()
     upstream = torch.randn(3, 5, 9, dtype=torch.float64)
     (ours,) = torch.autograd.grad(layer(5, 9, 2), layer.weight, upstream)
-    wanted = torch.zeros(8, 3, dtype=torch.float64)
+    expected = torch.zeros(8, 3, dtype=torch.float64)
     for i in range(5):
         for j in range(9):
-            wanted[t5_bucket(j - i - 2, True, 8, 16)] += upstream[:, i, j]
-    torch.testing.assert_close(ours, wanted)
+            expected[t5_bucket(j - i - 2, True, 8, 16)] += upstream[:, i, j]
+    torch.testing.assert_close(ours, expected)
 
 
-def test_the_bias_steers_attention():
+def test_relative_bias_as_attention_mask():
     layer = RelativePositionBias(2, num_buckets=8).double()
     query, key, value = torch.randn(3, 2, 2, 5, 4, dtype=torch.float64)
     out = functional.scaled_dot_product_attention(query, key, value, attn_mask=layer(5, 5), scale=1.0)
-    wanted = (query @ key.mT + layer(5, 5)).softmax(-1) @ value
-    torch.testing.assert_close(out, wanted)
+    expected = (query @ key.mT + layer(5, 5)).softmax(-1) @ value
+    torch.testing.assert_close(out, expected)
     scores = torch.autograd.grad(out.sin().sum(), layer.weight)[0]
-    torch.testing.assert_close(scores, torch.autograd.grad(wanted.sin().sum(), layer.weight)[0])
+    torch.testing.assert_close(scores, torch.autograd.grad(expected.sin().sum(), layer.weight)[0])
 
 
 # --------------------------------------------------------------------------------------------------
-# What all of them promise
+# All layers
 
 
 def cases():
@@ -232,7 +275,7 @@ def cases():
 
 
 class Biased(nn.Module):
-    """Takes a tensor, as torch.export wants it."""
+    """Wrapper with a tensor argument, as torch.export requires."""
 
     def __init__(self, bias):
         super().__init__()
@@ -300,8 +343,7 @@ def as_tuple(result):
     return result if isinstance(result, tuple) else (result,)
 
 
-def test_an_r1_penalty_through_positions_and_attention():
-    """Against the same with explicit formulas."""
+def test_r1_penalty_through_position_layers_and_attention():
     torch.manual_seed(0)
     encoding, rotary = PositionalEncoding(4).double(), RotaryEmbedding(4)
     bias = RelativePositionBias(1, num_buckets=4, max_distance=3).double()
@@ -315,9 +357,9 @@ def test_an_r1_penalty_through_positions_and_attention():
 
     def plain(x):
         heads = (x + sinusoids(range(5), 4)).unsqueeze(1)
-        turned = rotation(heads, [range(5)] * 2, 4)
+        rotated = rotation(heads, [range(5)] * 2, 4)
         index = torch.tensor([[t5_bucket(j - i, True, 4, 3) for j in range(5)] for i in range(5)])
-        return (turned @ turned.mT / 2 + bias.weight[index].permute(2, 0, 1)).softmax(-1) @ heads
+        return (rotated @ rotated.mT / 2 + bias.weight[index].permute(2, 0, 1)).softmax(-1) @ heads
 
     grads = [
         torch.autograd.grad(r1_penalty(attend(x).tanh().sum((1, 2, 3)), x), bias.weight)[0] for attend in (ours, plain)
@@ -326,17 +368,17 @@ def test_an_r1_penalty_through_positions_and_attention():
 
 
 @pytest.mark.parametrize("decode", [False, True])
-def test_positions_of_a_cache_are_those_of_the_sequences(decode):
+def test_cache_positions_match_sequence_positions(decode):
     cache = KVCache(2, 1, 8, 4)
     cache.reset(padding=torch.tensor([0, 2]))
     tokens = torch.randn(2, 1, 4, 4)
-    wanted = torch.tensor([[0, 1, 2, 3], [0, 0, 0, 1]])
+    expected = torch.tensor([[0, 1, 2, 3], [0, 0, 0, 1]])
     if decode:
         cache.update(tokens, tokens)
-        tokens, wanted = tokens[:, :, :1], torch.tensor([[4], [2]])
+        tokens, expected = tokens[:, :, :1], torch.tensor([[4], [2]])
     rotary = RotaryEmbedding(4)
-    turned, _ = rotary(tokens, tokens, positions=cache.positions(tokens.size(2)))
-    torch.testing.assert_close(turned, rotation(tokens.double(), wanted.tolist(), 4).float())
+    rotated, _ = rotary(tokens, tokens, positions=cache.positions(tokens.size(2)))
+    torch.testing.assert_close(rotated, rotation(tokens.double(), expected.tolist(), 4).float())
 
 
 X, HEADS = torch.randn(2, 3, 4), torch.randn(2, 2, 3, 4)
@@ -379,7 +421,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("call", "error", "text"), ERRORS)
-def test_a_bad_argument_is_named(call, error, text):
+def test_invalid_arguments_raise(call, error, text):
     with pytest.raises(error, match=text):
         call()
 
@@ -397,9 +439,3 @@ def test_state_dicts():
 
 def t5_state(weight):
     return {"relative_attention_bias.weight": weight.detach()}
-
-
-def test_examples():
-    results = doctest.testmod(position, extraglobs={"torch": torch})
-    assert results.attempted > 0
-    assert results.failed == 0

@@ -1,9 +1,8 @@
-"""LSTM and GRU against torch's: values, derivatives of both orders, sequences of any kind, what accelerators do."""
+"""LSTM and GRU against torch: values, derivatives, packed sequences, and the cuDNN path simulated on CPU."""
 
 from __future__ import annotations
 
 import copy
-import doctest
 import itertools
 import pickle
 import warnings
@@ -18,7 +17,6 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 from torch.utils.checkpoint import checkpoint
 
 from fastgen import losses, nn
-from fastgen.nn import recurrent
 from fastgen.ops.recurrent import autograd as implementation
 from fastgen.testing import assert_accurate
 
@@ -32,8 +30,8 @@ GRID = [(name, options, given) for name in BOTH for options in OPTIONS for given
 GRID += [("LSTM", {**options, "proj_size": 2}, options["num_layers"] == 2) for options in OPTIONS]
 
 
-class _Library(torch.autograd.Function):
-    """What cuDNN is to torch: one backward pass, in training mode only, everything lowered under autocast."""
+class _SimulatedCudnn(torch.autograd.Function):
+    """Has cuDNN's restrictions: one backward pass, in training mode only, all inputs cast under autocast."""
 
     @staticmethod
     def forward(ctx, stack, batch_sizes, train, *tensors):
@@ -42,7 +40,7 @@ class _Library(torch.autograd.Function):
             ctx.leaves = [t.detach().requires_grad_() for t in tensors]
             lowered = [t if low is None else t.to(low) for t in ctx.leaves]
             arguments = implementation._arguments(stack, batch_sizes, lowered)
-            ctx.results = KEPT["torch_recurrence"](stack, *arguments, 0.0, train)
+            ctx.results = ORIGINAL["torch_recurrence"](stack, *arguments, 0.0, train)
         ctx.train = train
         ctx.save_for_backward(*tensors)
         return tuple(result.detach() for result in ctx.results)
@@ -58,37 +56,37 @@ class _Library(torch.autograd.Function):
         return None, None, None, *gradients
 
 
-def _as_library(stack, data, batch_sizes, states, weights, probability=0.0, train=True):
+def _simulated_cudnn(stack, data, batch_sizes, states, weights, probability=0.0, train=True):
     CALLS.append("forward")
     if torch.is_grad_enabled():
-        assert not (probability and train), "its mask is lost"
-    return _Library.apply(stack, batch_sizes, train, data, *states, *weights)
+        assert not (probability and train), "the dropout mask would be lost"
+    return _SimulatedCudnn.apply(stack, batch_sizes, train, data, *states, *weights)
 
 
-KEPT = {"torch_recurrence": implementation.torch_recurrence}
+ORIGINAL = {"torch_recurrence": implementation.torch_recurrence}
 CALLS: list[str] = []
 
 
-def pretend(monkeypatch):
+def simulate_cudnn(monkeypatch):
     CALLS.clear()
     monkeypatch.setattr(implementation, "accelerated", lambda device: True)
     monkeypatch.setattr("fastgen.functional.recurrent.accelerated", lambda device: True)
-    monkeypatch.setattr(implementation, "torch_recurrence", _as_library)
+    monkeypatch.setattr(implementation, "torch_recurrence", _simulated_cudnn)
 
 
 @pytest.fixture
-def library(monkeypatch):
-    """CPU tensors go where those of a GPU go, to an implementation that can be differentiated once."""
-    pretend(monkeypatch)
+def cudnn(monkeypatch):
+    """Runs CPU tensors through the GPU path, with an implementation that is once differentiable."""
+    simulate_cudnn(monkeypatch)
     return CALLS
 
 
-@pytest.fixture(params=["cpu", "as on a GPU", "cuda"])
+@pytest.fixture(params=["cpu", "simulated cuDNN", "cuda"])
 def device(request, monkeypatch):
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    if request.param == "as on a GPU":
-        pretend(monkeypatch)
+    if request.param == "simulated cuDNN":
+        simulate_cudnn(monkeypatch)
     return torch.device("cuda" if request.param == "cuda" else "cpu")
 
 
@@ -97,7 +95,7 @@ def normal(*shape, device="cpu"):
 
 
 def pair(name, device="cpu", dtype=torch.float64, **options):
-    """torch's layer and ours, of the same state dict."""
+    """torch's and fastgen's layer with the same state dict."""
     theirs = getattr(torch.nn, name)(C, H, **options).to(device, dtype)
     ours = getattr(nn, name)(C, H, **options).to(device, dtype)
     assert not any(ours.load_state_dict(theirs.state_dict()))
@@ -105,7 +103,7 @@ def pair(name, device="cpu", dtype=torch.float64, **options):
 
 
 def flat(results):
-    """(output, h) or (output, (h, c)) as tensors, a packed output as its rows."""
+    """List of tensors of (output, h) or (output, (h, c)); packed outputs as rows."""
     output, last = results
     output = output.data if isinstance(output, PackedSequence) else output
     return [output, *(last if isinstance(last, tuple) else (last,))]
@@ -122,7 +120,7 @@ def scalar(tensors):
 
 
 def derivatives(layer, x, hx=None):
-    """The results, the gradients of a number made of them, and the gradients of those gradients' squares."""
+    """Results, gradients of a scalar of the results, and gradients of the squared gradients."""
     x = x.detach().clone().requires_grad_()
     hx = (
         ()
@@ -144,11 +142,11 @@ def assert_all_close(results, expected):
 
 
 # --------------------------------------------------------------------------------------------------
-# In place of torch's
+# Equivalence to torch
 
 
 @pytest.mark.parametrize(("name", "options", "given"), GRID, ids=str)
-def test_values_and_both_orders_agree_with_torch_s(device, name, options, given):
+def test_values_and_first_and_second_derivatives_match_torch(device, name, options, given):
     theirs, ours = pair(name, device, **options)
     x = normal(*((B, T) if options["batch_first"] else (T, B)), C, device=device)
     hx = states_of(ours, B, device) if given else None
@@ -161,7 +159,7 @@ def test_values_and_both_orders_agree_with_torch_s(device, name, options, given)
 @pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[12], OPTIONS[13]], ids=str)
 @pytest.mark.parametrize("name", BOTH)
 @pytest.mark.parametrize("kind", ["sorted", "unsorted", "padded", "unbatched"])
-def test_sequences_of_any_kind(device, kind, name, options, given):
+def test_packed_padded_and_unbatched_sequences(device, kind, name, options, given):
     theirs, ours = pair(name, device, **options)
     leaf = normal(T + 1, B, C, device=device)
 
@@ -193,7 +191,7 @@ def test_sequences_of_any_kind(device, kind, name, options, given):
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_on_cpu_the_bits_are_torch_s_dropout_included(name):
+def test_cpu_results_are_bitwise_equal_to_torch_including_dropout(name):
     theirs, ours = pair(name, dtype=torch.float32, num_layers=3, dropout=0.5)
     x = torch.randn(T, B, C)
     for train in (True, False):
@@ -205,7 +203,7 @@ def test_on_cpu_the_bits_are_torch_s_dropout_included(name):
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_nothing_but_the_class_differs(name):
+def test_attributes_match_torch_and_copies_work(name):
     theirs, ours = pair(name, num_layers=2, dropout=0.1)
     assert vars(theirs).keys() == vars(ours).keys()
     assert isinstance(ours, getattr(torch.nn, name))
@@ -216,10 +214,6 @@ def test_nothing_but_the_class_differs(name):
         results = flat(layer(x))
         expected = expected or results
         assert_all_close(results, expected)
-
-
-def test_the_example_works():
-    assert doctest.testmod(recurrent).failed == 0
 
 
 @pytest.mark.parametrize(
@@ -292,13 +286,13 @@ def test_the_example_works():
         ("LSTM", PackedSequence(torch.zeros(0, C), torch.tensor([]).long()), None, ValueError, r"0 rows, got \[\]"),
     ],
 )
-def test_bad_input_is_named(name, input, hx, error, text):
+def test_invalid_inputs_raise(name, input, hx, error, text):
     with pytest.raises(error, match=text):
         getattr(nn, name)(C, H)(input, hx)
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_autocast_refuses_what_it_does_not_lower(name):
+def test_autocast_rejects_float64_and_integer_inputs(name):
     layer = getattr(nn, name)(C, H)
     states = torch.zeros(1, B, H).double()
     with torch.autocast("cpu", torch.bfloat16):
@@ -311,7 +305,7 @@ def test_autocast_refuses_what_it_does_not_lower(name):
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_meta_tensors_give_shapes_and_gradients_of_both_orders(name):
+def test_meta_tensors_have_shapes_and_derivatives(name):
     theirs, ours = pair(name, num_layers=2)
     wanted = derivatives(theirs, normal(T, B, C))
     for a, b in zip(derivatives(ours.to("meta"), normal(T, B, C, device="meta")), wanted, strict=True):
@@ -319,7 +313,7 @@ def test_meta_tensors_give_shapes_and_gradients_of_both_orders(name):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
-def test_bad_arguments_of_the_constructor_are_torch_s():
+def test_invalid_constructor_arguments_raise_as_in_torch():
     with pytest.raises(ValueError, match="proj_size has to be smaller than hidden_size"):
         nn.LSTM(C, H, proj_size=H)
     with pytest.raises(ValueError, match="dropout should be a number in range"):
@@ -329,7 +323,7 @@ def test_bad_arguments_of_the_constructor_are_torch_s():
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_no_sequences(device, name):
+def test_empty_batch(device, name):
     theirs, ours = pair(name, device)
     assert_all_close(flat(ours(normal(T, 0, C, device=device))), flat(theirs(normal(T, 0, C, device=device))))
 
@@ -350,7 +344,7 @@ class Critic(torch.nn.Module):
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_a_gradient_penalty_through_a_recurrent_discriminator(device, name):
+def test_gradient_penalty_of_a_recurrent_discriminator(device, name):
     theirs, ours = pair(name, device, num_layers=2, batch_first=True, bidirectional=True)
     real, fake = normal(2, B, T, C, device=device)
     results = []
@@ -367,7 +361,7 @@ def test_a_gradient_penalty_through_a_recurrent_discriminator(device, name):
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("name", BOTH)
-def test_finite_differences(device, name, bidirectional):
+def test_gradcheck(device, name, bidirectional):
     layer = getattr(nn, name)(2, 2, bidirectional=bidirectional).to(device, torch.float64)
     names, values = zip(*layer.named_parameters(), strict=True)
     inputs = [t.detach().requires_grad_() for t in (normal(2, 2, 2, device=device), *values)]
@@ -382,32 +376,32 @@ def test_finite_differences(device, name, bidirectional):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", BOTH)
 def test_forward_mode_and_transforms(device, name, dtype):
-    """torch's float32 LSTM has no forward mode on CPU, and no layer of its has a vmap."""
+    """In torch, float32 LSTM has no forward mode on CPU, and no recurrent layer supports vmap."""
     theirs, ours = pair(name, device, dtype, num_layers=2, bidirectional=True)
     theirs = theirs.double()
     x, d = normal(2, T, B, C, device=device)
     f = lambda layer: lambda x: scalar(flat(layer(x)))  # noqa: E731
     with torch.backends.cudnn.flags(enabled=False):
         leaf = x.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(f(theirs)(leaf), leaf, create_graph=True)
-        (curved,) = torch.autograd.grad((slope * d).sum(), leaf)
+        (gradient,) = torch.autograd.grad(f(theirs)(leaf), leaf, create_graph=True)
+        (hvp,) = torch.autograd.grad((gradient * d).sum(), leaf)
     x, d, ours_f = x.to(dtype), d.to(dtype), f(ours)
     with forward_ad.dual_level():
         dual = forward_ad.unpack_dual(ours_f(forward_ad.make_dual(x, d))).tangent
     results = {
-        "jvp": (torch.func.jvp(ours_f, (x,), (d,))[1], (slope * d).sum()),
-        "dual": (dual, (slope * d).sum()),
-        "grad": (torch.func.grad(ours_f)(x), slope),
-        "vmap": (torch.func.vmap(torch.func.grad(ours_f))(torch.stack([d, x]))[1], slope),
-        "jvp of grad": (torch.func.jvp(torch.func.grad(ours_f), (x,), (d,))[1], curved),
-        "grad of jvp": (torch.func.grad(lambda x: torch.func.jvp(ours_f, (x,), (d,))[1])(x), curved),
+        "jvp": (torch.func.jvp(ours_f, (x,), (d,))[1], (gradient * d).sum()),
+        "dual": (dual, (gradient * d).sum()),
+        "grad": (torch.func.grad(ours_f)(x), gradient),
+        "vmap": (torch.func.vmap(torch.func.grad(ours_f))(torch.stack([d, x]))[1], gradient),
+        "jvp of grad": (torch.func.jvp(torch.func.grad(ours_f), (x,), (d,))[1], hvp),
+        "grad of jvp": (torch.func.grad(lambda x: torch.func.jvp(ours_f, (x,), (d,))[1])(x), hvp),
     }
     for name, (result, expected) in results.items():
         torch.testing.assert_close(result, expected.detach().to(dtype), msg=name)
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_the_weights_of_functional_call_are_differentiated(device, name):
+def test_functional_call_weights_are_differentiated(device, name):
     _, ours = pair(name, device, num_layers=2)
     x, values = normal(T, B, C, device=device), dict(ours.named_parameters())
     expected = torch.autograd.grad(scalar(flat(ours(x))), values.values())
@@ -419,24 +413,24 @@ def test_the_weights_of_functional_call_are_differentiated(device, name):
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_an_input_computed_from_a_weight_counts_once(device, name):
-    """The gradient that is differentiated ends at the layer: what leads to its inputs is autograd's to add."""
+def test_input_computed_from_a_weight_is_differentiated_once(device, name):
+    """The recorded gradient ends at the layer; autograd adds the path to its inputs."""
     theirs, ours = pair(name, device, num_layers=1)
     x = normal(T, B, C, device=device)
 
-    def twice(layer):
+    def second_order(layer):
         weight = layer.weight_ih_l0
         y = scalar(flat(layer((x @ weight.T @ weight).sin())))
         (first,) = torch.autograd.grad(y, weight, create_graph=True)
         return [first, *torch.autograd.grad(first.square().sum(), layer.parameters())]
 
     with torch.backends.cudnn.flags(enabled=False):
-        expected = twice(theirs)
-    assert_all_close(twice(ours), expected)
+        expected = second_order(theirs)
+    assert_all_close(second_order(ours), expected)
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_a_third_derivative(device, name):
+def test_third_derivative(device, name):
     theirs, ours = pair(name, device)
     x = normal(2, 2, C, device=device).requires_grad_()
 
@@ -452,7 +446,7 @@ def test_a_third_derivative(device, name):
 
 
 @pytest.mark.parametrize("which", range(3))
-def test_the_gradient_of_one_result_alone(device, which):
+def test_gradient_of_a_single_result(device, which):
     theirs, ours = pair("LSTM", device, num_layers=2, proj_size=2)
     x = normal(T, B, C, device=device).requires_grad_()
     for create in (False, True):
@@ -468,8 +462,8 @@ def test_the_gradient_of_one_result_alone(device, which):
         assert_all_close(*results)
 
 
-def test_dropout_has_one_mask_in_every_derivative(device):
-    """One draw for all: finite differences of the gradient, with the random numbers of the same seed."""
+def test_dropout_mask_is_shared_by_all_derivatives(device):
+    """Finite differences of the gradient with the random numbers of one seed."""
     layer = nn.LSTM(2, 2, num_layers=3, dropout=0.5).to(device, torch.float64)
     x = normal(2, 2, 2, device=device).requires_grad_()
 
@@ -487,12 +481,12 @@ def test_dropout_has_one_mask_in_every_derivative(device):
         torch.manual_seed(7)
         assert_all_close(results, flat(theirs(x)))
         torch.manual_seed(7)
-        slope = torch.autograd.grad(flat(theirs(x))[0].sum(), x)[0].sum()
-        torch.testing.assert_close(expected[0].sum(), slope)
+        directional = torch.autograd.grad(flat(theirs(x))[0].sum(), x)[0].sum()
+        torch.testing.assert_close(expected[0].sum(), directional)
     assert torch.equal(flat(layer.eval()(x))[0], flat(layer(x))[0])
 
 
-def test_a_checkpoint_that_first_runs_without_gradients_draws_the_same_dropout(device):
+def test_reentrant_checkpoint_reproduces_dropout(device):
     layer = nn.GRU(C, H, num_layers=3, dropout=0.5).to(device, torch.float64)
     x = normal(T, B, C, device=device).requires_grad_()
     results = []
@@ -505,11 +499,10 @@ def test_a_checkpoint_that_first_runs_without_gradients_draws_the_same_dropout(d
 
 
 # --------------------------------------------------------------------------------------------------
-# As on a GPU: torch's implementation has one backward pass
+# Simulated cuDNN path: the implementation is once differentiable
 
 
-def test_the_substitute_is_as_strict_as_cudnn(library):
-    """Else the tests above would show nothing."""
+def test_simulated_cudnn_is_as_strict_as_cudnn(cudnn):
     layer = torch.nn.LSTM(C, H).double()
     stack = implementation.Recurrence("LSTM", True, 1, False, False)
     x = normal(T, B, C).requires_grad_()
@@ -527,8 +520,8 @@ def test_the_substitute_is_as_strict_as_cudnn(library):
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("name", BOTH)
-def test_the_library_serves_what_it_can(library, monkeypatch, name, train):
-    """Training takes its forward and backward passes; the recurrence is called where those do not reach."""
+def test_cudnn_is_used_for_output_and_first_derivatives(cudnn, monkeypatch, name, train):
+    """Training uses cuDNN's forward and backward passes; the recurrence is used for further derivatives."""
     _, ours = pair(name)
     ours.train(train)
     calls = []
@@ -537,16 +530,16 @@ def test_the_library_serves_what_it_can(library, monkeypatch, name, train):
     x = normal(T, B, C).requires_grad_()
     with torch.no_grad():
         ours(x)
-    assert library == ["forward"]
+    assert cudnn == ["forward"]
     ours(x)[0].sum().backward()
-    assert library == ["forward", "forward", "backward"]
+    assert cudnn == ["forward", "forward", "backward"]
     assert not calls
     torch.autograd.grad(ours(x)[0].sum(), x, create_graph=True)
-    assert library == ["forward", "forward", "backward", "forward"]
+    assert cudnn == ["forward", "forward", "backward", "forward"]
     assert calls == ["recurrence"]
 
 
-def test_frozen_weights_and_inputs_get_no_gradient(library):
+def test_frozen_weights_and_inputs_receive_no_gradient(cudnn):
     theirs, ours = pair("GRU", num_layers=2)
     x = normal(T, B, C)
     for layer in (theirs, ours):
@@ -557,7 +550,7 @@ def test_frozen_weights_and_inputs_get_no_gradient(library):
     torch.testing.assert_close(ours.weight_hh_l1.grad, theirs.weight_hh_l1.grad)
 
 
-def test_a_freed_graph_and_a_written_input_raise_as_in_torch(library):
+def test_freed_graphs_and_inplace_modifications_raise_as_in_torch(cudnn):
     _, ours = pair("LSTM")
     x = normal(T, B, C).requires_grad_()
     loss = ours(x)[0].sum()
@@ -574,17 +567,17 @@ def test_a_freed_graph_and_a_written_input_raise_as_in_torch(library):
         loss.backward()
 
 
-def test_a_kept_loss_keeps_no_activations(library):
+def test_loss_does_not_hold_activations_after_backward(cudnn):
     _, ours = pair("LSTM")
     loss = ours(normal(T, B, C).requires_grad_())[0].sum()
     node = loss.grad_fn.next_functions[0][0]
     held = weakref.ref(node.inner[1][0].node)
-    assert "_Library" in held().name()
+    assert "_SimulatedCudnn" in held().name()
     loss.backward()
     assert held() is None
 
 
-def test_a_batch_of_gradients(library):
+def test_batched_gradients(cudnn):
     theirs, ours = pair("GRU", num_layers=2)
     x = normal(T, B, C).requires_grad_()
     output = ours(x)[0]
@@ -594,7 +587,7 @@ def test_a_batch_of_gradients(library):
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_checkpoints(device, name):
+def test_non_reentrant_checkpoint(device, name):
     theirs, ours = pair(name, device, num_layers=2)
 
     class Checkpointed(torch.nn.Module):
@@ -619,7 +612,7 @@ def test_checkpoints(device, name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", BOTH)
 def test_autocast(device, name, dtype):
-    """Under autocast torch's LSTM raises on a CPU whose oneDNN does not have it; ours then is in the lower dtype."""
+    """Under autocast, torch's LSTM raises on CPUs without oneDNN support; fastgen's computes in the lower dtype."""
     theirs, ours = pair(name, device, torch.float32, num_layers=2)
     x = torch.randn(T, B, C, device=device)
     plain = copy.deepcopy(theirs).to(dtype)
@@ -651,7 +644,7 @@ def test_second_derivatives_in_half_precision(device, name, dtype):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", BOTH)
-def test_autocast_gives_torch_s_dtypes_where_torch_works(name, packed):
+def test_autocast_dtypes_match_torch(name, packed):
     theirs, ours = pair(name, dtype=torch.float32)
     x = torch.randn(T, B, C)
     sequence = pack_padded_sequence(x, [T, T, 2]) if packed else x
@@ -664,8 +657,8 @@ def test_autocast_gives_torch_s_dtypes_where_torch_works(name, packed):
             assert a.dtype == b.dtype
 
 
-def test_compiled(device):
-    """torch.compile leaves recurrent layers out of its graphs unless told to take them, ours like torch's."""
+def test_compile(device):
+    """As in torch, torch.compile breaks the graph at recurrent layers unless allow_rnn is set."""
     _, ours = pair("LSTM", device)
     x = normal(2, B, C, device=device)
     f = lambda x: scalar(flat(ours(x)))  # noqa: E731
@@ -681,18 +674,18 @@ def test_compiled(device):
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_exported(name):
+def test_export(name):
     _, ours = pair(name, num_layers=2, bidirectional=True)
     x = normal(T, B, C)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the list of weights was assigned to, as for torch's
+        warnings.simplefilter("ignore")  # about the assigned list of weights, as for torch's layers
         program = torch.export.export(ours, (x,), strict=True)
     assert_all_close(flat(program.module()(x)), flat(ours(x)))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("name", BOTH)
-def test_torch_s_cudnn_has_no_second_derivative_and_ours_does(name):
+def test_cudnn_double_backward_raises_in_torch_and_works_here(name):
     theirs, ours = pair(name, "cuda", num_layers=2)
     x = normal(T, B, C, device="cuda").requires_grad_()
     for layer, works in ((theirs, False), (ours, True)):

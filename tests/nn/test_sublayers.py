@@ -1,4 +1,4 @@
-"""Sublayers that do more than their weights say: every layer calls them, once for each call of its own."""
+"""Modified sublayers (hooks, adapters, pruning, parametrizations, quantization) are called once per forward pass."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ LAYERS = {
 
 
 class First(nn.Module):
-    """The output alone of a layer that also returns attention weights."""
+    """Returns only the output of a layer that also returns attention weights."""
 
     def __init__(self, layer):
         super().__init__()
@@ -156,8 +156,8 @@ def accelerated(layer):
 
 
 # --------------------------------------------------------------------------------------------------
-# Changes. Each is given the layer and the sublayer's name, and a list to which the sublayer adds an item when it runs.
-# It returns what the sublayer then is: factors of its weight and bias, or both themselves.
+# Modifications: functions of the layer, the name of the sublayer, and a list to which the sublayer appends when called.
+# They return the factors by which weight and bias are effectively multiplied, or the name of the new weight.
 
 
 def forward_hook(layer, name, calls):
@@ -176,7 +176,7 @@ def full_backward_hook(layer, name, calls):
 
 
 class Adapted(nn.Module):
-    """As peft's layers: weight and bias are those of the layer below, forward adds the adapter."""
+    """As in PEFT: weight and bias are delegated to the base layer, forward adds the adapter."""
 
     def __init__(self, base, calls):
         super().__init__()
@@ -265,13 +265,13 @@ CHANGES = [
     forward_hook, forward_pre_hook, full_backward_hook, adapter, pruning, old_spectral_norm, old_weight_norm,
     parametrization, parametrization_and_hook, own_forward, patched_forward,
 ]  # fmt: skip
-REFUSED = {  # what can't be computed around these, since it is their weights that count
+REFUSED = {  # cannot be called: the layer needs their weights
     ("InverseAutoregressiveFlow", "adapter"): ("hidden", "out"),
     ("ModulatedConv2d", "adapter"): ("convolution",),
     ("ModulatedConv2d", "own_forward"): ("convolution",),
     ("ModulatedConv2d", "patched_forward"): ("convolution",),
 }
-NOT_DOUBLED = {"convolution"}  # demodulation divides by the size of the weights, and hooks are none of them
+NOT_DOUBLED = {"convolution"}  # demodulation divides by the norm of the weights, which hooks do not change
 
 
 def set_weights(original, module, weight, bias):
@@ -290,7 +290,7 @@ def tensor_of(output):
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_changed_sublayer_is_called_once_and_has_its_effect(name, change):
+def test_modified_sublayers_are_called_once_and_take_effect(name, change):
     make, inputs, sublayers = LAYERS[name]
     for sublayer in sublayers:
         layer, calls = make(), []
@@ -316,19 +316,19 @@ def test_a_changed_sublayer_is_called_once_and_has_its_effect(name, change):
             out, plain = tensor_of(layer.eval()(*inputs())), tensor_of(expected.eval()(*inputs()))
         if change is not full_backward_hook:
             assert len(calls) == (1 if counted else 0), sublayer
-        if "padding" in name:  # what padded positions hold depends on whether they were skipped
+        if "padding" in name:  # padded positions depend on whether they were skipped
             out, plain = out[VISIBLE[:, 0, 0]], plain[VISIBLE[:, 0, 0]]
         torch.testing.assert_close(out, plain)
 
 
 def called_parts(layer):
-    """Every module that a call of the layer calls, by name: all but lists."""
+    """Maps names to all modules that are called in a forward pass (all but lists)."""
     lists = (nn.ModuleList, parametrize.ParametrizationList)
     return {name: part for name, part in layer.named_modules() if not isinstance(part, lists) and "param" not in name}
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_hooks_of_all_parts_fire_once_in_every_mode(name):
+def test_hooks_of_all_sublayers_fire_once(name):
     make, inputs, _ = LAYERS[name]
     layer, fired = make(), []
     parts = called_parts(layer)
@@ -344,7 +344,7 @@ def test_hooks_of_all_parts_fire_once_in_every_mode(name):
 
 
 @pytest.mark.parametrize("name", ["AttentionBlock2d", "TransformerEncoderLayer", "DecoderBlock"])
-def test_global_hooks_see_all_parts(name):
+def test_global_hooks_fire_for_all_sublayers(name):
     make, inputs, _ = LAYERS[name]
     layer, fired = make(), []
     handle = register_module_forward_hook(lambda module, arguments, out: fired.append(module))
@@ -356,7 +356,7 @@ def test_global_hooks_see_all_parts(name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_dynamic_quantisation(name):
+def test_dynamic_quantization(name):
     make, inputs, sublayers = LAYERS[name]
     layer = make().eval()
     low = torch.ao.quantization.quantize_dynamic(layer, {nn.Linear}, dtype=torch.qint8)
@@ -369,7 +369,7 @@ def test_dynamic_quantisation(name):
     assert torch.equal(out, plain) == exact
 
 
-def test_compiled_layers_call_what_is_not_plain():
+def test_compiled_layers_call_modified_sublayers():
     layer, x = AttentionBlock2d(8, num_groups=2), maps()
     layer.set_submodule("value", Adapted(layer.value, []))
     layer.query.register_forward_hook(lambda module, arguments, out: 2 * out)
@@ -379,7 +379,7 @@ def test_compiled_layers_call_what_is_not_plain():
 
 
 @pytest.mark.parametrize("spectral", [False, True])
-def test_compiled_plain_layers_are_fused(spectral):
+def test_compiled_unmodified_sublayers_are_fused(spectral):
     layer = SelfAttention2d(8, spectral_norm=spectral).eval()
     graphs = []
 
@@ -411,13 +411,13 @@ class Wrong(nn.Module):
         (AttentionBlock2d(8, num_groups=2), "out", randn(2, 25, 4), "out: expected .* like the residual"),
     ],
 )
-def test_a_sublayer_whose_output_does_not_fit_is_named(layer, sublayer, output, message):
+def test_invalid_sublayer_outputs_raise(layer, sublayer, output, message):
     layer.set_submodule(sublayer, Wrong(output))
     with pytest.raises((TypeError, ValueError), match=message):
         layer(maps())
 
 
-def test_other_convolutions_are_called():
+def test_convolutions_other_than_1x1_are_called():
     layer = opened(SelfAttention2d(8))
     layer.query = nn.Conv2d(8, 1, 3, padding=1)
     layer.key = nn.Conv2d(8, 1, 1, bias=True)
@@ -427,7 +427,7 @@ def test_other_convolutions_are_called():
     torch.testing.assert_close(layer(x), x + layer.out(attended.unflatten(2, x.shape[2:])))
 
 
-def test_a_map_without_bias_beside_maps_with_bias():
+def test_mixed_biases():
     layer = AttentionBlock2d(8, num_groups=2)
     layer.key = nn.Linear(8, 8, bias=False)
     with_zeros = copy.deepcopy(layer)
@@ -436,7 +436,7 @@ def test_a_map_without_bias_beside_maps_with_bias():
 
 
 # --------------------------------------------------------------------------------------------------
-# torch's inference kernel, which calls no sublayer
+# torch's fast path, which calls no sublayer
 
 
 def padded_encoder():
@@ -457,7 +457,7 @@ def dropout_in_training(encoder):
 
 
 @pytest.mark.parametrize("change", [other_block, other_activation, dropout_in_training], ids=lambda f: f.__name__)
-def test_padding_is_not_skipped_by_a_kernel_that_ignores(change):
+def test_padding_is_not_skipped_if_the_fast_path_would_ignore(change):
     encoder, x, padding = padded_encoder(), tokens(), ~VISIBLE[:, 0, 0]
     change(encoder)
     torch.manual_seed(0)
@@ -470,7 +470,7 @@ def test_padding_is_not_skipped_by_a_kernel_that_ignores(change):
         encoder.layers[0](nested)
 
 
-def test_nested_tensors_and_a_changed_out_proj():
+def test_nested_tensors_with_modified_out_proj_raise():
     layer = MultiheadAttention(8, 2, batch_first=True).eval().requires_grad_(False)
     layer.out_proj.register_forward_hook(lambda module, arguments, out: 2 * out)
     nested = torch.nested.nested_tensor([randn(3, 8), randn(2, 8)])
@@ -478,7 +478,7 @@ def test_nested_tensors_and_a_changed_out_proj():
         layer(nested, nested, nested)
 
 
-def test_second_derivatives_in_forward_mode_through_a_hooked_norm():
+def test_reverse_over_forward_through_a_hooked_norm():
     layer = TransformerEncoderLayer(8, 2, 8, 0.0, batch_first=True).double()
     x, t = tokens().double(), randn(3, 2, 8).transpose(0, 1).double()
 

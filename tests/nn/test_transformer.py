@@ -1,9 +1,8 @@
-"""torch's attention and Transformer layers against ours: values, gradients of every order, state dicts, errors."""
+"""MultiheadAttention and Transformer layers against torch: values, derivatives, state dicts, errors."""
 
 from __future__ import annotations
 
 import copy
-import doctest
 import pickle
 import warnings
 
@@ -16,8 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastgen import functional
 from fastgen import nn as ours
 from fastgen.losses import r1_penalty
-from fastgen.nn import attention, transformer
-from fastgen.nn._norm import normalized
+from fastgen.nn._norm import apply_norm
 from fastgen.testing import assert_accurate
 
 B, L, S, E, H = 3, 5, 4, 8, 2
@@ -36,20 +34,20 @@ def normal(*shape, dtype=torch.float64):
 
 
 def padding_of(batch, keys, kind="bool"):
-    """Of different lengths, each at least 1 and left-aligned."""
+    """Left-aligned padding mask of random lengths of at least 1."""
     if kind == "float":
         return normal(batch, keys)
     return torch.arange(keys) >= torch.randint(1, keys + 1, (batch, 1))
 
 
 def mask_of(kind, queries, keys, entries=None):
-    """ "bool", "float", "causal" or "bool causal"; boolean ones hide no query's every key."""
+    """Attention mask "bool", "float", "causal" or "bool causal"; no query is fully masked."""
     shape = (queries, keys) if entries is None else (entries, queries, keys)
     if kind == "float":
         return normal(*shape)
-    hidden = torch.ones(shape, dtype=torch.bool).triu(1) if "causal" in kind else torch.rand(shape) > 0.6
-    hidden[..., 0] = False
-    return hidden if "bool" in kind else torch.zeros(shape, dtype=torch.float64).masked_fill(hidden, -torch.inf)
+    masked = torch.ones(shape, dtype=torch.bool).triu(1) if "causal" in kind else torch.rand(shape) > 0.6
+    masked[..., 0] = False
+    return masked if "bool" in kind else torch.zeros(shape, dtype=torch.float64).masked_fill(masked, -torch.inf)
 
 
 def build(module, name, dtype=torch.float64, seed=0, **kwargs):
@@ -70,7 +68,7 @@ def build(module, name, dtype=torch.float64, seed=0, **kwargs):
 
 
 def pair(name, **kwargs):
-    """Ours and torch's with the same parameters, none of them 0 or equal in two layers."""
+    """fastgen's and torch's layer with the same random parameters."""
     mine, theirs = build(ours, name, **kwargs), build(nn, name, **kwargs)
     for parameter in mine.parameters():
         nn.init.normal_(parameter, std=0.5)
@@ -79,7 +77,7 @@ def pair(name, **kwargs):
 
 
 def inputs(name, batch_first=True, dtype=torch.float64):
-    """As many as the layer takes, of two lengths."""
+    """Input tensors of a layer, with two different lengths."""
     count = {"MultiheadAttention": 3, "TransformerEncoderLayer": 1, "TransformerEncoder": 1}.get(name, 2)
     tensors = [normal(B, n, E, dtype=dtype) for n in (L, S, S)[:count]]
     return tensors if batch_first else [t.transpose(0, 1).contiguous() for t in tensors]
@@ -93,12 +91,12 @@ def call(module, tensors, kwargs):
     if isinstance(module, nn.MultiheadAttention):
         kwargs = {"need_weights": False, **kwargs}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, about masks of two kinds
+        warnings.simplefilter("ignore")  # about masks of different dtypes
         return module(*tensors, **kwargs)
 
 
 def assert_same(mine, theirs, tensors, kwargs=None):
-    """Outputs, weights, and gradients of inputs, parameters and floating masks."""
+    """Compares outputs, weights, and gradients of inputs, parameters and floating masks."""
     kwargs = kwargs or {}
     kwargs = {
         name: value.detach().clone().requires_grad_()
@@ -184,7 +182,7 @@ def attention_case(constructor, same, unbatched, mask, padding):
 
 
 @pytest.mark.parametrize("case", ATTENTION, ids=lambda case: " ".join(map(str, case)))
-def test_attention_is_torch_s(case):
+def test_attention_matches_torch(case):
     constructor, same, unbatched, mask, padding, kwargs = case
     mine, theirs = pair("MultiheadAttention", **constructor)
     tensors, masks = attention_case(constructor, same, unbatched, mask, padding)
@@ -206,7 +204,7 @@ ENCODER_LAYERS = [
 @pytest.mark.parametrize("unbatched", [False, True], ids=["batched", "unbatched"])
 @pytest.mark.parametrize("name", ["TransformerEncoderLayer", "TransformerEncoder"])
 @pytest.mark.parametrize("case", ENCODER_LAYERS, ids=str)
-def test_encoders_are_torch_s(name, case, unbatched):
+def test_encoders_match_torch(name, case, unbatched):
     constructor, (mask, padding), kwargs = case
     mine, theirs = pair(name, **constructor)
     x = inputs(name, constructor.get("batch_first", False))[0]
@@ -225,7 +223,7 @@ def test_encoders_are_torch_s(name, case, unbatched):
 
 @pytest.mark.parametrize("name", ["TransformerDecoderLayer", "TransformerDecoder", "Transformer"])
 @pytest.mark.parametrize("case", range(5))
-def test_decoders_are_torch_s(name, case):
+def test_decoders_match_torch(name, case):
     constructor = (
         {},
         {"batch_first": True, "norm_first": True},
@@ -254,8 +252,8 @@ def test_decoders_are_torch_s(name, case):
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("masks", [(), ("mask",), ("padding",), ("mask", "padding")], ids=str)
 @pytest.mark.parametrize("name", NAMES[:2] + NAMES[3:4])
-def test_inference_is_torch_s(name, masks, batch_first):
-    """Where torch takes its fused inference kernels, and nested tensors, whose padded positions are 0."""
+def test_inference_matches_torch(name, masks, batch_first):
+    """torch uses fused inference kernels and nested tensors here; padded positions are 0."""
     mine, theirs = (module.eval() for module in pair(name, batch_first=batch_first))
     x, kwargs = inputs(name, batch_first)[0], {}
     name_of = {"MultiheadAttention": "attn_mask", "TransformerEncoder": "mask"}.get(name, "src_mask")
@@ -268,29 +266,29 @@ def test_inference_is_torch_s(name, masks, batch_first):
         result, expected = call(mine, tensors, kwargs), call(theirs, tensors, kwargs)
     torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
     if name == "TransformerEncoder" and masks == ("padding",) and batch_first:
-        hidden = kwargs["src_key_padding_mask"]
-        assert bool(hidden.any())
-        assert torch.equal(result[hidden], mine.norm(torch.zeros(int(hidden.sum()), E, dtype=x.dtype)))
+        padding = kwargs["src_key_padding_mask"]
+        assert bool(padding.any())
+        assert torch.equal(result[padding], mine.norm(torch.zeros(int(padding.sum()), E, dtype=x.dtype)))
         with_grad = call(mine, tensors, kwargs)
         torch.testing.assert_close(with_grad, call(theirs, tensors, kwargs), rtol=1e-10, atol=1e-10)
-        assert not torch.allclose(with_grad[hidden], result[hidden])
+        assert not torch.allclose(with_grad[padding], result[padding])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sequence_first_outputs_are_contiguous(name):
-    """Users call view on them."""
+    """As in torch, so that callers may use view."""
     mine = build(ours, name)
     assert first(call(mine, inputs(name, False), {})).is_contiguous()
 
 
-def test_masks_stay_as_small_as_they_come(monkeypatch):
-    seen = []
+def test_masks_are_not_expanded(monkeypatch):
+    calls = []
 
     def record(query, key, value, attn_mask=None, *rest, **kwargs):
-        seen.append((None if attn_mask is None else tuple(attn_mask.shape), kwargs["is_causal"]))
-        return kept(query, key, value, attn_mask, *rest, **kwargs)
+        calls.append((None if attn_mask is None else tuple(attn_mask.shape), kwargs["is_causal"]))
+        return original(query, key, value, attn_mask, *rest, **kwargs)
 
-    kept = functional.scaled_dot_product_attention
+    original = functional.scaled_dot_product_attention
     monkeypatch.setattr(functional, "scaled_dot_product_attention", record)
     mine, x = build(ours, "MultiheadAttention", batch_first=True), normal(B, L, E)
     causal = mask_of("causal", L, L)
@@ -303,17 +301,17 @@ def test_masks_stay_as_small_as_they_come(monkeypatch):
     ):
         mine(x, x, x, need_weights=False, **kwargs)
     expected = [(None, False), ((B, 1, 1, L), False), ((1, 1, L, L), False), (None, True), ((B, 1, L, L), False)]
-    assert seen == expected
+    assert calls == expected
 
 
 @pytest.mark.parametrize("kind", ["causal", "bool causal"])
-def test_a_causal_mask_is_noticed(kind, monkeypatch):
+def test_causal_masks_are_detected(kind, monkeypatch):
     hints = []
-    kept = functional.scaled_dot_product_attention
+    original = functional.scaled_dot_product_attention
     monkeypatch.setattr(
         functional,
         "scaled_dot_product_attention",
-        lambda *args, **kwargs: hints.append(kwargs["is_causal"]) or kept(*args, **kwargs),
+        lambda *args, **kwargs: hints.append(kwargs["is_causal"]) or original(*args, **kwargs),
     )
     encoder, decoder = build(ours, "TransformerEncoder"), build(ours, "TransformerDecoder")
     x, mask = normal(L, B, E), mask_of(kind, L, L)
@@ -326,15 +324,15 @@ def test_a_causal_mask_is_noticed(kind, monkeypatch):
     assert hints == [False] * 4
 
 
-def test_a_learned_mask_is_no_hint_even_where_it_looks_causal():
+def test_learned_masks_are_never_treated_as_causal():
     encoder, x = build(ours, "TransformerEncoder"), normal(L, B, E)
     mask = mask_of("causal", L, L).requires_grad_()
     (grad,) = torch.autograd.grad(encoder(x, mask).sin().sum(), mask)
     assert bool(grad.any())
 
 
-def test_extra_keys_are_seen_beside_a_causal_mask():
-    """torch's need_weights=False hides them from all queries there; its need_weights=True does not."""
+def test_extra_keys_are_not_masked_by_a_causal_mask():
+    """Without weights, torch masks the extra keys for all queries if is_causal is set; with weights it does not."""
     mine, theirs = pair("MultiheadAttention", add_bias_kv=True, add_zero_attn=True)
     x, mask = normal(L, B, E), mask_of("causal", L, L)
     expected = theirs(x, x, x, attn_mask=mask, need_weights=False)[0]
@@ -345,7 +343,7 @@ def test_extra_keys_are_seen_beside_a_causal_mask():
 
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("kind", ["padding", "float padding", "mask", "float mask", "both"])
-def test_a_query_that_sees_no_key_gets_nothing_and_never_nan(kind, need_weights):
+def test_fully_masked_queries_have_zero_attention_and_finite_gradients(kind, need_weights):
     mine = pair("MultiheadAttention", batch_first=True)[0]
     x = normal(B, L, E).requires_grad_()
     padding, mask = torch.zeros(B, L, dtype=torch.bool), torch.zeros(L, L, dtype=torch.bool)
@@ -355,15 +353,15 @@ def test_a_query_that_sees_no_key_gets_nothing_and_never_nan(kind, need_weights)
     if "float" in kind:
         masks = {name: torch.zeros(m.shape).double().masked_fill(m, -torch.inf) for name, m in masks.items()}
     out, weights = mine(x, x, x, need_weights=need_weights, **masks)
-    blind = (padding[:, :, None] if "padding" in kind or kind == "both" else torch.zeros(B, L, 1, dtype=torch.bool)) | (
+    empty = (padding[:, :, None] if "padding" in kind or kind == "both" else torch.zeros(B, L, 1, dtype=torch.bool)) | (
         mask[:, :1] if "mask" in kind or kind == "both" else torch.zeros(L, 1, dtype=torch.bool)
     )
-    blind = blind[..., 0]
-    torch.testing.assert_close(out[blind], mine.out_proj.bias.expand(int(blind.sum()), E))
+    empty = empty[..., 0]
+    torch.testing.assert_close(out[empty], mine.out_proj.bias.expand(int(empty.sum()), E))
     assert bool(out.isfinite().all())
     if need_weights:
-        assert not bool(weights[blind].any())
-        torch.testing.assert_close(weights[~blind].sum(-1), torch.ones(int((~blind).sum()), dtype=torch.float64))
+        assert not bool(weights[empty].any())
+        torch.testing.assert_close(weights[~empty].sum(-1), torch.ones(int((~empty).sum()), dtype=torch.float64))
     grads = torch.autograd.grad(out.sin().sum(), [x, *mine.parameters()], create_graph=True)
     again = torch.autograd.grad(sum(g.square().sum() for g in grads), [x, *mine.parameters()])
     for grad in (*grads, *again):
@@ -378,7 +376,7 @@ def test_a_query_that_sees_no_key_gets_nothing_and_never_nan(kind, need_weights)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("need_weights", [False, True])
-def test_low_precision_is_as_accurate_as_torch_s(dtype, need_weights):
+def test_low_precision_accuracy(dtype, need_weights):
     torch.manual_seed(1)
     exact = nn.MultiheadAttention(64, 4, batch_first=True).to(dtype).double()
     mine, theirs = ours.MultiheadAttention(64, 4, batch_first=True), nn.MultiheadAttention(64, 4, batch_first=True)
@@ -397,7 +395,7 @@ def test_low_precision_is_as_accurate_as_torch_s(dtype, need_weights):
 
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("name", NAMES[1:3])
-def test_autocast_keeps_the_residual_stream_wide(name, norm_first):
+def test_autocast_keeps_the_residual_stream_in_float32(name, norm_first):
     mine, theirs = pair(name, dtype=torch.float32, norm_first=norm_first)
     exact = build(nn, name, norm_first=norm_first)
     exact.load_state_dict(mine.state_dict())
@@ -418,7 +416,7 @@ def test_autocast_keeps_the_residual_stream_wide(name, norm_first):
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
-def test_autocast_of_attention_gives_torch_s_dtypes(need_weights):
+def test_autocast_dtypes_match_torch(need_weights):
     mine, theirs = pair("MultiheadAttention", dtype=torch.float32)
     x = normal(L, B, E, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -431,7 +429,7 @@ def test_autocast_of_attention_gives_torch_s_dtypes(need_weights):
 
 
 # --------------------------------------------------------------------------------------------------
-# Derivatives of second order, forward mode, transforms
+# Second-order derivatives, forward mode, transforms
 
 
 def scores_of(module, tensors, **kwargs):
@@ -459,7 +457,7 @@ def penalty_grads(module, tensors, **kwargs):
 
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("name", NAMES)
-def test_an_r1_penalty_is_that_of_torch_s_plain_attention(name, batch_first):
+def test_r1_penalty_matches_unfused_torch(name, batch_first):
     mine, theirs = pair(name, batch_first=batch_first, **({} if name == NAMES[0] else {"activation": "gelu"}))
     tensors = inputs(name, batch_first)
     result = penalty_grads(mine, tensors)
@@ -469,7 +467,7 @@ def test_an_r1_penalty_is_that_of_torch_s_plain_attention(name, batch_first):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
 
 
-def test_an_r1_penalty_fails_with_torch_s_layer_until_its_class_is_ours():
+def test_r1_penalty_requires_our_class():
     layer, x = nn.MultiheadAttention(E, H, batch_first=True).double(), [normal(B, L, E)] * 3
     with pytest.raises(RuntimeError, match="is not implemented"):
         penalty_grads(layer, x)
@@ -479,7 +477,7 @@ def test_an_r1_penalty_fails_with_torch_s_layer_until_its_class_is_ours():
 
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_finite_differences_of_attention(need_weights, masked):
+def test_attention_gradcheck(need_weights, masked):
     mine = pair("MultiheadAttention", batch_first=True)[0]
     x, y = normal(2, 2, E).requires_grad_(), normal(2, 3, E).requires_grad_()
     mask = normal(2, 3).requires_grad_()
@@ -495,7 +493,7 @@ def test_finite_differences_of_attention(need_weights, masked):
 
 
 @pytest.mark.parametrize("name", NAMES[1:3])
-def test_finite_differences_of_layers(name):
+def test_layer_gradcheck(name):
     mine = pair(name, batch_first=True, norm_first=True, activation=torch.tanh)[0]
     tensors = [t[:2, :2].contiguous().requires_grad_() for t in inputs(name)]
     assert gradcheck(mine, tensors, check_forward_ad=True, fast_mode=True)
@@ -509,8 +507,8 @@ def tangent(module, tensors, directions, **kwargs):
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_forward_mode_is_that_of_torch_s_plain_attention(name, frozen):
-    """Of frozen layers in eval mode too, where torch takes inference kernels that have none, and raises."""
+def test_forward_mode_matches_unfused_torch(name, frozen):
+    """Also of frozen layers in eval mode, where torch uses inference kernels without forward mode and raises."""
     mine, theirs = pair(name, batch_first=True)
     tensors = inputs(name)
     directions = [torch.randn_like(t) for t in tensors]
@@ -527,8 +525,8 @@ def test_forward_mode_is_that_of_torch_s_plain_attention(name, frozen):
 
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("name", NAMES[1:])
-def test_a_gradient_of_a_tangent_is_a_tangent_of_a_gradient(name, norm_first):
-    """torch's layer norm gets the first one wrong, without a word."""
+def test_reverse_over_forward_equals_forward_over_reverse(name, norm_first):
+    """Reverse over forward is silently wrong with torch's layer norm."""
     mine = pair(name, batch_first=True, norm_first=norm_first, activation=torch.tanh)[0]
     tensors = inputs(name)
     direction = torch.randn_like(tensors[0])
@@ -538,37 +536,37 @@ def test_a_gradient_of_a_tangent_is_a_tangent_of_a_gradient(name, norm_first):
     torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
     leaf = tensors[0].clone().requires_grad_()
     with forward_ad.dual_level():
-        slope = forward_ad.unpack_dual(loss(forward_ad.make_dual(leaf, direction))).tangent
-    torch.testing.assert_close(torch.autograd.grad(slope, leaf)[0], expected, rtol=1e-9, atol=1e-9)
+        directional = forward_ad.unpack_dual(loss(forward_ad.make_dual(leaf, direction))).tangent
+    torch.testing.assert_close(torch.autograd.grad(directional, leaf)[0], expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_norm_under_transforms_is_as_accurate_as_torch_s(dtype, autocast):
+def test_layer_norm_accuracy_under_transforms(dtype, autocast):
     norm, x = nn.LayerNorm((4, 32)).to(dtype), (3 + torch.randn(5, 4, 32)).to(dtype)
     for parameter in norm.parameters():
         nn.init.normal_(parameter)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        result = torch.func.vmap(lambda x: normalized(norm, x))(x)
+        result = torch.func.vmap(lambda x: apply_norm(norm, x))(x)
         plain = norm(x)
     assert result.dtype == plain.dtype
     assert_accurate(result, plain, copy.deepcopy(norm).double()(x.double()))
 
 
-def test_padding_is_not_skipped_where_somebody_differentiates():
+def test_padding_is_not_skipped_under_transforms():
     mine, x = pair("TransformerEncoder", batch_first=True)[0].eval().requires_grad_(False), normal(B, L, E)
     padding, direction = padding_of(B, L), normal(B, L, E)
-    seen = ~padding
+    valid = ~padding
     result = tangent(mine, [x], [direction], src_key_padding_mask=padding)
     step = 1e-6
     ends = [mine(x + sign * step * direction, src_key_padding_mask=padding) for sign in (1, -1)]
-    torch.testing.assert_close(result[seen], ((ends[0] - ends[1]) / (2 * step))[seen], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result[valid], ((ends[0] - ends[1]) / (2 * step))[valid], rtol=1e-5, atol=1e-6)
     mapped = torch.func.vmap(lambda x: mine(x, src_key_padding_mask=padding))(torch.stack((x, -x)))
-    torch.testing.assert_close(mapped[0][seen], mine(x, src_key_padding_mask=padding)[seen])
+    torch.testing.assert_close(mapped[0][valid], mine(x, src_key_padding_mask=padding)[valid])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_vmap_over_inputs_and_over_parameters(name):
+def test_vmap_over_inputs_and_parameters(name):
     mine = pair(name, batch_first=True)[0]
     tensors = inputs(name)
     stacked = [torch.stack((t.flip(0), t)) for t in tensors]
@@ -588,7 +586,7 @@ def test_vmap_over_inputs_and_over_parameters(name):
 # Dropout
 
 
-def test_dropped_weights_keep_the_mean():
+def test_attention_dropout_preserves_the_mean():
     layer = pair("MultiheadAttention", batch_first=True, dropout=0.4)[0]
     x = normal(1, L, E).expand(4000, -1, -1)
     expected = copy.deepcopy(layer).eval()(x[:1], x[:1], x[:1], need_weights=False)[0]
@@ -600,14 +598,14 @@ def test_dropped_weights_keep_the_mean():
         if need_weights:
             assert abs(float((weights == 0).double().mean()) - 0.4) < 0.01
             joined = functional.merge_heads_projection(
-                weights @ layer._heads(x, x, x)[2], layer.out_proj.weight, layer.out_proj.bias
+                weights @ layer._project_qkv(x, x, x)[2], layer.out_proj.weight, layer.out_proj.bias
             )
             torch.testing.assert_close(joined, out)
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("name", NAMES[1:3])
-def test_dropout_of_a_branch_is_before_the_residual(name, norm_first):
+def test_branch_dropout_is_applied_before_the_residual(name, norm_first):
     layer = pair(name, batch_first=True, norm_first=norm_first, dropout=0.5)[0]
     tensors = inputs(name)
     torch.manual_seed(3)
@@ -617,7 +615,7 @@ def test_dropout_of_a_branch_is_before_the_residual(name, norm_first):
     assert not torch.equal(out, layer(*tensors))
     for module in layer.modules():
         if isinstance(module, nn.Dropout):
-            module.p = 1 - 1e-12  # nothing of a branch is left
+            module.p = 1 - 1e-12  # drops the whole branch
         if isinstance(module, nn.MultiheadAttention):
             module.dropout = 0.0
     expected = tensors[0]
@@ -628,7 +626,7 @@ def test_dropout_of_a_branch_is_before_the_residual(name, norm_first):
 
 
 # --------------------------------------------------------------------------------------------------
-# Instances: torch's and ours are the same but for their class
+# Interchangeability with torch's instances
 
 
 @pytest.mark.parametrize(
@@ -638,7 +636,7 @@ def test_dropout_of_a_branch_is_before_the_residual(name, norm_first):
         *((NAMES[0], kwargs) for kwargs in ({"kdim": 4}, {"vdim": 4, "bias": False}, {"add_bias_kv": True})),
     ],
 )
-def test_constructors_make_torch_s_instances(name, kwargs):
+def test_instances_match_torch_except_for_the_class(name, kwargs):
     mine, theirs = build(ours, name, **kwargs), build(nn, name, **kwargs)
     assert isinstance(mine, getattr(nn, name))
     assert list(mine.state_dict()) == list(theirs.state_dict())
@@ -647,13 +645,13 @@ def test_constructors_make_torch_s_instances(name, kwargs):
         assert type(a).__name__ == type(b).__name__
         assert type(a) is getattr(ours, type(b).__name__, type(b)), path
     for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
-        assert torch.equal(a, b), "one seed, one initialisation"
+        assert torch.equal(a, b), "same seed, same initialization"
     theirs.load_state_dict(mine.state_dict())
     mine.load_state_dict(theirs.state_dict())
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_instance_of_torch_s_takes_our_class(name):
+def test_torch_instances_can_be_assigned_our_class(name):
     mine, theirs = pair(name, batch_first=True)
     expected = call(theirs, inputs(name), {})
     torch.manual_seed(0)
@@ -667,7 +665,7 @@ def test_an_instance_of_torch_s_takes_our_class(name):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("swapped", ["stack", "layers", "attention"])
-def test_ours_and_torch_s_inside_each_other(swapped, training):
+def test_mixed_torch_and_fastgen_layers(swapped, training):
     theirs = pair("TransformerEncoder", batch_first=True)[1].train(training)
     x, padding = normal(B, L, E), padding_of(B, L)
     run = lambda: theirs(x, src_key_padding_mask=padding)  # noqa: E731
@@ -683,13 +681,13 @@ def test_ours_and_torch_s_inside_each_other(swapped, training):
         torch.testing.assert_close(run(), expected)
 
 
-def test_stacks_take_torch_s_layers():
+def test_stacks_accept_torch_layers():
     layer = nn.TransformerDecoderLayer(E, H, 12, dropout=0.0).double()
     mine, theirs = ours.TransformerDecoder(layer, 2), nn.TransformerDecoder(layer, 2)
     assert_same(mine, theirs, inputs("TransformerDecoder", False), {"tgt_mask": mask_of("causal", L, L)})
 
 
-def test_a_transformer_takes_custom_stacks():
+def test_transformer_with_custom_encoder():
     custom = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, 12), 1, enable_nested_tensor=False)
     model = ours.Transformer(E, H, 1, 1, 12, custom_encoder=custom)
     assert model.encoder is custom
@@ -709,15 +707,15 @@ class _Halved(ours.TransformerEncoderLayer):
 
 
 @pytest.mark.parametrize("change", ["hook", "pre-hook", "dropout", "subclass", "linear", "attention"])
-def test_what_users_put_into_a_layer_is_called(change):
-    """The residual is added by the attention layer only where nobody can see the difference."""
+def test_modified_sublayers_are_called(change):
+    """The attention layer adds the residual only if that is not observable."""
     mine, theirs = pair("TransformerEncoderLayer", batch_first=True)
-    seen, x = [], normal(B, L, E)
+    outputs, x = [], normal(B, L, E)
     for layer in (mine, theirs):
         if change == "hook":
-            layer.self_attn.register_forward_hook(lambda m, args, out: seen.append(out[0].detach()))
+            layer.self_attn.register_forward_hook(lambda m, args, out: outputs.append(out[0].detach()))
         elif change == "pre-hook":
-            layer.self_attn.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+            layer.self_attn.register_forward_pre_hook(lambda m, args: outputs.append(args[0]))
         elif change == "dropout":
             layer.dropout1 = _Scaled()
         elif change == "linear":
@@ -731,12 +729,12 @@ def test_what_users_put_into_a_layer_is_called(change):
         return
     torch.testing.assert_close(mine(x), theirs(x))
     if "hook" in change:
-        torch.testing.assert_close(seen[0], seen[1])
+        torch.testing.assert_close(outputs[0], outputs[1])
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("unbatched", [True, False])
-def test_attention_adds_a_residual(batch_first, unbatched):
+def test_attention_residual_argument(batch_first, unbatched):
     mine = pair("MultiheadAttention", batch_first=batch_first)[0]
     x = normal(L, E) if unbatched else inputs("TransformerEncoder", batch_first)[0]
     residual = torch.randn_like(x)
@@ -751,7 +749,7 @@ def test_attention_adds_a_residual(batch_first, unbatched):
 
 
 @pytest.mark.parametrize("name", NAMES[:2])
-def test_nested_tensors_go_to_torch_s_inference_kernels(name):
+def test_nested_tensors_use_torch_inference_kernels(name):
     mine, theirs = (module.eval() for module in pair(name, batch_first=True))
     x = torch.nested.nested_tensor([normal(3, E), normal(L, E)])
     tensors = [x] * (3 if name == NAMES[0] else 1)
@@ -764,7 +762,7 @@ def test_nested_tensors_go_to_torch_s_inference_kernels(name):
 
 
 # --------------------------------------------------------------------------------------------------
-# Pickles, copies, export, compilation
+# Copies, export, compilation
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -797,7 +795,7 @@ def test_export(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_compiled_whole(name):
+def test_compile_fullgraph(name):
     torch._dynamo.reset()
     mine, tensors, masks = pair(name, batch_first=True)[0], inputs(name), masks_for(name)
     compiled = torch.compile(mine, fullgraph=True, backend="aot_eager")
@@ -809,20 +807,20 @@ def test_compiled_whole(name):
 
 
 CONSTRUCTORS = [
-    ("MultiheadAttention", (8, 3), {}, "num_heads: expected a divisor of embed_dim, 8, got 3"),
+    ("MultiheadAttention", (8, 3), {}, "num_heads: expected a divisor of embed_dim = 8, got 3"),
     ("MultiheadAttention", (0, 1), {}, "embed_dim: expected a positive integer, got 0"),
     ("MultiheadAttention", (8, -2), {}, "num_heads: expected a positive integer, got -2"),
     ("MultiheadAttention", (8, 2), {"dropout": 1.0}, r"dropout: expected a probability in \[0, 1\), got 1.0"),
-    ("TransformerEncoderLayer", (8, 3), {}, "nhead: expected a divisor of d_model, 8, got 3"),
-    ("TransformerDecoderLayer", (8, 3), {}, "nhead: expected a divisor of d_model, 8, got 3"),
-    ("Transformer", (8, 3), {}, "nhead: expected a divisor of d_model, 8, got 3"),
+    ("TransformerEncoderLayer", (8, 3), {}, "nhead: expected a divisor of d_model = 8, got 3"),
+    ("TransformerDecoderLayer", (8, 3), {}, "nhead: expected a divisor of d_model = 8, got 3"),
+    ("Transformer", (8, 3), {}, "nhead: expected a divisor of d_model = 8, got 3"),
     ("TransformerEncoderLayer", (8, 2), {"activation": "selu"}, "activation: expected 'relu', 'gelu' or a function"),
     ("TransformerDecoderLayer", (8, 2), {"dropout": -0.5}, r"dropout: expected a probability in \[0, 1\), got -0.5"),
 ]
 
 
 @pytest.mark.parametrize(("name", "args", "kwargs", "text"), CONSTRUCTORS)
-def test_a_constructor_says_what_is_wrong(name, args, kwargs, text):
+def test_invalid_constructor_arguments_raise(name, args, kwargs, text):
     with pytest.raises(ValueError, match=text):
         getattr(ours, name)(*args, **kwargs)
     if kwargs != {"dropout": 1.0}:
@@ -857,7 +855,7 @@ CALLS = {
     "integer mask": (
         (X, Y, Y),
         {"attn_mask": FLAGS.int()},
-        r"attn_mask: expected a boolean \(True = hidden\) or floating",
+        r"attn_mask: expected a boolean \(True = masked\) or floating",
     ),
     "integer padding": (
         (X, Y, Y),
@@ -880,7 +878,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("case", CALLS)
-def test_attention_says_what_is_wrong(case):
+def test_invalid_attention_arguments_raise(case):
     tensors, kwargs, text = CALLS[case]
     layer = ours.MultiheadAttention(E, H, batch_first=True)
     kind = TypeError if case in ("no tensor", "integers", "dtypes") or case.startswith("integer") else ValueError
@@ -891,7 +889,7 @@ def test_attention_says_what_is_wrong(case):
             nn.MultiheadAttention(E, H, batch_first=True)(*tensors, **kwargs)
 
 
-def test_layers_say_what_is_wrong():
+def test_invalid_layer_arguments_raise():
     with pytest.raises(TypeError, match="src: expected a tensor, got NoneType"):
         ours.TransformerEncoderLayer(E, H)(None)
     with pytest.raises(TypeError, match="memory: expected a tensor, got NoneType"):
@@ -913,7 +911,7 @@ def test_layers_say_what_is_wrong():
         ({"add_bias_kv": True}, None, "bias_k"),
     ],
 )
-def test_a_state_dict_of_another_layer_names_the_parameters_that_differ(saved, missing, unexpected):
+def test_mismatched_state_dict_names_the_parameters(saved, missing, unexpected):
     state = build(nn, "MultiheadAttention", **saved).state_dict()
     layer = build(ours, "MultiheadAttention")
     with pytest.raises(RuntimeError) as caught:
@@ -927,13 +925,6 @@ def test_a_state_dict_of_another_layer_names_the_parameters_that_differ(saved, m
         layer.load_state_dict(nn.MultiheadAttention(4, 2).state_dict())
 
 
-@pytest.mark.parametrize("module", [attention, transformer])
-def test_examples_in_docstrings_run(module):
-    results = doctest.testmod(module)
-    assert results.attempted > 0
-    assert results.failed == 0
-
-
-def test_the_list_of_layers_is_complete():
+def test_list_of_layers_is_complete():
     assert set(NAMES) == {n for n, t in vars(ours).items() if isinstance(t, type) and issubclass(t, nn.Module)
                           and t.__mro__[1] is getattr(nn, n, None) and n not in ("LSTM", "GRU")}  # fmt: skip

@@ -1,4 +1,4 @@
-"""State dicts that other implementations of a layer have saved."""
+"""Loading of state dicts that were saved by other implementations of a layer."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+__all__ = ["StateDictRemapping"]
+
 
 def _without_trailing_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     while shape and shape[-1] == 1:
@@ -14,17 +16,17 @@ def _without_trailing_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
-class LoadsOtherNames(nn.Module):
-    """A layer whose ``load_state_dict`` also takes the names and the 1x1 kernels of other implementations."""
+class StateDictRemapping(nn.Module):
+    """Mixin whose ``load_state_dict`` also accepts the key names and 1x1 kernels of other implementations."""
 
-    other_names: ClassVar[Mapping[str, str]] = {}
-    """Their name of a submodule to ours."""
+    key_aliases: ClassVar[Mapping[str, str]] = {}
+    """Maps a submodule's name in other implementations to its name in this layer."""
 
-    def _translate(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Gives this layer's entries their names and shapes here. ``load_state_dict`` passes a copy of the mapping."""
-        for theirs, ours in self.other_names.items():
-            for key in [key for key in state_dict if key.startswith(f"{prefix}{theirs}.")]:
-                state_dict[prefix + ours + key.removeprefix(prefix + theirs)] = state_dict.pop(key)
+    def _remap_state_dict(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Renames and reshapes this layer's entries in place. ``load_state_dict`` passes a copy of the mapping."""
+        for alias, name in self.key_aliases.items():
+            for key in [key for key in state_dict if key.startswith(f"{prefix}{alias}.")]:
+                state_dict[prefix + name + key.removeprefix(prefix + alias)] = state_dict.pop(key)
         for name, parameter in self.named_parameters():
             entry = state_dict.get(prefix + name)
             if isinstance(entry, Tensor) and _without_trailing_ones(entry.shape) == _without_trailing_ones(
@@ -42,13 +44,13 @@ class LoadsOtherNames(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        self._translate(state_dict, prefix)
-        own = self.state_dict().keys()
+        self._remap_state_dict(state_dict, prefix)
+        expected = self.state_dict().keys()
         given = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
-        if strict and not own <= set(given):
-            known = f" (or {', '.join(self.other_names)} for its submodules)" if self.other_names else ""
+        if strict and not expected <= set(given):
+            aliases = f" (or {', '.join(self.key_aliases)} for its submodules)" if self.key_aliases else ""
             error_msgs.append(
-                f"state_dict: expected the entries {', '.join(own)} of {type(self).__name__}{known}, got"
+                f"state_dict: expected the entries {', '.join(expected)} of {type(self).__name__}{aliases}, got"
                 f" {', '.join(given) or 'none'}; rename them, or load them into a layer built with the same arguments"
                 " as the one that saved them."
             )

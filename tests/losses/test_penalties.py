@@ -1,4 +1,4 @@
-"""The gradient penalties: values, derivatives, sampling, mixed precision, errors, compiled modules."""
+"""Gradient penalties and path length: values, derivatives, sampling, mixed precision, errors, compiled modules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ from torch.func import functional_call, grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgen
-from fastgen.losses import dragan_penalty, gradient_penalty, path_length_penalty, penalties, r1_penalty, r2_penalty
+from fastgen.losses import (
+    _input_gradient,
+    dragan_penalty,
+    gradient_penalty,
+    path_length,
+    path_length_penalty,
+    penalties,
+    r1_penalty,
+    r2_penalty,
+)
 
 SHAPES = [(5, 7), (5, 3, 4, 4), (5, 6, 2)]
 PENALTIES = ["gradient", "dragan", "r1", "r2", "path length"]
@@ -25,7 +34,7 @@ def seeded(seed=3, device="cpu"):
 
 
 def critic(shape, dtype=torch.float64):
-    """A small smooth discriminator of samples of this shape."""
+    """A small smooth discriminator for samples of this shape."""
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape[1:]), 6), nn.Tanh(), nn.Linear(6, 1)).to(dtype)
 
 
@@ -37,7 +46,7 @@ def decoder(shape=(5, 7), dtype=torch.float64):
 
 
 def penalty_of(kind, network, samples, seed=3, mean=0.3, **kwargs):
-    """One penalty of a discriminator, or of a generator whose latents are the samples."""
+    """One penalty of a discriminator, or of a generator with ``samples`` as latents."""
     generator = torch.Generator(samples.device).manual_seed(seed)
     if kind == "gradient":
         return gradient_penalty(network, samples, samples.flip(0) + 1, generator=generator, **kwargs)
@@ -63,7 +72,7 @@ def network_of(kind, shape=(5, 7), dtype=torch.float64):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("trailing", [(), (1,), (1, 1, 1)], ids=["B", "B1", "B111"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_linear_discriminator_gives_the_norm_of_its_weight(shape, trailing, dtype):
+def test_penalties_of_a_linear_discriminator_match_its_weight_norm(shape, trailing, dtype):
     weight = torch.randn(shape[1:], dtype=dtype)
     real, fake = torch.randn(2, *shape, dtype=dtype)
     discriminator = lambda x: (x * weight).flatten(1).sum(1).reshape(-1, *trailing)  # noqa: E731
@@ -85,12 +94,12 @@ def test_a_linear_discriminator_gives_the_norm_of_its_weight(shape, trailing, dt
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_quadratic_discriminator_gives_the_norm_of_the_point(shape):
+def test_penalties_of_a_quadratic_discriminator_match_the_norm_of_the_input(shape):
     real, fake = torch.randn(2, *shape, dtype=torch.float64)
-    given = []
+    inputs = []
 
     def discriminator(x):
-        given.append(x.detach().clone())
+        inputs.append(x.detach().clone())
         return x.square().flatten(1).sum(1) / 2
 
     for call in (
@@ -98,7 +107,7 @@ def test_a_quadratic_discriminator_gives_the_norm_of_the_point(shape):
         lambda: dragan_penalty(discriminator, real, center=0.5),
     ):
         penalty = call()
-        norms = given.pop().flatten(1).norm(dim=1)
+        norms = inputs.pop().flatten(1).norm(dim=1)
         torch.testing.assert_close(penalty.detach(), (norms - 0.5).square().mean())
     expected = real.square().sum() / shape[0] / 2
     leaf = real.clone().requires_grad_()
@@ -108,7 +117,7 @@ def test_a_quadratic_discriminator_gives_the_norm_of_the_point(shape):
 
 
 @pytest.mark.parametrize("layers", [(), (4,), (2, 3)], ids=["Bw", "BLw", "BKLw"])
-def test_path_length_of_a_linear_generator_is_that_of_its_matrix(layers):
+def test_path_length_of_a_linear_generator_matches_its_matrix(layers):
     batch, width, image = 5, 6, (3, 4, 2)
     latents = torch.randn(batch, *layers, width, dtype=torch.float64, requires_grad=True)
     matrix = torch.randn(latents[0].numel(), math.prod(image), dtype=torch.float64)
@@ -124,7 +133,7 @@ def test_path_length_of_a_linear_generator_is_that_of_its_matrix(layers):
     assert penalty.dtype == mean.dtype == torch.float64
 
 
-def test_path_length_has_the_scale_of_the_jacobian_whatever_the_number_of_pixels():
+def test_path_length_is_independent_of_the_number_of_pixels():
     for side in (2, 16):
         latents = torch.randn(2000, 3, requires_grad=True)
         images = latents[:, :1, None, None].expand(-1, 1, side, side)  # J^T y is a sum of pixels, N(0, 1)
@@ -132,7 +141,7 @@ def test_path_length_has_the_scale_of_the_jacobian_whatever_the_number_of_pixels
         assert abs(float(mean) - math.sqrt(2 / math.pi)) < 0.05
 
 
-def test_the_running_mean_of_path_lengths_converges_and_is_a_constant_of_the_penalty():
+def test_path_length_running_mean_converges_and_is_detached():
     latents = torch.randn(8, 4, requires_grad=True)
     scale = torch.tensor(1.5, requires_grad=True)
     mean, start = torch.zeros(()), torch.zeros(())
@@ -154,7 +163,7 @@ def test_the_running_mean_of_path_lengths_converges_and_is_a_constant_of_the_pen
 
 
 @pytest.mark.parametrize("kind", PENALTIES)
-def test_a_slope_that_is_nan_gives_a_penalty_that_is_nan(kind):
+def test_nan_gradients_propagate_to_the_penalty(kind):
     network = network_of(kind, dtype=torch.float32)
     with torch.no_grad():
         network[1].weight[0, 0] = math.nan
@@ -162,7 +171,7 @@ def test_a_slope_that_is_nan_gives_a_penalty_that_is_nan(kind):
 
 
 @pytest.mark.parametrize("kind", PENALTIES)
-def test_a_slope_of_0_gives_a_finite_penalty_with_a_finite_gradient(kind):
+def test_zero_gradient_norm_gives_finite_parameter_gradients(kind):
     network = network_of(kind, dtype=torch.float32)
     nn.init.zeros_(network[3].weight)
     penalty = penalty_of(kind, network, torch.randn(5, 7))
@@ -177,14 +186,14 @@ def test_a_slope_of_0_gives_a_finite_penalty_with_a_finite_gradient(kind):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", PENALTIES)
-def test_derivatives_with_respect_to_the_parameters(kind, shape):
+def test_gradcheck_with_respect_to_parameters(kind, shape):
     network = network_of(kind, shape)
     samples = torch.randn(shape, dtype=torch.float64)
     names, values = zip(*network.named_parameters(), strict=True)
 
     def call(*parameters):
         module = lambda x: functional_call(network, dict(zip(names, parameters, strict=True)), (x,))  # noqa: E731
-        # The new mean is data for the penalty, but finite differences would see it move.
+        # The updated mean is detached, but finite differences would include its change.
         return penalty_of(kind, module, samples, **({"decay": 1e-12} if kind == "path length" else {}))
 
     parameters = [value.detach().clone().requires_grad_() for value in values]
@@ -193,7 +202,7 @@ def test_derivatives_with_respect_to_the_parameters(kind, shape):
         assert gradgradcheck(call, parameters, fast_mode=True, atol=1e-4)
 
 
-def test_r1_agrees_with_per_sample_gradients_of_functional_torch():
+def test_r1_matches_per_sample_gradients_of_torch_func():
     network, real = critic((5, 7)), torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
     parameters = dict(network.named_parameters())
 
@@ -208,7 +217,7 @@ def test_r1_agrees_with_per_sample_gradients_of_functional_torch():
         torch.testing.assert_close(torch.zeros_like(wanted) if result is None else result, wanted)
 
 
-def test_the_scores_of_the_penalty_serve_the_loss_too():
+def test_r1_scores_can_be_reused_by_the_loss():
     network, real = critic((5, 7)), torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
     parameters = tuple(network.parameters())
     scores = network(real)
@@ -219,7 +228,7 @@ def test_the_scores_of_the_penalty_serve_the_loss_too():
         torch.testing.assert_close(result, first + second)
 
 
-def test_r2_reaches_the_generator_unless_the_samples_are_detached():
+def test_r2_backpropagates_to_the_generator_unless_detached():
     network, generator = critic((5, 7)), nn.Linear(3, 7).double()
     fake = generator(torch.randn(5, 3, dtype=torch.float64))
     r2_penalty(network(fake), fake).backward()
@@ -231,7 +240,7 @@ def test_r2_reaches_the_generator_unless_the_samples_are_detached():
 
 
 @pytest.mark.parametrize("kind", PENALTIES)
-def test_a_gradient_of_zero_gives_finite_derivatives_of_both_orders(kind):
+def test_zero_gradient_norm_gives_finite_second_derivatives(kind):
     weight = torch.zeros(7, dtype=torch.float64, requires_grad=True)
     network = lambda x: (x * weight).sum(1)  # noqa: E731
     if kind == "path length":
@@ -243,10 +252,10 @@ def test_a_gradient_of_zero_gives_finite_derivatives_of_both_orders(kind):
     assert bool(second.isfinite().all())
 
 
-def test_a_dead_sample_does_not_spoil_the_derivative_of_the_others():
+def test_zero_gradient_of_one_sample_does_not_affect_the_others():
     weight = torch.tensor([0.6, -0.8], dtype=torch.float64, requires_grad=True)
     network = lambda x: 3 * (x * weight).sum(1).relu()  # noqa: E731
-    points = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)  # a slope of 3 and one of 0
+    points = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)  # gradient norms 3 and 0
     penalty = gradient_penalty(network, points, points)
     torch.testing.assert_close(penalty.detach(), torch.tensor((4 + 1) / 2, dtype=torch.float64))
     torch.testing.assert_close(torch.autograd.grad(penalty, weight)[0], (3 * 2 * weight).detach())
@@ -257,22 +266,22 @@ def test_a_dead_sample_does_not_spoil_the_derivative_of_the_others():
 
 
 def recorded(penalty):
-    """What the discriminator was given by ``penalty(discriminator)``."""
-    given = []
+    """Input of the discriminator in ``penalty(discriminator)``."""
+    inputs = []
 
     def discriminator(x):
-        given.append(x)
+        inputs.append(x)
         return x.flatten(1).sum(1)
 
     penalty(discriminator)
-    assert len(given) == 1
-    assert given[0].is_leaf
-    assert given[0].requires_grad
-    return given[0].detach()
+    assert len(inputs) == 1
+    assert inputs[0].is_leaf
+    assert inputs[0].requires_grad
+    return inputs[0].detach()
 
 
 @pytest.mark.parametrize("shape", [(6, 7), (6, 3, 4, 4), (6, 5, 2), (6,)], ids=str)
-def test_each_sample_is_mixed_in_one_proportion(shape):
+def test_gradient_penalty_interpolates_each_sample_with_one_coefficient(shape):
     real, fake = torch.randn(2, *shape, dtype=torch.float64)
     if shape == (6,):  # recorded() sums over the dims of a sample
         points = []
@@ -280,44 +289,44 @@ def test_each_sample_is_mixed_in_one_proportion(shape):
         points = points[0].detach()
     else:
         points = recorded(lambda d: gradient_penalty(d, real, fake, generator=seeded()))
-    shares = ((points - fake) / (real - fake)).reshape(6, -1)
-    torch.testing.assert_close(shares, shares[:, :1].expand_as(shares), rtol=1e-6, atol=1e-6)
-    assert shares[:, 0].unique().numel() == 6
-    drawn = torch.rand(6, *(1 for _ in shape[1:]), dtype=torch.float64, generator=seeded())
-    torch.testing.assert_close(points, drawn * real + (1 - drawn) * fake)
+    alphas = ((points - fake) / (real - fake)).reshape(6, -1)
+    torch.testing.assert_close(alphas, alphas[:, :1].expand_as(alphas), rtol=1e-6, atol=1e-6)
+    assert alphas[:, 0].unique().numel() == 6
+    alpha = torch.rand(6, *(1 for _ in shape[1:]), dtype=torch.float64, generator=seeded())
+    torch.testing.assert_close(points, alpha * real + (1 - alpha) * fake)
 
 
-def test_proportions_are_uniform_between_real_and_fake():
-    shares = recorded(lambda d: gradient_penalty(d, torch.ones(4000, 1), torch.zeros(4000, 1), generator=seeded()))
-    torch.testing.assert_close(shares.sort(0).values[:, 0], torch.linspace(0, 1, 4000), rtol=0, atol=0.03)
+def test_interpolation_coefficients_are_uniform():
+    alphas = recorded(lambda d: gradient_penalty(d, torch.ones(4000, 1), torch.zeros(4000, 1), generator=seeded()))
+    torch.testing.assert_close(alphas.sort(0).values[:, 0], torch.linspace(0, 1, 4000), rtol=0, atol=0.03)
 
 
 @pytest.mark.parametrize("noise", [0.5, 2.0, 0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_dragan_adds_uniform_noise_scaled_per_sample_by_the_deviation_of_the_batch(shape, noise):
+def test_dragan_perturbs_with_uniform_noise_scaled_by_the_batch_std(shape, noise):
     real = torch.randn(shape, dtype=torch.float64) * 3 + 1
     points = recorded(lambda d: dragan_penalty(d, real, noise=noise, generator=seeded()))
     generator = seeded()
-    share = torch.rand(shape[0], *(1 for _ in shape[1:]), dtype=torch.float64, generator=generator)
+    alpha = torch.rand(shape[0], *(1 for _ in shape[1:]), dtype=torch.float64, generator=generator)
     uniform = torch.rand(shape, dtype=torch.float64, generator=generator)
     deviation = (real - real.mean()).square().mean().sqrt()
-    torch.testing.assert_close(points, real + (1 - share) * noise * deviation * uniform)
+    torch.testing.assert_close(points, real + (1 - alpha) * noise * deviation * uniform)
 
 
-def test_dragan_of_one_constant_sample_is_taken_at_the_sample():
+def test_dragan_of_one_constant_sample_is_unperturbed():
     real = torch.full((1, 3), 4.0)
     assert torch.equal(recorded(lambda d: dragan_penalty(d, real)), real)
 
 
 @pytest.mark.parametrize("kind", ["gradient", "dragan", "path length"])
-def test_the_seed_of_the_generator_decides_the_penalty(kind):
+def test_random_generator_makes_penalties_reproducible(kind):
     network, samples = network_of(kind), torch.randn(5, 7, dtype=torch.float64)
     assert torch.equal(penalty_of(kind, network, samples, seed=3), penalty_of(kind, network, samples, seed=3))
     assert not torch.equal(penalty_of(kind, network, samples, seed=3), penalty_of(kind, network, samples, seed=4))
 
 
 @pytest.mark.parametrize("kind", PENALTIES)
-def test_arguments_and_parameters_are_left_as_they_were(kind):
+def test_arguments_and_parameters_are_not_modified(kind):
     network, samples, fake = network_of(kind), *torch.randn(2, 5, 7, dtype=torch.float64)
     fake.requires_grad_(kind == "gradient")
     leaf = samples.clone().requires_grad_(kind not in ("gradient", "dragan"))
@@ -347,7 +356,7 @@ def test_arguments_and_parameters_are_left_as_they_were(kind):
 
 
 @pytest.mark.parametrize("kind", PENALTIES)
-def test_under_autocast_the_penalty_is_float32_and_near_the_one_without(kind, device):
+def test_autocast_penalty_is_float32_and_close_to_full_precision(kind, device):
     network, samples = network_of(kind, dtype=torch.float32).to(device), torch.randn(5, 7, device=device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         result = penalty_of(kind, network, samples)
@@ -359,7 +368,7 @@ def test_under_autocast_the_penalty_is_float32_and_near_the_one_without(kind, de
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_the_norm_of_a_half_precision_gradient_is_taken_in_float32(dtype, device):
+def test_half_precision_gradient_norm_is_computed_in_float32(dtype, device):
     weight = torch.full((1000,), 0.1, dtype=dtype, device=device)
     samples = torch.randn(4, 1000, device=device).to(dtype)
     norm = float(weight[0]) * math.sqrt(1000)
@@ -381,7 +390,7 @@ def test_the_norm_of_a_half_precision_gradient_is_taken_in_float32(dtype, device
     assert float(mean) == pytest.approx(expected, rel=1e-6)
 
 
-def test_autocast_does_not_lower_the_gradient_of_what_was_computed_in_float32(device):
+def test_autocast_does_not_cast_gradients_of_float32_operations(device):
     weight = torch.randn(1, 64, device=device)
     norm = float(weight.double().norm())
 
@@ -395,7 +404,7 @@ def test_autocast_does_not_lower_the_gradient_of_what_was_computed_in_float32(de
     assert float(result) == pytest.approx((norm - 1) ** 2, rel=1e-5)
 
 
-class Faint(nn.Module):
+class Underflow(nn.Module):
     """x -> 1e4 w s s (x as half), whose gradient within the half-precision part, s s, underflows in float16."""
 
     def __init__(self, image):
@@ -405,31 +414,31 @@ class Faint(nn.Module):
 
     def forward(self, x, half=torch.float16):
         tiny = torch.tensor(2.0**-13, dtype=half, device=x.device)
-        faint = (1e4 * x * self.weight).to(half) * tiny * tiny
-        return faint[..., None] if self.image else faint.float().sum(1)
+        small = (1e4 * x * self.weight).to(half) * tiny * tiny
+        return small[..., None] if self.image else small.float().sum(1)
 
 
 @pytest.mark.parametrize("kind", PENALTIES)
-def test_a_scaler_rescues_a_gradient_that_underflows(kind, device):
-    network, samples = Faint(kind == "path length").to(device), torch.randn(5, 7, device=device)
+def test_scaler_prevents_gradient_underflow(kind, device):
+    network, samples = Underflow(kind == "path length").to(device), torch.randn(5, 7, device=device)
     options = {"gradient": {"center": 0.0}, "dragan": {"center": 0.0}, "path length": {"mean": 0.0}}.get(kind, {})
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16)
     exact = penalty_of(kind, lambda x: network(x, torch.float64).float(), samples, **options)
     exact_gradient = torch.autograd.grad(exact, network.weight)[0]
     assert float(exact.detach()) > 1e-9
-    lost = penalty_of(kind, network, samples, **options)
-    assert abs(float(lost.detach() / exact.detach()) - 1) > 0.3
-    rescued = penalty_of(kind, network, samples, scaler=scaler, **options)
-    assert rescued.dtype == torch.float32
-    torch.testing.assert_close(rescued, exact.float(), rtol=5e-3, atol=0)
+    underflowed = penalty_of(kind, network, samples, **options)
+    assert abs(float(underflowed.detach() / exact.detach()) - 1) > 0.3
+    scaled = penalty_of(kind, network, samples, scaler=scaler, **options)
+    assert scaled.dtype == torch.float32
+    torch.testing.assert_close(scaled, exact.float(), rtol=5e-3, atol=0)
     optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
-    scaler.scale(rescued).backward()
+    scaler.scale(scaled).backward()
     scaler.unscale_(optimizer)
     torch.testing.assert_close(network.weight.grad, exact_gradient.float(), rtol=5e-3, atol=0)
 
 
 @pytest.mark.parametrize("kind", PENALTIES)
-def test_a_scaler_does_not_change_the_value(kind, device):
+def test_scaler_does_not_change_the_value(kind, device):
     for dtype in (torch.float32, torch.float64):
         network = network_of(kind, dtype=dtype).to(device)
         samples = torch.randn(5, 7, device=device, dtype=dtype)
@@ -439,7 +448,7 @@ def test_a_scaler_does_not_change_the_value(kind, device):
             torch.testing.assert_close(penalty_of(kind, network, samples, scaler=scaler), plain)
 
 
-def test_the_usual_first_scale_does_not_overflow_float16_scores(device):
+def test_initial_scale_does_not_overflow_float16_scores(device):
     leaf = torch.randn(6, 7, device=device).half().requires_grad_()
     scores = (leaf * 0.5).sum(1)
     assert scores.dtype == torch.float16
@@ -447,14 +456,14 @@ def test_the_usual_first_scale_does_not_overflow_float16_scores(device):
     torch.testing.assert_close(penalty, torch.tensor(7 / 8, device=device))
 
 
-def test_a_disabled_scaler_does_not_lower_a_small_float16_gradient(device):
+def test_disabled_scaler_does_not_scale_gradients(device):
     leaf = torch.randn(6, 7, device=device).half().requires_grad_()
     scores = (leaf * 2.0**-23).sum(1)  # an eighth of it is 0 in float16
     assert float(r1_penalty(scores, leaf, scaler=torch.amp.GradScaler(device.type, enabled=False)).detach()) > 0
 
 
-class Reads(TorchDispatchMode):
-    """Counts the operations that wait for the device."""
+class SyncCounter(TorchDispatchMode):
+    """Counts operations that synchronize with the device."""
 
     count = 0
 
@@ -464,7 +473,7 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", PENALTIES)
-def test_nothing_waits_for_the_device(kind, device):
+def test_penalties_do_not_synchronize(kind, device):
     network, samples = network_of(kind, dtype=torch.float32).to(device), torch.randn(5, 7, device=device)
     scaler = torch.amp.GradScaler(device.type)
     with contextlib.ExitStack() as stack:
@@ -473,13 +482,13 @@ def test_nothing_waits_for_the_device(kind, device):
             mode = torch.cuda.get_sync_debug_mode()
             stack.callback(lambda: torch.cuda.set_sync_debug_mode(mode))
             torch.cuda.set_sync_debug_mode("error")
-        reads = stack.enter_context(Reads())
+        syncs = stack.enter_context(SyncCounter())
         scaler.scale(penalty_of(kind, network, samples, scaler=scaler)).backward()
-    assert reads.count == 0
-    with Reads() as reads:
+    assert syncs.count == 0
+    with SyncCounter() as syncs:
         scaler.get_scale()
         torch.ones(()).item()
-    assert reads.count > 0
+    assert syncs.count > 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -569,7 +578,7 @@ ERRORS = {
     "fake of another shape": (
         lambda: gradient_penalty(sums, X, X[:4]),
         ValueError,
-        r"^fake: expected shape that of real = \(8, 3\), got \(4, 3\)",
+        r"^fake: expected shape of real = \(8, 3\), got \(4, 3\)",
     ),
     "fake of another dtype": (
         lambda: gradient_penalty(sums, X, X.double()),
@@ -643,38 +652,38 @@ ERRORS = {
     "detached scores": (
         lambda: r1_of(lambda x: sums(x).detach()),
         ValueError,
-        r"^scores: expected values computed from real, got ones that do not require grad \(computed under",
+        r"^scores: expected values computed from real, got values that do not require grad \(computed under",
     ),
     "scores computed under no_grad": (
         lambda: r1_of(lambda x: without_grad(lambda: sums(x))),
         ValueError,
-        "^scores: expected values computed from real, got ones that do not require grad",
+        "^scores: expected values computed from real, got values that do not require grad",
     ),
     "scores of something else": (
         lambda: r2_penalty(leaf().sum(1), leaf()),
         ValueError,
-        r"^scores: expected values computed from fake, got ones that do not depend on it \(or fake did not require"
+        r"^scores: expected values computed from fake, got values that do not depend on it \(or fake did not require"
         r" grad when they were computed\)$",
     ),
     "a discriminator under no_grad": (
         lambda: gradient_penalty(torch.no_grad()(sums), X, X),
         ValueError,
-        "^discriminator: expected it to return values computed from its input, got ones that do not require grad",
+        "^discriminator: expected it to return values computed from its input, got values that do not require grad",
     ),
     "a discriminator that ignores its input": (
         lambda: dragan_penalty(lambda x: leaf().sum(1), X),
         ValueError,
-        "^discriminator: expected it to return values computed from its input, got ones that do not depend on it$",
+        "^discriminator: expected it to return values computed from its input, got values that do not depend on it$",
     ),
     "detached images": (
         lambda: path_of(lambda z: z.detach()),
         ValueError,
-        "^images: expected values computed from latents, got ones that do not require grad",
+        "^images: expected values computed from latents, got values that do not require grad",
     ),
     "images of something else": (
         lambda: path_of(lambda z: leaf()),
         ValueError,
-        r"^images: expected values computed from latents, got ones that do not depend on it \(or latents did",
+        r"^images: expected values computed from latents, got values that do not depend on it \(or latents did",
     ),
     # gradients disabled
     "gradient penalty under no_grad": (
@@ -740,9 +749,9 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize("mistake", ERRORS)
-def test_a_mistake_is_an_error_that_names_it(mistake):
-    call, error, message = ERRORS[mistake]
+@pytest.mark.parametrize("case", ERRORS)
+def test_invalid_arguments_raise(case):
+    call, error, message = ERRORS[case]
     with pytest.raises(error, match=message) as caught:
         call()
     assert type(caught.value) is error
@@ -753,7 +762,7 @@ def test_a_mistake_is_an_error_that_names_it(mistake):
 
 
 class Sum(nn.Module):
-    """Two maps of x added up, or of x and of something else."""
+    """Sum of two modules applied to x, or to x and ``other``."""
 
     def __init__(self, first, second, other=None):
         super().__init__()
@@ -775,15 +784,15 @@ def compiled_of(kind, compiled):
     return compiled["generator" if kind == "path length" else "discriminator"]
 
 
-TWICE = "values that PyTorch can differentiate twice, got ones of a module compiled with torch.compile; call the unc"
+NOT_TWICE = "values that are twice differentiable, got output of a module compiled with torch.compile; call the unc"
 
 
 @pytest.mark.parametrize("kind", PENALTIES)
-def test_a_compiled_module_is_refused_at_once_and_the_module_in_it_works(compiled, kind):
+def test_compiled_modules_raise_and_their_original_module_works(compiled, kind):
     module, samples = compiled_of(kind, compiled), torch.randn(5, 7)
     begins = {"r1": "scores: expected", "r2": "scores: expected", "path length": "images: expected"}
     begin = begins.get(kind, "discriminator: expected it to return")
-    with pytest.raises(RuntimeError, match=rf"^{begin} {TWICE}.*_orig_mod.*force_eager.*every 16th step"):
+    with pytest.raises(RuntimeError, match=rf"^{begin} {NOT_TWICE}.*_orig_mod.*force_eager.*every 16th step"):
         penalty_of(kind, module, samples)
     plain = penalty_of(kind, module._orig_mod, samples)
     plain.backward()
@@ -793,26 +802,26 @@ def test_a_compiled_module_is_refused_at_once_and_the_module_in_it_works(compile
         torch.testing.assert_close(penalty_of(kind, module, samples), plain)
 
 
-def test_pytorch_still_refuses_to_differentiate_compiled_code_twice(compiled):
-    """Where this fails the refusal above can go."""
+def test_pytorch_does_not_support_double_backward_through_compiled_code(compiled):
+    """If this fails, PyTorch supports double backward through compiled code, and the check can be removed."""
     x = torch.randn(5, 7, requires_grad=True)
     (gradient,) = torch.autograd.grad(compiled["discriminator"](x).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="does not currently support double backward"):
         gradient.square().sum().backward()
 
 
-def test_a_compiled_part_of_the_way_is_found(compiled):
+def test_compiled_submodules_raise(compiled):
     plain, samples = critic((5, 7), torch.float32), torch.randn(5, 7)
     for network in (
         nn.Sequential(nn.Linear(7, 7), compiled["discriminator"], nn.Linear(1, 1)),
         Sum(plain, compiled["discriminator"]),
         Sum(compiled["discriminator"], plain),
     ):
-        with pytest.raises(RuntimeError, match=TWICE):
+        with pytest.raises(RuntimeError, match=NOT_TWICE):
             penalty_of("gradient", network, samples)
 
 
-def test_compiled_code_beside_the_way_or_before_it_does_no_harm(compiled):
+def test_compiled_code_outside_the_differentiated_path_is_allowed(compiled):
     plain, samples = critic((5, 7), torch.float32), torch.randn(5, 7)
     penalty = penalty_of("gradient", Sum(plain, compiled["discriminator"], other=leaf(5, 7)), samples)
     penalty.backward()
@@ -821,7 +830,7 @@ def test_compiled_code_beside_the_way_or_before_it_does_no_harm(compiled):
     penalty = r2_penalty(plain(first) + compiled["discriminator"](second), first)
     penalty.backward()
     torch.testing.assert_close(penalty, penalty_of("r1", plain, first))
-    with pytest.raises(RuntimeError, match=TWICE):
+    with pytest.raises(RuntimeError, match=NOT_TWICE):
         r2_penalty(plain(first) + compiled["discriminator"](second), second)
     fake = compiled["generator"](torch.randn(5, 7))
     network = critic((5, 2, 3, 3), torch.float32)
@@ -832,17 +841,17 @@ def test_compiled_code_beside_the_way_or_before_it_does_no_harm(compiled):
     torch.testing.assert_close(penalty, penalty_of("r1", network, fake))
 
 
-def test_the_search_for_compiled_code_visits_each_node_once():
+def test_graph_search_visits_each_edge_once():
     before = x = leaf(5, 7)
     for _ in range(100):
         x = x + 0.0
     y = x
-    for _ in range(20):  # 2^20 ways from y to x
+    for _ in range(20):  # 2^20 paths from y to x
         y = y * 0.5 + y * 0.5
-    edges = list(penalties._edges([y.grad_fn], torch.autograd.graph.get_gradient_edge(x).node))
+    edges = list(_input_gradient._edges([y.grad_fn], torch.autograd.graph.get_gradient_edge(x).node))
     assert len(edges) == 20 * 4
-    assert list(penalties._edges([x.grad_fn], torch.autograd.graph.get_gradient_edge(x).node)) == []
-    assert len(list(penalties._edges([x.grad_fn], torch.autograd.graph.get_gradient_edge(before).node))) == 100
+    assert list(_input_gradient._edges([x.grad_fn], torch.autograd.graph.get_gradient_edge(x).node)) == []
+    assert len(list(_input_gradient._edges([x.grad_fn], torch.autograd.graph.get_gradient_edge(before).node))) == 100
     torch.testing.assert_close(r1_penalty(y.sum(1), x).detach(), torch.tensor(7 / 2))
 
 
@@ -850,11 +859,8 @@ def test_the_search_for_compiled_code_visits_each_node_once():
 # The module
 
 
-def test_examples_in_docstrings_run():
-    results = doctest.testmod(penalties, extraglobs={"torch": torch, "fastgen": fastgen})
-    assert results.attempted >= len(penalties.__all__)
+@pytest.mark.parametrize("module", [penalties, path_length])
+def test_docstring_examples(module):
+    results = doctest.testmod(module, extraglobs={"torch": torch, "fastgen": fastgen})
+    assert results.attempted >= len(module.__all__)
     assert results.failed == 0
-
-
-def test_all_is_sorted_and_complete():
-    assert penalties.__all__ == sorted(name for name in vars(penalties) if name.endswith("_penalty") and name[0] != "_")

@@ -1,4 +1,4 @@
-"""The games of adversarial training: values, derivatives, precision, errors."""
+"""Adversarial losses: values, derivatives, precision, errors."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ SHAPES = {"B": (12,), "B1": (12, 1), "patches": (2, 1, 3, 2), "one": ()}
 
 
 @pytest.mark.parametrize("kind", ADVERSARIAL_LOSSES)
-def test_losses_have_the_values_of_their_formulas(kind):
+def test_losses_match_closed_form_values(kind):
     discriminator, generator = VALUES[kind]
     torch.testing.assert_close(discriminator_loss(REAL, FAKE, kind).item(), discriminator, rtol=1e-14, atol=1e-14)
     torch.testing.assert_close(generator_loss(FAKE, kind).item(), generator, rtol=1e-14, atol=1e-14)
 
 
-def test_the_two_cross_entropies_are_those_of_a_classifier():
-    """Goodfellow et al. write them with probabilities, log D and log(1 - D)."""
+def test_minimax_and_non_saturating_match_their_definition_with_probabilities():
+    """Goodfellow et al. define them with probabilities, log D and log(1 - D)."""
     real, fake = REAL.sigmoid(), FAKE.sigmoid()
     minimax = -(real.log().mean() + (1 - fake).log().mean())
     for kind in ("minimax", "non-saturating"):
@@ -56,7 +56,7 @@ def test_the_two_cross_entropies_are_those_of_a_classifier():
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", ADVERSARIAL_LOSSES)
-def test_every_score_counts_as_much_whatever_the_shape(kind, shape):
+def test_losses_are_means_over_all_scores(kind, shape):
     size = SHAPES[shape]
     real, fake = torch.randn(2, *size, dtype=torch.float64)
     torch.testing.assert_close(
@@ -67,13 +67,13 @@ def test_every_score_counts_as_much_whatever_the_shape(kind, shape):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", ADVERSARIAL_LOSSES)
-def test_large_scores_neither_overflow_nor_lose_their_gradient(kind, dtype):
-    """6e4 is near the end of float16, where a square or a sum would be inf."""
+def test_large_scores_have_finite_losses_and_gradients(kind, dtype):
+    """6e4 is near the largest float16 number; squares and sums would overflow."""
     scores = torch.tensor([-6e4, -30.0, 30.0, 6e4], dtype=dtype, requires_grad=True)
-    wide = torch.promote_types(dtype, torch.float32)
+    upcast = torch.promote_types(dtype, torch.float32)
     for sign in (1, -1):
         loss = discriminator_loss(scores * sign, -scores * sign, kind) + generator_loss(scores, kind)
-        assert loss.dtype == wide
+        assert loss.dtype == upcast
         (gradient,) = torch.autograd.grad(loss, scores)
         assert torch.isfinite(loss)
         assert torch.isfinite(gradient).all()
@@ -84,7 +84,7 @@ def test_large_scores_neither_overflow_nor_lose_their_gradient(kind, dtype):
 
 @pytest.mark.parametrize("score", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("kind", ADVERSARIAL_LOSSES)
-def test_a_score_that_has_overflowed_makes_the_loss_nan(kind, score):
+def test_non_finite_scores_make_the_loss_nan(kind, score):
     bad, good = torch.tensor([score, 1.0]), torch.zeros(2)
     assert bool(discriminator_loss(bad, good, kind).isnan())
     assert bool(discriminator_loss(good, bad, kind).isnan())
@@ -92,7 +92,7 @@ def test_a_score_that_has_overflowed_makes_the_loss_nan(kind, score):
 
 
 @pytest.mark.parametrize("kind", ADVERSARIAL_LOSSES)
-def test_autocast_leaves_losses_in_float32(kind):
+def test_autocast_losses_are_float32(kind):
     real, fake = torch.randn(2, 16).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         results = discriminator_loss(real, fake, kind), generator_loss(fake, kind)
@@ -101,7 +101,7 @@ def test_autocast_leaves_losses_in_float32(kind):
 
 
 @pytest.mark.parametrize("kind", ADVERSARIAL_LOSSES)
-def test_derivatives_of_first_and_second_order(kind):
+def test_first_and_second_derivatives(kind):
     real, fake = REAL.clone().requires_grad_(), FAKE.clone().requires_grad_()
     for function, inputs in (
         (lambda r, f: discriminator_loss(r, f, kind), (real, fake)),
@@ -112,22 +112,22 @@ def test_derivatives_of_first_and_second_order(kind):
 
 
 @pytest.mark.parametrize("kind", ADVERSARIAL_LOSSES)
-def test_both_players_pull_the_score_of_a_generated_sample_their_way(kind):
+def test_gradients_have_the_expected_signs(kind):
     real, fake = torch.zeros(4, requires_grad=True), torch.zeros(4, requires_grad=True)
-    of_real, of_fake = torch.autograd.grad(discriminator_loss(real, fake, kind), (real, fake))
-    (of_generator,) = torch.autograd.grad(generator_loss(fake, kind), fake)
-    assert (of_real < 0).all()
-    assert (of_fake > 0).all() or kind == "least-squares"  # which is at its target, 0
-    assert (of_generator < 0).all()
+    grad_real, grad_fake = torch.autograd.grad(discriminator_loss(real, fake, kind), (real, fake))
+    (grad_generator,) = torch.autograd.grad(generator_loss(fake, kind), fake)
+    assert (grad_real < 0).all()
+    assert (grad_fake > 0).all() or kind == "least-squares"  # 0 is the target of least-squares
+    assert (grad_generator < 0).all()
 
 
 ERRORS = {
-    "an unknown game of the discriminator": (
-        lambda: discriminator_loss(REAL, FAKE, "poker"),
+    "unknown kind, discriminator": (
+        lambda: discriminator_loss(REAL, FAKE, "unknown"),
         ValueError,
-        "^kind: expected one of minimax, non-saturating, .*, wasserstein, got 'poker'$",
+        "^kind: expected one of minimax, non-saturating, .*, wasserstein, got 'unknown'$",
     ),
-    "an unknown game of the generator": (lambda: generator_loss(FAKE, None), ValueError, "^kind: .*got None$"),
+    "unknown kind, generator": (lambda: generator_loss(FAKE, None), ValueError, "^kind: .*got None$"),
     "real scores in a list": (
         lambda: discriminator_loss([1.0], FAKE),
         TypeError,
@@ -156,19 +156,19 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize("mistake", ERRORS)
-def test_a_mistake_is_an_error_that_names_it(mistake):
-    call, error, message = ERRORS[mistake]
+@pytest.mark.parametrize("case", ERRORS)
+def test_invalid_arguments_raise(case):
+    call, error, message = ERRORS[case]
     with pytest.raises(error, match=message):
         call()
 
 
-def test_examples_in_docstrings_run():
+def test_docstring_examples():
     results = doctest.testmod(adversarial, extraglobs={"torch": torch})
     assert results.attempted >= len(adversarial.__all__)
     assert results.failed == 0
 
 
-def test_losses_are_found_in_one_place():
+def test_all_lists_every_loss():
     assert fastgen.losses is losses
-    assert losses.__all__ == sorted(adversarial.__all__ + losses.penalties.__all__)
+    assert losses.__all__ == sorted(adversarial.__all__ + losses.penalties.__all__ + losses.path_length.__all__)
