@@ -1,26 +1,38 @@
-# make demo    trains a VAE on handwritten digits and draws samples
+# make demo    trains a VAE on handwritten digits and samples it
 # make test    runs the tests
-# Each sets up what it needs in .venv, once. PYTHON chooses the interpreter (3.10 or newer).
+# Each installs what it needs into .venv, once. PYTHON chooses the interpreter (3.10 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
-EXTRAS := train,test,bench,lint
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz lint bench wheel cuda-check clean
+.PHONY: help demo test examples fuzz lint bench docs wheel cuda-check clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
-	@echo "make fuzz | lint | bench | wheel | cuda-check | clean"
+	@echo "make lint | docs | examples | fuzz | bench | wheel | cuda-check | clean"
 
-$(VENV)/.build: constraints.txt $(SOURCES)
+# Three stamps: the package with what training needs; what tests, lint and benchmarks add; what the site needs.
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "fastgen needs Python 3.10 or newer, not %d.%d" % sys.version_info[:2])'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.build: constraints.txt $(SOURCES) | $(BIN)/python
 	$(PIP) install --quiet -c constraints.txt setuptools wheel ninja pybind11 numpy torch
-	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[train]'
 	@$(BIN)/fastgen info | grep -E '^(build|  not|library)'
+	touch $@
+
+# fastgen is installed already: pip adds the requirements of its extras and does not build again.
+$(VENV)/.dev: $(VENV)/.build
+	$(PIP) install --quiet -c constraints.txt 'fastgen[test,bench,lint]'
+	touch $@
+
+# The site is built from the sources alone, without PyTorch. The same packages as the extra docs.
+$(VENV)/.docs: constraints.txt | $(BIN)/python
+	$(PIP) install --quiet -c constraints.txt mkdocs-material 'mkdocstrings[python]' ruff
 	touch $@
 
 demo: $(VENV)/.build
@@ -29,26 +41,35 @@ demo: $(VENV)/.build
 
 # One worker for each core, up to 8: each takes about 1 GiB. WORKERS=0 runs all tests in one process.
 WORKERS ?= auto
-test: $(VENV)/.build
+test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --maxprocesses 8 --dist worksteal $(TESTS)
+
+# The scripts of examples/, for a few steps each.
+examples: $(VENV)/.dev
+	$(BIN)/python -m pytest -q tests/docs/test_examples.py
 
 # Random calls of every operator and function, with a library that AddressSanitizer and UBSan watch. A failure prints
 # its seed: make fuzz CALLS=1 SEED=... replays it.
 CALLS ?= 10000
 SEED ?= 0
-fuzz: $(VENV)/.build
+fuzz: $(VENV)/.dev
 	$(BIN)/python -m tests.fuzz.build --calls $(CALLS) --seed $(SEED)
 
-lint: $(VENV)/.build
+lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tests/word_lint.py
 	git ls-files -z '*.h' '*.cpp' '*.cu' '*.cuh' | xargs -0 $(BIN)/clang-format --dry-run --Werror
 
-bench: $(VENV)/.build
+bench: $(VENV)/.dev
 	mkdir -p .benchmarks
 	$(BIN)/python -m pytest benchmarks/suites/bench_*.py --benchmark-only -q --benchmark-json=.benchmarks/latest.json
 	$(BIN)/python benchmarks/report.py .benchmarks/latest.json
+
+# The documentation, into site/. Fails on a warning. (The variable silences an advertisement of the theme.)
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Compiles every CUDA source for each architecture; prints what each kernel uses, and on sm_80 and sm_90a fails on a
 # spill or on a kernel over its budget (tests/kernel_budgets.py). Without nvcc the compiler comes from PyPI. SASS=1 adds the disassembler,
@@ -65,6 +86,6 @@ wheel: $(VENV)/.build
 	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info
+	rm -rf $(VENV) build dist runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info
 	rm -f fastgen/_C.*so fastgen/_cpu.*so fastgen/_cuda.*so fastgen/_build_report.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

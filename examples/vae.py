@@ -1,7 +1,7 @@
 """A VAE of your own with fastgen.nn.GaussianLatent.
 
-The layer takes the encoder's output, samples the latent and returns its KL divergence, in one pass over memory. The noise
-is regenerated from a seed in the backward pass instead of being stored.
+The layer takes the encoder's output, samples the latent and returns its KL divergence, in one pass over memory. The
+noise is regenerated from a seed in the backward pass instead of being stored.
 
     python examples/vae.py --steps 2000 --out samples.png
 """

@@ -1,7 +1,7 @@
 """WGAN-GP with self-attention, in a training loop of its own.
 
-Both networks have a SAGAN block (fastgen.nn.SelfAttention2d). The gradient penalty differentiates the critic twice, also
-through its attention, which PyTorch's fused attention kernels do not support.
+Both networks have a SAGAN block (fastgen.nn.SelfAttention2d). The gradient penalty needs the critic's second
+derivative, also through its attention, which PyTorch's fused attention kernels do not support.
 
     python examples/wgan_gp.py --steps 2000 --out samples.png
 """
@@ -77,7 +77,8 @@ def main() -> None:
         g_loss.backward()
         g_optimizer.step()
         if step % 100 == 0 or step == options.steps:
-            print(f"step {step}  critic {d_loss.item():.3f}  penalty {penalty.item():.4f}  generator {g_loss.item():.3f}")
+            losses = {"critic": d_loss, "penalty": penalty, "generator": g_loss}
+            print(f"step {step}  " + "  ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items()))
 
     if options.out:
         from PIL import Image

@@ -1,7 +1,7 @@
 """Train and sample a model of the zoo from Python, without the command line.
 
-A model names its phases (which networks are updated, in which order, with which optimizer settings) and computes the loss
-of each. That is all a training loop needs; `fastgen train` uses the same protocol.
+A model names its phases (which networks are updated, in which order, with which optimizer settings) and computes the
+loss of each. That is all a training loop needs; `fastgen train` uses the same protocol.
 
     python examples/zoo_model.py --steps 1000 --out my-dcgan
 """
