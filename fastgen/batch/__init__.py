@@ -15,7 +15,7 @@ from fastgen.batch.checks import (
     require_tokens,
 )
 from fastgen.batch.kinds import FACTS, KINDS, TRANSLATED, Batch, Kind
-from fastgen.batch.options import from_data, option
+from fastgen.batch.options import current_names, from_data, option
 from fastgen.batch.vocabulary import (
     END,
     FIRST,
@@ -46,6 +46,7 @@ __all__ = [
     "caption_tokens",
     "check_batch",
     "check_vocabulary",
+    "current_names",
     "from_data",
     "option",
     "readable",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -20,3 +21,19 @@ def option(default: Any, help: str, *, from_data: bool = False) -> Any:
 def from_data(config_class: type) -> list[str]:
     """Names of the fields that the data set decides."""
     return [field.name for field in dataclasses.fields(config_class) if field.metadata.get("from_data")]
+
+
+def current_names(config_class: type, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Options under the names that the config's fields have now.
+
+    A config whose fields were renamed maps their old names to the new ones, so that saved models and runs still load:
+    ``renamed: ClassVar[Mapping[str, str]] = {"halvings": "num_downsamples"}``.
+
+    Raises:
+        ValueError: an option is given under both names.
+    """
+    renamed: Mapping[str, str] = getattr(config_class, "renamed", {})
+    for old, new in renamed.items():
+        if old in saved and new in saved:
+            raise ValueError(f"{new}: expected one value, got another under its old name {old}")
+    return {renamed.get(name, name): value for name, value in saved.items()}

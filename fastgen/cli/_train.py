@@ -8,12 +8,12 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from fastgen.batch import current_names
 from fastgen.cli._config import nearest
 from fastgen.cli._errors import INTERRUPTED, USAGE, CommandError
 from fastgen.cli._options import add_fields, options_parser, parse
 from fastgen.data import DataConfig
 from fastgen.models import MODELS, GenerativeModel, from_data
-from fastgen.models.base import current_names
 from fastgen.train.config import FREE_ON_RESUME, TrainConfig
 from fastgen.train.errors import StoppedError, UsageError
 from fastgen.train.folder import RunFolder

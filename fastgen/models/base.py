@@ -1,20 +1,20 @@
-"""What every model gives to whoever trains, samples and judges it.
+"""The protocol between a model and the training application.
 
-A model is one file: its config (a frozen dataclass), its networks, its loss, how it is sampled. It knows nothing of
-files, devices, processes or command lines; the training application knows nothing of what is inside.
+A model is one file: its config (a frozen dataclass), its networks, its loss, its sampling. Files, devices, processes
+and command lines belong to the training application, which uses only this interface:
 
     class MyModel(GenerativeModel):
         name, summary, kind = "my-model", "one line for fastgen models", "images"
         config_class = MyConfig
 
-        def phases(self): ...      # whose weights are updated in a step, in which order, by which optimiser
-        def loss(self, ...): ...   # what one of them minimises
-        def score(self, ...): ...  # nats for each held-out item
-        def draw(self, ...): ...   # pictures, text or sound; of the kinds pairs and domains ``translate`` instead
+        def phases(self): ...      # the optimizer updates of one step, in order
+        def loss(self, ...): ...   # the loss of one phase
+        def score(self, ...): ...  # metrics of held-out items, for example the ELBO
+        def draw(self, ...): ...   # samples; models that translate images implement ``translate`` instead
 
-Whatever changes during training lives in parameters and buffers: it is saved, averaged and resumed without further
-ado. A loss draws its randomness from torch's global generators, which the trainer seeds before every call, so that a
-step depends on nothing but weights, data and its number.
+State that changes during training is kept in parameters and buffers, so that it is saved, averaged and resumed. A loss
+uses torch's global random generators. The trainer seeds them before every call, so that a step depends only on the
+weights, the data and its number.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -35,15 +34,17 @@ from fastgen.batch import Kind as Kind
 from fastgen.batch import check_batch
 from fastgen.batch import from_data as from_data
 from fastgen.batch import option as option
-from fastgen.models._checksum import is_whole
-from fastgen.models.pretrained import MODEL_TYPE, WEIGHTS, Pretrained, check_saved_config
+from fastgen.models.pretrained import Pretrained
 
 
 @dataclass(frozen=True)
 class Images:
-    """Pictures to look at: pixels (N, C, H, W) in [0, 1], shown in rows of ``columns`` (default: as square as goes).
+    """Image samples.
 
-    labels: (N,) int64, the classes that were asked for, where a model draws classes.
+    Attributes:
+        pixels: (N, C, H, W) in [0, 1].
+        columns: number of images in a row of the grid; None: a grid that is as square as possible.
+        labels: (N,) int64 classes of a class-conditional model's samples.
     """
 
     pixels: Tensor
@@ -53,14 +54,14 @@ class Images:
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts to read, one string each."""
+    """Text samples, one string each."""
 
     texts: list[str]
 
 
 @dataclass(frozen=True)
 class Sounds:
-    """Sounds to hear: waves (N, samples) in [-1, 1], ``sample_rate`` of them a second."""
+    """Audio samples: waves (N, samples) in [-1, 1], with ``sample_rate`` samples per second."""
 
     waves: Tensor
     sample_rate: int
@@ -71,10 +72,13 @@ Samples: TypeAlias = Images | Texts | Sounds
 
 @dataclass(frozen=True)
 class Phase:
-    """One optimiser and what it updates. The phases of a step run in order, all on the batch of the step.
+    """One AdamW optimizer and the networks that it updates. The phases of a step run in order, on the step's batch.
 
-    networks: names of the submodules that are updated; the rest stands still meanwhile. Empty: the whole model.
-    learning_rate, betas, weight_decay: of AdamW. repeats: updates per step, each on a batch of its own.
+    Attributes:
+        name: passed to ``loss``.
+        networks: names of the submodules that are updated; the others are frozen meanwhile. Empty: the whole model.
+        learning_rate, betas, weight_decay: AdamW hyperparameters.
+        repeats: number of updates per step, each on its own batch.
     """
 
     name: str
@@ -87,7 +91,13 @@ class Phase:
 
 @dataclass(frozen=True)
 class StepContext:
-    """When a loss is asked for: in ``step`` (1, 2, ...) of ``steps``. scaler: of float16, for penalties."""
+    """The training step that a loss is computed in.
+
+    Attributes:
+        step: 1, 2, ..., steps.
+        steps: total number of steps.
+        scaler: the GradScaler of float16 training, which gradient penalties need; None otherwise.
+    """
 
     step: int
     steps: int
@@ -96,29 +106,13 @@ class StepContext:
 
 @dataclass(frozen=True)
 class NoOptions:
-    """Options of sampling, of a model that has none."""
-
-
-def current_names(config_class: type, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Options under the names that the config's fields have now.
-
-    A config whose fields were renamed maps their old names to the new ones, so that saved models and runs still load:
-    ``renamed: ClassVar[Mapping[str, str]] = {"halvings": "num_downsamples"}``.
-
-    Raises:
-        ValueError: an option is given under both names.
-    """
-    renamed: Mapping[str, str] = getattr(config_class, "renamed", {})
-    for old, new in renamed.items():
-        if old in saved and new in saved:
-            raise ValueError(f"{new}: expected one value, got another under its old name {old}")
-    return {renamed.get(name, name): value for name, value in saved.items()}
+    """The sampling options of a model without any."""
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """[-1, 1] -> [0, 1], float32 at least. What is beyond the ends is cut off; what is infinite becomes NaN."""
-    wide = 0.5 * images.to(torch.promote_types(images.dtype, torch.float32)) + 0.5
-    return wide.clamp(0, 1) + 0 * wide
+    """[-1, 1] -> [0, 1], in at least float32. Values out of range are clamped; infinite values become NaN."""
+    pixels = 0.5 * images.to(torch.promote_types(images.dtype, torch.float32)) + 0.5
+    return pixels.clamp(0, 1) + 0 * pixels
 
 
 def image_rows(*stacks: Tensor, columns: int = 16) -> Images:
@@ -133,32 +127,32 @@ def image_rows(*stacks: Tensor, columns: int = 16) -> Images:
 
 
 class GenerativeModel(nn.Module, Pretrained):
-    """Base of all models; described at the top of this file.
+    """Base class of all models.
 
-    ``save_pretrained(folder)`` writes config.json and model.safetensors, ``from_pretrained(folder or repository)``
-    reads them, by huggingface_hub; ``GenerativeModel.from_pretrained`` finds the class. Reading never runs code:
-    weights come from safetensors only.
+    ``save_pretrained(folder)`` writes config.json and model.safetensors, and ``from_pretrained(folder or repository)``
+    loads them through huggingface_hub; ``GenerativeModel.from_pretrained`` finds the class. Weights are loaded from
+    safetensors only, so loading never runs code.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     kind: Kind
-    """Of the data. Of a class with several ``kinds`` the default one's; of its model, that which it was made for."""
+    """Kind of data. With several ``kinds``, the class has the default one and an instance the one it was made for."""
     kinds: ClassVar[tuple[Kind, ...]] = ()
-    """Where there are several; the config then has a field ``kind``, and what other kinds don't tell it is default."""
+    """All kinds of data that the class supports, if there are several; the config then has a field ``kind``."""
     default_data: ClassVar[str]
     config_class: ClassVar[type]
     sampling_class: ClassVar[type] = NoOptions
-    """A frozen dataclass of the options of ``draw``."""
+    """Frozen dataclass with the options of ``draw``."""
     train_defaults: ClassVar[Mapping[str, Any]] = {}
-    """Where training this model differs from ``TrainConfig``'s defaults: {"epochs": 50, ...}."""
+    """Defaults of ``TrainConfig`` that this model overrides: {"epochs": 50, ...}."""
     averaged: ClassVar[tuple[str, ...]] = ()
-    """Names of the submodules whose weights are averaged over time for sampling. Empty: the whole model."""
+    """Names of the submodules that are sampled with an exponential moving average of their weights. Empty: all."""
     blocks: ClassVar[tuple[str, ...]] = ()
-    """Class names of the layers that FSDP shards one by one; empty: the model can't be sharded."""
+    """Class names of the layers that FSDP wraps; empty: the model does not support FSDP."""
     stores: ClassVar[tuple[str, ...]] = ()
-    """Names of the submodules whose buffers (N, ...) hold items, not statistics: several processes, which average
-    statistics, give each its share of the rows."""
+    """Names of the submodules whose buffers (N, ...) hold items: with several processes, each keeps its share of the
+    rows, while other buffers, which hold statistics, are averaged."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -170,11 +164,11 @@ class GenerativeModel(nn.Module, Pretrained):
         return device
 
     def phases(self) -> tuple[Phase, ...]:
-        """The phases of a step, in order."""
+        """The optimizer updates of one training step, in order."""
         raise NotImplementedError
 
     def check(self, batch: Batch) -> None:
-        """Whether the model can learn from a batch on the CPU, before training begins.
+        """Check a batch, on the CPU, before training starts.
 
         Raises:
             TypeError, ValueError: values out of range, dtypes or shapes that do not fit the config.
@@ -182,23 +176,30 @@ class GenerativeModel(nn.Module, Pretrained):
         check_batch(self.kind, self.config, batch)
 
     def loss(self, phase: str, batch: Batch, context: StepContext) -> dict[str, Tensor]:
-        """What ``phase`` minimises, a scalar under "loss"; other scalars are shown beside it.
+        """The loss of a phase.
 
-        Noise comes from torch's global generators.
+        Args:
+            phase: name of one of the ``phases``.
+            batch: tensors by name; see ``fastgen.batch``.
+            context: number of the training step.
+
+        Returns:
+            The scalar to minimize under "loss", and other scalars to log.
         """
         raise NotImplementedError
 
     def score(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Figures (B,) of held-out items, in nats where they are likelihoods ("nll", "kl", "elbo"); {}: it has none."""
+        """Metrics (B,) of held-out items by name; likelihoods ("nll", "kl", "elbo") are in nats. {}: no metrics."""
         return {}
 
     def draw(self, n: int, options: Any, *, generator: torch.Generator | None = None) -> Samples:
-        """n samples; the same for the same generator. A CPU generator gives the same noise to every device.
+        """n samples, as the training application saves them; see ``sample``.
 
         Args:
-            n: how many.
+            n: number of samples.
             options: a ``sampling_class``.
-            generator: of the noise; default torch's global one.
+            generator: source of the noise; default torch's global one. A CPU generator gives the same noise on every
+                device.
         """
         raise NotImplementedError
 
@@ -231,70 +232,9 @@ class GenerativeModel(nn.Module, Pretrained):
         return samples.texts if isinstance(samples, Texts) else samples.waves
 
     def translate(self, batch: Batch, options: Any, *, generator: torch.Generator | None = None) -> Images:
-        """What becomes of a batch's images, one for each. The batch holds what is translated, perhaps nothing else."""
+        """The translation of each image of a batch, which needs to hold the inputs only."""
         raise NotImplementedError
 
     def visualize(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Samples]:
-        """What else is worth looking at, by name, made from held-out items: reconstructions, completions, ..."""
+        """Further samples by name, computed from held-out items: reconstructions, completions, ..."""
         return {}
-
-    @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        map_location: str = "cpu",
-        strict: bool = True,
-        config: Any = None,
-        **options: Any,
-    ) -> GenerativeModel:
-        from huggingface_hub import hf_hub_download
-        from safetensors import SafetensorError
-        from safetensors.torch import load_model
-
-        if config is None:
-            raise FileNotFoundError(f"{model_id}: expected a saved {cls.__name__}, got no config.json there")
-        if options:
-            raise TypeError(f"{cls.__name__}.from_pretrained: expected no further options, got {', '.join(options)}")
-        saved = None if dataclasses.is_dataclass(config) else config
-        if saved is not None:
-            saved = {name: value for name, value in saved.items() if name != MODEL_TYPE}
-            current = current_names(cls.config_class, saved)
-            known = {f.name for f in dataclasses.fields(cls.config_class)}
-            if unknown := sorted(set(current) - known):
-                raise ValueError(f"{model_id}: config.json: expected options of {cls.__name__}, got {unknown}")
-        file = Path(model_id) / WEIGHTS
-        if not Path(model_id).is_dir():
-            file = Path(
-                hf_hub_download(
-                    model_id,
-                    file.name,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    token=token,
-                    local_files_only=local_files_only,
-                )
-            )
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: expected the weights of a {cls.__name__}, got no file")
-        if not is_whole(file.read_bytes()):
-            raise ValueError(
-                f"{file}: expected the weights of a {cls.__name__}, got a damaged file (its digest differs)"
-            )
-        if saved is not None:
-            check_saved_config(model_id, saved, sorted(known - set(current)), file)
-            config = cls.config_class(**current)
-        model = cls(config)
-        try:
-            load_model(model, file, strict=strict, device=map_location)
-        except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{file}: expected the weights of a {cls.__name__}, got: {error}") from error
-        model.to(map_location)
-        model.eval()
-        return model

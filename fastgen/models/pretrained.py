@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import nn
 
-from fastgen.models._checksum import UNSEALED, seal_file
+from fastgen.batch import current_names
+from fastgen.models.digest import UNSEALED, is_whole, seal_file
 
 if TYPE_CHECKING:
 
@@ -28,7 +29,7 @@ else:
     except ImportError:
 
         class _HubMixin:
-            """Stands in where huggingface_hub is not installed."""
+            """Placeholder when huggingface_hub is not installed."""
 
             def save_pretrained(self, *args: Any, **options: Any) -> None:
                 raise ImportError("save_pretrained needs huggingface_hub: pip install 'fastgen[train]'")
@@ -52,7 +53,7 @@ DRAWING = {
 
 
 class Pretrained(_HubMixin):
-    """``save_pretrained``, ``from_pretrained``, ``push_to_hub``, by huggingface_hub. Reading never runs code."""
+    """``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` through huggingface_hub. Loading never runs code."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
@@ -62,14 +63,14 @@ class Pretrained(_HubMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:
-        """The model in a folder that ``save_pretrained`` wrote, or in a repository of the Hugging Face Hub.
+        """Load a model from a folder that ``save_pretrained`` wrote, or from a repository of the Hugging Face Hub.
 
-        It comes in evaluation mode. Of ``GenerativeModel`` itself the model has the class that its config names.
+        The model is in evaluation mode. Called on ``GenerativeModel`` itself, the class is the one named in the config.
 
         Args:
             pretrained_model_name_or_path: a folder, such as "runs/digits/model", or "owner/name" on the Hub.
-            options: map_location (a device, default "cpu"), strict (of the state dict's names, default True); of the
-                Hub: revision, token, cache_dir, force_download, local_files_only.
+            options: map_location (a device, default "cpu"), strict (state-dict keys must match, default True), and for
+                the Hub: revision, token, cache_dir, force_download, local_files_only.
 
         Raises:
             FileNotFoundError: there is no such folder, or no model in it, here or on the Hub.
@@ -88,8 +89,69 @@ class Pretrained(_HubMixin):
             chosen = _class_of(cls, _hub_config(place, options), place)
         return super(Pretrained, chosen).from_pretrained(place, **options)
 
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        map_location: str = "cpu",
+        strict: bool = True,
+        config: Any = None,
+        **options: Any,
+    ) -> Any:
+        from huggingface_hub import hf_hub_download
+        from safetensors import SafetensorError
+        from safetensors.torch import load_model
+
+        if config is None:
+            raise FileNotFoundError(f"{model_id}: expected a saved {cls.__name__}, got no config.json there")
+        if options:
+            raise TypeError(f"{cls.__name__}.from_pretrained: expected no further options, got {', '.join(options)}")
+        saved = None if dataclasses.is_dataclass(config) else config
+        if saved is not None:
+            saved = {name: value for name, value in saved.items() if name != MODEL_TYPE}
+            current = current_names(cls.config_class, saved)
+            known = {f.name for f in dataclasses.fields(cls.config_class)}
+            if unknown := sorted(set(current) - known):
+                raise ValueError(f"{model_id}: config.json: expected options of {cls.__name__}, got {unknown}")
+        file = Path(model_id) / WEIGHTS
+        if not Path(model_id).is_dir():
+            file = Path(
+                hf_hub_download(
+                    model_id,
+                    file.name,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    token=token,
+                    local_files_only=local_files_only,
+                )
+            )
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: expected the weights of a {cls.__name__}, got no file")
+        if not is_whole(file.read_bytes()):
+            raise ValueError(
+                f"{file}: expected the weights of a {cls.__name__}, got a damaged file (its digest differs)"
+            )
+        if saved is not None:
+            check_saved_config(model_id, saved, sorted(known - set(current)), file)
+            config = cls.config_class(**current)
+        model: Any = cls(config)  # type: ignore[call-arg]
+        try:
+            load_model(model, file, strict=strict, device=map_location)
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{file}: expected the weights of a {cls.__name__}, got: {error}") from error
+        model.to(map_location)
+        model.eval()
+        return model
+
     def _save_pretrained(self, save_directory: Path) -> None:
-        """The weights, whole or not at all, with a digest of them and of the config in their metadata; the config."""
+        """Write the weights, atomically, with digests of the weights and the config in their metadata; and the config."""
         from safetensors.torch import save_model
 
         config = dataclasses.asdict(self.config)
@@ -105,10 +167,10 @@ class Pretrained(_HubMixin):
         (save_directory / CONFIG).write_text(text, encoding="utf-8")
 
     def generate_model_card(self, *, training: str = "", **options: Any) -> Any:
-        """A README.md: what the model is, its config, how to load it.
+        """The model card, README.md: summary, config, and how to load the model.
 
         Args:
-            training: Markdown about where its weights come from.
+            training: Markdown about the training of the weights.
         """
         from huggingface_hub import ModelCard
 
@@ -120,7 +182,7 @@ class Pretrained(_HubMixin):
         head = f"---\nlibrary_name: fastgen\ntags:\n- fastgen\n- {self.name}\n---\n\n# {self.name}\n\n"
         return head + (
             f"{self.summary[:1].upper()}{self.summary[1:]}: `{name}` of fastgen, {parameters:,} parameters.\n\n"
-            f"{training or 'Nothing is recorded here of how its weights came about.'}\n\n"
+            f"{training or 'The training of these weights was not recorded.'}\n\n"
             "## Use\n\n`FOLDER` is this folder, or the repository on the Hugging Face Hub that holds it:\n\n"
             f"```python\nfrom {_importable(type(self))} import {name}\n\n"
             f'model = {name}.from_pretrained("FOLDER")\n{DRAWING.get(self.kind, "")}\n```\n\n'
@@ -144,7 +206,7 @@ def _cell(value: Any) -> str:
 
 
 def _is_path(place: str) -> bool:
-    """Whether it can't be "name" or "owner/name"."""
+    """Whether the string is a path rather than "name" or "owner/name"."""
     return place.startswith((".", "/", "~")) or "\\" in place or place.count("/") > 1 or place.endswith("/")
 
 
@@ -169,7 +231,7 @@ def _hub_config(place: str, options: Mapping[str, Any]) -> dict[str, Any]:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
             f"{place}: expected a folder that save_pretrained wrote, or a model on the Hugging Face Hub; there is no"
-            f" such folder, and of the Hub came: {reason}"
+            f" such folder, and the Hub answered: {reason}"
         ) from error
     return _parsed(Path(file), place)
 
@@ -187,9 +249,9 @@ def _parsed(file: Path, place: str) -> dict[str, Any]:
 
 
 def _class_of(asked: type[Pretrained], config: Mapping[str, Any], place: str) -> type[Pretrained]:
-    """The class to load: that which was asked for, or for a base of several that which the config tells.
+    """The class to load: the requested one or, if that is a base class, the one that the config names.
 
-    Models that were saved before configs named their class are known by their options.
+    Models that were saved before configs named their class are recognized by their options.
     """
     from fastgen.models.registry import MODELS
 
@@ -217,8 +279,6 @@ def _class_of(asked: type[Pretrained], config: Mapping[str, Any], place: str) ->
 
 
 def _has(model: type[Pretrained], config: Mapping[str, Any]) -> bool:
-    from fastgen.models.base import current_names
-
     return {field.name for field in dataclasses.fields(model.config_class)} == set(
         current_names(model.config_class, config)
     )
@@ -237,14 +297,14 @@ def check_saved_config(model_id: str, saved: Mapping[str, Any], missing: list[st
 
     try:
         with safe_open(weights, framework="pt") as file:
-            told = (file.metadata() or {}).get("config")
+            recorded = (file.metadata() or {}).get("config")
     except SafetensorError:
         return  # said of the weights when they are read
-    if told is None and missing:
+    if recorded is None and missing:
         raise ValueError(
             f"{model_id}: config.json: expected all options of the model, got none for {', '.join(missing)}"
         )
-    if told is not None and told != _config_digest(saved):
+    if recorded is not None and recorded != _config_digest(saved):
         got = f"a file without {', '.join(missing)}" if missing else "other ones"
         raise ValueError(
             f"{model_id}: config.json: expected the options that were saved with the weights, got {got}; "

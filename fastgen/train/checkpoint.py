@@ -14,9 +14,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from fastgen.batch import current_names
 from fastgen.data._files import cannot_read, check_file
 from fastgen.models import MODELS
-from fastgen.models.base import current_names
 from fastgen.train.files import write_whole
 
 FORMAT = "fastgen-checkpoint"

@@ -18,7 +18,7 @@ from fastgen import metrics
 from fastgen.data import Items
 from fastgen.data._files import read_bytes
 from fastgen.models import TRANSLATED, Images, Sounds, option
-from fastgen.models._checksum import KEY, UNSEALED, is_whole, seal
+from fastgen.models.digest import KEY, UNSEALED, is_whole, seal
 from fastgen.train.card import write_card
 from fastgen.train.config import TrainConfig
 from fastgen.train.errors import UsageError

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from fastgen.cli import main
 from fastgen.models import ConvVAE
-from fastgen.models._checksum import UNSEALED, is_whole, seal
+from fastgen.models.digest import UNSEALED, is_whole, seal
 from fastgen.train import evaluate as judge
 from fastgen.train.checkpoint import Header, load_checkpoint, save_checkpoint
 from fastgen.train.files import temporary_name
