@@ -151,7 +151,7 @@ class Pretrained(_HubMixin):
         return model
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """Write the weights, atomically, with digests of the weights and the config in their metadata; and the config."""
+        """Write the weights, atomically, with digests of weights and config in their metadata; and the config."""
         from safetensors.torch import save_model
 
         config = dataclasses.asdict(self.config)

@@ -96,7 +96,7 @@ def test_the_model_card_says_what_the_model_is_and_nothing_that_is_not_so(saved:
     card = (saved / "README.md").read_text()
     assert "pushed" not in card
     assert "More Information Needed" not in card
-    assert "Nothing is recorded here of how its weights came about." in card
+    assert "The training of these weights was not recorded." in card
     assert "| width | 4 |" in card
     code = card.split("```python\n")[1].split("```")[0].replace('"FOLDER"', repr(str(saved)))
     exec(code, {})
