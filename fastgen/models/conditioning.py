@@ -1,16 +1,14 @@
-"""Conditions of image models: class labels and captions, and the sampling option that selects a class."""
+"""Class-conditional image models: the labels of a batch, and the sampling option that selects a class."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from fastgen.batch import require_labels, require_tokens
-from fastgen.models._tokens import require_known
+from fastgen.batch import require_labels
 from fastgen.models.base import Batch, option
 
 MAX_COLUMNS = 32
@@ -49,25 +47,3 @@ def wanted_labels(n: int, label: int, classes: int) -> tuple[Tensor, int | None]
     if label >= 0:
         return torch.full((n,), label), None
     return torch.arange(n) % classes, classes if classes <= min(n, MAX_COLUMNS) else None
-
-
-def caption_rows(captions: Sequence[str], vocabulary: str, length: int) -> Tensor:
-    """Captions as tokens (n, length) int64: 0 is padding, 1 + i character i of the vocabulary.
-
-    Raises:
-        ValueError: a caption is too long, or has characters that are not in the vocabulary.
-    """
-    rows = torch.zeros(len(captions), length, dtype=torch.int64)
-    for row, caption in zip(rows, captions, strict=True):
-        require_known("caption", caption, vocabulary)
-        if len(caption) > length:
-            raise ValueError(f"caption: expected at most {length} characters, as in the data, got {len(caption)}")
-        row[: len(caption)] = torch.tensor([1 + vocabulary.index(character) for character in caption])
-    return rows
-
-
-def check_captions(captions: Tensor | None, batch: int, length: int, count: int) -> None:
-    """Raises TypeError, ValueError unless they are (batch, length) int64, from 0 to count - 1."""
-    if captions is None:
-        raise ValueError(f"caption: expected (B, {length}) int64, as the model has captions, got none")
-    require_tokens("caption", captions, count, (batch, length), "(B, caption_length)")

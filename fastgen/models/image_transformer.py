@@ -36,9 +36,10 @@ from fastgen.checks import (
     require_positive_number,
     require_probability,
 )
+from fastgen.models._captions import caption_rows, check_captions
 from fastgen.models._decoder import DecoderBlock, Past, drawing, initialise_decoder
 from fastgen.models.base import Batch, GenerativeModel, Images, Phase, Samples, StepContext, image_rows, option
-from fastgen.models.conditioning import LabelOptions, caption_rows, check_captions, check_labels, wanted_labels
+from fastgen.models.conditioning import LabelOptions, check_labels, wanted_labels
 from fastgen.models.decoding import Chooser
 from fastgen.models.variational import check_images
 from fastgen.models.vq_vae import Autoencoder, AutoencoderConfig
