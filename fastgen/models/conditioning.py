@@ -1,4 +1,4 @@
-"""Conditions of image models: class labels and captions, and the sampling option that selects a class."""
+"""Class-conditional image models: the labels of a batch, and the sampling option that selects a class."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fastgen.batch import require_labels, require_tokens
+from fastgen.batch import require_labels
 from fastgen.models.base import Batch, option
 
 MAX_COLUMNS = 32
@@ -47,10 +47,3 @@ def wanted_labels(n: int, label: int, classes: int) -> tuple[Tensor, int | None]
     if label >= 0:
         return torch.full((n,), label), None
     return torch.arange(n) % classes, classes if classes <= min(n, MAX_COLUMNS) else None
-
-
-def check_captions(captions: Tensor | None, batch: int, length: int, count: int) -> None:
-    """Raises TypeError, ValueError unless they are (batch, length) int64, from 0 to count - 1."""
-    if captions is None:
-        raise ValueError(f"caption: expected (B, {length}) int64, as the model has captions, got none")
-    require_tokens("caption", captions, count, (batch, length), "(B, caption_length)")

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen.batch import NEVER_IGNORED, SLACK, caption_tokens, require_labels, require_tokens
+from fastgen.batch import NEVER_IGNORED, SLACK, require_labels, require_tokens
 from fastgen.checks import (
     require_choice,
     require_count,
@@ -36,15 +36,16 @@ from fastgen.checks import (
     require_positive_number,
     require_probability,
 )
+from fastgen.models._captions import caption_rows, check_captions
 from fastgen.models._decoder import DecoderBlock, Past, drawing, initialise_decoder
 from fastgen.models.base import Batch, GenerativeModel, Images, Phase, Samples, StepContext, image_rows, option
-from fastgen.models.conditioning import LabelOptions, check_captions, check_labels, wanted_labels
+from fastgen.models.conditioning import LabelOptions, check_labels, wanted_labels
 from fastgen.models.decoding import Chooser
 from fastgen.models.variational import check_images
 from fastgen.models.vq_vae import Autoencoder, AutoencoderConfig
 from fastgen.nn import RotaryEmbedding
 from fastgen.nn._buffers import ComputedBuffers
-from fastgen.nn._sublayers import embedding_table
+from fastgen.nn._sublayers import all_rows
 
 Activation = Literal["gelu", "swiglu"]
 
@@ -307,11 +308,11 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
     def _run(self, x: Tensor, first: int, past: Past | None = None) -> Tensor:
         """x (B, N, width), what is embedded from place ``first`` on -> logits of the values that stand after it."""
         config = self.config
-        row, column = (embedding_table(part, config.grid, x.device) for part in (self.row, self.column))
-        colour = embedding_table(self.colour, config.colours, x.device)
+        row, column = (all_rows(part, config.grid, x.device) for part in (self.row, self.column))
+        colour = all_rows(self.colour, config.colours, x.device)
         places = (row[:, None, None] + column[:, None] + colour).flatten(0, 2)
         if self.caption_place is not None:
-            places = torch.cat([embedding_table(self.caption_place, config.prefix, x.device), places])
+            places = torch.cat([all_rows(self.caption_place, config.prefix, x.device), places])
         here = slice(first, first + x.size(1))
         x = x + places[here]
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -383,7 +384,7 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
         if config.captions:
             texts = (options.caption,) if options.caption else config.caption_examples
             chosen, columns = wanted_labels(n, 0 if options.caption else -1, len(texts))
-            captions = caption_tokens(texts, config.caption_vocabulary, config.caption_length)[chosen].to(self.device)
+            captions = caption_rows(texts, config.caption_vocabulary, config.caption_length)[chosen].to(self.device)
             if not options.caption and len(texts) == config.classes:  # their names
                 labels = chosen
         none = torch.zeros(n, 0, dtype=torch.int64, device=self.device)

@@ -1,7 +1,8 @@
-"""The convolutional VAE and its sampling layer: what a caller may rely on."""
+"""The convolutional VAE and its sampling layer."""
 
 from __future__ import annotations
 
+import doctest
 import itertools
 import math
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import functional
-from fastgen.models import ConvVAE, ConvVAEConfig, StepContext
+from fastgen.models import ConvVAE, ConvVAEConfig, StepContext, conv_vae
 from fastgen.models.variational import beta_binomial_log_prob, beta_binomial_parameters, binomial_log_prob
 from fastgen.nn import GaussianLatent
 
@@ -69,8 +70,8 @@ def test_bernoulli_is_binary_cross_entropy() -> None:
 
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "beta-binomial"])
-def test_elbo_is_a_lower_bound_over_all_images_there_are(likelihood: str) -> None:
-    """The 65536 images of 4x4 bits have probabilities that sum to 1, so what bounds them sums to at most 1."""
+def test_elbo_is_a_lower_bound(likelihood: str) -> None:
+    """The probabilities of all 65536 images of 4x4 bits sum to 1, so their lower bounds sum to at most 1."""
     model = small_model(image_size=4, levels=2, likelihood=likelihood, width=2)
     bits = (torch.arange(2**16)[:, None] >> torch.arange(16)) & 1
     with torch.no_grad():
@@ -99,7 +100,7 @@ def test_loss_is_the_mean_of_nll_and_weighted_kl(likelihood: str) -> None:
 )
 def test_gradients_reach_every_parameter(options: dict[str, object]) -> None:
     model = small_model(**options)
-    with torch.no_grad():  # the zeros in which the details' layers start would hide what stands before them
+    with torch.no_grad():  # zero-initialized layers have no gradient for the layers before them
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=seeded(2)))
     model(random_images(4, model.config)).loss.backward()
@@ -109,7 +110,7 @@ def test_gradients_reach_every_parameter(options: dict[str, object]) -> None:
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_free_bits_cost_nothing_and_what_lies_above_costs_itself() -> None:
+def test_free_bits_clamp_the_kl_per_channel() -> None:
     free_bits = 0.05
     plain, free = small_model(latent_dim=6), small_model(latent_dim=6, free_bits=free_bits)
     images = random_images(5, plain.config)
@@ -127,7 +128,7 @@ def test_free_bits_cost_nothing_and_what_lies_above_costs_itself() -> None:
     assert of_z.clamp(min=free_bits).sum() > of_z.sum() + 1e-3
 
 
-def test_beta_and_its_warm_up_weigh_the_kl() -> None:
+def test_beta_and_its_warmup_weight_the_kl() -> None:
     model = small_model(beta=3.0, kl_warmup=10)
     batch = {"images": random_images(4, model.config)}
     for step, weight in ((5, 1.5), (99, 3.0)):
@@ -135,7 +136,7 @@ def test_beta_and_its_warm_up_weigh_the_kl() -> None:
         torch.testing.assert_close(values["loss"], values["nll"] + weight * values["kl"])
 
 
-def test_attention_is_the_identity_in_the_beginning_and_then_sees_all_positions() -> None:
+def test_attention_is_initialized_as_the_identity_and_is_global() -> None:
     plain, attentive = small_model(image_size=16), small_model(image_size=16, attention=True)
     features = torch.randn(1, 16, 4, 4, generator=seeded(0))
     block = attentive.encoder[-1]
@@ -163,7 +164,7 @@ def test_training_steps_lower_the_loss() -> None:
 
 @pytest.mark.parametrize("size", [4, 7, 8, 20, 28, 32, 64])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_sizes_that_downsampling_divides_work(size: int, channels: int) -> None:
+def test_image_sizes(size: int, channels: int) -> None:
     model = small_model(image_size=size, channels=channels, levels=256)
     images = random_images(2, model.config)
     assert torch.isfinite(model(images).loss)
@@ -171,7 +172,7 @@ def test_sizes_that_downsampling_divides_work(size: int, channels: int) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 2, 9, 30, 100])
-def test_other_sizes_are_refused(size: int) -> None:
+def test_other_image_sizes_are_rejected(size: int) -> None:
     with pytest.raises(ValueError, match=rf"image_size: expected .* got {size}"):
         ConvVAEConfig(image_size=size)
 
@@ -194,7 +195,7 @@ def test_config_names_the_field_that_is_wrong(options: dict[str, object], messag
         ConvVAEConfig(**options)  # type: ignore[arg-type]
 
 
-def test_images_of_another_shape_or_dtype_are_refused() -> None:
+def test_images_of_another_shape_or_dtype_are_rejected() -> None:
     model = small_model()
     with pytest.raises(ValueError, match=r"images: expected shape \(B, C, S, S\) = \(2, 1, 8, 8\), got \(2, 3, 8, 8\)"):
         model(torch.zeros(2, 3, 8, 8))
@@ -206,7 +207,7 @@ def test_images_of_another_shape_or_dtype_are_refused() -> None:
         model.sample(0)
 
 
-def test_samples_are_pixels_and_one_seed_gives_the_same_ones() -> None:
+def test_samples_are_pixels_and_depend_only_on_the_generator() -> None:
     model = small_model()
     first, again, other = (model.sample(6, generator=seeded(seed)) for seed in (3, 3, 4))
     assert torch.equal(first, again)
@@ -214,7 +215,7 @@ def test_samples_are_pixels_and_one_seed_gives_the_same_ones() -> None:
     assert ((first >= 0) & (first <= 1)).all()
 
 
-def test_reconstructions_do_not_change_from_call_to_call() -> None:
+def test_reconstructions_are_deterministic() -> None:
     model = small_model()
     images = random_images(3, model.config)
     assert torch.equal(model.reconstruct(images), model.reconstruct(images))
@@ -243,7 +244,7 @@ def test_bfloat16_autocast_stays_finite_and_close() -> None:
     torch.testing.assert_close(rounded.loss, exact.loss, rtol=0.02, atol=0)
 
 
-def test_details_start_at_their_prior() -> None:
+def test_the_posterior_of_the_details_is_initialized_at_their_prior() -> None:
     model = small_model()
     images = random_images(4, model.config)
     features = model.encoder(2 * images - 1)
@@ -266,11 +267,26 @@ def test_gaussian_latent_samples_the_halves_of_its_input() -> None:
 def test_gaussian_latent_samples_in_eval_mode_too() -> None:
     layer = GaussianLatent().eval()
     h = torch.zeros(2, 8)
-    draws = [layer(h, generator=seeded(seed))[0] for seed in range(3)]
-    assert all(not torch.equal(a, b) for a, b in itertools.combinations(draws, 2))
+    samples = [layer(h, generator=seeded(seed))[0] for seed in range(3)]
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(samples, 2))
 
 
 @pytest.mark.parametrize("shape", [(2, 7), (2, 0), (4,), (2, 3, 4)])
-def test_gaussian_latent_refuses_an_odd_number_of_channels(shape: tuple[int, ...]) -> None:
+def test_gaussian_latent_rejects_an_odd_number_of_channels(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"h: expected \(B, 2L, \*\), an even number of channels in dim 1, got"):
         GaussianLatent()(torch.zeros(shape))
+
+
+def test_latents_are_decoded_with_the_mean_of_the_details_by_default() -> None:
+    model = small_model()
+    mu, logvar, detail_mu, detail_logvar = model.encode(random_images(3, model.config))
+    assert mu.shape == logvar.shape == (3, model.config.latent_dim)
+    size = model.config.coarse_size
+    assert detail_mu.shape == detail_logvar.shape == (3, model.config.detail_channels, size, size)
+    torch.testing.assert_close(model.decode(mu), model.decode(mu, torch.zeros_like(detail_mu)))  # their initial prior
+
+
+def test_examples_in_docstrings_run() -> None:
+    results = doctest.testmod(conv_vae, extraglobs={"torch": torch})
+    assert results.attempted
+    assert results.failed == 0

@@ -209,7 +209,7 @@ def test_captions_that_do_not_fit_are_named() -> None:
         told.draw(2, PixelOptions(caption="abba"))
     with pytest.raises(ValueError, match=r"^caption: expected none, as the model was told none, got 'a'$"):
         alone.draw(2, PixelOptions(caption="a"))
-    with pytest.raises(ValueError, match=r"^caption: expected \(B, 3\) int64, as the model has captions, got none"):
+    with pytest.raises(ValueError, match=r"^caption: expected \(B, 3\) int64, as the model is told captions, got none"):
         told.score({"images": random_batch(2, told.config)["images"]})
     with pytest.raises(ValueError, match=r"^caption: expected shape \(B, caption_length\) = \(2, 3\), got \(2, 4\)"):
         told(torch.zeros(2, 3, dtype=torch.int64), None, torch.zeros(2, 4, dtype=torch.int64))
@@ -253,7 +253,7 @@ CONFIG_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "one word": ({"codebook_size": 1}, "codebook_size: expected at least 2, got 1"),
     "a map of no size": (
         {"codebook_size": 8, "image_size": 6},
-        "image_size: expected a multiple of 4, as num_downsamples = 2, got 6",
+        "image_size: expected a multiple of 4, as (halvings|num_downsamples) = 2, got 6",
     ),
     "no classes": ({"conditional": True}, "conditional: expected false, as the data has 0 classes, got true"),
     "heads that do not divide": ({"width": 15}, "width: expected an even multiple of heads = 4, got 15"),

@@ -1,4 +1,4 @@
-"""Log-probabilities of the models keep their digits, and stay finite, where their plain formulas cancel or overflow."""
+"""Log-probabilities are accurate and finite where plain formulas cancel or overflow."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LIKELIHOODS = {
 
 @pytest.mark.parametrize("levels", [256, 65536])
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
-def test_many_levels_cost_a_pixel_s_log_probability_no_digits(likelihood: str, levels: int) -> None:
+def test_pixel_log_probabilities_are_accurate_with_many_levels(likelihood: str, levels: int) -> None:
     function = LIKELIHOODS[likelihood]
     logits, spread = 4 * torch.randn(4000), 3 * torch.randn(4000)
     counts = ((logits + 0.3 * torch.randn(4000)).sigmoid() * (levels - 1)).round()
@@ -40,22 +40,22 @@ def test_many_levels_cost_a_pixel_s_log_probability_no_digits(likelihood: str, l
         assert log_prob.dtype == dtype
         return [log_prob.detach(), *torch.autograd.grad(log_prob.sum(), leaves)]
 
-    wanted = results(torch.float64)
-    for result, exact in zip(results(torch.float32), wanted, strict=True):
+    expected = results(torch.float64)
+    for result, exact in zip(results(torch.float32), expected, strict=True):
         torch.testing.assert_close(result.double(), exact, rtol=3e-4, atol=5e-4)
-    bias = (results(torch.float32)[0].double() - wanted[0]).mean()
-    assert abs(float(bias)) < 4e-6  # it would add up over the pixels of an image
+    bias = (results(torch.float32)[0].double() - expected[0]).mean()
+    assert abs(float(bias)) < 4e-6  # it accumulates over the pixels of an image
 
 
-@pytest.mark.parametrize("centre", [0.5, 1e3, 1e5])
+@pytest.mark.parametrize("center", [0.5, 1e3, 1e5])
 @pytest.mark.parametrize("log_scale", [-10.0, 3.0])
-def test_a_logistic_far_from_a_level_has_finite_log_probabilities_and_gradients(
-    centre: float, log_scale: float
+def test_logistics_far_from_a_level_have_finite_log_probabilities_and_gradients(
+    center: float, log_scale: float
 ) -> None:
     borders = level_borders()
 
     def results(dtype: torch.dtype) -> list[torch.Tensor]:
-        leaves = [torch.full((256, 1), value, dtype=dtype, requires_grad=True) for value in (centre, log_scale)]
+        leaves = [torch.full((256, 1), value, dtype=dtype, requires_grad=True) for value in (center, log_scale)]
         low, high, weight = borders[:-1].to(dtype), borders[1:].to(dtype), torch.zeros(256, 1, dtype=dtype)
         log_prob = logistics_log_prob(*leaves, weight, low, high)
         logits = logistics_level_logits(*(t[0] for t in (*leaves, weight)), borders.to(dtype))
@@ -66,7 +66,7 @@ def test_a_logistic_far_from_a_level_has_finite_log_probabilities_and_gradients(
 
 
 @pytest.mark.parametrize("along", [-1000.0, -200.0, -50.0, 3.0])
-def test_a_planar_flow_at_the_edge_of_being_invertible_knows_its_determinant(along: float) -> None:
+def test_the_log_determinant_of_a_barely_invertible_planar_flow_is_accurate(along: float) -> None:
     w = torch.tensor([[3.0, -1.0, 0.5]]).repeat(5, 1)
     u = along * w / w.square().sum(1, keepdim=True)
     z = torch.randn(5, 3)
@@ -80,14 +80,14 @@ def test_a_planar_flow_at_the_edge_of_being_invertible_knows_its_determinant(alo
 
 
 @pytest.mark.parametrize("logvar", [-200.0, -60.0, -30.0, 1.0])
-def test_the_density_of_a_sample_is_right_where_its_deviation_is_lost_beside_the_mean(logvar: float) -> None:
+def test_the_density_of_a_sample_is_accurate_with_small_deviations(logvar: float) -> None:
     mu, logvars = 1 + torch.randn(6, 50).abs(), torch.full((6, 50), logvar)
     torch.manual_seed(5)
     z, log_prob = sample_and_log_prob(mu, logvars)
     torch.manual_seed(5)
     noise = functional.reparameterize(torch.zeros(6, 50), torch.zeros(6, 50)).double()
-    wanted = -0.5 * (noise.square() + logvar + math.log(2 * math.pi)).sum(1)
-    torch.testing.assert_close(log_prob.double(), wanted, rtol=1e-5, atol=1e-5)
+    expected = -0.5 * (noise.square() + logvar + math.log(2 * math.pi)).sum(1)
+    torch.testing.assert_close(log_prob.double(), expected, rtol=1e-5, atol=1e-5)
     torch.manual_seed(5)
     torch.testing.assert_close(z, functional.reparameterize(mu, logvars))
 

@@ -1,4 +1,4 @@
-"""The recurrent GAN: what a trainer and a caller may rely on."""
+"""The recurrent GAN of images, text and pairs of texts."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_phase_gives_finite_gradients_to_its_own_network_only(variant: str, au
                 assert parameter.grad is None, name
 
 
-def test_both_sides_are_one_sequence_of_one_hot_vectors() -> None:
+def test_a_pair_is_one_sequence_of_one_hot_vectors() -> None:
     model = small_model()
     sequences = model._encode(batch_of(model, ("abca", "c"), ("b", "aab")))
     assert sequences.shape == (2, 9, 5)
@@ -103,7 +103,7 @@ def test_both_sides_are_one_sequence_of_one_hot_vectors() -> None:
     assert [model.format.spell(row) for row in sequences.argmax(2).tolist()] == ["abca -> c", "b -> aab"]
 
 
-SPELT = {
+SPELLED = {
     "no end": ([2, 2, 2, 2], "aaa" + "a"),
     "one end": ([2, 1, 3, 0], "a -> b"),
     "nothing": ([0, 0, 0, 0], ""),
@@ -113,9 +113,9 @@ SPELT = {
 }
 
 
-@pytest.mark.parametrize("case", SPELT)
-def test_what_is_not_well_formed_shows(case: str) -> None:
-    symbols, text = SPELT[case]
+@pytest.mark.parametrize("case", SPELLED)
+def test_malformed_pairs_are_spelled_with_markers(case: str) -> None:
+    symbols, text = SPELLED[case]
     assert small_model().format.spell(symbols) == text
 
 
@@ -134,17 +134,17 @@ def test_what_is_not_well_formed_shows(case: str) -> None:
     ],
     ids=str,
 )
-def test_the_score_says_which_drawn_sequences_are_well_formed(monkeypatch, symbols: list[int], formed: float) -> None:
+def test_the_score_marks_well_formed_sequences(monkeypatch, symbols: list[int], formed: float) -> None:
     model = small_model(source_length=4, target_length=4)
-    drawn = torch.nn.functional.one_hot(torch.tensor(symbols), 5)
-    monkeypatch.setattr(model, "_generate", lambda n, generator: drawn.expand(n, -1, -1))
+    samples = torch.nn.functional.one_hot(torch.tensor(symbols), 5)
+    monkeypatch.setattr(model, "_generate", lambda n, generator: samples.expand(n, -1, -1))
     scores = model.score(batch_of(model, ("a", "b"), ("b", "a")))
     assert scores["well formed"].tolist() == [formed] * 2
     real = model._encode(batch_of(model, ("a", "b"), ("b", "a")))
     torch.testing.assert_close(scores["real"], model.critic(real).mean(1))
 
 
-def test_images_are_sequences_of_their_rows_and_come_back() -> None:
+def test_images_are_sequences_of_rows() -> None:
     model = small_model(kind="images", image_size=4, channels=3)
     batch = any_batch(model)
     steps = model._encode(batch)
@@ -153,9 +153,9 @@ def test_images_are_sequences_of_their_rows_and_come_back() -> None:
     back = model.format.decode(steps)
     assert isinstance(back, Images)
     torch.testing.assert_close(back.pixels, batch["images"])
-    drawn = model.draw(3, NoOptions()).pixels
-    assert drawn.shape == (3, 3, 4, 4)
-    assert 0 <= drawn.min() < drawn.max() <= 1
+    samples = model.draw(3, NoOptions()).pixels
+    assert samples.shape == (3, 3, 4, 4)
+    assert 0 <= samples.min() < samples.max() <= 1
 
 
 def test_known_triples_are_the_character_triples_that_other_texts_have() -> None:
@@ -165,14 +165,14 @@ def test_known_triples_are_the_character_triples_that_other_texts_have() -> None
         return characters.encode({"tokens": torch.tensor([["abcd".index(c) for c in text] for text in texts])})
 
     real = one_hot("aaaaa", "abcab", "bcabc")
-    drawn = one_hot("bcaaa", "ddddd", "abcaa")
-    metrics = characters.metrics(drawn, real)
+    samples = one_hot("bcaaa", "ddddd", "abcaa")
+    metrics = characters.metrics(samples, real)
     known = [["bca", "caa", "aaa"], ["ddd"] * 3, ["abc", "bca", "caa"]]
     others = [{"abc", "bca", "cab"}, {"aaa", "bca", "cab", "abc"}, {"aaa", "abc", "bca", "cab"}]
-    wanted = [sum(t in has for t in mine) / 3 for mine, has in zip(known, others, strict=True)]
-    torch.testing.assert_close(metrics["known triples"], torch.tensor(wanted).double())
+    expected = [sum(t in has for t in mine) / 3 for mine, has in zip(known, others, strict=True)]
+    torch.testing.assert_close(metrics["known triples"], torch.tensor(expected).double())
     assert metrics["known triples, real"].tolist() == [0.0, 1.0, 1.0]
-    assert characters.decode(drawn).texts == ["bcaaa", "ddddd", "abcaa"]
+    assert characters.decode(samples).texts == ["bcaaa", "ddddd", "abcaa"]
 
 
 def test_hard_outputs_are_one_hot_with_the_gradient_of_soft_ones() -> None:
@@ -186,20 +186,20 @@ def test_hard_outputs_are_one_hot_with_the_gradient_of_soft_ones() -> None:
         torch.testing.assert_close(output.sum(1), torch.ones(4, dtype=torch.float64))
         gradients.append(torch.autograd.grad((output * weights).sum(), x)[0])
     torch.testing.assert_close(*gradients)
-    drawn = hard._generate(6, seeded(3)).detach()
-    torch.testing.assert_close(drawn.amax(2), torch.ones_like(drawn[..., 0]))
+    samples = hard._generate(6, seeded(3)).detach()
+    torch.testing.assert_close(samples.amax(2), torch.ones_like(samples[..., 0]))
 
 
-def test_symbols_are_drawn_with_the_probabilities_of_the_logits() -> None:
+def test_symbols_are_sampled_with_the_probabilities_of_the_logits() -> None:
     model = small_model(source_length=3, target_length=3, logit_scale=2.0)
     with torch.no_grad():
         for parameter in model.generator.parameters():
             parameter.zero_()
-        wanted = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
-        model.generator.out.bias.copy_(wanted.log() / 2)
-    drawn = model._generate(5000, seeded(4)).argmax(2)
-    share = torch.bincount(drawn.flatten(), minlength=5) / drawn.numel()
-    torch.testing.assert_close(share, wanted, rtol=0, atol=0.012)
+        expected = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
+        model.generator.out.bias.copy_(expected.log() / 2)
+    samples = model._generate(5000, seeded(4)).argmax(2)
+    share = torch.bincount(samples.flatten(), minlength=5) / samples.numel()
+    torch.testing.assert_close(share, expected, rtol=0, atol=0.012)
 
 
 def test_forward_takes_gumbel_noise_for_symbols_only() -> None:
@@ -214,7 +214,7 @@ def test_forward_takes_gumbel_noise_for_symbols_only() -> None:
         images(noise[:, :4], gumbel)
 
 
-def test_an_output_depends_on_the_one_before_it_and_on_none_after() -> None:
+def test_the_generator_is_autoregressive() -> None:
     model = small_model(hard=False).double()
     noise, gumbel = (torch.randn(1, 9, n, dtype=torch.float64, generator=seeded(n)) for n in (16, 5))
     before = model.generator(noise, gumbel)
@@ -225,32 +225,32 @@ def test_an_output_depends_on_the_one_before_it_and_on_none_after() -> None:
     assert not torch.allclose(before[:, 5], after[:, 5])
 
 
-def test_the_critic_scores_each_symbol_after_those_before_it_and_tells_what_another_would_score() -> None:
-    """The gradient by a symbol's own score is all there is to know of it: the score is linear."""
+def test_the_critic_is_causal_and_linear_in_each_symbol() -> None:
+    """The gradient of a score with respect to its symbol is the score of every alternative symbol."""
     critic = small_model().double().critic
     symbols = torch.randint(0, 5, (2, 9), generator=seeded(5))
     sequences = torch.nn.functional.one_hot(symbols, 5).double().requires_grad_()
     scores = critic(sequences)
     assert scores.shape == (2, 9)
-    (slope,) = torch.autograd.grad(scores[:, 4].sum(), sequences)
-    assert slope[:, :5].abs().sum(2).all()
-    assert not slope[:, 5:].any()
+    (gradient,) = torch.autograd.grad(scores[:, 4].sum(), sequences)
+    assert gradient[:, :5].abs().sum(2).all()
+    assert not gradient[:, 5:].any()
     for other in range(5):
         changed = sequences.detach().clone()
         changed[:, 4] = torch.eye(5, dtype=torch.float64)[other]
         again = critic(changed)
-        torch.testing.assert_close(again[:, 4], slope[:, 4, other])
+        torch.testing.assert_close(again[:, 4], gradient[:, 4, other])
         assert torch.equal(again[:, :4], scores[:, :4])
 
 
 @pytest.mark.parametrize("kind", ["images", "text", "sequences"])
-def test_what_is_not_said_depends_on_the_kind(kind: str) -> None:
-    wanted = (2.0, 1e-3, 1e-3) if kind == "images" else (0.1, 3e-3, 2e-3)
+def test_defaults_depend_on_the_kind(kind: str) -> None:
+    expected = (2.0, 1e-3, 1e-3) if kind == "images" else (0.1, 3e-3, 2e-3)
     model = small_model(kind=kind)
     rates = tuple(phase.learning_rate for phase in model.phases())
-    assert (model.config.chosen("penalty_weight"), *rates) == wanted
-    told = RecurrentGANConfig(kind=kind, penalty_weight=0.0, critic_learning_rate=0.5)  # type: ignore[arg-type]
-    assert (told.chosen("penalty_weight"), told.chosen("critic_learning_rate")) == (0.0, 0.5)
+    assert (model.config.chosen("penalty_weight"), *rates) == expected
+    config = RecurrentGANConfig(kind=kind, penalty_weight=0.0, critic_learning_rate=0.5)  # type: ignore[arg-type]
+    assert (config.chosen("penalty_weight"), config.chosen("critic_learning_rate")) == (0.0, 0.5)
 
 
 @pytest.mark.parametrize("variant", ["images", "text", "pairs", "r1", "gradient"])
@@ -275,13 +275,13 @@ def test_a_penalty_adds_its_weight_times_itself_and_has_the_right_gradient(varia
             model.critic.gru.weight_hh_l0[0, 0] -= offset
         return value
 
-    slope = (loss_at(1e-5) - loss_at(-1e-5)) / 2e-5
+    gradient = (loss_at(1e-5) - loss_at(-1e-5)) / 2e-5
     weight = model.critic.gru.weight_hh_l0
     assert weight.grad is not None
-    torch.testing.assert_close(weight.grad[0, 0], slope, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(weight.grad[0, 0], gradient, rtol=1e-5, atol=1e-9)
 
 
-def test_the_scaler_of_float16_reaches_the_penalty_and_changes_nothing() -> None:
+def test_the_gradient_scaler_does_not_change_the_penalty() -> None:
     model = small_model()
     penalties = []
     for scaler in (None, torch.amp.GradScaler("cpu")):
@@ -291,21 +291,21 @@ def test_the_scaler_of_float16_reaches_the_penalty_and_changes_nothing() -> None
 
 
 @pytest.mark.parametrize("penalty", ["r1", "r1-r2"])
-def test_penalties_are_those_of_the_real_sequences_and_of_the_generated_ones(penalty: str) -> None:
+def test_penalties_of_real_and_generated_sequences(penalty: str) -> None:
     model = small_model(penalty=penalty).double()
     batch = batch_of(model, *PAIRS)
     torch.manual_seed(2)
     fake = model._generate(4).detach().requires_grad_()
     real = model._encode(batch).requires_grad_()
-    wanted = losses.r1_penalty(model.critic(real).mean(1), real)
+    expected = losses.r1_penalty(model.critic(real).mean(1), real)
     if penalty == "r1-r2":
-        wanted = wanted + losses.r2_penalty(model.critic(fake).mean(1), fake)
+        expected = expected + losses.r2_penalty(model.critic(fake).mean(1), fake)
     torch.manual_seed(2)
-    torch.testing.assert_close(model.loss("critic", batch, NOW)["penalty"], wanted.detach())
+    torch.testing.assert_close(model.loss("critic", batch, NOW)["penalty"], expected.detach())
 
 
-def test_training_both_brings_samples_to_the_data() -> None:
-    """One sequence is all the data there is."""
+def test_training_both_networks_fits_the_data() -> None:
+    """The data are one sequence."""
     model = small_model(source_length=4, target_length=3, critic_steps=1, generator_width=64, critic_width=32)
     batch = batch_of(model, *[("ab", "c")] * 16)
     optimizers = {
@@ -319,7 +319,7 @@ def test_training_both_brings_samples_to_the_data() -> None:
     assert model.draw(50, NoOptions(), generator=seeded(0)).texts.count("ab -> c") > 40
 
 
-def test_samples_depend_on_the_generator_alone() -> None:
+def test_samples_depend_only_on_the_generator() -> None:
     model = small_model()
     first, again, other = (model.draw(4, NoOptions(), generator=seeded(s)) for s in (7, 7, 8))
     assert isinstance(first, Texts)
@@ -328,7 +328,7 @@ def test_samples_depend_on_the_generator_alone() -> None:
     assert len(set(first.texts)) > 1
 
 
-def test_phases_say_which_networks_in_which_order() -> None:
+def test_phases() -> None:
     first, second = small_model(critic_steps=5, generator_learning_rate=3e-3).phases()
     assert (first.name, first.networks, first.repeats) == ("critic", ("critic",), 5)
     assert (second.name, second.networks, second.repeats) == ("generator", ("generator",), 1)
@@ -337,12 +337,15 @@ def test_phases_say_which_networks_in_which_order() -> None:
 
 
 CONFIG_ERRORS = {
-    "a character twice": ({"vocabulary": "aa"}, "vocabulary: expected distinct characters, got 'a' more than once"),
-    "no room in a source": ({"source_length": 2}, "source_length: expected 3 or more: start, a character, end, got 2"),
+    "a repeated character": ({"vocabulary": "aa"}, "vocabulary: expected distinct characters, got 'a' more than once"),
+    "a short source": (
+        {"source_length": 2},
+        "source_length: expected 3 or more: start, a character, end, got 2",
+    ),
     "another kind": ({"kind": "audio"}, "kind: expected one of images, text, sequences, got 'audio'"),
     "short texts": ({"text_length": 2}, "text_length: expected 3 or more characters, got 2"),
     "no noise": ({"noise_dim": 0}, "noise_dim: expected a positive integer, got 0"),
-    "an unknown game": ({"loss": "poker"}, "loss: expected one of minimax, .*, got 'poker'"),
+    "an unknown loss": ({"loss": "huber"}, "loss: expected one of minimax, .*, got 'huber'"),
     "an unknown penalty": ({"penalty": "r3"}, "penalty: expected one of none, r1, r1-r2, gradient, got 'r3'"),
     "a temperature of 0": ({"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
     "no scale of logits": ({"logit_scale": 0.0}, "logit_scale: expected a positive number, got 0.0"),
@@ -391,7 +394,7 @@ def test_a_mistake_in_a_call_is_named(mistake: str) -> None:
         call(small_model())
 
 
-def test_the_data_decide_the_kind_and_its_sizes() -> None:
+def test_the_kind_and_its_sizes_come_from_the_data() -> None:
     names = ["kind", "image_size", "channels", "vocabulary", "source_length", "target_length"]
     assert from_data(RecurrentGANConfig) == names
     assert RecurrentGAN.kinds == ("images", "text", "sequences")
@@ -401,7 +404,7 @@ def test_the_data_decide_the_kind_and_its_sizes() -> None:
 
 
 @pytest.mark.parametrize("kind", ["images", "text", "sequences"])
-def test_a_saved_model_comes_back(tmp_path, kind: str) -> None:
+def test_a_saved_model_loads(tmp_path, kind: str) -> None:
     pytest.importorskip("huggingface_hub")
     model = small_model(kind=kind, noise_dim=3)
     model.save_pretrained(tmp_path)

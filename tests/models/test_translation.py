@@ -1,4 +1,4 @@
-"""CycleGAN and Pix2Pix: what a trainer and a caller may rely on."""
+"""CycleGAN and Pix2Pix."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ CONFIG_ERRORS = {
     "cyclegan: history": ({"history": 2.5}, "history: expected an integer >= 0, got 2.5"),
     "cyclegan: cycle": ({"cycle_weight": -1.0}, "cycle_weight: expected a number >= 0, got -1.0"),
     "cyclegan: identity": ({"identity_weight": float("inf")}, "identity_weight: expected a number >= 0, got inf"),
-    "cyclegan: game": ({"loss": "poker"}, "loss: expected one of minimax, .*, got 'poker'"),
+    "cyclegan: loss": ({"loss": "huber"}, "loss: expected one of minimax, .*, got 'huber'"),
     "cyclegan: width": ({"width": 0}, "width: expected a positive integer, got 0"),
     "pix2pix: size": ({"image_size": 20}, "image_size: expected a multiple of 8, as num_downsamples = 3, got 20"),
     "pix2pix: norm": ({"norm": "layer"}, "norm: expected one of batch, instance, got 'layer'"),
@@ -172,13 +172,13 @@ def test_a_phase_gives_finite_gradients_to_all_of_its_own_weights(name: str, pha
 
 @pytest.mark.parametrize("name", BOTH)
 @pytest.mark.parametrize("penalty", ["r1", "dragan", "gradient"])
-def test_a_penalty_is_differentiated_by_the_discriminators_weights(name: str, penalty: str) -> None:
-    """Its gradient is that of finite differences, along the gradient itself, in float64; in its own steps only."""
+def test_the_gradient_of_the_penalty_matches_finite_differences(name: str, penalty: str) -> None:
+    """Along the gradient itself, in float64. The penalty is computed in its own steps only."""
     options = {"penalty": penalty, "penalty_weight": 10.0, "penalty_every": 2, "loss": "wasserstein"}
     if name == "cyclegan":
         options["history"] = 0
     model = small_model(name, **options).double()
-    with torch.no_grad():  # weights as large as after training: gradients jump where features are 0
+    with torch.no_grad():  # larger weights, as after training: gradients jump where features are 0
         for weight in model.parameters():
             weight.add_(0.1 * torch.randn(weight.shape, generator=seeded(5)))
     batch = {key: value.double() for key, value in a_batch(model).items()}
@@ -204,7 +204,7 @@ def test_a_penalty_is_differentiated_by_the_discriminators_weights(name: str, pe
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_each_player_s_steps_lower_its_loss_on_a_fixed_batch(name: str) -> None:
+def test_each_phase_lowers_its_loss_on_a_fixed_batch(name: str) -> None:
     model = small_model(name, **({"history": 0} if name == "cyclegan" else {}))
     batch = a_batch(model)
     for phase in model.phases():
@@ -219,10 +219,10 @@ def test_each_player_s_steps_lower_its_loss_on_a_fixed_batch(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_translations_depend_on_images_and_generator_alone(name: str) -> None:
+def test_translations_depend_only_on_images_and_generator(name: str) -> None:
     model = small_model(name)
     for phase in model.phases():
-        step(model, phase.name, a_batch(model))  # so that statistics and stores are not those of the beginning
+        step(model, phase.name, a_batch(model))  # updates statistics and histories
     batch, before = a_batch(model), {key: value.clone() for key, value in model.state_dict().items()}
     first, again, other = (translated(model, batch, seed) for seed in (7, 7, 8))
     assert torch.equal(first, again)
@@ -250,7 +250,7 @@ def test_forward_translates_with_gradients() -> None:
         cyclegan(a, "c")
 
 
-def test_rows_show_images_there_and_back_again() -> None:
+def test_visualize_returns_images_translations_and_cycles() -> None:
     model = small_model("cyclegan").eval()
     batch = a_batch(model)
     a, there, back = model.visualize(batch)["a-b-a"].pixels.split(4)
@@ -264,7 +264,7 @@ def test_rows_show_images_there_and_back_again() -> None:
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_a_saved_model_comes_back(name: str, tmp_path) -> None:
+def test_a_saved_model_loads(name: str, tmp_path) -> None:
     pytest.importorskip("huggingface_hub")
     model = small_model(name)
     for phase in model.phases():
@@ -280,7 +280,7 @@ def test_a_saved_model_comes_back(name: str, tmp_path) -> None:
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("name", ["cyclegan, no identity", "pix2pix"])
 def test_networks_compile_without_breaks(name: str) -> None:
-    """Also where a penalty takes its own steps out of the compiled code."""
+    """Also with a penalty, whose steps run eagerly."""
     options = {"penalty": "r1", "penalty_every": 2}
     model, reference = small_model(name, **options), small_model(name, **options)
     for phase in model.phases():
@@ -306,8 +306,8 @@ def test_a_score_has_the_documented_receptive_field() -> None:
         assert int(rows[-1] - rows[0]) + 1 == pixels
 
 
-def test_a_history_fills_and_then_gives_back_half() -> None:
-    """Each image is numbered: nothing is lost but what was given back, and nothing comes twice."""
+def test_a_history_fills_and_then_returns_stored_images_half_of_the_time() -> None:
+    """Each image has a number: every image is returned or stored, and none is duplicated."""
     torch.manual_seed(0)
     history = History(20, (1, 1, 1))
     given = torch.arange(1.0, 401.0).view(-1, 8, 1, 1, 1)
@@ -333,8 +333,8 @@ def test_a_history_fills_and_then_gives_back_half() -> None:
     assert small.filled.all()
 
 
-def test_stores_go_on_from_where_they_were() -> None:
-    """Weights, statistics and stores are all that a step depends on."""
+def test_histories_are_part_of_the_state_dict() -> None:
+    """A step depends on nothing but the state dict, the batch and the random state."""
     model = small_model("cyclegan")
     torch.manual_seed(1)
     for _ in range(3):
@@ -349,7 +349,7 @@ def test_stores_go_on_from_where_they_were() -> None:
     assert model.history_a.filled.all()
 
 
-def test_pix2pix_begins_by_passing_the_input_on() -> None:
+def test_pix2pix_is_initialized_near_the_identity() -> None:
     for inputs, outputs in ((1, 3), (3, 3), (3, 1)):
         model = small_model("pix2pix", input_channels=inputs, channels=outputs, dropout=0.0)
         images = torch.rand(4, inputs, 16, 16, generator=seeded(1))
@@ -359,7 +359,7 @@ def test_pix2pix_begins_by_passing_the_input_on() -> None:
         assert (found - expected).abs().mean() < 0.25 * (expected - 0.5).abs().mean()
 
 
-def test_pix2pix_learns_to_invert_pictures() -> None:
+def test_pix2pix_learns_to_invert_images() -> None:
     model = small_model("pix2pix", channels=1, l1_weight=10.0, generator_learning_rate=5e-3)
     inputs = (
         (torch.rand(16, 1, 2, 2, generator=seeded(0)) > 0.5).float().repeat_interleave(8, 2).repeat_interleave(8, 3)
@@ -378,7 +378,7 @@ def test_pix2pix_learns_to_invert_pictures() -> None:
     assert model.score(batch, generator=seeded(0))["l1"].mean().item() < 0.4 * before
 
 
-def test_structural_similarity_is_that_of_scikit_image() -> None:
+def test_structural_similarity_matches_scikit_image() -> None:
     peer = pytest.importorskip("skimage.metrics").structural_similarity
     images, noise = (torch.rand(3, 2, 24, 20, generator=seeded(i)) for i in range(2))
     others = 0.7 * images + 0.3 * noise
@@ -389,7 +389,7 @@ def test_structural_similarity_is_that_of_scikit_image() -> None:
     assert metrics.structural_similarity(images[:, :, :4, :4], others[:, :, :4, :4]).shape == (3,)
 
 
-def test_pairs_are_judged_beside_the_input_as_it_is() -> None:
+def test_metrics_of_pairs_have_the_untranslated_input_as_baseline() -> None:
     targets = torch.rand(20, 3, 16, 16, generator=seeded(0))
     outputs, inputs = (targets + 0.01).clamp(0, 1), targets.mean(1, keepdim=True)
     space = metrics.FeatureSpace("means", 3, torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Flatten()))
@@ -407,7 +407,7 @@ def test_pairs_are_judged_beside_the_input_as_it_is() -> None:
         metrics.evaluate_pairs(inputs, targets, inputs)
 
 
-def test_domains_are_judged_beside_images_that_were_not_translated() -> None:
+def test_metrics_of_domains_have_untranslated_images_as_baseline() -> None:
     dark, light = (torch.rand(60, 1, 8, 8, generator=seeded(i)) / 3 + i / 2 for i in range(2))
     space = metrics.classifier_features(
         torch.cat([dark, light]), torch.arange(2).repeat_interleave(60), dims=4, steps=30

@@ -1,4 +1,4 @@
-"""The variational autoencoders of dense layers (vae, cvae, flow-vae): what a trainer and a caller may rely on."""
+"""Variational autoencoders with fully connected layers: vae, cvae, flow-vae."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgen.models import MODELS as ZOO
 from fastgen.models import cvae, flow_vae, vae
 from fastgen.models.base import Images, StepContext, from_data
 from fastgen.models.conditioning import LabelOptions
@@ -57,7 +58,7 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def shaken(model: Any) -> Any:
+def perturbed(model: Any) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=seeded(2)))
@@ -76,17 +77,17 @@ def test_gaussian_probabilities_sum_to_one_and_have_finite_gradients(levels: int
             assert torch.isfinite(gradient).all()
 
 
-def test_gaussian_probabilities_are_those_of_the_normal_distribution() -> None:
+def test_gaussian_probabilities_match_the_normal_distribution() -> None:
     counts, logits = torch.arange(9.0).double(), torch.linspace(-3, 3, 9).double()
     normal = torch.distributions.Normal(torch.sigmoid(logits), torch.tensor(0.2).double())
     high, low = normal.cdf((counts + 0.5) / 8), normal.cdf((counts - 0.5) / 8)
-    wanted = torch.where(counts == 0, high, torch.where(counts == 8, 1 - low, high - low)).log()
+    expected = torch.where(counts == 0, high, torch.where(counts == 8, 1 - low, high - low)).log()
     log_std = torch.full_like(logits, 1.0 + torch.tensor(0.2).log().item())
-    torch.testing.assert_close(gaussian_log_prob(logits, log_std, counts, 9), wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gaussian_log_prob(logits, log_std, counts, 9), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("likelihood", ["gaussian", "beta-binomial", "binomial"])
-def test_what_a_likelihood_expects_lies_between_0_and_1(likelihood: str) -> None:
+def test_expected_pixels_are_between_0_and_1(likelihood: str) -> None:
     parameters = torch.randn(2, 6 if likelihood != "binomial" else 3, 5, 5, generator=seeded(0))
     mean = pixels_mean(parameters, likelihood)
     assert mean.shape == (2, 3, 5, 5)
@@ -95,9 +96,9 @@ def test_what_a_likelihood_expects_lies_between_0_and_1(likelihood: str) -> None
 
 
 @pytest.mark.parametrize("which", MODELS)
-@pytest.mark.parametrize(("size", "channels"), [(8, 1), (5, 3)], ids=["8", "5 in colour"])
-def test_shapes_and_gradients_of_every_model(which: str, size: int, channels: int) -> None:
-    model = shaken(small_model(which, image_size=size, channels=channels))
+@pytest.mark.parametrize(("size", "channels"), [(8, 1), (5, 3)], ids=["8", "5, color"])
+def test_shapes_and_gradients(which: str, size: int, channels: int) -> None:
+    model = perturbed(small_model(which, image_size=size, channels=channels))
     batch = random_batch(7, model.config)
     out = bound(model, batch)
     assert out.nll.shape == out.kl.shape == model.log_weights(batch).shape == (7,)
@@ -106,12 +107,33 @@ def test_shapes_and_gradients_of_every_model(which: str, size: int, channels: in
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
         assert parameter.grad.any(), name
-    drawn = model.draw(5, model.sampling_class())
-    assert isinstance(drawn, Images)
-    assert drawn.pixels.shape == (5, channels, size, size)
-    assert ((drawn.pixels >= 0) & (drawn.pixels <= 1)).all()
+    samples = model.draw(5, model.sampling_class())
+    assert isinstance(samples, Images)
+    assert samples.pixels.shape == (5, channels, size, size)
+    assert ((samples.pixels >= 0) & (samples.pixels <= 1)).all()
     shown = model.visualize(batch)
     assert shown["reconstructions"].pixels.shape == (14, channels, size, size)
+
+
+@pytest.mark.parametrize("name", ["vae", "cvae", "conv-vae", "flow-vae", "vq-vae"])
+def test_all_autoencoders_have_the_same_methods(name: str) -> None:
+    torch.manual_seed(0)
+    model: Any = ZOO[name](ZOO[name].config_class(width=8)).eval()
+    images = random_batch(4, model.config)["images"]
+    labels = [torch.arange(4) % CLASSES] if name == "cvae" else []
+    latent = model.encode(images, *labels)
+    code = latent if name == "vq-vae" else latent[0]
+    assert code.shape[0] == 4
+    for pixels in (model.decode(code, *labels), model.reconstruct(images, *labels)):
+        assert pixels.shape == images.shape
+        assert 0 <= pixels.min() <= pixels.max() <= 1
+    for samples in (1, 3):
+        bounds = [model.elbo(images, *labels, samples=samples, generator=seeded(seed)) for seed in (0, 0)]
+        assert bounds[0].shape == (4,)
+        assert torch.equal(*bounds)
+    out = model(images, *labels)
+    assert out.loss.shape == ()
+    assert out.nll.shape == out.kl.shape == (4,)
 
 
 @pytest.mark.parametrize("which", MODELS)
@@ -133,8 +155,8 @@ def test_training_steps_lower_the_loss(which: str) -> None:
 
 
 @pytest.mark.parametrize("which", ["vae", "cvae", "flow-vae", "flow-vae, planar"])
-def test_beta_and_its_warm_up_weigh_the_kl(which: str) -> None:
-    model = shaken(small_model(which, beta=3.0, kl_warmup=10))
+def test_beta_and_its_warmup_weight_the_kl(which: str) -> None:
+    model = perturbed(small_model(which, beta=3.0, kl_warmup=10))
     batch = random_batch(6, model.config)
     for step, weight in ((1, 0.3), (5, 1.5), (10, 3.0), (99, 3.0)):
         torch.manual_seed(step)
@@ -145,8 +167,8 @@ def test_beta_and_its_warm_up_weigh_the_kl(which: str) -> None:
 
 
 @pytest.mark.parametrize("which", ["vae", "cvae"])
-def test_free_bits_cost_nothing_and_what_lies_above_costs_itself(which: str) -> None:
-    plain, free = shaken(small_model(which)), shaken(small_model(which, free_bits=0.08))
+def test_free_bits_clamp_the_kl_per_latent_dimension(which: str) -> None:
+    plain, free = perturbed(small_model(which)), perturbed(small_model(which, free_bits=0.08))
     batch = random_batch(6, plain.config)
     mu, logvar = free.encode(batch["images"], *free.conditions(batch))
     kl = (0.5 * (logvar.exp() + mu.square() - 1 - logvar)).mean(0)
@@ -157,25 +179,25 @@ def test_free_bits_cost_nothing_and_what_lies_above_costs_itself(which: str) -> 
     torch.testing.assert_close(b.loss - b.nll.mean(), kl.clamp(min=0.08).sum())
 
 
-def test_free_bits_of_a_flow_are_of_all_numbers_together() -> None:
-    free = shaken(small_model("flow-vae"))
+def test_free_bits_of_a_flow_clamp_the_total_kl() -> None:
+    free = perturbed(small_model("flow-vae"))
     batch = random_batch(6, free.config)
     kl = bound(free, batch, generator=seeded(0)).kl.detach().mean()
-    for each, wanted in ((float(kl) / 8, kl), (float(kl), 4 * kl)):
-        model = shaken(small_model("flow-vae", free_bits=each))
+    for each, expected in ((float(kl) / 8, kl), (float(kl), 4 * kl)):
+        model = perturbed(small_model("flow-vae", free_bits=each))
         out = bound(model, batch, beta=2.0, generator=seeded(0))
-        torch.testing.assert_close(out.loss - out.nll.mean(), 2 * wanted)
+        torch.testing.assert_close(out.loss - out.nll.mean(), 2 * expected)
 
 
 @pytest.mark.parametrize("which", MODELS)
-def test_log_weights_bound_the_likelihood_tighter_than_the_elbo(which: str) -> None:
-    model = shaken(small_model(which, image_size=3, levels=4))
+def test_the_importance_weighted_bound_is_tighter_than_the_elbo(which: str) -> None:
+    model = perturbed(small_model(which, image_size=3, levels=4))
     batch = {name: tensor[:1].expand(600, *tensor.shape[1:]) for name, tensor in random_batch(2, model.config).items()}
     weights = model.log_weights(batch, generator=seeded(0)).double()
     elbo = model.score(batch, generator=seeded(1))["elbo"].double()
     spread = (weights.std() + elbo.std()) / 600**0.5
     assert abs(weights.mean() - elbo.mean()) < 4 * spread
-    # p(x) by draws from the prior, which know nothing of the posterior
+    # p(x), estimated with samples of the prior
     z = torch.randn(20_000, model.config.latent_dim, generator=seeded(2))
     image = batch["images"][:1]
     with torch.no_grad():
@@ -196,8 +218,8 @@ def test_log_weights_bound_the_likelihood_tighter_than_the_elbo(which: str) -> N
     assert abs(iwae - log_p) < 0.5
 
 
-def test_labels_decide_what_is_drawn() -> None:
-    """Every class is one picture: z has nothing to say."""
+def test_samples_have_the_requested_labels() -> None:
+    """Every class has one image, which does not depend on z."""
     model = small_model("cvae", latent_dim=2)
     batch = random_batch(CLASSES, model.config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -208,8 +230,8 @@ def test_labels_decide_what_is_drawn() -> None:
         loss.backward()
         optimizer.step()
     for label in range(CLASSES):
-        drawn = model.draw(8, LabelOptions(label=label), generator=seeded(0)).pixels
-        errors = (drawn[:, None] - batch["images"][None]).abs().mean((2, 3, 4))
+        samples = model.draw(8, LabelOptions(label=label), generator=seeded(0)).pixels
+        errors = (samples[:, None] - batch["images"][None]).abs().mean((2, 3, 4))
         assert (errors.argmin(1) == label).all()
     in_turn = model.draw(2 * CLASSES, LabelOptions(), generator=seeded(0))
     assert in_turn.columns == CLASSES
@@ -236,35 +258,35 @@ def test_labels_that_do_not_fit_are_named() -> None:
 
 
 @pytest.mark.parametrize("dim", [2, 5])
-def test_planar_flows_are_invertible_and_know_their_determinant(dim: int) -> None:
+def test_planar_flows_are_invertible_and_return_the_log_determinant(dim: int) -> None:
     z = torch.randn(50, dim, generator=seeded(0)).double()
     parameters = 4 * torch.randn(50, 2 * dim + 1, generator=seeded(1)).double()
     _, log_det = planar(z, parameters)
     for i in range(50):
         jacobian = torch.autograd.functional.jacobian(lambda x, i=i: planar(x[None], parameters[i : i + 1])[0][0], z[i])
-        sign, wanted = torch.linalg.slogdet(jacobian)
+        sign, expected = torch.linalg.slogdet(jacobian)
         assert sign == 1
-        torch.testing.assert_close(log_det[i], wanted)
+        torch.testing.assert_close(log_det[i], expected)
     outputs, _ = planar(torch.zeros(2, dim).double(), torch.zeros(2, 2 * dim + 1).double())
     assert torch.isfinite(outputs).all()  # w = 0
 
 
 @pytest.mark.parametrize(("dim", "width"), [(2, 3), (5, 4), (5, 16)])
-def test_inverse_autoregressive_flows_are_triangular_and_know_their_determinant(dim: int, width: int) -> None:
+def test_inverse_autoregressive_flows_are_triangular_and_return_the_log_determinant(dim: int, width: int) -> None:
     torch.manual_seed(0)
-    flow = shaken(InverseAutoregressiveFlow(dim, width, 3)).double()
+    flow = perturbed(InverseAutoregressiveFlow(dim, width, 3)).double()
     z, context = torch.randn(dim, generator=seeded(0)).double(), torch.randn(1, 3, generator=seeded(1)).double()
     jacobian = torch.autograd.functional.jacobian(lambda x: flow(x[None], context)[0][0], z)
     assert torch.equal(jacobian, jacobian.tril())
     below = jacobian.tril(-1).abs().sum(1)[1:]
-    assert (below > 0).all()  # every number but the first depends on those before it
+    assert (below > 0).all()  # every dimension but the first depends on those before it
     _, log_det = flow(z[None], context)
     torch.testing.assert_close(log_det[0], torch.linalg.slogdet(jacobian)[1])
 
 
 @pytest.mark.parametrize("which", ["flow-vae", "flow-vae, planar"])
-def test_a_chain_of_flows_has_the_sum_of_their_determinants(which: str) -> None:
-    model = shaken(small_model(which)).double()
+def test_a_chain_of_flows_sums_the_log_determinants(which: str) -> None:
+    model = perturbed(small_model(which)).double()
     z = torch.randn(1, 4, generator=seeded(0)).double()
     parameters = torch.randn(1, model.config.context_size, generator=seeded(1)).double()
     jacobian = torch.autograd.functional.jacobian(lambda x: model.flow(x[None], parameters)[0][0], z[0])
@@ -275,7 +297,11 @@ CONFIG_ERRORS: dict[str, tuple[type, dict[str, Any], str]] = {
     "no latent": (VAEConfig, {"latent_dim": 0}, "latent_dim: expected a positive integer, got 0"),
     "a depth of True": (VAEConfig, {"depth": True}, "depth: expected a positive integer, got True"),
     "one level": (VAEConfig, {"levels": 1}, "levels: expected an integer >= 2, got 1"),
-    "bits of grey": (VAEConfig, {"likelihood": "bernoulli"}, "levels: expected 2 with likelihood 'bernoulli', got 17"),
+    "too many levels": (
+        VAEConfig,
+        {"likelihood": "bernoulli"},
+        "levels: expected 2 with likelihood 'bernoulli', got 17",
+    ),
     "an unknown likelihood": (VAEConfig, {"likelihood": "poisson"}, "likelihood: expected one of .*, got 'poisson'"),
     "a negative beta": (VAEConfig, {"beta": -1.0}, "beta: expected a number >= 0, got -1.0"),
     "negative free bits": (VAEConfig, {"free_bits": -0.5}, "free_bits: expected a number >= 0, got -0.5"),
@@ -290,7 +316,11 @@ CONFIG_ERRORS: dict[str, tuple[type, dict[str, Any], str]] = {
     "no label": (CVAEConfig, {"label_dim": 0}, "label_dim: expected a positive integer, got 0"),
     "no flows": (FlowVAEConfig, {"flows": 0}, "flows: expected a positive integer, got 0"),
     "an unknown flow": (FlowVAEConfig, {"flow": "radial"}, "flow: expected one of .*, got 'radial'"),
-    "one number": (FlowVAEConfig, {"latent_dim": 1}, "latent_dim: expected at least 2 with inverse .*, got 1"),
+    "one dimension": (
+        FlowVAEConfig,
+        {"latent_dim": 1},
+        "latent_dim: expected at least 2 with inverse .*, got 1",
+    ),
 }
 
 
@@ -301,7 +331,7 @@ def test_a_mistake_in_the_config_is_named(mistake: str) -> None:
         config_class(**options)
 
 
-def test_the_data_decide_sizes_levels_and_classes() -> None:
+def test_sizes_levels_and_classes_come_from_the_data() -> None:
     assert from_data(VAEConfig) == from_data(FlowVAEConfig) == ["image_size", "channels", "levels"]
     assert from_data(CVAEConfig) == ["image_size", "channels", "levels", "classes"]
 
@@ -326,7 +356,7 @@ def test_images_that_do_not_fit_are_named(which: str) -> None:
 
 @pytest.mark.parametrize("which", MODELS)
 def test_gradients_under_autocast_are_finite_and_close(which: str) -> None:
-    model = shaken(small_model(which))
+    model = perturbed(small_model(which))
     batch = random_batch(4, model.config)
     exact = bound(model, batch, generator=seeded(0))
     with torch.autocast("cpu", torch.bfloat16):
@@ -351,7 +381,7 @@ def test_the_loss_compiles_without_graph_breaks(which: str) -> None:
 
 
 @pytest.mark.parametrize("which", MODELS)
-def test_samples_depend_on_the_generator_alone(which: str) -> None:
+def test_samples_depend_only_on_the_generator(which: str) -> None:
     model = small_model(which)
     options = model.sampling_class()
     first, again, other = (model.draw(4, options, generator=seeded(s)).pixels for s in (7, 7, 8))
@@ -366,7 +396,7 @@ def test_samples_depend_on_the_generator_alone(which: str) -> None:
 
 
 @pytest.mark.parametrize("which", ["vae", "cvae", "flow-vae", "flow-vae, planar"])
-def test_a_saved_model_comes_back(which: str, tmp_path) -> None:
+def test_a_saved_model_loads(which: str, tmp_path) -> None:
     pytest.importorskip("huggingface_hub")
     model = small_model(which, image_size=5, channels=3)
     model.save_pretrained(tmp_path)
@@ -381,8 +411,8 @@ def test_a_bernoulli_vae_has_the_binary_cross_entropy() -> None:
     batch = random_batch(3, model.config)
     out = bound(model, batch, generator=seeded(0))
     logits = model._pixel_parameters(torch.zeros(3, 4))
-    wanted = F.binary_cross_entropy_with_logits(logits, batch["images"], reduction="none").flatten(1).sum(1)
-    torch.testing.assert_close(-model.log_likelihood(logits, batch["images"]), wanted)
+    expected = F.binary_cross_entropy_with_logits(logits, batch["images"], reduction="none").flatten(1).sum(1)
+    torch.testing.assert_close(-model.log_likelihood(logits, batch["images"]), expected)
     assert (out.nll > 0).all()
 
 

@@ -1,4 +1,4 @@
-"""The autoencoder with a codebook: what a trainer, a caller and a tokeniser's user may rely on."""
+"""The VQ-VAE: codebook, autoencoder and prior."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def seeded(seed: int) -> torch.Generator:
 def train(
     model: VQVAE, images: Tensor, steps: int, phases: tuple[str, ...] = PHASES, rate: float = 1e-2
 ) -> list[dict[str, float]]:
-    """The phases, each with its own networks' gradients; the losses of every step."""
+    """Train the phases; returns the losses of every step."""
     optimizers = {
         phase.name: torch.optim.AdamW(
             itertools.chain(*(model.get_submodule(n).parameters() for n in phase.networks)), rate
@@ -64,7 +64,7 @@ def train(
 def test_shapes_and_gradients_of_both_phases(size: int, channels: int, num_downsamples: int, likelihood: str) -> None:
     model = small_model(image_size=size, channels=channels, num_downsamples=num_downsamples, likelihood=likelihood)
     images = random_images(5, model.config)
-    model.loss("autoencoder", {"images": images}, NOW)  # words move to features
+    model.loss("autoencoder", {"images": images}, NOW)  # resets unused entries to features
     for phase in ("autoencoder", "prior"):
         model.zero_grad()
         model.loss(phase, {"images": images}, NOW)["loss"].backward()
@@ -72,14 +72,14 @@ def test_shapes_and_gradients_of_both_phases(size: int, channels: int, num_downs
             assert (parameter.grad is not None and bool(parameter.grad.any())) == name.startswith(phase), name
     codes = model.encode(images)
     assert codes.shape == (5, size >> num_downsamples, size >> num_downsamples)
-    drawn = model.draw(4, CodeOptions())
-    assert isinstance(drawn, Images)
-    assert drawn.pixels.shape == (4, *images.shape[1:])
-    assert ((drawn.pixels >= 0) & (drawn.pixels <= 1)).all()
+    samples = model.draw(4, CodeOptions())
+    assert isinstance(samples, Images)
+    assert samples.pixels.shape == (4, *images.shape[1:])
+    assert ((samples.pixels >= 0) & (samples.pixels <= 1)).all()
     assert model.visualize({"images": images})["reconstructions"].pixels.shape == (10, *images.shape[1:])
 
 
-def test_the_phases_update_every_weight_and_no_more() -> None:
+def test_the_phases_train_every_parameter() -> None:
     model = small_model(learning_rate=1e-4, prior_learning_rate=2e-4)
     first, second = model.phases()
     assert (first.networks, second.networks) == (("autoencoder.encoder", "autoencoder.decoder"), ("prior",))
@@ -93,17 +93,17 @@ def test_the_phases_update_every_weight_and_no_more() -> None:
     assert updated == {name for name, _ in model.named_parameters()}
 
 
-def test_a_feature_is_given_the_nearest_word() -> None:
+def test_features_are_quantized_to_the_nearest_entry() -> None:
     model = small_model()
     features = torch.randn(4, 3, 2, 2, generator=seeded(0))
     rows, words = features.movedim(1, -1).reshape(-1, 3), model.autoencoder.codebook.words
-    wanted = torch.cdist(rows[None], words[None])[0].argmin(1)
+    expected = torch.cdist(rows[None], words[None])[0].argmin(1)
     codes = model.autoencoder.codebook.nearest(features)
-    assert torch.equal(codes.flatten(), wanted)
-    torch.testing.assert_close(model.autoencoder.codebook.look_up(codes).movedim(1, -1).reshape(-1, 3), words[wanted])
+    assert torch.equal(codes.flatten(), expected)
+    torch.testing.assert_close(model.autoencoder.codebook.look_up(codes).movedim(1, -1).reshape(-1, 3), words[expected])
 
 
-def test_words_follow_running_means_of_the_features_that_chose_them() -> None:
+def test_entries_are_running_means_of_their_features() -> None:
     model = small_model(codebook_decay=0.9, revive_below=0.0)
     codebook = model.autoencoder.codebook
     uses, sums = torch.zeros(7), torch.zeros(7, 3)
@@ -112,16 +112,16 @@ def test_words_follow_running_means_of_the_features_that_chose_them() -> None:
         codes = codebook.nearest(features)
         before = codebook.words.clone()
         codebook.update(features, codes)
-        for word in range(7):
-            rows = features.movedim(1, -1).reshape(-1, 3)[codes.flatten() == word]
-            uses[word] = 0.9 * uses[word] + 0.1 * len(rows)
-            sums[word] = 0.9 * sums[word] + 0.1 * rows.sum(0)
-            wanted = sums[word] / uses[word] if uses[word] > 0 else before[word]
-            torch.testing.assert_close(codebook.words[word], wanted)
+        for code in range(7):
+            rows = features.movedim(1, -1).reshape(-1, 3)[codes.flatten() == code]
+            uses[code] = 0.9 * uses[code] + 0.1 * len(rows)
+            sums[code] = 0.9 * sums[code] + 0.1 * rows.sum(0)
+            expected = sums[code] / uses[code] if uses[code] > 0 else before[code]
+            torch.testing.assert_close(codebook.words[code], expected)
     torch.testing.assert_close(codebook.uses, uses)
 
 
-def test_words_that_are_hardly_used_move_to_features_of_the_batch() -> None:
+def test_unused_entries_are_reset_to_features_of_the_batch() -> None:
     model = small_model(revive_below=0.5)
     codebook = model.autoencoder.codebook
     with torch.no_grad():
@@ -144,43 +144,47 @@ def test_words_that_are_hardly_used_move_to_features_of_the_batch() -> None:
         other.words[0] = 0.0
         other.uses.copy_(torch.tensor([20.0, 3.0, 0, 0, 0, 0, 0]))
         other.sums.copy_(other.uses[:, None] * other.words)
-    torch.manual_seed(4)  # the same noise, the same words: a resumed run goes on as it would have
+    torch.manual_seed(4)  # the same noise gives the same entries, as in a resumed run
     other.update(features, other.nearest(features))
     assert torch.equal(other.words, moved)
 
 
-def test_gradients_pass_the_choice_of_a_word_as_if_it_were_not_there() -> None:
+def test_the_gradient_of_the_quantization_is_straight_through() -> None:
     model = small_model(commitment=0.0).eval()
     images = random_images(3, model.config)
     features = model.autoencoder._features(images)
     words = model.autoencoder.codebook.look_up(model.autoencoder.codebook.nearest(features)).requires_grad_()
     (behind,) = torch.autograd.grad(-model.autoencoder._log_prob(words, images).mean(), words)
-    wanted = torch.autograd.grad(features, list(model.autoencoder.encoder.parameters()), behind)
+    expected = torch.autograd.grad(features, list(model.autoencoder.encoder.parameters()), behind)
     loss = model.loss("autoencoder", {"images": images}, NOW)["loss"]
     for ours, theirs in zip(
-        torch.autograd.grad(loss, list(model.autoencoder.encoder.parameters())), wanted, strict=True
+        torch.autograd.grad(loss, list(model.autoencoder.encoder.parameters())), expected, strict=True
     ):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_the_codebook_stands_still_outside_of_training() -> None:
+def test_the_codebook_is_updated_only_in_training_of_the_autoencoder() -> None:
     model = small_model()
     images = random_images(8, model.config)
-    for phase, training, moves in (("prior", True, False), ("autoencoder", False, False), ("autoencoder", True, True)):
+    for phase, training, updates in (
+        ("prior", True, False),
+        ("autoencoder", False, False),
+        ("autoencoder", True, True),
+    ):
         before = model.autoencoder.codebook.words.clone()
         model.train(training).loss(phase, {"images": images}, NOW)
-        assert torch.equal(model.autoencoder.codebook.words, before) != moves
+        assert torch.equal(model.autoencoder.codebook.words, before) != updates
 
 
-def test_perplexity_counts_the_words_in_use() -> None:
+def test_perplexity_is_the_effective_number_of_entries() -> None:
     codebook = small_model().autoencoder.codebook
-    for uses, wanted in (([1.0] * 7, 7.0), ([5.0, 5, 0, 0, 0, 0, 0], 2.0), ([3.0, 0, 0, 0, 0, 0, 0], 1.0)):
+    for uses, expected in (([1.0] * 7, 7.0), ([5.0, 5, 0, 0, 0, 0, 0], 2.0), ([3.0, 0, 0, 0, 0, 0, 0], 1.0)):
         codebook.uses.copy_(torch.tensor(uses))
-        assert abs(codebook.perplexity().item() - wanted) < 1e-3
+        assert abs(codebook.perplexity().item() - expected) < 1e-3
 
 
-def test_the_prior_is_a_distribution_over_maps_and_draws_from_it() -> None:
-    model = small_model(codebook_size=3, num_downsamples=2).eval()  # 81 maps of 4 words
+def test_the_prior_is_normalized_and_samples_its_distribution() -> None:
+    model = small_model(codebook_size=3, num_downsamples=2).eval()  # 81 maps of 4 codes
     maps = torch.cartesian_prod(*[torch.arange(3)] * 4)
     with torch.no_grad():
         for parameter in model.prior.parameters():
@@ -188,25 +192,40 @@ def test_the_prior_is_a_distribution_over_maps_and_draws_from_it() -> None:
         probabilities = (-model.prior(maps)).exp()
     torch.testing.assert_close(probabilities.sum(), torch.tensor(1.0))
     with torch.no_grad():
-        drawn = model.prior.sample(20_000, 1.0, seeded(0))
-    number = (drawn * torch.tensor([27, 9, 3, 1])).sum(1)
+        samples = model.prior.sample(20_000, 1.0, seeded(0))
+    number = (samples * torch.tensor([27, 9, 3, 1])).sum(1)
     counts = torch.bincount(number, minlength=81) / 20_000
     assert (counts - probabilities).abs().max() < 5 * (probabilities.max() / 20_000).sqrt()
     likeliest = model.prior.sample(2, 0.0, None)
     assert torch.equal(likeliest[0], likeliest[1])
 
 
-def test_the_bound_is_one_over_all_images_there_are() -> None:
-    """The 4096 images of 2x2 pixels of 8 levels: what bounds their probabilities sums to at most 1."""
+def test_elbo_is_a_lower_bound() -> None:
+    """The lower bounds of the probabilities of all 4096 images of 2x2 pixels of 8 levels sum to at most 1."""
     model = small_model(image_size=2, num_downsamples=1, levels=8).eval()
     images = torch.cartesian_prod(*[torch.arange(8.0)] * 4).view(-1, 1, 2, 2) / 7
     scores = model.score({"images": images})
     torch.testing.assert_close(scores["elbo"], -scores["nll"] - scores["kl"])
     assert scores["elbo"].double().exp().sum() < 1.0
     assert (scores["kl"] > 0).all()
-    wanted = (model.decode(model.encode(images)) - images).square().mean((1, 2, 3))
-    torch.testing.assert_close(scores["squared error"], wanted)
-    assert scores["codebook perplexity"].shape == wanted.shape
+    expected = (model.decode(model.encode(images)) - images).square().mean((1, 2, 3))
+    torch.testing.assert_close(scores["squared error"], expected)
+    assert scores["codebook perplexity"].shape == expected.shape
+
+
+def test_forward_is_the_loss_of_both_phases() -> None:
+    model = small_model().eval()
+    images = random_images(3, model.config)
+    out = model(images)
+    losses = [model.loss(phase, {"images": images}, NOW)["loss"] for phase in PHASES]
+    torch.testing.assert_close(out.loss, sum(losses))
+    scores = model.score({"images": images})
+    torch.testing.assert_close(out.nll, scores["nll"])
+    torch.testing.assert_close(out.kl, scores["kl"])
+    for samples in (1, 3):
+        torch.testing.assert_close(model.elbo(images, samples=samples), scores["elbo"])
+    with pytest.raises(ValueError, match="samples: expected a positive integer, got 0"):
+        model.elbo(images, samples=0)
 
 
 def test_steps_of_both_phases_lower_their_losses_on_a_fixed_batch() -> None:
@@ -216,16 +235,16 @@ def test_steps_of_both_phases_lower_their_losses_on_a_fixed_batch() -> None:
     assert history[-1]["autoencoder"] < 0.75 * history[0]["autoencoder"]
     history = train(model.eval(), images, 60, PHASES[1:])
     assert history[-1]["prior"] < 0.4 * history[0]["prior"]
-    seen = {tuple(row) for row in model.encode(images).flatten(1).tolist()}
-    drawn = model.prior.sample(64, 1.0, seeded(0)).tolist()  # it has learned the maps that there are
-    assert sum(tuple(row) in seen for row in drawn) > 45
+    known = {tuple(row) for row in model.encode(images).flatten(1).tolist()}
+    samples = model.prior.sample(64, 1.0, seeded(0)).tolist()  # the maps of the data
+    assert sum(tuple(row) in known for row in samples) > 45
 
 
 CONFIG_ERRORS = {
     "no size": ({"image_size": 0}, "image_size: expected a positive integer, got 0"),
     "an odd size": ({"image_size": 10}, "image_size: expected a multiple of 4, as num_downsamples = 2, got 10"),
-    "no num_downsamples": ({"num_downsamples": 0}, "num_downsamples: expected a positive integer, got 0"),
-    "one word": ({"codebook_size": 1}, "codebook_size: expected at least 2, got 1"),
+    "no downsampling": ({"num_downsamples": 0}, "num_downsamples: expected a positive integer, got 0"),
+    "one entry": ({"codebook_size": 1}, "codebook_size: expected at least 2, got 1"),
     "one level": ({"levels": 1}, "levels: expected an integer >= 2, got 1"),
     "an unknown likelihood": ({"likelihood": "flat"}, "likelihood: expected one of .*, got 'flat'"),
     "a decay of 1": ({"codebook_decay": 1.0}, r"codebook_decay: expected a number in \[0, 1\), got 1.0"),
@@ -283,14 +302,14 @@ def test_the_autoencoder_s_loss_compiles_without_graph_breaks() -> None:
     torch.testing.assert_close(model.autoencoder.codebook.words, reference.autoencoder.codebook.words)
 
 
-def test_samples_depend_on_the_generator_alone() -> None:
+def test_samples_depend_only_on_the_generator() -> None:
     model = small_model()
     first, again, other = (model.draw(6, CodeOptions(), generator=seeded(s)).pixels for s in (7, 7, 8))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
-def test_a_saved_model_comes_back_with_its_codebook(tmp_path) -> None:
+def test_a_saved_model_loads_with_its_codebook(tmp_path) -> None:
     pytest.importorskip("huggingface_hub")
     model = small_model(image_size=12, channels=3)
     train(model, random_images(4, model.config), 3)
@@ -309,7 +328,7 @@ def test_examples_in_docstrings_run() -> None:
     assert results.failed == 0
 
 
-def test_the_words_of_an_averaged_codebook_are_those_that_its_averages_say() -> None:
+def test_averaged_codebooks_compute_their_entries_from_the_running_averages() -> None:
     book = VQVAE(VQVAEConfig(image_size=8, codebook_size=3, code_dim=2)).autoencoder.codebook
     book.uses.copy_(torch.tensor([2.0, 0.0, 0.5]))
     book.sums.copy_(torch.tensor([[2.0, 4.0], [7.0, 7.0], [1.0, 1.5]]))
