@@ -10,10 +10,10 @@ import torch
 
 from fastgen import functional
 from fastgen.models._likelihoods import beta_binomial_log_prob, binomial_log_prob, gaussian_log_prob, log_normal
-from fastgen.models._mu_law import level_borders, logistics_level_logits, logistics_log_prob
 from fastgen.models.conv_vae import ConvVAE, ConvVAEConfig
 from fastgen.models.flow_vae import planar
 from fastgen.models.variational import sample_and_log_prob
+from fastgen.models.wavenet import level_borders, logistics_level_logits, logistics_log_prob
 
 LIKELIHOODS = {
     "beta-binomial": lambda logits, spread, counts, levels: beta_binomial_log_prob(logits, spread, counts, levels - 1),

@@ -123,8 +123,8 @@ def test_training_makes_greedy_decoding_exact() -> None:
 class Uncached(Seq2Seq):
     """Every step from a forward of all that is there."""
 
-    def _next_logits(self, text, memory, visible, caches):
-        return self._decode(text, memory, visible)[:, -1]
+    def _next_logits(self, text, memory, mask, caches):
+        return self._decode(text, memory, mask)[:, -1]
 
 
 DECODINGS = {
