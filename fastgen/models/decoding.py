@@ -1,12 +1,14 @@
-"""The choice of tokens from logits, in every model that draws them one after another."""
+"""Decoding: how tokens are chosen from logits, with temperature, top-k and top-p, greedily or by beam search."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgen.checks import require_count, require_floating, require_not_negative, require_tensor
 
@@ -14,34 +16,35 @@ Noise: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 """One generator, one for each row, or None: torch's global one."""
 
 TINY = torch.finfo(torch.float32).tiny
-"""The smallest normal number: below it a division overflows or, where denormals are flushed, is 0 / 0."""
+"""The smallest normal float32. A division by less overflows or, where denormals are flushed, is 0 / 0."""
 
 
 def require_top_p(top_p: float) -> None:
-    """Raises ValueError unless it is a probability above 0."""
+    """Raises ValueError unless ``top_p`` is in (0, 1]."""
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a probability in (0, 1], got {top_p}")
 
 
 def tempered(logits: Tensor, temperature: float) -> Tensor:
-    """(logits - their maximum) / temperature, over the last dim, float32 at least; the softmax is that of logits / T.
+    """(logits - max) / temperature over the last dim, in float32 at least; the softmax is that of logits / temperature.
 
-    At any temperature the largest is 0; as it goes to 0, the others go to -inf. No gradient passes through the
-    maximum, on which the softmax does not depend.
+    Subtracting the maximum first keeps every temperature finite: the largest value is 0, and the others go to -inf as
+    the temperature goes to 0. The maximum is detached, since the softmax does not depend on it.
     """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return (wide - wide.detach().amax(-1, keepdim=True)) / max(temperature, TINY)
+    upcast = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (upcast - upcast.detach().amax(-1, keepdim=True)) / max(temperature, TINY)
 
 
 class Chooser:
-    """Chooses a token of each row, step by step. Bad logits are noted without waiting for the device, until ``check``.
+    """Samples one token per row and step, without synchronizing: invalid logits are recorded until ``check``.
 
     Args:
-        temperature: divides the logits; 0: the likeliest token, of several the first. However small it is, likelier
-            tokens win; among equal ones the choice is random.
-        generator: of the noise: one, or one for each row. A CPU generator gives the same noise to every device.
-        top_k: choose among the k likeliest tokens, of equally likely ones the first; 0: all.
-        top_p: choose among the likeliest tokens that together have this probability, at least one.
+        temperature: divisor of the logits. 0: greedy, the first of several maxima. At any temperature above 0, tied
+            maxima are equally likely.
+        generator: random number generator: one, or one for each row. With a CPU generator every device gets the same
+            noise.
+        top_k: sample from the k most likely tokens, the first of tied ones; 0: from all tokens.
+        top_p: sample from the smallest set of most likely tokens with at least this total probability.
 
     Raises:
         ValueError: a temperature that is negative, infinite or NaN, a negative top_k, a top_p not in (0, 1].
@@ -63,24 +66,24 @@ class Chooser:
         self._largest: list[Tensor] = []
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Logits (B, tokens), floating -> (B,) int64. -inf: never chosen."""
-        largest, likeliest = logits.max(1)
+        """Logits (B, tokens), floating -> tokens (B,) int64. A token with logit -inf is never chosen."""
+        largest, most_likely = logits.max(1)
         self._largest.append(largest)
         if self.temperature == 0:
-            return likeliest
+            return most_likely
         scores = tempered(logits, self.temperature)
         if 0 < self.top_k < scores.size(1):
-            scores = _only_likeliest(scores, self.top_k)
+            scores = _keep_top_k(scores, self.top_k)
         if self.top_p < 1:
-            scores = _only_probable(scores, self.top_p)
-        return (scores - self._uniform(scores).log().neg().log()).argmax(1)
+            scores = _keep_top_p(scores, self.top_p)
+        return (scores - self._uniform(scores).log().neg().log()).argmax(1)  # Gumbel-max
 
     def watch(self, logits: Tensor) -> None:
-        """Note bad logits (B, tokens) without choosing, where the caller does that itself."""
+        """Records logits (B, tokens) for ``check`` without choosing a token, for callers that choose themselves."""
         self._largest.append(logits.amax(1))
 
     def check(self) -> None:
-        """To be called after the last choice; waits for the device.
+        """Validates all logits since the last check. Synchronizes; call it after the last step.
 
         Raises:
             ValueError: some logits were NaN or +inf, or all those of a row -inf.
@@ -99,29 +102,29 @@ class Chooser:
             )
 
     def _uniform(self, like: Tensor) -> Tensor:
-        """(B, tokens) in (0, 1); at 0 a token that should be certain would have -inf."""
+        """(B, tokens) in (0, 1). Exactly 0 would give a certain token the score -inf."""
         if isinstance(self.generator, Sequence):
-            noise = torch.cat([_drawn(1, like, each) for each in self.generator])
+            noise = torch.cat([_rand(1, like, each) for each in self.generator])
         else:
-            noise = _drawn(len(like), like, self.generator)
+            noise = _rand(len(like), like, self.generator)
         return noise.clamp_(min=TINY).to(like.device)
 
 
-def _drawn(rows: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
+def _rand(rows: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
     device = like.device if generator is None else generator.device
     return torch.rand(rows, like.size(1), generator=generator, device=device)
 
 
-def _only_likeliest(scores: Tensor, k: int) -> Tensor:
-    """-inf for all but the k largest of each row; of equal ones the first stay."""
+def _keep_top_k(scores: Tensor, k: int) -> Tensor:
+    """Sets all but the k largest scores of each row to -inf; of tied scores the first are kept."""
     least = scores.topk(k).values[:, -1:]
     above, equal = scores > least, scores == least
     room = k - above.sum(1, keepdim=True)
     return scores.masked_fill(~(above | (equal & (equal.cumsum(1) <= room))), -torch.inf)
 
 
-def _only_probable(scores: Tensor, p: float) -> Tensor:
-    """-inf for all but the likeliest of each row that together have the probability p; the first one always stays."""
+def _keep_top_p(scores: Tensor, p: float) -> Tensor:
+    """Sets all but the most likely tokens of total probability p to -inf; the most likely one is always kept."""
     ordered, order = scores.sort(dim=1, descending=True, stable=True)
     share = ordered.softmax(1)
     beyond = share.cumsum(1) - share >= p
@@ -132,12 +135,12 @@ def _only_probable(scores: Tensor, p: float) -> Tensor:
 def choose(
     logits: Tensor, temperature: float, generator: Noise = None, *, top_k: int = 0, top_p: float = 1.0
 ) -> Tensor:
-    """A token of each row, as ``Chooser``: logits (B, tokens) -> (B,) int64. Waits for the device.
+    """Samples one token per row, as ``Chooser``: logits (B, tokens) -> (B,) int64. Synchronizes.
 
-    The largest of logits + Gumbel noise is a sample of their softmax (Gumbel 1954; Maddison et al. 2014).
+    The argmax of logits + Gumbel noise is a sample from their softmax (Gumbel 1954; Maddison et al. 2014).
 
     Raises:
-        TypeError: logits that are no floating-point tensor.
+        TypeError: logits are not a floating-point tensor.
         ValueError: logits of another shape, NaN, +inf or all -inf; otherwise as ``Chooser``.
     """
     require_tensor("logits", logits)
@@ -150,3 +153,80 @@ def choose(
     token = chooser(logits)
     chooser.check()
     return token
+
+
+def beam_search(
+    next_logits: Callable[[Tensor], Tensor],
+    reorder: Callable[[Tensor], None],
+    batch: int,
+    length: int,
+    *,
+    special: tuple[int, int, int],
+    beams: int = 1,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Decodes (batch, length) int64 tokens: start, tokens, end, padding; a sequence that is too long has no end.
+
+    Beam search keeps the ``beams`` most likely prefixes and returns the most likely finished or cut-off one (Sutskever
+    et al., "Sequence to sequence learning with neural networks", 2014); one beam is greedy search, and sampling where
+    there is a temperature. Neither padding nor start is ever chosen. Every call takes length - 1 steps and does not
+    synchronize until the end, so that distributed processes stay in step.
+
+    Args:
+        next_logits: prefixes (batch * beams, N) -> logits (batch * beams, tokens) of the next token.
+        reorder: receives the row that each prefix continues, (batch * beams,) int64, if there is more than one beam;
+            caches are reordered accordingly.
+        special: the tokens padding, start and end.
+        beams: number of prefixes per item.
+        temperature: 0: search; otherwise tokens are sampled, with one beam.
+        generator: random number generator for a temperature above 0. A CPU generator serves every device.
+
+    Raises:
+        ValueError: logits that are NaN or infinite.
+    """
+    padding, start, end = special
+    chooser = Chooser(temperature, generator)
+    text = torch.full((batch * beams, 1), start, device=device)
+    scores = torch.full((batch, beams), -math.inf, device=device)
+    scores[:, 0] = 0.0  # all beams are equal at first: expand only one
+    ended = torch.zeros(batch * beams, 1, dtype=torch.bool, device=device)
+    first = beams * torch.arange(batch, device=device)[:, None]
+    for _ in range(length - 1):
+        logits = next_logits(text)
+        log_prob = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
+        log_prob[:, [padding, start]] = -math.inf
+        log_prob = log_prob.masked_fill(ended, -math.inf)
+        log_prob[:, padding] = log_prob[:, padding].masked_fill(ended[:, 0], 0.0)
+        if temperature:
+            token = chooser(log_prob)
+        else:
+            chooser.watch(log_prob)
+            totals = scores.to(log_prob.dtype)[:, :, None] + log_prob.unflatten(0, (batch, beams))
+            scores, best = totals.flatten(1).topk(beams)
+            rows = (first + best // log_prob.size(1)).flatten()
+            token = best.flatten() % log_prob.size(1)
+            text, ended = text[rows], ended[rows]
+            if beams > 1:
+                reorder(rows)
+        text = torch.cat((text, token[:, None]), 1)
+        ended = ended | (token == end)[:, None]
+    chooser.check()
+    return text.view(batch, beams, length)[:, 0]
+
+
+@contextmanager
+def generating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no autograd, and no compiled code, which would be recompiled for every length.
+
+    Sharded weights are gathered when needed and kept, which inference mode does not allow: they run under ``no_grad``.
+    """
+    unsharded = all(type(weight) is nn.Parameter for weight in model.parameters())
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"), torch.inference_mode() if unsharded else torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

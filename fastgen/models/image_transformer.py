@@ -1,20 +1,22 @@
-"""A decoder-only Transformer over the pixels of an image, one after another in raster order.
+"""A decoder-only Transformer over the pixels of an image in raster order, or over codes of a VQ autoencoder.
 
-An image's probability is the product of the probabilities of its values, each given those above it and to its left
+The probability of an image is the product of the probabilities of its values, each given those above it and to its left
 (van den Oord, Kalchbrenner and Kavukcuoglu, "Pixel recurrent neural networks", 2016; Chen et al., "Generative
-pretraining from pixels", 2020). A pixel's colours follow one another. The values are classes without an order:
+pretraining from pixels", 2020). The channels of a pixel follow one another. The values are unordered classes:
 
-    [caption,] start or label, value, value, ... + embeddings of row, column and colour of the value to come
-        -> the blocks of the text Transformer -> norm -> logits of the value
+    [caption,] start or label, value, value, ... + embeddings of row, column and channel of the next value
+        -> the blocks of ``transformer_lm`` -> norm -> logits of the next value
 
-A caption stands in front, character by character; values see all of it (Ramesh et al., "Zero-shot text-to-image
-generation", 2021). With a ``codebook_size`` the values are not pixels but the words of an autoencoder with a codebook,
-which learns in a phase of its own (van den Oord et al., 2017; see ``vq_vae``). Images are then bounded below by
+A caption is a prefix of characters, to which all values attend (Ramesh et al., "Zero-shot text-to-image generation",
+2021). With a ``codebook_size`` the values are not pixels but the codes of a VQ autoencoder, which is trained in a phase
+of its own (van den Oord et al., 2017; see ``vq_vae``). The likelihood of an image then has a lower bound:
 
-    log p(image) >= log p(image | its words) + log p(its words)
+    log p(image) >= log p(image | its codes) + log p(its codes)
 
-Where the data has more levels than ``tones``, neighbouring levels share a tone and are equally probable in it, so that
-the loss stays -log p(image) in nats of the levels themselves, which can be compared between models.
+If the data has more levels than ``tones``, neighbouring levels share a tone and are equally probable within it, so that
+the loss is still -log p(image) in nats of the original levels, which can be compared between models.
+
+In this file: config, network and loss, sampling. Blocks and KV caches are in ``transformer_lm``.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen.batch import NEVER_IGNORED, SLACK, require_labels, require_tokens
+from fastgen.batch import NEVER_IGNORED, SLACK, caption_tokens, require_labels, require_tokens
 from fastgen.checks import (
     require_choice,
     require_count,
@@ -36,51 +38,55 @@ from fastgen.checks import (
     require_positive_number,
     require_probability,
 )
-from fastgen.models._captions import caption_rows, check_captions
-from fastgen.models._decoder import DecoderBlock, Past, drawing, initialise_decoder
 from fastgen.models.base import Batch, GenerativeModel, Images, Phase, Samples, StepContext, image_rows, option
 from fastgen.models.conditioning import LabelOptions, check_labels, wanted_labels
-from fastgen.models.decoding import Chooser
+from fastgen.models.decoding import Chooser, generating
+from fastgen.models.transformer_lm import EPS, CachedBlocks, LMBlock, init_weights
 from fastgen.models.variational import check_images
 from fastgen.models.vq_vae import Autoencoder, AutoencoderConfig
 from fastgen.nn import RotaryEmbedding
 from fastgen.nn._buffers import ComputedBuffers
-from fastgen.nn._sublayers import all_rows
+from fastgen.nn._sublayers import embedding_table
 
 Activation = Literal["gelu", "swiglu"]
 
-MOST_VALUES = 4096
-COMPLETED = 16
-AUTOENCODER_RATE = 2e-3
+MAX_VALUES = 4096
+MAX_COMPLETIONS = 16
+AUTOENCODER_LEARNING_RATE = 2e-3
 
 
 @dataclass(frozen=True)
 class ImageTransformerConfig:
-    """Sizes of an ImageTransformer and how it learns. ValueError names the field, what was expected and what came."""
+    """Configuration of an ``ImageTransformer``.
 
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    renamed: ClassVar[dict[str, str]] = {"halvings": "num_downsamples"}
     image_size: int = option(8, "height and width of the images", from_data=True)
-    channels: int = option(1, "colour channels of the images", from_data=True)
-    levels: int = option(17, "values a pixel can have: counts 0 .. levels - 1", from_data=True)
-    classes: int = option(0, "classes of the images", from_data=True)
-    conditional: bool = option(False, "tell the model the class, so that it draws what you ask for")
-    caption_vocabulary: str = option("", "the characters of captions; token 1 + i is character i", from_data=True)
-    caption_length: int = option(0, "characters of the longest caption; 0: the data has none", from_data=True)
-    caption_examples: tuple[str, ...] = option((), "captions that are drawn where none is asked for", from_data=True)
-    captions: bool = option(False, "tell the model the caption, so that it draws what you ask for in words")
-    codebook_size: int = option(0, "words of a learned codebook, of which images are then made; 0: of pixels")
-    halvings: int = option(2, "times the size is halved, to that of the map of words")
-    tones: int = option(17, "values that it tells apart; of more levels, neighbours share one")
-    width: int = option(64, "channels of a token")
-    depth: int = option(4, "blocks")
-    heads: int = option(4, "heads of attention")
-    mlp_width: int = option(0, "units of a block's mlp; 0: 4 times the width, 8/3 for swiglu")
-    activation: Activation = option("gelu", "of the mlp")
-    normalise_heads: bool = option(True, "RMS-normalise queries and keys")
-    dropout: float = option(0.1, "probability of dropping, in attention and after each branch")
-    learning_rate: float = option(3e-3, "of AdamW")
-    weight_decay: float = option(0.1, "of AdamW, on all weights")
-    beta1: float = option(0.9, "of AdamW")
-    beta2: float = option(0.99, "of AdamW")
+    channels: int = option(1, "number of image channels", from_data=True)
+    levels: int = option(17, "number of pixel values: counts 0 .. levels - 1", from_data=True)
+    classes: int = option(0, "number of classes", from_data=True)
+    conditional: bool = option(False, "condition on class labels")
+    caption_vocabulary: str = option("", "characters of captions; token 1 + i is character i", from_data=True)
+    caption_length: int = option(0, "number of characters of the longest caption; 0: no captions", from_data=True)
+    caption_examples: tuple[str, ...] = option((), "captions to sample if none is given", from_data=True)
+    captions: bool = option(False, "condition on captions")
+    codebook_size: int = option(0, "number of codebook entries of the VQ autoencoder; 0: model raw pixels")
+    num_downsamples: int = option(2, "number of downsamplings of the VQ autoencoder")
+    tones: int = option(17, "number of pixel classes; neighbouring levels share one if there are more levels")
+    width: int = option(64, "embedding dimension")
+    depth: int = option(4, "number of blocks")
+    heads: int = option(4, "number of attention heads")
+    mlp_width: int = option(0, "hidden dimension of the MLP; 0: 4 times the width, 8/3 for swiglu")
+    activation: Activation = option("gelu", "activation of the MLP")
+    normalise_heads: bool = option(True, "apply QK-norm (RMS) to queries and keys")
+    dropout: float = option(0.1, "dropout probability, in attention and after each branch")
+    learning_rate: float = option(3e-3, "AdamW learning rate")
+    weight_decay: float = option(0.1, "AdamW weight decay, on all weights")
+    beta1: float = option(0.9, "AdamW beta1")
+    beta2: float = option(0.99, "AdamW beta2")
 
     def __post_init__(self) -> None:
         for name in ("image_size", "channels", "width", "depth", "heads"):
@@ -92,10 +98,10 @@ class ImageTransformerConfig:
             require_count(name, getattr(self, name), 0)
         if self.codebook_size:
             _ = self.autoencoder
-        if self.length > MOST_VALUES:
+        if self.length > MAX_VALUES:
             size = self.grid
             raise ValueError(
-                f"image_size: expected at most {MOST_VALUES} values in an image,"
+                f"image_size: expected at most {MAX_VALUES} values in an image,"
                 f" got {self.colours} x {size} x {size} = {self.length}"
             )
         if self.captions and not (self.caption_length and self.caption_vocabulary and self.caption_examples):
@@ -115,32 +121,32 @@ class ImageTransformerConfig:
 
     @property
     def autoencoder(self) -> AutoencoderConfig:
-        """Of the one whose words are the values."""
-        return AutoencoderConfig(self.image_size, self.channels, self.levels, self.halvings, self.codebook_size)
+        """Configuration of the VQ autoencoder."""
+        return AutoencoderConfig(self.image_size, self.channels, self.levels, self.num_downsamples, self.codebook_size)
 
     @property
     def grid(self) -> int:
-        """Rows and columns of values."""
-        return self.image_size >> self.halvings if self.codebook_size else self.image_size
+        """Number of rows, and of columns, of the map of values."""
+        return self.image_size >> self.num_downsamples if self.codebook_size else self.image_size
 
     @property
     def colours(self) -> int:
-        """Values in one place."""
+        """Number of values at one place of the map."""
         return 1 if self.codebook_size else self.channels
 
     @property
     def values(self) -> int:
-        """Different values."""
+        """Number of classes of a value."""
         return self.codebook_size or min(self.tones, self.levels)
 
     @property
     def length(self) -> int:
-        """Values of an image."""
+        """Number of values of an image."""
         return self.colours * self.grid**2
 
     @property
     def prefix(self) -> int:
-        """Tokens before the start."""
+        """Number of tokens before the start token."""
         return self.caption_length if self.captions else 0
 
     @property
@@ -149,7 +155,7 @@ class ImageTransformerConfig:
 
     @property
     def hidden_dim(self) -> int:
-        """Units of the mlp. With swiglu, whose first layer has two halves, 8/3 of the width costs as much as 4."""
+        """Hidden dimension of the MLP. A swiglu MLP has two input matrices: 8/3 of the width costs as much as 4."""
         if self.mlp_width:
             return self.mlp_width
         return 4 * self.width if self.activation == "gelu" else 8 * math.ceil(self.width / 3)
@@ -157,10 +163,14 @@ class ImageTransformerConfig:
 
 @dataclass(frozen=True)
 class PixelOptions(LabelOptions):
-    """What is drawn, and how. ValueError names the field, what was expected and what came."""
+    """Sampling options of an ``ImageTransformer``.
 
-    caption: str = option("", "what is drawn, in the data's words; empty: captions of the data in turn")
-    temperature: float = option(1.0, "divides the logits; 0: always the likeliest value")
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    caption: str = option("", "caption to sample, in characters of the data; empty: example captions in turn")
+    temperature: float = option(1.0, "sampling temperature; 0: greedy")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -168,21 +178,21 @@ class PixelOptions(LabelOptions):
 
 
 class ImageTransformer(ComputedBuffers, GenerativeModel):
-    """The model described at the top of this file.
+    """Autoregressive Transformer over pixels or codebook codes, optionally conditioned on labels or captions.
 
     Images are (B, channels, image_size, image_size), floating, in [0, 1], multiples of 1 / (levels - 1). Tokens are
     (B, length) int64, 0 .. values - 1. Captions are (B, caption_length) int64, padded with 0 at the end.
 
     Example:
         >>> model = ImageTransformer(ImageTransformerConfig(image_size=4, width=16, depth=1)).eval()
-        >>> model(torch.zeros(2, 5, dtype=torch.int64)).shape  # the first value, and those after each of five
+        >>> model(torch.zeros(2, 5, dtype=torch.int64)).shape  # logits of the first value, and after each of five
         torch.Size([2, 6, 17])
         >>> model.draw(3, PixelOptions()).pixels.shape
         torch.Size([3, 1, 4, 4])
     """
 
     name = "image-transformer"
-    summary = "decoder-only Transformer over pixels or a codebook's words, one after another"
+    summary = "decoder-only Transformer over pixels or codebook codes"
     kind = "images"
     default_data = "digits"
     config_class, sampling_class = ImageTransformerConfig, PixelOptions
@@ -194,7 +204,7 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
         "clip": 1.0,
         "average_decay": 0.998,
     }
-    blocks = ("DecoderBlock",)
+    blocks = ("LMBlock",)
     config: ImageTransformerConfig
     tone_of_level: Tensor
     pixel_of_tone: Tensor
@@ -211,10 +221,10 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
         self.row, self.column = nn.Embedding(config.grid, width), nn.Embedding(config.grid, width)
         self.colour = nn.Embedding(config.colours, width)
         self.rotary = RotaryEmbedding(config.head_dim)
-        self.decoder = nn.ModuleList(DecoderBlock(config) for _ in range(config.depth))
-        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.decoder = nn.ModuleList(LMBlock(config) for _ in range(config.depth))
+        self.norm = nn.RMSNorm(width, eps=EPS)
         self.logits = nn.Linear(width, tones, bias=False)
-        initialise_decoder(self, config)
+        init_weights(self, width, config.depth)
         self._register_computed()
 
     def _computed(self) -> dict[str, Tensor]:
@@ -238,12 +248,12 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
             name for name, part in self.named_children() if name != "autoencoder" and list(part.parameters())
         )
         return (
-            Phase("autoencoder", parts, AUTOENCODER_RATE, (0.9, 0.99), config.weight_decay),
+            Phase("autoencoder", parts, AUTOENCODER_LEARNING_RATE, (0.9, 0.99), config.weight_decay),
             Phase("words", others, config.learning_rate, betas, config.weight_decay),
         )
 
     def tokens(self, images: Tensor) -> Tensor:
-        """(B, length): row by row, a pixel's colours one after another; or the words.
+        """Images (B, C, S, S) -> tokens (B, length): tones in raster order, a pixel's channels consecutive; or codes.
 
         Raises:
             TypeError, ValueError: images of another dtype or shape than the config's.
@@ -253,7 +263,7 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
         return self._read(images)[0]
 
     def _read(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens, and what to add to -log p(images), (B,): 0, inf where pixels are not in [0, 1], NaN for NaN."""
+        """Tokens, and a term of -log p(images), (B,): 0, or inf for pixels beyond [0, 1], NaN for NaN."""
         check_images(images, self.config)
         if self.autoencoder is not None:
             codes, flaw = self.autoencoder.quantize(images)
@@ -265,7 +275,7 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
         return self.tone_of_level[counts].movedim(1, -1).flatten(1), flaw
 
     def pixels(self, tokens: Tensor) -> Tensor:
-        """Images (B, C, S, S) of tokens (B, length), the mean of levels that share a tone, or what words stand for."""
+        """Tokens (B, length) -> images (B, C, S, S): the mean of the levels of a tone, or the decoded codes."""
         size = self.config.grid
         if self.autoencoder is not None:
             return self.autoencoder.decode(tokens.view(-1, size, size))
@@ -273,76 +283,76 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
         return self.pixel_of_tone.gather(0, tokens.flatten()).view(-1, size, size, self.config.channels).movedim(-1, 1)
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None, captions: Tensor | None = None) -> Tensor:
-        """Logits (B, N + 1, values) of the first value and those after each token.
+        """Logits (B, N + 1, values) of the first value, and of the value after each token.
 
         Args:
             tokens: (B, N) int64, N below ``length``.
-            labels: (B,) int64, of a conditional model; others take no notice.
-            captions: (B, caption_length) int64, of a model with captions; likewise.
+            labels: (B,) int64, for a conditional model; others ignore them.
+            captions: (B, caption_length) int64, for a model with captions; others ignore them.
 
         Raises:
-            TypeError: tokens are no int64 tensor. ValueError: too many of them, or no labels or captions where there
-                should be.
+            TypeError: tokens are not an int64 tensor. ValueError: too many tokens, or labels or captions missing.
         """
         self._check_tokens(tokens, self.config.length - 1)
-        return self._run(self._embedded(tokens, labels, captions), 0)
+        x = self._embed(tokens, labels, captions)
+        x = x + self._positions(x.device)[: x.size(1)]
+        if self.training and self.config.dropout:
+            x = F.dropout(x, self.config.dropout)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        rotary = self.rotary.tables(x.size(1), device=x.device, dtype=dtype)
+        for block in self.decoder:
+            x = block(x, rotary)
+        logits: Tensor = self.logits(self.norm(x[:, self.config.prefix :]))
+        return logits
 
     def _check_tokens(self, tokens: Tensor, most: int) -> None:
         require_tokens("tokens", tokens, self.config.values)
         if tokens.dim() != 2 or tokens.size(1) > most:
             raise ValueError(f"tokens: expected (B, N) with N at most {most}, got {tuple(tokens.shape)}")
 
-    def _embedded(self, tokens: Tensor, labels: Tensor | None, captions: Tensor | None) -> Tensor:
+    def _embed(self, tokens: Tensor, labels: Tensor | None, captions: Tensor | None) -> Tensor:
         """(B, prefix + 1 + N, width): caption, start or label, then the tokens."""
-        if self.config.conditional and labels is None:
+        config = self.config
+        if config.conditional and labels is None:
             raise ValueError("labels: expected (B,) int64, as the model is conditional, got None")
-        if not self.config.conditional or labels is None:
+        if not config.conditional or labels is None:
             labels = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
-        require_labels("labels", labels, len(tokens), self.config.classes if self.config.conditional else 1)
+        require_labels("labels", labels, len(tokens), config.classes if config.conditional else 1)
         parts = [self.start(labels).unsqueeze(1), self.embedding(tokens)]
         if self.caption is not None:
-            check_captions(captions, len(tokens), self.config.caption_length, 1 + len(self.config.caption_vocabulary))
+            if captions is None:
+                raise ValueError(f"caption: expected (B, {config.caption_length}) int64 with captions, got none")
+            shape = (len(tokens), config.caption_length)
+            require_tokens("caption", captions, 1 + len(config.caption_vocabulary), shape, "(B, caption_length)")
             parts.insert(0, self.caption(captions))
         return torch.cat(parts, dim=1)
 
-    def _run(self, x: Tensor, first: int, past: Past | None = None) -> Tensor:
-        """x (B, N, width), what is embedded from place ``first`` on -> logits of the values that stand after it."""
+    def _positions(self, device: torch.device) -> Tensor:
+        """Position embeddings (prefix + length, width): of the caption, then row + column + channel of each value."""
         config = self.config
-        row, column = (all_rows(part, config.grid, x.device) for part in (self.row, self.column))
-        colour = all_rows(self.colour, config.colours, x.device)
-        places = (row[:, None, None] + column[:, None] + colour).flatten(0, 2)
-        if self.caption_place is not None:
-            places = torch.cat([all_rows(self.caption_place, config.prefix, x.device), places])
-        here = slice(first, first + x.size(1))
-        x = x + places[here]
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        cos, sin = self.rotary.tables(len(places), device=x.device, dtype=dtype)
-        if self.training and self.config.dropout:
-            x = F.dropout(x, self.config.dropout)
-        if past is not None:
-            past.open(x.size(1))
-        rotary = cos[here], sin[here]
-        for i, block in enumerate(self.decoder):
-            x = block(x, rotary, past=past, layer=i)
-        logits: Tensor = self.logits(self.norm(x[:, max(0, self.config.prefix - first) :]))
-        return logits
+        row, column = (embedding_table(part, config.grid, device) for part in (self.row, self.column))
+        colour = embedding_table(self.colour, config.colours, device)
+        values = (row[:, None, None] + column[:, None] + colour).flatten(0, 2)
+        if self.caption_place is None:
+            return values
+        return torch.cat([embedding_table(self.caption_place, config.prefix, device), values])
 
-    def _given(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-        """The labels or captions that the model is told."""
+    def _conditions(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """Labels and captions of a batch that the model is conditioned on."""
         return (
             check_labels(batch, self.config.classes) if self.config.conditional else None,
             batch.get("caption") if self.config.captions else None,
         )
 
     def _nll(self, tokens: Tensor, batch: Batch) -> Tensor:
-        """-log p of each value given those before it, (B, length), float32 whatever autocast chose."""
-        logits = self(tokens[:, :-1], *self._given(batch))
+        """-log p of each value given the ones before it, (B, length), in float32 at least."""
+        logits = self(tokens[:, :-1], *self._conditions(batch))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         nll = F.cross_entropy(logits.movedim(-1, 1), tokens, reduction="none", ignore_index=NEVER_IGNORED)
         return nll if self.autoencoder is not None else nll + self.log_share[tokens]
 
     def loss(self, phase: str, batch: Batch, context: StepContext) -> dict[str, Tensor]:
-        """autoencoder: as ``vq_vae``. Else loss: nats per value."""
+        """Phase autoencoder: the losses of ``vq_vae``. Otherwise loss: nats per value."""
         if phase == "autoencoder" and self.autoencoder is not None:
             return self.autoencoder.loss(batch["images"])
         tokens, flaw = self._read(batch["images"])
@@ -352,8 +362,8 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
     def score(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """nll (B,): -log p(image), or -log p(image | label or caption), in nats.
 
-        Of words: elbo, nll (of the pixels, given the words) and kl (of the words), in nats; the mean squared error of
-        the expected pixels; the codebook's perplexity, which is no item's own.
+        With codes: elbo, nll (of the pixels given the codes) and kl (of the codes), in nats; the mean squared error of
+        the expected pixels; the perplexity of the codebook, the same for all items.
         """
         if self.autoencoder is None:
             tokens, flaw = self._read(batch["images"])
@@ -365,7 +375,7 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
 
     @torch.no_grad()
     def draw(self, n: int, options: PixelOptions, *, generator: torch.Generator | None = None) -> Images:
-        """n images; of all classes, or captions of the data, in turn, each fills a column of its own.
+        """Samples n images. Without a label or caption, classes or example captions take turns, one per column.
 
         Raises:
             ValueError: n is not a positive integer, there is no such class, or the caption is too long or has
@@ -378,14 +388,14 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
             labels, columns = wanted_labels(n, options.label, config.classes)
             labels = labels.to(self.device)
         elif options.label >= 0:
-            raise ValueError(f"label: expected -1, as the model was not told the classes, got {options.label}")
+            raise ValueError(f"label: expected -1, as the model is not conditional, got {options.label}")
         if options.caption and not config.captions:
-            raise ValueError(f"caption: expected none, as the model was told none, got {options.caption!r}")
+            raise ValueError(f"caption: expected none, as the model has no captions, got {options.caption!r}")
         if config.captions:
             texts = (options.caption,) if options.caption else config.caption_examples
             chosen, columns = wanted_labels(n, 0 if options.caption else -1, len(texts))
-            captions = caption_rows(texts, config.caption_vocabulary, config.caption_length)[chosen].to(self.device)
-            if not options.caption and len(texts) == config.classes:  # their names
+            captions = caption_tokens(texts, config.caption_vocabulary, config.caption_length)[chosen].to(self.device)
+            if not options.caption and len(texts) == config.classes:  # captions are class names
                 labels = chosen
         none = torch.zeros(n, 0, dtype=torch.int64, device=self.device)
         pixels = self.pixels(self.complete(none, labels, options.temperature, captions=captions, generator=generator))
@@ -400,34 +410,44 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
         captions: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Tokens (B, length) of images that begin with ``tokens`` (B, N), N from 0 to ``length``.
+        """Samples the rest of images whose first tokens are given.
 
-        Raises: as ``forward``.
+        Args:
+            tokens: (B, N) int64, N from 0 to ``length``.
+            labels, captions: as for ``forward``.
+            temperature: sampling temperature; 0: greedy.
+            generator: random number generator. A CPU generator serves every device.
+
+        Returns:
+            Tokens (B, length).
+
+        Raises:
+            As ``forward``.
         """
         length = self.config.length
         self._check_tokens(tokens, length)
-        count = tokens.size(1)
         chooser = Chooser(temperature, generator)
-        with drawing(self):
-            prefix = self.config.prefix
+        with generating(self):
+            x = self._embed(tokens, labels, captions)
+            positions = self._positions(x.device)
             like = next(self.embedding.parameters(), self.norm.weight)
-            past = Past(self.config, len(tokens), prefix + length, like)
-            x, first = self._embedded(tokens, labels, captions), 0
-            for at in range(count, length):
-                logits = self._run(x, first, past)[:, -1]
-                value = chooser(logits).unsqueeze(1)
+            past = CachedBlocks(self.decoder, self.rotary, len(tokens), len(positions), like)
+            end = x.size(1)
+            for _ in range(tokens.size(1), length):
+                x = past(x + positions[end - x.size(1) : end])
+                value = chooser(self.logits(self.norm(x[:, -1]))).unsqueeze(1)
                 tokens = torch.cat([tokens, value], dim=1)
-                x, first = self.embedding(value), prefix + at + 1
+                x, end = self.embedding(value), end + 1
             chooser.check()
         return tokens.clone()
 
     @torch.no_grad()
     def visualize(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Samples]:
-        """Completions: a row of held-out images, below it their upper halves, and how the model goes on from there."""
-        batch = {name: tensor[:COMPLETED] for name, tensor in batch.items()}
+        """Completions: a row of held-out images, below it their upper halves, and the model's completions of these."""
+        batch = {name: tensor[:MAX_COMPLETIONS] for name, tensor in batch.items()}
         tokens = self.tokens(batch["images"])
         known = self.config.grid // 2 * self.config.grid * self.config.colours
-        labels, captions = self._given(batch)
+        labels, captions = self._conditions(batch)
         halves = self.pixels(tokens)
         halves[:, :, self.config.image_size // 2 :] = 0.5
         completed = self.pixels(self.complete(tokens[:, :known], labels, captions=captions, generator=generator))

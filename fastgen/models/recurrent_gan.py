@@ -31,10 +31,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen import losses
-from fastgen.batch import require_images, require_tokens
+from fastgen.batch import PADDING, require_characters, require_images, require_tokens
 from fastgen.checks import require_choice, require_positive, require_probability
 from fastgen.losses.adversarial import ADVERSARIAL_LOSSES, AdversarialLoss
-from fastgen.models._tokens import PADDING, require_vocabulary
 from fastgen.models.base import (
     Batch,
     GenerativeModel,
@@ -101,7 +100,7 @@ class RecurrentGANConfig:
     beta2: float = option(0.99, "AdamW beta2")
 
     def __post_init__(self) -> None:
-        require_vocabulary(self.vocabulary)
+        require_characters(self.vocabulary)
         for name in (
             *("image_size", "channels", "source_length", "target_length", "text_length"),
             *("noise_dim", "generator_width", "critic_width", "critic_steps"),

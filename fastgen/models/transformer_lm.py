@@ -1,17 +1,19 @@
-"""A decoder-only Transformer over text.
+"""A decoder-only Transformer language model.
 
-A text's probability is the product of the probabilities of its tokens, characters or longer strings, each given those
-before it, up to a context of fixed length. Blocks normalise before they compute (Radford et al., "Language models are
-unsupervised multitask learners", 2019); positions are rotations of queries and keys (Su et al., "RoFormer", 2021):
+The probability of a text is the product of the probabilities of its tokens (characters or longer strings), each given
+the tokens before it, up to a context of fixed length. Pre-norm blocks (Radford et al., "Language models are
+unsupervised multitask learners", 2019) with RMSNorm, rotary embeddings (Su et al., "RoFormer", 2021) and QK-norm:
 
     tokens -> embedding -> [x + attention(norm(x)); x + mlp(norm(x))] * depth -> norm -> logits
 
-The loss is the cross-entropy of the next token, in nats per token. Two options reach further than the context:
+The loss is the cross-entropy of the next token, in nats per token. Two options extend the context:
 
-    window: in every block a token sees so many before its own (Beltagy et al., "Longformer", 2020), so that the past
-        it depends on, and what is kept of it, are bounded while the text goes on
-    segments: the text is read in segments of the context's length, and in every block a token also sees what the
-        segment before had there, through which no gradient flows (Dai et al., "Transformer-XL", 2019)
+    window: in every block a token attends to so many tokens before its own (Beltagy et al., "Longformer", 2020): a text
+        has any length, with a KV cache of bounded size
+    segments: training texts are split into segments of the context's length, and in every block a token also attends to
+        the hidden states of the previous segment, without a gradient (Dai et al., "Transformer-XL", 2019)
+
+In this file: config, block, network and loss, sampling with KV caches.
 """
 
 from __future__ import annotations
@@ -19,13 +21,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen.batch import NEVER_IGNORED, require_tokens
+from fastgen import functional
+from fastgen.batch import NEVER_IGNORED, Vocabulary, check_vocabulary, require_tokens, tokenize
 from fastgen.checks import (
     require_choice,
     require_count,
@@ -34,46 +37,50 @@ from fastgen.checks import (
     require_probability,
 )
 from fastgen.models import decoding
-from fastgen.models._decoder import DecoderBlock, Past, Tables, drawing, initialise_decoder
 from fastgen.models.base import Batch, GenerativeModel, Phase, StepContext, Texts, option
-from fastgen.models.decoding import Chooser, Noise, require_top_p
-from fastgen.nn import RotaryEmbedding
+from fastgen.models.decoding import Chooser, Noise, generating, require_top_p
+from fastgen.nn import KVCache, RotaryEmbedding
 from fastgen.nn._buffers import ComputedBuffers
-from fastgen.nn._sublayers import embed
-from fastgen.vocabulary import Vocabulary, checked_vocabulary, tokenise
+from fastgen.nn._sublayers import embed, is_fusible, is_pointwise, is_unhooked, merge_heads, project_heads
 
 Activation = Literal["gelu", "swiglu"]
-Position = TypeVar("Position", int, Tensor)
+Tables = tuple[Tensor, Tensor]
+"""cos and sin of rotary embeddings."""
 
 PRINTABLE = "\n" + "".join(map(chr, range(32, 127)))
 LEARNING_RATE = 3e-3
-LEAST_ROOM = 64  # slots beyond the reach, so that keys seldom move
+EPS = 1e-6
+MIN_ROOM = 64  # slots of a bounded cache beyond what is attended to, so that its contents seldom move
 
 
 @dataclass(frozen=True)
 class TransformerLMConfig:
-    """Sizes of a TransformerLM and how it learns. ValueError names the field, what was expected and what came."""
+    """Configuration of a ``TransformerLM``.
+
+    Raises:
+        ValueError: an option out of range.
+    """
 
     vocabulary: Vocabulary = option(PRINTABLE, "characters, or strings; token i is item i", from_data=True)
-    context: int = option(128, "tokens that a prediction may depend on")
-    window: int = option(0, "tokens before its own that one sees in a block; 0: all of the context")
-    segments: int = option(1, "of an item, each as long as the context; of several, each sees what the last one had")
-    width: int = option(160, "channels of a token")
-    depth: int = option(4, "blocks")
-    heads: int = option(5, "heads of attention")
-    mlp_width: int = option(0, "units of a block's mlp; 0: 4 times the width, 8/3 for swiglu")
-    activation: Activation = option("gelu", "of the mlp")
-    normalise_heads: bool = option(True, "RMS-normalise queries and keys")
-    tied: bool = option(True, "one matrix for embedding and logits")
-    dropout: float = option(0.0, "probability of dropping, in attention and after each branch")
-    weight_decay: float = option(0.1, "of AdamW, on all weights")
-    beta1: float = option(0.9, "of AdamW")
-    beta2: float = option(0.99, "of AdamW")
+    context: int = option(128, "number of tokens that a prediction may depend on")
+    window: int = option(0, "number of tokens before its own that a token attends to; 0: all of the context")
+    segments: int = option(1, "number of segments of a training text, each as long as the context (Transformer-XL)")
+    width: int = option(160, "embedding dimension")
+    depth: int = option(4, "number of blocks")
+    heads: int = option(5, "number of attention heads")
+    mlp_width: int = option(0, "hidden dimension of the MLP; 0: 4 times the width, 8/3 for swiglu")
+    activation: Activation = option("gelu", "activation of the MLP")
+    normalise_heads: bool = option(True, "apply QK-norm (RMS) to queries and keys")
+    tied: bool = option(True, "share the weights of embedding and logits")
+    dropout: float = option(0.0, "dropout probability, in attention and after each branch")
+    weight_decay: float = option(0.1, "AdamW weight decay, on all weights")
+    beta1: float = option(0.9, "AdamW beta1")
+    beta2: float = option(0.99, "AdamW beta2")
 
     def __post_init__(self) -> None:
         for name in ("context", "segments", "width", "depth", "heads"):
             require_positive(name, getattr(self, name))
-        object.__setattr__(self, "vocabulary", checked_vocabulary(self.vocabulary))
+        object.__setattr__(self, "vocabulary", check_vocabulary(self.vocabulary))
         if self.width % self.heads != 0 or self.width // self.heads % 2 != 0:
             raise ValueError(f"width: expected an even multiple of heads = {self.heads}, got {self.width}")
         for name in ("window", "mlp_width"):
@@ -91,36 +98,34 @@ class TransformerLMConfig:
 
     @property
     def hidden_dim(self) -> int:
-        """Units of the mlp. With swiglu, whose first layer has two halves, 8/3 of the width costs as much as 4."""
+        """Hidden dimension of the MLP. A swiglu MLP has two input matrices: 8/3 of the width costs as much as 4."""
         if self.mlp_width:
             return self.mlp_width
         return 4 * self.width if self.activation == "gelu" else 8 * math.ceil(self.width / 3)
 
     @property
     def reach(self) -> int | None:
-        """How far before its own the keys are that a token may see in a block, in a text that has no end; else None."""
+        """Largest distance to a token that a block attends to, if texts have any length; otherwise None."""
         return self.window or (2 * self.context - 1 if self.segments > 1 else None)
 
-    def first_visible(self, position: Position) -> Position:
-        """The position of the first token that one at ``position`` sees in a block."""
-        if self.window:
-            return position - self.window
-        return (position // self.context - 1) * self.context if self.segments > 1 else 0 * position
-
     def data_options(self) -> dict[str, int]:
-        """An item is so many segments of the context's length, and the token after them."""
+        """Length of a training text: all segments, and the token after them."""
         return {"length": self.segments * self.context + 1}
 
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How texts are drawn. ValueError names the field, what was expected and what came."""
+    """Sampling options of a ``TransformerLM``.
 
-    prompt: str = option("", "what the texts begin with")
-    length: int = option(400, "tokens that are drawn")
-    temperature: float = option(1.0, "divides the logits; 0: always the likeliest token")
-    top_k: int = option(0, "choose among the k likeliest tokens; 0: all")
-    top_p: float = option(1.0, "choose among the likeliest tokens that together have this probability")
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    prompt: str = option("", "beginning of each text")
+    length: int = option(400, "number of sampled tokens")
+    temperature: float = option(1.0, "sampling temperature; 0: greedy")
+    top_k: int = option(0, "number of most likely tokens to sample from; 0: all")
+    top_p: float = option(1.0, "total probability of the most likely tokens to sample from")
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str):
@@ -131,9 +136,91 @@ class TextOptions:
         require_top_p(self.top_p)
 
 
+class LMBlock(nn.Module):
+    """Pre-norm Transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Args:
+        config: width, heads, head_dim, hidden_dim, activation, normalise_heads and dropout.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        width, hidden = config.width, config.hidden_dim
+        self.heads, self.head_dim, self.dropout = config.heads, config.head_dim, config.dropout
+        self.gated = config.activation == "swiglu"
+        self.attention_norm = nn.RMSNorm(width, eps=EPS)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.query_norm = nn.Parameter(torch.ones(self.head_dim)) if config.normalise_heads else None
+        self.key_norm = nn.Parameter(torch.ones(self.head_dim)) if config.normalise_heads else None
+        self.merge = nn.Linear(width, width, bias=False)
+        self.mlp_norm = nn.RMSNorm(width, eps=EPS)
+        self.mlp_in = nn.Linear(width, hidden * (2 if self.gated else 1), bias=False)
+        self.mlp_out = nn.Linear(hidden, width, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Tables,
+        *,
+        window: int | None = None,
+        memory: Tensor | None = None,
+        cache: KVCache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, N, width) -> (B, N, width).
+
+        Args:
+            rotary: cos and sin for the positions of ``memory`` and x, (M + N, head_dim / 2), or (B, N, head_dim / 2).
+            window: number of tokens before its own that a token attends to; default all.
+            memory: (B, M, width), the block's input for the tokens before x; all of x attends to all of it.
+            cache: keys and values of the tokens before x, in place of ``memory`` and ``window``.
+            mask: mask for ``cache``.
+        """
+        p = self.dropout if self.training else 0.0
+        before = 0 if memory is None else memory.size(1)
+        query, key, value = project_heads(  # (B, heads, M + N, head_dim) each, with QK-norm and RoPE
+            self,
+            ("qkv",),
+            self.attention_norm(x if memory is None else torch.cat((memory, x), dim=1)),
+            heads=(self.heads,) * 3,
+            head_dims=(self.head_dim,) * 3,
+            norms=() if self.query_norm is None or self.key_norm is None else (self.query_norm, self.key_norm),
+            rotary=rotary,
+        )
+        if cache is None:
+            heads = functional.scaled_dot_product_attention(
+                query[:, :, before:], key, value, dropout_p=p, window=(window, before)
+            )
+        else:
+            dtype = cache.keys.dtype
+            keys, values = cache.append(key.to(dtype), value.to(dtype))
+            heads = functional.scaled_dot_product_attention(query.to(dtype), keys, values, attn_mask=mask)
+        merged = merge_heads(self, "merge", cast(Tensor, heads), residual=None if p else x)
+        x = x + F.dropout(merged, p) if p else merged
+        branch: Tensor = self.mlp_out(self.activate(self.mlp_in(self.mlp_norm(x))))
+        return x + (F.dropout(branch, p) if p else branch)
+
+    def activate(self, hidden: Tensor) -> Tensor:
+        """GELU, or SwiGLU of the halves (gate, value)."""
+        if self.gated:
+            gate, hidden = hidden.chunk(2, dim=-1)
+            return F.silu(gate) * hidden
+        return F.gelu(hidden)
+
+
+def init_weights(model: nn.Module, width: int, depth: int) -> None:
+    """Matrices from N(0, 1 / width); those that end a residual branch are scaled by 1 / sqrt(2 depth)."""
+    std = width**-0.5
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            residual = name.endswith(("merge.weight", "mlp_out.weight"))
+            nn.init.normal_(parameter, std=std * (2 * depth) ** -0.5 if residual else std)
+
+
 class TransformerLM(ComputedBuffers, GenerativeModel):
-    """The model described at the top of this file. Tokens are (B, N) int64; with neither window nor segments, N is at
-    most the context.
+    """Decoder-only Transformer over characters or tokens, with sampling by KV caches.
+
+    Tokens are (B, N) int64. Without window and segments, N is at most the context.
 
     Example:
         >>> model = TransformerLM(TransformerLMConfig(vocabulary="abc ", width=16, heads=2, depth=1)).eval()
@@ -154,7 +241,7 @@ class TransformerLM(ComputedBuffers, GenerativeModel):
         "clip": 1.0,
         "average_decay": 0.998,
     }
-    blocks = ("DecoderBlock",)
+    blocks = ("LMBlock",)
     config: TransformerLMConfig
     lengths: Tensor
 
@@ -162,10 +249,10 @@ class TransformerLM(ComputedBuffers, GenerativeModel):
         super().__init__(config)
         self.embedding = nn.Embedding(len(config.vocabulary), config.width)
         self.rotary = RotaryEmbedding(config.head_dim)
-        self.decoder = nn.ModuleList(DecoderBlock(config) for _ in range(config.depth))
-        self.norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.decoder = nn.ModuleList(LMBlock(config) for _ in range(config.depth))
+        self.norm = nn.RMSNorm(config.width, eps=EPS)
         self.logits = None if config.tied else nn.Linear(config.width, len(config.vocabulary), bias=False)
-        initialise_decoder(self, config)
+        init_weights(self, config.width, config.depth)
         self._register_computed()
 
     def _computed(self) -> dict[str, Tensor]:
@@ -176,18 +263,18 @@ class TransformerLM(ComputedBuffers, GenerativeModel):
         betas = (config.beta1, config.beta2)
         return (Phase("text", (), LEARNING_RATE, betas, config.weight_decay),)
 
-    def forward(self, tokens: Tensor, past: Past | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, past: CachedBlocks | None = None) -> Tensor:
         """Logits (B, N, vocabulary) of the token after each.
 
         Args:
             tokens: (B, N) int64.
-            past: keeps the tokens before these, as ``new_past`` makes it; the logits then go on from there.
+            past: KV caches with the tokens before these, from ``new_cache``; these tokens are appended.
 
         Raises:
-            TypeError: tokens are no int64 tensor. ValueError: they are not (B, N), or longer than the context.
+            TypeError: tokens are not an int64 tensor. ValueError: they are not (B, N), or longer than the context.
         """
         self._check(tokens)
-        config, length = self.config, tokens.size(1)
+        config = self.config
         if self.logits is None:
             x, table = embed(self.embedding, tokens, len(config.vocabulary))
         else:
@@ -195,31 +282,29 @@ class TransformerLM(ComputedBuffers, GenerativeModel):
         if self.training and config.dropout:
             x = F.dropout(x, config.dropout)
         if past is not None:
-            tables = self._tables_at(past.open(length), past, x)
-            for i, block in enumerate(self.decoder):
-                x = block(x, tables, past=past, layer=i)
+            x = past(x)
         elif config.segments > 1:
             x = self._recur(x)
         else:
-            tables = self._tables(length, x)
+            rotary = self._tables(x.size(1), x)
             for block in self.decoder:
-                x = block(x, tables, window=config.window or None)
+                x = block(x, rotary, window=config.window or None)
         x = self.norm(x)
         logits: Tensor = F.linear(x, table) if self.logits is None else self.logits(x)
         return logits
 
     def _recur(self, x: Tensor) -> Tensor:
-        """Segment by segment, through the blocks."""
+        """The blocks, segment by segment; each block attends to its detached input for the previous segment."""
         memory: list[Tensor] = []
         out = []
         for segment in x.split(self.config.context, dim=1):
-            seen: list[Tensor] = []
+            inputs: list[Tensor] = []
             before = memory[0].size(1) if memory else 0
-            tables = self._tables(before + segment.size(1), x)
+            rotary = self._tables(before + segment.size(1), x)
             for i, block in enumerate(self.decoder):
-                seen.append(segment.detach())
-                segment = block(segment, tables, memory=memory[i] if memory else None)
-            memory = seen
+                inputs.append(segment.detach())
+                segment = block(segment, rotary, memory=memory[i] if memory else None)
+            memory = inputs
             out.append(segment)
         return torch.cat(out, dim=1)
 
@@ -230,27 +315,19 @@ class TransformerLM(ComputedBuffers, GenerativeModel):
             most = f"from 1 to context = {self.config.context}" if bounded else "at least 1"
             raise ValueError(f"tokens: expected (B, N) with N {most}, got {tuple(tokens.shape)}")
 
-    def _tables(self, length: int, x: Tensor, first: int = 0) -> Tables:
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return self.rotary.tables(length, first, device=x.device, dtype=dtype)
-
-    def _tables_at(self, positions: Tensor | int, past: Past, x: Tensor) -> Tables:
-        if isinstance(positions, int):
-            return self._tables(1, x, positions)
-        cos, sin = self._tables(past.forgotten + past.end, x)
-        positions = positions.clamp(min=0)
-        return cos[positions], sin[positions]
+    def _tables(self, length: int, x: Tensor) -> Tables:
+        return self.rotary.tables(length, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
 
     def _nll(self, batch: Batch) -> Tensor:
-        """-log p of each token given those before it, (B, N), float32 whatever autocast chose."""
+        """-log p of each token given the ones before it, (B, N), in float32 at least."""
         tokens = batch["tokens"]
         length = self.config.data_options()["length"]
         shape = (*tokens.shape[:1], length)
         require_tokens("tokens", tokens, len(self.config.vocabulary), shape, "(B, segments * context + 1)")
-        logits, wanted = self(tokens[:, :-1]), tokens[:, 1:]
+        logits, target = self(tokens[:, :-1]), tokens[:, 1:]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        nll = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none", ignore_index=NEVER_IGNORED)
-        return nll.view(wanted.shape)
+        nll = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none", ignore_index=NEVER_IGNORED)
+        return nll.view(target.shape)
 
     def loss(self, phase: str, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         """loss: nats per token."""
@@ -258,21 +335,21 @@ class TransformerLM(ComputedBuffers, GenerativeModel):
 
     @torch.no_grad()
     def score(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """nll (B,): nats of an item. tokens (B,): those that it is the sum over, all but the first. characters (B,):
-        how many these are, where tokens are longer.
+        """nll (B,): nats of a text. tokens (B,): number of predicted tokens, all but the first. characters (B,): their
+        number of characters, if tokens may be longer than one.
         """
         nll = self._nll(batch)
-        figures = {"nll": nll.sum(1), "tokens": torch.full_like(nll[:, 0], nll.size(1))}
+        scores = {"nll": nll.sum(1), "tokens": torch.full_like(nll[:, 0], nll.size(1))}
         if isinstance(self.config.vocabulary, str):
-            return figures
-        return {**figures, "characters": self.lengths[batch["tokens"][:, 1:]].sum(1).to(nll.dtype)}
+            return scores
+        return {**scores, "characters": self.lengths[batch["tokens"][:, 1:]].sum(1).to(nll.dtype)}
 
     def draw(self, n: int, options: TextOptions, *, generator: torch.Generator | None = None) -> Texts:
-        """n texts: the prompt and ``options.length`` tokens.
+        """Samples n texts: the prompt and ``options.length`` tokens.
 
-        Without a prompt a text begins as a line does (after a newline, or the first character where there is none).
-        Where context and text no longer fit together, the model goes on with the last half of the context; with a
-        window or segments, it just goes on.
+        Without a prompt, a text begins after a newline (or the first character of a vocabulary without newline). When
+        the text outgrows the context, the model continues from the last half of the context; with window or segments,
+        it attends to all that they allow.
 
         Raises:
             ValueError: n is not positive, or the prompt has characters that the vocabulary lacks.
@@ -283,12 +360,13 @@ class TransformerLM(ComputedBuffers, GenerativeModel):
     def continue_texts(
         self, prompts: Sequence[str], options: TextOptions | None = None, *, generator: Noise = None
     ) -> Texts:
-        """As ``draw``, a text for each prompt, all at once; ``options.prompt`` takes no part.
+        """Continues a batch of prompts, each as ``draw`` would; ``options.prompt`` is ignored.
 
         Args:
-            prompts: of any lengths.
-            options: default ``TextOptions()``.
-            generator: of all noise; or one for each prompt, whose text is then the one that it gets alone.
+            prompts: strings of any lengths.
+            options: sampling options; default ``TextOptions()``.
+            generator: random number generator of the batch; or one for each prompt, whose text then does not depend on
+                the other prompts.
 
         Raises:
             ValueError: no prompts, another number of generators, or characters that the vocabulary lacks.
@@ -301,19 +379,19 @@ class TransformerLM(ComputedBuffers, GenerativeModel):
                 f"generator: expected one, or one for each of {len(prompts)} prompts, got {len(generator)}"
             )
         rows = [self._encode(prompt) for prompt in prompts]
-        with drawing(self):
-            drawn = self._continue(rows, options, generator).tolist()
+        with generating(self):
+            sampled = self._continue(rows, options, generator).tolist()
         vocabulary = self.config.vocabulary
-        return Texts([text + "".join(vocabulary[i] for i in row) for text, row in zip(prompts, drawn, strict=True)])
+        return Texts([text + "".join(vocabulary[i] for i in row) for text, row in zip(prompts, sampled, strict=True)])
 
     def _encode(self, prompt: str) -> list[int]:
         vocabulary = self.config.vocabulary
-        return tokenise("prompt", prompt or ("\n" if "\n" in vocabulary else vocabulary[0]), vocabulary)
+        return tokenize("prompt", prompt or ("\n" if "\n" in vocabulary else vocabulary[0]), vocabulary)
 
     def _continue(self, rows: list[list[int]], options: TextOptions, generator: Noise) -> Tensor:
-        """The next ``options.length`` tokens of each row, (B, length). Rows stand against the right of ``text``."""
+        """The next ``options.length`` tokens of each row, (B, length). Prompts are padded on the left."""
         context, bounded = self.config.context, self.config.reach is None
-        kept = [len(row) for row in rows]  # how many of its last tokens each depends on
+        kept = [len(row) for row in rows]  # length of the context of each row
         begin = end = max(kept)
         text = torch.zeros(len(rows), begin + options.length, dtype=torch.int64)
         for tokens, row in zip(text, rows, strict=True):
@@ -324,12 +402,12 @@ class TransformerLM(ComputedBuffers, GenerativeModel):
         for _ in range(options.length):
             if past is not None and not (bounded and max(kept) > context):
                 logits = self(text[:, end - 1 : end], past)
-            else:  # the first time, or the context is full
+            else:  # prefill: the prompt, or the last half of a full context
                 if bounded:
                     kept = [n if n <= context else max(1, context // 2) for n in kept]
                 longest = max(kept)
-                slots = context if bounded else longest + options.length
-                past = self.new_past(len(rows), slots, [longest - n for n in kept])
+                slots = context if bounded else begin + options.length
+                past = self.new_cache(len(rows), slots, [longest - n for n in kept])
                 at = end - longest
                 while at < end:
                     part = text[:, at : min(end, at + past.room)]
@@ -339,21 +417,172 @@ class TransformerLM(ComputedBuffers, GenerativeModel):
         chooser.check()
         return text[:, begin:]
 
-    def new_past(self, batch: int, slots: int, padding: Sequence[int] | None = None) -> Past:
-        """Room for ``slots`` tokens, fewer where those further back are never seen. ``padding``: on the rows' left."""
+    def new_cache(self, batch: int, length: int, padding: Sequence[int] | None = None) -> CachedBlocks:
+        """Empty KV caches of all blocks for ``length`` tokens; with window or segments, for those attended to.
+
+        Args:
+            padding: number of padding tokens on the left of each row of the prompt.
+        """
         config = self.config
-        if config.reach is None:
-            return Past(config, batch, slots, next(self.parameters()), padding=padding)
-        slots = min(slots, config.reach + max(config.reach, LEAST_ROOM))
-        rule, reach = config.first_visible, config.reach
-        like = next(self.parameters())
-        return Past(config, batch, slots, like, padding=padding, first_visible=rule, reach=reach)
+        if config.reach is not None:
+            length = min(length, config.reach + max(config.reach, MIN_ROOM))
+        return CachedBlocks(
+            self.decoder,
+            self.rotary,
+            batch,
+            length,
+            next(self.parameters()),
+            padding=padding,
+            window=config.window or None,
+            segment=config.context if config.segments > 1 else None,
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# Cached decoding
+
+
+class CachedBlocks:
+    """Runs blocks over a text in parts, with a KV cache for each block; single tokens in few calls (``TokenStep``).
+
+    Args:
+        blocks: an ``nn.ModuleList`` of ``LMBlock``.
+        rotary: rotary embedding of their heads.
+        batch: B.
+        max_length: size of the caches.
+        like: tensor in device and dtype of the caches, unless autocast has another dtype.
+        padding: number of padding tokens on the left of each row of the first part; default none.
+        window, segment: arguments of ``KVCache``.
+    """
+
+    def __init__(
+        self,
+        blocks: nn.ModuleList,
+        rotary: RotaryEmbedding,
+        batch: int,
+        max_length: int,
+        like: Tensor,
+        *,
+        padding: Sequence[int] | None = None,
+        window: int | None = None,
+        segment: int | None = None,
+    ) -> None:
+        device = like.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else like.dtype
+        self.blocks, self.rotary = cast(Sequence[LMBlock], blocks), rotary
+        first = self.blocks[0]
+        sizes = (batch, first.heads, max_length, first.head_dim)
+        self.caches = [KVCache(*sizes, window=window, segment=segment, device=device, dtype=dtype) for _ in blocks]
+        if padding is not None and any(padding):
+            for cache in self.caches:
+                cache.reset(torch.tensor(padding, device=device))
+        self._steps: list[TokenStep | None] = []
+        self._tables: Tables | None = None
+
+    @property
+    def room(self) -> int:
+        """Number of tokens that can be read at once."""
+        return self.caches[0].room
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Embedded tokens (B, N, width), which follow those in the caches -> hidden states (B, N, width)."""
+        for cache in self.caches:
+            cache.make_room(x.size(1))
+        mask, (cos, sin) = self.caches[0].mask(x.size(1)), self._rotation(x)
+        if x.size(1) == 1 and not self._steps:
+            pairs = zip(self.blocks, self.caches, strict=True)
+            self._steps = [TokenStep(block, cache) if TokenStep.fits(block) else None for block, cache in pairs]
+        half = cos.size(-1) // 2
+        for i, (block, cache) in enumerate(zip(self.blocks, self.caches, strict=True)):
+            step = self._steps[i] if x.size(1) == 1 else None
+            if step is None:
+                x = block(x, (cos[..., :half], sin[..., half:]), cache=cache, mask=mask)
+            else:
+                x = step(x, cos, sin, mask)
+        return x
+
+    def _rotation(self, x: Tensor) -> Tables:
+        """(cos, cos) and (-sin, sin) of the next positions, (N, head_dim), or (B, N, head_dim) where padded."""
+        first = self.caches[0]
+        end = first.num_tokens + x.size(1)
+        if self._tables is None or len(self._tables[0]) < end:
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            cos, sin = self.rotary.tables(1 << (end - 1).bit_length(), device=x.device, dtype=dtype)
+            self._tables = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        positions = first.positions(x.size(1))
+        return F.embedding(positions, self._tables[0]), F.embedding(positions, self._tables[1])
+
+
+class TokenStep:
+    """``LMBlock.forward`` for one token of each sequence in few calls, which cost more than their arithmetic here.
+
+    The weights are read once; the sublayers are not called.
+    """
+
+    def __init__(self, block: LMBlock, cache: KVCache) -> None:
+        self.cache, self.heads, self.head_dim, self.activate = cache, block.heads, block.head_dim, block.activate
+        self.attention_norm, self.mlp_norm = block.attention_norm.weight, block.mlp_norm.weight
+        self.qkv, self.merge = block.qkv.weight, block.merge.weight
+        self.mlp_in, self.mlp_out = block.mlp_in.weight, block.mlp_out.weight
+        self.qk_norm: Tensor | None = None
+        if block.query_norm is not None and block.key_norm is not None:
+            self.qk_norm = torch.stack((block.query_norm, block.key_norm)).view(2, 1, 1, -1)
+        self.eps = torch.full((), EPS, device=self.qkv.device, dtype=self.attention_norm.dtype)
+
+    @staticmethod
+    def fits(block: nn.Module) -> bool:
+        """Whether calling the block and its sublayers would compute nothing but what their weights say."""
+        if not isinstance(block, LMBlock) or type(block).forward is not LMBlock.forward or not is_unhooked(block):
+            return False
+        maps, norms = (block.qkv, block.merge, block.mlp_in, block.mlp_out), (block.attention_norm, block.mlp_norm)
+        return all(is_pointwise(module) and module.bias is None for module in maps) and all(
+            is_fusible(norm, nn.RMSNorm.forward) and norm.eps == EPS and norm.weight is not None for norm in norms
+        )
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        """x (B, 1, width) -> (B, 1, width).
+
+        Args:
+            cos, sin: (cos, cos) and (-sin, sin), so that RoPE is x * cos + roll(x) * sin: (1, head_dim), or
+                (B, 1, head_dim) where padded.
+            mask: mask for the cache.
+        """
+        x = x.squeeze(1)
+        qkv = F.linear(_rms_norm(x, self.attention_norm, self.eps), self.qkv)
+        qkv = qkv.to(x.dtype).view(len(x), 3, self.heads, 1, self.head_dim)
+        query_key, value = qkv.narrow(1, 0, 2), qkv.select(1, 2)
+        if self.qk_norm is not None:
+            query_key = _rms_norm(query_key, self.qk_norm, self.eps)
+        cos, sin = cos.view(-1, 1, 1, 1, self.head_dim), sin.view(-1, 1, 1, 1, self.head_dim)
+        query_key = torch.addcmul(query_key * cos, query_key.roll(self.head_dim // 2, -1), sin)
+        dtype = self.cache.keys.dtype
+        query_key = query_key.to(dtype)
+        keys, values = self.cache.append(query_key.select(1, 1), value.to(dtype))
+        heads = F.scaled_dot_product_attention(query_key.select(1, 0), keys, values, attn_mask=mask)
+        x = x + F.linear(heads.reshape(x.shape), self.merge)
+        hidden = F.linear(_rms_norm(x, self.mlp_norm, self.eps), self.mlp_in)
+        return (x + F.linear(self.activate(hidden), self.mlp_out)).unsqueeze(1)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
+    """RMSNorm over the last dim in few calls. ``eps``: a tensor of no dims."""
+    if x.element_size() < 4:  # a sum of squares in half precision overflows
+        upcast = x.float()
+        mean = upcast.square().mean(-1, keepdim=True)
+        return (upcast * torch.rsqrt(mean + EPS)).to(x.dtype) * weight
+    square = torch.linalg.vecdot(x, x).unsqueeze(-1)
+    return x.mul(torch.add(eps, square, alpha=1 / x.size(-1)).rsqrt_()).mul_(weight)
 
 
 def choose(logits: Tensor, options: TextOptions, generator: Noise) -> Tensor:
-    """A token of each row: logits (B, vocabulary) -> (B, 1). A CPU generator gives the same noise to every device.
+    """Samples one token per row: logits (B, vocabulary) -> (B, 1).
 
-    generator: one, or one for each row. ValueError: logits that are NaN, +inf or all -inf.
+    Args:
+        generator: random number generator: one, or one for each row. A CPU generator serves every device.
+
+    Raises:
+        ValueError: logits that are NaN, +inf or all -inf.
     """
     token = decoding.choose(logits, options.temperature, generator, top_k=options.top_k, top_p=options.top_p)
     return token[:, None]

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.models import image_transformer
-from fastgen.models._decoder import Past
 from fastgen.models.base import Images, StepContext, from_data
 from fastgen.models.image_transformer import ImageTransformer, ImageTransformerConfig, PixelOptions
+from fastgen.models.transformer_lm import CachedBlocks
 
 NOW = StepContext(1, 10)
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -28,10 +28,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "caption_examples": ["a", "bc", "cab"],
         "classes": 3,
     },
-    "words": {"codebook_size": 5, "halvings": 1},
+    "words": {"codebook_size": 5, "num_downsamples": 1},
     "words with captions": {
         "codebook_size": 5,
-        "halvings": 1,
+        "num_downsamples": 1,
         "captions": True,
         "caption_vocabulary": "abc",
         "caption_length": 3,
@@ -131,10 +131,12 @@ def test_cached_values_are_those_of_one_forward(variant: str) -> None:
     batch = random_batch(3, model.config)
     tokens, labels, captions = model.tokens(batch["images"])[:, :-1], batch["labels"], batch["caption"]
     with torch.no_grad():
-        whole, x = model(tokens, labels, captions), model._embedded(tokens, labels, captions)
-        past = Past(model.config, 3, x.size(1), model.embedding.weight)
-        parts = [model._run(x[:, a:b], a, past) for a, b in ((0, 3), (3, 4), (4, 5), (5, x.size(1)))]
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
+        whole, x = model(tokens, labels, captions), model._embed(tokens, labels, captions)
+        x = x + model._positions(x.device)[: x.size(1)]
+        past = CachedBlocks(model.decoder, model.rotary, 3, x.size(1), model.embedding.weight)
+        parts = torch.cat([past(part) for part in x.tensor_split((1, 2, 3), dim=1)], dim=1)
+    logits = model.logits(model.norm(parts[:, model.config.prefix :]))
+    torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("known", [0, 5, 15, 16])
@@ -207,9 +209,9 @@ def test_captions_that_do_not_fit_are_named() -> None:
         told.draw(2, PixelOptions(caption="axe"))
     with pytest.raises(ValueError, match=r"^caption: expected at most 3 characters, as in the data, got 4$"):
         told.draw(2, PixelOptions(caption="abba"))
-    with pytest.raises(ValueError, match=r"^caption: expected none, as the model was told none, got 'a'$"):
+    with pytest.raises(ValueError, match=r"^caption: expected none, as the model has no captions, got 'a'$"):
         alone.draw(2, PixelOptions(caption="a"))
-    with pytest.raises(ValueError, match=r"^caption: expected \(B, 3\) int64, as the model is told captions, got none"):
+    with pytest.raises(ValueError, match=r"^caption: expected \(B, 3\) int64 with captions, got none"):
         told.score({"images": random_batch(2, told.config)["images"]})
     with pytest.raises(ValueError, match=r"^caption: expected shape \(B, caption_length\) = \(2, 3\), got \(2, 4\)"):
         told(torch.zeros(2, 3, dtype=torch.int64), None, torch.zeros(2, 4, dtype=torch.int64))
@@ -231,7 +233,7 @@ def test_labels_that_do_not_fit_are_named() -> None:
     told, alone = small_model(classes=3, conditional=True), small_model(classes=3)
     with pytest.raises(ValueError, match="label: expected -1 or a class below 3, got 3"):
         told.draw(2, PixelOptions(label=3))
-    with pytest.raises(ValueError, match="label: expected -1, as the model was not told the classes, got 0"):
+    with pytest.raises(ValueError, match="label: expected -1, as the model is not conditional, got 0"):
         alone.draw(2, PixelOptions(label=0))
     with pytest.raises(ValueError, match=r"labels: expected \(B,\) int64, got a batch without labels"):
         told.loss("pixels", {"images": random_batch(2, told.config)["images"]}, NOW)

@@ -12,9 +12,9 @@ from torch import Tensor
 from fastgen.data import TensorItems
 from fastgen.metrics.translations import evaluate_pairs, structural_similarity
 from fastgen.models import MODELS, GenerativeModel, StepContext, to_pixels
-from fastgen.models._decoder import _rms_norm
 from fastgen.models._norms import inverse_rms
 from fastgen.models.stylegan import ModulatedConv2d, differences
+from fastgen.models.transformer_lm import _rms_norm
 from fastgen.models.variational import pixels_log_prob
 from fastgen.train.errors import UsageError
 from fastgen.train.inspection import inspect

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from fastgen import functional
-from fastgen.models._mu_law import level_borders, logistics_level_logits, logistics_log_prob
 from fastgen.models.conv_vae import ConvVAE, ConvVAEConfig
 from fastgen.models.flow_vae import planar
 from fastgen.models.variational import (
@@ -19,6 +18,7 @@ from fastgen.models.variational import (
     log_normal,
     sample_and_log_prob,
 )
+from fastgen.models.wavenet import level_borders, logistics_level_logits, logistics_log_prob
 
 LIKELIHOODS = {
     "beta-binomial": lambda logits, spread, counts, levels: beta_binomial_log_prob(logits, spread, counts, levels - 1),

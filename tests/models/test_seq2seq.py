@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastgen.batch import END, PADDING, START, spell
 from fastgen.models import seq2seq
-from fastgen.models._tokens import END, PADDING, START, spell
 from fastgen.models.base import StepContext, Texts, from_data
 from fastgen.models.seq2seq import DecodingOptions, Seq2Seq, Seq2SeqConfig
 
@@ -123,8 +123,8 @@ def test_training_makes_greedy_decoding_exact() -> None:
 class Uncached(Seq2Seq):
     """Every step from a forward of all that is there."""
 
-    def _next_logits(self, text, memory, visible, caches):
-        return self._decode(text, memory, visible)[:, -1]
+    def _next_logits(self, text, memory, mask, caches):
+        return self._decode(text, memory, mask)[:, -1]
 
 
 DECODINGS = {

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import functional
+from fastgen.batch import tokenize
 from fastgen.models import transformer_lm
 from fastgen.models.base import StepContext, Texts, from_data
 from fastgen.models.transformer_lm import TextOptions, TransformerLM, TransformerLMConfig, choose
-from fastgen.vocabulary import tokenise
 
 NOW = StepContext(1, 10)
 VOCABULARY = "\n abcde"
@@ -217,7 +217,7 @@ def test_longer_tokens_are_counted_by_their_characters() -> None:
 def drawn_by_full_forwards(model: TransformerLM, n: int, options: TextOptions, generator: torch.Generator) -> list[str]:
     """What ``draw`` promises, keeping nothing: each token from the logits of all that it may depend on."""
     vocabulary, context = model.config.vocabulary, model.config.context
-    prompt = tokenise("prompt", options.prompt or "\n", vocabulary)
+    prompt = tokenize("prompt", options.prompt or "\n", vocabulary)
     text = torch.tensor([prompt] * n)
     bounded = model.config.reach is None
     start = 0 if text.size(1) <= context or not bounded else text.size(1) - context // 2
@@ -258,7 +258,7 @@ def test_cached_sampling_is_that_of_full_forwards(case: str, variant: str) -> No
 def test_logits_read_in_parts_are_those_of_one_forward(variant: str) -> None:
     model = small_model(**VARIANTS[variant]).double().eval()
     tokens = random_tokens(2, 8)
-    past = model.new_past(2, 8)
+    past = model.new_cache(2, 8)
     parts = [model(tokens[:, a:b], past) for a, b in ((0, 3), (3, 4), (4, 5), (5, 8))]
     torch.testing.assert_close(torch.cat(parts, 1), model(tokens))
 
@@ -268,11 +268,11 @@ def test_logits_read_in_parts_are_those_of_one_forward(variant: str) -> None:
 def test_what_is_kept_of_a_long_text_is_bounded(variant: str) -> None:
     model = small_model(**VARIANTS[variant]).double().eval()
     tokens = random_tokens(2, 300)
-    past = model.new_past(2, 300)
-    assert past.slots == past.keys[0].size(2) < 80
+    past = model.new_cache(2, 300)
+    assert past.caches[0].max_length == past.caches[0].keys.size(2) < 80
     parts = [model(part, past) for part in tokens.split((5, *[1] * 270, 25), dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), attending(model, tokens))
-    with pytest.raises(ValueError, match=r"^tokens: expected at most \d+ at once, as there are \d+ slots, got 79$"):
+    with pytest.raises(ValueError, match=r"^length: expected at most \d+ tokens at once, in a cache of \d+, got 79$"):
         model(tokens[:, :79], past)
 
 

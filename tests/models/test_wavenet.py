@@ -11,16 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.models import wavenet
-from fastgen.models._mu_law import (
+from fastgen.models.base import Sounds, StepContext, from_data
+from fastgen.models.decoding import choose
+from fastgen.models.wavenet import (
+    SoundOptions,
+    WaveNet,
+    WaveNetConfig,
     inverse_mu_law,
     level_borders,
     logistics_level_logits,
     logistics_log_prob,
     mu_law,
 )
-from fastgen.models._tokens import choose
-from fastgen.models.base import Sounds, StepContext, from_data
-from fastgen.models.wavenet import SoundOptions, WaveNet, WaveNetConfig
 
 NOW = StepContext(1, 10)
 VARIANTS = {

@@ -12,13 +12,12 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize, prune
 
 from fastgen import accelerate
-from fastgen.models._decoder import DecoderBlock
-from fastgen.models._encoder_decoder import DecoderBlock as CrossBlock
-from fastgen.models._encoder_decoder import EncoderBlock
-from fastgen.models._wavenet_layers import GatedLayer
 from fastgen.models.flow_vae import InverseAutoregressiveFlow
 from fastgen.models.sagan import DiscriminatorBlock, GeneratorBlock
+from fastgen.models.seq2seq import DecoderBlock, EncoderBlock
 from fastgen.models.stylegan import ModulatedConv2d
+from fastgen.models.transformer_lm import LMBlock
+from fastgen.models.wavenet import GatedLayer
 from fastgen.nn import (
     AttentionBlock2d,
     MultiheadAttention,
@@ -110,14 +109,14 @@ LAYERS = {
         lambda: TransformerDecoderLayer(8, 2, 8, 0.0, norm_first=True), lambda: (tokens(), tokens()),
         ("self_attn.out_proj", "multihead_attn.out_proj", "linear1", "linear2"),
     ),
-    "DecoderBlock": (
-        lambda: DecoderBlock(BLOCK), lambda: (tokens(), tables()), ("qkv", "merge", "mlp_in", "mlp_out")
+    "LMBlock": (
+        lambda: LMBlock(BLOCK), lambda: (tokens(), tables()), ("qkv", "merge", "mlp_in", "mlp_out")
     ),
     "EncoderBlock of a Seq2Seq": (
         lambda: EncoderBlock(BLOCK), lambda: (tokens(), tables(), VISIBLE), ("qkv", "merge", "mlp_in", "mlp_out")
     ),
     "DecoderBlock of a Seq2Seq": (
-        lambda: CrossBlock(BLOCK), lambda: (tokens(), tables(), VISIBLE, tokens()),
+        lambda: DecoderBlock(BLOCK), lambda: (tokens(), tables(), VISIBLE, tokens()),
         ("qkv", "merge", "query", "key_value", "memory_merge"),
     ),
     "GatedLayer": (
@@ -343,7 +342,7 @@ def test_hooks_of_all_sublayers_fire_once(name):
     assert sorted(fired) == sorted(parts)
 
 
-@pytest.mark.parametrize("name", ["AttentionBlock2d", "TransformerEncoderLayer", "DecoderBlock"])
+@pytest.mark.parametrize("name", ["AttentionBlock2d", "TransformerEncoderLayer", "LMBlock"])
 def test_global_hooks_fire_for_all_sublayers(name):
     make, inputs, _ = LAYERS[name]
     layer, fired = make(), []
