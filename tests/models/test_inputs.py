@@ -15,7 +15,7 @@ from fastgen.models import MODELS, GenerativeModel, StepContext, to_pixels
 from fastgen.models._decoder import _rms_norm
 from fastgen.models._likelihoods import pixels_log_prob
 from fastgen.models._norms import inverse_rms
-from fastgen.models.stylegan import ModulatedConv2d, differences
+from fastgen.models.stylegan import ModulatedConv2d, minibatch_std_map
 from fastgen.train.errors import UsageError
 from fastgen.train.inspection import inspect
 
@@ -274,7 +274,7 @@ def test_sums_of_squares_do_not_overflow_in_half_precision(dtype: torch.dtype) -
 
 def test_images_that_are_all_alike_have_a_finite_gradient_in_half_precision() -> None:
     x = torch.ones(4, 2, 3, 3, dtype=torch.float16, requires_grad=True)
-    differences(x).sum().backward()
+    minibatch_std_map(x).sum().backward()
     assert x.grad is not None
     assert bool(x.grad.isfinite().all())
 
