@@ -1,4 +1,4 @@
-"""The training of both GANs: what each network minimises, with the R1 penalty in every discriminator step."""
+"""The adversarial training of both GANs, with the R1 penalty in every discriminator step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class GANTwin(nn.Module):
-    """Its class defines ``generator`` and ``discriminator``, which take ``labels(batch)`` besides."""
+    """A subclass defines ``generator`` and ``discriminator``, which take ``labels(batch)`` as further inputs."""
 
     def __init__(self, config) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class GANTwin(nn.Module):
             loss = F.relu(1 - real_scores).mean() + F.relu(1 + fake_scores).mean()
         else:
             loss = F.softplus(-real_scores).mean() + F.softplus(fake_scores).mean()
-        (slope,) = torch.autograd.grad(real_scores.sum(), real, create_graph=True)
-        penalty = 0.5 * slope.square().flatten(1).sum(1).mean()
+        (gradient,) = torch.autograd.grad(real_scores.sum(), real, create_graph=True)
+        penalty = 0.5 * gradient.square().flatten(1).sum(1).mean()
         values = {"real": real_scores.detach().mean(), "fake": fake_scores.detach().mean(), "penalty": penalty.detach()}
         return {"loss": loss + config.penalty_weight * penalty, **values}

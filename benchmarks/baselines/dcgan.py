@@ -1,4 +1,4 @@
-"""``dcgan`` with torch alone."""
+"""``dcgan`` in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch import nn
 from benchmarks.baselines._gan import GANTwin
 
 
-def generator(inputs, widths, coarse_size, channels) -> nn.Sequential:
-    layers = [nn.Unflatten(1, (inputs, 1, 1)), nn.ConvTranspose2d(inputs, widths[-1], coarse_size, bias=False)]
+def generator(latent_dim, widths, coarse_size, channels) -> nn.Sequential:
+    layers = [nn.Unflatten(1, (latent_dim, 1, 1)), nn.ConvTranspose2d(latent_dim, widths[-1], coarse_size, bias=False)]
     for i in reversed(range(1, len(widths))):
         layers += [nn.BatchNorm2d(widths[i]), nn.ReLU()]
         layers += [nn.ConvTranspose2d(widths[i], widths[i - 1], 4, 2, 1, bias=False)]
@@ -27,6 +27,6 @@ def discriminator(widths, coarse_size, channels) -> nn.Sequential:
 class DCGANTwin(GANTwin):
     def __init__(self, config) -> None:
         super().__init__(config)
-        widths = [config.width * 2**i for i in range(config.halvings)]
+        widths = [config.width * 2**i for i in range(config.num_downsamples)]
         self.generator = generator(config.latent_dim, widths, config.coarse_size, config.channels)
         self.discriminator = discriminator(widths, config.coarse_size, config.channels)

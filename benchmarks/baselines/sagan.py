@@ -1,4 +1,4 @@
-"""``sagan`` with torch alone: attention by 1x1 convolutions, bmm and softmax, spectral_norm of torch.nn.utils."""
+"""``sagan`` in plain PyTorch: attention with 1x1 convolutions, bmm and softmax; torch's own spectral_norm."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.baselines._gan import GANTwin
 
 
 class SelfAttention(nn.Module):
-    """torch's fused attention can't be differentiated twice on the CPU, as the R1 penalty has to."""
+    """Unfused: torch's fused attention has no double backward on the CPU, which the R1 penalty needs."""
 
     def __init__(self, channels) -> None:
         super().__init__()
@@ -43,12 +43,13 @@ class ConditionalBatchNorm(nn.Module):
 
 
 class GeneratorBlock(nn.Module):
-    def __init__(self, wide, fine, classes) -> None:
+    def __init__(self, in_channels, out_channels, classes) -> None:
         super().__init__()
-        self.norm1, self.norm2 = ConditionalBatchNorm(wide, classes), ConditionalBatchNorm(fine, classes)
-        self.conv1 = spectral_norm(nn.Conv2d(wide, fine, 3, 1, 1))
-        self.conv2 = spectral_norm(nn.Conv2d(fine, fine, 3, 1, 1))
-        self.shortcut = spectral_norm(nn.Conv2d(wide, fine, 1))
+        self.norm1 = ConditionalBatchNorm(in_channels, classes)
+        self.norm2 = ConditionalBatchNorm(out_channels, classes)
+        self.conv1 = spectral_norm(nn.Conv2d(in_channels, out_channels, 3, 1, 1))
+        self.conv2 = spectral_norm(nn.Conv2d(out_channels, out_channels, 3, 1, 1))
+        self.shortcut = spectral_norm(nn.Conv2d(in_channels, out_channels, 1))
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         h = F.interpolate(F.relu(self.norm1(x, labels)), scale_factor=2)
@@ -57,16 +58,17 @@ class GeneratorBlock(nn.Module):
 
 
 class DiscriminatorBlock(nn.Module):
-    def __init__(self, fine, wide, halve) -> None:
+    def __init__(self, in_channels, out_channels, downsample) -> None:
         super().__init__()
-        self.conv1 = spectral_norm(nn.Conv2d(fine, wide, 3, 1, 1))
-        self.conv2 = spectral_norm(nn.Conv2d(wide, wide, 3, 1, 1))
-        self.shortcut = spectral_norm(nn.Conv2d(fine, wide, 1)) if fine != wide else nn.Identity()
-        self.halve = halve
+        self.conv1 = spectral_norm(nn.Conv2d(in_channels, out_channels, 3, 1, 1))
+        self.conv2 = spectral_norm(nn.Conv2d(out_channels, out_channels, 3, 1, 1))
+        projected = in_channels != out_channels
+        self.shortcut = spectral_norm(nn.Conv2d(in_channels, out_channels, 1)) if projected else nn.Identity()
+        self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv2(F.relu(self.conv1(F.relu(x)))) + self.shortcut(x)
-        return F.avg_pool2d(h, 2) if self.halve else h
+        return F.avg_pool2d(h, 2) if self.downsample else h
 
 
 class Generator(nn.Module):
@@ -76,17 +78,17 @@ class Generator(nn.Module):
         canvas = spectral_norm(nn.Linear(config.latent_dim, widths[0] * sizes[0] ** 2))
         self.canvas = nn.Sequential(canvas, nn.Unflatten(1, (widths[0], sizes[0], sizes[0])))
         self.blocks = nn.ModuleList(GeneratorBlock(*widths[i : i + 2], classes) for i in range(len(widths) - 1))
-        self.place = sizes.index(config.attention_at)
-        self.attention = SelfAttention(widths[self.place])
+        self.attention_index = sizes.index(config.attention_at)
+        self.attention = SelfAttention(widths[self.attention_index])
         image = spectral_norm(nn.Conv2d(widths[-1], config.channels, 3, 1, 1))
         self.image = nn.Sequential(nn.BatchNorm2d(widths[-1]), nn.ReLU(), image, nn.Tanh())
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         x = self.canvas(z)
-        for place in range(len(self.blocks) + 1):
-            if place:
-                x = self.blocks[place - 1](x, labels)
-            if place == self.place:
+        for i in range(len(self.blocks) + 1):
+            if i:
+                x = self.blocks[i - 1](x, labels)
+            if i == self.attention_index:
                 x = self.attention(x)
         return self.image(x)
 
@@ -96,11 +98,11 @@ class Discriminator(nn.Module):
         super().__init__()
         sizes, widths = config.sizes[::-1], config.widths[::-1]
         layers = [spectral_norm(nn.Conv2d(config.channels, widths[0], 3, 1, 1))]
-        for place, size in enumerate(sizes):
+        for i, size in enumerate(sizes):
             if size == config.attention_at:
-                layers += [SelfAttention(widths[place])]
-            halve = place + 1 < len(sizes)
-            layers += [DiscriminatorBlock(widths[place], widths[place + halve], halve)]
+                layers += [SelfAttention(widths[i])]
+            downsample = i + 1 < len(sizes)
+            layers += [DiscriminatorBlock(widths[i], widths[i + downsample], downsample)]
         self.features = nn.Sequential(*layers, nn.ReLU())
         self.score = spectral_norm(nn.Linear(widths[-1], 1))
         self.embedding = spectral_norm(nn.Embedding(classes, widths[-1])) if classes else None
@@ -114,8 +116,8 @@ class Discriminator(nn.Module):
 class SAGANTwin(GANTwin):
     def __init__(self, config) -> None:
         super().__init__(config)
-        self.classes = config.classes if config.conditional else 0
-        self.generator, self.discriminator = Generator(config, self.classes), Discriminator(config, self.classes)
+        self.generator = Generator(config, config.num_classes)
+        self.discriminator = Discriminator(config, config.num_classes)
 
     def labels(self, batch) -> tuple[Tensor, ...]:
-        return (batch["labels"],) if self.classes else ()
+        return (batch["labels"],) if self.config.num_classes else ()

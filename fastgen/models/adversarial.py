@@ -1,16 +1,19 @@
-"""What generative adversarial networks of images share: the two players' phases, their losses, noise and drawing.
+"""Adversarial training of two networks: their objectives, the optimizer phases, and what image GANs share.
 
-A model of this family is an ``ImageGAN`` with two networks, ``generator`` (z -> images in [-1, 1]) and
-``discriminator`` (images -> scores (B,), logits: high means real), and an ``NoiseGANConfig``.
+A generator G maps z from N(0, 1) to images in [-1, 1]. A discriminator D maps images to logits, high for real images. A
+training step updates D, then G; ``fastgen.losses`` has the formulas of both losses and of the penalties:
 
-The game that both play and the penalty of the discriminator's slope are those of ``fastgen.losses``. Real and
-generated images pass through the discriminator in batches of their own, each normalised by its own statistics.
+    discriminator:  discriminator_loss(D(real), D(G(z))) + penalty_weight * penalty     (``critic_steps`` times)
+    generator:      generator_loss(D(G(z)))
+
+Real and generated images are separate batches of D, so batch normalization normalizes each by its own statistics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -27,112 +30,110 @@ from fastgen.checks import (
     require_probability,
 )
 from fastgen.losses.adversarial import ADVERSARIAL_LOSSES, AdversarialLoss
-from fastgen.models.base import Batch, GenerativeModel, Images, Phase, StepContext, option, to_pixels
+from fastgen.models.base import Batch, GenerativeModel, Phase, StepContext, option
 
 Penalty = Literal["none", "r1", "gradient", "dragan"]
 
-
-class Layers(nn.Sequential):
-    """``nn.Sequential`` that torch.compile sees: torch's own forward is left out of its graphs."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.children():
-            x = layer(x)
-        return x
+MAX_COARSE_SIZE = 7
 
 
-@dataclass(frozen=True)
-class AdversarialConfig:
-    """The images, and how both networks learn. ValueError names the field, what was expected and what came."""
+def check_adversarial_options(config: Any) -> None:
+    """Checks the options of a config from ``image_size`` to ``critic_steps``, which every adversarial config has.
 
-    image_size: int = option(8, "height and width of the images", from_data=True)
-    channels: int = option(1, "colour channels of the images", from_data=True)
-    loss: AdversarialLoss = option("non-saturating", "the game")
-    penalty: Penalty = option("r1", "of the discriminator's slope")
-    penalty_weight: float = option(0.2, "what the penalty is multiplied by (gamma, lambda)")
-    penalty_every: int = option(1, "steps from one penalty to the next; its weight is multiplied by as much")
-    generator_learning_rate: float = option(5e-4, "of the generator's AdamW")
-    discriminator_learning_rate: float = option(5e-4, "of the discriminator's AdamW")
-    beta1: float = option(0.5, "of AdamW")
-    beta2: float = option(0.999, "of AdamW")
-    critic_steps: int = option(1, "updates of the discriminator for one of the generator")
+    Raises:
+        ValueError: an option is out of range; the message names it.
+    """
+    for name in ("image_size", "channels", "penalty_every", "critic_steps"):
+        require_positive(name, getattr(config, name))
+    require_choice("loss", config.loss, ADVERSARIAL_LOSSES)
+    require_choice("penalty", config.penalty, get_args(Penalty))
+    require_not_negative(penalty_weight=config.penalty_weight)
+    require_positive_number(
+        generator_learning_rate=config.generator_learning_rate,
+        discriminator_learning_rate=config.discriminator_learning_rate,
+    )
+    for name in ("beta1", "beta2"):
+        require_probability(name, getattr(config, name))
 
-    def __post_init__(self) -> None:
-        for name in ("image_size", "channels", "penalty_every", "critic_steps"):
-            require_positive(name, getattr(self, name))
-        require_choice("loss", self.loss, ADVERSARIAL_LOSSES)
-        require_choice("penalty", self.penalty, get_args(Penalty))
-        require_not_negative(penalty_weight=self.penalty_weight)
-        require_positive_number(
-            generator_learning_rate=self.generator_learning_rate,
-            discriminator_learning_rate=self.discriminator_learning_rate,
+
+def feature_sizes(image_size: int) -> list[int]:
+    """Heights of the feature maps, from the coarsest (4 to 7) up to ``image_size``, each twice the previous one.
+
+    Raises:
+        ValueError: image_size is not 4, 5, 6 or 7 times a power of 2, or less than 8.
+    """
+    num_downsamples = math.ceil(math.log2(max(1.0, image_size / MAX_COARSE_SIZE)))
+    if image_size < 8 or image_size % (1 << num_downsamples):
+        raise ValueError(
+            f"image_size: expected at least 8, and 4 to {MAX_COARSE_SIZE} times a power of 2"
+            f" (8, 20, 28, 32, 64, ...), got {image_size}"
         )
-        for name in ("beta1", "beta2"):
-            require_probability(name, getattr(self, name))
-
-    def penalised(self, step: int) -> bool:
-        """Whether the discriminator's loss has the penalty in ``step``."""
-        return self.penalty != "none" and step % self.penalty_every == 0
+    return [image_size >> i for i in reversed(range(num_downsamples + 1))]
 
 
-@dataclass(frozen=True)
-class NoiseGANConfig(AdversarialConfig):
-    """A ``AdversarialConfig`` of images that are made from z."""
-
-    latent_dim: int = option(64, "numbers in z")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive("latent_dim", self.latent_dim)
+def generator_objective(fake_scores: Tensor, config: Any) -> dict[str, Tensor]:
+    """The generator's "loss" (``config.loss``) and the mean score of "fake" images, from their scores (B, ...)."""
+    return {"loss": losses.generator_loss(fake_scores, config.loss), "fake": fake_scores.detach().float().mean()}
 
 
-def judge(
-    discriminator: Callable[[Tensor], Tensor],
-    real: Tensor,
-    fake: Tensor,
-    config: AdversarialConfig,
-    context: StepContext,
+def discriminator_objective(
+    discriminator: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, config: Any, context: StepContext
 ) -> dict[str, Tensor]:
-    """What a discriminator minimises, under "loss", and mean scores of "real" and "fake" images, the "penalty".
+    """The discriminator's "loss" with its gradient penalty, the mean scores "real" and "fake", and the "penalty".
 
-    The penalty is there in its own steps only, times their interval: its mean over all steps is that of the penalty.
-    Code of torch.compile can't be differentiated twice, so these steps don't use it. Scores may be of patches: the
-    penalty is that of their mean.
+    The penalty is computed in every ``penalty_every``-th step and multiplied by ``penalty_every``, which keeps its mean
+    over steps. These steps run without torch.compile, whose code has no double backward.
 
     Args:
-        discriminator: images (B, C, S, S) -> scores (B, ...). real, fake: images in [-1, 1].
+        discriminator: images (B, C, S, S) -> scores (B, ...). The penalty is on the mean over the scores of an image.
+        real, fake: images in [-1, 1], detached from the generator.
+        config: has ``loss``, ``penalty``, ``penalty_weight`` and ``penalty_every``.
     """
-    penalised = config.penalised(context.step)
+    penalized = config.penalty != "none" and context.step % config.penalty_every == 0
 
-    def mean_scores(images: Tensor) -> Tensor:
-        return _of_image(discriminator(images))
+    def image_scores(images: Tensor) -> Tensor:
+        return _per_image(discriminator(images))
 
-    if penalised and config.penalty == "r1" and not real.requires_grad:
-        real = real.view_as(real).requires_grad_()  # of its own, with the tangents that the images may have
-    with torch.compiler.set_stance("force_eager") if penalised else nullcontext():
+    if penalized and config.penalty == "r1" and not real.requires_grad:
+        real = real.view_as(real).requires_grad_()  # a view keeps forward-mode tangents
+    with torch.compiler.set_stance("force_eager") if penalized else nullcontext():
         real_scores, fake_scores = discriminator(real), discriminator(fake)
         loss = losses.discriminator_loss(real_scores, fake_scores, config.loss)
         values = {"real": real_scores.detach().float().mean(), "fake": fake_scores.detach().float().mean()}
-        if penalised:
-            scaler = context.scaler
-            compute: dict[str, Callable[[], Tensor]] = {
-                "r1": lambda: losses.r1_penalty(_of_image(real_scores), real, scaler=scaler),
-                "gradient": lambda: losses.gradient_penalty(mean_scores, real, fake.to(real.dtype), scaler=scaler),
-                "dragan": lambda: losses.dragan_penalty(mean_scores, real, scaler=scaler),
-            }
-            penalty = config.penalty_every * compute[config.penalty]()
+        if penalized:
+            if config.penalty == "r1":
+                penalty = losses.r1_penalty(_per_image(real_scores), real, scaler=context.scaler)
+            elif config.penalty == "gradient":
+                penalty = losses.gradient_penalty(image_scores, real, fake.to(real.dtype), scaler=context.scaler)
+            else:
+                penalty = losses.dragan_penalty(image_scores, real, scaler=context.scaler)
+            penalty = config.penalty_every * penalty
             loss = loss + config.penalty_weight * penalty
             values["penalty"] = penalty.detach()
     return {"loss": loss, **values}
 
 
-def _of_image(scores: Tensor) -> Tensor:
+def _per_image(scores: Tensor) -> Tensor:
     """Scores (B, ...) -> their means (B,)."""
     return scores if scores.dim() == 1 else scores.flatten(1).mean(1)
 
 
+@contextmanager
+def eval_mode(network: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode; its previous mode is restored at the end."""
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)
+
+
 class ImageGAN(GenerativeModel):
-    """The model described at the top of this file. Its class defines ``generator`` and ``discriminator``."""
+    """Base class of GANs that generate images from noise.
+
+    A subclass defines the networks ``generator`` and ``discriminator``, ``loss``, ``draw`` and ``forward``.
+    """
 
     kind = "images"
     default_data = "digits"
@@ -142,73 +143,59 @@ class ImageGAN(GenerativeModel):
 
     def phases(self) -> tuple[Phase, ...]:
         config = self.config
-        betas = (config.beta1, config.beta2)
+        betas, repeats = (config.beta1, config.beta2), config.critic_steps
         return (
-            Phase(
-                "discriminator",
-                ("discriminator",),
-                config.discriminator_learning_rate,
-                betas,
-                repeats=config.critic_steps,
-            ),
+            Phase("discriminator", ("discriminator",), config.discriminator_learning_rate, betas, repeats=repeats),
             Phase("generator", ("generator",), config.generator_learning_rate, betas),
         )
 
-    @property
-    def noise_dim(self) -> int:
-        """Normal numbers that the generator makes an image of."""
-        latent_dim: int = self.config.latent_dim
-        return latent_dim
-
-    def conditions(self, batch: Batch) -> tuple[Tensor, ...]:
-        """What of the batch both networks are given beside z and images."""
-        return ()
-
-    def loss(self, phase: str, batch: Batch, context: StepContext) -> dict[str, Tensor]:
-        """What ``phase`` minimises, and what people watch: see ``judge``."""
-        real, given = self._checked(batch["images"]), self.conditions(batch)
-        if phase == "generator":
-            scores = self.discriminator(self.generator(self._noise(len(real)), *given), *given)
-            return {"loss": losses.generator_loss(scores, self.config.loss), "fake": scores.detach().float().mean()}
-        with torch.no_grad():
-            fake = self.generator(self._noise(len(real)), *given)
-
-        def discriminator(images: Tensor) -> Tensor:
-            scores: Tensor = self.discriminator(images, *given)
-            return scores
-
-        return judge(discriminator, 2 * real - 1, fake, self.config, context)
-
-    @torch.no_grad()
-    def draw(self, n: int, options: Any, *, generator: torch.Generator | None = None) -> Images:
-        """n images, each normalised by the statistics of training, whatever the others are.
-
-        Raises:
-            ValueError: n is not a positive integer.
-        """
-        return Images(self._draw(n, (), generator))
-
-    def drawing(self) -> AbstractContextManager[None]:
-        """Around the generator in ``draw``, for a model that has something to prepare."""
-        return nullcontext()
-
-    def _draw(self, n: int, given: tuple[Tensor, ...], generator: torch.Generator | None) -> Tensor:
-        """Images (n, C, S, S) in [0, 1]."""
-        require_positive("n", n)
-        was_training = self.generator.training
-        self.generator.eval()
-        try:
-            with self.drawing():
-                pixels: Tensor = self.generator(self._noise(n, generator), *given)
-        finally:
-            self.generator.train(was_training)
-        return to_pixels(pixels)
-
-    def _noise(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def noise(self, n: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
+        """(n, dim) values from N(0, 1). A CPU generator gives the same values on every device."""
         weight = next(self.generator.parameters())
         device = weight.device if generator is None else generator.device
-        return torch.randn(n, self.noise_dim, generator=generator, device=device).to(weight)
+        return torch.randn(n, dim, generator=generator, device=device).to(weight)
 
-    def _checked(self, images: Tensor) -> Tensor:
-        require_images("images", images, self.config.channels, self.config.image_size)
-        return images
+    def checked_images(self, batch: Batch) -> Tensor:
+        """The batch's images (B, C, S, S) in [0, 1].
+
+        Raises:
+            TypeError, ValueError: wrong dtype, shape or range.
+        """
+        require_images("images", batch["images"], self.config.channels, self.config.image_size)
+        return batch["images"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Imported by the image-to-image models
+
+
+class Layers(nn.Sequential):
+    """``nn.Sequential`` as a network of its own for torch.compile, which skips ``nn.Sequential.forward``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x)
+        return x
+
+
+@dataclass(frozen=True)
+class AdversarialConfig:
+    """Images and adversarial objective of an image-to-image model."""
+
+    image_size: int = option(8, "height and width of the images", from_data=True)
+    channels: int = option(1, "number of color channels of the images", from_data=True)
+    loss: AdversarialLoss = option("non-saturating", "adversarial objective")
+    penalty: Penalty = option("r1", "gradient penalty on the discriminator")
+    penalty_weight: float = option(0.2, "weight of the gradient penalty (gamma, lambda)")
+    penalty_every: int = option(1, "interval of the gradient penalty in steps; multiplies its weight")
+    generator_learning_rate: float = option(5e-4, "AdamW learning rate of the generator")
+    discriminator_learning_rate: float = option(5e-4, "AdamW learning rate of the discriminator")
+    beta1: float = option(0.5, "AdamW beta1")
+    beta2: float = option(0.999, "AdamW beta2")
+    critic_steps: int = option(1, "discriminator updates per generator update")
+
+    def __post_init__(self) -> None:
+        check_adversarial_options(self)
+
+
+judge = discriminator_objective

@@ -1,14 +1,13 @@
-"""A DCGAN whose generator looks at its own features.
+"""DCGAN with attention gates in the generator.
 
-The networks of the DCGAN (Radford, Metz and Chintala, 2016; see ``dcgan.py``); in the generator each feature map is
-multiplied by a learned map of itself and added, ``x * map(x) + x``, the residual attention of Wang et al., "Residual
-attention network for image classification" (2017), equation 1:
+The DCGAN (``dcgan.py``), whose generator multiplies each feature map by a learned map of itself and adds the result,
+``x * map(x) + x``: the residual attention of Wang et al., "Residual attention network for image classification" (2017),
+equation 1:
 
-    z (B, latent_dim) -> coarse map -> [gate, norm, ReLU, twice the size] -> tanh -> images
-    images -> half the size, LeakyReLU -> [half the size, norm, LeakyReLU] -> score
+    generator:      z (B, latent_dim) -> coarse map -> [gate, norm, ReLU, upsampling convolution] -> tanh -> images
+    discriminator:  that of the DCGAN
 
-A gate stands before the norm, which takes out what is common to all positions: only differences pass. How both play is
-in ``_adversarial.py``, their layers are in ``_convolutions.py``.
+A gate comes before the norm, which removes what is common to all positions and keeps the differences between them.
 """
 
 from __future__ import annotations
@@ -21,28 +20,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.checks import require_positive
-from fastgen.models._convolutions import (
-    ConvolutionalConfig,
-    discriminator_features,
-    discriminator_score,
-    generator_layers,
-    initialise,
-)
-from fastgen.models.adversarial import ImageGAN, Layers
+from fastgen.models.adversarial import ImageGAN
 from fastgen.models.base import Batch, Images, NoOptions, Samples, option
+from fastgen.models.dcgan import DCGAN, DCGANConfig, DCGANDiscriminator, init_weights
 from fastgen.nn import AttentionGate2d
 
-SHOWN, COLUMNS = 32, 16
+NUM_VISUALIZED, COLUMNS = 32, 16
 
 
 @dataclass(frozen=True)
-class AttentionGANConfig(ConvolutionalConfig):
-    """Sizes of an attention GAN and how it learns. ValueError names the field, what was expected and what came."""
+class AttentionGANConfig(DCGANConfig):
+    """Architecture and training objective of an attention GAN: a DCGAN's, with gates.
 
-    width: int = option(32, "channels at half the size; doubled at each halving")
-    gate_width: int = option(16, "channels between the convolutions of a gate")
-    gate_stride: int = option(1, "above 1 the gates' maps are computed at a lower resolution")
-    gate_each_channel: bool = option(False, "a map for every channel, not one for all of them")
+    Raises:
+        ValueError: an option is out of range; the message names it.
+    """
+
+    width: int = option(32, "number of channels at half resolution; doubled at each further downsampling")
+    gate_width: int = option(16, "number of hidden channels of a gate")
+    gate_stride: int = option(1, "stride of the gates: above 1 the maps have a lower resolution")
+    gate_each_channel: bool = option(False, "one attention map per channel instead of one for all channels")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,47 +47,69 @@ class AttentionGANConfig(ConvolutionalConfig):
             require_positive(name, getattr(self, name))
 
 
-class AttentionGAN(ImageGAN):
-    """The model described at the top of this file.
+class AttentionGANGenerator(nn.Sequential):
+    """z (B, latent_dim) -> images (B, C, S, S) in [-1, 1]."""
 
-    Images are (B, channels, image_size, image_size), floating, in [0, 1].
+    def __init__(self, config: AttentionGANConfig) -> None:
+        widths = config.widths[::-1]
+        layers: list[nn.Module] = [
+            nn.Unflatten(1, (config.latent_dim, 1, 1)),
+            nn.ConvTranspose2d(config.latent_dim, widths[0], config.coarse_size, bias=False),
+        ]
+        for i, width in enumerate(widths):
+            last = i == len(widths) - 1
+            out_channels = config.channels if last else widths[i + 1]
+            gate = AttentionGate2d(
+                width,
+                hidden_channels=config.gate_width,
+                map_channels=width if config.gate_each_channel else 1,
+                stride=config.gate_stride,
+            )
+            convolution = nn.ConvTranspose2d(width, out_channels, 4, 2, 1, bias=last)
+            layers += [gate, nn.BatchNorm2d(width), nn.ReLU(), convolution]
+        super().__init__(*layers, nn.Tanh())
+
+    def forward(self, z: Tensor) -> Tensor:
+        for layer in self:
+            z = layer(z)
+        return z
+
+
+class AttentionGAN(DCGAN):
+    """DCGAN with attention gates in the generator.
+
+    Training images are (B, channels, image_size, image_size), floating point, in [0, 1].
 
     Example:
         >>> model = AttentionGAN(AttentionGANConfig(image_size=8, width=8))
-        >>> model.draw(3, NoOptions()).pixels.shape
+        >>> model(torch.randn(3, 64)).shape
         torch.Size([3, 1, 8, 8])
     """
 
     name = "attention-gan"
     summary = "DCGAN with attention gates in its generator"
-    config_class, sampling_class = AttentionGANConfig, NoOptions
+    config_class = AttentionGANConfig
     train_defaults: ClassVar = {"epochs": 100.0, "batch_size": 64, "average_decay": 0.998}
     config: AttentionGANConfig
 
     def __init__(self, config: AttentionGANConfig) -> None:
-        super().__init__(config)
-
-        def gate(channels: int) -> list[nn.Module]:
-            maps = channels if config.gate_each_channel else 1
-            width, stride = config.gate_width, config.gate_stride
-            return [AttentionGate2d(channels, hidden_channels=width, map_channels=maps, stride=stride)]
-
-        self.generator = Layers(*generator_layers(config, config.latent_dim, gate))
-        self.discriminator = Layers(*discriminator_features(config, config.channels), *discriminator_score(config))
-        for layer in (*self.generator.children(), *self.discriminator.children()):
+        ImageGAN.__init__(self, config)  # without the DCGAN's networks
+        self.generator = AttentionGANGenerator(config)
+        self.discriminator = DCGANDiscriminator(config)
+        for layer in (*self.generator, *self.discriminator):
             if not isinstance(layer, AttentionGate2d):
-                initialise(layer)
+                init_weights(layer)
 
     @torch.no_grad()
     def visualize(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Samples]:
-        """Rows of samples, each above the row of its last gate's map (the mean over channels), white for 1."""
-        last = [layer for layer in self.generator.children() if isinstance(layer, AttentionGate2d)][-1]
-        seen: list[Tensor] = []
-        handle = last.map.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        """Rows of samples, each above a row with the last gate's maps (mean over channels; white is 1)."""
+        last_gate = [layer for layer in self.generator.children() if isinstance(layer, AttentionGate2d)][-1]
+        recorded: list[Tensor] = []
+        handle = last_gate.map.register_forward_hook(lambda module, inputs, output: recorded.append(output))
         try:
-            pixels = self._draw(SHOWN, (), generator)
+            pixels = self.draw(NUM_VISUALIZED, NoOptions(), generator=generator).pixels
         finally:
             handle.remove()
-        maps = F.interpolate(seen[0].float().mean(dim=1, keepdim=True), pixels.shape[2:]).expand_as(pixels)
+        maps = F.interpolate(recorded[0].float().mean(dim=1, keepdim=True), pixels.shape[2:]).expand_as(pixels)
         rows = [images.unflatten(0, (-1, COLUMNS)) for images in (pixels, maps)]
         return {"gates": Images(torch.stack(rows, dim=1).flatten(0, 2), COLUMNS)}

@@ -1,13 +1,14 @@
-"""A conditional generative adversarial network of linear layers.
+"""Conditional generative adversarial network of linear layers.
 
-Mirza and Osindero, "Conditional generative adversarial nets" (2014): both networks are given the class of the image,
-as a learned vector that is joined to what they see:
+Mirza and Osindero, "Conditional generative adversarial nets" (2014): both networks receive the class of the image as a
+learned vector beside their input:
 
-    z, embedding(label) -> [linear, norm, LeakyReLU] -> linear, tanh -> images
-    images, embedding(label) -> [linear, LeakyReLU] -> linear -> score
+    generator:      z, embedding(label) -> [linear, norm, LeakyReLU] -> linear, tanh -> images
+    discriminator:  images, embedding(label) -> [linear, LeakyReLU] -> linear -> logits (B,)
 
-With ``projection`` the discriminator's features h of the images meet the class at their end,
-``score = a(h) + <embedding(label), h>``: Miyato and Koyama, "cGANs with projection discriminator" (2018).
+With ``projection`` the class enters the discriminator after its features h instead, ``a(h) + <embedding(label), h>``:
+Miyato and Koyama, "cGANs with projection discriminator" (2018). Both networks are trained as ``adversarial.py``
+describes.
 """
 
 from __future__ import annotations
@@ -20,68 +21,154 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.checks import require_positive
-from fastgen.models._conditional import ConditionalConfig, ConditionalGAN, LabelledGenerator
-from fastgen.models._dense import discriminator_features, generator_layers
-from fastgen.models.adversarial import Layers
-from fastgen.models.base import option
-from fastgen.models.conditioning import LabelOptions
+from fastgen.losses.adversarial import AdversarialLoss
+from fastgen.models.adversarial import (
+    ImageGAN,
+    Penalty,
+    check_adversarial_options,
+    discriminator_objective,
+    eval_mode,
+    generator_objective,
+)
+from fastgen.models.base import Batch, Images, StepContext, option, to_pixels
+from fastgen.models.conditioning import LabelOptions, check_labels, wanted_labels
 
 
 @dataclass(frozen=True)
-class CGANConfig(ConditionalConfig):
-    """Sizes of a conditional GAN and how it learns. ValueError names the field, what was expected and what came."""
+class CGANConfig:
+    """Architecture and training objective of a conditional GAN.
 
-    penalty_weight: float = option(5.0, "what the penalty is multiplied by (gamma, lambda)")
-    width: int = option(256, "of the hidden layers")
-    depth: int = option(3, "hidden layers of each network")
+    Raises:
+        ValueError: an option is out of range; the message names it.
+    """
+
+    image_size: int = option(8, "height and width of the images", from_data=True)
+    channels: int = option(1, "number of color channels of the images", from_data=True)
+    loss: AdversarialLoss = option("non-saturating", "adversarial objective")
+    penalty: Penalty = option("r1", "gradient penalty on the discriminator")
+    penalty_weight: float = option(5.0, "weight of the gradient penalty (gamma, lambda)")
+    penalty_every: int = option(1, "interval of the gradient penalty in steps; multiplies its weight")
+    generator_learning_rate: float = option(5e-4, "AdamW learning rate of the generator")
+    discriminator_learning_rate: float = option(5e-4, "AdamW learning rate of the discriminator")
+    beta1: float = option(0.5, "AdamW beta1")
+    beta2: float = option(0.999, "AdamW beta2")
+    critic_steps: int = option(1, "discriminator updates per generator update")
+    latent_dim: int = option(64, "dimension of the latent z")
+    classes: int = option(0, "number of classes", from_data=True)
+    embedding_dim: int = option(16, "dimension of the class embedding")
+    projection: bool = option(False, "projection discriminator: the class enters after the features, not as an input")
+    width: int = option(256, "number of units per hidden layer")
+    depth: int = option(3, "number of hidden layers of each network")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("width", "depth"):
+        check_adversarial_options(self)
+        for name in ("latent_dim", "embedding_dim", "width", "depth"):
             require_positive(name, getattr(self, name))
+        if isinstance(self.classes, bool) or not isinstance(self.classes, int) or self.classes < 2:
+            raise ValueError(
+                f"classes: expected 2 or more (gan, dcgan and sagan take images without labels), got {self.classes!r}"
+            )
 
     @property
-    def pixels(self) -> int:
-        return math.prod((self.channels, self.image_size, self.image_size))
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.channels, self.image_size, self.image_size
 
 
-class Discriminator(nn.Module):
+class CGANGenerator(nn.Module):
+    """z (B, latent_dim), labels (B,) -> images (B, C, S, S) in [-1, 1]."""
+
+    def __init__(self, config: CGANConfig) -> None:
+        super().__init__()
+        inputs, width, shape = config.latent_dim + config.embedding_dim, config.width, config.image_shape
+        layers: list[nn.Module] = []
+        for i in range(config.depth):
+            layers += [nn.Linear(width if i else inputs, width), nn.LayerNorm(width), nn.LeakyReLU(0.2)]
+        layers += [nn.Linear(width, math.prod(shape)), nn.Tanh(), nn.Unflatten(1, shape)]
+        self.embedding = nn.Embedding(config.classes, config.embedding_dim)
+        self.network = nn.Sequential(*layers)
+
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        images: Tensor = self.network(torch.cat([z, self.embedding(labels)], dim=1))
+        return images
+
+
+class CGANDiscriminator(nn.Module):
     """Images (B, C, S, S) in [-1, 1], labels (B,) -> scores (B,), logits: high means real."""
 
     def __init__(self, config: CGANConfig) -> None:
         super().__init__()
-        joined = 0 if config.projection else config.embedding_dim
         self.projection = config.projection
-        self.embedding = nn.Embedding(config.classes, config.width if config.projection else config.embedding_dim)
-        self.features = Layers(*discriminator_features(config.pixels + joined, config.width, config.depth))
-        self.score = nn.Linear(config.width, 1)
+        pixels, width = math.prod(config.image_shape), config.width
+        inputs = pixels if config.projection else pixels + config.embedding_dim
+        self.embedding = nn.Embedding(config.classes, width if config.projection else config.embedding_dim)
+        layers: list[nn.Module] = []
+        for i in range(config.depth):
+            layers += [nn.Linear(width if i else inputs, width), nn.LeakyReLU(0.2)]
+        self.features = nn.Sequential(*layers)
+        self.score = nn.Linear(width, 1)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        x, given = images.flatten(1), self.embedding(labels)
-        h = self.features(x if self.projection else torch.cat([x, given], dim=1))
-        scores: Tensor = self.score(h)[:, 0]
-        return scores + (given * h).sum(dim=1) if self.projection else scores
+        x, embedded = images.flatten(1), self.embedding(labels)
+        if self.projection:
+            h = self.features(x)
+            return torch.add(self.score(h)[:, 0], (embedded * h).sum(dim=1))
+        scores: Tensor = self.score(self.features(torch.cat([x, embedded], dim=1)))[:, 0]
+        return scores
 
 
-class CGAN(ConditionalGAN):
-    """The model described at the top of this file.
+class CGAN(ImageGAN):
+    """Conditional GAN of linear layers: generates images of a given class.
 
-    Images are (B, channels, image_size, image_size), floating, in [0, 1]; labels (B,) int64.
+    Training images are (B, channels, image_size, image_size), floating point, in [0, 1]; labels (B,) int64.
 
     Example:
         >>> model = CGAN(CGANConfig(image_size=8, classes=3, width=16))
+        >>> model(torch.randn(2, 64), torch.tensor([0, 2])).shape
+        torch.Size([2, 1, 8, 8])
         >>> model.draw(6, LabelOptions(label=2)).pixels.shape
         torch.Size([6, 1, 8, 8])
     """
 
     name = "cgan"
-    summary = "conditional GAN of linear layers: draws the class it is asked for"
+    summary = "conditional GAN of linear layers: generates images of a given class"
     config_class, sampling_class = CGANConfig, LabelOptions
     train_defaults: ClassVar = {"epochs": 150.0, "batch_size": 64, "average_decay": 0.998}
     config: CGANConfig
 
     def __init__(self, config: CGANConfig) -> None:
         super().__init__(config)
-        inputs = config.latent_dim + config.embedding_dim
-        network = Layers(*generator_layers(config, inputs, config.width, config.depth))
-        self.generator, self.discriminator = LabelledGenerator(config, network), Discriminator(config)
+        self.generator = CGANGenerator(config)
+        self.discriminator = CGANDiscriminator(config)
+
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        """The generator's images (B, C, S, S) in [-1, 1] for z (B, latent_dim) from N(0, 1) and labels (B,)."""
+        images: Tensor = self.generator(z, labels)
+        return images
+
+    def loss(self, phase: str, batch: Batch, context: StepContext) -> dict[str, Tensor]:
+        """The loss of ``phase``, "discriminator" or "generator", with mean scores and the penalty for the log."""
+        images, labels = self.checked_images(batch), check_labels(batch, self.config.classes)
+        z = self.noise(len(images), self.config.latent_dim)
+        if phase == "generator":
+            return generator_objective(self.discriminator(self.generator(z, labels), labels), self.config)
+        with torch.no_grad():
+            fake = self.generator(z, labels)
+
+        def discriminator(x: Tensor) -> Tensor:
+            scores: Tensor = self.discriminator(x, labels)
+            return scores
+
+        return discriminator_objective(discriminator, 2 * images - 1, fake, self.config, context)
+
+    @torch.no_grad()
+    def draw(self, n: int, options: LabelOptions, *, generator: torch.Generator | None = None) -> Images:
+        """Samples n images of the class ``options.label``, or of all classes in turn, one class per column.
+
+        Raises:
+            ValueError: n is not a positive integer, or the label is no class.
+        """
+        require_positive("n", n)
+        labels, columns = wanted_labels(n, options.label, self.config.classes)
+        with eval_mode(self.generator):
+            images = self.generator(self.noise(n, self.config.latent_dim, generator), labels.to(self.device))
+        return Images(to_pixels(images), columns, labels)

@@ -1,14 +1,13 @@
-"""A generative adversarial network of linear layers.
+"""Generative adversarial network of linear layers.
 
-Goodfellow et al., "Generative adversarial nets" (2014), with the generator's loss that does not saturate (section 3):
-binary cross-entropy of logits, for both:
+Goodfellow et al., "Generative adversarial nets" (2014), with the non-saturating generator loss of section 3. Both
+losses are the binary cross-entropy of logits:
 
-    z -> [linear, norm, LeakyReLU] -> linear, tanh -> images
-    images -> [linear, LeakyReLU] -> linear -> score
+    generator:      z (B, latent_dim) -> [linear, norm, LeakyReLU] -> linear, tanh -> images
+    discriminator:  images -> [linear, LeakyReLU] -> linear -> logits (B,)
 
-The R1 penalty of ``fastgen.losses``, which the paper had not, is there against samples that are all alike.
-The discriminator may be that of the DCGAN instead (``dcgan.py``), without normalisation. How both play is in
-``_adversarial.py``, their layers are in ``_dense.py`` and ``_convolutions.py``.
+The discriminator may be the DCGAN's instead (``dcgan.py``), without normalization. Both networks are trained as
+``adversarial.py`` describes. The R1 penalty, which the paper does not use, prevents mode collapse.
 """
 
 from __future__ import annotations
@@ -17,55 +16,119 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fastgen.checks import require_choice, require_positive
-from fastgen.models._convolutions import ConvolutionalConfig, discriminator_score, initialise
-from fastgen.models._convolutions import discriminator_features as convolutional_features
-from fastgen.models._dense import discriminator_features, generator_layers
-from fastgen.models.adversarial import ImageGAN, Layers, NoiseGANConfig
-from fastgen.models.base import NoOptions, option
+from fastgen.losses.adversarial import AdversarialLoss
+from fastgen.models.adversarial import (
+    ImageGAN,
+    Penalty,
+    check_adversarial_options,
+    discriminator_objective,
+    eval_mode,
+    generator_objective,
+)
+from fastgen.models.base import Batch, Images, NoOptions, StepContext, option, to_pixels
+from fastgen.models.dcgan import DCGANConfig, DCGANDiscriminator, init_weights
 
 DiscriminatorKind = Literal["dense", "convolutional"]
 
 
 @dataclass(frozen=True)
-class GANConfig(NoiseGANConfig):
-    """Sizes of a GAN and how it learns. ValueError names the field, what was expected and what came."""
+class GANConfig:
+    """Architecture and training objective of a GAN.
 
-    penalty_weight: float = option(4.0, "what the penalty is multiplied by (gamma, lambda)")
-    beta1: float = option(0.0, "of AdamW")
-    beta2: float = option(0.99, "of AdamW")
-    width: int = option(256, "of the hidden layers")
-    depth: int = option(3, "hidden layers of each network")
-    discriminator: DiscriminatorKind = option("dense", "which discriminator")
-    convolution_width: int = option(64, "of a convolutional one: channels at half the size, doubled at each halving")
+    Raises:
+        ValueError: an option is out of range; the message names it.
+    """
+
+    image_size: int = option(8, "height and width of the images", from_data=True)
+    channels: int = option(1, "number of color channels of the images", from_data=True)
+    loss: AdversarialLoss = option("non-saturating", "adversarial objective")
+    penalty: Penalty = option("r1", "gradient penalty on the discriminator")
+    penalty_weight: float = option(4.0, "weight of the gradient penalty (gamma, lambda)")
+    penalty_every: int = option(1, "interval of the gradient penalty in steps; multiplies its weight")
+    generator_learning_rate: float = option(5e-4, "AdamW learning rate of the generator")
+    discriminator_learning_rate: float = option(5e-4, "AdamW learning rate of the discriminator")
+    beta1: float = option(0.0, "AdamW beta1")
+    beta2: float = option(0.99, "AdamW beta2")
+    critic_steps: int = option(1, "discriminator updates per generator update")
+    latent_dim: int = option(64, "dimension of the latent z")
+    width: int = option(256, "number of units per hidden layer")
+    depth: int = option(3, "number of hidden layers of each network")
+    discriminator: DiscriminatorKind = option("dense", "architecture of the discriminator")
+    convolution_width: int = option(
+        64, "number of channels of a convolutional discriminator at half resolution; doubled at each downsampling"
+    )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("width", "depth", "convolution_width"):
+        check_adversarial_options(self)
+        for name in ("latent_dim", "width", "depth", "convolution_width"):
             require_positive(name, getattr(self, name))
         require_choice("discriminator", self.discriminator, get_args(DiscriminatorKind))
         if self.discriminator == "convolutional":
-            self.convolutions()
+            self.convolutional()
 
-    def convolutions(self) -> ConvolutionalConfig:
-        """Of a convolutional discriminator. Raises ValueError: an image size that it can't have."""
-        width = self.convolution_width
-        return ConvolutionalConfig(self.image_size, self.channels, width=width, discriminator_norm="none")
+    def convolutional(self) -> DCGANConfig:
+        """Architecture of the convolutional discriminator.
+
+        Raises:
+            ValueError: image_size is not 4 to 7 times a power of 2.
+        """
+        return DCGANConfig(
+            image_size=self.image_size,
+            channels=self.channels,
+            width=self.convolution_width,
+            discriminator_norm="none",
+        )
 
     @property
-    def pixels(self) -> int:
-        return math.prod((self.channels, self.image_size, self.image_size))
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.channels, self.image_size, self.image_size
+
+
+class GANGenerator(nn.Sequential):
+    """z (B, latent_dim) -> images (B, C, S, S) in [-1, 1]."""
+
+    def __init__(self, config: GANConfig) -> None:
+        width, shape = config.width, config.image_shape
+        layers: list[nn.Module] = []
+        for i in range(config.depth):
+            layers += [nn.Linear(width if i else config.latent_dim, width), nn.LayerNorm(width), nn.LeakyReLU(0.2)]
+        super().__init__(*layers, nn.Linear(width, math.prod(shape)), nn.Tanh(), nn.Unflatten(1, shape))
+
+    def forward(self, z: Tensor) -> Tensor:
+        for layer in self:
+            z = layer(z)
+        return z
+
+
+class GANDiscriminator(nn.Sequential):
+    """Images (B, C, S, S) in [-1, 1] -> scores (B,), logits: high means real."""
+
+    def __init__(self, config: GANConfig) -> None:
+        width, pixels = config.width, math.prod(config.image_shape)
+        layers: list[nn.Module] = [nn.Flatten()]
+        for i in range(config.depth):
+            layers += [nn.Linear(width if i else pixels, width), nn.LeakyReLU(0.2)]
+        super().__init__(*layers, nn.Linear(width, 1), nn.Flatten(0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        for layer in self:
+            images = layer(images)
+        return images
 
 
 class GAN(ImageGAN):
-    """The model described at the top of this file.
+    """GAN of linear layers.
 
-    Images are (B, channels, image_size, image_size), floating, in [0, 1].
+    Training images are (B, channels, image_size, image_size), floating point, in [0, 1].
 
     Example:
         >>> model = GAN(GANConfig(image_size=9, width=8))
+        >>> model(torch.randn(3, 64)).shape
+        torch.Size([3, 1, 9, 9])
         >>> model.draw(3, NoOptions()).pixels.shape
         torch.Size([3, 1, 9, 9])
     """
@@ -78,13 +141,35 @@ class GAN(ImageGAN):
 
     def __init__(self, config: GANConfig) -> None:
         super().__init__(config)
-        self.generator = Layers(*generator_layers(config, config.latent_dim, config.width, config.depth))
+        self.generator = GANGenerator(config)
         if config.discriminator == "dense":
-            features = discriminator_features(config.pixels, config.width, config.depth)
-            self.discriminator = Layers(nn.Flatten(), *features, nn.Linear(config.width, 1), nn.Flatten(0))
+            self.discriminator = GANDiscriminator(config)
         else:
-            convolutions = config.convolutions()
-            self.discriminator = Layers(
-                *convolutional_features(convolutions, config.channels), *discriminator_score(convolutions)
-            )
-            self.discriminator.apply(initialise)
+            self.discriminator = DCGANDiscriminator(config.convolutional()).apply(init_weights)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """The generator's images (B, C, S, S) in [-1, 1] for z (B, latent_dim) from N(0, 1)."""
+        images: Tensor = self.generator(z)
+        return images
+
+    def loss(self, phase: str, batch: Batch, context: StepContext) -> dict[str, Tensor]:
+        """The loss of ``phase``, "discriminator" or "generator", with mean scores and the penalty for the log."""
+        images = self.checked_images(batch)
+        z = self.noise(len(images), self.config.latent_dim)
+        if phase == "generator":
+            return generator_objective(self.discriminator(self.generator(z)), self.config)
+        with torch.no_grad():
+            fake = self.generator(z)
+        return discriminator_objective(self.discriminator, 2 * images - 1, fake, self.config, context)
+
+    @torch.no_grad()
+    def draw(self, n: int, options: NoOptions, *, generator: torch.Generator | None = None) -> Images:
+        """Samples n images.
+
+        Raises:
+            ValueError: n is not a positive integer.
+        """
+        require_positive("n", n)
+        with eval_mode(self.generator):
+            images = self.generator(self.noise(n, self.config.latent_dim, generator))
+        return Images(to_pixels(images))

@@ -1,26 +1,25 @@
-"""A generative adversarial network with self-attention, with or without classes.
+"""Self-attention generative adversarial network (SAGAN), with or without classes.
 
-Zhang, Goodfellow, Metaxas and Odena, "Self-attention generative adversarial networks" (2019): residual networks, both
-with attention among the positions of one feature map and with spectral normalisation of every map, which play the
-hinge game:
+Zhang, Goodfellow, Metaxas and Odena, "Self-attention generative adversarial networks" (2019): residual networks with
+self-attention on one feature map and spectral normalization of every weight, trained with the hinge loss:
 
-    z -> coarse map -> [block, twice the size, attention at one size] -> norm, ReLU, convolution, tanh -> images
-    images -> convolution -> [attention at one size, block, half the size] -> block, ReLU, sum of positions h -> score
+    generator:      z (B, latent_dim) -> coarse map -> [upsampling block, attention at one size] -> norm, ReLU,
+                    convolution, tanh -> images
+    discriminator:  images -> convolution -> [attention at one size, downsampling block] -> block, ReLU,
+                    sum over positions h -> logits (B,)
 
-Classes enter the generator by batch normalisation with a gain and a bias for each class, and the score as
+With classes, the generator has class-conditional batch normalization and the discriminator's score is
 ``a(h) + <embedding(label), h>`` (Miyato and Koyama, "cGANs with projection discriminator", 2018). Spectral
-normalisation: Miyato et al., "Spectral normalization for generative adversarial networks" (2018). Its vectors are
-buffers that each pass of training brings nearer to the singular vectors.
+normalization: Miyato et al., "Spectral normalization for generative adversarial networks" (2018). Its singular vectors
+are buffers that each forward pass in training mode updates by one power iteration.
 
-The paper has a million images, two learning rates (1e-4 and 4e-4) and no penalty. The defaults here are for few images,
-which the discriminator would soon know by heart: one rate, and the R1 penalty of ``fastgen.losses``.
+The paper trains on a million images with learning rates 1e-4 and 4e-4 and no penalty. The defaults here are for small
+data sets, which the discriminator would memorize: one learning rate, and the R1 penalty (see ``adversarial.py``).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -31,46 +30,63 @@ from torch.nn.utils import parametrizations
 
 from fastgen.checks import require_count, require_positive
 from fastgen.losses.adversarial import AdversarialLoss
-from fastgen.models._conditional import ConditionalGAN
-from fastgen.models._convolutions import halvings
-from fastgen.models._convolve import convolve_then_halve, double_then_convolve
-from fastgen.models.adversarial import NoiseGANConfig
-from fastgen.models.base import option
-from fastgen.models.conditioning import LabelOptions
+from fastgen.models.adversarial import (
+    ImageGAN,
+    Penalty,
+    check_adversarial_options,
+    discriminator_objective,
+    eval_mode,
+    feature_sizes,
+    generator_objective,
+)
+from fastgen.models.base import Batch, Images, StepContext, option, to_pixels
+from fastgen.models.conditioning import LabelOptions, check_labels, wanted_labels
 from fastgen.nn import SelfAttention2d
+from fastgen.nn._sublayers import is_fusible
 from fastgen.nn.averaging import settled
 
 
 @dataclass(frozen=True)
-class SAGANConfig(NoiseGANConfig):
-    """Sizes of a SAGAN and how it learns. ValueError names the field, what was expected and what came."""
+class SAGANConfig:
+    """Architecture and training objective of a SAGAN.
 
-    loss: AdversarialLoss = option("hinge", "the game")
-    generator_learning_rate: float = option(1e-3, "of the generator's AdamW")
-    discriminator_learning_rate: float = option(1e-3, "of the discriminator's AdamW")
-    beta1: float = option(0.0, "of AdamW")
-    beta2: float = option(0.99, "of AdamW")
-    classes: int = option(0, "classes of the images; 0: none", from_data=True)
-    conditional: bool = option(True, "learn the classes, where the images have some")
-    width: int = option(16, "channels at full size; doubled at each halving")
-    attention_size: int = option(16, "attention is at the largest feature map that is no larger than this")
+    Raises:
+        ValueError: an option is out of range; the message names it.
+    """
+
+    image_size: int = option(8, "height and width of the images", from_data=True)
+    channels: int = option(1, "number of color channels of the images", from_data=True)
+    loss: AdversarialLoss = option("hinge", "adversarial objective")
+    penalty: Penalty = option("r1", "gradient penalty on the discriminator")
+    penalty_weight: float = option(0.2, "weight of the gradient penalty (gamma, lambda)")
+    penalty_every: int = option(1, "interval of the gradient penalty in steps; multiplies its weight")
+    generator_learning_rate: float = option(1e-3, "AdamW learning rate of the generator")
+    discriminator_learning_rate: float = option(1e-3, "AdamW learning rate of the discriminator")
+    beta1: float = option(0.0, "AdamW beta1")
+    beta2: float = option(0.99, "AdamW beta2")
+    critic_steps: int = option(1, "discriminator updates per generator update")
+    latent_dim: int = option(64, "dimension of the latent z")
+    classes: int = option(0, "number of classes; 0 for data without labels", from_data=True)
+    conditional: bool = option(True, "class conditioning, if the data has classes")
+    width: int = option(16, "number of channels at full resolution; doubled at each downsampling")
+    attention_size: int = option(16, "maximum size of the feature map with attention; the largest map up to it is used")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive("width", self.width)
+        check_adversarial_options(self)
+        for name in ("latent_dim", "width"):
+            require_positive(name, getattr(self, name))
         require_count("classes", self.classes, 0)
-        coarse = self.image_size >> halvings(self.image_size)
-        if self.attention_size < coarse:
+        coarse_size = self.sizes[0]
+        if self.attention_size < coarse_size:
             raise ValueError(
-                f"attention_size: expected at least {coarse}, the smallest feature map of images of"
+                f"attention_size: expected at least {coarse_size}, the smallest feature map of images of"
                 f" {self.image_size}, got {self.attention_size}"
             )
 
     @property
     def sizes(self) -> list[int]:
-        """Heights of the feature maps, from 4, 5, 6 or 7 up to the images'."""
-        times = halvings(self.image_size)
-        return [self.image_size >> i for i in reversed(range(times + 1))]
+        """Heights of the feature maps, from the coarsest (4 to 7) up to the images'."""
+        return feature_sizes(self.image_size)
 
     @property
     def widths(self) -> list[int]:
@@ -79,26 +95,36 @@ class SAGANConfig(NoiseGANConfig):
 
     @property
     def attention_at(self) -> int:
-        """The size that ``attention_size`` chooses."""
+        """Size of the feature map with attention."""
         return max(size for size in self.sizes if size <= self.attention_size)
 
+    @property
+    def num_classes(self) -> int:
+        """Number of classes that the networks are conditioned on; 0 if unconditional."""
+        return self.classes if self.conditional else 0
 
-def spectral(module: nn.Module) -> nn.Module:
-    """The map, orthogonal in the beginning, its largest singular value held at 1."""
+
+def spectral_norm(module: nn.Module) -> nn.Module:
+    """Spectral normalization of the weight, which is initialized orthogonal; the bias is initialized to 0."""
     nn.init.orthogonal_(cast(Tensor, module.weight))
     if isinstance(getattr(module, "bias", None), Tensor):
         nn.init.zeros_(cast(Tensor, module.bias))
     return parametrizations.spectral_norm(module)
 
 
-class ConditionalBatchNorm(nn.Module):
-    """Batch normalisation; with classes, each has a gain and a bias of its own. x (B, C, H, W), labels (B,)."""
+def conv(in_channels: int, out_channels: int, kernel_size: int) -> nn.Module:
+    """A spectrally normalized convolution that keeps the resolution."""
+    return spectral_norm(nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2))
 
-    def __init__(self, channels: int, classes: int) -> None:
+
+class ConditionalBatchNorm(nn.Module):
+    """Batch normalization, with a gain and a bias per class if there are classes. x (B, C, H, W), labels (B,)."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm2d(channels, affine=not classes)
-        self.gain = nn.Embedding(classes, channels) if classes else None
-        self.bias = nn.Embedding(classes, channels) if classes else None
+        self.norm = nn.BatchNorm2d(channels, affine=not num_classes)
+        self.gain = nn.Embedding(num_classes, channels) if num_classes else None
+        self.bias = nn.Embedding(num_classes, channels) if num_classes else None
         if self.gain is not None and self.bias is not None:
             nn.init.ones_(self.gain.weight)
             nn.init.zeros_(self.bias.weight)
@@ -111,87 +137,90 @@ class ConditionalBatchNorm(nn.Module):
         return torch.addcmul(bias.to(x.dtype), gain.to(x.dtype), x)
 
 
-class GeneratorBlock(nn.Module):
-    """x (B, wide, H, W) -> (B, fine, 2H, 2W): convolutions after norm and ReLU, beside a 1x1 convolution of x."""
+class SAGANGeneratorBlock(nn.Module):
+    """Residual upsampling block: x (B, in_channels, H, W) -> (B, out_channels, 2H, 2W)."""
 
-    def __init__(self, wide: int, fine: int, classes: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, num_classes: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = ConditionalBatchNorm(wide, classes), ConditionalBatchNorm(fine, classes)
-        self.conv1, self.conv2 = spectral(nn.Conv2d(wide, fine, 3, 1, 1)), spectral(nn.Conv2d(fine, fine, 3, 1, 1))
-        self.shortcut = spectral(nn.Conv2d(wide, fine, 1))
+        self.norm1 = ConditionalBatchNorm(in_channels, num_classes)
+        self.norm2 = ConditionalBatchNorm(out_channels, num_classes)
+        self.conv1, self.conv2 = conv(in_channels, out_channels, 3), conv(out_channels, out_channels, 3)
+        self.shortcut = conv(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        h = double_then_convolve(F.relu(self.norm1(x, labels)), self.conv1)
+        h = upsample_then_conv(F.relu(self.norm1(x, labels)), self.conv1)
         h = self.conv2(F.relu(self.norm2(h, labels)))
         out: Tensor = h + F.interpolate(self.shortcut(x), scale_factor=2.0)
         return out
 
 
-class DiscriminatorBlock(nn.Module):
-    """x (B, fine, H, W) -> (B, wide, H/2, W/2), or without halving: two convolutions, beside a 1x1 one of x."""
+class SAGANDiscriminatorBlock(nn.Module):
+    """Residual block: x (B, in_channels, H, W) -> (B, out_channels, H/2, W/2), or (H, W) without ``downsample``."""
 
-    def __init__(self, fine: int, wide: int, *, halve: bool) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, downsample: bool) -> None:
         super().__init__()
-        self.conv1, self.conv2 = spectral(nn.Conv2d(fine, wide, 3, 1, 1)), spectral(nn.Conv2d(wide, wide, 3, 1, 1))
-        self.shortcut = spectral(nn.Conv2d(fine, wide, 1)) if fine != wide else nn.Identity()
-        self.halve = halve
+        self.conv1, self.conv2 = conv(in_channels, out_channels, 3), conv(out_channels, out_channels, 3)
+        self.shortcut = conv(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         h = F.relu(self.conv1(F.relu(x)))
-        if self.halve:
-            h, x = convolve_then_halve(h, self.conv2), F.avg_pool2d(x, 2)
+        if self.downsample:
+            h, x = conv_then_downsample(h, self.conv2), F.avg_pool2d(x, 2)
         else:
             h = self.conv2(h)
         out: Tensor = h + self.shortcut(x)
         return out
 
 
-class Generator(nn.Module):
+class SAGANGenerator(nn.Module):
     """z (B, latent_dim), labels (B,) -> images (B, C, S, S) in [-1, 1]."""
 
-    def __init__(self, config: SAGANConfig, classes: int) -> None:
+    def __init__(self, config: SAGANConfig) -> None:
         super().__init__()
         sizes, widths = config.sizes, config.widths
         self.canvas = nn.Sequential(
-            spectral(nn.Linear(config.latent_dim, widths[0] * sizes[0] ** 2)),
+            spectral_norm(nn.Linear(config.latent_dim, widths[0] * sizes[0] ** 2)),
             nn.Unflatten(1, (widths[0], sizes[0], sizes[0])),
         )
-        self.blocks = nn.ModuleList(GeneratorBlock(wide, fine, classes) for wide, fine in itertools.pairwise(widths))
-        self.place = sizes.index(config.attention_at)
-        self.attention = SelfAttention2d(widths[self.place], spectral_norm=True)
+        self.blocks = nn.ModuleList(
+            SAGANGeneratorBlock(before, after, config.num_classes) for before, after in itertools.pairwise(widths)
+        )
+        self.attention_index = sizes.index(config.attention_at)  # attention follows that many blocks
+        self.attention = SelfAttention2d(widths[self.attention_index], spectral_norm=True)
         self.image = nn.Sequential(
-            nn.BatchNorm2d(widths[-1]), nn.ReLU(), spectral(nn.Conv2d(widths[-1], config.channels, 3, 1, 1)), nn.Tanh()
+            nn.BatchNorm2d(widths[-1]), nn.ReLU(), conv(widths[-1], config.channels, 3), nn.Tanh()
         )
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         x = self.canvas(z)
-        if self.place == 0:
+        if self.attention_index == 0:
             x = self.attention(x)
-        for place, block in enumerate(self.blocks, 1):
+        for i, block in enumerate(self.blocks, 1):
             x = block(x, labels)
-            if place == self.place:
+            if i == self.attention_index:
                 x = self.attention(x)
         images: Tensor = self.image(x)
         return images
 
 
-class Discriminator(nn.Module):
+class SAGANDiscriminator(nn.Module):
     """Images (B, C, S, S) in [-1, 1], labels (B,) -> scores (B,), logits: high means real."""
 
-    def __init__(self, config: SAGANConfig, classes: int) -> None:
+    def __init__(self, config: SAGANConfig) -> None:
         super().__init__()
         sizes, widths = config.sizes[::-1], config.widths[::-1]
-        layers = [spectral(nn.Conv2d(config.channels, widths[0], 3, 1, 1))]
-        for place, size in enumerate(sizes):
+        layers = [conv(config.channels, widths[0], 3)]
+        for i, size in enumerate(sizes):
             if size == config.attention_at:
-                layers.append(SelfAttention2d(widths[place], spectral_norm=True))
-            last = place == len(sizes) - 1
-            layers.append(DiscriminatorBlock(widths[place], widths[-1 if last else place + 1], halve=not last))
+                layers.append(SelfAttention2d(widths[i], spectral_norm=True))
+            last = i == len(sizes) - 1
+            layers.append(SAGANDiscriminatorBlock(widths[i], widths[-1 if last else i + 1], downsample=not last))
         self.features = nn.Sequential(*layers, nn.ReLU())
-        self.score = spectral(nn.Linear(widths[-1], 1))
-        self.embedding = spectral(nn.Embedding(classes, widths[-1])) if classes else None
+        self.score = spectral_norm(nn.Linear(widths[-1], 1))
+        self.embedding = spectral_norm(nn.Embedding(config.num_classes, widths[-1])) if config.num_classes else None
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         h = self.features(images).sum(dim=(2, 3))
@@ -199,33 +228,106 @@ class Discriminator(nn.Module):
         return scores if self.embedding is None else scores + (self.embedding(labels) * h).sum(dim=1)
 
 
-class SAGAN(ConditionalGAN):
-    """The model described at the top of this file.
+class SAGAN(ImageGAN):
+    """SAGAN: residual networks with self-attention and spectral normalization, conditional if the data has classes.
 
-    Images are (B, channels, image_size, image_size), floating, in [0, 1]; labels (B,) int64, where there are classes.
+    Training images are (B, channels, image_size, image_size), floating point, in [0, 1]; labels (B,) int64.
 
     Example:
         >>> model = SAGAN(SAGANConfig(image_size=8, width=8, classes=3))
+        >>> model(torch.randn(2, 64), torch.tensor([0, 2])).shape
+        torch.Size([2, 1, 8, 8])
         >>> model.draw(6, LabelOptions()).pixels.shape
         torch.Size([6, 1, 8, 8])
     """
 
     name = "sagan"
-    summary = "GAN with self-attention and spectral normalisation, with classes where there are any"
+    summary = "GAN with self-attention and spectral normalization, with classes where there are any"
     config_class, sampling_class = SAGANConfig, LabelOptions
     train_defaults: ClassVar = {"epochs": 50.0, "batch_size": 64, "average_decay": 0.998}
     config: SAGANConfig
 
     def __init__(self, config: SAGANConfig) -> None:
         super().__init__(config)
-        self.generator, self.discriminator = Generator(config, self.classes), Discriminator(config, self.classes)
+        self.generator = SAGANGenerator(config)
+        self.discriminator = SAGANDiscriminator(config)
 
-    @property
-    def classes(self) -> int:
-        return self.config.classes if self.config.conditional else 0
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The generator's images (B, C, S, S) in [-1, 1] for z (B, latent_dim) from N(0, 1) and labels (B,)."""
+        images: Tensor = self.generator(z, labels)
+        return images
 
-    @contextmanager
-    def drawing(self) -> Iterator[None]:
-        """With the singular vectors of the generator's weights as they are, which training only follows."""
-        with settled(self.generator):
-            yield
+    def loss(self, phase: str, batch: Batch, context: StepContext) -> dict[str, Tensor]:
+        """The loss of ``phase``, "discriminator" or "generator", with mean scores and the penalty for the log."""
+        images, classes = self.checked_images(batch), self.config.num_classes
+        labels = check_labels(batch, classes) if classes else None
+        z = self.noise(len(images), self.config.latent_dim)
+        if phase == "generator":
+            return generator_objective(self.discriminator(self.generator(z, labels), labels), self.config)
+        with torch.no_grad():
+            fake = self.generator(z, labels)
+
+        def discriminator(x: Tensor) -> Tensor:
+            scores: Tensor = self.discriminator(x, labels)
+            return scores
+
+        return discriminator_objective(discriminator, 2 * images - 1, fake, self.config, context)
+
+    @torch.no_grad()
+    def draw(self, n: int, options: LabelOptions, *, generator: torch.Generator | None = None) -> Images:
+        """Samples n images of the class ``options.label``, or of all classes in turn, one class per column.
+
+        The generator's singular vectors are computed for its weights as they are, which are averages over training.
+
+        Raises:
+            ValueError: n is not a positive integer, or the label is no class.
+        """
+        require_positive("n", n)
+        labels: Tensor | None = None
+        columns: int | None = None
+        if self.config.num_classes:
+            labels, columns = wanted_labels(n, options.label, self.config.num_classes)
+        elif options.label >= 0:
+            raise ValueError(f"label: expected -1 for an unconditional model, got {options.label}")
+        with eval_mode(self.generator), settled(self.generator):
+            z = self.noise(n, self.config.latent_dim, generator)
+            images = self.generator(z, None if labels is None else labels.to(self.device))
+        return Images(to_pixels(images), columns, labels)
+
+
+# --------------------------------------------------------------------------------------------------
+# Fused scales (Karras et al., "Progressive growing of GANs", 2018): a 3x3 convolution after upsampling or before
+# downsampling by 2 is a 4x4 convolution of stride 2, at 4/9 of the cost.
+
+
+def upsample_then_conv(x: Tensor, convolution: nn.Module) -> Tensor:
+    """``convolution(F.interpolate(x, scale_factor=2))``: x (B, C, H, W) -> (B, D, 2H, 2W)."""
+    if not _is_fusable(convolution):
+        y: Tensor = convolution(F.interpolate(x, scale_factor=2.0))
+        return y
+    weight, bias = cast(Tensor, convolution.weight), cast("Tensor | None", convolution.bias)
+    return F.conv_transpose2d(x, _kernel_4x4(weight).flip(2, 3).transpose(0, 1), bias, stride=2, padding=1)
+
+
+def conv_then_downsample(x: Tensor, convolution: nn.Module) -> Tensor:
+    """``F.avg_pool2d(convolution(x), 2)``: x (B, C, 2H, 2W) -> (B, D, H, W)."""
+    if not _is_fusable(convolution):
+        return F.avg_pool2d(convolution(x), 2)
+    weight, bias = cast(Tensor, convolution.weight), cast("Tensor | None", convolution.bias)
+    return F.conv2d(x, 0.25 * _kernel_4x4(weight), bias, stride=2, padding=1)
+
+
+def _kernel_4x4(weight: Tensor) -> Tensor:
+    """Kernels (..., 3, 3) convolved with a 2x2 kernel of ones: (..., 4, 4)."""
+    padded = F.pad(weight, (1, 1, 1, 1))
+    rows = padded[..., 1:, :] + padded[..., :-1, :]
+    return rows[..., 1:] + rows[..., :-1]
+
+
+def _is_fusable(module: nn.Module) -> bool:
+    """Whether the module is a plain 3x3 convolution with zero padding; any other module is called."""
+    if not isinstance(module, nn.Conv2d) or type(module)._conv_forward is not nn.Conv2d._conv_forward:
+        return False
+    sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
+    usual = sizes == ((3, 3), (1, 1), (1, 1), (1, 1)) and module.groups == 1 and module.padding_mode == "zeros"
+    return usual and is_fusible(module, nn.Conv2d.forward)

@@ -1,21 +1,22 @@
-"""A style-based generative adversarial network.
+"""Style-based generative adversarial network (StyleGAN2).
 
 Karras, Laine and Aila, "A style-based generator architecture for generative adversarial networks" (2019), and Karras et
 al., "Analyzing and improving the image quality of StyleGAN" (2020). A mapping network turns z into a style w, which
-scales the inputs of every convolution of a network that starts from a learned constant; noise is added to each map:
+scales the input channels of every convolution of a synthesis network; the synthesis starts from a learned constant and
+adds noise to each feature map:
 
-    z / rms(z) -> [linear, LeakyReLU] -> w
-    constant -> [convolution modulated by w, noise, LeakyReLU; an image, added to the one of half the size] -> image
-    images -> [convolutions, half the size] -> standard deviation over the batch, convolution, linear -> score
+    mapping:        z / rms(z) -> [linear, LeakyReLU] -> w
+    synthesis:      constant -> [convolutions modulated by w, noise, LeakyReLU; image, added to the upsampled one]
+    discriminator:  images -> [convolutions, downsampling] -> minibatch std, convolution, linear -> logits (B,)
 
 A modulated convolution has the weight ``w_i W_oi``, divided by its norm over i ("demodulation"). Weights are N(0, 1)
-and scaled where they are used, the same learning rate serves all of them; the mapping's is smaller. The R1 penalty and
-that of path lengths may come every few steps only. As here maps are halved by means, not by filters of four, and
-Adam's betas are not adapted to lazy penalties, figures are not those of the authors' code.
+and scaled at run time ("equalized learning rate"); the mapping has a lower learning rate. The R1 penalty and the path
+length penalty may be lazy (``penalty_every``, ``path_length_every``). Results differ from the authors' code:
+downsampling is average pooling, not a filter of four taps, and AdamW's betas are not adapted to lazy penalties.
 
-The paper has large images: R1 in every 16th step, eight layers of mapping that learn a hundredth as fast, mixed styles
-and the penalty of path lengths. The defaults are for small and few ones, where a strong R1 in every step keeps samples
-from being all alike, and styles, of four layers only at 8x8, are neither mixed nor penalised.
+The paper trains on large images, with R1 in every 16th step, eight mapping layers with 1/100 of the learning rate,
+style mixing and the path length penalty. The defaults here are for small images and small data sets: a strong R1 in
+every step prevents mode collapse; style mixing and the path length penalty are off, as 8x8 images have four styles.
 """
 
 from __future__ import annotations
@@ -33,41 +34,59 @@ from torch.nn.utils import parametrize
 
 from fastgen import losses
 from fastgen.checks import require_choice, require_not_negative, require_positive, require_positive_number
-from fastgen.models._convolutions import SLOPE, feature_sizes
-from fastgen.models._norms import inverse_rms, widened
-from fastgen.models.adversarial import ImageGAN, NoiseGANConfig
+from fastgen.losses.adversarial import AdversarialLoss
+from fastgen.models.adversarial import (
+    ImageGAN,
+    Penalty,
+    check_adversarial_options,
+    discriminator_objective,
+    eval_mode,
+    feature_sizes,
+    generator_objective,
+)
 from fastgen.models.base import Batch, Images, Samples, StepContext, option, to_pixels
 from fastgen.nn._sublayers import is_fusible
 
 Output = Literal["skip", "residual"]
 
 AVERAGE_STEP = 0.005
-GROUP = 4
-SHOWN = 8
+STD_GROUP_SIZE = 4
+NUM_VISUALIZED = 8
 
 
 @dataclass(frozen=True)
-class StyleGANConfig(NoiseGANConfig):
-    """Sizes of a StyleGAN and how it learns. ValueError names the field, what was expected and what came."""
+class StyleGANConfig:
+    """Architecture and training objective of a StyleGAN.
 
-    penalty_weight: float = option(2.0, "what the penalty is multiplied by (gamma, lambda)")
-    generator_learning_rate: float = option(3e-3, "of the generator's AdamW")
-    discriminator_learning_rate: float = option(2e-3, "of the discriminator's AdamW")
-    beta1: float = option(0.0, "of AdamW")
-    beta2: float = option(0.99, "of AdamW")
-    width: int = option(32, "channels at full size; doubled at each halving")
-    style_dim: int = option(64, "numbers in w")
-    mapping_depth: int = option(2, "layers of the mapping network")
-    mapping_rate: float = option(0.1, "the mapping's learning rate, in parts of the generator's")
-    output: Output = option("skip", "skip: images of all sizes are added; residual: maps are, the last makes the image")
-    style_mixing: float = option(0.0, "probability that an image's styles change from one z's to another's on the way")
-    path_length_weight: float = option(0.0, "of the penalty of uneven path lengths, 2 in the paper; 0: none")
-    path_length_every: int = option(8, "steps from one such penalty to the next; its weight is multiplied by as much")
-    minibatch_std: bool = option(True, "the discriminator sees how much the images of a batch differ")
+    Raises:
+        ValueError: an option is out of range; the message names it.
+    """
+
+    image_size: int = option(8, "height and width of the images", from_data=True)
+    channels: int = option(1, "number of color channels of the images", from_data=True)
+    loss: AdversarialLoss = option("non-saturating", "adversarial objective")
+    penalty: Penalty = option("r1", "gradient penalty on the discriminator")
+    penalty_weight: float = option(2.0, "weight of the gradient penalty (gamma, lambda)")
+    penalty_every: int = option(1, "interval of the gradient penalty in steps; multiplies its weight")
+    generator_learning_rate: float = option(3e-3, "AdamW learning rate of the generator")
+    discriminator_learning_rate: float = option(2e-3, "AdamW learning rate of the discriminator")
+    beta1: float = option(0.0, "AdamW beta1")
+    beta2: float = option(0.99, "AdamW beta2")
+    critic_steps: int = option(1, "discriminator updates per generator update")
+    latent_dim: int = option(64, "dimension of the latent z")
+    width: int = option(32, "number of channels at full resolution; doubled at each downsampling")
+    style_dim: int = option(64, "dimension of the style w")
+    mapping_depth: int = option(2, "number of layers of the mapping network")
+    mapping_rate: float = option(0.1, "learning rate multiplier of the mapping network")
+    output: Output = option("skip", "skip: sum of images of all resolutions; residual: image of the last feature map")
+    style_mixing: float = option(0.0, "probability of style mixing: a second style from a random layer on")
+    path_length_weight: float = option(0.0, "weight of the path length penalty, 2 in the paper; 0: none")
+    path_length_every: int = option(8, "interval of the path length penalty in steps; multiplies its weight")
+    minibatch_std: bool = option(True, "minibatch standard deviation as a feature map of the discriminator")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("width", "style_dim", "mapping_depth", "path_length_every"):
+        check_adversarial_options(self)
+        for name in ("latent_dim", "width", "style_dim", "mapping_depth", "path_length_every"):
             require_positive(name, getattr(self, name))
         feature_sizes(self.image_size)
         require_choice("output", self.output, get_args(Output))
@@ -78,7 +97,7 @@ class StyleGANConfig(NoiseGANConfig):
 
     @property
     def sizes(self) -> list[int]:
-        """Heights of the feature maps, from 4, 5, 6 or 7 up to the images'."""
+        """Heights of the feature maps, from the coarsest (4 to 7) up to the images'."""
         return feature_sizes(self.image_size)
 
     @property
@@ -88,79 +107,93 @@ class StyleGANConfig(NoiseGANConfig):
 
     @property
     def style_layers(self) -> int:
-        """Layers that a style modulates one by one: two for each size, with what makes an image of the second."""
+        """Number of styles: two for each resolution. The second also modulates the layer that outputs its image."""
         return 2 * len(self.sizes)
 
     @property
     def noise_dims(self) -> list[int]:
-        """Pixels of the noise of each convolution: one of the first size, two of each other."""
+        """Pixels of the noise of each convolution: one convolution at the coarsest resolution, two at the others."""
         first, *others = (size**2 for size in self.sizes)
         return [first, *(pixels for pixels in others for _ in range(2))]
 
 
 @dataclass(frozen=True)
 class StyleOptions:
-    """How samples are drawn. ValueError names the field, what was expected and what came."""
+    """Sampling options of a StyleGAN."""
 
-    truncation: float = option(1.0, "psi: how far styles go from their mean; less is more alike and more usual")
+    truncation: float = option(1.0, "truncation psi: scale of the styles' distance from their mean; lower: less varied")
 
     def __post_init__(self) -> None:
         if not 0 <= self.truncation <= 1:
             raise ValueError(f"truncation: expected a number in [0, 1], got {self.truncation}")
 
 
-def activated(x: Tensor) -> Tensor:
-    """LeakyReLU that keeps the size of its input."""
-    return F.leaky_relu(x, SLOPE) * math.sqrt(2)
+def scaled_leaky_relu(x: Tensor) -> Tensor:
+    """LeakyReLU that keeps the variance of its input."""
+    return F.leaky_relu(x, 0.2) * math.sqrt(2)
+
+
+def upsample(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
+
+
+def upcast(x: Tensor) -> Tensor:
+    """float32 at least, also under autocast. In float16 the square of 256 is infinite, and 1e-8 is 0."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class ScaledLinear(nn.Module):
-    """A linear map whose weights are N(0, 1), divided by the root of ``inputs`` in use; ``rate``: of its learning."""
+    """Linear layer with weights from N(0, 1), scaled by 1 / sqrt(in_features) at run time.
 
-    def __init__(self, inputs: int, outputs: int, *, bias: float = 0.0, rate: float = 1.0) -> None:
+    rate: learning rate multiplier: weights and bias are stored divided by it and multiplied at run time.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias: float = 0.0, rate: float = 1.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(outputs, inputs) / rate)
-        self.bias = nn.Parameter(torch.full((outputs,), bias / rate))
-        self.scale, self.rate = rate / math.sqrt(inputs), rate
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / rate)
+        self.bias = nn.Parameter(torch.full((out_features,), bias / rate))
+        self.scale, self.rate = rate / math.sqrt(in_features), rate
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight * self.scale, self.bias * self.rate)
 
 
 class ScaledConv2d(nn.Module):
-    """A convolution whose weights are N(0, 1), divided by the root of their inputs in use; its bias begins at 0."""
+    """Convolution with weights from N(0, 1), scaled by 1 / sqrt(fan_in) at run time; the initial bias is 0."""
 
-    def __init__(self, inputs: int, outputs: int, kernel_size: int, *, bias: bool = True) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, bias: bool = True) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(outputs, inputs, kernel_size, kernel_size))
-        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
-        self.scale, self.padding = 1 / math.sqrt(inputs * kernel_size**2), kernel_size // 2
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        self.scale, self.padding = 1 / math.sqrt(in_channels * kernel_size**2), kernel_size // 2
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight * self.scale, self.bias, padding=self.padding)
 
 
 class ModulatedConv2d(nn.Module):
-    """A convolution whose input channels a style scales: x (B, inputs, H, W) -> (B, outputs, H, W).
+    """Convolution whose input channels are scaled by a style: x (B, in_channels, H, W) -> (B, out_channels, H, W).
 
-    demodulate: divide each output channel by the norm of its weights after that.
+    demodulate: divide each output channel by the norm of its modulated weights.
     """
 
-    def __init__(self, inputs: int, outputs: int, kernel_size: int, style_dim: int, *, demodulate: bool = True) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, style_dim: int, *, demodulate: bool = True
+    ) -> None:
         super().__init__()
-        self.convolution = ScaledConv2d(inputs, outputs, kernel_size, bias=False)
-        self.style = ScaledLinear(style_dim, inputs, bias=1.0)
+        self.convolution = ScaledConv2d(in_channels, out_channels, kernel_size, bias=False)
+        self.style = ScaledLinear(style_dim, in_channels, bias=1.0)
         self.demodulate = demodulate
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        """Maps are scaled before and after one convolution for all, not weights for each image: the same numbers."""
+        """Scales the maps before and after one convolution, which equals a convolution with weights per image."""
         scale = self.style(style)
         scaled, convolution = x * scale[:, :, None, None], self.convolution
         if not self.demodulate:
             return cast(Tensor, convolution(scaled))
         if type(convolution).forward is not ScaledConv2d.forward or "forward" in vars(convolution):
             raise TypeError(
-                "convolution: expected a ScaledConv2d, whose weights tell the size of its output, got"
+                "convolution: expected a ScaledConv2d, whose weights determine the demodulation, got"
                 f" {type(convolution).__name__} or another forward; put adapters on style"
             )
         if is_fusible(convolution, ScaledConv2d.forward):
@@ -168,31 +201,27 @@ class ModulatedConv2d(nn.Module):
             y = F.conv2d(scaled, weight, convolution.bias, padding=convolution.padding)
         else:
             with parametrize.cached() if parametrize.is_parametrized(convolution) else nullcontext():
-                y = convolution(scaled)  # first: a hook may be what makes the weight
+                y = convolution(scaled)  # before its weight is read: a hook may compute the weight
                 weight = convolution.weight * convolution.scale
         with torch.autocast(x.device.type, enabled=False):
-            squares = widened(weight).square().sum(dim=(2, 3))
-            norm = torch.rsqrt(F.linear(widened(scale).square(), squares) + 1e-8)
+            squares = upcast(weight).square().sum(dim=(2, 3))
+            norm = torch.rsqrt(F.linear(upcast(scale).square(), squares) + 1e-8)
         return y * norm.to(y.dtype)[:, :, None, None]
 
 
 class StyledLayer(nn.Module):
-    """A modulated 3x3 convolution, of x doubled where asked, with noise (B, H W) added and LeakyReLU."""
+    """Modulated 3x3 convolution, after upsampling if requested, then noise (B, H W) and LeakyReLU."""
 
-    def __init__(self, inputs: int, outputs: int, style_dim: int, *, double: bool) -> None:
+    def __init__(self, in_channels: int, out_channels: int, style_dim: int, *, upsample: bool) -> None:
         super().__init__()
-        self.convolution = ModulatedConv2d(inputs, outputs, 3, style_dim)
+        self.convolution = ModulatedConv2d(in_channels, out_channels, 3, style_dim)
         self.strength = nn.Parameter(torch.zeros(()))
-        self.bias = nn.Parameter(torch.zeros(outputs))
-        self.doubles = double
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.upsamples = upsample
 
     def forward(self, x: Tensor, style: Tensor, noise: Tensor) -> Tensor:
-        x = self.convolution(doubled(x) if self.doubles else x, style)
-        return activated(x + self.strength * noise.view(-1, 1, *x.shape[2:]) + self.bias[:, None, None])
-
-
-def doubled(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
+        x = self.convolution(upsample(x) if self.upsamples else x, style)
+        return scaled_leaky_relu(x + self.strength * noise.view(-1, 1, *x.shape[2:]) + self.bias[:, None, None])
 
 
 class Mapping(nn.Module):
@@ -202,16 +231,16 @@ class Mapping(nn.Module):
 
     def __init__(self, config: StyleGANConfig) -> None:
         super().__init__()
-        widths = [config.latent_dim, *[config.style_dim] * config.mapping_depth]
+        dims = [config.latent_dim, *[config.style_dim] * config.mapping_depth]
         self.layers = nn.ModuleList(
-            ScaledLinear(before, after, rate=config.mapping_rate) for before, after in itertools.pairwise(widths)
+            ScaledLinear(before, after, rate=config.mapping_rate) for before, after in itertools.pairwise(dims)
         )
         self.register_buffer("average", torch.zeros(config.style_dim))
 
     def forward(self, z: Tensor) -> Tensor:
-        x = z * inverse_rms(z, 1e-8)
+        x = z * torch.rsqrt(upcast(z).square().mean(dim=1, keepdim=True) + 1e-8).to(z.dtype)
         for layer in self.layers:
-            x = activated(layer(x))
+            x = scaled_leaky_relu(layer(x))
         if self.training:
             with torch.no_grad():
                 self.average.lerp_(x.detach().mean(dim=0).to(self.average), AVERAGE_STEP)
@@ -219,7 +248,7 @@ class Mapping(nn.Module):
 
 
 class Synthesis(nn.Module):
-    """Styles (B, layers, style_dim), noise (B, pixels of all maps) -> images (B, C, S, S), about in [-1, 1]."""
+    """Styles (B, layers, style_dim), noise (B, pixels of all maps) -> images (B, C, S, S), roughly in [-1, 1]."""
 
     def __init__(self, config: StyleGANConfig) -> None:
         super().__init__()
@@ -227,17 +256,16 @@ class Synthesis(nn.Module):
         self.noise_dims = config.noise_dims
         self.residual = config.output == "residual"
         self.constant = nn.Parameter(torch.randn(widths[0], sizes[0], sizes[0]))
-        pairs = [(widths[0], widths[0]), *itertools.pairwise(widths)]
-        self.layers = nn.ModuleList([StyledLayer(widths[0], widths[0], style_dim, double=False)])
-        for wide, fine in pairs[1:]:
-            self.layers.append(StyledLayer(wide, fine, style_dim, double=True))
-            self.layers.append(StyledLayer(fine, fine, style_dim, double=False))
-        painted = widths[-1:] if self.residual else widths
+        self.layers = nn.ModuleList([StyledLayer(widths[0], widths[0], style_dim, upsample=False)])
+        for before, after in itertools.pairwise(widths):
+            self.layers.append(StyledLayer(before, after, style_dim, upsample=True))
+            self.layers.append(StyledLayer(after, after, style_dim, upsample=False))
         self.images = nn.ModuleList(
-            ModulatedConv2d(width, config.channels, 1, style_dim, demodulate=False) for width in painted
+            ModulatedConv2d(width, config.channels, 1, style_dim, demodulate=False)
+            for width in (widths[-1:] if self.residual else widths)
         )
         self.shortcuts = nn.ModuleList(
-            ScaledConv2d(wide, fine, 1, bias=False) for wide, fine in pairs[1:] if self.residual
+            ScaledConv2d(before, after, 1, bias=False) for before, after in itertools.pairwise(widths) if self.residual
         )
         self.bias = nn.Parameter(torch.zeros(config.channels))
 
@@ -249,101 +277,102 @@ class Synthesis(nn.Module):
             y = self.layers[i](x, style[i], maps[i])
             y = self.layers[i + 1](y, style[i + 1], maps[i + 1])
             if image is None:
-                y = (y + doubled(self.shortcuts[i // 2](x))) * math.sqrt(0.5)
+                y = (y + upsample(self.shortcuts[i // 2](x))) * math.sqrt(0.5)
             else:
-                image = doubled(image) + self.images[i // 2 + 1](y, style[i + 2])
+                image = upsample(image) + self.images[i // 2 + 1](y, style[i + 2])
             x = y
         image = self.images[0](x, style[-1]) if image is None else image
         return image + self.bias[:, None, None]
 
 
-class Generator(nn.Module):
-    """z and noise, as one (B, latent_dim + pixels of all maps) of N(0, 1) -> images (B, C, S, S), about in [-1, 1]."""
+class StyleGANGenerator(nn.Module):
+    """z (B, latent_dim), noise (B, pixels of all maps), from N(0, 1) -> images (B, C, S, S), roughly in [-1, 1]."""
 
     def __init__(self, config: StyleGANConfig) -> None:
         super().__init__()
         self.mapping, self.synthesis = Mapping(config), Synthesis(config)
-        self.latent_dim, self.style_layers, self.style_mixing = (
-            config.latent_dim,
-            config.style_layers,
-            config.style_mixing,
-        )
+        self.style_layers, self.style_mixing = config.style_layers, config.style_mixing
 
-    def forward(self, numbers: Tensor, truncation: Tensor | None = None) -> Tensor:
-        images: Tensor = self.synthesis(self.styles(numbers, truncation), self.noise(numbers))
+    def forward(self, z: Tensor, noise: Tensor, truncation: Tensor | None = None) -> Tensor:
+        images: Tensor = self.synthesis(self.styles(z, truncation), noise)
         return images
 
-    def styles(self, numbers: Tensor, truncation: Tensor | None = None) -> Tensor:
-        """(B, layers, style_dim); in training some change from one z's to another's at a layer."""
-        w = self.mapping(numbers[:, : self.latent_dim])
+    def styles(self, z: Tensor, truncation: Tensor | None = None) -> Tensor:
+        """(B, layers, style_dim). In training some images have the style of another z from a random layer on."""
+        w = self.mapping(z)
         if truncation is not None:
             w = torch.lerp(self.mapping.average.to(w), w, truncation.to(w))
         styles: Tensor = w[:, None].expand(-1, self.style_layers, -1)
         if not (self.training and self.style_mixing):
             return styles
-        other = self.mapping(torch.randn_like(numbers[:, : self.latent_dim]))
+        other = self.mapping(torch.randn_like(z))
         chance, place = torch.rand(2, len(w), 1, 1, device=w.device).unbind()
         layer = torch.arange(self.style_layers, device=w.device)[:, None]
-        changed = (chance < self.style_mixing) & (layer > place * (self.style_layers - 1))
-        return torch.where(changed, other[:, None], styles)
-
-    def noise(self, numbers: Tensor) -> Tensor:
-        return numbers[:, self.latent_dim :]
+        mixed = (chance < self.style_mixing) & (layer > place * (self.style_layers - 1))
+        return torch.where(mixed, other[:, None], styles)
 
 
-class DiscriminatorBlock(nn.Module):
-    """x (B, fine, H, W) -> (B, wide, H/2, W/2): two convolutions, beside a 1x1 one of x."""
+class StyleGANDiscriminatorBlock(nn.Module):
+    """Residual downsampling block: x (B, in_channels, H, W) -> (B, out_channels, H/2, W/2)."""
 
-    def __init__(self, fine: int, wide: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.conv1, self.conv2 = ScaledConv2d(fine, fine, 3), ScaledConv2d(fine, wide, 3)
-        self.shortcut = ScaledConv2d(fine, wide, 1, bias=False)
+        self.conv1, self.conv2 = ScaledConv2d(in_channels, in_channels, 3), ScaledConv2d(in_channels, out_channels, 3)
+        self.shortcut = ScaledConv2d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.avg_pool2d(activated(self.conv2(activated(self.conv1(x)))), 2)
+        y = F.avg_pool2d(scaled_leaky_relu(self.conv2(scaled_leaky_relu(self.conv1(x)))), 2)
         out: Tensor = (y + self.shortcut(F.avg_pool2d(x, 2))) * math.sqrt(0.5)
         return out
 
 
-class Discriminator(nn.Module):
+class StyleGANDiscriminator(nn.Module):
     """Images (B, C, S, S) in [-1, 1] -> scores (B,), logits: high means real."""
 
     def __init__(self, config: StyleGANConfig) -> None:
         super().__init__()
-        widths, coarse = config.widths[::-1], config.sizes[0]
+        widths, coarse_size = config.widths[::-1], config.sizes[0]
         self.minibatch_std = config.minibatch_std
         self.first = ScaledConv2d(config.channels, widths[0], 1)
-        self.blocks = nn.ModuleList(DiscriminatorBlock(fine, wide) for fine, wide in itertools.pairwise(widths))
+        self.blocks = nn.ModuleList(
+            StyleGANDiscriminatorBlock(before, after) for before, after in itertools.pairwise(widths)
+        )
         self.last = ScaledConv2d(widths[-1] + int(self.minibatch_std), widths[-1], 3)
-        self.hidden = ScaledLinear(widths[-1] * coarse**2, widths[-1])
+        self.hidden = ScaledLinear(widths[-1] * coarse_size**2, widths[-1])
         self.score = ScaledLinear(widths[-1], 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = activated(self.first(images))
+        x = scaled_leaky_relu(self.first(images))
         for block in self.blocks:
             x = block(x)
         if self.minibatch_std:
-            x = torch.cat([x, differences(x)], dim=1)
-        scores: Tensor = self.score(activated(self.hidden(activated(self.last(x)).flatten(1))))[:, 0]
+            x = torch.cat([x, minibatch_std_map(x)], dim=1)
+        x = scaled_leaky_relu(self.last(x)).flatten(1)
+        scores: Tensor = self.score(scaled_leaky_relu(self.hidden(x)))[:, 0]
         return scores
 
 
-def differences(x: Tensor) -> Tensor:
-    """(B, 1, H, W): the standard deviation over images, meaned over all else, in groups of GROUP or of all images."""
+def minibatch_std_map(x: Tensor) -> Tensor:
+    """(B, 1, H, W): standard deviation over groups of images, averaged over features and positions.
+
+    Groups have STD_GROUP_SIZE images, or all of the batch if its size is no multiple.
+    """
     batch, _, height, width = x.shape
-    groups = batch // GROUP if batch % GROUP == 0 else 1
-    variance = widened(x).unflatten(0, (-1, groups)).var(dim=0, correction=0)
+    groups = batch // STD_GROUP_SIZE if batch % STD_GROUP_SIZE == 0 else 1
+    variance = upcast(x).unflatten(0, (-1, groups)).var(dim=0, correction=0)
     mean: Tensor = (variance + 1e-8).sqrt().mean(dim=(1, 2, 3)).to(x.dtype)
     return mean.repeat(batch // groups).view(-1, 1, 1, 1).expand(-1, -1, height, width)
 
 
 class StyleGAN(ImageGAN):
-    """The model described at the top of this file.
+    """StyleGAN2: mapping network, modulated convolutions, noise at every layer.
 
-    Images are (B, channels, image_size, image_size), floating, in [0, 1].
+    Training images are (B, channels, image_size, image_size), floating point, in [0, 1].
 
     Example:
         >>> model = StyleGAN(StyleGANConfig(image_size=8, width=8))
+        >>> model(torch.randn(3, 64)).shape
+        torch.Size([3, 1, 8, 8])
         >>> model.draw(3, StyleOptions(truncation=0.7)).pixels.shape
         torch.Size([3, 1, 8, 8])
     """
@@ -353,56 +382,78 @@ class StyleGAN(ImageGAN):
     config_class, sampling_class = StyleGANConfig, StyleOptions
     train_defaults: ClassVar = {"epochs": 165.0, "batch_size": 64, "average_decay": 0.998}
     config: StyleGANConfig
-    generator: Generator
+    generator: StyleGANGenerator
     path_length_mean: Tensor
 
     def __init__(self, config: StyleGANConfig) -> None:
         super().__init__(config)
-        self.generator, self.discriminator = Generator(config), Discriminator(config)
+        self.generator = StyleGANGenerator(config)
+        self.discriminator = StyleGANDiscriminator(config)
         self.register_buffer("path_length_mean", torch.zeros(()))
 
-    @property
-    def noise_dim(self) -> int:
-        return self.config.latent_dim + sum(self.config.noise_dims)
+    def forward(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The generator's images (B, C, S, S), roughly in [-1, 1], for z (B, latent_dim) from N(0, 1).
+
+        noise: (B, sum(config.noise_dims)) from N(0, 1); sampled by torch's global generator by default.
+        """
+        noise = self.noise(len(z), sum(self.config.noise_dims)) if noise is None else noise
+        images: Tensor = self.generator(z, noise)
+        return images
+
+    def latents(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """z (n, latent_dim) and the noise of all layers (n, pixels), from N(0, 1)."""
+        latent_dim, pixels = self.config.latent_dim, sum(self.config.noise_dims)
+        z, noise = self.noise(n, latent_dim + pixels, generator).split([latent_dim, pixels], dim=1)
+        return z, noise
 
     def loss(self, phase: str, batch: Batch, context: StepContext) -> dict[str, Tensor]:
-        """As that of its base; the generator's with the penalty of "path" lengths, of half as many images, at times.
+        """The loss of ``phase``, "discriminator" or "generator", with mean scores and penalties for the log.
 
-        Each penalty comes times its interval: its mean over all steps is that of the penalty.
+        Every ``path_length_every``-th generator step has the path length penalty, on half as many images and multiplied
+        by ``path_length_every``, which keeps its mean over steps.
         """
-        values, config = super().loss(phase, batch, context), self.config
-        if phase == "generator" and config.path_length_weight and context.step % config.path_length_every == 0:
-            numbers = self._noise(-(-len(batch["images"]) // 2))
-            styles = self.generator.styles(numbers)
-            images = self.generator.synthesis(styles, self.generator.noise(numbers))
-            spread, mean = losses.path_length_penalty(images, styles, self.path_length_mean, scaler=context.scaler)
-            self.path_length_mean.copy_(mean)
-            penalty = config.path_length_every * spread
+        images, config = self.checked_images(batch), self.config
+        z, noise = self.latents(len(images))
+        if phase == "discriminator":
+            with torch.no_grad():
+                fake = self.generator(z, noise)
+            return discriminator_objective(self.discriminator, 2 * images - 1, fake, config, context)
+        values = generator_objective(self.discriminator(self.generator(z, noise)), config)
+        if config.path_length_weight and context.step % config.path_length_every == 0:
+            penalty = config.path_length_every * self.path_length_penalty(-(-len(images) // 2), context)
             values["loss"] = values["loss"] + config.path_length_weight * penalty
             values["path"] = penalty.detach()
         return values
 
+    def path_length_penalty(self, n: int, context: StepContext) -> Tensor:
+        """Path length penalty of n generated images; updates the running mean of path lengths."""
+        z, noise = self.latents(n)
+        styles = self.generator.styles(z)
+        images = self.generator.synthesis(styles, noise)
+        penalty, mean = losses.path_length_penalty(images, styles, self.path_length_mean, scaler=context.scaler)
+        self.path_length_mean.copy_(mean)
+        return penalty
+
     @torch.no_grad()
     def draw(self, n: int, options: StyleOptions, *, generator: torch.Generator | None = None) -> Images:
-        """n images.
+        """Samples n images, with styles truncated towards their mean by ``options.truncation``.
 
         Raises:
             ValueError: n is not a positive integer.
         """
-        truncation = (torch.tensor(options.truncation),) if options.truncation < 1 else ()
-        return Images(self._draw(n, truncation, generator))
+        require_positive("n", n)
+        truncation = torch.tensor(options.truncation) if options.truncation < 1 else None
+        with eval_mode(self.generator):
+            images = self.generator(*self.latents(n, generator), truncation)
+        return Images(to_pixels(images))
 
     @torch.no_grad()
     def visualize(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Samples]:
-        """Mixed styles: each row has its coarser half from one z, each column its finer half; the diagonal has one."""
-        network = self.generator
-        was_training = network.training
-        network.eval()
-        numbers = self._noise(SHOWN, generator)
-        w = network.styles(numbers)
-        network.train(was_training)
-        rows, columns = w.repeat_interleave(SHOWN, 0), w.repeat(SHOWN, 1, 1)
-        half = self.config.style_layers // 2
-        styles = torch.cat([rows[:, :half], columns[:, half:]], dim=1)
-        pixels = network.synthesis(styles, network.noise(numbers).repeat_interleave(SHOWN, 0))
-        return {"styles": Images(to_pixels(pixels), SHOWN)}
+        """Style mixing: coarse styles of one z per row, fine styles of one z per column; no mixing on the diagonal."""
+        n, coarse = NUM_VISUALIZED, self.config.style_layers // 2
+        z, noise = self.latents(n, generator)
+        with eval_mode(self.generator):
+            w = self.generator.styles(z)
+        rows, columns = w.repeat_interleave(n, 0), w.repeat(n, 1, 1)
+        styles = torch.cat([rows[:, :coarse], columns[:, coarse:]], dim=1)
+        return {"styles": Images(to_pixels(self.generator.synthesis(styles, noise.repeat_interleave(n, 0))), n)}

@@ -1,18 +1,17 @@
-"""A generative adversarial network of Transformers, without a convolution that looks beyond one place.
+"""Generative adversarial network of two Transformers (TransGAN).
 
 Jiang, Chang and Wang, "TransGAN: two pure Transformers can make one strong GAN, and that can scale up" (2021). Both
-networks are blocks of attention and a perceptron on grids of tokens, each token a place of the image; sizes change
-between stages, by pixel shuffling in the generator and by means in the discriminator, whose last stage has a token of
-its own for the score:
+networks are Transformer blocks on grids of tokens, one token per position of the feature map. The resolution changes
+between stages, by pixel shuffle in the generator and by average pooling in the discriminator, whose last stage has a
+class token for the score:
 
-    z -> linear -> coarse grid -> [blocks, pixel shuffle to twice the size] -> blocks -> linear, tanh -> images
-    images -> linear of each patch -> [blocks, half the size] -> class token beside the grid -> blocks -> score
+    generator:      z (B, latent_dim) -> linear -> coarse grid -> [blocks, pixel shuffle] -> blocks -> linear, tanh
+    discriminator:  patch embedding of images -> [blocks, average pooling] -> class token and grid -> blocks -> score
 
-Attention is among all tokens of a grid up to ``window``, with a learned bias for each relative position; in larger
-grids it is within windows, shifted in every second block (Liu et al., "Swin Transformer", 2021; the paper's own are
-not shifted). Tokens are halved in width where their size doubles, by a linear map before the shuffle; the paper's
-become a quarter. It plays with a gradient penalty and with augmented images, which are left out here: the default is
-R1.
+Attention is global on grids up to ``window`` and windowed on larger ones, shifted in every second block (Liu et al.,
+"Swin Transformer", 2021; the paper's windows are not shifted), with a learned relative position bias. Upsampling halves
+the token width by a linear map before the pixel shuffle; the paper quarters it. The paper's gradient penalty and
+differentiable augmentation are left out: the default penalty is R1 (see ``adversarial.py``).
 """
 
 from __future__ import annotations
@@ -26,40 +25,59 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.checks import require_choice, require_positive
-from fastgen.models._convolutions import feature_sizes
-from fastgen.models._norms import inverse_rms
-from fastgen.models.adversarial import ImageGAN, Layers, NoiseGANConfig
-from fastgen.models.base import NoOptions, option
+from fastgen.losses.adversarial import AdversarialLoss
+from fastgen.models.adversarial import (
+    ImageGAN,
+    Penalty,
+    check_adversarial_options,
+    discriminator_objective,
+    eval_mode,
+    feature_sizes,
+    generator_objective,
+)
+from fastgen.models.base import Batch, Images, NoOptions, StepContext, option, to_pixels
 from fastgen.nn import TransformerEncoderLayer, WindowAttention2d
 
 Summary = Literal["token", "mean"]
 
 POSITION_STD = 0.1
-"""Of what tells places apart in the beginning; with the 0.02 of large Transformers the discriminator is slow to."""
+"""Standard deviation of initial position embeddings. The discriminator learns slowly with the usual 0.02."""
 
 
 @dataclass(frozen=True)
-class TransGANConfig(NoiseGANConfig):
-    """Sizes of a TransGAN and how it learns. ValueError names the field, what was expected and what came."""
+class TransGANConfig:
+    """Architecture and training objective of a TransGAN.
 
-    penalty_weight: float = option(0.3, "what the penalty is multiplied by (gamma, lambda)")
-    generator_learning_rate: float = option(1e-3, "of the generator's AdamW")
-    discriminator_learning_rate: float = option(1e-3, "of the discriminator's AdamW")
-    penalty_every: int = option(4, "steps from one penalty to the next; its weight is multiplied by as much")
-    beta2: float = option(0.99, "of AdamW")
-    width: int = option(32, "numbers in a token at full size; doubled at each halving")
-    num_heads: int = option(2, "of the attention; a divisor of width")
-    generator_depth: int = option(1, "blocks of the generator at each size; windows overlap from 2 on")
-    discriminator_depth: int = option(3, "blocks of the discriminator at each size; likewise")
-    mlp_ratio: int = option(2, "units of a perceptron for each number of a token")
-    window: int = option(8, "height and width of the largest grid or window whose tokens attend to each other")
-    patch_size: int = option(2, "pixels on the side of the discriminator's tokens")
-    summary: Summary = option("token", "what is scored at last: a token of its own, or the mean of all")
+    Raises:
+        ValueError: an option is out of range; the message names it.
+    """
+
+    image_size: int = option(8, "height and width of the images", from_data=True)
+    channels: int = option(1, "number of color channels of the images", from_data=True)
+    loss: AdversarialLoss = option("non-saturating", "adversarial objective")
+    penalty: Penalty = option("r1", "gradient penalty on the discriminator")
+    penalty_weight: float = option(0.3, "weight of the gradient penalty (gamma, lambda)")
+    penalty_every: int = option(4, "interval of the gradient penalty in steps; multiplies its weight")
+    generator_learning_rate: float = option(1e-3, "AdamW learning rate of the generator")
+    discriminator_learning_rate: float = option(1e-3, "AdamW learning rate of the discriminator")
+    beta1: float = option(0.5, "AdamW beta1")
+    beta2: float = option(0.99, "AdamW beta2")
+    critic_steps: int = option(1, "discriminator updates per generator update")
+    latent_dim: int = option(64, "dimension of the latent z")
+    width: int = option(32, "token width at full resolution; doubled at each downsampling")
+    num_heads: int = option(2, "number of attention heads; a divisor of width")
+    generator_depth: int = option(1, "blocks of the generator per resolution; windows are shifted from 2 on")
+    discriminator_depth: int = option(3, "blocks of the discriminator per resolution; windows are shifted from 2 on")
+    mlp_ratio: int = option(2, "ratio of MLP width to token width")
+    window: int = option(8, "height and width of the attention windows; smaller grids have global attention")
+    patch_size: int = option(2, "height and width of the discriminator's patches in pixels")
+    summary: Summary = option("token", "input of the discriminator's head: class token or mean of all tokens")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("width", "num_heads", "generator_depth", "discriminator_depth", "mlp_ratio", "window"):
+        check_adversarial_options(self)
+        for name in ("latent_dim", "width", "num_heads", "generator_depth", "discriminator_depth", "mlp_ratio"):
             require_positive(name, getattr(self, name))
+        require_positive("window", self.window)
         require_choice("summary", self.summary, get_args(Summary))
         if self.width % self.num_heads:
             raise ValueError(f"num_heads: expected a divisor of width, {self.width}, got {self.num_heads}")
@@ -72,36 +90,37 @@ class TransGANConfig(NoiseGANConfig):
 
     @property
     def sizes(self) -> list[int]:
-        """Heights of the grids, from 4, 5, 6 or 7 up to the images'."""
+        """Heights of the grids, from the coarsest (4 to 7) up to the images'."""
         return feature_sizes(self.image_size)
 
     @property
     def widths(self) -> list[int]:
-        """Numbers in a token of the grids of ``sizes``."""
+        """Token widths of the grids of ``sizes``."""
         return [self.width << i for i in reversed(range(len(self.sizes)))]
 
 
 class TokenNorm(nn.Module):
-    """Every token divided by the root of its mean square, times a learned gain. x (B, C, H, W)."""
+    """RMSNorm of each token. x (B, C, H, W)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * inverse_rms(x, 1e-6) * self.gain[:, None, None]
+        upcast = x.to(torch.promote_types(x.dtype, torch.float32))  # in float16 the square of 256 is infinite
+        inverse_rms = torch.rsqrt(upcast.square().mean(dim=1, keepdim=True) + 1e-6).to(x.dtype)
+        return x * inverse_rms * self.gain[:, None, None]
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each of the norm of its input and added to it. x (B, C, S, S), of one size S."""
+    """Pre-norm Transformer block: attention and MLP, each with a residual connection. x (B, C, size, size)."""
 
     def __init__(self, config: TransGANConfig, channels: int, size: int, *, shifted: bool) -> None:
         super().__init__()
-        window = min(config.window, size)
+        window, hidden = min(config.window, size), config.mlp_ratio * channels
         self.norm1, self.norm2 = TokenNorm(channels), TokenNorm(channels)
         self.attention = WindowAttention2d(channels, config.num_heads, window, shift=window // 2 if shifted else 0)
-        hidden = config.mlp_ratio * channels
-        self.perceptron = Layers(nn.Conv2d(channels, hidden, 1), nn.GELU(), nn.Conv2d(hidden, channels, 1))
+        self.perceptron = nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.GELU(), nn.Conv2d(hidden, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
@@ -109,8 +128,8 @@ class Block(nn.Module):
         return out
 
 
-class Positions(nn.Module):
-    """Adds a learned vector for each place. x (B, C, S, S)."""
+class PositionEmbedding(nn.Module):
+    """Adds a learned vector to each position. x (B, C, size, size)."""
 
     def __init__(self, channels: int, size: int) -> None:
         super().__init__()
@@ -121,52 +140,55 @@ class Positions(nn.Module):
 
 
 def stage(config: TransGANConfig, channels: int, size: int, depth: int) -> list[nn.Module]:
+    """Position embedding and ``depth`` blocks on a grid of one size."""
     blocks = [Block(config, channels, size, shifted=i % 2 == 1) for i in range(depth)]
-    return [Positions(channels, size), *blocks]
+    return [PositionEmbedding(channels, size), *blocks]
 
 
-def generator_layers(config: TransGANConfig) -> list[nn.Module]:
+class TransGANGenerator(nn.Sequential):
     """z (B, latent_dim) -> images (B, C, S, S) in [-1, 1]."""
-    sizes, widths = config.sizes, config.widths
-    layers: list[nn.Module] = [
-        nn.Linear(config.latent_dim, widths[0] * sizes[0] ** 2),
-        nn.Unflatten(1, (widths[0], sizes[0], sizes[0])),
-        *stage(config, widths[0], sizes[0], config.generator_depth),
-    ]
-    for (wide, fine), size in zip(itertools.pairwise(widths), sizes[1:], strict=True):
-        layers += [nn.Conv2d(wide, 4 * fine, 1), nn.PixelShuffle(2)]
-        layers += stage(config, fine, size, config.generator_depth)
-    return [*layers, TokenNorm(widths[-1]), nn.Conv2d(widths[-1], config.channels, 1), nn.Tanh()]
+
+    def __init__(self, config: TransGANConfig) -> None:
+        sizes, widths, depth = config.sizes, config.widths, config.generator_depth
+        layers: list[nn.Module] = [
+            nn.Linear(config.latent_dim, widths[0] * sizes[0] ** 2),
+            nn.Unflatten(1, (widths[0], sizes[0], sizes[0])),
+            *stage(config, widths[0], sizes[0], depth),
+        ]
+        for (before, after), size in zip(itertools.pairwise(widths), sizes[1:], strict=True):
+            layers += [nn.Conv2d(before, 4 * after, 1), nn.PixelShuffle(2), *stage(config, after, size, depth)]
+        super().__init__(*layers, TokenNorm(widths[-1]), nn.Conv2d(widths[-1], config.channels, 1), nn.Tanh())
+
+    def forward(self, z: Tensor) -> Tensor:
+        for layer in self:
+            z = layer(z)
+        return z
 
 
-class Discriminator(nn.Module):
+class TransGANDiscriminator(nn.Module):
     """Images (B, C, S, S) in [-1, 1] -> scores (B,), logits: high means real."""
 
     def __init__(self, config: TransGANConfig) -> None:
         super().__init__()
-        places = [
-            (width, size)
-            for width, size in zip(config.widths, config.sizes, strict=True)
-            if size * config.patch_size <= config.image_size
-        ][::-1]
-        channels, depth = places[-1][0], config.discriminator_depth
-        layers: list[nn.Module] = [nn.Conv2d(config.channels, places[0][0], config.patch_size, config.patch_size)]
-        for (fine, size), (wide, _) in itertools.pairwise(places):
-            layers += [*stage(config, fine, size, depth), nn.Conv2d(fine, wide, 1), nn.AvgPool2d(2)]
-        self.grid = Layers(*layers, Positions(*places[-1]))
+        depth, largest = config.discriminator_depth, config.image_size // config.patch_size
+        grids = [grid for grid in zip(config.widths, config.sizes, strict=True) if grid[1] <= largest][::-1]
+        width = grids[-1][0]
+        layers: list[nn.Module] = [nn.Conv2d(config.channels, grids[0][0], config.patch_size, config.patch_size)]
+        for (before, size), (after, _) in itertools.pairwise(grids):
+            layers += [*stage(config, before, size, depth), nn.Conv2d(before, after, 1), nn.AvgPool2d(2)]
+        self.grid = nn.Sequential(*layers, PositionEmbedding(*grids[-1]))
         self.token: nn.Parameter | None = None
         if config.summary == "token":
-            self.token = nn.Parameter(POSITION_STD * torch.randn(channels))
+            self.token = nn.Parameter(POSITION_STD * torch.randn(width))
+        hidden = config.mlp_ratio * width
         self.blocks = nn.ModuleList(
-            TransformerEncoderLayer(
-                channels, config.num_heads, config.mlp_ratio * channels, 0.0, F.gelu, batch_first=True, norm_first=True
-            )
+            TransformerEncoderLayer(width, config.num_heads, hidden, 0.0, F.gelu, batch_first=True, norm_first=True)
             for _ in range(depth)
         )
-        self.norm, self.score = nn.LayerNorm(channels), nn.Linear(channels, 1)
+        self.norm, self.score = nn.LayerNorm(width), nn.Linear(width, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.grid(images).flatten(2).transpose(1, 2)
+        x = self.grid(images).flatten(2).transpose(1, 2)  # (B, tokens, width)
         if self.token is not None:
             x = torch.cat([self.token.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
         for block in self.blocks:
@@ -177,8 +199,8 @@ class Discriminator(nn.Module):
 
 
 @torch.no_grad()
-def initialise(module: nn.Module) -> None:
-    """Xavier's uniform weights, biases of 0."""
+def init_weights(module: nn.Module) -> None:
+    """Xavier uniform weights, biases 0."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -186,12 +208,14 @@ def initialise(module: nn.Module) -> None:
 
 
 class TransGAN(ImageGAN):
-    """The model described at the top of this file.
+    """TransGAN: Transformer generator and discriminator.
 
-    Images are (B, channels, image_size, image_size), floating, in [0, 1].
+    Training images are (B, channels, image_size, image_size), floating point, in [0, 1].
 
     Example:
         >>> model = TransGAN(TransGANConfig(image_size=8, width=8))
+        >>> model(torch.randn(3, 64)).shape
+        torch.Size([3, 1, 8, 8])
         >>> model.draw(3, NoOptions()).pixels.shape
         torch.Size([3, 1, 8, 8])
     """
@@ -204,5 +228,33 @@ class TransGAN(ImageGAN):
 
     def __init__(self, config: TransGANConfig) -> None:
         super().__init__(config)
-        self.generator, self.discriminator = Layers(*generator_layers(config)), Discriminator(config)
-        self.apply(initialise)
+        self.generator = TransGANGenerator(config)
+        self.discriminator = TransGANDiscriminator(config)
+        self.apply(init_weights)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """The generator's images (B, C, S, S) in [-1, 1] for z (B, latent_dim) from N(0, 1)."""
+        images: Tensor = self.generator(z)
+        return images
+
+    def loss(self, phase: str, batch: Batch, context: StepContext) -> dict[str, Tensor]:
+        """The loss of ``phase``, "discriminator" or "generator", with mean scores and the penalty for the log."""
+        images = self.checked_images(batch)
+        z = self.noise(len(images), self.config.latent_dim)
+        if phase == "generator":
+            return generator_objective(self.discriminator(self.generator(z)), self.config)
+        with torch.no_grad():
+            fake = self.generator(z)
+        return discriminator_objective(self.discriminator, 2 * images - 1, fake, self.config, context)
+
+    @torch.no_grad()
+    def draw(self, n: int, options: NoOptions, *, generator: torch.Generator | None = None) -> Images:
+        """Samples n images.
+
+        Raises:
+            ValueError: n is not a positive integer.
+        """
+        require_positive("n", n)
+        with eval_mode(self.generator):
+            images = self.generator(self.noise(n, self.config.latent_dim, generator))
+        return Images(to_pixels(images))

@@ -1,4 +1,4 @@
-"""The DCGAN: what a trainer and a caller may rely on."""
+"""The DCGAN: config, losses and penalties, phases, sampling."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def only(model: DCGAN, phase: str) -> None:
-    """What a trainer does before a phase."""
+def train_only(model: DCGAN, phase: str) -> None:
+    """Freezes the other phases' networks, as the trainer does."""
     for other in model.phases():
         for name in other.networks:
             model.get_submodule(name).requires_grad_(other.name == phase)
 
 
 def step(model: DCGAN, phase: str, images: Tensor, context: StepContext = NOW) -> dict[str, Tensor]:
-    only(model, phase)
+    train_only(model, phase)
     model.zero_grad()
     values = model.loss(phase, {"images": images}, context)
     values["loss"].backward()
@@ -59,15 +59,16 @@ def test_shapes_of_every_size(size: int, channels: int) -> None:
     model = small_model(image_size=size, channels=channels)
     images = random_images(3, model.config)
     assert model.discriminator(images).shape == (3,)
-    drawn = model.draw(3, NoOptions())
-    assert isinstance(drawn, Images)
-    assert drawn.pixels.shape == images.shape
-    assert drawn.pixels.min() >= 0
-    assert drawn.pixels.max() <= 1
+    samples = model.draw(3, NoOptions())
+    assert isinstance(samples, Images)
+    assert samples.pixels.shape == images.shape
+    assert samples.pixels.min() >= 0
+    assert samples.pixels.max() <= 1
+    assert model(torch.randn(3, 8)).shape == images.shape
     assert torch.isfinite(model.loss("generator", {"images": images}, NOW)["loss"])
 
 
-def test_networks_are_those_of_the_paper() -> None:
+def test_networks_match_the_paper() -> None:
     model = small_model(image_size=64, channels=3, width=16)
     widths = [m.out_channels for m in model.generator if isinstance(m, nn.ConvTranspose2d)]
     assert widths == [128, 64, 32, 16, 3]
@@ -89,10 +90,10 @@ CONFIG_ERRORS = {
     "a width of True": ({"width": True}, "width: expected a positive integer, got True"),
     "no critic steps": ({"critic_steps": 0}, "critic_steps: expected a positive integer, got 0"),
     "an interval of 0": ({"penalty_every": 0}, "penalty_every: expected a positive integer, got 0"),
-    "an unknown game": ({"loss": "poker"}, "loss: expected one of minimax, .*, got 'poker'"),
+    "an unknown objective": ({"loss": "poker"}, "loss: expected one of minimax, .*, got 'poker'"),
     "an unknown penalty": ({"penalty": "r3"}, "penalty: expected one of none, r1, gradient, dragan, got 'r3'"),
     "an unknown norm": ({"discriminator_norm": "group"}, "discriminator_norm: expected one of batch, .*got 'group'"),
-    "batch norm under a penalty of samples": (
+    "batch norm with a per-sample penalty": (
         {"penalty": "gradient"},
         "discriminator_norm: expected layer or none with penalty gradient, .*got 'batch'",
     ),
@@ -112,7 +113,7 @@ def test_a_mistake_in_the_config_is_named(mistake: str) -> None:
         DCGANConfig(**options)  # type: ignore[arg-type]
 
 
-def test_the_data_decide_size_and_channels() -> None:
+def test_image_size_and_channels_come_from_the_data() -> None:
     assert from_data(DCGANConfig) == ["image_size", "channels"]
 
 
@@ -123,9 +124,9 @@ def test_the_data_decide_size_and_channels() -> None:
         (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), TypeError, "images: expected a floating-point tensor"),
         (torch.zeros(2, 3, 8, 8), ValueError, r"images: expected shape \(B, C, S, S\) = \(2, 1, 8, 8\), got"),
     ],
-    ids=["none", "bytes", "colours"],
+    ids=["none", "bytes", "colors"],
 )
-def test_images_that_do_not_fit_are_named(images: Tensor, error: type[Exception], message: str) -> None:
+def test_invalid_images_are_named(images: Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         small_model().loss("discriminator", {"images": images}, NOW)
 
@@ -141,7 +142,7 @@ def test_a_phase_gives_gradients_to_its_own_networks_only(phase: str) -> None:
     assert all(not value.requires_grad for name, value in values.items() if name != "loss")
 
 
-def test_phases_say_which_networks_in_which_order() -> None:
+def test_phases_update_the_discriminator_before_the_generator() -> None:
     model = small_model(critic_steps=5, generator_learning_rate=1e-3)
     first, second = model.phases()
     assert (first.name, first.networks, first.repeats) == ("discriminator", ("discriminator",), 5)
@@ -164,7 +165,7 @@ def test_a_penalty_adds_its_weight_times_itself_and_has_a_gradient(case: str) ->
     images = random_images(8, model.config)
     torch.manual_seed(2)
     values = step(model, "discriminator", images)
-    slopes = [p.grad.clone() for p in model.discriminator.parameters() if p.grad is not None]
+    gradients = [p.grad.clone() for p in model.discriminator.parameters() if p.grad is not None]
     plain = small_model(**{**PENALTIES[case], "penalty": "none"})
     torch.manual_seed(2)
     without = step(plain, "discriminator", images)
@@ -172,11 +173,11 @@ def test_a_penalty_adds_its_weight_times_itself_and_has_a_gradient(case: str) ->
     assert values["penalty"] > 0
     torch.testing.assert_close(values["loss"], without["loss"] + 3 * values["penalty"])
     others = [p.grad for p in plain.discriminator.parameters()]
-    assert any(not torch.equal(a, b) for a, b in zip(slopes, others, strict=True) if b is not None)
+    assert any(not torch.equal(a, b) for a, b in zip(gradients, others, strict=True) if b is not None)
 
 
 @pytest.mark.parametrize("case", PENALTIES)
-def test_the_scaler_of_float16_reaches_the_penalty_and_changes_nothing(case: str) -> None:
+def test_the_penalty_uses_the_grad_scaler_and_has_the_same_value(case: str) -> None:
     model = small_model(**PENALTIES[case])
     images = random_images(8, model.config)
     calls = []
@@ -194,7 +195,7 @@ def test_the_scaler_of_float16_reaches_the_penalty_and_changes_nothing(case: str
     assert len(calls) == 1
 
 
-def test_r1_is_the_penalty_of_the_real_images_in_a_batch_of_their_own() -> None:
+def test_the_r1_penalty_is_computed_on_the_batch_of_real_images() -> None:
     model = small_model(penalty="r1")
     images = random_images(8, model.config)
     real = (2 * images - 1).requires_grad_()
@@ -202,7 +203,7 @@ def test_r1_is_the_penalty_of_the_real_images_in_a_batch_of_their_own() -> None:
     torch.testing.assert_close(step(model, "discriminator", images)["penalty"], wanted.detach())
 
 
-def test_a_lazy_penalty_comes_every_so_many_steps_and_weighs_as_much() -> None:
+def test_a_lazy_penalty_is_multiplied_by_its_interval() -> None:
     eager, lazy = small_model(penalty_every=1), small_model(penalty_every=4)
     images = random_images(8, eager.config)
     for number in range(1, 9):
@@ -216,8 +217,8 @@ def test_a_lazy_penalty_comes_every_so_many_steps_and_weighs_as_much() -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_a_penalty_passes_by_compiled_networks() -> None:
-    """With an r1 penalty in every second step; PyTorch can't differentiate compiled code twice."""
+def test_steps_with_a_penalty_run_eagerly_and_the_others_compiled() -> None:
+    """torch.compile has no double backward; the R1 penalty is in every second step here."""
     model = small_model(penalty="r1", penalty_every=2)
     reference = small_model(penalty="r1", penalty_every=2)
     images = random_images(8, model.config)
@@ -236,7 +237,7 @@ def test_a_penalty_passes_by_compiled_networks() -> None:
 def test_gradients_under_autocast_are_finite(case: str) -> None:
     model = small_model(**PENALTIES[case])
     for phase in ("discriminator", "generator"):
-        only(model, phase)
+        train_only(model, phase)
         with torch.autocast("cpu", torch.bfloat16):
             loss = model.loss(phase, {"images": random_images(8, model.config)}, NOW)["loss"]
         assert loss.dtype == torch.float32
@@ -246,7 +247,7 @@ def test_gradients_under_autocast_are_finite(case: str) -> None:
             assert torch.isfinite(parameter.grad).all()
 
 
-def test_each_player_s_steps_lower_its_loss_on_a_fixed_batch() -> None:
+def test_the_steps_of_each_phase_lower_its_loss_on_a_fixed_batch() -> None:
     model = small_model(width=16, penalty_weight=0.1)
     images = (random_images(1, model.config) > 0.5).float().expand(16, -1, -1, -1)
     for phase in model.phases():
@@ -259,8 +260,7 @@ def test_each_player_s_steps_lower_its_loss_on_a_fixed_batch() -> None:
         assert values[-1] < 0.7 * values[0]
 
 
-def test_training_both_brings_samples_to_the_data() -> None:
-    """One image is all the data there is."""
+def test_training_both_networks_fits_a_data_set_of_one_image() -> None:
     model = small_model(width=16, generator_learning_rate=2e-3, discriminator_learning_rate=2e-3)
     images = (random_images(1, model.config) > 0.5).float().expand(16, -1, -1, -1)
     optimizers = {
@@ -280,13 +280,13 @@ def test_training_both_brings_samples_to_the_data() -> None:
     assert error() < 0.2
 
 
-def test_samples_depend_on_the_generator_alone() -> None:
+def test_samples_depend_on_the_random_generator_alone() -> None:
     model = small_model()
     first, again, other = (model.draw(4, NoOptions(), generator=seeded(s)).pixels for s in (7, 7, 8))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert model.training
-    more = model.draw(6, NoOptions(), generator=seeded(7)).pixels  # no image depends on its neighbours
+    more = model.draw(6, NoOptions(), generator=seeded(7)).pixels  # independent of the batch
     torch.testing.assert_close(more[:4], first)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.draw(2, NoOptions())
@@ -295,10 +295,10 @@ def test_samples_depend_on_the_generator_alone() -> None:
         model.draw(0, NoOptions())
 
 
-def test_a_saved_model_comes_back(tmp_path) -> None:
+def test_save_pretrained_and_from_pretrained_round_trip(tmp_path) -> None:
     pytest.importorskip("huggingface_hub")
     model = small_model(image_size=12, channels=3, loss="hinge")
-    step(model, "generator", random_images(8, model.config))  # so that statistics are not those of the beginning
+    step(model, "generator", random_images(8, model.config))  # running statistics differ from their initial values
     model.save_pretrained(tmp_path)
     loaded = DCGAN.from_pretrained(tmp_path)
     assert loaded.config == model.config

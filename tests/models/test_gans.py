@@ -1,4 +1,4 @@
-"""The adversarial models beside the DCGAN: what a trainer and a caller may rely on."""
+"""The image GANs besides the DCGAN: configs, losses and penalties, labels, sampling, torch.compile."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CLASSES = 3
 MODELS: dict[str, tuple[type[ImageGAN], dict[str, object]]] = {
     "sagan": (SAGAN, {"width": 8, "classes": CLASSES}),
     "sagan, no classes": (SAGAN, {"width": 8}),
-    "sagan, classes left alone": (SAGAN, {"width": 8, "classes": CLASSES, "conditional": False}),
+    "sagan, unconditional": (SAGAN, {"width": 8, "classes": CLASSES, "conditional": False}),
     "cgan": (CGAN, {"width": 16, "depth": 2, "classes": CLASSES}),
     "cgan, projection": (CGAN, {"width": 16, "depth": 2, "classes": CLASSES, "projection": True}),
     "cdcgan": (CDCGAN, {"width": 4, "classes": CLASSES}),
@@ -52,7 +52,7 @@ MODELS: dict[str, tuple[type[ImageGAN], dict[str, object]]] = {
         {"width": 8, "num_heads": 2, "window": 3, "patch_size": 2, "summary": "mean", "penalty_every": 1},
     ),
 }
-CONDITIONAL = [name for name in MODELS if "classes" in MODELS[name][1] and "alone" not in name]
+CONDITIONAL = [name for name in MODELS if "classes" in MODELS[name][1] and "unconditional" not in name]
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -80,19 +80,19 @@ def step(model: ImageGAN, phase: str, batch: dict[str, Tensor], context: StepCon
     return values
 
 
-def drawn(model: ImageGAN, n: int, seed: int = 7, **options: object) -> Tensor:
+def sampled(model: ImageGAN, n: int, seed: int = 7, **options: object) -> Tensor:
     return model.draw(n, model.sampling_class(**options), generator=seeded(seed)).pixels
 
 
 def disturb(model: ImageGAN) -> None:
-    """Weights that are nowhere 0, as after training: SAGAN's attention begins as the identity."""
+    """Adds noise to all weights, some of which are initialized to 0 (the gain of SAGAN's attention)."""
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.1 * torch.randn(weight.shape, generator=seeded(5)))
 
 
 SIZES = {"cgan": [(5, 2), (9, 1)], "gan": [(5, 2), (9, 1)]}
-"""Those of linear layers take any size; the others 4 to 7 times a power of 2."""
+"""Models of linear layers take any image size; the others 4 to 7 times a power of 2."""
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -100,8 +100,10 @@ def test_shapes_of_odd_sizes(name: str) -> None:
     for size, channels in [*SIZES.get(name, [(20, 2), (10, 1)]), (8, 3)]:
         model = small_model(name, image_size=size, channels=channels)
         batch = a_batch(model, 3)
-        assert model.discriminator(batch["images"], *model.conditions(batch)).shape == (3,)
-        pixels = drawn(model, 5)
+        labels = (batch["labels"],) if name in CONDITIONAL else ()
+        assert model.discriminator(batch["images"], *labels).shape == (3,)
+        assert model(torch.randn(3, 8), *labels).shape == batch["images"].shape
+        pixels = sampled(model, 5)
         assert pixels.shape == (5, channels, size, size)
         assert pixels.min() >= 0
         assert pixels.max() <= 1
@@ -135,7 +137,7 @@ CONFIG_ERRORS = {
         "discriminator: expected one of dense, convolutional, got 'deep'",
     ),
     "gan: width": ({"convolution_width": 0}, "convolution_width: expected a positive integer, got 0"),
-    "gan: game": ({"loss": "poker"}, "loss: expected one of minimax, .*, got 'poker'"),
+    "gan: objective": ({"loss": "poker"}, "loss: expected one of minimax, .*, got 'poker'"),
     "stylegan: style": ({"style_dim": 0}, "style_dim: expected a positive integer, got 0"),
     "stylegan: output": ({"output": "sum"}, "output: expected one of skip, residual, got 'sum'"),
     "stylegan: rate": ({"mapping_rate": 0.0}, "mapping_rate: expected a positive number, got 0.0"),
@@ -156,7 +158,7 @@ def test_a_mistake_in_the_config_is_named(mistake: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONDITIONAL)
-def test_labels_that_do_not_fit_are_named(name: str) -> None:
+def test_invalid_labels_are_named(name: str) -> None:
     model = small_model(name)
     batch = a_batch(model)
     assert "classes" in from_data(model.config_class)
@@ -172,15 +174,15 @@ def test_labels_that_do_not_fit_are_named(name: str) -> None:
         LabelOptions(label=-2)
 
 
-def test_a_label_for_a_model_without_classes_is_refused() -> None:
-    with pytest.raises(ValueError, match="label: expected -1, as the model knows no classes, got 0"):
-        small_model("sagan, classes left alone").draw(2, LabelOptions(label=0))
+def test_a_label_for_an_unconditional_model_is_an_error() -> None:
+    with pytest.raises(ValueError, match="label: expected -1 for an unconditional model, got 0"):
+        small_model("sagan, unconditional").draw(2, LabelOptions(label=0))
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("phase", ["discriminator", "generator"])
 def test_a_phase_gives_finite_gradients_to_all_of_its_own_weights(name: str, phase: str) -> None:
-    """In float32, and in bfloat16 by autocast."""
+    """In float32, and under bfloat16 autocast."""
     model = small_model(name)
     disturb(model)
     for dtype in (torch.float32, torch.bfloat16):
@@ -198,15 +200,15 @@ def test_a_phase_gives_finite_gradients_to_all_of_its_own_weights(name: str, pha
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("penalty", ["r1", "dragan", "gradient"])
-def test_a_penalty_is_differentiated_by_the_discriminator_s_weights(name: str, penalty: str) -> None:
-    """Its gradient is that of finite differences, along the gradient itself, in float64."""
+def test_the_gradient_of_a_penalty_matches_finite_differences(name: str, penalty: str) -> None:
+    """In the discriminator's weights, along the gradient itself, in float64."""
     options: dict[str, object] = {"penalty": penalty, "penalty_weight": 10.0}
     if "discriminator_norm" in {f.name for f in dataclasses.fields(MODELS[name][0].config_class)}:
         options["discriminator_norm"] = "layer"
     model = small_model(name, **options).double()
     disturb(model)
     batch = {key: value.double() if value.is_floating_point() else value for key, value in a_batch(model).items()}
-    for _ in range(20 if name.startswith("sagan") else 0):  # the vectors of spectral normalisation settle
+    for _ in range(20 if name.startswith("sagan") else 0):  # power iterations of the spectral norm converge
         step(model, "generator", batch)
     model.eval()
 
@@ -217,19 +219,19 @@ def test_a_penalty_is_differentiated_by_the_discriminator_s_weights(name: str, p
     torch.manual_seed(3)
     assert step(model, "discriminator", batch)["penalty"] > 0
     weights = list(model.discriminator.parameters())
-    slopes = [torch.zeros_like(w) if w.grad is None else w.grad.clone() for w in weights]
-    norm = torch.stack([slope.square().sum() for slope in slopes]).sum().sqrt()
+    gradients = [torch.zeros_like(w) if w.grad is None else w.grad.clone() for w in weights]
+    norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
     ends = []
     for sign in (1, -2):
         with torch.no_grad():
-            for weight, slope in zip(weights, slopes, strict=True):
-                weight.add_(slope, alpha=sign * 1e-6 / norm.item())
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.add_(gradient, alpha=sign * 1e-6 / norm.item())
         ends.append(loss().item())
     torch.testing.assert_close((ends[0] - ends[1]) / 2e-6, norm.item(), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["sagan", "cgan", "cdcgan", "gan", "attention-gan", "stylegan", "transgan"])
-def test_each_player_s_steps_lower_its_loss_on_a_fixed_batch(name: str) -> None:
+def test_the_steps_of_each_phase_lower_its_loss_on_a_fixed_batch(name: str) -> None:
     model = small_model(name, penalty="none")
     batch = a_batch(model, 16)
     batch["images"] = (batch["images"] > 0.5).float()
@@ -244,36 +246,36 @@ def test_each_player_s_steps_lower_its_loss_on_a_fixed_batch(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_samples_depend_on_the_generator_alone(name: str) -> None:
+def test_samples_depend_on_the_random_generator_alone(name: str) -> None:
     model = small_model(name)
     disturb(model)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    first, again, other = (drawn(model, 4, seed) for seed in (7, 7, 8))
+    first, again, other = (sampled(model, 4, seed) for seed in (7, 7, 8))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    torch.testing.assert_close(drawn(model, 7)[:4], first)  # no image depends on its neighbours
+    torch.testing.assert_close(sampled(model, 7)[:4], first)  # independent of the batch
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(module.training for module in model.modules())
     with pytest.raises(ValueError, match="n: expected a positive integer, got 0"):
-        drawn(model, 0)
+        sampled(model, 0)
 
 
 @pytest.mark.parametrize("name", CONDITIONAL)
-def test_every_class_has_a_column_or_all_images_are_of_one(name: str) -> None:
+def test_samples_have_one_class_per_column_or_the_requested_class(name: str) -> None:
     model = small_model(name)
     disturb(model)
-    in_turn = model.draw(7, LabelOptions(), generator=seeded(0))
-    assert in_turn.columns == CLASSES
+    all_classes = model.draw(7, LabelOptions(), generator=seeded(0))
+    assert all_classes.columns == CLASSES
     for label in range(CLASSES):
-        of_one = model.draw(7, LabelOptions(label=label), generator=seeded(0))
-        assert of_one.columns is None
-        assert torch.equal(of_one.pixels[label::CLASSES], in_turn.pixels[label::CLASSES])
-        assert not torch.equal(of_one.pixels[(label + 1) % CLASSES], in_turn.pixels[(label + 1) % CLASSES])
+        one_class = model.draw(7, LabelOptions(label=label), generator=seeded(0))
+        assert one_class.columns is None
+        assert torch.equal(one_class.pixels[label::CLASSES], all_classes.pixels[label::CLASSES])
+        assert not torch.equal(one_class.pixels[(label + 1) % CLASSES], all_classes.pixels[(label + 1) % CLASSES])
 
 
 @pytest.mark.parametrize("name", ["cgan", "cdcgan, projection"])
-def test_training_brings_samples_to_the_images_of_their_class(name: str) -> None:
-    """Of two classes, black images and white ones."""
+def test_training_fits_the_images_of_each_class(name: str) -> None:
+    """Two classes: black images and white images."""
     rates = {"generator_learning_rate": 2e-3, "discriminator_learning_rate": 2e-3}
     model = small_model(name, classes=2, penalty_weight=1.0, beta1=0.0, **rates)
     labels = torch.arange(16) % 2
@@ -287,25 +289,25 @@ def test_training_brings_samples_to_the_images_of_their_class(name: str) -> None
             torch.manual_seed(number)
             step(model, phase, batch)
             optimizer.step()
-    black, white = (drawn(model, 8, label=label).mean().item() for label in (0, 1))
+    black, white = (sampled(model, 8, label=label).mean().item() for label in (0, 1))
     assert white - black > 0.3
     assert white > 0.75
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_saved_model_comes_back(name: str, tmp_path) -> None:
+def test_save_pretrained_and_from_pretrained_round_trip(name: str, tmp_path) -> None:
     pytest.importorskip("huggingface_hub")
     model = small_model(name, image_size=8, channels=2)
-    step(model, "generator", a_batch(model))  # so that statistics are not those of the beginning
+    step(model, "generator", a_batch(model))  # running statistics differ from their initial values
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert loaded.config == model.config
-    assert torch.equal(drawn(loaded, 3), drawn(model, 3))
+    assert torch.equal(sampled(loaded, 3), sampled(model, 3))
 
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("name", ["cdcgan", "gan", "stylegan", "transgan"])
-def test_networks_compile_without_breaks(name: str) -> None:
+def test_networks_compile_without_graph_breaks(name: str) -> None:
     model, reference = small_model(name, penalty="none"), small_model(name, penalty="none")
     for network in model.children():
         network.compile(backend="eager", fullgraph=True)
@@ -317,25 +319,25 @@ def test_networks_compile_without_breaks(name: str) -> None:
         torch.testing.assert_close(*values)
 
 
-def test_spectral_norms_of_samples_are_those_of_the_weights_as_they_are() -> None:
-    """Averaged vectors are not those of averaged weights; each map's largest singular value is 1 all the same."""
+def test_settled_spectral_norms_are_1() -> None:
+    """``settled`` recomputes the singular vectors: averaged ones do not belong to the averaged weights."""
     model = small_model("sagan")
     disturb(model)
-    maps = [layer for layer in model.modules() if hasattr(layer, "parametrizations")]
-    assert len(maps) == 21
+    layers = [layer for layer in model.modules() if hasattr(layer, "parametrizations")]
+    assert len(layers) == 21
     model.eval()
 
-    def furthest() -> float:
-        norms = [torch.linalg.matrix_norm(layer.weight.flatten(1), ord=2).item() for layer in maps]
+    def max_error() -> float:
+        norms = [torch.linalg.matrix_norm(layer.weight.flatten(1), ord=2).item() for layer in layers]
         return max(abs(norm - 1) for norm in norms)
 
-    stale = furthest()
+    stale = max_error()
     with settled(model), torch.no_grad():
-        assert furthest() < min(1e-3, stale / 3)
-    assert furthest() == stale
+        assert max_error() < min(1e-3, stale / 3)
+    assert max_error() == stale
 
 
-def test_attention_is_where_the_config_says_and_begins_as_the_identity() -> None:
+def test_attention_is_at_the_configured_size_and_initially_the_identity() -> None:
     for options, at in (
         ({"image_size": 64}, 16),
         ({"image_size": 20}, 10),
@@ -343,25 +345,25 @@ def test_attention_is_where_the_config_says_and_begins_as_the_identity() -> None
     ):
         assert SAGANConfig(**options).attention_at == at
         model = small_model("sagan", **options)
-        seen: list[tuple[torch.Size, bool]] = []
+        calls: list[tuple[torch.Size, bool]] = []
 
-        def hook(layer: object, x: tuple[Tensor], y: Tensor, seen: list[tuple[torch.Size, bool]] = seen) -> None:
-            seen.append((x[0].shape[2:], torch.equal(x[0], y)))
+        def hook(layer: object, x: tuple[Tensor], y: Tensor, calls: list[tuple[torch.Size, bool]] = calls) -> None:
+            calls.append((x[0].shape[2:], torch.equal(x[0], y)))
 
         for network in model.children():
             layers = [layer for layer in network.modules() if isinstance(layer, sagan.SelfAttention2d)]
             assert len(layers) == 1
             layers[0].register_forward_hook(hook)
         model.loss("generator", a_batch(model, 2), NOW)
-        assert seen == [((at, at), True)] * 2
+        assert calls == [((at, at), True)] * 2
 
 
-def test_gates_are_shown_under_their_samples() -> None:
+def test_attention_maps_are_visualized_below_their_samples() -> None:
     model = small_model("attention-gan", image_size=10, channels=3)
-    shown = model.visualize(a_batch(model), generator=seeded(7))["gates"]
-    assert isinstance(shown, Images)
-    samples, maps = shown.pixels.unflatten(0, (-1, 2, shown.columns)).unbind(1)
-    torch.testing.assert_close(samples.flatten(0, 1), drawn(model, 32))
+    rows = model.visualize(a_batch(model), generator=seeded(7))["gates"]
+    assert isinstance(rows, Images)
+    samples, maps = rows.pixels.unflatten(0, (-1, 2, rows.columns)).unbind(1)
+    torch.testing.assert_close(samples.flatten(0, 1), sampled(model, 32))
     assert ((maps > 0) & (maps < 1)).all()
 
 

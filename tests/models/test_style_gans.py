@@ -1,4 +1,4 @@
-"""What is particular to the StyleGAN and to the TransGAN; the rest is in the tables of test_gans.py."""
+"""Tests specific to StyleGAN and TransGAN; test_gans.py has the tests of all GANs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgen import losses
 from fastgen.models.base import Images, StepContext
@@ -17,7 +17,7 @@ from fastgen.models.stylegan import (
     StyleGAN,
     StyleGANConfig,
     StyleOptions,
-    differences,
+    minibatch_std_map,
 )
 from fastgen.models.transgan import TransGAN, TransGANConfig
 
@@ -35,12 +35,12 @@ def small_stylegan(**options: object) -> StyleGAN:
 
 def give_noise_strength(model: StyleGAN) -> None:
     for layer in model.generator.synthesis.layers:
-        torch.nn.init.ones_(layer.strength)
+        nn.init.ones_(layer.strength)
 
 
 @pytest.mark.parametrize("demodulate", [True, False], ids=["demodulated", "plain"])
-def test_a_modulated_convolution_is_one_of_weights_made_for_each_image(demodulate: bool) -> None:
-    """Against a grouped convolution, with first and second derivatives."""
+def test_a_modulated_convolution_equals_a_grouped_convolution_with_weights_per_image(demodulate: bool) -> None:
+    """Values, first and second derivatives."""
     torch.manual_seed(0)
     layer = ModulatedConv2d(3, 5, 3, 4, demodulate=demodulate).double()
     x, style = torch.randn(2, 3, 6, 7, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
@@ -61,7 +61,7 @@ def test_a_modulated_convolution_is_one_of_weights_made_for_each_image(demodulat
     torch.testing.assert_close(*results)
 
 
-def test_weights_of_every_layer_are_normal_and_the_mapping_s_are_as_much_larger_as_it_learns_slower() -> None:
+def test_weights_have_unit_variance_and_the_mapping_s_are_divided_by_its_rate() -> None:
     model = small_stylegan(width=32, style_dim=64, mapping_rate=0.01)
     model_weights = {name: weight for name, weight in model.named_parameters() if weight.numel() > 2000}
     assert len(model_weights) == 14
@@ -70,7 +70,7 @@ def test_weights_of_every_layer_are_normal_and_the_mapping_s_are_as_much_larger_
         torch.testing.assert_close(weight.std().item(), wanted, rtol=0.05, atol=0)
 
 
-def test_the_path_length_penalty_comes_every_so_many_steps_and_its_mean_is_kept() -> None:
+def test_the_lazy_path_length_penalty_updates_its_running_mean() -> None:
     options = {"path_length_weight": 3.0, "path_length_every": 2, "style_mixing": 0.0}
     model = small_stylegan(**options)
     model.discriminator.requires_grad_(False)
@@ -84,10 +84,10 @@ def test_the_path_length_penalty_comes_every_so_many_steps_and_its_mean_is_kept(
     values = model.loss("generator", batch, StepContext(2, 10))
 
     torch.manual_seed(3)
-    before.loss("generator", batch, StepContext(1, 10))  # draws what the loss draws
-    numbers = torch.randn(3, model.noise_dim)
-    styles = before.generator.styles(numbers)
-    images = before.generator.synthesis(styles, before.generator.noise(numbers))
+    before.loss("generator", batch, StepContext(1, 10))  # samples what the loss samples
+    z, noise = before.latents(3)
+    styles = before.generator.styles(z)
+    images = before.generator.synthesis(styles, noise)
     penalty, mean = losses.path_length_penalty(images, styles, 0.0)
     torch.testing.assert_close(values["path"], 2 * penalty.detach())
     torch.testing.assert_close(values["loss"], without["loss"] + 3 * 2 * penalty)
@@ -97,31 +97,31 @@ def test_the_path_length_penalty_comes_every_so_many_steps_and_its_mean_is_kept(
     assert not values["path"].requires_grad
 
 
-def test_the_path_length_penalty_is_differentiated_by_the_generator_s_weights() -> None:
-    """Its gradient is that of finite differences, along the gradient itself, in float64."""
+def test_the_gradient_of_the_path_length_penalty_matches_finite_differences() -> None:
+    """In the generator's weights, along the gradient itself, in float64."""
     model = small_stylegan(path_length_every=1, path_length_weight=1.0, style_mixing=0.0).double()
     give_noise_strength(model)
     model.discriminator.requires_grad_(False)
     batch = {"images": torch.rand(6, 1, 8, 8, generator=seeded(1)).double()}
 
     def penalty() -> Tensor:
-        model.path_length_mean.fill_(1e3)  # far away: how much the mean itself follows the weights is little
+        model.path_length_mean.fill_(1e3)  # large, so that the change of the mean itself is negligible
         torch.manual_seed(3)
         return model.loss("generator", batch, StepContext(1, 10))["loss"] / 1e3
 
     weights = list(model.generator.parameters())
-    slopes = torch.autograd.grad(penalty(), weights)
-    norm = torch.stack([slope.square().sum() for slope in slopes]).sum().sqrt()
+    gradients = torch.autograd.grad(penalty(), weights)
+    norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
     ends = []
     for sign in (1, -2):
         with torch.no_grad():
-            for weight, slope in zip(weights, slopes, strict=True):
-                weight.add_(slope, alpha=sign * 1e-5 / norm.item())
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.add_(gradient, alpha=sign * 1e-5 / norm.item())
         ends.append(penalty().item())
     torch.testing.assert_close((ends[0] - ends[1]) / 2e-5, norm.item(), rtol=0.02, atol=0)
 
 
-def test_truncation_draws_styles_to_their_mean_and_leaves_the_noise() -> None:
+def test_truncation_moves_styles_to_their_mean_and_keeps_the_noise() -> None:
     model = small_stylegan()
     images = torch.rand(16, 1, 8, 8, generator=seeded(1))
     for step in range(1, 4):
@@ -139,7 +139,7 @@ def test_truncation_draws_styles_to_their_mean_and_leaves_the_noise() -> None:
         StyleOptions(1.5)
 
 
-def test_the_mean_of_styles_is_a_running_one_of_training_alone() -> None:
+def test_the_running_mean_of_styles_is_updated_in_training_only() -> None:
     model = small_stylegan(style_mixing=0.0)
     mapping = model.generator.mapping
     z = torch.randn(16, 8, generator=seeded(1))
@@ -149,15 +149,15 @@ def test_the_mean_of_styles_is_a_running_one_of_training_alone() -> None:
     model.draw(4, StyleOptions())
     model.visualize({})
     assert torch.equal(mapping.average, kept)
-    torch.testing.assert_close(mapping(5 * z), w)  # z's length says nothing
+    torch.testing.assert_close(mapping(5 * z), w)  # z is normalized
 
 
-def test_styles_are_mixed_in_training_at_one_place_of_each_image() -> None:
+def test_styles_are_mixed_in_training_from_one_layer_on() -> None:
     model = small_stylegan(style_mixing=0.5, image_size=32)
-    numbers = torch.randn(200, model.noise_dim, generator=seeded(1))
-    own = model.generator.mapping(numbers[:, :8])
+    z = torch.randn(200, 8, generator=seeded(1))
+    own = model.generator.mapping(z)
     torch.manual_seed(2)
-    styles = model.generator.styles(numbers)
+    styles = model.generator.styles(z)
     mine = (styles == own[:, None]).all(dim=2).int()
     assert mine.shape == (200, model.config.style_layers)
     assert mine[:, 0].all()
@@ -166,45 +166,45 @@ def test_styles_are_mixed_in_training_at_one_place_of_each_image() -> None:
     assert 0.35 < mixed < 0.65
     assert set(mine.sum(dim=1).tolist()) == {1, 2, 3, 4, 5, 6, 7, 8}
     model.eval()
-    assert (model.generator.styles(numbers) == model.generator.mapping(numbers[:, :8])[:, None]).all()
+    assert (model.generator.styles(z) == model.generator.mapping(z)[:, None]).all()
 
 
-def test_mixed_styles_are_shown_with_plain_samples_on_the_diagonal() -> None:
+def test_the_diagonal_of_the_style_mixing_grid_has_plain_samples() -> None:
     model = small_stylegan(channels=3)
     give_noise_strength(model)
-    shown = model.visualize({}, generator=seeded(4))["styles"]
-    assert isinstance(shown, Images)
-    grid = shown.pixels.unflatten(0, (-1, shown.columns))
+    samples = model.visualize({}, generator=seeded(4))["styles"]
+    assert isinstance(samples, Images)
+    grid = samples.pixels.unflatten(0, (-1, samples.columns))
     plain = model.draw(len(grid), StyleOptions(), generator=seeded(4)).pixels
     torch.testing.assert_close(grid.diagonal().movedim(-1, 0), plain)
     assert not torch.equal(grid[0, 0], grid[0, 1])
     assert all(module.training for module in model.modules())
 
 
-def test_the_discriminator_sees_how_much_the_images_of_a_group_differ() -> None:
+def test_the_minibatch_standard_deviation_is_computed_per_group() -> None:
     x = torch.randn(8, 3, 4, 4, generator=seeded(1))
-    alike = x[:1].expand(8, -1, -1, -1)
-    assert differences(alike).max() < 1e-3
-    seen = differences(x)
-    assert seen.shape == (8, 1, 4, 4)
+    equal = x[:1].expand(8, -1, -1, -1)
+    assert minibatch_std_map(equal).max() < 1e-3
+    found = minibatch_std_map(x)
+    assert found.shape == (8, 1, 4, 4)
     wanted = x[::2].std(dim=0, correction=0).mean()
-    torch.testing.assert_close(seen[::2], wanted.expand(4, 1, 4, 4), rtol=1e-4, atol=0)
-    assert torch.isfinite(differences(x[:5])).all()
+    torch.testing.assert_close(found[::2], wanted.expand(4, 1, 4, 4), rtol=1e-4, atol=0)
+    assert torch.isfinite(minibatch_std_map(x[:5])).all()
     model = small_stylegan()
     images = torch.rand(8, 1, 8, 8, generator=seeded(1))
     assert not torch.allclose(model.discriminator(images)[:4], model.discriminator(images[:4]))
 
 
-def test_every_token_reaches_every_place_within_its_window_and_beyond_it_by_shifted_ones() -> None:
+def test_tokens_attend_within_their_window_and_beyond_it_in_shifted_blocks() -> None:
     torch.manual_seed(0)
     model = TransGAN(TransGANConfig(image_size=16, width=4, generator_depth=2, latent_dim=4))
     windows = [(m.window_size[0], m.shift[0]) for m in model.generator.modules() if hasattr(m, "window_size")]
     assert windows == [(4, 0), (4, 2), (8, 0), (8, 4), (8, 0), (8, 4)]
-    last = model.generator[-6:]  # positions, both blocks, norm, linear, tanh
+    last = list(model.generator)[-6:]  # position embedding, both blocks, norm, linear, tanh
     x = torch.randn(1, 4, 16, 16, generator=seeded(1))
     for blocks, beyond in ((last[:2], False), (last, True)):
         y = x.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(blocks(y)[0, 0, 5, 5], y)
-        reached = slope[0].abs().sum(dim=0) > 0
+        (gradient,) = torch.autograd.grad(nn.Sequential(*blocks)(y)[0, 0, 5, 5], y)
+        reached = gradient[0].abs().sum(dim=0) > 0
         assert reached[:8, :8].all()
         assert reached[8:, 8:].any() == beyond

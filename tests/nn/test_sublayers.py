@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize, prune
 
 from fastgen import accelerate
 from fastgen.models.flow_vae import InverseAutoregressiveFlow
-from fastgen.models.sagan import DiscriminatorBlock, GeneratorBlock
+from fastgen.models.sagan import SAGANDiscriminatorBlock, SAGANGeneratorBlock
 from fastgen.models.seq2seq import DecoderBlock, EncoderBlock
 from fastgen.models.stylegan import ModulatedConv2d
 from fastgen.models.transformer_lm import LMBlock
@@ -123,11 +123,12 @@ LAYERS = {
         lambda: GatedLayer(SimpleNamespace(channels=8, skip_channels=4), 2, False), lambda: (tokens(), 2),
         ("taps", "out"),
     ),
-    "GeneratorBlock of a SAGAN": (
-        lambda: of_plain_maps(GeneratorBlock(8, 4, 0)).eval(), lambda: (maps(), None), ("conv1", "conv2", "shortcut")
+    "SAGANGeneratorBlock": (
+        lambda: of_plain_maps(SAGANGeneratorBlock(8, 4, 0)).eval(), lambda: (maps(), None),
+        ("conv1", "conv2", "shortcut")
     ),
-    "DiscriminatorBlock of a SAGAN": (
-        lambda: of_plain_maps(DiscriminatorBlock(8, 4, halve=True)), lambda: (maps(size=4),),
+    "SAGANDiscriminatorBlock": (
+        lambda: of_plain_maps(SAGANDiscriminatorBlock(8, 4, downsample=True)), lambda: (maps(size=4),),
         ("conv1", "conv2", "shortcut"),
     ),
     "ModulatedConv2d": (lambda: ModulatedConv2d(8, 4, 3, 6), lambda: (maps(), randn(2, 6)), ("convolution", "style")),
