@@ -27,7 +27,7 @@ def current_names(config_class: type, saved: Mapping[str, Any]) -> dict[str, Any
     """Options under the names that the config's fields have now.
 
     A config whose fields were renamed maps their old names to the new ones, so that saved models and runs still load:
-    ``renamed: ClassVar[Mapping[str, str]] = {"halvings": "num_downsamples"}``.
+    ``renamed: ClassVar[Mapping[str, str]] = {"old_name": "new_name"}``.
 
     Raises:
         ValueError: an option is given under both names.

@@ -49,7 +49,7 @@ class CVAEConfig:
     """
 
     image_size: int = option(8, "height and width of the images", from_data=True)
-    channels: int = option(1, "color channels of the images", from_data=True)
+    channels: int = option(1, "number of color channels of the images", from_data=True)
     levels: int = option(17, "number of values of a pixel: counts 0 .. levels - 1", from_data=True)
     likelihood: Likelihood = option("beta-binomial", "distribution of a pixel; bernoulli requires two levels")
     beta: float = option(1.0, "weight of the KL in the loss")

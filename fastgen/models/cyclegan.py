@@ -29,7 +29,8 @@ from fastgen import losses
 from fastgen.batch import require_images, require_same_batch
 from fastgen.checks import require_choice, require_count, require_not_negative, require_positive
 from fastgen.losses.adversarial import AdversarialLoss
-from fastgen.models.adversarial import AdversarialConfig, Penalty, judge
+from fastgen.models.adversarial import AdversarialConfig, Penalty
+from fastgen.models.adversarial import judge as discriminator_objective  # word-lint: ok
 from fastgen.models.base import (
     Batch,
     GenerativeModel,
@@ -62,16 +63,16 @@ class CycleGANConfig(AdversarialConfig):
     """
 
     renamed: ClassVar[Mapping[str, str]] = {
-        "halvings": "num_downsamples",
+        "halvings": "num_downsamples",  # word-lint: ok
         "patch_halvings": "patch_num_downsamples",
     }
 
     image_size: int = option(32, "height and width of the images", from_data=True)
-    channels: int = option(1, "color channels of the images", from_data=True)
-    loss: AdversarialLoss = option("least-squares", "adversarial loss")
-    penalty: Penalty = option("none", "gradient penalty of the discriminators")
+    channels: int = option(1, "number of color channels of the images", from_data=True)
+    loss: AdversarialLoss = option("least-squares", "adversarial objective")
+    penalty: Penalty = option("none", "gradient penalty on the discriminators")
     penalty_weight: float = option(0.2, "weight of the gradient penalty (gamma, lambda)")
-    penalty_every: int = option(1, "number of steps between gradient penalties; multiplies the penalty's weight")
+    penalty_every: int = option(1, "interval of the gradient penalty in steps; multiplies its weight")
     cycle_weight: float = option(5.0, "weight of the cycle consistency loss, for pixels in [-1, 1]")
     identity_weight: float = option(0.0, "weight of the identity loss, for pixels in [-1, 1]")
     generator_learning_rate: float = option(5e-4, "AdamW learning rate of the generators")
@@ -243,8 +244,8 @@ class CycleGAN(GenerativeModel):
             return self._generators_loss(a, b)
         with torch.no_grad():
             fake_a, fake_b = self.history_a.exchange(self.b_to_a(b)), self.history_b.exchange(self.a_to_b(a))
-        values_a = judge(self.discriminator_a, a, fake_a, self.config, context)
-        values_b = judge(self.discriminator_b, b, fake_b, self.config, context)
+        values_a = discriminator_objective(self.discriminator_a, a, fake_a, self.config, context)
+        values_b = discriminator_objective(self.discriminator_b, b, fake_b, self.config, context)
         both = {name: values_a[name] + values_b[name] for name in values_a}
         return {name: value if name == "loss" else value / 2 for name, value in both.items()}
 

@@ -28,7 +28,8 @@ from fastgen import losses
 from fastgen.batch import require_images, require_same_batch
 from fastgen.checks import require_choice, require_not_negative, require_positive, require_probability
 from fastgen.losses.adversarial import AdversarialLoss
-from fastgen.models.adversarial import AdversarialConfig, Penalty, judge
+from fastgen.models.adversarial import AdversarialConfig, Penalty
+from fastgen.models.adversarial import judge as discriminator_objective  # word-lint: ok
 from fastgen.models.base import (
     Batch,
     GenerativeModel,
@@ -58,17 +59,17 @@ class Pix2PixConfig(AdversarialConfig):
     """
 
     renamed: ClassVar[Mapping[str, str]] = {
-        "halvings": "num_downsamples",
+        "halvings": "num_downsamples",  # word-lint: ok
         "patch_halvings": "patch_num_downsamples",
     }
 
     image_size: int = option(32, "height and width of the images", from_data=True)
-    channels: int = option(3, "color channels of the targets", from_data=True)
-    input_channels: int = option(1, "color channels of the inputs", from_data=True)
-    loss: AdversarialLoss = option("least-squares", "adversarial loss")
-    penalty: Penalty = option("none", "gradient penalty of the discriminator")
+    channels: int = option(3, "number of color channels of the targets", from_data=True)
+    input_channels: int = option(1, "number of color channels of the inputs", from_data=True)
+    loss: AdversarialLoss = option("least-squares", "adversarial objective")
+    penalty: Penalty = option("none", "gradient penalty on the discriminator")
     penalty_weight: float = option(0.2, "weight of the gradient penalty (gamma, lambda)")
-    penalty_every: int = option(1, "number of steps between gradient penalties; multiplies the penalty's weight")
+    penalty_every: int = option(1, "interval of the gradient penalty in steps; multiplies its weight")
     adversarial_weight: float = option(1.0, "weight of the adversarial loss in the generator's loss")
     l1_weight: float = option(100.0, "weight of the mean absolute error, for pixels in [-1, 1]")
     generator_learning_rate: float = option(1e-3, "AdamW learning rate of the generator")
@@ -270,7 +271,7 @@ class Pix2Pix(GenerativeModel):
             scores: Tensor = self.discriminator(torch.cat([inputs, images], dim=1))
             return scores
 
-        return judge(discriminator, targets, fake, config, context)
+        return discriminator_objective(discriminator, targets, fake, config, context)
 
     @torch.no_grad()
     def score(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:

@@ -70,7 +70,7 @@ class RecurrentGANConfig:
 
     kind: Sequence = option("images", "kind of data", from_data=True)
     image_size: int = option(8, "height and width of images; rows are time steps", from_data=True)
-    channels: int = option(1, "color channels of images", from_data=True)
+    channels: int = option(1, "number of color channels of images", from_data=True)
     vocabulary: str = option("+0123456789", "characters of text and sequences", from_data=True)
     source_length: int = option(9, "tokens of the longest source, start and end included", from_data=True)
     target_length: int = option(6, "tokens of the longest target, start and end included", from_data=True)
@@ -81,10 +81,10 @@ class RecurrentGANConfig:
     logit_scale: float = option(4.0, "factor of the logits of symbols, before Gumbel noise is added")
     temperature: float = option(4.0, "temperature of the Gumbel-softmax")
     hard: bool = option(True, "round symbols to one-hot vectors in training")
-    loss: AdversarialLoss = option("non-saturating", "adversarial loss")
+    loss: AdversarialLoss = option("non-saturating", "adversarial objective")
     penalty: Penalty = option(
         "r1-r2",
-        "gradient penalty of the critic: at real sequences (r1), at real and generated ones (r1-r2), or between them",
+        "gradient penalty on the critic: at real sequences (r1), at real and generated ones (r1-r2), or between them",
     )
     penalty_weight: float | None = option(
         None, "weight of the gradient penalty (gamma, lambda); default 2, for symbols 0.1"

@@ -53,10 +53,10 @@ class AutoencoderConfig:
         ValueError: a field is out of range.
     """
 
-    renamed: ClassVar[Mapping[str, str]] = {"halvings": "num_downsamples"}
+    renamed: ClassVar[Mapping[str, str]] = {"halvings": "num_downsamples"}  # word-lint: ok
 
     image_size: int = option(8, "height and width of the images", from_data=True)
-    channels: int = option(1, "color channels of the images", from_data=True)
+    channels: int = option(1, "number of color channels of the images", from_data=True)
     levels: int = option(17, "number of values of a pixel: counts 0 .. levels - 1", from_data=True)
     num_downsamples: int = option(2, "number of downsamplings by 2, from the images to the map of codes")
     codebook_size: int = option(64, "number of codebook entries")

@@ -18,7 +18,7 @@ from fastgen.train.errors import UsageError
 
 MOST_LAYERS, MOST_SIZE = 1000, 2**20
 USUAL_LAYERS, USUAL_SIZE = 50, 1024
-LAYERS = ("depth", "blocks", "flows", "halvings", "num_downsamples", "cycle", "cycles")
+LAYERS = ("depth", "blocks", "flows", "halvings", "num_downsamples", "cycle", "cycles")  # word-lint: ok
 """Ends of the names of options that count layers."""
 LENGTHS = ("every", "warmup", "crop")  # of those that count steps, or samples of a sound
 COPIES = 5  # of the weights in training: weights, gradients, AdamW's two averages, the running average
