@@ -1,4 +1,4 @@
-"""Each benchmark times ours and its peers in turn, in one process, and keeps medians, spread and ratios."""
+"""Fixtures: interleaved timing of fastgen and other implementations, with medians, quartiles and ratios."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ def device(request) -> torch.device:
 
 @pytest.fixture
 def against(benchmark, device) -> Callable[..., dict[str, float]]:
-    """``against(ours, peers, bytes_moved=..., flops=... or cost=...)`` -> the ratio peer / ours for each peer.
+    """Function ``against(ours, peers, ...)`` that returns the ratio of times peer / ours for each peer.
 
-    pytest-benchmark times ``ours``; the ratios come from interleaved rounds and go into ``extra_info``. With a cost,
-    each row says its FLOP/s, exponentials/s and, on a chip of roofline.py, its share of the roofline.
+    pytest-benchmark times ``ours``; the ratios are measured in interleaved rounds and stored in ``extra_info``. With
+    ``bytes_moved``, ``flops`` or ``cost``, throughput is stored too; with ``cost`` also the fraction of the roofline on
+    chips that roofline.py lists.
     """
 
     def run(

@@ -50,8 +50,8 @@ def lines(data: dict) -> list[str]:
     return out
 
 
-def kept(data: dict) -> dict:
-    """What is worth committing: figures, machine, commit; no host name, no raw rounds."""
+def summary(data: dict) -> dict:
+    """Results to commit: ratios and times, machine and commit, without host name and raw rounds."""
     benchmarks = {e["fullname"]: e["extra_info"] for e in data["benchmarks"]}
     return {
         "machine": describe_machine(data["machine_info"]),
@@ -65,13 +65,13 @@ def kept(data: dict) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path, help="what pytest --benchmark-json wrote")
-    parser.add_argument("--save", type=Path, help="write the figures there, to be committed")
+    parser.add_argument("file", type=Path, help="JSON file of pytest --benchmark-json")
+    parser.add_argument("--save", type=Path, help="file for the summary, to be committed")
     arguments = parser.parse_args()
     data = json.loads(arguments.file.read_text())
     print("\n".join(lines(data)))
     if arguments.save:
-        arguments.save.write_text(json.dumps(kept(data), indent=1) + "\n")
+        arguments.save.write_text(json.dumps(summary(data), indent=1) + "\n")
     return 0
 
 

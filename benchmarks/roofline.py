@@ -1,9 +1,9 @@
-"""What each attention shape costs at least, and which limit of the GPU it meets first. Computed, not measured.
+"""Roofline model of attention: minimum cost of each shape and the limiting resource. Computed, not measured.
 
 usage: python -m benchmarks.roofline > benchmarks/roofline.md
 
-Limits of the chips are the vendors' (data sheets; the CUDA programming guide's table of instruction throughput for
-exponentials: 16 per clock and multiprocessor). What the kernels execute comes from their own plan.
+Peak rates are from data sheets; the rate of exponentials (16 per clock and multiprocessor) is from the instruction
+throughput table of the CUDA programming guide. The number of executed operations is from the kernels' launch plan.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fastgen import backend
 
 
 class Chip(NamedTuple):
-    """Dense bfloat16 FLOP/s, bytes/s of memory, multiprocessors, boost clock in Hz."""
+    """Peak rates of a GPU: dense bfloat16 FLOP/s, memory bandwidth in bytes/s, multiprocessors, boost clock in Hz."""
 
     name: str
     flops: float
@@ -32,7 +32,7 @@ CHIPS = [Chip("H200", 989e12, 4.8e12, 132, 1.98e9), Chip("A100 80GB", 312e12, 2.
 
 
 def chip_of(device_name: str) -> Chip | None:
-    """The chip of a name such as "NVIDIA H200"; None where it is not in the table."""
+    """Chip of a device name such as "NVIDIA H200", or None."""
     return next((chip for chip in CHIPS if chip.name.split(" ")[0] in device_name), None)
 
 
@@ -45,7 +45,7 @@ class Cost(NamedTuple):
     bytes: float
 
     def bounds(self, chip: Chip) -> dict[str, float]:
-        """Seconds that each limit alone would allow."""
+        """Minimum time in seconds by each resource."""
         return {
             "matrix products": self.flops / chip.flops,
             "exponentials": self.exponentials / chip.exponentials,
@@ -54,14 +54,15 @@ class Cost(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """How many products of each depth there are for a pair of query and key, and how many tensors of each kind are read
-    and written: of queries and keys, with key_dim columns and with value_dim."""
+    """Operations of a pass: numbers of matrix products of depth key_dim and value_dim for each pair of query and key,
+    and numbers of tensors (key_dim and value_dim columns) with one row per query and per key that are read or written.
+    """
 
     name: str
     key_products: int
     value_products: int
-    of_queries: tuple[int, int]
-    of_keys: tuple[int, int]
+    query_tensors: tuple[int, int]
+    key_tensors: tuple[int, int]
 
     def __str__(self) -> str:
         count = self.key_products + self.value_products
@@ -76,7 +77,7 @@ PASSES = (FORWARD, BACKWARD, TANGENT, SECOND_ORDER)
 
 
 def cost(shape: AttentionShape, *passes: Pass) -> Cost:
-    """Each operand read once, each result written once, each weight computed once in each pass."""
+    """Cost if operands are read once, results are written once, and weights are computed once per pass."""
     heads = shape.batch * shape.heads
     pairs = heads * shape.queries * shape.keys * (0.5 if shape.mask == "causal" else 1)
     masks = {"bias": shape.heads * shape.queries * shape.keys * ELEMENT, "padding": shape.batch * shape.keys}
@@ -87,13 +88,13 @@ def cost(shape: AttentionShape, *passes: Pass) -> Cost:
         return counts[0] * dims[0] + counts[1] * dims[1]
 
     flops = sum(2 * pairs * width((one.key_products, one.value_products)) for one in passes)
-    rows = sum(shape.queries * width(one.of_queries) + shape.keys * width(one.of_keys) for one in passes)
+    rows = sum(shape.queries * width(one.query_tensors) + shape.keys * width(one.key_tensors) for one in passes)
     return Cost(flops, pairs * len(passes), ELEMENT * heads * rows + rest * len(passes))
 
 
 def computed_share(shape: AttentionShape) -> float:
-    """Useful part of the products that the forward kernel executes: the rest is padding to tiles and slices."""
-    assert backend.build_module is not None, "the plan is compiled: FASTGEN_BUILD=cpu or cuda"
+    """Fraction of useful products that the forward kernel executes; the rest is padding to tiles and slices."""
+    assert backend.build_module is not None, "the launch plan requires a compiled library: FASTGEN_BUILD=cpu or cuda"
     plan = backend.build_module.attention_plan(
         shape.batch, shape.heads, shape.heads, shape.queries, shape.keys, shape.key_dim, shape.value_dim,
         element_size=ELEMENT, multiprocessors=CHIPS[0].multiprocessors, plain=shape.mask in ("", "causal"),
@@ -121,7 +122,7 @@ def row(shape: AttentionShape, chip: Chip, one: Pass) -> str:
 
 def lines() -> list[str]:
     found = [
-        "# Attention on a GPU: what each shape costs at least",
+        "# Roofline of attention on a GPU: minimum cost of each shape",
         "",
         "**Computed, not measured** (`python -m benchmarks.roofline`). bfloat16. Each operand is read and each",
         "result written once; a causal mask halves products and exponentials. The bound is the largest of the three.",
@@ -138,15 +139,15 @@ def lines() -> list[str]:
             found += [row(shape, chip, one) for shape in ATTENTION_SHAPES.values()]
     found += [
         "",
-        "## What the forward kernel executes",
+        "## Work executed by the forward kernel",
         "",
-        "The useful share of its matrix products: head dims are padded to the tile, queries to a warp's 16 or 32 and",
-        "keys to a step, and a head wider than 256 is cut into slices that compute the scores again. Tiles that a",
-        "causal mask rules out are not computed. Where queries and keys both have gradients, two kernels compute the",
-        "scores, so that each sum has one writer and one order: 7 products in the backward pass and 15 in the second",
-        "order, where 5 and 10 are needed.",
+        "Useful fraction of the matrix products: head dims are padded to the tile, queries to a warp's 16 or 32",
+        "rows and keys to a tile, and a head dim above 256 is split into slices that recompute the scores. Tiles that",
+        "are fully masked by a causal mask are skipped. If queries and keys both have gradients, two kernels compute",
+        "the scores, so that each sum has a single writer and a fixed order: 7 products in the backward pass and 15 in",
+        "the second-order pass, of which 5 and 10 are necessary.",
         "",
-        "| shape | useful share |",
+        "| shape | useful fraction |",
         "|---|---|",
     ]
     return found + [f"| {shape.name} | {computed_share(shape):.2f} |" for shape in ATTENTION_SHAPES.values()]

@@ -1,4 +1,4 @@
-"""The shapes that generative models really use. Tests and benchmarks take theirs from here."""
+"""Shapes of operators in generative models, shared by tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = [
 ]
 
 LATENT_EDGES = [(1, 1), (3, 1), (2, 3), (5, 4), (2, 7), (3, 8), (2, 129), (2, 3, 5), (0, 4), (4, 0), (3,)]
-"""Odd sizes, whole and broken groups of four, and nothing at all."""
+"""Odd sizes, multiples of four and not, and empty tensors."""
 
 PROJECTION_SHAPES = {
     # name: (B, N, C, heads, head_dims)
@@ -28,4 +28,4 @@ PROJECTION_SHAPES = {
 }
 
 PROJECTION_SIZES = {"sagan-64": (64, 1024), "dit-xl": (32, 256), "char-lm": (64, 256), "grouped": (32, 1024)}
-"""(B, N) of the same as models have them; above they are cut for tests and laptops."""
+"""Full sizes (B, N) of the shapes above, which are reduced for tests and CPUs."""

@@ -1,4 +1,4 @@
-"""Tolerances, comparison and timing, shared by fastgen's tests and benchmarks and open to its users."""
+"""Comparison and timing utilities of fastgen's tests and benchmarks, also for users."""
 
 from __future__ import annotations
 
@@ -14,7 +14,22 @@ ROUNDING_ULPS = 4
 
 
 def largest_error(actual: Tensor, exact: Tensor) -> float:
-    """max |actual - exact|; NaN and infinities must stand in the same places."""
+    """Largest absolute error. NaN and infinities must be at the same positions.
+
+    Args:
+        actual: result under test, of any shape.
+        exact: reference result of the same shape.
+
+    Returns:
+        ``max |actual - exact|`` over the finite elements, 0 if there are none.
+
+    Raises:
+        AssertionError: if shapes or positions of NaN and infinities differ.
+
+    Example:
+        >>> largest_error(torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0]))
+        0.5
+    """
     actual, exact = actual.detach().double().cpu(), exact.detach().double().cpu()
     if actual.shape != exact.shape:
         raise AssertionError(f"expected shape {tuple(exact.shape)}, got {tuple(actual.shape)}")
@@ -27,16 +42,23 @@ def largest_error(actual: Tensor, exact: Tensor) -> float:
 
 
 def assert_accurate(actual: Tensor, plain: Tensor, exact: Tensor, name: str = "result", allowance: float = 0.0) -> None:
-    """The rule for low precision: at most twice the error of the plain PyTorch formula in the same dtype.
+    """Asserts that the error is at most twice the error of the plain PyTorch formula in the same dtype.
+
+    A rounding tolerance of a few units in the last place of the largest value is added.
 
     Args:
-        actual: the result under test. plain: the formula in actual's dtype. exact: the formula in float64.
-        allowance: what is granted besides, where large terms cancel for instance.
-
-    A rounding allowance of a few units in the last place of the largest value is added.
+        actual: result under test.
+        plain: result of the plain formula in the dtype of ``actual``.
+        exact: result of the formula in float64.
+        name: name of the result in the error message.
+        allowance: additional absolute tolerance, for example if large terms cancel.
 
     Raises:
-        AssertionError: the error is larger; the message gives both.
+        AssertionError: if the error is larger.
+
+    Example:
+        >>> x = torch.randn(8)
+        >>> assert_accurate(x.half().exp(), x.half().exp(), x.half().double().exp())
     """
     error, peer = largest_error(actual, exact), largest_error(plain, exact)
     finite = exact.detach()[exact.isfinite()]
@@ -52,9 +74,22 @@ def assert_accurate(actual: Tensor, plain: Tensor, exact: Tensor, name: str = "r
 def interleaved_times(
     calls: dict[str, Callable[[], Any]], rounds: int = 15, warmup: int = 2, synchronize: bool = False
 ) -> dict[str, list[float]]:
-    """Seconds of each call, taken in turn so that a drift of the machine's speed meets all alike.
+    """Times calls alternately, so that changes of the machine's speed affect all calls equally.
 
-    The order turns too: what ran just before leaves caches and memory behind that help or hinder the next.
+    The order is reversed in every other round, because a call affects the caches of the next one.
+
+    Args:
+        calls: maps names to functions without arguments.
+        rounds: number of timed rounds.
+        warmup: number of untimed calls of each function.
+        synchronize: whether to synchronize with the CUDA device before and after each call.
+
+    Returns:
+        Maps names to the times of all rounds, in seconds.
+
+    Example:
+        >>> sorted(interleaved_times({"a": lambda: None, "b": lambda: None}, rounds=3))
+        ['a', 'b']
     """
 
     def once(call: Callable[[], Any]) -> float:
@@ -71,12 +106,24 @@ def interleaved_times(
             call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
-    for turn in range(rounds):
-        for name in names if turn % 2 == 0 else reversed(names):
+    for index in range(rounds):
+        for name in names if index % 2 == 0 else reversed(names):
             times[name].append(once(calls[name]))
     return times
 
 
 def median_ratio(slower: Iterable[float], faster: Iterable[float]) -> float:
-    """Median over the rounds of slower / faster, pair by pair."""
+    """Median of the elementwise ratios of two sequences of times.
+
+    Args:
+        slower: numerators.
+        faster: denominators, as many.
+
+    Returns:
+        ``median(slower / faster)``.
+
+    Example:
+        >>> median_ratio([2.0, 3.0, 8.0], [1.0, 1.0, 2.0])
+        3.0
+    """
     return median(a / b for a, b in zip(slower, faster, strict=True))

@@ -1,14 +1,15 @@
-"""``fastgen bench`` compares calls that compute the same, and says what it saw."""
+"""``fastgen bench``: equivalence of the compared calls, results and errors; ``fastgen.testing``."""
 
 from __future__ import annotations
 
+import doctest
 import json
 
 import pytest
 import torch
 
 import fastgen
-from fastgen import backend
+from fastgen import backend, testing
 from fastgen.bench import runner as _bench
 from fastgen.bench.cases import cases
 from fastgen.testing import largest_error
@@ -22,21 +23,21 @@ def flat(result):
 
 
 @pytest.mark.parametrize("name", [name for name in cases(CPU) if not name.startswith("latent")])
-def test_ours_and_the_peer_compute_the_same(name):
+def test_compared_implementations_are_equivalent(name):
     ours, peer = cases(CPU, LENGTH)[name].make()
     for mine, theirs in zip(flat(ours()), flat(peer()), strict=True):
         assert largest_error(mine, theirs) <= 1e-4 * max(1.0, float(theirs.abs().max()))
 
 
-def test_ours_and_the_formula_give_the_same_kl():
+def test_latent_kl_matches_the_formula():
     ours, peer = cases(CPU, LENGTH)["latent-forward"].make()
     torch.testing.assert_close(ours()[1], peer()[1])
 
 
-def test_every_case_gives_a_row_and_all_of_it_goes_into_json():
-    seen = []
-    rows = _bench.run(rounds=1, length=LENGTH, shown=seen.append)
-    assert seen == rows
+def test_every_case_is_reported_and_json_serializable():
+    reported = []
+    rows = _bench.run(rounds=1, length=LENGTH, on_row=reported.append)
+    assert reported == rows
     assert [row.name for row in rows] == list(cases(CPU))
     for row in rows:
         assert row.ratio == pytest.approx(row.peer_ms / row.ours_ms)
@@ -46,7 +47,7 @@ def test_every_case_gives_a_row_and_all_of_it_goes_into_json():
     assert report["machine"]["versions"]["torch"] in _bench.describe_machine()
 
 
-def test_the_kernels_named_are_those_that_ran():
+def test_reported_kernels_are_those_that_ran():
     with fastgen.use_backend("torch"):
         (row,) = _bench.run(["latent-forward"], rounds=2, length=LENGTH)
     assert row.kernels == []
@@ -66,6 +67,12 @@ def test_the_kernels_named_are_those_that_ran():
         ({"device": "meta"}, "device: expected cpu or cuda, got meta"),
     ],
 )
-def test_bad_options_are_refused(options, message):
+def test_invalid_options_raise(options, message):
     with pytest.raises(ValueError, match=message):
         _bench.run(**options)
+
+
+def test_docstring_examples_of_testing():
+    results = doctest.testmod(testing)
+    assert results.attempted > 0
+    assert results.failed == 0

@@ -1,4 +1,4 @@
-"""Attention against torch's scaled_dot_product_attention, on the shapes that generative models use."""
+"""Attention against torch's scaled_dot_product_attention."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from benchmarks.roofline import BACKWARD, FORWARD, cost
 from benchmarks.shapes import ATTENTION_SHAPES, EQUAL_HEADS, UNEQUAL_HEADS
 from fastgen.functional import scaled_dot_product_attention as attention
 
-LAPTOP = [UNEQUAL_HEADS, EQUAL_HEADS] + [
+CPU_SHAPES = [UNEQUAL_HEADS, EQUAL_HEADS] + [
     shape.cut(batch=4, length=1024) for name, shape in ATTENTION_SHAPES.items() if not name.startswith("long")
 ]
-FULL = list(ATTENTION_SHAPES.values())
-SHAPES = [("cpu", shape) for shape in LAPTOP] + [("cuda", shape) for shape in FULL]
+CUDA_SHAPES = list(ATTENTION_SHAPES.values())
+SHAPES = [("cpu", shape) for shape in CPU_SHAPES] + [("cuda", shape) for shape in CUDA_SHAPES]
 
 
 BACKENDS = (
@@ -28,7 +28,7 @@ BACKENDS = (
 
 @pytest.fixture
 def device(request):
-    """The device that the shape was cut for."""
+    """Device of the case."""
     kind = request.getfixturevalue("case")[0]
     if kind == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
@@ -52,7 +52,7 @@ def inputs(shape, device, requires_grad):
 
 
 def peers(device, call):
-    """torch's default choice, and on a GPU each backend that takes the shape."""
+    """torch's default backend, and on a GPU each backend that supports the shape."""
     found = {"sdpa": call}
     if device.type == "cuda":
         for backend in BACKENDS:
@@ -63,7 +63,7 @@ def peers(device, call):
 
             try:
                 forced()
-            except RuntimeError:  # the backend does not take the shape, or the scores do not fit into memory
+            except RuntimeError:  # unsupported shape, or out of memory
                 continue
             found[backend.name.lower()] = forced
     return found
@@ -86,7 +86,7 @@ def test_forward_and_backward(against, device, case):
     shape = case[1]
     tensors, kwargs = inputs(shape, device, requires_grad=True)
     leaves = [*tensors]
-    if shape.mask == "bias":  # learned
+    if shape.mask == "bias":  # learned bias
         leaves.append(kwargs["attn_mask"].requires_grad_())
     upstream = torch.randn_like(F.scaled_dot_product_attention(*tensors, **kwargs))
 

@@ -1,4 +1,4 @@
-"""Penalties and tangents through attention alone, against what PyTorch has: its unfused backend, and the formula."""
+"""Second-order and forward-mode derivatives of attention against PyTorch's unfused backend and the formula."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHAPES = [
 
 @pytest.fixture
 def device(request):
-    """The device that the shape was chosen for."""
+    """Device of the case."""
     kind = request.getfixturevalue("case")[0]
     if kind == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
@@ -48,7 +48,7 @@ def formula(query, key, value):
 
 
 def fits(call):
-    """The scores of the peers may be more than the memory holds."""
+    """Whether the call, which materializes the scores, fits in memory."""
     try:
         call()
     except torch.OutOfMemoryError:
@@ -62,7 +62,7 @@ def ids(case):
 
 @pytest.mark.parametrize("case", SHAPES, ids=ids)
 def test_r1_step(against, device, case):
-    """Forward, gradient of the inputs, and the gradient of its square."""
+    """Forward, gradient of the inputs, and gradient of the squared gradient norm."""
     tensors = inputs(case[1], device, requires_grad=True)
 
     def step(attend):
@@ -80,7 +80,7 @@ def test_r1_step(against, device, case):
 
 @pytest.mark.parametrize("case", SHAPES, ids=ids)
 def test_tangent(against, device, case):
-    """torch.func.jvp: the output and its tangent, in directions of all three inputs."""
+    """torch.func.jvp with respect to query, key and value."""
     tensors = tuple(inputs(case[1], device, requires_grad=False))
     directions = tuple(t.flip(2) for t in tensors)
     plain = lambda: torch.func.jvp(formula, tensors, directions)  # noqa: E731

@@ -1,4 +1,4 @@
-"""The Gaussian latent against what every library writes: mu + randn * exp(logvar / 2), and a separate KL sum."""
+"""Gaussian latent against eager PyTorch: mu + randn * exp(logvar / 2) and a separate KL sum."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.shapes import LATENT_SHAPES
-from fastgen.bench.cases import usual_latent
+from fastgen.bench.cases import eager_latent
 from fastgen.functional import reparameterize_kl
 
 
@@ -21,7 +21,7 @@ def test_forward(against, device, name):
     mu, logvar = inputs(LATENT_SHAPES[name], device)
     against(
         lambda: reparameterize_kl(mu, logvar),
-        {"eager": lambda: usual_latent(mu, logvar)},
+        {"eager": lambda: eager_latent(mu, logvar)},
         bytes_moved=3 * mu.numel() * mu.element_size(),
     )
 
@@ -36,28 +36,28 @@ def test_forward_and_backward(against, device, name):
 
     against(
         lambda: step(reparameterize_kl),
-        {"eager": lambda: step(usual_latent)},
+        {"eager": lambda: step(eager_latent)},
         bytes_moved=8 * mu.numel() * mu.element_size(),
     )
 
 
-def test_memory_kept_between_forward_and_backward(device, benchmark):
-    """Bytes that autograd holds besides inputs and outputs: a seed, against the noise and its kin."""
+def test_memory_saved_for_backward(device, benchmark):
+    """Bytes saved for backward besides inputs and outputs: a seed, against the noise and intermediate results."""
 
     def kept(function):
         mu, logvar = inputs(LATENT_SHAPES["wide"], device, requires_grad=True)
         held = {}
         with torch.autograd.graph.saved_tensors_hooks(lambda t: held.setdefault(t.data_ptr(), t), lambda t: t):
             outputs = function(mu, logvar)
-        known = {t.data_ptr() for t in (mu, logvar, *outputs)}
-        return sum(t.numel() * t.element_size() for pointer, t in held.items() if pointer not in known)
+        excluded = {t.data_ptr() for t in (mu, logvar, *outputs)}
+        return sum(t.numel() * t.element_size() for pointer, t in held.items() if pointer not in excluded)
 
-    benchmark.extra_info["kept_bytes"] = {"ours": kept(reparameterize_kl), "eager": kept(usual_latent)}
+    benchmark.extra_info["kept_bytes"] = {"ours": kept(reparameterize_kl), "eager": kept(eager_latent)}
     benchmark.pedantic(lambda: kept(reparameterize_kl), rounds=1)
     assert kept(reparameterize_kl) == 8
 
 
-def test_compiled_peer_on_the_wide_shape(against, device):
+def test_torch_compile_on_the_wide_shape(against, device):
     mu, logvar = inputs(LATENT_SHAPES["wide"], device)
-    compiled = torch.compile(usual_latent)
+    compiled = torch.compile(eager_latent)
     against(lambda: reparameterize_kl(mu, logvar), {"torch.compile": lambda: compiled(mu, logvar)})

@@ -1,7 +1,7 @@
-"""Training steps of models of the zoo against their twins in plain PyTorch (baselines/): same weights, same batches.
+"""Training steps of zoo models against plain PyTorch implementations (baselines/) with the same weights and batches.
 
-A step is every phase of the model in turn: loss, gradients of that phase's weights, fused AdamW. Defaults of the model
-and of its data; the trainer around it is measured in bench_training.py.
+A step runs all phases of the model: loss, gradients of the weights of the phase, fused AdamW. Configurations and data
+are the defaults. bench_training.py measures the training loop.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CASES = {
 
 
 def make(name: str) -> tuple[GenerativeModel, nn.Module, Batch]:
-    """Ours, the twin with the same weights, and a batch."""
+    """fastgen's model, the baseline with the same weights, and a batch."""
     model, data_options, options, _ = CASES[name]
     model_class = MODELS[model]
     data = load_data(DataConfig(model_class.default_data, **data_options), model_class.kind)
@@ -44,9 +44,9 @@ def make(name: str) -> tuple[GenerativeModel, nn.Module, Batch]:
 
 
 def trainer(module: nn.Module, like: GenerativeModel, batch: Batch, steps: int) -> Callable[[], None]:
-    """``steps`` steps with the phases of ``like``."""
+    """A function that runs ``steps`` training steps with the phases of ``like``."""
     phases = like.phases()
-    updated = [
+    phase_weights = [
         [
             weight
             for name, weight in module.named_parameters()
@@ -58,12 +58,12 @@ def trainer(module: nn.Module, like: GenerativeModel, batch: Batch, steps: int) 
         torch.optim.AdamW(
             weights, lr=phase.learning_rate, betas=phase.betas, weight_decay=phase.weight_decay, fused=True
         )
-        for phase, weights in zip(phases, updated, strict=True)
+        for phase, weights in zip(phases, phase_weights, strict=True)
     ]
 
     def run() -> None:
         for _ in range(steps):
-            for phase, weights, optimizer in zip(phases, updated, optimizers, strict=True):
+            for phase, weights, optimizer in zip(phases, phase_weights, optimizers, strict=True):
                 module.requires_grad_(False)
                 for weight in weights:
                     weight.requires_grad_(True)

@@ -1,5 +1,8 @@
-"""Projections against a product followed by what is left to do: the usual reshapes, bias, normalisation, rotation,
-residual and gate. On a GPU at the shapes' full sizes, our choice, our kernels, PyTorch and torch.compile of that."""
+"""Projections with fused epilogues against plain PyTorch: reshapes, bias, QK-norm, RoPE, residual and gate.
+
+On a GPU, full sizes are used, and fastgen's default implementation is compared with its compiled kernels, PyTorch and
+torch.compile.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def leaves(device, *shapes):
 
 
 def gradients(function, tensors):
-    """A training step; the gradients from above are made once."""
+    """A function that runs forward and backward with fixed output gradients."""
     with torch.no_grad():
         outputs = function(*tensors)
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
@@ -38,7 +41,7 @@ def gradients(function, tensors):
     return step
 
 
-def contest(against, device, ours, plain, tensors, **counted):
+def compare(against, device, ours, plain, tensors, **counted):
     step = gradients(plain, tensors)
     peers = {"PyTorch": step}
     if device.type == "cuda":
@@ -48,22 +51,22 @@ def contest(against, device, ours, plain, tensors, **counted):
             with fastgen.use_backend("compiled"):
                 return step(ours)
 
-        peers |= {"torch.compile": lambda: step(compiled), "our kernels": kernels}
+        peers |= {"torch.compile": lambda: step(compiled), "compiled kernels": kernels}
     against(lambda: step(ours), peers, **counted)
 
 
-@pytest.mark.parametrize("finish", ["plain", "norms and rotary"])
+@pytest.mark.parametrize("epilogue", ["plain", "QK-norm and RoPE"])
 @pytest.mark.parametrize("name", PROJECTION_SHAPES)
-def test_qkv_training_step(against, device, name, finish):
+def test_qkv_training_step(against, device, name, epilogue):
     batch, length, channels, heads, dims = sizes(name, device)
     if device.type == "cuda" and name == "odd":
-        pytest.skip("no kernel takes it")
-    if finish != "plain" and dims[0] % 2:
-        pytest.skip("pairs of channels want an even head dim")
+        pytest.skip("not supported by the kernels")
+    if epilogue != "plain" and dims[0] % 2:
+        pytest.skip("RoPE requires an even head dim")
     rows = sum(h * d for h, d in zip(heads, dims, strict=True))
     shapes = [(batch, length, channels), (rows, channels), (rows,)]
     options = {}
-    if finish != "plain":
+    if epilogue != "plain":
         shapes += [(dims[0],), (dims[1],)]
         angles = torch.arange(length, device=device)[:, None] / 100 ** torch.linspace(0, 1, dims[0] // 2, device=device)
         options["rotary"] = angles.cos(), angles.sin()
@@ -78,7 +81,7 @@ def test_qkv_training_step(against, device, name, finish):
             parts[i] = rotary_embedding(F.rms_norm(parts[i], norm.shape, norm, 1e-6), *options["rotary"])
         return parts
 
-    contest(against, device, ours, plain, tensors, flops=6 * batch * length * channels * rows)
+    compare(against, device, ours, plain, tensors, flops=6 * batch * length * channels * rows)
 
 
 @pytest.mark.parametrize("name", ["sagan-64", "dit-xl", "char-lm"])
@@ -95,11 +98,11 @@ def test_merge_training_step(against, device, name):
     def plain(x, weight, bias, residual, gate):
         return residual + gate * F.linear(join_heads(x), weight, bias)
 
-    contest(against, device, ours, plain, tensors, flops=6 * batch * length * channels * width)
+    compare(against, device, ours, plain, tensors, flops=6 * batch * length * channels * width)
 
 
 def test_feature_map_to_heads_and_back(against, device):
-    """SAGAN's projections around its attention: 1x1 convolutions, and copies to the layout that attention takes."""
+    """Projections of SAGAN's attention: 1x1 convolutions and the conversion to the layout of attention."""
     batch = 64 if device.type == "cuda" else 4
     shapes = [(batch, 64, 32, 32), (48, 64), (64, 32), (1,)]
     tensors = leaves(device, *shapes)
@@ -114,4 +117,4 @@ def test_feature_map_to_heads_and_back(against, device):
         back = v.squeeze(1).transpose(1, 2).reshape(x.size(0), 32, *x.shape[2:])
         return q, k, x + gate * F.conv2d(back, out[:, :, None, None])
 
-    contest(against, device, ours, plain, tensors)
+    compare(against, device, ours, plain, tensors)

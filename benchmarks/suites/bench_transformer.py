@@ -1,4 +1,4 @@
-"""Attention and encoder layers against torch's: shapes of a language model, a diffusion Transformer and seq2seq."""
+"""Multi-head attention and encoder layers against torch: language model, diffusion Transformer, seq2seq."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from benchmarks.shapes import ATTENTION_SHAPES
 from fastgen import nn as ours
 
 BATCHES = {"char-lm": 8, "dit-xl": 2, "seq2seq": 8}
-"""Cut to fit a laptop."""
+"""Batch sizes on CPU."""
 
 
 def layers(kind, shape, batch_first, device):
-    """Ours and torch's, with the same parameters."""
+    """fastgen's and torch's layer with the same parameters."""
     width = shape.heads * shape.key_dim
     torch.manual_seed(0)
     if kind == "attention":
@@ -27,10 +27,10 @@ def layers(kind, shape, batch_first, device):
 
 
 def inputs(kind, shape, batch, batch_first, device):
-    """Queries, keys and the masks by their names. An encoder layer, and a shape of equal lengths, attends to itself."""
+    """Queries, keys and masks. Encoder layers and shapes of equal lengths use self-attention."""
     query = torch.randn(batch, shape.queries, shape.heads * shape.key_dim, device=device)
-    itself = kind == "encoder layer" or shape.queries == shape.keys
-    keys = query if itself else torch.randn(batch, shape.keys, query.size(-1), device=device)
+    self_attention = kind == "encoder layer" or shape.queries == shape.keys
+    keys = query if self_attention else torch.randn(batch, shape.keys, query.size(-1), device=device)
     prefix, masks = ("src_", {}) if kind == "encoder layer" else ("", {})
     if shape.mask == "causal":
         name = "src_mask" if prefix else "attn_mask"
@@ -40,7 +40,7 @@ def inputs(kind, shape, batch, batch_first, device):
         masks = {f"{prefix}key_padding_mask": torch.arange(keys.size(1), device=device) >= lengths}
     if not batch_first:
         query, keys = (query.transpose(0, 1).contiguous(), keys.transpose(0, 1).contiguous())
-    return query, query if itself else keys, masks
+    return query, query if self_attention else keys, masks
 
 
 def run(layer, query, keys, masks):

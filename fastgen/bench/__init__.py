@@ -1,1 +1,1 @@
-"""Benchmarks of the operators beside PyTorch, for ``fastgen bench`` and ``benchmarks/``."""
+"""Benchmarks of the operators against plain PyTorch, for ``fastgen bench`` and ``benchmarks/``."""

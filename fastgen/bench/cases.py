@@ -1,4 +1,4 @@
-"""What ``fastgen bench`` compares: ours and plain PyTorch's on the same inputs."""
+"""Benchmark cases of ``fastgen bench``: fastgen and plain PyTorch on the same inputs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,21 @@ from fastgen.functional import reparameterize_kl, scaled_dot_product_attention
 from fastgen.nn import SelfAttention2d
 
 FEATURE_MAP = (16, 64, 32)
-"""(B, C, height and width) of the self-attention layer."""
+"""Batch size, channels, and height and width of the input of the self-attention layer."""
 
 Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Case:
-    """``make()`` gives two calls that compute the same: ours and the peer's."""
+    """A benchmark case.
+
+    Attributes:
+        what: what is computed.
+        shape: shape of the inputs.
+        peer: name of the PyTorch implementation.
+        make: function that returns two equivalent calls, of fastgen and of the PyTorch implementation.
+    """
 
     what: str
     shape: str
@@ -32,7 +39,7 @@ class Case:
 
 
 def cases(device: torch.device, length: int | None = None) -> dict[str, Case]:
-    """By name, in the order in which they run; sizes cut to about ``length`` positions."""
+    """Maps names to benchmark cases. Sizes are limited to about ``length`` positions if given."""
     unequal, equal = UNEQUAL_HEADS, EQUAL_HEADS
     if device.type == "cuda":
         unequal, equal = ATTENTION_SHAPES["sagan-64"], ATTENTION_SHAPES["dit-xl"]
@@ -66,14 +73,14 @@ def _attention_cases(shape: AttentionShape, device: torch.device) -> Iterator[tu
         ("r1", "R1 step", "SDPBackend.MATH", _r1_step, _unfused),
         ("tangent", "output and tangent", "torch.func.jvp of the formula", _tangent, _formula),
     ]
-    for kind, words, peer, work, theirs in comparisons:
+    for kind, description, peer, work, baseline in comparisons:
 
-        def make(work: Callable[..., Any] = work, theirs: Callable[..., Tensor] = theirs) -> tuple[Call, Call]:
+        def make(work: Callable[..., Any] = work, baseline: Callable[..., Tensor] = baseline) -> tuple[Call, Call]:
             lengths = ((shape.queries, shape.key_dim), (shape.keys, shape.key_dim), (shape.keys, shape.value_dim))
             inputs = [_noise((shape.batch, shape.heads, *rest), device, seed) for seed, rest in enumerate(lengths)]
-            return (lambda: work(_attend, inputs)), (lambda: work(theirs, inputs))
+            return (lambda: work(_attend, inputs)), (lambda: work(baseline, inputs))
 
-        yield kind, Case(f"attention, {dims}, {words}", sizes, peer, make)
+        yield kind, Case(f"attention, {dims}, {description}", sizes, peer, make)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Any:
@@ -81,7 +88,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Any:
 
 
 def _unfused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The one of torch's that can be differentiated twice."""
+    """torch's attention with its only twice differentiable backend."""
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(query, key, value)
 
@@ -96,7 +103,7 @@ def _forward(attend: Callable[..., Tensor], inputs: list[Tensor]) -> Tensor:
 
 
 def _r1_step(attend: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
-    """Forward, the gradient of the inputs, and the gradient of its square."""
+    """Forward, gradient of the inputs, and gradient of the squared gradient norm."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     grads = torch.autograd.grad(attend(*leaves).square().sum(), leaves, create_graph=True)
     return torch.autograd.grad(torch.stack([grad.square().sum() for grad in grads]).sum(), leaves)
@@ -107,7 +114,8 @@ def _tangent(attend: Callable[..., Tensor], inputs: list[Tensor]) -> Any:
     return torch.func.jvp(attend, tuple(inputs), directions)
 
 
-def usual_latent(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+def eager_latent(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+    """Reparameterized sample and KL divergence in plain PyTorch."""
     z = mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)
     return z, 0.5 * (mu.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
 
@@ -122,13 +130,13 @@ def _latent(sizes: tuple[int, int], step: bool, device: torch.device) -> Callabl
             z, kl = function(*leaves)
             return torch.autograd.grad((z, kl), leaves, (upstream[0], upstream[1].to(kl.dtype))) if step else (z, kl)
 
-        return (lambda: work(reparameterize_kl)), (lambda: work(usual_latent))
+        return (lambda: work(reparameterize_kl)), (lambda: work(eager_latent))
 
     return make
 
 
-class UsualSelfAttention(nn.Module):
-    """The block of 1x1 convolutions that SAGAN repositories hold, with ``SelfAttention2d``'s state dict."""
+class Conv1x1SelfAttention(nn.Module):
+    """SAGAN self-attention with 1x1 convolutions, bmm and softmax; same state dict as ``SelfAttention2d``."""
 
     def __init__(self, channels: int, pool: int = 1) -> None:
         super().__init__()
@@ -152,17 +160,17 @@ class UsualSelfAttention(nn.Module):
 def _layers(batch: int, channels: int, side: int, device: torch.device) -> tuple[Call, Call]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        ours, usual = SelfAttention2d(channels), UsualSelfAttention(channels)
-    nn.init.ones_(ours.gamma)  # at 0, where it begins, the layer is the identity
-    usual.load_state_dict(ours.state_dict())
+        ours, baseline = SelfAttention2d(channels), Conv1x1SelfAttention(channels)
+    nn.init.ones_(ours.gamma)  # initialized to 0, where the layer is the identity
+    baseline.load_state_dict(ours.state_dict())
     x = _noise((batch, channels, side, side), device, 0).requires_grad_()
     upstream = _noise(x.shape, device, 1)
 
     def work(layer: nn.Module) -> tuple[Tensor, ...]:
         return torch.autograd.grad(layer(x), [x, *layer.parameters()], upstream)
 
-    ours, usual = ours.to(device, x.dtype), usual.to(device, x.dtype)
-    return (lambda: work(ours)), (lambda: work(usual))
+    ours, baseline = ours.to(device, x.dtype), baseline.to(device, x.dtype)
+    return (lambda: work(ours)), (lambda: work(baseline))
 
 
 def _noise(sizes: tuple[int, ...], device: torch.device, seed: int) -> Tensor:

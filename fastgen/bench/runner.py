@@ -1,6 +1,7 @@
-"""``fastgen bench``: what the layers gain on this machine, in about a minute, against plain PyTorch.
+"""Runner of ``fastgen bench``: compares fastgen with plain PyTorch on this machine in about a minute.
 
-Ours and the peer run in turn in one process. The ratios are what to trust: milliseconds drift with the machine.
+Both implementations run alternately in one process. Ratios are reliable, absolute times vary with the load of the
+machine.
 """
 
 from __future__ import annotations
@@ -26,7 +27,23 @@ ROUNDS = 9
 
 @dataclass(frozen=True)
 class Row:
-    """Milliseconds, median and quartiles over ``rounds`` rounds; ratio: median over the rounds of peer / ours."""
+    """Result of a benchmark case. Times are medians and quartiles over ``rounds`` rounds, in milliseconds.
+
+    Attributes:
+        name: name of the case.
+        what: what is computed.
+        shape: shape of the inputs.
+        dtype: dtype of the inputs.
+        device: device of the inputs.
+        peer: name of the PyTorch implementation.
+        ours_ms: median time of fastgen.
+        ours_quartiles_ms: first and third quartile of the time of fastgen.
+        peer_ms: median time of the PyTorch implementation.
+        peer_quartiles_ms: first and third quartile of the time of the PyTorch implementation.
+        ratio: median over the rounds of the time of PyTorch divided by the time of fastgen.
+        kernels: fused kernels of fastgen or torch that ran in fastgen's call; empty for plain PyTorch operators.
+        rounds: number of rounds.
+    """
 
     name: str
     what: str
@@ -40,7 +57,6 @@ class Row:
     peer_quartiles_ms: tuple[float, float]
     ratio: float
     kernels: list[str]
-    """The fused kernels that were seen to run in ours, fastgen's and torch's; none: plain PyTorch operators."""
     rounds: int
 
 
@@ -49,20 +65,24 @@ def run(
     rounds: int = ROUNDS,
     device: torch.device | str = "cpu",
     length: int | None = None,
-    shown: Callable[[Row], Any] = lambda row: None,
+    on_row: Callable[[Row], Any] = lambda row: None,
 ) -> list[Row]:
-    """Time ours against PyTorch's own.
+    """Runs benchmark cases.
 
     Args:
-        only: names of ``cases``, or what they begin with ("attention", "latent-forward"); default all.
-        rounds: timed calls of each.
-        device: cpu in float32, or cuda in bfloat16.
-        length: cut all sizes to about this many positions, to try it out.
-        shown: called with each row as soon as it is there.
+        only: names of cases, or prefixes of names ("attention", "latent-forward"). Default: all cases.
+        rounds: number of timed calls of each implementation.
+        device: "cpu" (float32) or "cuda" (bfloat16).
+        length: limit of the number of positions, for a quick run.
+        on_row: callback that is called with each result.
+
+    Returns:
+        The results.
 
     Raises:
-        ValueError: an unknown name, another kind of device, or rounds or length that are not positive.
-        RuntimeError: there is no such device.
+        ValueError: if a name is unknown, the device is neither CPU nor CUDA, or ``rounds`` or ``length`` is not
+            positive.
+        RuntimeError: if the device is not available.
     """
     device = torch.device(device)
     for name, count in (("rounds", rounds), ("length", length)):
@@ -72,19 +92,19 @@ def run(
         raise ValueError(f"device: expected cpu or cuda, got {device}")
     torch.empty(0, device=device)
     known = cases(device, length)
-    for word in only or []:
-        if not any(name.startswith(word) for name in known):
-            raise ValueError(f"only: expected some of {', '.join(known)}, got {word!r}")
-    chosen = [name for name in known if not only or any(name.startswith(word) for word in only)]
+    for prefix in only or []:
+        if not any(name.startswith(prefix) for name in known):
+            raise ValueError(f"only: expected some of {', '.join(known)}, got {prefix!r}")
+    selected = [name for name in known if not only or any(name.startswith(prefix) for prefix in only)]
     rows = []
-    for name in chosen:
-        rows.append(_timed(name, known[name], rounds, device))
-        shown(rows[-1])
+    for name in selected:
+        rows.append(_benchmark(name, known[name], rounds, device))
+        on_row(rows[-1])
     return rows
 
 
 def line(row: Row) -> str:
-    """A row for people: three lines of text."""
+    """Formats a result as three lines of text."""
     ours = _spread(row.ours_ms, row.ours_quartiles_ms)
     peer = _spread(row.peer_ms, row.peer_quartiles_ms)
     return (
@@ -95,7 +115,7 @@ def line(row: Row) -> str:
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What the figures hold for: processor, threads, device, versions, backend."""
+    """Describes the machine: processor, threads, device, versions and backend."""
     found = info()
     device = torch.device(device)
     return {
@@ -109,12 +129,12 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def as_dict(rows: list[Row], device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Rows and machine, for JSON."""
+    """Results and machine as a JSON-serializable dictionary."""
     return {"machine": machine(device), "rows": [asdict(row) for row in rows]}
 
 
 def describe_machine(device: torch.device | str = "cpu") -> str:
-    """``machine`` in a line."""
+    """Formats ``machine`` as one line."""
     found = machine(device)
     versions = found["versions"]
     place = f", {found['device']}" if found["device"] != "cpu" else ""
@@ -125,10 +145,10 @@ def describe_machine(device: torch.device | str = "cpu") -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# How
+# Timing
 
 
-def _timed(name: str, case: Case, rounds: int, device: torch.device) -> Row:
+def _benchmark(name: str, case: Case, rounds: int, device: torch.device) -> Row:
     ours, peer = case.make()
     kernels = _kernels(ours, device)
     times = interleaved_times(
@@ -151,8 +171,8 @@ def _timed(name: str, case: Case, rounds: int, device: torch.device) -> Row:
     )
 
 
-class _Seen(TorchDispatchMode):
-    """Keeps the names of operators that run, also of those that fastgen's PyTorch implementations call."""
+class _KernelRecorder(TorchDispatchMode):
+    """Records the names of fused kernels, including those called by fastgen's PyTorch implementations."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -172,9 +192,9 @@ class _Seen(TorchDispatchMode):
 
 
 def _kernels(call: Call, device: torch.device) -> list[str]:
-    with _Seen(device) as seen:
+    with _KernelRecorder(device) as recorder:
         call()
-    return sorted(seen.names)
+    return sorted(recorder.names)
 
 
 def _quartiles(seconds: list[float]) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""The shapes that generative models really use, for benchmarks and tests."""
+"""Shapes of operators in generative models, for benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """(B, H, N, M, Dk, Dv) and what the scores undergo: "", "causal", "bias" (H, N, M) or "padding" of keys."""
+    """Shape of an attention call.
+
+    Attributes:
+        name: name of the shape.
+        batch: batch size B.
+        heads: number of heads H.
+        queries: number of queries N.
+        keys: number of keys M.
+        key_dim: head dimension of queries and keys.
+        value_dim: head dimension of values.
+        mask: "", "causal", "bias" (a floating mask (H, N, M)) or "padding" (of keys).
+    """
 
     name: str
     batch: int
@@ -19,7 +30,7 @@ class AttentionShape:
     mask: str = ""
 
     def cut(self, batch: int = 2, length: int = 128) -> AttentionShape:
-        """The same kind of shape, small enough for a test or a laptop."""
+        """Returns a smaller shape of the same kind, for tests and CPUs."""
         return replace(
             self,
             batch=min(self.batch, batch),
@@ -48,7 +59,7 @@ ATTENTION_SHAPES = {
 
 UNEQUAL_HEADS = AttentionShape("unequal heads", 8, 1, 1024, 1024, 8, 64)
 EQUAL_HEADS = AttentionShape("equal heads", 8, 1, 1024, 1024, 64, 64)
-"""What ``fastgen bench`` times: a feature map of 32 x 32 in a GAN, and the same with heads as in a Transformer."""
+"""Shapes of ``fastgen bench``: a 32 x 32 feature map with the head dims of a GAN, and with those of a Transformer."""
 
 LATENT_SHAPES = {
     "dense-vae": (128, 32),
@@ -58,4 +69,4 @@ LATENT_SHAPES = {
     "many-short-rows": (2**18, 4),
     "odd": (7, 1030),
 }
-"""(B, *) of mu and logvar."""
+"""Shapes (B, *) of mu and logvar."""

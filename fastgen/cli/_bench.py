@@ -39,7 +39,7 @@ def run(words: list[str]) -> None:
         raise CommandError(f"json: expected a path in a folder that exists, got {given.json}", USAGE)
     print(_bench.describe_machine(device))
     try:
-        rows = _bench.run(only, given.rounds, device, shown=lambda row: print(_bench.line(row), flush=True))
+        rows = _bench.run(only, given.rounds, device, on_row=lambda row: print(_bench.line(row), flush=True))
     except ValueError as error:
         raise CommandError(str(error), USAGE) from error
     if given.json:
