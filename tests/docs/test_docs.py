@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+import sys
+import types
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,13 +63,14 @@ def test_the_code_of_a_page_runs(
     torch.manual_seed(0)
     found = blocks(page)
     loads_a_run = any('from_pretrained("runs/' in block.text for block in found)
-    namespace: dict[str, object] = {"__name__": "page"}
+    module = types.ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)  # where dataclasses find the names of their annotations
     for block in found:
         if block.language == "sh" and loads_a_run:
             run_on_a_small_scale(block, capsys)
         if block.language == "python":
             # Blank lines before the code make tracebacks name the page's own lines.
-            exec(compile("\n" * block.line + block.text, str(ROOT / page), "exec"), namespace)
+            exec(compile("\n" * block.line + block.text, str(ROOT / page), "exec"), vars(module))
 
 
 def options_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> set[str]:
