@@ -10,7 +10,7 @@ import fastgen
 PACKAGE = Path(fastgen.__file__).parent
 
 FLOORS = [
-    ("random", "checks", "version", "vocabulary", "_dynamo", "_shared_objects"),
+    ("random", "checks", "version", "vocabulary", "_dynamo"),
     ("reference",),
     ("backend",),
     ("ops.transforms", "ops._batching", "ops._checks"),
