@@ -1,4 +1,4 @@
-"""fastgen: fused, twice-differentiable layers for generative models."""
+"""fastgen: fused, twice differentiable layers for generative models."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> Any:
-        """Submodules at their first use, and the package's names where they are not there yet."""
+        """Imports submodules at their first use, and the package's names where torch is not imported yet."""
         if name in _SUBMODULES:
             return import_module(f"{__name__}.{name}")
         if name in __all__:
@@ -67,13 +67,12 @@ def _load() -> dict[str, Any]:
 def _is_command() -> bool:
     """Whether this process is ``fastgen ...`` or ``python -m fastgen ...``.
 
-    There, torch, which is slow to import, waits until a command needs it. Everybody else has the operators
-    (``torch.ops.fastgen``) by the import alone.
+    A command imports torch, which is slow, only when it needs it. Everywhere else importing fastgen registers the
+    operators (``torch.ops.fastgen``).
     """
     program = (getattr(sys, "argv", None) or [""])[0].replace("\\", "/").rpartition("/")[2].lower()
-    if program == "-m":  # while Python looks for the module that it is to run
-        words = sys.orig_argv
-        return ("-m", "fastgen") in pairwise(words)
+    if program == "-m":  # Python is still locating the module to run
+        return ("-m", "fastgen") in pairwise(sys.orig_argv)
     return program in ("fastgen", "fastgen.exe")
 
 

@@ -1,4 +1,4 @@
-"""Marks for torch.compile that do not import it: ``torch._dynamo`` takes longer to import than all of fastgen."""
+"""Decorators for torch.compile that do not import ``torch._dynamo``, which takes longer than all of fastgen."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def constant(function: _Function) -> _Function:
 
 
 def in_graph(function: _Function) -> _Function:
-    """torch.compile puts calls of the function into its graph as they are, and does not look inside.
+    """torch.compile puts calls of the function into its graph and does not trace into it.
 
-    Then PyTorch's own autograd and transforms differentiate it, under whatever backend. (What Dynamo makes of an
-    autograd.Function that it traces has a backward that nothing differentiates: a second derivative is raised by
-    AOTAutograd, and silently wrong where a backend does without. A transform makes it call operators as constants.)
+    PyTorch's own autograd and transforms then differentiate it, under any backend. (An autograd.Function that Dynamo
+    traces has a backward that nothing differentiates: AOTAutograd raises for a second derivative, and a backend without
+    it is silently wrong. Under a transform it calls operators as constants.)
 
-    This is ``torch.compiler.allow_in_graph``, put off until Dynamo traces a call for the first time: it then runs
-    ``allow``, whose result is constant, before it looks at ``function``.
+    This is ``torch.compiler.allow_in_graph``, deferred until Dynamo first traces a call: it then runs ``allow``, whose
+    result is constant, before it traces ``function``.
     """
 
     @constant

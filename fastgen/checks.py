@@ -1,4 +1,4 @@
-"""Argument checks. Every message names the argument, what was expected and what came."""
+"""Argument checks. Every message has the form "name: expected ..., got ..."."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def shape_of(tensor: Tensor) -> str:
 
 
 def require_tensor(name: str, value: Any, *, optional: bool = False, nested: bool = False) -> None:
-    """A dense tensor whose memory holds its values; with ``nested`` also a nested tensor."""
+    """Requires a dense tensor whose memory holds its values; with ``nested`` also a nested tensor."""
     if not isinstance(value, Tensor):
         if optional and value is None:
             return
@@ -33,7 +33,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _require_plain_subclass(name: str, value: Tensor) -> None:
-    """Refuses a subclass with a ``__torch_function__`` of its own: what it stands for need not be in its memory.
+    """Refuses a subclass with its own ``__torch_function__``: its values need not be in its memory.
 
     Subclasses with ``__torch_dispatch__`` only (FakeTensor, DTensor) receive the operators themselves.
     """
@@ -50,7 +50,7 @@ FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def require_floating(name: str, tensor: Tensor) -> None:
-    """One of the dtypes that functions compute in."""
+    """Requires one of the ``FLOATING`` dtypes."""
     if tensor.dtype in FLOATING:
         return
     expected = "a floating-point tensor" if not tensor.is_floating_point() else "float32, float64, bfloat16 or float16"
@@ -63,7 +63,7 @@ def require_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning:
 
 
 def require_alike(first_name: str, first: Tensor, **others: Tensor | None) -> None:
-    """Same dtype and device as the first argument."""
+    """Requires the dtype and device of the first argument."""
     for name, tensor in others.items():
         if tensor is None:
             continue
@@ -84,7 +84,7 @@ def require_broadcast(name: str, tensor: Tensor, target: tuple[int, ...], meanin
 
 
 def require_probability(name: str, value: float, *, certain: bool = False) -> None:
-    """A number in [0, 1), or in [0, 1] with ``certain``."""
+    """Requires a number in [0, 1), or in [0, 1] with ``certain``."""
     if isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a number, got a tensor of shape {shape_of(value)}")
     if not 0.0 <= value <= 1.0 or (value == 1 and not certain):
@@ -92,7 +92,7 @@ def require_probability(name: str, value: float, *, certain: bool = False) -> No
 
 
 def require_finite(name: str, value: Any) -> float:
-    """A finite number, as a float. A tensor is refused: a derivative by it would be lost."""
+    """A finite number, as a float. A tensor is refused: its gradient would be lost."""
     if isinstance(value, Tensor):
         raise TypeError(
             f"{name}: expected a number, got a tensor of shape {shape_of(value)}, whose gradient would be lost;"
@@ -113,7 +113,7 @@ def require_positive(name: str, value: int) -> None:
 
 
 def require_count(name: str, value: int, least: int, meaning: str = "an integer") -> None:
-    """An integer of at least ``least``."""
+    """Requires an integer >= ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}: expected {meaning} >= {least}, got {value!r}")
 
@@ -128,30 +128,27 @@ def _is_number(value: Any) -> bool:
 
 
 def require_not_negative(**values: float) -> None:
-    """Numbers >= 0, neither infinite nor NaN."""
+    """Requires numbers >= 0, neither infinite nor NaN."""
     for name, value in values.items():
         if not _is_number(value) or value < 0:
             raise ValueError(f"{name}: expected a number >= 0, got {value!r}")
 
 
 def require_positive_number(**values: float) -> None:
-    """Numbers > 0, neither infinite nor NaN."""
+    """Requires numbers > 0, neither infinite nor NaN."""
     for name, value in values.items():
         if not _is_number(value) or value <= 0:
             raise ValueError(f"{name}: expected a positive number, got {value!r}")
 
 
 def require_flag(name: str, value: Any) -> None:
-    """True or False, 1 or 0: a string such as "no" would count as true."""
+    """Requires True or False, 1 or 0: a string such as "no" would be truthy."""
     if isinstance(value, Tensor) or value not in (True, False):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
 
 
 def require_eps(name: str, value: Any) -> float:
-    """What a norm adds to a mean of squares, as a float: a number >= 0.
-
-    A tensor is refused: a derivative by it would be lost.
-    """
+    """The eps of a norm, as a float: a number >= 0. A tensor is refused: its gradient would be lost."""
     if isinstance(value, (bool, str, Tensor)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     try:

@@ -1,4 +1,4 @@
-"""Everything a bug report needs."""
+"""Versions, devices, compiled kernels and launch plans: the report of ``fastgen.info()``."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from fastgen import backend
-from fastgen.ops.attention.operators import WIDEST_HEAD
+from fastgen.ops.attention.problem import WIDEST_HEAD
 from fastgen.ops.projection import plan
 
 
 @dataclass(frozen=True)
 class Info:
-    """What ``fastgen.info()`` found. ``str()`` is for people, ``as_dict()`` for programs."""
+    """Result of ``fastgen.info()``: ``str()`` is a readable report, ``as_dict()`` a dictionary for JSON."""
 
     versions: dict[str, str]
     devices: list[str]
@@ -62,7 +62,8 @@ def _devices() -> list[str]:
 def _served_by(name: str, device: torch.device) -> str:
     reason = backend.why_not_compiled(name, device)
     if reason is not None:
-        return f"{_pytorch(name, device)} ({reason})"
+        parts = backend.compiled_parts(name, device)
+        return f"{_pytorch(name, device)}; compiled: {'; '.join(parts)}" if parts else f"PyTorch ({reason})"
     dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in backend.COMPILED_DTYPES)
     compiled = f"compiled for {dtypes}; PyTorch for other dtypes"
     if name.startswith(("projection", "merge_heads")) and device.type == "cuda":
@@ -71,15 +72,11 @@ def _served_by(name: str, device: torch.device) -> str:
 
 
 def _pytorch(name: str, device: torch.device) -> str:
-    """Which PyTorch: on CPU attention takes fused kernels where they fit."""
     if device.type != "cpu" or not name.startswith("attention"):
         return "PyTorch"
     if name in ("attention_tangent", "attention_second_order"):
-        helped = backend.has_kernel("cpu_attention_weights", device)
-        return "PyTorch in tiles, with fastgen's helper for float32 arithmetic" if helped else "PyTorch in tiles"
-    helper = backend.has_kernel(f"cpu_{name}", device)
-    kernels = "torch's fused kernel or fastgen's for narrow heads" if helper else "torch's fused kernel"
-    return f"{kernels} where it fits, else PyTorch"
+        return "PyTorch in tiles"
+    return "PyTorch, its fused kernel where that fits, else in tiles"
 
 
 H200_MULTIPROCESSORS = 132
@@ -140,18 +137,18 @@ def info(
     dtype: torch.dtype = torch.bfloat16,
     projection: Sequence[int] | None = None,
 ) -> Info:
-    """Versions, devices, what is compiled, what serves each operator on each device, and why not more.
+    """Report of versions, devices, compiled libraries, and the implementation of each operator on each device.
 
     Args:
-        attention: (B, H, N, M, Dk, Dv) of an attention problem without mask and dropout: also show how each of its CUDA
-            kernels shares it out among blocks, on the current GPU, or on an H200 where there is none.
-        dtype: of that problem.
-        projection: (B, N, C, E) of a projection of tokens (B, N, C) to E channels: also show what the kernels and
-            cuBLAS are expected to take, which of them serves, and how the kernels share it out.
+        attention: sizes (B, H, N, M, Dk, Dv) of an attention problem without mask and dropout. Adds the launch plan of
+            each of its CUDA kernels, for the current GPU, or for an H200 where there is none.
+        dtype: dtype of that problem and of the projection.
+        projection: sizes (B, N, C, E) of a projection of tokens (B, N, C) to E channels. Adds the expected times of
+            the kernels and of cuBLAS, which of them serves, and the kernels' launch plans.
 
     Raises:
-        ValueError: not six (or four) positive integers, heads wider than any kernel's, or a dtype that no kernel takes.
-        RuntimeError: a plan is asked for and nothing is compiled.
+        ValueError: not six (or four) positive integers, head dims above the kernels' limit, or a dtype without kernels.
+        RuntimeError: a launch plan is requested and nothing is compiled.
 
     Example:
         >>> print(fastgen.info())  # doctest: +SKIP

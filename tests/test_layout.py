@@ -10,14 +10,14 @@ import fastgen
 PACKAGE = Path(fastgen.__file__).parent
 
 FLOORS = [
-    ("random", "checks", "version", "_dynamo", "_shared_objects"),
+    ("random", "checks", "version", "_dynamo"),
     ("reference",),
     ("backend",),
     ("ops.transforms", "ops._batching", "ops._checks"),
     ("ops.autograd",),
     ("ops.attention", "ops.latent", "ops.projection", "ops.recurrent"),
     ("ops",),
-    ("batch", "vocabulary"),
+    ("batch",),
     ("environment",),
     ("functional",),
     ("nn", "losses"),

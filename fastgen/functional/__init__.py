@@ -1,9 +1,9 @@
-"""The user-facing functions. Shapes: B batch, H heads, N queries or tokens, M keys, C and E channels.
+"""Functional interface. Shapes: B batch, H heads, N queries or tokens, M keys, C and E channels.
 
-Each takes a compiled kernel where there is one, PyTorch elsewhere (``fastgen.info()`` says which,
-``fastgen.use_backend`` chooses), honours autocast, ``torch.func`` transforms and ``torch.compile``, and is
-differentiable twice and in forward mode; a derivative that is not there raises. Bad arguments raise ``TypeError``
-(a dtype, not a tensor) or ``ValueError`` (a shape, a value, a device) with the argument's name.
+Each function runs a compiled kernel where there is one and PyTorch elsewhere (``fastgen.info()`` reports which,
+``fastgen.use_backend`` selects), and supports autocast, ``torch.func`` transforms and ``torch.compile``. Each is twice
+differentiable in reverse mode, with forward-mode AD; an unsupported derivative raises ``RuntimeError``. A bad argument
+raises ``TypeError`` (its type or dtype) or ``ValueError`` (its shape, value or device) with its name.
 """
 
 from __future__ import annotations

@@ -14,12 +14,12 @@ from torch import Tensor
 from fastgen import checks as check
 
 WIDEST_WINDOW = 2**30
-"""Windows beyond this are the same as this: no sequence is longer."""
+"""Wider windows have the same effect: no sequence is longer."""
 
 
 class Arguments(NamedTuple):
-    """query (B, H, N, Dk), key (B, Hk, M, Dk), value (B, Hk, M, Dv), mask with each dim full or 1, and the shape of the
-    logsumexp in the caller's dims, (..., N)."""
+    """query (B, H, N, Dk), key (B, Hk, M, Dk), value (B, Hk, M, Dv), mask with each dim full or 1, and ``rows``, the
+    shape of the logsumexp in the caller's dims, (..., N)."""
 
     query: Tensor
     key: Tensor
@@ -45,7 +45,8 @@ def attention_arguments(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
     """The tensors of a call, checked, in four dims.
 
     Raises:
-        TypeError: a dtype that is not floating, or dtypes that differ. ValueError: shapes or devices that do not fit.
+        TypeError: a dtype that is not floating, or dtypes that differ.
+        ValueError: shapes or devices that do not match.
     """
     plain = _plainly_fit(query, key, value)
     if not plain:
@@ -58,7 +59,7 @@ def attention_arguments(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
 
 
 def _plainly_fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether nothing is left to check: the common case, in a few comparisons."""
+    """Whether no further check is needed: the common case, in a few comparisons."""
     q, k, v = query.shape, key.shape, value.shape
     return (
         len(q) == len(k) == len(v) == 4
@@ -105,7 +106,7 @@ def _checked_mask(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
             f" {full[1]}), got {check.shape_of(mask)}"
         )
     if mask.dtype == torch.float64 and query.dtype != torch.float64:
-        # Scores are float32 here. What is finite stays finite: a row of finfo(float64).min is not one of -inf.
+        # Scores are float32. A finite mask stays finite: a row of finfo(float64).min is not a row of -inf.
         largest = torch.finfo(torch.float32).max
         mask = torch.where(mask.isinf(), mask, mask.clamp(-largest, largest)).float()
     return mask[(None,) * (4 - mask.dim())] if mask.dim() < 4 else mask
@@ -123,7 +124,7 @@ def _broadcast(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, e
     leading = {name: (1,) * (dims - t.dim()) + tuple(t.shape[:-2]) for name, t in named.items()}
     leading["attn_mask"] = (1,) * (dims - 2 - len(of_mask)) + of_mask
     if dims == 3 and not enable_gqa:
-        # One dim is all there is: the batch, for operators that work on few heads at a time.
+        # The only leading dim is the batch: operators work on few heads at a time.
         leading = {name: (*shape, 1) for name, shape in leading.items()}
     elif dims == 2:
         leading = dict.fromkeys(leading, (1,))
@@ -137,7 +138,7 @@ def _broadcast(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, e
         count = leading[name][-1]
         target = max(leading["key"][-1], leading["value"][-1]) if grouped and name in ("key", "value") else total
         tail = tuple(tensor.shape[-2:])
-        if math.prod(own) == 1:  # of the whole batch: a view, however many dims the batch has
+        if math.prod(own) == 1:  # shared by the batch: a view, for any number of batch dims
             return tensor.reshape(1, count, *tail).expand(batch, target, *tail)
         return tensor.reshape(*own, count, *tail).expand(*full[:-1], target, *tail).flatten(0, -4)
 
@@ -154,7 +155,7 @@ def _broadcast(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, e
 
 
 def _grouped_heads(leading: dict[str, tuple[int, ...]], enable_gqa: bool) -> bool:
-    """Whether several heads of the query share one of the keys and values."""
+    """Whether several query heads share one key and value head."""
     heads, key_heads, value_heads = (leading[name][-1] for name in ("query", "key", "value"))
     if not enable_gqa:
         return False
@@ -177,15 +178,15 @@ def _broadcast_shapes(leading: dict[str, tuple[int, ...]], enable_gqa: bool) -> 
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """With a contiguous last dim, as the operators read it."""
+    """With the contiguous last dim that operators require."""
     return tensor if tensor.stride(-1) == 1 or tensor.size(-1) == 1 else tensor.contiguous()
 
 
 def causal_bias(bias: Any, query: Tensor, key: Tensor, is_causal: bool) -> tuple[Tensor | None, int | None]:
-    """A ``torch.nn.attention.bias.CausalBias`` as (mask, bound on the right of the window): its memory is not read.
+    """A ``torch.nn.attention.bias.CausalBias`` as (mask, right bound of the window), without reading its memory.
 
     Raises:
-        ValueError: ``is_causal`` beside it, or lengths that are not those of query and key.
+        ValueError: ``is_causal`` is set too, or its lengths differ from those of query and key.
     """
     if is_causal:
         raise ValueError("is_causal: expected False beside an attn_mask of type CausalBias, got True")
@@ -195,5 +196,5 @@ def causal_bias(bias: Any, query: Tensor, key: Tensor, is_causal: bool) -> tuple
     offset = 0 if bias.variant.name == "UPPER_LEFT" else own[1] - own[0]
     if offset >= 0:
         return None, offset
-    seen = torch.ones(own, dtype=torch.bool, device=query.device).tril(offset)
-    return seen, None
+    allowed = torch.ones(own, dtype=torch.bool, device=query.device).tril(offset)
+    return allowed, None

@@ -1,4 +1,4 @@
-"""What autocast makes of the arguments of fastgen's functions."""
+"""Autocast of the arguments of fastgen's functions."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     device = tensor.device.type
-    if device == "meta":  # has no autocast, and torch raises when asked
+    if device == "meta":  # has no autocast; torch raises
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def lower(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """What autocast does to the arguments of a matrix product: float64 and integers stay."""
+    """Autocast of an argument of a matrix product: float64 and integers stay."""
     if dtype is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(dtype)

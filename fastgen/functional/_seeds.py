@@ -12,20 +12,20 @@ from torch import Tensor
 _SEEDS = "_fastgen_seeds"
 
 
-def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
+def sample_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
     """A one-element int64 seed on the device: no synchronisation, and a CUDA graph can replay it.
 
-    Activation checkpointing restores the global generators when it runs a function again, and no other. A seed that
-    comes from ``generator`` is therefore kept with the checkpoint, and given again.
+    Activation checkpointing restores only the global generators when it recomputes a function. A seed from
+    ``generator`` is therefore stored with the checkpoint and reused in the recomputation.
 
     Raises:
-        RuntimeError: ``generator`` is drawn from in a backward pass, where the seed of the forward pass is not known.
+        RuntimeError: ``generator`` is used in a backward pass, where the seed of the forward pass is not available.
     """
     if generator is None:
-        return _draw(device, None)
+        return _sample(device, None)
     frame, recomputation = _checkpoint_frame()
     if recomputation is not None:
-        return _seed_again(frame, recomputation, device)
+        return _reused_seed(frame, recomputation, device)
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             "generator: expected a call outside of backward passes, got one inside, as activation checkpointing with"
@@ -33,21 +33,21 @@ def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor
             " drawn again from this generator. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False), not"
             " nested, or torch's global generator (generator=None)"
         )
-    seed = _draw(device, generator)
+    seed = _sample(device, generator)
     if frame is not None:
         vars(frame).setdefault(_SEEDS, []).append(seed.clone())
     return seed
 
 
-def _draw(device: torch.device, generator: torch.Generator | None) -> Tensor:
+def _sample(device: torch.device, generator: torch.Generator | None) -> Tensor:
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
 
 
 def _checkpoint_frame() -> tuple[Any, Any]:
-    """The state of the innermost ``torch.utils.checkpoint`` (use_reentrant=False) that is running, and the hook of the
+    """The state of the innermost running ``torch.utils.checkpoint`` (use_reentrant=False), and the hook of its
     recomputation if this is one; (None, None) outside.
 
-    PyTorch has no public way to ask: the state is what the checkpoint's saved-tensor hooks refer to.
+    PyTorch has no public interface for this: the checkpoint's saved-tensor hooks refer to the state.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     if hooks is None:
@@ -62,13 +62,13 @@ def _checkpoint_frame() -> tuple[Any, Any]:
     return (None, None) if target is None else (target(), hooks[0])
 
 
-_given: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # seeds given, by recomputation
+_reused: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # number of seeds reused, by recomputation
 
 
-def _seed_again(frame: Any, recomputation: Any, device: torch.device) -> Tensor:
+def _reused_seed(frame: Any, recomputation: Any, device: torch.device) -> Tensor:
     seeds = vars(frame).get(_SEEDS, [])
-    position = _given.get(recomputation, 0)
-    _given[recomputation] = position + 1
+    position = _reused.get(recomputation, 0)
+    _reused[recomputation] = position + 1
     if position >= len(seeds):
         raise RuntimeError(
             f"generator: expected {len(seeds)} calls with a generator in the checkpointed function, as in its forward"

@@ -9,9 +9,9 @@ from fastgen import checks as check
 from fastgen.backend import may_use_tf32, select
 from fastgen.functional._attention_arguments import attention_arguments, causal_bias, window_bounds
 from fastgen.functional._autocast import autocast_dtype, lower
-from fastgen.functional._seeds import draw_seed
+from fastgen.functional._seeds import sample_seed
 from fastgen.ops.attention.autograd import attention
-from fastgen.ops.attention.operators import Options, refused_heads
+from fastgen.ops.attention.problem import Options, Problem, refused_heads
 
 
 def scaled_dot_product_attention(
@@ -28,45 +28,46 @@ def scaled_dot_product_attention(
     generator: torch.Generator | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Softmax attention, ``softmax(scale * query @ key^T + mask) @ value``, in place of torch's function.
+    r"""Softmax attention, ``softmax(scale * query @ key^T + mask) @ value``; a drop-in for torch's function.
 
     Vaswani et al., "Attention is all you need" (2017), section 3.2.1.
 
     Args:
-        query: (B, H, N, Dk). Other numbers of leading dims work as in torch: (N, Dk), (B, N, Dk), (..., H, N, Dk).
+        query: (B, H, N, Dk). Other numbers of leading dims are accepted as in torch: (N, Dk), (B, N, Dk),
+            (..., H, N, Dk).
         key: (B, Hk, M, Dk); Hk is H, or divides it when ``enable_gqa``. Leading dims broadcast.
         value: (B, Hk, M, Dv). Dv need not be Dk.
-        attn_mask: broadcasts to (B, H, N, M). Boolean: True where a query may attend to a key. Floating: added to the
-            scores in its own precision, which may be wider than query's, and differentiable; its gradient has the
-            mask's own shape. Or a ``torch.nn.attention.bias.CausalBias``.
-        dropout_p: probability of dropping an attention weight, in [0, 1]. Applied whenever it is above 0.
-        is_causal: query i sees keys j <= i, as torch aligns it when N and M differ. May be combined with a mask.
+        attn_mask: broadcasts to (B, H, N, M). Boolean: True where a query attends to a key. Floating: added to the
+            scores in its own precision, which may be higher than query's, and differentiable; its gradient has the
+            mask's shape. Or a ``torch.nn.attention.bias.CausalBias``.
+        dropout_p: probability of dropping an attention weight, in [0, 1]; applied whenever it is above 0.
+        is_causal: query i attends to keys j <= i, aligned as in torch when N and M differ. Combines with a mask.
         scale: factor of the scores, a finite number; default ``1 / sqrt(Dk)``. For a learned factor multiply query.
-        enable_gqa: let several query heads share one key and value head, the third dim from the end.
-        window: (left, right): query i sees keys i - left <= j <= i + right; None on a side is unbounded.
-        generator: source of the dropout seed, on the tensors' device. Under ``torch.utils.checkpoint`` it needs
+        enable_gqa: let several query heads share one key and value head; heads are the third dim from the end.
+        window: (left, right): query i attends to keys i - left <= j <= i + right; None is unbounded.
+        generator: source of the dropout seed, on the tensors' device. Under ``torch.utils.checkpoint`` it requires
             ``use_reentrant=False``.
-        return_lse: also return the logsumexp of each row of scores, differentiable.
+        return_lse: also return the logsumexp of each row of scores, which is differentiable.
 
     Returns:
-        out (B, H, N, Dv) in query's dtype; with ``return_lse`` also lse (B, H, N), float32 (float64 for
-        float64), in nats. A row that may see no key gives 0, with lse -inf and gradients 0, never NaN.
+        out (B, H, N, Dv) in query's dtype; with ``return_lse`` also lse (B, H, N), float32 (float64 for float64), in
+        nats. A fully masked row gives out 0, lse -inf and gradients 0, never NaN. A key that every query masks is
+        ignored, whatever it and its value contain.
 
     Raises:
         TypeError: integer inputs, a mask that is neither boolean nor floating, dtypes that differ, a tensor as scale,
-            nested, sparse or quantised tensors, and tensor subclasses with a ``__torch_function__`` of their own.
-        ValueError: shapes that do not fit, a negative window, a probability out of range, a scale that is not finite.
-        RuntimeError: the backend ``compiled`` is forced and there is no kernel for these tensors; a derivative that
-            is not there.
+            a nested, sparse or quantized tensor, or a tensor subclass with its own ``__torch_function__``.
+        ValueError: shapes that do not match, a negative window, a probability out of range, or a scale that is not
+            finite.
+        RuntimeError: the backend ``compiled`` is forced and has no kernel for these tensors; or a derivative is not
+            supported.
 
-    On CUDA, float32 is multiplied at float32 accuracy unless ``torch.backends.cuda.matmul`` allows TF32, and kernels
-    give the same bits in every run. A key that no query of the call may attend to is ignored, whatever it and its value
-    hold.
+    Twice differentiable in reverse mode (gradient penalties), once in forward mode (``torch.func.jvp``, dual numbers),
+    and once in each, in either order. Memory is O(N + M) per head for all of these. A third derivative and forward mode
+    over forward mode raise ``RuntimeError``. ``fastgen.reference`` states the formulas.
 
-    Derivatives: of first and second order in reverse mode (gradient penalties), of first order in forward mode
-    (``torch.func.jvp``, dual numbers), and one of each in either order (the gradient of a tangent, the tangent of a
-    gradient). Memory is O(N + M) per head for all of them. A third derivative, and forward over forward mode, raise
-    ``RuntimeError``. The formulas are in ``fastgen.reference``.
+    On CUDA, float32 products have float32 accuracy unless ``torch.backends.cuda.matmul`` allows TF32, and kernels are
+    deterministic.
 
     Example:
         >>> q, k, v = (torch.randn(2, 4, 16, d) for d in (8, 8, 32))
@@ -83,15 +84,15 @@ def scaled_dot_product_attention(
     check.require_tensor("attn_mask", attn_mask, optional=True)
     low = autocast_dtype(query)
     query, key, value = lower(query, low), lower(key, low), lower(value, low)
-    if dropout_p == 1:  # every weight is dropped: 0 in place of the values, with gradients of 0
+    if dropout_p == 1:  # every weight is dropped: the values become 0, with gradients of 0
         value, dropout_p = value * 0.0, 0.0
     query, key, value, mask, rows = attention_arguments(query, key, value, attn_mask, enable_gqa)
     # Without a head dim all scores are 0, whatever their factor.
     scale = max(query.size(-1), 1) ** -0.5 if scale is None else check.require_finite("scale", scale)
-    seed = draw_seed(query.device, generator) if dropout_p > 0 else None
+    seed = sample_seed(query.device, generator) if dropout_p > 0 else None
     options = Options(dropout_p, window_left, window_right, scale, may_use_tf32(query))
     namespace = select("attention_forward", query, refused_heads(query, value))
-    out, lse = attention(query, key, value, mask, seed, options, namespace)
+    out, lse = attention(Problem(query, key, value, mask, seed, options, namespace))
     if len(rows) != 3 or rows[:2] != out.shape[:2]:
         out, lse = out.reshape(*rows, value.size(-1)), lse.reshape(rows)
     return (out, lse) if return_lse else out

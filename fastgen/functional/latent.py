@@ -1,4 +1,4 @@
-"""Gaussian latents: the reparameterisation and its KL divergence."""
+"""Gaussian latents: reparameterization and KL divergence."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from fastgen import checks as check
 from fastgen.backend import select
 from fastgen.functional._autocast import autocast_dtype
-from fastgen.functional._seeds import draw_seed
+from fastgen.functional._seeds import sample_seed
 from fastgen.ops.latent.autograd import gaussian_latent
 
 
@@ -50,29 +50,31 @@ def _latent(
             check.require_broadcast(name, tensor, tuple(mu.shape), "the shape of mu")
             tensor = _rows(tensor.expand(mu.shape))
         priors.append(tensor)
-    seed = draw_seed(mu.device, generator)
+    seed = sample_seed(mu.device, generator)
     namespace = select("latent_forward", mu)
     z, kl = gaussian_latent(_rows(mu), _rows(logvar), priors[0], priors[1], seed, with_kl, namespace)
     return z if mu.dim() == 2 else z.reshape(mu.shape), kl
 
 
 def reparameterize(mu: Tensor, logvar: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-    r"""A sample of N(mu, e^logvar) that is differentiable in both: ``z = mu + noise * exp(logvar / 2)``.
+    r"""A sample of N(mu, e^logvar), differentiable in both: ``z = mu + noise * exp(logvar / 2)``.
 
     Kingma and Welling, "Auto-encoding variational Bayes" (2014), section 2.4. The noise is a function of one
-    64-bit seed and each element's position (Philox4x32-10 and Box-Muller in float32): the same on every
-    backend, and regenerated in the backward pass instead of kept.
+    64-bit seed and each element's position (Philox4x32-10 and Box-Muller in float32). It is the same on every
+    backend, and it is regenerated in the backward pass instead of saved. Differentiable to any order in reverse
+    mode, with forward-mode AD.
 
     Args:
         mu: (B, *), floating.
-        logvar: like mu; the log of the variance. NaN passes through to the elements it stands at.
-        generator: source of the seed, on the tensors' device; default torch's global one.
+        logvar: logarithm of the variance, same shape and dtype as mu. NaN propagates to its element of z.
+        generator: source of the seed, on the tensors' device; default: torch's global generator.
 
     Returns:
-        z, of mu's shape and dtype, contiguous.
+        z, contiguous, with mu's shape and dtype.
 
     Raises:
-        TypeError: integer tensors, or dtypes that differ. ValueError: shapes or devices that differ.
+        TypeError: integer tensors, or dtypes that differ.
+        ValueError: shapes or devices that differ.
 
     Example:
         >>> h = torch.randn(4, 32)  # an encoder's output; its halves are read in place
@@ -93,18 +95,23 @@ def reparameterize_kl(
     r"""``reparameterize`` and the KL divergence from the prior, in one pass over memory.
 
     ``kl = 1/2 sum(e^(lv - plv) + (mu - pmu)^2 e^(-plv) - 1 - (lv - plv))`` (Kingma and Welling 2014, appendix B).
+    Differentiable to any order in reverse mode, with forward-mode AD.
 
     Args:
-        mu, logvar: (B, *), floating; the halves of one encoder output are read in place.
-        prior_mu, prior_logvar: broadcast to mu's shape; absent, 0: the unit normal. Differentiable.
-        generator: source of the seed, on the tensors' device.
+        mu: (B, *), floating.
+        logvar: logarithm of the variance, same shape and dtype as mu. The two halves of one encoder output are read
+            in place.
+        prior_mu: mean of the prior, broadcasts to mu's shape; default 0. Differentiable.
+        prior_logvar: logarithm of the prior's variance, broadcasts to mu's shape; default 0. Differentiable.
+        generator: source of the seed, on the tensors' device; default: torch's global generator.
 
     Returns:
-        z like mu, and kl (B,), in nats, summed over the latent dims; float32 (float64 for float64).
-        NaN in logvar passes through to that element of z and to the kl of its row, as in PyTorch.
+        z, contiguous, with mu's shape and dtype, and kl (B,), in nats, summed over the latent dims, float32 (float64
+        for float64). NaN in logvar propagates to its element of z and to the kl of its row, as in PyTorch.
 
     Raises:
-        TypeError: integer tensors, or dtypes that differ. ValueError: shapes or devices that do not fit.
+        TypeError: integer tensors, or dtypes that differ.
+        ValueError: shapes or devices that do not match.
 
     Example:
         >>> z, kl = reparameterize_kl(torch.zeros(4, 16), torch.zeros(4, 16))

@@ -54,18 +54,25 @@ def multi_head_projection(
 ) -> Tensor:
     """A linear map whose output is split into heads: ``x @ weight^T + bias``.
 
+    Differentiable to any order in reverse mode, with forward-mode AD.
+
     Args:
-        x: (B, N, C), or (B, C, *spatial) with ``channels_first``; then N is the number of positions.
+        x: (B, N, C), or (B, C, *spatial) with ``channels_first``; N is then the number of positions.
         weight: (H * D, C), H = ``num_heads``.
         bias: (H * D,).
-        norm, norm_eps, rotary, interleaved: as in ``qkv_projection``, of this one part; norm is (D,).
+        num_heads: number of heads H.
+        channels_first: x is a feature map.
+        norm: RMS normalization weight (D,) of the heads (QK-norm); see ``qkv_projection``.
+        norm_eps: number added to the mean square, >= 0.
+        rotary: tables (cos, sin) of a rotary embedding (RoPE), applied after the norm; see ``rotary_embedding``.
+        interleaved: pairs of channels of the rotary embedding are (2 i, 2 i + 1).
 
     Returns:
         (B, H, N, D), with a contiguous last dim.
 
     Raises:
         TypeError: integer input, or dtypes that differ.
-        ValueError: shapes that do not fit, or heads that do not divide the weight's rows.
+        ValueError: shapes that do not match, or a number of heads that does not divide the weight's rows.
 
     Example:
         >>> multi_head_projection(torch.randn(2, 5, 6), torch.randn(8, 6), num_heads=4).shape
@@ -93,7 +100,7 @@ def multi_head_projection(
 
 
 def _checked_rotary(rotary: tuple[Tensor, Tensor], x: Tensor, batch: int, length: int, dims: Sequence[int]) -> None:
-    """Tables for heads of each of ``dims``."""
+    """Checks tables for head dims ``dims``."""
     if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
         raise ValueError(f"rotary: expected a pair of tables (cos, sin), got {type(rotary).__name__}")
     for name, table in zip(("cos", "sin"), rotary, strict=True):
@@ -109,8 +116,8 @@ def _checked_rotary(rotary: tuple[Tensor, Tensor], x: Tensor, batch: int, length
     check.require_shape("sin", rotary[1], tuple(rotary[0].shape), "that of cos")
 
 
-def _wide_tables(rotary: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """(1|B, N, R / 2), in float32, or float64 where x or a table is."""
+def _upcast_tables(rotary: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """(1|B, N, R / 2), in float32, or float64 where x or a table is float64."""
     wide = any(t.dtype == torch.float64 for t in (x, *rotary))
     dtype = torch.float64 if wide else torch.float32
     cos, sin = (table.to(dtype) if table.dim() == 3 else table.to(dtype).unsqueeze(0) for table in rotary)
@@ -118,21 +125,23 @@ def _wide_tables(rotary: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tens
 
 
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
-    """Heads turned by their position: pairs (a, b) become ``(a cos - b sin, b cos + a sin)``.
+    """Rotary position embedding (RoPE): a pair of channels (a, b) becomes ``(a cos - b sin, b cos + a sin)``.
 
-    Su et al., "RoFormer: Enhanced Transformer with rotary position embedding" (2021), section 3.2.2.
+    Su et al., "RoFormer: Enhanced Transformer with rotary position embedding" (2021), section 3.2.2. Differentiable to
+    any order, also in the tables.
 
     Args:
         x: (B, H, N, D).
-        cos, sin: (N, R / 2) or (B, N, R / 2), R <= D. Computed in float32, or in float64 where x or a table is float64.
-            The channels beyond R stay.
+        cos: cosines of the angles, (N, R / 2) or (B, N, R / 2), R <= D. Channels from R on are unchanged.
+        sin: sines of the angles, same shape as cos.
         interleaved: pairs are channels (2 i, 2 i + 1), as in the paper; otherwise (i, i + R / 2), as in Llama.
 
     Returns:
-        Like x.
+        A tensor with the shape and dtype of x, computed in float32, or in float64 where x or a table is float64.
 
     Raises:
-        TypeError: integer tensors. ValueError: shapes or devices that do not fit.
+        TypeError: integer tensors.
+        ValueError: shapes or devices that do not match.
 
     Example:
         >>> angles = torch.arange(5.0)[:, None] * torch.tensor([1.0, 0.01])
@@ -145,7 +154,7 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool =
         raise ValueError(f"x: expected (B, H, N, D), got {check.shape_of(x)}")
     check.require_flag("interleaved", interleaved)
     _checked_rotary((cos, sin), x, x.size(0), x.size(2), (x.size(3),))
-    return epilogue.rotary(x, *_wide_tables((cos, sin), x), interleaved).to(x.dtype)
+    return epilogue.rotary(x, *_upcast_tables((cos, sin), x), interleaved).to(x.dtype)
 
 
 def qkv_projection(
@@ -162,25 +171,33 @@ def qkv_projection(
     rotated: int = 2,
     interleaved: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Query, key and value from one packed weight.
+    """Query, key and value from one packed weight, with QK-norm and rotary embedding as its epilogue.
+
+    Differentiable to any order in reverse mode, with forward-mode AD.
 
     Args:
         x: (B, N, C), or (B, C, *spatial) with ``channels_first``.
         weight: (Hq * Dk + Hk * Dk + Hv * Dv, C), the rows of q, then k, then v.
         bias: (Hq * Dk + Hk * Dk + Hv * Dv,).
-        heads: (Hq, Hk, Hv). head_dims: (Dk, Dk, Dv). Any number of parts works the same way.
-        norms: weights (Dk,) of q, or of q and k, whose heads are then normalised: ``y / sqrt(mean(y^2) + norm_eps) *
-            weight`` (Zhang and Sennrich, "Root mean square layer normalization", 2019). In general: of the first parts.
-            Autocast lowers them with the weight. ``norm_eps`` is a number >= 0.
-        rotary: tables (cos, sin) by which the first ``rotated`` parts are turned, after that; see
-            ``rotary_embedding``, also for ``interleaved``.
+        heads: numbers of heads (Hq, Hk, Hv). Any number of parts is accepted.
+        head_dims: head dims (Dk, Dk, Dv).
+        channels_first: x is a feature map.
+        norms: weights (Dk,) of q, or of q and k, in general of the first parts, whose heads are normalized:
+            ``y / sqrt(mean(y^2) + norm_eps) * weight`` (Zhang and Sennrich, "Root mean square layer normalization",
+            2019). Autocast lowers them with the weight.
+        norm_eps: number added to the mean square, >= 0.
+        rotary: tables (cos, sin) of a rotary embedding (RoPE) of the first ``rotated`` parts, applied after the norms;
+            see ``rotary_embedding``.
+        rotated: number of parts with rotary embedding.
+        interleaved: pairs of channels of the rotary embedding are (2 i, 2 i + 1).
 
     Returns:
         q (B, Hq, N, Dk), k (B, Hk, N, Dk), v (B, Hv, N, Dv), each with a contiguous last dim.
 
     Raises:
         TypeError: integer input, or dtypes that differ.
-        ValueError: shapes that do not fit, heads or head dims that are not positive integers, a negative ``norm_eps``.
+        ValueError: shapes that do not match, heads or head dims that are not positive integers, a negative
+            ``norm_eps``.
 
     Example:
         >>> q, k, v = qkv_projection(torch.randn(2, 5, 6), torch.randn(24, 6), heads=(4, 1, 1), head_dims=(4, 4, 4))
@@ -211,18 +228,18 @@ def qkv_projection(
         length = tokens.size(2 if channels_first else 1)
         after = _checked_epilogue(tokens, length, head_dims, norms, norm_eps, rotary, rotated, interleaved, low)
     layout = Layout(list(heads), list(head_dims), channels_first, may_use_tf32(tokens))
-    namespace = _place_of_heads(tokens, layout, after)
+    namespace = _select_for_heads(tokens, layout, after)
     if after.cos is not None and (
         _may_be_differentiated(after.cos, after.sin) or after.cos.dtype.itemsize > max(tokens.dtype.itemsize, 4)
     ):
-        # The fused operators take tables for constants, in float32 where x is not float64.
+        # The fused operators treat tables as constants, in float32 where x is not float64.
         parts = projection(tokens, weight, bias, HeadEpilogue(), layout, namespace)
         return tuple(epilogue.apply(list(parts), after))
     return projection(tokens, weight, bias, after, layout, namespace)
 
 
-def _place_of_heads(tokens: Tensor, layout: Layout, after: HeadEpilogue) -> str:
-    if tokens.device.type == "cpu":  # there is nothing to choose
+def _select_for_heads(tokens: Tensor, layout: Layout, after: HeadEpilogue) -> str:
+    if tokens.device.type == "cpu":  # no choice between kernels and cuBLAS
         return select("projection_forward", tokens)
     sizes = list(zip(layout.heads, layout.head_dims, strict=True))
     inputs = tokens.size(1 if layout.channels_first else 2)
@@ -231,7 +248,7 @@ def _place_of_heads(tokens: Tensor, layout: Layout, after: HeadEpilogue) -> str:
     refused = plan.refused(tokens.dtype, [inputs, *layout.head_dims], len(sizes), whole)
     rows = tokens.numel() // max(inputs, 1)
     problem = plan.heads_problem(rows, inputs, sizes, normed, rotated, tokens.dtype.itemsize, layout.allow_tf32)
-    return select("projection_forward", tokens, refused, plan.slower(problem, tokens))
+    return select("projection_forward", tokens, refused, slower=plan.slower(problem, tokens))
 
 
 def _may_be_differentiated(*tables: Tensor | None) -> bool:
@@ -264,7 +281,7 @@ def _checked_epilogue(
     if isinstance(rotated, bool) or not isinstance(rotated, int) or not 1 <= rotated <= len(head_dims):
         raise ValueError(f"rotated: expected between 1 and the {len(head_dims)} parts, got {rotated!r}")
     _checked_rotary(rotary, tokens, tokens.size(0), length, head_dims[:rotated])
-    cos, sin = _wide_tables(rotary, tokens)
+    cos, sin = _upcast_tables(rotary, tokens)
     return after._replace(cos=cos, sin=sin, rotated=rotated, interleaved=bool(interleaved))
 
 
@@ -290,22 +307,25 @@ def merge_heads_projection(
     gate: Tensor | None = None,
     channels_first: bool = False,
 ) -> Tensor:
-    """Heads joined and mapped back to channels: ``residual + gate * (join(x) @ weight^T + bias)``.
+    """Heads concatenated and mapped to channels: ``residual + gate * (concat(x) @ weight^T + bias)``.
+
+    Differentiable to any order in reverse mode, with forward-mode AD.
 
     Args:
         x: (B, H, N, D).
         weight: (E, H * D).
         bias: (E,).
-        residual: like the output. Absent, nothing is added.
-        gate: one element (SAGAN's gamma), (E,), or (B, E) (adaptive gates of diffusion Transformers).
-        channels_first: make a feature map.
+        residual: added to the result; same shape as the output.
+        gate: factor of the result: one element (SAGAN's gamma), (E,), or (B, E) (adaptive gates of diffusion
+            Transformers).
+        channels_first: return a feature map.
 
     Returns:
         (B, N, E); with ``channels_first`` (B, E, *spatial), the residual's shape, or (B, E, N) without one.
 
     Raises:
         TypeError: integer input, or dtypes that differ.
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not match.
 
     Example:
         >>> merge_heads_projection(torch.randn(2, 4, 5, 2), torch.randn(6, 8)).shape
@@ -322,11 +342,11 @@ def merge_heads_projection(
     x, weight, bias = lower(x, low), lower(weight, low), None if bias is None else lower(bias, low)
     _checked_linear(x, x.size(1) * x.size(3), weight, bias, "E")
     batch, length, channels = x.size(0), x.size(2), weight.size(0)
-    wide_gate = _checked_gate(gate, batch, channels)
+    full_gate = _checked_gate(gate, batch, channels)
     flat: Tensor | None = None
     shape: tuple[int, ...] = (batch, channels, length) if channels_first else (batch, length, channels)
     if residual is not None:
-        # In this order: a length that is compared with channels would be a guard of torch.export.
+        # In this order: comparing a length with channels would be a guard of torch.export.
         of_map = channels_first and residual.dim() >= 3 and residual.shape[:2] == (batch, channels)
         if of_map and math.prod(residual.shape[2:]) == length:
             flat, shape = residual.flatten(2), tuple(residual.shape)
@@ -345,20 +365,20 @@ def merge_heads_projection(
             may_use_tf32(x),
             bias=bias is not None,
             residual=flat is not None,
-            gate=wide_gate is not None,
+            gate=full_gate is not None,
             channels_first=channels_first,
         )
-        namespace = select("merge_heads_forward", x, refused, plan.slower(problem, x))
-    if low is not None and any(t is not None and t.dtype != x.dtype for t in (flat, wide_gate)):
-        # A residual stream kept in float32 stays float32, as torch's own promotion has it.
-        for name, tensor in (("residual", flat), ("gate", wide_gate)):
+        namespace = select("merge_heads_forward", x, refused, slower=plan.slower(problem, x))
+    if low is not None and any(t is not None and t.dtype != x.dtype for t in (flat, full_gate)):
+        # A residual stream in float32 stays float32, as under torch's type promotion.
+        for name, tensor in (("residual", flat), ("gate", full_gate)):
             if tensor is not None:
                 check.require_floating(name, tensor)
                 check.require_device(name, tensor, "x", x)
         y = merge_heads(x, weight, bias, None, None, channels_first, may_use_tf32(x), namespace)
-        if wide_gate is not None:
-            y = y * (wide_gate.transpose(1, 2) if channels_first else wide_gate)
+        if full_gate is not None:
+            y = y * (full_gate.transpose(1, 2) if channels_first else full_gate)
         return (y if flat is None else flat + y).reshape(shape)
     check.require_alike("x", x, residual=residual, gate=gate)
-    y = merge_heads(x, weight, bias, flat, wide_gate, channels_first, may_use_tf32(x), namespace)
+    y = merge_heads(x, weight, bias, flat, full_gate, channels_first, may_use_tf32(x), namespace)
     return y.reshape(shape)

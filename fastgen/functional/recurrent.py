@@ -1,4 +1,4 @@
-"""Stacked recurrent layers for ``fastgen.nn``, on the floor of ``fastgen.functional``: checks and autocast."""
+"""Stacked recurrent layers for ``fastgen.nn``: checks and autocast."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fastgen.ops.recurrent.autograd import Recurrence, accelerated, recurrent_la
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast lowers products on the device to; None where it is off. There is none for meta tensors."""
+    """The dtype of autocast on the device; None where it is disabled, and for meta tensors."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 
 
 def _lowered_dtype(data: Tensor) -> torch.dtype | None:
-    """What autocast lowers the layer to; None where it does not."""
+    """The dtype to which autocast lowers the layer; None where it does not."""
     return None if data.dtype == torch.float64 else autocast_dtype(data.device)
 
 
@@ -42,12 +42,12 @@ def recurrent(
     Args:
         mode: "LSTM" or "GRU".
         data: (T, B, C), (B, T, C) with ``batch_first``, or the rows of a packed batch, (sum of batch_sizes, C).
-        batch_sizes: (T,) of a packed batch.
-        states: (h,) or (h, c), each (layers * directions, B, .). Sizes that do not fit are the caller's to find.
-        weights: as ``torch.nn.LSTM`` orders them.
+        batch_sizes: (T,), the batch sizes of a packed batch.
+        states: (h,) or (h, c), each (layers * directions, B, .). The caller checks their sizes.
+        weights: in the order of ``torch.nn.LSTM``.
 
     Returns:
-        The output, like data, and the last states, like states.
+        The output, in the layout of data, and the last states, in the shapes of states.
 
     Raises:
         ValueError: data has no time step.
@@ -61,8 +61,8 @@ def recurrent(
     stack = Recurrence(mode, bias, num_layers, bidirectional, batch_first, low if inside else None)
     if inside or low is None or mode != "LSTM" or packed or projected:
         return recurrent_layers(stack, data, batch_sizes, states, weights, dropout, training)
-    # torch gives this to oneDNN in the lower dtype, also where oneDNN has none for the processor, and raises there.
-    # Lowered here, torch sees what the processor has.
+    # torch passes this to oneDNN in the lower dtype and raises where oneDNN does not support it on this processor.
+    # Lowered here, torch chooses an implementation that the processor supports.
     with torch.autocast(data.device.type, enabled=False):
         states, weights = [s.to(low) for s in states], [w.to(low) for w in weights]
         return recurrent_layers(stack, data.to(low), batch_sizes, states, weights, dropout, training)

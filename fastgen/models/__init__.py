@@ -41,15 +41,6 @@ from fastgen.models.vq_vae import VQVAE, VQVAEConfig
 from fastgen.models.wavenet import WaveNet, WaveNetConfig
 from fastgen.nn.averaging import settle, settled
 
-_ALL: tuple[type[GenerativeModel], ...] = (
-    *(GAN, CGAN, DCGAN, CDCGAN, SAGAN, AttentionGAN, StyleGAN, TransGAN, RecurrentGAN),
-    *(CycleGAN, Pix2Pix),
-    *(VAE, ConvVAE, CVAE, FlowVAE, VQVAE),
-    *(TransformerLM, Seq2Seq, ImageTransformer, WaveNet),
-)
-for _model in _ALL:
-    register_model(_model)
-
 __all__ = [
     "CDCGAN",
     "CGAN",

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -29,8 +28,8 @@ from fastgen.checks import (
     require_positive_number,
     require_probability,
 )
-from fastgen.losses.adversarial import ADVERSARIAL_LOSSES, AdversarialLoss
-from fastgen.models.base import Batch, GenerativeModel, Phase, StepContext, option
+from fastgen.losses.adversarial import ADVERSARIAL_LOSSES
+from fastgen.models.base import Batch, GenerativeModel, Phase, StepContext
 
 Penalty = Literal["none", "r1", "gradient", "dragan"]
 
@@ -167,35 +166,3 @@ class ImageGAN(GenerativeModel):
 
 # --------------------------------------------------------------------------------------------------
 # Imported by the image-to-image models
-
-
-class Layers(nn.Sequential):
-    """``nn.Sequential`` as a network of its own for torch.compile, which skips ``nn.Sequential.forward``."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self:
-            x = layer(x)
-        return x
-
-
-@dataclass(frozen=True)
-class AdversarialConfig:
-    """Images and adversarial objective of an image-to-image model."""
-
-    image_size: int = option(8, "height and width of the images", from_data=True)
-    channels: int = option(1, "number of color channels of the images", from_data=True)
-    loss: AdversarialLoss = option("non-saturating", "adversarial objective")
-    penalty: Penalty = option("r1", "gradient penalty on the discriminator")
-    penalty_weight: float = option(0.2, "weight of the gradient penalty (gamma, lambda)")
-    penalty_every: int = option(1, "interval of the gradient penalty in steps; multiplies its weight")
-    generator_learning_rate: float = option(5e-4, "AdamW learning rate of the generator")
-    discriminator_learning_rate: float = option(5e-4, "AdamW learning rate of the discriminator")
-    beta1: float = option(0.5, "AdamW beta1")
-    beta2: float = option(0.999, "AdamW beta2")
-    critic_steps: int = option(1, "discriminator updates per generator update")
-
-    def __post_init__(self) -> None:
-        check_adversarial_options(self)
-
-
-judge = discriminator_objective

@@ -23,6 +23,7 @@ from fastgen.checks import require_positive
 from fastgen.models.adversarial import ImageGAN
 from fastgen.models.base import Batch, Images, NoOptions, Samples, option
 from fastgen.models.dcgan import DCGAN, DCGANConfig, DCGANDiscriminator, init_weights
+from fastgen.models.registry import register_model
 from fastgen.nn import AttentionGate2d
 
 NUM_VISUALIZED, COLUMNS = 32, 16
@@ -75,6 +76,7 @@ class AttentionGANGenerator(nn.Sequential):
         return z
 
 
+@register_model
 class AttentionGAN(DCGAN):
     """DCGAN with attention gates in the generator.
 

@@ -24,6 +24,7 @@ from fastgen.models.adversarial import ImageGAN, discriminator_objective, eval_m
 from fastgen.models.base import Batch, Images, StepContext, option, to_pixels
 from fastgen.models.conditioning import LabelOptions, check_labels, wanted_labels
 from fastgen.models.dcgan import INITIAL_STD, DCGANConfig, DCGANGenerator, discriminator_features, init_weights
+from fastgen.models.registry import register_model
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class CDCGANDiscriminator(nn.Module):
         return scores
 
 
+@register_model
 class CDCGAN(ImageGAN):
     """Conditional DCGAN: generates images of a given class.
 

@@ -32,6 +32,7 @@ from fastgen.models.adversarial import (
 )
 from fastgen.models.base import Batch, Images, StepContext, option, to_pixels
 from fastgen.models.conditioning import LabelOptions, check_labels, wanted_labels
+from fastgen.models.registry import register_model
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ class CGANDiscriminator(nn.Module):
         return scores
 
 
+@register_model
 class CGAN(ImageGAN):
     """Conditional GAN of linear layers: generates images of a given class.
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from fastgen.checks import require_count, require_not_negative, require_positive
 from fastgen.models.base import Images, NoOptions, Phase, option
+from fastgen.models.registry import register_model
 from fastgen.models.variational import (
     Bound,
     Likelihood,
@@ -137,6 +138,7 @@ def attention(channels: int) -> AttentionBlock2d:
     return block
 
 
+@register_model
 class ConvVAE(VariationalAutoencoder):
     """Convolutional variational autoencoder with two levels of latents.
 

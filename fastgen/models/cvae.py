@@ -21,6 +21,7 @@ from fastgen.batch import require_labels
 from fastgen.checks import require_count, require_not_negative, require_positive, require_positive_number
 from fastgen.models.base import Batch, Images, Phase, Samples, option
 from fastgen.models.conditioning import LabelOptions, wanted_labels
+from fastgen.models.registry import register_model
 from fastgen.models.vae import mlp
 from fastgen.models.variational import (
     Bound,
@@ -74,6 +75,7 @@ class CVAEConfig:
             raise ValueError(f"classes: expected 2 or more (vae takes images without labels), got {self.classes!r}")
 
 
+@register_model
 class CVAE(VariationalAutoencoder):
     """Conditional variational autoencoder with fully connected layers.
 

@@ -29,8 +29,7 @@ from fastgen import losses
 from fastgen.batch import require_images, require_same_batch
 from fastgen.checks import require_choice, require_count, require_not_negative, require_positive
 from fastgen.losses.adversarial import AdversarialLoss
-from fastgen.models.adversarial import AdversarialConfig, Penalty
-from fastgen.models.adversarial import judge as discriminator_objective  # word-lint: ok
+from fastgen.models.adversarial import Penalty, check_adversarial_options, discriminator_objective
 from fastgen.models.base import (
     Batch,
     GenerativeModel,
@@ -50,12 +49,13 @@ from fastgen.models.pix2pix import (
     check_patches,
     init_weights,
 )
+from fastgen.models.registry import register_model
 
 Direction = Literal["a-to-b", "b-to-a"]
 
 
 @dataclass(frozen=True)
-class CycleGANConfig(AdversarialConfig):
+class CycleGANConfig:
     """Hyperparameters of a CycleGAN.
 
     Raises:
@@ -89,7 +89,7 @@ class CycleGANConfig(AdversarialConfig):
     history: int = option(50, "number of generated images stored for each discriminator, per process; 0: none")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        check_adversarial_options(self)
         for name in ("width", "num_downsamples"):
             require_positive(name, getattr(self, name))
         for name in ("blocks", "history"):
@@ -194,6 +194,7 @@ class History(nn.Module):
         return torch.cat([torch.where(exchanged.view(-1, 1, 1, 1), old, new), rest])
 
 
+@register_model
 class CycleGAN(GenerativeModel):
     """Unpaired translation between two domains of images.
 

@@ -32,6 +32,7 @@ from fastgen.models.adversarial import (
     generator_objective,
 )
 from fastgen.models.base import Batch, Images, NoOptions, StepContext, option, to_pixels
+from fastgen.models.registry import register_model
 
 Norm = Literal["batch", "layer", "none"]
 
@@ -144,6 +145,7 @@ def init_weights(module: nn.Module) -> None:
         nn.init.normal_(module.weight, 1.0, INITIAL_STD)
 
 
+@register_model
 class DCGAN(ImageGAN):
     """DCGAN: convolutional generator and discriminator.
 

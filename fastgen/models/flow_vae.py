@@ -32,6 +32,7 @@ from fastgen.checks import (
     require_positive_number,
 )
 from fastgen.models.base import Images, NoOptions, Phase, option
+from fastgen.models.registry import register_model
 from fastgen.models.vae import mlp
 from fastgen.models.variational import (
     Bound,
@@ -168,6 +169,7 @@ class InverseAutoregressiveFlow(nn.Module):
         return gate * z + (1 - gate) * shift, F.logsigmoid(gate_logits).sum(1)
 
 
+@register_model
 class FlowVAE(VariationalAutoencoder):
     """Variational autoencoder with a normalizing flow as posterior.
 

@@ -31,6 +31,7 @@ from fastgen.models.adversarial import (
 )
 from fastgen.models.base import Batch, Images, NoOptions, StepContext, option, to_pixels
 from fastgen.models.dcgan import DCGANConfig, DCGANDiscriminator, init_weights
+from fastgen.models.registry import register_model
 
 DiscriminatorKind = Literal["dense", "convolutional"]
 
@@ -120,6 +121,7 @@ class GANDiscriminator(nn.Sequential):
         return images
 
 
+@register_model
 class GAN(ImageGAN):
     """GAN of linear layers.
 

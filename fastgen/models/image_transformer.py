@@ -41,6 +41,7 @@ from fastgen.checks import (
 from fastgen.models.base import Batch, GenerativeModel, Images, Phase, Samples, StepContext, image_rows, option
 from fastgen.models.conditioning import LabelOptions, check_labels, wanted_labels
 from fastgen.models.decoding import Chooser, generating
+from fastgen.models.registry import register_model
 from fastgen.models.transformer_lm import EPS, CachedBlocks, LMBlock, init_weights
 from fastgen.models.variational import check_images
 from fastgen.models.vq_vae import Autoencoder, AutoencoderConfig
@@ -177,6 +178,7 @@ class PixelOptions(LabelOptions):
         require_not_negative(temperature=self.temperature)
 
 
+@register_model
 class ImageTransformer(ComputedBuffers, GenerativeModel):
     """Autoregressive Transformer over pixels or codebook codes, optionally conditioned on labels or captions.
 

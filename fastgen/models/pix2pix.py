@@ -28,8 +28,7 @@ from fastgen import losses
 from fastgen.batch import require_images, require_same_batch
 from fastgen.checks import require_choice, require_not_negative, require_positive, require_probability
 from fastgen.losses.adversarial import AdversarialLoss
-from fastgen.models.adversarial import AdversarialConfig, Penalty
-from fastgen.models.adversarial import judge as discriminator_objective  # word-lint: ok
+from fastgen.models.adversarial import Penalty, check_adversarial_options, discriminator_objective
 from fastgen.models.base import (
     Batch,
     GenerativeModel,
@@ -42,6 +41,7 @@ from fastgen.models.base import (
     option,
     to_pixels,
 )
+from fastgen.models.registry import register_model
 
 Norm = Literal["batch", "instance"]
 PatchNorm = Literal["instance", "none"]
@@ -51,7 +51,7 @@ MAX_DROPOUT_MAPS = 3  # the coarsest maps of the decoder, up to a quarter of the
 
 
 @dataclass(frozen=True)
-class Pix2PixConfig(AdversarialConfig):
+class Pix2PixConfig:
     """Hyperparameters of a Pix2Pix.
 
     Raises:
@@ -86,7 +86,7 @@ class Pix2PixConfig(AdversarialConfig):
     patch_norm: PatchNorm = option("none", "normalization of the discriminator; instance in the paper")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        check_adversarial_options(self)
         for name in ("input_channels", "width", "num_downsamples"):
             require_positive(name, getattr(self, name))
         require_choice("norm", self.norm, get_args(Norm))
@@ -213,6 +213,7 @@ def absolute_error(images: Tensor, targets: Tensor) -> Tensor:
     return (images - targets).abs().flatten(1).mean(1)
 
 
+@register_model
 class Pix2Pix(GenerativeModel):
     """Image-to-image translation learned from pairs.
 

@@ -48,6 +48,7 @@ from fastgen.models.base import (
     to_pixels,
 )
 from fastgen.models.decoding import TINY, tempered
+from fastgen.models.registry import register_model
 from fastgen.nn import GRU
 
 Penalty = Literal["none", "r1", "r1-r2", "gradient"]
@@ -347,6 +348,7 @@ class SymbolCritic(nn.Module):
 # Model
 
 
+@register_model
 class RecurrentGAN(GenerativeModel):
     """Recurrent GAN of images, text or pairs of texts. ``fastgen.models.KINDS`` describes the batches of each kind.
 

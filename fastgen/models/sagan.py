@@ -41,6 +41,7 @@ from fastgen.models.adversarial import (
 )
 from fastgen.models.base import Batch, Images, StepContext, option, to_pixels
 from fastgen.models.conditioning import LabelOptions, check_labels, wanted_labels
+from fastgen.models.registry import register_model
 from fastgen.nn import SelfAttention2d
 from fastgen.nn._sublayers import is_fusible
 from fastgen.nn.averaging import settled
@@ -228,6 +229,7 @@ class SAGANDiscriminator(nn.Module):
         return scores if self.embedding is None else scores + (self.embedding(labels) * h).sum(dim=1)
 
 
+@register_model
 class SAGAN(ImageGAN):
     """SAGAN: residual networks with self-attention and spectral normalization, conditional if the data has classes.
 

@@ -47,6 +47,7 @@ from fastgen.checks import (
 )
 from fastgen.models.base import Batch, GenerativeModel, Phase, Samples, StepContext, Texts, option
 from fastgen.models.decoding import beam_search
+from fastgen.models.registry import register_model
 from fastgen.nn import KVCache, RotaryEmbedding
 from fastgen.nn._sublayers import embed, merge_heads, project_heads
 
@@ -215,6 +216,7 @@ class DecoderBlock(EncoderBlock):
         return self._add_mlp(self._add_heads(x, cast(Tensor, heads), "memory_merge"))
 
 
+@register_model
 class Seq2Seq(GenerativeModel):
     """Encoder-decoder Transformer over characters, with greedy decoding, sampling and beam search.
 

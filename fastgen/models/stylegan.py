@@ -45,6 +45,7 @@ from fastgen.models.adversarial import (
     generator_objective,
 )
 from fastgen.models.base import Batch, Images, Samples, StepContext, option, to_pixels
+from fastgen.models.registry import register_model
 from fastgen.nn._sublayers import is_fusible
 
 Output = Literal["skip", "residual"]
@@ -364,6 +365,7 @@ def minibatch_std_map(x: Tensor) -> Tensor:
     return mean.repeat(batch // groups).view(-1, 1, 1, 1).expand(-1, -1, height, width)
 
 
+@register_model
 class StyleGAN(ImageGAN):
     """StyleGAN2: mapping network, modulated convolutions, noise at every layer.
 

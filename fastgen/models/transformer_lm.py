@@ -39,6 +39,7 @@ from fastgen.checks import (
 from fastgen.models import decoding
 from fastgen.models.base import Batch, GenerativeModel, Phase, StepContext, Texts, option
 from fastgen.models.decoding import Chooser, Noise, generating, require_top_p
+from fastgen.models.registry import register_model
 from fastgen.nn import KVCache, RotaryEmbedding
 from fastgen.nn._buffers import ComputedBuffers
 from fastgen.nn._sublayers import embed, is_fusible, is_pointwise, is_unhooked, merge_heads, project_heads
@@ -217,6 +218,7 @@ def init_weights(model: nn.Module, width: int, depth: int) -> None:
             nn.init.normal_(parameter, std=std * (2 * depth) ** -0.5 if residual else std)
 
 
+@register_model
 class TransformerLM(ComputedBuffers, GenerativeModel):
     """Decoder-only Transformer over characters or tokens, with sampling by KV caches.
 

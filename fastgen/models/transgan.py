@@ -36,6 +36,7 @@ from fastgen.models.adversarial import (
     generator_objective,
 )
 from fastgen.models.base import Batch, Images, NoOptions, StepContext, option, to_pixels
+from fastgen.models.registry import register_model
 from fastgen.nn import TransformerEncoderLayer, WindowAttention2d
 
 Summary = Literal["token", "mean"]
@@ -207,6 +208,7 @@ def init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+@register_model
 class TransGAN(ImageGAN):
     """TransGAN: Transformer generator and discriminator.
 

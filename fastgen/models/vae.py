@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastgen.checks import require_count, require_not_negative, require_positive, require_positive_number
 from fastgen.models.base import Images, NoOptions, Phase, option
+from fastgen.models.registry import register_model
 from fastgen.models.variational import (
     Bound,
     Likelihood,
@@ -73,6 +74,7 @@ def mlp(inputs: int, width: int, depth: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(width, outputs))
 
 
+@register_model
 class VAE(VariationalAutoencoder):
     """Variational autoencoder with fully connected layers.
 

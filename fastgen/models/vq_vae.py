@@ -29,6 +29,7 @@ from fastgen.checks import require_not_negative, require_positive, require_posit
 from fastgen.models.base import Batch, GenerativeModel, Images, Phase, Samples, StepContext, image_rows, option
 from fastgen.models.conv_vae import ResidualBlock, downsampling, upsampling
 from fastgen.models.decoding import Chooser
+from fastgen.models.registry import register_model
 from fastgen.models.variational import (
     Bound,
     Likelihood,
@@ -336,6 +337,7 @@ class Prior(nn.Module):
         return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
 
+@register_model
 class VQVAE(GenerativeModel):
     """Autoencoder with a discrete code and a recurrent prior over the codes.
 

@@ -38,6 +38,7 @@ from fastgen.checks import (
 )
 from fastgen.models.base import Batch, GenerativeModel, Phase, Sounds, StepContext, option
 from fastgen.models.decoding import Chooser
+from fastgen.models.registry import register_model
 from fastgen.nn._buffers import ComputedBuffers
 from fastgen.nn._sublayers import is_pointwise, is_unhooked, weight_and_bias
 
@@ -219,6 +220,7 @@ class _Layers(nn.ModuleList):
         return cast(Iterator[GatedLayer], super().__iter__())
 
 
+@register_model
 class WaveNet(ComputedBuffers, GenerativeModel):
     """Dilated causal convolutions over mu-law audio, with cached sampling. Audio is (B, length) in [-1, 1].
 

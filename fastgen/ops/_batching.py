@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def to_front(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-    """(..., V, ...) -> (V, ...); a tensor that is not mapped is repeated as a view."""
+    """(..., V, ...) -> (V, ...); a tensor that is not mapped is expanded."""
     if tensor is None:
         return None
     return tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
@@ -23,7 +23,7 @@ def fold(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
 
 
 def fold_seed(seed: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-    """Seeds of every slice, one after the other; kernels index them, so they are laid out in memory."""
+    """Seeds of every slice, one after the other, contiguous: kernels index them."""
     folded = fold(seed, dim, size)
     return None if folded is None else folded.contiguous()
 

@@ -1,9 +1,8 @@
-"""What the raw operators check before anything is read: dims, dtypes, devices, memory, options.
+"""Checks of the raw operators' arguments before any memory is read: dims, dtypes, devices, memory, options.
 
-PyTorch's own kernels do not check all of it (``_scaled_dot_product_flash_attention_for_cpu`` reads as many heads of
-the keys as the query has), and compiled kernels read what shapes and strides say. ``_attention_checks`` and its
-siblings have a function for each operator, which takes its arguments. A dtype raises ``TypeError``, anything else
-``ValueError``, with the argument's name.
+PyTorch's kernels do not check all of it (``_scaled_dot_product_flash_attention_for_cpu`` reads as many key heads as the
+query has), and compiled kernels trust shapes and strides. The ``checks`` module of a family has a function for each
+operator, with its arguments. A dtype raises ``TypeError``, anything else ``ValueError``, with the argument's name.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def require_dims(name: str, tensor: Tensor, dims: str, dtype: torch.dtype | None
 
 
 def require_rows(name: str, tensor: Tensor) -> None:
-    """A contiguous last dim: kernels read along it."""
+    """Requires a contiguous last dim, along which kernels read."""
     if tensor.stride(-1) != 1 and tensor.size(-1) > 1 and tensor.numel() > 0:
         raise ValueError(f"{name}: expected a contiguous last dim, got strides {tensor.stride()}")
 
@@ -74,7 +73,7 @@ def _shares_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def require_apart(written: dict[str, Tensor | None], read: dict[str, Tensor | None]) -> None:
-    """What is written shares no memory with anything else."""
+    """Requires that tensors that are written share no memory with each other or with the others."""
     done: list[tuple[str, Tensor]] = []
     for name, tensor in written.items():
         if tensor is None:

@@ -1,7 +1,7 @@
-"""Which autograd function a call needs, and when a gradient must itself be differentiable.
+"""The autograd function of a call, and whether a gradient must itself be differentiable.
 
-Every operator has two. The plain one is for reverse mode. The transformed one has ``setup_context``, ``jvp`` and a
-vmap rule besides: torch.func and dual numbers need them, and each of their calls costs more.
+Every operator has two functions. The plain one is for reverse mode. The transformed one has ``setup_context``, ``jvp``
+and a vmap rule, which torch.func and dual numbers require and which make each call slower.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastgen.ops.transforms import transforms_active as transforms_active
 
 
 def choose(plain: type[Function], transformed: type[Function], *tensors: Tensor | None) -> type[Function] | None:
-    """The function to apply; None where nobody differentiates and the operator can be called as it is."""
+    """The function to apply; None where no derivative is recorded and the operator can be called directly."""
     if transforms_active():
         return transformed
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
@@ -29,22 +29,22 @@ def choose(plain: type[Function], transformed: type[Function], *tensors: Tensor 
 
 
 def must_be_differentiable() -> bool:
-    """Inside a backward: whether somebody will differentiate its result (``create_graph=True``, torch.func).
+    """Inside a backward: whether its result is to be differentiated (``create_graph=True``, torch.func).
 
-    Then the gradient is computed by the reference formulas, which autograd follows to any order.
+    The gradient is then computed by formulas in PyTorch, which autograd differentiates to any order.
     """
     return torch.is_grad_enabled() or transforms_active()
 
 
 def only_wanted(ctx: Any, first: int, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients that the inputs from ``first`` on ask for; None for the others."""
+    """The gradients that the inputs from ``first`` on require; None for the others."""
     wanted = ctx.needs_input_grad[first : first + len(grads)]
     return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))
 
 
 def record(name: str, recorded: Callable[..., Any]) -> None:
-    """Operator ``name``, called by itself, as exported programs do: ``recorded(namespace, *args)`` where its arguments
-    are differentiated."""
+    """Registers ``recorded(namespace, *args)`` for calls of operator ``name`` by exported programs whose arguments are
+    differentiated."""
 
     def derivative(namespace: str, *args: Any) -> Any:
         tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(t, Tensor)]
@@ -56,5 +56,5 @@ def record(name: str, recorded: Callable[..., Any]) -> None:
 
 
 def formula_of(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator's implementation in PyTorch as what is recorded: autograd follows it to any order."""
+    """An operator's PyTorch implementation for ``record``: autograd differentiates it to any order."""
     return lambda namespace, *args: outside_autocast(implementation)(*args)

@@ -1,4 +1,4 @@
-"""Who is watching a call, and what an autograd function's jvp needs where it is watched itself."""
+"""Detection of torch.func transforms and dual numbers, and jvps that are differentiable themselves."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch.autograd import forward_ad
 
 
 def transforms_active() -> bool:
-    """Whether forward-mode derivatives or a torch.func transform may be watching."""
+    """Whether a dual level or a torch.func transform is active."""
     return bool(forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None)
 
 
 def tangent_formula(formula: Callable[..., Any]) -> Callable[..., Any]:
-    """``formula(ctx, saved, *tangents)``, in plain PyTorch, as a jvp that a jvp around it may differentiate.
+    """``formula(ctx, saved, *tangents)``, in plain PyTorch, as a jvp that an outer jvp can differentiate.
 
-    PyTorch turns forward mode off inside a jvp, and the outer one would lose its tangents without a word. It is turned
-    on again here, for saved tensors without the tangents of the level that is being worked on.
+    PyTorch disables forward mode inside a jvp, and an outer one would silently lose its tangents. It is enabled again
+    here, for saved tensors without the tangents of the current level.
     """
 
     @wraps(formula)

@@ -141,7 +141,7 @@ def cancellation(
     return [*found[:2], rounding * float(of_value.max()), *found[2:]]
 
 
-def cancellation_twice(
+def cancellation_second_order(
     leaves: list[Tensor],
     directions: list[Tensor],
     mask: Tensor | None,
@@ -276,7 +276,7 @@ def check(case: Case, device: torch.device, seed: int = 0) -> None:
         assert_accurate(actual.cpu(), plain, exact, name, allowance)
 
 
-def check_twice(case: Case, device: torch.device, seed: int = 0) -> None:
+def check_second_order(case: Case, device: torch.device, seed: int = 0) -> None:
     """The gradients of a weighted sum of all gradients, and the tangents in the direction of the weights.
 
     The first two of the gradients, of those of out and lse, are the tangents of out and lse.
@@ -312,7 +312,7 @@ def check_twice(case: Case, device: torch.device, seed: int = 0) -> None:
     seen = (lse != -math.inf).to(lse.dtype)  # what was filled in for a row that sees nothing does not move
     assert torch.equal(tangents[1] * seen, ours[1])
 
-    granted = cancellation_twice(leaves, directions, problem.mask, problem.keep, *problem.sides, grad_out)
+    granted = cancellation_second_order(leaves, directions, problem.mask, problem.keep, *problem.sides, grad_out)
     compared = (ours, formula(case.dtype), formula(torch.float64), granted)
     for name, actual, plain, exact, allowance in zip(NAMES, *compared, strict=False):
         assert_accurate(actual.cpu(), plain, exact, f"of second order, {name}", allowance)

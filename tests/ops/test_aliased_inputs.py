@@ -40,9 +40,9 @@ ONCE = {"reverse": reverse, "reverse with create_graph": reverse_create_graph, "
 TWICE = (
     "forward",
     "dual numbers over reverse",
-    "reverse twice",
-    "reverse twice with checkpoints",
-    "torch.func.grad twice",
+    "double backward",
+    "double backward with checkpoints",
+    "torch.func.grad of grad",
     "forward over reverse",
     "reverse over forward",
     "vmap of grad of grad",
@@ -87,7 +87,7 @@ def assert_right(way, ours, plain, x, refused=None, **tolerances):
         torch.testing.assert_close(a.to(b.dtype), b, **{"rtol": 1e-6, "atol": 1e-8, **tolerances})
 
 
-QUICK = (*ONCE, "forward", "reverse twice", "forward over reverse", "vmap of grad of grad")
+QUICK = (*ONCE, "forward", "double backward", "forward over reverse", "vmap of grad of grad")
 
 
 def cells(names):
@@ -138,8 +138,8 @@ def network(project, merge, first):
     def call(x, weight, norm):
         x = x * (1 + weight.mean())
         scale = norm.repeat(2)[:, None] if first else norm.repeat(2)
-        for turned in (TABLES, tuple(t * norm.sum() for t in TABLES)):
-            q, k, v = project(x * scale, weight, norm, turned)
+        for rotated in (TABLES, tuple(t * norm.sum() for t in TABLES)):
+            q, k, v = project(x * scale, weight, norm, rotated)
             x = merge(q * k.sigmoid() + v, weight[:D], norm.repeat(2), x, x.mean(2 if first else 1))
         return x
 

@@ -15,9 +15,20 @@ from typing import Any
 import pytest
 import torch
 
-from fastgen.ops.attention.operators import WIDEST_HEAD_TWICE
+from fastgen.ops.attention.problem import WIDEST_HEAD_SECOND_ORDER
 from tests.covering import covering
-from tests.ops.attention_cases import DIMS, DROPOUT, DTYPES, HEADS, LAYOUTS, LENGTHS, MASKS, Case, check, check_twice
+from tests.ops.attention_cases import (
+    DIMS,
+    DROPOUT,
+    DTYPES,
+    HEADS,
+    LAYOUTS,
+    LENGTHS,
+    MASKS,
+    Case,
+    check,
+    check_second_order,
+)
 
 AXES = [DIMS, LENGTHS, LENGTHS, MASKS, DTYPES, HEADS, LAYOUTS, DROPOUT]
 
@@ -39,7 +50,7 @@ def affordable(point: Sequence[Any]) -> bool:
     return products(dims, queries, keys) * (3 if dtype == torch.float32 else 1) <= 24 * 257 * 257
 
 
-TWICE_AXES = [
+SECOND_ORDER_AXES = [
     # Each compiled tile, filled and not.
     [(5, 3), (8, 32), (24, 24), (64, 64), (32, 128), (72, 72), (96, 96), (20, 136), (128, 128), (256, 256)],
     (1, 3, 17, 40, 65),
@@ -48,14 +59,16 @@ TWICE_AXES = [
 ]
 
 
-def affordable_twice(point: Sequence[Any]) -> bool:
+def affordable_second_order(point: Sequence[Any]) -> bool:
     """There are three times as many products, and more instructions between them."""
     dims, queries, keys, _, dtype = point[:5]
     return products(dims, queries, keys) * (3 if dtype == torch.float32 else 1) <= 64 * 65 * 65
 
 
 PAIRS = [case_of(*point) for point in covering(AXES, affordable)]
-TWICE_PAIRS = [case_of(*point)._replace(batch=1) for point in covering(TWICE_AXES, affordable_twice)]
+SECOND_ORDER_PAIRS = [
+    case_of(*point)._replace(batch=1) for point in covering(SECOND_ORDER_AXES, affordable_second_order)
+]
 
 
 @pytest.mark.parametrize("case", PAIRS, ids=str)
@@ -63,14 +76,14 @@ def test_every_pair_of_settings(case, attention_place):
     check(case, attention_place, zlib.crc32(str(case).encode()))
 
 
-@pytest.mark.parametrize("case", TWICE_PAIRS, ids=str)
+@pytest.mark.parametrize("case", SECOND_ORDER_PAIRS, ids=str)
 def test_every_pair_of_settings_in_second_order(case, attention_place):
-    check_twice(case, attention_place, zlib.crc32(str(case).encode()))
+    check_second_order(case, attention_place, zlib.crc32(str(case).encode()))
 
 
-@pytest.mark.parametrize("case", TWICE_PAIRS, ids=str)
+@pytest.mark.parametrize("case", SECOND_ORDER_PAIRS, ids=str)
 def test_every_pair_of_settings_in_second_order_with_the_helper_of_the_cpu(case):
-    check_twice(case, torch.device("cpu"), zlib.crc32(str(case).encode()))
+    check_second_order(case, torch.device("cpu"), zlib.crc32(str(case).encode()))
 
 
 def share() -> list[Case]:
@@ -85,10 +98,10 @@ def test_the_full_product(attention_place, order):
     """All failures of the share at the end, each with its name."""
     cases, failures = share(), []
     if order == 2:
-        cases = [case for case in cases if max(case.dims) <= WIDEST_HEAD_TWICE]
+        cases = [case for case in cases if max(case.dims) <= WIDEST_HEAD_SECOND_ORDER]
     for case in cases:
         try:
-            (check, check_twice)[order - 1](case, attention_place, zlib.crc32(str(case).encode()))
+            (check, check_second_order)[order - 1](case, attention_place, zlib.crc32(str(case).encode()))
         except Exception as error:
             failures.append(f"{case}: {error}")
     print(f"{len(cases)} cases")
@@ -97,7 +110,7 @@ def test_the_full_product(attention_place, order):
 
 @pytest.mark.parametrize(
     ("pairs", "axes", "allowed"),
-    [(PAIRS, AXES, affordable), (TWICE_PAIRS, TWICE_AXES, affordable_twice)],
+    [(PAIRS, AXES, affordable), (SECOND_ORDER_PAIRS, SECOND_ORDER_AXES, affordable_second_order)],
     ids=["first order", "second order"],
 )
 def test_the_selection_has_every_pair_that_ci_can_afford(pairs, axes, allowed):

@@ -13,9 +13,10 @@ import fastgen
 from benchmarks import roofline
 from benchmarks.shapes import ATTENTION_SHAPES
 from fastgen import backend
+from fastgen.backend import selection
 from fastgen.cli import main
 from fastgen.functional import scaled_dot_product_attention as attention
-from fastgen.ops.attention.operators import WIDEST_HEAD, Options
+from fastgen.ops.attention.problem import WIDEST_HEAD, Options
 from fastgen.testing import largest_error
 from tests.emulator import build
 from tests.emulator.build import ROOT
@@ -342,7 +343,7 @@ def test_bad_operands_are_refused_by_name(emulated):
 def test_heads_too_wide_for_a_kernel_take_pytorch_or_raise(monkeypatch):
     """As on a GPU: where there is a kernel, but not for these heads."""
     tensors = [torch.randn(1, 1, 4, 600) for _ in range(3)]
-    monkeypatch.setattr(backend, "_place", lambda *arguments: (backend.COMPILED, None))
+    monkeypatch.setattr(selection, "_place", lambda *arguments: (backend.COMPILED, None))
     with fastgen.use_backend("compiled"), pytest.raises(RuntimeError, match="head dims up to 512, not for 600 and 600"):
         attention(*tensors)
     assert largest_error(attention(*tensors), torch.nn.functional.scaled_dot_product_attention(*tensors)) < 1e-5

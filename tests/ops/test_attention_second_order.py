@@ -17,7 +17,7 @@ from fastgen.functional import scaled_dot_product_attention as attention
 from fastgen.losses import gradient_penalty, r1_penalty
 from fastgen.ops.attention import blocked as _attention_blocked
 from fastgen.ops.attention import tangent as _attention_tangent
-from fastgen.ops.attention.operators import Options
+from fastgen.ops.attention.problem import Options
 
 
 def with_math(query, key, value, **kwargs):

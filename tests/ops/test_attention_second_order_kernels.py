@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 import fastgen
 from benchmarks.shapes import ATTENTION_SHAPES
 from fastgen import backend
+from fastgen.backend import libraries, selection
 from fastgen.functional import scaled_dot_product_attention as attention
-from fastgen.ops.attention.operators import WIDEST_HEAD_TWICE, Options
+from fastgen.ops.attention.problem import WIDEST_HEAD_SECOND_ORDER, Options
 from fastgen.testing import largest_error
 from tests.emulator import build
-from tests.ops.attention_cases import DIMS, DROPOUT, DTYPES, HEADS, LAYOUTS, MASKS, Case, check_twice, matrix
+from tests.ops.attention_cases import DIMS, DROPOUT, DTYPES, HEADS, LAYOUTS, MASKS, Case, check_second_order, matrix
 from tests.ops.test_attention_kernels import (
     KEPT,
     PLAIN,
@@ -62,7 +63,7 @@ def cases(draw):
 def property_holds(emulator, case, schedule):
     emulator.configure(seed=schedule)
     with fastgen.use_backend("emulated"):
-        check_twice(case, torch.device("cpu"), schedule % 1000)
+        check_second_order(case, torch.device("cpu"), schedule % 1000)
 
 
 ANY = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
@@ -115,7 +116,7 @@ def test_no_barrier_of_the_mask_gradient_can_be_left_out(emulator, emulated, siz
 
 @needs_module
 @pytest.mark.parametrize("element_size", [2, 4])
-@pytest.mark.parametrize("name", [n for n, s in ATTENTION_SHAPES.items() if s.key_dim <= WIDEST_HEAD_TWICE])
+@pytest.mark.parametrize("name", [n for n, s in ATTENTION_SHAPES.items() if s.key_dim <= WIDEST_HEAD_SECOND_ORDER])
 def test_every_named_shape_has_a_plan_for_every_gpu(name, element_size):
     shape = ATTENTION_SHAPES[name]
     plans = plan(shape, element_size=element_size, plain=False, mask=(1, 1, shape.queries, shape.keys))
@@ -130,7 +131,7 @@ def test_every_named_shape_has_a_plan_for_every_gpu(name, element_size):
 def test_small_heads_have_a_tile_of_their_own():
     tiles = backend.build_module.attention_tiles(twice=True)
     assert plan(ATTENTION_SHAPES["sagan-64"])["tangent"]["tile"] == (16, 32)
-    assert max(tiles) == (WIDEST_HEAD_TWICE, WIDEST_HEAD_TWICE)
+    assert max(tiles) == (WIDEST_HEAD_SECOND_ORDER, WIDEST_HEAD_SECOND_ORDER)
     assert "tangent" not in plan(ATTENTION_SHAPES["vae-mid"])
 
 
@@ -238,10 +239,10 @@ def test_bad_operands_are_refused_by_name(emulated):  # noqa: F811
 def test_heads_too_wide_for_these_kernels_take_pytorch_or_raise(monkeypatch):
     """As on a GPU: where there is a kernel, but not for these heads."""
     tensors = [torch.randn(1, 1, 4, 300) for _ in range(3)]
-    monkeypatch.setattr(backend, "_place", lambda *arguments: (backend.COMPILED, None))
-    has_kernel = backend.has_kernel
+    monkeypatch.setattr(selection, "_place", lambda *arguments: (backend.COMPILED, None))
+    has_kernel = libraries.has_kernel
     names = ("attention_tangent", "attention_second_order")
-    monkeypatch.setattr(backend, "has_kernel", lambda name, device: name in names or has_kernel(name, device))
+    monkeypatch.setattr(libraries, "has_kernel", lambda name, device: name in names or has_kernel(name, device))
     directions = tuple(t.flip(-1) for t in tensors)
     with fastgen.use_backend("compiled"), pytest.raises(RuntimeError, match="head dims up to 256, not for 300 and 300"):
         torch.func.jvp(attention, tuple(tensors), directions)

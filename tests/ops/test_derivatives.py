@@ -268,8 +268,8 @@ def rotated(x):
     """By complex numbers."""
     angles = torch.outer(torch.arange(3, 3 + N, dtype=torch.float64), 10000.0 ** -torch.arange(0, 1, 2 / D).double())
     a, b = x.chunk(2, dim=-1)
-    turned = torch.complex(a, b) * torch.polar(torch.ones_like(angles), angles)
-    return torch.cat((turned.real, turned.imag), dim=-1)
+    rotated = torch.complex(a, b) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat((rotated.real, rotated.imag), dim=-1)
 
 
 def rotary_case(layer):
@@ -341,7 +341,7 @@ CASES = {
         lambda x, w, b: tuple(reference.projection(x, w, b, list(QKV["heads"]), list(QKV["head_dims"]), False)),
         [normal(B, N, D), normal(9, D), normal(9)],
     ),
-    "qkv_projection, normalised and turned": lambda: (
+    "qkv_projection, norms and rotary": lambda: (
         lambda x, w, n, m: functional.qkv_projection(x, w, **QKV, norms=(n, m), rotary=TABLES),
         lambda x, w, n, m: tuple(
             reference.projection(
@@ -355,7 +355,7 @@ CASES = {
         ),
         [normal(B, N, D), normal(9, D), normal(2), normal(2)],
     ),
-    "qkv_projection, normalised and turned, of a feature map": lambda: (
+    "qkv_projection, norms and rotary, of a feature map": lambda: (
         lambda x, w, n: functional.qkv_projection(x, w, **QKV, norms=(n,), rotary=TABLES, channels_first=True),
         lambda x, w, n: tuple(
             reference.projection(
@@ -460,17 +460,17 @@ def everything(count):
 # Ways to differentiate: f a scalar function of tensors x, d a direction. First or second order in d.
 
 
-def reverse_twice(f, x, d):
+def double_backward(f, x, d):
     leaves = [t.clone().requires_grad_() for t in x]
     grads = torch.autograd.grad(f(*leaves), leaves, create_graph=True)
     return torch.autograd.grad(weighted(grads, d), leaves)
 
 
 def checkpointed(f, x, d):
-    return reverse_twice(lambda *t: checkpoint(f, *t, use_reentrant=False), x, d)
+    return double_backward(lambda *t: checkpoint(f, *t, use_reentrant=False), x, d)
 
 
-def functional_twice(f, x, d):
+def grad_of_grad(f, x, d):
     grad = torch.func.grad(f, everything(len(x)))
     return torch.func.grad(lambda *t: weighted(grad(*t), d), everything(len(x)))(*x)
 
@@ -526,7 +526,7 @@ def jacobian_of_jacobian(f, x, d):
 def vmapped(f, x, d):
     """Of one slice of two."""
     stacked = [torch.stack((t.flip(0), t)) for t in x]
-    mapped = torch.func.vmap(lambda *t: functional_twice(f, t, d), randomness="same")(*stacked)
+    mapped = torch.func.vmap(lambda *t: grad_of_grad(f, t, d), randomness="same")(*stacked)
     return [t[1] for t in mapped]
 
 
@@ -571,7 +571,7 @@ def slope(f, x, d):
 
 
 def curvature(f, x, d):
-    return (weighted(reverse_twice(f, x, d), d).detach(),)
+    return (weighted(double_backward(f, x, d), d).detach(),)
 
 
 FIRST = {
@@ -582,9 +582,9 @@ FIRST = {
     "compiled forward": compiled_around("aot_eager", forward),
 }
 SECOND = {
-    "reverse twice": reverse_twice,
-    "reverse twice with checkpoints": checkpointed,
-    "torch.func.grad twice": functional_twice,
+    "double backward": double_backward,
+    "double backward with checkpoints": checkpointed,
+    "torch.func.grad of grad": grad_of_grad,
     "forward over reverse": forward_over_reverse,
     "dual numbers over reverse": dual_numbers_over_reverse,
     "reverse over forward": reverse_over_forward,
@@ -593,14 +593,14 @@ SECOND = {
     "hessian": hessian,
     "jacrev of jacrev": jacobian_of_jacobian,
     "vmap of grad of grad": vmapped,
-    "compiled without AOTAutograd": compiled("eager", reverse_twice),
-    "compiled with AOTAutograd": compiled("aot_eager", reverse_twice),
-    "compiled grad of grad": compiled_around("eager", functional_twice),
+    "compiled without AOTAutograd": compiled("eager", double_backward),
+    "compiled with AOTAutograd": compiled("aot_eager", double_backward),
+    "compiled grad of grad": compiled_around("eager", grad_of_grad),
     "compiled reverse over forward": compiled_around("aot_eager", reverse_over_forward),
 }
 WAYS = {
     **{name: (way, slope) for name, way in FIRST.items()},
-    **{name: (way, reverse_twice) for name, way in SECOND.items()},
+    **{name: (way, double_backward) for name, way in SECOND.items()},
     "forward over forward": (forward_over_forward, curvature),
     "third": (third, third),
 }
@@ -621,9 +621,9 @@ ANYTHING = ""
 def refusal(name, way):
     """What a derivative that is not there says; None where it is promised."""
     if name in PENALTIES or name == "DCGAN":
-        return None if way == "reverse twice" else ANYTHING
+        return None if way == "double backward" else ANYTHING
     if name in ("ConvVAE", "TransformerLM"):
-        return None if way in ("forward", "reverse twice", "torch.func.grad twice") else ANYTHING
+        return None if way in ("forward", "double backward", "torch.func.grad of grad") else ANYTHING
     if name == "KVCache":  # written in place, for inference
         return ANYTHING
     if name == "AttentionBlock2d" and way == "dual numbers over reverse":
@@ -637,7 +637,7 @@ def refusal(name, way):
         return "vmap: called random operation while in randomness error mode"
     if name.startswith(ATTENTION):
         if way == "forward over forward":
-            return "attention: forward mode over forward mode is not there"
+            return "attention: forward mode over forward mode is not supported"
         if way in ("third", "reverse within dual numbers"):
             return "attention: expected first or second derivatives, got a third one"
     return None
@@ -708,7 +708,7 @@ def test_a_third_derivative_of_attention_says_what_to_do(way):
 
 
 def curvature_of(f, x, d):
-    return weighted(functional_twice(f, x, d), d)
+    return weighted(grad_of_grad(f, x, d), d)
 
 
 def test_forward_over_forward_says_what_to_do():
@@ -722,7 +722,7 @@ def test_create_graph_of_a_second_derivative_is_no_third_one():
     leaves = [t.clone().requires_grad_() for t in x]
     grads = torch.autograd.grad(scalar(ours)(*leaves), leaves, create_graph=True)
     again = torch.autograd.grad(weighted(grads, x), leaves, create_graph=True)
-    for a, b in zip(again, reverse_twice(scalar(plain), x, x), strict=True):
+    for a, b in zip(again, double_backward(scalar(plain), x, x), strict=True):
         torch.testing.assert_close(a, b)
 
 

@@ -70,15 +70,15 @@ def tables(length, half, batch=None):
     return angles.cos(), angles.sin()
 
 
-def turn(x, cos, sin, interleaved):
+def rotate(x, cos, sin, interleaved):
     """Rotary embedding as a product of complex numbers."""
     half = cos.size(-1)
     pairs = x[..., : 2 * half].unflatten(-1, (half, 2) if interleaved else (2, half))
     pairs = pairs if interleaved else pairs.transpose(-1, -2)
-    turned = torch.view_as_complex(pairs.contiguous()) * torch.complex(cos.to(x), sin.to(x)).unsqueeze(-3)
-    turned = torch.view_as_real(turned)
-    turned = (turned if interleaved else turned.transpose(-1, -2)).flatten(-2)
-    return torch.cat((turned, x[..., 2 * half :]), -1)
+    rotated = torch.view_as_complex(pairs.contiguous()) * torch.complex(cos.to(x), sin.to(x)).unsqueeze(-3)
+    rotated = torch.view_as_real(rotated)
+    rotated = (rotated if interleaved else rotated.transpose(-1, -2)).flatten(-2)
+    return torch.cat((rotated, x[..., 2 * half :]), -1)
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
@@ -88,23 +88,23 @@ def test_rotary_embedding_turns_pairs(width, batched, interleaved, device):
     x = torch.randn(2, 3, 5, 8, dtype=torch.float64, device=device)
     cos, sin = (t.double().to(device) for t in tables(5, width // 2, 2 if batched else None))
     torch.testing.assert_close(
-        rotary_embedding(x, cos, sin, interleaved=interleaved), turn(x, cos, sin, interleaved), rtol=1e-12, atol=1e-12
+        rotary_embedding(x, cos, sin, interleaved=interleaved), rotate(x, cos, sin, interleaved), rtol=1e-12, atol=1e-12
     )
 
 
-@pytest.mark.parametrize("finish", ["norms", "rotary", "both", "batched", "query alone"])
+@pytest.mark.parametrize("epilogue", ["norms", "rotary", "both", "batched", "query alone"])
 @pytest.mark.parametrize("channels_first", [False, True], ids=["tokens", "feature map"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_heads_are_normalised_and_turned(dtype, channels_first, finish, device):
+def test_norms_and_rotary_of_heads(dtype, channels_first, epilogue, device):
     batch, length, channels, heads, dims = 2, 12, 16, (4, 2, 2), (8, 8, 16)
     x = torch.randn(batch, channels, 3, 4) if channels_first else torch.randn(batch, length, channels)
-    count = {"rotary": 0, "query alone": 1}.get(finish, 2)
+    count = {"rotary": 0, "query alone": 1}.get(epilogue, 2)
     leaves = [x, torch.randn(80, channels) / 4, torch.randn(80), *(1 + 0.3 * torch.randn(8) for _ in range(count))]
     leaves = [t.to(device, dtype) for t in leaves]
-    rotated = 1 if finish == "query alone" else 2
+    rotated = 1 if epilogue == "query alone" else 2
     rotary = None
-    if finish != "norms":
-        rotary = tuple(t.to(device) for t in tables(length, 3, batch if finish == "batched" else None))
+    if epilogue != "norms":
+        rotary = tuple(t.to(device) for t in tables(length, 3, batch if epilogue == "batched" else None))
 
     def ours(x, weight, bias, *norms):
         options = {"norms": norms, "rotary": rotary, "rotated": rotated, "interleaved": True}
@@ -116,7 +116,7 @@ def test_heads_are_normalised_and_turned(dtype, channels_first, finish, device):
         for i, norm in enumerate(norms):
             parts[i] = F.rms_norm(parts[i], (8,), norm, 1e-6)
         for i in range(rotated if rotary is not None else 0):
-            parts[i] = turn(parts[i].float() if parts[i].dtype.itemsize < 4 else parts[i], *rotary, True).to(x.dtype)
+            parts[i] = rotate(parts[i].float() if parts[i].dtype.itemsize < 4 else parts[i], *rotary, True).to(x.dtype)
         return parts
 
     check(ours, plain, leaves)
@@ -125,11 +125,11 @@ def test_heads_are_normalised_and_turned(dtype, channels_first, finish, device):
 def test_tables_that_want_a_gradient_get_one():
     leaves = [t.double().requires_grad_() for t in (torch.randn(1, 3, 4), torch.randn(8, 4), *tables(3, 1))]
 
-    def turned(x, weight, cos, sin):
+    def rotated(x, weight, cos, sin):
         return multi_head_projection(x, weight, num_heads=2, rotary=(cos, sin))
 
-    assert gradcheck(turned, leaves, check_forward_ad=True)
-    assert gradgradcheck(turned, leaves)
+    assert gradcheck(rotated, leaves, check_forward_ad=True)
+    assert gradgradcheck(rotated, leaves)
 
 
 @pytest.mark.parametrize("channels_first", [False, True], ids=["tokens", "feature map"])

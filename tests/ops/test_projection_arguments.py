@@ -136,7 +136,7 @@ def through(leaves, tables, channels_first):
     return merge_heads_projection(heads, out, gate=gate, **options)
 
 
-def twice(y, leaves):
+def double_backward(y, leaves):
     first = torch.autograd.grad(y.sin().sum(), leaves, create_graph=True)
     squares = sum(t.square().sum() for t in first)
     return [*first, *torch.autograd.grad(squares, leaves, allow_unused=True, materialize_grads=True)]
@@ -149,12 +149,12 @@ def test_empty_inputs_give_what_linear_gives(shape, channels_first, backend):
     leaves, tables = arguments(shape, channels_first)
     with fastgen.use_backend(backend):
         y = through(leaves, tables, channels_first)
-        gradients = twice(y, leaves)
+        gradients = double_backward(y, leaves)
     x, weight, bias, norm, out, gate = leaves
     epilogue = ((norm,), 1e-6, tables[0][None], tables[1][None], 1)
     (heads,) = reference.projection(x, weight, bias, [2], [4], channels_first, *epilogue)
     plain = reference.merge_heads(heads, out, None, None, gate[:, None], channels_first)
-    for a, b in zip([y, *gradients], [plain, *twice(plain, leaves)], strict=True):
+    for a, b in zip([y, *gradients], [plain, *double_backward(plain, leaves)], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -168,7 +168,7 @@ def test_meta_tensors_give_the_shapes_strides_and_dtypes(channels_first):
 def results(channels_first, device):
     leaves, tables = arguments((B, N, C), channels_first, device)
     y = through(leaves, tables, channels_first)
-    return [y, rotary_embedding(torch.randn(B, 2, N, 4, device=device), *tables), *twice(y, leaves)]
+    return [y, rotary_embedding(torch.randn(B, 2, N, 4, device=device), *tables), *double_backward(y, leaves)]
 
 
 @pytest.mark.parametrize("channels_first", [False, True], ids=["tokens", "feature map"])
@@ -204,7 +204,7 @@ def test_second_derivatives_in_half_precision(dtype, channels_first):
 
     def differentiated(function, leaves):
         leaves = [t.detach().clone().requires_grad_() for t in leaves]
-        return twice(function(leaves), leaves)
+        return double_backward(function(leaves), leaves)
 
     ours = differentiated(lambda leaves: through(leaves, tables, channels_first), leaves)
     exact = differentiated(plain, [t.double() for t in leaves])
@@ -232,8 +232,8 @@ def test_an_exported_projection_trains_like_the_layer(channels_first):
     layer = Layer(channels_first)
     (x, *_), _ = arguments((B, N, C), channels_first)
     program = torch.export.export(layer, (x.detach(),)).module()
-    wanted = twice(layer(x), [x, *layer.parameters()])
-    for a, b in zip(twice(program(x), [x, *program.parameters()]), wanted, strict=True):
+    wanted = double_backward(layer(x), [x, *layer.parameters()])
+    for a, b in zip(double_backward(program(x), [x, *program.parameters()]), wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import fastgen
 from fastgen import backend, reference
+from fastgen.backend import selection
 from fastgen.cli import main
 from fastgen.functional import merge_heads_projection, qkv_projection
 from fastgen.ops.projection import plan
@@ -68,12 +69,12 @@ class Projection(NamedTuple):
     length: int
     channels: int
     bias: bool
-    finish: str
+    epilogue: str
     batch: int
 
     def __str__(self) -> str:
         words = [str(self.dtype).removeprefix("torch."), self.parts, self.layout, f"{self.length}x{self.channels}"]
-        return " ".join([*words, *(["bias"] if self.bias else []), self.finish, f"B{self.batch}"])
+        return " ".join([*words, *(["bias"] if self.bias else []), self.epilogue, f"B{self.batch}"])
 
 
 def affordable(point: Any) -> bool:
@@ -100,10 +101,10 @@ PROJECTIONS = [Projection(*point) for point in covering(AXES, affordable)]
 def test_every_pair_of_settings(case, place):
     heads, dims = PARTS[case.parts]
     rows = sum(h * d for h, d in zip(heads, dims, strict=True))
-    normed = min(2, len(heads)) if case.finish not in ("plain", "rotary") else 0
-    rotated = min(2, len(heads)) if case.finish not in ("plain", "norms") else 0
-    interleaved = case.finish == "interleaved"
-    rotary = tables(case.length, 4, case.batch if case.finish == "batched" else None) if rotated else None
+    normed = min(2, len(heads)) if case.epilogue not in ("plain", "rotary") else 0
+    rotated = min(2, len(heads)) if case.epilogue not in ("plain", "norms") else 0
+    interleaved = case.epilogue == "interleaved"
+    rotary = tables(case.length, 4, case.batch if case.epilogue == "batched" else None) if rotated else None
     rotary = rotary and tuple(table.to(place) for table in rotary)
     leaves = [
         tokens_in(case.layout, case.batch, case.length, case.channels, case.dtype),
@@ -328,7 +329,7 @@ def test_the_plan_takes_cublas_for_large_products_and_kernels_where_passes_are_s
 
 def test_the_plan_decides_only_where_nobody_forces_a_backend(monkeypatch):
     """As on a GPU: where there is a kernel."""
-    monkeypatch.setattr(backend, "_place", lambda *arguments: (backend.COMPILED, None))
+    monkeypatch.setattr(selection, "_place", lambda *arguments: (backend.COMPILED, None))
     x = torch.randn(1, 2, 8)
     for forced, slower, wanted in [
         ("auto", False, backend.COMPILED),

@@ -1,49 +1,36 @@
-"""Derivatives of attention: first and second ones through operators, in reverse and forward mode.
+"""Derivatives of attention: first and second order through operators, in reverse and forward mode.
 
     attention          its backward is ``backward``, its jvp is ``tangent``
     backward           its backward is the first half of ``second_order``; its jvp adds the other half
     tangent            its backward is the other half of ``second_order``, and ``backward`` for the directions
     second_order       raises where it is to be differentiated
 
-since <G, backward(dO)> = <dO, tangent(G)>: see ``reference.attention_second_order``. Everything an operator saves or
+since <G, backward(dO)> = <dO, tangent(G)>: see ``fastgen.reference.attention_second_order``. What an operator saves or
 allocates grows with N + M.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from fastgen import checks as check
-from fastgen.backend import call, differentiate, namespace_for_derivative
-from fastgen.ops.attention.operators import Options, refused_heads_twice
+from fastgen.backend import call, differentiate, select
+from fastgen.ops.attention import operators as operators  # defines the operators that are differentiated here
+from fastgen.ops.attention.problem import Options, Problem, Saved, Tangents, refused_heads_second_order
 from fastgen.ops.autograd import choose, in_graph, only_wanted, transforms_active
 
 _ANY_ORDER = (
-    "fastgen.reference.attention is plain PyTorch, which differentiates it as often as you like with memory for all"
-    " N x M scores"
+    "fastgen.reference.attention is plain PyTorch, which differentiates it to any order with memory for all N x M"
+    " scores"
 )
 
-
-class _Inputs(NamedTuple):
-    """What the derivatives of a call are made from: its arguments and results."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    out: Tensor
-    lse: Tensor
-    mask: Tensor | None
-    seed: Tensor | None
-
-
-_INPUTS, _MASK = len(_Inputs._fields), _Inputs._fields.index("mask")
-Directions = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""Of query, key, value and mask; None is zero."""
+# In the arguments of a Function: number of tensors and of all fields of a flat Saved, and position of its mask.
+_TENSORS, _SAVED, _MASK = 7, 13, Saved._fields.index("mask")
 
 
 def _rows(tensor: Tensor | None) -> Tensor | None:
@@ -52,8 +39,8 @@ def _rows(tensor: Tensor | None) -> Tensor | None:
 
 
 def _call(function: type[Function], run: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Inside a derivative: ``run``, or ``function`` where somebody will differentiate what comes out
-    (``create_graph=True``, torch.func, dual numbers)."""
+    """Inside a derivative: ``run``, or ``function`` where the result is to be differentiated (``create_graph=True``,
+    torch.func, dual numbers)."""
     recorded = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
     if recorded or transforms_active():
         return tuple(function.apply(*arguments))  # type: ignore[no-untyped-call]
@@ -61,175 +48,164 @@ def _call(function: type[Function], run: Callable[..., Any], arguments: tuple[An
 
 
 # --------------------------------------------------------------------------------------------------
-# The four passes, each with its derivatives where somebody wants them
+# The four passes as operators, called with flat arguments as a Function takes them
 
 
-def _backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    inputs: _Inputs,
-    options: Options,
-    mask_grad: bool,
-    namespace: str,
-) -> tuple[Tensor | None, ...]:
+def _run(problem: Problem) -> tuple[Tensor, Tensor]:
+    result = call(problem.namespace, "attention_forward", *problem[:5], *problem.options)
+    return result[0], result[1]
+
+
+def _run_backward(grad_out: Tensor, grad_lse: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    saved, mask_grad = Saved.of(rest), rest[-1]
+    arguments = (grad_out, grad_lse, *saved.tensors, *saved.options, mask_grad)
+    return tuple(call(saved.namespace, "attention_backward", *arguments))
+
+
+def _run_tangent(*arguments: Any) -> tuple[Tensor, ...]:
+    saved, tangents = Saved.of(arguments), arguments[_SAVED:]
+    namespace = _second_order_namespace("attention_tangent", saved)
+    return tuple(call(namespace, "attention_tangent", *saved.tensors, *tangents, *saved.options))
+
+
+def _run_second_order(grad_out: Tensor, grad_lse: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    saved, (*tangents, mask_grad) = Saved.of(rest), rest[_SAVED:]
+    namespace = _second_order_namespace("attention_second_order", saved)
+    arguments = (grad_out, grad_lse, *saved.tensors, *tangents, *saved.options, mask_grad)
+    return tuple(call(namespace, "attention_second_order", *arguments))
+
+
+def _second_order_namespace(name: str, saved: Saved) -> str:
+    return select(name, saved.query, refused_heads_second_order(saved.query, saved.value), forward=saved.namespace)
+
+
+# --------------------------------------------------------------------------------------------------
+# The passes inside derivatives: recorded where they are to be differentiated themselves
+
+
+def _backward(grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, mask_grad: bool) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value and mask."""
-    arguments = (_rows(grad_out), grad_lse, *inputs, *options, mask_grad, namespace)
-    results = _call(_Backward, _run_backward, arguments)
+    results = _call(_Backward, _run_backward, (_rows(grad_out), grad_lse, *saved.flat(), mask_grad))
     return (*results[:3], results[3] if mask_grad else None)
 
 
-def _tangent(inputs: _Inputs, directions: Directions, options: Options, namespace: str) -> tuple[Tensor, Tensor]:
+def _tangent(saved: Saved, tangents: Tangents) -> tuple[Tensor, Tensor]:
     """O' and l'."""
-    arguments = (*inputs, *map(_rows, directions), *options, namespace)
-    out, lse = _call(_Tangent, _run_tangent, arguments)
+    out, lse = _call(_Tangent, _run_tangent, (*saved.flat(), *map(_rows, tangents)))
     return out, lse
 
 
 def _second_order(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    inputs: _Inputs,
-    directions: Directions,
-    options: Options,
-    mask_grad: bool,
-    namespace: str,
+    grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, tangents: Tangents, mask_grad: bool
 ) -> tuple[Tensor | None, ...]:
     """Gradients of <dO, O'> + <dl, l'>, in this order: of dO, dl, query, key, value and mask."""
-    arguments = (_rows(grad_out), grad_lse, *inputs, *map(_rows, directions), *options, mask_grad, namespace)
+    arguments = (_rows(grad_out), grad_lse, *saved.flat(), *map(_rows, tangents), mask_grad)
     results = _call(_SecondOrder, _run_second_order, arguments)
     return (*results[:5], results[5] if mask_grad else None)
 
 
-def _run(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seed: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    """``rest``: the options, one by one, and the namespace."""
-    *options, namespace = rest
-    result = call(namespace, "attention_forward", query, key, value, mask, seed, *options)
-    return result[0], result[1]
-
-
-def _run_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(call(arguments[-1], "attention_backward", *arguments[:-1]))
-
-
-def _run_tangent(*arguments: Any) -> tuple[Tensor, ...]:
-    query, _, value = arguments[:3]
-    return _run_twice("attention_tangent", query, value, arguments)
-
-
-def _run_second_order(*arguments: Any) -> tuple[Tensor, ...]:
-    query, _, value = arguments[2:5]
-    return _run_twice("attention_second_order", query, value, arguments)
-
-
-def _run_twice(name: str, query: Tensor, value: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    namespace = namespace_for_derivative(arguments[-1], name, query, refused_heads_twice(query, value))
-    return tuple(call(namespace, name, *arguments[:-1]))
-
-
 # --------------------------------------------------------------------------------------------------
-# What torch.autograd makes of them
+# Functions of torch.autograd
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, mask, seed, *options, ctx.namespace = inputs
-    saved = _Inputs(query, key, value, *output, mask, seed)
-    ctx.save_for_backward(*saved)
-    ctx.save_for_forward(*saved)
-    ctx.options = Options(*options)
+    query, key, value, mask, seed, options, namespace = Problem.of(inputs)
+    _save_tensors(ctx, (query, key, value, *output, mask, seed), options, namespace)
+
+
+def _save_tensors(ctx: Any, tensors: tuple[Any, ...], options: Options, namespace: str) -> None:
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+    ctx.options, ctx.namespace = options, namespace
     ctx.set_materialize_grads(False)
+
+
+def _saved(ctx: Any, tensors: Any) -> Saved:
+    return Saved._make((*tensors, ctx.options, ctx.namespace))
 
 
 class _Attention(Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = _run(*inputs)
+        output = _run(Problem.of(inputs))
         _save(ctx, inputs, output)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs = _Inputs(*ctx.saved_tensors)
         rest = (None,) * (len(ctx.needs_input_grad) - 4)
         if grad_out is None and grad_lse is None:
             return (None,) * 4 + rest
-        grad_out = torch.zeros_like(inputs.out) if grad_out is None else grad_out
-        mask_grad = inputs.mask is not None and ctx.needs_input_grad[3]
-        grads = _backward(grad_out, grad_lse, inputs, ctx.options, mask_grad, ctx.namespace)
+        saved = _saved(ctx, ctx.saved_tensors)
+        grad_out = torch.zeros_like(saved.out) if grad_out is None else grad_out
+        mask_grad = saved.mask is not None and ctx.needs_input_grad[3]
+        grads = _backward(grad_out, grad_lse, saved, mask_grad)
         return (*only_wanted(ctx, 0, *grads), *rest)
 
 
 class _TransformedAttention(Function):
-    forward = staticmethod(_run)
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return _run(Problem.of(inputs))
+
     setup_context = staticmethod(_save)
     backward = _Attention.backward
     generate_vmap_rule = True
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
-        inputs = _Inputs(*ctx.saved_tensors)
-        return _tangent(inputs, _checked(inputs, tangents[:4]), ctx.options, ctx.namespace)
+        saved = _saved(ctx, ctx.saved_tensors)
+        return _tangent(saved, _checked(saved, Tangents(*tangents[:4])))
 
 
-def _checked(inputs: _Inputs, tangents: tuple[Any, ...]) -> Directions:
-    primals = {"query": inputs.query, "key": inputs.key, "value": inputs.value, "attn_mask": inputs.mask}
+def _checked(saved: Saved, tangents: Tangents) -> Tangents:
+    primals = {"query": saved.query, "key": saved.key, "value": saved.value, "attn_mask": saved.mask}
     for (name, primal), tangent in zip(primals.items(), tangents, strict=True):
         if tangent is not None and primal is not None:
             check.require_shape(f"tangent of {name}", tangent, tuple(primal.shape), f"the shape of {name}")
             check.require_alike(name, primal, **{f"tangent of {name}": tangent})
-    return tangents[0], tangents[1], tangents[2], tangents[3]
-
-
-def _save_all(ctx: Any, inputs: tuple[Any, ...], tensors: int) -> None:
-    """The first ``tensors`` of the inputs, the options, the namespace."""
-    ctx.save_for_backward(*inputs[:tensors])
-    ctx.save_for_forward(*inputs[:tensors])
-    ctx.options, ctx.namespace = Options(*inputs[tensors : tensors + len(Options._fields)]), inputs[-1]
-    ctx.set_materialize_grads(False)
+    return tangents
 
 
 class _Backward(Function):
-    """``out`` and ``lse`` get no gradient of their own: those of query, key and value count what goes through them."""
+    """``out`` and ``lse`` get no gradient of their own: those of query, key and value include what passes through
+    them."""
 
     forward = staticmethod(_run_backward)
     generate_vmap_rule = True
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _save_all(ctx, inputs, 2 + _INPUTS)
-        ctx.mask_grad = inputs[-2]
+        grads, saved, ctx.mask_grad = inputs[:2], Saved.of(inputs[2:]), inputs[-1]
+        _save_tensors(ctx, (*grads, *saved.tensors), saved.options, saved.namespace)
 
     @staticmethod
     def backward(ctx: Any, *directions: Any) -> tuple[Tensor | None, ...]:
-        grad_out, grad_lse, *saved = ctx.saved_tensors
-        inputs, directions = _Inputs(*saved), directions if ctx.mask_grad else (*directions[:3], None)
+        grad_out, grad_lse, *tensors = ctx.saved_tensors
+        saved, tangents = _saved(ctx, tensors), Tangents(*directions[: 4 if ctx.mask_grad else 3])
         wanted = ctx.needs_input_grad
-        if all(direction is None for direction in directions):
+        if all(direction is None for direction in tangents):
             return (None,) * len(wanted)
-        mask_grad = inputs.mask is not None and inputs.mask.is_floating_point() and wanted[2 + _MASK]
-        of_out, of_lse, query, key, value, mask = _second_order(
-            grad_out, grad_lse, inputs, directions, ctx.options, mask_grad, ctx.namespace
-        )
+        mask_grad = saved.mask is not None and saved.mask.is_floating_point() and wanted[2 + _MASK]
+        of_out, of_lse, query, key, value, mask = _second_order(grad_out, grad_lse, saved, tangents, mask_grad)
         of_lse = None if grad_lse is None or of_lse is None else of_lse.to(grad_lse.dtype)
         grads = (of_out, of_lse, query, key, value, None, None, mask)
         return (*only_wanted(ctx, 0, *grads), *(None,) * (len(wanted) - len(grads)))
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        grad_out, grad_lse, *saved = ctx.saved_tensors
-        inputs = _Inputs(*saved)
-        of_out, of_lse, query, key, value, _, _, mask = tangents[: 2 + _MASK + 1]
+    def jvp(ctx: Any, *directions: Any) -> tuple[Tensor | None, ...]:
+        grad_out, grad_lse, *tensors = ctx.saved_tensors
+        saved = _saved(ctx, tensors)
+        of_out, of_lse, query, key, value, _, _, mask = directions[: 2 + _MASK + 1]
         parts = []
         if any(tangent is not None for tangent in (query, key, value, mask)):
-            directions = (query, key, value, mask)
-            rest = (inputs, directions, ctx.options, ctx.mask_grad, ctx.namespace)
-            parts.append(_second_order(grad_out, grad_lse, *rest)[2:])
+            tangents = Tangents(query, key, value, mask)
+            parts.append(_second_order(grad_out, grad_lse, saved, tangents, ctx.mask_grad)[2:])
         if of_out is not None or of_lse is not None:
             of_out = torch.zeros_like(grad_out) if of_out is None else of_out
-            parts.append(_backward(of_out, of_lse, inputs, ctx.options, ctx.mask_grad, ctx.namespace))
+            parts.append(_backward(of_out, of_lse, saved, ctx.mask_grad))
         # Not None where the mask has no gradient: PyTorch takes that for a tangent where a vmap is inside.
-        whole = [[inputs.query.new_zeros(0) if t is None else t for t in part] for part in parts]
+        whole = [[saved.query.new_zeros(0) if t is None else t for t in part] for part in parts]
         return tuple(whole[0]) if len(whole) == 1 else tuple(a + b for a, b in zip(*whole, strict=True))
 
 
@@ -239,35 +215,34 @@ class _Tangent(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _save_all(ctx, inputs, _INPUTS + 4)
+        saved, tangents = Saved.of(inputs), inputs[_SAVED:]
+        _save_tensors(ctx, (*saved.tensors, *tangents), saved.options, saved.namespace)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        *saved, query, key, value, mask = ctx.saved_tensors
-        inputs, directions, wanted = _Inputs(*saved), (query, key, value, mask), ctx.needs_input_grad
+        tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad
+        saved, tangents = _saved(ctx, tensors[:_TENSORS]), Tangents(*tensors[_TENSORS:])
         if grad_out is None and grad_lse is None:
             return (None,) * len(wanted)
-        grad_out = torch.zeros_like(inputs.out) if grad_out is None else grad_out
+        grad_out = torch.zeros_like(saved.out) if grad_out is None else grad_out
         grads: list[Tensor | None] = [None] * len(wanted)
         if any(wanted[i] for i in (0, 1, 2, _MASK)):
-            rest = (inputs, directions, ctx.options, wanted[_MASK], ctx.namespace)
-            _, _, grads[0], grads[1], grads[2], grads[_MASK] = _second_order(grad_out, grad_lse, *rest)
-        if any(wanted[_INPUTS : _INPUTS + 4]):
-            mask_grad = wanted[_INPUTS + 3]
-            of_directions = _backward(grad_out, grad_lse, inputs, ctx.options, mask_grad, ctx.namespace)
-            grads[_INPUTS : _INPUTS + 4] = of_directions
+            results = _second_order(grad_out, grad_lse, saved, tangents, wanted[_MASK])
+            _, _, grads[0], grads[1], grads[2], grads[_MASK] = results
+        if any(wanted[_SAVED:]):
+            grads[_SAVED:] = _backward(grad_out, grad_lse, saved, wanted[-1])
         return only_wanted(ctx, 0, *grads)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> NoReturn:
         raise RuntimeError(
-            "attention: forward mode over forward mode is not there; take forward over reverse, such as"
+            "attention: forward mode over forward mode is not supported; use forward over reverse, such as"
             f" torch.func.jvp of torch.func.grad, or the formula: {_ANY_ORDER}"
         )
 
 
 class _SecondOrder(Function):
-    """The end of the line: what is right up to here would be wrong, or missing, in the next derivative."""
+    """Raises where it is differentiated: there are no operators for third derivatives."""
 
     forward = staticmethod(_run_second_order)
     generate_vmap_rule = True
@@ -286,30 +261,40 @@ class _SecondOrder(Function):
 
 
 @in_graph
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    options: Options,
-    namespace: str,
-) -> tuple[Tensor, Tensor]:
-    """``attention_forward``, twice differentiable; straight to the operator where no derivative is needed."""
-    arguments = (query, key, value, mask, seed, *options, namespace)
-    function = choose(_Attention, _TransformedAttention, query, key, value, mask)
-    result = _run(*arguments) if function is None else function.apply(*arguments)
+def attention(problem: Problem) -> tuple[Tensor, Tensor]:
+    """``attention_forward``, twice differentiable in reverse mode and once in forward mode; a direct call of the
+    operator where no derivative is needed."""
+    function = choose(_Attention, _TransformedAttention, *problem[:4])
+    if function is None:
+        return _run(problem)
+    result = function.apply(*problem.flat())
     return result[0], result[1]
 
 
-def _recorded(namespace: str, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    mask, seed, *options = rest
-    return attention(query, key, value, mask, seed, Options(*options), namespace)
+# --------------------------------------------------------------------------------------------------
+# Operators called by name, in exported programs
 
 
-differentiate("attention_forward", _recorded)
-differentiate("attention_backward", lambda namespace, *args: _call(_Backward, _run_backward, (*args, namespace)))
-differentiate("attention_tangent", lambda namespace, *args: _call(_Tangent, _run_tangent, (*args, namespace)))
-differentiate(
-    "attention_second_order", lambda namespace, *args: _call(_SecondOrder, _run_second_order, (*args, namespace))
-)
+def _recorded_forward(namespace: str, *args: Any) -> tuple[Tensor, Tensor]:
+    return attention(Problem.of((*args, namespace)))
+
+
+def _recorded_backward(namespace: str, *args: Any) -> tuple[Any, ...]:
+    return _call(_Backward, _run_backward, (*args[:-1], namespace, args[-1]))
+
+
+def _recorded_tangent(namespace: str, *args: Any) -> tuple[Any, ...]:
+    tensors, tangents, options = args[:7], args[7:11], args[11:]
+    return _call(_Tangent, _run_tangent, (*tensors, *options, namespace, *tangents))
+
+
+def _recorded_second_order(namespace: str, *args: Any) -> tuple[Any, ...]:
+    tensors, tangents, options, mask_grad = args[:9], args[9:13], args[13:-1], args[-1]
+    arguments = (*tensors, *options, namespace, *tangents, mask_grad)
+    return _call(_SecondOrder, _run_second_order, arguments)
+
+
+differentiate("attention_forward", _recorded_forward)
+differentiate("attention_backward", _recorded_backward)
+differentiate("attention_tangent", _recorded_tangent)
+differentiate("attention_second_order", _recorded_second_order)

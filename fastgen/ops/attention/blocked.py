@@ -6,29 +6,19 @@ Arithmetic is float32 (float64 for float64), whatever the data are.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgen import random
-from fastgen.backend import has_kernel
+from fastgen.backend import helper
 from fastgen.ops.attention.masking import window_mask
+from fastgen.ops.attention.problem import Problem, Saved
 
 TILE_BYTES = 4 * 2**20
-"""About how much one tile of scores may hold, so that it stays in cache. Four or five live at a time."""
-
-
-class Options(NamedTuple):
-    """The last arguments of both operators. Query i sees keys i - window_left <= j <= i + window_right, -1 is
-    unbounded; ``allow_tf32`` lets CUDA kernels multiply float32 in tf32."""
-
-    dropout_p: float
-    window_left: int
-    window_right: int
-    scale: float
-    allow_tf32: bool = False
+"""Approximate size of one tile of scores, so that it stays in cache. Four or five live at a time."""
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -73,27 +63,20 @@ def allocate_lse(query: Tensor) -> Tensor:
 
 
 class Tile:
-    """Batches ``b0:b1``, query rows ``i0:i1`` and the key range ``j0:j1`` that the window leaves them.
+    """Batches ``b0:b1``, query rows ``i0:i1`` and the key range ``j0:j1`` within their window.
 
     Grouped heads are folded into the rows: scores are (b, Hk, G * rows, keys).
     """
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        mask: Tensor | None,
-        seed: Tensor | None,
-        options: Options,
-        spans: tuple[int, int, int, int],
-    ) -> None:
+    def __init__(self, problem: Problem | Saved, spans: tuple[int, int, int, int]) -> None:
         self.b0, self.b1, self.i0, self.i1 = spans
-        self.query, self.key, self.mask, self.seed, self.options = query, key, mask, seed, options
-        left, right = options.window_left, options.window_right
-        keys = key.size(2)
+        self.query, self.key, self.mask, self.seed = problem.query, problem.key, problem.mask, problem.seed
+        self.options, self.namespace = problem.options, problem.namespace
+        left, right = self.options.window_left, self.options.window_right
+        keys = self.key.size(2)
         self.j0 = min(max(0, self.i0 - left), keys) if left >= 0 else 0
         self.j1 = max(self.j0, min(keys, self.i1 + right)) if right >= 0 else keys
-        self.groups = query.size(1) // key.size(1)
+        self.groups = self.query.size(1) // self.key.size(1)
 
     def rows(self, tensor: Tensor) -> Tensor:
         """(B, H, N, D) -> (b, Hk, G * rows, D), in the arithmetic type."""
@@ -152,13 +135,12 @@ class Tile:
             by_head.masked_fill_(~allowed, -math.inf)
         return scores
 
-    def keep(self, assisted: bool) -> Tensor | None:
+    def keep(self) -> Tensor | None:
         """The dropout mask over its probability, (b, Hk, G * rows, keys). The compiled helper gives the same bits."""
         if self.seed is None:
             return None
         batch, heads, length, _ = self.query.shape
-        helped = assisted and has_kernel("cpu_dropout_keep", self.seed.device)
-        function = torch.ops.fastgen.cpu_dropout_keep if helped else keep_of_tile
+        function = helper(self.namespace, "cpu_dropout_keep", self.seed.device) or keep_of_tile
         rows_per_seed = max(batch // self.seed.numel(), 1) * heads * length
         queries, keys = (self.i0, self.i1 - self.i0), (self.key.size(2), self.j0, self.j1)
         sizes = (rows_per_seed, self.b0, self.b1 - self.b0, heads, length, *queries, *keys)
@@ -202,14 +184,8 @@ def keep_fake(seed: Tensor, *sizes: Any) -> Tensor:
     return seed.new_empty(batches, heads, queries, last_key - first_key, dtype=torch.float32)
 
 
-def tiles(
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    options: Options,
-    tile_bytes: int,
-) -> Iterator[Tile]:
+def tiles(problem: Problem | Saved, tile_bytes: int) -> Iterator[Tile]:
+    query, key = problem.query, problem.key
     batch, heads, length, _ = query.shape
     if heads == 0:
         return
@@ -218,33 +194,25 @@ def tiles(
     rows = max(1, min(length, max(16, tile_bytes // (row_bytes * batches))))
     for b0 in range(0, batch, batches):
         for i0 in range(0, length, rows):
-            spans = (b0, min(b0 + batches, batch), i0, min(i0 + rows, length))
-            yield Tile(query, key, mask, seed, options, spans)
+            yield Tile(problem, (b0, min(b0 + batches, batch), i0, min(i0 + rows, length)))
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    options: Options,
-    assisted: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """``assisted``: compiled helpers may serve, where there are any."""
+def _float32_helper(problem: Problem | Saved, name: str) -> Callable[..., Any] | None:
+    """The compiled helper, which computes in float32."""
+    return helper(problem.namespace, name, problem.query.device) if wide(problem.query.dtype) == torch.float32 else None
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    query, value = problem.query, problem.value
     out, lse = allocate_out(query, value.size(-1)), allocate_lse(query)
-    softmax = torch.ops.fastgen.cpu_attention_softmax if _helped(query, assisted) else softmax_of_tile
-    for tile in tiles(query, key, mask, seed, options, TILE_BYTES):
+    softmax = _float32_helper(problem, "cpu_attention_softmax") or softmax_of_tile
+    for tile in tiles(problem, TILE_BYTES):
         weights = tile.scores()
         row_lse = weights.new_empty(weights.shape[:-1])
-        softmax(weights, tile.keep(assisted), row_lse)
+        softmax(weights, tile.keep(), row_lse)
         tile.store(out, torch.matmul(weights, tile.keys(value)))
         tile.store_row(lse, row_lse.unsqueeze(-1))
     return out, lse
-
-
-def _helped(query: Tensor, assisted: bool) -> bool:
-    return assisted and wide(query.dtype) == torch.float32 and has_kernel("cpu_attention_softmax", query.device)
 
 
 def softmax_of_tile(scores: Tensor, keep: Tensor | None, lse: Tensor) -> None:
@@ -272,7 +240,7 @@ COARSE_LSE = 256.0
 
 def lse_is_coarse(lse: Tensor, mask: Tensor | None) -> bool:
     """Whether e^(S - lse) may be far from a weight: a float mask moved all scores of a row far from 0, and float32 has
-    too few digits there for their logsumexp. Rows hidden by -1e9 are such."""
+    too few digits there for their logsumexp. A row masked by -1e9 is an example."""
     if mask is None or not mask.is_floating_point() or lse.device.type != "cpu" or lse.numel() == 0:
         return False
     return bool(lse.masked_fill(lse == -math.inf, 0).abs_().amax() > COARSE_LSE)
@@ -300,29 +268,17 @@ def softmax_backward_of_tile(scores: Tensor, grads: Tensor, keep: Tensor | None,
 
 
 def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    options: Options,
-    mask_grad: bool,
-    assisted: bool = False,
+    grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, mask_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """``assisted``: compiled helpers may serve, where there are any."""
-    helped = _helped(query, assisted)
-    softmax_backward = torch.ops.fastgen.cpu_attention_softmax_backward if helped else softmax_backward_of_tile
+    query, key, value, out, lse, mask, _, options, _ = saved
+    softmax_backward = _float32_helper(saved, "cpu_attention_softmax_backward") or softmax_backward_of_tile
     dtype = wide(query.dtype)
     grad_query = allocate_grad(query)
     grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device)
     grad_value = torch.zeros(value.shape, dtype=dtype, device=value.device)
     grad_mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device) if mask is not None and mask_grad else None
     coarse = lse_is_coarse(lse, mask)
-    for tile in tiles(query, key, mask, seed, options, TILE_BYTES):
+    for tile in tiles(saved, TILE_BYTES):
         batch, keys = slice(tile.b0, tile.b1), slice(tile.j0, tile.j1)
         upstream, weights = tile.rows(grad_out), tile.scores()
         grad_scores = torch.matmul(upstream, tile.keys(value).transpose(-2, -1))
@@ -330,7 +286,7 @@ def backward(
         if grad_lse is not None:
             row = row - tile.row_vector(grad_lse)
         tile_lse = _recentred(weights) if coarse else tile.row_vector(lse).contiguous()
-        softmax_backward(weights, grad_scores, tile.keep(assisted), tile_lse, row.contiguous())
+        softmax_backward(weights, grad_scores, tile.keep(), tile_lse, row.contiguous())
         grad_value[batch, :, keys] += torch.matmul(weights.transpose(-2, -1), upstream)
         grad_key[batch, :, keys] += torch.matmul(grad_scores.transpose(-2, -1), tile.rows(query)) * options.scale
         tile.store(grad_query, torch.matmul(grad_scores, tile.keys(key)) * options.scale)

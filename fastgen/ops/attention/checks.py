@@ -1,4 +1,4 @@
-"""What the raw operators of attention, and their helpers, check before anything is read; see ``_checks``."""
+"""Argument checks of the operators of attention, and of their helpers; see ``fastgen.ops._checks``."""
 
 from __future__ import annotations
 

@@ -8,32 +8,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.ops.attention.blocked import Options, allocate, rows_first, strides, wide
+from fastgen.ops.attention.blocked import allocate, rows_first, strides, wide
+from fastgen.ops.attention.problem import Problem, Saved
 
 
-def settle(tensor: Tensor, in_rows: bool) -> Tensor:
-    """``tensor`` in the layout that the fake promises."""
+def in_layout(tensor: Tensor, in_rows: bool) -> Tensor:
+    """``tensor`` in the memory layout of the fake."""
     batch, heads, length, dim = tensor.shape
     if tensor.stride() == strides((batch, heads, length, dim), in_rows):
         return tensor
     return allocate(tensor, dim, in_rows).copy_(tensor)
 
 
-def takes(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seed: Tensor | None, options: Options
-) -> bool:
+def takes(problem: Problem | Saved) -> bool:
     """Whether the kernel computes this: no dropout, no window but causal, a mask or causal but not both.
 
-    It multiplies hidden scores of -inf by the scale, which is no number where that is 0 or negative.
+    It multiplies masked scores of -inf by the scale, which gives NaN where that is 0 or negative.
     """
+    query, options = problem.query, problem.options
     return (
         query.device.type == "cpu"
-        and seed is None
+        and problem.seed is None
         and options.window_left < 0
         and options.window_right <= 0
-        and not (mask is not None and options.window_right == 0)
+        and not (problem.mask is not None and options.window_right == 0)
         and not (options.scale <= 0 and options.window_right == 0)
-        and min(query.numel(), key.numel(), value.numel()) > 0
+        and min(query.numel(), problem.key.numel(), problem.value.numel()) > 0
     )
 
 
@@ -69,11 +69,11 @@ SHORTEST_VECTOR_FREE = 16
 """The kernel compares fewer keys than this one by one, and loses NaN: as wide as the widest vector."""
 
 
-def hides_nan(lse: Tensor, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> bool:
+def _hides_nan(lse: Tensor, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> bool:
     """Whether a result may be 0 where the formula gives NaN.
 
-    The kernel takes a row whose scores are all NaN for one that sees no key (out and lse 0) where a row has few keys,
-    and in 16 bits one with an infinite score.
+    The kernel takes a row whose scores are all NaN for a fully masked one (out and lse 0) where a row has few keys,
+    and in 16 bits a row with an infinite score.
     """
     keys = min(query.size(2), key.size(2)) if is_causal else key.size(2)
     if mask is None and keys < SHORTEST_VECTOR_FREE and int(lse.count_nonzero()) < lse.numel():
@@ -81,40 +81,34 @@ def hides_nan(lse: Tensor, query: Tensor, key: Tensor, mask: Tensor | None, is_c
     return query.dtype.itemsize == 2 and bool(lse.amax() == math.inf)
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    dim = max(query.size(-1), value.size(-1))
-    mask = _additive(mask, query.dtype)
+def forward(problem: Problem) -> tuple[Tensor, Tensor] | None:
+    """out and lse; None where the kernel may have lost a NaN."""
+    query, key, value, mask, _, options, _ = problem
+    dim, is_causal = max(query.size(-1), value.size(-1)), options.window_right == 0
+    additive = _additive(mask, query.dtype)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         _pad_heads(query, dim),
         _expand_heads(_pad_heads(key, dim), query.size(1)),
         _expand_heads(_pad_heads(value, dim), query.size(1)),
         0.0,
         is_causal,
-        attn_mask=mask,
-        scale=scale,
+        attn_mask=additive,
+        scale=options.scale,
     )
-    if mask is not None:
-        lse.masked_fill_(mask.amax(-1) == -math.inf, -math.inf)
-    return settle(out[..., : value.size(-1)], rows_first(query)), lse
+    if additive is not None:
+        lse.masked_fill_(additive.amax(-1) == -math.inf, -math.inf)
+    if _hides_nan(lse, query, key, mask, is_causal):
+        return None
+    return in_layout(out[..., : value.size(-1)], rows_first(query)), lse
 
 
-def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """torch's kernel knows no gradient of lse. It takes d = rowsum(dO O), and the wanted d is that minus
-    dl: one padding column more, with dl in dO and -1 in O, subtracts it, and V's zero column keeps the
-    rest as it was."""
+def backward(grad_out: Tensor, grad_lse: Tensor | None, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value.
+
+    torch's kernel has no gradient of lse. It computes d = rowsum(dO O), and the d of the formula is that minus dl: one
+    more padding column, with dl in dO and -1 in O, subtracts it, and V's zero column leaves the rest unchanged.
+    """
+    query, key, value, out, lse, mask, _, options, _ = saved
     key_dim, value_dim, heads, key_heads = query.size(-1), value.size(-1), query.size(1), key.size(1)
     dim = max(key_dim, value_dim + (grad_lse is not None))
     if dim > max(key_dim, value_dim):
@@ -127,11 +121,12 @@ def backward(
         _pad_heads(out, dim, 0.0 if grad_lse is None else -1.0),
         lse if mask is None else lse.masked_fill(lse == -math.inf, 0),
         0.0,
-        is_causal,
+        options.window_right == 0,
         attn_mask=_additive(mask, query.dtype),
-        scale=scale,
+        scale=options.scale,
     )
     if key_heads != heads:
         grad_key = grad_key.unflatten(1, (key_heads, -1)).sum(2)
         grad_value = grad_value.unflatten(1, (key_heads, -1)).sum(2)
-    return grad_query[..., :key_dim], grad_key[..., :key_dim], grad_value[..., :value_dim]
+    grads = grad_query[..., :key_dim], grad_key[..., :key_dim], grad_value[..., :value_dim]
+    return in_layout(grads[0], True), in_layout(grads[1], True), in_layout(grads[2], True)

@@ -1,42 +1,24 @@
 """The tangent of attention and its gradient in plain PyTorch, one tile of scores at a time: O(N) memory, every feature,
-any device. The formulas are those of ``reference.attention_tangent`` and ``reference.attention_second_order``.
+any device. ``fastgen.reference.attention_tangent`` and ``attention_second_order`` state the formulas.
 
-A tile has all the keys that its rows see, so that the sums over a row are known before the products that want them.
+A tile has all keys that its rows attend to: the sums over a row are complete before the products that use them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgen.ops.attention.blocked import (
-    Options,
-    Tile,
-    allocate_grad,
-    allocate_lse,
-    allocate_out,
-    tiles,
-    wide,
-)
+from fastgen.backend import helper
+from fastgen.ops.attention.blocked import Tile, allocate_grad, allocate_lse, allocate_out, tiles, wide
+from fastgen.ops.attention.problem import Saved, Tangents
 
 TILE_BYTES = 2**21
-"""About how much one of a tile's four matrices may hold."""
-
-
-class Tangents(NamedTuple):
-    """The directions of query, key, value and mask; None is zero."""
-
-    query: Tensor | None
-    key: Tensor | None
-    value: Tensor | None
-    mask: Tensor | None
-
-
-Weigh = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None"], Tensor]
+"""Approximate size of one of a tile's four matrices."""
 
 
 def weigh(
@@ -81,18 +63,15 @@ def weigh(
     return row
 
 
-def compiled_weigh(*tile: Tensor | None) -> Tensor:
-    """The same in one pass over memory, for float32 on CPU."""
-    row: Tensor = torch.ops.fastgen.cpu_attention_weights(*tile)
-    return row
+def _weigh(saved: Saved) -> Callable[..., Any]:
+    """``weigh``, or the compiled helper that computes it in one pass over memory, in float32."""
+    if wide(saved.query.dtype) != torch.float32:
+        return weigh
+    return helper(saved.namespace, "cpu_attention_weights", saved.query.device) or weigh
 
 
-def _weigher(query: Tensor, assisted: bool) -> Weigh:
-    return compiled_weigh if assisted and wide(query.dtype) == torch.float32 else weigh
-
-
-def _seen_lse(tile: Tile, lse: Tensor) -> Tensor:
-    """The rows' logsumexp; 0 where they see nothing, so that their weights are 0 and not NaN."""
+def _finite_lse(tile: Tile, lse: Tensor) -> Tensor:
+    """The rows' logsumexp; 0 for fully masked rows, whose weights are then 0 and not NaN."""
     of_rows = tile.row_vector(lse)
     return of_rows.masked_fill(of_rows == -math.inf, 0).contiguous()
 
@@ -116,23 +95,13 @@ def _direction(tile: Tile, tangents: Tangents) -> Tensor:
     return direction
 
 
-def tangent(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lse: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    tangents: Tangents,
-    options: Options,
-    assisted: bool,
-) -> tuple[Tensor, Tensor]:
-    """``assisted``: the compiled helper is there."""
-    weigh = _weigher(query, assisted)
+def tangent(saved: Saved, tangents: Tangents) -> tuple[Tensor, Tensor]:
+    """O' and l'."""
+    query, value, lse, weigh = saved.query, saved.value, saved.lse, _weigh(saved)
     tangent_out, tangent_lse = allocate_out(query, value.size(-1)), allocate_lse(query)
-    for tile in tiles(query, key, mask, seed, options, TILE_BYTES):
+    for tile in tiles(saved, TILE_BYTES):
         scores, direction = tile.scores(), _direction(tile, tangents)
-        row = weigh(scores, direction, _seen_lse(tile, lse), tile.keep(assisted), None, None, None)
+        row = weigh(scores, direction, _finite_lse(tile, lse), tile.keep(), None, None, None)
         out = torch.matmul(scores, tile.keys(value))
         if tangents.value is not None:
             out += torch.matmul(direction, tile.keys(tangents.value))
@@ -142,28 +111,17 @@ def tangent(
 
 
 def second_order(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    tangents: Tangents,
-    options: Options,
-    mask_grad: bool,
-    assisted: bool,
+    grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, tangents: Tangents, mask_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """``assisted``: the compiled helper is there."""
-    dtype, scale, weigh = wide(query.dtype), options.scale, _weigher(query, assisted)
+    """O', l' and the gradients of query, key, value and mask."""
+    query, key, value, out, lse, mask, _, options, _ = saved
+    dtype, scale, weigh = wide(query.dtype), options.scale, _weigh(saved)
     tangent_out, tangent_lse = allocate_out(query, value.size(-1)), allocate_lse(query)
     grad_query = allocate_grad(query)
     grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device)
     grad_value = torch.zeros(value.shape, dtype=dtype, device=value.device)
     grad_mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device) if mask is not None and mask_grad else None
-    for tile in tiles(query, key, mask, seed, options, TILE_BYTES):
+    for tile in tiles(saved, TILE_BYTES):
         batch, keys = slice(tile.b0, tile.b1), slice(tile.j0, tile.j1)
         upstream, of_query, of_key = tile.rows(grad_out), tile.rows(query), tile.keys(key)
         delta = (upstream * tile.rows(out)).sum(-1, keepdim=True)
@@ -174,7 +132,7 @@ def second_order(
         cross = None
         if tangents.value is not None:
             second = cross = torch.matmul(upstream, tile.keys(tangents.value).transpose(-2, -1))
-        row = weigh(scores, direction, _seen_lse(tile, lse), tile.keep(assisted), first, delta, cross)
+        row = weigh(scores, direction, _finite_lse(tile, lse), tile.keep(), first, delta, cross)
 
         tangent = torch.matmul(scores, tile.keys(value))
         if tangents.value is not None:

@@ -1,6 +1,6 @@
-"""Derivatives of the Gaussian latent. Noise is regenerated from the seed, never stored.
+"""Derivatives of the Gaussian latent. Noise is regenerated from the seed, never saved.
 
-The formulas compute in float32, or float64 for float64, and only results are rounded to the dtype of the inputs.
+Arithmetic is float32, or float64 for float64; only results are rounded to the dtype of the inputs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastgen.ops.autograd import (
     tangent_formula,
 )
 from fastgen.ops.latent import formulas, operators
-from fastgen.ops.latent.operators import widen
+from fastgen.ops.latent.operators import upcast
 from fastgen.random import standard_normal
 
 
@@ -61,9 +61,9 @@ class _GaussianLatent(Function):
         if grad_z is None and grad_kl is None:
             return (None,) * 7
         if must_be_differentiable():
-            wide_mu, wide_logvar = widen(mu, logvar)
+            wide_mu, wide_logvar = upcast(mu, logvar)
             noise = standard_normal(seed, *mu.shape).to(wide_mu.dtype)
-            wide_priors, upstream = widen(prior_mu, prior_logvar), widen(grad_z, grad_kl)
+            wide_priors, upstream = upcast(prior_mu, prior_logvar), upcast(grad_z, grad_kl)
             exact = formulas.gradients(upstream[0], upstream[1], wide_mu, wide_logvar, noise, *wide_priors)
             grads = [None if grad is None else grad.to(mu.dtype) for grad in exact]
         else:
@@ -82,8 +82,8 @@ class _TransformedGaussianLatent(Function):
     @tangent_formula
     def jvp(ctx: Any, saved: list[Any], *tangents: Any) -> tuple[Tensor, Tensor]:
         dtype = saved[0].dtype
-        mu, logvar, prior_mu, prior_logvar = widen(*saved[:4])
-        t_mu, t_logvar, *t_prior = widen(*tangents[:4])
+        mu, logvar, prior_mu, prior_logvar = upcast(*saved[:4])
+        t_mu, t_logvar, *t_prior = upcast(*tangents[:4])
         noise = standard_normal(saved[4], *mu.shape).to(mu.dtype)
         t_mu = torch.zeros_like(mu) if t_mu is None else t_mu
         t_logvar = torch.zeros_like(mu) if t_logvar is None else t_logvar

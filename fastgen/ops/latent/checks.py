@@ -1,4 +1,4 @@
-"""What the raw operators of the Gaussian latent check before anything is read; see ``_checks``."""
+"""Argument checks of the operators of the Gaussian latent; see ``fastgen.ops._checks``."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Derivatives of the Gaussian latent in plain PyTorch: gradients, themselves differentiable to any order, and tangents.
+"""Formulas of the Gaussian latent in plain PyTorch: KL divergence, tangents, and gradients of any order.
 
-Nothing cancels near the prior, and what overflows does so with the sign of the formula: e^x and its factors are one
-function, which gives 0 where a factor is 0, also where e^x alone would be infinite.
-
-All operands are of the type to compute in, float32 or float64.
+Nothing cancels near the prior, and an overflow has the sign of the formula: e^x and its factors are one function, which
+gives 0 where a factor is 0, also where e^x alone would be infinite. All operands have the dtype of the computation,
+float32 or float64.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def _exp_times(x: Tensor, minus_one: bool, *factors: Tensor) -> Tensor:
 
 
 class _ExpTimes(Function):
-    """(e^x or e^x - 1) * the product of the factors. All derivatives are of the same kind."""
+    """(e^x or e^x - 1) times the product of the factors. All its derivatives have this form."""
 
     generate_vmap_rule = True
     forward = staticmethod(_exp_times)
@@ -74,7 +73,7 @@ def exp_times(x: Tensor, *factors: Tensor) -> Tensor:
 
 
 def expm1_times(x: Tensor, *factors: Tensor) -> Tensor:
-    """e^x - 1, right also near x = 0, times the factors; differentiable to any order; 0 where a factor is 0."""
+    """e^x - 1, accurate also near x = 0, times the factors; differentiable to any order; 0 where a factor is 0."""
     return _apply(x, True, *factors)
 
 
@@ -131,17 +130,18 @@ def gradients(
     ratio = logvar if prior_logvar is None else logvar - prior_logvar
     from_kl = 0.5 * upstream
     of_z, of_ratio = exp_times(half, from_z, noise), expm1_times(ratio, from_kl)
-    # Where both overflow, with different signs perhaps: std (from_z noise + from_kl e^r / std).
+    # Where both overflow, possibly with different signs: std (from_z noise + from_kl e^r / std).
     both = of_z.isinf() & of_ratio.isinf()
     less = half if prior_logvar is None else half - prior_logvar
     inner = from_z * noise + exp_times(torch.where(both, less, 0), from_kl)
     grad_logvar = torch.where(both, exp_times(torch.where(both, half, 0), inner), of_z + of_ratio)
     if prior_logvar is None:
-        slope, grad_prior_logvar = upstream * difference, None
+        from_difference, grad_prior_logvar = upstream * difference, None
     else:
-        slope = exp_times(-prior_logvar, upstream, difference)
+        from_difference = exp_times(-prior_logvar, upstream, difference)
         grad_prior_logvar = -(of_ratio + exp_times(-prior_logvar, from_kl, difference, difference))
-    return grad_z + slope, grad_logvar, None if prior_mu is None else -slope, grad_prior_logvar
+    grad_prior_mu = None if prior_mu is None else -from_difference
+    return grad_z + from_difference, grad_logvar, grad_prior_mu, grad_prior_logvar
 
 
 def tangents(
@@ -155,7 +155,7 @@ def tangents(
     t_prior_mu: Tensor | None,
     t_prior_logvar: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Tangents of z, (B, D), and of the KL, (B,), in the direction of those of mu, logvar and the prior, all (B, D)."""
+    """Tangents of z, (B, D), and of the KL, (B,), from the tangents of mu, logvar and the prior, all (B, D)."""
     z = t_mu + exp_times(0.5 * logvar, 0.5 * noise, t_logvar)
     difference = mu if prior_mu is None else mu - prior_mu
     t_difference = t_mu if t_prior_mu is None else t_mu - t_prior_mu

@@ -23,8 +23,8 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def widen(*tensors: Tensor | None) -> list[Any]:
-    """The tensors in the dtype to compute in."""
+def upcast(*tensors: Tensor | None) -> list[Any]:
+    """The tensors in the dtype of the computation."""
     return [None if t is None else t.to(compute_dtype(t.dtype)) for t in tensors]
 
 
@@ -36,7 +36,7 @@ def _forward(
     seed: Tensor,
     with_kl: bool,
 ) -> tuple[Tensor, Tensor]:
-    wide_mu, wide_logvar, wide_prior_mu, wide_prior_logvar = widen(mu, logvar, prior_mu, prior_logvar)
+    wide_mu, wide_logvar, wide_prior_mu, wide_prior_logvar = upcast(mu, logvar, prior_mu, prior_logvar)
     noise = standard_normal(seed, *mu.shape).to(wide_mu.dtype)
     z = wide_mu + noise * (0.5 * wide_logvar).exp()
     if with_kl:
@@ -66,8 +66,8 @@ def backward(
     prior_logvar: Tensor | None,
     seed: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide_grad_z, wide_grad_kl, wide_mu, wide_logvar = widen(grad_z, grad_kl, mu, logvar)
-    wide_prior_mu, wide_prior_logvar = widen(prior_mu, prior_logvar)
+    wide_grad_z, wide_grad_kl, wide_mu, wide_logvar = upcast(grad_z, grad_kl, mu, logvar)
+    wide_prior_mu, wide_prior_logvar = upcast(prior_mu, prior_logvar)
     noise = standard_normal(seed, *mu.shape).to(wide_mu.dtype)
     grads = formulas.gradients(wide_grad_z, wide_grad_kl, wide_mu, wide_logvar, noise, wide_prior_mu, wide_prior_logvar)
     empty = mu.new_empty(0)

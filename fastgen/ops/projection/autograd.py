@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgen.backend import COMPILED, COMPILED_DTYPES, TORCH, call, has_kernel, outside_autocast
+from fastgen.backend import COMPILED, COMPILED_DTYPES, TORCH, call, helper, outside_autocast
 from fastgen.ops.autograd import (
     choose,
     formula_of,
@@ -130,8 +130,9 @@ class _PartEpilogue(Function):
 
 def _apply_epilogue(parts: list[Tensor], after: HeadEpilogue, namespace: str) -> list[Tensor]:
     """The epilogue apart from the product: in one pass over memory where the compiled CPU kernel takes the parts."""
-    compiled = namespace == COMPILED and not transforms_active() and has_kernel("cpu_finish_heads", parts[0].device)
-    if not compiled or parts[0].dtype not in COMPILED_DTYPES or max(p.size(-1) for p in parts) > WIDEST_CPU_HEAD:
+    compiled = helper(namespace, "cpu_finish_heads", parts[0].device)
+    takes = parts[0].dtype in COMPILED_DTYPES and max(p.size(-1) for p in parts) <= WIDEST_CPU_HEAD
+    if compiled is None or not takes or transforms_active():
         return epilogue.apply(parts, after)
     results = list(parts)
     for i in range(after.parts):
@@ -220,7 +221,7 @@ def _merge_grads(
     if gate is None or gate.size(0) == 1:
         grads: tuple[Tensor, Tensor, Tensor, Tensor] = backward(grad, x, weight, bias, gate, *options)
         return grads
-    # Gates of each entry of the batch: their gradient needs the product before them, which is computed again.
+    # Gates per batch entry: their gradient needs the product before the gate, which is recomputed.
     aligned = to_tokens(gate, ctx.channels_first)
     grad_x, grad_weight, grad_bias, _ = backward(grad * aligned, x, weight, bias, None, *options)
     if not ctx.needs_input_grad[4]:
@@ -257,9 +258,8 @@ class _TransformedMergeHeads(Function):
 
 
 def _by_pytorch(name: str, tokens: Tensor, namespace: str) -> bool:
-    """Whether PyTorch's own linear map serves, with its own derivatives: no kernel does, and it copies no tokens."""
-    by_kernel = namespace == COMPILED and has_kernel(name, tokens.device)
-    if by_kernel or namespace not in (COMPILED, TORCH):
+    """Whether PyTorch's linear map serves, with its derivatives: there is no kernel, and it copies no tokens."""
+    if namespace not in (COMPILED, TORCH) or helper(namespace, name, tokens.device) is not None:
         return False
     return tokens.is_contiguous() or tokens.size(0) == 1 or length_first(tokens)
 
@@ -276,7 +276,7 @@ def projection(
         parts = split_heads(y, layout)
         return tuple(parts if after.is_identity else _apply_epilogue(parts, after, namespace))
     if not after.is_identity:
-        if transforms_active() or (namespace == COMPILED and has_kernel("cpu_finish_heads", x.device)):
+        if transforms_active() or helper(namespace, "cpu_finish_heads", x.device) is not None:
             parts = list(projection(x, weight, bias, _IDENTITY, layout, namespace))
             return tuple(_apply_epilogue(parts, after, namespace))
         recorded = choose(_ProjectionWithEpilogue, _ProjectionWithEpilogue, x, weight, bias, *after.norms)
@@ -293,8 +293,8 @@ def _merge_by_pytorch(
     tokens: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gate: Tensor | None
 ) -> Tensor:
     if gate is not None and gate.size(0) == 1 and weight.dtype.itemsize >= 4:
-        # A gate that the batch shares becomes part of the weight: no pass over the tokens, forwards or backwards. Its
-        # gradient would suffer where the weight's is rounded to 16 bits.
+        # A gate that the batch shares becomes part of the weight: no pass over the tokens, forward or backward. Its
+        # gradient would lose accuracy where the weight's is rounded to 16 bits.
         rows = gate.reshape(-1)
         weight, bias, gate = weight * rows.unsqueeze(1), None if bias is None else bias * rows, None
     flipped = length_first(tokens)

@@ -167,7 +167,7 @@ def _backward_fake(
 
 
 def _folded(weight: Tensor, bias: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """A gate that the batch shares becomes part of the weight and the bias; another is left over."""
+    """A gate that the batch shares becomes part of the weight and the bias; any other is returned."""
     if gate is None or gate.size(0) != 1:
         return weight, bias, gate
     gate = gate.reshape(-1)
@@ -222,10 +222,10 @@ def merge_backward(
     channels_first: bool,
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gate's gradient needs the product before the gate, which is not kept.
+    """Gradients of x, weight, bias and of a gate that the batch shares.
 
-    That product's inner product with grad is the one of the weight and the weight's gradient, if that is not rounded to
-    16 bits; otherwise it is computed again. The batch shares the gate.
+    The gate's gradient needs the product before the gate, which is not saved. Its inner product with grad equals that
+    of the weight and the weight's gradient, if that is not rounded to 16 bits; otherwise the product is recomputed.
     """
     upstream = to_tokens(grad, channels_first)
     tokens = join_heads(x)
@@ -242,7 +242,7 @@ def merge_backward(
         grad_weight, grad_bias = grad_weight * gate.reshape(-1, 1), grad_bias * gate.reshape(-1)
     elif gate is not None:
         grad_gate = (upstream * _linear(tokens, weight, bias)).sum_to_size(gate.shape)
-    # In (B, N, H, D), whatever the layout of the gradient.
+    # In memory (B, N, H, D), for any layout of the gradient.
     by_heads = (x.size(0), x.size(2), x.size(1), x.size(3))
     grad_x = torch.matmul(gated, factor).contiguous().reshape(by_heads).transpose(1, 2)
     return grad_x, grad_weight, weight.new_empty(0) if bias is None else grad_bias, grad_gate
@@ -267,7 +267,7 @@ def _merge_backward_fake(
 
 
 # --------------------------------------------------------------------------------------------------
-# vmap: the batch takes the mapped dim where the parameters are not mapped
+# vmap: the mapped dim folds into the batch where the parameters are not mapped
 
 
 def _vmap_forward(operator: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -305,6 +305,7 @@ define(
     _forward_fake,
     _vmap_forward,
     check=checks.projection_forward,
+    parts={"cpu_finish_heads": "norms and rotary embedding of heads"},
 )
 define(
     "projection",
@@ -315,6 +316,7 @@ define(
     _backward_fake,
     map_slices,
     check=checks.projection_backward,
+    parts={"cpu_finish_heads_backward": "gradients of norms and rotary embedding of heads"},
 )
 define(
     "projection",

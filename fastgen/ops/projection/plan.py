@@ -1,10 +1,10 @@
-"""Which way a projection takes on a GPU: the fused kernels, or PyTorch's product (cuBLAS) and passes of its own for
-what is around it.
+"""The choice for a projection on a GPU: the fused kernels, or PyTorch's product (cuBLAS) with separate passes for the
+epilogue.
 
-By roofline, until it is measured: every product takes as long as its arithmetic or its memory, and every pass its
-memory, forward and backward together. The kernels multiply by mma.sync, which on Hopper reaches about 60 % of what
-cuBLAS's wgmma does (Luo et al., "Benchmarking and dissecting the Nvidia Hopper GPU architecture", 2024); what they save
-is passes over memory.
+A roofline estimate, not measured: a product takes the time of its arithmetic or of its memory traffic, and a pass the
+time of its memory traffic, forward and backward together. The kernels multiply by mma.sync, which on Hopper reaches
+about 60 % of the rate of cuBLAS's wgmma (Luo et al., "Benchmarking and dissecting the Nvidia Hopper GPU architecture",
+2024); they save passes over memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastgen._dynamo import constant, is_dynamo_compiling
 
 
 class Chip(NamedTuple):
-    """FLOP/s of dense products and bytes/s, from data sheets, and what share of the first the two ways should reach."""
+    """FLOP/s of dense products and bytes/s from data sheets, and the share of FLOP/s that each way should reach."""
 
     name: str
     half: float
@@ -35,18 +35,18 @@ CHIPS = {
     9: Chip("H200", 989e12, 494e12, 67e12, 4.8e12, kernel_share=0.45, library_share=0.7),
     12: Chip("RTX 5090", 209e12, 105e12, 105e12, 1.8e12, kernel_share=0.7, library_share=0.8),
 }
-"""By the major number of the compute capability."""
+"""Keys are major numbers of the compute capability."""
 
 LAUNCH = 4e-6
-"""Seconds that a launch costs at least, kernel after kernel."""
+"""Least time of a kernel launch, in seconds."""
 
 
 class Problem(NamedTuple):
-    """A product of (tokens, inputs) and (inputs, outputs), and the passes around it.
+    """A product of (tokens, inputs) and (inputs, outputs), and the memory passes of its epilogue.
 
-    ``forward_passes`` and ``backward_passes``: how often a matrix of the outputs' size is read or written besides,
-    where every step has a kernel of its own, and ``launches`` of these; ``kernel_passes``: by the fused kernels.
-    ``filled``: the share of the kernels' tiles that is not padding.
+    ``forward_passes``, ``backward_passes``, ``launches``: additional passes over a matrix of the outputs' size, and
+    their launches, where every step has its own kernel; ``kernel_passes``, ``kernel_launches``: the same for the fused
+    kernels. ``filled``: share of the kernels' tiles that is not padding.
     """
 
     tokens: int
@@ -63,7 +63,7 @@ class Problem(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """Seconds of forward and backward, either way."""
+    """Seconds of forward and backward, by the fused kernels and by cuBLAS."""
 
     kernel: float
     library: float
@@ -81,7 +81,7 @@ def _product(problem: Problem, chip: Chip, rate: float) -> float:
 
 @lru_cache(maxsize=4096)
 def estimate(problem: Problem, major: int) -> Estimate:
-    """For a GPU of that major compute capability; an unknown one counts as the newest known."""
+    """Estimate for a GPU of that major compute capability; an unknown one is treated as the newest known."""
     chip = CHIPS.get(major, CHIPS[max(CHIPS)])
     narrow = problem.element_size == 2
     # float32 at float32 accuracy is three products in tf32.
@@ -106,28 +106,28 @@ def heads_problem(
     element_size: int,
     allow_tf32: bool = False,
 ) -> Problem:
-    """Of ``qkv_projection``: sizes are (heads, head dim) of each part."""
+    """The problem of ``qkv_projection``; sizes are (heads, head dim) of each part."""
     outputs = sum(h * d for h, d in sizes)
     of_norms = sum(h * d for h, d in sizes[:normed]) / outputs
-    of_turns = sum(h * d for h, d in sizes[:rotated]) / outputs
+    of_rotary = sum(h * d for h, d in sizes[:rotated]) / outputs
     tile = 128
     whole = sizes[: max(normed, rotated)]
     used = sum(h * d for h, d in whole) + sum(h * d for h, d in sizes[len(whole) :])
     paid = sum(h * d * tile / (tile // d * d) if d <= tile else h * d for h, d in whole) + sum(
         h * d for h, d in sizes[len(whole) :]
     )
-    # Around cuBLAS: float32 copies, normalisation, halves, products, and back; and the gradients joined. One launch for
-    # each part's product, about fourteen for each part that is normalised or turned.
+    # Beside cuBLAS: float32 copies, normalization, halves, products, and back; and the gradients concatenated. One
+    # launch for each part's product, about fourteen for each part with an epilogue.
     return Problem(
         tokens,
         inputs,
         outputs,
         element_size,
         allow_tf32,
-        forward_passes=6 * of_norms + 12 * of_turns,
-        backward_passes=3 + 10 * of_norms + 12 * of_turns,
+        forward_passes=6 * of_norms + 12 * of_rotary,
+        backward_passes=3 + 10 * of_norms + 12 * of_rotary,
         launches=len(sizes) + 2 + 14 * max(normed, rotated),
-        kernel_passes=of_norms + 3 * max(of_norms, of_turns),
+        kernel_passes=of_norms + 3 * max(of_norms, of_rotary),
         kernel_launches=2 * max(normed, rotated),
         filled=used / paid,
     )
@@ -145,7 +145,7 @@ def merge_problem(
     gate: bool = False,
     channels_first: bool = False,
 ) -> Problem:
-    """Of ``merge_heads_projection``. cuBLAS adds a bias itself, but not along the tokens of a feature map."""
+    """The problem of ``merge_heads_projection``. cuBLAS adds a bias, but not along the tokens of a feature map."""
     forward = (2.0 if residual else 0.0) + (2.0 if bias and channels_first else 0.0)
     launches = int(residual) + int(bias and channels_first) + int(bias) + (6 if gate else 0)
     return Problem(tokens, inputs, outputs, element_size, allow_tf32, forward, float(bias), launches)
@@ -184,8 +184,8 @@ def _constant_major(tensor: Tensor) -> int:
 
 
 def slower(problem: Problem, tensor: Tensor) -> bool:
-    """Whether the kernels are taken to be the slower way for tensors like this one; sizes that torch.compile keeps open
-    take the kernels."""
+    """Whether the kernels are expected to be slower than cuBLAS for tensors like this one; False for sizes that
+    torch.compile keeps symbolic."""
     if tensor.device.type != "cuda" or not all(isinstance(size, int) for size in problem[:3]):
         return False
     major = _constant_major(tensor) if is_dynamo_compiling() else _major(tensor)

@@ -1,7 +1,7 @@
-"""Derivatives of stacked recurrent layers. torch's implementations for accelerators have first ones only.
+"""Derivatives of stacked recurrent layers. torch's implementations for accelerators have only first derivatives.
 
-Those are kept for the forward and the first backward pass. Whoever wants more is given the recurrence itself, in
-operations that autograd, forward mode and torch.func follow to any order.
+These serve the forward and the first backward pass. Higher derivatives use the recurrence in operations that autograd,
+forward mode and torch.func differentiate to any order.
 
 A tuple of states is (h,) of a GRU, (h, c) of an LSTM. Weights are flat, as torch orders them: for each layer, for each
 direction, w_ih, w_hh [, b_ih, b_hh] [, w_hr].
@@ -23,7 +23,7 @@ from fastgen.ops.autograd import in_graph, must_be_differentiable, transforms_ac
 
 
 class Recurrence(NamedTuple):
-    """What a stack of layers is made of. ``low`` is the dtype that autocast lowers everything to."""
+    """Configuration of a stack of layers. ``low`` is the dtype to which autocast lowers all tensors."""
 
     mode: str
     bias: bool
@@ -65,8 +65,8 @@ def _run_direction(
 ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     """The hidden state of each step, and the last states of each sequence.
 
-    Sequences of a packed batch are sorted, the longest first: a step works on the first rows, and the states of the
-    others, over or not begun, wait below them.
+    Sequences of a packed batch are sorted, the longest first: a step computes the first rows, and the states of the
+    other sequences, finished or not started, are unchanged.
     """
     hidden = []
     for step in reversed(gates) if reverse else gates:
@@ -92,10 +92,10 @@ def _of_direction(weights: Sequence[Tensor], bias: bool) -> tuple[Tensor | None,
 def recurrence(
     stack: Recurrence, data: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor], weights: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """What torch.lstm and torch.gru compute, in plain PyTorch: the output and the last states.
+    """torch.lstm and torch.gru in plain PyTorch: the output and the last states.
 
     LSTM: Hochreiter and Schmidhuber (1997) with the forget gates of Gers et al. (2000) and the projection of Sak et
-    al. (2014); GRU: Cho et al. (2014), with the reset gate applied after the product, as cuDNN has it.
+    al. (2014); GRU: Cho et al. (2014), with the reset gate applied after the product, as in cuDNN.
     """
     directions = 2 if stack.bidirectional else 1
     each = len(weights) // (stack.num_layers * directions)
@@ -142,7 +142,7 @@ def torch_recurrence(
     probability: float = 0.0,
     train: bool = True,
 ) -> tuple[Tensor, ...]:
-    """torch.lstm or torch.gru: cuDNN, MIOpen, oneDNN, or torch's own cells."""
+    """torch.lstm or torch.gru: cuDNN, MIOpen, oneDNN, or torch's cells."""
     function: Any = torch.lstm if stack.mode == "LSTM" else torch.gru
     hx = list(states) if stack.mode == "LSTM" else states[0]
     rest = (list(weights), stack.bias, stack.num_layers, probability, train, stack.bidirectional)
@@ -154,7 +154,7 @@ def torch_recurrence(
 
 
 class _OnceDifferentiable(Function):
-    """torch's implementation and its backward pass; the recurrence where somebody differentiates that one."""
+    """torch's implementation and its backward pass; the recurrence where that is to be differentiated."""
 
     @staticmethod
     def forward(ctx: Any, stack: Recurrence, batch_sizes: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -182,7 +182,7 @@ class _OnceDifferentiable(Function):
 def _arguments(
     stack: Recurrence, batch_sizes: Tensor | None, tensors: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor | None, Sequence[Tensor], Sequence[Tensor]]:
-    """What an implementation takes after the stack: data, batch_sizes, states, weights."""
+    """Arguments of an implementation after the stack: data, batch_sizes, states, weights."""
     states = 2 if stack.mode == "LSTM" else 1
     return tensors[0], batch_sizes, tensors[1 : 1 + states], tensors[1 + states :]
 
@@ -193,7 +193,7 @@ def _first_gradients(
     leaves, edges = ctx.inner
     keep = torch._C._autograd._get_current_graph_task_keep_graph()
     if not keep:
-        ctx.inner = None  # as autograd does with saved tensors: a loss that is kept does not keep the activations
+        ctx.inner = None  # like autograd's saved tensors: a loss that is kept does not keep the activations
     inputs = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
     outputs, grads = [edges[index] for index in given], list(given.values())
     return torch.autograd.grad(outputs, inputs, grads, retain_graph=keep, materialize_grads=True)
@@ -204,7 +204,7 @@ def _differentiable_gradients(
 ) -> Sequence[Tensor]:
     differentiated = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Aliases, since one input may have been computed from another: the gradient ends where this layer begins.
+        # Aliases, since one input may have been computed from another: the gradient ends at this layer's inputs.
         inputs = [t.view_as(t) for t in tensors]
         results = _lowered_recurrence(ctx.stack, *_arguments(ctx.stack, ctx.batch_sizes, inputs))
         aliases = [alias for alias, want in zip(inputs, wanted, strict=True) if want]
@@ -214,9 +214,9 @@ def _differentiable_gradients(
 
 
 def accelerated(device: torch.device) -> bool:
-    """Whether torch may hand the device's layers to a library (cuDNN, MIOpen, MPS).
+    """Whether torch may pass the device's layers to a library (cuDNN, MIOpen, MPS).
 
-    Its backward pass has no derivative, and under autocast it lowers everything.
+    Its backward pass has no derivative, and under autocast it lowers all tensors.
     """
     return device.type != "cpu"
 
@@ -248,14 +248,14 @@ def _layer_by_layer(
     weights: Sequence[Tensor],
     probability: float,
 ) -> tuple[Tensor, ...]:
-    """With dropout between layers, applied here: cuDNN's mask could not be had again for the second derivative.
+    """With dropout between layers, applied here: cuDNN's mask is not available for the second derivative.
 
-    Without gradients too: a checkpoint that computes a part again with gradients must see the same mask.
+    Without gradients too: a checkpoint that recomputes with gradients must use the same mask.
     """
     one = stack._replace(num_layers=1)
     last = []
     with warnings.catch_warnings():
-        # Of cuDNN: one layer's weights are not one chunk of memory, and are copied. They cannot be one.
+        # cuDNN copies one layer's weights, which cannot be one chunk of memory.
         warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
         for layer, (start, of_layer) in enumerate(zip(*_split(stack, states, weights), strict=True)):
             if layer > 0:
@@ -286,8 +286,8 @@ def recurrent_layers(
 ) -> tuple[Tensor, ...]:
     """The output and the last states, with derivatives of every order.
 
-    Dropout between the layers where ``train``. On CPU torch's implementation is differentiable as often as one likes
-    in reverse mode, and serves that.
+    Dropout between the layers where ``train``. On CPU torch's implementation is differentiable to any order in reverse
+    mode, and serves it.
     """
     if not train or probability == 0 or stack.num_layers == 1:
         return _without_dropout(stack, data, batch_sizes, states, weights, train)

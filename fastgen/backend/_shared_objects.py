@@ -1,4 +1,4 @@
-"""Looks at a shared library before it is loaded: one that was cut short kills the process with SIGBUS."""
+"""Check of a shared library before it is loaded: loading a truncated one kills the process with SIGBUS."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ _HEADER, _SEGMENT = struct.Struct("<16sHHIQQQIHHHHHH"), struct.Struct("<IIQQQQQQ
 
 
 def why_incomplete(path: Path) -> str | None:
-    """None for a file that holds all its ELF header speaks of, and for what is no 64-bit little-endian ELF file; else
-    what is missing."""
+    """What a 64-bit little-endian ELF file lacks, by its header; None for a complete file and any other kind."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(_HEADER.size)

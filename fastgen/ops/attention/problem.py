@@ -1,0 +1,101 @@
+"""The arguments of a call of attention, as one struct that passes from ``functional`` to an implementation."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Options(NamedTuple):
+    """The numbers at the end of every operator's schema.
+
+    Query i attends to keys i - window_left <= j <= i + window_right, -1 is unbounded; ``allow_tf32`` lets CUDA kernels
+    multiply float32 in tf32.
+    """
+
+    dropout_p: float
+    window_left: int
+    window_right: int
+    scale: float
+    allow_tf32: bool = False
+
+
+class Problem(NamedTuple):
+    """A call of attention: query (B, H, N, Dk), key (B, Hk, M, Dk), value (B, Hk, M, Dv), mask (1|B, 1|H, 1|N, 1|M),
+    seed (S,) int64, and the namespace of the operators that serve it."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    seed: Tensor | None
+    options: Options
+    namespace: str
+
+    def flat(self) -> tuple[Any, ...]:
+        """For ``torch.autograd.Function``: a nested tuple would be a pytree to torch.func, which expects leaves."""
+        return (*self[:5], *self.options, self.namespace)
+
+    @classmethod
+    def of(cls, flat: tuple[Any, ...]) -> Problem:
+        return cls._make((*flat[:5], Options._make(flat[5:10]), flat[10]))
+
+
+class Saved(NamedTuple):
+    """A call with its results, out (B, H, N, Dv) and lse (B, H, N): what its derivatives are computed from."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    out: Tensor
+    lse: Tensor
+    mask: Tensor | None
+    seed: Tensor | None
+    options: Options
+    namespace: str
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:7]
+
+    def flat(self) -> tuple[Any, ...]:
+        """For ``torch.autograd.Function``, as ``Problem.flat``."""
+        return (*self[:7], *self.options, self.namespace)
+
+    @classmethod
+    def of(cls, flat: tuple[Any, ...]) -> Saved:
+        return cls._make((*flat[:7], Options._make(flat[7:12]), flat[12]))
+
+
+class Tangents(NamedTuple):
+    """Directions of query, key, value and mask; None is zero."""
+
+    query: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    mask: Tensor | None = None
+
+
+WIDEST_HEAD = 512
+"""The largest head dim of the CUDA kernels (csrc/attention/config.h)."""
+
+WIDEST_HEAD_SECOND_ORDER = 256
+"""The same for tangents and second derivatives, which hold twice as many tiles."""
+
+
+def refused_heads(query: Tensor, value: Tensor) -> str | None:
+    """Why no CUDA kernel takes these head dims; None where one does."""
+    return _refused(query, value, WIDEST_HEAD, "attention has")
+
+
+def refused_heads_second_order(query: Tensor, value: Tensor) -> str | None:
+    """The same for tangents and second derivatives."""
+    return _refused(query, value, WIDEST_HEAD_SECOND_ORDER, "tangents and second derivatives of attention have")
+
+
+def _refused(query: Tensor, value: Tensor, widest: int, who: str) -> str | None:
+    dims = query.size(-1), value.size(-1)
+    if min(dims) > 0 and max(dims) <= widest:
+        return None
+    return f"{who} CUDA kernels for head dims up to {widest}, not for {dims[0]} and {dims[1]}"

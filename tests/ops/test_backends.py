@@ -1,0 +1,140 @@
+"""The choice of a backend, and packages whose compiled libraries are missing or damaged."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fastgen
+from fastgen import backend
+from fastgen.backend import libraries, selection
+from fastgen.functional import reparameterize, scaled_dot_product_attention
+
+PACKAGE = Path(fastgen.__file__).parent
+
+
+def test_forcing_a_backend_that_cannot_serve_raises_with_the_reason():
+    arguments = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
+    with fastgen.use_backend("compiled"):
+        with pytest.raises(RuntimeError, match="backend 'compiled' was requested, but"):
+            reparameterize(*arguments)
+        with pytest.raises(RuntimeError, match=r"only parts of attention_forward have compiled cpu|was not built"):
+            scaled_dot_product_attention(*(torch.zeros(1, 2, 4),) * 3)
+    assert fastgen.current_backend() == "auto"
+
+
+def test_use_backend_is_undone_by_an_error_and_nests():
+    with pytest.raises(ZeroDivisionError), fastgen.use_backend("torch"):
+        with fastgen.use_backend("auto"):
+            assert fastgen.current_backend() == "auto"
+        assert fastgen.current_backend() == "torch"
+        raise ZeroDivisionError
+    assert fastgen.current_backend() == "auto"
+
+
+@pytest.mark.parametrize(("name", "outcome"), [("torch", "torch\n"), ("gpu", "FASTGEN_BACKEND: expected one of auto")])
+def test_the_environment_chooses_the_backend(name, outcome):
+    done = subprocess.run(
+        [sys.executable, "-c", "import fastgen; print(fastgen.current_backend())"],
+        env={**os.environ, "FASTGEN_BACKEND": name},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert outcome in done.stdout + done.stderr
+
+
+PROBE = """
+import torch, fastgen
+mu = torch.zeros(3, 8, requires_grad=True)
+torch.manual_seed(0)
+z, kl = fastgen.functional.reparameterize_kl(mu, torch.zeros(3, 8))
+(z.sum() + kl.sum()).backward()
+q = torch.randn(1, 2, 4, 8)
+fastgen.functional.scaled_dot_product_attention(q, q, q, window=(1, 1))
+print(fastgen.info())
+print("sample", float(z[0, 0]))
+try:
+    with fastgen.use_backend("compiled"):
+        fastgen.functional.reparameterize(mu, mu)
+except RuntimeError as error:
+    print("refused:", error)
+"""
+
+
+def run_copy(tmp_path, **extra):
+    copy = tmp_path / "fastgen"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__", "_build_report.json"))
+    for name, content in extra.items():
+        (copy / name.replace("__", ".")).write_bytes(content)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    return subprocess.run(
+        [sys.executable, "-c", PROBE], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_everything_works_with_every_compiled_library_removed(tmp_path):
+    output = run_copy(tmp_path)
+    assert "_cpu was not built" in output
+    assert "refused: backend 'compiled' was requested, but _cpu was not built" in output
+    torch.manual_seed(0)
+    mine = reparameterize(torch.zeros(3, 8), torch.zeros(3, 8))
+    theirs = float(output.split("sample ")[1].split()[0])
+    assert abs(theirs - float(mine[0, 0])) < 1e-6
+
+
+def test_a_library_that_does_not_load_is_skipped_with_its_reason(tmp_path):
+    output = run_copy(tmp_path, _cpu__so=b"not a library")
+    assert "library _cpu: _cpu.so does not load" in output
+    assert "sample" in output
+
+
+def test_a_library_that_was_cut_short_is_skipped_with_its_reason_and_does_not_kill_the_process(tmp_path):
+    whole = Path(backend.compiled_libraries()[0].path or pytest.skip("no library was built")).read_bytes()
+    output = run_copy(tmp_path, _cpu__so=whole[: len(whole) // 2], _C__so=whole[:70])
+    assert f"library _cpu: _cpu.so was cut short: it has {len(whole) // 2} bytes of" in output
+    assert "sample" in output
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "works"),
+    [
+        ((8, 0), ["80"], True),
+        ((8, 6), ["80"], True),
+        ((9, 0), ["90a"], True),
+        ((9, 0), ["80"], False),
+        ((10, 0), ["80", "90a", "120", "120+PTX"], False),
+        ((12, 1), ["120", "120+PTX"], True),
+        ((13, 0), ["120", "120+PTX"], True),
+        ((9, 0), [], False),
+    ],
+)
+def test_which_devices_a_build_runs_on(capability, architectures, works):
+    assert backend.runs_on(capability, architectures) is works
+
+
+def test_a_gpu_that_the_kernels_are_not_compiled_for_takes_pytorch_and_says_so(monkeypatch):
+    cuda, name = torch.device("cuda", 0), "attention_forward"
+    library = backend.CompiledLibrary("_cuda", "cuda", path=Path("somewhere"))
+    monkeypatch.setattr(libraries, "_compiled", [library])
+    monkeypatch.setattr(selection, "_places", {})
+    monkeypatch.setattr(libraries, "has_kernel", lambda *arguments: True)
+    monkeypatch.setattr(libraries, "compiled_architectures", lambda: ["80", "90a"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    reason = "the kernels are compiled for 80, 90a, not for (7, 5)"
+    assert selection._place(name, cuda, torch.float16) == (backend.TORCH, reason)
+    assert fastgen.environment._served_by(name, cuda) == f"PyTorch ({reason})"
+    with fastgen.use_backend("compiled"), pytest.raises(RuntimeError, match="compiled for 80, 90a, not for"):
+        backend.select(name, SimpleNamespace(device=cuda, dtype=torch.float16))
+
+
+def test_the_torch_backend_is_still_accepted_as_reference():
+    with pytest.warns(DeprecationWarning, match="'reference' is called 'torch'"), fastgen.use_backend("reference"):
+        assert fastgen.current_backend() == "torch"
