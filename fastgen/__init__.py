@@ -14,11 +14,14 @@ __all__ = [
     "Info",
     "__version__",
     "accelerate",
+    "create_model",
     "current_backend",
     "functional",
     "info",
+    "list_models",
     "losses",
     "ops",
+    "register_model",
     "restore",
     "use_backend",
 ]
@@ -34,6 +37,9 @@ _HOMES = {
     **dict.fromkeys(("AccelerationReport", "accelerate", "restore"), "fastgen.integrations"),
 }
 
+_ZOO = ("create_model", "list_models", "register_model")
+"""Names from ``fastgen.models``, which is imported when one of them is first used."""
+
 if TYPE_CHECKING:
     from fastgen import functional, losses, ops
     from fastgen import models as models
@@ -42,12 +48,15 @@ if TYPE_CHECKING:
     from fastgen.backend import current_backend, use_backend
     from fastgen.environment import Info, info
     from fastgen.integrations import AccelerationReport, accelerate, restore
+    from fastgen.models import create_model, list_models, register_model
 else:
 
     def __getattr__(name: str) -> Any:
         """Imports submodules at their first use, and the package's names where torch is not imported yet."""
         if name in _SUBMODULES:
             return import_module(f"{__name__}.{name}")
+        if name in _ZOO:
+            return getattr(import_module(f"{__name__}.models"), name)
         if name in __all__:
             return _load()[name]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
