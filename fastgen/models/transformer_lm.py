@@ -476,7 +476,8 @@ class CachedBlocks:
         first = self.blocks[0]
         sizes = (batch, first.heads, max_length, first.head_dim)
         self.caches = [KVCache(*sizes, window=window, segment=segment, device=device, dtype=dtype) for _ in blocks]
-        if padding is not None and any(padding):
+        self.padded = padding is not None and any(padding)
+        if self.padded:
             for cache in self.caches:
                 cache.reset(torch.tensor(padding, device=device))
         self._steps: list[TokenStep | None] = []
@@ -489,15 +490,17 @@ class CachedBlocks:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Embedded tokens (B, N, width), which follow those in the caches -> hidden states (B, N, width)."""
+        length = x.size(1)
         for cache in self.caches:
-            cache.make_room(x.size(1))
-        mask, (cos, sin) = self.caches[0].mask(x.size(1)), self._rotation(x)
-        if x.size(1) == 1 and not self._steps:
+            cache.make_room(length)
+        mask, (cos, sin) = self.caches[0].mask(length), self._rotation(x)
+        single = length == 1 and not x.requires_grad  # a block refuses what requires grad
+        if single and not self._steps:
             pairs = zip(self.blocks, self.caches, strict=True)
             self._steps = [TokenStep(block, cache) if TokenStep.fits(block) else None for block, cache in pairs]
+        steps = self._steps if single else [None] * len(self.caches)
         half = cos.size(-1) // 2
-        for i, (block, cache) in enumerate(zip(self.blocks, self.caches, strict=True)):
-            step = self._steps[i] if x.size(1) == 1 else None
+        for block, cache, step in zip(self.blocks, self.caches, steps, strict=True):
             if step is None:
                 x = block(x, (cos[..., :half], sin[..., half:]), cache=cache, mask=mask)
             else:
@@ -512,8 +515,11 @@ class CachedBlocks:
             dtype = torch.promote_types(x.dtype, torch.float32)
             cos, sin = self.rotary.tables(1 << (end - 1).bit_length(), device=x.device, dtype=dtype)
             self._tables = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        cos, sin = self._tables
+        if not self.padded:
+            return cos[first.num_tokens : end], sin[first.num_tokens : end]
         positions = first.positions(x.size(1))
-        return F.embedding(positions, self._tables[0]), F.embedding(positions, self._tables[1])
+        return cos[positions], sin[positions]
 
 
 class TokenStep:
@@ -523,7 +529,8 @@ class TokenStep:
     """
 
     def __init__(self, block: LMBlock, cache: KVCache) -> None:
-        self.cache, self.heads, self.head_dim, self.activate = cache, block.heads, block.head_dim, block.activate
+        self.cache, self.dtype, self.activate = cache, cache.keys.dtype, block.activate
+        self.heads, self.head_dim = block.heads, block.head_dim
         self.attention_norm, self.mlp_norm = block.attention_norm.weight, block.mlp_norm.weight
         self.qkv, self.merge = block.qkv.weight, block.merge.weight
         self.mlp_in, self.mlp_out = block.mlp_in.weight, block.mlp_out.weight
@@ -558,9 +565,8 @@ class TokenStep:
             query_key = _rms_norm(query_key, self.qk_norm, self.eps)
         cos, sin = cos.view(-1, 1, 1, 1, self.head_dim), sin.view(-1, 1, 1, 1, self.head_dim)
         query_key = torch.addcmul(query_key * cos, query_key.roll(self.head_dim // 2, -1), sin)
-        dtype = self.cache.keys.dtype
-        query_key = query_key.to(dtype)
-        keys, values = self.cache.append(query_key.select(1, 1), value.to(dtype))
+        query_key = query_key.to(self.dtype)
+        keys, values = self.cache._append(query_key.select(1, 1), value)
         heads = F.scaled_dot_product_attention(query_key.select(1, 0), keys, values, attn_mask=mask)
         x = x + F.linear(heads.reshape(x.shape), self.merge)
         hidden = F.linear(_rms_norm(x, self.mlp_norm, self.eps), self.mlp_in)

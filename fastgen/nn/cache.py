@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -167,13 +167,18 @@ class KVCache(nn.Module):
         """
         if torch.compiler.is_compiling():
             raise RuntimeError("append: expected an eager call, since its shapes grow; compiled code calls update")
-        length = self._checked_length(key, value)
-        first, begin, end = self._first_slot(), self._written, self._written + length
-        keys, values = self.keys, self.values
+        self._checked_length(key, value)
+        return self._append(key, value)
+
+    def _append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """``append`` without checks, whose cost matters for single tokens."""
+        first, begin, length = self._first_slot(), self._written, key.size(2)
+        self._written = end = begin + length
+        buffers = cast("dict[str, Tensor]", self._buffers)  # faster than attributes of a module
+        keys, values = buffers["keys"], buffers["values"]
         keys.narrow(2, begin, length).copy_(key)
         values.narrow(2, begin, length).copy_(value)
-        self.position.add_(length)
-        self._written = end
+        buffers["position"].add_(length)
         return keys.narrow(2, first, end - first), values.narrow(2, first, end - first)
 
     def mask(self, length: int) -> Tensor | None:
@@ -272,7 +277,11 @@ class KVCache(nn.Module):
 
     def _first_slot(self) -> int:
         """Where in the buffers the first token is that any of the next ones may attend to."""
-        if self._padded and self.segment is not None:  # segments begin elsewhere in each sequence
+        if self.window is not None:
+            return max(0, self._written - self.window)
+        if self.segment is None:
+            return 0
+        if self._padded:  # segments begin elsewhere in each sequence
             return max(0, self._written + 1 - 2 * self.segment)
         return max(0, self._first_attended(self._written + self._dropped) - self._dropped)
 

@@ -1,4 +1,4 @@
-"""The cache of keys and values: steps give what full attention gives, compiled or not."""
+"""The KV cache: steps are equal to full attention, compiled or not."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def empty(max_length=12, batch=B, **kwargs):
 
 
 def steps(store, query, key, value, sizes):
-    """Attention of a sequence that comes in pieces."""
+    """Attention of a sequence that is written in parts."""
     outs, start = [], 0
     for size in sizes:
         part = slice(start, start + size)
@@ -43,31 +43,94 @@ def steps(store, query, key, value, sizes):
     return torch.cat(outs, dim=2)
 
 
+def eager_steps(store, query, key, value, sizes):
+    """``steps`` by ``append``."""
+    outs, start = [], 0
+    for size in sizes:
+        part = slice(start, start + size)
+        store.make_room(size)
+        mask = store.mask(size)
+        keys, values = store.append(key[:, :, part], value[:, :, part])
+        assert keys.data_ptr() >= store.keys.data_ptr()
+        outs.append(attend(query[:, :, part], keys, values, mask))
+        start += size
+    return torch.cat(outs, dim=2)
+
+
+def banded(query, key, value, *, window=None, segment=None):
+    """Causal attention within a window, or within a segment and the one before."""
+    place = torch.arange(query.size(2))
+    mask = place <= place[:, None]
+    if window is not None:
+        mask &= place >= place[:, None] - window
+    if segment is not None:
+        mask &= place >= (place[:, None] // segment - 1) * segment
+    return attend(query, key, value, mask)
+
+
 @pytest.mark.parametrize("sizes", [[9], [1] * 9, [5, 1, 1, 2], [3, 6]], ids=str)
 @pytest.mark.parametrize("max_length", [9, 16])
 @pytest.mark.parametrize("window", [None, 0, 3])
-def test_steps_give_full_causal_attention(sizes, max_length, window):
+def test_steps_equal_full_causal_attention(sizes, max_length, window):
     query, key, value = tokens(9)
     out = steps(empty(max_length, window=window), query, key, value, sizes)
     wanted = attend(query, key, value, is_causal=True, window=None if window is None else (window, 0))
     torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_left_padded_sequences_give_what_they_give_alone():
+BOUNDS = [{}, {"window": 0}, {"window": 3}, {"segment": 1}, {"segment": 3}]
+
+
+@pytest.mark.parametrize("bound", BOUNDS, ids=str)
+@pytest.mark.parametrize("sizes", [[9], [1] * 9, [5, 1, 1, 2], [3, 6]], ids=str)
+def test_updated_and_appended_tokens_attend_within_their_window_or_segments(bound, sizes):
+    query, key, value = tokens(9)
+    wanted = banded(query, key, value, **bound)
+    for way in (steps, eager_steps):
+        store = empty(9, **bound)
+        torch.testing.assert_close(way(store, query, key, value, sizes), wanted, rtol=1e-12, atol=1e-12)
+        assert store.position.item() == store.num_tokens == 9
+
+
+@pytest.mark.parametrize("bound", BOUNDS[1:], ids=str)
+@pytest.mark.parametrize("padding", [None, [2, 0]], ids=str)
+def test_a_text_longer_than_the_cache_drops_what_is_out_of_reach(bound, padding):
+    query, key, value = tokens(40)
+    store = empty(8, **bound)
+    if padding is not None:
+        store.reset(torch.tensor(padding))
+    out = eager_steps(store, query, key, value, [3, 1, 3, *[1] * 20, 2, *[1] * 11])
+    for b, pad in enumerate(padding or [0, 0]):
+        alone = banded(*(t[b : b + 1, :, pad:] for t in (query, key, value)), **bound)
+        torch.testing.assert_close(out[b : b + 1, :, pad:], alone, rtol=1e-12, atol=1e-12)
+        assert store.positions(1).expand(2, 1)[b].item() == 40 - pad
+    assert store.num_tokens == 40
+    assert store.position.item() <= 8
+
+
+def test_single_unpadded_tokens_need_no_mask():
+    store = empty()
+    assert store.mask(1) is None
+    assert store.mask(2).shape == (1, 1, 2, 2)
+    store.reset(torch.tensor([1, 0]))
+    assert store.mask(1).shape == (B, 1, 1, 1)
+
+
+def test_left_padded_sequences_equal_unpadded_ones():
     query, key, value = tokens(7)
     store, padding = empty(), torch.tensor([3, 0])
     store.reset(padding)
-    for tensor in (query, key, value):  # what padding holds counts for nothing
+    for tensor in (query, key, value):  # padding is masked
         tensor[0, :, :3] = torch.nan
     out = steps(store, query.nan_to_num(), key, value, [5, 1, 1])
     assert store.update(key[:, :, :1], value[:, :, :1])[2].shape == (B, 1, 1, 12)
     for b, pad in enumerate(padding.tolist()):
         alone = tuple(t[b : b + 1, :, pad:] for t in (query, key, value))
         torch.testing.assert_close(out[b : b + 1, :, pad:], attend(*alone, is_causal=True), rtol=1e-12, atol=1e-12)
-    assert (out[0, :, :3] == 0).all(), "a query that is padding sees nothing"
+    assert (out[0, :, :3] == 0).all(), "queries of padding are fully masked"
 
 
-def test_what_is_not_written_counts_for_nothing():
+def test_unwritten_slots_are_masked():
     query, key, value = tokens(4)
     store = empty()
     store.keys.fill_(torch.nan)
@@ -76,7 +139,7 @@ def test_what_is_not_written_counts_for_nothing():
     torch.testing.assert_close(out, attend(query, key, value, is_causal=True))
 
 
-def test_reset_forgets():
+def test_reset_empties_the_cache():
     query, key, value = tokens(6)
     store = empty(8)
     store.reset(torch.tensor([1, 0], dtype=torch.int32))
@@ -87,7 +150,7 @@ def test_reset_forgets():
     assert store.position.item() == 6
 
 
-def test_reorder_goes_on_with_other_sequences():
+def test_reorder_continues_other_sequences():
     query, key, value = tokens(6, batch=3)
     order = torch.tensor([2, 2, 0])
     store = empty(batch=3)
@@ -163,7 +226,7 @@ def test_made_in_inference_and_written_outside_or_the_other_way_round(mode):
     torch.testing.assert_close(torch.cat((first, second), dim=2), attend(query, key, value, is_causal=True))
 
 
-def test_copies_go_on_alone():
+def test_copies_are_independent():
     query, key, value = tokens(4)
     store = empty()
     steps(store, query[:, :, :3], key[:, :, :3], value[:, :, :3], [3])
@@ -220,6 +283,11 @@ ERRORS = [
     (lambda: empty().reset([0, 1]), TypeError, "padding: expected a tensor or None, got list"),
     (lambda: empty().reorder(torch.zeros(3).long()), ValueError, r"indices: expected shape \(B,\) = \(2,\)"),
     (lambda: empty().reorder(torch.zeros(2)), TypeError, "indices: expected an integer tensor, .*got torch.float32"),
+    (lambda: empty(segment=0), ValueError, "segment: expected a positive integer, got 0"),
+    (lambda: empty(segment=2, window=3), ValueError, "window: expected None with segment = 2, got 3"),
+    (lambda: empty().append(KEY[:1], VALUE), ValueError, r"key: expected \(2, 2, N, 8\), got \(1, 2, 3, 8\)"),
+    (lambda: empty(2).append(KEY, VALUE), ValueError, "key: expected at most 2 more tokens, .*max_length = 2, got 3"),
+    (lambda: empty(2).make_room(3), ValueError, "length: expected at most 2 tokens at once, in a cache of 2, got 3"),
     (lambda: empty().positions(0), ValueError, "length: expected a positive integer, got 0"),
 ]  # fmt: skip
 
