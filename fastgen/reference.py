@@ -166,7 +166,7 @@ def attention_backward(
 
 
 class _Tangent(NamedTuple):
-    """What a step in the direction of the tangents does to P. ``key`` and ``value`` have every head."""
+    """P and its change in the direction of the tangents. ``key`` and ``value`` have all H heads."""
 
     key: Tensor
     value: Tensor
@@ -250,9 +250,9 @@ def attention_second_order(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of <dO, O'> + <dl, l'>, where (O', l') is ``attention_tangent``.
 
-    The tangents being the gradients that come in for (dQ, dK, dV, db), that scalar is <Gq, dQ> + <Gk, dK> + <Gv, dV> +
-    <Gb, db>: these are the gradients of grad_out, grad_lse, query, key, value and a floating mask through
-    ``attention_backward``. The last four are those through ``attention_tangent``, too.
+    The tangents are the incoming gradients of (dQ, dK, dV, db), so that the scalar is <Gq, dQ> + <Gk, dK> + <Gv, dV> +
+    <Gb, db>. Returned are the gradients of grad_out, grad_lse, query, key, value and a floating mask through
+    ``attention_backward``. The last four are also the gradients through ``attention_tangent``.
 
     dP = (dO V^T) keep, d = rowsum(dP P) - dl, dS = P (dP - d), C = (dO Gv^T) keep, r = rowsum(dO O'),
     dS2 = (W - w) dS + P (C - r): gradients O', w, a (dS2 K + dS Gk), a (dS2^T Q + dS^T Gq), (Pt keep)^T dO, dS2.

@@ -1,4 +1,4 @@
-"""Where a test runs: each backend on each device, or a skip that says why not."""
+"""Fixtures: each backend on each device, or a skip with the reason."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import zlib
 from collections import Counter
 
-# A worker of pytest-xdist has one core; the processes that its tests start have no more.
+# A worker of pytest-xdist has one core, and so do the processes that its tests start.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Inductor's cache on disk does not notice that an operator's fake has changed since.
@@ -41,7 +41,7 @@ def place_or_skip(backend: str, device: str, operator: str) -> torch.device:
 
 
 def _forced(request, operator: str):
-    """The device of a place, with its backend forced around the test."""
+    """The device of a place; its backend is forced during the test."""
     backend = request.param[0]
     device = place_or_skip(*request.param, operator)
     if backend == "emulated":
@@ -57,13 +57,13 @@ def latent_place(request):
 
 @pytest.fixture(params=[place for place in PLACES if place != ("compiled", "cpu")], ids=lambda place: "-".join(place))
 def attention_place(request):
-    """Attention's own CPU kernel is no backend of its own, but part of the PyTorch path."""
+    """Without ("compiled", "cpu"): on CPU only parts of attention are compiled, which the PyTorch path calls."""
     yield from _forced(request, "attention_forward")
 
 
 @pytest.fixture
 def fresh_compiler():
-    """torch.compile knows no earlier test's code: it gives up on a function that it met in too many forms."""
+    """torch.compile without the code of earlier tests: it gives up on a function with too many recompilations."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -71,7 +71,7 @@ def fresh_compiler():
 
 @pytest.fixture
 def emulator(request):
-    """The emulator's module, with a schedule of this test's own; tensors made in the test are known to it."""
+    """The emulator's module, with a schedule seeded by the test; it tracks tensors that the test allocates."""
     reason = build.why_not()
     if reason is not None:
         pytest.skip(reason)
@@ -92,7 +92,7 @@ def device(request):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc):
-    """Ids are the same in every process: pytest-xdist's workers compare them, and they seed the emulator's schedules.
+    """Makes ids equal in every process: pytest-xdist's workers compare them, and they seed the emulator's schedules.
 
     ``ids=str`` would show where in memory a function lies.
     """
@@ -102,7 +102,7 @@ def pytest_generate_tests(metafunc):
 
 
 def modes() -> dict[str, object]:
-    """What a test must leave as it found it: later ones would run without autograd, or inside a transform."""
+    """Global modes that a test must restore: later tests would run without autograd, or inside a transform."""
     return {
         "grad mode": torch.is_grad_enabled(),
         "inference mode": torch.is_inference_mode_enabled(),
@@ -124,7 +124,7 @@ def _seeded():
 
 
 def work_here() -> dict[str, dict[str, int]]:
-    """What the library's kernels did in this process's emulator."""
+    """Counters of the library's kernels in this process's emulator."""
     if build.module.cache_info().currsize == 0:
         return {}
     samples = {*build.module().kernels()}
@@ -145,13 +145,13 @@ def pytest_sessionfinish(session):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):
-    """A worker of pytest-xdist is done. One that died has no output."""
+    """Adds the counters of a finished pytest-xdist worker. One that crashed has no output."""
     for kernel, counters in getattr(node, "workeroutput", {}).get("emulated", {}).items():
         _work_of_workers.setdefault(kernel, Counter()).update(counters)
 
 
 def pytest_terminal_summary(terminalreporter):
-    """What the library's kernels did in the emulator, over the whole run."""
+    """Counters of the library's kernels in the emulator, over the whole run."""
     columns = ("launches", "blocks", "block_barriers", "shuffles", "matrix_products", "shared_passes", "bank_conflicts")
     rows = [
         [kernel, *(str(counters[column]) for column in columns)]

@@ -1,4 +1,4 @@
-"""Settings that meet pairwise, where the full product is too long."""
+"""Pairwise covering sets of settings, where the full product is too large."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def covering(axes: list[Sequence[Any]], allowed: Callable[[Sequence[Any]], bool]) -> list[list[Any]]:
-    """Points among which every two values of different axes meet, where an allowed point has both.
+    """Points that contain every pair of values of different axes, where an allowed point contains both.
 
     Greedy, as in Cohen et al., "The AETG system" (1997): each point takes a pair that is missing and, of fifty random
     ways to complete it, the one with most missing pairs.

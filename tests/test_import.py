@@ -1,4 +1,4 @@
-"""What importing fastgen costs, and what it brings."""
+"""Import of fastgen: its cost, and what it registers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def modules_after(code: str) -> set[str]:
-    """Those that a fresh process has imported after the code, of torch and fastgen."""
+    """Names in sys.modules of a fresh process after it ran the code."""
     ending = "\nimport sys; print('\\n', *sys.modules)"
     done = subprocess.run([sys.executable, "-c", code + ending], cwd=ROOT, capture_output=True, text=True, check=True)
     return set(done.stdout.splitlines()[-1].split())

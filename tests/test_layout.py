@@ -1,4 +1,4 @@
-"""Where a module stands: an import goes down the floors of the package, never up, nor across to another family."""
+"""The layers of the package: a module imports only lower layers, and no other family of operators."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ FLOORS = [
     ("cli",),
     ("__main__", ""),
 ]
-"""From the ground up: packages and modules of fastgen. The last is the package's own ``__init__``."""
+"""Packages and modules of fastgen, from the lowest layer up. The last is the package's own ``__init__``."""
 
 APART = ("ops.attention", "ops.latent", "ops.projection", "ops.recurrent")
-"""On one floor, but never importing each other."""
+"""In one layer, but without imports of each other."""
 
 
 def module_of(path: Path) -> str:
@@ -37,7 +37,7 @@ def module_of(path: Path) -> str:
 
 
 def place(module: str) -> tuple[int, str] | None:
-    """The floor, and the longest name in FLOORS that the module belongs to."""
+    """The layer of a module, and the longest name in FLOORS that contains it."""
     found = [(len(name), level, name) for level, names in enumerate(FLOORS) for name in names if within(module, name)]
     return max(found)[1:] if found else None
 
@@ -65,12 +65,12 @@ def imported_modules(path: Path) -> set[str]:
     return out
 
 
-def test_every_module_stands_on_a_floor_and_imports_only_go_down() -> None:
+def test_every_module_has_a_layer_and_imports_only_lower_ones() -> None:
     wrong, seen = [], 0
     for path in sorted(PACKAGE.rglob("*.py")):
         module = module_of(path)
         here = place(module)
-        assert here is not None, f"{module} is on no floor"
+        assert here is not None, f"{module} is in no layer of FLOORS"
         for target in imported_modules(path) - {module}:
             there = place(target)
             assert there is not None, target

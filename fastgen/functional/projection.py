@@ -11,33 +11,18 @@ from torch import Tensor
 from fastgen import checks as check
 from fastgen.backend import may_use_tf32, select
 from fastgen.functional._autocast import autocast_dtype, lower
+from fastgen.functional._projection_arguments import (
+    check_linear,
+    check_rotary,
+    gate_of,
+    head_epilogue,
+    tokens_of,
+    upcast_tables,
+)
 from fastgen.ops.projection import epilogue, plan
 from fastgen.ops.projection.autograd import merge_heads, projection
 from fastgen.ops.projection.epilogue import HeadEpilogue
 from fastgen.ops.projection.layout import Layout
-
-
-def _projection_input(x: Tensor, channels_first: bool) -> Tensor:
-    check.require_tensor("x", x)
-    check.require_floating("x", x)
-    check.require_flag("channels_first", channels_first)
-    if channels_first:
-        if x.dim() < 3:
-            raise ValueError(f"x: expected (B, C, *spatial) with channels_first, got {check.shape_of(x)}")
-        return x.flatten(2)
-    if x.dim() != 3:
-        raise ValueError(f"x: expected (B, N, C), got {check.shape_of(x)}")
-    return x
-
-
-def _checked_linear(x: Tensor, channels: int, weight: Tensor, bias: Tensor | None, rows: int | str) -> None:
-    check.require_tensor("weight", weight)
-    check.require_tensor("bias", bias, optional=True)
-    if weight.dim() != 2 or weight.size(1) != channels:
-        raise ValueError(f"weight: expected ({rows}, {channels}), got {check.shape_of(weight)}")
-    if bias is not None:
-        check.require_shape("bias", bias, (weight.size(0),), "(rows of weight,)")
-    check.require_alike("x", x, weight=weight, bias=bias)
 
 
 def multi_head_projection(
@@ -99,31 +84,6 @@ def multi_head_projection(
     )[0]
 
 
-def _checked_rotary(rotary: tuple[Tensor, Tensor], x: Tensor, batch: int, length: int, dims: Sequence[int]) -> None:
-    """Checks tables for head dims ``dims``."""
-    if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
-        raise ValueError(f"rotary: expected a pair of tables (cos, sin), got {type(rotary).__name__}")
-    for name, table in zip(("cos", "sin"), rotary, strict=True):
-        check.require_tensor(name, table)
-        check.require_floating(name, table)
-        if table.shape[:-1] not in ((length,), (batch, length)) or not 1 <= 2 * table.size(-1) <= min(dims):
-            raise ValueError(
-                f"{name}: expected (N, R / 2) or (B, N, R / 2) with B = {batch}, N = {length} and R at most the head"
-                f" dim {min(dims)}, got {check.shape_of(table)}"
-            )
-        if table.device != x.device:
-            raise ValueError(f"{name}: expected the device of x, {x.device}, got {table.device}")
-    check.require_shape("sin", rotary[1], tuple(rotary[0].shape), "that of cos")
-
-
-def _upcast_tables(rotary: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """(1|B, N, R / 2), in float32, or float64 where x or a table is float64."""
-    wide = any(t.dtype == torch.float64 for t in (x, *rotary))
-    dtype = torch.float64 if wide else torch.float32
-    cos, sin = (table.to(dtype) if table.dim() == 3 else table.to(dtype).unsqueeze(0) for table in rotary)
-    return cos, sin
-
-
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
     """Rotary position embedding (RoPE): a pair of channels (a, b) becomes ``(a cos - b sin, b cos + a sin)``.
 
@@ -153,8 +113,8 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool =
     if x.dim() != 4:
         raise ValueError(f"x: expected (B, H, N, D), got {check.shape_of(x)}")
     check.require_flag("interleaved", interleaved)
-    _checked_rotary((cos, sin), x, x.size(0), x.size(2), (x.size(3),))
-    return epilogue.rotary(x, *_upcast_tables((cos, sin), x), interleaved).to(x.dtype)
+    check_rotary((cos, sin), x, x.size(0), x.size(2), (x.size(3),))
+    return epilogue.rotary(x, *upcast_tables((cos, sin), x), interleaved).to(x.dtype)
 
 
 def qkv_projection(
@@ -204,7 +164,7 @@ def qkv_projection(
         >>> q.shape, v.shape
         (torch.Size([2, 4, 5, 4]), torch.Size([2, 1, 5, 4]))
     """
-    tokens = _projection_input(x, channels_first)
+    tokens = tokens_of(x, channels_first)
     for name, counts in (("heads", heads), ("head_dims", head_dims)):
         if not isinstance(counts, (tuple, list)) or not counts:
             raise ValueError(f"{name}: expected a sequence of positive integers, got {counts!r}")
@@ -219,14 +179,14 @@ def qkv_projection(
     check.require_tensor("bias", bias, optional=True)
     low = autocast_dtype(x)
     tokens, weight, bias = lower(tokens, low), lower(weight, low), None if bias is None else lower(bias, low)
-    _checked_linear(tokens, tokens.size(1 if channels_first else 2), weight, bias, rows)
+    check_linear(tokens, tokens.size(1 if channels_first else 2), weight, bias, rows)
     after = HeadEpilogue()
     norms = () if norms is None else norms
     if not isinstance(norms, (tuple, list)):
         raise TypeError(f"norms: expected a tuple or list of weights, one for each part, got {type(norms).__name__}")
     if norms or rotary is not None:
         length = tokens.size(2 if channels_first else 1)
-        after = _checked_epilogue(tokens, length, head_dims, norms, norm_eps, rotary, rotated, interleaved, low)
+        after = head_epilogue(tokens, length, head_dims, norms, norm_eps, rotary, rotated, interleaved, low)
     layout = Layout(list(heads), list(head_dims), channels_first, may_use_tf32(tokens))
     namespace = _select_for_heads(tokens, layout, after)
     if after.cos is not None and (
@@ -253,49 +213,6 @@ def _select_for_heads(tokens: Tensor, layout: Layout, after: HeadEpilogue) -> st
 
 def _may_be_differentiated(*tables: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(table is not None and table.requires_grad for table in tables)
-
-
-def _checked_epilogue(
-    tokens: Tensor,
-    length: int,
-    head_dims: Sequence[int],
-    norms: Sequence[Tensor],
-    eps: float,
-    rotary: tuple[Tensor, Tensor] | None,
-    rotated: int,
-    interleaved: bool,
-    low: torch.dtype | None,
-) -> HeadEpilogue:
-    if len(norms) > len(head_dims):
-        raise ValueError(f"norms: expected at most {len(head_dims)} weights, one for each part, got {len(norms)}")
-    cast = []
-    for norm, dim in zip(norms, head_dims, strict=False):
-        check.require_tensor("norms", norm)
-        check.require_shape("norms", norm, (dim,), "(head dim of the part,)")
-        cast.append(lower(norm, low))
-        check.require_alike("x", tokens, norms=cast[-1])
-    after = HeadEpilogue(norms=tuple(cast), eps=check.require_eps("norm_eps", eps))
-    if rotary is None:
-        return after
-    check.require_flag("interleaved", interleaved)
-    if isinstance(rotated, bool) or not isinstance(rotated, int) or not 1 <= rotated <= len(head_dims):
-        raise ValueError(f"rotated: expected between 1 and the {len(head_dims)} parts, got {rotated!r}")
-    _checked_rotary(rotary, tokens, tokens.size(0), length, head_dims[:rotated])
-    cos, sin = _upcast_tables(rotary, tokens)
-    return after._replace(cos=cos, sin=sin, rotated=rotated, interleaved=bool(interleaved))
-
-
-def _checked_gate(gate: Tensor | None, batch: int, channels: int) -> Tensor | None:
-    """The gate as (1|B, 1, 1|E)."""
-    check.require_tensor("gate", gate, optional=True)
-    if gate is None:
-        return None
-    shape = tuple(gate.shape)
-    if shape in ((), (1,), (channels,)):
-        return gate.reshape(1, 1, -1)
-    if shape in ((batch, channels), (batch, 1, channels)):
-        return gate.reshape(batch, 1, channels)
-    raise ValueError(f"gate: expected one element, (E,) = ({channels},) or (B, E) = ({batch}, {channels}), got {shape}")
 
 
 def merge_heads_projection(
@@ -340,9 +257,9 @@ def merge_heads_projection(
         raise ValueError(f"x: expected (B, H, N, D), got {check.shape_of(x)}")
     low = autocast_dtype(x)
     x, weight, bias = lower(x, low), lower(weight, low), None if bias is None else lower(bias, low)
-    _checked_linear(x, x.size(1) * x.size(3), weight, bias, "E")
+    check_linear(x, x.size(1) * x.size(3), weight, bias, "E")
     batch, length, channels = x.size(0), x.size(2), weight.size(0)
-    full_gate = _checked_gate(gate, batch, channels)
+    full_gate = gate_of(gate, batch, channels)
     flat: Tensor | None = None
     shape: tuple[int, ...] = (batch, channels, length) if channels_first else (batch, length, channels)
     if residual is not None:

@@ -1,4 +1,4 @@
-"""One attention problem of the test grid: how its tensors are made, and what must hold of its result."""
+"""One attention problem of the test grid: its tensors, and the checks of its results."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def gradients(out: Tensor, lse: Tensor, leaves: list[Tensor], upstream: list[Ten
 def cancellation(
     leaves: list[Tensor], mask: Tensor | None, keep: Tensor | None, left: int, right: int, grad_out: Tensor
 ) -> list[float]:
-    """What rounding may cost the gradients of query, key, value and mask, where dS = P (dP - d) cancels.
+    """Allowance for rounding in the gradients of query, key, value and mask, where dS = P (dP - d) cancels.
 
     First, float32 rounds the sums: a few units in the last place of the sum of absolute values. Second,
     d = rowsum(dO O) takes O as it was kept, rounded to the dtype, as every fused attention does, while the plain
@@ -150,7 +150,7 @@ def cancellation_second_order(
     right: int,
     grad_out: Tensor,
 ) -> list[float]:
-    """The same for the second order: what rounding may cost O', l' and the gradients of query, key, value and mask.
+    """The same for the second order: for O', l' and the gradients of query, key, value and mask.
 
     O' = A - w O takes O as it was kept, and r = rowsum(dO O') takes O' as it is stored.
     """

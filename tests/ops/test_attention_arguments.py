@@ -43,7 +43,7 @@ def test_leading_dims_broadcast_as_torchs_do(of_query, of_keys):
 
 
 def formula(query, key, value, mask=None, scale=None):
-    """torch's broadcasting; a row that sees no key is 0."""
+    """torch's broadcasting; a fully masked row is 0."""
     scores = query @ key.transpose(-2, -1) * (query.size(-1) ** -0.5 if scale is None else scale)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask

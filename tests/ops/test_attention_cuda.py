@@ -1,4 +1,4 @@
-"""What only a GPU can show of attention: streams, graphs, compilation, leave to use TF32."""
+"""Attention on a GPU: streams, CUDA graphs, compilation, TF32."""
 
 from __future__ import annotations
 

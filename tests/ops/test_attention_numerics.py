@@ -1,4 +1,4 @@
-"""Attention where numbers are hard: large scores, rows that see one key or none, infinities, NaN that must not leak."""
+"""Numerics of attention: large scores, rows with one key or none, infinities, NaN that must not leak."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def formula(query, key, value, attn_mask=None, return_lse=True, is_causal=False)
 
 
 def compare(leaves, device, kwargs):
-    """Ours on the device against the formula: in the same dtype, and exactly."""
+    """Results on the device, of the formula in the same dtype, and of the formula in float64."""
     ours = [t.cpu() for t in results(attention, leaves, **kwargs)]
     host = [t.detach().cpu() for t in leaves]
     mask = kwargs.get("attn_mask")
@@ -113,7 +113,7 @@ PADDED = 40
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("junk", [math.nan, math.inf])
 def test_what_no_query_sees_may_be_anything(attention_place, dtype, kind, junk):
-    """Keys and values from PADDED on hold junk; results are those of the keys before, and their gradients 0."""
+    """Keys and values from PADDED on contain junk: results equal those of the keys before, their gradients are 0."""
     leaves = tensors(dtype, attention_place)
     kwargs = {}
     if kind == "causal":

@@ -69,7 +69,7 @@ def test_tiles_give_the_formulas(monkeypatch, namespace, absent, window, dropout
 
 
 def test_the_second_order_formulas_are_the_derivative_of_the_first():
-    """The oracle against autograd of the oracle; every other test compares with the former or the latter."""
+    """The oracle's formulas against autograd of the oracle; every other test compares with one of the two."""
     tensors = [
         torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 4, 5, 3), (2, 2, 7, 3), (2, 2, 7, 2))
     ]

@@ -1,4 +1,4 @@
-"""Every public function and module, in every way of differentiating twice: right, or it raises. Never silently wrong.
+"""Every public function and module, differentiated twice in every way: correct, or it raises. Never silently wrong.
 
 The oracle is the same thing written in plain PyTorch and differentiated by autograd, in float64.
 """
@@ -613,13 +613,13 @@ ATTENTION = (
     "Transformer",
     "WindowAttention2d",
 )
-"""What calls it refuses what it refuses."""
+"""Layers that call attention, which refuse the same derivatives."""
 ANYTHING = ""
-"""A model may hold what PyTorch itself refuses; a penalty already is a gradient; either may raise anything."""
+"""A model may contain operations that PyTorch refuses to differentiate, and a penalty is itself a gradient."""
 
 
 def refusal(name, way):
-    """What a derivative that is not there says; None where it is promised."""
+    """The error of an unsupported derivative; None for a supported one."""
     if name in PENALTIES or name == "DCGAN":
         return None if way == "double backward" else ANYTHING
     if name in ("ConvVAE", "TransformerLM"):

@@ -1,4 +1,4 @@
-"""A raw operator refuses what does not fit before anything is read, and names the argument."""
+"""Argument checks of the raw operators: a bad argument is refused by name before any memory is read."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from fastgen.testing import largest_error
 from tests.conftest import PLACES, place_or_skip
 from tests.covering import covering
 from tests.emulator import build
-from tests.ops.test_projection import check, tables, turn
+from tests.ops.test_projection import check, rotate, tables
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 PARTS = {
@@ -130,7 +130,7 @@ def test_every_pair_of_settings(case, place):
             parts[i] = F.rms_norm(parts[i], norm.shape, norm, 1e-6)
         for i in range(rotated):
             wide = parts[i].float() if parts[i].dtype.itemsize < 4 else parts[i]
-            parts[i] = turn(wide, *rotary, interleaved).to(x.dtype)
+            parts[i] = rotate(wide, *rotary, interleaved).to(x.dtype)
         return parts
 
     check(ours, plain, [leaf.to(place) for leaf in leaves])
