@@ -126,22 +126,6 @@ def from_data(config_class: type) -> list[str]:
     return [f.name for f in dataclasses.fields(config_class) if f.metadata.get("from_data")]
 
 
-def current_names(config_class: type, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Options under the names that the config's fields have now.
-
-    A config whose fields were renamed maps their old names to the new ones, so that saved models and runs still load:
-    ``renamed: ClassVar[Mapping[str, str]] = {"old_name": "new_name"}``.
-
-    Raises:
-        ValueError: an option is given under both names.
-    """
-    renamed: Mapping[str, str] = getattr(config_class, "renamed", {})
-    for old, new in renamed.items():
-        if old in saved and new in saved:
-            raise ValueError(f"{new}: expected one value, got another under its old name {old}")
-    return {renamed.get(name, name): value for name, value in saved.items()}
-
-
 def to_pixels(images: Tensor) -> Tensor:
     """[-1, 1] -> [0, 1], float32 at least. What is beyond the ends is cut off; what is infinite becomes NaN."""
     wide = 0.5 * images.to(torch.promote_types(images.dtype, torch.float32)) + 0.5
@@ -157,6 +141,22 @@ def image_rows(*stacks: Tensor, columns: int = 16) -> Images:
     columns = min(columns, count)
     same = [stack[: count // columns * columns].expand(-1, channels, -1, -1) for stack in stacks]
     return Images(torch.stack([images.unflatten(0, (-1, columns)) for images in same], dim=1).flatten(0, 2), columns)
+
+
+def current_names(config_class: type, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Options under the names that the config's fields have now.
+
+    A config whose fields were renamed maps their old names to the new ones, so that saved models and runs still load:
+    ``renamed: ClassVar[Mapping[str, str]] = {"old_name": "new_name"}``.
+
+    Raises:
+        ValueError: an option is given under both names.
+    """
+    renamed: Mapping[str, str] = getattr(config_class, "renamed", {})
+    for old, new in renamed.items():
+        if old in saved and new in saved:
+            raise ValueError(f"{new}: expected one value, got another under its old name {old}")
+    return {renamed.get(name, name): value for name, value in saved.items()}
 
 
 class GenerativeModel(nn.Module, Pretrained):
