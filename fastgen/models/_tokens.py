@@ -1,4 +1,4 @@
-"""Characters as tokens, as data of kind "sequences" number them; how one is chosen is in ``_sampling.py``."""
+"""Tokens of data of kind "sequences": padding, start, end, then the characters of the vocabulary."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from fastgen.models.decoding import choose
-
-__all__ = ["END", "FIRST", "PADDING", "START", "choose", "require_known", "require_vocabulary", "spell"]
-
 PADDING, START, END, FIRST = 0, 1, 2, 3
-"""``FIRST`` is the vocabulary's first character."""
+"""``FIRST`` is the first character of the vocabulary."""
 
 
 def require_vocabulary(vocabulary: object) -> None:
-    """ValueError for what is no string of distinct characters."""
+    """Raises ValueError unless it is a string of distinct characters."""
     if not isinstance(vocabulary, str) or not vocabulary:
         raise ValueError(f"vocabulary: expected a string of at least one character, got {vocabulary!r}")
     repeated = sorted({c for c in vocabulary if vocabulary.count(c) > 1})
@@ -24,14 +20,14 @@ def require_vocabulary(vocabulary: object) -> None:
 
 
 def require_known(name: str, text: str, vocabulary: str) -> None:
-    """ValueError for a text with characters that the vocabulary lacks."""
+    """Raises ValueError for a text with characters that the vocabulary lacks."""
     unknown = sorted(set(text) - set(vocabulary))
     if unknown:
         raise ValueError(f"{name}: expected characters of the vocabulary, got {', '.join(map(repr, unknown))}")
 
 
 def spell(tokens: Tensor | Iterable[int], vocabulary: str) -> str:
-    """The text of a row of tokens, up to its end, without start and padding."""
+    """Decodes a row of tokens up to its end token, without start and padding."""
     text = ""
     for token in tokens.tolist() if isinstance(tokens, Tensor) else tokens:
         if token == END:
