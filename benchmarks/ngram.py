@@ -1,11 +1,11 @@
-"""The baseline of language models: n-grams of characters with interpolated modified Kneser-Ney smoothing.
+"""Baseline for language models: character n-grams with interpolated modified Kneser-Ney smoothing.
 
 usage: python benchmarks/ngram.py [--data prose] [--orders 3 4 5 6 7]
 
-Prints nats per character of the held-out text, each given all characters before it that the order allows, across the
-borders of a Transformer's windows. Chen and Goodman, "An empirical study of smoothing techniques for language
-modeling" (1998), section 3: the highest order counts occurrences, the others in how many places an n-gram begins anew;
-three discounts for each order come from how many n-grams are counted once, twice, three and four times.
+Prints nats per character of the held-out text, each given the order - 1 characters before it, without the context
+boundaries of a Transformer. Chen and Goodman, "An empirical study of smoothing techniques for language modeling"
+(1998), section 3: the highest order counts occurrences, lower orders count distinct preceding characters; the three
+discounts of an order are estimated from the numbers of n-grams with counts 1 to 4.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Counts = dict[str, Counter]
 
 
 class KneserNey:
-    """p(character | the order - 1 before it), learnt from a text."""
+    """p(character | the order - 1 characters before it), estimated from a text."""
 
     def __init__(self, text: str, order: int) -> None:
         self.order, self.vocabulary = order, len(set(text))
@@ -37,7 +37,7 @@ class KneserNey:
         self.discounts = [discounts(counts) for counts in self.counts]
 
     def probability(self, context: str, character: str) -> float:
-        """From short contexts to long ones, each mixed with the one before."""
+        """Interpolated from the shortest context to the longest."""
         p = 1 / self.vocabulary
         context = context[max(0, len(context) - self.order + 1) :]
         for length in range(len(context) + 1):
@@ -51,7 +51,7 @@ class KneserNey:
         return p
 
     def nats(self, history: str, text: str) -> float:
-        """Mean over the text's characters, which follow ``history``."""
+        """Mean nats per character of a text that follows ``history``."""
         whole = history[-self.order :] + text
         start = len(whole) - len(text)
         places = range(start, len(whole))
@@ -59,7 +59,7 @@ class KneserNey:
 
 
 def discounts(counts: Counts) -> tuple[float, float, float, float]:
-    """What is taken from counts of 0, 1, 2, and 3 or more."""
+    """Discounts of counts 0, 1, 2, and 3 or more."""
     n = Counter(count for seen in counts.values() for count in seen.values() if count <= 4)
     y = n[1] / (n[1] + 2 * n[2]) if n[1] else 0.0
     found = (k - (k + 1) * y * n[k + 1] / n[k] if n[k] else 0.0 for k in (1, 2, 3))

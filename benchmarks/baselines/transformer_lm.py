@@ -1,4 +1,4 @@
-"""``transformer-lm`` with torch alone: F.scaled_dot_product_attention, rotary positions, F.rms_norm."""
+"""``transformer-lm`` in plain PyTorch: F.scaled_dot_product_attention, RoPE, F.rms_norm."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, H, N, D): channel i turns with channel i + D / 2."""
+    """RoPE of x (B, H, N, D): channels i and i + D / 2 are a pair."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-class DecoderBlock(nn.Module):
+class Block(nn.Module):
     def __init__(self, config) -> None:
         super().__init__()
         width, hidden = config.width, config.hidden_dim
@@ -43,7 +43,7 @@ class TransformerLMTwin(nn.Module):
     def __init__(self, config) -> None:
         super().__init__()
         self.embedding = nn.Embedding(len(config.vocabulary), config.width)
-        self.decoder = nn.ModuleList(DecoderBlock(config) for _ in range(config.depth))
+        self.decoder = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
         frequencies = 10000.0 ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
         angles = torch.outer(torch.arange(config.context), frequencies)

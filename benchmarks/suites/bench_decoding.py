@@ -1,6 +1,6 @@
-"""Drawing text that keeps the keys and values of what it has read, against a loop that reads it all for every token.
+"""Sampling text with KV caches, against a loop that recomputes the whole prefix for every token.
 
-Both draw 256 tokens from one model, whose context has room for them, with the same noise.
+Both sample 256 tokens from one model, within its context, with the same noise.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def without_a_cache(model: TransformerLM, prompt: Tensor, options: TextOptions) 
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-def test_drawing_with_a_cache(benchmark, device: torch.device, batch: int) -> None:
-    """extra_info: the median of ratios of rounds, the loop without a cache over ours."""
+def test_sampling_with_a_cache(benchmark, device: torch.device, batch: int) -> None:
+    """extra_info: median over rounds of the time without a cache divided by ours."""
     model, options = make(device), TextOptions(prompt="a", length=TOKENS)
     start = model.config.vocabulary.index("a")
     prompt = torch.full((batch, 1), start, device=device)
@@ -44,7 +44,7 @@ def test_drawing_with_a_cache(benchmark, device: torch.device, batch: int) -> No
 
     vocabulary = model.config.vocabulary
     same = sum(text == "".join(vocabulary[i] for i in row) for text, row in zip(ours(), loop().tolist(), strict=True))
-    assert same >= batch - batch // 8  # rounding may tip a choice between two tokens
+    assert same >= batch - batch // 8  # rounding may change a sampled token
     times = interleaved_times({"ours": ours, "no cache": loop}, rounds=5, synchronize=device.type == "cuda")
     benchmark.extra_info["shape"] = f"{batch} x {TOKENS} tokens"
     benchmark.extra_info["ratios"] = {"no cache": median_ratio(times["no cache"], times["ours"])}

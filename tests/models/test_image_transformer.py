@@ -1,4 +1,4 @@
-"""The Transformer over pixels: what a trainer and a caller may rely on."""
+"""ImageTransformer: training, cached sampling, labels, captions and codes."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "caption_examples": ["a", "bc", "cab"],
         "classes": 3,
     },
-    "words": {"codebook_size": 5, "num_downsamples": 1},
-    "words with captions": {
+    "codes": {"codebook_size": 5, "num_downsamples": 1},
+    "codes with captions": {
         "codebook_size": 5,
         "num_downsamples": 1,
         "captions": True,
@@ -72,9 +72,9 @@ def test_shapes_and_gradients_of_every_variant(variant: str) -> None:
             assert (parameter.grad is not None and bool(parameter.grad.any())) == (id(parameter) in own), name
         updated += own
     assert len(updated) == len(list(model.parameters()))
-    drawn = model.draw(4, PixelOptions(), generator=seeded(0))
-    assert isinstance(drawn, Images)
-    assert drawn.pixels.shape == (4, *batch["images"].shape[1:])
+    samples = model.draw(4, PixelOptions(), generator=seeded(0))
+    assert isinstance(samples, Images)
+    assert samples.pixels.shape == (4, *batch["images"].shape[1:])
     shown = model.visualize(batch, generator=seeded(0))["completions"]
     assert (shown.pixels.shape, shown.columns) == ((15, *batch["images"].shape[1:]), 5)
 
@@ -106,7 +106,7 @@ def test_probabilities_of_all_images_sum_to_one(levels: int, tones: int) -> None
     torch.testing.assert_close(total, torch.tensor(1.0))
 
 
-def test_samples_have_the_probabilities_that_the_score_says() -> None:
+def test_samples_have_the_probabilities_of_the_score() -> None:
     model = small_model(image_size=2, levels=2).eval()
     images = torch.cartesian_prod(*[torch.arange(2.0)] * 4).view(-1, 1, 2, 2)
     wanted = (-model.score({"images": images})["nll"]).exp()
@@ -126,7 +126,7 @@ def test_no_prediction_depends_on_what_comes_later() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_cached_values_are_those_of_one_forward(variant: str) -> None:
+def test_cached_logits_equal_one_forward(variant: str) -> None:
     model = small_model(**VARIANTS[variant]).eval()
     batch = random_batch(3, model.config)
     tokens, labels, captions = model.tokens(batch["images"])[:, :-1], batch["labels"], batch["caption"]
@@ -140,7 +140,7 @@ def test_cached_values_are_those_of_one_forward(variant: str) -> None:
 
 
 @pytest.mark.parametrize("known", [0, 5, 15, 16])
-def test_completions_keep_what_is_there_and_are_the_likeliest_at_temperature_0(known: int) -> None:
+def test_completions_keep_given_tokens_and_are_greedy_at_temperature_0(known: int) -> None:
     model = small_model().eval()
     tokens = model.tokens(random_batch(3, model.config)["images"])[:, :known]
     completed = model.complete(tokens, temperature=0.0)
@@ -156,11 +156,11 @@ def test_score_and_loss_are_the_cross_entropy_of_the_next_value() -> None:
     wanted = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens.flatten(), reduction="none").view(4, -1)
     torch.testing.assert_close(model.score(batch)["nll"], wanted.sum(1))
     torch.testing.assert_close(model.loss("pixels", batch, NOW)["loss"], wanted.mean())
-    assert abs(wanted.mean().item() - math.log(6)) < 1.0  # a new model knows nothing
+    assert abs(wanted.mean().item() - math.log(6)) < 1.0  # an untrained model is close to uniform
 
 
-def test_training_steps_lower_the_loss_and_labels_decide_what_is_drawn() -> None:
-    """Every class is one picture."""
+def test_training_steps_lower_the_loss_and_labels_condition_the_samples() -> None:
+    """Every class has one image."""
     model = small_model(classes=3, conditional=True)
     batch = random_batch(3, model.config)
     (phase,) = model.phases()
@@ -174,16 +174,16 @@ def test_training_steps_lower_the_loss_and_labels_decide_what_is_drawn() -> None
         values.append(loss.item())
     assert values[-1] < 0.1 * values[0]
     for label in range(3):
-        drawn = model.draw(2, PixelOptions(label=label, temperature=0.0)).pixels
-        torch.testing.assert_close(drawn, batch["images"][label].expand(2, -1, -1, -1))
+        samples = model.draw(2, PixelOptions(label=label, temperature=0.0)).pixels
+        torch.testing.assert_close(samples, batch["images"][label].expand(2, -1, -1, -1))
     in_turn = model.draw(6, PixelOptions(temperature=0.0))
     assert in_turn.columns == 3
     torch.testing.assert_close(in_turn.pixels, batch["images"].repeat(2, 1, 1, 1))
 
 
-@pytest.mark.parametrize("variant", ["captions", "words with captions"])
-def test_captions_decide_what_is_drawn(variant: str) -> None:
-    """Every caption is one picture; of words, those of the autoencoder as it is."""
+@pytest.mark.parametrize("variant", ["captions", "codes with captions"])
+def test_captions_condition_the_samples(variant: str) -> None:
+    """Every caption has one image; with codes, that of the untrained autoencoder."""
     model = small_model(**VARIANTS[variant])
     batch = random_batch(3, model.config)
     phase = model.phases()[-1]
@@ -194,9 +194,9 @@ def test_captions_decide_what_is_drawn(variant: str) -> None:
         optimizer.step()
     wanted = model.pixels(model.tokens(batch["images"]))
     for i, caption in enumerate(("a", "bc", "cab")):
-        drawn = model.draw(2, PixelOptions(caption=caption, temperature=0.0))
-        torch.testing.assert_close(drawn.pixels, wanted[i].expand(2, -1, -1, -1))
-        assert drawn.labels is None
+        samples = model.draw(2, PixelOptions(caption=caption, temperature=0.0))
+        torch.testing.assert_close(samples.pixels, wanted[i].expand(2, -1, -1, -1))
+        assert samples.labels is None
     in_turn = model.draw(6, PixelOptions(temperature=0.0))
     assert in_turn.columns == 3
     torch.testing.assert_close(in_turn.pixels, wanted.repeat(2, 1, 1, 1))
@@ -204,21 +204,21 @@ def test_captions_decide_what_is_drawn(variant: str) -> None:
 
 
 def test_captions_that_do_not_fit_are_named() -> None:
-    told, alone = small_model(**VARIANTS["captions"]), small_model()
+    conditional, plain = small_model(**VARIANTS["captions"]), small_model()
     with pytest.raises(ValueError, match=r"^caption: expected characters of the vocabulary, got 'e', 'x'$"):
-        told.draw(2, PixelOptions(caption="axe"))
+        conditional.draw(2, PixelOptions(caption="axe"))
     with pytest.raises(ValueError, match=r"^caption: expected at most 3 characters, as in the data, got 4$"):
-        told.draw(2, PixelOptions(caption="abba"))
+        conditional.draw(2, PixelOptions(caption="abba"))
     with pytest.raises(ValueError, match=r"^caption: expected none, as the model has no captions, got 'a'$"):
-        alone.draw(2, PixelOptions(caption="a"))
+        plain.draw(2, PixelOptions(caption="a"))
     with pytest.raises(ValueError, match=r"^caption: expected \(B, 3\) int64 with captions, got none"):
-        told.score({"images": random_batch(2, told.config)["images"]})
+        conditional.score({"images": random_batch(2, conditional.config)["images"]})
     with pytest.raises(ValueError, match=r"^caption: expected shape \(B, caption_length\) = \(2, 3\), got \(2, 4\)"):
-        told(torch.zeros(2, 3, dtype=torch.int64), None, torch.zeros(2, 4, dtype=torch.int64))
+        conditional(torch.zeros(2, 3, dtype=torch.int64), None, torch.zeros(2, 4, dtype=torch.int64))
 
 
-def test_the_bound_of_words_is_that_of_their_pixels_and_their_own() -> None:
-    model = small_model(**VARIANTS["words"]).eval()
+def test_the_elbo_of_codes_is_the_sum_of_both_likelihoods() -> None:
+    model = small_model(**VARIANTS["codes"]).eval()
     batch = random_batch(4, model.config)
     codes = model.autoencoder.encode(batch["images"])
     scores = model.score(batch)
@@ -230,13 +230,13 @@ def test_the_bound_of_words_is_that_of_their_pixels_and_their_own() -> None:
 
 
 def test_labels_that_do_not_fit_are_named() -> None:
-    told, alone = small_model(classes=3, conditional=True), small_model(classes=3)
+    conditional, plain = small_model(classes=3, conditional=True), small_model(classes=3)
     with pytest.raises(ValueError, match="label: expected -1 or a class below 3, got 3"):
-        told.draw(2, PixelOptions(label=3))
+        conditional.draw(2, PixelOptions(label=3))
     with pytest.raises(ValueError, match="label: expected -1, as the model is not conditional, got 0"):
-        alone.draw(2, PixelOptions(label=0))
+        plain.draw(2, PixelOptions(label=0))
     with pytest.raises(ValueError, match=r"labels: expected \(B,\) int64, got a batch without labels"):
-        told.loss("pixels", {"images": random_batch(2, told.config)["images"]}, NOW)
+        conditional.loss("pixels", {"images": random_batch(2, conditional.config)["images"]}, NOW)
 
 
 CONFIG_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
@@ -252,7 +252,7 @@ CONFIG_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         {**VARIANTS["captions"], "conditional": True},
         "captions: expected false with conditional, got true",
     ),
-    "one word": ({"codebook_size": 1}, "codebook_size: expected at least 2, got 1"),
+    "one code": ({"codebook_size": 1}, "codebook_size: expected at least 2, got 1"),
     "a map of no size": (
         {"codebook_size": 8, "image_size": 6},
         "image_size: expected a multiple of 4, as (halvings|num_downsamples) = 2, got 6",
@@ -272,8 +272,8 @@ def test_a_mistake_in_the_config_is_named(mistake: str) -> None:
     options, message = CONFIG_ERRORS[mistake]
     with pytest.raises(ValueError, match=f"^{message}"):
         ImageTransformerConfig(**options)
-    told = ["image_size", "channels", "levels", "classes"]
-    assert from_data(ImageTransformerConfig) == [*told, "caption_vocabulary", "caption_length", "caption_examples"]
+    fields = ["image_size", "channels", "levels", "classes"]
+    assert from_data(ImageTransformerConfig) == [*fields, "caption_vocabulary", "caption_length", "caption_examples"]
 
 
 def test_images_and_tokens_that_do_not_fit_are_named() -> None:
@@ -305,7 +305,7 @@ def test_gradients_under_autocast_are_finite(variant: str) -> None:
     assert loss.dtype == torch.float32
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-    assert model.training  # as it was before drawing
+    assert model.training  # restored after sampling
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -323,9 +323,9 @@ def test_samples_depend_on_the_generator_alone() -> None:
     assert not torch.equal(first, other)
 
 
-def test_a_saved_model_comes_back(tmp_path) -> None:
+def test_save_and_load(tmp_path) -> None:
     pytest.importorskip("huggingface_hub")
-    model = small_model(**VARIANTS["words with captions"], levels=256).eval()
+    model = small_model(**VARIANTS["codes with captions"], levels=256).eval()
     model.save_pretrained(tmp_path)
     loaded = ImageTransformer.from_pretrained(tmp_path)
     assert loaded.config == model.config

@@ -1,4 +1,4 @@
-"""How tokens are chosen from logits: extreme temperatures, ties, infinities, NaN, low precision."""
+"""Sampling tokens from logits: extreme temperatures, ties, infinities, NaN, low precision."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.5}, {"top_p": 5e-324}], ids=str)
-def test_as_the_temperature_goes_to_0_the_likeliest_token_is_chosen(
+def test_as_the_temperature_goes_to_0_the_most_likely_token_is_chosen(
     options: dict[str, float], dtype: torch.dtype
 ) -> None:
     logits = torch.tensor([[1.0, 2.0, 30.0], [-30.0, -1.0, -20.0], [-INF, -INF, -5.0], [3.0, 65000.0, -INF]]).to(dtype)
@@ -66,7 +66,7 @@ def test_at_a_huge_temperature_every_possible_token_is_as_likely() -> None:
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 99])
 def test_top_k_keeps_k_tokens_also_where_some_are_equally_likely(k: int) -> None:
     logits = torch.tensor([[0.0, 1.0, 0.0, 0.0]]).expand(500, -1)
-    expected = [1, 0, 2, 3][:k]  # the likeliest, then the first ones
+    expected = [1, 0, 2, 3][:k]  # the most likely, then the first ones
     assert choose(logits, 1.0, seeded(), top_k=k).unique().tolist() == sorted(expected)
 
 
@@ -136,7 +136,7 @@ def test_gumbel_softmax_at_a_tiny_temperature_is_one_hot_with_a_finite_gradient(
     assert bool(disturbed.grad.isfinite().all())
 
 
-def drawing_models() -> dict[str, GenerativeModel]:
+def sampling_models() -> dict[str, GenerativeModel]:
     small: dict[str, int] = {"width": 8, "depth": 1, "heads": 2}
     return {
         "transformer-lm": TransformerLM(TransformerLMConfig(vocabulary="abc", context=4, **small)),  # type: ignore[arg-type]
@@ -150,9 +150,9 @@ def drawing_models() -> dict[str, GenerativeModel]:
     }
 
 
-@pytest.mark.parametrize("name", drawing_models())
-def test_a_model_whose_weights_are_nan_refuses_to_draw(name: str) -> None:
-    model = drawing_models()[name]
+@pytest.mark.parametrize("name", sampling_models())
+def test_a_model_whose_weights_are_nan_refuses_to_sample(name: str) -> None:
+    model = sampling_models()[name]
     model.draw(2, model.sampling_class(), generator=seeded())
     with torch.no_grad():
         for parameter in model.parameters():
@@ -161,16 +161,16 @@ def test_a_model_whose_weights_are_nan_refuses_to_draw(name: str) -> None:
         model.draw(2, model.sampling_class(), generator=seeded())
 
 
-@pytest.mark.parametrize("name", [name for name in drawing_models() if name != "recurrent-gan"])
+@pytest.mark.parametrize("name", [name for name in sampling_models() if name != "recurrent-gan"])
 def test_samples_at_a_tiny_temperature_are_the_greedy_ones(name: str) -> None:
-    model = drawing_models()[name]
-    drawn = []
+    model = sampling_models()[name]
+    samples = []
     for temperature in (0.0, 1e-39):
         options = model.sampling_class(temperature=temperature)
-        exhibit = model.draw(2, options, generator=seeded())
-        drawn.append(vars(exhibit))
-    for field, value in drawn[0].items():
-        other = drawn[1][field]
+        out = model.draw(2, options, generator=seeded())
+        samples.append(vars(out))
+    for field, value in samples[0].items():
+        other = samples[1][field]
         assert torch.equal(value, other) if isinstance(value, Tensor) else value == other
 
 

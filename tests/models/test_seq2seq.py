@@ -1,4 +1,4 @@
-"""The encoder-decoder Transformer: what a trainer and a caller may rely on."""
+"""Seq2Seq: training, greedy and beam search, errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def small_model(**options: object) -> Seq2Seq:
 
 
 def rows(*texts: str, length: int) -> Tensor:
-    """Tokens of texts over "abcd", as the data have them."""
+    """Texts over "abcd" as padded tokens."""
     tokens = [[START, *("abcd".index(c) + 3 for c in text), END] for text in texts]
     return torch.tensor([row + [PADDING] * (length - len(row)) for row in tokens])
 
@@ -79,7 +79,7 @@ def test_no_prediction_depends_on_later_tokens_or_on_padding() -> None:
     torch.testing.assert_close(longer(torch.nn.functional.pad(source, (0, 4)), target), model(source, target))
 
 
-def test_loss_and_score_are_the_cross_entropy_of_what_is_no_padding() -> None:
+def test_loss_and_score_are_the_cross_entropy_without_padding() -> None:
     model = small_model().eval()
     batch = batch_of(model, *PAIRS)
     log_prob = model(batch["source"], batch["target"]).log_softmax(2)
@@ -121,7 +121,7 @@ def test_training_makes_greedy_decoding_exact() -> None:
 
 
 class Uncached(Seq2Seq):
-    """Every step from a forward of all that is there."""
+    """Every step by a full forward."""
 
     def _next_logits(self, text, memory, mask, caches):
         return self._decode(text, memory, mask)[:, -1]
@@ -131,12 +131,12 @@ DECODINGS = {
     "greedy": DecodingOptions(),
     "two beams": DecodingOptions(beams=2),
     "more beams than tokens": DecodingOptions(beams=11),
-    "drawn": DecodingOptions(temperature=1.5),
+    "sampled": DecodingOptions(temperature=1.5),
 }
 
 
 def lively(model: Seq2Seq) -> Seq2Seq:
-    """Weights so large that every token changes what follows."""
+    """Scales the weights so that every token changes those after it."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -146,7 +146,7 @@ def lively(model: Seq2Seq) -> Seq2Seq:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("case", DECODINGS)
-def test_cached_decoding_is_that_of_full_forwards(case: str, variant: str) -> None:
+def test_cached_decoding_equals_full_forwards(case: str, variant: str) -> None:
     model = lively(small_model(**VARIANTS[variant]).double())
     uncached = Uncached(model.config).double()
     uncached.load_state_dict(model.state_dict())
@@ -162,7 +162,7 @@ def test_cached_decoding_is_that_of_full_forwards(case: str, variant: str) -> No
         assert not any(row[2 + len(text) :])
 
 
-def test_greedy_decoding_takes_the_likeliest_token_each_time() -> None:
+def test_greedy_decoding_takes_the_most_likely_token() -> None:
     model = lively(small_model().double()).eval()
     source = rows("abc", "dd", length=7)
     for item, decoded in zip(source, model.decode(source), strict=True):
@@ -173,7 +173,7 @@ def test_greedy_decoding_takes_the_likeliest_token_each_time() -> None:
         assert decoded.tolist() == text + [PADDING] * (6 - len(text))
 
 
-def test_beams_for_every_beginning_find_the_likeliest_target() -> None:
+def test_beams_for_every_prefix_find_the_most_likely_target() -> None:
     """Of all 85 targets of up to three characters, with or without an end."""
     model = lively(small_model(target_length=4).double()).eval()
     source = rows("abc", "d", "ba", length=7)
@@ -191,7 +191,7 @@ def test_beams_for_every_beginning_find_the_likeliest_target() -> None:
     assert torch.equal(model.decode(source, DecodingOptions(beams=64)), torch.stack(best))
 
 
-def test_draws_depend_on_the_generator_alone() -> None:
+def test_samples_depend_on_the_generator_alone() -> None:
     model = small_model(dropout=0.3)
     first, again, other = (model.draw(20, DecodingOptions(), generator=seeded(s)).texts for s in (7, 7, 8))
     assert first == again
@@ -199,9 +199,9 @@ def test_draws_depend_on_the_generator_alone() -> None:
     sources = [text.split(" -> ")[0] for text in first]
     assert {len(source) for source in sources} == {2, 3, 4, 5}
     assert set("".join(sources)) <= set("abcd")
-    drawn = model.draw(20, DecodingOptions(source="ab", temperature=9.0), generator=seeded(7)).texts
-    assert len(set(drawn)) > 5
-    assert all(text.startswith("ab -> ") for text in drawn)
+    samples = model.draw(20, DecodingOptions(source="ab", temperature=9.0), generator=seeded(7)).texts
+    assert len(set(samples)) > 5
+    assert all(text.startswith("ab -> ") for text in samples)
     assert spell([START, 3, 5, END, 4], "abcd") == "ac"
 
 
@@ -241,7 +241,10 @@ OPTION_ERRORS = {
     "no beams": ({"beams": 0}, "beams: expected a positive integer, got 0"),
     "negative temperature": ({"temperature": -1.0}, "temperature: expected a number >= 0, got -1.0"),
     "temperature NaN": ({"temperature": math.nan}, "temperature: .*got nan"),
-    "beams that are drawn": ({"beams": 2, "temperature": 1.0}, "beams: expected 1 with a temperature above 0, got 2"),
+    "beams with a temperature": (
+        {"beams": 2, "temperature": 1.0},
+        "beams: expected 1 with a temperature above 0, got 2",
+    ),
 }
 
 
@@ -289,11 +292,11 @@ def test_a_mistake_in_a_call_is_named(mistake: str) -> None:
         call(small_model())
 
 
-def test_the_data_decide_vocabulary_and_lengths() -> None:
+def test_vocabulary_and_lengths_come_from_the_data() -> None:
     assert from_data(Seq2SeqConfig) == ["vocabulary", "source_length", "target_length"]
 
 
-def test_a_saved_model_comes_back(tmp_path) -> None:
+def test_save_and_load(tmp_path) -> None:
     pytest.importorskip("huggingface_hub")
     model = small_model(width=24, source_length=5).eval()
     model.save_pretrained(tmp_path)

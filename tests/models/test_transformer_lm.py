@@ -1,4 +1,4 @@
-"""The Transformer over text: what a trainer and a caller may rely on."""
+"""TransformerLM: training, cached sampling, errors."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def random_tokens(n: int, length: int) -> Tensor:
     return torch.randint(0, len(VOCABULARY), (n, length), generator=seeded(1))
 
 
-def attending(model: TransformerLM, tokens: Tensor) -> Tensor:
-    """Logits of a text of any length: one pass of the blocks, each with the mask of all that a token may see."""
+def logits_with_a_mask(model: TransformerLM, tokens: Tensor) -> Tensor:
+    """Logits of a text of any length by one pass of the blocks with an explicit mask."""
     config, place = model.config, torch.arange(tokens.size(1))
     first = {
         "window": place - config.window,
@@ -106,8 +106,7 @@ def test_loss_and_score_are_the_cross_entropy_of_the_next_character() -> None:
     torch.testing.assert_close(model.loss("text", batch, NOW)["loss"], -log_prob.mean())
 
 
-def test_a_new_model_knows_nothing() -> None:
-    """It starts near the uniform distribution, whose cross-entropy is the log of the number of characters."""
+def test_an_untrained_model_has_the_loss_of_the_uniform_distribution() -> None:
     model = small_model(width=64, depth=4)
     assert abs(model.loss("text", random_batch(64, model), NOW)["loss"].item() - math.log(len(VOCABULARY))) < 1.0
 
@@ -127,13 +126,13 @@ def test_training_steps_lower_the_loss() -> None:
     assert values[-1] < 0.5 * values[0]
 
 
-def test_the_phase_has_the_config_s_optimiser() -> None:
+def test_the_phase_has_the_config_s_optimizer() -> None:
     config = {"weight_decay": 0.3, "beta1": 0.8, "beta2": 0.9}
     (phase,) = small_model(**config).phases()
     assert (phase.networks, phase.betas, phase.weight_decay) == ((), (0.8, 0.9), 0.3)
 
 
-def test_dropout_is_there_in_training_only() -> None:
+def test_dropout_is_active_in_training_only() -> None:
     model = small_model(dropout=0.5)
     batch = random_batch(2, model)
     assert model.loss("text", batch, NOW)["loss"] != model.loss("text", batch, NOW)["loss"]
@@ -171,15 +170,15 @@ UNBOUNDED = ["window", "segments"]
 
 
 @pytest.mark.parametrize("variant", UNBOUNDED)
-def test_a_text_of_any_length_is_read_with_a_window_or_by_segments(variant: str) -> None:
+def test_texts_of_any_length_with_a_window_or_segments(variant: str) -> None:
     model = small_model(**VARIANTS[variant]).double().eval()
     tokens = random_tokens(2, 29)
-    torch.testing.assert_close(model(tokens), attending(model, tokens))
+    torch.testing.assert_close(model(tokens), logits_with_a_mask(model, tokens))
 
 
 @pytest.mark.parametrize("variant", UNBOUNDED)
-def test_tokens_out_of_sight_count_for_nothing(variant: str) -> None:
-    """With one block; each further one sees through those before it."""
+def test_tokens_beyond_window_or_segments_have_no_effect(variant: str) -> None:
+    """With one block; the receptive field grows with depth."""
     model = small_model(depth=1, **VARIANTS[variant]).eval()
     tokens = random_tokens(1, 12)
     before = model(tokens)
@@ -190,7 +189,7 @@ def test_tokens_out_of_sight_count_for_nothing(variant: str) -> None:
         assert torch.allclose(model(changed)[:, -1], before[:, -1], atol=1e-6) == (at < first)
 
 
-def test_no_gradient_flows_to_the_segment_before() -> None:
+def test_no_gradient_flows_to_the_previous_segment() -> None:
     model = small_model(**VARIANTS["segments"])
     x = model.embedding(random_tokens(2, 8)).detach().requires_grad_()
     model._recur(x)[:, 4:].sum().backward()
@@ -198,10 +197,10 @@ def test_no_gradient_flows_to_the_segment_before() -> None:
     assert x.grad[:, 4:].any()
     changed = x.detach().clone()
     changed[:, 0] += 1.0
-    assert not torch.allclose(model._recur(changed)[:, 4:], model._recur(x)[:, 4:])  # though it is seen
+    assert not torch.allclose(model._recur(changed)[:, 4:], model._recur(x)[:, 4:])  # it is attended to
 
 
-def test_longer_tokens_are_counted_by_their_characters() -> None:
+def test_scores_count_the_characters_of_longer_tokens() -> None:
     model = small_model(**VARIANTS["longer tokens"]).eval()
     tokens = torch.tensor([[8, 7, 0, 1, 8, 2, 2, 7, 8], [0] * 9])
     scores = model.score({"tokens": tokens})
@@ -214,8 +213,10 @@ def test_longer_tokens_are_counted_by_their_characters() -> None:
 # Sampling
 
 
-def drawn_by_full_forwards(model: TransformerLM, n: int, options: TextOptions, generator: torch.Generator) -> list[str]:
-    """What ``draw`` promises, keeping nothing: each token from the logits of all that it may depend on."""
+def sampled_by_full_forwards(
+    model: TransformerLM, n: int, options: TextOptions, generator: torch.Generator
+) -> list[str]:
+    """``draw`` without a cache: each token from a full forward of its context."""
     vocabulary, context = model.config.vocabulary, model.config.context
     prompt = tokenize("prompt", options.prompt or "\n", vocabulary)
     text = torch.tensor([prompt] * n)
@@ -229,7 +230,7 @@ def drawn_by_full_forwards(model: TransformerLM, n: int, options: TextOptions, g
     return [options.prompt + "".join(vocabulary[i] for i in row) for row in text[:, begin:].tolist()]
 
 
-DRAWS = {
+SAMPLED = {
     "from nothing": TextOptions(length=5),
     "up to the end of the context": TextOptions(prompt="ab", length=7),
     "beyond the context": TextOptions(prompt="abc", length=30),
@@ -241,21 +242,21 @@ DRAWS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("case", DRAWS)
+@pytest.mark.parametrize("case", SAMPLED)
 @torch.no_grad()
-def test_cached_sampling_is_that_of_full_forwards(case: str, variant: str) -> None:
-    model, options = small_model(**VARIANTS[variant]).eval(), DRAWS[case]
-    drawn = model.draw(3, options, generator=seeded(5))
-    assert isinstance(drawn, Texts)
-    assert drawn.texts == drawn_by_full_forwards(model, 3, options, seeded(5))
-    assert all(text.startswith(options.prompt) for text in drawn.texts)
+def test_cached_sampling_equals_full_forwards(case: str, variant: str) -> None:
+    model, options = small_model(**VARIANTS[variant]).eval(), SAMPLED[case]
+    samples = model.draw(3, options, generator=seeded(5))
+    assert isinstance(samples, Texts)
+    assert samples.texts == sampled_by_full_forwards(model, 3, options, seeded(5))
+    assert all(text.startswith(options.prompt) for text in samples.texts)
     if isinstance(model.config.vocabulary, str):
-        assert all(len(text) == len(options.prompt) + options.length for text in drawn.texts)
+        assert all(len(text) == len(options.prompt) + options.length for text in samples.texts)
 
 
 @pytest.mark.parametrize("variant", ["default", *UNBOUNDED])
 @torch.no_grad()
-def test_logits_read_in_parts_are_those_of_one_forward(variant: str) -> None:
+def test_cached_logits_of_parts_equal_one_forward(variant: str) -> None:
     model = small_model(**VARIANTS[variant]).double().eval()
     tokens = random_tokens(2, 8)
     past = model.new_cache(2, 8)
@@ -265,13 +266,13 @@ def test_logits_read_in_parts_are_those_of_one_forward(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", UNBOUNDED)
 @torch.no_grad()
-def test_what_is_kept_of_a_long_text_is_bounded(variant: str) -> None:
+def test_the_caches_of_a_long_text_are_bounded(variant: str) -> None:
     model = small_model(**VARIANTS[variant]).double().eval()
     tokens = random_tokens(2, 300)
     past = model.new_cache(2, 300)
     assert past.caches[0].max_length == past.caches[0].keys.size(2) < 80
     parts = [model(part, past) for part in tokens.split((5, *[1] * 270, 25), dim=1)]
-    torch.testing.assert_close(torch.cat(parts, 1), attending(model, tokens))
+    torch.testing.assert_close(torch.cat(parts, 1), logits_with_a_mask(model, tokens))
     with pytest.raises(ValueError, match=r"^length: expected at most \d+ tokens at once, in a cache of \d+, got 79$"):
         model(tokens[:, :79], past)
 
@@ -282,7 +283,7 @@ PROMPTS = ["abcde ab", "", "e", "abc", "abcde abcde abcde"]
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 5}], ids=str)
 @pytest.mark.parametrize("variant", [*UNBOUNDED, "default", "longer tokens"])
 @torch.no_grad()
-def test_prompts_of_any_lengths_are_continued_at_once_as_each_alone(variant: str, options: dict[str, Any]) -> None:
+def test_batched_prompts_of_any_lengths_give_the_texts_of_each_alone(variant: str, options: dict[str, Any]) -> None:
     model = small_model(**VARIANTS[variant]).double().eval()
     wanted = TextOptions(length=25, **options)
     together = model.continue_texts(PROMPTS, wanted, generator=[seeded(i) for i in range(5)]).texts
@@ -339,8 +340,7 @@ def test_sampling_does_not_run_compiled_code() -> None:
     ],
     ids=str,
 )
-def test_choices_have_the_probabilities_that_the_options_say(options: dict[str, float], wanted: list[float]) -> None:
-    """In an order that is not that of the tokens."""
+def test_choices_have_the_probabilities_of_the_options(options: dict[str, float], wanted: list[float]) -> None:
     order = torch.tensor([2, 0, 3, 1])
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()[order].expand(40000, -1)
     chosen = choose(logits, TextOptions(**options), seeded(0))  # type: ignore[arg-type]
@@ -432,7 +432,7 @@ def test_a_mistake_in_a_call_is_named(mistake: str) -> None:
         call(small_model().eval())
 
 
-def test_the_data_decide_the_vocabulary_and_the_model_the_length() -> None:
+def test_vocabulary_comes_from_the_data_and_length_from_the_model() -> None:
     assert from_data(TransformerLMConfig) == ["vocabulary"]
     assert TransformerLMConfig(context=31).data_options() == {"length": 32}
     assert TransformerLMConfig(context=31, segments=3).data_options() == {"length": 94}
@@ -445,7 +445,7 @@ def test_blocks_are_named_for_sharding() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_saved_model_comes_back(tmp_path, variant: str) -> None:
+def test_save_and_load(tmp_path, variant: str) -> None:
     pytest.importorskip("huggingface_hub")
     model = small_model(**VARIANTS[variant]).eval()
     model.save_pretrained(tmp_path)
@@ -455,7 +455,7 @@ def test_a_saved_model_comes_back(tmp_path, variant: str) -> None:
     assert torch.equal(loaded(tokens), model(tokens))
 
 
-def test_an_mlp_is_as_large_as_asked() -> None:
+def test_mlp_width() -> None:
     assert [TransformerLMConfig(width=48, heads=2, **o).hidden_dim for o in ({}, {"mlp_width": 5})] == [192, 5]
     gated = small_model(width=48, activation="swiglu")
     plain = small_model(width=48)
@@ -469,8 +469,8 @@ def test_examples_in_docstrings_run() -> None:
     assert results.failed == 0
 
 
-def test_attention_of_a_block_is_that_of_plain_pytorch() -> None:
-    """One block, without fastgen's functions: rotations by complex numbers, torch's norms and attention."""
+def test_a_block_equals_plain_pytorch() -> None:
+    """RoPE by complex numbers, torch's RMSNorm and attention."""
     model = small_model(depth=1).double().eval()
     (block,) = model.decoder
     tokens = random_tokens(3, 8)
@@ -479,12 +479,12 @@ def test_attention_of_a_block_is_that_of_plain_pytorch() -> None:
     q, k, v = (part.unflatten(2, (2, 8)).transpose(1, 2) for part in parts)
     angles = torch.outer(torch.arange(8).double(), 10000.0 ** -(torch.arange(0, 8, 2).double() / 8))
 
-    def turned(heads: Tensor, weight: Tensor) -> Tensor:
+    def normalised_and_rotated(heads: Tensor, weight: Tensor) -> Tensor:
         a, b = F.rms_norm(heads, (8,), weight, 1e-6).chunk(2, -1)
         rotated = torch.complex(a, b) * torch.polar(torch.ones_like(angles), angles)
         return torch.cat((rotated.real, rotated.imag), -1)
 
-    q, k = turned(q, block.query_norm), turned(k, block.key_norm)
+    q, k = normalised_and_rotated(q, block.query_norm), normalised_and_rotated(k, block.key_norm)
     x = x + F.linear(
         F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2), block.merge.weight
     )

@@ -1,4 +1,4 @@
-"""WaveNet: what a trainer and a caller may rely on."""
+"""WaveNet: mu-law, mixtures, training, cached sampling, errors."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_the_mu_law_s_levels_are_those_of_the_formula_and_come_back() -> None:
+def test_mu_law_follows_the_formula_and_is_inverted() -> None:
     levels = torch.arange(256)
     assert torch.equal(mu_law(inverse_mu_law(levels)), levels)
     assert mu_law(torch.tensor([-1.0, 1.0, -2.0, 3.0])).tolist() == [0, 255, 0, 255]
@@ -128,7 +128,7 @@ def test_loss_and_score_are_the_cross_entropy_of_the_samples() -> None:
     torch.testing.assert_close(model.loss("sound", {"audio": audio}, NOW)["loss"], wanted.mean())
 
 
-def test_a_crop_s_loss_knows_what_came_before_it() -> None:
+def test_a_crop_s_loss_depends_on_the_samples_before_it() -> None:
     """Each of the crops, from the sound's beginning to its end, by the seed of torch's generator."""
     model = small_model(crop=10).double()
     audio = waves(2, model).double()
@@ -162,7 +162,7 @@ def test_training_steps_lower_the_loss(output: str) -> None:
     assert values[-1] < 0.5 * values[0]
 
 
-def test_levels_share_all_that_a_mixture_has_and_none_of_their_digits_gets_lost() -> None:
+def test_level_probabilities_of_a_mixture_sum_to_one_and_are_accurate_in_the_tails() -> None:
     """Also where its centre is far away: there only quotients count, as in exp(-distance / scale)."""
     centre = torch.tensor([[0.1, -0.4], [0.0, 5.0], [-0.9, 0.9]])
     log_scale = torch.tensor([[-2.0, -9.0], [-10.0, -8.0], [0.0, 3.0]])
@@ -189,28 +189,28 @@ def test_a_centre_is_predicted_from_the_samples_before_it() -> None:
         model.numbers.bias.copy_(torch.cat((10 * model.cosines @ added, torch.tensor([0.0, -9, 0]))))
     line = torch.linspace(0.1, 0.9, 40).expand(1, -1)
     levels = mu_law(line)
-    heard = inverse_mu_law(levels).double()[0]
-    expected = mu_law(2 * heard[1:-1] - heard[:-2])
+    samples_before = inverse_mu_law(levels).double()[0]
+    expected = mu_law(2 * samples_before[1:-1] - samples_before[:-2])
     assert torch.equal(model(levels)[0, 2:].argmax(1), expected)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_cached_generation_is_that_of_full_forwards(variant: str, temperature: float) -> None:
+def test_cached_sampling_equals_full_forwards(variant: str, temperature: float) -> None:
     """Beyond the field, so that every ring is written more than once; every sample changes what follows."""
     model = small_model(**VARIANTS[variant]).double()
     for parameter in model.parameters():
         parameter.mul_(3).add_(torch.randn(parameter.shape, generator=seeded(4)), alpha=0.3)
-    drawn = model.draw(3, SoundOptions(temperature=temperature), generator=seeded(5))
-    assert isinstance(drawn, Sounds)
-    assert drawn.sample_rate == 100
+    sampled = model.draw(3, SoundOptions(temperature=temperature), generator=seeded(5))
+    assert isinstance(sampled, Sounds)
+    assert sampled.sample_rate == 100
     generator = seeded(5)
     levels = torch.zeros(3, 0, dtype=torch.int64)
     for _ in range(model.config.length):
         logits = model(F.pad(levels, (0, 1)), 1)[:, 0]
         levels = torch.cat((levels, choose(logits, temperature, generator)[:, None]), 1)
-    assert torch.equal(mu_law(drawn.waves), levels)
+    assert torch.equal(mu_law(sampled.waves), levels)
     assert len(levels.unique()) > 1
 
 
@@ -263,7 +263,7 @@ CALL_ERRORS = {
         TypeError,
         "levels: expected an int64 tensor, got torch.float32",
     ),
-    "fewer levels than asked for": (
+    "fewer levels than the length": (
         lambda model: model(random_levels(2, 5), 6),
         ValueError,
         r"levels: expected \(B, N\) with N at least length = 6, got \(2, 5\)",
@@ -288,11 +288,11 @@ def test_a_mistake_in_a_call_is_named(mistake: str) -> None:
         call(small_model())
 
 
-def test_the_data_decide_rate_and_length() -> None:
+def test_rate_and_length_come_from_the_data() -> None:
     assert from_data(WaveNetConfig) == ["sample_rate", "length"]
 
 
-def test_a_saved_model_comes_back(tmp_path) -> None:
+def test_save_and_load(tmp_path) -> None:
     pytest.importorskip("huggingface_hub")
     model = small_model(**VARIANTS["odd sizes"])
     model.save_pretrained(tmp_path)
