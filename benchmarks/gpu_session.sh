@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# On a machine with a GPU and no network: build, run the CUDA tests, then the benchmarks; on demand, train some models.
-# usage: benchmarks/gpu_session.sh FOLDER [build|test|bench|train ...]     (default: the first three, in order)
-# Writes into FOLDER as it goes, so that a session cut short still leaves what it found:
-#   info.txt  log.txt  tests.xml  benchmarks.json (all families, one after the other)  report.md  runs/MODEL
-# PYTHON chooses the interpreter; its packages are used as they are, nothing is downloaded. The architecture is
-# the device's own unless TORCH_CUDA_ARCH_LIST says otherwise.
+# Builds, tests and benchmarks fastgen on a machine with a GPU and no network; optionally trains some models.
+# usage: benchmarks/gpu_session.sh FOLDER [build|test|bench|train ...]     (default: build test bench)
+# Results are written to FOLDER incrementally, so that an interrupted session keeps them:
+#   info.txt  log.txt  tests.xml  benchmarks.json (all families)  report.md  runs/MODEL
+# PYTHON selects the interpreter; nothing is installed or downloaded. TORCH_CUDA_ARCH_LIST defaults to the
+# architecture of the device.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: benchmarks/gpu_session.sh FOLDER [build|test|bench|train ...]}" && cd "$1" && pwd)
 shift
@@ -50,7 +50,7 @@ MERGE
       done
       ;;
     train)
-      # Needs the packages of fastgen[train]; each kind of kernel is in one of them, second derivatives in sagan.
+      # Requires fastgen[train]. Together, these models use every family of kernels (sagan: second derivatives).
       for model in conv-vae sagan stylegan transformer-lm; do
         $python -m fastgen train "$model" --device cuda --out "$out/runs/$model" --overwrite >>"$out/log.txt" 2>&1 &&
           $python -m fastgen evaluate "$out/runs/$model" --device cuda | tee -a "$out/report.md" || failed=1
