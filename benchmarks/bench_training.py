@@ -1,8 +1,8 @@
-"""What the training loop costs: steps of ``fastgen train`` against a loop that a person writes by hand.
+"""Overhead of the training loop: steps of ``fastgen train`` against a hand-written loop.
 
 Both train the same model on the same batches with AdamW. The hand-written loop samples its batches, computes the loss,
-its gradient, clips it, steps, averages the weights and reads the loss every ten steps: what the trainer does besides
-(seeding every step, guarding against NaN, recording every value, progress, lines of metrics) is the difference.
+its gradient, clips it, steps, averages the weights and reads the loss every ten steps. The difference is what the
+trainer does in addition: seeding every step, guarding against NaN, recording every value, progress, metrics.
 """
 
 from __future__ import annotations
