@@ -1,10 +1,10 @@
-"""Trains the models of the zoo with their defaults, judges them, and writes docs/models.md.
+"""Trains the models of the zoo with their defaults, evaluates them, and writes docs/models.md.
 
 usage: python benchmarks/zoo.py [NAME ...] [--render]
 
-Each entry is what a person would type: ``fastgen train``, ``evaluate`` and ``sample``. What came of it goes
-into benchmarks/results/zoo.json, one record for each entry, with its commit and machine; records of other entries
-stay. --render writes the page from the records and trains nothing.
+Each entry runs the commands of a user: ``fastgen train``, ``evaluate`` and ``sample``. The results are written to
+benchmarks/results/zoo.json, one record per entry, with commit and machine; records of other entries are kept.
+--render writes the page from the records and trains nothing.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "benchmarks" / "results" / "zoo.json"
 PAGE = ROOT / "docs" / "models.md"
-PICTURES = ROOT / "docs" / "models"
+IMAGES = ROOT / "docs" / "models"
 RUNS = ROOT / "runs" / "zoo"
 EXCERPT = 420
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A model as it is trained for the page.
+    """A model and how it is trained for the page.
 
-    show: figures of ``fastgen evaluate``, in order of importance. exhibit: folder of the run whose last picture is on
-    the page, instead of one that ``fastgen sample`` draws. note: what a reader should compare the figures with.
+    show: metrics of ``fastgen evaluate``, in order of importance. folder: folder of the run whose last image is on the
+    page, instead of one from ``fastgen sample``. note: a reference for the metrics.
     """
 
     model: str
@@ -43,7 +43,7 @@ class Entry:
     sample: tuple[str, ...] = ("--n", "64")
     show: tuple[str, ...] = ()
     name: str = ""
-    exhibit: str = ""
+    folder: str = ""
     note: str = ""
 
     @property
@@ -67,8 +67,8 @@ ENTRIES = (
         ("--data", "prose"),
         ("--n", "8"),
         name="recurrent-gan, text",
-        note="It draws words and punctuation, no sentences. Known triples are those that other held-out pieces of the"
-        " same batch have, which is why real text is far from 1, too.",
+        note="It generates words and punctuation, no sentences. Known triples are those of other held-out pieces in the"
+        " same batch, which is why real text is far from 1, too.",
     ),
     Entry("transgan", show=DISTANCES),
     Entry("stylegan", show=DISTANCES),
@@ -79,8 +79,8 @@ ENTRIES = (
             *("Frechet distance, a to b", "Frechet distance, a to b, not translated"),
             *("Frechet distance, b to a", "Frechet distance, b to a, not translated"),
         ),
-        exhibit="a-b-a",
-        note="Rows in threes, of held-out patches: grass, the gravel that it becomes, and grass again.",
+        folder="a-b-a",
+        note="Groups of three rows of held-out patches: grass, its translation to gravel, and back to grass.",
     ),
     Entry(
         "pix2pix",
@@ -88,8 +88,8 @@ ENTRIES = (
             *("absolute error", "absolute error, input as it is"),
             *("structural similarity", "structural similarity, input as it is"),
         ),
-        exhibit="translations",
-        note="Rows in threes, of held-out patches: input, translation, target.",
+        folder="translations",
+        note="Groups of three rows of held-out patches: input, translation, target.",
     ),
     Entry("vae", show=BOUNDS),
     Entry("conv-vae", show=BOUNDS),
@@ -124,14 +124,14 @@ ENTRIES = (
         "wavenet",
         sample=("--n", "4"),
         show=("nats per token", "energy at harmonics", "energy at harmonics, held-out sounds"),
-        note="The spectrum of four sounds, one after the other. They have harmonics, but their pitch glides, and some"
-        " die away at once: not good yet.",
+        note="Spectrogram of four sounds, one after the other. They have harmonics, but their pitch drifts, and some"
+        " decay at once: not good yet.",
     ),
 )
 
 
 def fastgen(*words: str) -> tuple[str, float]:
-    """What a command printed, and the seconds of CPU it took."""
+    """(output, CPU seconds) of a command."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-m", "fastgen", *words], cwd=ROOT, text=True, stdout=subprocess.PIPE)
     if done.returncode:
@@ -167,18 +167,18 @@ def run(entry: Entry) -> dict:
     }
     environment = json.loads((folder / "environment.json").read_text())
     record |= {"parameters": environment["parameters"], "torch": environment["torch"]}
-    record |= exhibits(entry, folder)
+    record |= samples(entry, folder)
     return record
 
 
-def exhibits(entry: Entry, folder: Path) -> dict:
-    """Samples as a picture in docs/models, or as an excerpt in the record."""
+def samples(entry: Entry, folder: Path) -> dict:
+    """Samples as an image in docs/models, or as an excerpt in the record."""
     shown = str(folder.relative_to(ROOT))
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    picture = PICTURES / f"{slug(entry.key)}.png"
-    if entry.exhibit:
-        shutil.copyfile(max((folder / entry.exhibit).glob("*.png")), picture)
-        return {"picture": picture.name, "sample": "--n 64"}
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    image = IMAGES / f"{slug(entry.key)}.png"
+    if entry.folder:
+        shutil.copyfile(max((folder / entry.folder).glob("*.png")), image)
+        return {"picture": image.name, "sample": "--n 64"}
     suffixes = {file.suffix for file in (folder / "samples").iterdir()}
     if ".txt" in suffixes:
         text, _ = fastgen("sample", shown, *entry.sample)
@@ -186,13 +186,13 @@ def exhibits(entry: Entry, folder: Path) -> dict:
     if ".wav" in suffixes:
         sound = folder / "samples.wav"
         fastgen("sample", shown, *entry.sample, "--out", str(sound))
-        spectrogram(sound, picture)
+        spectrogram(sound, image)
     else:
-        fastgen("sample", shown, *entry.sample, "--out", str(picture))
-    return {"picture": picture.name, "sample": " ".join(entry.sample)}
+        fastgen("sample", shown, *entry.sample, "--out", str(image))
+    return {"picture": image.name, "sample": " ".join(entry.sample)}
 
 
-def spectrogram(sound: Path, picture: Path) -> None:
+def spectrogram(sound: Path, image: Path) -> None:
     import matplotlib
     import numpy as np
 
@@ -200,12 +200,12 @@ def spectrogram(sound: Path, picture: Path) -> None:
     import matplotlib.pyplot as plt
 
     with wave.open(str(sound)) as file:
-        rate, wide = file.getframerate(), file.getsampwidth()
-        waves = np.frombuffer(file.readframes(file.getnframes()), {1: np.uint8, 2: np.int16}[wide])
+        rate, width = file.getframerate(), file.getsampwidth()
+        waves = np.frombuffer(file.readframes(file.getnframes()), {1: np.uint8, 2: np.int16}[width])
     figure, axes = plt.subplots(figsize=(7, 2.2), layout="constrained")
-    axes.specgram(waves / 2.0 ** (8 * wide - 1), NFFT=256, noverlap=128, Fs=rate)
+    axes.specgram(waves / 2.0 ** (8 * width - 1), NFFT=256, noverlap=128, Fs=rate)
     axes.set(xlabel="seconds", ylabel="Hz")
-    figure.savefig(picture, dpi=90)
+    figure.savefig(image, dpi=90)
     plt.close(figure)
 
 
@@ -216,10 +216,10 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def written(figure: dict, floor: dict | None) -> str:
-    """Without its interval, which stands in the model's section."""
-    beside = f" (real images {floor['value']:.2g})" if floor and figure["name"] == "Frechet distance" else ""
-    return f"{figure['name']} {figure['value']:.3g}{beside} {figure['unit']}".rstrip()
+def formatted(metric: dict, floor: dict | None) -> str:
+    """A metric without its interval, which is in the model's section."""
+    beside = f" (real images {floor['value']:.2g})" if floor and metric["name"] == "Frechet distance" else ""
+    return f"{metric['name']} {metric['value']:.3g}{beside} {metric['unit']}".rstrip()
 
 
 def minutes(record: dict) -> str:
@@ -229,12 +229,12 @@ def minutes(record: dict) -> str:
 def page(records: dict[str, dict]) -> str:
     """docs/models.md."""
     entries = [(entry, records[entry.key]) for entry in ENTRIES if entry.key in records]
-    lines = [HEAD, "| model | parameters | CPU minutes | figures on held-out items |", "|---|---|---|---|"]
+    lines = [HEAD, "| model | parameters | CPU minutes | metrics on held-out items |", "|---|---|---|---|"]
     for entry, record in entries:
-        found = {figure["name"]: figure for figure in record["figures"]}
+        found = {metric["name"]: metric for metric in record["figures"]}
         chosen = [found[name] for name in entry.show if name in found] or list(found.values())
         floor = found.get("Frechet distance, real against real")
-        cell = "; ".join(written(figure, floor) for figure in chosen)
+        cell = "; ".join(formatted(metric, floor) for metric in chosen)
         lines.append(f"| [{entry.key}](#{slug(entry.key)}) | {record['parameters']:,} | {minutes(record)} | {cell} |")
     for entry, record in entries:
         lines += ["", f"## {slug(entry.key)}", "", *section(record), *(["", entry.note] if entry.note else [])]
@@ -263,7 +263,7 @@ def section(record: dict) -> list[str]:
         lines += [f"![Samples](models/{record['picture']})", ""]
     else:
         lines += ["```text", *(line.rstrip() for line in record["excerpt"].splitlines()), "```", ""]
-    lines += [f"- {Figure(**figure)}" for figure in record["figures"]]
+    lines += [f"- {Figure(**metric)}" for metric in record["figures"]]
     lines += [
         "",
         f"{record['step']:,} steps, {record['parameters']:,} parameters; minutes of CPU: {minutes(record)}"
@@ -273,15 +273,15 @@ def section(record: dict) -> list[str]:
     return lines
 
 
-HEAD = """# What the models reach
+HEAD = """# Results of the models
 
-Every model with its defaults on its default data, one seed, by the commands that are shown; nothing is downloaded.
-Made by `python benchmarks/zoo.py`; the same numbers are in `benchmarks/results/zoo.json`.
+Every model with its defaults on its default data, one seed, trained by the commands below; nothing is downloaded.
+Generated by `python benchmarks/zoo.py`; the same numbers are in `benchmarks/results/zoo.json`.
 
-CPU minutes are those of the training process, all threads together, on a shared machine: on two idle cores it takes
-about half as long. Square brackets below are 95 % intervals over held-out items or samples, not over trainings; some
-defaults were chosen by these same figures. Frechet distances are in the feature space that is named under each model,
-a small network trained on the same data: numbers of different spaces can't be compared, and none with published FIDs.
+CPU minutes are those of the training process, summed over threads, on a shared machine; two idle cores take about half
+as long. Square brackets are 95 % confidence intervals over held-out items or samples, not over training runs; some
+defaults were chosen by these same metrics. Frechet distances are computed in the feature space named under each model,
+from a small network trained on the same data: they are not comparable between spaces, nor with published FIDs.
 """
 
 

@@ -1,8 +1,8 @@
-"""What the training loop costs: steps of ``fastgen train`` against a loop that a person writes by hand.
+"""Overhead of the training loop: steps of ``fastgen train`` against a hand-written loop.
 
-Both train the same model on the same batches with AdamW. The hand-written loop draws its batches, computes the loss,
-its gradient, clips it, steps, averages the weights and reads the loss every ten steps: what the trainer does besides
-(seeding every step, guarding against NaN, recording every value, progress, lines of metrics) is the difference.
+Both train the same model on the same batches with AdamW. The hand-written loop samples its batches, computes the loss,
+its gradient, clips it, steps, averages the weights and reads the loss every ten steps. The difference is what the
+trainer does in addition: seeding every step, guarding against NaN, recording every value, progress, metrics.
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ def by_fastgen(name: str, folder: Path) -> tuple[Callable[[], None], Accelerator
     engine = Engine(model, config, NEVER, accelerator)
     trainer = Trainer(engine, splits, RunFolder(folder), Header(name, {}, {}, {}, ""))
     progress = Progress(NEVER, 0, trainer.epoch_steps, quiet=True)
-    stop = type("StopRequest", (), {"asked": False})()
+    stop = type("StopRequest", (), {"requested": False})()
 
     def run() -> None:
         engine.total = engine.step + STEPS
         trainer._evaluate = lambda progress: None  # type: ignore[method-assign]
-        trainer.draw = trainer.save = lambda: None  # type: ignore[method-assign]
+        trainer.sample = trainer.save = lambda: None  # type: ignore[method-assign]
         trainer.run(progress, stop)
 
     return run, accelerator

@@ -35,18 +35,18 @@ EXTRAS = {
 COMMANDS = """\
 commands:
   train MODEL    train a model            fastgen train conv-vae --data digits --out runs/digits
-  sample RUN     draw from a trained one  fastgen sample runs/digits --n 64 --out grid.png
-  evaluate RUN   judge a trained one      fastgen evaluate runs/digits
-  models [MODEL] the models there are, or all about one
-  data PATH      look at a data set       fastgen data photos/ --image-size 32
-  info           what this installation can do, and what it lacks
-  bench          fastgen's layers against PyTorch's, on this machine
+  sample RUN     generate samples         fastgen sample runs/digits --n 64 --out grid.png
+  evaluate RUN   compute metrics          fastgen evaluate runs/digits
+  models [MODEL] list the models, or describe one
+  data PATH      inspect a dataset        fastgen data photos/ --image-size 32
+  info           backends, devices and libraries of this installation
+  bench          compare fastgen's layers with PyTorch's on this machine
 
 fastgen COMMAND --help lists a command's options. --debug, anywhere, shows tracebacks.
 """
 
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
-"""In PyTorch's messages."""
+"""Parts of PyTorch's error messages."""
 
 PLAIN = ("info", "bench")
 
@@ -60,10 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: the words after ``fastgen``; default those of the process.
+        argv: the arguments after ``fastgen``; default those of the process.
 
     Returns:
-        The exit code: 0; 1 for a failure; 2 for a mistake in the command; 130 after Ctrl-C.
+        The exit code: 0; 1 for a failure; 2 for invalid arguments; 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
@@ -85,15 +85,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    """The message; of errors that nobody foresaw also the type."""
+    """The message; of unexpected errors also the type."""
     own = isinstance(error, OSError) and error.filename is None and error.strerror
     text = " ".join(str(own or error).partition("Exception raised from")[0].split())
     if isinstance(error, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY):
         return (
             f"out of memory; fewer items, a smaller model or a smaller --batch-size take less ({text or 'by Python'})"
         )
-    foreseen = isinstance(error, (CommandError, ValueError, TypeError, OSError, ImportError))
-    return text if foreseen and text else f"{type(error).__name__}: {text} (--debug shows where)"
+    expected = isinstance(error, (CommandError, ValueError, TypeError, OSError, ImportError))
+    return text if expected and text else f"{type(error).__name__}: {text} (--debug shows the traceback)"
 
 
 def _which_process() -> str:
@@ -104,7 +104,7 @@ def _run(words: list[str]) -> None:
     names = ("train", "sample", "evaluate", "models", "data", "info", "bench")
     parser = _Parser(
         prog="fastgen",
-        description="Fused layers for generative models, and models trained with them.",
+        description="Train, sample and evaluate generative models built on fused layers.",
         usage="fastgen [--help] [--version] COMMAND ...",
         epilog=COMMANDS,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -12,7 +12,7 @@ import torch
 from fastgen.bench import runner as _bench
 from fastgen.cli._errors import USAGE, CommandError
 
-ABOUT = "fastgen's layers against plain PyTorch, measured in turn on this machine: medians, and ratios of rounds."
+ABOUT = "Compare fastgen's layers with plain PyTorch on this machine, in interleaved rounds; prints medians and ratios."
 
 MOST_ROUNDS = 10**6
 
@@ -24,14 +24,20 @@ class _Parser(argparse.ArgumentParser):
 
 def run(words: list[str]) -> None:
     parser = _Parser(prog="fastgen bench", description=ABOUT)
-    parser.add_argument("--only", default="", help="beginnings of names, with commas between: attention,latent-step")
-    parser.add_argument("--rounds", type=int, default=9, help="of each measurement, ours and PyTorch's in turn")
+    parser.add_argument(
+        "--only", default="", help="comma-separated prefixes of benchmark names, such as attention,latent-step"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=9, help="rounds of each measurement, fastgen and PyTorch interleaved"
+    )
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--json", default="", help="a file for the figures")
+    parser.add_argument("--json", default="", help="JSON file for the results")
     given = parser.parse_args(words)
     device = given.device if given.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise CommandError("device: expected one that this machine has, got 'cuda' (fastgen info tells why)", USAGE)
+        raise CommandError(
+            "device: expected one that this machine has, got 'cuda' (fastgen info shows the reason)", USAGE
+        )
     if not 0 < given.rounds <= MOST_ROUNDS:
         raise CommandError(f"rounds: expected a positive number, at most {MOST_ROUNDS}, got {given.rounds}", USAGE)
     only = [name for name in given.only.split(",") if name] or None

@@ -1,4 +1,4 @@
-"""Files of options: what --config takes."""
+"""YAML files of options, for --config."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SWITCHES = ("true", "false", "yes", "no", "on", "off")
 
 
 def apart(words: list[str]) -> tuple[list[str], list[str]]:
-    """The files that follow --config, in order, and all other words."""
+    """The files that follow --config, in order, and all other arguments."""
     files, rest = [], []
     left = iter(words)
     for word in left:
@@ -42,14 +42,14 @@ def _named(file: str) -> str:
 
 
 def check(file: str, options: Mapping[str, Any], refused: Collection[str], program: str) -> None:
-    """See that a file holds options of the program and nothing else. No message repeats what else is in it.
+    """Check that a file holds options of the program and nothing else. Messages never quote other contents.
 
     Args:
         options: defaults by name, which has a dot where the option belongs to a group.
-        refused: names of those that only the command line may give.
+        refused: names of options that only the command line may give.
 
     Raises:
-        CommandError: no such file, no YAML file of options, or a name in it that is unknown, refused, or there twice.
+        CommandError: no such file, no YAML file of options, or a name in it that is unknown, refused, or repeated.
     """
     tree = _tree(file)
     if not isinstance(tree, yaml.MappingNode):
@@ -60,7 +60,7 @@ def check(file: str, options: Mapping[str, Any], refused: Collection[str], progr
         place = f"{file}, line {line}"
         if name in refused:
             raise CommandError(
-                f"{place}: {name}: expected on the command line, as no file may say where to write", USAGE
+                f"{place}: {name}: expected on the command line, not in a file, as it decides where to write", USAGE
             )
         if name in groups:
             raise CommandError(f"{place}: {name}: expected options by name below it, got something else", USAGE)
@@ -102,14 +102,14 @@ def _tree(file: str) -> Any:
         raise _refusal(file, f"text that is no YAML{line}") from None
 
 
-def _refusal(file: str, came: str) -> CommandError:
-    return CommandError(f"{file}: expected a YAML file of options, such as 'epochs: 3', got {came}", USAGE)
+def _refusal(file: str, got: str) -> CommandError:
+    return CommandError(f"{file}: expected a YAML file of options, such as 'epochs: 3', got {got}", USAGE)
 
 
 def _names(
     file: str, tree: yaml.MappingNode, groups: Collection[str], prefix: str = ""
 ) -> Iterator[tuple[str, int, yaml.Node]]:
-    """Each option's name, the line that it is in, and its value."""
+    """Name, line and value of each option."""
     nested = {key.value for key, value in tree.value if isinstance(value, yaml.MappingNode)} & {*groups}
     for key, value in tree.value:
         line = key.start_mark.line + 1
@@ -132,6 +132,6 @@ def _unknown(name: str, options: Collection[str], program: str) -> str:
 
 
 def nearest(name: str, options: Collection[str]) -> str:
-    """The option that was perhaps meant; "" if none is near."""
+    """The option most similar to a name; "" if none is."""
     same = [option for option in options if option.rpartition(".")[2] == name or (name and option.startswith(name))]
     return next(iter(same or difflib.get_close_matches(name, options, n=1)), "")

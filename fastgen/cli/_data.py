@@ -6,14 +6,17 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fastgen.batch import KINDS
 from fastgen.cli._errors import USAGE, CommandError
 from fastgen.cli._options import add_fields, options_parser, parse
 from fastgen.data import SOURCES, DataConfig, describe
-from fastgen.models import KINDS, Images
+from fastgen.models import Images
 from fastgen.train.errors import UsageError
 from fastgen.train.trained import write_samples
 
-ABOUT = "Look at a data set before training on it: a bundled one, a path, or hf:NAME. Alone, it lists the bundled sets."
+ABOUT = (
+    "Inspect a dataset before training on it: a bundled one, a path, or hf:NAME. Without one, list the bundled ones."
+)
 
 
 def run(words: list[str]) -> None:
@@ -23,9 +26,11 @@ def run(words: list[str]) -> None:
             print(f"{name:<{width}}  {about}")
         return
     parser = options_parser("fastgen data", ABOUT)
-    parser.add_argument("source", type=str, help="a bundled data set, a path, or hf:NAME")
-    parser.add_argument("--kind", type=str, default="", help=f"one of {', '.join(KINDS)}; default: the first that fits")
-    parser.add_argument("--out", type=str, default="", help="a PNG file for some of the pictures")
+    parser.add_argument("source", type=str, help="a bundled dataset, a path, or hf:NAME")
+    parser.add_argument(
+        "--kind", type=str, default="", help=f"kind of data: one of {', '.join(KINDS)}; default: the first that fits"
+    )
+    parser.add_argument("--out", type=str, default="", help="PNG file for some of the images")
     add_fields(parser, DataConfig, without=["source"])
     given = parse(parser, words, defaults=True)
     kind, out = given.pop("kind"), given.pop("out")
@@ -40,13 +45,13 @@ def run(words: list[str]) -> None:
     found = describe(config, kind or None)
     print(found)
     if out:
-        pictures = next(
+        images = next(
             (value for value in found.examples.values() if isinstance(value, Tensor) and value.dim() == 4), None
         )
-        if pictures is None:
-            raise CommandError(f"out: expected a data set with pictures, got one of {found.kind}", USAGE)
+        if images is None:
+            raise CommandError(f"out: expected a dataset of images, got one of kind {found.kind}", USAGE)
         try:
-            write_samples(Images(pictures), Path(out))
+            write_samples(Images(images), Path(out))
         except UsageError as error:
             raise CommandError(str(error), USAGE) from error
         print(out)

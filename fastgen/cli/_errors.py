@@ -1,4 +1,4 @@
-"""What ends a command."""
+"""Errors of a command, and exit codes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 
 
 class CommandError(Exception):
-    """One line for the person at the keyboard, and the exit code."""
+    """A one-line message for the user, and the exit code."""
 
     def __init__(self, message: str, code: int = FAILURE) -> None:
         super().__init__(message)

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 from fastgen.cli._errors import USAGE, CommandError
+from fastgen.cli._models import add_model_option, model_class
 from fastgen.cli._options import add_fields, options_parser, parse, run_folder
 from fastgen.train.errors import UsageError
 from fastgen.train.evaluate import EvaluateConfig, evaluate
 
-ABOUT = "Judge a trained model on held-out items. Nothing is downloaded; figures go into the run's folder, too."
+ABOUT = "Evaluate a trained model on held-out items. Downloads nothing; the metrics are also saved in the run's folder."
 
 
 def run(words: list[str]) -> None:
     parser = options_parser("fastgen evaluate", ABOUT)
-    parser.add_argument("run", type=str, help="the run's folder")
+    parser.add_argument("run", type=str, help="folder of the run")
+    add_model_option(parser)
     add_fields(parser, EvaluateConfig)
     given = parse(parser, words, defaults=True)
-    folder = run_folder(given.pop("run"))
+    folder, model = run_folder(given.pop("run")), given.pop("model")
     try:
         config = EvaluateConfig(**given)
     except (TypeError, ValueError) as error:
         raise CommandError(str(error), USAGE) from error
     try:
-        figures = evaluate(folder, config)
+        metrics = evaluate(folder, config, model_class("evaluate", model) if model else None)
     except UsageError as error:
         raise CommandError(str(error), USAGE) from error
-    if not figures:
-        raise CommandError("evaluate: expected a model with figures of its own, or one of images, got neither")
-    for figure in figures:
-        print(figure)
+    if not metrics:
+        raise CommandError(
+            "evaluate: expected a model with likelihoods, or one of images, pairs, domains or audio, got neither"
+        )
+    for metric in metrics:
+        print(metric)
     print(folder.report)

@@ -18,16 +18,19 @@ class _Parser(argparse.ArgumentParser):
 
 
 def run(words: list[str]) -> None:
-    parser = _Parser(prog="fastgen info", description="What this installation can do, and what it lacks.")
+    parser = _Parser(
+        prog="fastgen info",
+        description="Show backends, devices and libraries of this installation, and why any are unavailable.",
+    )
     parser.add_argument(
         "--attention",
         metavar="B,H,N,M,Dk,Dv",
-        help="also show how CUDA kernels share out attention of these sizes",
+        help="attention sizes for which the launch plans of the CUDA kernels are shown",
     )
     parser.add_argument(
         "--projection",
         metavar="B,N,C,E",
-        help="also show what CUDA kernels and cuBLAS are expected to take for a projection of tokens (B, N, C) to E",
+        help="projection of tokens (B, N, C) to E for which expected times of CUDA kernels and cuBLAS are shown",
     )
     parser.add_argument("--dtype", default="bfloat16", choices=[str(d).removeprefix("torch.") for d in COMPILED_DTYPES])
     given = parser.parse_args(words)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import sys
 import textwrap
+from pathlib import Path
+from types import ModuleType
 from typing import Any, get_args, get_type_hints
 
 from fastgen.cli._config import nearest
@@ -16,51 +19,125 @@ WIDTH = 118
 
 
 def run(words: list[str]) -> None:
-    parser = options_parser("fastgen models", "The models there are; with a name, all about that one.", files=False)
-    parser.add_argument("model", type=str, nargs="?", default="", help="a model's name")
+    parser = options_parser("fastgen models", "List the models, or describe one.", files=False)
+    parser.add_argument("model", type=str, nargs="?", default="", help="name of a model, or path/to/file.py:MyModel")
     name = parse(parser, words, defaults=True)["model"]
     if not name:
         width = max(map(len, MODELS))
         for name, model in MODELS.items():
             print(f"{name:<{width}}  {model.summary} (data: {_kinds(model)}, by default {model.default_data})")
         return
-    if name not in MODELS:
-        near = nearest(name, MODELS)
+    print(_about(name, model_class("models", name)))
+
+
+def model_class(command: str, name: str) -> type[GenerativeModel]:
+    """The class of a registered model, or of one in the user's file: path/to/file.py:MyModel.
+
+    The file is run as Python code, so only a name that the user typed may come here, never one that a run recorded.
+
+    Raises:
+        CommandError: no such model, file or class, or an error in the file.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    file, _, wanted = name.rpartition(":")
+    if not file.endswith(".py"):
+        near = nearest(name.lower().replace("_", "-"), MODELS)
         hint = f"; did you mean {near}?" if near else ""
-        raise CommandError(f"models: expected one of {', '.join(MODELS)}, got {name}{hint}", USAGE)
-    print(_about(MODELS[name]))
+        hint = "; a class of your own is named path/to/file.py:MyModel" if name.endswith(".py") else hint
+        raise CommandError(f"{command}: expected a model, one of {', '.join(MODELS)}, got {name}{hint}", USAGE)
+    module = _load(Path(file))
+    models = {
+        each.__name__: each
+        for each in vars(module).values()
+        if isinstance(each, type) and issubclass(each, GenerativeModel) and each.__module__ == module.__name__
+    }
+    if wanted not in models:
+        known = ", ".join(models) or "none"
+        raise CommandError(f"{name}: expected a subclass of GenerativeModel in {file} ({known}), got {wanted!r}", USAGE)
+    found = models[wanted]
+    for attribute in ("name", "summary", "kind", "config_class"):
+        if not hasattr(found, attribute):
+            raise CommandError(f"{name}: expected a class attribute {attribute!r}, got none", USAGE)
+    return found
+
+
+def add_model_option(parser: Any) -> None:
+    """The option that names the model of a run whose model is not registered."""
+    parser.add_argument(
+        "--model", type=str, default="", help="model of the run, path/to/file.py:MyModel, if it is your own"
+    )
+
+
+def given_model(words: list[str]) -> str:
+    """The value of ``--model`` among the arguments; "" if there is none. For commands whose options depend on it."""
+    for word, value in zip(words, [*words[1:], ""], strict=True):
+        if word == "--model":
+            return value
+        if word.startswith("--model="):
+            return word.removeprefix("--model=")
+    return ""
+
+
+def _load(path: Path) -> ModuleType:
+    """Run a file as a module of its own name; modules beside it can be imported, too."""
+    if not path.is_file():
+        raise CommandError(f"{path}: expected a Python file with a model, got a path where there is no file", USAGE)
+    path = path.resolve()
+    before = sys.modules.get(path.stem)
+    taken = before is not None and getattr(before, "__file__", None) != str(path)
+    name = f"fastgen_file_{path.stem}" if taken else path.stem
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise CommandError(
+            f"{path}: expected a Python file with a model, got {type(error).__name__}: {error}"
+        ) from error
+    return module
 
 
 def _kinds(model: type[GenerativeModel]) -> str:
     return " or ".join(model.kinds or (model.kind,))
 
 
-def _about(model: type[GenerativeModel]) -> str:
-    """What the model is, by whom, its data, its options, and the commands that train it and draw from it."""
+def _about(name: str, model: type[GenerativeModel]) -> str:
+    """Description of a model, its data, its options, and the commands that train and sample it."""
     description = (sys.modules[model.__module__].__doc__ or "").strip()
+    default = getattr(model, "default_data", "")
     blocks = [
         f"{model.name}: {model.summary}",
         description,
-        f"data: {_kinds(model)}, by default {model.default_data}\nclass: {_place(model)}, {_place(model.config_class)}",
-        "options of the model, for fastgen train:\n" + _options(model.config_class, "--model."),
+        f"data: {_kinds(model)}"
+        + (f", by default {default}" if default else "")
+        + f"\nclass: {_place(model)}, {_place(model.config_class)}",
+        "model options, for fastgen train:\n" + _options(model.config_class, "--model."),
     ]
     if dataclasses.fields(model.sampling_class):
-        blocks.append("options of sampling, for fastgen sample:\n" + _options(model.sampling_class, "--"))
+        blocks.append("sampling options, for fastgen sample:\n" + _options(model.sampling_class, "--"))
     if model.train_defaults:
         blocks.append(
-            "defaults of training: " + ", ".join(f"--{_dashed(n)} {_shown(v)}" for n, v in model.train_defaults.items())
+            "training defaults: " + ", ".join(f"--{_dashed(n)} {_shown(v)}" for n, v in model.train_defaults.items())
         )
     blocks.append(
-        f"fastgen train {model.name} --data {model.default_data} --out runs/{model.name}\n"
-        f"fastgen sample runs/{model.name}\n"
-        f"fastgen train {model.name} --help   lists the options of training, too"
+        f"fastgen train {name} --data {default or 'PATH'} --out runs/{model.name}\n"
+        f"fastgen sample runs/{model.name}{'' if name in MODELS else f' --model {name}'}\n"
+        f"fastgen train {name} --help   lists the training options, too"
     )
     return "\n\n".join(blocks)
 
 
 def _place(kind: type) -> str:
-    """Where to import it from."""
-    return f"fastgen.models.{kind.__name__}"
+    """The path to import it from."""
+    module = kind.__module__
+    return f"{'fastgen.models' if module.startswith('fastgen.models.') else module}.{kind.__name__}"
 
 
 def _options(config: type, prefix: str) -> str:
@@ -70,8 +147,8 @@ def _options(config: type, prefix: str) -> str:
         if field.metadata.get("from_data"):
             continue
         choices = [str(choice) for choice in get_args(types[field.name]) if isinstance(choice, str)]
-        words = field.metadata.get("help", "") + (f": {', '.join(choices)}" if choices else "")
-        rows.append((prefix + _dashed(field.name), f"{words} (default {_shown(field.default)})"))
+        text = field.metadata.get("help", "") + (f": {', '.join(choices)}" if choices else "")
+        rows.append((prefix + _dashed(field.name), f"{text} (default {_shown(field.default)})"))
     width = max((len(option) for option, _ in rows), default=0)
     return "\n".join(
         textwrap.fill(words, WIDTH, initial_indent=f"  {option:<{width}}  ", subsequent_indent=" " * (width + 4))

@@ -22,7 +22,7 @@ def options_parser(prog: str, description: str, *, files: bool = True) -> jsonar
     )
     if files:
         parser.add_argument(
-            "--config", action="config", help="a YAML file of options; those on the command line go before it"
+            "--config", action="config", help="YAML file of options; those on the command line override it"
         )
     return parser
 
@@ -34,9 +34,9 @@ def add_fields(
     without: Sequence[str] = (),
     defaults: Mapping[str, Any] | None = None,
 ) -> None:
-    """One option per field of a config dataclass, with its type, default and help.
+    """Add one option per field of a config dataclass, with its type, default and help.
 
-    defaults: where they differ from the dataclass's.
+    defaults: values that replace the dataclass's defaults.
     """
     types = get_type_hints(config)
     defaults = defaults or {}
@@ -57,15 +57,15 @@ def add_fields(
 def parse(
     parser: jsonargparse.ArgumentParser, words: list[str], *, defaults: bool, refused: Collection[str] = ()
 ) -> dict[str, Any]:
-    """What was given; with ``defaults`` also the rest.
+    """The options that were given; with ``defaults`` also the others.
 
-    Options on the command line win over those in files, and a file over the ones named before it, wherever they stand.
+    The command line overrides files, and a file overrides earlier files, regardless of their positions.
 
     Args:
-        refused: names that no file may give.
+        refused: names of options that no file may give.
 
     Raises:
-        CommandError: an option that the parser does not know, a value that it does not take, or a file of no options.
+        CommandError: an unknown option, an invalid value, or an invalid file.
     """
     known: dict[str, Any] = dict(vars(parser.get_defaults().as_flat()))
     takes_files = "config" in known
@@ -96,7 +96,7 @@ def _parsed(
 
 
 def _check_sizes(given: Mapping[str, Any], prefix: str = "") -> None:
-    """Refuse integers that no tensor can have as a size."""
+    """Reject integers beyond 64 bits."""
     for name, value in given.items():
         if isinstance(value, Mapping):
             _check_sizes(value, f"{prefix}{name}.")
@@ -105,7 +105,7 @@ def _check_sizes(given: Mapping[str, Any], prefix: str = "") -> None:
 
 
 def _plain(message: str, names: Collection[str]) -> str:
-    """jsonargparse's message without the names of Python's types, and with the option that was perhaps meant."""
+    """jsonargparse's message without Python types, and with the most similar option."""
     text = re.sub(r'^Parser key "(.+?)":\s*', r"\1: ", message)
     union = re.fullmatch(
         r"(.+?): Does not validate against any.*?Subtypes: \[(.+?)\].*Given value: (.*)", text, re.DOTALL
@@ -123,8 +123,8 @@ def _plain(message: str, names: Collection[str]) -> str:
 
 
 def run_folder(word: str) -> RunFolder:
-    """The run that a person names; its files, or its model, don't stand for it."""
+    """The folder of a run. Raises CommandError for a file or subfolder of it."""
     path = Path(word)
     if not (path / "checkpoint.safetensors").exists() and (path.parent / "checkpoint.safetensors").is_file():
-        raise CommandError(f"run: expected a run's folder, got {path.name} in one; the run is {path.parent}", USAGE)
+        raise CommandError(f"run: expected a run's folder, got its {path.name}; the run is {path.parent}", USAGE)
     return RunFolder(path)

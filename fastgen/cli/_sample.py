@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fastgen.batch import TRANSLATED
 from fastgen.cli._errors import USAGE, CommandError
+from fastgen.cli._models import add_model_option, given_model, model_class
 from fastgen.cli._options import add_fields, options_parser, parse, run_folder
-from fastgen.models import TRANSLATED, Texts
+from fastgen.models import Texts
 from fastgen.train.errors import UsageError
 from fastgen.train.run import choose_device
-from fastgen.train.trained import SUFFIXES, given_items, open_run, sample, write_samples
+from fastgen.train.trained import SUFFIXES, input_items, open_run, sample, write_samples
 
-ABOUT = (
-    "Draw from a trained model, or translate by it: pictures, text or sound. RUN --help lists the model's own options."
-)
+ABOUT = "Generate samples with a trained model, or translate images. RUN --help lists the model's own options."
 
 
 def run(words: list[str]) -> None:
@@ -22,21 +22,28 @@ def run(words: list[str]) -> None:
     if not named and not helping:
         raise CommandError(f"sample: expected a run's folder first, got {words[0] if words else 'nothing'}", USAGE)
     parser = options_parser("fastgen sample RUN", ABOUT)
-    parser.add_argument("--n", type=int, default=64, help="how many")
-    parser.add_argument("--out", type=str, default="", help="the file to write; default samples.png; text is printed")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same samples")
-    parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, ...; auto: cuda if there is one")
+    parser.add_argument("--n", type=int, default=64, help="number of samples")
+    parser.add_argument(
+        "--out", type=str, default="", help="output file; default samples.png or samples.wav; text is printed"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument("--device", type=str, default="auto", help="device: cpu, cuda, ...; auto: cuda if available")
+    add_model_option(parser)
     if not named:
         parse(parser, words, defaults=True)
         return
     try:
         folder = run_folder(words[0])
-        trained = open_run(folder, "cpu")
+        model = given_model(words)
+        trained = open_run(folder, "cpu", model_class("sample", model) if model else None)
         if trained.model.kind in TRANSLATED:
-            parser.add_argument("--input", type=str, default="", help="pictures to translate; default held-out ones")
+            parser.add_argument(
+                "--input", type=str, default="", help="image or folder of images to translate; default: held-out items"
+            )
         add_fields(parser, trained.model.sampling_class)
         given = parse(parser, words[1:], defaults=True)
-        items = given_items(trained, folder, given.pop("input", ""))
+        del given["model"]
+        items = input_items(trained, folder, given.pop("input", ""))
         n, out, seed, device = (given.pop(name) for name in ("n", "out", "seed", "device"))
         if out and not Path(out).parent.is_dir():
             raise CommandError(f"out: expected a path in a folder that exists, got {out}", USAGE)

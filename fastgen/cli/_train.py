@@ -9,31 +9,33 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.batch import current_names
-from fastgen.cli._config import nearest
 from fastgen.cli._errors import INTERRUPTED, USAGE, CommandError
+from fastgen.cli._models import model_class
 from fastgen.cli._options import add_fields, options_parser, parse
 from fastgen.data import DataConfig
 from fastgen.models import MODELS, GenerativeModel, from_data
 from fastgen.train.config import FREE_ON_RESUME, TrainConfig
 from fastgen.train.errors import StoppedError, UsageError
 from fastgen.train.folder import RunFolder
-from fastgen.train.run import Request, Result, command, first_process, train
+from fastgen.train.run import Result, first_process, train
+from fastgen.train.settings import Request, command
 
-ABOUT = "Train a model; the folder holds all that comes of it. With several processes: torchrun -m fastgen train ..."
+ABOUT = "Train a model and write the run to a folder. With several processes: torchrun -m fastgen train ..."
 
 HELP = f"""\
 usage: fastgen train MODEL [options]
 
 {ABOUT}
 
-MODEL is one of: {", ".join(MODELS)}
+MODEL is one of: {", ".join(MODELS)};
+or a class of your own, as path/to/file.py:MyModel.
 
 fastgen train MODEL --help lists the options of training, data and the model; fastgen models MODEL describes it.
-An option may come from a file (--config); the command line wins over files.
---resume goes on with a run; {", ".join(FREE_ON_RESUME)} may then be given anew."""
+Options may be given in a file (--config); the command line overrides it.
+--resume continues a run; these options may then change: {", ".join(FREE_ON_RESUME)}."""
 
 RESUME = (
-    "go on with the run in the folder, with its own options; these may be given anew: "
+    "continue the run in the folder, with its own options; these may change: "
     + ", ".join("--" + name.replace("_", "-") for name in FREE_ON_RESUME)
     + ", and --data where the same data have moved"
 )
@@ -43,11 +45,8 @@ def run(words: list[str]) -> None:
     if words[:1] in (["-h"], ["--help"]):
         print(HELP)
         return
-    if not words or words[0] not in MODELS:
-        came = words[0] if words else "nothing"
-        near = nearest(came.lower().replace("_", "-"), MODELS) if words else ""
-        hint = f"; did you mean {near}?" if near else ""
-        raise CommandError(f"train: expected a model, one of {', '.join(MODELS)}, got {came}{hint}", USAGE)
+    if not words:
+        raise CommandError(f"train: expected a model, one of {', '.join(MODELS)}, got nothing", USAGE)
     request = _request(words[0], words[1:])
     folder = request.folder
     try:
@@ -58,19 +57,21 @@ def run(words: list[str]) -> None:
         again = command(request.model, folder, "--resume")
         if not stop.step:
             raise CommandError(
-                f"{stop}; no step is kept in {folder.path}", INTERRUPTED if stop.interrupted else 1
+                f"{stop}; no step is saved in {folder.path}", INTERRUPTED if stop.interrupted else 1
             ) from stop
-        kept = f"{stop}; step {stop.step} is kept in {folder.path}"
-        raise CommandError(f"{kept}; go on with: {again}", INTERRUPTED if stop.interrupted else 1) from stop
+        saved = f"{stop}; step {stop.step} is saved in {folder.path}"
+        raise CommandError(f"{saved}; continue with: {again}", INTERRUPTED if stop.interrupted else 1) from stop
     if first_process():
         print(_summary(request.model, folder, result))
 
 
 def _request(name: str, words: list[str]) -> Request:
-    model = MODELS[name]
+    model = model_class("train", name)
     parser = options_parser(f"fastgen train {name}", ABOUT)
-    parser.add_argument("--data", type=str, default=model.default_data, help="a bundled data set, a path, or hf:NAME")
-    parser.add_argument("--out", type=str, default=f"runs/{name}", help="the run's folder")
+    parser.add_argument(
+        "--data", type=str, default=getattr(model, "default_data", ""), help="a bundled dataset, a path, or hf:NAME"
+    )
+    parser.add_argument("--out", type=str, default=f"runs/{model.name}", help="folder of the run")
     parser.add_argument("--resume", action="store_true", help=RESUME)
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
     add_fields(parser, DataConfig, without=["source"])
@@ -83,12 +84,13 @@ def _request(name: str, words: list[str]) -> Request:
         data_options["source"] = given.pop("data")
     return Request(
         model=name,
-        folder=RunFolder(Path(given.pop("out", f"runs/{name}"))),
+        folder=RunFolder(Path(given.pop("out", f"runs/{model.name}"))),
         data_options=data_options,
         resume=given.pop("resume", False),
         overwrite=given.pop("overwrite", False),
         model_options=_model_options(model, given),
         train_options=given,
+        model_class=None if name in MODELS else model,
         command=shlex.join([*_program(), "train", name, *words]),
     )
 
@@ -101,7 +103,7 @@ def _model_options(model: type[GenerativeModel], given: dict[str, Any]) -> dict[
 
 
 def _program() -> list[str]:
-    """What starts this command, and as many processes as there are."""
+    """The program, or the launcher of several processes."""
     processes = os.environ.get("WORLD_SIZE", "1")
     return ["fastgen"] if processes == "1" else ["torchrun", f"--nproc-per-node={processes}", "-m", "fastgen"]
 

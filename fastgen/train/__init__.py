@@ -1,3 +1,3 @@
-"""The training application: loop, checkpoints, pictures, run folders."""
+"""The training application: loop, checkpoints, samples, run folders, evaluation."""
 
 from __future__ import annotations

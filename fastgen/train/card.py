@@ -16,7 +16,7 @@ from fastgen.train.folder import RunFolder, story
 
 
 def write_card(folder: RunFolder, model: GenerativeModel) -> None:
-    """Write ``model/README.md`` from what the run's folder says: data, commands, figures on held-out items.
+    """Write ``model/README.md`` from the run's folder: data, commands, metrics on held-out items.
 
     Raises:
         OSError: it can't be written.
@@ -40,23 +40,23 @@ def _training(folder: RunFolder) -> str:
     commands = story(environment)
     if commands:
         parts.append("```sh\n" + "\n".join(commands).replace("```", "'''") + "\n```")
-    figures = _figures(folder, rows)
-    if figures:
-        parts.append("## Figures\n\n| figure | value | |\n|---|---|---|\n" + "\n".join(figures))
+    metrics = _metrics(folder, rows)
+    if metrics:
+        parts.append("## Metrics\n\n| metric | value | |\n|---|---|---|\n" + "\n".join(metrics))
     return "\n\n".join(parts)
 
 
-def _figures(folder: RunFolder, rows: list[dict[str, Any]]) -> list[str]:
-    """Rows of a table: the last figures on held-out items during training, and those of ``fastgen evaluate``."""
+def _metrics(folder: RunFolder, rows: list[dict[str, Any]]) -> list[str]:
+    """Rows of a table: the last scores on held-out items during training, and the metrics of ``fastgen evaluate``."""
     held_out = [row for row in rows if row.get("part") == "held-out"]
     lines = []
     for name, value in held_out[-1]["values"].items() if held_out else ():
         lines.append(f"| {_text(name)} | {_number(value)} | on held-out items, at step {held_out[-1]['step']:,} |")
     found = _read(folder.evaluation)
-    for figure in found.get("figures") or ():
-        about = ", ".join(str(figure[key]) for key in ("unit", "space") if figure.get(key))
+    for metric in found.get("figures") or ():
+        about = ", ".join(str(metric[key]) for key in ("unit", "space") if metric.get(key))
         lines.append(
-            f"| {_text(figure.get('name'))} | {_number(figure.get('value'))} |"
+            f"| {_text(metric.get('name'))} | {_number(metric.get('value'))} |"
             f" {_text(about)}{'; ' if about else ''}by fastgen evaluate at step {found.get('step')} |"
         )
     return lines

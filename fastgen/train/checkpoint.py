@@ -1,4 +1,4 @@
-"""One safetensors file with everything a run needs to go on: tensors, and a JSON header in its metadata."""
+"""Checkpoints: one safetensors file with all that resuming a run needs, tensors and a JSON header in its metadata."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FORMAT = "fastgen-checkpoint"
 
 @dataclass(frozen=True)
 class Header:
-    """How a run was made: constant while it trains. ``fingerprint``: of the data."""
+    """Settings of a run, constant while it trains. fingerprint: that of its data set."""
 
     model: str
     model_config: dict[str, Any]
@@ -34,10 +34,10 @@ class Header:
 
 
 def save_checkpoint(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
-    """Write the file whole, or leave the old one. Tensors may be on any device.
+    """Write the file atomically. Tensors may be on any device.
 
     Raises:
-        OSError: it can't be written (a full disk); names the file. The one before is kept.
+        OSError: it can't be written (a full disk); names the file. The previous checkpoint is kept.
     """
     text = json.dumps(asdict(header))
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -46,15 +46,15 @@ def save_checkpoint(path: Path, header: Header, tensors: Mapping[str, Tensor]) -
 
 
 def load_checkpoint(path: Path) -> tuple[Header, dict[str, Tensor]]:
-    """Read a file that ``save_checkpoint`` wrote; tensors come on the CPU. Never runs code from the file.
+    """Read a file that ``save_checkpoint`` wrote; tensors are on the CPU. Never runs code from the file.
 
     Raises:
-        FileNotFoundError: no such file. OSError: it can't be read. ValueError: cut short, changed, or not one of ours.
+        FileNotFoundError: no such file. OSError: it can't be read. ValueError: truncated, changed, or no checkpoint.
         Each names the file.
     """
     check_file(path, "a fastgen checkpoint")
     try:
-        open(path, "rb").close()  # tells what is wrong, unlike the library
+        open(path, "rb").close()  # a clearer error than the library's
     except OSError as error:
         raise cannot_read(path, error) from error
     try:
@@ -85,7 +85,7 @@ def load_checkpoint(path: Path) -> tuple[Header, dict[str, Tensor]]:
 
 
 def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
-    """Of names, shapes, contents and the header: tells damage and carelessness, not an attacker."""
+    """Hash of names, shapes, contents and the header: detects accidental damage, no attacker."""
     total = hashlib.blake2b(header.encode(), digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name]

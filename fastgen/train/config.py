@@ -1,4 +1,4 @@
-"""How to train: the options that every model shares."""
+"""Options of training, shared by all models."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from fastgen.batch import option
 from fastgen.checks import require_positive
-from fastgen.models import option
 
 Schedule = Literal["constant", "linear", "cosine"]
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -27,8 +27,8 @@ FREE_ON_RESUME = (
     "checkpoint_every",
     "trackers",
 )
-"""Options that may change when a run goes on. Two touch what a step computes: the learning rate, and, where it has a
-schedule, which is stretched, epochs and steps."""
+"""Options that may change when a run is resumed. Only some affect what a step computes: the learning rate and, as its
+schedule is stretched, epochs and steps."""
 
 COUNTS = (
     *("batch_size", "accumulate", "nan_limit", "log_every", "steps", "warmup", "threads", "workers"),
@@ -36,39 +36,45 @@ COUNTS = (
 )
 MOST = {"threads": 1024, "workers": 1024}
 MOST_STEPS = 2**53
-"""The largest numbers: of threads and processes more than machines have, of all else more than a run can come to."""
+"""Upper limits, above what any machine has and any run reaches."""
 
 PARTS_OF_A_RUN, LEAST_STEPS = 20, 10
-"""Evaluations, samples and checkpoints in a run, and the fewest steps between two, where nobody says otherwise."""
+"""Default number of evaluations, samples and checkpoints in a run, and the fewest steps between two of them."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. ValueError names the field, what was expected and what came."""
+    """Options of the training loop.
 
-    epochs: float = option(50.0, "passes over the training items")
-    steps: int = option(0, "steps; 0: as many as the epochs take")
-    batch_size: int = option(64, "items per step, over all processes")
-    accumulate: int = option(1, "parts that a process cuts its share of a batch into, to save memory")
-    learning_rate: float | None = option(None, "of every optimiser; by default the model's own")
-    schedule: Schedule = option("constant", "of the learning rate, down to 0 at the last step")
-    warmup: int = option(0, "steps over which the learning rate grows from 0")
-    clip: float = option(0.0, "largest norm of a gradient; 0: any")
-    average_decay: float = option(0.999, "of the running average of the weights")
-    precision: Precision = option("float32", "bfloat16 and float16: mixed precision")
-    compile: bool = option(False, "torch.compile the networks")
-    strategy: Strategy = option("ddp", "with several processes; fsdp shards the weights of a Transformer")
-    flip: bool = option(False, "mirror each training picture with probability 1/2")
-    seed: int = option(0, "of initial weights, data order and noise")
-    threads: int = option(0, "on the CPU; 0: torch's choice, or one where steps are tiny")
-    workers: int = option(2, "processes that decode data which do not fit into memory")
-    device: str = option("auto", "cpu, cuda, cuda:1, ...; auto: cuda if there is one")
-    nan_limit: int = option(20, "stop after this many steps in a row whose gradient is NaN or infinite")
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    epochs: float = option(50.0, "passes over the training data")
+    steps: int = option(0, "number of training steps; 0: as many as the epochs need")
+    batch_size: int = option(64, "batch size, over all processes")
+    accumulate: int = option(1, "gradient accumulation: micro-batches per process and step, to save memory")
+    learning_rate: float | None = option(None, "learning rate of every optimizer; default: the model's own")
+    schedule: Schedule = option("constant", "learning rate schedule; linear and cosine decay to 0 at the last step")
+    warmup: int = option(0, "linear warmup of the learning rate, in steps")
+    clip: float = option(0.0, "maximum gradient norm; 0: no clipping")
+    average_decay: float = option(0.999, "decay of the exponential moving average (EMA) of the weights")
+    precision: Precision = option("float32", "training precision; bfloat16 and float16 are mixed precision")
+    compile: bool = option(False, "compilation of the networks with torch.compile")
+    strategy: Strategy = option("ddp", "strategy for several processes; fsdp shards the weights of a Transformer")
+    flip: bool = option(False, "random horizontal flips of training images, with probability 1/2")
+    seed: int = option(0, "seed of initial weights, data order and noise")
+    threads: int = option(0, "CPU threads; 0: torch's default, or one where steps are tiny")
+    workers: int = option(2, "data-loading processes, for data that do not fit into memory")
+    device: str = option("auto", "device: cpu, cuda, cuda:1, ...; auto: cuda if available")
+    nan_limit: int = option(20, "consecutive steps with a NaN or infinite gradient after which training stops")
     log_every: int = option(10, "steps between lines of metrics.jsonl")
-    evaluate_every: int = option(0, f"steps between evaluations; 0: {PARTS_OF_A_RUN} times in a run")
-    sample_every: int = option(0, f"steps between pictures; 0: {PARTS_OF_A_RUN} times in a run")
-    checkpoint_every: int = option(0, f"steps between checkpoints; 0: {PARTS_OF_A_RUN} times in a run")
-    trackers: str = option("", "tensorboard, or others that accelerate knows, with commas between")
+    evaluate_every: int = option(0, f"steps between evaluations; 0: {PARTS_OF_A_RUN} evaluations per run")
+    sample_every: int = option(0, f"steps between samples; 0: {PARTS_OF_A_RUN} times per run")
+    checkpoint_every: int = option(0, f"steps between checkpoints; 0: {PARTS_OF_A_RUN} checkpoints per run")
+    trackers: str = option(
+        "", "experiment trackers, comma-separated: tensorboard, or any other that accelerate supports"
+    )
 
     def __post_init__(self) -> None:
         for name in COUNTS:
@@ -97,7 +103,7 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
 
     def total_steps(self, items: int, batches_per_step: int) -> int:
-        """Steps of the run, over ``items`` training items."""
+        """Total steps of a run over ``items`` training items."""
         total = self.steps or max(1, math.ceil(self.epochs * items / (self.batch_size * batches_per_step)))
         if total > MOST_STEPS:
             raise ValueError(f"epochs: expected at most {MOST_STEPS} steps, got {self.epochs:g} epochs")
@@ -108,7 +114,7 @@ class TrainConfig:
         return int(getattr(self, f"{what}_every")) or max(LEAST_STEPS, total // PARTS_OF_A_RUN)
 
     def rate(self, step: int, total: int) -> float:
-        """What the learning rate is multiplied by in a step, 1 .. total."""
+        """Factor of the learning rate in a step, 1 .. total."""
         warm = min(1.0, step / (self.warmup + 1))
         left = 1 - (step - 1) / total
         if self.schedule == "linear":

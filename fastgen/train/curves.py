@@ -1,4 +1,4 @@
-"""Curves of a run's metrics: a small panel for each quantity, training and held-out together."""
+"""Curves of a run's metrics: a panel for each quantity, training and held-out together."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ SPEED = "items per second"
 
 MOST_PANELS = 24
 MOST_CURVES = 8  # in a panel
-MOST_POINTS = 1000  # of a curve; more are drawn as ranges of that many stretches
+MOST_POINTS = 1000  # of a curve; longer ones are plotted as ranges of so many bins
 SMOOTHED_SHARE = 0.03  # of a curve's length, over which it is averaged
 LOGARITHMIC_FROM = 30.0  # largest over smallest value
-FAR_OUT = 3.0  # times the range of 98 % of the values: beyond it, the view is of those 98 %
+FAR_OUT = 3.0  # the axis shows 98 % of the values where all of them span more than this times their range
 LONGEST_NAME = 40
 PANEL, DPI = (3.7, 2.4), 200  # inches; dots in an inch
 
@@ -47,7 +47,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """What is drawn together: curves of the same quantity. ``last_step`` is that of the run."""
+    """Curves of one quantity. last_step: the last step of the run."""
 
     name: str
     unit: str
@@ -66,7 +66,7 @@ class Theme:
     faint: str
     paper: str
     alarm: str
-    colours: tuple[str, ...]
+    colors: tuple[str, ...]
 
 
 LIGHT = Theme(
@@ -78,7 +78,7 @@ DARK = Theme(
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; none if there is no file. Lines that hold no row are left out."""
+    """The rows of a metrics.jsonl; none if there is no file. Invalid lines are left out."""
     if not path.is_file():
         return []
     rows = []
@@ -94,9 +94,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def panels(rows: Iterable[Mapping[str, Any]]) -> list[Panel]:
-    """The quantities of the rows of a metrics.jsonl, those of training first, then the speed.
+    """The panels of a metrics.jsonl: the loss first, the throughput last.
 
-    "discriminator/loss" and "generator/loss" share the panel "loss", "kl" of training and held-out items another.
+    "discriminator/loss" and "generator/loss" share the panel "loss"; training and held-out "kl" share another.
     """
     found: dict[str, dict[tuple[str, str], tuple[list[float], list[float]]]] = {}
     for row in filter(_is_row, rows):
@@ -136,13 +136,13 @@ def draw_panel(panel: Panel, theme: Theme) -> bytes:
 
 
 def describe(panel: Panel) -> str:
-    """The last values of a panel in words, for those who can't see it."""
+    """The last values of a panel, as alternative text."""
     ends = [f"{_label(curve, panel)} {curve.values[-1]:.4g} at step {curve.steps[-1]:,.0f}" for curve in panel.curves]
     return f"{panel.name}: " + ", ".join(ends)
 
 
 # --------------------------------------------------------------------------------------------------
-# Drawing
+# Plotting
 
 
 def _image(shown: Sequence[Panel], theme: Theme, titled: bool = True) -> bytes:
@@ -187,7 +187,7 @@ def _draw(axes: Axes, panel: Panel, theme: Theme, titled: bool) -> None:
     finite = np.concatenate([curve.values[np.isfinite(curve.values)] for curve in panel.curves])
     _scale(axes, finite)
     for place, curve in enumerate(panel.curves):
-        _plot(axes, curve, theme.colours[place % len(theme.colours)], theme.alarm, _label(curve, panel))
+        _plot(axes, curve, theme.colors[place % len(theme.colors)], theme.alarm, _label(curve, panel))
     if len(panel.curves) > 1:
         legend = axes.legend(fontsize=8, frameon=False, labelcolor=theme.ink, handlelength=1.4)
         for text in legend.get_texts():
@@ -195,7 +195,7 @@ def _draw(axes: Axes, panel: Panel, theme: Theme, titled: bool) -> None:
 
 
 def _scale(axes: Axes, finite: Values) -> None:
-    """Logarithmic where values of one sign span decades; no view of the few that lie far out."""
+    """Logarithmic where positive values span decades; outliers are cut off."""
     if len(finite) == 0:
         return
     low, high = finite.min(), finite.max()
@@ -213,25 +213,23 @@ def _scale(axes: Axes, finite: Values) -> None:
         axes.set_ylim(max(low, near_low - room / 4), min(high, near_high + room / 4))
 
 
-def _plot(axes: Axes, curve: Curve, colour: str, alarm: str, label: str) -> None:
-    """The curve: pale as it is, and smoothed over it; dashed with dots for held-out items."""
+def _plot(axes: Axes, curve: Curve, color: str, alarm: str, label: str) -> None:
+    """The raw curve, pale, under the smoothed one; held-out curves are dashed, with markers."""
     broken = curve.steps[~np.isfinite(curve.values)]
-    steps, low, high, middle = _stretches(curve.steps, np.where(np.isfinite(curve.values), curve.values, np.nan))
+    steps, low, high, middle = _bins(curve.steps, np.where(np.isfinite(curve.values), curve.values, np.nan))
     held_out = curve.part != TRAIN
     few = len(steps) < 40
     if held_out or few:
-        (line,) = axes.plot(
-            steps, middle, color=colour, linewidth=1.4, linestyle="--" if held_out else "-", label=label
-        )
+        (line,) = axes.plot(steps, middle, color=color, linewidth=1.4, linestyle="--" if held_out else "-", label=label)
         if few:
             line.set_marker("o")
             line.set_markersize(3)
     else:
         if len(steps) < len(curve.steps):
-            axes.fill_between(steps, low, high, color=colour, alpha=0.22, linewidth=0)
+            axes.fill_between(steps, low, high, color=color, alpha=0.22, linewidth=0)
         else:
-            axes.plot(steps, middle, color=colour, alpha=0.3, linewidth=0.8)
-        axes.plot(steps, _smoothed(middle), color=colour, linewidth=1.6, label=label)
+            axes.plot(steps, middle, color=color, alpha=0.3, linewidth=0.8)
+        axes.plot(steps, _smoothed(middle), color=color, linewidth=1.6, label=label)
     if len(broken):
         thinned = broken[:: math.ceil(len(broken) / 100)]
         axes.plot(
@@ -245,8 +243,8 @@ def _plot(axes: Axes, curve: Curve, colour: str, alarm: str, label: str) -> None
         )
 
 
-def _stretches(steps: Values, values: Values) -> tuple[Values, Values, Values, Values]:
-    """(n,) -> at most ``MOST_POINTS`` steps and the lowest, highest and mean value there; NaN where there is none."""
+def _bins(steps: Values, values: Values) -> tuple[Values, Values, Values, Values]:
+    """(n,) -> at most ``MOST_POINTS`` steps with the lowest, highest and mean value of each; NaN for empty bins."""
     size = math.ceil(len(steps) / MOST_POINTS)
     if size == 1:
         return steps, values, values, values
@@ -262,7 +260,7 @@ def _stretches(steps: Values, values: Values) -> tuple[Values, Values, Values, V
 
 
 def _smoothed(values: Values) -> Values:
-    """The mean over a window around each value; NaN stays where it is and counts for nothing elsewhere."""
+    """The mean over a window around each value; NaN stays NaN and is ignored in the windows of other values."""
     window = max(3, 2 * int(len(values) * SMOOTHED_SHARE / 2) + 1)
     there = np.isfinite(values)
     ones = np.ones(window)
@@ -272,7 +270,7 @@ def _smoothed(values: Values) -> Values:
 
 
 # --------------------------------------------------------------------------------------------------
-# Words
+# Values and labels
 
 
 def _is_row(row: Any) -> bool:
@@ -283,7 +281,7 @@ def _is_row(row: Any) -> bool:
 
 
 def _number(raw: object) -> float | None:
-    """A float, maybe not finite; None for what is no number."""
+    """A float, maybe not finite; None for other types."""
     if isinstance(raw, bool) or not isinstance(raw, (int, float)):
         return None
     try:
@@ -293,7 +291,7 @@ def _number(raw: object) -> float | None:
 
 
 def _label(curve: Curve, panel: Panel) -> str:
-    """What tells the curve from the others of its panel."""
+    """The label that distinguishes the curve from the others of its panel."""
     owners, parts = ({getattr(other, what) for other in panel.curves} for what in ("name", "part"))
     words = [curve.name] if len(owners) > 1 and curve.name else []
     if len(parts) > 1 or not words:

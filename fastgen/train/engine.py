@@ -1,4 +1,4 @@
-"""One training step: every phase of a model, its gradients, its optimiser, the average of the weights."""
+"""One training step: every phase of a model, its gradients, its optimizer, the EMA of the weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Values = dict[str, Tensor]
 
 
 class _Caller(nn.Module):
-    """Holds the networks whose gradients processes exchange, so that DDP and FSDP see a phase as one module."""
+    """The networks of a phase as one module, for DDP and FSDP."""
 
     def __init__(self, model: GenerativeModel, networks: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class _Caller(nn.Module):
 
 
 class _Updater:
-    """A phase, what it updates and by which optimiser."""
+    """A phase with its networks and its optimizer."""
 
     def __init__(self, model: GenerativeModel, phase: Phase, config: TrainConfig, accelerator: Accelerator) -> None:
         self.phase = phase
@@ -48,20 +48,20 @@ class _Updater:
             self.module = shard(caller, model, precision)
         else:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is of torch 2.13
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor needs torch 2.13
                 self.module = accelerator.prepare_model(caller)
         self.parameters = [weight for network in networks for weight in network.parameters()]
         self.rate = config.learning_rate or phase.learning_rate
         options = {"lr": self.rate, "betas": phase.betas, "weight_decay": phase.weight_decay}
-        # Not wrapped by accelerate, whose wrapper looks for other packages' optimisers on disk in every step.
+        # Not wrapped by accelerate, whose wrapper searches for other packages' optimizers on disk in every step.
         self.optimizer = torch.optim.AdamW(self.parameters, fused=True, **options)  # type: ignore[arg-type]
 
 
 class Engine:
-    """A model in training: phases, optimisers, the running average of the weights, counters.
+    """A model in training: phases, optimizers, the EMA of the weights, counters.
 
-    ``step`` counts finished steps, ``skipped`` those in which some phase's gradient was NaN or infinite: that
-    phase then changes no weight and no statistic. ``in_a_row`` are the skipped steps since the last good one.
+    ``step`` counts finished steps, ``skipped`` those in which a phase's gradient was NaN or infinite: that phase then
+    changes no weight and no statistic. ``in_a_row`` counts the skipped steps since the last good one.
     """
 
     def __init__(self, model: GenerativeModel, config: TrainConfig, total: int, accelerator: Accelerator) -> None:
@@ -78,7 +78,7 @@ class Engine:
         self._good_statistics = [buffer.clone() for buffer in self._statistics]
         state = self._floating_state(model.averaged)
         copies = {tensor: tensor.detach().clone() for tensor in state.values()}
-        self.average = {name: copies[tensor] for name, tensor in state.items()}  # tied weights have one for all names
+        self.average = {name: copies[tensor] for name, tensor in state.items()}  # tied weights share one
         self._pairs = list(copies.items())
         updated = {weight for updater in self.updaters for weight in updater.parameters}
         for name, weight in model.named_parameters():
@@ -95,23 +95,23 @@ class Engine:
         }
         return chosen
 
-    def advance(self, batches: Iterator[Batch], draws: int) -> None:
-        """One step, on the next ``draws`` batches (of ``accumulate`` parts each)."""
+    def advance(self, batches: Iterator[Batch], batches_per_step: int) -> None:
+        """One step, on the next ``batches_per_step`` batches (of ``accumulate`` parts each)."""
         step = self.step + 1
         parts = self.config.accumulate
-        drawn = [[to_device(next(batches), self.device) for _ in range(parts)] for _ in range(draws)]
+        groups = [[to_device(next(batches), self.device) for _ in range(parts)] for _ in range(batches_per_step)]
         if self.config.flip:
-            for draw, pieces in enumerate(drawn):
+            for index, pieces in enumerate(groups):
                 for part, batch in enumerate(pieces):
-                    pieces[part] = mirrored(batch, self._seed(FLIP, step, 0, draw, part))
+                    pieces[part] = mirrored(batch, self._seed(FLIP, step, 0, index, part))
         factor = self.config.rate(step, self.total)
         bad = torch.zeros((), dtype=torch.bool, device=self.device)
         for number, updater in enumerate(self.updaters):
-            self._let_train(updater)
+            self._enable_gradients(updater)
             for group in updater.optimizer.param_groups:
                 group["lr"] = updater.rate * factor
             for repeat in range(updater.phase.repeats):
-                bad = bad | self._update(updater, number, drawn[repeat], step, repeat)
+                bad = bad | self._update(updater, number, groups[repeat], step, repeat)
         self._update_average()
         self.skipped += bad
         self.in_a_row = torch.where(bad, self.in_a_row + 1, 0)
@@ -119,12 +119,12 @@ class Engine:
         self.step = step
 
     def _seed(self, purpose: int, step: int, *where: int) -> int:
-        """Of a part of a step; the last number is the part of this process."""
+        """The seed of a part of a step; the last of ``where`` is the part within this process."""
         accelerator = self.accelerator
         part = where[-1] * accelerator.num_processes + accelerator.process_index
         return seed_of(self.config.seed, purpose, step, *where[:-1], part)
 
-    def _let_train(self, updater: _Updater) -> None:
+    def _enable_gradients(self, updater: _Updater) -> None:
         """Gradients for this phase's weights only."""
         if len(self.updaters) > 1:
             for other in self.updaters:
@@ -134,7 +134,7 @@ class Engine:
                 weight.requires_grad_(True)
 
     def _update(self, updater: _Updater, number: int, parts: Sequence[Batch], step: int, repeat: int) -> Tensor:
-        """One update of one phase; whether it was skipped, as a tensor: nothing waits for the device."""
+        """One update of one phase; whether it was skipped, as a tensor, so as not to synchronize."""
         scaler = self.accelerator.scaler
         context = StepContext(step, self.total, scaler)
         updater.optimizer.zero_grad()
@@ -175,14 +175,14 @@ class Engine:
 
     @torch.no_grad()
     def _keep_good_statistics(self, bad: Tensor) -> None:
-        """Batch norm has seen what made a gradient NaN: its statistics are set back."""
+        """Restores the statistics of batch norm after a step with a NaN gradient."""
         for now, good in zip(self._statistics, self._good_statistics, strict=True):
             now.copy_(torch.where(bad, good, now))
             good.copy_(now)
 
     @torch.no_grad()
     def _update_average(self) -> None:
-        """One step of the average: decay grows to its value, so that early weights are soon forgotten."""
+        """One step of the EMA. The decay ramps up to its value, so that early weights soon lose their share."""
         decay = min(self.config.average_decay, (1 + self.step) / (AVERAGE_RAMP + self.step))
         weights, averages = zip(*self._pairs, strict=True)
         torch._foreach_lerp_(averages, weights, 1 - decay)
@@ -205,9 +205,9 @@ class Engine:
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
-        """The model in evaluation, with averaged weights and what follows from them (``fastgen.models.settled``).
+        """The model in evaluation mode, with averaged weights and recomputed statistics (``fastgen.models.settled``).
 
-        What it gives calls the model's methods on all processes.
+        Yields a module that calls the model's methods on all processes.
         """
         self._swap()
         self.model.eval()
@@ -217,7 +217,7 @@ class Engine:
         finally:
             for updater in self.updaters:
                 if isinstance(updater.module, FSDPModule):
-                    updater.module.reshard()  # what it gathered for evaluation is no longer true
+                    updater.module.reshard()  # the weights gathered for evaluation are stale
             self.model.train()
             self._swap()
 
@@ -230,9 +230,9 @@ class Engine:
 
     @torch.no_grad()
     def share_buffers(self) -> None:
-        """Buffers and their averages become the same in all processes: before a checkpoint, so that all go on from it.
+        """Makes buffers and their averages equal in all processes, before a checkpoint.
 
-        Statistics become their means. Of a store of items row i comes from process i modulo their number.
+        Statistics become their means. Row i of a store of items comes from process i modulo the number of processes.
         """
         accelerator = self.accelerator
         if accelerator.num_processes > 1:
@@ -251,7 +251,7 @@ class Engine:
                 good.copy_(now)
 
     def tensors(self) -> Values:
-        """All that changes, by name; what ``restore`` takes. Every process has to call it."""
+        """The complete state, by name, for ``restore``. Every process has to call it."""
         state = self.model.state_dict(keep_vars=True)
         named = {f"model/{name}": tensor for name, tensor in _unshared(state).items()}
         named |= {f"average/{name}": tensor for name, tensor in _unshared(self.average).items()}
@@ -266,7 +266,7 @@ class Engine:
         return named
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on where ``tensors`` were taken, bit for bit on the same kind of device.
+        """Restore the state; training then continues bit for bit on the same kind of device.
 
         Raises:
             ValueError: a tensor is missing, or has another shape than this model's.
@@ -304,7 +304,7 @@ class Engine:
 
 
 def _unshared(named: Mapping[str, Tensor]) -> Values:
-    """Whole tensors, of those that have several names (tied weights) a copy for each: a file can't hold one twice."""
+    """Full tensors; tied weights are copied for each of their names, as safetensors can't store shared memory."""
     seen: set[Tensor] = set()
     found = {}
     for name, tensor in named.items():
@@ -319,6 +319,6 @@ def find(tensors: Mapping[str, Tensor], name: str, like: Tensor | None = None) -
     saved = tensors.get(name)
     expected = torch.Size() if like is None else like.shape
     if saved is None or saved.shape != expected:
-        came = "none" if saved is None else str(tuple(saved.shape))
-        raise ValueError(f"{name}: expected a tensor of shape {tuple(expected)}, got {came}")
+        got = "none" if saved is None else str(tuple(saved.shape))
+        raise ValueError(f"{name}: expected a tensor of shape {tuple(expected)}, got {got}")
     return saved

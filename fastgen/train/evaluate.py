@@ -1,4 +1,4 @@
-"""A trained model judged on held-out items: likelihoods, distances of samples in a named feature space, harmonics."""
+"""Evaluation of a trained model on held-out items: likelihoods, distances in a feature space, harmonicity."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fastgen import metrics
+from fastgen.batch import TRANSLATED, option
 from fastgen.data import Items
 from fastgen.data._files import read_bytes
-from fastgen.models import TRANSLATED, Images, Sounds, option
+from fastgen.models import Images, Sounds
 from fastgen.models.digest import KEY, UNSEALED, is_whole, seal
 from fastgen.train.card import write_card
 from fastgen.train.config import TrainConfig
@@ -26,31 +27,35 @@ from fastgen.train.evaluation import Thinned, scores
 from fastgen.train.files import write_whole
 from fastgen.train.folder import RunFolder
 from fastgen.train.report import write_report
-from fastgen.train.run import data_of, split
+from fastgen.train.settings import ModelClass, data_of, split
 from fastgen.train.sharding import leave, make_accelerator
 from fastgen.train.trained import Trained, check_seed, joined, open_run
 
 Space = Literal["auto", "classifier", "rotations", "inception", "none"]
 FEATURES_FORMAT = "fastgen-features"
-MOST = 10_000  # items of a split that are looked at
-MOST_EACH = 10**6  # of what is drawn, and how often
-SOUNDS = 32  # drawn at most: they take seconds each
+MOST = 10_000  # items of a split that are evaluated
+MOST_EACH = 10**6  # upper limit of n, k, batch size, importance samples and resamples
+SOUNDS = 32  # sampled at most: each takes seconds
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """How to judge. ValueError names the field, what was expected and what came."""
+    """Options of an evaluation.
 
-    n: int = option(1000, f"images to draw for distances; sounds for their harmonics, at most {SOUNDS}")
-    importance: int = option(50, "posterior samples of the importance-weighted bound; 0 leaves it out")
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    n: int = option(1000, f"number of samples: images for distances; sounds for harmonicity, at most {SOUNDS}")
+    importance: int = option(50, "posterior samples of the importance-weighted bound; 0: not computed")
     features: Space = option(
-        "auto", "of distances; auto: a classifier trained on the data, or rotations without labels"
+        "auto", "feature space of distances; auto: a classifier trained on the data, or rotations without labels"
     )
-    k: int = option(5, "neighbours of precision, recall, density and coverage")
-    resamples: int = option(200, "of the distances' intervals; 0: none")
-    batch_size: int = option(256, "items at once")
-    seed: int = option(0, "of all noise")
-    device: str = option("auto", "cpu, cuda, ...; auto: cuda if there is one")
+    k: int = option(5, "nearest neighbors of precision, recall, density and coverage")
+    resamples: int = option(200, "bootstrap resamples of the confidence intervals of distances; 0: no intervals")
+    batch_size: int = option(256, "batch size")
+    seed: int = option(0, "seed of all noise")
+    device: str = option("auto", "device: cpu, cuda, ...; auto: cuda if available")
 
     def __post_init__(self) -> None:
         for name in ("n", "k", "batch_size"):
@@ -67,33 +72,36 @@ class EvaluateConfig:
         check_seed(self.seed)
 
 
-def evaluate(folder: RunFolder, config: EvaluateConfig) -> list[metrics.Figure]:
-    """Every figure that the model of a run has, kept in evaluation.json and the report.
+def evaluate(folder: RunFolder, config: EvaluateConfig, model_class: ModelClass | None = None) -> list[metrics.Figure]:
+    """All metrics of a run's model, also written to evaluation.json and the report.
+
+    Args:
+        model_class: the class of a model that is not registered.
 
     Raises:
         FileNotFoundError, ValueError: no run, or a checkpoint that does not fit. UsageError: options or data that do
         not fit the run.
     """
-    trained = open_run(folder, config.device)
-    data = data_of(trained.header, folder)
+    trained = open_run(folder, config.device, model_class)
+    data = data_of(trained.header, folder, type(trained.model))
     train, held_out = split(data, trained.model.config)
     accelerator = make_accelerator(TrainConfig(batch_size=1), trained.model.device)
     try:
         with torch.no_grad():
-            figures = _likelihoods(trained, held_out, config, accelerator)
+            results = _likelihoods(trained, held_out, config, accelerator)
             if trained.model.kind in TRANSLATED or (trained.model.kind == "images" and config.features != "none"):
-                judge = {"images": _distances, "domains": _domains, "pairs": _pairs}[trained.model.kind]
-                figures += judge(trained, data.name, train, held_out, config, folder)
+                measure = {"images": _distances, "domains": _domains, "pairs": _pairs}[trained.model.kind]
+                results += measure(trained, data.name, train, held_out, config, folder)
             if trained.model.kind == "audio":
-                figures += _sounds(trained, held_out, config)
+                results += _sounds(trained, held_out, config)
     finally:
         leave(accelerator)
-    kept = {"step": trained.step, "settings": asdict(config), "figures": [asdict(figure) for figure in figures]}
+    kept = {"step": trained.step, "settings": asdict(config), "figures": [asdict(result) for result in results]}
     write_whole(folder.evaluation, (json.dumps(kept, indent=2) + "\n").encode())
     write_report(folder.path)
     if folder.pretrained.is_dir():
         write_card(folder, trained.model)
-    return figures
+    return results
 
 
 def _likelihoods(
@@ -104,17 +112,17 @@ def _likelihoods(
     def call(method: str, *args: Any, **options: Any) -> Any:
         return getattr(model, method)(*args, **options)
 
-    def of_items(method: str, seed: int) -> dict[str, Tensor]:
+    def per_item(method: str, seed: int) -> dict[str, Tensor]:
         return scores(call, items, config.batch_size, accelerator, method, seed)
 
-    values = of_items("score", config.seed)
+    values = per_item("score", config.seed)
     if not values:
         return []
     if hasattr(model, "log_weights") and config.importance:
-        draws = (of_items("log_weights", config.seed + k)["log_weights"] for k in range(config.importance))
-        values["iwae"] = metrics.importance_weighted_bound(draws)
-    judged = model.kind == "images" and not values.keys().isdisjoint(("iwae", "elbo", "nll"))
-    dims = items.batch(torch.tensor([0]))["images"][0].numel() if judged else None
+        log_weights = (per_item("log_weights", config.seed + k)["log_weights"] for k in range(config.importance))
+        values["iwae"] = metrics.importance_weighted_bound(log_weights)
+    has_bits = model.kind == "images" and not values.keys().isdisjoint(("iwae", "elbo", "nll"))
+    dims = items.batch(torch.tensor([0]))["images"][0].numel() if has_bits else None
     return metrics.summarise(values, dims, seed=config.seed)
 
 
@@ -124,10 +132,10 @@ def _distances(
     real, known = _all(held_out, config), _all(train, config)
     space = _space(name, known, real, config, folder, trained)
     generator = torch.Generator().manual_seed(config.seed)
-    drawn = joined(list(trained.draw(config.n, trained.model.sampling_class(), generator)))
-    assert isinstance(drawn, Images)
-    pixels = drawn.pixels.float().clamp(0, 1).cpu()
-    figures = metrics.evaluate_images(
+    generated = joined(list(trained.draw(config.n, trained.model.sampling_class(), generator)))
+    assert isinstance(generated, Images)
+    pixels = generated.pixels.float().clamp(0, 1).cpu()
+    results = metrics.evaluate_images(
         real["images"],
         pixels,
         space,
@@ -136,9 +144,9 @@ def _distances(
         resamples=config.resamples,
         seed=config.seed,
     )
-    if drawn.labels is not None and space.kind == "classifier":
-        figures.append(metrics.class_agreement(pixels, drawn.labels, space))
-    return figures
+    if generated.labels is not None and space.kind == "classifier":
+        results.append(metrics.class_agreement(pixels, generated.labels, space))
+    return results
 
 
 def _domains(
@@ -149,10 +157,10 @@ def _domains(
         return []
     real, known = _all(held_out, config), _all(train, config)
     space = _space(name, _as_classes(known), _as_classes(real), config, folder, trained)
-    figures = []
+    results = []
     for source, target in (("a", "b"), ("b", "a")):
         options = trained.model.sampling_class(direction=f"{source}-to-{target}")
-        figures += metrics.evaluate_domains(
+        results += metrics.evaluate_domains(
             real[target],
             _translated(trained, held_out, options, config),
             real[source],
@@ -163,7 +171,7 @@ def _domains(
             resamples=config.resamples,
             seed=config.seed,
         )
-    return figures
+    return results
 
 
 def _pairs(
@@ -187,15 +195,17 @@ def _pairs(
 
 
 def _sounds(trained: Trained, held_out: Items, config: EvaluateConfig) -> list[metrics.Figure]:
-    """Whether they have a pitch; nothing of sounds too short to tell."""
+    """Harmonicity; none for sounds too short to measure it."""
     model_config: Any = trained.model.config
     if model_config.length < metrics.SHORTEST * model_config.sample_rate:
         return []
     generator = torch.Generator().manual_seed(config.seed)
-    drawn = joined(list(trained.draw(min(config.n, SOUNDS), trained.model.sampling_class(), generator)))
-    assert isinstance(drawn, Sounds)
+    generated = joined(list(trained.draw(min(config.n, SOUNDS), trained.model.sampling_class(), generator)))
+    assert isinstance(generated, Sounds)
     real = _all(Thinned(held_out, SOUNDS), config)["audio"]
-    return metrics.evaluate_sounds(real, drawn.waves, drawn.sample_rate, resamples=config.resamples, seed=config.seed)
+    return metrics.evaluate_sounds(
+        real, generated.waves, generated.sample_rate, resamples=config.resamples, seed=config.seed
+    )
 
 
 def _as_classes(domains: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -205,11 +215,11 @@ def _as_classes(domains: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _translated(trained: Trained, items: Items, options: Any, config: EvaluateConfig) -> Tensor:
-    """What becomes of the items that ``_all`` gives, on the CPU."""
+    """Translations of the items that ``_all`` returns, on the CPU."""
     generator = torch.Generator().manual_seed(config.seed)
-    drawn = joined(list(trained.translate(Thinned(items, MOST), options, generator)))
-    assert isinstance(drawn, Images)
-    return drawn.pixels.float().clamp(0, 1).cpu()
+    generated = joined(list(trained.translate(Thinned(items, MOST), options, generator)))
+    assert isinstance(generated, Images)
+    return generated.pixels.float().clamp(0, 1).cpu()
 
 
 def _all(items: Items, config: EvaluateConfig) -> dict[str, Tensor]:
@@ -232,7 +242,7 @@ def _space(
     folder: RunFolder,
     trained: Trained,
 ) -> metrics.FeatureSpace:
-    """The feature space, trained once for a run and kept in its folder; on the model's device."""
+    """The feature space, trained once per run and saved in its folder; on the model's device."""
     kind, name = config.features, Path(name).name if Path(name).exists() else name
     if kind == "auto":
         kind = "classifier" if "labels" in known else "rotations"
@@ -240,10 +250,10 @@ def _space(
         raise UsageError(f"features: expected rotations or inception for {name}, which has no classes, got classifier")
     if kind == "inception":
         return metrics.inception_features().to(trained.model.device)
-    wanted = {"format": FEATURES_FORMAT, "kind": kind, "fingerprint": trained.header.fingerprint}
-    kept = _kept_space(folder, wanted, known["images"], trained.model.device)
-    if kept is not None:
-        return kept
+    expected = {"format": FEATURES_FORMAT, "kind": kind, "fingerprint": trained.header.fingerprint}
+    saved = _saved_space(folder, expected, known["images"], trained.model.device)
+    if saved is not None:
+        return saved
     with torch.enable_grad():
         if kind == "classifier":
             held_out = (real["images"], real["labels"])
@@ -251,26 +261,26 @@ def _space(
         else:
             space = metrics.rotation_features(known["images"], data=name)
     tensors, meta = space.state()
-    data = safetensors.torch.save(tensors, {**wanted, "meta": json.dumps(meta), **UNSEALED})
+    data = safetensors.torch.save(tensors, {**expected, "meta": json.dumps(meta), **UNSEALED})
     write_whole(folder.features, seal(data))
     return space.to(trained.model.device)
 
 
-def _kept_space(
-    folder: RunFolder, wanted: dict[str, str], images: Tensor, device: torch.device
+def _saved_space(
+    folder: RunFolder, expected: dict[str, str], images: Tensor, device: torch.device
 ) -> metrics.FeatureSpace | None:
-    """The space of an earlier evaluation, if it is there, and of these data.
+    """The feature space of an earlier evaluation, if there is one for these data.
 
     Args:
-        images: which it was trained on.
+        images: the images it was trained on.
 
     Raises:
-        ValueError: the file is damaged: distances in what it holds would mean nothing.
+        ValueError: the file is damaged.
     """
     path = folder.features
     if not path.exists():
         return None
-    again = "remove it, and it is made again"
+    again = "remove it, and it is trained again"
     data = read_bytes(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -278,12 +288,12 @@ def _kept_space(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
         if not is_whole(data):
             raise ValueError("its digest differs")
-        if {name: found.get(name) for name in wanted} != wanted:
+        if {name: found.get(name) for name in expected} != expected:
             return None
         space = metrics.FeatureSpace.from_state(tensors, json.loads(found["meta"])).to(device)
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: expected a feature space, got a damaged file ({error}); {again}") from error
-    if KEY not in found:  # of an earlier version: features of mean 0 and deviation 1, or not what was trained
+    if KEY not in found:  # saved by an earlier version: trained features have mean 0 and deviation 1
         std, mean = torch.std_mean(space(images), dim=0)
         if not (float((std - 1).abs().median()) < 0.1 and float(mean.abs().median()) < 0.1):
             raise ValueError(f"{path}: expected features of mean 0 and deviation 1, got others: damaged? {again}")

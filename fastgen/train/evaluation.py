@@ -1,4 +1,4 @@
-"""Held-out items judged by a model, shared among processes."""
+"""Scores of held-out items, computed by several processes together."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from fastgen.batch import Batch
 from fastgen.data import Items
-from fastgen.models import Batch
 from fastgen.train.stream import NOISE, seed_of, to_device
 
-HELD_OUT_SHOWN = 64
+VISUALIZED = 64  # held-out items that ``visualize`` receives
 Scores = dict[str, Tensor]
 
 
@@ -45,15 +45,15 @@ def scores(
     method: str = "score",
     seed: int = 0,
 ) -> Scores:
-    """Figures (N,) of every item, in order, on the CPU, by the model's ``method``; on every process.
+    """Scores (N,) of every item, in order, on the CPU, by the model's ``method``; the same on every process.
 
-    Each batch has noise of its own, from (seed, number of the batch): the same for any number of processes.
+    The noise of a batch depends on (seed, index of the batch), not on the number of processes.
     """
     starts = range(0, len(items), batch_size)
     rounds = -(-len(starts) // accelerator.num_processes)
     found: list[tuple[int, Scores]] = []
     for turn in range(rounds):
-        # All processes make the same number of calls, for FSDP's sake: one that has no batch left repeats the last.
+        # FSDP needs the same number of calls in all processes: one without a batch left repeats the last.
         number = min(turn * accelerator.num_processes + accelerator.process_index, len(starts) - 1)
         start = starts[number]
         batch = to_device(items.batch(torch.arange(start, min(start + batch_size, len(items)))), accelerator.device)
@@ -68,7 +68,7 @@ def scores(
 
 
 def mean_scores(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Means over items; of sums over tokens, nats per token, and per character where they are told."""
+    """Means over items; sums over tokens become nats per token, and per character where characters are counted."""
     means = {name: float(value.double().mean()) for name, value in values.items()}
     if "tokens" in means:
         counts = {unit: means.pop(unit + "s") for unit in ("token", "character") if unit + "s" in means}

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writes of files."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ TEMPORARY = re.compile(r"\.(.+?)(?:\.(\d+))?\.tmp")
 
 
 def temporary_name(path: Path) -> Path:
-    """In the same folder, and of this process alone: another may be writing the same file."""
+    """A name in the same folder that only this process uses."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def remove_leftovers(folder: Path, ours: Callable[[str], object]) -> None:
-    """Remove what processes left in a folder that died while they were writing.
+    """Remove temporary files that processes left in a folder when they died.
 
     Args:
-        ours: whether a file that was to have this name is one of those that may go.
+        ours: whether a file of this final name may be removed.
     """
     for file in folder.iterdir():
         match = TEMPORARY.fullmatch(file.name)
@@ -44,17 +44,17 @@ def make_folder(path: Path) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data``: whoever reads it, even after a crash, finds the old content or the new.
+    """Replace ``path`` by ``data`` atomically: even after a crash it holds the old content or the new.
 
-    The bytes reach the disk under a temporary name in the same folder, which is then renamed.
+    The bytes are synced to disk under a temporary name in the same folder, which is then renamed.
 
     Raises:
-        OSError: it can't be written (a full disk); names the file. What was there is kept.
+        OSError: it can't be written (a full disk); names the file. The old content is kept.
     """
     temporary = temporary_name(path)
     try:
         temporary.unlink(missing_ok=True)
-        with open(temporary, "xb") as file:  # never through a link that lies there
+        with open(temporary, "xb") as file:  # never through a link of that name
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -74,13 +74,13 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def inside(folder: Path, *names: str) -> Path:
-    """The path of a file or subfolder of ``folder``, never one that a symbolic link leads elsewhere.
+    """The path of a file or subfolder of ``folder``, never through a symbolic link to another place.
 
     Only the last name may be a link, to a file: ``write_whole`` replaces the link itself.
 
     Raises:
         ValueError: a name is empty, ".", "..", or holds a separator.
-        FileExistsError: a folder on the way is a link, or a file.
+        FileExistsError: a folder of the path is a link, or a file.
     """
     path = folder
     for place, name in enumerate(names, 1):

@@ -1,4 +1,4 @@
-"""A run's folder: which files it holds, and whose they are."""
+"""A run's folder: its files, and whether fastgen wrote them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from fastgen.data._files import cannot_read, read_bytes, what_is_at
 from fastgen.train.files import cannot_write, make_folder, remove_leftovers, write_whole
 
 FORMAT = "fastgen-run"
-EXHIBIT = re.compile(r"\d{6,}\.(png|txt|wav)")
+SAMPLE_FILE = re.compile(r"\d{6,}\.(png|txt|wav)")
 STEP_DIGITS = 6
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """``environment.json`` is written first, so a folder without it was not made by fastgen."""
+    """The folder of a run. ``environment.json`` is written first: a folder without it was not made by fastgen."""
 
     path: Path
 
@@ -65,16 +65,16 @@ class RunFolder:
         return self.path / "model"
 
     def _files(self) -> list[Path]:
-        """All that have fixed names; the one that tells whose they are goes last."""
+        """All files with fixed names; the one that identifies a run is last."""
         weights = [self.pretrained / name for name in ("model.safetensors", "config.json", "README.md")]
         pages = [self.curves, self.report, self.evaluation, self.features]
         return [self.checkpoint, self.metrics, *pages, *weights, self.config, self.environment]
 
     def holds_run(self) -> bool:
-        """Whether fastgen made a run here.
+        """Whether the folder holds a run of fastgen.
 
         Raises:
-            FileExistsError: the path is a file, or holds a file of another program under one of our names.
+            FileExistsError: the path is a file, or holds another program's file under one of these names.
             ValueError: environment.json is damaged. OSError: it can't be read.
         """
         try:
@@ -91,7 +91,7 @@ class RunFolder:
             environment = json.loads(read_bytes(self.environment))
         except ValueError as error:
             raise ValueError(
-                f"{self.environment}: expected what a fastgen run writes first, got a damaged file: {error}"
+                f"{self.environment}: expected the environment of a fastgen run, got a damaged file: {error}"
             ) from error
         if not isinstance(environment, dict) or environment.get("format") != FORMAT:
             raise self._another_programs(present[0])
@@ -107,16 +107,16 @@ class RunFolder:
         names = {file.name for file in self._files()}
         for folder in (self.path, *self.path.iterdir()):
             if folder.is_dir() and not (folder.is_symlink() and folder != self.path):
-                remove_leftovers(folder, lambda name: name in names or EXHIBIT.fullmatch(name))
+                remove_leftovers(folder, lambda name: name in names or SAMPLE_FILE.fullmatch(name))
 
     def clear(self) -> None:
-        """Remove a run's files, its samples and its event files; all others stay."""
+        """Remove a run's files, its samples and its event files, and nothing else."""
         if not self.path.is_dir():
             return
         for folder in sorted(self.path.iterdir()):
             if folder.is_dir() and not folder.is_symlink():
                 for file in folder.iterdir():
-                    ours = EXHIBIT.fullmatch(file.name) or file.name.startswith("events.out.tfevents.")
+                    ours = SAMPLE_FILE.fullmatch(file.name) or file.name.startswith("events.out.tfevents.")
                     if ours and not file.is_dir():
                         file.unlink()
         self._remove_leftovers()
@@ -132,13 +132,13 @@ class RunFolder:
     def begin(
         self, environment: dict[str, Any], config: dict[str, Any], command: str, resumed: dict[str, Any] | None = None
     ) -> None:
-        """The first files of a run: whose it is, and what reproduces it.
+        """Write the first files of a run: its environment, and its options.
 
         Args:
-            environment: where it runs; of a resumed run, when and how it began are kept.
+            environment: versions, devices, ...; a resumed run keeps the start and command of its first training.
             config: its options as the command line takes them.
-            command: what trains with them.
-            resumed: of a resumed run, its step, its command, and the options that changed: {name: [old, new]}.
+            command: the command that trains with them.
+            resumed: for a resumed run, its step, command, and the options that changed: {name: [old, new]}.
         """
         make_folder(self.path)
         self._remove_leftovers()
@@ -161,9 +161,9 @@ class RunFolder:
             return {}
 
     def keep_metrics(self, step: int) -> None:
-        """Drop the lines after ``step``, and one that an interruption cut short.
+        """Drop the lines after ``step``, and a truncated last line.
 
-        Warns of other lines that can't be read, which are dropped, too.
+        Warns of other unreadable lines, which are dropped, too.
         """
         kept = []
         lines = read_bytes(self.metrics).split(b"\n") if self.metrics.exists() else []
@@ -179,10 +179,7 @@ class RunFolder:
         write_whole(self.metrics, b"".join(kept))
 
     def add_metrics(self, row: dict[str, Any]) -> None:
-        """Append a line, never through a link that somebody put in the file's place.
-
-        JSON has no NaN and no infinity: they become null.
-        """
+        """Append a line, never through a symbolic link. NaN and infinity, which JSON lacks, become null."""
         values = {name: value if math.isfinite(value) else None for name, value in row["values"].items()}
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         try:
@@ -203,7 +200,7 @@ def changes(turn: Any) -> list[str]:
 
 
 def story(environment: Mapping[str, Any]) -> list[str]:
-    """What was typed to begin the run and to resume it, with the step and the options that changed; [] if not known."""
+    """The commands that started and resumed the run, with the step and the options that changed; [] if not known."""
     began = environment.get("command")
     turns = [turn for turn in _list(environment.get("resumed")) if isinstance(turn, Mapping)]
     if not isinstance(began, str) or not began:
@@ -216,7 +213,7 @@ def story(environment: Mapping[str, Any]) -> list[str]:
 
 
 def _lost(turn: Any, step: int) -> bool:
-    """Whether nothing is kept of what a resumed run did: it ended before its first checkpoint."""
+    """Whether a resumed training ended before its first checkpoint, so that nothing of it is left."""
     return isinstance(turn, dict) and turn.get("step", -1) >= step
 
 

@@ -1,4 +1,4 @@
-"""Whether a model can learn from the data: looked at once, before training begins."""
+"""Checks that a model can train on its data, once, before training begins."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from fastgen.train.errors import UsageError
 from fastgen.train.evaluation import Thinned
 from fastgen.train.stream import to_device
 
-LOOKED_AT, LAZY_LOOKED_AT = 2**14, 64
-"""Items of each part that are looked at, evenly spaced; of those that take work to fetch, fewer."""
+INSPECTED, INSPECTED_LAZY = 2**14, 64
+"""Items of each split that are checked, evenly spaced; fewer of lazy ones."""
 BLOCK = 1024
 
 
 def inspect(model: GenerativeModel, splits: tuple[Items, Items]) -> None:
-    """Raises UsageError for items that the model's ``check`` refuses: values out of range, shapes, labels, tokens."""
+    """Raises UsageError for items that the model's ``check`` rejects: values out of range, shapes, labels, tokens."""
     for part, items in zip(("training", "held-out"), splits, strict=True):
-        chosen = Thinned(items, LAZY_LOOKED_AT if items.lazy else LOOKED_AT)
+        chosen = Thinned(items, INSPECTED_LAZY if items.lazy else INSPECTED)
         for indices in torch.arange(len(chosen)).split(BLOCK):
             try:
                 model.check(to_device(chosen.batch(indices), torch.device("cpu")))

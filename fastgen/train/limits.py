@@ -1,4 +1,4 @@
-"""What can't work on this machine, found before it is tried: numbers without end, models and batches beyond memory."""
+"""Requests that this machine can't serve, rejected early: huge sizes, models and batches beyond its memory."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from fastgen.train.errors import UsageError
 
 MOST_LAYERS, MOST_SIZE = 1000, 2**20
 USUAL_LAYERS, USUAL_SIZE = 50, 1024
-LAYERS = ("depth", "blocks", "flows", "halvings", "num_downsamples", "cycle", "cycles")  # word-lint: ok
+LAYERS = ("depth", "blocks", "flows", "num_downsamples", "cycle", "cycles")
 """Ends of the names of options that count layers."""
-LENGTHS = ("every", "warmup", "crop")  # of those that count steps, or samples of a sound
+LENGTHS = ("every", "warmup", "crop")  # ends of the names of options that count steps, or samples of audio
 COPIES = 5  # of the weights in training: weights, gradients, AdamW's two averages, the running average
 GIB = 2**30
 
 
 def check_sizes(options: Mapping[str, Any]) -> None:
-    """Raises UsageError where an option of a model asks for more layers, or a greater size, than could ever be made."""
+    """Raises UsageError where an option of a model exceeds any realistic number of layers, or size."""
     for name, value in options.items():
         most = MOST_LAYERS if name.endswith(LAYERS) else MOST_STEPS if name.endswith(LENGTHS) else MOST_SIZE
         if isinstance(value, int) and value > most:
@@ -34,9 +34,9 @@ def check_sizes(options: Mapping[str, Any]) -> None:
 
 
 def check_model(model_class: type[GenerativeModel], config: Any, device: torch.device) -> None:
-    """Raises UsageError where a model's weights, with what training keeps beside them, don't fit into memory.
+    """Raises UsageError where the weights, gradients, optimizer states and averages of a model don't fit into memory.
 
-    Models of usual sizes are let through without a look.
+    Models of usual sizes are not checked.
     """
     sizes = {name: value for name, value in asdict(config).items() if isinstance(value, int)}
     if not any(value > (USUAL_LAYERS if name.endswith(LAYERS) else USUAL_SIZE) for name, value in sizes.items()):
@@ -50,7 +50,7 @@ def check_model(model_class: type[GenerativeModel], config: Any, device: torch.d
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         if "overflow" in str(error):
             raise UsageError(f"{expected}, got more of them than can be counted") from error
-        return  # a model that can't be made without numbers; making it will tell
+        return  # a model that can't be built on the meta device; building it will raise
     needed = COPIES * sum(weight.numel() * weight.itemsize for weight in model.parameters())
     needed += sum(buffer.numel() * buffer.itemsize for buffer in model.buffers())
     if there is not None and needed > there:
@@ -61,7 +61,7 @@ def check_model(model_class: type[GenerativeModel], config: Any, device: torch.d
 
 
 def check_batch(config: TrainConfig, items: Items, processes: int, device: torch.device) -> None:
-    """Raises UsageError where what a process holds of a batch at once does not fit into memory."""
+    """Raises UsageError where a process' part of a batch does not fit into memory."""
     there = memory(device)
     one = sum(tensor.numel() * tensor.itemsize for tensor in items.batch(torch.tensor([0])).values())
     needed = one * (config.batch_size // (config.accumulate * processes))
@@ -73,7 +73,7 @@ def check_batch(config: TrainConfig, items: Items, processes: int, device: torch
 
 
 def memory(device: torch.device) -> int | None:
-    """Bytes that the device has, or that this process may have of it; None where nobody tells."""
+    """Memory of the device in bytes, or this process' limit; None if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     found = []

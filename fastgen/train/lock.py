@@ -20,7 +20,7 @@ from fastgen.train.files import cannot_write, make_folder
 
 try:
     import fcntl
-except ImportError:  # Windows: the text of the file alone tells
+except ImportError:  # Windows: only the text of the file is used
     fcntl = None  # type: ignore[assignment]
 
 NAME = ".fastgen-lock"
@@ -35,8 +35,8 @@ _held: dict[int, Path] = {}
 
 @dataclass(frozen=True)
 class Owner:
-    """A process that trains. started: when the process began, in seconds since 1970; tells it from a later one that
-    has the same number. since: when it took the lock, for people."""
+    """A process that trains. started: its start in seconds since 1970, to distinguish it from a later process with the
+    same pid. since: when it took the lock, for messages."""
 
     pid: int
     host: str
@@ -49,15 +49,16 @@ class Owner:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Inside, no other training that uses this lock writes to the folder, which is made where it is missing.
+    """Context in which no other training that uses this lock writes to the folder, which is created if missing.
 
-    The system's lock (flock) on a file in the folder goes with the process, however that ends; on NFS it holds between
-    hosts. Child processes don't keep it. The file says who has it, and is removed at the end. Where the file system has
-    no locks the file alone tells: of a process of this host whether it still runs; one of another host is taken to run.
+    The operating system's lock (flock) on a file in the folder ends with the process; on NFS it holds between hosts.
+    Child processes don't inherit it. The file names the owner, and is removed at the end. Where the file system has no
+    locks only the file counts: an owner on this host is checked for whether it still runs, one on another host is
+    assumed to run.
 
     Raises:
-        FileExistsError: another process has it; names its number and host.
-        OSError: the folder can't be made, or not written to.
+        FileExistsError: another process holds the lock; names its pid and host.
+        OSError: the folder can't be created, or not written to.
     """
     missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     path, owner = folder / NAME, os.getpid()
@@ -73,13 +74,13 @@ def locked(folder: Path) -> Iterator[None]:
                 _drop(descriptor)
     finally:
         if os.getpid() == owner:
-            with contextlib.suppress(OSError):  # nothing came of it: the folders go, as long as they are empty
+            with contextlib.suppress(OSError):  # an unsuccessful run leaves no empty folders
                 for made in missing:
                     made.rmdir()
 
 
 def check_held(folder: Path) -> None:
-    """Raises FileExistsError where this process locked the folder, and another has since: it was removed meanwhile."""
+    """Raises FileExistsError where the folder was removed and locked by another process since this one locked it."""
     path = folder / NAME
     for descriptor, held in _held.items():
         if held == path and path.exists() and not _is_at(path, descriptor):
@@ -120,7 +121,7 @@ def _take(path: Path) -> int:
 
 
 def _lock(path: Path, descriptor: int) -> bool:
-    """Lock the open file and write into it who has it; False where it is no longer the one at ``path``."""
+    """Lock the open file and write the owner into it; False where it is no longer the file at ``path``."""
     exclusive = True
     if fcntl is None:
         exclusive = False
@@ -151,7 +152,7 @@ def _lock(path: Path, descriptor: int) -> bool:
 
 
 def _flock(descriptor: int) -> None:
-    """The system's lock. A child that was forked a moment ago may still hold that of a process that is gone."""
+    """Take the lock. A child forked a moment ago may still hold the lock of a process that has ended."""
     for _ in range(TRIES):
         try:
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -179,7 +180,7 @@ def _me() -> Owner:
 
 
 def _read(descriptor: int) -> Owner | None:
-    """What the file says; None if it says nothing that makes sense."""
+    """The owner that the file names; None if it can't be parsed."""
     try:
         os.lseek(descriptor, 0, os.SEEK_SET)
         found = json.loads(os.read(descriptor, 4096))
@@ -189,7 +190,7 @@ def _read(descriptor: int) -> Owner | None:
 
 
 def _runs(owner: Owner, me: Owner, *, otherwise: bool) -> bool:
-    """Whether that very process still runs; ``otherwise`` of one on another host, which can't be asked."""
+    """Whether the owner still runs; ``otherwise`` for an owner on another host, which can't be checked."""
     if owner.host != me.host:
         return otherwise
     try:
@@ -203,7 +204,7 @@ def _runs(owner: Owner, me: Owner, *, otherwise: bool) -> bool:
 
 
 def _forget() -> None:
-    """In a child process (a worker that decodes pictures), which would keep the lock when its parent dies."""
+    """Close the lock in a child process (a data-loading worker), which would keep it when its parent dies."""
     for descriptor in _held:
         with contextlib.suppress(OSError):
             os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Training, step by step: when to log, evaluate, draw and save."""
+"""The training loop: steps, and when to log, evaluate, sample and save."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from typing import Any
 
 import torch
 
+from fastgen.batch import TRANSLATED
 from fastgen.data import Items
-from fastgen.models import TRANSLATED
 from fastgen.train.checkpoint import Header, save_checkpoint
 from fastgen.train.curves import read_rows, write_curves
 from fastgen.train.engine import Engine
 from fastgen.train.errors import StoppedError
-from fastgen.train.evaluation import HELD_OUT_SHOWN, Thinned, first, mean_scores, scores
+from fastgen.train.evaluation import VISUALIZED, Thinned, first, mean_scores, scores
 from fastgen.train.files import inside
 from fastgen.train.folder import STEP_DIGITS, RunFolder
 from fastgen.train.lock import check_held
-from fastgen.train.pictures import save_samples
 from fastgen.train.progress import Progress
 from fastgen.train.report import write_report
+from fastgen.train.sample_files import save_samples
 from fastgen.train.signals import StopRequest
 from fastgen.train.stream import Stream, batches, resident
 
-SHOWN = {"images": 64, "pairs": 16, "domains": 16, "text": 4, "sequences": 8, "audio": 4}
-EVALUATED = 2048  # held-out items in an evaluation during training; ``fastgen evaluate`` takes all
-SECONDS_BETWEEN_PAGES = 300.0  # they take seconds
+SAMPLES = {"images": 64, "pairs": 16, "domains": 16, "text": 4, "sequences": 8, "audio": 4}
+EVALUATED = 2048  # held-out items of an evaluation during training; ``fastgen evaluate`` uses all
+SECONDS_BETWEEN_PAGES = 300.0  # curves and report take seconds
 
 
 class Trainer:
@@ -41,17 +41,17 @@ class Trainer:
         self.train = resident(splits[0], engine.device)
         self.held_out = Thinned(splits[1], EVALUATED)
         self.first_process = accelerator.is_main_process
-        self.draws = max(phase.repeats for phase in engine.model.phases())
+        self.batches_per_step = max(phase.repeats for phase in engine.model.phases())
         self.stream = Stream(
             len(self.train),
             config.seed,
             config.batch_size,
-            draws=self.draws,
+            batches_per_step=self.batches_per_step,
             accumulate=config.accumulate,
             process=accelerator.process_index,
             processes=accelerator.num_processes,
         )
-        self.epoch_steps = len(self.train) / (config.batch_size * self.draws)
+        self.epoch_steps = len(self.train) / (config.batch_size * self.batches_per_step)
         self.saved = engine.step
         self._evaluate_every, self._sample_every, self._save_every = (
             config.every(what, engine.total) for what in ("evaluate", "sample", "checkpoint")
@@ -66,7 +66,7 @@ class Trainer:
         """Train to the last step.
 
         Raises:
-            StoppedError: a signal asked for it, or gradients stay NaN or infinite.
+            StoppedError: by a signal, or because gradients stay NaN or infinite.
         """
         engine = self.engine
         self.stream.first_step, self.stream.last_step = engine.step + 1, engine.total
@@ -74,7 +74,7 @@ class Trainer:
         engine.model.train()
         while engine.step < engine.total:
             started = time.perf_counter()
-            engine.advance(parts, self.draws)
+            engine.advance(parts, self.batches_per_step)
             self._training += time.perf_counter() - started
             self._steps += 1
             progress.advance()
@@ -85,29 +85,29 @@ class Trainer:
             if step % self._evaluate_every == 0 or last:
                 self._evaluate(progress)
             if step % self._sample_every == 0 or last:
-                self.draw()
+                self.sample()
             if step % self._save_every == 0 or last:
                 self.save()
-            if self._wished(stop, step):
+            if self._stop_requested(stop, step):
                 self.save()
                 raise StoppedError("interrupted", self.saved, interrupted=True)
 
-    def _wished(self, stop: StopRequest, step: int) -> bool:
-        """Whether to end here. Several processes have to agree, so they ask one another, but seldom."""
+    def _stop_requested(self, stop: StopRequest, step: int) -> bool:
+        """Whether to stop here. Several processes agree on it by a reduction, in steps that are logged."""
         accelerator = self.engine.accelerator
         if accelerator.num_processes == 1:
-            return stop.asked
+            return stop.requested
         if step % self.config.log_every:
             return False
-        asked = torch.tensor(float(stop.asked), device=self.engine.device)
-        return bool(accelerator.reduce(asked, "sum") > 0)
+        requested = torch.tensor(float(stop.requested), device=self.engine.device)
+        return bool(accelerator.reduce(requested, "sum") > 0)
 
     def _log(self, progress: Progress) -> None:
         engine = self.engine
         started = time.perf_counter()
-        progress.losses = engine.means()  # waits for the device
+        progress.losses = engine.means()  # synchronizes
         self._training += time.perf_counter() - started
-        self._speed = self._steps * self.config.batch_size * self.draws / max(self._training, 1e-9)
+        self._speed = self._steps * self.config.batch_size * self.batches_per_step / max(self._training, 1e-9)
         seconds = time.perf_counter() - self._began
         row = {"values": progress.losses, "items_per_second": self._speed, "seconds": seconds}
         self._write("train", row | {"skipped": int(engine.skipped)})
@@ -131,11 +131,11 @@ class Trainer:
             progress.held_out = found
             self._write("held-out", {"values": found, "seconds": time.perf_counter() - self._began})
 
-    def draw(self) -> None:
-        """Samples from the same noise as ever, and what else the model shows."""
+    def sample(self) -> None:
+        """Write samples, always from the same noise, and the model's ``visualize``."""
         engine, model = self.engine, self.engine.model
         generator = torch.Generator().manual_seed(0)
-        count = SHOWN[model.kind]
+        count = SAMPLES[model.kind]
         with engine.averaged() as module:
             options = model.sampling_class()
             if model.kind in TRANSLATED:
@@ -143,14 +143,14 @@ class Trainer:
                 samples = {"samples": module("translate", given, options, generator=generator)}
             else:
                 samples = {"samples": module("draw", count, options, generator=generator)}
-            shown = Thinned(self.held_out, HELD_OUT_SHOWN)
-            samples |= module("visualize", first(shown, HELD_OUT_SHOWN, engine.device), generator=generator)
+            items = Thinned(self.held_out, VISUALIZED)
+            samples |= module("visualize", first(items, VISUALIZED, engine.device), generator=generator)
         if self.first_process:
             for name, each in samples.items():
                 save_samples(inside(self.folder.path, name), f"{engine.step:0{STEP_DIGITS}d}", each)
 
     def save(self) -> None:
-        """The checkpoint of this step, and now and then the pages."""
+        """Write the checkpoint of this step and, every few minutes, curves and report."""
         engine = self.engine
         engine.share_buffers()
         tensors = engine.tensors()
@@ -163,7 +163,7 @@ class Trainer:
         self.saved = engine.step
 
     def write_pages(self) -> None:
-        """Curves and report, from what the folder holds."""
+        """Write curves and report, from the files of the folder."""
         write_curves(self.folder.curves, read_rows(self.folder.metrics))
         write_report(self.folder.path)
         self._pages = time.perf_counter()
@@ -176,6 +176,6 @@ class Trainer:
         self.engine.accelerator.log({f"{part}/{name}": value for name, value in row["values"].items()}, step)
 
     def _seconds_before(self) -> float:
-        """How long the run trained before it was interrupted."""
+        """Seconds that the run trained before it was resumed."""
         seconds = (row.get("seconds") for row in read_rows(self.folder.metrics))
         return max((float(each) for each in seconds if isinstance(each, (int, float))), default=0.0)

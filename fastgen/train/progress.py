@@ -1,4 +1,4 @@
-"""How a person sees training: a bar on a terminal, plain lines elsewhere."""
+"""Progress of training: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from types import TracebackType
 from tqdm import tqdm
 
 LINES = 20
-SHOWN = 5
+MOST_VALUES = 5
 
 
 def short(values: Mapping[str, float]) -> str:
     """ "loss 1.23, kl 0.04": the first few, losses first."""
-    names = sorted(values, key=lambda name: (not name.endswith("loss"), name))[:SHOWN]
+    names = sorted(values, key=lambda name: (not name.endswith("loss"), name))[:MOST_VALUES]
     return ", ".join(f"{name} {values[name]:.4g}" for name in names)
 
 
 class Progress:
-    """Shows losses, held-out figures, throughput and the time left on stderr; on a terminal as a bar, which moves with
-    every step, elsewhere as about ``LINES`` lines in a run. ``quiet``: shows nothing (other processes than the first).
-    """
+    """Prints losses, held-out scores, throughput and the time left to stderr: a progress bar on a terminal, elsewhere
+    about ``LINES`` lines per run. quiet: print nothing (in all processes but the first)."""
 
     def __init__(self, total: int, finished: int, epoch_steps: float, *, quiet: bool = False) -> None:
         self.total = total
@@ -47,7 +46,7 @@ class Progress:
         self.bar.update()
 
     def show(self, step: int, seconds_left: float) -> None:
-        """``losses``, ``held_out`` and ``speed`` have new values; a line where one is due."""
+        """Print the new ``losses``, ``held_out`` and ``speed``, where a line is due."""
         held_out = f"; held out {short(self.held_out)}" if self.held_out else ""
         text = f"{short(self.losses)}{held_out}"
         epoch = step / self.epoch_steps
@@ -62,11 +61,6 @@ class Progress:
                 file=sys.stderr,
                 flush=True,
             )
-
-    def say(self, text: str) -> None:
-        """A line beside the bar."""
-        if not self.quiet:
-            tqdm.write(text, file=sys.stderr)
 
 
 def duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""A run's folder as one page that needs nothing else: samples over time, curves, figures, settings."""
+"""The report: one self-contained page with samples over time, curves, metrics and settings of a run."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from fastgen.train.curves import DARK, HELD_OUT, LIGHT, UNITS, describe, draw_pa
 from fastgen.train.files import inside, write_whole
 from fastgen.train.folder import story
 from fastgen.train.progress import duration
-from fastgen.train.samples import data_uri, read_samples
+from fastgen.train.sample_history import data_uri, read_samples
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 HEADLINES = 3
 DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 SLIDER = """\
-for (const show of document.querySelectorAll(".show")) {
-  const frames = [...show.querySelectorAll(".frame")].reverse();
+for (const history of document.querySelectorAll(".history")) {
+  const frames = [...history.querySelectorAll(".frame")].reverse();
   if (frames.length < 2) continue;
-  const slider = show.querySelector("input"), step = show.querySelector("output");
-  const turn = () => {
+  const slider = history.querySelector("input"), step = history.querySelector("output");
+  const update = () => {
     frames.forEach((frame, place) => {
       frame.classList.toggle("on", place === +slider.value);
-      if (place !== +slider.value) frame.querySelectorAll("audio").forEach((sound) => sound.pause());
+      if (place !== +slider.value) frame.querySelectorAll("audio").forEach((audio) => audio.pause());
     });
     step.textContent = "step " + frames[slider.value].dataset.step;
     slider.setAttribute("aria-valuetext", step.textContent);
   };
   slider.max = slider.value = frames.length - 1;
-  slider.addEventListener("input", turn);
-  show.classList.add("slides");
-  turn();
+  slider.addEventListener("input", update);
+  history.classList.add("slides");
+  update();
 }
 """
 
 
 class Tile(NamedTuple):
-    """A figure of the summary."""
+    """A number of the summary."""
 
     name: str
     value: str
@@ -54,15 +54,15 @@ class Tile(NamedTuple):
 
 class Chart(NamedTuple):
     name: str
-    words: str
+    description: str
     light: str
     dark: str
 
 
 def write_report(folder: Path) -> Path:
-    """Write ``report.html`` into a run's folder, from whatever is there already; see ``RunFolder`` for what may be.
+    """Write ``report.html`` into a run's folder, from those files of a run (``RunFolder``) that exist.
 
-    The page loads nothing: pictures, sounds and styles are in it. Files that can't be read are named on the page.
+    The page loads nothing: images, audio and styles are embedded. Files that can't be read are listed on it.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -84,21 +84,21 @@ def _page(folder: Path) -> str:
     evaluation = _read(folder / "evaluation.json", problems)
     rows = read_rows(folder / "metrics.jsonl")
     shown = panels(rows)
-    figures = [figure for figure in _list(evaluation.get("figures")) if isinstance(figure, Mapping)]
+    metrics = [metric for metric in _list(evaluation.get("figures")) if isinstance(metric, Mapping)]
     commands = _commands(folder, environment)
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         folder=folder.resolve().name,
         model=_model(config, environment, commands) or folder.resolve().name,
         data=_name(config.get("data")),
-        started=_moment(environment.get("started")),
-        tiles=_tiles(folder, rows, environment, figures),
+        started=_date(environment.get("started")),
+        tiles=_tiles(folder, rows, environment, metrics),
         samples=read_samples(folder),
         charts=[
             Chart(panel.title, describe(panel), *(data_uri("image/png", draw_panel(panel, t)) for t in (LIGHT, DARK)))
             for panel in shown
         ],
-        figures=[_figure(figure) for figure in figures],
+        metrics=[_metric(metric) for metric in metrics],
         evaluated_step=_value(evaluation["step"]) if "step" in evaluation else "",
         evaluate=f"fastgen evaluate {_address(folder)}",
         config=list(_flat(config)),
@@ -111,7 +111,7 @@ def _page(folder: Path) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# What the folder says
+# Files of the run
 
 
 def _read(path: Path, problems: list[str]) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def _read(path: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _commands(folder: Path, environment: Mapping[str, Any]) -> list[str]:
-    """What was typed, and what the comment that opens config.yaml says to type."""
+    """The command that was given, and the one in the first comment of config.yaml."""
     given = environment.get("command")
     found = [shlex.join(str(word) for word in given) if isinstance(given, list) else str(given)] if given else []
     path = folder / "config.yaml"
@@ -147,7 +147,7 @@ def _commands(folder: Path, environment: Mapping[str, Any]) -> list[str]:
 
 
 def _about(environment: Mapping[str, Any]) -> dict[str, Any]:
-    """The environment; of resumed runs only when that was."""
+    """The environment, in which resumed trainings are reduced to their start times."""
     when = [turn.get("started") if isinstance(turn, Mapping) else turn for turn in _list(environment.get("resumed"))]
     return {**environment, "resumed": when} if when else dict(environment)
 
@@ -157,24 +157,24 @@ def _model(config: Mapping[str, Any], environment: Mapping[str, Any], commands: 
     for given in (config.get("model"), environment.get("model")):
         if isinstance(given, str):
             return given
-    in_commands = (re.search(r"\bfastgen train ([a-z][\w.-]*)", command) for command in commands)
-    return next((match[1] for match in in_commands if match), "")
+    in_commands = (re.search(r"\bfastgen train ([\w./:-]+)", command) for command in commands)
+    return next((match[1].rpartition("/")[2] for match in in_commands if match), "")
 
 
 def _name(given: object) -> str:
-    """A name that stands alone, or under "name" or "source" among other settings."""
+    """A name, given as a string, or under "name" or "source" of a mapping."""
     if isinstance(given, Mapping):
         return _name(given.get("name")) or _name(given.get("source"))
     return given if isinstance(given, str) else ""
 
 
 def _address(folder: Path) -> str:
-    """The folder as a word of a command; without the places of this machine."""
+    """The folder as an argument of a command, without absolute paths of this machine."""
     return shlex.quote(folder.name if folder.is_absolute() else folder.as_posix())
 
 
 def _parameters(folder: Path, environment: Mapping[str, Any]) -> int | None:
-    """How many: as the run says, else the numbers in the saved model."""
+    """Number of parameters: from the environment, else from the saved model."""
     if isinstance(environment.get("parameters"), int):
         return int(environment["parameters"])
     path = folder / "model" / "model.safetensors"
@@ -191,11 +191,11 @@ def _parameters(folder: Path, environment: Mapping[str, Any]) -> int | None:
 
 
 # --------------------------------------------------------------------------------------------------
-# What the page says
+# Texts of the page
 
 
 def _tiles(
-    folder: Path, rows: list[dict[str, Any]], environment: Mapping[str, Any], figures: list[Mapping[str, Any]]
+    folder: Path, rows: list[dict[str, Any]], environment: Mapping[str, Any], metrics: list[Mapping[str, Any]]
 ) -> list[Tile]:
     """The summary line. Rows' seconds count from the start of the run."""
     tiles = []
@@ -207,14 +207,14 @@ def _tiles(
         )
         speeds = [row["items_per_second"] for row in rows if isinstance(row.get("items_per_second"), (int, float))]
         if 0 < seconds < math.inf:
-            note = f"{_value(speeds[-1], 3)} items a second" if speeds else ""
+            note = f"{_value(speeds[-1], 3)} items per second" if speeds else ""
             tiles.append(Tile("training", duration(seconds), note))
     parameters = _parameters(folder, environment)
     if parameters is not None:
         tiles.append(Tile("parameters", _value(parameters)))
-    if figures:
-        judging = [figure for figure in figures if not _of_data(figure)]
-        shown = [_figure(figure) for figure in judging[:HEADLINES]]
+    if metrics:
+        of_model = [metric for metric in metrics if not _compares_data(metric)]
+        shown = [_metric(metric) for metric in of_model[:HEADLINES]]
         return tiles + [Tile(each["name"], each["value"], _joined(each["unit"], each["interval"])) for each in shown]
     last: dict[str, tuple[Any, Any]] = {}
     for row in rows:
@@ -226,22 +226,22 @@ def _tiles(
     ]
 
 
-def _figure(figure: Mapping[str, Any]) -> dict[str, str]:
-    """A figure of evaluation.json in words."""
-    low, high = figure.get("low"), figure.get("high")
-    words = {name: str(figure.get(name) or "") for name in ("name", "unit", "space", "note")}
+def _metric(metric: Mapping[str, Any]) -> dict[str, str]:
+    """A metric of evaluation.json, formatted."""
+    low, high = metric.get("low"), metric.get("high")
+    texts = {name: str(metric.get(name) or "") for name in ("name", "unit", "space", "note")}
     interval = f"{_value(low)} to {_value(high)}" if low is not None and high is not None else ""
-    return words | {"value": _value(figure.get("value")), "interval": interval, "n": _items(figure.get("n"))}
+    return texts | {"value": _value(metric.get("value")), "interval": interval, "n": _items(metric.get("n"))}
 
 
-def _of_data(figure: Mapping[str, Any]) -> bool:
-    """Whether it compares the data with themselves, as a measure for the others."""
-    counts = figure.get("n")
+def _compares_data(metric: Mapping[str, Any]) -> bool:
+    """Whether a metric compares training with held-out data, as a reference for the other metrics."""
+    counts = metric.get("n")
     return isinstance(counts, Mapping) and "training" in counts
 
 
 def _items(counts: object) -> str:
-    """{"generated": 1000, "held-out": 359} as people say it."""
+    """{"generated": 1000, "held-out": 359} as "1,000 generated, 359 held-out"."""
     if isinstance(counts, Mapping):
         return ", ".join(f"{_value(count)} {what}" for what, count in counts.items())
     return _value(counts)
@@ -259,14 +259,14 @@ def _flat(settings: Mapping[Any, Any], prefix: str = "") -> Iterable[tuple[str, 
 
 
 def _plain(value: object) -> str:
-    """A setting as a person would type it."""
+    """A setting as it is typed on the command line."""
     if value is None or value == "" or value == {}:
         return DASH
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _value(value: object, digits: int = 4) -> str:
-    """A number with as many significant digits, integers with all of theirs."""
+    """A number with ``digits`` significant digits, integers with all digits."""
     if isinstance(value, int) or (isinstance(value, float) and value.is_integer() and abs(value) < 1e15):
         return _plain(value) if isinstance(value, bool) else f"{int(value):,}".replace("-", MINUS)
     if not isinstance(value, float):
@@ -278,8 +278,8 @@ def _value(value: object, digits: int = 4) -> str:
     return MINUS * (value < 0) + text
 
 
-def _moment(given: object) -> str:
-    """21 November 2026, 15:10, of an ISO date; as it is otherwise."""
+def _date(given: object) -> str:
+    """An ISO date as "21 November 2026, 15:10"; any other string unchanged."""
     try:
         started = datetime.fromisoformat(str(given))
     except ValueError:

@@ -1,4 +1,4 @@
-"""Several processes: DDP and FSDP, and tensors that are whole or in parts."""
+"""Several processes: DDP and FSDP, full and sharded tensors."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def make_accelerator(config: TrainConfig, device: torch.device, **options: Any) -> Accelerator:
-    """Of this process; joins the others that torchrun or ``accelerate launch`` started."""
+    """The accelerator of this process, which joins the others that torchrun or ``accelerate launch`` started."""
     _forget()
-    # Statistics of batch norm stay each process' own, and are averaged when a model is saved (Engine.share_buffers):
-    # broadcast, they would be written between a forward pass and its backward pass.
+    # Each process keeps its own batch norm statistics, averaged when a model is saved (Engine.share_buffers): broadcast
+    # buffers would be overwritten between a forward pass and its backward pass.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(
         mixed_precision=PRECISIONS[config.precision], cpu=device.type == "cpu", kwargs_handlers=[ddp], **options
@@ -42,10 +42,10 @@ def make_accelerator(config: TrainConfig, device: torch.device, **options: Any) 
 
 
 def leave(accelerator: Accelerator) -> None:
-    """End what ``make_accelerator`` began: trackers, the group of processes, accelerate's memory of it all.
+    """Close trackers, the process group, and accelerate's global state.
 
-    gloo's threads need the interpreter's lock to drop the last thing they did, and a group that is destroyed by a
-    thread with the lock waits for gloo's threads, for ever (seen in torch 2.13). So they get a moment without it.
+    gloo's threads need the interpreter lock to release their last work; destroying the process group while holding the
+    lock waits for them forever (observed in torch 2.13). The sleep lets them finish first.
     """
     if accelerator.num_processes > 1:
         time.sleep(SECONDS_TO_LEAVE)
@@ -54,13 +54,13 @@ def leave(accelerator: Accelerator) -> None:
 
 
 def _forget() -> None:
-    """accelerate keeps precision and devices for the whole process; the next run has its own."""
+    """Reset accelerate's process-wide precision and device for the next run."""
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     GradientState._reset_state()
 
 
 def shard(module: nn.Module, model: GenerativeModel, precision: torch.dtype | None) -> nn.Module:
-    """``module``, which calls ``model``, with weights sharded by FSDP: each block by itself, the rest together."""
+    """``module``, which calls ``model``, with weights sharded by FSDP: per block, and the rest together."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     if not model.blocks:
@@ -76,14 +76,14 @@ def shard(module: nn.Module, model: GenerativeModel, precision: torch.dtype | No
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded, on every process."""
+    """The full tensor of one that may be sharded, on every process."""
     full = getattr(tensor, "full_tensor", None)
     return tensor if full is None else full()
 
 
 @torch.no_grad()
 def assign(target: Tensor, source: Tensor) -> None:
-    """Copy the whole ``source`` into a tensor that may be sharded."""
+    """Copy the full ``source`` into a tensor that may be sharded."""
     if hasattr(target, "full_tensor"):
         from torch.distributed.tensor import DTensor, distribute_tensor
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and polite requests to end: noticed between steps, so that nothing is lost."""
+"""SIGINT and SIGTERM: handled between steps, so that no step is lost."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-POLITE = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Whether somebody asked training to end. A second Ctrl-C ends it at once."""
+    """Whether a signal requested a stop. A second Ctrl-C raises KeyboardInterrupt at once."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
 
 
 @contextmanager
-def noticed() -> Iterator[StopRequest]:
-    """Inside, SIGINT and SIGTERM request a stop. Signals are handled in the main thread only."""
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Context in which SIGINT and SIGTERM request a stop. Outside the main thread no handler is installed."""
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, stop._handle) for number in POLITE}
+    before = {number: signal.signal(number, stop._handle) for number in SIGNALS}
     try:
         yield stop
     finally:
@@ -39,12 +39,12 @@ def noticed() -> Iterator[StopRequest]:
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM wait. Processes that begin meanwhile have them blocked until ``ignore_in_worker``."""
+def signals_blocked() -> Iterator[None]:
+    """Context in which SIGINT and SIGTERM are blocked; processes started in it unblock them in ``ignore_in_worker``."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, POLITE)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
@@ -52,12 +52,12 @@ def held_back() -> Iterator[None]:
 
 
 def ignore_in_worker(worker: int) -> None:
-    """In a process of DataLoader: SIGINT and SIGTERM are the trainer's, which lets its workers go when it ends.
+    """Ignore SIGINT and SIGTERM in a worker process of DataLoader; the trainer ends its workers.
 
-    A terminal sends Ctrl-C to the whole process group, and service managers SIGTERM to every process. A worker that
-    died of it would take the current step with it.
+    A terminal sends Ctrl-C to the whole process group, and service managers send SIGTERM to every process. A worker
+    that died of it would lose the current step.
     """
-    for number in POLITE:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, POLITE)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

@@ -1,4 +1,4 @@
-"""Which items a step trains on, in which order: a function of the seed and the step alone."""
+"""Order of the training items: a function of the seed and the step alone."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from fastgen.batch import Batch
 from fastgen.data import Items
-from fastgen.models import Batch
-from fastgen.train.signals import held_back, ignore_in_worker
+from fastgen.train.signals import ignore_in_worker, signals_blocked
 
 RESIDENT_BYTES = 2**31  # data sets up to this size are kept on the device
-PICTURES = ({"images"}, {"inputs", "targets"}, {"a"}, {"b"})  # what is mirrored, together
+MIRRORED = ({"images"}, {"inputs", "targets"}, {"a"}, {"b"})  # names of images that are flipped together
 ORDER, NOISE, FLIP = range(3)  # purposes of a seed
 
 
 def seed_of(*where: int) -> int:
-    """63 bits that depend on all of ``where``: seed, purpose, epoch or step, ..."""
+    """63 bits, a hash of ``where``: seed, purpose, epoch or step, ..."""
     return int.from_bytes(hashlib.blake2b(repr(where).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def seed_everything(seed: int, device: torch.device) -> None:
     """Seed the global generators of the CPU, the device, NumPy and Python.
 
-    Not by ``torch.manual_seed``, which reaches for every kind of device there might be, a millisecond each time.
+    ``torch.manual_seed`` would seed every kind of device, which takes a millisecond.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
@@ -38,7 +38,7 @@ def seed_everything(seed: int, device: torch.device) -> None:
 
 
 class Order:
-    """An endless sequence of items: one permutation of them after another, each drawn from (seed, epoch)."""
+    """An endless sequence of items: one permutation after another, each a function of (seed, epoch)."""
 
     def __init__(self, items: int, seed: int) -> None:
         self.items = items
@@ -46,7 +46,7 @@ class Order:
         self._epoch = -1
         self._permutation = torch.empty(0, dtype=torch.int64)
 
-    def _of_epoch(self, epoch: int) -> Tensor:
+    def _permutation_of(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(seed_of(self.seed, ORDER, epoch))
             self._permutation = torch.randperm(self.items, generator=generator)
@@ -54,12 +54,12 @@ class Order:
         return self._permutation
 
     def slice(self, start: int, stop: int) -> Tensor:
-        """The items at the places start .. stop - 1 of the sequence."""
+        """The items at positions start .. stop - 1 of the sequence."""
         parts = []
         while start < stop:
             epoch, place = divmod(start, self.items)
             taken = min(stop - start, self.items - place)
-            parts.append(self._of_epoch(epoch)[place : place + taken])
+            parts.append(self._permutation_of(epoch)[place : place + taken])
             start += taken
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
@@ -67,34 +67,42 @@ class Order:
 class Stream(Sampler[Tensor]):
     """The items of each part of each step, for one process of several.
 
-    A step takes ``draws`` batches; a batch is cut into processes x accumulate parts, the first going to process 0,
-    the second to process 1, and so on. Part k holds the same items however many processes share the work.
+    A step takes ``batches_per_step`` batches; a batch is cut into processes x accumulate parts, which the processes get
+    in turn. Part k holds the same items for any number of processes.
     """
 
     def __init__(
-        self, items: int, seed: int, batch_size: int, *, draws: int, accumulate: int, process: int, processes: int
+        self,
+        items: int,
+        seed: int,
+        batch_size: int,
+        *,
+        batches_per_step: int,
+        accumulate: int,
+        process: int,
+        processes: int,
     ) -> None:
         self.order = Order(items, seed)
         self.batch_size = batch_size
-        self.draws = draws
+        self.batches_per_step = batches_per_step
         self.parts = [part * processes + process for part in range(accumulate)]
         self.part_size = batch_size // (accumulate * processes)
         self.first_step, self.last_step = 1, 0
 
-    def part(self, step: int, draw: int, part: int) -> Tensor:
-        start = ((step - 1) * self.draws + draw) * self.batch_size + part * self.part_size
+    def part(self, step: int, index: int, part: int) -> Tensor:
+        start = ((step - 1) * self.batches_per_step + index) * self.batch_size + part * self.part_size
         return self.order.slice(start, start + self.part_size)
 
     def __iter__(self) -> Iterator[Tensor]:
-        """From ``first_step`` to ``last_step``: this process' parts, all of a step's draws after one another."""
+        """From ``first_step`` to ``last_step``: this process' parts of all batches of a step."""
         for step in range(self.first_step, self.last_step + 1):
-            for draw in range(self.draws):
+            for index in range(self.batches_per_step):
                 for part in self.parts:
-                    yield self.part(step, draw, part)
+                    yield self.part(step, index, part)
 
 
 class _ByIndices(Dataset[Batch]):
-    """Items, for a DataLoader whose workers fetch a whole part at a time."""
+    """Items for a DataLoader whose workers load a whole part at a time."""
 
     def __init__(self, items: Items) -> None:
         self.items = items
@@ -104,7 +112,7 @@ class _ByIndices(Dataset[Batch]):
 
 
 def batches(items: Items, stream: Stream, device: torch.device, workers: int) -> Iterator[Batch]:
-    """What ``stream`` names, one part after another, on the device."""
+    """The parts of ``stream``, one after another; of items in memory on their device."""
     if items.lazy:
         pinned = device.type == "cuda"
         loader = DataLoader(
@@ -115,7 +123,7 @@ def batches(items: Items, stream: Stream, device: torch.device, workers: int) ->
             pin_memory=pinned,
             worker_init_fn=ignore_in_worker,
         )
-        with held_back():
+        with signals_blocked():
             iterator = iter(loader)
         yield from iterator
         return
@@ -124,7 +132,7 @@ def batches(items: Items, stream: Stream, device: torch.device, workers: int) ->
 
 
 def resident(items: Items, device: torch.device) -> Items:
-    """The items on the device where they lie in memory and fit there."""
+    """The items on the device, where they are in memory and fit there."""
     size = sum(tensor.nbytes for tensor in getattr(items, "tensors", {}).values())
     return items if items.lazy or size > RESIDENT_BYTES else items.to(device)
 
@@ -134,12 +142,12 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def mirrored(batch: Batch, seed: int) -> Batch:
-    """Each picture left-right turned with probability 1/2, the two of a pair together."""
+    """Each image flipped left to right with probability 1/2, the two of a pair together."""
     generator = torch.Generator().manual_seed(seed)
     out = dict(batch)
-    for pictures in PICTURES:
-        turned = torch.rand(len(next(iter(batch.values()))), generator=generator) < 0.5
-        for name in batch.keys() & pictures:
-            chosen = turned.to(batch[name].device).view(-1, 1, 1, 1)
+    for names in MIRRORED:
+        flipped = torch.rand(len(next(iter(batch.values()))), generator=generator) < 0.5
+        for name in batch.keys() & names:
+            chosen = flipped.to(batch[name].device).view(-1, 1, 1, 1)
             out[name] = torch.where(chosen, batch[name].flip(-1), batch[name])
     return out

@@ -1,4 +1,4 @@
-"""What a finished (or running) run can be asked for: its model, and samples."""
+"""The model of a run, and samples from it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from typing import Any
 
 import torch
 
+from fastgen.batch import TRANSLATED
 from fastgen.data import Items, TensorItems, read_images
-from fastgen.models import TRANSLATED, GenerativeModel, Images, Samples, Sounds, Texts
+from fastgen.models import GenerativeModel, Images, Samples, Sounds, Texts
 from fastgen.train.checkpoint import Header, load_checkpoint
 from fastgen.train.engine import find
 from fastgen.train.errors import UsageError
 from fastgen.train.evaluation import Thinned
 from fastgen.train.folder import RunFolder
-from fastgen.train.pictures import save_samples
-from fastgen.train.run import choose_device, configs, data_of, load_average, split
+from fastgen.train.run import choose_device, load_average
+from fastgen.train.sample_files import save_samples
+from fastgen.train.settings import ModelClass, configs, data_of, split
 from fastgen.train.stream import to_device
 
 MOST_SAMPLES = 100_000
-AT_ONCE = 256  # samples drawn together
+BATCH = 256  # samples generated together
 SUFFIXES: dict[type, str] = {Images: ".png", Texts: ".txt", Sounds: ".wav"}
 
 
@@ -34,49 +36,57 @@ class Trained:
     step: int
 
     def draw(self, n: int, options: Any, generator: torch.Generator) -> Iterator[Samples]:
-        """n samples, some at a time; of classes in turn whole turns, so that each keeps its column."""
-        turn = max(1, getattr(self.model.config, "classes", 1))
-        at_once = turn * max(1, AT_ONCE // turn)
+        """n samples, in batches of a multiple of the number of classes, so that each class keeps its column."""
+        classes = max(1, getattr(self.model.config, "classes", 1))
+        size = classes * max(1, BATCH // classes)
         with torch.no_grad():
-            for start in range(0, n, at_once):
-                yield self.model.draw(min(at_once, n - start), options, generator=generator)
+            for start in range(0, n, size):
+                yield self.model.draw(min(size, n - start), options, generator=generator)
 
     def translate(self, items: Items, options: Any, generator: torch.Generator) -> Iterator[Samples]:
-        """What becomes of the items, some at a time; for models of the kinds ``TRANSLATED``."""
+        """Translations of the items, in batches; for models of the kinds ``TRANSLATED``."""
         with torch.no_grad():
-            for chosen in torch.arange(len(items)).split(AT_ONCE):
+            for chosen in torch.arange(len(items)).split(BATCH):
                 batch = to_device(items.batch(chosen), self.model.device)
                 yield self.model.translate(batch, options, generator=generator)
 
 
-def open_run(folder: RunFolder, device: str = "auto") -> Trained:
-    """Raises FileNotFoundError, ValueError: no run there, or a checkpoint that does not fit. UsageError: the device."""
+def open_run(folder: RunFolder, device: str = "auto", model_class: ModelClass | None = None) -> Trained:
+    """The model of a run.
+
+    Args:
+        model_class: the class of a model that is not registered.
+
+    Raises:
+        FileNotFoundError, ValueError: no run, or a checkpoint that does not fit. UsageError: no such device, or a model
+            that is not registered and not given.
+    """
     chosen = choose_device(device)
     header, tensors = load_checkpoint(folder.checkpoint)
-    model_class, model_config, _ = configs(folder.checkpoint, header)
-    model = model_class(model_config)
+    found, model_config, _ = configs(folder.checkpoint, header, model_class)
+    model = found(model_config)
     load_average(model, tensors)
     model.to(chosen).eval()
     return Trained(model, header, int(find(tensors, "step")))
 
 
-def given_items(trained: Trained, folder: RunFolder, pictures: str = "") -> Items | None:
-    """What a model translates, the run's held-out items, or a person's pictures; None for one that draws.
+def input_items(trained: Trained, folder: RunFolder, images: str = "") -> Items | None:
+    """The images to translate: the run's held-out items, or the user's images; None for a model that samples.
 
     Args:
-        pictures: a file or a folder of them; each is brought to the size of those that the model learnt from.
+        images: a file or a folder of images, which are resized to the size of the training images.
 
     Raises:
-        FileNotFoundError, ValueError: nothing there, or no pictures. UsageError: the run's data are others now.
+        FileNotFoundError, ValueError: no such path, or no images. UsageError: the data of the run have changed.
     """
     model = trained.model
     if model.kind not in TRANSLATED:
         return None
-    if not pictures:
-        return split(data_of(trained.header, folder), model.config)[1]
+    if not images:
+        return split(data_of(trained.header, folder, type(model)), model.config)[1]
     names = ("inputs",) if model.kind == "pairs" else ("a", "b")
     channels = model.config.input_channels if model.kind == "pairs" else model.config.channels
-    stack = read_images(Path(pictures), model.config.image_size, channels)
+    stack = read_images(Path(images), model.config.image_size, channels)
     return TensorItems(dict.fromkeys(names, stack), dict.fromkeys(names, 255.0))
 
 
@@ -84,10 +94,10 @@ def sample(trained: Trained, n: int, options: Any, seed: int = 0, items: Items |
     """n samples; one seed gives the same noise on every device.
 
     Args:
-        items: of a model that translates: what becomes of them is shown, or of n of them, evenly spaced.
+        items: for a model that translates, the items to translate: all, or n of them, evenly spaced.
 
     Raises:
-        UsageError: n, seed, or an option that the model refuses.
+        UsageError: n, seed, or an option that the model rejects.
     """
     if n < 1:
         raise UsageError(f"n: expected a positive number of samples, got {n}")
@@ -109,24 +119,24 @@ def check_seed(seed: int) -> None:
 
 
 def joined(parts: list[Samples]) -> Samples:
-    """Exhibits of one kind, one after another."""
+    """Samples of one type, concatenated."""
     images = [part for part in parts if isinstance(part, Images)]
     texts = [part for part in parts if isinstance(part, Texts)]
     sounds = [part for part in parts if isinstance(part, Sounds)]
     if images:
         labels = [part.labels for part in images if part.labels is not None]
-        asked = torch.cat(labels) if labels else None
-        return Images(torch.cat([part.pixels for part in images]), images[0].columns, asked)
+        joined_labels = torch.cat(labels) if labels else None
+        return Images(torch.cat([part.pixels for part in images]), images[0].columns, joined_labels)
     if texts:
         return Texts([text for part in texts for text in part.texts])
     return Sounds(torch.cat([part.waves for part in sounds]), sounds[0].sample_rate)
 
 
 def write_samples(samples: Samples, out: Path) -> None:
-    """Write what ``sample`` gave to a file whose name ends as its kind demands.
+    """Write samples to a file with the suffix of their type.
 
     Raises:
-        UsageError: another ending. FileNotFoundError: no such folder.
+        UsageError: another suffix. FileNotFoundError: no such folder.
     """
     suffix = SUFFIXES[type(samples)]
     if out.suffix.lower() != suffix:

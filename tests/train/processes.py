@@ -32,7 +32,7 @@ def run_command(words: Sequence[str], environment: dict[str, str], out: str) -> 
     """What a process does: run the command, what it prints being added to a file; its exit code is the command's.
 
     environment: variables to set; "limit" is none of them, but the largest size of a file that it may write, and "lazy"
-    gives it a process group, and workers that decode pictures.
+    gives it a process group, and workers that decode images.
     """
     if environment.pop("lazy", ""):
         os.setpgrp()

@@ -1,4 +1,4 @@
-"""The command line: options, pictures, exit codes and one-line errors."""
+"""The command line: options, images, exit codes and one-line errors."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_sample_writes_a_grid_that_its_seed_decides(fit: Main, tmp_path: Path) -> None:
     assert fit(steps=2) == 0
-    pictures = {}
+    images = {}
     for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
         out = tmp_path / f"{name}.png"
         assert main(["sample", str(tmp_path / "run"), "--n", "12", "--out", str(out), "--seed", seed]) == 0
-        pictures[name] = out.read_bytes()
-    assert pictures["a"] == pictures["b"] != pictures["c"]
+        images[name] = out.read_bytes()
+    assert images["a"] == images["b"] != images["c"]
     with Image.open(tmp_path / "a.png") as image:
         assert image.size == (4 * 68 + 4, 3 * 68 + 4)  # cells of 8 pixels, enlarged 8 times, and gaps of 4
         assert len(np.unique(np.asarray(image))) > 10
@@ -47,7 +47,7 @@ def test_sample_prints_text_or_writes_it(fit: Main, tmp_path: Path, capsys: pyte
     assert "--temperature" in capsys.readouterr().out
 
 
-def test_a_model_of_pairs_or_domains_translates_what_was_held_out_or_a_person_s_pictures(
+def test_a_model_of_pairs_or_domains_translates_held_out_items_or_given_images(
     fit: Main, tmp_path: Path, error_line: Callable[[], str]
 ) -> None:
     photos = tmp_path / "photos"
@@ -67,14 +67,17 @@ def test_a_model_of_pairs_or_domains_translates_what_was_held_out_or_a_person_s_
         assert {mode for _, mode, _ in sheets.values()} == {"RGB" if model == "pix2pix" else "L"}
         assert len({data for _, _, data in sheets.values()}) == len(sheets)
     (photos / "empty").mkdir()
-    for path, message in (("nowhere", "expected a picture or a folder"), ("photos/empty", "expected pictures (.png")):
+    for path, message in (
+        ("nowhere", "expected an image or a folder of images"),
+        ("photos/empty", "expected images (.png"),
+    ):
         assert main(["sample", str(tmp_path / "pix2pix"), "--input", str(tmp_path / path)]) == 1
         assert f"{path}: {message}" in error_line()
     assert main(["sample", str(tmp_path / "cyclegan"), "--direction", "up"]) == 2
     assert "direction" in error_line()
 
 
-def test_options_can_come_from_a_file_but_not_where_to_write(
+def test_a_file_can_set_options_but_not_where_to_write(
     fit: Main, tmp_path: Path, error_line: Callable[[], str]
 ) -> None:
     options = tmp_path / "options.yaml"
@@ -99,7 +102,7 @@ def test_models_and_data_are_listed(tmp_path: Path, capsys: pytest.CaptureFixtur
     for text in ("Radford, Metz and Chintala", "by default digits", "--model.latent-dim", "(default 64)", "DCGANConfig",
                  "least-squares", "fastgen train dcgan --data digits --out runs/dcgan", "--epochs 150.0"):  # fmt: skip
         assert text in described
-    assert "--model.image-size" not in described  # the data decide
+    assert "--model.image-size" not in described  # set by the data
     assert main(["data"]) == 0
     assert "digits" in capsys.readouterr().out
     out = tmp_path / "digits.png"
@@ -142,7 +145,7 @@ def test_models_and_data_are_listed(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["evaluate", "nowhere"], 1, "nowhere/checkpoint.safetensors: expected a fastgen checkpoint"),
         (["data", "nowhere"], 1, "nowhere"),
         (["data", "digits", "--kind", "smells"], 2, "kind: expected one of images, pairs"),
-        (["models", "now"], 2, "models: expected one of gan, cgan"),
+        (["models", "now"], 2, "models: expected a model, one of gan, cgan"),
         (["info", "now"], 2, "unrecognized arguments: now"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
@@ -218,7 +221,7 @@ def test_train_help_lists_the_options_of_loop_and_model(capsys: pytest.CaptureFi
     for option in ("--data", "--out", "--epochs", "--batch-size", "--learning-rate", "--seed", "--device",
                    "--resume", "--overwrite", "--config", "--model.latent-dim", "--model.likelihood"):  # fmt: skip
         assert option in text
-    assert "--model.levels" not in text  # the data decide
+    assert "--model.levels" not in text  # set by the data
 
 
 @pytest.mark.parametrize("command", ["sample", "evaluate"])
@@ -229,4 +232,4 @@ def test_a_part_of_a_run_s_folder_is_not_taken_for_the_run(
     (tmp_path / "run" / "checkpoint.safetensors").touch()
     for part in ("model", "checkpoint.safetensors"):
         assert main([command, str(tmp_path / "run" / part)]) == 2
-        assert f"expected a run's folder, got {part} in one; the run is {tmp_path / 'run'}" in error_line()
+        assert f"expected a run's folder, got its {part}; the run is {tmp_path / 'run'}" in error_line()

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 
 from fastgen.cli import main
-from fastgen.train.run import Request
+from fastgen.train.settings import Request
 
-Asked = Callable[..., Request]
+RequestOf = Callable[..., Request]
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+def request_of(monkeypatch: pytest.MonkeyPatch) -> RequestOf:
     """What ``fastgen train gan`` would train; None where it ended in an error."""
 
-    def asked(*words: object) -> Any:
+    def request_of(*words: object) -> Any:
         requests: list[Request] = []
 
         def keep(request: Request) -> None:
@@ -29,7 +29,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
         main(["train", "gan", *map(str, words)])
         return requests[0] if requests else None
 
-    return asked
+    return request_of
 
 
 def written(path: Path, text: str | bytes) -> Path:
@@ -41,38 +41,38 @@ FILE = "steps: 30\nflip: true\ndata: blobs\nmodel:\n  width: 7\n  depth: 2\n"
 
 
 @pytest.mark.parametrize("after", [True, False], ids=["after", "before"])
-def test_options_win_over_a_file_wherever_they_stand(asked: Asked, tmp_path: Path, after: bool) -> None:
+def test_options_win_over_a_file_wherever_they_stand(request_of: RequestOf, tmp_path: Path, after: bool) -> None:
     config = ["--config", written(tmp_path / "a.yaml", FILE)]
     options = ["--steps", "5", "--no-flip", "--data=digits", "--model.width", "9", "--out", tmp_path / "mine"]
-    request = asked(*(config + options if after else options + config))
+    request = request_of(*(config + options if after else options + config))
     assert request.train_options == {"steps": 5, "flip": False}
     assert request.data_options == {"source": "digits"}
     assert request.model_options == {"width": 9, "depth": 2}
     assert request.folder.path == tmp_path / "mine"
 
 
-def test_a_file_wins_over_those_before_it(asked: Asked, tmp_path: Path) -> None:
+def test_a_file_wins_over_those_before_it(request_of: RequestOf, tmp_path: Path) -> None:
     a = written(tmp_path / "a.yaml", FILE)
     b = written(tmp_path / "b.yaml", "steps: 40\nmodel.width: 8\nlearning_rate: 1e-3\n")
-    assert asked("--config", a, "--flip", f"--config={b}").train_options == {
+    assert request_of("--config", a, "--flip", f"--config={b}").train_options == {
         "steps": 40,
         "flip": True,
         "learning_rate": 1e-3,
     }
-    assert asked("--config", b, "--config", a).train_options["steps"] == 30
-    assert asked("--config", a, "--config", b).model_options == {"width": 8, "depth": 2}
+    assert request_of("--config", b, "--config", a).train_options["steps"] == 30
+    assert request_of("--config", a, "--config", b).model_options == {"width": 8, "depth": 2}
 
 
 @pytest.mark.parametrize("text", ["out: there\n", "resume: true\n", "overwrite: false\n", "epochs: 1\nout: there\n"])
 @pytest.mark.parametrize("first", [True, False])
 def test_no_file_says_where_to_write(
-    asked: Asked, tmp_path: Path, error_line: Callable[[], str], text: str, first: bool
+    request_of: RequestOf, tmp_path: Path, error_line: Callable[[], str], text: str, first: bool
 ) -> None:
     config = ["--config", written(tmp_path / "a.yaml", text)]
     typed = ["--out", tmp_path / "here", "--overwrite"]
-    assert asked(*(config + typed if first else typed + config)) is None
+    assert request_of(*(config + typed if first else typed + config)) is None
     name = text.splitlines()[-1].partition(":")[0]
-    assert f"{name}: expected on the command line, as no file may say where to write" in error_line()
+    assert f"{name}: expected on the command line, not in a file, as it decides where to write" in error_line()
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_no_file_says_where_to_write(
     ],
 )  # fmt: skip
 def test_a_file_of_something_else_is_named_and_not_repeated(
-    asked: Asked, tmp_path: Path, error_line: Callable[[], str], text: str | bytes, message: str
+    request_of: RequestOf, tmp_path: Path, error_line: Callable[[], str], text: str | bytes, message: str
 ) -> None:
     file = written(tmp_path / "a.yaml", text)
     assert main(["train", "gan", "--config", str(file)]) == 2

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from fastgen.cli import main
 from fastgen.models import ConvVAE
 from fastgen.models.digest import UNSEALED, is_whole, seal
-from fastgen.train import evaluate as judge
+from fastgen.train import evaluate
 from fastgen.train.checkpoint import Header, load_checkpoint, save_checkpoint
 from fastgen.train.files import temporary_name
 from fastgen.train.lock import NAME
@@ -32,9 +32,9 @@ EVALUATE = ["--n", "20", "--importance", "0", "--resamples", "0"]
 
 @pytest.fixture(autouse=True)
 def _briefly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge, "write_report", lambda folder: None)
-    briefly = functools.partial(judge.metrics.classifier_features, steps=2)
-    monkeypatch.setattr(judge.metrics, "classifier_features", briefly)
+    monkeypatch.setattr(evaluate, "write_report", lambda folder: None)
+    briefly = functools.partial(evaluate.metrics.classifier_features, steps=2)
+    monkeypatch.setattr(evaluate.metrics, "classifier_features", briefly)
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +46,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
     words = ["train", "conv-vae", "--steps", "2", "--data", str(digits), "--out", str(folder), *TINY["conv-vae"]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "write_pages", lambda self: None)
-        patch.setattr(judge, "write_report", lambda folder: None)
-        briefly = functools.partial(judge.metrics.classifier_features, steps=2)
-        patch.setattr(judge.metrics, "classifier_features", briefly)
+        patch.setattr(evaluate, "write_report", lambda folder: None)
+        briefly = functools.partial(evaluate.metrics.classifier_features, steps=2)
+        patch.setattr(evaluate.metrics, "classifier_features", briefly)
         assert main(words) == 0
         assert main(["evaluate", str(folder), *EVALUATE]) == 0
     return folder
@@ -202,9 +202,9 @@ def test_what_dead_processes_left_half_written_is_removed_and_nothing_else(run: 
     def temporary(path: Path, pid: int) -> Path:
         return path.with_name(temporary_name(path).name.replace(str(os.getpid()), str(pid)))
 
-    checkpoint, picture = run / "checkpoint.safetensors", run / "samples" / "000002.png"
-    picture.parent.mkdir(exist_ok=True)
-    dead = [temporary(checkpoint, NOBODY), temporary(picture, NOBODY), run / ".metrics.jsonl.tmp"]
+    checkpoint, image = run / "checkpoint.safetensors", run / "samples" / "000002.png"
+    image.parent.mkdir(exist_ok=True)
+    dead = [temporary(checkpoint, NOBODY), temporary(image, NOBODY), run / ".metrics.jsonl.tmp"]
     kept = [temporary(checkpoint, os.getppid()), run / ".notes.1.tmp"]
     for file in dead + kept:
         file.write_text("half")
@@ -220,7 +220,7 @@ def folder_in_place(path: Path) -> None:
 UNREADABLE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "damaged environment": (
         lambda run: (run / "environment.json").write_bytes(b'{"format": "fast\xff'),
-        "environment.json: expected what a fastgen run writes first, got a damaged file: ",
+        "environment.json: expected the environment of a fastgen run, got a damaged file: ",
     ),
     "no environment": (
         lambda run: (run / "environment.json").unlink(),

@@ -96,7 +96,7 @@ def test_a_full_disk_gives_one_line_and_keeps_the_checkpoint_before(
     output = (tmp_path / "output").read_text()
     assert "Traceback" not in output
     checkpoint = tmp_path / "run" / "checkpoint.safetensors"
-    assert f"{checkpoint}: expected to write it, got: File too large; what was there is kept; step 4 is kept" in output
+    assert f"{checkpoint}: expected to write it, got: File too large; what was there is kept; step 4 is saved" in output
     assert "--resume" in output
     assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == kept
     assert fit("--resume", steps=8) == 0

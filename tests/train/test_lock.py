@@ -113,7 +113,9 @@ def test_training_is_refused_in_a_folder_in_use_and_sampling_is_not(
     run = tmp_path / "run"
     assert fit(steps=1) == 0
     before = {file.name: file.read_bytes() for file in run.glob("[!.]*.*")}
-    monkeypatch.setattr("fastgen.train.run.load_data", lambda *args: pytest.fail("data were loaded before the lock"))
+    monkeypatch.setattr(
+        "fastgen.train.settings.load_data", lambda *args: pytest.fail("data were loaded before the lock")
+    )
     with locked(run):
         for options in (["--resume"], ["--overwrite"]):
             assert fit(*options, steps=2) == 1

@@ -38,12 +38,14 @@ def test_every_epoch_is_a_permutation_that_depends_on_seed_and_epoch_alone() -> 
     assert not torch.equal(Order(50, seed=1).slice(0, 50), first)
 
 
-@pytest.mark.parametrize("draws", [1, 3])
-def test_parts_are_the_same_items_however_many_processes_share_the_work(draws: int) -> None:
+@pytest.mark.parametrize("batches_per_step", [1, 3])
+def test_parts_are_the_same_items_for_any_number_of_processes(batches_per_step: int) -> None:
     def parts(accumulate: int, processes: int) -> list[list[int]]:
         found = []
         for process in range(processes):
-            stream = Stream(30, 0, 8, draws=draws, accumulate=accumulate, process=process, processes=processes)
+            stream = Stream(
+                30, 0, 8, batches_per_step=batches_per_step, accumulate=accumulate, process=process, processes=processes
+            )
             stream.first_step, stream.last_step = 3, 6
             found.append([indices.tolist() for indices in stream])
         return [part for together in zip(*found, strict=True) for part in together]
@@ -58,7 +60,7 @@ def test_lazy_items_come_in_the_same_order_from_workers() -> None:
         lazy = True
 
     tensors = {"images": torch.arange(20.0)}
-    stream = Stream(20, 0, 4, draws=1, accumulate=1, process=0, processes=1)
+    stream = Stream(20, 0, 4, batches_per_step=1, accumulate=1, process=0, processes=1)
     stream.first_step, stream.last_step = 2, 7
     direct = [batch["images"].tolist() for batch in batches(TensorItems(tensors), stream, CPU, 0)]
     fetched = [batch["images"].tolist() for batch in batches(Lazy(tensors), stream, CPU, 2)]
@@ -66,14 +68,14 @@ def test_lazy_items_come_in_the_same_order_from_workers() -> None:
     assert len(direct) == 6
 
 
-def test_pictures_are_mirrored_by_chance_and_pairs_together() -> None:
-    pictures = torch.rand(100, 1, 2, 2)
-    out = mirrored({"inputs": pictures, "targets": pictures.clone(), "labels": torch.arange(100)}, seed=0)
+def test_images_are_flipped_at_random_and_pairs_together() -> None:
+    images = torch.rand(100, 1, 2, 2)
+    out = mirrored({"inputs": images, "targets": images.clone(), "labels": torch.arange(100)}, seed=0)
     assert torch.equal(out["inputs"], out["targets"])
-    turned = (out["inputs"] == pictures.flip(-1)).all(dim=(1, 2, 3))
-    assert ((out["inputs"] == pictures).all(dim=(1, 2, 3)) | turned).all()
-    assert 30 < turned.sum() < 70
-    assert torch.equal(mirrored({"inputs": pictures}, seed=0)["inputs"], out["inputs"])
+    flipped = (out["inputs"] == images.flip(-1)).all(dim=(1, 2, 3))
+    assert ((out["inputs"] == images).all(dim=(1, 2, 3)) | flipped).all()
+    assert 30 < flipped.sum() < 70
+    assert torch.equal(mirrored({"inputs": images}, seed=0)["inputs"], out["inputs"])
 
 
 @pytest.mark.parametrize(

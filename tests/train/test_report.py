@@ -1,4 +1,4 @@
-"""The page of a run: whole, self-contained, and safe whatever the run's files hold."""
+"""The report of a run: complete, self-contained, and safe for any contents of the run's files."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from fastgen.models import Images, Sounds, Texts
-from fastgen.train import samples as exhibits
-from fastgen.train.pictures import save_samples
+from fastgen.train import sample_history
 from fastgen.train.report import write_report
+from fastgen.train.sample_files import save_samples
 
 HOSTILE = "<script>alert('x')</script>\"'><img src=x onerror=alert(1)>&"
 
@@ -65,13 +65,13 @@ def write_metrics(folder: Path, steps: int, **values: float) -> None:
     folder.joinpath("metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9')
 
 
-def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
+def test_a_run_that_has_just_started_has_a_page(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("# fastgen train conv-vae --data digits\ndata: digits\nmodel: {width: 4}\n")
     path = write_report(tmp_path)
     assert path == tmp_path / "report.html"
     text = Page(path).text
     assert "conv-vae on digits" in text
-    assert "No step is finished yet" in text
+    assert "No step has finished yet" in text
     assert "Not evaluated yet: fastgen evaluate " in text
     assert "fastgen train conv-vae --data digits" in text
     assert Page(write_report(tmp_path)).text == text  # the page itself is nothing of the run
@@ -87,15 +87,15 @@ def test_the_summary_and_the_table_say_what_was_measured(tmp_path: Path) -> None
     write_metrics(tmp_path, 4, elbo=-12.345678)
     assert "held-out elbo −12.35 nats, at step 4" in Page(write_report(tmp_path)).text  # noqa: RUF001
     n = {"generated": 1000, "held-out": 359}
-    figure = {"name": "Frechet distance", "value": 3.25, "low": 2.5, "high": 4.0, "space": "pixels", "n": n}
+    metric = {"name": "Frechet distance", "value": 3.25, "low": 2.5, "high": 4.0, "space": "pixels", "n": n}
     floor = {"name": "the floor", "value": 0.25, "space": "pixels", "n": {"training": 1000, "held-out": 359}}
-    (tmp_path / "evaluation.json").write_text(json.dumps({"step": 4, "figures": [floor, figure]}))
+    (tmp_path / "evaluation.json").write_text(json.dumps({"step": 4, "figures": [floor, metric]}))
     (tmp_path / "environment.json").write_text(
         json.dumps({"parameters": 1234567, "devices": ["cpu", "cuda"], "torch": {"version": "2.13"}, "command": "go"})
     )
     text = Page(write_report(tmp_path)).text
     assert (
-        "steps 4 epoch 0.4 training 8 s 80 items a second parameters 1,234,567 Frechet distance 3.25 2.5 to 4" in text
+        "steps 4 epoch 0.4 training 8 s 80 items per second parameters 1,234,567 Frechet distance 3.25 2.5 to 4" in text
     )
     table = text[text.index("Evaluation at step 4") :]
     assert "Frechet distance 3.25 2.5 to 4 pixels 1,000 generated, 359 held-out" in table
@@ -108,8 +108,8 @@ def test_whatever_a_run_holds_is_shown_as_text(tmp_path: Path) -> None:
     settings = {"model": HOSTILE, "data": HOSTILE, "options": {HOSTILE: HOSTILE}}
     (tmp_path / "config.yaml").write_text(json.dumps(settings))  # JSON is YAML
     (tmp_path / "environment.json").write_text(json.dumps({"command": HOSTILE, "started": HOSTILE, "torch": [HOSTILE]}))
-    figure = dict.fromkeys(("name", "value", "low", "high", "unit", "space", "n", "note"), HOSTILE)
-    (tmp_path / "evaluation.json").write_text(json.dumps({"step": HOSTILE, "figures": [figure]}))
+    metric = dict.fromkeys(("name", "value", "low", "high", "unit", "space", "n", "note"), HOSTILE)
+    (tmp_path / "evaluation.json").write_text(json.dumps({"step": HOSTILE, "figures": [metric]}))
     write_metrics(tmp_path, 2, **{HOSTILE: 1.0})
     save_samples(tmp_path / HOSTILE.replace("/", ""), "000001", Texts([HOSTILE, HOSTILE]))
     page = Page(write_report(tmp_path))
@@ -144,7 +144,7 @@ def show_sounds(folder: Path, step: int) -> None:
     [(show_images, {"img": 24}), (show_texts, {"img": 0}), (show_sounds, {"img": 24, "audio": 24})],
     ids=["images", "texts", "sounds"],
 )
-def test_exhibits_over_time_are_thinned_and_the_page_needs_nothing_else(
+def test_samples_over_time_are_thinned_and_the_page_is_self_contained(
     tmp_path: Path, show: Callable[[Path, int], None], tags: dict[str, int]
 ) -> None:
     for step in range(1, 51):
@@ -165,14 +165,14 @@ def test_exhibits_over_time_are_thinned_and_the_page_needs_nothing_else(
     assert "@import" not in path.read_text(encoding="utf-8")
 
 
-def test_large_pictures_and_sounds_do_not_make_a_large_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exhibits, "PAGE_BYTES", 300_000)
+def test_large_images_and_sounds_do_not_make_a_large_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample_history, "PAGE_BYTES", 300_000)
     (tmp_path / "samples").mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (600, 600, 3), np.uint8)
     for step in range(3):
         Image.fromarray(noise).save(tmp_path / "samples" / f"{step:06d}.png")
         save_samples(tmp_path / "sounds", f"{step:06d}", Sounds(torch.zeros(1, 30_000), 8000))
-    (tmp_path / "samples" / "000003.png").write_bytes(b"no picture")
+    (tmp_path / "samples" / "000003.png").write_bytes(b"no image")
     path = write_report(tmp_path)
     page = Page(path)
     assert path.stat().st_size < 450_000

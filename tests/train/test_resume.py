@@ -1,4 +1,4 @@
-"""Runs that stop and go on: the same bits as if they had never stopped, and nothing lost."""
+"""Runs that are stopped and resumed: bitwise equal to uninterrupted ones, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def test_resuming_gives_the_same_bits_as_never_stopping(
     began, resumed = (json.loads((tmp_path / name / "environment.json").read_text()) for name in ("straight", "halves"))
     assert "resumed" not in began
     assert len(resumed["resumed"]) == 1
-    for picture in (tmp_path / "straight").glob("*/*.*"):
-        if picture.parent.name != "model":
-            assert picture.read_bytes() == (tmp_path / "halves" / picture.parent.name / picture.name).read_bytes()
+    for image in (tmp_path / "straight").glob("*/*.*"):
+        if image.parent.name != "model":
+            assert image.read_bytes() == (tmp_path / "halves" / image.parent.name / image.name).read_bytes()
 
 
 def killed_and_resumed(words: Words, start: Start, folder: Path, kills: int, steps: int, longest: float) -> list[int]:
@@ -154,8 +154,8 @@ def test_a_signal_to_the_whole_process_group_keeps_the_step_although_workers_get
     words: Words, start: Start, tmp_path: Path, number: signal.Signals
 ) -> None:
     folder, never = tmp_path / "run", "1000000"
-    save_images(tmp_path / "pictures", COLOUR)
-    options = ["--data", str(tmp_path / "pictures"), "--workers", "2", "--checkpoint-every", never, "--evaluate-every"]
+    save_images(tmp_path / "images", COLOUR)
+    options = ["--data", str(tmp_path / "images"), "--workers", "2", "--checkpoint-every", never, "--evaluate-every"]
     options += [never, "--sample-every", never, "--log-every", "1"]
     process = start(words(*options, steps=1000000), lazy="yes")
     try:
@@ -187,7 +187,7 @@ def test_a_second_ctrl_c_ends_at_once_and_keeps_the_last_checkpoint(
     with monkeypatch.context() as patch:
         after_step(patch, 5, twice)
         assert fit(*OFTEN) == 130
-    assert "interrupted; step 4 is kept" in error_line()
+    assert "interrupted; step 4 is saved" in error_line()
     assert kept_step(tmp_path / "run") == 4
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -201,9 +201,9 @@ def test_a_run_that_ended_before_its_first_checkpoint_says_so(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "run", at_once)
         assert fit() == 130
-    assert "no step is kept" in error_line()
+    assert "no step is saved" in error_line()
     assert fit("--resume") == 1
-    assert "--overwrite begins anew" in error_line()
+    assert "--overwrite starts over" in error_line()
     assert fit("--overwrite") == 0
 
 
@@ -219,7 +219,7 @@ def test_a_step_whose_gradient_is_nan_changes_nothing_and_is_counted(
     loss = MODELS[model].loss
 
     def sometimes(self: Any, phase: str, batch: Any, context: Any) -> Any:
-        if context.step in (3, 4):  # in the pictures, so that batch norm sees it, too
+        if context.step in (3, 4):  # in the images, so that it affects batch norm, too
             batch = batch | {"images": batch["images"] * float("nan")}
         return loss(self, phase, batch, context)
 
@@ -242,7 +242,7 @@ def test_gradients_that_stay_nan_stop_the_run_and_keep_the_last_good_checkpoint(
     assert fit("--resume", "--nan-limit", "2", "--checkpoint-every", "1000", steps=20) == 1
     line = error_line()
     assert "step 7: the gradient was NaN or infinite in the last 2 steps" in line
-    assert "step 4 is kept" in line
+    assert "step 4 is saved" in line
     _, kept = load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")
     assert all(torch.equal(good[name], kept[name]) for name in good)
 
@@ -255,12 +255,12 @@ def test_resume_without_a_run_is_refused(fit: Main, error_line: Callable[[], str
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model.width", "8"], "model.width: expected 4, as when the run in"),
+        (["--model.width", "8"], "model.width: expected 4, as in the run in"),
         (["--clip", "3"], "got 3.0; with --resume only epochs, steps, learning_rate, threads"),
-        (["--batch-size", "64"], "batch_size: expected 32, as when the run in"),
-        (["--model.beta", "2"], "model.beta: expected 1.0, as when the run in"),
+        (["--batch-size", "64"], "batch_size: expected 32, as in the run in"),
+        (["--model.beta", "2"], "model.beta: expected 1.0, as in the run in"),
         (["--data", "digits"], "data: expected the items with which the run in"),
-        (["--held-out", "7"], "held_out: expected 0, as when the run in"),
+        (["--held-out", "7"], "held_out: expected 0, as in the run in"),
         (["--steps", "1"], "steps: expected at least the 8 steps that are trained, got 1"),
         (["--steps", "-1"], "steps: expected a number >= 0, got -1"),
         (["--overwrite"], "resume, overwrite: expected at most one of them, got both"),

@@ -24,7 +24,7 @@ FILES = {"environment.json", "config.yaml", "metrics.jsonl", "checkpoint.safeten
 
 
 @pytest.mark.parametrize(
-    ("model", "steps", "figure", "exhibits"),
+    ("model", "steps", "score", "samples"),
     [
         ("conv-vae", 40, "loss", {"samples/000040.png", "reconstructions/000040.png"}),
         ("dcgan", 12, "discriminator/loss", {"samples/000012.png"}),
@@ -39,16 +39,16 @@ def test_training_lowers_the_loss_and_fills_the_folder(
     capsys: pytest.CaptureFixture[str],
     model: str,
     steps: int,
-    figure: str,
-    exhibits: set[str],
+    score: str,
+    samples: set[str],
 ) -> None:
     assert fit("--log-every", str(steps // 4), "--sample-every", str(steps), model=model, steps=steps) == 0
     folder = tmp_path / "run"
     names = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
-    assert names == FILES | exhibits | {"model/config.json", "model/model.safetensors", "model/README.md"}
+    assert names == FILES | samples | {"model/config.json", "model/model.safetensors", "model/README.md"}
     rows = metrics(folder)
     assert [row["step"] for row in rows] == [steps // 4 * turn for turn in (1, 2, 3, 4)]
-    assert rows[-1]["values"][figure] < rows[0]["values"][figure]
+    assert rows[-1]["values"][score] < rows[0]["values"][score]
     assert all(row["items_per_second"] > 0 and row["seconds"] > 0 and row["skipped"] == 0 for row in rows)
     printed = capsys.readouterr()
     assert "step 10/40" in printed.err or steps != 40  # plain lines, as this is no terminal
@@ -111,18 +111,18 @@ def test_evaluation_is_kept_with_its_feature_space(
     capsys: pytest.CaptureFixture[str],
     model: str,
 ) -> None:
-    from fastgen.train import evaluate as judge
+    from fastgen.train import evaluate
 
-    monkeypatch.setattr(judge, "write_report", lambda folder: None)
-    briefly = functools.partial(judge.metrics.classifier_features, steps=20)
-    monkeypatch.setattr(judge.metrics, "classifier_features", briefly)
+    monkeypatch.setattr(evaluate, "write_report", lambda folder: None)
+    briefly = functools.partial(evaluate.metrics.classifier_features, steps=20)
+    monkeypatch.setattr(evaluate.metrics, "classifier_features", briefly)
     assert fit(model=model, steps=2) == 0
     capsys.readouterr()
     words = ["evaluate", str(tmp_path / "run"), "--n", "60", "--importance", "3", "--resamples", "0"]
     assert main(words) == 0
     printed = capsys.readouterr().out
     kept = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    found = {figure["name"]: figure for figure in kept["figures"]}
+    found = {metric["name"]: metric for metric in kept["figures"]}
     assert kept["step"] == 2
     expected = {
         "conv-vae": {"ELBO", "importance-weighted bound", "bits per dimension", "Frechet distance", "recall"},
@@ -130,9 +130,9 @@ def test_evaluation_is_kept_with_its_feature_space(
         "transformer-lm": {"nats per token", "perplexity"},
     }
     assert expected[model] <= found.keys()
-    for figure in found.values():
-        assert figure["name"] in printed
-        assert figure["space"] in printed
+    for metric in found.values():
+        assert metric["name"] in printed
+        assert metric["space"] in printed
     if model == "conv-vae":
         assert found["importance-weighted bound"]["value"] > found["ELBO"]["value"]
     if model != "transformer-lm":
@@ -146,17 +146,17 @@ def test_evaluation_is_kept_with_its_feature_space(
 def test_classes_in_turn_keep_their_columns_where_samples_are_many(fit: Main, tmp_path: Path) -> None:
     assert fit(model="cvae", steps=1) == 0
     trained = open_run(RunFolder(tmp_path / "run"))
-    drawn = sample(trained, 300, trained.model.sampling_class(), 0)
-    assert isinstance(drawn, Images)
-    assert drawn.labels is not None
-    assert drawn.labels.tolist() == [number % 10 for number in range(300)]
+    samples = sample(trained, 300, trained.model.sampling_class(), 0)
+    assert isinstance(samples, Images)
+    assert samples.labels is not None
+    assert samples.labels.tolist() == [number % 10 for number in range(300)]
 
 
 def test_a_folder_that_holds_a_run_is_refused(fit: Main, tmp_path: Path, error_line: Callable[[], str]) -> None:
     assert fit() == 0
     before = {file.name: file.read_bytes() for file in (tmp_path / "run").glob("*.*")}
     assert fit(steps=2) == 1
-    assert "holds a run already; --resume goes on with it, --overwrite replaces it" in error_line()
+    assert "holds a run already; --resume continues it, --overwrite replaces it" in error_line()
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "run").glob("*.*")}
 
 
@@ -182,7 +182,7 @@ def test_files_of_another_program_are_never_replaced(fit: Main, tmp_path: Path, 
     assert "expected a folder for the run, got a file" in error_line()
 
 
-def test_tensorboard_gets_every_figure_once_although_the_run_was_resumed(fit: Main, tmp_path: Path) -> None:
+def test_tensorboard_gets_every_value_once_in_a_resumed_run(fit: Main, tmp_path: Path) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     assert fit("--trackers", "tensorboard", "--log-every", "2", "--checkpoint-every", "4", steps=6) == 0
     assert fit("--resume", "--trackers", "tensorboard", "--log-every", "2", steps=10) == 0

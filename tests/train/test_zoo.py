@@ -1,4 +1,4 @@
-"""Every model of the zoo from the command line: it trains, stops, goes on with the same bits, is judged, and draws."""
+"""Every model of the zoo from the command line: training, bitwise resuming, evaluation, samples."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fastgen.train.engine import Engine
 Main = Callable[..., int]
 SameTensors = Callable[[Path, Path], bool]
 CLASSES = ("cgan", "cdcgan", "sagan", "cvae")
-"""Models that draw the class they are asked for, with their defaults."""
+"""Models that sample a given class, with their defaults."""
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_model_trains_stops_goes_on_with_the_same_bits_is_judged_and_draws(
+def test_a_model_trains_resumes_bitwise_evaluates_and_samples(
     fit: Main,
     tmp_path: Path,
     same_tensors: SameTensors,
@@ -30,11 +30,11 @@ def test_a_model_trains_stops_goes_on_with_the_same_bits_is_judged_and_draws(
     capsys: pytest.CaptureFixture[str],
     model: str,
 ) -> None:
-    from fastgen.train import evaluate as judge
+    from fastgen.train import evaluate
 
-    monkeypatch.setattr(judge, "write_report", lambda folder: None)
+    monkeypatch.setattr(evaluate, "write_report", lambda folder: None)
     for space in ("classifier_features", "rotation_features"):
-        monkeypatch.setattr(judge.metrics, space, functools.partial(getattr(judge.metrics, space), steps=5))
+        monkeypatch.setattr(evaluate.metrics, space, functools.partial(getattr(evaluate.metrics, space), steps=5))
     cadence = ["--log-every", "1", "--evaluate-every", "4", "--sample-every", "100", "--checkpoint-every", "2"]
     assert fit(*cadence, model=model, name="straight", steps=4) == 0
     with monkeypatch.context() as patch:
@@ -52,11 +52,11 @@ def test_a_model_trains_stops_goes_on_with_the_same_bits_is_judged_and_draws(
 
     folder = str(tmp_path / "halves")
     assert main(["evaluate", folder, "--n", "40", "--importance", "2", "--resamples", "0"]) == 0
-    figures = {f["name"] for f in json.loads((tmp_path / "halves" / "evaluation.json").read_text())["figures"]}
-    assert figures
+    names = {f["name"] for f in json.loads((tmp_path / "halves" / "evaluation.json").read_text())["figures"]}
+    assert names
     if MODELS[model].kind == "images":
-        assert {"Frechet distance", "recall"} <= figures
-    assert ("class agreement" in figures) == (model in CLASSES)
+        assert {"Frechet distance", "recall"} <= names
+    assert ("class agreement" in names) == (model in CLASSES)
     capsys.readouterr()
     first, again = (tmp_path / f"{name}{SUFFIX[MODELS[model].kind]}" for name in ("first", "again"))
     for out in (first, again):
@@ -68,14 +68,14 @@ def test_a_model_trains_stops_goes_on_with_the_same_bits_is_judged_and_draws(
 def test_a_model_of_several_kinds_of_data_takes_what_the_data_are(
     fit: Main, tmp_path: Path, text: Path, error_line: Callable[[], str], capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    """And goes on with it, is judged, and draws it."""
+    """Training, resuming, evaluation and samples."""
     data = {"text": [str(text)], "sequences": ["sums", "--items", "80"]}[kind]
     assert fit("--data", *data, model="recurrent-gan", steps=2) == 0
     assert fit("--resume", model="recurrent-gan", steps=3) == 0
     assert main(["evaluate", str(tmp_path / "run")]) == 0
-    figure = {"text": "known triples", "sequences": "well formed"}[kind]
-    assert figure in {f["name"] for f in json.loads((tmp_path / "run" / "evaluation.json").read_text())["figures"]}
-    out = tmp_path / "drawn.txt"
+    metric = {"text": "known triples", "sequences": "well formed"}[kind]
+    assert metric in {f["name"] for f in json.loads((tmp_path / "run" / "evaluation.json").read_text())["figures"]}
+    out = tmp_path / "samples.txt"
     assert main(["sample", str(tmp_path / "run"), "--n", "2", "--out", str(out)]) == 0
     assert len(out.read_text()) > 10
     capsys.readouterr()
@@ -92,7 +92,7 @@ def test_evaluate_reports_the_harmonicity_of_sounds(
     assert fit("--data", "tones", "--items", "20", "--seconds", "0.25", model="wavenet", steps=1) == 0
     assert main(["evaluate", str(tmp_path / "run"), "--n", "2", "--resamples", "0"]) == 0
     kept = json.loads((tmp_path / "run" / "evaluation.json").read_text())["figures"]
-    found = {figure["name"]: figure for figure in kept}
+    found = {metric["name"]: metric for metric in kept}
     assert found["energy at harmonics"]["n"] == {"generated": 2}
     assert found["energy at harmonics, held-out sounds"]["value"] > 0.99
     assert "energy at harmonics" in capsys.readouterr().out

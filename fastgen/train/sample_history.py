@@ -1,4 +1,4 @@
-"""What a run showed over time, read back from its folder and made small enough for one page."""
+"""Samples of a run over time, read from its folder and reduced to the size of one page."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastgen.train.pictures import TEXT_SEPARATOR
+from fastgen.train.sample_files import TEXT_SEPARATOR
 
-MOST_FRAMES = 24
+MOST_STEPS = 24
 PAGE_BYTES = 9_000_000
-"""Of all files of a page together, before they grow by a third in base64."""
+"""Total size of the files of a page, before base64 adds a third."""
 
-LATEST_SHARE = 0.3  # of the bytes of one series of samples, for its last frame
-TEXT_BYTES = 32_768  # of a file of texts
-WIDEST = 760  # CSS pixels of a picture
+LATEST_SHARE = 0.3  # share of the last step in the bytes of one history
+TEXT_BYTES = 32_768  # read of a file of texts
+WIDEST = 760  # CSS pixels
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 FILE = re.compile(r"(\d{6,18})\.(png|txt|wav)")
 
 
 @dataclass(frozen=True)
-class Frame:
-    """What was shown at a step: a picture, or texts, or a sound with a picture of its waves. URIs hold the data."""
+class StepSamples:
+    """Samples of one step: an image, or texts, or audio with a plot of its waveforms. URIs hold the data."""
 
     step: int
-    picture: str = ""
+    image: str = ""
     width: int = 0
-    """CSS pixels: small pictures are ``enlarged`` by a whole number."""
+    """CSS pixels; small images are ``enlarged`` by an integer factor."""
     enlarged: bool = False
-    sound: str = ""
+    audio: str = ""
     texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Shown:
-    """Samples over time: the latest frame first. ``count``: how many steps there are in the folder."""
+class SampleHistory:
+    """Samples of one name over time, the latest step first. count: number of steps in the folder."""
 
     name: str
-    frames: list[Frame]
+    steps: list[StepSamples]
     count: int
 
 
-def read_samples(folder: Path) -> list[Shown]:
+def read_samples(folder: Path) -> list[SampleHistory]:
     """The samples of a run's folder, "samples" first; subfolders and files that are links are left out."""
     found: dict[str, dict[int, dict[str, Path]]] = {}
     for place in sorted(folder.iterdir()):
@@ -57,18 +57,18 @@ def read_samples(folder: Path) -> list[Shown]:
                 found.setdefault(place.name, {}).setdefault(int(match[1]), {})[match[2]] = file
     allowance = PAGE_BYTES // max(1, len(found))
     order = sorted(found, key=lambda name: (name != "samples", name))
-    return [Shown(name, _frames(found[name], allowance), len(found[name])) for name in order]
+    return [SampleHistory(name, _frames(found[name], allowance), len(found[name])) for name in order]
 
 
 def data_uri(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
-def _frames(files: dict[int, dict[str, Path]], allowance: int) -> list[Frame]:
-    """Frames of about ``allowance`` bytes in all, the latest first."""
-    steps = _evenly(sorted(files), MOST_FRAMES)
+def _frames(files: dict[int, dict[str, Path]], allowance: int) -> list[StepSamples]:
+    """The steps, reduced to about ``allowance`` bytes in total, the latest first."""
+    steps = _evenly(sorted(files), MOST_STEPS)
     sounds = [files[step]["wav"].stat().st_size for step in steps if "wav" in files[step]]
-    if sounds:  # they can't be made smaller, only fewer
+    if sounds:  # audio is not compressed, only thinned
         steps = _evenly(steps, allowance // 2 // max(sounds))
         allowance //= 2
     latest = int(allowance * LATEST_SHARE)
@@ -78,7 +78,7 @@ def _frames(files: dict[int, dict[str, Path]], allowance: int) -> list[Frame]:
 
 
 def _evenly(steps: Sequence[int], most: int) -> list[int]:
-    """At most ``most`` of the steps, and at least the last; the first and the last among them if there is room."""
+    """At most ``most`` of the steps, evenly spaced, always with the last one."""
     if len(steps) <= most:
         return list(steps)
     if most <= 1:
@@ -86,17 +86,17 @@ def _evenly(steps: Sequence[int], most: int) -> list[int]:
     return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
 
 
-def _frame(step: int, files: dict[str, Path], allowance: int) -> Frame | None:
-    """None if there is nothing that a page could show."""
-    picture, width, enlarged = _picture(files["png"].read_bytes(), allowance) if "png" in files else ("", 0, False)
+def _frame(step: int, files: dict[str, Path], allowance: int) -> StepSamples | None:
+    """None if no file can be displayed."""
+    image, width, enlarged = _image(files["png"].read_bytes(), allowance) if "png" in files else ("", 0, False)
     fits = "wav" in files and files["wav"].stat().st_size <= PAGE_BYTES
-    sound = data_uri("audio/wav", files["wav"].read_bytes()) if fits else ""
+    audio = data_uri("audio/wav", files["wav"].read_bytes()) if fits else ""
     texts = _texts(files["txt"]) if "txt" in files else ()
-    return Frame(step, picture, width, enlarged, sound, texts) if picture or sound or texts else None
+    return StepSamples(step, image, width, enlarged, audio, texts) if image or audio or texts else None
 
 
-def _picture(data: bytes, allowance: int) -> tuple[str, int, bool]:
-    """URI, width in CSS pixels, and whether it is enlarged; above ``allowance`` bytes a smaller JPEG; "" for no PNG."""
+def _image(data: bytes, allowance: int) -> tuple[str, int, bool]:
+    """URI, width in CSS pixels, and whether it is enlarged; above ``allowance`` bytes a smaller JPEG; "" if no PNG."""
     if data[:8] != PNG_SIGNATURE or len(data) < 24:
         return "", 0, False
     (width,) = struct.unpack(">I", data[16:20])
@@ -108,7 +108,7 @@ def _picture(data: bytes, allowance: int) -> tuple[str, int, bool]:
 
 
 def _smaller(data: bytes, allowance: int) -> bytes:
-    """A JPEG of at most ``allowance`` bytes; nothing if the picture can't be read."""
+    """A JPEG of at most ``allowance`` bytes; b"" if the image can't be read."""
     from PIL import Image
 
     try:

@@ -1,4 +1,4 @@
-"""Exhibits become files that a person can open, whatever is in them, and only where they belong."""
+"""Samples are written as image, text and audio files, for any values, and only inside the folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from fastgen.models import Images, Samples, Sounds, Texts
 from fastgen.train.curves import read_rows, write_curves
 from fastgen.train.files import inside
-from fastgen.train.pictures import GAP, NOT_FINITE, SILENCE, TEXT_SEPARATOR, save_samples
+from fastgen.train.sample_files import GAP, NOT_FINITE, SILENCE, TEXT_SEPARATOR, save_samples
 
 RATE = 800
 NAN, INF = float("nan"), float("inf")
@@ -45,14 +45,14 @@ def test_sounds_follow_one_another_clamped_and_silent_where_they_are_not_finite(
         heard = np.frombuffer(file.readframes(file.getnframes()), "<i2")
     gap = [0] * int(SILENCE * RATE)
     assert heard.tolist() == [32767] * 100 + gap + [round(-0.5 * 32767)] * 100 + gap + [0] * 100
-    drawn = np.asarray(Image.open(tmp_path / "000100.png")) < 100
-    heights = np.nonzero(drawn[:, 500])[0]
+    plot = np.asarray(Image.open(tmp_path / "000100.png")) < 100
+    heights = np.nonzero(plot[:, 500])[0]
     assert len(heights) == 3  # a line for each wave: at the top, below the middle, in the middle
     assert heights[0] == 0
 
 
 @pytest.mark.parametrize(
-    ("exhibit", "message"),
+    ("samples", "message"),
     [
         (Images(torch.zeros(2, 2, 4, 4)), r"pixels: expected \(N, C, H, W\) .* got \(2, 2, 4, 4\)"),
         (Images(torch.zeros(0, 1, 4, 4)), r"pixels: .* got \(0, 1, 4, 4\)"),
@@ -63,11 +63,11 @@ def test_sounds_follow_one_another_clamped_and_silent_where_they_are_not_finite(
     ],
     ids=["channels", "no-images", "columns", "no-texts", "one-wave", "rate"],
 )
-def test_an_exhibit_of_another_shape_is_refused_and_nothing_written(
-    tmp_path: Path, exhibit: Samples, message: str
+def test_samples_of_another_shape_are_rejected_and_nothing_written(
+    tmp_path: Path, samples: Samples, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        save_samples(tmp_path / "samples", "000100", exhibit)
+        save_samples(tmp_path / "samples", "000100", samples)
     assert not (tmp_path / "samples").exists()
 
 
@@ -101,7 +101,7 @@ def test_a_file_that_is_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: 
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3, 5000])
-def test_curves_are_drawn_for_any_number_of_rows_with_gaps_and_odd_names(tmp_path: Path, steps: int) -> None:
+def test_curves_are_plotted_for_any_number_of_rows_with_gaps_and_odd_names(tmp_path: Path, steps: int) -> None:
     rows = [
         {
             "step": step,

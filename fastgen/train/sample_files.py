@@ -1,4 +1,4 @@
-"""Exhibits as files: pictures as PNG grids, texts as they are, sounds as WAV with their waves drawn."""
+"""Samples as files: images as PNG grids, texts as they are, audio as WAV with plots of the waveforms."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_SCALE = 8
 GAP = 4
 GAP_SHADE = 0.35
 NOT_FINITE = (1.0, 0.0, 0.85)
-"""The colour of pixels that are NaN or infinite."""
+"""The color of pixels that are NaN or infinite."""
 
 TEXT_SEPARATOR = "─" * 40
 """The line between two texts of a file."""
@@ -29,27 +29,27 @@ SILENCE = 0.25
 """Seconds between two sounds of a file."""
 
 WAVE_SIZE = (97, 1024)
-"""Height (odd, with silence in the middle) and width in pixels of one drawn wave."""
+"""Height (odd, with silence in the middle) and width in pixels of the plot of a waveform."""
 WAVE_SHADE, AXIS_SHADE, PAPER_SHADE = 0.2, 0.8, 1.0
 
 
 def save_samples(folder: Path, stem: str, samples: Samples) -> Path:
-    """Write what a model shows into ``folder``, which is made if need be.
+    """Write samples into ``folder``, which is created if missing.
 
     Images become ``stem``.png; Texts ``stem``.txt in UTF-8, with ``TEXT_SEPARATOR`` in a line between two; Sounds
     ``stem``.wav of 16 bits, one after another, and ``stem``.png of the waves. Values are clamped to their range; where
-    they are not finite pixels take the colour ``NOT_FINITE``, sounds are silent.
+    they are not finite, pixels have the color ``NOT_FINITE`` and audio is silent.
 
     Returns:
         The PNG, text or WAV file.
 
     Raises:
-        ValueError: ``stem`` is no plain name, or the samples are empty or of another shape.
+        ValueError: ``stem`` is no plain name, or the samples are empty or have another shape.
         TypeError: not samples.
         OSError: the folder can't be made, or the file not written.
     """
     if isinstance(samples, Images):
-        files = {".png": _png(_picture_sheet(samples))}
+        files = {".png": _png(_image_sheet(samples))}
     elif isinstance(samples, Texts):
         files = {".txt": _joined(samples.texts)}
     elif isinstance(samples, Sounds):
@@ -66,10 +66,10 @@ def save_samples(folder: Path, stem: str, samples: Samples) -> Path:
 
 
 # --------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 
 
-def _picture_sheet(images: Images) -> Tensor:
+def _image_sheet(images: Images) -> Tensor:
     pixels, columns = images.pixels, images.columns
     if pixels.dim() != 4 or pixels.size(1) not in (1, 3) or 0 in pixels.shape:
         raise ValueError(f"pixels: expected (N, C, H, W) with C 1 or 3, none of them 0, got {tuple(pixels.shape)}")
@@ -86,8 +86,8 @@ def _rows(images: Tensor, columns: int) -> Tensor:
     return torch.cat([images, blanks]).view(rows, columns, *images.shape[1:])
 
 
-def _coloured(cells: Tensor) -> Tensor:
-    """Pixels (*, C, H, W) with those that are not finite in a colour of their own."""
+def _colored(cells: Tensor) -> Tensor:
+    """Pixels (*, C, H, W) with those that are not finite in the color ``NOT_FINITE``."""
     finite = cells.isfinite().all(dim=-3, keepdim=True)
     if bool(finite.all()):
         return cells
@@ -97,7 +97,7 @@ def _coloured(cells: Tensor) -> Tensor:
 
 def _sheet(cells: Tensor) -> Tensor:
     """(rows, columns, C, H, W) -> one image (C, height, width), enlarged, with gaps."""
-    cells = _coloured(cells)
+    cells = _colored(cells)
     scale = max(1, min(MAX_SCALE, TARGET_SIZE // cells.size(-1)))
     cells = cells.repeat_interleave(scale, dim=3).repeat_interleave(scale, dim=4)
     cells = F.pad(cells, (0, GAP, 0, GAP), value=GAP_SHADE)
@@ -115,7 +115,7 @@ def _png(sheet: Tensor) -> bytes:
 
 
 # --------------------------------------------------------------------------------------------------
-# Texts and sounds
+# Texts and audio
 
 
 def _joined(texts: list[str]) -> bytes:
@@ -158,6 +158,6 @@ def _wave_sheet(waves: Tensor) -> Tensor:
     middle = (height - 1) / 2
     low, high = (extreme * middle for extreme in waves[:, index].aminmax(dim=2))
     level = middle - torch.arange(height, dtype=waves.dtype)[:, None]  # of each pixel row, 0 in the middle
-    inked = (level >= low[:, None] - 0.5) & (level <= high[:, None] + 0.5)  # (N, height, width)
-    sheet = torch.where(inked, WAVE_SHADE, torch.where(level.abs() <= 0.5, AXIS_SHADE, PAPER_SHADE))
+    covered = (level >= low[:, None] - 0.5) & (level <= high[:, None] + 0.5)  # (N, height, width)
+    sheet = torch.where(covered, WAVE_SHADE, torch.where(level.abs() <= 0.5, AXIS_SHADE, PAPER_SHADE))
     return F.pad(sheet, (0, 0, 0, GAP), value=PAPER_SHADE).flatten(0, 1)[None]
