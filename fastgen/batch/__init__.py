@@ -1,4 +1,4 @@
-"""The contract between data sets, models and training: kinds of data, token numbering, config fields, batch checks."""
+"""The contract between datasets, models and training: kinds of data, token numbering, config fields, batch checks."""
 
 from __future__ import annotations
 

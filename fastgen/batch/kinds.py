@@ -1,4 +1,4 @@
-"""Kinds of data: the tensors of their batches, and the facts that a data set offers to a model's config."""
+"""Kinds of data: the tensors of their batches, and the facts that a dataset offers to a model's config."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Batch: TypeAlias = dict[str, Tensor]
 
 Kind = Literal["images", "pairs", "domains", "text", "sequences", "audio"]
 KINDS: tuple[str, ...] = get_args(Kind)
-"""Kinds of data and the tensors of their batches; ``FACTS`` lists what a data set says about itself.
+"""Kinds of data and the tensors of their batches; ``FACTS`` lists what a dataset says about itself.
 
 images: images (B, C, S, S) in [0, 1]; labels (B,) int64 where there are classes; caption (B, T) int64 where there are
     captions (images with labels are captioned by the names of their classes), numbered as in
@@ -40,7 +40,7 @@ FACTS: Mapping[str, tuple[str, ...]] = {
     "sequences": ("vocabulary", "source_length", "target_length"),
     "audio": ("sample_rate", "length"),
 }
-"""The facts that every data set of a kind has; config fields declared with ``option(..., from_data=True)`` take them.
+"""The facts that every dataset of a kind has; config fields declared with ``option(..., from_data=True)`` take them.
 
 levels: number of values of a pixel, which are multiples of 1 / (levels - 1). classes: 0 without labels.
 caption_vocabulary, caption_length (T), caption_examples: "", 0 and () without captions.

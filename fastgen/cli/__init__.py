@@ -65,10 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0; 1 for a failure; 2 for invalid arguments; 130 after Ctrl-C.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in words
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
     try:
-        _run([word for word in words if word != "--debug"])
+        _run([word for word in argv if word != "--debug"])
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else SUCCESS
     except KeyboardInterrupt:
@@ -100,7 +100,7 @@ def _which_process() -> str:
     return f" (process {os.environ.get('RANK')})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
 
 
-def _run(words: list[str]) -> None:
+def _run(argv: list[str]) -> None:
     names = ("train", "sample", "evaluate", "models", "data", "info", "bench")
     parser = _Parser(
         prog="fastgen",
@@ -111,19 +111,19 @@ def _run(words: list[str]) -> None:
     )
     parser.add_argument("--version", action="version", version=f"fastgen {__version__}")
     parser.add_argument("command", choices=names, help=argparse.SUPPRESS)
-    parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    if not words:
+    parser.add_argument("argv", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    if not argv:
         parser.error(f"expected a command, one of {', '.join(names)}, got nothing")
     known = (*names, "--help", "-h", "--version")
-    if words[0] not in known:
+    if argv[0] not in known:
         wanted = {"help": "--help", "version": "--version", "-v": "--version", "-V": "--version"}
-        near = wanted.get(words[0]) or next(iter(difflib.get_close_matches(words[0].lower(), known, n=1)), "")
+        near = wanted.get(argv[0]) or next(iter(difflib.get_close_matches(argv[0].lower(), known, n=1)), "")
         hint = f"; did you mean {near}?" if near else ""
-        parser.error(f"invalid choice: {words[0]!r}, expected a command, one of {', '.join(names)}{hint}")
-    given = parser.parse_args(words)
+        parser.error(f"invalid choice: {argv[0]!r}, expected a command, one of {', '.join(names)}{hint}")
+    given = parser.parse_args(argv)
     if given.command not in PLAIN:
         _require_extras(given.command)
-    importlib.import_module(f"fastgen.cli._{given.command}").run(given.words)
+    importlib.import_module(f"fastgen.cli._{given.command}").run(given.argv)
 
 
 def _require_extras(command: str) -> None:

@@ -22,7 +22,7 @@ class _Parser(argparse.ArgumentParser):
         raise CommandError(f"{message} (fastgen bench --help lists the options)", USAGE)
 
 
-def run(words: list[str]) -> None:
+def run(argv: list[str]) -> None:
     parser = _Parser(prog="fastgen bench", description=ABOUT)
     parser.add_argument(
         "--only", default="", help="comma-separated prefixes of benchmark names, such as attention,latent-step"
@@ -32,7 +32,7 @@ def run(words: list[str]) -> None:
     )
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--json", default="", help="JSON file for the results")
-    given = parser.parse_args(words)
+    given = parser.parse_args(argv)
     device = given.device if given.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise CommandError(

@@ -19,10 +19,10 @@ NULL = "tag:yaml.org,2002:null"
 SWITCHES = ("true", "false", "yes", "no", "on", "off")
 
 
-def apart(words: list[str]) -> tuple[list[str], list[str]]:
+def split_config_files(argv: list[str]) -> tuple[list[str], list[str]]:
     """The files that follow --config, in order, and all other arguments."""
     files, rest = [], []
-    left = iter(words)
+    left = iter(argv)
     for word in left:
         if word == "--":
             rest += [word, *left]

@@ -19,8 +19,8 @@ ABOUT = (
 )
 
 
-def run(words: list[str]) -> None:
-    if not words:
+def run(argv: list[str]) -> None:
+    if not argv:
         width = max(map(len, SOURCES))
         for name, about in SOURCES.items():
             print(f"{name:<{width}}  {about}")
@@ -32,7 +32,7 @@ def run(words: list[str]) -> None:
     )
     parser.add_argument("--out", type=str, default="", help="PNG file for some of the images")
     add_fields(parser, DataConfig, without=["source"])
-    given = parse(parser, words, defaults=True)
+    given = parse(parser, argv, defaults=True)
     kind, out = given.pop("kind"), given.pop("out")
     if kind and kind not in KINDS:
         raise CommandError(f"kind: expected one of {', '.join(KINDS)}, got {kind}", USAGE)

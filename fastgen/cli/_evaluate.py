@@ -11,12 +11,12 @@ from fastgen.train.evaluate import EvaluateConfig, evaluate
 ABOUT = "Evaluate a trained model on held-out items. Downloads nothing; the metrics are also saved in the run's folder."
 
 
-def run(words: list[str]) -> None:
+def run(argv: list[str]) -> None:
     parser = options_parser("fastgen evaluate", ABOUT)
     parser.add_argument("run", type=str, help="folder of the run")
     add_model_option(parser)
     add_fields(parser, EvaluateConfig)
-    given = parse(parser, words, defaults=True)
+    given = parse(parser, argv, defaults=True)
     folder, model = run_folder(given.pop("run")), given.pop("model")
     try:
         config = EvaluateConfig(**given)

@@ -17,7 +17,7 @@ class _Parser(argparse.ArgumentParser):
         raise CommandError(f"{message} (fastgen info --help lists the options)", USAGE)
 
 
-def run(words: list[str]) -> None:
+def run(argv: list[str]) -> None:
     parser = _Parser(
         prog="fastgen info",
         description="Show backends, devices and libraries of this installation, and why any are unavailable.",
@@ -33,7 +33,7 @@ def run(words: list[str]) -> None:
         help="projection of tokens (B, N, C) to E for which expected times of CUDA kernels and cuBLAS are shown",
     )
     parser.add_argument("--dtype", default="bfloat16", choices=[str(d).removeprefix("torch.") for d in COMPILED_DTYPES])
-    given = parser.parse_args(words)
+    given = parser.parse_args(argv)
 
     def sizes(option: str, names: str) -> list[int] | None:
         text = getattr(given, option)

@@ -18,10 +18,10 @@ from fastgen.models import MODELS, GenerativeModel
 WIDTH = 118
 
 
-def run(words: list[str]) -> None:
+def run(argv: list[str]) -> None:
     parser = options_parser("fastgen models", "List the models, or describe one.", files=False)
     parser.add_argument("model", type=str, nargs="?", default="", help="name of a model, or path/to/file.py:MyModel")
-    name = parse(parser, words, defaults=True)["model"]
+    name = parse(parser, argv, defaults=True)["model"]
     if not name:
         width = max(map(len, MODELS))
         for name, model in MODELS.items():
@@ -69,9 +69,9 @@ def add_model_option(parser: Any) -> None:
     )
 
 
-def given_model(words: list[str]) -> str:
+def given_model(argv: list[str]) -> str:
     """The value of ``--model`` among the arguments; "" if there is none. For commands whose options depend on it."""
-    for word, value in zip(words, [*words[1:], ""], strict=True):
+    for word, value in zip(argv, [*argv[1:], ""], strict=True):
         if word == "--model":
             return value
         if word.startswith("--model="):
@@ -151,8 +151,8 @@ def _options(config: type, prefix: str) -> str:
         rows.append((prefix + _dashed(field.name), f"{text} (default {_shown(field.default)})"))
     width = max((len(option) for option, _ in rows), default=0)
     return "\n".join(
-        textwrap.fill(words, WIDTH, initial_indent=f"  {option:<{width}}  ", subsequent_indent=" " * (width + 4))
-        for option, words in rows
+        textwrap.fill(text, WIDTH, initial_indent=f"  {option:<{width}}  ", subsequent_indent=" " * (width + 4))
+        for option, text in rows
     )
 
 

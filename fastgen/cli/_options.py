@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 import jsonargparse
 
-from fastgen.cli._config import apart, check, nearest
+from fastgen.cli._config import check, nearest, split_config_files
 from fastgen.cli._errors import USAGE, CommandError
 from fastgen.train.folder import RunFolder
 
@@ -55,7 +55,7 @@ def add_fields(
 
 
 def parse(
-    parser: jsonargparse.ArgumentParser, words: list[str], *, defaults: bool, refused: Collection[str] = ()
+    parser: jsonargparse.ArgumentParser, argv: list[str], *, defaults: bool, refused: Collection[str] = ()
 ) -> dict[str, Any]:
     """The options that were given; with ``defaults`` also the others.
 
@@ -70,7 +70,7 @@ def parse(
     known: dict[str, Any] = dict(vars(parser.get_defaults().as_flat()))
     takes_files = "config" in known
     known.pop("config", None)
-    files, rest = apart(words) if takes_files else ([], words)
+    files, rest = split_config_files(argv) if takes_files else ([], argv)
     given = _parsed(parser, rest, known, defaults)
     ahead: list[str] = []
     for file in files:
@@ -85,10 +85,10 @@ def parse(
 
 
 def _parsed(
-    parser: jsonargparse.ArgumentParser, words: list[str], names: Collection[str], defaults: bool
+    parser: jsonargparse.ArgumentParser, argv: list[str], names: Collection[str], defaults: bool
 ) -> dict[str, Any]:
     try:
-        given: dict[str, Any] = parser.parse_args(words, defaults=defaults).as_dict()
+        given: dict[str, Any] = parser.parse_args(argv, defaults=defaults).as_dict()
     except argparse.ArgumentError as error:
         raise CommandError(f"{_plain(str(error), names)} ({parser.prog} --help lists the options)", USAGE) from error
     _check_sizes(given)

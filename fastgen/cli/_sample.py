@@ -16,11 +16,11 @@ from fastgen.train.trained import SUFFIXES, input_items, open_run, sample, write
 ABOUT = "Generate samples with a trained model, or translate images. RUN --help lists the model's own options."
 
 
-def run(words: list[str]) -> None:
-    named = bool(words) and not words[0].startswith("-")
-    helping = "--help" in words or "-h" in words
+def run(argv: list[str]) -> None:
+    named = bool(argv) and not argv[0].startswith("-")
+    helping = "--help" in argv or "-h" in argv
     if not named and not helping:
-        raise CommandError(f"sample: expected a run's folder first, got {words[0] if words else 'nothing'}", USAGE)
+        raise CommandError(f"sample: expected a run's folder first, got {argv[0] if argv else 'nothing'}", USAGE)
     parser = options_parser("fastgen sample RUN", ABOUT)
     parser.add_argument("--n", type=int, default=64, help="number of samples")
     parser.add_argument(
@@ -30,18 +30,18 @@ def run(words: list[str]) -> None:
     parser.add_argument("--device", type=str, default="auto", help="device: cpu, cuda, ...; auto: cuda if available")
     add_model_option(parser)
     if not named:
-        parse(parser, words, defaults=True)
+        parse(parser, argv, defaults=True)
         return
     try:
-        folder = run_folder(words[0])
-        model = given_model(words)
+        folder = run_folder(argv[0])
+        model = given_model(argv)
         trained = open_run(folder, "cpu", model_class("sample", model) if model else None)
         if trained.model.kind in TRANSLATED:
             parser.add_argument(
                 "--input", type=str, default="", help="image or folder of images to translate; default: held-out items"
             )
         add_fields(parser, trained.model.sampling_class)
-        given = parse(parser, words[1:], defaults=True)
+        given = parse(parser, argv[1:], defaults=True)
         del given["model"]
         items = input_items(trained, folder, given.pop("input", ""))
         n, out, seed, device = (given.pop(name) for name in ("n", "out", "seed", "device"))

@@ -41,13 +41,13 @@ RESUME = (
 )
 
 
-def run(words: list[str]) -> None:
-    if words[:1] in (["-h"], ["--help"]):
+def run(argv: list[str]) -> None:
+    if argv[:1] in (["-h"], ["--help"]):
         print(HELP)
         return
-    if not words:
+    if not argv:
         raise CommandError(f"train: expected a model, one of {', '.join(MODELS)}, got nothing", USAGE)
-    request = _request(words[0], words[1:])
+    request = _request(argv[0], argv[1:])
     folder = request.folder
     try:
         result = train(request)
@@ -65,7 +65,7 @@ def run(words: list[str]) -> None:
         print(_summary(request.model, folder, result))
 
 
-def _request(name: str, words: list[str]) -> Request:
+def _request(name: str, argv: list[str]) -> Request:
     model = model_class("train", name)
     parser = options_parser(f"fastgen train {name}", ABOUT)
     parser.add_argument(
@@ -77,7 +77,7 @@ def _request(name: str, words: list[str]) -> Request:
     add_fields(parser, DataConfig, without=["source"])
     add_fields(parser, TrainConfig, defaults=model.train_defaults)
     add_fields(parser, model.config_class, prefix="model.", without=from_data(model.config_class))
-    given = parse(parser, words, defaults=False, refused=("out", "resume", "overwrite"))
+    given = parse(parser, argv, defaults=False, refused=("out", "resume", "overwrite"))
     data_names = {field.name for field in dataclasses.fields(DataConfig)}
     data_options = {name: given.pop(name) for name in data_names & given.keys()}
     if "data" in given:
@@ -91,7 +91,7 @@ def _request(name: str, words: list[str]) -> Request:
         model_options=_model_options(model, given),
         train_options=given,
         model_class=None if name in MODELS else model,
-        command=shlex.join([*_program(), "train", name, *words]),
+        command=shlex.join([*_program(), "train", name, *argv]),
     )
 
 

@@ -1,4 +1,4 @@
-"""Data sets: bundled ones, or a user's own files; read without running code, split the same way every time."""
+"""Datasets: bundled ones, or a user's own files; read without running code, split the same way every time."""
 
 from __future__ import annotations
 

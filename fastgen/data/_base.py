@@ -1,4 +1,4 @@
-"""Data sets: two splits of items, facts, and a fingerprint; and the sources that they are loaded from."""
+"""Datasets: two splits of items, facts, and a fingerprint; and the sources that they are loaded from."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class TensorItems(Items):
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set of one kind (``fastgen.batch.KINDS`` lists the tensors of its batches), split in two.
+    """A dataset of one kind (``fastgen.batch.KINDS`` lists the tensors of its batches), split in two.
 
     Attributes:
         name: the source as the user wrote it.
@@ -106,7 +106,7 @@ class Source(ABC):
 
     @abstractmethod
     def load(self, kind: str) -> Dataset:
-        """The data set as one of ``kinds``."""
+        """The dataset as one of ``kinds``."""
 
 
 def digest(*parts: Any) -> str:

@@ -1,4 +1,4 @@
-"""Options of a data set: its source, how it is cut, how it is split."""
+"""Options of a dataset: its source, how it is cut, how it is split."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastgen.batch import option
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A data set and how it is cut and split. An option that the source does not use must keep its default.
+    """A dataset and how it is cut and split. An option that the source does not use must keep its default.
 
     Raises:
         ValueError: a number out of range. TypeError: a value of another type.

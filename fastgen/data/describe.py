@@ -1,4 +1,4 @@
-"""A summary of a data set, for looking at it before training."""
+"""A summary of a dataset, for looking at it before training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Examples: TypeAlias = Mapping[str, Tensor | list[str]]
 
 @dataclass(frozen=True, eq=False)
 class Description:
-    """A summary of a data set; ``str`` formats it for the terminal.
+    """A summary of a dataset; ``str`` formats it for the terminal.
 
     Attributes:
         kinds: all kinds that the source can serve; ``kind`` is the one described.
@@ -70,7 +70,7 @@ class Description:
 
 
 def describe(config: DataConfig, kind: str | None = None) -> Description:
-    """Summarize a data set; of a very large one, its first items. Errors are those of ``load_data``.
+    """Summarize a dataset; of a very large one, its first items. Errors are those of ``load_data``.
 
     Args:
         kind: the kind of data to load it as; default the first that the source can serve.

@@ -1,4 +1,4 @@
-"""Data sets of kinds images, domains and pairs, from stacks of images."""
+"""Datasets of kinds images, domains and pairs, from stacks of images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastgen.data.splitting import at_least, hold_out
 
 @dataclass(frozen=True, eq=False)
 class ImageStack:
-    """Images of one size with their labels and captions, before the kind of data set is chosen.
+    """Images of one size with their labels and captions, before the kind of dataset is chosen.
 
     Attributes:
         name: the source as the user wrote it.

@@ -1,4 +1,4 @@
-"""From a source string to a data set: ``open_source`` finds the source, its ``load`` reads the data set.
+"""From a source string to a dataset: ``open_source`` finds the source, its ``load`` reads the dataset.
 
 A source is a bundled dataset, a file, a folder, or a Hugging Face dataset: one class each, in the module of its data.
 """
@@ -34,7 +34,7 @@ EXAMPLES = {
 
 
 def load_data(config: DataConfig, *kinds: str) -> Dataset:
-    """The data set, of the first of ``kinds`` (of ``fastgen.batch.KINDS``) that the source can serve.
+    """The dataset, of the first of ``kinds`` (of ``fastgen.batch.KINDS``) that the source can serve.
 
     Raises:
         ValueError: another kind of data, a file that is not what it should be, an option out of range.

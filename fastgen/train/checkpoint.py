@@ -24,7 +24,7 @@ FORMAT = "fastgen-checkpoint"
 
 @dataclass(frozen=True)
 class Header:
-    """Settings of a run, constant while it trains. fingerprint: that of its data set."""
+    """Settings of a run, constant while it trains. fingerprint: that of its dataset."""
 
     model: str
     model_config: dict[str, Any]

@@ -69,7 +69,7 @@ def new_settings(request: Request) -> tuple[Header, Dataset]:
     required = from_data(model_class.config_class)
     missing = [name for name in required if name not in known]
     if missing and not model_class.kinds:
-        raise UsageError(f"data: expected a data set with {missing[0]}, for {request.model}, got {data.name}")
+        raise UsageError(f"data: expected a dataset with {missing[0]}, for {request.model}, got {data.name}")
     facts = {name: known[name] for name in required if name in known}
     check_sizes(request.model_options)
     model_config = _checked(model_class.config_class, {**facts, **request.model_options}, prefix="model.")
@@ -122,7 +122,7 @@ def changed(before: Header, after: Header, model_class: ModelClass | None = None
 
 
 def data_of(header: Header, folder: RunFolder, model_class: ModelClass | None = None) -> Dataset:
-    """The data set of a run. Raises UsageError where it is no longer the same."""
+    """The dataset of a run. Raises UsageError where it is no longer the same."""
     config = DataConfig(**header.data_config)
     if config.source in SOURCES:  # paths are kept absolute
         config = replace(config, source=BUNDLED + config.source)

@@ -15,7 +15,7 @@ from fastgen.batch import Batch
 from fastgen.data import Items
 from fastgen.train.signals import ignore_in_worker, signals_blocked
 
-RESIDENT_BYTES = 2**31  # data sets up to this size are kept on the device
+RESIDENT_BYTES = 2**31  # datasets up to this size are kept on the device
 MIRRORED = ({"images"}, {"inputs", "targets"}, {"a"}, {"b"})  # names of images that are flipped together
 ORDER, NOISE, FLIP = range(3)  # purposes of a seed
 

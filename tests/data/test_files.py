@@ -202,7 +202,7 @@ def test_pairs_belong_together_by_name(tmp_path: Path) -> None:
         load(tmp_path, "pairs")
 
 
-def test_one_image_in_colour_makes_all_of_them_so(tmp_path: Path) -> None:
+def test_one_color_image_makes_all_images_color(tmp_path: Path) -> None:
     save_images(tmp_path, GREY)
     Image.fromarray(COLOUR[0]).save(tmp_path / "colour.png")
     both = all_images(load(tmp_path))

@@ -114,7 +114,7 @@ def test_a_folder_of_no_known_kind_is_rejected_with_its_contents(
         load(tmp_path, kind)
 
 
-def test_what_cannot_be_read_is_named_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_files_are_named_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "link.txt").symlink_to("gone.txt")
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "a.txt").write_text("text")

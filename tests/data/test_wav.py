@@ -126,7 +126,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_is_no_such_file_is_refused_in_one_line(tmp_path: Path, case: str) -> None:
+def test_other_files_are_rejected_in_one_line(tmp_path: Path, case: str) -> None:
     data, message = BAD[case]
     with pytest.raises(ValueError, match=r"expected .* got ") as caught:
         read(tmp_path, data)

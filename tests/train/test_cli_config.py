@@ -65,7 +65,7 @@ def test_a_file_wins_over_those_before_it(request_of: RequestOf, tmp_path: Path)
 
 @pytest.mark.parametrize("text", ["out: there\n", "resume: true\n", "overwrite: false\n", "epochs: 1\nout: there\n"])
 @pytest.mark.parametrize("first", [True, False])
-def test_no_file_says_where_to_write(
+def test_a_config_file_cannot_set_the_output(
     request_of: RequestOf, tmp_path: Path, error_line: Callable[[], str], text: str, first: bool
 ) -> None:
     config = ["--config", written(tmp_path / "a.yaml", text)]

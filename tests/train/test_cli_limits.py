@@ -155,7 +155,7 @@ def test_a_model_and_a_batch_beyond_memory_are_refused_before_they_are_made(
     assert "model.depth: expected at most 1000" in ends(*given, "--model.depth", "1001")
 
 
-def test_running_out_of_memory_is_said_in_one_line(
+def test_running_out_of_memory_is_reported_in_one_line(
     fit: Main, monkeypatch: pytest.MonkeyPatch, error_line: Callable[[], str]
 ) -> None:
     for error in (

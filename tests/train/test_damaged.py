@@ -103,7 +103,7 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", SPOILED)
-def test_distances_are_never_measured_in_a_damaged_feature_space(
+def test_a_damaged_feature_space_is_rejected(
     run: Path, error_line: Callable[[], str], capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
     spoil, message = SPOILED[case]
@@ -129,7 +129,7 @@ def test_a_feature_space_of_an_earlier_version_is_read(run: Path, capsys: pytest
     assert (run / "features.safetensors").read_bytes() == before
 
 
-def test_damaged_weights_for_others_are_refused_and_old_ones_without_a_digest_read(run: Path) -> None:
+def test_damaged_pretrained_weights_are_rejected_and_old_ones_without_a_digest_load(run: Path) -> None:
     model, weights = run / "model", run / "model" / "model.safetensors"
     expected = ConvVAE.from_pretrained(model).state_dict()
     data = weights.read_bytes()
@@ -187,7 +187,7 @@ def test_a_checkpoint_without_options_of_its_model_is_refused(run: Path, error_l
             assert message in line
 
 
-def test_metrics_with_damaged_lines_lose_these_alone_and_say_so(run: Path, fit: Main, metrics: Metrics) -> None:
+def test_damaged_lines_of_metrics_are_dropped_with_a_warning(run: Path, fit: Main, metrics: Metrics) -> None:
     (run / "metrics.jsonl").write_bytes(
         b'{"step": 1, "part": "train", "values": {"loss": 1, "\\u2028": 2}, "seconds": "long"}\n'
         b'{"step": 1, "par\xfft\n\0\0\0\n[1]\n'
@@ -198,7 +198,7 @@ def test_metrics_with_damaged_lines_lose_these_alone_and_say_so(run: Path, fit: 
     assert [row["step"] for row in metrics(run)] == [1, 3]
 
 
-def test_what_dead_processes_left_half_written_is_removed_and_nothing_else(run: Path, fit: Main) -> None:
+def test_temporary_files_of_dead_processes_are_removed_and_nothing_else(run: Path, fit: Main) -> None:
     def temporary(path: Path, pid: int) -> Path:
         return path.with_name(temporary_name(path).name.replace(str(os.getpid()), str(pid)))
 
@@ -281,7 +281,7 @@ def test_paths_that_can_hold_no_run_are_refused(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 
 
-def test_a_run_on_a_set_in_the_box_goes_on_beside_a_folder_of_that_name(
+def test_a_run_on_a_bundled_dataset_resumes_beside_a_folder_of_that_name(
     fit: Main, tmp_path: Path, error_line: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

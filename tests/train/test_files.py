@@ -65,7 +65,7 @@ def test_a_link_planted_for_the_temporary_file_is_not_followed(tmp_path: Path) -
     assert (tmp_path / "elsewhere").read_text() == "theirs"
 
 
-def test_an_interrupted_checkpoint_leaves_the_one_before(
+def test_an_interrupted_checkpoint_leaves_the_previous_one(
     fit: Main, tmp_path: Path, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace = os.replace
@@ -84,7 +84,7 @@ def test_an_interrupted_checkpoint_leaves_the_one_before(
     assert [row["step"] for row in metrics(tmp_path / "run")] == [2, 4, 6]
 
 
-def test_a_full_disk_gives_one_line_and_keeps_the_checkpoint_before(
+def test_a_full_disk_gives_one_line_and_keeps_the_previous_checkpoint(
     fit: Main, words: Callable[..., list[str]], start: Callable[..., Any], tmp_path: Path, same_tensors: SameTensors
 ) -> None:
     """A limit on the size of files stands for the disk: a write beyond it fails just so, in the middle."""
@@ -161,7 +161,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", SPOILED)
-def test_what_is_no_checkpoint_is_refused_by_name_and_never_run(
+def test_other_files_are_rejected_as_checkpoints_and_never_run(
     finished: Path, tmp_path: Path, error_line: Callable[[], str], capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     folder = tmp_path / "run"

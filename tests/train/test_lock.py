@@ -146,7 +146,7 @@ def test_a_run_whose_folder_was_removed_and_taken_by_another_writes_no_more(
     assert not list(run.iterdir())
 
 
-def test_what_fails_before_it_begins_leaves_no_folder(fit: Main, tmp_path: Path) -> None:
+def test_a_training_that_fails_at_the_start_leaves_no_folder(fit: Main, tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     for name in ("new/deep", "kept/new", "kept"):
         assert fit("--data", str(tmp_path / "nothing"), name=name) == 1

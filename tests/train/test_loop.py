@@ -263,7 +263,7 @@ class Normalised(GenerativeModel):
         return max(abs(float(torch.linalg.matrix_norm(layer.weight, 2)) - 1) for layer in layers)
 
 
-def test_averaged_weights_are_spectrally_normalised_and_training_goes_on_as_if_nobody_had_looked(
+def test_averaged_weights_are_spectrally_normalized_and_evaluation_does_not_affect_training(
     engine_of: Any, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)

@@ -83,7 +83,7 @@ def test_an_empty_folder_has_a_page_and_a_missing_one_raises(tmp_path: Path) -> 
         write_report(tmp_path / "nothing")
 
 
-def test_the_summary_and_the_table_say_what_was_measured(tmp_path: Path) -> None:
+def test_the_summary_and_the_table_list_metrics_and_settings(tmp_path: Path) -> None:
     write_metrics(tmp_path, 4, elbo=-12.345678)
     assert "held-out elbo −12.35 nats, at step 4" in Page(write_report(tmp_path)).text  # noqa: RUF001
     n = {"generated": 1000, "held-out": 359}
@@ -104,7 +104,7 @@ def test_the_summary_and_the_table_say_what_was_measured(tmp_path: Path) -> None
     assert "Not evaluated yet" not in text
 
 
-def test_whatever_a_run_holds_is_shown_as_text(tmp_path: Path) -> None:
+def test_contents_of_a_run_are_escaped(tmp_path: Path) -> None:
     settings = {"model": HOSTILE, "data": HOSTILE, "options": {HOSTILE: HOSTILE}}
     (tmp_path / "config.yaml").write_text(json.dumps(settings))  # JSON is YAML
     (tmp_path / "environment.json").write_text(json.dumps({"command": HOSTILE, "started": HOSTILE, "torch": [HOSTILE]}))

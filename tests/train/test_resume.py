@@ -192,7 +192,7 @@ def test_a_second_ctrl_c_ends_at_once_and_keeps_the_last_checkpoint(
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_says_so(
+def test_a_run_that_ended_before_its_first_checkpoint_is_named(
     fit: Main, tmp_path: Path, error_line: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def at_once(self: Trainer, *rest: Any) -> None:
@@ -277,7 +277,7 @@ def test_options_that_do_not_fit_the_run_are_refused_by_name(
     assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == before
 
 
-def test_resume_drops_metrics_that_its_checkpoint_does_not_know(fit: Main, tmp_path: Path, metrics: Metrics) -> None:
+def test_resume_drops_metrics_after_its_checkpoint(fit: Main, tmp_path: Path, metrics: Metrics) -> None:
     assert fit("--log-every", "4") == 0
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 12, "part": "train", "values": {"loss": 0}}\n{"step": 16, "tr')
@@ -313,7 +313,7 @@ def test_a_learning_rate_that_changes_is_taken_and_recorded(pages: None, fit: Ma
     assert main(["train", "conv-vae", "--config", str(folder / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
 
 
-def test_a_change_of_which_nothing_was_kept_is_forgotten(
+def test_a_resumed_training_without_a_checkpoint_is_not_recorded(
     fit: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def at_once(self: Trainer, *rest: Any) -> None:

@@ -63,7 +63,7 @@ def test_training_lowers_the_loss_and_fills_the_folder(
 
 
 @pytest.mark.parametrize("model", ["conv-vae", "dcgan", "sagan", "transformer-lm", "vq-vae"])
-def test_the_weights_that_are_kept_for_others_are_the_averaged_ones(fit: Main, tmp_path: Path, model: str) -> None:
+def test_pretrained_weights_are_the_averaged_ones(fit: Main, tmp_path: Path, model: str) -> None:
     assert fit(model=model) == 0
     folder = tmp_path / "run"
     trained = open_run(RunFolder(folder))

@@ -65,7 +65,7 @@ def test_a_model_trains_resumes_bitwise_evaluates_and_samples(
 
 
 @pytest.mark.parametrize("kind", ["text", "sequences"])
-def test_a_model_of_several_kinds_of_data_takes_what_the_data_are(
+def test_a_model_of_several_kinds_of_data_has_the_kind_of_its_data(
     fit: Main, tmp_path: Path, text: Path, error_line: Callable[[], str], capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     """Training, resuming, evaluation and samples."""
