@@ -59,7 +59,7 @@ ATTENTION_SHAPES = {
 
 UNEQUAL_HEADS = AttentionShape("unequal heads", 8, 1, 1024, 1024, 8, 64)
 EQUAL_HEADS = AttentionShape("equal heads", 8, 1, 1024, 1024, 64, 64)
-"""Shapes of ``fastgen bench``: a 32 x 32 feature map with the head dims of a GAN, and with those of a Transformer."""
+"""Shapes of ``fastgen bench``: a 32 x 32 feature map with the head dims of a GAN and of a Transformer."""
 
 LATENT_SHAPES = {
     "dense-vae": (128, 32),

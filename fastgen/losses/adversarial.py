@@ -66,8 +66,8 @@ def discriminator_loss(real_scores: Tensor, fake_scores: Tensor, kind: Adversari
 
     Args:
         real_scores: logits of real samples, of any shape: (B,), (B, 1), or scores of patches.
-        fake_scores: logits of generated samples, which should be detached from the generator. The number of scores may
-            differ from that of real_scores.
+        fake_scores: logits of generated samples, which should be detached from the generator. The number of real
+            and generated samples may differ.
         kind: adversarial loss.
 
     Returns:

@@ -126,7 +126,7 @@ class SelfAttention2d(StateDictRemapping):
             (B, C, H, W).
 
         Raises:
-            TypeError: if x is not a floating-point tensor, or its dtype differs from that of the weights.
+            TypeError: if x is not a floating-point tensor, or its dtype differs from the dtype of the weights.
             ValueError: if x has the wrong shape, or is smaller than a pooling window.
         """
         require_feature_map(x, self.channels)
@@ -254,7 +254,7 @@ class AttentionBlock2d(StateDictRemapping):
             (B, C, H, W).
 
         Raises:
-            TypeError: if x is not a floating-point tensor, or its dtype differs from that of the weights.
+            TypeError: if x is not a floating-point tensor, or its dtype differs from the dtype of the weights.
             ValueError: if x has the wrong shape.
         """
         require_feature_map(x, self.channels)

@@ -81,8 +81,8 @@ class PositionalEncoding(ComputedBuffers):
         Args:
             x: tokens, (B, N, dim), or (N, B, dim) without ``batch_first``.
             offset: position of the first token, when the preceding tokens are in a cache.
-            positions: integer positions (N,) or (B, N) on the device of x, used instead of ``offset``, such as those
-                of ``KVCache.positions``. On a GPU, an out-of-range position is a device-side assertion.
+            positions: integer positions (N,) or (B, N) on the device of x, used instead of ``offset``, such as
+                ``KVCache.positions``. On a GPU, an out-of-range position is a device-side assertion.
 
         Returns:
             Tensor with the shape and dtype of x.

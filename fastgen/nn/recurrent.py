@@ -123,14 +123,13 @@ def _forward(layer: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any]:
 class LSTM(torch.nn.LSTM):
     """Drop-in replacement for ``torch.nn.LSTM`` with higher-order and forward-mode derivatives.
 
-    Arguments, shapes and results are those of ``torch.nn.LSTM``. Differences: gradients are available in eval mode on
-    a GPU, too; on a GPU, dropout between layers uses other random numbers than cuDNN. As in torch, ``torch.compile``
-    breaks the graph at this layer unless ``torch._dynamo.config.allow_rnn`` is set. ``torch.jit.trace`` and
-    ``torch.export`` are supported, ``torch.jit.script`` is not.
+    Arguments, shapes and results are the same as in ``torch.nn.LSTM``, with two differences on a GPU: gradients are
+    available in eval mode, too, and dropout between layers uses other random numbers than cuDNN. As in torch,
+    ``torch.compile`` breaks the graph at this layer unless ``torch._dynamo.config.allow_rnn`` is set.
+    ``torch.jit.trace`` and ``torch.export`` are supported, ``torch.jit.script`` is not.
 
     Raises:
-        TypeError: if the dtype of the input or of ``hx`` differs from that of the weights, or ``hx`` is not a pair of
-            tensors.
+        TypeError: if the input or ``hx`` does not have the dtype of the weights, or ``hx`` is not a pair of tensors.
         ValueError: if the input or ``hx`` has the wrong shape or device, there is no time step, or the batch sizes of a
             packed sequence do not match its rows.
 
@@ -157,7 +156,7 @@ class LSTM(torch.nn.LSTM):
 class GRU(torch.nn.GRU):
     """Drop-in replacement for ``torch.nn.GRU`` with higher-order and forward-mode derivatives.
 
-    Arguments, shapes and results are those of ``torch.nn.GRU``; see ``LSTM`` for differences and errors.
+    Arguments, shapes and results are the same as in ``torch.nn.GRU``; see ``LSTM`` for differences and errors.
 
     Example:
         >>> output, h = GRU(3, 8, bidirectional=True)(torch.randn(5, 4, 3))

@@ -128,7 +128,7 @@ class RotaryEmbedding(nn.Module):
             key: (B, Hk, N, D), at the same positions as query.
             offset: position of the first token, when the preceding tokens are in a cache.
             positions: integer positions (N,) or (B, N) on the device of query, used instead of ``offset``, such as
-                those of ``KVCache.positions``.
+                ``KVCache.positions``.
 
         Returns:
             The rotated query and key, with the shapes and dtypes of the inputs.

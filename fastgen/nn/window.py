@@ -150,7 +150,7 @@ class WindowAttention2d(ComputedBuffers, StateDictRemapping):
             (B, C, H, W).
 
         Raises:
-            TypeError: if x is not a floating-point tensor, or its dtype differs from that of the weights.
+            TypeError: if x is not a floating-point tensor, or its dtype differs from the dtype of the weights.
             ValueError: if x has the wrong shape, or an empty side.
         """
         require_feature_map(x, self.channels)
