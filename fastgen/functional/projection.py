@@ -20,9 +20,10 @@ from fastgen.functional._projection_arguments import (
     upcast_tables,
 )
 from fastgen.ops.projection import epilogue, plan
-from fastgen.ops.projection.autograd import merge_heads, projection
+from fastgen.ops.projection.autograd import projection
 from fastgen.ops.projection.epilogue import HeadEpilogue
 from fastgen.ops.projection.layout import Layout
+from fastgen.ops.projection.merge_autograd import merge_heads
 
 
 def multi_head_projection(

@@ -7,7 +7,7 @@ another, and that path would be counted twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgen.backend import COMPILED, COMPILED_DTYPES, TORCH, call, helper, outside_autocast
+from fastgen.backend import COMPILED, COMPILED_DTYPES, call, helper
 from fastgen.ops.autograd import (
     choose,
     formula_of,
@@ -27,20 +27,10 @@ from fastgen.ops.autograd import (
     transforms_active,
 )
 from fastgen.ops.projection import epilogue, operators
+from fastgen.ops.projection.dispatch import backward_operator, by_pytorch
 from fastgen.ops.projection.epilogue import HeadEpilogue
-from fastgen.ops.projection.layout import Layout, join_heads, length_first, split_heads, to_tokens
+from fastgen.ops.projection.layout import Layout, length_first, split_heads, to_tokens
 from fastgen.ops.projection.operators import WIDEST_CPU_HEAD
-
-
-def _backward_operator(
-    namespace: str, name: str, formula: Callable[..., Any], grads: Sequence[Tensor]
-) -> Callable[..., Any]:
-    """The operator, or its PyTorch implementation: where the result is to be differentiated, and for the batch of
-    gradients of ``torch.autograd.grad(..., is_grads_batched=True)``, which ignores the vmap rules of operators."""
-    if must_be_differentiable() or any(torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads):
-        return outside_autocast(formula)
-    return partial(call, namespace, name)
-
 
 _IDENTITY = HeadEpilogue()
 
@@ -79,7 +69,7 @@ class _Projection(Function):
         x, weight = ctx.saved_tensors
         layout = ctx.layout
         numbers = (ctx.bias, layout.channels_first, 0.0, 0, False, layout.allow_tf32)
-        backward = _backward_operator(ctx.namespace, "projection_backward", operators.backward, grads)
+        backward = backward_operator(ctx.namespace, "projection_backward", operators.backward, grads)
         grad_x, grad_weight, grad_bias, _ = backward(list(grads), [], x, weight, [], None, None, *numbers)
         return (*only_wanted(ctx, 0, grad_x, grad_weight, grad_bias), None, None)
 
@@ -123,7 +113,7 @@ class _PartEpilogue(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         arguments = (grad, *ctx.saved_tensors, *ctx.options)
-        backward = _backward_operator(COMPILED, "cpu_finish_heads_backward", epilogue.part_backward, [grad])
+        backward = backward_operator(COMPILED, "cpu_finish_heads_backward", epilogue.part_backward, [grad])
         grad_part, grad_norm = backward(*arguments)
         return (*only_wanted(ctx, 0, grad_part, grad_norm), None, None, None, None)
 
@@ -172,7 +162,7 @@ class _ProjectionWithEpilogue(Function):
         if must_be_differentiable() and norms:
             # Saved outputs are constants to autograd.
             kept = list(projection(x, weight, bias, _IDENTITY, ctx.layout, ctx.namespace)[: ctx.norms])
-        backward = _backward_operator(ctx.namespace, "projection_backward", operators.backward, grads)
+        backward = backward_operator(ctx.namespace, "projection_backward", operators.backward, grads)
         grad_x, grad_weight, grad_bias, grad_norms = backward(
             list(grads), kept, x, weight, norms, cos, sin, bias is not None, *ctx.numbers
         )
@@ -180,96 +170,12 @@ class _ProjectionWithEpilogue(Function):
         return (*first, None, None, None, *only_wanted(ctx, 6, *grad_norms))
 
 
-def _run_merge(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    channels_first: bool,
-    allow_tf32: bool,
-    namespace: str,
-) -> Tensor:
-    y: Tensor = call(namespace, "merge_heads_forward", x, weight, bias, residual, gate, channels_first, allow_tf32)
-    return y
-
-
-def _save_merge(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, _, gate, ctx.channels_first, ctx.allow_tf32, ctx.namespace = inputs
-    ctx.save_for_backward(x, weight, bias, gate)
-    ctx.save_for_forward(x, weight, bias, gate)
-
-
-class _MergeHeads(Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = _run_merge(*inputs)
-        _save_merge(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weight, grad_bias, grad_gate = _merge_grads(ctx, grad, *ctx.saved_tensors)
-        return (*only_wanted(ctx, 0, grad_x, grad_weight, grad_bias, grad, grad_gate), None, None, None)
-
-
-def _merge_grads(
-    ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    options = (ctx.channels_first, ctx.allow_tf32)
-    backward = _backward_operator(ctx.namespace, "merge_heads_backward", operators.merge_backward, [grad])
-    if gate is None or gate.size(0) == 1:
-        grads: tuple[Tensor, Tensor, Tensor, Tensor] = backward(grad, x, weight, bias, gate, *options)
-        return grads
-    # Gates per batch entry: their gradient needs the product before the gate, which is recomputed.
-    aligned = to_tokens(gate, ctx.channels_first)
-    grad_x, grad_weight, grad_bias, _ = backward(grad * aligned, x, weight, bias, None, *options)
-    if not ctx.needs_input_grad[4]:
-        return grad_x, grad_weight, grad_bias, None
-    y = merge_heads(x, weight, bias, None, None, *options, ctx.namespace)
-    return grad_x, grad_weight, grad_bias, to_tokens((grad * y).sum_to_size(aligned.shape), ctx.channels_first)
-
-
-class _TransformedMergeHeads(Function):
-    forward = staticmethod(_run_merge)
-    setup_context = staticmethod(_save_merge)
-    backward = _MergeHeads.backward
-    generate_vmap_rule = True
-
-    @staticmethod
-    @tangent_formula
-    def jvp(ctx: Any, saved: list[Any], *tangents: Any) -> Tensor:
-        x, weight, bias, gate = saved
-        t_x, t_weight, t_bias, t_residual, t_gate = tangents[:5]
-        tokens = join_heads(x)
-        t_y = x.new_zeros(x.size(0), x.size(2), weight.size(0))
-        if t_x is not None:
-            t_y = t_y + join_heads(t_x) @ weight.t()
-        if t_weight is not None:
-            t_y = t_y + tokens @ t_weight.t()
-        if t_bias is not None:
-            t_y = t_y + t_bias
-        t_y = t_y if gate is None else gate * t_y
-        if t_gate is not None:
-            y = tokens @ weight.t()
-            t_y = t_y + t_gate * (y if bias is None else y + bias)
-        t_y = to_tokens(t_y, ctx.channels_first)
-        return t_y if t_residual is None else t_y + t_residual
-
-
-def _by_pytorch(name: str, tokens: Tensor, namespace: str) -> bool:
-    """Whether PyTorch's linear map serves, with its derivatives: there is no kernel, and it copies no tokens."""
-    if namespace not in (COMPILED, TORCH) or helper(namespace, name, tokens.device) is not None:
-        return False
-    return tokens.is_contiguous() or tokens.size(0) == 1 or length_first(tokens)
-
-
 @in_graph
 def projection(
     x: Tensor, weight: Tensor, bias: Tensor | None, after: HeadEpilogue, layout: Layout, namespace: str
 ) -> tuple[Tensor, ...]:
     """``projection_forward`` with derivatives of every order."""
-    if not layout.channels_first and _by_pytorch("projection_forward", x, namespace):
+    if not layout.channels_first and by_pytorch("projection_forward", x, namespace):
         tokens = x.transpose(0, 1) if length_first(x) else x
         y = torch.nn.functional.linear(tokens, weight, bias)
         y = y if tokens is x else y.transpose(0, 1)
@@ -289,44 +195,6 @@ def projection(
     return tuple(function.apply(x, weight, bias, layout, namespace))
 
 
-def _merge_by_pytorch(
-    tokens: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gate: Tensor | None
-) -> Tensor:
-    if gate is not None and gate.size(0) == 1 and weight.dtype.itemsize >= 4:
-        # A gate that the batch shares becomes part of the weight: no pass over the tokens, forward or backward. Its
-        # gradient would lose accuracy where the weight's is rounded to 16 bits.
-        rows = gate.reshape(-1)
-        weight, bias, gate = weight * rows.unsqueeze(1), None if bias is None else bias * rows, None
-    flipped = length_first(tokens)
-    y = torch.nn.functional.linear(tokens.transpose(0, 1) if flipped else tokens, weight, bias)
-    y = y.transpose(0, 1) if flipped else y
-    y = y if gate is None else gate * y
-    return y if residual is None else residual + y
-
-
-@in_graph
-def merge_heads(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    channels_first: bool,
-    allow_tf32: bool,
-    namespace: str,
-) -> Tensor:
-    """``merge_heads_forward`` with derivatives of every order."""
-    tokens = join_heads(x)
-    if not channels_first and _by_pytorch("merge_heads_forward", tokens, namespace):
-        return _merge_by_pytorch(tokens, weight, bias, residual, gate)
-    arguments = (x, weight, bias, residual, gate, channels_first, allow_tf32, namespace)
-    function = choose(_MergeHeads, _TransformedMergeHeads, x, weight, bias, residual, gate)
-    if function is None:
-        return _run_merge(*arguments)
-    result: Tensor = function.apply(*arguments)
-    return result
-
-
 # --------------------------------------------------------------------------------------------------
 # Operators called by name, in exported programs
 
@@ -337,14 +205,7 @@ def _recorded_projection(namespace: str, *args: Any) -> list[Tensor]:
     return [*epilogue.apply_in_layout(parts, after), *(parts[: len(after.norms)] if keep else [])]
 
 
-def _recorded_merge(namespace: str, *args: Any) -> Tensor:
-    x, weight, bias, residual, gate, channels_first, allow_tf32 = args
-    return merge_heads(x, weight, bias, residual, gate, channels_first, allow_tf32, namespace)
-
-
 record("projection_forward", _recorded_projection)
 record("projection_backward", formula_of(operators.backward))
-record("merge_heads_forward", _recorded_merge)
-record("merge_heads_backward", formula_of(operators.merge_backward))
 record("cpu_finish_heads", formula_of(operators.part_epilogue))
 record("cpu_finish_heads_backward", formula_of(operators.part_epilogue_backward))

@@ -1,11 +1,8 @@
-"""Multi-head projections: tokens or a feature map to heads, and heads back.
+"""Projection of tokens or of a feature map to heads.
 
 ``projection_forward`` takes x (B, N, C), or (B, C, N) with ``channels_first``, and a packed weight
 (sum of heads * head_dims, C), and returns one (B, heads, N, head_dim) tensor for each packed part, after the epilogue
 (``HeadEpilogue``); with ``keep`` the normalized parts before their normalization follow.
-``merge_heads_forward`` takes x (B, H, N, D), weight (E, H * D), residual like the output, and a gate that
-broadcasts to (B, N, E) as (1|B, 1, 1|E); it returns (B, N, E), or (B, E, N) with ``channels_first``. Its backward takes
-gates that the batch shares.
 """
 
 from __future__ import annotations
@@ -20,38 +17,7 @@ from fastgen.ops._batching import fold, map_slices, out_dims, unfold
 from fastgen.ops.projection import checks, epilogue
 from fastgen.ops.projection.epilogue import HeadEpilogue
 from fastgen.ops.projection.layout import Layout, join_heads, length_first, to_tokens
-
-
-def _linear(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """tokens (B, N, C) in any layout, weight (E, C) -> (B, N, E), with no copy of the tokens."""
-    if tokens.is_contiguous():
-        return torch.nn.functional.linear(tokens, weight, bias)
-    if length_first(tokens):
-        return torch.nn.functional.linear(tokens.transpose(0, 1), weight, bias).transpose(0, 1)
-    expanded = weight.t().expand(tokens.size(0), -1, -1)
-    if bias is None:
-        return torch.bmm(tokens, expanded)
-    return torch.baddbmm(bias, tokens, expanded)
-
-
-def _weight_grads(grad: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of weight (E, C) and bias (E,) of a linear map, from (B, N, E) and (B, N, C)."""
-    of_map = not tokens.is_contiguous() and tokens.transpose(1, 2).is_contiguous()
-    from_map = not grad.is_contiguous() and grad.transpose(1, 2).is_contiguous()
-    if (of_map or from_map) and grad.dtype.itemsize >= 4 and grad.size(1) >= max(grad.size(2), tokens.size(2)):
-        # A feature map on one side: a product for each entry of the batch copies nothing, and is smaller than a copy.
-        # In 16 bits their sum would lose too much.
-        if of_map:
-            weight = torch.bmm(tokens.transpose(1, 2), grad).sum(0).t().contiguous()
-        else:
-            weight = torch.bmm(grad.transpose(1, 2), tokens).sum(0)
-        return weight, grad.sum((0, 1))
-    if length_first(tokens):
-        grad, tokens = grad.transpose(0, 1), tokens.transpose(0, 1)
-    count = grad.size(0) * grad.size(1)
-    rows = grad.reshape(count, grad.size(2))
-    return torch.mm(rows.t(), tokens.reshape(count, tokens.size(2))), rows.sum(0)
-
+from fastgen.ops.projection.linear import linear, weight_grads
 
 # --------------------------------------------------------------------------------------------------
 # Tokens to heads
@@ -93,7 +59,7 @@ def _forward(*args: Any) -> list[Tensor]:
     heads = list(zip(layout.heads, layout.head_dims, strict=True))
     sizes = [h * d for h, d in heads]
     biases = [None] * len(sizes) if bias is None else bias.split(sizes)
-    flat = [_linear(tokens, w, b) for w, b in zip(weight.split(sizes), biases, strict=True)]
+    flat = [linear(tokens, w, b) for w, b in zip(weight.split(sizes), biases, strict=True)]
     parts = [y.unflatten(-1, size).transpose(1, 2) for y, size in zip(flat, heads, strict=True)]
     return [*epilogue.apply_in_layout(parts, after), *(parts[: len(after.norms)] if keep else [])]
 
@@ -141,7 +107,7 @@ def backward(
         grad = torch.cat([g.transpose(0, 1) for g in joined], dim=-1).transpose(0, 1)
     else:
         grad = torch.cat(joined, dim=-1)
-    grad_weight, grad_bias = _weight_grads(grad, tokens)
+    grad_weight, grad_bias = weight_grads(grad, tokens)
     if channels_first:
         grad_x = torch.bmm(weight.t().expand(x.size(0), -1, -1), grad.transpose(1, 2))
     elif by_length:
@@ -160,110 +126,6 @@ def _backward_fake(
         grad_x = x.new_empty(x.size(1), x.size(0), x.size(2)).transpose(0, 1)
     grad_bias = weight.new_empty(weight.size(0) if bias else 0)
     return grad_x, weight.new_empty(weight.shape), grad_bias, [n.new_empty(n.shape) for n in norms]
-
-
-# --------------------------------------------------------------------------------------------------
-# Heads to tokens
-
-
-def _folded(weight: Tensor, bias: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """A gate that the batch shares becomes part of the weight and the bias; any other is returned."""
-    if gate is None or gate.size(0) != 1:
-        return weight, bias, gate
-    gate = gate.reshape(-1)
-    return weight * gate.unsqueeze(1), None if bias is None else bias * gate, None
-
-
-def _merge_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    channels_first: bool,
-    allow_tf32: bool,
-) -> Tensor:
-    tokens = join_heads(x)
-    weight, bias, gate = _folded(weight, bias, gate)
-    if not channels_first:
-        y = _linear(tokens, weight, bias).contiguous()
-        y = y if gate is None else y.mul_(gate)
-        return y if residual is None else y.add_(residual)
-    features, expanded = tokens.transpose(1, 2), weight.expand(x.size(0), -1, -1)
-    base = None if bias is None else bias.unsqueeze(1)
-    if gate is None and residual is not None:
-        base = residual if base is None else residual + base
-    y = torch.bmm(expanded, features) if base is None else torch.baddbmm(base, expanded, features)
-    if gate is not None:
-        y = y.mul_(gate.transpose(1, 2))
-        y = y if residual is None else y.add_(residual)
-    return y
-
-
-def _merge_forward_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    channels_first: bool,
-    allow_tf32: bool,
-) -> Tensor:
-    batch, length, channels = x.size(0), x.size(2), weight.size(0)
-    return x.new_empty((batch, channels, length) if channels_first else (batch, length, channels))
-
-
-def merge_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    channels_first: bool,
-    allow_tf32: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and of a gate that the batch shares.
-
-    The gate's gradient needs the product before the gate, which is not saved. Its inner product with grad equals that
-    of the weight and the weight's gradient, if that is not rounded to 16 bits; otherwise the product is recomputed.
-    """
-    upstream = to_tokens(grad, channels_first)
-    tokens = join_heads(x)
-    grad_gate = weight.new_empty(0)
-    exact = weight.dtype.itemsize >= 4
-    gated, factor = upstream, weight
-    if gate is not None:
-        gated, factor = (upstream, weight * gate.reshape(-1, 1)) if exact else (upstream * gate, weight)
-    grad_weight, grad_bias = _weight_grads(gated, tokens)
-    if gate is not None and exact:
-        of_rows = (grad_weight * weight).sum(1)
-        of_rows = of_rows if bias is None else of_rows + grad_bias * bias
-        grad_gate = of_rows.reshape(1, 1, -1).sum_to_size(gate.shape)
-        grad_weight, grad_bias = grad_weight * gate.reshape(-1, 1), grad_bias * gate.reshape(-1)
-    elif gate is not None:
-        grad_gate = (upstream * _linear(tokens, weight, bias)).sum_to_size(gate.shape)
-    # In memory (B, N, H, D), for any layout of the gradient.
-    by_heads = (x.size(0), x.size(2), x.size(1), x.size(3))
-    grad_x = torch.matmul(gated, factor).contiguous().reshape(by_heads).transpose(1, 2)
-    return grad_x, grad_weight, weight.new_empty(0) if bias is None else grad_bias, grad_gate
-
-
-def _merge_backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    channels_first: bool,
-    allow_tf32: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, heads, length, dim = x.shape
-    return (
-        x.new_empty(batch, length, heads, dim).transpose(1, 2),
-        weight.new_empty(weight.shape),
-        weight.new_empty(0 if bias is None else weight.size(0)),
-        weight.new_empty((0,) if gate is None else gate.shape),
-    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -317,22 +179,4 @@ define(
     map_slices,
     check=checks.projection_backward,
     parts={"cpu_finish_heads_backward": "gradients of norms and rotary embedding of heads"},
-)
-define(
-    "projection",
-    "merge_heads_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? gate, bool channels_first,"
-    " bool allow_tf32) -> Tensor",
-    _merge_forward,
-    _merge_forward_fake,
-    map_slices,
-    check=checks.merge_heads_forward,
-)
-define(
-    "projection",
-    "merge_heads_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? gate, bool channels_first,"
-    " bool allow_tf32) -> (Tensor, Tensor, Tensor, Tensor)",
-    merge_backward,
-    _merge_backward_fake,
-    map_slices,
-    check=checks.merge_heads_backward,
 )
