@@ -291,5 +291,5 @@ def test_a_run_on_a_bundled_dataset_resumes_beside_a_folder_of_that_name(
     assert main(["train", "conv-vae", "--out", "default", "--steps", "1", *TINY["conv-vae"]]) == 0
     assert fit("--data", "bundled:digits", name="named", steps=1) == 0
     assert fit("--data", "digits", name="other", steps=1) == 1
-    assert "digits: expected bundled:digits (the bundled set) or ./digits (the path)" in error_line()
+    assert "digits: expected bundled:digits (the bundled dataset) or ./digits (the path)" in error_line()
     assert fit("--resume", "--data", "bundled:digits", steps=3) == 0

@@ -259,7 +259,7 @@ def test_resume_without_a_run_is_refused(fit: Main, error_line: Callable[[], str
         (["--clip", "3"], "got 3.0; with --resume only epochs, steps, learning_rate, threads"),
         (["--batch-size", "64"], "batch_size: expected 32, as in the run in"),
         (["--model.beta", "2"], "model.beta: expected 1.0, as in the run in"),
-        (["--data", "digits"], "data: expected the items with which the run in"),
+        (["--data", "digits"], "data: expected the data that the run in"),
         (["--held-out", "7"], "held_out: expected 0, as in the run in"),
         (["--steps", "1"], "steps: expected at least the 8 steps that are trained, got 1"),
         (["--steps", "-1"], "steps: expected a number >= 0, got -1"),
