@@ -69,7 +69,7 @@ bench: $(VENV)/.dev
 
 # The documentation, into site/. Fails on a warning. (The variable silences an advertisement of the theme.)
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Compiles every CUDA source for each architecture; prints what each kernel uses, and on sm_80 and sm_90a fails on a
 # spill or on a kernel over its budget (tests/kernel_budgets.py). Without nvcc the compiler comes from PyPI. SASS=1 adds the disassembler,
