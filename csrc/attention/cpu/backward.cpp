@@ -1,8 +1,15 @@
-// A task owns some blocks of keys of one head, with the gradients of their keys and values in its workspace, and goes
-// through all query rows for each: five products of small tiles that stay in L2, by one routine that keeps its sums in
-// registers. Gradients of the queries are sums over tasks: each task has its own, and a second sweep adds them in
-// order.
-#include "cpu/attention_backward.h"
+// dQ, dK, dV from the logsumexp, parallel over (key head, part): a part is every parts-th block of kTile keys.
+//
+//   prepare     lse and delta = rowsum(dO * O) - dlse of each row
+//   for each block of keys of the part           dK and dV are accumulated in the workspace
+//     for each block of kTile query rows
+//       scores      S = Q K^T, dP = dO V^T
+//       softmax     P = e^(S - lse), dS = P (dP - delta)
+//       accumulate  dV += P^T dO, dK += dS^T Q, dQ[part] += dS K
+//   epilogue    dQ = scale * sum of dQ[part], in a fixed order
+//
+// All five products use one register-tiled routine (multiply_group); the tiles stay in L2.
+#include "attention/cpu/backward.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -10,38 +17,38 @@
 #include <limits>
 #include <memory>
 
+#include "attention/cpu/forward.h"
+#include "common/cpu/clones.h"
+#include "common/cpu/sums.h"
+#include "common/cpu/vector.h"
 #include "common/math.h"
-#include "cpu/attention.h"
-#include "cpu/clones.h"
-#include "cpu/sums.h"
-#include "cpu/vector.h"
 
 namespace fastgen::cpu {
 namespace {
 
 constexpr int kTile = 96;       // query rows and keys of a tile
-constexpr int kWidest = 16;     // floats of the widest vector
-constexpr int kManyTasks = 32;  // as many keep the threads of a large machine busy
-constexpr int kManySums = 128;  // as many (N, Dk) partial sums are no memory to speak of
+constexpr int kWidest = 16;     // floats per AVX-512 vector
+constexpr int kManyTasks = 32;  // parallelism that is enough for a large machine
+constexpr int kManySums = 128;  // bounds the memory of the (N, Dk) partial sums
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Rows of an odd number of cache lines: what stands in one column is spread over all sets of the cache.
+// A row stride of an odd number of cache lines spreads a column over all cache sets.
 constexpr int kKeyRow = kMaxKeyDim + 16, kValueRow = kMaxValueDim + 16, kTileRow = kTile + 16;
 static_assert(kKeyRow / 16 % 2 == 1 && kValueRow / 16 % 2 == 1 && kTileRow / 16 % 2 == 1, "an odd number of lines");
 
 struct Workspace {
-  // Of a block of keys.
+  // One block of keys.
   alignas(64) float keys[kTile][kKeyRow];
   alignas(64) float keys_across[kMaxKeyDim][kTileRow], values_across[kMaxValueDim][kTileRow];  // transposed
   alignas(64) float grad_keys[kTile][kKeyRow], grad_values[kTile][kValueRow];
-  // Of a block of queries.
+  // One block of queries.
   alignas(64) float queries[kTile][kKeyRow];  // times scale
   alignas(64) float grad_out[kTile][kValueRow];
-  // Of a tile: P, and dP that becomes dS.
+  // One tile of scores: S, then P; dP, then dS.
   alignas(64) float weights[kTile][kTileRow], grad_scores[kTile][kTileRow];
 };
 
-// What the sweeps share; rows are padded to whole tiles, and width is key_dim padded to whole vectors.
+// State shared by all tasks. rows: queries padded to whole tiles; width: key_dim padded to whole vectors.
 struct Shared {
   const AttentionBackwardParams& p;
   float *lse, *delta;   // (B, H, rows)
@@ -82,8 +89,8 @@ FASTGEN_HOST_DEVICE void multiply_group(const float* __restrict__ a, const float
   }
 }
 
-// The same for any number of rows and columns, rounded up to whole groups and vectors. The columns of b in use stay in
-// L1 while a goes by.
+// The same for any number of rows and columns, rounded up to whole groups and vectors. A column panel of b stays in L1
+// while the rows of a are iterated.
 template <int kWidth, int kGroup, int kARow, int kAStep, int kBRow, bool kAdd>
 FASTGEN_HOST_DEVICE void multiply(const float* a, const float* b, int64_t rows, int64_t columns, int64_t steps,
                                   float* c, int64_t c_row) {
@@ -115,8 +122,8 @@ FASTGEN_HOST_DEVICE void load(const float* from, int64_t stride, int64_t rows, i
   }
 }
 
-// Copies (rows, dim) as columns, with zeros up to a multiple of kStep of them. Eight rows at a time: a line of each is
-// in L1.
+// Copies (rows, dim) transposed, with zeros up to a multiple of kStep columns. Eight rows at a time, so that one cache
+// line of each stays in L1.
 template <int kStep>
 FASTGEN_HOST_DEVICE void load_across(const float* from, int64_t stride, int64_t rows, int64_t dim,
                                      float (*to)[kTileRow]) {
@@ -128,26 +135,27 @@ FASTGEN_HOST_DEVICE void load_across(const float* from, int64_t stride, int64_t 
   }
 }
 
-// Scores to weights P = e^(score - lse), and dP to dS = P (dP - delta), in kCount columns from ``column`` on. Row i
-// sees the first ``keys`` keys of the tile, but none after i + ahead.
+// P = e^(S - lse) and dS = P (dP - delta) in place, for kCount columns starting at ``column``. Row i attends to the
+// first
+// ``keys`` keys of the tile, up to key i + ahead.
 template <int kCount>
-FASTGEN_HOST_DEVICE void weigh(Workspace& w, int64_t rows, int64_t keys, int64_t column, int64_t ahead,
-                               const float* lse, const float* delta) {
+FASTGEN_HOST_DEVICE void softmax_tile(Workspace& w, int64_t rows, int64_t keys, int64_t column, int64_t ahead,
+                                      const float* lse, const float* delta) {
   for (int64_t i = 0; i < rows; ++i) {
     float* __restrict__ weights = &w.weights[i][column];
     float* __restrict__ grads = &w.grad_scores[i][column];
     const float row_lse = lse[i], row_delta = delta[i];
-    const int32_t seen = static_cast<int32_t>(std::min(keys, i + ahead + 1) - column);
+    const int32_t visible = static_cast<int32_t>(std::min(keys, i + ahead + 1) - column);
     for (int32_t j = 0; j < kCount; ++j) {
       const float weight = exp_float(weights[j] - row_lse);
       const float grad = weight * (grads[j] - row_delta);
-      weights[j] = j < seen ? weight : 0.0f;
-      grads[j] = j < seen ? grad : 0.0f;
+      weights[j] = j < visible ? weight : 0.0f;
+      grads[j] = j < visible ? grad : 0.0f;
     }
   }
 }
 
-// Query rows first, first + 1, ... against the block of keys that the workspace holds.
+// One tile: query rows starting at ``first``, and the block of keys in the workspace.
 template <int kWidth, int kGroup>
 FASTGEN_HOST_DEVICE void run_tile(const Shared& shared, Workspace& w, int64_t batch, int64_t head, int64_t part,
                                   int64_t first, int64_t start, int64_t keys) {
@@ -165,7 +173,7 @@ FASTGEN_HOST_DEVICE void run_tile(const Shared& shared, Workspace& w, int64_t ba
                                                           p.key_dim, &w.weights[0][j], kTileRow);
     multiply<kWidth, kGroup, kValueRow, 1, kTileRow, false>(w.grad_out[0], &w.values_across[0][j], rows, 2 * kWidth,
                                                             p.value_dim, &w.grad_scores[0][j], kTileRow);
-    weigh<2 * kWidth>(w, rows, keys, j, ahead, shared.lse + row, shared.delta + row);
+    softmax_tile<2 * kWidth>(w, rows, keys, j, ahead, shared.lse + row, shared.delta + row);
   }
   multiply<kWidth, kGroup, 1, kTileRow, kValueRow, true>(w.weights[0], w.grad_out[0], keys, p.value_dim, rows,
                                                          w.grad_values[0], kValueRow);
@@ -183,8 +191,8 @@ FASTGEN_HOST_DEVICE void store(const float* __restrict__ from, int64_t row, int6
   }
 }
 
-// The blocks of keys ``part``, part + parts, ... of one head of keys: in a causal problem the first ones have the most
-// queries, and so every part has some of them.
+// Blocks of keys part, part + parts, ... of one key head. The stride balances causal problems, in which earlier keys
+// have more queries.
 template <int kWidth, int kGroup>
 FASTGEN_HOST_DEVICE void run_part(const Shared& shared, Workspace& w, int64_t batch, int64_t key_head, int64_t part) {
   const AttentionBackwardParams& p = shared.p;
@@ -224,7 +232,7 @@ void run_generic(const Shared& shared, Workspace& w, int64_t batch, int64_t key_
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
-// 12 x 2 sums of 16 floats fill 24 of 32 registers; 6 x 2 of 8 floats fill 12 of 16.
+// Register tiles: 12 x 2 accumulators of 16 floats use 24 of 32 registers, 6 x 2 of 8 floats use 12 of 16.
 __attribute__((target("avx512f,avx512dq,avx512vl,fma"))) void run_avx512(const Shared& shared, Workspace& w,
                                                                          int64_t batch, int64_t key_head,
                                                                          int64_t part) {
@@ -246,7 +254,7 @@ Part best_part() {
   return run_generic;
 }
 
-// lse and delta = rowsum(dO * O) - dl of one row. A row that sees nothing has lse -inf and no weights.
+// lse and delta = rowsum(dO * O) - dlse of one row. A fully masked row has lse -inf; +inf makes its weights 0.
 FASTGEN_CLONES void prepare_row(const Shared& shared, int64_t batch, int64_t head, int64_t row) {
   const AttentionBackwardParams& p = shared.p;
   const float* out = p.out + batch * p.out_strides[0] + head * p.out_strides[1] + row * p.out_strides[2];
@@ -262,7 +270,7 @@ FASTGEN_CLONES void prepare_row(const Shared& shared, int64_t batch, int64_t hea
   shared.delta[at] = delta;
 }
 
-void finish_row(const Shared& shared, int64_t batch, int64_t head, int64_t row) {
+void store_grad_query_row(const Shared& shared, int64_t batch, int64_t head, int64_t row) {
   const AttentionBackwardParams& p = shared.p;
   float* out =
       p.grad_query + batch * p.grad_query_strides[0] + head * p.grad_query_strides[1] + row * p.grad_query_strides[2];
@@ -305,7 +313,7 @@ void attention_backward(const AttentionBackwardParams& p) {
       run(shared, workspace, head / p.key_heads, head % p.key_heads, item % parts);
     }
   });
-  for_each_row(p, [&](int64_t batch, int64_t head, int64_t row) { finish_row(shared, batch, head, row); });
+  for_each_row(p, [&](int64_t batch, int64_t head, int64_t row) { store_grad_query_row(shared, batch, head, row); });
 }
 
 }  // namespace fastgen::cpu

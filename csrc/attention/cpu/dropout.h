@@ -1,17 +1,17 @@
-// Which weights of attention dropout keeps, for a tile of scores: the same bits as fastgen/reference.py, uniform_rows.
+// Dropout factors of a tile of scores: the same bits as the PyTorch implementation.
 #pragma once
 
 #include <cstdint>
 
 namespace fastgen::cpu {
 
-// Rows are (batch, head, query) of a range of the batch and of the queries, all heads; columns a range of the keys.
+// Rows: (batch, head, query) over a range of the batch, all heads and a range of the queries; columns: a range of keys.
 struct DropoutParams {
-  const int64_t* seeds;  // one for every rows_per_seed rows of the whole problem
+  const int64_t* seeds;  // one per rows_per_seed rows of the whole problem
   int64_t rows_per_seed;
   int64_t first_batch, batches, heads, length, first_query, queries;
   int64_t keys, first_key, last_key;
-  float p, factor;  // of what stays: 1 / (1 - p)
+  float p, factor;  // of kept weights: 1 / (1 - p)
   float* keep;      // (batches, heads, queries, last_key - first_key): factor, or 0
 };
 

@@ -1,9 +1,9 @@
-// Fused attention as operators: what ops/attention.py calls where torch's fused kernels do not fit.
+// Operators cpu_attention_forward and cpu_attention_backward: used where torch's fused kernels do not apply.
 #include <tuple>
 
+#include "attention/cpu/backward.h"
+#include "attention/cpu/forward.h"
 #include "common/operand_checks.h"
-#include "cpu/attention.h"
-#include "cpu/attention_backward.h"
 
 namespace fastgen::cpu {
 namespace {
@@ -16,7 +16,7 @@ void read_operand(const Tensor& tensor, const char* name, const Tensor& query, i
   for (int i = 0; i < 3; ++i) strides[i] = tensor.stride(i);
 }
 
-// A float32 tensor of the host. Not a view: an output that is one may not carry a forward-mode tangent.
+// A float32 CPU tensor. Not a view: an output that is a view cannot carry a forward-mode tangent.
 template <int kDims>
 Tensor empty_strided(const int64_t (&sizes)[kDims], const int64_t (&strides)[kDims]) {
   AtenTensorHandle handle = nullptr;
@@ -25,7 +25,7 @@ Tensor empty_strided(const int64_t (&sizes)[kDims], const int64_t (&strides)[kDi
   return Tensor(handle);
 }
 
-// Reads query, key and value into params of either direction.
+// Checks query, key and value and writes them to the params of the forward or backward pass.
 template <typename Params>
 void read_problem(const Tensor& query, const Tensor& key, const Tensor& value, Params& p) {
   read_operand(query, "query", query, p.query_strides);
@@ -54,7 +54,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   AttentionParams p;
   read_problem(query, key, value, p);
   p.is_causal = is_causal, p.scale = static_cast<float>(scale);
-  // In memory (B, N, H, Dv) where the query is so; lse (B, N, H). See allocate_out in ops/_attention_blocked.py.
+  // Memory layout (B, N, H, Dv) if the query has it; lse (B, N, H). See allocate_out in
+  // fastgen/ops/attention/blocked.py.
   const bool rows_first = p.heads > 1 && p.query_strides[1] < p.query_strides[2];
   const int64_t row = rows_first ? p.heads * p.value_dim : p.value_dim;
   const int64_t head = rows_first ? p.value_dim : p.queries * p.value_dim;
@@ -73,7 +74,7 @@ void read_rows(const Tensor& tensor, const char* name, const AttentionBackwardPa
   for (int i = 0; i < 3; ++i) strides[i] = tensor.stride(i);
 }
 
-// In memory (B, N, H, D). See allocate_grad in ops/_attention_blocked.py.
+// Memory layout (B, N, H, D). See allocate_grad in fastgen/ops/attention/blocked.py.
 Tensor empty_grad(const Tensor& like, int64_t (&strides)[3]) {
   const int64_t heads = like.size(1), rows = like.size(2), dim = like.size(3);
   Tensor grad = empty_strided<4>({like.size(0), heads, rows, dim}, {heads * rows * dim, dim, heads * dim, 1});

@@ -1,4 +1,4 @@
-// Vectors of floats as GCC and clang know them: + and * work lane by lane, and a float stands for all lanes.
+// Vector types of GCC and clang: elementwise operators, scalars broadcast.
 #pragma once
 
 namespace fastgen::cpu {

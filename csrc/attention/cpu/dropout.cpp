@@ -1,20 +1,20 @@
-#include "cpu/dropout.h"
+#include "attention/cpu/dropout.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 
+#include "common/cpu/clones.h"
+#include "common/cpu/philox.h"
 #include "common/philox.h"
-#include "cpu/clones.h"
-#include "cpu/philox.h"
 
 namespace fastgen::cpu {
 namespace {
 
 constexpr int64_t kGroupsAtOnce = 512;
-constexpr int64_t kGrain = 8192;  // weights worth a thread
+constexpr int64_t kGrain = 8192;  // weights per task
 
-// Weights of ``groups`` whole groups, from their bits.
+// Factors of ``groups`` groups from their Philox bits.
 FASTGEN_CLONES void keep_groups(const uint32_t (&bits)[kGroup][kGroupsAtOnce], int64_t groups, float p, float factor,
                                 float* __restrict__ out) {
   for (int64_t g = 0; g < groups; ++g) {

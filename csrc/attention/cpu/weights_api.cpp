@@ -1,6 +1,6 @@
-// cpu_attention_weights as an operator: what ops/_attention_tangent.py does to a tile.
-#include "cpu/tile_operands.h"
-#include "cpu/weights.h"
+// Operator cpu_attention_weights: the elementwise part of one tile of fastgen/ops/attention/tangent.py.
+#include "attention/cpu/tile_operands.h"
+#include "attention/cpu/weights.h"
 
 namespace fastgen::cpu {
 namespace {

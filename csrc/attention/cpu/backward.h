@@ -1,4 +1,4 @@
-// Gradients of the fused float32 attention on the host, for head dims that differ: see attention.h.
+// Gradients of the fused float32 attention on the CPU; see forward.h.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ struct AttentionBackwardParams {
   float scale;
 };
 
-// Takes the head dims that attention_forward takes. The results do not depend on the number of threads.
+// Supports the same head dims as attention_forward. Results do not depend on the number of threads.
 void attention_backward(const AttentionBackwardParams& params);
 
 }  // namespace fastgen::cpu

@@ -1,29 +1,30 @@
-// The host backend of latent/launch.h: the same arithmetic as the CUDA kernels, in vector loops.
+// CPU backend of latent/launch.h: the same arithmetic as the CUDA kernels (latent/terms.h), vectorized.
 //
-// Work is cut into blocks of kBlock columns of one row; torch's threads share the blocks. Noise for a run of
-// groups is made into a buffer first, so that short rows fill the vectors as well as long ones.
+// Parallel over blocks of kBlock columns of one row. The noise of consecutive groups is generated into a buffer first,
+// so that short rows fill the vectors as well as long ones.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <vector>
 
+#include "common/cpu/clones.h"
+#include "common/cpu/convert.h"
+#include "common/cpu/pages.h"
+#include "common/cpu/philox.h"
 #include "common/dispatch.h"
 #include "common/philox.h"
-#include "cpu/clones.h"
-#include "cpu/convert.h"
-#include "cpu/pages.h"
-#include "cpu/philox.h"
 #include "latent/launch.h"
 #include "latent/terms.h"
 
 namespace fastgen::latent {
 namespace {
 
-constexpr int64_t kBlock = 256;  // columns; a multiple of kGroup. Small, so that memory streams while noise is made
+constexpr int64_t kBlock =
+    256;  // columns; a multiple of kGroup; small, so that memory traffic overlaps with noise generation
 constexpr int64_t kGroups = kBlock / kGroup;
 constexpr int64_t kElementsPerTask = 16 * 1024;
 
-// Columns first .. first + count of one row. An absent prior is zeros, or two null pointers: the unit normal.
+// ``count`` columns of one row. Without a prior: null pointers (unit normal); with one of the two, the other is zeros.
 template <typename T>
 struct ForwardBlock {
   const T *mu, *logvar, *prior_mu, *prior_logvar;
@@ -32,7 +33,7 @@ struct ForwardBlock {
   int64_t count;
 };
 
-// An absent grad_z is zeros; the gradients of an absent prior go where nobody reads them.
+// An absent grad_z is zeros; the gradients of an absent prior are written to a scratch buffer.
 template <typename T>
 struct BackwardBlock {
   const T *grad_z, *mu, *logvar, *prior_mu, *prior_logvar;
@@ -44,7 +45,7 @@ struct BackwardBlock {
 
 constexpr int kLanes = 16;
 
-// A sum in kLanes running parts: vectorises without leave to reorder, and rounds less than one running sum.
+// A sum with kLanes partial sums: vectorizes without -ffast-math, and rounds less than a single running sum.
 FASTGEN_HOST_DEVICE float sum(const float* terms, int64_t count) {
   float lanes[kLanes] = {};
   int64_t i = 0;
@@ -58,7 +59,7 @@ FASTGEN_HOST_DEVICE float sum(const float* terms, int64_t count) {
   return lanes[0];
 }
 
-// z of a block; returns twice its share of the KL.
+// z of a block; returns twice its contribution to the KL divergence.
 template <typename T>
 FASTGEN_HOST_DEVICE float forward_block(const ForwardBlock<T>& b) {
   alignas(64) float terms[kBlock];
@@ -105,7 +106,7 @@ FASTGEN_HOST_DEVICE void backward_block(const BackwardBlock<T>& b) {
 
 }  // namespace
 
-// Compiled for each instruction set; target_clones wants plain functions.
+// Compiled for each instruction set; target_clones requires non-template functions.
 FASTGEN_CLONES void normals(const uint32_t* const* bits, int64_t groups, float* noise) {
   const uint32_t *x0 = bits[0], *x1 = bits[1], *x2 = bits[2], *x3 = bits[3];
 #pragma omp simd
@@ -145,7 +146,7 @@ const T* at_row(const Input& input, int64_t row, int64_t col) {
 template <typename T>
 constexpr T kZeros[kBlock] = {};
 
-// Zeros where the operand is absent.
+// Zeros if the operand is absent.
 template <typename T>
 const T* at_row_or_zeros(const Input& input, int64_t row, int64_t col) {
   return input.data == nullptr ? kZeros<T> : at_row<T>(input, row, col);

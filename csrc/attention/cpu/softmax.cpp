@@ -1,26 +1,26 @@
-#include "cpu/softmax.h"
+#include "attention/cpu/softmax.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cmath>
 
+#include "common/cpu/clones.h"
+#include "common/cpu/sums.h"
 #include "common/math.h"
-#include "cpu/clones.h"
-#include "cpu/sums.h"
 
 namespace fastgen::cpu {
 namespace {
 
-constexpr int64_t kLanes = 64;  // sums side by side: four vectors of the widest kind
+constexpr int64_t kLanes = 64;  // parallel partial sums: four AVX-512 vectors
 
 template <bool kKeep>
 FASTGEN_HOST_DEVICE void forward_row(const SoftmaxParams& p, int64_t index) {
   const int64_t keys = p.keys, at = index * keys;
   float* __restrict__ scores = p.scores + at;
   const float* __restrict__ keep = kKeep ? p.keep + at : nullptr;
-  const float top = largest<kLanes>(keys, [=](int64_t j) { return scores[j]; });
-  const float shift = top == -INFINITY ? 0.0f : top;
+  const float row_max = largest<kLanes>(keys, [=](int64_t j) { return scores[j]; });
+  const float shift = row_max == -INFINITY ? 0.0f : row_max;  // -inf - -inf is NaN
   for (int64_t j = 0; j < keys; ++j) scores[j] = exp_float(scores[j] - shift);
   const float total = sum_row<kLanes>(keys, [=](int64_t j) { return scores[j]; });
   const float inverse = total == 0.0f ? 0.0f : 1.0f / total;

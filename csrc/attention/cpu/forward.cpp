@@ -1,15 +1,21 @@
-// A thread owns kRows query rows of one head and goes through the keys kKeys at a time, with the online softmax
-// of Milakov and Gimelshein (2018): scores and weights of a few rows live in L1, the block of values is read
-// from L1 by all row groups, and the running output is rescaled when a row's maximum grows.
-#include "cpu/attention.h"
+// out = softmax(scale Q K^T) V with online softmax (Milakov and Gimelshein, 2018), parallel over (head, kRows query
+// rows):
+//
+//   for each block of kKeys keys            keys transposed into L1, values read in place
+//     for each group of kGroupRows rows
+//       scores      S = Q K^T               one row at a time, vectors along the keys
+//       softmax     P = e^(S - max)         returns the factor that rescales the running sums
+//       accumulate  O = O * factor + P V    kGroupRows x kVectors register tile; values are reused from L1
+//   epilogue: O / sum(P), lse
+#include "attention/cpu/forward.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <limits>
 
+#include "common/cpu/vector.h"
 #include "common/math.h"
-#include "cpu/vector.h"
 
 namespace fastgen::cpu {
 namespace {
@@ -23,7 +29,7 @@ constexpr float kNone = -std::numeric_limits<float>::infinity();
 template <int kWidth>
 using Lanes __attribute__((vector_size(kWidth * sizeof(int32_t)))) = int32_t;
 
-// Folds the lanes of a vector onto each other: after log2(kWidth) steps every lane holds the result.
+// Butterfly reduction over the lanes of a vector: log2(kWidth) steps.
 template <int kWidth, typename Combine>
 FASTGEN_HOST_DEVICE float fold_lanes(Vector<kWidth> value, Combine combine) {
   Lanes<kWidth> lane;
@@ -41,16 +47,16 @@ FASTGEN_HOST_DEVICE float fold_lanes(Vector<kWidth> value, Combine combine) {
   return value[0];
 }
 
-// What a task keeps: about 50 KiB at value_dim 64.
+// Workspace of one thread: about 50 KiB at value_dim 64.
 struct Workspace {
   alignas(64) float query[kRows][kMaxKeyDim];  // times scale
   alignas(64) float keys[kMaxKeyDim][kKeys];   // transposed; zeros beyond the last key
   alignas(64) float weights[kGroupRows][kKeys];
   alignas(64) float out[kRows][kMaxValueDim];
-  float top[kRows], total[kRows];
+  float row_max[kRows], row_sum[kRows];
 };
 
-// weights[row] = query[row] . keys, for one row and a block of keys.
+// scores = query . keys, for one row and a block of keys.
 template <int kWidth>
 FASTGEN_HOST_DEVICE void score_row(const float* query, const Workspace& w, int64_t key_dim, float* scores) {
   constexpr int kVectors = 128 / kWidth < 8 ? 128 / kWidth : 8;
@@ -66,23 +72,23 @@ FASTGEN_HOST_DEVICE void score_row(const float* query, const Workspace& w, int64
   }
 }
 
-// Turns a row of scores into weights e^(score - top); returns the factor for what was summed before.
+// Online softmax of one row: replaces scores by e^(score - row_max); returns the factor that rescales earlier sums.
 template <int kWidth>
-FASTGEN_HOST_DEVICE float weigh_row(float* scores, float& top, float& total) {
-  Vector<kWidth> tops = top - Vector<kWidth>{};
+FASTGEN_HOST_DEVICE float softmax_row(float* scores, float& row_max, float& row_sum) {
+  Vector<kWidth> maxima = row_max - Vector<kWidth>{};
   for (int j = 0; j < kKeys; j += kWidth) {
     const Vector<kWidth> part = *reinterpret_cast<const Vector<kWidth>*>(scores + j);
-    tops = part > tops ? part : tops;
+    maxima = part > maxima ? part : maxima;
   }
   const auto larger = [](Vector<kWidth> a, Vector<kWidth> b) { return a > b ? a : b; };
-  const float new_top = fold_lanes<kWidth>(tops, larger);
-  for (int j = 0; j < kKeys; ++j) scores[j] = exp_float(scores[j] - new_top);
+  const float new_max = fold_lanes<kWidth>(maxima, larger);
+  for (int j = 0; j < kKeys; ++j) scores[j] = exp_float(scores[j] - new_max);
   Vector<kWidth> sums = {};
   for (int j = 0; j < kKeys; j += kWidth) sums += *reinterpret_cast<const Vector<kWidth>*>(scores + j);
   const auto plus = [](Vector<kWidth> a, Vector<kWidth> b) { return a + b; };
-  const float factor = exp_float(top - new_top);
-  total = total * factor + fold_lanes<kWidth>(sums, plus);
-  top = new_top;
+  const float factor = exp_float(row_max - new_max);
+  row_sum = row_sum * factor + fold_lanes<kWidth>(sums, plus);
+  row_max = new_max;
   return factor;
 }
 
@@ -119,12 +125,12 @@ FASTGEN_HOST_DEVICE void accumulate(Workspace& w, int first_row, int64_t col, co
   }
 }
 
-// The last key that row i sees.
+// The last key that a query row attends to.
 FASTGEN_HOST_DEVICE int64_t last_key(const AttentionParams& p, int64_t row) {
   return p.is_causal ? std::min(row, p.keys - 1) : p.keys - 1;
 }
 
-// kWidth floats a vector; kVectors of them are the columns that one pass over the keys sums.
+// kWidth: floats per vector. kVectors * kWidth output columns are accumulated in one pass over the keys.
 template <int kWidth, int kVectors>
 FASTGEN_HOST_DEVICE void run_task(const AttentionParams& p, Workspace& w, int64_t batch, int64_t head, int64_t first) {
   const int64_t rows = std::min<int64_t>(kRows, p.queries - first), key_head = head / (p.heads / p.key_heads);
@@ -132,9 +138,9 @@ FASTGEN_HOST_DEVICE void run_task(const AttentionParams& p, Workspace& w, int64_
   const float* key = p.key + batch * p.key_strides[0] + key_head * p.key_strides[1];
   const float* value = p.value + batch * p.value_strides[0] + key_head * p.value_strides[1];
   for (int64_t r = 0; r < kRows; ++r) {
-    w.top[r] = kNone, w.total[r] = 0.0f;
+    w.row_max[r] = kNone, w.row_sum[r] = 0.0f;
     for (int64_t c = 0; c < p.value_dim; ++c) w.out[r][c] = 0.0f;
-    // Rows past the end work on zeros and are not stored.
+    // Rows past the end are zeros and are not stored.
     for (int64_t d = 0; d < p.key_dim; ++d)
       w.query[r][d] = r < rows ? query[r * p.query_strides[2] + d] * p.scale : 0.0f;
   }
@@ -150,7 +156,7 @@ FASTGEN_HOST_DEVICE void run_task(const AttentionParams& p, Workspace& w, int64_
         const int64_t row = first + group + r;
         score_row<kWidth>(w.query[group + r], w, p.key_dim, w.weights[r]);
         for (int64_t j = std::max<int64_t>(0, last_key(p, row) + 1 - start); j < kKeys; ++j) w.weights[r][j] = kNone;
-        factor[r] = weigh_row<kWidth>(w.weights[r], w.top[group + r], w.total[group + r]);
+        factor[r] = softmax_row<kWidth>(w.weights[r], w.row_max[group + r], w.row_sum[group + r]);
       }
       int64_t col = 0;
       for (; col + kVectors * kWidth <= p.value_dim; col += kVectors * kWidth) {
@@ -165,8 +171,8 @@ FASTGEN_HOST_DEVICE void run_task(const AttentionParams& p, Workspace& w, int64_
   float* out = p.out + batch * p.out_strides[0] + head * p.out_strides[1] + first * p.out_strides[2];
   float* lse = p.lse + (batch * p.queries + first) * p.heads + head;
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < p.value_dim; ++c) out[r * p.out_strides[2] + c] = w.out[r][c] / w.total[r];
-    lse[r * p.heads] = w.top[r] + log_float(w.total[r]);
+    for (int64_t c = 0; c < p.value_dim; ++c) out[r * p.out_strides[2] + c] = w.out[r][c] / w.row_sum[r];
+    lse[r * p.heads] = w.row_max[r] + log_float(w.row_sum[r]);
   }
 }
 
@@ -178,7 +184,7 @@ void run_generic(const AttentionParams& p, Workspace& w, int64_t batch, int64_t 
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
-// 6 x 4 sums of 16 floats fill 24 of 32 registers; 6 x 2 of 8 floats fill 12 of 16.
+// Register tiles: 6 x 4 accumulators of 16 floats use 24 of 32 registers, 6 x 2 of 8 floats use 12 of 16.
 __attribute__((target("avx512f,avx512dq,avx512vl,fma"))) void run_avx512(const AttentionParams& p, Workspace& w,
                                                                          int64_t batch, int64_t head, int64_t first) {
   run_task<16, 4>(p, w, batch, head, first);

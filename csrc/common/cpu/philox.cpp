@@ -1,8 +1,8 @@
-// Philox bits for a run of groups, where instruction sets have a 32 x 32 -> 64 bit product of vectors.
+// Philox bits for consecutive groups, vectorized with the 32 x 32 -> 64 bit vector product of AVX2 and AVX-512.
 //
-// The state lives in the low halves of 64-bit lanes. The product reads only low halves, so the high halves
-// may hold anything until the end, and a round is 2 products, 2 shifts and 4 exclusive ors.
-#include "cpu/philox.h"
+// The state is in the low halves of 64-bit lanes. The product reads low halves only, so the high halves may hold any
+// value until the end, and a round takes 2 products, 2 shifts and 4 exclusive ors.
+#include "common/cpu/philox.h"
 
 #include "common/philox.h"
 

@@ -1,12 +1,12 @@
-// cpu_dropout_keep as an operator: what a tile of ops/_attention_blocked.py multiplies its weights with.
+// Operator cpu_dropout_keep: the dropout factors of one tile of fastgen/ops/attention/blocked.py.
+#include "attention/cpu/dropout.h"
 #include "common/operand_checks.h"
 #include "common/philox.h"
-#include "cpu/dropout.h"
 
 namespace fastgen::cpu {
 namespace {
 
-// ``count`` of them from ``first`` on, out of ``size``.
+// [first, first + count) must be within [0, size).
 void check_range(int64_t first, int64_t count, int64_t size, const char* name) {
   STD_TORCH_CHECK(first >= 0 && count >= 0 && first <= size && count <= size - first, name,
                   ": expected ranges within the problem, 0 to ", size, ", got ", count, " from ", first, " on");
@@ -19,7 +19,7 @@ Tensor keep(const Tensor& seed, int64_t rows_per_seed, int64_t first_batch, int6
   check_probability(p, "p");
   STD_TORCH_CHECK(rows_per_seed > 0, "rows_per_seed: expected at least 1, got ", rows_per_seed);
   const int64_t most = checked_product({seed.numel(), rows_per_seed}, "rows_per_seed");
-  // Also the counters of the random numbers, a group for four keys of every row.
+  // The Philox counters, one for four keys of each row, must fit as well.
   checked_product({rows_per_seed, keys / kGroup + 1}, "keys");
   check_range(first_batch, batches, most, "first_batch, batches");
   check_range(first_query, queries, length, "first_query, queries");

@@ -1,5 +1,5 @@
-// Heads, normalised and turned, and the gradients of that: one pass over memory. The formulas are those of
-// fastgen/reference.py, rms_norm and rotary.
+// Epilogue of a projection to heads: RMS norm (QK-norm), then rotary embedding (RoPE), and its backward, one pass over
+// memory each. Formulas: fastgen/reference.py, rms_norm and rotary.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ struct Heads {
 
 struct HeadsParams {
   int64_t batch, heads, tokens, dim;
-  Heads input, grad, output;  // the gradient of what is put out, where that is wanted, and the output, or its gradient
+  Heads input, grad, output;  // backward: grad is the gradient of the epilogue's output, output that of its input
   const float* norm;          // (dim,), may be null
   const float *cos, *sin;     // (1 | batch, tokens, half), contiguous; may be null
   int64_t table_batch, half;
@@ -27,7 +27,7 @@ struct HeadsParams {
   float* grad_norm;  // (dim,), with grad and norm
 };
 
-void finish_heads(const HeadsParams& params, DType dtype);
-void finish_heads_backward(const HeadsParams& params, DType dtype);
+void heads_epilogue(const HeadsParams& params, DType dtype);
+void heads_epilogue_backward(const HeadsParams& params, DType dtype);
 
 }  // namespace fastgen::cpu

@@ -1,8 +1,8 @@
-// cpu_finish_heads and its backward as operators: what ops/projection.py does to heads that are normalised and turned.
+// Operators cpu_finish_heads and cpu_finish_heads_backward: QK-norm and rotary embedding of projected heads.
 #include <tuple>
 
 #include "common/operand_checks.h"
-#include "cpu/heads.h"
+#include "projection/cpu/heads.h"
 
 namespace fastgen::cpu {
 namespace {
@@ -18,14 +18,14 @@ Tensor readable(const Tensor& tensor, const char* name, const Tensor& like) {
                                                                              : torch::stable::contiguous(tensor);
 }
 
-// (B, H, N, D), in memory (B, N, H, D).
+// (B, H, N, D) with memory layout (B, N, H, D).
 Tensor empty_like_heads(const Tensor& part) {
   const int64_t heads = part.size(1), tokens = part.size(2), dim = part.size(3);
   return empty_strided<4>(part, {part.size(0), heads, tokens, dim}, {tokens * heads * dim, dim, heads * dim, 1},
                           part.scalar_type());
 }
 
-// What both directions are told; tensors that were converted live as long as this.
+// Arguments shared by forward and backward; owns the converted tensors.
 class Problem {
  public:
   Problem(const Tensor& part, const MaybeTensor& norm, const MaybeTensor& cos, const MaybeTensor& sin, double eps,
@@ -63,12 +63,12 @@ class Problem {
   MaybeTensor norm_, cos_, sin_;
 };
 
-Tensor finish(const Tensor& part, const MaybeTensor& norm, const MaybeTensor& cos, const MaybeTensor& sin, double eps,
-              bool interleaved) {
+Tensor forward(const Tensor& part, const MaybeTensor& norm, const MaybeTensor& cos, const MaybeTensor& sin, double eps,
+               bool interleaved) {
   Problem problem(part, norm, cos, sin, eps, interleaved);
   Tensor out = empty_like_heads(part);
   problem.params.output = heads_of(out);
-  if (part.numel() > 0) finish_heads(problem.params, problem.dtype);
+  if (part.numel() > 0) heads_epilogue(problem.params, problem.dtype);
   return out;
 }
 
@@ -80,14 +80,14 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& part, cons
   Tensor grad_norm = torch::stable::new_zeros(part, {norm.has_value() ? part.size(3) : 0}, ScalarType::Float);
   problem.params.grad = heads_of(upstream), problem.params.output = heads_of(out);
   problem.params.grad_norm = static_cast<float*>(grad_norm.mutable_data_ptr());
-  if (part.numel() > 0) finish_heads_backward(problem.params, problem.dtype);
+  if (part.numel() > 0) heads_epilogue_backward(problem.params, problem.dtype);
   return {out, norm.has_value() ? torch::stable::to(grad_norm, norm->scalar_type()) : grad_norm};
 }
 
 }  // namespace
 
 FASTGEN_LIBRARY_IMPL(FASTGEN_NAMESPACE, FASTGEN_DISPATCH_KEY, m) {
-  m.impl("cpu_finish_heads", TORCH_BOX(&finish));
+  m.impl("cpu_finish_heads", TORCH_BOX(&forward));
   m.impl("cpu_finish_heads_backward", TORCH_BOX(&backward));
 }
 

@@ -1,4 +1,4 @@
-#include "cpu/heads.h"
+#include "projection/cpu/heads.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -6,18 +6,19 @@
 #include <cmath>
 #include <vector>
 
-#include "cpu/clones.h"
-#include "cpu/convert.h"
-#include "cpu/sums.h"
+#include "common/cpu/clones.h"
+#include "common/cpu/convert.h"
+#include "common/cpu/sums.h"
 
 namespace fastgen::cpu {
 namespace {
 
-constexpr int64_t kLanes = 16;     // sums side by side
-constexpr int64_t kGrain = 16384;  // elements worth a thread
+constexpr int64_t kLanes = 16;     // parallel partial sums
+constexpr int64_t kGrain = 16384;  // elements per task
 
-// Turns the pairs of a row, backwards with sign = -1.
-FASTGEN_HOST_DEVICE void turn(float* __restrict__ row, const HeadsParams& p, int64_t batch, int64_t token, float sign) {
+// Rotates the pairs of a row in place; sign = -1 applies the inverse rotation.
+FASTGEN_HOST_DEVICE void rotate(float* __restrict__ row, const HeadsParams& p, int64_t batch, int64_t token,
+                                float sign) {
   const int64_t half = p.half, at = batch * p.table_batch + token * half;
   const float* __restrict__ cos = p.cos + at;
   const float* __restrict__ sin = p.sin + at;
@@ -59,21 +60,22 @@ FASTGEN_HOST_DEVICE void forward_rows(const HeadsParams& p, int64_t begin, int64
     } else {
       for (int64_t j = 0; j < p.dim; ++j) row[j] = to_float(y[j]);
     }
-    if (p.cos != nullptr) turn(row, p, at.batch, at.token, 1.0f);
+    if (p.cos != nullptr) rotate(row, p, at.batch, at.token, 1.0f);
     for (int64_t j = 0; j < p.dim; ++j) out[j] = from_float<T>(row[j]);
   }
 }
 
-// Adds to ``of_norm`` where there is a norm.
+// With a norm: accumulates its gradient in grad_norm.
 template <typename T>
-FASTGEN_HOST_DEVICE void backward_rows(const HeadsParams& p, int64_t begin, int64_t end, float* __restrict__ of_norm) {
+FASTGEN_HOST_DEVICE void backward_rows(const HeadsParams& p, int64_t begin, int64_t end,
+                                       float* __restrict__ grad_norm) {
   float row[kWidestHead];
   for (int64_t index = begin; index < end; ++index) {
     const Row at(p, index);
     const T* __restrict__ grad = at.of<T>(p.grad);
     T* __restrict__ out = at.of<T>(p.output);
     for (int64_t j = 0; j < p.dim; ++j) row[j] = to_float(grad[j]);
-    if (p.cos != nullptr) turn(row, p, at.batch, at.token, -1.0f);
+    if (p.cos != nullptr) rotate(row, p, at.batch, at.token, -1.0f);
     if (p.norm == nullptr) {
       for (int64_t j = 0; j < p.dim; ++j) out[j] = from_float<T>(row[j]);
       continue;
@@ -86,7 +88,7 @@ FASTGEN_HOST_DEVICE void backward_rows(const HeadsParams& p, int64_t begin, int6
     const float mean = inner / static_cast<float>(p.dim);
     for (int64_t j = 0; j < p.dim; ++j) {
       const float unit = to_float(y[j]) * scale;
-      of_norm[j] += row[j] * unit;
+      grad_norm[j] += row[j] * unit;
       out[j] = from_float<T>(scale * (row[j] * p.norm[j] - unit * mean));
     }
   }
@@ -100,23 +102,23 @@ FASTGEN_CLONES void forward(const HeadsParams& p, DType dtype, int64_t begin, in
   }
 }
 
-FASTGEN_CLONES void backward(const HeadsParams& p, DType dtype, int64_t begin, int64_t end, float* of_norm) {
+FASTGEN_CLONES void backward(const HeadsParams& p, DType dtype, int64_t begin, int64_t end, float* grad_norm) {
   switch (dtype) {
-    case DType::kFloat32: return backward_rows<float>(p, begin, end, of_norm);
-    case DType::kFloat16: return backward_rows<Half>(p, begin, end, of_norm);
-    case DType::kBFloat16: return backward_rows<BFloat16>(p, begin, end, of_norm);
+    case DType::kFloat32: return backward_rows<float>(p, begin, end, grad_norm);
+    case DType::kFloat16: return backward_rows<Half>(p, begin, end, grad_norm);
+    case DType::kBFloat16: return backward_rows<BFloat16>(p, begin, end, grad_norm);
   }
 }
 
 }  // namespace
 
-void finish_heads(const HeadsParams& p, DType dtype) {
+void heads_epilogue(const HeadsParams& p, DType dtype) {
   const int64_t rows = p.batch * p.tokens * p.heads, grain = std::max<int64_t>(1, kGrain / p.dim);
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { forward(p, dtype, begin, end); });
 }
 
-void finish_heads_backward(const HeadsParams& p, DType dtype) {
-  // The norm's gradient is summed in pieces that do not depend on the number of threads.
+void heads_epilogue_backward(const HeadsParams& p, DType dtype) {
+  // The norm's gradient is summed over fixed pieces, so that it does not depend on the number of threads.
   const int64_t rows = p.batch * p.tokens * p.heads, piece = std::max<int64_t>(1, kGrain / p.dim);
   const int64_t pieces = ceil_div(rows, piece), dim = p.dim;
   std::vector<float> sums(p.norm == nullptr ? 0 : static_cast<size_t>(pieces * dim));

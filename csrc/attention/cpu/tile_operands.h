@@ -1,5 +1,4 @@
-// What the helpers that work on a tile of scores check: their operands are written in place, so each is dense float32
-// memory of its own.
+// Checks of the operators that work on a tile of scores in place: operands are dense float32 and must not overlap.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +8,7 @@
 
 namespace fastgen::cpu {
 
-// The scores' other dims and the last: (..., keys).
+// scores (..., keys): the product of the leading dims, and the last.
 struct TileSize {
   int64_t rows, keys;
 
@@ -25,14 +24,14 @@ inline void check_dense(const Tensor& tensor, const char* name) {
                   " with strides ", text_of(tensor.strides()));
 }
 
-// Of the scores' shape.
+// A matrix of the shape of scores.
 inline float* matrix(const Tensor& tensor, const char* name, const Tensor& scores) {
   check_operand(tensor, name, scores.sizes(), ScalarType::Float, scores);
   check_dense(tensor, name);
   return static_cast<float*>(tensor.mutable_data_ptr());
 }
 
-// A float for each row of the scores, in any shape.
+// One float per row of scores, in any shape.
 inline float* row_vector(const Tensor& tensor, const char* name, const Tensor& scores, int64_t rows) {
   check_tensor(tensor, name, tensor.dim(), ScalarType::Float, scores);
   STD_TORCH_CHECK(tensor.numel() == rows, name, ": expected an element for each of the ", rows,
@@ -47,7 +46,7 @@ struct Span {
   int64_t size;
 };
 
-// What is written shares no memory with anything else.
+// Outputs must not overlap other operands.
 inline void check_apart(std::initializer_list<Span> written, std::initializer_list<Span> read) {
   const auto apart = [](const Span& a, const Span& b) {
     STD_TORCH_CHECK(a.data == nullptr || b.data == nullptr || a.size == 0 || b.size == 0 || a.data + a.size <= b.data ||

@@ -1,4 +1,4 @@
-// Sums of rows, in an order that does not depend on the machine.
+// Row sums in an order that does not depend on the machine.
 #pragma once
 
 #include <cmath>
@@ -8,7 +8,7 @@
 
 namespace fastgen::cpu {
 
-// The sum of term(j), with kLanes sums side by side.
+// The sum of term(j), with kLanes partial sums.
 template <int64_t kLanes, typename Term>
 FASTGEN_HOST_DEVICE float sum_row(int64_t count, Term term) {
   float lanes[kLanes] = {};
@@ -23,7 +23,7 @@ FASTGEN_HOST_DEVICE float sum_row(int64_t count, Term term) {
   return lanes[0];
 }
 
-// The largest of value(j); NaN is passed over, -inf where there is nothing.
+// The maximum of value(j), ignoring NaN; -inf if count is 0.
 template <int64_t kLanes, typename Value>
 FASTGEN_HOST_DEVICE float largest(int64_t count, Value value) {
   float lanes[kLanes];

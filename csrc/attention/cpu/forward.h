@@ -1,5 +1,5 @@
-// Fused float32 attention on the host, for head dims that differ: torch's fused kernel wants them equal, and
-// padding the narrow ones costs as many products as it saves copies.
+// Fused float32 attention on the CPU, for key and value dims that differ: torch's fused kernel requires equal head
+// dims, and padding the narrower one costs as much arithmetic as the fusion saves.
 #pragma once
 
 #include <cstdint>
@@ -17,10 +17,10 @@ struct AttentionParams {
   float scale;
 };
 
-// Largest head dims served; value_dim is a multiple of kValueStep.
+// Largest supported head dims; value_dim must be a multiple of kValueStep.
 constexpr int64_t kMaxKeyDim = 64, kMaxValueDim = 256, kValueStep = 16;
 
-// Needs keys > 0. Threads share blocks of query rows.
+// Requires keys > 0. Parallel over blocks of query rows.
 void attention_forward(const AttentionParams& params);
 
 }  // namespace fastgen::cpu

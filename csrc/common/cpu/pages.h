@@ -1,4 +1,4 @@
-// Fresh memory in large pages.
+// Transparent huge pages for outputs.
 #pragma once
 
 #include <cstddef>
@@ -10,9 +10,9 @@
 
 namespace fastgen::cpu {
 
-// An output of tens of megabytes is usually memory that the process has never touched: the first write to each
-// 4 KiB page is a fault, and on a virtual machine the faults of a streaming kernel cost more than its arithmetic.
-// Asks for 2 MiB pages over the whole ones inside [data, data + bytes). A hint: refusal changes nothing.
+// A large output is usually memory that the process has not touched before: the first write to each 4 KiB page faults,
+// and on a virtual machine the faults of a streaming kernel cost more than its arithmetic. Requests 2 MiB pages inside
+// [data, data + bytes). A hint: failure is ignored.
 inline void prefer_large_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{1} << 21;

@@ -1,4 +1,4 @@
-// Functions compiled for several x86-64 levels, one chosen when the library loads. Elsewhere: as they are.
+// Function multiversioning for x86-64 levels, dispatched when the library is loaded; a no-op on other platforms.
 #pragma once
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12

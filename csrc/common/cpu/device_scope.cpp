@@ -1,4 +1,4 @@
-// The host has one device and no streams.
+// CPU implementation of DeviceScope: one device, no streams.
 #include "common/torch_api.h"
 
 namespace fastgen {

@@ -1,4 +1,4 @@
-// Storage types to float32 and back, rounding to nearest even, without branches.
+// Conversion between storage types and float32, round to nearest even, branch-free so that it vectorizes.
 #pragma once
 
 #include "common/types.h"

@@ -1,17 +1,17 @@
-#include "cpu/weights.h"
+#include "attention/cpu/weights.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 
+#include "common/cpu/clones.h"
+#include "common/cpu/sums.h"
 #include "common/math.h"
-#include "cpu/clones.h"
-#include "cpu/sums.h"
 
 namespace fastgen::cpu {
 namespace {
 
-constexpr int64_t kLanes = 64;  // sums side by side: four vectors of the widest kind
+constexpr int64_t kLanes = 64;  // parallel partial sums: four AVX-512 vectors
 
 template <bool kKeep, bool kGrads, bool kCross>
 FASTGEN_HOST_DEVICE void weigh_row(const WeightsParams& p, int64_t index) {
@@ -24,7 +24,7 @@ FASTGEN_HOST_DEVICE void weigh_row(const WeightsParams& p, int64_t index) {
   const auto factor = [=](int64_t j) { return kKeep ? keep[j] : 1.0f; };
   const float lse = p.lse[index];
   for (int64_t j = 0; j < keys; ++j) scores[j] = exp_float(scores[j] - lse);
-  // A logsumexp of half precision scores is not that of these ones, so the weights are made to sum to 1.
+  // The logsumexp of half-precision scores differs from that of these scores: renormalize the weights to sum to 1.
   const float total = sum_row<kLanes>(keys, [=](int64_t j) { return scores[j]; });
   const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
   for (int64_t j = 0; j < keys; ++j) scores[j] *= inverse;

@@ -1,6 +1,7 @@
-// cpu_attention_softmax and its backward as operators: what ops/_attention_blocked.py does to a tile.
-#include "cpu/softmax.h"
-#include "cpu/tile_operands.h"
+// Operators cpu_attention_softmax and its backward: the elementwise part of one tile of
+// fastgen/ops/attention/blocked.py.
+#include "attention/cpu/softmax.h"
+#include "attention/cpu/tile_operands.h"
 
 namespace fastgen::cpu {
 namespace {
