@@ -28,7 +28,7 @@ from fastgen.ops.attention.blocked import Options as Options
 from fastgen.ops.attention.blocked import allocate_grad, allocate_lse, allocate_out
 
 WIDEST_HEAD = 512
-"""The largest head dim that has a CUDA kernel (csrc/attention/config.h)."""
+"""The largest head dim that has a CUDA kernel (csrc/attention/tiles.h)."""
 
 
 WIDEST_HEAD_TWICE = 256

@@ -1,17 +1,16 @@
-// Two sides of a tile of scores that is differentiated in a direction: queries and keys, with their tangents.
-//
-// The direction of the scores is W = scale (Gq K^T + Q Gk^T) + Gb, for tangents Gq, Gk and Gb.
+// Tiles in shared memory of operands with their tangents, and the tangent of the scores:
+//   W = scale * (Gq K^T + Q Gk^T) + Gb for tangents Gq, Gk and Gb of queries, keys and mask.
 #pragma once
 
-#include "attention/position.cuh"
+#include "attention/scheduler.cuh"
 
 namespace fastgen::attention {
 
-// In shared memory: queries, their tangents and, with kValueDim > 0, the gradient of the output.
+// Q, Gq and, with kValueDim > 0, dO.
 template <typename T, int kKeyDim, int kValueDim>
-struct QuerySide {
+struct QueryTangentTile {
   static constexpr int kKeyRow = row_bytes(kKeyDim, sizeof(T));
-  static constexpr int kBytes = query_side_bytes({kKeyDim, kValueDim}, sizeof(T), kValueDim > 0);  // of a row
+  static constexpr int kBytes = query_tangent_bytes({kKeyDim, kValueDim}, sizeof(T), kValueDim > 0);  // of a row
   unsigned char* data;
   int rows;
 
@@ -22,11 +21,11 @@ struct QuerySide {
   }
 };
 
-// Keys, values and their tangents; of the values kColumns columns.
+// K, Gk and kColumns columns of V and Gv.
 template <typename T, int kKeyDim, int kColumns>
-struct KeySide {
+struct KeyTangentTile {
   static constexpr int kKeyRow = row_bytes(kKeyDim, sizeof(T)), kValueRow = row_bytes(kColumns, sizeof(T));
-  static constexpr int kBytes = key_side_bytes({kKeyDim, kColumns}, sizeof(T));  // of a row
+  static constexpr int kBytes = key_tangent_bytes({kKeyDim, kColumns}, sizeof(T));  // of a row
   unsigned char* data;
   int rows;
 
@@ -42,41 +41,43 @@ struct KeySide {
   }
 };
 
-// Starts copying the rows from ``row`` on. P: TangentParams or BackwardParams.
-template <typename T, int kKeyDim, int kValueDim, typename P, typename There>
-__device__ __forceinline__ void copy_side(const QuerySide<T, kKeyDim, kValueDim>& side, const P& p,
+// Start the asynchronous copy of the rows from ``row`` on. P: TangentParams or BackwardParams.
+template <typename T, int kKeyDim, int kValueDim, typename P, typename IsValid>
+__device__ __forceinline__ void copy_tile(const QueryTangentTile<T, kKeyDim, kValueDim>& tile, const P& p,
                                           const Tangents& tangents, unsigned batch, unsigned head, unsigned row,
-                                          There&& there) {
-  copy_rows(side.query(), side.rows, rows_of<T>(p.query, batch, head, row), p.query.row, p.problem.key_dim, there);
+                                          IsValid&& is_valid) {
+  copy_rows(tile.query(), tile.rows, row_pointer<T>(p.query, batch, head, row), p.query.row, p.problem.key_dim,
+            is_valid);
   if (tangents.query.data != nullptr) {
-    copy_rows(side.tangent(), side.rows, rows_of<T>(tangents.query, batch, head, row), tangents.query.row,
-              p.problem.key_dim, there);
+    copy_rows(tile.tangent(), tile.rows, row_pointer<T>(tangents.query, batch, head, row), tangents.query.row,
+              p.problem.key_dim, is_valid);
   }
   if constexpr (kValueDim > 0) {
-    copy_rows(side.grad_out(), side.rows, rows_of<T>(p.grad_out, batch, head, row), p.grad_out.row, p.problem.value_dim,
-              there);
+    copy_rows(tile.grad_out(), tile.rows, row_pointer<T>(p.grad_out, batch, head, row), p.grad_out.row,
+              p.problem.value_dim, is_valid);
   }
 }
 
-// ``column``: of the values, where this block's begin.
-template <typename T, int kKeyDim, int kColumns, typename P, typename There>
-__device__ __forceinline__ void copy_side(const KeySide<T, kKeyDim, kColumns>& side, const P& p,
+// ``column``: the first column of the values.
+template <typename T, int kKeyDim, int kColumns, typename P, typename IsValid>
+__device__ __forceinline__ void copy_tile(const KeyTangentTile<T, kKeyDim, kColumns>& tile, const P& p,
                                           const Tangents& tangents, unsigned batch, unsigned key_head, unsigned row,
-                                          int column, There&& there) {
+                                          int column, IsValid&& is_valid) {
   const int columns = p.problem.value_dim - column;
-  copy_rows(side.key(), side.rows, rows_of<T>(p.key, batch, key_head, row), p.key.row, p.problem.key_dim, there);
+  copy_rows(tile.key(), tile.rows, row_pointer<T>(p.key, batch, key_head, row), p.key.row, p.problem.key_dim, is_valid);
   if (tangents.key.data != nullptr) {
-    copy_rows(side.tangent_key(), side.rows, rows_of<T>(tangents.key, batch, key_head, row), tangents.key.row,
-              p.problem.key_dim, there);
+    copy_rows(tile.tangent_key(), tile.rows, row_pointer<T>(tangents.key, batch, key_head, row), tangents.key.row,
+              p.problem.key_dim, is_valid);
   }
-  copy_rows(side.value(), side.rows, rows_of<T>(p.value, batch, key_head, row) + column, p.value.row, columns, there);
+  copy_rows(tile.value(), tile.rows, row_pointer<T>(p.value, batch, key_head, row) + column, p.value.row, columns,
+            is_valid);
   if (tangents.value.data != nullptr) {
-    copy_rows(side.tangent_value(), side.rows, rows_of<T>(tangents.value, batch, key_head, row) + column,
-              tangents.value.row, columns, there);
+    copy_rows(tile.tangent_value(), tile.rows, row_pointer<T>(tangents.value, batch, key_head, row) + column,
+              tangents.value.row, columns, is_valid);
   }
 }
 
-// direction += Gq K^T + Q Gk^T: rows of the queries from ``row`` on.
+// W += Gq K^T + Q Gk^T, for queries from ``row`` on.
 template <int kTiles, typename Queries, typename Keys>
 __device__ __forceinline__ void multiply_direction(float (&direction)[1][kTiles][4], const Queries& queries, int row,
                                                    const Keys& keys, const Tangents& tangents, bool exact) {
@@ -84,7 +85,7 @@ __device__ __forceinline__ void multiply_direction(float (&direction)[1][kTiles]
   if (tangents.key.data != nullptr) multiply_rows(direction, queries.query(), row, keys.tangent_key(), exact);
 }
 
-// The same transposed: rows of the keys.
+// W^T += K Gq^T + Gk Q^T, for keys from ``row`` on.
 template <int kTiles, typename Queries, typename Keys>
 __device__ __forceinline__ void multiply_direction_transposed(float (&direction)[1][kTiles][4], const Queries& queries,
                                                               const Keys& keys, int row, const Tangents& tangents,
@@ -93,18 +94,18 @@ __device__ __forceinline__ void multiply_direction_transposed(float (&direction)
   if (tangents.key.data != nullptr) multiply_rows(direction, keys.tangent_key(), row, queries.query(), exact);
 }
 
-// Products become the direction: times ``scale``, plus the mask's tangent, if any; 0 where the score is not visible.
+// W = scale * W + Gb in place; 0 where the score is masked.
 template <bool kTransposed, int kTiles, typename T>
-__device__ __forceinline__ void finish_direction(float (&direction)[1][kTiles][4], float scale,
-                                                 const Visible<1, kTiles>& visible, const HeadMask<T>& tangent, int row,
-                                                 int column) {
+__device__ __forceinline__ void mask_direction(float (&direction)[1][kTiles][4], float scale,
+                                               const Visible<1, kTiles>& visible, const HeadMask<T>& tangent, int row,
+                                               int column) {
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const bool seen = visible.at(0, tile, i);
-      float value = seen ? direction[0][tile][i] * scale : 0.0f;
-      if (seen && tangent.kind != MaskKind::kNone) {
+      const bool is_visible = visible.at(0, tile, i);
+      float value = is_visible ? direction[0][tile][i] * scale : 0.0f;
+      if (is_visible && tangent.kind != MaskKind::kNone) {
         const int down = row + i / 2 * 8 + lane_row(), across = column + tile * 8 + lane_column() + i % 2;
         value += kTransposed ? tangent.value(across, down) : tangent.value(down, across);
       }

@@ -1,32 +1,18 @@
-// How rows are shared out among threads: the one place that chooses. Host code, shown by fastgen._C.
+// Launch plan: threads per row, rows per block, and splits of a row. Host code, exposed by fastgen._C.
 #pragma once
 
 #include <cstdint>
 
-#include "common/philox.h"
 #include "common/types.h"
+#include "latent/tiles.h"
 
 namespace fastgen::latent {
-
-constexpr int kThreads = 256;
-constexpr int kVectorBytes = 16;
-
-// A thread works on chunks of one 16-byte access, a whole number of Philox groups.
-constexpr int chunk_elements(int element_size) { return kVectorBytes / element_size; }
-static_assert(chunk_elements(4) % kGroup == 0 && chunk_elements(2) % kGroup == 0, "a chunk is whole groups");
-
-// A warp or less takes rows of up to this many chunks a lane; longer rows take a block.
-constexpr int kWarpChunksPerLane = 4;
-// A row is split among blocks until the device has this many blocks for each multiprocessor ...
-constexpr int kBlocksPerMultiprocessor = 8;
-// ... but a thread keeps at least this many chunks, to have loads in flight.
-constexpr int kMinChunksPerThread = 2;
 
 struct Plan {
   int threads_per_row;  // a power of two up to 32, or kThreads
   int rows_per_block;
   int64_t row_blocks;  // gridDim.x
-  int splits;          // gridDim.y: blocks that share a row
+  int splits;          // gridDim.y: blocks per row
 };
 
 constexpr Plan make_plan(int64_t rows, int64_t cols, int element_size, int multiprocessors) {
