@@ -2,8 +2,8 @@
 // "ldmatrix", "stmatrix"), and what they compute.
 #include <cstring>
 
-#include "core/engine.h"
 #include "common/cpu/convert.h"
+#include "core/engine.h"
 
 namespace fastgen::emulator {
 
