@@ -136,7 +136,7 @@ def make_extensions(targets: list[str], facts: Facts) -> list[Extension]:
     module = Extension("fastgen._C", ["csrc/module.cpp"], include, defines, extra_compile_args=flags)
     cpu = stable(
         "CPU",
-        sources("csrc/cpu/*.cpp", "csrc/latent/api.cpp"),
+        sources("csrc/*/cpu/*.cpp", "csrc/latent/api.cpp"),
         vectorised,
         libraries=["torch", "torch_cpu"],
         extra_link_args=sanitize[:1] if sanitizers else [],

@@ -103,7 +103,7 @@ def computed_share(shape: AttentionShape) -> float:
     def padded(length: int, tile: int) -> int:
         return -(-length // tile) * tile
 
-    rows, keys = padded(shape.queries, plan["rows"] // plan["warps"]), padded(shape.keys, plan["step"])
+    rows, keys = padded(shape.queries, plan["block_m"] // plan["warps"]), padded(shape.keys, plan["block_n"])
     key_dim, value_dim = plan["tile"]
     useful = shape.queries * shape.keys * (shape.key_dim + shape.value_dim)
     return useful / (rows * keys * (key_dim * plan["slices"] + value_dim))

@@ -1,9 +1,9 @@
-"""Compiles every CUDA source and says what became of each kernel; fails on a spill and on a kernel over its budget.
+"""Compiles every CUDA source and reports the resources of each kernel; fails on spills and exceeded budgets.
 
 usage: python tests/compile_check.py [--arch 80 --arch 90a] [--json FILE] [SOURCE ...]
-The first table is ptxas's, the second counts instructions. The budgets are in tests/kernel_budgets.py.
-No GPU is needed: only nvcc, from CUDA_HOME, PATH, or PyPI's cuda-toolkit; for the second table also nvdisasm,
-from beside nvcc, PATH, or PyPI's nvidia-cuda-nvdisasm.
+The first table is the report of ptxas, the second one counts instructions. Budgets: tests/kernel_budgets.py. Requires
+nvcc (CUDA_HOME, PATH, or PyPI's cuda-toolkit), but no GPU; the second table requires nvdisasm (next to nvcc, PATH, or
+PyPI's nvidia-cuda-nvdisasm).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from tests.kernel_budgets import Budget
 
 ROOT = Path(__file__).resolve().parents[1]
-# The device layer's unit kernels and the emulator's samples: they have to compile, without spills, and have no budget.
+# Unit kernels of the device layer and samples of the emulator: they must compile without spills, and have no budget.
 UNIT_KERNELS = ROOT / "tests" / "emulator" / "kernels"
 INCLUDES = (ROOT / "csrc", UNIT_KERNELS.parent / "cuda", UNIT_KERNELS.parent)
 ARCHITECTURES = ["80", "90a", "120"]
-# The others only have to compile, with a few words of spills: their assemblers order loads in other ways.
+# Other architectures must compile, with at most a few words of spills: their instruction scheduling differs.
 WITH_BUDGETS = ["80", "90a"]
 SPILLS_ELSEWHERE = 128  # bytes, stored and loaded
 INSTRUCTIONS = ["HMMA", "HGMMA", "LDSM", "STSM", "MUFU.EX2", "LDL", "STL", "BAR", "SHFL"]
@@ -53,7 +53,7 @@ class Kernel(NamedTuple):
 
 
 def load(path: str) -> ModuleType:
-    """A module of the repository by its path, whatever sys.path is."""
+    """A module of the repository by path, independent of sys.path."""
     spec = importlib.util.spec_from_file_location("fastgen_" + Path(path).stem, ROOT / path)
     assert spec is not None
     assert spec.loader is not None
@@ -85,7 +85,7 @@ def bare_name(name: str) -> str:
 
 
 def parse_ptxas(source: str, arch: str, report: str) -> list[Kernel]:
-    """The kernels of one ``ptxas -v`` report. What a kernel calls counts as its own."""
+    """The kernels of one ``ptxas -v`` report; the resources of called functions are included."""
     _, *entries = report.split("Compiling entry function '")
     symbols = [entry.partition("'")[0] for entry in entries]
 
@@ -116,7 +116,7 @@ def classify(opcode: str) -> str | None:
 
 
 def parse_sass(listing: str) -> dict[str, Counter[str]]:
-    """For each symbol of ``nvdisasm -c``, how many instructions of each column it has."""
+    """The number of instructions of each column, for each symbol of ``nvdisasm -c``."""
     counts: dict[str, Counter[str]] = {}
     pattern = re.compile(r"^\.text\.(\S+):|^\s*/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
     for symbol, opcode in pattern.findall(listing):
@@ -128,7 +128,7 @@ def parse_sass(listing: str) -> dict[str, Counter[str]]:
 
 
 def compile_one(nvcc: str, nvdisasm: str | None, source: Path, arch: str) -> tuple[list[Kernel], str]:
-    """The kernels of one source, and the complaint of what failed."""
+    """The kernels of one source, and the error message, if any."""
     name = str(source.relative_to(ROOT)) if source.is_relative_to(ROOT) else str(source)
     number = arch.removeprefix("sm_")
     with tempfile.TemporaryDirectory() as folder:
@@ -150,7 +150,7 @@ def compile_one(nvcc: str, nvdisasm: str | None, source: Path, arch: str) -> tup
 
 
 def excesses(kernel: Kernel, budget: Budget) -> list[str]:
-    """What one kernel uses beyond its budget."""
+    """The resources of a kernel that exceed its budget."""
     found = [
         f"{used} {field.replace('_', ' ')}, budget {most}"
         for field, most in budget._asdict().items()
@@ -164,7 +164,7 @@ def excesses(kernel: Kernel, budget: Budget) -> list[str]:
 
 
 def compare(kernels: list[Kernel], budgets: Mapping[str, Budget], everything: bool) -> list[str]:
-    """What is wrong with the kernels or the budgets. everything: no kernel is missing from the list."""
+    """Problems with kernels or budgets. everything: the list has all kernels, so that unused budgets are reported."""
     problems = []
     for kernel in kernels:
         budget = budgets.get(bare_name(kernel.name)) if kernel.arch in WITH_BUDGETS else None
@@ -196,14 +196,14 @@ def print_tables(kernels: list[Kernel]) -> None:
 
 
 def unit_kernels(arch: str) -> list[Path]:
-    """The sources of UNIT_KERNELS for "80" or "sm_90a"; planted mistakes are for the emulator alone."""
+    """The sources of UNIT_KERNELS for "80" or "sm_90a", without planted bugs."""
     has_sm90 = int(re.findall(r"\d+", arch)[0]) >= 90
     sources = [path for path in sorted(UNIT_KERNELS.glob("*.cu")) if path.stem != "planted"]
     return [path for path in sources if has_sm90 or not path.stem.endswith("_sm90")]
 
 
 def all_jobs(architectures: list[str]) -> list[tuple[Path, str]]:
-    """Every source for every architecture that has its instructions."""
+    """Every source for every architecture that supports its instructions."""
     library = sorted((ROOT / "csrc").rglob("*.cu"))
     return [(source, arch) for arch in architectures for source in library + unit_kernels(arch)]
 
@@ -243,9 +243,7 @@ def main(argv: list[str] | None = None, budgets: Mapping[str, Budget] | None = N
     if arguments.json:
         arguments.json.write_text(json.dumps([kernel._asdict() for kernel in kernels], indent=1))
     if units:
-        print(
-            f"and {len(units)} unit kernels of the device layer and samples, which only have to compile without spills"
-        )
+        print(f"and {len(units)} unit kernels of the device layer and samples, which must compile without spills")
     sources = {source for source, _ in jobs}
     print(f"{len(found)} kernels of {len(sources)} sources in {seconds:.0f} s, {len(problems)} problems")
     for problem in problems:

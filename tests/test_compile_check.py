@@ -1,4 +1,4 @@
-"""tests/compile_check.py: what it reads in the reports of ptxas and nvdisasm, and what it objects to."""
+"""tests/compile_check.py: parsing of the reports of ptxas and nvdisasm, and comparison with budgets."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ demangles = pytest.mark.skipif(shutil.which("c++filt") is None, reason="no c++fi
 
 
 @demangles
-def test_a_ptxas_report_becomes_kernels():
+def test_a_ptxas_report_is_parsed_into_kernels():
     assert compile_check.parse_ptxas("a.cu", "90a", REPORT) == [
         Kernel("a.cu", "90a", SCALE, "k::scale<float, true>", 32, 400, 1448, 1412 + 1604),
-        # The spills of the function it calls are its own, and so is that function's stack.
+        # Spills and stack of a called function are included.
         Kernel("a.cu", "90a", SUM, "k::(anonymous namespace)::sum", 14, 0, 256, 12),
         Kernel("a.cu", "90a", "plain", "plain", 16, 0, 0, 0),
     ]
@@ -116,7 +116,7 @@ def test_a_budget_is_found_by_the_bare_name(name, bare):
         ({"instructions": {"LDL": 2, "STL": 1}}, Budget(64, 32, 16), []),
     ],
 )
-def test_what_a_kernel_uses_is_compared_with_its_budget(change, budget, problems):
+def test_resources_are_compared_with_the_budget(change, budget, problems):
     found = compile_check.compare([KERNEL._replace(**change)], {"scale": budget}, everything=True)
     assert found == [f"k::scale<float, true> for sm_80: {problem}" for problem in problems]
 
@@ -145,7 +145,7 @@ def test_a_budget_without_a_kernel_is_named_if_all_sources_were_compiled():
     ]
 
 
-def test_tables_show_the_columns_that_count_something(capsys):
+def test_tables_omit_columns_that_are_zero(capsys):
     compile_check.print_tables([KERNEL._replace(instructions={"LDG.128": 7, "BAR": 1})])
     first, second = capsys.readouterr().out.split("\n\n")
     assert " ".join(first.split()) == "arch regs smem stack spills kernel 80 64 32 0 0 k::scale<float, true>"
@@ -154,7 +154,7 @@ def test_tables_show_the_columns_that_count_something(capsys):
 
 SOURCE = """
 namespace k {
-// 64 values at a time in the 32 registers that 2 blocks of 1024 threads leave.
+// 64 live values in the 32 registers that 2 blocks of 1024 threads allow.
 __global__ void __launch_bounds__(1024, 2) tight(float* p) {
   float a[64];
 #pragma unroll

@@ -1,4 +1,4 @@
-// attention's operators: check, allocate, fill the params, launch.
+// The attention operators: check, allocate, fill the params, launch.
 #include <tuple>
 
 #include "attention/launch.h"
@@ -30,10 +30,10 @@ void check_mask_grad(const MaybeTensor& mask, bool wanted) {
                   "mask_grad: expected False for a boolean mask, which has no gradient");
 }
 
-// The gradient of a mask, allocated and launched as ``launch(gradient)``. Twice: of second order.
+// Allocates the gradient of a mask and computes it with launch(gradient).
 template <typename Launch>
 Tensor mask_gradient(const Problem& problem, const MaybeTensor& given, const MaybeTensor& read, const Tensor& query,
-                     DType dtype, bool wanted, bool twice, Launch&& launch) {
+                     DType dtype, bool wanted, bool second_order, Launch&& launch) {
   if (!wanted || !read.has_value()) return torch::stable::new_empty(query, {0});
   const Tensor& mask = *read;
   MaskGradient gradient;
@@ -44,7 +44,7 @@ Tensor mask_gradient(const Problem& problem, const MaybeTensor& given, const May
     torch::stable::zero_(grad);
   } else if (grad.numel() > 0) {
     gradient.data = grad.mutable_data_ptr(), gradient.kind = mask_kind(mask, query);
-    gradient.splits = mask_splits(problem, gradient.sizes, dtype, twice);
+    gradient.splits = mask_splits(problem, gradient.sizes, dtype, second_order);
     if (gradient.splits > 1) {
       parts = torch::stable::new_empty(query, {gradient.splits, grad.numel()}, ScalarType::Float);
       gradient.parts = static_cast<float*>(parts->mutable_data_ptr());
@@ -85,9 +85,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
   return {grad_query.finish(), grad_key.finish(), grad_value.finish(), grad_mask};
 }
 
-constexpr Dims kWidestTwice = kTwiceTiles[kTwiceTileCount - 1];
-
-// The tangents that are given, for as long as this lives.
+// The optional tangents; owns the tensors that were copied.
 class GivenTangents {
  public:
   GivenTangents(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& of_query,
@@ -124,7 +122,7 @@ std::tuple<Tensor, Tensor> tangent(const Tensor& query, const Tensor& key, const
   p.query = q.operand(), p.key = k.operand(), p.value = v.operand(), p.out = o.operand();
   p.tangents = given.tangents();
   p.problem = problem_of(query, key, value, q.dim(), v.dim(), read_mask, seed,
-                         {dropout_p, window_left, window_right, scale, allow_tf32}, kWidestTwice);
+                         {dropout_p, window_left, window_right, scale, allow_tf32}, kLargestSecondOrderHeadDims);
   p.lse = row_input(lse, "lse", query);
   Written tangent_out(query, value.size(3), rows_first(query));
   Tensor tangent_lse = empty_rows(query);
@@ -150,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> second_order(
   t.query = q.operand(), t.key = k.operand(), t.value = v.operand(), t.out = o.operand();
   t.tangents = given.tangents();
   t.problem = problem_of(query, key, value, q.dim(), v.dim(), read_mask, seed,
-                         {dropout_p, window_left, window_right, scale, allow_tf32}, kWidestTwice);
+                         {dropout_p, window_left, window_right, scale, allow_tf32}, kLargestSecondOrderHeadDims);
   t.lse = row_input(lse, "lse", query);
   Written tangent_out(query, value.size(3), rows_first(query));
   Tensor tangent_lse = empty_rows(query);

@@ -1,7 +1,7 @@
-// Which weights dropout takes: regenerated from the seed wherever a score is, never stored.
+// Dropout of the weights, regenerated from the seed in every pass and never stored.
 //
-// Four weights of a row, beginning at a multiple of four, come from one counter. A fragment has them in several lanes,
-// so each lane makes the numbers of one counter and they exchange what they need.
+// One Philox counter serves four consecutive weights of a row. A fragment holds them in several lanes, so each lane
+// evaluates one counter and the lanes exchange the numbers by shuffles.
 #pragma once
 
 #include "attention/params.h"
@@ -18,44 +18,45 @@ struct HeadDropout {
   __device__ __forceinline__ HeadDropout(const Problem& problem, int64_t first_row)
       : groups_per_row(ceil_div(problem.keys, kGroup)), p(problem.dropout.p) {
     const Dropout& dropout = problem.dropout;
-    const int64_t which = first_row < dropout.rows_per_seed ? 0 : first_row / dropout.rows_per_seed;
-    seed = static_cast<uint64_t>(dropout.seeds[which]);
-    first_group = static_cast<uint64_t>(first_row - which * dropout.rows_per_seed) * groups_per_row;
+    const int64_t seed_index = first_row < dropout.rows_per_seed ? 0 : first_row / dropout.rows_per_seed;
+    seed = static_cast<uint64_t>(dropout.seeds[seed_index]);
+    first_group = static_cast<uint64_t>(first_row - seed_index * dropout.rows_per_seed) * groups_per_row;
     factor = 1.0f / (1.0f - p);
   }
 
-  // The four numbers of keys key ... key + 3, with key a multiple of four.
+  // Random numbers of keys key ... key + 3; key is a multiple of four.
   __device__ __forceinline__ Philox4 numbers(int query, int key) const {
     return philox(seed, first_group + query * groups_per_row + key / kGroup, kDropoutStream);
   }
-  // What a weight is multiplied with.
-  __device__ __forceinline__ float of(uint32_t number) const { return to_uniform(number) >= p ? factor : 0.0f; }
+  // The factor of a weight: 1 / (1 - p) or 0.
+  __device__ __forceinline__ float factor_of(uint32_t number) const { return to_uniform(number) >= p ? factor : 0.0f; }
 
-  // The factors of a fragment whose rows are queries from ``query`` on and whose columns are keys from ``key`` on.
+  // Factors of a 16 x 8 fragment of queries x keys.
   __device__ __forceinline__ void factors(float (&result)[4], int query, int key) const {
-    // Lanes t and t ^ 1 share counters: the even one makes row g's numbers, the odd one row g + 8's.
+    // Lanes t and t ^ 1 share counters: the even lane evaluates row g, the odd one row g + 8.
     const bool odd = threadIdx.x % 2 != 0;
     const Philox4 own = numbers(query + lane_row() + (odd ? 8 : 0), key + lane_column() / kGroup * kGroup);
     const uint32_t first = device::shuffle_xor(odd ? own.x[0] : own.x[2], 1);
     const uint32_t second = device::shuffle_xor(odd ? own.x[1] : own.x[3], 1);
-    result[0] = of(odd ? first : own.x[0]), result[1] = of(odd ? second : own.x[1]);
-    result[2] = of(odd ? own.x[2] : first), result[3] = of(odd ? own.x[3] : second);
+    result[0] = factor_of(odd ? first : own.x[0]), result[1] = factor_of(odd ? second : own.x[1]);
+    result[2] = factor_of(odd ? own.x[2] : first), result[3] = factor_of(odd ? own.x[3] : second);
   }
 
-  // The same of a fragment whose rows are keys and whose columns are queries.
+  // Factors of a 16 x 8 fragment of keys x queries.
   __device__ __forceinline__ void factors_transposed(float (&result)[4], int query, int key) const {
-    // Lanes with g = 4 a + c, for one a, share four counters, of two queries and two groups of keys: lane c makes those
-    // of element c, which has query c % 2 and group c / 2. Number j of it is what lane j wants for its element c.
+    // Lanes with g = 4 a + c and equal a share four counters, of two queries and two groups of keys: lane c evaluates
+    // that of element c, with query c % 2 and group c / 2. Its number j belongs to element c of lane j: a 4 x 4
+    // transpose.
     const int g = lane_row(), c = g % 4;
     Philox4 n = numbers(query + lane_column() + c % 2, key + c / 2 * 8 + g / 4 * 4);
     exchange(n.x[0], n.x[1], c % 2 != 0, 4), exchange(n.x[2], n.x[3], c % 2 != 0, 4);
     exchange(n.x[0], n.x[2], c / 2 != 0, 8), exchange(n.x[1], n.x[3], c / 2 != 0, 8);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) result[i] = of(n.x[i]);
+    for (int i = 0; i < 4; ++i) result[i] = factor_of(n.x[i]);
   }
 
  private:
-  // One step of a transposition: the lower lane gives its second for the upper lane's first.
+  // One step of the transpose: the lower lane exchanges its second for the upper lane's first.
   static __device__ __forceinline__ void exchange(uint32_t& first, uint32_t& second, bool upper, int lanes) {
     const uint32_t other = device::shuffle_xor(upper ? first : second, lanes);
     first = upper ? other : first, second = upper ? second : other;

@@ -1,19 +1,48 @@
-// Launchers of one storage type; the instantiations define one each.
+// Launchers of one storage type: plan, choose the instantiation, launch. Declared for api.cpp in launch.h.
 #pragma once
+
+#include <stdexcept>
+#include <utility>
 
 #include "attention/backward.cuh"
 #include "attention/forward.cuh"
-#include "attention/launching.cuh"
 #include "attention/mask_gradient.cuh"
+#include "attention/mask_second_order.cuh"
+#include "attention/plan.h"
+#include "attention/second_order.cuh"
+#include "attention/tangent.cuh"
+#include "common/dispatch.h"
+#include "device/launch.cuh"
 
 namespace fastgen::attention {
 
+// Calls body.operator()<key_dim, value_dim>() for the entry of kTable that equals ``dims``.
+template <const auto& kTable, typename Body>
+void dispatch_head_dims(Dims dims, Body&& body) {
+  const auto one = [&]<size_t i>() {
+    constexpr Dims kDims = kTable[i];
+    if (dims.key == kDims.key && dims.value == kDims.value) body.template operator()<kDims.key, kDims.value>();
+  };
+  [&]<size_t... i>(std::index_sequence<i...>) {
+    (one.template operator()<i>(), ...);
+  }(std::make_index_sequence<std::size(kTable)>{});
+}
+
+inline device::Launch launch_config(const Plan& plan, void* stream) {
+  if (plan.blocks > INT32_MAX || plan.slices > UINT16_MAX) {
+    throw std::runtime_error("attention: batch * heads * length is more than one launch has blocks for");
+  }
+  return {dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.slices)),
+          dim3(static_cast<unsigned>(32 * plan.warps)), static_cast<size_t>(plan.shared_bytes),
+          static_cast<cudaStream_t>(stream)};
+}
+
 template <typename T>
-void forward(ForwardParams p, cudaStream_t stream) {
+void launch_forward(ForwardParams p, void* stream) {
   const Sizes sizes = sizes_of(p.problem, sizeof(T));
   const Plan plan = forward_plan(sizes, device::multiprocessors());
-  p.items = plan.items;
-  dispatch_tile<kTiles>(plan.tile, [&]<int kKeyDim, int kValueDim>() {
+  p.tiles_per_block = plan.tiles_per_block;
+  dispatch_head_dims<kHeadDims>(plan.dims, [&]<int kKeyDim, int kValueDim>() {
     dispatch_bool(sizes.plain, [&](auto plain) {
       constexpr auto kernel = attention_forward<T, kKeyDim, kValueDim, decltype(plain)::value>;
       device::launch("attention_forward", +kernel, launch_config(plan, stream), p);
@@ -22,10 +51,10 @@ void forward(ForwardParams p, cudaStream_t stream) {
 }
 
 template <typename T>
-void backward(const BackwardParams& p, cudaStream_t stream) {
+void launch_backward(const BackwardParams& p, void* stream) {
   const Sizes sizes = sizes_of(p.problem, sizeof(T));
-  const Plan query_plan = attention::query_plan(sizes), key_value_plan = attention::key_value_plan(sizes);
-  dispatch_tile<kTiles>(query_plan.tile, [&]<int kKeyDim, int kValueDim>() {
+  const Plan query_plan = backward_query_plan(sizes), key_value_plan = backward_key_value_plan(sizes);
+  dispatch_head_dims<kHeadDims>(query_plan.dims, [&]<int kKeyDim, int kValueDim>() {
     dispatch_bool(sizes.plain, [&](auto plain) {
       constexpr auto query = attention_backward_query<T, kKeyDim, kValueDim, decltype(plain)::value>;
       constexpr auto key_value = attention_backward_key_value<T, kKeyDim, kValueDim, decltype(plain)::value>;
@@ -38,11 +67,69 @@ void backward(const BackwardParams& p, cudaStream_t stream) {
 }
 
 template <typename T>
-void mask_gradient(const BackwardParams& p, const MaskGradient& gradient, cudaStream_t stream) {
+void launch_tangent(const TangentParams& p, void* stream) {
+  const Sizes sizes = sizes_of(p.problem, sizeof(T));
+  const Plan plan = tangent_plan(sizes);
+  dispatch_head_dims<kSecondOrderHeadDims>(plan.dims, [&]<int kKeyDim, int kValueDim>() {
+    dispatch_bool(sizes.plain, [&](auto plain) {
+      constexpr auto kernel = attention_tangent<T, kKeyDim, kValueDim, decltype(plain)::value>;
+      device::launch("attention_tangent", +kernel, launch_config(plan, stream), p);
+    });
+  });
+}
+
+template <typename T>
+void launch_second_order(const SecondOrderParams& p, void* stream) {
+  const Sizes sizes = sizes_of(p.first.problem, sizeof(T));
+  const Plan query_plan = second_order_query_plan(sizes), key_value_plan = second_order_key_value_plan(sizes);
+  dispatch_head_dims<kSecondOrderHeadDims>(query_plan.dims, [&]<int kKeyDim, int kValueDim>() {
+    device::launch("attention_second_order_query", +attention_second_order_query<T, kKeyDim, kValueDim>,
+                   launch_config(query_plan, stream), p);
+    if (p.first.problem.keys > 0) {
+      device::launch("attention_second_order_key_value", +attention_second_order_key_value<T, kKeyDim, kValueDim>,
+                     launch_config(key_value_plan, stream), p);
+    }
+  });
+}
+
+template <typename T>
+int mask_splits(const Problem& problem, const int (&mask)[4]) {
+  return mask_plan(sizes_of(problem, sizeof(T)), mask, device::multiprocessors(), false).slices;
+}
+template <typename T>
+int mask_second_order_splits(const Problem& problem, const int (&mask)[4]) {
+  return mask_plan(sizes_of(problem, sizeof(T)), mask, device::multiprocessors(), true).slices;
+}
+
+// ``kernel``, and the reduction of its partial sums.
+template <typename T, typename Params>
+void launch_mask(const char* name, void (*kernel)(Params, MaskGradient), Plan plan, const Params& p,
+                 const MaskGradient& gradient, void* stream) {
+  plan.slices = gradient.splits;
+  const device::Launch config = launch_config(plan, stream);
+  device::launch(name, kernel, config, p, gradient);
+  if (gradient.splits > 1) {
+    const dim3 grid(static_cast<unsigned>(ceil_div(elements(gradient), kSumThreads)));
+    device::launch("attention_sum_parts", +attention_sum_parts<T>, {grid, dim3(kSumThreads), 0, config.stream},
+                   gradient);
+  }
+}
+
+template <typename T>
+void launch_mask_gradient(const BackwardParams& p, const MaskGradient& gradient, void* stream) {
   const Plan plan = mask_plan(sizes_of(p.problem, sizeof(T)), gradient.sizes, device::multiprocessors(), false);
-  dispatch_tile<kTiles>(plan.tile, [&]<int kKeyDim, int kValueDim>() {
+  dispatch_head_dims<kHeadDims>(plan.dims, [&]<int kKeyDim, int kValueDim>() {
     launch_mask<T>("attention_mask_gradient", +attention_mask_gradient<T, kKeyDim, kValueDim>, plan, p, gradient,
                    stream);
+  });
+}
+
+template <typename T>
+void launch_mask_second_order(const SecondOrderParams& p, const MaskGradient& gradient, void* stream) {
+  const Plan plan = mask_plan(sizes_of(p.first.problem, sizeof(T)), gradient.sizes, device::multiprocessors(), true);
+  dispatch_head_dims<kSecondOrderHeadDims>(plan.dims, [&]<int kKeyDim, int kValueDim>() {
+    launch_mask<T>("attention_mask_second_order", +attention_mask_second_order<T, kKeyDim, kValueDim>, plan, p,
+                   gradient, stream);
   });
 }
 

@@ -1,22 +1,62 @@
-// The seam between api.cpp and the kernels.
+// The interface between api.cpp and the kernels: launchers of one storage type, defined in launch.cuh and instantiated
+// in instantiations/, and their dispatch by dtype.
 #pragma once
 
 #include "attention/params.h"
+#include "common/dispatch.h"
 
 namespace fastgen::attention {
 
-// ``stream`` is a cudaStream_t. None of these synchronises. The problem has queries and heads; keys may be none.
-void launch_forward(const ForwardParams& params, DType dtype, void* stream);
-void launch_backward(const BackwardParams& params, DType dtype, void* stream);
-// After launch_backward, whose delta it reads.
-void launch_mask_gradient(const BackwardParams& params, const MaskGradient& gradient, DType dtype, void* stream);
+// ``stream`` is a cudaStream_t. Launchers do not synchronize. Queries and heads must not be empty; keys may be.
+template <typename T>
+void launch_forward(ForwardParams params, void* stream);
+template <typename T>
+void launch_backward(const BackwardParams& params, void* stream);
+// Reads the delta that launch_backward writes.
+template <typename T>
+void launch_mask_gradient(const BackwardParams& params, const MaskGradient& gradient, void* stream);
 
-void launch_tangent(const TangentParams& params, DType dtype, void* stream);
-void launch_second_order(const SecondOrderParams& params, DType dtype, void* stream);
-// After launch_second_order, whose deltas it reads.
-void launch_mask_second_order(const SecondOrderParams& params, const MaskGradient& gradient, DType dtype, void* stream);
+template <typename T>
+void launch_tangent(const TangentParams& params, void* stream);
+template <typename T>
+void launch_second_order(const SecondOrderParams& params, void* stream);
+// Reads the deltas that launch_second_order writes.
+template <typename T>
+void launch_mask_second_order(const SecondOrderParams& params, const MaskGradient& gradient, void* stream);
 
-// Into how many parts the mask's gradient is summed. Twice: of second order.
-int mask_splits(const Problem& problem, const int (&mask)[4], DType dtype, bool twice);
+// The number of partial sums of the gradient of a mask.
+template <typename T>
+int mask_splits(const Problem& problem, const int (&mask)[4]);
+template <typename T>
+int mask_second_order_splits(const Problem& problem, const int (&mask)[4]);
+
+inline void launch_forward(const ForwardParams& params, DType dtype, void* stream) {
+  dispatch_dtype(dtype, [&]<typename T>(std::type_identity<T>) { launch_forward<T>(params, stream); });
+}
+inline void launch_backward(const BackwardParams& params, DType dtype, void* stream) {
+  dispatch_dtype(dtype, [&]<typename T>(std::type_identity<T>) { launch_backward<T>(params, stream); });
+}
+inline void launch_mask_gradient(const BackwardParams& params, const MaskGradient& gradient, DType dtype,
+                                 void* stream) {
+  dispatch_dtype(dtype, [&]<typename T>(std::type_identity<T>) { launch_mask_gradient<T>(params, gradient, stream); });
+}
+inline void launch_tangent(const TangentParams& params, DType dtype, void* stream) {
+  dispatch_dtype(dtype, [&]<typename T>(std::type_identity<T>) { launch_tangent<T>(params, stream); });
+}
+inline void launch_second_order(const SecondOrderParams& params, DType dtype, void* stream) {
+  dispatch_dtype(dtype, [&]<typename T>(std::type_identity<T>) { launch_second_order<T>(params, stream); });
+}
+inline void launch_mask_second_order(const SecondOrderParams& params, const MaskGradient& gradient, DType dtype,
+                                     void* stream) {
+  dispatch_dtype(dtype,
+                 [&]<typename T>(std::type_identity<T>) { launch_mask_second_order<T>(params, gradient, stream); });
+}
+inline int mask_splits(const Problem& problem, const int (&mask)[4], DType dtype, bool second_order) {
+  int splits = 1;
+  dispatch_dtype(dtype, [&]<typename T>(std::type_identity<T>) {
+    splits = second_order ? mask_second_order_splits<T>(problem, mask) : mask_splits<T>(problem, mask);
+  });
+  return splits;
+}
 
 }  // namespace fastgen::attention

@@ -1,4 +1,4 @@
-// Which keys a query sees, and what is added to its scores: window, length, and the mask of the call.
+// Masking: sequence length, window, and the boolean or float mask of the call.
 #pragma once
 
 #include <cfloat>
@@ -11,7 +11,7 @@
 
 namespace fastgen::attention {
 
-// Scores are in units of log2: their weights are powers of two.
+// Scores are in units of log2, so that weights are computed with exp2.
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
 struct Range {
@@ -26,27 +26,27 @@ __device__ __forceinline__ Range clipped(int64_t begin, int64_t end, int size) {
   return {static_cast<int>(begin), static_cast<int>(end < begin ? begin : end)};
 }
 
-// The keys that at least one query of the range sees, as far as the window goes; the queries that see a key of it.
-__device__ __forceinline__ Range keys_of(const Problem& p, Range queries) {
+// The keys in the window of at least one query of the range, and the queries whose window contains a key of it.
+__device__ __forceinline__ Range keys_in_window(const Problem& p, Range queries) {
   return clipped(p.window_left < 0 ? 0 : int64_t{queries.begin} - p.window_left,
                  p.window_right < 0 ? p.keys : int64_t{queries.end} + p.window_right, p.keys);
 }
-__device__ __forceinline__ Range queries_of(const Problem& p, Range keys) {
+__device__ __forceinline__ Range queries_in_window(const Problem& p, Range keys) {
   return clipped(p.window_right < 0 ? 0 : int64_t{keys.begin} - p.window_right,
                  p.window_left < 0 ? p.queries : int64_t{keys.end} + p.window_left, p.queries);
 }
 
-// Whether the window lets every query of a range see every key of another.
-__device__ __forceinline__ bool sees_all(const Problem& p, Range queries, Range keys) {
+// Whether the window of every query of a range contains every key of another.
+__device__ __forceinline__ bool window_covers(const Problem& p, Range queries, Range keys) {
   return (p.window_left < 0 || keys.begin >= int64_t{queries.end} - 1 - p.window_left) &&
          (p.window_right < 0 || keys.end - 1 <= int64_t{queries.begin} + p.window_right);
 }
-__device__ __forceinline__ bool sees(const Problem& p, int query, int key) {
+__device__ __forceinline__ bool in_window(const Problem& p, int query, int key) {
   return (p.window_left < 0 || key >= int64_t{query} - p.window_left) &&
          (p.window_right < 0 || key <= int64_t{query} + p.window_right);
 }
 
-// A bit for each of kCount rows or columns, at most 64.
+// One bit for each of kCount <= 64 rows or columns.
 template <int kCount>
 using LiveBits = std::conditional_t<kCount <= 32, uint32_t, uint64_t>;
 template <int kCount>
@@ -54,7 +54,7 @@ FASTGEN_HOST_DEVICE constexpr LiveBits<kCount> full() {
   return static_cast<LiveBits<kCount>>(~uint64_t{0} >> (64 - kCount));
 }
 
-// The mask of one head of a problem whose query is of type T.
+// The mask of one head. T: the query's storage type.
 template <typename T>
 struct HeadMask {
   const unsigned char* data;
@@ -68,31 +68,30 @@ struct HeadMask {
   }
 
   __device__ __forceinline__ bool is_float() const { return kind != MaskKind::kNone && kind != MaskKind::kBool; }
-  // Whether all queries see the same keys.
-  __device__ __forceinline__ bool per_key() const { return kind != MaskKind::kNone && query == 0; }
+  // A key padding mask: the same for all queries.
+  __device__ __forceinline__ bool is_per_key() const { return kind != MaskKind::kNone && query == 0; }
 
-  // Of a boolean mask: whether the query sees the key.
-  __device__ __forceinline__ bool lets(int of_query, int of_key) const {
-    return data[of_query * query + of_key * key] != 0;
+  // Boolean masks: whether the query attends to the key.
+  __device__ __forceinline__ bool allows(int at_query, int at_key) const {
+    return data[at_query * query + at_key * key] != 0;
   }
-  // Of a float mask.
-  __device__ __forceinline__ float value(int of_query, int of_key) const {
-    const int64_t at = of_query * query + of_key * key;
+  // Float masks: the value that is added to the score.
+  __device__ __forceinline__ float value(int at_query, int at_key) const {
+    const int64_t at = at_query * query + at_key * key;
     return kind == MaskKind::kFloat32 ? reinterpret_cast<const float*>(data)[at]
                                       : device::to_float(reinterpret_cast<const T*>(data)[at]);
   }
-  // What it adds to the score, in units of log2; -inf where the key is ruled out, and only there: the lowest floats,
-  // which people write for "hidden", must not overflow to it.
-  __device__ __forceinline__ float term(int of_query, int of_key) const {
-    const float added = value(of_query, of_key), scaled = kLog2e * added;
+  // The same in units of log2. -inf only where the mask is -inf: the lowest finite floats, which are common in masks,
+  // must not overflow to it.
+  __device__ __forceinline__ float term(int at_query, int at_key) const {
+    const float added = value(at_query, at_key), scaled = kLog2e * added;
     return scaled == -INFINITY && added > -INFINITY ? -FLT_MAX : scaled;
   }
-  __device__ __forceinline__ bool rules_out(int of_query, int of_key) const {
-    return kind == MaskKind::kBool ? !lets(of_query, of_key) : term(of_query, of_key) == -INFINITY;
+  __device__ __forceinline__ bool excludes(int at_query, int at_key) const {
+    return kind == MaskKind::kBool ? !allows(at_query, at_key) : term(at_query, at_key) == -INFINITY;
   }
 
-  // Bit i: whether key first + i is in the range and, with a mask that is the same for all queries, not ruled out by
-  // it. Whole warps take part.
+  // Bit i: key first + i is in the range and not excluded by a per-key mask. Called by whole warps.
   template <int kCount, bool kPlain>
   __device__ __forceinline__ LiveBits<kCount> live(Range keys, int first) const {
     const int begin = keys.begin > first ? keys.begin - first : 0;
@@ -100,22 +99,22 @@ struct HeadMask {
     if (end <= begin) return 0;
     LiveBits<kCount> bits = full<kCount>() >> (kCount - (end - begin)) << begin;
     if constexpr (!kPlain) {
-      if (per_key()) {
-        LiveBits<kCount> seen = 0;
+      if (is_per_key()) {
+        LiveBits<kCount> allowed = 0;
 #pragma unroll
         for (int part = 0; part < kCount; part += 32) {
           const int at = part + static_cast<int>(threadIdx.x % 32);
-          const bool there = at < kCount && (bits >> at & 1) != 0;
-          seen |= LiveBits<kCount>{device::ballot(there && !rules_out(0, first + at))} << part;
+          const bool in_range = at < kCount && (bits >> at & 1) != 0;
+          allowed |= LiveBits<kCount>{device::ballot(in_range && !excludes(0, first + at))} << part;
         }
-        bits &= seen;
+        bits &= allowed;
       }
     }
     return bits;
   }
 };
 
-// Which of its scores a lane may use: bit (m * kTiles + tile) * 4 + i of fragment [m][tile][i].
+// The unmasked scores of a lane: bit (m * kTiles + tile) * 4 + i of fragment [m][tile][i].
 template <int kFragments, int kTiles>
 struct Visible {
   static constexpr int kScores = kFragments * kTiles * 4;
@@ -125,9 +124,9 @@ struct Visible {
   __device__ __forceinline__ bool at(int m, int tile, int i) const {
     return (bits >> ((m * kTiles + tile) * 4 + i) & 1) != 0;
   }
-  __device__ __forceinline__ void hide(int m, int tile, int i) { bits &= ~(Bits{1} << ((m * kTiles + tile) * 4 + i)); }
+  __device__ __forceinline__ void clear(int m, int tile, int i) { bits &= ~(Bits{1} << ((m * kTiles + tile) * 4 + i)); }
 
-  // Bits 2 tile and 2 tile + 1: whether a row of the warp's sees the lane's columns of a tile.
+  // Bits 2 tile and 2 tile + 1: whether any row of the warp attends to this lane's columns of the tile.
   __device__ __forceinline__ uint32_t columns() const {
     uint32_t found = 0;
 #pragma unroll
@@ -143,11 +142,12 @@ struct Visible {
   }
 };
 
-// Rows from ``row`` on see columns from ``column`` on. kTransposed: rows are keys and columns queries. ``live``: a bit
-// for each column. A boolean mask is looked at here; a float one where it is added.
+// Visibility of a fragment at (row, column), of which ``rows`` rows exist. kTransposed: rows are keys, columns queries.
+// ``live``: one bit per column. Boolean masks are applied here, float masks in mask_scores.
 template <bool kPlain, bool kTransposed, int kFragments, int kTiles, typename T>
-__device__ __forceinline__ Visible<kFragments, kTiles> visible(const Problem& p, const HeadMask<T>& mask, int row,
-                                                               int rows, int column, LiveBits<8 * kTiles> live) {
+__device__ __forceinline__ Visible<kFragments, kTiles> visible_scores(const Problem& p, const HeadMask<T>& mask,
+                                                                      int row, int rows, int column,
+                                                                      LiveBits<8 * kTiles> live) {
   Visible<kFragments, kTiles> result;
 #pragma unroll
   for (int m = 0; m < kFragments; ++m) {
@@ -158,20 +158,20 @@ __device__ __forceinline__ Visible<kFragments, kTiles> visible(const Problem& p,
         const int down = m * kFragmentRows + i / 2 * 8 + lane_row(), across = tile * 8 + lane_column() + i % 2;
         const int query = kTransposed ? column + across : row + down;
         const int key = kTransposed ? row + down : column + across;
-        bool seen = down < rows && (live >> across & 1) != 0 && sees(p, query, key);
+        bool visible = down < rows && (live >> across & 1) != 0 && in_window(p, query, key);
         if constexpr (!kPlain) {
-          // What a mask per key rules out is not live.
-          const bool look = mask.kind == MaskKind::kBool && (kTransposed || !mask.per_key());
-          if (look && seen) seen = mask.lets(query, key);
+          // Keys that a per-key mask excludes are not live.
+          const bool has_entries = mask.kind == MaskKind::kBool && (kTransposed || !mask.is_per_key());
+          if (has_entries && visible) visible = mask.allows(query, key);
         }
-        if (!seen) result.hide(m, tile, i);
+        if (!visible) result.clear(m, tile, i);
       }
     }
   }
   return result;
 }
 
-// Scores, times ``scale``, plus a float mask; -inf where they are not visible. A mask of -inf hides too.
+// scores = scale * scores + float mask, -inf where masked. An entry of -inf in the float mask clears the bit as well.
 template <bool kPlain, bool kTransposed, int kFragments, int kTiles, typename T>
 __device__ __forceinline__ void mask_scores(float (&scores)[kFragments][kTiles][4], float scale,
                                             Visible<kFragments, kTiles>& visible, const HeadMask<T>& mask, int row,
@@ -182,14 +182,14 @@ __device__ __forceinline__ void mask_scores(float (&scores)[kFragments][kTiles][
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const bool seen = visible.at(m, tile, i);
-        float score = seen ? scores[m][tile][i] * scale : -INFINITY;
+        const bool is_visible = visible.at(m, tile, i);
+        float score = is_visible ? scores[m][tile][i] * scale : -INFINITY;
         if constexpr (!kPlain) {
-          if (seen && mask.is_float()) {
+          if (is_visible && mask.is_float()) {
             const int down = row + m * kFragmentRows + i / 2 * 8 + lane_row();
             const int across = column + tile * 8 + lane_column() + i % 2;
             const float term = kTransposed ? mask.term(across, down) : mask.term(down, across);
-            if (term == -INFINITY) visible.hide(m, tile, i);
+            if (term == -INFINITY) visible.clear(m, tile, i);
             score = term == -INFINITY ? term : score + term;
           }
         }

@@ -1,174 +1,195 @@
-// The gradient of a float mask: dS, summed over what the mask is broadcast to. A block owns a tile of the mask, which
-// is as large as all rows or columns where it is broadcast over them, and goes over its part of the scores; so nothing
-// of the size of the scores is stored, and each sum has one order.
+// The gradient of a float mask: dS (or dS2, mask_second_order.cuh), summed over the dims that the mask is broadcast to,
+// in O(size of the mask) memory:
+//
+//   for each tile of scores that the mask's tile is broadcast to     load Q, dO, K, V
+//     S = scale * Q K^T + mask, dP = dO V^T                          scores
+//     dS = P (dP - delta)                                            softmax
+//     sums += dS                                                     accumulate
+//   reduce over rows or columns, store                               epilogue
+//
+//               mask: BLOCK_N keys, or all of them if broadcast
+//              +-------------------+
+//   BLOCK_M    | warp 0: 16 queries|   a block owns one such tile of one (batch, head) of the mask; its part of the
+//   queries    | ...               |   sum is blockIdx.y of ``splits``: attention_sum_parts adds them in order
+//              +-------------------+
+//
+// Each sum has one fixed order. gridDim = (tiles of the mask, splits).
 #pragma once
 
 #include "attention/backward.cuh"
-#include "attention/mask_result.cuh"
+#include "attention/mask_reduce.cuh"
 
 namespace fastgen::attention {
 
-// A tile of the scores: its queries and its keys.
-struct MaskItem {
+// A tile of scores: its first query and key.
+struct ScoreTile {
   int batch, head, query, key;
 
   __device__ __forceinline__ int key_head(const Problem& p) const { return head / (p.heads / p.key_heads); }
-  __device__ __forceinline__ int64_t first_of_head(const Problem& p) const {
+  __device__ __forceinline__ int64_t first_row(const Problem& p) const {
     return (static_cast<int64_t>(batch) * p.heads + head) * p.queries;
   }
 };
 
-// The gradient of a tile of scores, of first order: dS. Stage: where the item's tiles are.
+// The tile of the mask that a block owns, and the tiles of scores that it iterates over.
+struct ScoreTiles {
+  using Index = int;
+  int owned[4];     // the tile of the mask: batch, head, query tile, key tile
+  int iterated[4];  // how many of each
+  int block_m, block_n, count;
+  int64_t first_tile;
+
+  __device__ __forceinline__ ScoreTiles(const Problem& problem, const MaskGradient& gradient, int block_m, int block_n)
+      : block_m(block_m), block_n(block_n) {
+    const int query_tiles = static_cast<int>(ceil_div(problem.queries, block_m));
+    const int key_tiles = static_cast<int>(ceil_div(problem.keys, block_n));
+    const bool one_row = gradient.sizes[2] == 1, one_column = gradient.sizes[3] == 1;
+    const int tiles[4] = {gradient.sizes[0], gradient.sizes[1], one_row ? 1 : query_tiles, one_column ? 1 : key_tiles};
+    int64_t rest = blockIdx.x;
+    for (int i = 3; i >= 0; --i) owned[i] = static_cast<int>(rest % tiles[i]), rest /= tiles[i];
+    iterated[0] = gradient.sizes[0] == 1 ? problem.batch : 1, iterated[1] = gradient.sizes[1] == 1 ? problem.heads : 1;
+    iterated[2] = one_row ? query_tiles : 1, iterated[3] = one_column ? key_tiles : 1;
+    const int64_t all = int64_t{iterated[0]} * iterated[1] * iterated[2] * iterated[3];
+    first_tile = all * blockIdx.y / gradient.splits;
+    count = static_cast<int>(all * (blockIdx.y + 1) / gradient.splits - first_tile);
+  }
+  __device__ __forceinline__ bool has_first() const { return count > 0; }
+  __device__ __forceinline__ Index first() const { return 0; }
+  __device__ __forceinline__ Index next(Index index) const { return index + 1; }
+  __device__ __forceinline__ bool contains(Index index) const { return index < count; }
+
+  __device__ __forceinline__ ScoreTile at(Index index) const {
+    int64_t rest = first_tile + index;
+    int part[4];
+    for (int i = 3; i >= 0; --i) part[i] = static_cast<int>(rest % iterated[i]), rest /= iterated[i];
+    return {iterated[0] > 1 ? part[0] : owned[0], iterated[1] > 1 ? part[1] : owned[1],
+            (iterated[2] > 1 ? part[2] : owned[2]) * block_m, (iterated[3] > 1 ? part[3] : owned[3]) * block_n};
+  }
+};
+
+// First order: dS of a tile. Shared memory: stages of (K, V, Q, dO).
 template <typename T, int kKeyDim, int kValueDim>
-struct FirstScores {
+struct FirstOrderScores {
   using Params = BackwardParams;
   using Type = T;
-  static constexpr Shape kShape = mask_shape({kKeyDim, kValueDim}, sizeof(T));
-  static constexpr int kTiles = kShape.step / 8;
+  static constexpr TileShape kShape = mask_gradient_shape({kKeyDim, kValueDim}, sizeof(T));
+  static constexpr int BLOCK_N = kShape.iterated, kTiles = BLOCK_N / 8;
   static constexpr int kKeyRow = row_bytes(kKeyDim, sizeof(T)), kValueRow = row_bytes(kValueDim, sizeof(T));
   using KeyDim = Tile<T, kKeyDim>;
   using ValueDim = Tile<T, kValueDim>;
   unsigned char* stage;
-  int rows;
+  int block_m;
 
-  __device__ __forceinline__ FirstScores(int block_rows, int number)
-      : stage(device::dynamic_shared() + number % kShape.stages * (block_rows + kShape.step) * (kKeyRow + kValueRow)),
-        rows(block_rows) {}
+  __device__ __forceinline__ FirstOrderScores(int block_m, int i)
+      : stage(device::dynamic_shared() + i % kShape.stages * (block_m + BLOCK_N) * (kKeyRow + kValueRow)),
+        block_m(block_m) {}
   static __device__ __forceinline__ const Problem& problem(const Params& p) { return p.problem; }
   __device__ __forceinline__ KeyDim key() const { return {reinterpret_cast<T*>(stage)}; }
-  __device__ __forceinline__ ValueDim value() const { return {reinterpret_cast<T*>(stage + kShape.step * kKeyRow)}; }
+  __device__ __forceinline__ ValueDim value() const { return {reinterpret_cast<T*>(stage + BLOCK_N * kKeyRow)}; }
   __device__ __forceinline__ KeyDim query() const {
-    return {reinterpret_cast<T*>(stage + kShape.step * (kKeyRow + kValueRow))};
+    return {reinterpret_cast<T*>(stage + BLOCK_N * (kKeyRow + kValueRow))};
   }
   __device__ __forceinline__ ValueDim grad_out() const {
-    return {reinterpret_cast<T*>(stage + kShape.step * (kKeyRow + kValueRow) + rows * kKeyRow)};
+    return {reinterpret_cast<T*>(stage + BLOCK_N * (kKeyRow + kValueRow) + block_m * kKeyRow)};
   }
 
-  __device__ __forceinline__ void copy(const Params& p, const MaskItem& item) const {
+  __device__ __forceinline__ void load(const Params& p, const ScoreTile& tile) const {
     const Problem& problem = p.problem;
-    const int key_head = item.key_head(problem);
-    const auto row_there = [&](int row) { return item.query + row < problem.queries; };
-    const auto key_there = [&](int row) { return item.key + row < problem.keys; };
-    copy_rows(query(), rows, rows_of<T>(p.query, item.batch, item.head, item.query), p.query.row, problem.key_dim,
-              row_there);
-    copy_rows(grad_out(), rows, rows_of<T>(p.grad_out, item.batch, item.head, item.query), p.grad_out.row,
-              problem.value_dim, row_there);
-    copy_rows(key(), kShape.step, rows_of<T>(p.key, item.batch, key_head, item.key), p.key.row, problem.key_dim,
-              key_there);
-    copy_rows(value(), kShape.step, rows_of<T>(p.value, item.batch, key_head, item.key), p.value.row, problem.value_dim,
-              key_there);
+    const int key_head = tile.key_head(problem);
+    const auto is_query = [&](int row) { return tile.query + row < problem.queries; };
+    const auto is_key = [&](int row) { return tile.key + row < problem.keys; };
+    copy_rows(query(), block_m, row_pointer<T>(p.query, tile.batch, tile.head, tile.query), p.query.row,
+              problem.key_dim, is_query);
+    copy_rows(grad_out(), block_m, row_pointer<T>(p.grad_out, tile.batch, tile.head, tile.query), p.grad_out.row,
+              problem.value_dim, is_query);
+    copy_rows(key(), BLOCK_N, row_pointer<T>(p.key, tile.batch, key_head, tile.key), p.key.row, problem.key_dim,
+              is_key);
+    copy_rows(value(), BLOCK_N, row_pointer<T>(p.value, tile.batch, key_head, tile.key), p.value.row, problem.value_dim,
+              is_key);
   }
 
-  __device__ __forceinline__ void add(float (&sums)[kTiles][4], const Params& p, const MaskItem& item, int warp_row,
-                                      Visible<1, kTiles>& seen, const HeadMask<T>& mask) const {
+  __device__ __forceinline__ void accumulate(float (&sums)[kTiles][4], const Params& p, const ScoreTile& tile,
+                                             int warp_row, Visible<1, kTiles>& visible, const HeadMask<T>& mask) const {
     const Problem& problem = p.problem;
-    const int row = item.query + warp_row, warp_count = problem.queries - row;
-    const int64_t first_of_head = item.first_of_head(problem);
+    const int row = tile.query + warp_row, warp_rows = problem.queries - row;
+    const int64_t first_row = tile.first_row(problem);
     float scores[1][kTiles][4] = {}, grads[1][kTiles][4] = {};
     multiply_rows(scores, query(), warp_row, key(), problem.exact);
     multiply_rows(grads, grad_out(), warp_row, value(), problem.exact);
-    mask_scores<false, false>(scores, problem.scale * kLog2e, seen, mask, row, item.key);
+    mask_scores<false, false>(scores, problem.scale * kLog2e, visible, mask, row, tile.key);
     RowState state[1];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int down = half * 8 + lane_row();
-      const bool there = down < warp_count;
-      state[0].lse[half] = there ? kLog2e * read(p.lse, item.batch, item.head, row + down) : -INFINITY;
-      state[0].delta[half] = there ? p.delta[first_of_head + row + down] : 0.0f;
+      const bool valid = down < warp_rows;
+      state[0].lse[half] = valid ? kLog2e * *row_pointer(p.lse, tile.batch, tile.head, row + down) : -INFINITY;
+      state[0].delta[half] = valid ? p.delta[first_row + row + down] : 0.0f;
     }
-    score_gradients<false>(scores, grads, state, problem, first_of_head, row, item.key);
+    score_gradients<false>(scores, grads, state, problem, first_row, row, tile.key);
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
+    for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums[tile][i] += scores[0][tile][i];
+      for (int i = 0; i < 4; ++i) sums[n][i] += scores[0][n][i];
     }
   }
 };
 
-// Sums of a block's rows and columns, from warp to warp.
-template <int kWarps, int kStep>
-struct MaskSums {
-  float of[kWarps][kStep];
+// Column sums of each warp.
+template <int kWarps, int BLOCK_N>
+struct ColumnSums {
+  float of[kWarps][BLOCK_N];
 };
 
+// Scores: FirstOrderScores or SecondOrderScores.
 template <typename Scores>
 __device__ __forceinline__ void mask_gradient(const typename Scores::Params& p, const MaskGradient& gradient) {
   using T = typename Scores::Type;
-  constexpr Shape kShape = Scores::kShape;
-  constexpr int kTiles = kShape.step / 8, kStep = kShape.step;
+  constexpr TileShape kShape = Scores::kShape;
+  constexpr int BLOCK_N = kShape.iterated, kTiles = BLOCK_N / 8;
   static_assert(kShape.fragments == 1, "a warp owns 16 rows");
   const Problem& problem = Scores::problem(p);
-  const int rows = static_cast<int>(blockDim.x / 32) * kFragmentRows, warp = static_cast<int>(threadIdx.x / 32);
+  const int block_m = static_cast<int>(blockDim.x / 32) * kFragmentRows, warp = static_cast<int>(threadIdx.x / 32);
   const int warp_row = warp * kFragmentRows;
-  const int row_tiles = static_cast<int>(ceil_div(problem.queries, rows));
-  const int key_tiles = static_cast<int>(ceil_div(problem.keys, kStep));
+  const ScoreTiles tiles(problem, gradient, block_m, BLOCK_N);
 
-  // What the block owns, and how much of each dim it goes over.
-  const bool one_row = gradient.sizes[2] == 1, one_column = gradient.sizes[3] == 1;
-  const int owned[4] = {gradient.sizes[0], gradient.sizes[1], one_row ? 1 : row_tiles, one_column ? 1 : key_tiles};
-  int own[4];
-  int64_t rest = blockIdx.x;
-  for (int i = 3; i >= 0; --i) own[i] = static_cast<int>(rest % owned[i]), rest /= owned[i];
-  const int over[4] = {gradient.sizes[0] == 1 ? problem.batch : 1, gradient.sizes[1] == 1 ? problem.heads : 1,
-                       one_row ? row_tiles : 1, one_column ? key_tiles : 1};
-  const int64_t all_items = int64_t{over[0]} * over[1] * over[2] * over[3];
-  const int64_t first_item = all_items * blockIdx.y / gradient.splits;
-  const int items = static_cast<int>(all_items * (blockIdx.y + 1) / gradient.splits - first_item);
-
-  const auto item_of = [&](int number) {
-    int64_t rest = first_item + number;
-    int part[4];
-    for (int i = 3; i >= 0; --i) part[i] = static_cast<int>(rest % over[i]), rest /= over[i];
-    return MaskItem{over[0] > 1 ? part[0] : own[0], over[1] > 1 ? part[1] : own[1],
-                    (over[2] > 1 ? part[2] : own[2]) * rows, (over[3] > 1 ? part[3] : own[3]) * kStep};
-  };
+  const auto load = [&](int index, int i) { Scores(block_m, i).load(p, tiles.at(index)); };
+  if (tiles.has_first()) load(tiles.first(), 0);
+  device::async_copy_commit();
 
   float sums[kTiles][4] = {};
-  if (items > 0) Scores(rows, 0).copy(p, item_of(0));
-  device::async_copy_commit();
-  for (int number = 0; number < items; ++number) {
-    device::async_copy_wait<0>();
-    device::sync_block();
-    if (kShape.stages > 1) {
-      if (number + 1 < items) Scores(rows, number + 1).copy(p, item_of(number + 1));
-      device::async_copy_commit();
-    }
-    const MaskItem item = item_of(number);
-    const int row = item.query + warp_row;
-    const HeadMask<T> mask(problem.mask, item.batch, item.head);
-    const auto live = mask.template live<kStep, false>({0, problem.keys}, item.key);
-    auto seen = visible<false, false, 1, kTiles>(problem, mask, row, problem.queries - row, item.key, live);
-    if (device::any_lane(seen.bits != 0)) Scores(rows, number).add(sums, p, item, warp_row, seen, mask);
-    if (kShape.stages == 1) {
-      device::sync_block();
-      if (number + 1 < items) Scores(rows, number + 1).copy(p, item_of(number + 1));
-      device::async_copy_commit();
-    }
-  }
+  pipeline<kShape.stages>(tiles, tiles.first(), load, [&](int index, int i) {
+    const ScoreTile tile = tiles.at(index);
+    const int row = tile.query + warp_row;
+    const HeadMask<T> mask(problem.mask, tile.batch, tile.head);
+    const auto live = mask.template live<BLOCK_N, false>({0, problem.keys}, tile.key);
+    auto visible = visible_scores<false, false, 1, kTiles>(problem, mask, row, problem.queries - row, tile.key, live);
+    if (device::any_lane(visible.bits != 0)) Scores(block_m, i).accumulate(sums, p, tile, warp_row, visible, mask);
+  });
 
-  // Sums over rows or columns, where the mask has but one.
+  // epilogue: sums over the rows or columns that the mask is broadcast over
+  const bool one_row = gradient.sizes[2] == 1, one_column = gradient.sizes[3] == 1;
   if (one_column) {
-    float of_row[2] = {0.0f, 0.0f};
+    float row_sum[2] = {0.0f, 0.0f};
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
+    for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) of_row[i / 2] += sums[tile][i];
+      for (int i = 0; i < 4; ++i) row_sum[i / 2] += sums[n][i];
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float sum = team_sum(of_row[half], 4);
+      const float sum = team_sum(row_sum[half], 4);
       sums[0][2 * half] = lane_column() == 0 ? sum : 0.0f;
     }
   }
-  MaskSums<kShape.warps, kStep>& shared = device::shared_variable<MaskSums<kShape.warps, kStep>>();
+  auto& shared = device::shared_variable<ColumnSums<kShape.warps, BLOCK_N>>();
   if (one_row) {
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
+    for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        float sum = sums[tile][i] + sums[tile][i + 2];
+        float sum = sums[n][i] + sums[n][i + 2];
         for (int lanes = 4; lanes < 32; lanes *= 2) sum += device::shuffle_xor(sum, lanes);
-        if (lane_row() == 0) shared.of[warp][tile * 8 + lane_column() + i] = sum;
+        if (lane_row() == 0) shared.of[warp][n * 8 + lane_column() + i] = sum;
       }
     }
     device::sync_block();
@@ -176,7 +197,7 @@ __device__ __forceinline__ void mask_gradient(const typename Scores::Params& p, 
 
   const auto store = [&](int row, int column, float value) {
     if (row >= gradient.sizes[2] || column >= gradient.sizes[3]) return;
-    const int64_t head = int64_t{own[0]} * gradient.sizes[1] + own[1];
+    const int64_t head = int64_t{tiles.owned[0]} * gradient.sizes[1] + tiles.owned[1];
     const int64_t at = (head * gradient.sizes[2] + row) * gradient.sizes[3] + column;
     if (gradient.parts != nullptr) {
       gradient.parts[blockIdx.y * elements(gradient) + at] = value;
@@ -184,9 +205,9 @@ __device__ __forceinline__ void mask_gradient(const typename Scores::Params& p, 
       store_gradient<T>(gradient, at, value);
     }
   };
-  const int first_row = own[2] * rows, first_column = own[3] * kStep;
+  const int first_row = tiles.owned[2] * block_m, first_column = tiles.owned[3] * BLOCK_N;
   if (one_row) {
-    for (int column = threadIdx.x; column < (one_column ? 1 : kStep); column += blockDim.x) {
+    for (int column = threadIdx.x; column < (one_column ? 1 : BLOCK_N); column += blockDim.x) {
       float sum = 0.0f;
       for (int i = 0; i < static_cast<int>(blockDim.x / 32); ++i) sum += shared.of[i][column];
       store(0, first_column + column, sum);
@@ -194,20 +215,19 @@ __device__ __forceinline__ void mask_gradient(const typename Scores::Params& p, 
     return;
   }
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
+  for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (one_column && (tile > 0 || i % 2 != 0 || lane_column() != 0)) continue;
-      store(first_row + warp_row + lane_row() + i / 2 * 8, first_column + tile * 8 + lane_column() + i % 2,
-            sums[tile][i]);
+      if (one_column && (n > 0 || i % 2 != 0 || lane_column() != 0)) continue;
+      store(first_row + warp_row + lane_row() + i / 2 * 8, first_column + n * 8 + lane_column() + i % 2, sums[n][i]);
     }
   }
 }
 
 template <typename T, int kKeyDim, int kValueDim>
-__global__ void __launch_bounds__(32 * FirstScores<T, kKeyDim, kValueDim>::kShape.warps, 1)
+__global__ void __launch_bounds__(32 * FirstOrderScores<T, kKeyDim, kValueDim>::kShape.warps, 1)
     attention_mask_gradient(BackwardParams p, MaskGradient gradient) {
-  mask_gradient<FirstScores<T, kKeyDim, kValueDim>>(p, gradient);
+  mask_gradient<FirstOrderScores<T, kKeyDim, kValueDim>>(p, gradient);
 }
 
 }  // namespace fastgen::attention

@@ -1,4 +1,5 @@
-// The gradient of a float mask, of second order: dS2 of second_order.cuh, summed as in mask_gradient.cuh.
+// The second-order gradient of a float mask: dS2 of second_order.cuh, summed as in mask_gradient.cuh, which has the
+// algorithm and the layout of blocks and warps.
 #pragma once
 
 #include "attention/mask_gradient.cuh"
@@ -6,61 +7,61 @@
 
 namespace fastgen::attention {
 
-// The gradient of a tile of scores, of second order.
+// Second order: dS2 of a tile. Shared memory: (Q, Gq, dO), (K, Gk, V, Gv), one stage.
 template <typename T, int kKeyDim, int kValueDim>
-struct SecondScores {
+struct SecondOrderScores {
   using Params = SecondOrderParams;
   using Type = T;
-  static constexpr Shape kShape = mask_second_order_shape({kKeyDim, kValueDim}, sizeof(T));
-  static constexpr int kTiles = kShape.step / 8;
-  using Queries = QuerySide<T, kKeyDim, kValueDim>;
-  using Keys = KeySide<T, kKeyDim, kValueDim>;
-  static_assert(kShape.stages == 1, "items have one place");
+  static constexpr TileShape kShape = mask_second_order_shape({kKeyDim, kValueDim}, sizeof(T));
+  static constexpr int BLOCK_N = kShape.iterated, kTiles = BLOCK_N / 8;
+  using Queries = QueryTangentTile<T, kKeyDim, kValueDim>;
+  using Keys = KeyTangentTile<T, kKeyDim, kValueDim>;
+  static_assert(kShape.stages == 1, "the layout has one stage");
   Queries queries;
   Keys keys;
 
-  __device__ __forceinline__ SecondScores(int block_rows, int /*number*/)
-      : queries{device::dynamic_shared(), block_rows},
-        keys{device::dynamic_shared() + block_rows * Queries::kBytes, kShape.step} {}
+  __device__ __forceinline__ SecondOrderScores(int block_m, int /*i*/)
+      : queries{device::dynamic_shared(), block_m},
+        keys{device::dynamic_shared() + block_m * Queries::kBytes, BLOCK_N} {}
   static __device__ __forceinline__ const Problem& problem(const Params& p) { return p.first.problem; }
 
-  __device__ __forceinline__ void copy(const Params& p, const MaskItem& item) const {
+  __device__ __forceinline__ void load(const Params& p, const ScoreTile& tile) const {
     const Problem& problem = p.first.problem;
-    copy_side(queries, p.first, p.tangents, item.batch, item.head, item.query,
-              [&](int row) { return item.query + row < problem.queries; });
-    copy_side(keys, p.first, p.tangents, item.batch, item.key_head(problem), item.key, 0,
-              [&](int row) { return item.key + row < problem.keys; });
+    copy_tile(queries, p.first, p.tangents, tile.batch, tile.head, tile.query,
+              [&](int row) { return tile.query + row < problem.queries; });
+    copy_tile(keys, p.first, p.tangents, tile.batch, tile.key_head(problem), tile.key, 0,
+              [&](int row) { return tile.key + row < problem.keys; });
   }
 
-  __device__ __forceinline__ void add(float (&sums)[kTiles][4], const Params& p, const MaskItem& item, int warp_row,
-                                      Visible<1, kTiles>& seen, const HeadMask<T>& mask) const {
+  __device__ __forceinline__ void accumulate(float (&sums)[kTiles][4], const Params& p, const ScoreTile& tile,
+                                             int warp_row, Visible<1, kTiles>& visible, const HeadMask<T>& mask) const {
     const Problem& problem = p.first.problem;
-    const int row = item.query + warp_row, warp_count = problem.queries - row;
-    const int64_t first_of_head = item.first_of_head(problem);
-    const HeadMask<T> mask_tangent(p.tangents.mask, item.batch, item.head);
-    SecondProducts<T, kTiles> tile(p, queries, warp_row, keys, seen, mask, mask_tangent, row, item.key);
-    SecondRow rows[2] = {{-INFINITY, 0.0f, 0.0f, 0.0f}, {-INFINITY, 0.0f, 0.0f, 0.0f}};
+    const int row = tile.query + warp_row, warp_rows = problem.queries - row;
+    const int64_t first_row = tile.first_row(problem);
+    const HeadMask<T> mask_tangent(p.tangents.mask, tile.batch, tile.head);
+    SecondOrderTile<T, kTiles> scores(p, queries, warp_row, keys, visible, mask, mask_tangent, row, tile.key);
+    SecondOrderRow rows[2] = {{-INFINITY, 0.0f, 0.0f, 0.0f}, {-INFINITY, 0.0f, 0.0f, 0.0f}};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int at = row + half * 8 + lane_row();
-      if (half * 8 + lane_row() < warp_count) {
-        rows[half] = {kLog2e * read(p.first.lse, item.batch, item.head, at), p.first.delta[first_of_head + at],
-                      read(p.tangent_lse, item.batch, item.head, at), p.second_delta[first_of_head + at]};
+      if (half * 8 + lane_row() < warp_rows) {
+        rows[half] = {kLog2e * *row_pointer(p.first.lse, tile.batch, tile.head, at), p.first.delta[first_row + at],
+                      *row_pointer(p.tangent_lse, tile.batch, tile.head, at), p.second_delta[first_row + at]};
       }
     }
-    tile.finish(problem, first_of_head, rows, row, item.key);
+    scores.softmax(problem, first_row, rows, row, tile.key);
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
+    for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sums[i][j] += tile.direction[0][i][j];
+      for (int i = 0; i < 4; ++i) sums[n][i] += scores.direction[0][n][i];
     }
   }
 };
 
 template <typename T, int kKeyDim, int kValueDim>
-__global__ void __launch_bounds__(32 * SecondScores<T, kKeyDim, kValueDim>::kShape.warps, 1)
+__global__ void __launch_bounds__(32 * SecondOrderScores<T, kKeyDim, kValueDim>::kShape.warps, 1)
     attention_mask_second_order(SecondOrderParams p, MaskGradient gradient) {
-  mask_gradient<SecondScores<T, kKeyDim, kValueDim>>(p, gradient);
+  mask_gradient<SecondOrderScores<T, kKeyDim, kValueDim>>(p, gradient);
 }
 
 }  // namespace fastgen::attention

@@ -1,9 +1,10 @@
-// Between tensors and params: what api.cpp checks, copies and allocates.
+// Conversion of tensors to params: checks, copies of misaligned inputs, allocation of outputs.
 #pragma once
 
 #include <optional>
 
-#include "attention/config.h"
+#include "attention/params.h"
+#include "attention/tiles.h"
 #include "common/operand_checks.h"
 
 namespace fastgen::attention {
@@ -21,8 +22,7 @@ inline bool is_aligned(const Tensor& tensor) {
   return whole && aligned_dim(tensor) == tensor.size(3);
 }
 
-// A tensor that is read, in place where its rows are whole multiples of 16 bytes; otherwise a copy with columns of
-// zeros, which lives as long as this.
+// An input, read in place if its rows are multiples of 16 bytes; otherwise an owned copy, padded with zeros.
 class Read {
  public:
   Read(const Tensor& tensor, const char* name, const Tensor& query) : tensor_(tensor) {
@@ -45,7 +45,7 @@ class Read {
   Tensor tensor_;
 };
 
-// The output, or what goes with it.
+// The output of the forward pass, or a tensor of its shape.
 inline Read read_out(const Tensor& tensor, const char* name, const Tensor& query, const Tensor& value) {
   STD_TORCH_CHECK(tensor.dim() == 4 && tensor.size(0) == query.size(0) && tensor.size(1) == query.size(1) &&
                       tensor.size(2) == query.size(2) && tensor.size(3) == value.size(3),
@@ -53,7 +53,7 @@ inline Read read_out(const Tensor& tensor, const char* name, const Tensor& query
   return Read(tensor, name, query);
 }
 
-// A tensor that is read, may be absent, or else has the shape of ``like``.
+// An optional input of the shape of ``like``.
 class MaybeRead {
  public:
   MaybeRead(const MaybeTensor& tensor, const char* name, const Tensor& like, const Tensor& query) {
@@ -70,8 +70,8 @@ class MaybeRead {
   std::optional<Read> read_;
 };
 
-// A tensor that is written, laid out as ops/attention.py promises: (B, H, N, D), in memory (B, N, H, D) with
-// rows_first. Where a row is no whole multiple of 16 bytes, the kernel writes a wider one, and finish() copies.
+// An output (B, H, N, D), in the memory layout (B, N, H, D) with rows_first: the layout of the operator's fake. If rows
+// are not multiples of 16 bytes, the kernel writes to a padded tensor, and finish() copies.
 class Written {
  public:
   Written(const Tensor& like, int64_t dim, bool rows_first)
@@ -100,10 +100,10 @@ class Written {
   Tensor tensor_, target_;
 };
 
-// Whether (B, H, N, D) lies in memory as (B, N, H, D).
+// Whether the memory layout of (B, H, N, D) is (B, N, H, D).
 inline bool rows_first(const Tensor& tensor) { return tensor.size(1) > 1 && tensor.stride(1) < tensor.stride(2); }
 
-// Where tensors of the host are read and written: in the emulator, and laid out as everywhere on the host.
+// CPU tensors: in the emulator, where outputs have the layout of the CPU implementation.
 inline bool on_host(const Tensor& tensor) { return !tensor.device().is_cuda(); }
 
 inline MaskKind mask_kind(const Tensor& mask, const Tensor& query) {
@@ -111,7 +111,8 @@ inline MaskKind mask_kind(const Tensor& mask, const Tensor& query) {
   return mask.scalar_type() == ScalarType::Float ? MaskKind::kFloat32 : MaskKind::kLikeQuery;
 }
 
-// The mask as kernels take it: boolean, float32 or of the query's dtype. Any other float is converted, which copies it.
+// The mask in a dtype that kernels accept: bool, float32 or the query's. Other floating dtypes are converted to
+// float32.
 inline MaybeTensor readable(const MaybeTensor& mask, const Tensor& query) {
   if (!mask.has_value()) return mask;
   const ScalarType dtype = mask->scalar_type();
@@ -145,15 +146,15 @@ struct Options {
 
 inline Problem problem_of(const Tensor& query, const Tensor& key, const Tensor& value, int64_t key_dim,
                           int64_t value_dim, const MaybeTensor& mask, const MaybeTensor& seed, const Options& options,
-                          Dims widest_tile = kTiles[kTileCount - 1]) {
+                          Dims largest = kLargestHeadDims) {
   STD_TORCH_CHECK(key.size(0) == query.size(0) && key.size(3) == query.size(3) && value.size(0) == query.size(0) &&
                       value.size(1) == key.size(1) && value.size(2) == key.size(2),
                   "key, value: expected shapes that fit the query");
   STD_TORCH_CHECK(key.size(1) > 0 ? query.size(1) % key.size(1) == 0 : query.size(1) == 0,
                   "key: expected a number of heads that divides the query's");
-  STD_TORCH_CHECK(key_dim <= widest_tile.key && value_dim <= widest_tile.value,
-                  "query, value: kernels are compiled for head dims up to ", widest_tile.key, " and ",
-                  widest_tile.value, ", got ", query.size(3), " and ", value.size(3));
+  STD_TORCH_CHECK(key_dim <= largest.key && value_dim <= largest.value,
+                  "query, value: kernels are compiled for head dims up to ", largest.key, " and ", largest.value,
+                  ", got ", query.size(3), " and ", value.size(3));
   Problem problem;
   problem.batch = checked_int(query.size(0), "batch"), problem.heads = checked_int(query.size(1), "heads");
   problem.queries = checked_int(query.size(2), "queries"), problem.key_dim = static_cast<int>(key_dim);
@@ -165,7 +166,7 @@ inline Problem problem_of(const Tensor& query, const Tensor& key, const Tensor& 
   STD_TORCH_CHECK(options.window_left >= -1 && options.window_right >= -1,
                   "window_left, window_right: expected >= 0, or -1 for unbounded, got ", options.window_left, " and ",
                   options.window_right);
-  // A bound beyond every key is as good as any.
+  // Bounds beyond all keys are equivalent.
   problem.window_left = static_cast<int>(options.window_left < INT32_MAX ? options.window_left : INT32_MAX);
   problem.window_right = static_cast<int>(options.window_right < INT32_MAX ? options.window_right : INT32_MAX);
   problem.scale = static_cast<float>(options.scale);
@@ -188,7 +189,7 @@ inline RowInput row_input(const Tensor& tensor, const char* name, const Tensor& 
   return {tensor.const_data_ptr<float>(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-// A float for each row of the queries; in memory (B, N, H) on the host, as torch's own kernels make it there.
+// One float per query row; on the CPU in the memory layout (B, N, H), as in torch's own kernels.
 inline Tensor empty_rows(const Tensor& query) {
   const int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2);
   const bool host = on_host(query);
@@ -199,7 +200,7 @@ inline RowResult row_result(const Tensor& rows) {
   return {static_cast<float*>(rows.mutable_data_ptr()), rows.stride(0), rows.stride(1), rows.stride(2)};
 }
 
-// A gradient, in the layout that ops/_attention_blocked.py allocates.
+// A gradient, in the layout that fastgen/ops/attention/blocked.py allocates.
 inline Written gradient_of(const Tensor& of) { return Written(of, of.size(3), on_host(of) || rows_first(of)); }
 
 }  // namespace fastgen::attention

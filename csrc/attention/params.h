@@ -1,4 +1,4 @@
-// What an attention kernel is told. Tensors are (batch, heads, rows, dim) with a contiguous last dim, read in place.
+// Kernel parameters. Tensors are (batch, heads, rows, dim) with a contiguous last dim, and are read in place.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace fastgen::attention {
 
-// Addresses, strides (in elements) and dims are whole multiples of 16 bytes.
+// Strides in elements. Addresses, strides and dims are multiples of 16 bytes.
 struct Operand {
   const void* data = nullptr;
   int64_t batch = 0, head = 0, row = 0;
@@ -17,7 +17,7 @@ struct Result {
   int64_t batch = 0, head = 0, row = 0;
 };
 
-// A float for each row of the queries, (batch, heads, queries).
+// One float per query row: (batch, heads, queries).
 struct RowInput {
   const float* data = nullptr;
   int64_t batch = 0, head = 0, row = 0;
@@ -27,27 +27,27 @@ struct RowResult {
   int64_t batch = 0, head = 0, row = 0;
 };
 
-enum class MaskKind { kNone, kBool, kFloat32, kLikeQuery };  // the last: of the query's dtype
+enum class MaskKind { kNone, kBool, kFloat32, kLikeQuery };  // kLikeQuery: the query's dtype
 
-// Over (batch, heads, queries, keys); a stride is 0 where the mask is broadcast.
+// (batch, heads, queries, keys); broadcast dims have stride 0.
 struct Mask {
   const void* data = nullptr;
   MaskKind kind = MaskKind::kNone;
   int64_t batch = 0, head = 0, query = 0, key = 0;
 };
 
-// Weights that stay are divided by their share, 1 - p. Rows are numbered (batch * heads + head) * queries + query.
+// Kept weights are divided by 1 - p. The row index is (batch * heads + head) * queries + query.
 struct Dropout {
   const int64_t* seeds = nullptr;  // null: no dropout
-  int64_t rows_per_seed = 1;       // whole batch entries
+  int64_t rows_per_seed = 1;       // a multiple of heads * queries
   float p = 0.0f;
 };
 
 struct Problem {
   int batch = 0, heads = 0, key_heads = 0, queries = 0, keys = 0, key_dim = 0, value_dim = 0;
-  int window_left = -1, window_right = -1;  // query i sees keys i - left <= j <= i + right; -1: no bound
+  int window_left = -1, window_right = -1;  // query i attends to keys i - left <= j <= i + right; -1: unbounded
   float scale = 1.0f;
-  bool exact = true;  // float32 products at float32 accuracy; otherwise in tf32
+  bool exact = true;  // float32 products with float32 accuracy; false: tf32
   Mask mask;
   Dropout dropout;
 };
@@ -57,7 +57,7 @@ struct ForwardParams {
   Operand query, key, value;
   Result out;
   RowResult lse;
-  int items = 1;  // row tiles that a block takes one after the other
+  int tiles_per_block = 1;  // query tiles that a block processes in sequence
 };
 
 struct BackwardParams {
@@ -65,11 +65,11 @@ struct BackwardParams {
   Operand query, key, value, out, grad_out;
   Result grad_query, grad_key, grad_value;
   RowInput lse;
-  RowInput grad_lse;       // may be absent
+  RowInput grad_lse;       // optional
   float* delta = nullptr;  // workspace (batch, heads, queries), contiguous: rowsum(grad_out * out) - grad_lse
 };
 
-// Directions in which the arguments move; without data: not at all. The mask's is a float mask.
+// Tangents of the arguments; null data: zero. The mask's is a float mask.
 struct Tangents {
   Operand query, key, value;
   Mask mask;
@@ -84,22 +84,22 @@ struct TangentParams {
   RowResult tangent_lse;
 };
 
-// Gradients of <grad_out, tangent_out> + <grad_lse, tangent_lse>. ``first`` has what is differentiated, and where the
-// gradients go.
+// Gradients of <grad_out, tangent_out> + <grad_lse, tangent_lse>. ``first``: the arguments of the first backward, and
+// the gradients.
 struct SecondOrderParams {
   BackwardParams first;
   Tangents tangents;
   Operand tangent_out;
   RowInput tangent_lse;
-  float* second_delta = nullptr;  // workspace like first.delta: rowsum(grad_out * tangent_out)
+  float* second_delta = nullptr;  // workspace, as first.delta: rowsum(grad_out * tangent_out)
 };
 
-// Whose gradient, and where it goes. A dim of the mask is broadcast where its size is 1.
+// The gradient of a mask. Dims of size 1 are broadcast, and reduced over.
 struct MaskGradient {
   int sizes[4] = {1, 1, 1, 1};
   void* data = nullptr;             // contiguous
-  MaskKind kind = MaskKind::kNone;  // of the mask
-  float* parts = nullptr;           // workspace (splits, the mask's sizes); null where splits is 1
+  MaskKind kind = MaskKind::kNone;  // the mask's dtype
+  float* parts = nullptr;           // workspace (splits, *sizes); null if splits is 1
   int splits = 1;
 };
 

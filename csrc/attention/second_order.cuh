@@ -1,67 +1,80 @@
-// Gradients of <dO, out'> + <dlse, lse'> (tangent.cuh), which are those of the first backward pass too, with O(N)
-// memory. With P, W, w and M as there, dP = dO V^T M, delta = rowsum(dO * out) - dlse, C = dO Gv^T M,
-//   dS = P (dP - delta)        dS2 = (W - w) dS + P (C - rowsum(dO * out'))
-//   query       a block owns rows of the queries:   dQ = scale (dS2 K + dS Gk)
-//   key_value   a block owns rows of the keys:      dK = scale (dS2^T Q + dS^T Gq)    dV = (P (W - w) M)^T dO
-// The gradients of dO and dlse are out' and lse'. As backward: each output has one writer that adds in one order.
+// Second-order backward, in O(N) memory: the gradients of <dO, out'> + <dlse, lse'> (tangent.cuh), which are the
+// gradients of the first backward pass for incoming gradients Gq, Gk, Gv, Gb. Notation of backward.cuh and tangent.cuh,
+// with C = dO Gv^T M and r = rowsum(dO * out'):
+//
+//   dS = P (dP - delta)      dS2 = (W - w) dS + P (C - r)      Pt = P (W - w) M
+//
+//   attention_second_order_query                      attention_second_order_key_value
+//     load Q, Gq, dO;  delta, r                         load K, Gk, V, Gv
+//     for each visible key tile                         for each visible query tile of each head of the group
+//       load K, Gk, V, Gv                                 load Q, Gq, dO, lse, delta, w, r
+//       S, W, dP, C                  scores               S^T, W^T, dP^T, C^T
+//       dS, dS2                      softmax              dS^T, dS2^T, Pt^T
+//       dQ += dS2 K + dS Gk          accumulate           dK += dS2^T Q + dS^T Gq, dV += Pt^T dO
+//     dQ *= scale                    epilogue             dK *= scale
+//
+// The gradients of dO and dlse are out' and lse'. Blocks and warps as in backward.cuh, one fragment of 16 rows per
+// warp.
 #pragma once
 
 #include "attention/backward.cuh"
-#include "attention/sides.cuh"
+#include "attention/tangent_tiles.cuh"
 
 namespace fastgen::attention {
 
+// Shared memory: the owned operands with their tangents, then the stages of the iterated ones.
 template <typename T, int kKeyDim, int kValueDim>
 struct SecondOrderLayout {
-  static constexpr Shape kShape = second_order_shape({kKeyDim, kValueDim}, sizeof(T));
+  static constexpr TileShape kShape = second_order_shape({kKeyDim, kValueDim}, sizeof(T));
   static_assert(kShape.fragments == 1, "a warp owns 16 rows");
   static constexpr int kThreads = 32 * kShape.warps;
+  static constexpr int kMaxKeys = kShape.owned(kShape.warps);  // of a KeyBlock
   static constexpr int kKeyColumns = smaller(kKeyDim, kShape.columns);
   static constexpr int kValueColumns = smaller(kValueDim, kShape.columns);
-  using Queries = QuerySide<T, kKeyDim, kValueDim>;
-  using Keys = KeySide<T, kKeyDim, kValueDim>;
+  using Queries = QueryTangentTile<T, kKeyDim, kValueDim>;
+  using Keys = KeyTangentTile<T, kKeyDim, kValueDim>;
 
-  template <typename Own>
-  static __device__ __forceinline__ Own own() {
+  template <typename Owned>
+  static __device__ __forceinline__ Owned owned() {
     return {device::dynamic_shared(), static_cast<int>(blockDim.x / 32) * kFragmentRows};
   }
-  template <typename Own, typename Passing>
-  static __device__ __forceinline__ Passing passing(int step) {
-    const int stage = step % kShape.stages * kShape.step * Passing::kBytes;
-    return {device::dynamic_shared() + own<Own>().rows * Own::kBytes + stage, kShape.step};
+  template <typename Owned, typename Iterated>
+  static __device__ __forceinline__ Iterated iterated(int i) {
+    const int stage = i % kShape.stages * kShape.iterated * Iterated::kBytes;
+    return {device::dynamic_shared() + owned<Owned>().rows * Owned::kBytes + stage, kShape.iterated};
   }
 };
 
-// Of one row of the queries.
-struct SecondRow {
+// One query row.
+struct SecondOrderRow {
   float lse;  // in units of log2
   float delta, mean, second_delta;
 };
 
-// What becomes of one score, its direction, dP and C, before dropout.
-struct SecondScore {
-  float tangent, first, second;  // P (W - w) M, dS, dS2
+// One score: Pt, dS and dS2 from S, W, dP and C before dropout.
+struct SecondOrderScore {
+  float tangent, first, second;
 
-  __device__ __forceinline__ SecondScore(float score, float direction, float grad, float cross, float factor,
-                                         const SecondRow& row) {
-    const float now = weight(score, row.lse);
-    const float centred = direction - row.mean;
-    first = score_gradient(now, grad * factor, row.delta);
-    // A weight of zero means zero, whatever the others are.
-    second = now == 0.0f ? 0.0f : centred * first + now * (cross * factor - row.second_delta);
-    tangent = now == 0.0f ? 0.0f : now * centred * factor;
+  __device__ __forceinline__ SecondOrderScore(float score, float direction, float grad, float cross, float factor,
+                                              const SecondOrderRow& row) {
+    const float probability = weight(score, row.lse);
+    const float centered = direction - row.mean;
+    first = score_gradient(probability, grad * factor, row.delta);
+    // 0 where P is 0, even if the other factors are inf or NaN.
+    second = probability == 0.0f ? 0.0f : centered * first + probability * (cross * factor - row.second_delta);
+    tangent = probability == 0.0f ? 0.0f : probability * centered * factor;
   }
 };
 
-// The products of a tile whose rows are queries.
+// The scores of a tile whose rows are queries: S, W, dP and C.
 template <typename T, int kTiles>
-struct SecondProducts {
+struct SecondOrderTile {
   float scores[1][kTiles][4] = {}, direction[1][kTiles][4] = {}, grads[1][kTiles][4] = {}, cross[1][kTiles][4] = {};
 
   template <typename Queries, typename Keys>
-  __device__ __forceinline__ SecondProducts(const SecondOrderParams& p, const Queries& queries, int warp_row,
-                                            const Keys& keys, Visible<1, kTiles>& seen, const HeadMask<T>& mask,
-                                            const HeadMask<T>& mask_tangent, int row, int key) {
+  __device__ __forceinline__ SecondOrderTile(const SecondOrderParams& p, const Queries& queries, int warp_row,
+                                             const Keys& keys, Visible<1, kTiles>& visible, const HeadMask<T>& mask,
+                                             const HeadMask<T>& mask_tangent, int row, int key) {
     const Problem& problem = p.first.problem;
     multiply_rows(scores, queries.query(), warp_row, keys.key(), problem.exact);
     multiply_direction(direction, queries, warp_row, keys, p.tangents, problem.exact);
@@ -69,221 +82,210 @@ struct SecondProducts {
     if (p.tangents.value.data != nullptr) {
       multiply_rows(cross, queries.grad_out(), warp_row, keys.tangent_value(), problem.exact);
     }
-    mask_scores<false, false>(scores, problem.scale * kLog2e, seen, mask, row, key);
-    finish_direction<false>(direction, problem.scale, seen, mask_tangent, row, key);
+    mask_scores<false, false>(scores, problem.scale * kLog2e, visible, mask, row, key);
+    mask_direction<false>(direction, problem.scale, visible, mask_tangent, row, key);
   }
 
-  // dS goes to grads and dS2 to direction.
-  __device__ __forceinline__ void finish(const Problem& problem, int64_t first_of_head, const SecondRow (&rows)[2],
-                                         int row, int key) {
+  // grads = dS and direction = dS2.
+  __device__ __forceinline__ void softmax(const Problem& problem, int64_t first_row, const SecondOrderRow (&rows)[2],
+                                          int row, int key) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       float factors[4] = {1.0f, 1.0f, 1.0f, 1.0f};
       if (problem.dropout.seeds != nullptr) {
-        HeadDropout(problem, first_of_head).factors(factors, row, key + tile * 8);
+        HeadDropout(problem, first_row).factors(factors, row, key + tile * 8);
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const SecondScore score(scores[0][tile][i], direction[0][tile][i], grads[0][tile][i], cross[0][tile][i],
-                                factors[i], rows[i / 2]);
+        const SecondOrderScore score(scores[0][tile][i], direction[0][tile][i], grads[0][tile][i], cross[0][tile][i],
+                                     factors[i], rows[i / 2]);
         grads[0][tile][i] = score.first, direction[0][tile][i] = score.second;
       }
     }
   }
 };
 
+// gridDim = (query tiles of all heads, slices of the key dim).
 template <typename T, int kKeyDim, int kValueDim>
 __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThreads, 1)
     attention_second_order_query(SecondOrderParams p) {
   using Layout = SecondOrderLayout<T, kKeyDim, kValueDim>;
   using Queries = typename Layout::Queries;
   using Keys = typename Layout::Keys;
-  constexpr Shape kShape = Layout::kShape;
-  constexpr int kTiles = kShape.step / 8, kColumns = Layout::kKeyColumns;
-  using Steps = KeySteps<T, kShape.step, false>;
+  constexpr TileShape kShape = Layout::kShape;
+  constexpr int BLOCK_N = kShape.iterated, kTiles = BLOCK_N / 8, kColumns = Layout::kKeyColumns;
+  using Tiles = KeyTiles<T, BLOCK_N, false>;
   const Problem& problem = p.first.problem;
-  const Queries queries = Layout::template own<Queries>();
+  const Queries queries = Layout::template owned<Queries>();
   const int warp_row = static_cast<int>(threadIdx.x / 32) * kFragmentRows;
   const int first_column = static_cast<int>(blockIdx.y) * kColumns;
-  const QueryTile at(problem, blockIdx.x, queries.rows);
-  const Steps steps(problem, at);
-  const HeadMask<T> mask_tangent(p.tangents.mask, at.batch, at.head);
-  const int row = at.queries.begin + warp_row, warp_count = at.count() - warp_row;
+  const QueryBlock block(problem, blockIdx.x, queries.rows);
+  const Tiles tiles(problem, block);
+  const HeadMask<T> mask_tangent(p.tangents.mask, block.batch, block.head);
+  const int row = block.queries.begin + warp_row, warp_rows = block.rows() - warp_row;
 
-  const auto copy_step = [&](const typename Steps::Step& step, int count) {
-    copy_side(Layout::template passing<Queries, Keys>(count), p.first, p.tangents, at.batch, at.key_head,
-              step.index * kShape.step, 0, [&](int row) { return (step.live >> row & 1) != 0; });
+  const auto load_keys = [&](const typename Tiles::Index& tile, int i) {
+    copy_tile(Layout::template iterated<Queries, Keys>(i), p.first, p.tangents, block.batch, block.key_head, tile.key(),
+              0, [&](int row) { return tile.is_live(row); });
   };
-  copy_side(queries, p.first, p.tangents, at.batch, at.head, at.queries.begin,
-            [&](int row) { return row < at.count(); });
-  auto step = steps.first();
-  copy_step(step, 0);
+  const typename Tiles::Index first = tiles.first();
+  copy_tile(queries, p.first, p.tangents, block.batch, block.head, block.queries.begin,
+            [&](int row) { return row < block.rows(); });
+  load_keys(first, 0);
   device::async_copy_commit();
 
-  SecondRow rows[2];
+  SecondOrderRow rows[2];
   {
-    const RowState state = row_state<T>(p.first, at, row, warp_count);
+    const RowState state = row_state<T>(p.first, block, row, warp_rows);
     float second_delta[2];
-    row_products<T>(second_delta, p.tangent_out, p.first.grad_out, at, row, warp_count, problem.value_dim);
+    row_products<T>(second_delta, p.tangent_out, p.first.grad_out, block, row, warp_rows, problem.value_dim);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int down = half * 8 + lane_row();
-      const bool there = down < warp_count;
+      const bool valid = down < warp_rows;
       rows[half] = {state.lse[half], state.delta[half],
-                    there ? read(p.tangent_lse, at.batch, at.head, row + down) : 0.0f, second_delta[half]};
-      if (there && lane_column() == 0 && blockIdx.y == 0) {
-        p.first.delta[at.first_of_head + row + down] = rows[half].delta;
-        p.second_delta[at.first_of_head + row + down] = rows[half].second_delta;
+                    valid ? *row_pointer(p.tangent_lse, block.batch, block.head, row + down) : 0.0f,
+                    second_delta[half]};
+      if (valid && lane_column() == 0 && blockIdx.y == 0) {
+        p.first.delta[block.first_row + row + down] = rows[half].delta;
+        p.second_delta[block.first_row + row + down] = rows[half].second_delta;
       }
     }
   }
 
   float sums[1][kColumns / 8][4] = {};
-  bool more = true;
-  for (int count = 0; more; ++count) {
-    device::async_copy_wait<0>();
-    device::sync_block();
-    const auto here = step;
-    step = steps.after(here);
-    more = steps.has(step);
-    if (kShape.stages > 1) {
-      if (more) copy_step(step, count + 1);
-      device::async_copy_commit();
+  pipeline<kShape.stages>(tiles, first, load_keys, [&](const typename Tiles::Index& tile, int i) {
+    const int key = tile.key();
+    const bool unmasked = tiles.is_unmasked(problem, block, tile);
+    Visible<1, kTiles> visible;
+    if (!unmasked) {
+      visible = visible_scores<false, false, 1, kTiles>(problem, tiles.mask, row, warp_rows, key, tile.live);
     }
-    const int key = here.index * kShape.step;
-    const bool all = steps.all_visible(problem, at, here);
-    Visible<1, kTiles> seen;
-    if (!all) seen = visible<false, false, 1, kTiles>(problem, steps.mask, row, warp_count, key, here.live);
-    if (warp_count > 0 && (all || device::any_lane(seen.bits != 0))) {
-      const Keys keys = Layout::template passing<Queries, Keys>(count);
-      SecondProducts<T, kTiles> tile(p, queries, warp_row, keys, seen, steps.mask, mask_tangent, row, key);
-      tile.finish(problem, at.first_of_head, rows, row, key);
-      const uint32_t live = all ? 0 : seen.columns();
-      multiply_weights<T>(sums, tile.direction, keys.key(), first_column, problem.exact, !all, live);
-      if (p.tangents.key.data != nullptr) {
-        multiply_weights<T>(sums, tile.grads, keys.tangent_key(), first_column, problem.exact, !all, live);
-      }
+    if (warp_rows <= 0 || !(unmasked || device::any_lane(visible.bits != 0))) return;
+    // scores
+    const Keys keys = Layout::template iterated<Queries, Keys>(i);
+    SecondOrderTile<T, kTiles> scores(p, queries, warp_row, keys, visible, tiles.mask, mask_tangent, row, key);
+    // softmax
+    scores.softmax(problem, block.first_row, rows, row, key);
+    // accumulate
+    const uint32_t live = unmasked ? 0 : visible.columns();
+    multiply_weights<T>(sums, scores.direction, keys.key(), first_column, problem.exact, !unmasked, live);
+    if (p.tangents.key.data != nullptr) {
+      multiply_weights<T>(sums, scores.grads, keys.tangent_key(), first_column, problem.exact, !unmasked, live);
     }
-    if (kShape.stages == 1) {
-      device::sync_block();
-      if (more) copy_step(step, count + 1);
-      device::async_copy_commit();
-    }
-  }
+  });
+
+  // epilogue
   const float factors[1][2] = {{problem.scale, problem.scale}};
-  store_rows(rows_of<T>(p.first.grad_query, at.batch, at.head, row) + first_column, p.first.grad_query.row, warp_count,
-             problem.key_dim - first_column, factors, sums);
+  store_rows(row_pointer<T>(p.first.grad_query, block.batch, block.head, row) + first_column, p.first.grad_query.row,
+             warp_rows, problem.key_dim - first_column, factors, sums);
 }
 
-// Scores are transposed here: rows are keys, columns queries. blockIdx.y: which columns of the gradients.
+// Scores are transposed: rows are keys, columns are queries. gridDim = (key tiles of all key heads, slices of the
+// dims).
 template <typename T, int kKeyDim, int kValueDim>
 __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThreads, 1)
     attention_second_order_key_value(SecondOrderParams p) {
   using Layout = SecondOrderLayout<T, kKeyDim, kValueDim>;
   using Queries = typename Layout::Queries;
   using Keys = typename Layout::Keys;
-  constexpr Shape kShape = Layout::kShape;
-  constexpr int kTiles = kShape.step / 8, kStep = kShape.step;
+  constexpr TileShape kShape = Layout::kShape;
+  constexpr int BLOCK_M = kShape.iterated, kTiles = BLOCK_M / 8;
   constexpr int kKeyColumns = Layout::kKeyColumns, kValueColumns = Layout::kValueColumns;
+  using Tiles = QueryTiles<BLOCK_M>;
   const Problem& problem = p.first.problem;
-  const Keys keys = Layout::template own<Keys>();
+  const Keys keys = Layout::template owned<Keys>();
   const int warp_row = static_cast<int>(threadIdx.x / 32) * kFragmentRows;
-  const KeyTile at(problem, blockIdx.x, keys.rows);
-  const int key = at.keys.begin + warp_row, warp_count = at.keys.end - key;
-  const QuerySteps<kStep> steps(problem, at);
-  const int count = steps.template count<T, kShape.warps * kFragmentRows, false>(problem, at);
+  const KeyBlock block(problem, blockIdx.x, keys.rows);
+  const int key = block.keys.begin + warp_row, warp_rows = block.keys.end - key;
+  const Tiles tiles = Tiles::template make<T, Layout::kMaxKeys, false>(problem, block);
 
-  const auto copy_step = [&](int step) {
-    const int head = steps.head(step), query = steps.query(step);
-    const auto there = [&](int row) { return query + row < problem.queries; };
-    const Queries side = Layout::template passing<Keys, Queries>(step);
-    copy_side(side, p.first, p.tangents, at.batch, head, query, there);
-    const int64_t first = (static_cast<int64_t>(at.batch) * problem.heads + head) * problem.queries + query;
-    for (int row = threadIdx.x; row < kStep; row += blockDim.x) {
-      float* beside = side.query().beside(row);
-      const int bytes = there(row) ? 4 : 0;
-      device::async_copy<4>(beside, pointer(p.first.lse, at.batch, head, query) + row * p.first.lse.row, bytes);
-      device::async_copy<4>(beside + 1, p.first.delta + first + row, bytes);
-      device::async_copy<4>(beside + 2, pointer(p.tangent_lse, at.batch, head, query) + row * p.tangent_lse.row, bytes);
-      device::async_copy<4>(beside + 3, p.second_delta + first + row, bytes);
+  const auto load_queries = [&](int tile, int /*i*/) {
+    const int head = tiles.head(tile), query = tiles.query(tile);
+    const auto is_valid = [&](int row) { return query + row < problem.queries; };
+    const Queries queries = Layout::template iterated<Keys, Queries>(tile);
+    copy_tile(queries, p.first, p.tangents, block.batch, head, query, is_valid);
+    const int64_t first = (static_cast<int64_t>(block.batch) * problem.heads + head) * problem.queries + query;
+    const float* lse = row_pointer(p.first.lse, block.batch, head, query);
+    const float* mean = row_pointer(p.tangent_lse, block.batch, head, query);
+    for (int row = threadIdx.x; row < BLOCK_M; row += blockDim.x) {
+      float* extra = queries.query().row_extra(row);
+      const int bytes = is_valid(row) ? 4 : 0;
+      device::async_copy<4>(extra, lse + row * p.first.lse.row, bytes);
+      device::async_copy<4>(extra + 1, p.first.delta + first + row, bytes);
+      device::async_copy<4>(extra + 2, mean + row * p.tangent_lse.row, bytes);
+      device::async_copy<4>(extra + 3, p.second_delta + first + row, bytes);
     }
   };
-  copy_side(keys, p.first, p.tangents, at.batch, at.key_head, at.keys.begin, 0,
-            [&](int row) { return at.keys.begin + row < at.keys.end; });
-  if (count > 0) copy_step(0);
+  copy_tile(keys, p.first, p.tangents, block.batch, block.key_head, block.keys.begin, 0,
+            [&](int row) { return block.keys.begin + row < block.keys.end; });
+  if (tiles.has_first()) load_queries(tiles.first(), 0);
   device::async_copy_commit();
 
   float key_sums[1][kKeyColumns / 8][4] = {}, value_sums[1][kValueColumns / 8][4] = {};
   const int key_column = static_cast<int>(blockIdx.y) * kKeyColumns;
   const int value_column = static_cast<int>(blockIdx.y) * kValueColumns;
-  for (int step = 0; step < count; ++step) {
-    device::async_copy_wait<0>();
-    device::sync_block();
-    if (kShape.stages > 1) {
-      if (step + 1 < count) copy_step(step + 1);
-      device::async_copy_commit();
+  pipeline<kShape.stages>(tiles, tiles.first(), load_queries, [&](int tile, int /*i*/) {
+    const int head = tiles.head(tile), query = tiles.query(tile);
+    const HeadMask<T> mask(problem.mask, block.batch, head), mask_tangent(p.tangents.mask, block.batch, head);
+    const bool unmasked = tiles.is_unmasked(problem, block, tile, keys.rows) && mask.kind == MaskKind::kNone;
+    Visible<1, kTiles> visible;
+    if (!unmasked) {
+      const auto live = mask.template live<BLOCK_M, true>(tiles.queries(problem, tile), query);
+      visible = visible_scores<false, true, 1, kTiles>(problem, mask, key, warp_rows, query, live);
     }
-    const int head = steps.head(step), query = steps.query(step);
-    const HeadMask<T> mask(problem.mask, at.batch, head), mask_tangent(p.tangents.mask, at.batch, head);
-    const bool all = steps.all_visible(problem, at, step, keys.rows) && mask.kind == MaskKind::kNone;
-    Visible<1, kTiles> seen;
-    if (!all) {
-      const auto live = mask.template live<kStep, true>(steps.queries(problem, step), query);
-      seen = visible<false, true, 1, kTiles>(problem, mask, key, warp_count, query, live);
+    if (warp_rows <= 0 || !(unmasked || device::any_lane(visible.bits != 0))) return;
+    // scores
+    const Queries queries = Layout::template iterated<Keys, Queries>(tile);
+    float scores[1][kTiles][4] = {}, direction[1][kTiles][4] = {}, grads[1][kTiles][4] = {}, cross[1][kTiles][4] = {};
+    multiply_rows(scores, keys.key(), warp_row, queries.query(), problem.exact);
+    multiply_direction_transposed(direction, queries, keys, warp_row, p.tangents, problem.exact);
+    multiply_rows(grads, keys.value(), warp_row, queries.grad_out(), problem.exact);
+    if (p.tangents.value.data != nullptr) {
+      multiply_rows(cross, keys.tangent_value(), warp_row, queries.grad_out(), problem.exact);
     }
-    if (warp_count > 0 && (all || device::any_lane(seen.bits != 0))) {
-      const Queries side = Layout::template passing<Keys, Queries>(step);
-      float scores[1][kTiles][4] = {}, direction[1][kTiles][4] = {}, grads[1][kTiles][4] = {}, cross[1][kTiles][4] = {};
-      multiply_rows(scores, keys.key(), warp_row, side.query(), problem.exact);
-      multiply_direction_transposed(direction, side, keys, warp_row, p.tangents, problem.exact);
-      multiply_rows(grads, keys.value(), warp_row, side.grad_out(), problem.exact);
-      if (p.tangents.value.data != nullptr) {
-        multiply_rows(cross, keys.tangent_value(), warp_row, side.grad_out(), problem.exact);
-      }
-      mask_scores<false, true>(scores, problem.scale * kLog2e, seen, mask, key, query);
-      finish_direction<true>(direction, problem.scale, seen, mask_tangent, key, query);
+    mask_scores<false, true>(scores, problem.scale * kLog2e, visible, mask, key, query);
+    mask_direction<true>(direction, problem.scale, visible, mask_tangent, key, query);
+    // softmax: scores = Pt^T, grads = dS^T, direction = dS2^T
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        float factors[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-        if (problem.dropout.seeds != nullptr) {
-          const int64_t first = (static_cast<int64_t>(at.batch) * problem.heads + head) * problem.queries;
-          HeadDropout(problem, first).factors_transposed(factors, query + tile * 8, key);
-        }
-        SecondRow rows[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float* beside = side.query().beside(tile * 8 + lane_column() + i);
-          rows[i] = {kLog2e * beside[0], beside[1], beside[2], beside[3]};
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const SecondScore score(scores[0][tile][i], direction[0][tile][i], grads[0][tile][i], cross[0][tile][i],
-                                  factors[i], rows[i % 2]);
-          scores[0][tile][i] = score.tangent, grads[0][tile][i] = score.first, direction[0][tile][i] = score.second;
-        }
+    for (int n = 0; n < kTiles; ++n) {
+      float factors[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+      if (problem.dropout.seeds != nullptr) {
+        const int64_t first_row = (static_cast<int64_t>(block.batch) * problem.heads + head) * problem.queries;
+        HeadDropout(problem, first_row).factors_transposed(factors, query + n * 8, key);
       }
-      const uint32_t live = all ? 0 : seen.columns();
-      if (value_column < kValueDim) {
-        multiply_weights<T>(value_sums, scores, side.grad_out(), value_column, problem.exact, !all, live);
+      SecondOrderRow rows[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float* extra = queries.query().row_extra(n * 8 + lane_column() + i);
+        rows[i] = {kLog2e * extra[0], extra[1], extra[2], extra[3]};
       }
-      if (key_column < kKeyDim) {
-        multiply_weights<T>(key_sums, direction, side.query(), key_column, problem.exact, !all, live);
-        if (p.tangents.query.data != nullptr) {
-          multiply_weights<T>(key_sums, grads, side.tangent(), key_column, problem.exact, !all, live);
-        }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const SecondOrderScore score(scores[0][n][i], direction[0][n][i], grads[0][n][i], cross[0][n][i], factors[i],
+                                     rows[i % 2]);
+        scores[0][n][i] = score.tangent, grads[0][n][i] = score.first, direction[0][n][i] = score.second;
       }
     }
-    if (kShape.stages == 1) {
-      device::sync_block();
-      if (step + 1 < count) copy_step(step + 1);
-      device::async_copy_commit();
+    // accumulate
+    const uint32_t live = unmasked ? 0 : visible.columns();
+    if (value_column < kValueDim) {
+      multiply_weights<T>(value_sums, scores, queries.grad_out(), value_column, problem.exact, !unmasked, live);
     }
-  }
+    if (key_column < kKeyDim) {
+      multiply_weights<T>(key_sums, direction, queries.query(), key_column, problem.exact, !unmasked, live);
+      if (p.tangents.query.data != nullptr) {
+        multiply_weights<T>(key_sums, grads, queries.tangent(), key_column, problem.exact, !unmasked, live);
+      }
+    }
+  });
+
+  // epilogue
   const float factors[1][2] = {{problem.scale, problem.scale}}, ones[1][2] = {{1.0f, 1.0f}};
-  store_rows(rows_of<T>(p.first.grad_value, at.batch, at.key_head, key) + value_column, p.first.grad_value.row,
-             warp_count, problem.value_dim - value_column, ones, value_sums);
-  store_rows(rows_of<T>(p.first.grad_key, at.batch, at.key_head, key) + key_column, p.first.grad_key.row, warp_count,
-             problem.key_dim - key_column, factors, key_sums);
+  store_rows(row_pointer<T>(p.first.grad_value, block.batch, block.key_head, key) + value_column,
+             p.first.grad_value.row, warp_rows, problem.value_dim - value_column, ones, value_sums);
+  store_rows(row_pointer<T>(p.first.grad_key, block.batch, block.key_head, key) + key_column, p.first.grad_key.row,
+             warp_rows, problem.key_dim - key_column, factors, key_sums);
 }
 
 }  // namespace fastgen::attention

@@ -1,5 +1,5 @@
-// The running softmax of 16 rows of a warp, of which a lane has a part of two: g and g + 8. The four lanes of a row
-// have different keys. (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.)
+// Online softmax (Milakov and Gimelshein, 2018) of a fragment of 16 rows. A lane holds a quarter of rows g and g + 8;
+// the four lanes of a row hold different keys.
 #pragma once
 
 #include <cmath>
@@ -12,27 +12,26 @@
 namespace fastgen::attention {
 
 struct Softmax {
-  float largest[2] = {-INFINITY, -INFINITY};
-  float total[2] = {0.0f, 0.0f};  // of this lane's keys; finish() adds the others'
+  float row_max[2] = {-INFINITY, -INFINITY};
+  float row_sum[2] = {0.0f, 0.0f};  // over this lane's keys; finalize() reduces over the row
 
-  // Scores become weights relative to the largest score so far. ``shrink``: what earlier weights have to be multiplied
-  // with.
+  // scores = exp2(scores - row_max), with the maximum updated. ``rescale``: the factor for earlier weights and sums.
   template <int kTiles>
-  __device__ __forceinline__ void step(float (&scores)[kTiles][4], float (&shrink)[2]) {
+  __device__ __forceinline__ void update(float (&scores)[kTiles][4], float (&rescale)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float top = largest[half];
+      float top = row_max[half];
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         top = fmaxf(top, fmaxf(scores[tile][2 * half], scores[tile][2 * half + 1]));
       }
       top = fmaxf(top, device::shuffle_xor(top, 1));
       top = fmaxf(top, device::shuffle_xor(top, 2));
-      // A row that has seen no key yet has -inf here, and -inf - -inf is no number.
+      // -inf if the row has no unmasked key yet, and -inf - -inf is NaN.
       const float shift = top == -INFINITY ? 0.0f : top;
-      shrink[half] = device::exp2_approx(largest[half] - shift);
-      largest[half] = top;
-      float sum = total[half] * shrink[half];
+      rescale[half] = device::exp2_approx(row_max[half] - shift);
+      row_max[half] = top;
+      float sum = row_sum[half] * rescale[half];
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
@@ -41,31 +40,33 @@ struct Softmax {
           sum += scores[tile][i];
         }
       }
-      total[half] = sum;
+      row_sum[half] = sum;
     }
   }
 
-  __device__ __forceinline__ void finish() {
+  __device__ __forceinline__ void finalize() {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      total[half] += device::shuffle_xor(total[half], 1);
-      total[half] += device::shuffle_xor(total[half], 2);
+      row_sum[half] += device::shuffle_xor(row_sum[half], 1);
+      row_sum[half] += device::shuffle_xor(row_sum[half], 2);
     }
   }
 
-  // Of a row that sees no key: 0, and -inf. NaN passes through both.
-  __device__ __forceinline__ float inverse(int half) const { return total[half] == 0.0f ? 0.0f : 1.0f / total[half]; }
+  // A fully masked row has inverse 0 and lse -inf. NaN propagates through both.
+  __device__ __forceinline__ float inverse(int half) const {
+    return row_sum[half] == 0.0f ? 0.0f : 1.0f / row_sum[half];
+  }
   __device__ __forceinline__ float lse(int half) const {
-    if (!(total[half] > 0.0f)) return total[half] == 0.0f ? -INFINITY : total[half];
-    return largest[half] * kLn2 + log_float(total[half]);
+    if (!(row_sum[half] > 0.0f)) return row_sum[half] == 0.0f ? -INFINITY : row_sum[half];
+    return row_max[half] * kLn2 + log_float(row_sum[half]);
   }
 };
 
-// Below this the logsumexp of a row, in units of log2, has no digits left for the number of its keys.
+// Below this a logsumexp in units of log2 has no precision left for the number of keys.
 constexpr float kLowestLse = -16777216.0f;
 
-// A weight again, from its score and its row's logsumexp, both in units of log2. A row without keys has 0, and so does,
-// in derivatives, a row whose keys a mask hides by huge finite numbers.
+// P = exp2(score - lse), both in units of log2. 0 for a fully masked row, and in derivatives also for a row whose keys
+// are masked by large negative finite values.
 __device__ __forceinline__ float weight(float score, float lse) {
   return lse < kLowestLse ? 0.0f : device::exp2_approx(score - lse);
 }

@@ -1,4 +1,4 @@
-// From fragments of sums to rows of a tensor.
+// Epilogue: accumulator fragments to rows of a tensor.
 #pragma once
 
 #include "attention/tile.cuh"
@@ -7,8 +7,7 @@
 
 namespace fastgen::attention {
 
-// Stores 16 columns of a row, of which each lane of the row's four has two fragments' two. Whole sectors of 32 bytes
-// are written at once.
+// Stores 16 columns of a row from two fragments of its four lanes, in full sectors of 32 bytes.
 __device__ __forceinline__ void store_columns(float* row, int columns, const float (&first)[2],
                                               const float (&second)[2]) {
   const int column = lane_column();
@@ -20,12 +19,12 @@ __device__ __forceinline__ void store_columns(float* row, int columns, const flo
 
 template <typename T>
 __device__ __forceinline__ void store_columns(T* row, int columns, const float (&first)[2], const float (&second)[2]) {
-  // Lane t has columns (2t, 2t + 1) and (8 + 2t, 9 + 2t); it is to have 4t ... 4t + 3.
+  // Lane t holds columns (2t, 2t + 1) and (8 + 2t, 9 + 2t); exchange so that it stores 4t ... 4t + 3.
   const int t = threadIdx.x % 4;
   const bool upper = t >= 2, odd = t % 2 != 0;
   uint32_t low = device::pack<T>(first[0], first[1]), high = device::pack<T>(second[0], second[1]);
   const uint32_t from_two = device::shuffle_xor(upper ? low : high, 2);
-  // Now this half's fragment: of the lane with this t % 2 in either half of the quad.
+  // Now one fragment per half of the quad: the columns of lanes t % 2 and t % 2 + 2.
   low = upper ? from_two : low, high = upper ? high : from_two;
   const uint32_t from_one = device::shuffle_xor(odd ? low : high, 1);
   low = odd ? from_one : low, high = odd ? high : from_one;
@@ -33,7 +32,7 @@ __device__ __forceinline__ void store_columns(T* row, int columns, const float (
   if (4 * t < columns) device::store_words(row + 4 * t, words);
 }
 
-// Writes ``count`` rows of sums, times a factor each: fragment row g of fragment m goes to row m * 16 + g.
+// Stores ``count`` rows of sums, each times its factor: row g of fragment m is row m * 16 + g.
 template <typename T, int kFragments, int kColumnTiles>
 __device__ __forceinline__ void store_rows(T* corner, int64_t stride, int count, int columns,
                                            const float (&factors)[kFragments][2],

@@ -1,26 +1,26 @@
-// Tiles of attention: how they are copied, and products of tiles.
+// Copies of tiles from global to shared memory, and products of tiles.
 #pragma once
 
-#include "attention/config.h"
+#include "attention/tiles.h"
 #include "common/tile.cuh"
 #include "device/copy.cuh"
 #include "device/warp.cuh"
 
 namespace fastgen::attention {
 
-// Starts copying ``rows`` rows of ``columns`` elements; zeros beyond, and where not there(row). The whole block takes
-// part, and commits and waits.
-template <typename T, int kWidth, typename There>
+// Starts the asynchronous copy of ``rows`` rows of ``columns`` elements, padded with zeros to kWidth; rows for which
+// is_valid(row) is false are zeros. Called by the whole block, which has to commit and wait.
+template <typename T, int kWidth, typename IsValid>
 __device__ __forceinline__ void copy_rows(const Tile<T, kWidth>& tile, int rows, const T* source, int64_t stride,
-                                          int columns, There&& there) {
+                                          int columns, IsValid&& is_valid) {
   constexpr int kChunk = Tile<T, kWidth>::kChunk, kChunks = kWidth / kChunk;
-  // Lanes side by side in a row: the largest power of two that fills it.
+  // Lanes along a row: the largest power of two that divides its number of chunks.
   constexpr int kSide = (kChunks & -kChunks) < 32 ? kChunks & -kChunks : 32, kDown = 32 / kSide;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  // Eight lanes write at a time, to different banks: side by side where they fill a row, else below each other.
+  // Eight lanes write per phase, to different banks: along a row if they fill it, else down the rows.
   const int down = kSide >= 8 ? lane / kSide : lane % kDown, side = kSide >= 8 ? lane % kSide : lane / kDown;
   for (int row = warp * kDown + down; row < rows; row += warps * kDown) {
-    const bool valid = there(row);
+    const bool valid = is_valid(row);
     const T* from = source + row * stride;
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; chunk += kSide) {
@@ -30,11 +30,11 @@ __device__ __forceinline__ void copy_rows(const Tile<T, kWidth>& tile, int rows,
   }
 }
 
-// Unrolled further, the compiler would load so many fragments ahead that it runs out of registers.
+// Unrolled further, the compiler would hoist so many fragment loads that it spills.
 template <int kFragments>
 constexpr int kDepthsUnrolled = kFragments == 1 ? 4 : 1;
 
-// scores += left right^T: kFragments times 16 rows of ``left`` from ``row`` on, 8 kTiles rows of ``right``.
+// S += A B^T: kFragments * 16 rows of ``left`` starting at ``row``, 8 kTiles rows of ``right``.
 template <typename T, int kWidth, int kFragments, int kTiles>
 __device__ __forceinline__ void multiply_rows(float (&scores)[kFragments][kTiles][4], const Tile<T, kWidth>& left,
                                               int row, const Tile<T, kWidth>& right, bool exact) {
@@ -75,13 +75,13 @@ __device__ __forceinline__ void multiply_rows(float (&scores)[kFragments][kTiles
   }
 }
 
-// sums += weights right: weights in registers, columns of ``right`` from ``column`` on. With ``holes``, rows of
-// ``right`` whose bit is not set in ``live`` count as zeros, whatever they are; bits 2 i and 2 i + 1 of it are of this
-// lane's rows in the i-th eight.
+// O += P V: weights in registers, columns of ``right`` starting at ``column``. With ``masked``, rows of ``right`` whose
+// bit in ``live`` is 0 are treated as zeros, because 0 * inf and 0 * NaN are not 0; bits 2 i and 2 i + 1 are those of
+// this lane's rows in the i-th group of eight.
 template <typename T, int kWidth, int kFragments, int kTiles, int kColumnTiles>
 __device__ __forceinline__ void multiply_weights(float (&sums)[kFragments][kColumnTiles][4],
                                                  const float (&weights)[kFragments][kTiles][4],
-                                                 const Tile<T, kWidth>& right, int column, bool exact, bool holes,
+                                                 const Tile<T, kWidth>& right, int column, bool exact, bool masked,
                                                  uint32_t live) {
   using P = Product<T>;
   constexpr int kStride = Tile<T, kWidth>::kStride, kDepths = kTiles * 8 / P::kDepth;
@@ -98,7 +98,7 @@ __device__ __forceinline__ void multiply_weights(float (&sums)[kFragments][kColu
     for (int k = 0; k < kDepths; ++k) {
       uint32_t b[4];
       P::load_down(b, right.at(k * P::kDepth, column + tile * 8), kStride);
-      if (holes) P::keep_rows(b, live >> k * P::kDepth / 4);
+      if (masked) P::keep_rows(b, live >> k * P::kDepth / 4);
 #pragma unroll
       for (int m = 0; m < kFragments; ++m) {
         P::multiply(sums[m][tile], a[k][m], b, exact);

@@ -1,4 +1,4 @@
-// CUDA errors become exceptions that name the call.
+// Converts CUDA errors to exceptions that name the call.
 #pragma once
 
 #include <cuda_runtime_api.h>

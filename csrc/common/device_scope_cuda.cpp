@@ -1,4 +1,4 @@
-// The device and stream of a CUDA library.
+// CUDA implementation of DeviceScope.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include "common/torch_api.h"

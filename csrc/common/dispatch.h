@@ -1,4 +1,4 @@
-// From run-time values to template arguments.
+// Dispatch of run-time values to template arguments.
 #pragma once
 
 #include <type_traits>

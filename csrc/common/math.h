@@ -1,4 +1,4 @@
-// Elementary functions in float32, within about 1 ulp, without branches, so that compilers vectorise them.
+// Elementary functions in float32, accurate to about 1 ulp and branch-free, so that compilers vectorize them.
 // Minimax coefficients: Moshier, Cephes mathematical library (single precision).
 #pragma once
 
@@ -8,11 +8,11 @@
 
 namespace fastgen {
 
-// Added and taken away again, rounds a float below 2^22 to an integer, which then stands in its low bits.
+// Adding and subtracting it rounds a float below 2^22 to an integer; the low bits of the sum hold that integer.
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
 
-// Returns e^x; gives expm1 = e^x - 1 and excess = e^x - 1 - x, which is never negative. Each is right to a few ulp of
-// its own size, near 0 too. NaN passes through; overflow of e^x gives inf; what would be subnormal gives 0.
+// Returns e^x; outputs expm1 = e^x - 1 and excess = e^x - 1 - x >= 0. Each has a relative error of a few ulp, also near
+// 0. NaN propagates; overflow gives inf, subnormal results are flushed to 0.
 FASTGEN_HOST_DEVICE float exponentials(float x, float& expm1, float& excess) {
   constexpr float kLog2e = 1.44269504088896341f;
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
@@ -28,12 +28,12 @@ FASTGEN_HOST_DEVICE float exponentials(float x, float& expm1, float& excess) {
   p = p * r + 5.0000001201e-1f;
   const float tail = p * (r * r);
   p = tail + r + 1.0f;
-  // p is in (0.7, 1.5): n goes straight into its exponent, which it cannot overflow within the bounds.
+  // p is in (0.7, 1.5): n is added to the exponent, which cannot overflow within the bounds.
   float result = bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23));
   result = x > kLargest ? INFINITY : result;
   result = x < kSmallest ? 0.0f : result;
   result = x == x ? result : x;
-  // With n = 0, |x| < 0.35, r is x and nothing has cancelled. Elsewhere e^x - 1 and x are well apart.
+  // n = 0: |x| < 0.35, r = x, and there is no cancellation. Elsewhere e^x - 1 and x are well separated.
   const bool small = n == 0.0f;
   expm1 = small ? tail + r : result - 1.0f;
   excess = small ? tail : (result - 1.0f) - x;

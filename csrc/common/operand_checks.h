@@ -1,5 +1,4 @@
-// What an operator checks before a kernel reads: shapes, dtypes, devices, memory. Errors name the argument, what was
-// expected and what came.
+// Checks of operands: shapes, dtypes, devices, storage. Errors name the argument, the expected and the actual value.
 #pragma once
 
 #include <initializer_list>
@@ -9,7 +8,7 @@
 
 namespace fastgen {
 
-// The product of sizes, none of them negative: what was computed with 64 bits that wrapped would index anything.
+// The product of sizes, checked for negative sizes and overflow of int64.
 inline int64_t checked_product(std::initializer_list<int64_t> sizes, const char* name) {
   int64_t product = 1;
   for (const int64_t size : sizes) {
@@ -37,13 +36,13 @@ inline int64_t bytes_of(ScalarType dtype) {
   }
 }
 
-// Whether the storage holds every element: one that was resized need not.
+// Whether the storage holds every element, which may be false after the storage was resized.
 inline bool is_backed(const Tensor& tensor) {
   if (tensor.numel() == 0) return true;
-  int64_t end = tensor.storage_offset() + 1, bytes = 0, step = 0;
+  int64_t end = tensor.storage_offset() + 1, bytes = 0, extent = 0;
   for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
-    if (__builtin_mul_overflow(tensor.size(dim) - 1, tensor.stride(dim), &step) ||
-        __builtin_add_overflow(end, step, &end)) {
+    if (__builtin_mul_overflow(tensor.size(dim) - 1, tensor.stride(dim), &extent) ||
+        __builtin_add_overflow(end, extent, &end)) {
       return false;
     }
   }
@@ -51,7 +50,7 @@ inline bool is_backed(const Tensor& tensor) {
   return !__builtin_mul_overflow(end, bytes_of(tensor.scalar_type()), &end) && end <= bytes;
 }
 
-// What an operand is checked for before anything of it is read: dims, dtype, device, memory.
+// Checks dims, dtype, device and storage.
 inline void check_tensor(const Tensor& tensor, const char* name, int64_t dims, ScalarType dtype, const Tensor& like) {
   STD_TORCH_CHECK(tensor.dim() == dims, name, ": expected ", dims, " dims, got shape ", text_of(tensor.sizes()));
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": expected ", torch::headeronly::toString(dtype), ", got ",
@@ -60,7 +59,7 @@ inline void check_tensor(const Tensor& tensor, const char* name, int64_t dims, S
   STD_TORCH_CHECK(is_backed(tensor), name, ": expected a tensor whose storage holds its elements");
 }
 
-// The same, of one shape.
+// The same, and the shape.
 template <typename Sizes>
 void check_operand(const Tensor& tensor, const char* name, const Sizes& shape, ScalarType dtype, const Tensor& like) {
   check_tensor(tensor, name, static_cast<int64_t>(shape.size()), dtype, like);
@@ -75,7 +74,7 @@ inline void check_operand(const Tensor& tensor, const char* name, std::initializ
   check_operand<std::initializer_list<int64_t>>(tensor, name, shape, dtype, like);
 }
 
-// Seeds in memory one after the other, as kernels index them, that divide ``batch`` between them.
+// Seeds: contiguous, and their number divides ``batch``.
 inline void check_seed(const Tensor& seed, int64_t batch, const Tensor& like) {
   check_tensor(seed, "seed", 1, ScalarType::Long, like);
   STD_TORCH_CHECK(seed.is_contiguous(), "seed: expected a contiguous tensor");

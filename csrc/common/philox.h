@@ -1,5 +1,5 @@
-// Random numbers as functions of a seed and a logical position. The PyTorch twin is fastgen/reference.py;
-// the bits of the uniforms agree exactly, the normals to a few ulp.
+// Counter-based random numbers: functions of a seed and a logical position. fastgen/random.py is the PyTorch
+// implementation; uniforms are bitwise equal, normals to a few ulp.
 #pragma once
 
 #include "common/math.h"
@@ -10,7 +10,7 @@ namespace fastgen {
 constexpr uint32_t kNoiseStream = 0;
 constexpr uint32_t kDropoutStream = 1;
 
-// Elements that share one counter. Every row starts on a group boundary.
+// Elements per counter. Rows start at group boundaries.
 constexpr int kGroup = 4;
 
 constexpr int kPhiloxRounds = 10;
@@ -43,19 +43,19 @@ FASTGEN_HOST_DEVICE Philox4 philox(uint64_t seed, uint64_t index, uint32_t strea
 // u = (x + 0.5) 2^-32, in (0, 1].
 FASTGEN_HOST_DEVICE float to_uniform(uint32_t bits) { return static_cast<float>(bits) * 0x1p-32f + 0x1p-33f; }
 
-// Two standard normals (Box and Muller, 1958). The angle is reduced exactly, in half turns, so that results
-// near zero keep their relative accuracy.
+// Two standard normals (Box and Muller, 1958). The angle is reduced exactly, in units of pi, so that results near zero
+// keep their relative accuracy.
 FASTGEN_HOST_DEVICE void box_muller(float u0, float u1, float& n0, float& n1) {
   const float radius = sqrtf(-2.0f * log_float(u0));
-  const float half_turns = 2.0f * u1;
-  const float shifted = 2.0f * half_turns + kRound;
+  const float angle = 2.0f * u1;
+  const float shifted = 2.0f * angle + kRound;
   const float rounded = shifted - kRound;
-  const float rest = 3.14159265358979324f * (half_turns - 0.5f * rounded);
+  const float rest = 3.14159265358979324f * (angle - 0.5f * rounded);
   const uint32_t quadrant = float_to_bits(shifted) & 3u;
   const float sine = sin_quarter(rest), cosine = cos_quarter(rest);
   const bool odd = (quadrant & 1u) != 0;
   const float cos_abs = odd ? sine : cosine, sin_abs = odd ? cosine : sine;
-  // Signs: cos is negative in quadrants 1 and 2, sin in 2 and 3.
+  // cos is negative in quadrants 1 and 2, sin in 2 and 3.
   const uint32_t cos_sign = ((quadrant + 1u) & 2u) << 30, sin_sign = (quadrant & 2u) << 30;
   n0 = radius * bits_to_float(float_to_bits(cos_abs) ^ cos_sign);
   n1 = radius * bits_to_float(float_to_bits(sin_abs) ^ sin_sign);

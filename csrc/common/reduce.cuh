@@ -1,4 +1,4 @@
-// Sums over the lanes of a warp and the warps of a block, in an order that depends on the launch alone.
+// Reductions over a warp and a block, in a fixed order for a given launch configuration.
 #pragma once
 
 #include "device/barrier.cuh"
@@ -7,7 +7,7 @@
 
 namespace fastgen {
 
-// The sum over each aligned team of ``team`` lanes (a power of two, at most 32), in every lane of it.
+// The sum over each aligned team of ``team`` lanes (a power of two, at most 32), in every lane of the team.
 __device__ __forceinline__ float team_sum(float value, int team) {
   for (int offset = team / 2; offset > 0; offset /= 2) {
     value += device::shuffle_xor(value, offset);
@@ -20,11 +20,11 @@ struct WarpSums {
   float of[kWarps];
 };
 
-// The sum over a block of kThreads threads, in thread 0. Once in a kernel: a second one would need a barrier before it.
+// The sum over a block of kThreads threads, in thread 0. At most once per kernel: a second call would need a barrier.
 template <int kThreads>
 __device__ __forceinline__ float block_sum(float value) {
   constexpr int kWarps = kThreads / device::kWarpSize;
-  static_assert(kWarps >= 1 && kWarps <= device::kWarpSize, "one warp adds the sums of the others");
+  static_assert(kWarps >= 1 && kWarps <= device::kWarpSize, "one warp adds the sums of all warps");
   WarpSums<kWarps>& sums = device::shared_variable<WarpSums<kWarps>>();
   const int lane = threadIdx.x % device::kWarpSize, warp = threadIdx.x / device::kWarpSize;
   value = team_sum(value, device::kWarpSize);

@@ -1,4 +1,4 @@
-// Sizes of tiles, for host and device.
+// Tile sizes shared by host and device.
 #pragma once
 
 #include "common/types.h"
@@ -8,10 +8,10 @@ namespace fastgen {
 FASTGEN_HOST_DEVICE constexpr int smaller(int a, int b) { return a < b ? a : b; }
 FASTGEN_HOST_DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }
 
-constexpr int kFragmentRows = 16;  // of a matrix instruction
-constexpr int kRowPadding = 16;    // bytes between two rows of a tile in shared memory
+constexpr int kFragmentRows = 16;  // of an mma instruction
+constexpr int kRowPadding = 16;    // bytes after each row of a tile in shared memory
 
-// The largest block that every GPU from sm_80 on allows: sm_86, sm_89 and sm_120 have 99 KiB.
+// Maximum shared memory per block on every GPU from sm_80 on: sm_86, sm_89 and sm_120 have 99 KiB.
 constexpr int kSharedLimit = 99 * 1024;
 
 FASTGEN_HOST_DEVICE constexpr int row_bytes(int columns, int element_size) {

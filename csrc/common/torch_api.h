@@ -1,4 +1,4 @@
-// What the api.cpp files share: the stable-ABI headers, dtypes, the current stream.
+// Shared by the api.cpp files: stable-ABI headers, dtypes, the current stream.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -10,7 +10,7 @@
 
 #include "common/types.h"
 
-// Set by the build: the namespace and dispatch key that this library's kernels are registered under.
+// Defined by the build: the namespace and dispatch key of this library's operators.
 #ifndef FASTGEN_NAMESPACE
 #error "compile with -DFASTGEN_NAMESPACE=... and -DFASTGEN_DISPATCH_KEY=..."
 #endif
@@ -22,7 +22,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-constexpr int64_t kAlignment = 16;  // bytes that kernels move at once
+constexpr int64_t kAlignment = 16;  // bytes of one vector access
 
 inline DType dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
@@ -43,7 +43,7 @@ inline int checked_int(int64_t value, const char* name) {
   return static_cast<int>(value);
 }
 
-// A new tensor of a device. Not a view: an output that is one may not carry a forward-mode tangent.
+// An uninitialized tensor. Not a view: an output that is a view cannot carry a forward-mode tangent.
 template <int kDims>
 Tensor empty_strided(const Tensor& like, const int64_t (&sizes)[kDims], const int64_t (&strides)[kDims],
                      ScalarType dtype) {
@@ -58,7 +58,7 @@ Tensor empty_strided(const Tensor& like, const int64_t (&sizes)[kDims], const in
   return Tensor(handle);
 }
 
-// Makes the tensor's device current for its lifetime, and knows the current stream there.
+// Device guard for the tensor's device, with its current stream.
 class DeviceScope {
  public:
   explicit DeviceScope(const Tensor& tensor);

@@ -1,4 +1,4 @@
-// Storage types and the functions that run on both host and device.
+// Storage types, and functions for host and device.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ namespace fastgen {
 
 enum class DType { kFloat32, kFloat16, kBFloat16 };
 
-// 16-bit formats as their bits. Arithmetic is always float32.
+// Half-precision storage types; arithmetic is in float32.
 struct Half {
   uint16_t bits;
 };

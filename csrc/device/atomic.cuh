@@ -1,4 +1,4 @@
-// Read-modify-write that no other thread can interrupt, in global or shared memory. Relaxed: orders no other memory.
+// Atomic read-modify-write in global or shared memory, relaxed: it does not order other accesses.
 // PTX ISA, "atom". Each returns the old value.
 #pragma once
 
@@ -11,7 +11,7 @@ template <typename T>
 __device__ __forceinline__ T atomic_add(T* address, T value) {
   return atomicAdd(address, value);
 }
-// T: int or unsigned, for what follows.
+// The following: T is int or unsigned.
 template <typename T>
 __device__ __forceinline__ T atomic_max(T* address, T value) {
   return atomicMax(address, value);
@@ -24,7 +24,7 @@ template <typename T>
 __device__ __forceinline__ T atomic_exchange(T* address, T value) {
   return atomicExch(address, value);
 }
-// Writes ``value`` where the memory holds ``expected``.
+// Stores ``value`` if the memory holds ``expected``.
 template <typename T>
 __device__ __forceinline__ T atomic_compare_exchange(T* address, T expected, T value) {
   return atomicCAS(address, expected, value);

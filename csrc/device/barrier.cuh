@@ -5,11 +5,11 @@
 
 namespace fastgen::device {
 
-// Every thread of the block has arrived, and its memory is seen. PTX ISA, "bar.sync 0".
+// Barrier of the whole block; earlier memory accesses become visible to all its threads. PTX ISA, "bar.sync 0".
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 
-// One of 16 barriers (0 is sync_block's), for ``threads`` threads of the block, a multiple of 32.
-// sync_named waits until that many have arrived, by either call, and sees what they wrote. PTX ISA, "bar.sync a, b".
+// Named barriers: one of 16 (0 is sync_block's), for ``threads`` threads of the block, a multiple of 32. sync_named
+// waits until that many have arrived by either call; their earlier writes become visible. PTX ISA, "bar.sync a, b".
 __device__ __forceinline__ void sync_named(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }

@@ -1,7 +1,7 @@
-// Asynchronous copies from global to shared memory. (Hopper's bulk tensor copies will join them here.)
+// Asynchronous copies from global to shared memory (cp.async).
 //
-// A copy lands at any time between its start and a wait of the same thread that covers it. The wait makes it visible
-// to that thread; others need a barrier after it.
+// A copy completes at any time between its start and a wait of the same thread that covers it. The wait makes the data
+// visible to that thread; other threads need a barrier after it.
 #pragma once
 
 #include "device/mbarrier.cuh"

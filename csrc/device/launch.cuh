@@ -1,4 +1,4 @@
-// Launching a kernel: always on the given stream, always checked, never synchronising.
+// Kernel launches: on the given stream, checked, without synchronization.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,7 +16,7 @@ struct Launch {
 
 template <typename... Args>
 void launch(const char* name, void (*kernel)(Args...), const Launch& config, Args... args) {
-  // More than this a kernel has to ask for; the device refuses what it has not.
+  // Larger sizes require the opt-in attribute, which fails if the device does not support them.
   constexpr size_t kSharedBytesForAll = 48 * 1024;
   if (config.shared_bytes > kSharedBytesForAll) {
     check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -1,4 +1,4 @@
-// Matrix instructions of a warp: all 32 lanes execute the same call. (Hopper's wgmma will have a header of its own.)
+// Matrix instructions of a warp; all 32 lanes must execute the same call.
 //
 // Fragments, with g = lane / 4 and t = lane % 4; a register holds two 16-bit elements, the first in its low half:
 //   16-bit A (16 x 16): a0 (g, 2t), a1 (g + 8, 2t), a2 (g, 2t + 8), a3 (g + 8, 2t + 8), each with the next column
@@ -12,8 +12,8 @@
 
 namespace fastgen::device {
 
-// Loads kMatrices 8x8 matrices of 16-bit elements. Lane 8m + r gives the address of row r of matrix m, 16 bytes at a
-// multiple of 16; every lane gets in registers[m] elements (g, 2t) and (g, 2t + 1) of matrix m. PTX ISA, "ldmatrix".
+// Loads kMatrices 8x8 matrices of 16-bit elements. Lane 8m + r provides the 16-byte aligned address of row r of matrix
+// m; registers[m] receives elements (g, 2t) and (g, 2t + 1) of matrix m. PTX ISA, "ldmatrix".
 template <int kMatrices>
 __device__ __forceinline__ void ldmatrix(uint32_t (&registers)[kMatrices], const void* row) {
   static_assert(kMatrices == 1 || kMatrices == 2 || kMatrices == 4, "ldmatrix loads 1, 2 or 4 matrices");
@@ -113,7 +113,7 @@ __device__ __forceinline__ void mma_m16n8k16<BFloat16>(float (&d)[4], const uint
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// d += a b in tf32: float32 bits, of which the low 13 are not looked at. PTX ISA, "mma" (.m16n8k8).
+// d += a b in tf32: float32 bits, whose low 13 are ignored. PTX ISA, "mma" (.m16n8k8).
 __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "

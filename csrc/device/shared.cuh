@@ -7,7 +7,7 @@
 
 namespace fastgen::device {
 
-constexpr int kSharedAlignment = 1024;  // the widest swizzle pattern of Hopper's copies
+constexpr int kSharedAlignment = 1024;  // of the widest swizzle pattern of sm_90
 
 // The launch's dynamic shared memory. PTX ISA, "State Spaces": .shared.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
@@ -15,14 +15,14 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
   return fastgen_dynamic_shared;
 }
 
-// The block's one static variable of this type; make a type for each. Uninitialised.
+// The block's static variable of type T, uninitialized: one per type.
 template <typename T>
 __device__ __forceinline__ T& shared_variable() {
   __shared__ T variable;
   return variable;
 }
 
-// The address in the shared window, which instructions want. PTX ISA, "cvta".
+// The address in the shared window, as PTX instructions take it. PTX ISA, "cvta".
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

@@ -1,4 +1,4 @@
-// Memory access 16 or 8 bytes at a time, in global and in shared memory.
+// Vectorized access of 16 or 8 bytes in global and shared memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,7 +11,7 @@ namespace fastgen::device {
 
 constexpr int kVectorBytes = 16;
 
-// How many elements one 16-byte access moves.
+// Elements per 16-byte access.
 template <typename T>
 constexpr int kVectorElements = kVectorBytes / static_cast<int>(sizeof(T));
 

@@ -1,4 +1,4 @@
-// Threads of a warp: shuffles, votes, and the warp's barrier.
+// Warp-level primitives: shuffles, votes, barrier.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,8 +8,9 @@ namespace fastgen::device {
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
 
-// Shuffles exchange 4-byte values between the lanes of ``mask``, which must all take part. They order no memory.
-// A lane whose source lies outside the warp gets its own value. PTX ISA, "shfl.sync" (.bfly, .up, .down, .idx).
+// Shuffles exchange 4-byte values between the lanes of ``mask``, all of which must participate. They do not order
+// memory. A lane whose source is outside the warp receives its own value. PTX ISA, "shfl.sync" (.bfly, .up, .down,
+// .idx).
 template <typename T>
 __device__ __forceinline__ T shuffle_xor(T value, int lane_mask, unsigned mask = kFullMask) {
   static_assert(sizeof(T) == 4, "a shuffle moves 4 bytes");
@@ -32,7 +33,7 @@ __device__ __forceinline__ T shuffle(T value, int source, unsigned mask = kFullM
   return __shfl_sync(mask, value, source);
 }
 
-// Over the lanes of ``mask``, which must all take part. PTX ISA, "vote.sync" (.ballot, .any, .all).
+// Votes over the lanes of ``mask``, all of which must participate. PTX ISA, "vote.sync" (.ballot, .any, .all).
 __device__ __forceinline__ unsigned ballot(bool predicate, unsigned mask = kFullMask) {
   return __ballot_sync(mask, predicate);
 }
@@ -43,11 +44,11 @@ __device__ __forceinline__ bool all_lanes(bool predicate, unsigned mask = kFullM
   return __all_sync(mask, predicate) != 0;
 }
 
-// The lanes of ``mask`` have arrived, and see each other's memory. PTX ISA, "bar.warp.sync".
+// Barrier of the lanes of ``mask``; earlier memory accesses become visible among them. PTX ISA, "bar.warp.sync".
 __device__ __forceinline__ void sync_warp(unsigned mask = kFullMask) { __syncwarp(mask); }
 
-// Nothing that a kernel may count on: the assembler moves no load of shared memory across, so that what comes after
-// does not take its registers before.
+// A scheduling hint without guaranteed semantics: ptxas does not move loads of shared memory across it, which limits
+// the live range of their registers.
 __device__ __forceinline__ void hold_loads() { __syncwarp(); }
 
 }  // namespace fastgen::device

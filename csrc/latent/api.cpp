@@ -1,15 +1,15 @@
-// latent_forward and latent_backward as operators: check, allocate, fill the params, launch.
-// Built once for each library; FASTGEN_DISPATCH_KEY says which.
+// Operators latent_forward and latent_backward: check, allocate, fill the params, launch. Compiled once per library,
+// with its FASTGEN_DISPATCH_KEY.
 #include <tuple>
 
 #include "common/operand_checks.h"
-#include "latent/config.h"
 #include "latent/launch.h"
+#include "latent/plan.h"
 
 namespace fastgen::latent {
 namespace {
 
-// A (rows, cols) operand that is read in place, if it is there.
+// An optional (rows, cols) operand, read in place.
 Input input(const MaybeTensor& tensor, const char* name, const Tensor& mu) {
   if (!tensor.has_value()) return {};
   STD_TORCH_CHECK(mu.dim() == 2, "mu: expected two dims, got shape ", text_of(mu.sizes()));

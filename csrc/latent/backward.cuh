@@ -1,10 +1,15 @@
-// Gradients of mu and logvar, and of the prior where there is one. The noise is made again from the seed.
+// Gradients of mu and logvar, and of the prior. The noise is regenerated from the seed.
 //
-// Bytes per element in float32: 12 read (grad_z, mu, logvar) + 8 written, the minimum while mu's value is
-// needed for the KL; without grad_kl mu is not read, without grad_z neither it nor the noise is touched.
+//   for each chunk of 16 bytes of the row        load grad_z, logvar, mu (and the prior)
+//     noise from the Philox counter of each group of four columns, in registers
+//     gradients, terms.h                         store grad_mu, grad_logvar (and the prior's)
+//
+// Teams and blocks as in forward.cuh. Memory bound: in float32 12 bytes are read per element (grad_z, mu, logvar) and 8
+// written, the minimum. Without grad_kl mu is not read; without grad_z the noise is not generated.
 #pragma once
 
 #include "latent/chunk.cuh"
+#include "latent/plan.h"
 #include "latent/terms.h"
 
 namespace fastgen::latent {

@@ -1,17 +1,17 @@
-// One thread's piece of a row: 16 bytes of each operand, a whole number of Philox groups.
+// The chunk of a thread: 16 bytes of each operand, a whole number of Philox groups.
 #pragma once
 
 #include "common/philox.h"
 #include "device/vector.cuh"
-#include "latent/config.h"
 #include "latent/params.h"
+#include "latent/tiles.h"
 
 namespace fastgen::latent {
 
 template <typename T>
 constexpr int kChunk = chunk_elements(sizeof(T));
 
-// In the storage type: a chunk of 16-bit numbers then fills 4 registers, and is widened group by group.
+// In the storage type: a chunk of 16-bit elements takes 4 registers, and is converted to float32 group by group.
 template <typename T>
 struct Chunk {
   T elements[kChunk<T>];
@@ -20,8 +20,8 @@ struct Chunk {
   __device__ __forceinline__ void set(int i, float value) { elements[i] = device::from_float<T>(value); }
 };
 
-// kVector: rows are 16-byte aligned and a whole number of chunks. Otherwise element by element, up to cols,
-// with zeros beyond; an absent operand is all zeros.
+// kVector: rows are 16-byte aligned and a whole number of chunks. Otherwise element by element, with zeros past the end
+// of the row. An absent operand is zeros.
 template <typename T, bool kVector>
 __device__ __forceinline__ Chunk<T> load_chunk(const Input& input, int64_t row, int64_t col, int64_t cols) {
   Chunk<T> chunk = {};
@@ -52,19 +52,19 @@ __device__ __forceinline__ void store_chunk(void* target, int64_t row, int64_t c
   }
 }
 
-// Where a row's noise begins: its seed, and the index of its first group.
+// The seed of a row's noise, and the index of its first group.
 struct NoiseRow {
   uint64_t seed, first_group;
 };
 
 __device__ __forceinline__ NoiseRow noise_row(const Noise& noise, int64_t row, int64_t cols) {
-  // One seed for all rows, the usual case, needs no division: 64 bits wide, it is a long routine.
-  const int64_t which = row < noise.rows_per_seed ? 0 : row / noise.rows_per_seed;
-  return {static_cast<uint64_t>(noise.seeds[which]),
-          static_cast<uint64_t>((row - which * noise.rows_per_seed) * ceil_div(cols, kGroup))};
+  // The usual case, one seed for all rows, avoids a slow 64-bit division.
+  const int64_t seed_index = row < noise.rows_per_seed ? 0 : row / noise.rows_per_seed;
+  return {static_cast<uint64_t>(noise.seeds[seed_index]),
+          static_cast<uint64_t>((row - seed_index * noise.rows_per_seed) * ceil_div(cols, kGroup))};
 }
 
-// The noise of the group that begins at column col.
+// The noise of the group at column col.
 __device__ __forceinline__ void noise_group(const NoiseRow& row, int64_t col, float (&noise)[kGroup]) {
   normal_group(row.seed, row.first_group + col / kGroup, noise);
 }

@@ -1,12 +1,22 @@
-// z = mu + noise * e^(logvar / 2), and the KL divergence of each row.
+// Reparameterization z = mu + noise * e^(logvar / 2), and the KL divergence of each row.
 //
-// A team of plan.threads_per_row threads owns a row (or one of plan.splits parts of it) and goes through it
-// chunk by chunk. Bytes per element in float32: 8 read (mu, logvar) + 4 written (z), the minimum; kl adds
-// 4 / cols. A prior adds what of it is not shared by the batch (at most 8). Noise is made in registers.
+//   for each chunk of 16 bytes of the row        load mu, logvar (and the prior)
+//     noise from the Philox counter of each group of four columns, in registers
+//     z = mu + noise * e^(logvar / 2)            store z
+//     kl += terms.h
+//   epilogue: sum of kl over the team, or over the block; latent_sum_parts adds the splits in order
+//
+//               columns ->
+//   row 0     | team 0: threads_per_row threads, one chunk each, strided |   block: 256 threads = rows_per_block teams
+//   row 1     | team 1                                                   |   gridDim = (row blocks, splits of a row)
+//
+// Memory bound: in float32 8 bytes are read per element (mu, logvar) and 4 written (z), the minimum. A prior adds at
+// most 8, less if it is broadcast.
 #pragma once
 
 #include "common/reduce.cuh"
 #include "latent/chunk.cuh"
+#include "latent/plan.h"
 #include "latent/terms.h"
 
 namespace fastgen::latent {
@@ -34,7 +44,7 @@ __global__ void __launch_bounds__(kThreads) latent_forward(ForwardParams p, Plan
         noise_group(noise_of_row, col + group, noise);
 #pragma unroll
         for (int i = group; i < group + kGroup; ++i) {
-          // Columns past the end were read as mu = logvar = prior = 0, whose term is 0.
+          // Columns past the end are zeros, whose term is 0.
           float term, sample;
           if constexpr (kPrior) {
             sample = forward_element(noise[i - group], mu[i], logvar[i], prior_mu[i], prior_logvar[i], term);

@@ -1,9 +1,9 @@
-// The CUDA backend of latent/launch.h.
+// CUDA implementation of latent/launch.h.
 #include "latent/launch.h"
 
 #include "common/dispatch.h"
 #include "device/launch.cuh"
-#include "latent/config.h"
+#include "latent/plan.h"
 #include "latent/sum_parts.cuh"
 
 namespace fastgen::latent {

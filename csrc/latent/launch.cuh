@@ -1,4 +1,4 @@
-// Launchers of one storage type; the instantiations define one each.
+// Launchers of one storage type, instantiated in instantiations/.
 #pragma once
 
 #include <initializer_list>
@@ -7,10 +7,11 @@
 #include "device/launch.cuh"
 #include "latent/backward.cuh"
 #include "latent/forward.cuh"
+#include "latent/plan.h"
 
 namespace fastgen::latent {
 
-// Whether every row of the matrix can be read 16 bytes at a time.
+// Whether rows can be accessed 16 bytes at a time.
 inline bool vectorizes(const void* data, int64_t row_stride, int element_size) {
   return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 && row_stride * element_size % kVectorBytes == 0;
 }
@@ -23,7 +24,7 @@ inline device::Launch launch_config(const Plan& plan, cudaStream_t stream) {
   return {dim3(static_cast<unsigned>(plan.row_blocks), plan.splits), dim3(kThreads), 0, stream};
 }
 
-// Returns the plan, which says how many parts of each row's KL are left to add.
+// Returns the plan, with the number of partial sums of each row's KL.
 template <typename T>
 Plan forward(const ForwardParams& p, cudaStream_t stream) {
   const Plan plan = make_plan(p.rows, p.cols, sizeof(T), device::multiprocessors());

@@ -1,4 +1,4 @@
-// What a latent kernel is told. Matrices are (rows, cols) with a contiguous last dim.
+// Kernel parameters. Matrices are (rows, cols) with a contiguous last dim.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace fastgen::latent {
 
-// A matrix read in place; row_stride in elements, 0 where the batch shares one row. Null: absent.
+// A matrix, read in place; row_stride in elements, 0 if broadcast over the batch. Null data: absent.
 struct Input {
   const void* data = nullptr;
   int64_t row_stride = 0;
@@ -21,19 +21,19 @@ struct Noise {
 struct ForwardParams {
   Input mu, logvar, prior_mu, prior_logvar;
   void* z = nullptr;         // (rows, cols), contiguous
-  float* kl = nullptr;       // (rows,), null where no KL is wanted
-  float* partial = nullptr;  // (rows, splits), where several blocks share a row
+  float* kl = nullptr;       // (rows,), null without KL
+  float* partial = nullptr;  // (rows, splits), if a row is split among blocks
   Noise noise;
   int64_t rows = 0, cols = 0;
 };
 
 struct BackwardParams {
-  Input grad_z;                    // may be absent
-  const float* grad_kl = nullptr;  // (rows,), may be absent
+  Input grad_z;                    // optional
+  const float* grad_kl = nullptr;  // (rows,), optional
   int64_t grad_kl_stride = 1;
   Input mu, logvar, prior_mu, prior_logvar;
   void *grad_mu = nullptr, *grad_logvar = nullptr;              // (rows, cols), contiguous
-  void *grad_prior_mu = nullptr, *grad_prior_logvar = nullptr;  // null where that prior is absent
+  void *grad_prior_mu = nullptr, *grad_prior_logvar = nullptr;  // null if that prior is absent
   Noise noise;
   int64_t rows = 0, cols = 0;
 };

@@ -1,13 +1,14 @@
-// Where several blocks shared a row, the last step of its KL.
+// Reduction of the KL of rows that were split among blocks.
 #pragma once
 
 #include "device/warp.cuh"
 
-#include "latent/config.h"
+#include "latent/tiles.h"
 
 namespace fastgen::latent {
 
-// kl = half the sum of each row's parts, in their order: the same bits whatever block finished first.
+// kl = half the sum of the parts of each row, in order, so that the result does not depend on which block finished
+// first.
 static __global__ void __launch_bounds__(kThreads)
     latent_sum_parts(const float* partial, float* kl, int64_t rows, int splits) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;

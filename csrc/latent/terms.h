@@ -1,6 +1,6 @@
-// The arithmetic of one element, the same on every backend. Formulas: fastgen/reference.py.
+// The arithmetic of one element, shared by CPU and CUDA kernels. Formulas: fastgen/reference.py.
 //
-// Written so that nothing cancels near the prior, no KL is negative, and infinities have the sign of the formula.
+// Free of cancellation near the prior; the KL is never negative, and infinities have the sign of the formula.
 #pragma once
 
 #include <cfloat>
@@ -11,7 +11,7 @@
 
 namespace fastgen::latent {
 
-// a b, where an overflowed b is ignored if a is 0. NaN passes through.
+// a * b, with 0 * inf = 0. NaN propagates.
 FASTGEN_HOST_DEVICE float product(float a, float b) {
   const float most = a == 0.0f ? FLT_MAX : INFINITY;
   b = b > most ? most : b;
@@ -19,7 +19,7 @@ FASTGEN_HOST_DEVICE float product(float a, float b) {
   return a * b;
 }
 
-// z of one element; gives twice its share of KL(N(mu, e^logvar) || N(0, 1)).
+// z of one element; kl: twice its contribution to KL(N(mu, e^logvar) || N(0, 1)).
 // With t = e^(logvar / 2) - 1: e^logvar - 1 - logvar = t^2 + 2 (t - logvar / 2), a sum of positive terms.
 FASTGEN_HOST_DEVICE float forward_element(float noise, float mu, float logvar, float& kl) {
   float t, excess;
@@ -42,8 +42,8 @@ struct Gradients {
   float mu, logvar, prior_mu, prior_logvar;
 };
 
-// Half the sum of what logvar gets from z, from_z std, and from the KL, grad_kl expm1(r). Where both overflow, the sign
-// is that of the sum divided by std, where ratio_by_std = grad_kl e^r / std.
+// Half the sum of the contributions of z, from_z * std, and of the KL, grad_kl * expm1(r). If both overflow, the sign
+// is that of the sum divided by std, with ratio_by_std = grad_kl e^r / std.
 FASTGEN_HOST_DEVICE float gradient_of_logvar(float from_z, float std, float from_kl, float ratio_by_std) {
   const float z_part = product(from_z, std);
   const bool both = fabsf(z_part) == INFINITY && fabsf(from_kl) == INFINITY;
@@ -64,11 +64,12 @@ FASTGEN_HOST_DEVICE Gradients gradients(float grad_z, float grad_kl, float noise
   exponentials(logvar - prior_logvar, ratio, excess);
   const float root = exp_float(-0.5f * prior_logvar);
   const float difference = product(mu - prior_mu, root);
-  const float slope = product(grad_kl, product(difference, root));
+  const float grad_difference = product(grad_kl, product(difference, root));
   const float ratio_by_std = product(grad_kl, exp_float(0.5f * logvar - prior_logvar));
   const float grad_logvar =
       gradient_of_logvar(grad_z * noise, exp_float(0.5f * logvar), product(grad_kl, ratio), ratio_by_std);
-  return {grad_z + slope, grad_logvar, -slope, -0.5f * product(grad_kl, ratio + difference * difference)};
+  return {grad_z + grad_difference, grad_logvar, -grad_difference,
+          -0.5f * product(grad_kl, ratio + difference * difference)};
 }
 
 }  // namespace fastgen::latent

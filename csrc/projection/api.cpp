@@ -1,9 +1,9 @@
 // The four projection operators: check, allocate, fill the params, launch.
 #include <tuple>
 
-#include "projection/config.h"
 #include "projection/launch.h"
 #include "projection/operands.h"
+#include "projection/plan.h"
 
 namespace fastgen::projection {
 namespace {
@@ -22,7 +22,7 @@ bool is_length_first(const Tensor& tokens) {
          tokens.stride(1) == tokens.size(0) * tokens.size(2);
 }
 
-// (B, H, N, D) as ops/projection.py promises it: in memory (B, N, H, D), or (N, B, H, D).
+// (B, H, N, D) in the layout of the operator's fake: (B, N, H, D) in memory, or (N, B, H, D).
 Tensor empty_heads(const Tensor& like, int64_t batch, int64_t heads, int64_t length, int64_t dim, bool length_first) {
   const int64_t row = heads * dim;
   return empty_strided<4>(like, {batch, heads, length, dim},
@@ -30,7 +30,7 @@ Tensor empty_heads(const Tensor& like, int64_t batch, int64_t heads, int64_t len
                           like.scalar_type());
 }
 
-// (B, N, C), or (B, C, N) whose rows a kernel may write in whole 16 bytes; finish() gives the tensor promised.
+// An output (B, N, C), or (B, C, N) with rows padded to multiples of 16 bytes; finish() returns the unpadded tensor.
 class WrittenFlat {
  public:
   WrittenFlat(const Tensor& like, const Sizes& sizes, bool channels_first, bool length_first)
@@ -67,7 +67,7 @@ Tensor floats(const Tensor& like, std::vector<int64_t> sizes) {
 }
 float* data(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
-// A vector over channels, in place where its elements are side by side.
+// A vector over channels, copied if it is not contiguous.
 Tensor dense(const Tensor& vector, const char* name, int64_t size, const Tensor& like) {
   check_operand(vector, name, 1, like);
   STD_TORCH_CHECK(vector.size(0) == size, name, ": expected ", size, " elements, got ", vector.size(0));
@@ -88,15 +88,15 @@ struct Tables {
     }
     cos = torch::stable::contiguous(*of_cos), sin = torch::stable::contiguous(*of_sin);
   }
-  void fill(HeadFinish& finish, int64_t rotated, bool interleaved) const {
+  void fill(HeadEpilogue& epilogue, int64_t rotated, bool interleaved) const {
     if (!cos.has_value()) return;
-    finish.cos = cos->const_data_ptr<float>(), finish.sin = sin->const_data_ptr<float>();
-    finish.half = static_cast<int>(cos->size(2)), finish.rotated = static_cast<int>(rotated);
-    finish.table_batch = cos->size(0) > 1 ? cos->stride(0) : 0, finish.interleaved = interleaved;
+    epilogue.cos = cos->const_data_ptr<float>(), epilogue.sin = sin->const_data_ptr<float>();
+    epilogue.half = static_cast<int>(cos->size(2)), epilogue.rotated = static_cast<int>(rotated);
+    epilogue.table_batch = cos->size(0) > 1 ? cos->stride(0) : 0, epilogue.interleaved = interleaved;
   }
 };
 
-// How many parts there are, how many of them are normalised and turned.
+// The number of parts, and how many of them are normalized and rotated.
 void check_parts(size_t parts, size_t norms, int64_t rotated) {
   STD_TORCH_CHECK(parts > 0 && parts <= kMostParts, "heads: kernels take up to ", kMostParts, " parts, got ", parts);
   STD_TORCH_CHECK(norms <= parts, "norms: expected at most one for each of the ", parts, " parts, got ", norms);
@@ -104,11 +104,11 @@ void check_parts(size_t parts, size_t norms, int64_t rotated) {
                   " parts, got ", rotated);
 }
 
-void check_whole_heads(const Matrix& parts, const HeadFinish& finish) {
-  for (int i = 0; i < finish.norm_count || i < finish.rotated; ++i) {
-    STD_TORCH_CHECK(i < parts.count && parts.parts[i].dim <= kWidestHead,
-                    "norms, cos: kernels normalise and turn heads of up to ", kWidestHead, " channels");
-    STD_TORCH_CHECK(i >= finish.rotated || 2 * finish.half <= parts.parts[i].dim,
+void check_whole_heads(const Matrix& parts, const HeadEpilogue& epilogue) {
+  for (int i = 0; i < epilogue.norm_count || i < epilogue.rotated; ++i) {
+    STD_TORCH_CHECK(i < parts.count && parts.parts[i].dim <= kLargestHead,
+                    "norms, cos: kernels normalize and rotate heads of up to ", kLargestHead, " channels");
+    STD_TORCH_CHECK(i >= epilogue.rotated || 2 * epilogue.half <= parts.parts[i].dim,
                     "cos, sin: expected tables of at most half the head dim");
   }
 }
@@ -136,17 +136,17 @@ Tensors forward(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, 
     parts.push_back(head_matrix(outputs.back()));
     if (i >= norms.size()) continue;
     dense_norms.push_back(dense(norms[i], "norms", head_dims[i], x));
-    p.finish.norms[i] = dense_norms.back().const_data_ptr();
+    p.epilogue.norms[i] = dense_norms.back().const_data_ptr();
     if (!keep) continue;
     kept.push_back(empty_heads(x, sizes.batch, heads[i], sizes.length, head_dims[i], length_first));
     kept_parts.push_back(head_matrix(kept.back()));
   }
   const Tables tables(cos, sin, x, sizes.batch, sizes.length);
-  tables.fill(p.finish, rotated, interleaved);
-  p.finish.norm_count = static_cast<int>(norms.size()), p.finish.eps = static_cast<float>(eps);
+  tables.fill(p.epilogue, rotated, interleaved);
+  p.epilogue.norm_count = static_cast<int>(norms.size()), p.epilogue.eps = static_cast<float>(eps);
   p.x = flat_matrix(read_x.tensor(), channels_first), p.out = packed(parts);
-  if (!kept_parts.empty()) p.finish.kept = packed(kept_parts);
-  check_whole_heads(p.out, p.finish);
+  if (!kept_parts.empty()) p.epilogue.kept = packed(kept_parts);
+  check_whole_heads(p.out, p.epilogue);
   STD_TORCH_CHECK(weight.size(0) == p.out.channels && weight.size(1) == sizes.channels, "weight: expected (",
                   p.out.channels, ", ", sizes.channels, ")");
   MaybeTensor dense_bias;
@@ -163,7 +163,7 @@ Tensors forward(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, 
   return outputs;
 }
 
-// Gradients of a weight and its bias from the matrices of the two sides.
+// Gradients of a weight and its bias from grad and x.
 class WeightGradient {
  public:
   WeightGradient(const Tensor& weight, bool with_bias, const Matrix& grad, const Matrix& x, const Tokens& tokens,
@@ -176,24 +176,24 @@ class WeightGradient {
     WeightGradientParams p;
     p.tokens = tokens, p.grad = grad, p.x = x, p.exact = exact;
     p.parts = data(*parts_);
-    finish_.parts = p.parts, finish_.splits = plan.splits;
-    finish_.rows = grad.channels, finish_.columns = x.channels;
-    finish_.grad_weight = grad_weight_.mutable_data_ptr();
+    reduce_.parts = p.parts, reduce_.splits = plan.splits;
+    reduce_.rows = grad.channels, reduce_.columns = x.channels;
+    reduce_.grad_weight = grad_weight_.mutable_data_ptr();
     if (with_bias) {
       bias_parts_ = floats(weight, {plan.splits, weight.size(0)});
       p.bias_parts = data(*bias_parts_);
-      finish_.bias_parts = p.bias_parts, finish_.grad_bias = grad_bias_.mutable_data_ptr();
+      reduce_.bias_parts = p.bias_parts, reduce_.grad_bias = grad_bias_.mutable_data_ptr();
     }
     launch_weight_gradient(p, dtype, stream);
   }
-  FinishParams& finish() { return finish_; }
+  ReduceParams& reduction() { return reduce_; }
   const Tensor& grad_weight() const { return grad_weight_; }
   const Tensor& grad_bias() const { return grad_bias_; }
 
  private:
   Tensor grad_weight_, grad_bias_;
   MaybeTensor parts_, bias_parts_;
-  FinishParams finish_;
+  ReduceParams reduce_;
 };
 
 Tensor zeros_like(const Tensor& tensor) {
@@ -232,13 +232,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> backward(const Tensors& grads, const
   }
   const Tables tables(cos, sin, x, sizes.batch, sizes.length);
   std::vector<Read> reads;
-  Tensors before, grad_norms;  // gradients of heads before they were normalised and turned
+  Tensors before, grad_norms;  // gradients of the heads before QK-norm and RoPE
   std::vector<Matrix> parts;
   for (size_t i = 0; i < grads.size(); ++i) {
     reads.emplace_back(grads[i], "grads", 4, x);
     const Tensor& grad = reads.back().tensor();
-    const bool normalised = i < norms.size(), turned = tables.cos.has_value() && static_cast<int64_t>(i) < rotated;
-    if (!normalised && !turned) {
+    const bool normalized = i < norms.size(),
+               rotated_part = tables.cos.has_value() && static_cast<int64_t>(i) < rotated;
+    if (!normalized && !rotated_part) {
       parts.push_back(head_matrix(grad));
       continue;
     }
@@ -246,14 +247,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> backward(const Tensors& grads, const
     parts.push_back(head_matrix(before.back()));
     HeadBackwardParams p;
     p.grad = head_matrix(grad), p.out = parts.back();
-    if (turned) tables.fill(p.finish, 1, interleaved);
-    p.finish.eps = static_cast<float>(eps);
+    if (rotated_part) tables.fill(p.epilogue, 1, interleaved);
+    p.epilogue.eps = static_cast<float>(eps);
     p.tokens = number_tokens(sizes.batch, sizes.length, p.grad, p.out);
     const int dim = static_cast<int>(grad.size(3));
-    STD_TORCH_CHECK(dim <= kWidestHead, "norms, cos: kernels normalise and turn heads of up to ", kWidestHead,
+    STD_TORCH_CHECK(dim <= kLargestHead, "norms, cos: kernels normalize and rotate heads of up to ", kLargestHead,
                     " channels");
-    STD_TORCH_CHECK(!turned || 2 * p.finish.half <= dim, "cos, sin: expected tables of at most half the head dim");
-    if (!normalised) {
+    STD_TORCH_CHECK(!rotated_part || 2 * p.epilogue.half <= dim,
+                    "cos, sin: expected tables of at most half the head dim");
+    if (!normalized) {
       launch_heads_backward(p, dtype, scope.stream());
       continue;
     }
@@ -272,12 +274,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> backward(const Tensors& grads, const
   ProjectParams p;
   p.x = grad, p.out = grad_x.matrix(channels_first);
   p.weight = read_weight.tensor().const_data_ptr(), p.weight_row = read_weight.tensor().stride(0);
-  p.inputs_down = true, p.exact = !allow_tf32;
+  p.inputs_rows = true, p.exact = !allow_tf32;
   p.tokens = number_tokens(sizes.batch, sizes.length, p.x, p.out);
   launch_project(p, dtype, scope.stream());
   const Tokens tokens = number_tokens(sizes.batch, sizes.length, grad, of_x);
   WeightGradient gradient(weight, bias, grad, of_x, tokens, !allow_tf32, dtype, scope.stream());
-  launch_finish(gradient.finish(), dtype, scope.stream());
+  launch_reduce(gradient.reduction(), dtype, scope.stream());
   return {grad_x.finish(), gradient.grad_weight(), gradient.grad_bias(), grad_norms};
 }
 
@@ -331,7 +333,7 @@ Tensor merge_forward(const Tensor& x, const Tensor& weight, const MaybeTensor& b
     p.residual = flat_matrix(read_residual->tensor(), channels_first);
   }
   p.exact = !allow_tf32;
-  // A gate of its own for each entry of the batch wants to know which.
+  // A gate per batch entry requires token numbers within the entry.
   p.tokens = p.gate.batch != 0 ? Tokens{checked_int(sizes.batch, "batch"), checked_int(sizes.length, "length"),
                                         static_cast<int>(sizes.length)}
                                : number_tokens(sizes.batch, sizes.length, p.x, p.out, p.residual);
@@ -365,7 +367,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_backward(const Tensor& grad, co
   ProjectParams p;
   p.x = flat_matrix(read_grad.tensor(), channels_first), p.out = head_matrix(grad_x);
   p.weight = read_weight.tensor().const_data_ptr(), p.weight_row = read_weight.tensor().stride(0);
-  p.inputs_down = true, p.exact = !allow_tf32;
+  p.inputs_rows = true, p.exact = !allow_tf32;
   const int rows = static_cast<int>(weight.size(0)), columns = static_cast<int>(weight.size(1));
   MaybeTensor gated;
   if (gate.has_value()) {
@@ -379,19 +381,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_backward(const Tensor& grad, co
 
   const Tokens tokens = number_tokens(sizes.batch, sizes.length, p.x, of_x);
   WeightGradient gradient(weight, bias.has_value(), p.x, of_x, tokens, !allow_tf32, dtype, scope.stream());
-  FinishParams& finish = gradient.finish();
+  ReduceParams& reduction = gradient.reduction();
   MaybeTensor rows_of_gate;
   if (gate.has_value()) {
-    finish.gate = of_gate;
-    finish.weight = read_weight.tensor().const_data_ptr(), finish.weight_row = read_weight.tensor().stride(0);
-    if (dense_bias.has_value()) finish.bias = dense_bias->const_data_ptr();
+    reduction.gate = of_gate;
+    reduction.weight = read_weight.tensor().const_data_ptr(), reduction.weight_row = read_weight.tensor().stride(0);
+    if (dense_bias.has_value()) reduction.bias = dense_bias->const_data_ptr();
     rows_of_gate = floats(x, {rows});
-    finish.grad_gate = data(*rows_of_gate);
+    reduction.grad_gate = data(*rows_of_gate);
   }
-  launch_finish(finish, dtype, scope.stream());
+  launch_reduce(reduction, dtype, scope.stream());
   if (gate.has_value()) {
-    // One gate for all rows: their sum. One for each: a row each.
-    launch_sum_rows(finish.grad_gate, gates == 1 ? rows : 1, static_cast<int>(gates), grad_gate.mutable_data_ptr(),
+    // One gate for all rows: the sum over rows; otherwise one gate per row.
+    launch_sum_rows(reduction.grad_gate, gates == 1 ? rows : 1, static_cast<int>(gates), grad_gate.mutable_data_ptr(),
                     dtype, scope.stream());
   }
   return {grad_x, gradient.grad_weight(), gradient.grad_bias(), grad_gate};

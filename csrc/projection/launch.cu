@@ -1,4 +1,4 @@
-// The CUDA backend of projection/launch.h.
+// CUDA implementation of projection/launch.h.
 #include "projection/launch.h"
 
 #include "common/dispatch.h"
@@ -12,7 +12,7 @@ void project(ProjectParams params, cudaStream_t stream);
 template <typename T>
 void weight_gradient(WeightGradientParams params, cudaStream_t stream);
 template <typename T>
-void finish(const FinishParams& params, cudaStream_t stream);
+void reduce(const ReduceParams& params, cudaStream_t stream);
 template <typename T>
 void heads_backward(const HeadBackwardParams& params, cudaStream_t stream);
 template <typename T>
@@ -33,9 +33,9 @@ void launch_weight_gradient(WeightGradientParams params, DType dtype, void* stre
   dispatch_dtype(dtype, [&](auto type) { weight_gradient<typename decltype(type)::type>(params, cuda_stream); });
 }
 
-void launch_finish(const FinishParams& params, DType dtype, void* stream) {
+void launch_reduce(const ReduceParams& params, DType dtype, void* stream) {
   dispatch_dtype(dtype,
-                 [&](auto type) { finish<typename decltype(type)::type>(params, static_cast<cudaStream_t>(stream)); });
+                 [&](auto type) { reduce<typename decltype(type)::type>(params, static_cast<cudaStream_t>(stream)); });
 }
 
 void launch_heads_backward(const HeadBackwardParams& params, DType dtype, void* stream) {

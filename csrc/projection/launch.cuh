@@ -1,4 +1,4 @@
-// Launchers of one storage type; the instantiations define one each.
+// Launchers of one storage type, instantiated in instantiations/.
 #pragma once
 
 #include <stdexcept>
@@ -6,15 +6,16 @@
 #include "common/dispatch.h"
 #include "device/launch.cuh"
 #include "projection/heads_backward.cuh"
+#include "projection/plan.h"
 #include "projection/project.cuh"
 #include "projection/weight_gradient.cuh"
 
 namespace fastgen::projection {
 
 template <typename Body>
-void dispatch_shape(int shape, Body&& body) {
-  static_assert(kShapeCount == 2, "a case for each");
-  shape == 0 ? body(std::integral_constant<int, 0>{}) : body(std::integral_constant<int, 1>{});
+void dispatch_tile(int tile, Body&& body) {
+  static_assert(kTileCount == 2, "one case per tile");
+  tile == 0 ? body(std::integral_constant<int, 0>{}) : body(std::integral_constant<int, 1>{});
 }
 
 inline unsigned checked_blocks(int64_t blocks, int64_t most) {
@@ -22,31 +23,32 @@ inline unsigned checked_blocks(int64_t blocks, int64_t most) {
   return static_cast<unsigned>(blocks);
 }
 
-inline int staged_bytes(const Shape& shape, int element_size, bool left_down, bool right_down) {
-  return larger(pipeline_bytes(shape, element_size, left_down, right_down), staging_bytes(shape));
+inline int staged_bytes(const TileShape& shape, int element_size, bool left_k_rows, bool right_k_rows) {
+  return larger(pipeline_bytes(shape, element_size, left_k_rows, right_k_rows), staging_bytes(shape));
 }
 
-// Heads that a tile has to have whole; 1 where there are none.
+// The largest head that has to be in one tile; 1 without QK-norm and RoPE.
 inline int widest_head(const ProjectParams& p) {
   int widest = 1;
-  for (int i = 0; i < larger(p.finish.norm_count, p.finish.rotated); ++i) widest = larger(widest, p.out.parts[i].dim);
+  for (int i = 0; i < larger(p.epilogue.norm_count, p.epilogue.rotated); ++i)
+    widest = larger(widest, p.out.parts[i].dim);
   return widest;
 }
 
 template <typename T>
 void project(ProjectParams p, cudaStream_t stream) {
-  const bool whole_heads = p.finish.norm_count > 0 || p.finish.rotated > 0;
+  const bool whole_heads = p.epilogue.norm_count > 0 || p.epilogue.rotated > 0;
   const Plan plan = project_plan(p.tokens, p.out.channels, widest_head(p), device::multiprocessors());
-  p.band_count = make_bands(p.bands, p.out, whole_heads, plan.shape);
+  p.band_count = make_bands(p.bands, p.out, whole_heads, plan.tile);
   const unsigned blocks = checked_blocks(plan.row_tiles * column_tiles(p.bands, p.band_count), INT32_MAX);
-  const bool across = p.x.channel != 1, down = p.inputs_down;
-  const Shape& shape = kShapes[plan.shape];
+  const bool across = p.x.channel != 1, down = p.inputs_rows;
+  const TileShape& shape = kTileShapes[plan.tile];
   const int bytes = staged_bytes(shape, sizeof(T), across, down);
-  dispatch_shape(plan.shape, [&](auto index) {
+  dispatch_tile(plan.tile, [&](auto index) {
     dispatch_bool(across, [&](auto tokens_across) {
-      dispatch_bool(down, [&](auto inputs_down) {
+      dispatch_bool(down, [&](auto inputs_rows) {
         constexpr auto kernel =
-            projection_project<T, decltype(index)::value, decltype(tokens_across)::value, decltype(inputs_down)::value>;
+            projection_project<T, decltype(index)::value, decltype(tokens_across)::value, decltype(inputs_rows)::value>;
         device::launch("projection_project", +kernel,
                        {dim3(blocks), dim3(shape.threads()), static_cast<size_t>(bytes), stream}, p);
       });
@@ -58,11 +60,11 @@ template <typename T>
 void weight_gradient(WeightGradientParams p, cudaStream_t stream) {
   const Plan plan = gradient_plan(p.tokens, p.grad.channels, p.x.channels, sizeof(T), device::multiprocessors());
   p.splits = plan.splits;
-  p.steps = ceil_div(gradient_steps(p.tokens, sizeof(T)), plan.splits);
+  p.tiles = ceil_div(gradient_tiles(p.tokens, sizeof(T)), plan.splits);
   const dim3 grid(checked_blocks(plan.column_tiles, INT32_MAX), checked_blocks(plan.row_tiles, UINT16_MAX),
                   checked_blocks(plan.splits, UINT16_MAX));
-  const Shape& shape = kShapes[plan.shape];
-  dispatch_shape(plan.shape, [&](auto index) {
+  const TileShape& shape = kTileShapes[plan.tile];
+  dispatch_tile(plan.tile, [&](auto index) {
     dispatch_bool(p.grad.channel != 1, [&](auto grad_across) {
       dispatch_bool(p.x.channel != 1, [&](auto across) {
         constexpr auto kernel = projection_weight_gradient<T, decltype(index)::value, decltype(grad_across)::value,
@@ -76,9 +78,9 @@ void weight_gradient(WeightGradientParams p, cudaStream_t stream) {
 }
 
 template <typename T>
-void finish(const FinishParams& p, cudaStream_t stream) {
+void reduce(const ReduceParams& p, cudaStream_t stream) {
   const dim3 grid(checked_blocks(p.rows, INT32_MAX));
-  device::launch("projection_finish", +projection_finish<T>, {grid, dim3(kSumThreads), 0, stream}, p);
+  device::launch("projection_reduce", +projection_reduce<T>, {grid, dim3(kSumThreads), 0, stream}, p);
 }
 
 template <typename T>

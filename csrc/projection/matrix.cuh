@@ -1,4 +1,4 @@
-// Where an element of a matrix is.
+// Addresses of matrix elements.
 #pragma once
 
 #include "projection/params.h"
@@ -12,7 +12,7 @@ __device__ __forceinline__ T* address(const Matrix& matrix, int batch, int token
   const Part& part = matrix.parts[i];
   const int within = channel - part.first;
   int64_t offset = batch * part.batch + token * part.token;
-  if (part.head == part.dim * matrix.channel) {  // heads side by side
+  if (part.head == part.dim * matrix.channel) {  // contiguous heads
     offset += within * matrix.channel;
   } else {
     const int head = within / part.dim;
@@ -26,7 +26,7 @@ __device__ __forceinline__ const T* element(const Vector& vector, int batch, int
   return static_cast<const T*>(vector.data) + batch * vector.batch + channel * vector.channel;
 }
 
-// The entry of the batch and the position that a token has in its sequence.
+// Batch entry and position of a token.
 struct Place {
   int sequence, position;
 

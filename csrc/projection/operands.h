@@ -1,4 +1,4 @@
-// Between tensors and params: what api.cpp checks, copies and allocates.
+// Conversion of tensors to params: checks, copies of misaligned inputs, allocation of outputs.
 #pragma once
 
 #include <vector>
@@ -38,7 +38,7 @@ inline void check_channels(int64_t channels, const char* name, const Tensor& lik
                   ": kernels take channels and head dims that are multiples of ", chunk, ", got ", channels);
 }
 
-// A contiguous copy at an aligned address, with zeros after the last dim up to whole multiples of 16 bytes.
+// A contiguous copy with the last dim padded with zeros to a multiple of 16 bytes.
 inline Tensor aligned_copy(const Tensor& tensor) {
   const int64_t chunk = kAlignment / element_size(tensor), last = tensor.dim() - 1;
   std::vector<int64_t> sizes;
@@ -50,7 +50,7 @@ inline Tensor aligned_copy(const Tensor& tensor) {
   return copy;
 }
 
-// A tensor that is read, in place where that is aligned; otherwise a copy that lives as long as this.
+// An input, read in place if aligned; otherwise an owned copy.
 class Read {
  public:
   Read(const Tensor& tensor, const char* name, int dims, const Tensor& like) : tensor_(tensor) {
@@ -97,7 +97,8 @@ inline Matrix packed(const std::vector<Matrix>& parts) {
   return matrix;
 }
 
-// Numbers tokens through the batch where every matrix allows it: blocks are then full whatever a sequence's length.
+// Numbers tokens across the batch if the strides of all matrices allow it, so that tiles are full for any sequence
+// length.
 template <typename... Matrices>
 Tokens number_tokens(int64_t batch, int64_t count, const Matrices&... matrices) {
   const Tokens own = {checked_int(batch, "batch"), checked_int(count, "length"), static_cast<int>(count)};

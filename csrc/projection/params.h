@@ -1,4 +1,4 @@
-// What a projection kernel is told. Matrices are (tokens, channels), read and written in place.
+// Kernel parameters. Matrices are (tokens, channels), read and written in place.
 #pragma once
 
 #include <cstdint>
@@ -9,35 +9,35 @@ namespace fastgen::projection {
 
 constexpr int kMostParts = 4;
 
-// Heads of ``dim`` channels each, the first of them channel number ``first`` of the matrix. Strides in elements.
+// Heads of ``dim`` channels each; ``first`` is the part's first channel in the matrix. Strides in elements.
 struct Part {
   void* data = nullptr;
   int64_t batch = 0, head = 0, token = 0;
   int first = 0, dim = 0;
 };
 
-// Channels side by side (channel = 1), or tokens (every token stride is 1): the contiguous ones are whole multiples of
-// 16 bytes, and so are addresses and the other strides.
+// Channels-last (channel == 1) or channels-first (every token stride is 1). Addresses, the contiguous dim and the other
+// strides are multiples of 16 bytes.
 struct Matrix {
   Part parts[kMostParts];
   int count = 0, channels = 0;
   int64_t channel = 1;
 };
 
-// Tokens are numbered within each entry of the batch; or through the batch, which then counts as 1.
+// Tokens are numbered per batch entry, or across the batch, whose size is then 1.
 struct Tokens {
   int batch = 0, count = 0;
-  int period = 1;  // tokens of a sequence, where they are numbered through the batch
+  int period = 1;  // tokens per sequence, if numbered across the batch
 };
 
-struct Vector {  // over channels, or batch and channels; strides are 0 where it is shared
+struct Vector {  // (batch, channels); stride 0 where broadcast
   const void* data = nullptr;
   int64_t batch = 0, channel = 0;
 };
 
-// What heads undergo before they are stored: the first ``norm_count`` parts are normalised, then the first ``rotated``
-// turned. ``kept``, if it has parts, takes what they were before.
-struct HeadFinish {
+// Epilogue of a projection to heads: RMS norm (QK-norm) of the first ``norm_count`` parts, then rotary embedding (RoPE)
+// of the first ``rotated``. ``kept``, if it has parts, receives the heads before the norm.
+struct HeadEpilogue {
   const void* norms[kMostParts] = {};
   int norm_count = 0, rotated = 0;
   float eps = 0.0f;
@@ -48,7 +48,7 @@ struct HeadFinish {
   Matrix kept;
 };
 
-// Columns of the output that tiles do not cross the ends of: a tile has at most ``per_tile`` of them.
+// A range of output columns that tiles do not cross, with at most ``per_tile`` columns in a tile.
 struct Band {
   int first = 0, columns = 0, per_tile = 0;
 };
@@ -57,46 +57,46 @@ struct Band {
 struct ProjectParams {
   Tokens tokens;
   Matrix x, out;
-  const void* weight = nullptr;  // (out.channels, x.channels), or the other way round
-  int64_t weight_row = 0;        // its stride
-  bool inputs_down = false;      // the other way round
-  const void* bias = nullptr;    // may be absent, as what follows
+  const void* weight = nullptr;  // (out.channels, x.channels), or transposed
+  int64_t weight_row = 0;        // row stride
+  bool inputs_rows = false;      // weight is (x.channels, out.channels)
+  const void* bias = nullptr;    // optional, as the following
   Vector gate;
   Matrix residual;
-  HeadFinish finish;
+  HeadEpilogue epilogue;
   Band bands[kMostParts];
   int band_count = 0;
-  bool exact = true;  // float32 products at float32 accuracy; otherwise in tf32
+  bool exact = true;  // float32 products with float32 accuracy; false: tf32
 };
 
-// parts[split] = grad^T x, and the sums of grad's columns, each over the split's share of the tokens.
+// Split-K over tokens: parts[split] = grad^T x and bias_parts[split] = column sums of grad, over the split's tokens.
 struct WeightGradientParams {
   Tokens tokens;
   Matrix grad, x;
   float* parts = nullptr;       // (splits, grad.channels, x.channels)
-  float* bias_parts = nullptr;  // (splits, grad.channels), may be absent
-  int64_t steps = 0;            // of a split
+  float* bias_parts = nullptr;  // (splits, grad.channels), optional
+  int64_t tiles = 0;            // of BLOCK_K tokens, per split
   int splits = 1;
   bool exact = true;
 };
 
-// The sums of the parts, times the gate; and the gate's gradient for each row.
-struct FinishParams {
+// Reduces the parts: grad_weight = gate * sum of parts, and the gradient of the gate for each row.
+struct ReduceParams {
   const float *parts = nullptr, *bias_parts = nullptr;
   int splits = 1, rows = 0, columns = 0;
-  Vector gate;  // may be absent; the batch shares it
+  Vector gate;  // optional; broadcast over the batch
   const void *weight = nullptr, *bias = nullptr;
   int64_t weight_row = 0;
-  void *grad_weight = nullptr, *grad_bias = nullptr;  // the second may be absent
-  float* grad_gate = nullptr;                         // (rows,), where there is a gate
+  void *grad_weight = nullptr, *grad_bias = nullptr;  // grad_bias is optional
+  float* grad_gate = nullptr;                         // (rows,), with a gate
 };
 
-// The gradient of heads before they were normalised and turned. One part.
+// Backward of the epilogue: the gradient of the heads before QK-norm and RoPE. One part.
 struct HeadBackwardParams {
   Tokens tokens;
   Matrix grad, kept, out;
-  const void* norm = nullptr;   // may be absent
-  HeadFinish finish;            // eps and tables
+  const void* norm = nullptr;   // optional
+  HeadEpilogue epilogue;        // eps and tables
   float* norm_parts = nullptr;  // (blocks, dim)
 };
 

@@ -1,7 +1,14 @@
-// out = residual + gate * (x weight^T + bias), heads normalised and turned: the forward passes, and the gradients of x.
+// out = epilogue(x weight^T + bias): the forward passes, and the gradients of x.
 //
-// A block owns a tile of tokens and output channels. The tile is laid out in shared memory in float32, channels or
-// tokens side by side as in the output, and leaves 16 bytes at a time, or head by head.
+//   main loop   y = x weight^T over the channels of x, product.cuh                         load, accumulate
+//   stage       y + bias to shared memory in float32, in the memory order of the output
+//   epilogue    merge:  out = residual + gate * y, 16 bytes per thread
+//               heads:  out = RoPE(RMS norm(y)), one warp per head (heads.cuh)
+//
+//                output channels, BLOCK_N per block (whole heads for QK-norm and RoPE: bands)
+//               +---------+---------+
+//   BLOCK_M     |         |         |   one block per tile; neighboring blocks share their tokens
+//   tokens      +---------+---------+
 #pragma once
 
 #include "device/vector.cuh"
@@ -10,29 +17,29 @@
 
 namespace fastgen::projection {
 
-// A tile of sums in shared memory; one of its strides is 1.
+// The accumulated tile in shared memory; one of the strides is 1.
 struct Staging {
   float* data;
   int row, column;
 
-  __device__ __forceinline__ Staging(const Shape& shape, bool tokens_across)
+  __device__ __forceinline__ Staging(const TileShape& shape, bool tokens_across)
       : data(reinterpret_cast<float*>(device::dynamic_shared())),
-        row(tokens_across ? 1 : shape.columns + kPaddedColumns),
-        column(tokens_across ? shape.rows + kPaddedRows : 1) {}
+        row(tokens_across ? 1 : shape.block_n + kPaddedColumns),
+        column(tokens_across ? shape.block_m + kPaddedRows : 1) {}
   __device__ __forceinline__ float& at(int i, int j) const { return data[i * row + j * column]; }
 };
 
-// Where a tile is.
+// The position of a tile.
 struct Corner {
   int batch, token, tokens, column, columns;
 
-  __device__ __forceinline__ Corner(const ProjectParams& p, const Shape& shape) {
+  __device__ __forceinline__ Corner(const ProjectParams& p, const TileShape& shape) {
     int tiles = 0, band = 0, first = 0;
     for (int i = 0; i < p.band_count; ++i) {
       tiles += static_cast<int>(ceil_div(p.bands[i].columns, p.bands[i].per_tile));
     }
     const int down = static_cast<int>(blockIdx.x) / tiles;
-    int across = static_cast<int>(blockIdx.x) % tiles;  // neighbours share their tokens
+    int across = static_cast<int>(blockIdx.x) % tiles;  // neighboring blocks share their tokens
     for (; band < p.band_count; ++band) {
       const int of_band = static_cast<int>(ceil_div(p.bands[band].columns, p.bands[band].per_tile));
       if (across < of_band) break;
@@ -41,9 +48,9 @@ struct Corner {
     first = across * p.bands[band].per_tile;
     column = p.bands[band].first + first;
     columns = smaller(p.bands[band].per_tile, p.bands[band].columns - first);
-    const int tiles_down = static_cast<int>(ceil_div(p.tokens.count, shape.rows));
-    batch = down / tiles_down, token = down % tiles_down * shape.rows;
-    tokens = smaller(shape.rows, p.tokens.count - token);
+    const int tiles_down = static_cast<int>(ceil_div(p.tokens.count, shape.block_m));
+    batch = down / tiles_down, token = down % tiles_down * shape.block_m;
+    tokens = smaller(shape.block_m, p.tokens.count - token);
   }
 };
 
@@ -88,44 +95,44 @@ __device__ __forceinline__ void store_plain(const ProjectParams& p, const Corner
   }
 }
 
-// Head by head. A band is one part, so its tile is whole heads of one size.
+// QK-norm and RoPE. A band belongs to one part, so that a tile consists of whole heads of one size.
 template <typename T, int kThreads>
 __device__ __forceinline__ void store_heads(const ProjectParams& p, const Corner& at, const Staging& staging,
                                             int part) {
   const int dim = p.out.parts[part].dim, heads = at.columns / dim;
-  const void* norm = part < p.finish.norm_count ? p.finish.norms[part] : nullptr;
+  const void* norm = part < p.epilogue.norm_count ? p.epilogue.norms[part] : nullptr;
   for (int index = static_cast<int>(threadIdx.x / 32); index < at.tokens * heads; index += kThreads / 32) {
     const int i = index / heads, j = index % heads * dim, token = at.token + i, channel = at.column + j;
     T* kept =
-        norm != nullptr && p.finish.kept.count > 0 ? address<T>(p.finish.kept, at.batch, token, channel) : nullptr;
-    store_head(&staging.at(i, j), dim, norm, part < p.finish.rotated, p.finish, Place(p.tokens, at.batch, token),
+        norm != nullptr && p.epilogue.kept.count > 0 ? address<T>(p.epilogue.kept, at.batch, token, channel) : nullptr;
+    store_head(&staging.at(i, j), dim, norm, part < p.epilogue.rotated, p.epilogue, Place(p.tokens, at.batch, token),
                address<T>(p.out, at.batch, token, channel), kept);
   }
 }
 
-// kTokensAcross: tokens of x lie side by side. kInputsDown: weight is (x's channels, output's channels).
-template <typename T, int kShapeIndex, bool kTokensAcross, bool kInputsDown>
-__global__ void __launch_bounds__(kShapes[kShapeIndex].threads(), resident_blocks(kShapeIndex, sizeof(T)))
+// kTokensAcross: tokens of x are contiguous (channels-first). kInputsRows: weight is (x.channels, out.channels).
+template <typename T, int kTileIndex, bool kTokensAcross, bool kInputsRows>
+__global__ void __launch_bounds__(kTileShapes[kTileIndex].threads(), resident_blocks(kTileIndex, sizeof(T)))
     projection_project(const __grid_constant__ ProjectParams p) {
-  using Product = TileProduct<T, kShapeIndex, kTokensAcross, kInputsDown>;
-  constexpr Shape kShape = Product::kShape;
-  constexpr int kThreads = Product::kThreads, kDepth = Product::kDepth;
+  using Product = TileProduct<T, kTileIndex, kTokensAcross, kInputsRows>;
+  constexpr TileShape kShape = Product::kShape;
+  constexpr int kThreads = Product::kThreads, BLOCK_K = Product::BLOCK_K;
   const Corner at(p, kShape);
   const int inputs = p.x.channels;
   const T* weight = static_cast<const T*>(p.weight);
 
   Product product;
   product.run(
-      0, ceil_div(inputs, kDepth), p.exact,
-      [&](int64_t step, int stage) {
-        const int first = static_cast<int>(step) * kDepth;
+      0, ceil_div(inputs, BLOCK_K), p.exact,
+      [&](int64_t tile, int stage) {
+        const int first = static_cast<int>(tile) * BLOCK_K;
         Product::left(stage).template copy<kThreads>(p.weight, [&](int i, int k) -> const void* {
-          const bool there = i < at.tokens && first + k < inputs;
-          return there ? address<const T>(p.x, at.batch, at.token + i, first + k) : nullptr;
+          const bool valid = i < at.tokens && first + k < inputs;
+          return valid ? address<const T>(p.x, at.batch, at.token + i, first + k) : nullptr;
         });
         Product::right(stage).template copy<kThreads>(p.weight, [&](int j, int k) -> const void* {
           if (j >= at.columns || first + k >= inputs) return nullptr;
-          const int row = kInputsDown ? first + k : at.column + j, column = kInputsDown ? at.column + j : first + k;
+          const int row = kInputsRows ? first + k : at.column + j, column = kInputsRows ? at.column + j : first + k;
           return weight + row * p.weight_row + column;
         });
       },
@@ -133,6 +140,7 @@ __global__ void __launch_bounds__(kShapes[kShapeIndex].threads(), resident_block
 
   const bool tokens_across = p.out.channel != 1;
   const Staging staging(kShape, tokens_across);
+  device::sync_block();  // the staging overwrites the stages of the main loop
 #pragma unroll
   for (int tile = 0; tile < Product::kTiles; ++tile) {
     const int j = product.column + tile * 8 + lane_column();
@@ -163,7 +171,7 @@ __global__ void __launch_bounds__(kShapes[kShapeIndex].threads(), resident_block
 
   int part = 0;
   while (part + 1 < p.out.count && at.column >= p.out.parts[part + 1].first) ++part;
-  if (part < p.finish.norm_count || part < p.finish.rotated) {
+  if (part < p.epilogue.norm_count || part < p.epilogue.rotated) {
     store_heads<T, kThreads>(p, at, staging, part);
   } else {
     store_plain<T, kThreads>(p, at, staging, tokens_across);

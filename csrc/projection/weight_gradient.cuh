@@ -1,4 +1,14 @@
-// The gradients of a weight and its bias: sums over tokens, split among blocks, and their end.
+// Gradients of a weight and its bias: split-K over tokens, then a reduction.
+//
+//   projection_weight_gradient   for each tile of BLOCK_K tokens of the split        product.cuh
+//                                  parts[split] += grad^T x                          load, accumulate
+//                                  bias_parts[split] += row sums of grad^T           a product with ones
+//   projection_reduce            grad_weight = gate * sum of parts, grad_gate        epilogue, in a fixed order
+//
+//                       channels of x, BLOCK_N per block
+//                      +---------+---------+
+//   BLOCK_M channels   |         |         |   gridDim = (column tiles, row tiles, splits)
+//   of grad            +---------+---------+
 #pragma once
 
 #include "common/reduce.cuh"
@@ -7,7 +17,7 @@
 
 namespace fastgen::projection {
 
-// A left operand's sums over the common index: its product with ones, of which every column is the same.
+// Row sums of the left operand, as its product with ones: every column is the same.
 template <typename T, int kFragments>
 struct RowSums {
   float sums[kFragments][4] = {};
@@ -20,26 +30,26 @@ struct RowSums {
   }
 };
 
-// parts[split] = grad^T x over the split's tokens. kGradTokensAcross, kTokensAcross: tokens lie side by side.
-template <typename T, int kShapeIndex, bool kGradTokensAcross, bool kTokensAcross>
-__global__ void __launch_bounds__(kShapes[kShapeIndex].threads(), resident_blocks(kShapeIndex, sizeof(T)))
+// parts[split] = grad^T x over the split's tokens. kGradTokensAcross, kTokensAcross: tokens are contiguous.
+template <typename T, int kTileIndex, bool kGradTokensAcross, bool kTokensAcross>
+__global__ void __launch_bounds__(kTileShapes[kTileIndex].threads(), resident_blocks(kTileIndex, sizeof(T)))
     projection_weight_gradient(const __grid_constant__ WeightGradientParams p) {
-  using Product = TileProduct<T, kShapeIndex, !kGradTokensAcross, !kTokensAcross>;
-  constexpr int kThreads = Product::kThreads, kDepth = Product::kDepth;
-  const int row = static_cast<int>(blockIdx.y) * Product::kShape.rows;
-  const int column = static_cast<int>(blockIdx.x) * Product::kShape.columns;
+  using Product = TileProduct<T, kTileIndex, !kGradTokensAcross, !kTokensAcross>;
+  constexpr int kThreads = Product::kThreads, BLOCK_K = Product::BLOCK_K;
+  const int row = static_cast<int>(blockIdx.y) * Product::BLOCK_M;
+  const int column = static_cast<int>(blockIdx.x) * Product::BLOCK_N;
   const int rows = p.grad.channels - row, columns = p.x.channels - column;
-  const int64_t steps_each = ceil_div(p.tokens.count, kDepth), all = steps_each * p.tokens.batch;
-  const int64_t first = blockIdx.z * p.steps, left = all - first;
+  const int64_t tiles_each = ceil_div(p.tokens.count, BLOCK_K), all = tiles_each * p.tokens.batch;
+  const int64_t first = blockIdx.z * p.tiles, left = all - first;
 
   Product product;
   RowSums<T, Product::kFragments> bias;
   const bool with_bias = p.bias_parts != nullptr && blockIdx.x == 0 && product.column == 0;
   product.run(
-      first, left < p.steps ? left : p.steps, p.exact,
-      [&](int64_t step, int stage) {
-        const int batch = static_cast<int>(step / steps_each);
-        const int token = static_cast<int>(step % steps_each) * kDepth, tokens = p.tokens.count - token;
+      first, left < p.tiles ? left : p.tiles, p.exact,
+      [&](int64_t tile, int stage) {
+        const int batch = static_cast<int>(tile / tiles_each);
+        const int token = static_cast<int>(tile % tiles_each) * BLOCK_K, tokens = p.tokens.count - token;
         Product::left(stage).template copy<kThreads>(p.grad.parts[0].data, [&](int i, int k) -> const void* {
           return i < rows && k < tokens ? address<const T>(p.grad, batch, token + k, row + i) : nullptr;
         });
@@ -63,7 +73,7 @@ __global__ void __launch_bounds__(kShapes[kShapeIndex].threads(), resident_block
         const int j = product.column + tile * 8 + lane_column();
         const float (&sums)[4] = product.sums[m][tile];
         const uint32_t words[2] = {float_to_bits(sums[2 * half]), float_to_bits(sums[2 * half + 1])};
-        // Channels come in fours, so the second is there with the first.
+        // The number of channels is a multiple of four, so both columns exist.
         if (j < columns) {
           device::store_words(parts + static_cast<int64_t>(row + i) * p.x.channels + column + j, words);
         }
@@ -75,10 +85,10 @@ __global__ void __launch_bounds__(kShapes[kShapeIndex].threads(), resident_block
   }
 }
 
-// A row of the weight's gradient: the sum of its parts, in their order, times the gate; and the row's gate's gradient,
-// the inner product of that sum with the weight.
+// One block per row: the sum of the parts, in order, times the gate; and the gradient of the row's gate, the inner
+// product of that sum with the weight.
 template <typename T>
-__global__ void __launch_bounds__(kSumThreads) projection_finish(const __grid_constant__ FinishParams p) {
+__global__ void __launch_bounds__(kSumThreads) projection_reduce(const __grid_constant__ ReduceParams p) {
   const int row = static_cast<int>(blockIdx.x);
   const bool gated = p.gate.data != nullptr;
   const float gate = gated ? device::to_float(*element<T>(p.gate, 0, row)) : 1.0f;
@@ -103,7 +113,7 @@ __global__ void __launch_bounds__(kSumThreads) projection_finish(const __grid_co
   if (gated) p.grad_gate[row] = inner;
 }
 
-// weight, each row times its gate.
+// out = gate * weight, row by row.
 template <typename T>
 __global__ void __launch_bounds__(kSumThreads)
     projection_scale_rows(const T* weight, int64_t weight_row, Vector gate, T* out, int columns) {
@@ -115,7 +125,7 @@ __global__ void __launch_bounds__(kSumThreads)
   }
 }
 
-// The sums over the rows of (rows, columns), one for each block.
+// Column sums of (rows, columns), one block per column.
 template <typename T>
 __global__ void __launch_bounds__(kSumThreads) projection_sum_rows(const float* parts, int rows, int columns, T* out) {
   float sum = 0.0f;

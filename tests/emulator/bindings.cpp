@@ -1,4 +1,5 @@
-// The kernels of kernels/ as Python functions over numpy arrays. Compiled for the host and, where nvcc is, for CUDA.
+// The kernels of kernels/ as Python functions over numpy arrays. Compiled for the host and, if nvcc is available, for
+// CUDA.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -21,8 +22,7 @@ using Three = std::array<unsigned, 3>;
 
 dim3 to_dim3(const Three& size) { return dim3(size[0], size[1], size[2]); }
 
-// Runs a kernel; the result has the shape and dtype of ``out``. With ``initial`` the kernel finds its values there,
-// else memory that nobody wrote.
+// Runs a kernel; the result has the shape and dtype of ``out``, and is initialized with ``initial`` if given.
 py::array run(const std::string& name, Kernel kernel, const Three& grid, const Three& block, size_t shared_bytes,
               const std::vector<py::array>& inputs, const py::array& out, bool initial,
               const std::vector<int>& numbers) {

@@ -1,6 +1,6 @@
 """Compiles the emulator, the CUDA sources and the sample kernels with a host compiler, by ninja.
 
-What it makes, below build/emulator/:
+Outputs in build/emulator/:
     libemulator.so       core/: the scheduler, the checks, the instructions
     libemulator_torch.so torch_memory.cpp: tensors as device memory
     <family>.so          a family's .cu files and its api.cpp, unchanged: operators of the namespace fastgen_emulated
@@ -44,9 +44,9 @@ PROBE = "#include <source_location>\nint line(std::source_location where = std::
 
 @cache
 def why_not() -> str | None:
-    """None where the emulator can be built, else the reason."""
+    """The reason why the emulator cannot be built; None if it can."""
     if sys.platform != "linux":
-        return "the emulator is written for Linux"
+        return "the emulator requires Linux"
     if shutil.which(compiler().split(" ")[0]) is None:
         return f"no C++ compiler ({compiler()})"
     if ninja() is None:
@@ -66,7 +66,7 @@ def ninja() -> str | None:
 
 def families() -> list[str]:
     """The families that have CUDA kernels."""
-    return [name for name in backend.operators() if any((CSRC / name).glob("*.cu"))]
+    return [name for name in backend.operators() if any((CSRC / name).rglob("*.cu"))]
 
 
 def manifest(own: Path | None = None) -> str:
@@ -74,7 +74,7 @@ def manifest(own: Path | None = None) -> str:
     import pybind11
 
     torch_root = Path(torch.__file__).parent
-    # Kernels carry a call before each access to memory; -O1 keeps the accesses as they are written.
+    # Kernels call a hook before each memory access; -O1 keeps the accesses as written.
     instrument = "-fsanitize=thread,alignment,bounds -O1"
     version = subprocess.run([*compiler().split(" "), "--version"], capture_output=True, text=True, check=True).stdout
     if "clang" in version:
@@ -144,7 +144,7 @@ def manifest(own: Path | None = None) -> str:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Other processes that build here, such as the workers of pytest-xdist, wait until this one is done."""
+    """Serializes builds of several processes, such as the workers of pytest-xdist."""
     import fcntl  # which Windows lacks, but there why_not() comes first
 
     OUT.mkdir(parents=True, exist_ok=True)

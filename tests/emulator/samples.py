@@ -1,4 +1,4 @@
-"""The sample kernels of kernels/: what they are called with, and what they must give."""
+"""The sample kernels of kernels/: their arguments and expected results."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ TRICKY = {
 
 
 def run_tricky(launch: Any, name: str) -> np.ndarray:
-    """Ones, if all is well."""
+    """The output: all ones if correct."""
     blocks, block = TRICKY[name]
     words = np.arange(2000, dtype=np.uint32)
     out = np.zeros(blocks * block[0] * block[1], np.uint32)

@@ -1,4 +1,4 @@
-"""What the emulator must find, and what it must let pass."""
+"""Findings of the emulator: planted bugs are found, correct kernels pass."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from tests.emulator.samples import SAMPLES, TRICKY, run_tricky
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 
-SEEDS = range(40)  # within which a planted mistake must show
+SEEDS = range(40)  # a planted bug must be found with one of them
 PLANTED = [] if build.why_not() else list(enumerate(build.module().planted()))
 
 
 def counted(module, kernel, call):
-    """What a call adds to the counters of a kernel."""
+    """The counters that a call adds to a kernel."""
     before = module.statistics().get(kernel, {})
     call()
     return {name: count - before.get(name, 0) for name, count in module.statistics()[kernel].items()}
 
 
 def outcome(module, call, launch, which, **options):
-    """What a run says: the kind of its finding, "wrong result", or "nothing"."""
+    """The outcome of a run: the kind of its finding, "wrong result", or "nothing"."""
     module.configure(**options)
     try:
         result = call.run(launch, which)
@@ -39,7 +39,7 @@ def outcome(module, call, launch, which, **options):
 
 
 # --------------------------------------------------------------------------------------------------
-# Mistakes
+# Planted bugs
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -50,14 +50,14 @@ def test_a_correct_kernel_passes_every_schedule(emulator, name):
 
 
 @pytest.mark.parametrize("name", TRICKY)
-def test_a_correct_kernel_that_looks_odd_passes_every_schedule(emulator, name):
+def test_an_unusual_correct_kernel_passes_every_schedule(emulator, name):
     for seed in range(20):
         emulator.configure(seed=seed)
         assert run_tricky(emulator.run, name).all(), f"seed {seed}"
 
 
 @pytest.mark.parametrize(("number", "planted"), PLANTED, ids=[f"{p[0]}-{p[1]}" for _, p in PLANTED])
-def test_a_planted_mistake_is_caught_by_its_check(emulator, number, planted):
+def test_a_planted_bug_is_found_by_its_check(emulator, number, planted):
     sample, _, finding = planted
     call = SAMPLES[sample]()
     seen = set()
@@ -73,7 +73,7 @@ def test_every_kind_of_finding_is_planted():
     assert found == {
         "out of bounds",
         "misaligned",
-        "read of memory nobody wrote",
+        "read of uninitialized memory",
         "race",
         "unfinished asynchronous copy",
         "divergence",
@@ -87,7 +87,7 @@ def test_every_kind_of_finding_is_planted():
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_no_barrier_and_no_wait_of_a_sample_can_be_left_out(emulator, name):
-    """Each synchronising call that the correct kernel makes is left out in turn; each time something is found."""
+    """Each synchronizing call of the correct kernel is left out in turn, and every time a finding is reported."""
     call = SAMPLES[name](192) if name == "attention" else SAMPLES[name]()
     assert outcome(emulator, call, emulator.run, name) == "nothing"
     sites = emulator.sites()
@@ -106,7 +106,7 @@ def test_no_barrier_of_the_latent_kernels_can_be_left_out(emulator):
     (site,) = emulator.sites()
     assert site.startswith("sync_block csrc/common/reduce.cuh:")
     emulator.configure(leave_out=site)
-    with pytest.raises(RuntimeError, match=r"emulator: (race|read of memory nobody wrote)"):
+    with pytest.raises(RuntimeError, match=r"emulator: (race|read of uninitialized memory)"):
         call()
 
 
@@ -173,7 +173,7 @@ def test_a_failing_test_prints_its_seed_and_the_variable_replays_it(emulator, tm
 # Tensors as device memory
 
 
-def test_a_tensor_from_elsewhere_is_no_device_memory(emulator):
+def test_a_tensor_of_another_allocator_is_not_device_memory(emulator):
     build.register()
     build.track_tensors(False)
     outside = torch.randn(2, 8)
@@ -219,7 +219,7 @@ def test_static_and_dynamic_shared_memory_share_the_limit(emulator):
 
 @pytest.mark.parametrize(("stride", "passes"), [(16, 4), (32, 8), (64, 16), (128, 32), (144, 4)])
 def test_bank_conflicts_of_matrix_loads_are_counted(emulator, stride, passes):
-    """Eight rows of 16 bytes go in one pass, unless they lie in the same banks."""
+    """Eight rows of 16 bytes take one pass unless their banks conflict."""
     tile, out = np.zeros(8 * stride, np.uint32), np.zeros(128, np.uint32)
     arguments = ((1, 1, 1), (32, 1, 1), tile.nbytes, [tile], out, False, [stride])
     counts = counted(emulator, "ldmatrix x4", lambda: emulator.run("ldmatrix x4", *arguments))
@@ -246,7 +246,7 @@ def test_an_attention_sized_block_is_emulated_in_time(emulator):
 
 
 # --------------------------------------------------------------------------------------------------
-# What the emulator does not know does not compile
+# Unsupported instructions do not compile
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-// PyTorch's CPU memory as the emulator's device memory: every tensor allocated while this allocator is installed is
-// known to it, with space around it that no kernel may touch.
+// PyTorch's CPU memory as device memory of the emulator: tensors allocated while this allocator is installed are
+// registered, with guard zones around them.
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 

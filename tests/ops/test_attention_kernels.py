@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -95,11 +96,11 @@ def test_every_schedule_gives_the_same_bits(emulator, emulated, options):
     assert all(torch.equal(result, results[0]) for result in results[1:])
 
 
-def assert_no_site_can_be_left_out(emulator, call, folder, seeds=2):
+def assert_no_site_can_be_left_out(emulator, call, kernel, seeds=2):
     emulator.configure()
     call()
-    starts = tuple(f"{what} csrc/attention/{folder}" for what in ("sync_block", "async_copy_wait"))
-    sites = [site for site in emulator.sites() if site.startswith(starts)]
+    pattern = rf"(sync_block|async_copy_wait) csrc/attention/\S+ in {kernel}"
+    sites = [site for site in emulator.sites() if re.match(pattern, site)]
     assert len(sites) >= 2
     for site in sites:
         for seed in range(seeds):
@@ -114,7 +115,7 @@ def test_no_barrier_and_no_wait_can_be_left_out(emulator, emulated, dims):
         tensors = operands(heads=1, dims=dims)
     else:
         tensors = operands(heads=1, queries=20, keys=40, dims=dims, dtype=torch.float32)
-    assert_no_site_can_be_left_out(emulator, lambda: gradients(emulated, tensors), "")
+    assert_no_site_can_be_left_out(emulator, lambda: gradients(emulated, tensors), "attention_")
 
 
 @pytest.mark.parametrize("dims", [(8, 8), (8, 128)], ids=["two stages", "one stage"])
@@ -123,7 +124,7 @@ def test_no_barrier_of_the_mask_gradient_can_be_left_out(emulator, emulated, dim
     """So many heads that a block takes several."""
     tensors = operands(batch=64, heads=1, queries=17, keys=20, dims=dims)
     call = lambda: gradients(emulated, tensors, torch.ones(sizes))  # noqa: E731
-    assert_no_site_can_be_left_out(emulator, call, "mask_gradient", seeds=1)
+    assert_no_site_can_be_left_out(emulator, call, "attention_mask_gradient", seeds=1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -149,11 +150,11 @@ def test_every_named_shape_has_a_plan_for_every_gpu(name, element_size):
         assert key_dim >= shape.key_dim, kernel
         assert value_dim >= shape.value_dim, kernel
         assert chosen["shared_bytes"] <= 99 * 1024, kernel
-        rows = shape.keys if "key_value" in kernel else shape.queries
+        rows, owned = (shape.keys, chosen["block_n"]) if "key_value" in kernel else (shape.queries, chosen["block_m"])
         heads = shape.batch * shape.heads
-        covered = chosen["blocks"] * chosen["items"] * chosen["rows"]
+        covered = chosen["blocks"] * chosen["tiles_per_block"] * owned
         assert covered >= rows * heads, kernel
-        assert covered < (rows + chosen["rows"]) * heads + chosen["items"] * chosen["rows"], kernel
+        assert covered < (rows + owned) * heads + chosen["tiles_per_block"] * owned, kernel
 
 
 @needs_module
@@ -168,7 +169,7 @@ def test_small_heads_have_tiles_of_their_own_and_the_rest_takes_the_next_larger(
 @needs_module
 def test_short_rows_share_a_block_and_few_rows_take_fewer_warps():
     swin, decode = plan(ATTENTION_SHAPES["swin-window"])["forward"], plan(ATTENTION_SHAPES["decode"])["forward"]
-    assert swin["items"] > 1
+    assert swin["tiles_per_block"] > 1
     assert decode["warps"] == 1
 
 

@@ -96,18 +96,19 @@ def test_every_schedule_gives_the_same_bits(emulator, emulated, options):  # noq
 @pytest.mark.parametrize(
     ("dims", "dtype"), [((24, 40), torch.bfloat16), ((200, 256), torch.float32)], ids=["two stages", "one stage"]
 )
-@pytest.mark.parametrize("folder", ["tangent", "second_order"])
-def test_no_barrier_and_no_wait_can_be_left_out(emulator, emulated, dims, dtype, folder):  # noqa: F811
+@pytest.mark.parametrize("kernel", ["attention_tangent", "attention_second_order"])
+def test_no_barrier_and_no_wait_can_be_left_out(emulator, emulated, dims, dtype, kernel):  # noqa: F811
     tensors = operands(heads=1, queries=20, keys=40 if dtype == torch.float32 else 70, dims=dims, dtype=dtype)
     seeds = 2 if dtype == torch.bfloat16 else 1
-    assert_no_site_can_be_left_out(emulator, lambda: second_order(emulated, tensors), folder, seeds)
+    assert_no_site_can_be_left_out(emulator, lambda: second_order(emulated, tensors), kernel, seeds)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 20), (1, 1, 17, 1)], ids=["per key", "per row"])
 def test_no_barrier_of_the_mask_gradient_can_be_left_out(emulator, emulated, sizes):  # noqa: F811
     """So many heads that a block takes several. First order is taken with a mask that has no gradient."""
     tensors, mask = operands(batch=64, heads=1, queries=17, keys=20, dims=(8, 8)), torch.ones(sizes)
-    assert_no_site_can_be_left_out(emulator, lambda: second_order(emulated, tensors, mask), "mask_gradient", seeds=1)
+    call = lambda: second_order(emulated, tensors, mask)  # noqa: E731
+    assert_no_site_can_be_left_out(emulator, call, "attention_mask_second_order", seeds=1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -129,7 +130,7 @@ def test_every_named_shape_has_a_plan_for_every_gpu(name, element_size):
 
 @needs_module
 def test_small_heads_have_a_tile_of_their_own():
-    tiles = backend.build_module.attention_tiles(twice=True)
+    tiles = backend.build_module.attention_tiles(second_order=True)
     assert plan(ATTENTION_SHAPES["sagan-64"])["tangent"]["tile"] == (16, 32)
     assert max(tiles) == (WIDEST_HEAD_SECOND_ORDER, WIDEST_HEAD_SECOND_ORDER)
     assert "tangent" not in plan(ATTENTION_SHAPES["vae-mid"])

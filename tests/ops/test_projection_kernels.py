@@ -398,7 +398,7 @@ def test_bad_operands_are_refused_by_name(emulated):
         ({"cos": torch.randn(1, 6, 5)}, "cos, sin: expected tables of at most half the head dim"),
         ({"x": x.double(), "weight": weight.double()}, "x: expected float32, float16 or bfloat16"),
         (many, "heads: kernels take up to 4 parts, got 5"),
-        (wide, "norms, cos: kernels normalise and turn heads of up to 128 channels"),
+        (wide, "norms, cos: kernels normalize and rotate heads of up to 128 channels"),
     ]:
         with pytest.raises(RuntimeError, match=text):
             forward(**options)

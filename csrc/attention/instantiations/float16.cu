@@ -2,8 +2,9 @@
 
 namespace fastgen::attention {
 
-template void forward<Half>(ForwardParams, cudaStream_t);
-template void backward<Half>(const BackwardParams&, cudaStream_t);
-template void mask_gradient<Half>(const BackwardParams&, const MaskGradient&, cudaStream_t);
+template void launch_forward<Half>(ForwardParams, void*);
+template void launch_backward<Half>(const BackwardParams&, void*);
+template void launch_mask_gradient<Half>(const BackwardParams&, const MaskGradient&, void*);
+template int mask_splits<Half>(const Problem&, const int (&)[4]);
 
 }  // namespace fastgen::attention

@@ -2,8 +2,9 @@
 
 namespace fastgen::attention {
 
-template void forward<float>(ForwardParams, cudaStream_t);
-template void backward<float>(const BackwardParams&, cudaStream_t);
-template void mask_gradient<float>(const BackwardParams&, const MaskGradient&, cudaStream_t);
+template void launch_forward<float>(ForwardParams, void*);
+template void launch_backward<float>(const BackwardParams&, void*);
+template void launch_mask_gradient<float>(const BackwardParams&, const MaskGradient&, void*);
+template int mask_splits<float>(const Problem&, const int (&)[4]);
 
 }  // namespace fastgen::attention

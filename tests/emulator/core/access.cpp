@@ -1,4 +1,4 @@
-// Every access of a kernel to memory: is it allowed, is the memory written, does a barrier order it?
+// Checks of memory accesses: bounds, initialization, and ordering by barriers.
 #include <link.h>
 
 #include <cstdio>

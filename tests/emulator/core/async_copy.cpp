@@ -1,7 +1,7 @@
-// cp.async: copies from global to shared memory that land in their own time (PTX ISA, "cp.async").
+// cp.async: asynchronous copies from global to shared memory (PTX ISA, "cp.async").
 //
-// Until a wait of the thread that issued it covers a copy, its target belongs to nobody and its source must stay as
-// it is, whenever the bytes really move.
+// Until a wait of the issuing thread covers a copy, its target must not be accessed and its source must not change,
+// independent of when the bytes are moved.
 #include <algorithm>
 #include <cstring>
 

@@ -17,7 +17,7 @@ namespace fastgen::emulator {
 class BankCounter {
  public:
   void access(int warp, int lane, Site site, size_t offset, size_t bytes);
-  // Adds what was seen to the counters, and forgets it.
+  // Adds the counts to the counters and resets.
   void finish(Counters& counters);
   void clear() { instructions_.clear(), sums_ = {}; }
 

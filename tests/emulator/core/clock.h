@@ -1,4 +1,4 @@
-// What a thread knows of the others: vector clocks (Lamport 1978; Mattern 1989; FastTrack, Flanagan and Freund 2009).
+// Vector clocks (Lamport 1978; Mattern 1989; FastTrack, Flanagan and Freund 2009).
 #pragma once
 
 #include <algorithm>

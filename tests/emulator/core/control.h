@@ -1,4 +1,4 @@
-// How a test steers the emulator.
+// Controls of the emulator for tests.
 #pragma once
 
 #include <cstddef>
@@ -10,10 +10,10 @@
 namespace fastgen::emulator {
 
 struct Options {
-  uint64_t seed = 0;                 // of the schedule; each launch draws its own from it
-  bool checks = true;                // of memory accesses; synchronisation is always checked
+  uint64_t seed = 0;                 // of the schedule; the seed of each launch is derived from it
+  bool checks = true;                // of memory accesses; synchronization is always checked
   bool count_banks = true;           // of shared memory, per kernel
-  std::string leave_out;             // a synchronising call to skip, as in sites()
+  std::string leave_out;             // a synchronizing call to skip, as in sites()
   size_t shared_limit = 227 * 1024;  // dynamic + static bytes a block may have: compute capability 9.0
 };
 
@@ -27,19 +27,19 @@ struct Counters {
 };
 using Statistics = std::map<std::string, Counters>;
 
-// Sets the options and starts counting launches (which choose schedules) from 0 again.
+// Sets the options and resets the launch number, which determines the schedule.
 void configure(const Options& options);
-// Synchronising calls met since configure(): "sync_block csrc/common/reduce.cuh:32".
+// Synchronizing calls since configure(): "sync_block csrc/common/reduce.cuh:32 in latent_forward".
 std::vector<std::string> sites();
 // Since the process began.
 Statistics statistics();
 
-// Around the host code of an operator. What is allocated meanwhile, its outputs and workspaces, is fresh memory.
+// Around the host code of an operator. Outputs and workspaces allocated inside are fresh memory.
 void enter_operator();
 void leave_operator();
 bool in_operator();
 
-// Memory that kernels may touch. ``fresh``: its bytes count as never written.
+// Memory that kernels may access. ``fresh``: uninitialized.
 void add_memory(const void* begin, size_t bytes, bool fresh, bool read_only = false);
 void remove_memory(const void* begin);
 

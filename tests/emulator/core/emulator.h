@@ -1,4 +1,4 @@
-// What the host twins of csrc/device/ are made of. Everything here may be called by a kernel or a launcher.
+// The functions behind the host twins of csrc/device/, called by kernels and launchers.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@ struct dim3 {
 };
 using cudaStream_t = void*;
 
-// Of the running thread.
+// Coordinates of the running thread.
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace fastgen::emulator {
@@ -26,13 +26,13 @@ struct LaunchRequest {
   size_t call_bytes = 0;
 };
 
-// Runs the kernel to its end. Throws Finding, or std::runtime_error where CUDA would refuse the launch.
+// Runs a grid. Throws Finding, or std::runtime_error if CUDA would reject the launch.
 void run_grid(const char* name, const LaunchRequest& request);
 
 // Threads of a warp.
 enum class Shuffle { kXor, kUp, kDown, kIndex };
 uint32_t shuffle(Shuffle mode, uint32_t mask, uint32_t value, int operand, Where where);
-// The lanes whose predicate holds. All must ask for the same.
+// The lanes whose predicate is true. All lanes must call with the same kind of vote.
 enum class Vote { kBallot, kAny, kAll };
 uint32_t vote(Vote kind, uint32_t mask, bool predicate, Where where);
 void sync_warp(uint32_t mask, Where where);

@@ -1,4 +1,4 @@
-// The state of a running kernel: its block, warps and threads. Used by the parts of the emulator only.
+// The state of a running kernel: block, warps and threads. Internal to the emulator.
 #pragma once
 
 #include <cstdint>
@@ -22,11 +22,11 @@
 
 namespace fastgen::emulator {
 
-// Why a thread does not run.
+// What a thread waits for.
 struct Waiting {
   std::string what;  // "barrier 1 of 64 threads"
   Where where;
-  bool aligned = false;  // the instruction asks that the whole warp executes it
+  bool aligned = false;  // the whole warp must execute the instruction
   bool of_warp = false;  // it waits for lanes of its own warp
   Site site = 0;
 };
@@ -42,13 +42,13 @@ struct Thread {
   // Asynchronous copies (indices into Engine::copies): not committed, and committed group by group.
   std::vector<size_t> open_copies;
   std::deque<std::vector<size_t>> groups;
-  bool polled = false;  // sleeps in a question that was answered no
+  bool polled = false;  // suspended after an unsuccessful poll
   uintptr_t last_looked_at = 0;
 };
 
 struct Meeting;
 
-// An instruction that lanes of a warp execute together.
+// A warp instruction.
 struct WarpInstruction {
   const char* name;
   bool aligned;    // the whole warp executes this very instruction
@@ -58,11 +58,11 @@ struct WarpInstruction {
 
 struct Meeting {
   const WarpInstruction* instruction;
-  uint64_t operands;  // what all lanes must agree on
+  uint64_t operands;  // must be equal in all lanes
   uint32_t mask = 0, arrived = 0;
   Where where;
   Site site = 0;
-  void* lanes[32] = {};  // each lane's operands and results, of a type that the instruction knows
+  void* lanes[32] = {};  // each lane's operands and results, of an instruction-specific type
 };
 
 struct Barrier {
@@ -94,7 +94,7 @@ struct Copy {
   size_t place = 0;      // in Engine::flying, until visible
 };
 
-// Something that the hardware does in its own time; every event has happened before a deadlock is called one.
+// Asynchronous work of the hardware; all events are processed before a deadlock is reported.
 struct Event {  // cp.async.mbarrier.arrive: the thread's copies are complete
   int thread = 0;
   size_t mbarrier = 0;
@@ -111,7 +111,7 @@ class Engine {
   // --- scheduler.cpp
   void run_grid(const char* name, const LaunchRequest& request);
   void thread_main();
-  void yield();                                 // lets others run
+  void yield();                                 // switches to another thread
   void maybe_preempt(uintptr_t looked_at = 0);  // perhaps, before an access to memory; its address if it reads
   void maybe_preempt_at_sync();                 // perhaps, before an instruction that orders threads
   void wait(const Waiting& waiting);            // until woken
@@ -119,14 +119,14 @@ class Engine {
   void wake_pollers(std::vector<int>& pollers);
   bool chance(uint32_t one_in) { return one_in != 0 && random_() % one_in == 0; }
   void forget_calls() { calls_.clear(); }
-  // Remembers a synchronising call; true if it is the one to leave out (see control.h).
+  // Records a synchronizing call; true if it is to be left out (control.h).
   bool left_out(const char* what, const Where& where);
 
   // --- findings.cpp
   [[noreturn]] void fail(const char* kind, const std::string& what, Site site, const std::string& more = "");
   [[noreturn]] void fail(const char* kind, const std::string& what, const Where& where, const std::string& more = "");
   std::string name_of(int thread) const;
-  const std::string& place_of(Site site);  // source_of(), remembered
+  const std::string& place_of(Site site);  // source_of(), cached
   std::string place_of(const Waiting& waiting);
 
   // --- access.cpp
@@ -141,14 +141,14 @@ class Engine {
 
   // --- warp.cpp
   // Waits for the lanes of the mask, then the last of them runs the instruction for all.
-  // ``site`` tells aligned instructions apart that share a line, in a helper that two branches call.
+  // ``site`` distinguishes aligned instructions on the same line, in a helper that two branches call.
   void meet(const WarpInstruction& instruction, uint64_t operands, uint32_t mask, void* lane, const Where& where,
             Site site = 0);
   bool same_place(const Where& where, Site site, const Where& other, Site other_site);
   void finish(Meeting& meeting, int warp);
 
   // --- barriers.cpp
-  void release(Gathering& into);  // what the thread did until now is part of it
+  void release(Gathering& into);  // includes the thread's earlier accesses
   void acquire(const Gathering& from);
   void check_alignment_of_warp(const char* what, const Where& where, Site site);
   size_t mbarrier_offset(const void* address, const char* what, Site site);
@@ -165,13 +165,13 @@ class Engine {
   void check_source_not_in_flight(uintptr_t address, size_t bytes, Site site);
 
   Thread& self() { return *threads[current_index]; }
-  uint32_t lanes_of(int warp) const;  // all lanes that the warp has
+  uint32_t lanes_of(int warp) const;  // all existing lanes of the warp
 
-  std::mutex mutex;  // held while a kernel runs, and while memory comes and goes
+  std::mutex mutex;  // held while a kernel runs and while memory is added or removed
   Options options;
   GlobalMemory global;
   Statistics statistics;
-  std::vector<std::string> sites_seen;  // of synchronising calls, in order of appearance
+  std::vector<std::string> sites_seen;  // of synchronizing calls, in order of appearance
 
   // Of the running grid and block.
   const LaunchRequest* request = nullptr;
@@ -180,17 +180,17 @@ class Engine {
   uint64_t launch_number = 0, launches_ever = 0;  // since configure(), and in all
   uint64_t block_number = 0;
   SharedMemory shared;
-  std::vector<std::unique_ptr<Thread>> threads;  // kept from block to block; the first thread_count are in use
+  std::vector<std::unique_ptr<Thread>> threads;  // reused across blocks; the first thread_count are in use
   int thread_count = 0, warp_count = 0, live = 0, current_index = 0;
   std::vector<std::vector<Meeting*>> meetings;  // by warp
   Barrier barriers[16];
   std::map<size_t, Mbarrier> mbarriers;               // by offset in shared memory
-  enum { kEarly, kLate, kWhenever } landing = kLate;  // when asynchronous copies move their bytes
+  enum { kEarly, kLate, kWhenever } landing = kLate;  // when asynchronous copies complete
   std::vector<Copy> copies;
   std::vector<size_t> flying;                              // copies not visible yet
-  uintptr_t sources_begin = UINTPTR_MAX, sources_end = 0;  // bounds of what those read
+  uintptr_t sources_begin = UINTPTR_MAX, sources_end = 0;  // bounds of their sources
   std::vector<Event> events;
-  std::vector<int> polling;  // threads that asked, were told no, and would ask again
+  std::vector<int> polling;  // threads suspended after an unsuccessful poll
   uint32_t exited[32] = {};
   BankCounter banks;
 
@@ -223,7 +223,8 @@ class Engine {
   std::vector<Site> sites_;
   std::map<Site, std::string> places_;
   Readers readers_;
-  std::map<std::tuple<const char*, const char*, unsigned>, bool> calls_;  // synchronising calls: left out or not
+  // Synchronizing calls by name, file, line and kernel (its counters): whether they are left out.
+  std::map<std::tuple<const char*, const char*, unsigned, const Counters*>, bool> calls_;
   Site last_site_ = 0;
   uint32_t last_site_number_ = 0;
 };

@@ -1,11 +1,12 @@
-// Faults of the host's processor in a kernel, as findings: an access that no check let through, or a full stack.
+// Reports processor faults in a kernel as findings: an unchecked access, or a stack overflow.
 #pragma once
 
 #include <signal.h>
 
 namespace fastgen::emulator {
 
-// While it lives, SIGSEGV and SIGBUS in a kernel end the launch with a finding. Faults elsewhere go where they went.
+// While it lives, SIGSEGV and SIGBUS in a kernel end the launch with a finding. Other faults reach the previous
+// handler.
 class FaultGuard {
  public:
   FaultGuard();

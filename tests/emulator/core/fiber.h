@@ -1,4 +1,4 @@
-// A stack of its own to run on, and the switch between stacks.
+// Stackful coroutines: a stack, and the switch between stacks.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-// From a finding to its report: who, where, and how to see it again.
+// Reports of findings: thread, source line, and the seed that replays it.
 #include <map>
 
 #include "core/engine.h"
@@ -68,7 +68,7 @@ std::string Engine::place_of(const Waiting& waiting) {
   return waiting.site != 0 ? place_of(waiting.site) : source_of(waiting.where);
 }
 
-// Nothing can run, or everything runs in circles (busy): says where every thread waits.
+// No thread can run, or all of them spin (busy): reports where every thread waits.
 void Engine::stuck(bool busy) {
   std::map<std::pair<std::string, std::string>, std::vector<int>> places;
   bool diverged = false, at_barrier = false;

@@ -1,4 +1,4 @@
-// What the compiler's instrumentation of the kernels calls.
+// Hooks of the compiler's instrumentation of the kernels.
 #include <cstdio>
 #include <cstring>
 

@@ -2,8 +2,8 @@
 // "ldmatrix", "stmatrix"), and what they compute.
 #include <cstring>
 
+#include "common/cpu/convert.h"
 #include "core/engine.h"
-#include "cpu/convert.h"
 
 namespace fastgen::emulator {
 
@@ -59,7 +59,7 @@ struct MultiplyLane {
 template <Element kElement>
 float element_of(const uint32_t* registers, int i) {
   if constexpr (kElement == Element::kTFloat32) {
-    return bits_to_float(registers[i] & 0xffffe000u);  // the low 13 bits are not looked at
+    return bits_to_float(registers[i] & 0xffffe000u);  // the low 13 bits are ignored
   } else {
     const auto bits = static_cast<uint16_t>(registers[i / 2] >> 16 * (i % 2));
     if constexpr (kElement == Element::kFloat16) return cpu::to_float(Half{bits});
@@ -67,7 +67,7 @@ float element_of(const uint32_t* registers, int i) {
   }
 }
 
-// The products are exact, the sum is rounded once. The hardware rounds in between, in an order it does not tell.
+// Exact products, and a sum that is rounded once. The rounding order of the hardware is undocumented.
 template <Element kElement>
 void run_multiply(Meeting& meeting) {
   constexpr bool kTf32 = kElement == Element::kTFloat32;

@@ -16,12 +16,12 @@ namespace fastgen::emulator {
 struct Allocation {
   uintptr_t begin = 0;
   size_t bytes = 0;
-  bool fresh = false;      // allocated by an operator, so that it holds nothing until somebody writes
-  bool read_only = false;  // what a kernel must not write
+  bool fresh = false;      // allocated by an operator, uninitialized
+  bool read_only = false;  // must not be written by kernels
 
   static constexpr size_t kPageBytes = 256;
   struct Page {
-    uint64_t launch = 0;  // cells are of this launch; those of an earlier one are settled when touched
+    uint64_t launch = 0;  // cells are of this launch; those of an earlier one are reset on access
     Cell cells[kPageBytes];
   };
   std::vector<std::unique_ptr<Page>> pages;
@@ -40,15 +40,15 @@ class GlobalMemory {
   Cell* cells(Allocation& allocation, size_t offset, uint64_t launch);
 
  private:
-  // The cells of a page that is touched for the first time.
+  // The cells of a page on its first access.
   static void mark_written(const Allocation& allocation, Allocation::Page& page, size_t first);
 
   std::map<uintptr_t, Allocation> allocations_;
   Allocation* last_ = nullptr;
 };
 
-// The shared memory of one block: dynamic bytes, and the static variables that the kernel has named so far.
-// Untouchable space lies between them.
+// The shared memory of one block: dynamic bytes, and the static variables used so far,
+// separated by guard zones.
 class SharedMemory {
  public:
   static constexpr size_t kMostBytes = 256 * 1024;
@@ -68,7 +68,7 @@ class SharedMemory {
   void reset(size_t dynamic_bytes);
   char* dynamic() { return base_ + kRedzoneBegin; }
   size_t dynamic_bytes() const { return parts_[0].bytes; }
-  // The static variable of this key (one for each type), made on first use. Null when there is no room.
+  // The static variable of this key (one for each type), made on first use. Null if there is no space.
   void* variable(const void* key, const char* name, size_t bytes, size_t alignment);
   size_t static_bytes() const { return static_bytes_; }
 

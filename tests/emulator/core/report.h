@@ -1,4 +1,4 @@
-// What the emulator found, as an exception with everything needed to understand and replay it.
+// A finding, as an exception with the information to understand and replay it.
 #pragma once
 
 #include <source_location>
@@ -15,7 +15,7 @@ using Where = std::source_location;
 namespace kind {
 inline constexpr const char* kOutOfBounds = "out of bounds";
 inline constexpr const char* kMisaligned = "misaligned";
-inline constexpr const char* kUnwritten = "read of memory nobody wrote";
+inline constexpr const char* kUnwritten = "read of uninitialized memory";
 inline constexpr const char* kRace = "race";
 inline constexpr const char* kAsyncCopy = "unfinished asynchronous copy";
 inline constexpr const char* kDivergence = "divergence";

@@ -1,4 +1,4 @@
-// Runs the threads of a block one at a time, in an order that a seed chooses to be unpleasant.
+// Runs the threads of a block one at a time, in an adversarial order derived from a seed.
 #include <algorithm>
 #include <bit>
 #include <numeric>
@@ -14,9 +14,9 @@ thread_local Thread* running = nullptr;
 
 namespace {
 
-// A schedule that takes turns for this long is stuck, however busy it looks.
+// More thread switches than this are reported as a livelock.
 constexpr uint64_t kMostSwitches = uint64_t{1} << 27;
-// From here on every thread gets its turn, so that a thread that polls meets the one it waits for.
+// From here on the order is fair, so that a polling thread and the one that it waits for both make progress.
 constexpr uint64_t kSwitchesUntilFair = 1 << 17;
 constexpr uint64_t kMostFutilePolls = 200000;
 
@@ -154,7 +154,7 @@ void Engine::run_block(uint64_t number) {
     if (failed_) throw Finding(failure_);
     if (switches_ > kMostSwitches) stuck(true);
   }
-  // What the hardware still had to do, it does before the block's memory goes to another.
+  // Outstanding asynchronous work completes before the block's memory is reused.
   while (!events.empty()) happen(0);
   if (options.count_banks) banks.finish(*counters);
 }
@@ -188,8 +188,7 @@ void Engine::yield() { Fiber::change(running->fiber, scheduler_); }
 
 void Engine::maybe_preempt(uintptr_t looked_at) {
   if (preempt_one_in_ != 0 && random_() % preempt_one_in_ == 0) return yield();
-  // A thread that loops until memory changes, which looks at the same address again and again, lets others go on, in
-  // a fair order; but not for ever.
+  // A thread that polls an address yields to the others in a fair order, up to a limit.
   constexpr uint64_t kTurn = 1 << 16, kRepeatsInTurn = 1 << 8, kMostRepeats = 1 << 24;
   if (++accesses_ % kTurn == 0) yield();
   if (looked_at == 0) return;
@@ -250,10 +249,11 @@ void Engine::thread_exited() {
 }
 
 bool Engine::left_out(const char* what, const Where& where) {
-  const auto key = std::make_tuple(what, where.file_name(), where.line());
+  const auto key = std::make_tuple(what, where.file_name(), where.line(), static_cast<const Counters*>(counters));
   const auto [entry, fresh] = calls_.try_emplace(key, false);
   if (fresh) {
-    const std::string site = std::string(what) + " " + where.file_name() + ":" + std::to_string(where.line());
+    const std::string site =
+        std::string(what) + " " + where.file_name() + ":" + std::to_string(where.line()) + " in " + kernel;
     if (std::find(sites_seen.begin(), sites_seen.end(), site) == sites_seen.end()) sites_seen.push_back(site);
     entry->second = site == options.leave_out;
   }

@@ -1,4 +1,4 @@
-// What is known of each byte of memory: its last write, and the reads since.
+// Shadow state of each byte: the last write and the reads since.
 #pragma once
 
 #include <cstddef>
@@ -12,14 +12,14 @@
 namespace fastgen::emulator {
 
 struct Cell {
-  Stamp write;  // none: nobody wrote
+  Stamp write;  // none: uninitialized
   Stamp read;   // one read, or a reference into Readers
 };
 
-// Whether an access comes before what a thread does now: it is its own, or barriers order them. Blocks are not
-// ordered among each other; every access before the launch (epoch 0) comes before.
+// Happens-before: whether an access is ordered before the current one of a thread, because it is the thread's own or
+// barriers order them. Blocks are unordered; accesses before the launch (epoch 0) come before everything.
 struct Before {
-  const uint32_t* known = nullptr;  // epochs of the block's threads; null: nothing is known of them
+  const uint32_t* known = nullptr;  // epochs of the block's threads; null: unordered
   int thread = 0;
   uint64_t block = 0;
 

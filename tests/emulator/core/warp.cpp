@@ -1,4 +1,4 @@
-// Threads of a warp that meet in one instruction.
+// Warp instructions: lanes wait for each other.
 #include "core/engine.h"
 
 namespace fastgen::emulator {
@@ -152,7 +152,7 @@ void sync_warp(uint32_t mask, Where where) {
 uint32_t shuffle(Shuffle mode, uint32_t mask, uint32_t value, int operand, Where where) {
   Engine& engine = Engine::get();
   const int lane = running->lane;
-  operand &= 31;  // no more of it is looked at
+  operand &= 31;  // higher bits are ignored
   int source = lane;
   switch (mode) {
     case Shuffle::kXor: source = lane ^ operand; break;
@@ -160,7 +160,7 @@ uint32_t shuffle(Shuffle mode, uint32_t mask, uint32_t value, int operand, Where
     case Shuffle::kDown: source = lane + operand; break;
     case Shuffle::kIndex: source = operand; break;
   }
-  // Beyond the warp a lane gets its own value.
+  // A source outside the warp gives the lane's own value.
   if (source < 0 || source > 31) source = lane;
   ShuffleLane mine = {value, 0, source, where};
   if (first_of(mask)) ++engine.counters->shuffles;

@@ -1,7 +1,7 @@
 // Host twin of csrc/device/convert.cuh.
 #pragma once
 
-#include "cpu/convert.h"
+#include "common/cpu/convert.h"
 #include "device/language.h"
 
 namespace fastgen::device {

@@ -1,4 +1,4 @@
-// CUDA's words on the host. ``__shared__`` has no twin: kernels take shared memory from device/shared.cuh.
+// CUDA keywords on the host. ``__shared__`` has no twin: shared memory comes from device/shared.cuh.
 #pragma once
 
 #include "core/emulator.h"
@@ -10,5 +10,5 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
-// Names the kernel's line in what the emulator reports.
+// The source location of the call, for reports.
 #define FASTGEN_WHERE emulator::Where where = emulator::Where::current()

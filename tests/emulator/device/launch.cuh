@@ -27,7 +27,7 @@ void launch(const char* name, void (*kernel)(Args...), const Launch& config, Arg
   emulator::run_grid(name, {config.grid, config.block, config.shared_bytes, run, &call, sizeof(call)});
 }
 
-// Few, so that small tests see rows that are split among blocks.
+// Few, so that small tests cover splits and tiles_per_block > 1.
 inline int multiprocessors() { return 3; }
 
 }  // namespace fastgen::device

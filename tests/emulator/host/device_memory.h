@@ -1,4 +1,4 @@
-// Device memory on the host: exact sizes, with space around that nobody may touch. (../cuda/ has the same for a GPU.)
+// Device memory on the host: exact sizes, with guard zones. (../cuda/ has the same for a GPU.)
 #pragma once
 
 #include <cstdlib>
@@ -11,7 +11,7 @@ namespace fastgen {
 
 class DeviceMemory {
  public:
-  // A copy of the bytes, or fresh memory where ``source`` is null.
+  // A copy of the bytes; uninitialized memory if ``source`` is null.
   DeviceMemory(const void* source, size_t bytes, bool read_only) : bytes_(bytes) {
     constexpr size_t kLine = 64;
     memory_ = static_cast<char*>(std::aligned_alloc(kLine, (bytes + 2 * kAround + kLine - 1) / kLine * kLine));

@@ -1,5 +1,5 @@
 // Sample kernels that pass values between the threads of a block or a warp. Each has a template parameter that plants
-// one mistake; kNone is the kernel as it should be.
+// one bug; kNone is the correct kernel.
 #pragma once
 
 #include "device/atomic.cuh"

@@ -1,4 +1,4 @@
-// Mistakes that a checker easily overlooks, each beside the kernel as it should be.
+// Bugs that a checker easily misses, each next to the correct kernel.
 #pragma once
 
 #include <cstring>
@@ -45,7 +45,7 @@ __device__ __forceinline__ float product() {
   return d[0];
 }
 
-// Uses memory on the stack without end.
+// Stack overflow by unbounded recursion.
 __attribute__((noinline)) static __device__ uint32_t deep(uint32_t n, uint32_t limit) {
   volatile uint32_t block[1024];
   block[n % 1024] = n;

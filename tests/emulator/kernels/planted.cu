@@ -1,4 +1,4 @@
-// The sample kernels with one mistake each, and what must be found. Only the emulator runs these.
+// The sample kernels with one planted bug each, and the expected finding. Run by the emulator only.
 #include "kernels/exchange.cuh"
 #include "kernels/pitfalls.cuh"
 #include "kernels/rings.cuh"
@@ -7,9 +7,9 @@
 namespace fastgen::kernels {
 namespace {
 
-// The first line of a report says which of these it is.
+// The first line of a report.
 constexpr const char kOutOfBounds[] = "out of bounds", kMisaligned[] = "misaligned",
-                     kUnwritten[] = "read of memory nobody wrote", kRace[] = "race",
+                     kUnwritten[] = "read of uninitialized memory", kRace[] = "race",
                      kAsyncCopy[] = "unfinished asynchronous copy", kDivergence[] = "divergence",
                      kDeadlock[] = "deadlock", kExited[] = "exited thread", kMisuse[] = "misuse",
                      kWrongResult[] = "wrong result";

@@ -1,4 +1,4 @@
-// Kernels by name, for Python. They all take the same arguments, on the host and on CUDA.
+// Registry of kernels by name, for Python. All have the same signature, on the host and on CUDA.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,8 @@ struct Arguments {
 
 using Kernel = void (*)(Arguments);
 
-// A mistake in a copy of a sample kernel, and the finding that must tell of it: the first line of a report, or
-// "wrong result" where only the numbers show it.
+// A planted bug in a sample kernel, and the expected finding: the first line of a report, or "wrong result" if only the
+// output shows it.
 struct Planted {
   std::string sample, mistake, finding;
   Kernel kernel;

@@ -1,5 +1,5 @@
 // Sample kernels with a warp that produces and a warp that consumes, through a ring of two stages. Each has a template
-// parameter that plants one mistake.
+// parameter that plants one bug.
 #pragma once
 
 #include "device/barrier.cuh"

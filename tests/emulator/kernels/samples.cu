@@ -1,4 +1,4 @@
-// The sample kernels as they should be.
+// The correct sample kernels.
 #include "kernels/attention.cuh"
 #include "kernels/exchange.cuh"
 #include "kernels/pitfalls.cuh"

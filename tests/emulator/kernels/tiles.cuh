@@ -1,4 +1,4 @@
-// Sample kernels that copy asynchronously and multiply matrices. Each has a template parameter that plants one mistake.
+// Sample kernels that copy asynchronously and multiply matrices. Each has a template parameter that plants one bug.
 #pragma once
 
 #include "device/barrier.cuh"
@@ -29,7 +29,7 @@ enum Mistake {
 };
 
 constexpr int kThreads = 128, kRows = 64, kColumns = 64, kDepth = 32, kStages = 2, kChunk = 16;
-// 16 bytes more than a row holds, so that eight rows lie in different banks.
+// A row stride with 16 bytes of padding, so that ldmatrix has no bank conflicts.
 constexpr int kLeftStride = kDepth * 2 + kChunk, kRightStride = kColumns * 2 + kChunk;
 constexpr int kLeftBytes = kRows * kLeftStride, kStageBytes = kLeftBytes + kDepth * kRightStride;
 constexpr int kSharedBytes = kStages * kStageBytes;
@@ -95,7 +95,7 @@ __global__ void kernel(Arguments a) {
         }
       }
     }
-    // Everyone has read this stage before the next copy goes there.
+    // All threads have read this stage before the next copy overwrites it.
     if (kMistake != kNoBarrierAtEnd) device::sync_block();
   }
   auto* out = static_cast<float*>(a.out);
@@ -129,7 +129,7 @@ struct Tile {
 };
 
 // Each thread writes 4 words of scratch (the first half of out), copies them to shared memory, changes the scratch, and
-// adds what its neighbour copied to the second half.
+// adds what its neighbor copied to the second half.
 template <Mistake kMistake>
 __global__ void kernel(Arguments a) {
   Tile& tile = device::shared_variable<Tile>();

@@ -1,4 +1,4 @@
-// Correct kernels that a careless checker would refuse, or wait for in vain. All write 1 for each thread.
+// Correct kernels that an imprecise checker would reject, or never finish. All write 1 for each thread.
 #include "device/atomic.cuh"
 #include "device/barrier.cuh"
 #include "device/copy.cuh"
@@ -27,7 +27,7 @@ __device__ __forceinline__ void done(const Arguments& a) {
   results(a)[threadIdx.x + blockDim.x * (threadIdx.y + blockIdx.x * blockDim.y)] = 1;
 }
 
-// One thread asks an mbarrier again and again; the one that completes it then spins on what the first does next.
+// One thread polls an mbarrier; the thread that completes it then polls the result of the first.
 __global__ void asks_while_another_spins(Arguments a) {
   device::Mbarrier* barrier = &device::shared_variable<First>().barrier;
   Flag& flag = device::shared_variable<Flag>();
@@ -47,7 +47,7 @@ __global__ void asks_while_another_spins(Arguments a) {
 }
 const Register kAsks("asks while another spins", asks_while_another_spins);
 
-// Asking may be work: after many questions the thread does what the answer waits for.
+// After many unsuccessful polls the thread itself completes the phase that it polls.
 __global__ void asks_many_times(Arguments a) {
   device::Mbarrier* first = &device::shared_variable<First>().barrier;
   device::Mbarrier* second = &device::shared_variable<Second>().barrier;
@@ -77,7 +77,7 @@ __global__ void lock(Arguments a) {
 }
 const Register kLock("lock", lock);
 
-// One lane arrives for its warp, one lane waits for its warp; sync_warp passes it on.
+// One lane arrives for its warp, one lane waits for its warp; sync_warp propagates the order.
 __global__ void elected_lanes(Arguments a) {
   Words& tile = device::shared_variable<Words>();
   device::Mbarrier* full = &device::shared_variable<First>().barrier;
@@ -106,7 +106,7 @@ __global__ void elected_lanes(Arguments a) {
 }
 const Register kElected("elected lanes", elected_lanes);
 
-// Warps leave that no barrier counts; the halves of a warp go different ways, with masks that say so.
+// Warps exit that no barrier expects; the halves of a warp diverge with matching masks.
 __global__ void leaves_and_halves(Arguments a) {
   done(a);
   if (threadIdx.x >= 64) return;

@@ -1,5 +1,5 @@
-// One kernel for each part of the device layer: it feeds the instruction from global memory and writes down what every
-// lane got.
+// One kernel for each function of the device layer: inputs from global memory, the results of every lane to global
+// memory.
 #include "device/atomic.cuh"
 #include "device/barrier.cuh"
 #include "device/copy.cuh"
@@ -74,7 +74,7 @@ __global__ void vectors(Arguments a) {
 }
 const Register kVectors("vectors", vectors);
 
-// out: sum of floats, sum, largest, smallest of ints, count of exchanges that saw 0
+// out: sum of floats, sum, largest, smallest of ints, count of exchanges that returned 0
 __global__ void atomics(Arguments a) {
   const int value = static_cast<int>(words(a)[threadIdx.x]);
   auto* out = static_cast<int*>(a.out);
@@ -126,7 +126,7 @@ __global__ void products(Arguments a) {
 const Register kHalf("mma f16", products<Half>), kBFloat("mma bf16", products<BFloat16>),
     kTf32("mma tf32", products<float>);
 
-// Every thread copies its kBytes, of which n[0] are valid; the block then reads its neighbour's.
+// Every thread copies its kBytes, of which n[0] are valid; the block then reads its neighbor's.
 template <int kBytes>
 __global__ void copies(Arguments a) {
   unsigned char* tile = device::dynamic_shared();
@@ -146,7 +146,7 @@ struct OneBarrier {
   device::Mbarrier barrier;
 };
 
-// Three phases: in each all threads write their word and arrive; then each reads its neighbour's.
+// Three phases: in each all threads write their word and arrive; then each reads its neighbor's.
 __global__ void arrivals(Arguments a) {
   auto* tile = reinterpret_cast<uint32_t*>(device::dynamic_shared());
   device::Mbarrier* barrier = &device::shared_variable<OneBarrier>().barrier;
@@ -193,7 +193,7 @@ __global__ void one_way(Arguments a) {
 }
 const Register kOneWay("one way", one_way);
 
-// Every thread copies a word for its neighbour: an mbarrier says when it is there. Then one of its own.
+// Every thread copies a word for its neighbor: an mbarrier says when it is there. Then one of its own.
 __global__ void copies_that_arrive(Arguments a) {
   auto* tile = reinterpret_cast<uint32_t*>(device::dynamic_shared());
   device::Mbarrier* barrier = &device::shared_variable<OneBarrier>().barrier;
@@ -209,7 +209,7 @@ __global__ void copies_that_arrive(Arguments a) {
 }
 const Register kCopiesArrive("async_copy arrive", copies_that_arrive);
 
-// What a kernel may ask where it is.
+// Thread and block coordinates.
 __global__ void coordinates(Arguments a) {
   const unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
   const unsigned thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);

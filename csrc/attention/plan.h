@@ -1,0 +1,132 @@
+// Launch plans: the grid, block and shared memory of each kernel for a problem. Host code, exposed by fastgen._C.
+#pragma once
+
+#include "attention/params.h"
+#include "attention/tiles.h"
+
+namespace fastgen::attention {
+
+// The part of a problem that determines its launch plans.
+struct Sizes {
+  int64_t batch, heads, key_heads, queries, keys;
+  int key_dim, value_dim, element_size;
+  bool plain;  // neither mask nor dropout
+
+  constexpr Dims head_dims() const {
+    const Dims dims = {key_dim, value_dim};
+    return kHeadDims[find_head_dims(kHeadDims, dims)];
+  }
+  constexpr Dims second_order_head_dims() const {
+    const Dims dims = {key_dim, value_dim};
+    return kSecondOrderHeadDims[find_head_dims(kSecondOrderHeadDims, dims)];
+  }
+};
+
+inline Sizes sizes_of(const Problem& p, int element_size) {
+  const bool plain = p.mask.kind == MaskKind::kNone && p.dropout.seeds == nullptr;
+  return {p.batch, p.heads, p.key_heads, p.queries, p.keys, p.key_dim, p.value_dim, element_size, plain};
+}
+
+// gridDim = (blocks, slices), blockDim = 32 * warps.
+struct Plan {
+  Dims dims;  // compiled head dims
+  int warps;
+  int owned, iterated;  // BLOCK_M and BLOCK_N, or BLOCK_N and BLOCK_M in key_value kernels
+  int tiles_per_block;  // owned tiles that a block processes in sequence
+  int64_t blocks;
+  int slices;
+  int shared_bytes;
+};
+
+// A block processes several query tiles if each has few key tiles and the grid is much larger than the GPU.
+constexpr int kBlocksPerMultiprocessor = 16;  // that at least remain
+constexpr int kMaxTilesPerBlock = 8;
+constexpr int kFewKeyTiles = 4;
+
+constexpr int warps_for(int64_t rows, const TileShape& shape) {
+  const int64_t needed = ceil_div(rows, shape.owned(1));
+  return static_cast<int>(needed < 1 ? 1 : needed < shape.warps ? needed : shape.warps);
+}
+
+// ``heads`` heads with ``rows`` rows each are distributed over blocks; the output has ``columns`` columns.
+constexpr Plan plan_rows(Dims dims, const TileShape& shape, int64_t rows, int64_t heads, int columns) {
+  const int warps = warps_for(rows, shape), owned = shape.owned(warps);
+  const int slices = static_cast<int>(ceil_div(columns, shape.columns));
+  return {dims, warps, owned, shape.iterated, 1, heads * ceil_div(rows, owned), slices, 0};
+}
+
+constexpr Plan forward_plan(const Sizes& sizes, int multiprocessors) {
+  const Dims dims = sizes.head_dims();
+  const TileShape shape = forward_shape(dims, sizes.element_size, sizes.plain);
+  Plan plan = plan_rows(dims, shape, sizes.queries, sizes.batch * sizes.heads, dims.value);
+  plan.shared_bytes = forward_bytes(dims, sizes.element_size, sizes.plain, plan.warps);
+  if (query_buffers(dims, sizes.element_size, sizes.plain) == 2 &&
+      ceil_div(sizes.keys, shape.iterated) <= kFewKeyTiles) {
+    const int64_t tiles = plan.blocks / (int64_t{multiprocessors} * kBlocksPerMultiprocessor);
+    plan.tiles_per_block = static_cast<int>(tiles < 1 ? 1 : tiles < kMaxTilesPerBlock ? tiles : kMaxTilesPerBlock);
+    plan.blocks = ceil_div(plan.blocks, plan.tiles_per_block);
+  }
+  return plan;
+}
+
+constexpr Plan backward_query_plan(const Sizes& sizes) {
+  const Dims dims = sizes.head_dims();
+  const TileShape shape = backward_query_shape(dims, sizes.element_size);
+  Plan plan = plan_rows(dims, shape, sizes.queries, sizes.batch * sizes.heads, dims.key);
+  plan.shared_bytes = backward_bytes(dims, sizes.element_size, plan.warps);
+  return plan;
+}
+
+constexpr Plan backward_key_value_plan(const Sizes& sizes) {
+  const Dims dims = sizes.head_dims();
+  const TileShape shape = backward_key_value_shape(dims, sizes.element_size);
+  Plan plan = plan_rows(dims, shape, sizes.keys, sizes.batch * sizes.key_heads, widest(dims));
+  plan.shared_bytes = backward_bytes(dims, sizes.element_size, plan.warps);
+  return plan;
+}
+
+constexpr Plan tangent_plan(const Sizes& sizes) {
+  const Dims dims = sizes.second_order_head_dims();
+  const TileShape shape = tangent_shape(dims, sizes.element_size);
+  Plan plan = plan_rows(dims, shape, sizes.queries, sizes.batch * sizes.heads, dims.value);
+  plan.shared_bytes = tangent_bytes(dims, sizes.element_size, plan.warps);
+  return plan;
+}
+
+constexpr Plan second_order_query_plan(const Sizes& sizes) {
+  const Dims dims = sizes.second_order_head_dims();
+  const TileShape shape = second_order_shape(dims, sizes.element_size);
+  Plan plan = plan_rows(dims, shape, sizes.queries, sizes.batch * sizes.heads, dims.key);
+  plan.shared_bytes = second_order_bytes(dims, sizes.element_size, plan.warps, true);
+  return plan;
+}
+
+constexpr Plan second_order_key_value_plan(const Sizes& sizes) {
+  const Dims dims = sizes.second_order_head_dims();
+  const TileShape shape = second_order_shape(dims, sizes.element_size);
+  Plan plan = plan_rows(dims, shape, sizes.keys, sizes.batch * sizes.key_heads, widest(dims));
+  plan.shared_bytes = second_order_bytes(dims, sizes.element_size, plan.warps, false);
+  return plan;
+}
+
+// A block owns a tile of the mask's gradient and iterates over everything that the mask is broadcast to. If there are
+// few tiles, ``slices`` blocks share one, and their partial sums are added in order by attention_sum_parts.
+constexpr Plan mask_plan(const Sizes& sizes, const int (&mask)[4], int multiprocessors, bool second_order) {
+  const int size = sizes.element_size;
+  const Dims dims = second_order ? sizes.second_order_head_dims() : sizes.head_dims();
+  const TileShape shape = second_order ? mask_second_order_shape(dims, size) : mask_gradient_shape(dims, size);
+  Plan plan = plan_rows(dims, shape, sizes.queries, 1, dims.key);
+  plan.shared_bytes =
+      second_order ? mask_second_order_bytes(dims, size, plan.warps) : mask_gradient_bytes(dims, size, plan.warps);
+  const int64_t query_tiles = plan.blocks, key_tiles = ceil_div(sizes.keys, shape.iterated);
+  const int64_t all = sizes.batch * sizes.heads * query_tiles * key_tiles;
+  plan.blocks = int64_t{mask[0]} * mask[1] * (mask[2] == 1 ? 1 : query_tiles) * (mask[3] == 1 ? 1 : key_tiles);
+  const int64_t tiles_each = plan.blocks > 0 ? all / plan.blocks : 1;
+  const int64_t wanted =
+      tiles_each > 0 ? ceil_div(int64_t{multiprocessors} * kBlocksPerMultiprocessor, plan.blocks) : 1;
+  const int64_t splits = wanted < tiles_each ? wanted : tiles_each;
+  plan.slices = static_cast<int>(splits < 1 ? 1 : splits);
+  return plan;
+}
+
+}  // namespace fastgen::attention

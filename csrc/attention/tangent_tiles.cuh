@@ -1,0 +1,117 @@
+// Tiles in shared memory of operands with their tangents, and the tangent of the scores:
+//   W = scale * (Gq K^T + Q Gk^T) + Gb for tangents Gq, Gk and Gb of queries, keys and mask.
+#pragma once
+
+#include "attention/scheduler.cuh"
+
+namespace fastgen::attention {
+
+// Q, Gq and, with kValueDim > 0, dO.
+template <typename T, int kKeyDim, int kValueDim>
+struct QueryTangentTile {
+  static constexpr int kKeyRow = row_bytes(kKeyDim, sizeof(T));
+  static constexpr int kBytes = query_tangent_bytes({kKeyDim, kValueDim}, sizeof(T), kValueDim > 0);  // of a row
+  unsigned char* data;
+  int rows;
+
+  __device__ __forceinline__ Tile<T, kKeyDim> query() const { return {reinterpret_cast<T*>(data)}; }
+  __device__ __forceinline__ Tile<T, kKeyDim> tangent() const { return {reinterpret_cast<T*>(data + rows * kKeyRow)}; }
+  __device__ __forceinline__ Tile<T, kValueDim> grad_out() const {
+    return {reinterpret_cast<T*>(data + 2 * rows * kKeyRow)};
+  }
+};
+
+// K, Gk and kColumns columns of V and Gv.
+template <typename T, int kKeyDim, int kColumns>
+struct KeyTangentTile {
+  static constexpr int kKeyRow = row_bytes(kKeyDim, sizeof(T)), kValueRow = row_bytes(kColumns, sizeof(T));
+  static constexpr int kBytes = key_tangent_bytes({kKeyDim, kColumns}, sizeof(T));  // of a row
+  unsigned char* data;
+  int rows;
+
+  __device__ __forceinline__ Tile<T, kKeyDim> key() const { return {reinterpret_cast<T*>(data)}; }
+  __device__ __forceinline__ Tile<T, kKeyDim> tangent_key() const {
+    return {reinterpret_cast<T*>(data + rows * kKeyRow)};
+  }
+  __device__ __forceinline__ Tile<T, kColumns> value() const {
+    return {reinterpret_cast<T*>(data + 2 * rows * kKeyRow)};
+  }
+  __device__ __forceinline__ Tile<T, kColumns> tangent_value() const {
+    return {reinterpret_cast<T*>(data + rows * (2 * kKeyRow + kValueRow))};
+  }
+};
+
+// Start the asynchronous copy of the rows from ``row`` on. P: TangentParams or BackwardParams.
+template <typename T, int kKeyDim, int kValueDim, typename P, typename IsValid>
+__device__ __forceinline__ void copy_tile(const QueryTangentTile<T, kKeyDim, kValueDim>& tile, const P& p,
+                                          const Tangents& tangents, unsigned batch, unsigned head, unsigned row,
+                                          IsValid&& is_valid) {
+  copy_rows(tile.query(), tile.rows, row_pointer<T>(p.query, batch, head, row), p.query.row, p.problem.key_dim,
+            is_valid);
+  if (tangents.query.data != nullptr) {
+    copy_rows(tile.tangent(), tile.rows, row_pointer<T>(tangents.query, batch, head, row), tangents.query.row,
+              p.problem.key_dim, is_valid);
+  }
+  if constexpr (kValueDim > 0) {
+    copy_rows(tile.grad_out(), tile.rows, row_pointer<T>(p.grad_out, batch, head, row), p.grad_out.row,
+              p.problem.value_dim, is_valid);
+  }
+}
+
+// ``column``: the first column of the values.
+template <typename T, int kKeyDim, int kColumns, typename P, typename IsValid>
+__device__ __forceinline__ void copy_tile(const KeyTangentTile<T, kKeyDim, kColumns>& tile, const P& p,
+                                          const Tangents& tangents, unsigned batch, unsigned key_head, unsigned row,
+                                          int column, IsValid&& is_valid) {
+  const int columns = p.problem.value_dim - column;
+  copy_rows(tile.key(), tile.rows, row_pointer<T>(p.key, batch, key_head, row), p.key.row, p.problem.key_dim, is_valid);
+  if (tangents.key.data != nullptr) {
+    copy_rows(tile.tangent_key(), tile.rows, row_pointer<T>(tangents.key, batch, key_head, row), tangents.key.row,
+              p.problem.key_dim, is_valid);
+  }
+  copy_rows(tile.value(), tile.rows, row_pointer<T>(p.value, batch, key_head, row) + column, p.value.row, columns,
+            is_valid);
+  if (tangents.value.data != nullptr) {
+    copy_rows(tile.tangent_value(), tile.rows, row_pointer<T>(tangents.value, batch, key_head, row) + column,
+              tangents.value.row, columns, is_valid);
+  }
+}
+
+// W += Gq K^T + Q Gk^T, for queries from ``row`` on.
+template <int kTiles, typename Queries, typename Keys>
+__device__ __forceinline__ void multiply_direction(float (&direction)[1][kTiles][4], const Queries& queries, int row,
+                                                   const Keys& keys, const Tangents& tangents, bool exact) {
+  if (tangents.query.data != nullptr) multiply_rows(direction, queries.tangent(), row, keys.key(), exact);
+  if (tangents.key.data != nullptr) multiply_rows(direction, queries.query(), row, keys.tangent_key(), exact);
+}
+
+// W^T += K Gq^T + Gk Q^T, for keys from ``row`` on.
+template <int kTiles, typename Queries, typename Keys>
+__device__ __forceinline__ void multiply_direction_transposed(float (&direction)[1][kTiles][4], const Queries& queries,
+                                                              const Keys& keys, int row, const Tangents& tangents,
+                                                              bool exact) {
+  if (tangents.query.data != nullptr) multiply_rows(direction, keys.key(), row, queries.tangent(), exact);
+  if (tangents.key.data != nullptr) multiply_rows(direction, keys.tangent_key(), row, queries.query(), exact);
+}
+
+// W = scale * W + Gb in place; 0 where the score is masked.
+template <bool kTransposed, int kTiles, typename T>
+__device__ __forceinline__ void mask_direction(float (&direction)[1][kTiles][4], float scale,
+                                               const Visible<1, kTiles>& visible, const HeadMask<T>& tangent, int row,
+                                               int column) {
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool is_visible = visible.at(0, tile, i);
+      float value = is_visible ? direction[0][tile][i] * scale : 0.0f;
+      if (is_visible && tangent.kind != MaskKind::kNone) {
+        const int down = row + i / 2 * 8 + lane_row(), across = column + tile * 8 + lane_column() + i % 2;
+        value += kTransposed ? tangent.value(across, down) : tangent.value(down, across);
+      }
+      direction[0][tile][i] = value;
+    }
+  }
+}
+
+}  // namespace fastgen::attention

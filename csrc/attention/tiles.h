@@ -1,0 +1,272 @@
+// Tile tables: one row per kernel, storage type and head dim. Host code; the launch plan is in plan.h.
+//
+// A block owns rows in registers and iterates over tiles of the other operand in shared memory:
+//   forward, backward_query, tangent, second_order_query   own BLOCK_M queries, iterate BLOCK_N keys
+//   backward_key_value, second_order_key_value             own BLOCK_N keys,    iterate BLOCK_M queries
+//
+//              iterated tiles -> (shared memory, 1 or 2 stages)
+//            +-----+-----+-----+
+//   warp 0   |     |     |     |   16 * fragments rows per warp
+//   warp 1   |     |     |     |
+//   ...      |     |     |     |   block: warps * 16 * fragments rows
+//            +-----+-----+-----+
+//
+// The comments of a row give, for the instantiation that needs most, registers per thread (make cuda-check) and blocks
+// per multiprocessor on sm_80, and what prevents a larger tile: registers, or 99 KiB of shared memory, in which a
+// second stage or more rows per tile have no room.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <iterator>
+
+#include "common/tiling.h"
+
+namespace fastgen::attention {
+
+struct Dims {
+  int key, value;
+};
+
+// Compiled head dims, in order of arithmetic. A problem takes the first pair that holds it, padded with zeros.
+constexpr Dims kHeadDims[] = {{16, 16}, {16, 32},   {32, 32},   {64, 64},   {32, 128},
+                              {96, 96}, {128, 128}, {192, 192}, {256, 256}, {512, 512}};
+// The same for tangents and second derivatives, which hold about twice as much per row.
+constexpr Dims kSecondOrderHeadDims[] = {{16, 32}, {64, 64}, {32, 128}, {96, 96}, {128, 128}, {256, 256}};
+
+constexpr Dims kLargestHeadDims = kHeadDims[std::size(kHeadDims) - 1];
+constexpr Dims kLargestSecondOrderHeadDims = kSecondOrderHeadDims[std::size(kSecondOrderHeadDims) - 1];
+
+constexpr bool holds(Dims compiled, Dims dims) { return dims.key <= compiled.key && dims.value <= compiled.value; }
+
+// The index of the compiled head dims of a problem; -1 if it is too large.
+template <int kCount>
+constexpr int find_head_dims(const Dims (&compiled)[kCount], Dims dims) {
+  for (int i = 0; i < kCount; ++i) {
+    if (holds(compiled[i], dims)) return i;
+  }
+  return -1;
+}
+
+constexpr int widest(Dims dims) { return larger(dims.key, dims.value); }
+
+struct TileShape {
+  int warps;      // maximum; problems with few rows launch fewer
+  int fragments;  // of 16 rows, per warp
+  int iterated;   // rows of an iterated tile: BLOCK_N keys, or BLOCK_M queries
+  int stages;     // 2: copies of the next tile overlap with the products of the current one
+  int columns;    // of the output, accumulated in registers; wider outputs are split into slices, gridDim.y
+
+  constexpr int owned(int of_warps) const { return of_warps * fragments * kFragmentRows; }
+};
+
+struct TileRow {
+  Dims dims;  // maximum
+  TileShape shape;
+};
+
+template <int kCount>
+constexpr TileShape find_shape(const TileRow (&table)[kCount], Dims dims) {
+  for (int i = 0; i < kCount; ++i) {
+    if (holds(table[i].dims, dims)) return table[i].shape;
+  }
+  return {};
+}
+
+// Forward. Plain: neither mask nor dropout, whose state needs registers.
+// clang-format off
+//                                   dims      warps frag BLOCK_N stages columns    regs, blocks: reason
+constexpr TileRow kForward16[] = {{{ 64,  64}, {4,   2,   64,     2,     256}},   // 233, 2: no room: rows
+                                  {{128, 128}, {4,   2,   32,     2,     256}},   // 244, 2: no room: rows
+                                  {{256, 256}, {4,   1,   32,     2,     256}},   // 226, 1: no room: rows
+                                  {{512, 512}, {4,   1,   16,     1,     256}}};  // 196, 1: no room: stage 2
+constexpr TileRow kForwardMasked16[] = {
+                                  {{ 64,  64}, {4,   2,   32,     2,     256}},   // 255, 2: registers
+                                  {{192, 192}, {4,   1,   32,     2,     256}},   // 230, 2: no room: rows
+                                  {{256, 256}, {4,   1,   16,     2,     256}},   // 214, 2: registers
+                                  {{512, 512}, {4,   1,   16,     1,     256}}};  // 213, 1: no room: stage 2
+constexpr TileRow kForward32[] = {{{128, 128}, {4,   1,   32,     2,     256}},   // 253, 1: no room: rows
+                                  {{192, 192}, {4,   1,   16,     2,     256}},   // 172, 1: no room: rows
+                                  {{256, 256}, {4,   1,   16,     1,     256}},   // 201, 1: no room: stage 2
+                                  {{512, 512}, {2,   1,   8,      1,     256}}};  // 192, 1: no room: stage 2
+constexpr TileRow kForwardMasked32[] = {
+                                  {{ 32,  32}, {4,   1,   32,     2,     256}},   // 203, 2: registers
+                                  {{192, 192}, {4,   1,   16,     2,     256}},   // 204, 1: no room: rows
+                                  {{256, 256}, {4,   1,   16,     1,     256}},   // 234, 1: no room: stage 2
+                                  {{512, 512}, {2,   1,   8,      1,     128}}};  // 192, 1: no room: stage 2
+
+// Backward, both kernels: P and dP of a tile are in registers at the same time. The columns are those of dQ.
+//                                    dims      warps frag iterated stages columns    regs, blocks: reason
+constexpr TileRow kBackward16[] = {{{ 64,  64}, {4,   1,   64,      2,     256}},   // 238, 2: registers
+                                   {{128, 128}, {4,   1,   32,      2,     256}},   // 244, 2: no room: rows
+                                   {{192, 192}, {4,   1,   32,      1,     256}},   // 221, 2: no room: stage 2
+                                   {{256, 256}, {4,   1,   16,      2,     256}},   // 234, 1: no room: rows
+                                   {{512, 512}, {2,   1,   16,      1,     256}}};  // 234, 1: no room: stage 2
+constexpr TileRow kBackward32[] = {{{ 64,  64}, {4,   1,   32,      2,     256}},   // 253, 2: no room: rows
+                                   {{128, 128}, {4,   1,   16,      2,     256}},   // 254, 1: no room: rows
+                                   {{192, 192}, {2,   1,   16,      2,     256}},   // 250, 1: no room: rows
+                                   {{256, 256}, {2,   1,   16,      1,     256}},   // 253, 1: no room: stage 2
+                                   {{512, 512}, {1,   1,   8,       1,     256}}};  // 253, 1: no room: stage 2
+
+// Tangent: the operands and their tangents are in shared memory.
+//                                   dims      warps frag BLOCK_N stages columns    regs, blocks: reason
+constexpr TileRow kTangent16[] = {{{ 16,  32}, {4,   1,   64,     2,     256}},   // 204, 2: registers
+                                  {{ 96, 128}, {4,   1,   32,     2,     256}},   // 197, 2: no room: rows
+                                  {{128, 128}, {4,   1,   32,     1,     256}},   // 196, 2: no room: stage 2
+                                  {{256, 256}, {4,   1,   16,     1,     256}}};  // 245, 1: no room: stage 2
+constexpr TileRow kTangent32[] = {{{ 64,  64}, {4,   1,   16,     2,     128}},   // 157, 2: no room: rows
+                                  {{ 32, 128}, {4,   1,   16,     2,     128}},   // 206, 2: no room: rows
+                                  {{128, 128}, {4,   1,   16,     1,     128}},   // 222, 1: no room: stage 2
+                                  {{256, 256}, {2,   1,   8,      1,     128}}};  // 185, 1: no room: stage 2
+
+// Second order, both kernels: four tiles of scores (S, W, dP, dO Gv^T) are in registers at the same time.
+//                                       dims      warps frag iterated stages columns    regs, blocks: reason
+constexpr TileRow kSecondOrder16[] = {{{ 96, 128}, {4,   1,   32,      2,     128}},   // 251, 1: no room: rows
+                                      {{128, 128}, {4,   1,   16,      2,     128}},   // 230, 1: no room: rows
+                                      {{256, 256}, {2,   1,   16,      1,     128}}};  // 228, 1: no room: stage 2
+constexpr TileRow kSecondOrder32[] = {{{ 16,  32}, {4,   1,   32,      2,     128}},   // 196, 2: registers
+                                      {{ 64,  64}, {4,   1,   16,      2,     128}},   // 206, 1: no room: rows
+                                      {{ 96, 128}, {2,   1,   16,      2,     128}},   // 251, 1: no room: rows
+                                      {{128, 128}, {2,   1,   16,      1,     128}},   // 254, 1: no room: stage 2
+                                      {{256, 256}, {1,   1,   8,       1,     128}}};  // 255, 1: no room: stage 2
+// clang-format on
+
+constexpr TileShape forward_shape(Dims dims, int element_size, bool plain) {
+  if (element_size == 4) return plain ? find_shape(kForward32, dims) : find_shape(kForwardMasked32, dims);
+  return plain ? find_shape(kForward16, dims) : find_shape(kForwardMasked16, dims);
+}
+
+constexpr TileShape backward_query_shape(Dims dims, int element_size) {
+  return element_size == 4 ? find_shape(kBackward32, dims) : find_shape(kBackward16, dims);
+}
+
+// Two accumulators, dK and dV, so half the columns.
+constexpr TileShape backward_key_value_shape(Dims dims, int element_size) {
+  TileShape shape = backward_query_shape(dims, element_size);
+  shape.columns = widest(dims) == 192 ? 96 : 128;
+  return shape;
+}
+
+// Both operands change from item to item, so two stages fit only for narrow heads.
+constexpr TileShape mask_gradient_shape(Dims dims, int element_size) {
+  TileShape shape = backward_query_shape(dims, element_size);
+  shape.stages = widest(dims) <= 64 && element_size == 2 ? 2 : 1;
+  return shape;
+}
+
+constexpr TileShape tangent_shape(Dims dims, int element_size) {
+  return element_size == 4 ? find_shape(kTangent32, dims) : find_shape(kTangent16, dims);
+}
+
+constexpr TileShape second_order_shape(Dims dims, int element_size) {
+  return element_size == 4 ? find_shape(kSecondOrder32, dims) : find_shape(kSecondOrder16, dims);
+}
+
+constexpr TileShape mask_second_order_shape(Dims dims, int element_size) {
+  TileShape shape = second_order_shape(dims, element_size);
+  shape.stages = 1;
+  return shape;
+}
+
+// Dynamic shared memory.
+
+// Query tiles in shared memory. 2: the next query tile of the block is copied during the last key tile of the current
+// one.
+constexpr int query_buffers(Dims dims, int element_size, bool plain) {
+  return widest(dims) <= 64 && forward_shape(dims, element_size, plain).stages == 2 ? 2 : 1;
+}
+
+constexpr int forward_bytes(Dims dims, int element_size, bool plain, int warps) {
+  const TileShape shape = forward_shape(dims, element_size, plain);
+  const int query = shape.owned(warps) * row_bytes(dims.key, element_size);
+  const int key_value = row_bytes(dims.key, element_size) + row_bytes(smaller(dims.value, shape.columns), element_size);
+  return query_buffers(dims, element_size, plain) * query + shape.stages * shape.iterated * key_value;
+}
+
+constexpr int backward_bytes(Dims dims, int element_size, int warps) {
+  const TileShape shape = backward_query_shape(dims, element_size);
+  return (shape.owned(warps) + shape.stages * shape.iterated) *
+         (row_bytes(dims.key, element_size) + row_bytes(dims.value, element_size));
+}
+
+constexpr int mask_gradient_bytes(Dims dims, int element_size, int warps) {
+  const TileShape shape = mask_gradient_shape(dims, element_size);
+  return shape.stages * (shape.owned(warps) + shape.iterated) *
+         (row_bytes(dims.key, element_size) + row_bytes(dims.value, element_size));
+}
+
+// Bytes per row of a QueryTangentTile (query, its tangent, optionally dO) and of a KeyTangentTile (key, value,
+// tangents).
+constexpr int query_tangent_bytes(Dims dims, int element_size, bool with_grad_out) {
+  return 2 * row_bytes(dims.key, element_size) + (with_grad_out ? row_bytes(dims.value, element_size) : 0);
+}
+constexpr int key_tangent_bytes(Dims dims, int element_size) {
+  return 2 * (row_bytes(dims.key, element_size) + row_bytes(dims.value, element_size));
+}
+
+constexpr int tangent_bytes(Dims dims, int element_size, int warps) {
+  const TileShape shape = tangent_shape(dims, element_size);
+  const Dims slice = {dims.key, smaller(dims.value, shape.columns)};
+  return shape.owned(warps) * query_tangent_bytes(dims, element_size, false) +
+         shape.stages * shape.iterated * key_tangent_bytes(slice, element_size);
+}
+
+constexpr int second_order_bytes(Dims dims, int element_size, int warps, bool owns_queries) {
+  const TileShape shape = second_order_shape(dims, element_size);
+  const int query = query_tangent_bytes(dims, element_size, true), key = key_tangent_bytes(dims, element_size);
+  const int iterated = shape.stages * shape.iterated;
+  return owns_queries ? shape.owned(warps) * query + iterated * key : shape.owned(warps) * key + iterated * query;
+}
+
+constexpr int mask_second_order_bytes(Dims dims, int element_size, int warps) {
+  const TileShape shape = mask_second_order_shape(dims, element_size);
+  return shape.owned(warps) * query_tangent_bytes(dims, element_size, true) +
+         shape.iterated * key_tangent_bytes(dims, element_size);
+}
+
+constexpr bool all_fit() {
+  for (const int size : {2, 4}) {
+    for (const Dims dims : kHeadDims) {
+      for (const bool plain : {false, true}) {
+        if (forward_bytes(dims, size, plain, forward_shape(dims, size, plain).warps) > kSharedLimit) return false;
+      }
+      const int warps = backward_query_shape(dims, size).warps;
+      if (backward_bytes(dims, size, warps) > kSharedLimit || mask_gradient_bytes(dims, size, warps) > kSharedLimit) {
+        return false;
+      }
+    }
+    for (const Dims dims : kSecondOrderHeadDims) {
+      const int warps = second_order_shape(dims, size).warps;
+      if (tangent_bytes(dims, size, tangent_shape(dims, size).warps) > kSharedLimit ||
+          second_order_bytes(dims, size, warps, true) > kSharedLimit ||
+          second_order_bytes(dims, size, warps, false) > kSharedLimit ||
+          mask_second_order_bytes(dims, size, warps) > kSharedLimit) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+static_assert(all_fit(), "the shared memory of every tile fits every GPU from sm_80 on");
+
+constexpr bool is_sliced(Dims dims, const TileShape& shape) {
+  return (dims.key <= shape.columns || dims.key % shape.columns == 0) &&
+         (dims.value <= shape.columns || dims.value % shape.columns == 0);
+}
+constexpr bool all_sliced() {
+  for (const int size : {2, 4}) {
+    for (const Dims dims : kHeadDims) {
+      for (const TileShape& shape : {forward_shape(dims, size, true), forward_shape(dims, size, false),
+                                     backward_query_shape(dims, size), backward_key_value_shape(dims, size)}) {
+        if (!is_sliced(dims, shape)) return false;
+      }
+    }
+    for (const Dims dims : kSecondOrderHeadDims) {
+      if (!is_sliced(dims, tangent_shape(dims, size)) || !is_sliced(dims, second_order_shape(dims, size))) return false;
+    }
+  }
+  return true;
+}
+static_assert(all_sliced(), "all slices of an output have the same width");
+
+}  // namespace fastgen::attention

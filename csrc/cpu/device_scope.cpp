@@ -1,9 +1,0 @@
-// The host has one device and no streams.
-#include "common/torch_api.h"
-
-namespace fastgen {
-
-DeviceScope::DeviceScope(const Tensor&) {}
-DeviceScope::~DeviceScope() = default;
-
-}  // namespace fastgen
