@@ -1,9 +1,9 @@
 """Calls every raw operator and public function with random arguments, valid and not: python -m tests.fuzz --calls 1000
 
-Every call has a seed of its own. What a call must do: raise TypeError, ValueError or RuntimeError, or give results of
-the right shape, and leave its arguments alone. Arguments that fit must not raise; with finite ones the results are
-finite, and near those of the plain formulas. Tensors end where memory ends, so that an access beyond them ends the
-process; the call is in the log then. ``make fuzz`` runs this with a library that AddressSanitizer and UBSan watch.
+Every call has its own seed. A call must raise TypeError, ValueError or RuntimeError, or return results of the right
+shape, and not change its arguments. Valid arguments must not raise; for finite ones the results are finite and close to
+those of the plain formulas. Tensors end at a page boundary, so that an access beyond them kills the process; the log
+then names the call. ``make fuzz`` runs this with a library instrumented by AddressSanitizer and UBSan.
 
 A failure prints its seed: --seed S --calls 1 replays it.
 """
@@ -34,14 +34,14 @@ WRITES = {
     "cpu_attention_softmax": (0, 2),
     "cpu_attention_softmax_backward": (0, 1),
 }
-"""Operators that work in place, and which arguments they write."""
+"""Operators that work in place, and the positions of the arguments that they write."""
 
 ERRORS = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 SECONDS = 120
 
 
 class Failed(AssertionError):
-    """A call that did what it must not do."""
+    """A call violated the contract."""
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -55,7 +55,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def _near(name: str, actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """Of the largest number that came; what is not finite, at the same places."""
+    """Relative to the largest value; non-finite values must be at the same positions."""
     allowed = max(ERRORS[dtype], ERRORS[actual.dtype])
     actual, expected = actual.detach().double(), expected.detach().double()
     if not torch.equal(actual.isfinite(), expected.isfinite()):
@@ -205,10 +205,10 @@ class Fuzzer:
         if not outputs or any(t.is_meta for t in outputs):
             return
         upstream = [draw.tensor(*t.shape, dtype=t.dtype) for t in outputs]
-        twice = draw.chance(0.2)
+        double_backward = draw.chance(0.2)
         gradients = self._run(
             f"{name} backward",
-            lambda: torch.autograd.grad(outputs, leaves, upstream, create_graph=twice, allow_unused=True),
+            lambda: torch.autograd.grad(outputs, leaves, upstream, create_graph=double_backward, allow_unused=True),
             valid,
         )
         for leaf, gradient in zip(leaves, gradients or (), strict=gradients is not None):
@@ -218,9 +218,9 @@ class Fuzzer:
             if finite and not bool(gradient.isfinite().all()):
                 raise Failed(f"expected a finite gradient, of {describe(leaf)}")
         again = [g for g in gradients or () if g is not None and g.requires_grad]
-        if again and twice:
+        if again and double_backward:
             self._run(
-                f"{name} backward twice",
+                f"{name} double backward",
                 lambda: torch.autograd.grad(sum(g.sum() for g in again), leaves, allow_unused=True),
                 valid,
             )

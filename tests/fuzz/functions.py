@@ -1,4 +1,4 @@
-"""Arguments that fit, for every public function, and what the plain formula makes of them in float64."""
+"""Valid arguments for every public function, and the results of the plain formula in float64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.fuzz.draw import LENGTHS, SIZES, Draw
 
 
 class Call(NamedTuple):
-    """``expected`` makes float64 results; None: only shapes are known."""
+    """``expected`` computes the results in float64; None: only their shapes are checked."""
 
     arguments: list[Any]
     options: dict[str, Any]
