@@ -229,7 +229,7 @@ def minutes(record: dict) -> str:
 def page(records: dict[str, dict]) -> str:
     """docs/models.md."""
     entries = [(entry, records[entry.key]) for entry in ENTRIES if entry.key in records]
-    lines = [HEAD, "| model | parameters | CPU minutes | figures on held-out items |", "|---|---|---|---|"]
+    lines = [HEAD, "| model | parameters | CPU minutes | metrics on held-out items |", "|---|---|---|---|"]
     for entry, record in entries:
         found = {figure["name"]: figure for figure in record["figures"]}
         chosen = [found[name] for name in entry.show if name in found] or list(found.values())
@@ -273,15 +273,16 @@ def section(record: dict) -> list[str]:
     return lines
 
 
-HEAD = """# What the models reach
+HEAD = """# Results of the model zoo
 
-Every model with its defaults on its default data, one seed, by the commands that are shown; nothing is downloaded.
-Made by `python benchmarks/zoo.py`; the same numbers are in `benchmarks/results/zoo.json`.
+Every model with its defaults on its default data, one seed, trained by the commands below; nothing is downloaded.
+`python benchmarks/zoo.py` writes this page, and the same numbers into `benchmarks/results/zoo.json`. The models
+themselves are described in [The model zoo](zoo.md).
 
-CPU minutes are those of the training process, all threads together, on a shared machine: on two idle cores it takes
-about half as long. Square brackets below are 95 % intervals over held-out items or samples, not over trainings; some
-defaults were chosen by these same figures. Frechet distances are in the feature space that is named under each model,
-a small network trained on the same data: numbers of different spaces can't be compared, and none with published FIDs.
+CPU minutes are those of the training process, all threads together, on a shared machine; on two idle cores a training
+takes about half as long. Square brackets are 95 % intervals over held-out items or samples, not over trainings; some
+defaults were chosen by these same metrics. Each Frechet distance is in the feature space named beside it, a small
+network trained on the same data: distances in different spaces cannot be compared, and none with published FIDs.
 """
 
 
