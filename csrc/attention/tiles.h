@@ -12,8 +12,8 @@
 //            +-----+-----+-----+
 //
 // The comments of a row give, for the instantiation that needs most, registers per thread (make cuda-check) and blocks
-// per multiprocessor on sm_80, and what prevents a larger tile: registers, or 99 KiB of shared memory, in which a
-// second stage or more rows per tile have no room.
+// per multiprocessor on sm_80, and what prevents a larger tile: registers, or shared memory ("no room" in 99 KiB for a
+// second stage, or for more rows per tile).
 #pragma once
 
 #include <cstddef>
@@ -76,31 +76,31 @@ constexpr TileShape find_shape(const TileRow (&table)[kCount], Dims dims) {
 // Forward. Plain: neither mask nor dropout, whose state needs registers.
 // clang-format off
 //                                   dims      warps frag BLOCK_N stages columns    regs, blocks: reason
-constexpr TileRow kForward16[] = {{{ 64,  64}, {4,   2,   64,     2,     256}},   // 233, 2: no room: rows
-                                  {{128, 128}, {4,   2,   32,     2,     256}},   // 244, 2: no room: rows
-                                  {{256, 256}, {4,   1,   32,     2,     256}},   // 226, 1: no room: rows
+constexpr TileRow kForward16[] = {{{ 64,  64}, {4,   2,   64,     2,     256}},   // 239, 2: no room: rows
+                                  {{128, 128}, {4,   2,   32,     2,     256}},   // 232, 2: no room: rows
+                                  {{256, 256}, {4,   1,   32,     2,     256}},   // 244, 1: no room: rows
                                   {{512, 512}, {4,   1,   16,     1,     256}}};  // 196, 1: no room: stage 2
 constexpr TileRow kForwardMasked16[] = {
                                   {{ 64,  64}, {4,   2,   32,     2,     256}},   // 255, 2: registers
-                                  {{192, 192}, {4,   1,   32,     2,     256}},   // 230, 2: no room: rows
-                                  {{256, 256}, {4,   1,   16,     2,     256}},   // 214, 2: registers
-                                  {{512, 512}, {4,   1,   16,     1,     256}}};  // 213, 1: no room: stage 2
+                                  {{192, 192}, {4,   1,   32,     2,     256}},   // 226, 2: no room: rows
+                                  {{256, 256}, {4,   1,   16,     2,     256}},   // 230, 2: registers
+                                  {{512, 512}, {4,   1,   16,     1,     256}}};  // 214, 1: no room: stage 2
 constexpr TileRow kForward32[] = {{{128, 128}, {4,   1,   32,     2,     256}},   // 253, 1: no room: rows
                                   {{192, 192}, {4,   1,   16,     2,     256}},   // 172, 1: no room: rows
                                   {{256, 256}, {4,   1,   16,     1,     256}},   // 201, 1: no room: stage 2
                                   {{512, 512}, {2,   1,   8,      1,     256}}};  // 192, 1: no room: stage 2
 constexpr TileRow kForwardMasked32[] = {
-                                  {{ 32,  32}, {4,   1,   32,     2,     256}},   // 203, 2: registers
+                                  {{ 32,  32}, {4,   1,   32,     2,     256}},   // 199, 2: registers
                                   {{192, 192}, {4,   1,   16,     2,     256}},   // 204, 1: no room: rows
                                   {{256, 256}, {4,   1,   16,     1,     256}},   // 234, 1: no room: stage 2
-                                  {{512, 512}, {2,   1,   8,      1,     128}}};  // 192, 1: no room: stage 2
+                                  {{512, 512}, {2,   1,   8,      1,     128}}};  // 161, 1: no room: stage 2
 
 // Backward, both kernels: P and dP of a tile are in registers at the same time. The columns are those of dQ.
 //                                    dims      warps frag iterated stages columns    regs, blocks: reason
 constexpr TileRow kBackward16[] = {{{ 64,  64}, {4,   1,   64,      2,     256}},   // 238, 2: registers
                                    {{128, 128}, {4,   1,   32,      2,     256}},   // 244, 2: no room: rows
                                    {{192, 192}, {4,   1,   32,      1,     256}},   // 221, 2: no room: stage 2
-                                   {{256, 256}, {4,   1,   16,      2,     256}},   // 234, 1: no room: rows
+                                   {{256, 256}, {4,   1,   16,      2,     256}},   // 226, 1: no room: rows
                                    {{512, 512}, {2,   1,   16,      1,     256}}};  // 234, 1: no room: stage 2
 constexpr TileRow kBackward32[] = {{{ 64,  64}, {4,   1,   32,      2,     256}},   // 253, 2: no room: rows
                                    {{128, 128}, {4,   1,   16,      2,     256}},   // 254, 1: no room: rows
@@ -110,19 +110,19 @@ constexpr TileRow kBackward32[] = {{{ 64,  64}, {4,   1,   32,      2,     256}}
 
 // Tangent: the operands and their tangents are in shared memory.
 //                                   dims      warps frag BLOCK_N stages columns    regs, blocks: reason
-constexpr TileRow kTangent16[] = {{{ 16,  32}, {4,   1,   64,     2,     256}},   // 204, 2: registers
-                                  {{ 96, 128}, {4,   1,   32,     2,     256}},   // 197, 2: no room: rows
+constexpr TileRow kTangent16[] = {{{ 16,  32}, {4,   1,   64,     2,     256}},   // 216, 2: registers
+                                  {{ 96, 128}, {4,   1,   32,     2,     256}},   // 199, 2: no room: rows
                                   {{128, 128}, {4,   1,   32,     1,     256}},   // 196, 2: no room: stage 2
                                   {{256, 256}, {4,   1,   16,     1,     256}}};  // 245, 1: no room: stage 2
-constexpr TileRow kTangent32[] = {{{ 64,  64}, {4,   1,   16,     2,     128}},   // 157, 2: no room: rows
-                                  {{ 32, 128}, {4,   1,   16,     2,     128}},   // 206, 2: no room: rows
+constexpr TileRow kTangent32[] = {{{ 64,  64}, {4,   1,   16,     2,     128}},   // 171, 2: no room: rows
+                                  {{ 32, 128}, {4,   1,   16,     2,     128}},   // 222, 2: no room: rows
                                   {{128, 128}, {4,   1,   16,     1,     128}},   // 222, 1: no room: stage 2
                                   {{256, 256}, {2,   1,   8,      1,     128}}};  // 185, 1: no room: stage 2
 
 // Second order, both kernels: four tiles of scores (S, W, dP, dO Gv^T) are in registers at the same time.
 //                                       dims      warps frag iterated stages columns    regs, blocks: reason
 constexpr TileRow kSecondOrder16[] = {{{ 96, 128}, {4,   1,   32,      2,     128}},   // 251, 1: no room: rows
-                                      {{128, 128}, {4,   1,   16,      2,     128}},   // 230, 1: no room: rows
+                                      {{128, 128}, {4,   1,   16,      2,     128}},   // 234, 1: no room: rows
                                       {{256, 256}, {2,   1,   16,      1,     128}}};  // 228, 1: no room: stage 2
 constexpr TileRow kSecondOrder32[] = {{{ 16,  32}, {4,   1,   32,      2,     128}},   // 196, 2: registers
                                       {{ 64,  64}, {4,   1,   16,      2,     128}},   // 206, 1: no room: rows

@@ -23,8 +23,8 @@ FASTGEN_CLONES void keep_groups(const uint32_t (&bits)[kGroup][kGroupsAtOnce], i
 }
 
 void keep_row(const DropoutParams& p, int64_t row, float* out) {
-  const int64_t which = row / p.rows_per_seed;
-  const uint64_t seed = static_cast<uint64_t>(p.seeds[which]);
+  const int64_t seed_index = row / p.rows_per_seed;
+  const uint64_t seed = static_cast<uint64_t>(p.seeds[seed_index]);
   const int64_t row_groups = ceil_div(p.keys, kGroup), first_of_row = row % p.rows_per_seed * row_groups;
   uint32_t bits[kGroup][kGroupsAtOnce];
   float weights[kGroup * kGroupsAtOnce];

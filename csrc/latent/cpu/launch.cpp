@@ -166,23 +166,23 @@ void for_each_block(int64_t rows, int64_t cols, const Noise& noise, bool with_no
   const int64_t grain = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, std::min(cols, kBlock)));
   torch::stable::parallel_for(0, rows * blocks, grain, [&](int64_t begin, int64_t end) {
     alignas(64) float buffer[kBlock];
-    // The groups in the buffer: those of the matrix from ``made`` on, as long as one seed serves them.
-    int64_t made_seed = -1, made = 0, made_end = 0;
+    // The buffer holds groups [cached, cached_end) of the rows of seed number cached_seed.
+    int64_t cached_seed = -1, cached = 0, cached_end = 0;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t row = item / blocks, col = item % blocks * kBlock;
       const int64_t count = std::min(kBlock, cols - col);
-      const int64_t which = row / noise.rows_per_seed;
-      const int64_t first = (row - which * noise.rows_per_seed) * row_groups + col / kGroup;
+      const int64_t seed_index = row / noise.rows_per_seed;
+      const int64_t first = (row - seed_index * noise.rows_per_seed) * row_groups + col / kGroup;
       const int64_t needed = ceil_div(count, kGroup);
-      if (with_noise && (which != made_seed || first < made || first + needed > made_end)) {
-        // Short rows: as many as fit, so that the vectors are full.
-        const int64_t rows_left = std::min((end - item - 1) / blocks + 1, (which + 1) * noise.rows_per_seed - row);
-        const int64_t wanted =
+      if (with_noise && (seed_index != cached_seed || first < cached || first + needed > cached_end)) {
+        // Short rows: generate the noise of several rows at once, so that the vectors are full.
+        const int64_t rows_left = std::min((end - item - 1) / blocks + 1, (seed_index + 1) * noise.rows_per_seed - row);
+        const int64_t groups =
             blocks == 1 ? std::min(kGroups / std::max<int64_t>(1, needed), rows_left) * needed : needed;
-        make_noise(static_cast<uint64_t>(noise.seeds[which]), static_cast<uint64_t>(first), wanted, buffer);
-        made_seed = which, made = first, made_end = first + wanted;
+        make_noise(static_cast<uint64_t>(noise.seeds[seed_index]), static_cast<uint64_t>(first), groups, buffer);
+        cached_seed = seed_index, cached = first, cached_end = first + groups;
       }
-      body(row, col, count, with_noise ? buffer + (first - made) * kGroup : nullptr);
+      body(row, col, count, with_noise ? buffer + (first - cached) * kGroup : nullptr);
     }
   });
 }
