@@ -10,7 +10,7 @@ import pytest
 from fastgen.models import MODELS
 
 FORBIDDEN = ("of", "in", "from", "what", "as", "by", "to", "on", "that", "with")
-"""First words of helps that lack their noun ("of AdamW")."""
+"""First words of helps without a noun ("of AdamW")."""  # word-lint: ok
 
 
 def config_classes() -> Iterator[tuple[str, type]]:
@@ -55,7 +55,7 @@ def problems() -> dict[str, list[str]]:
     ("help", "problem"),
     [
         ("", "no help"),
-        ("of AdamW", "begins with 'of'"),
+        ("of AdamW", "begins with 'of'"),  # word-lint: ok
         ("From the data", "begins with 'from'"),
         ("AdamW beta1.", "trailing period"),
         ("AdamW \N{GREEK SMALL LETTER BETA}1", "not ASCII"),

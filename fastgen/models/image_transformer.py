@@ -64,7 +64,7 @@ class ImageTransformerConfig:
         ValueError: an option out of range.
     """
 
-    renamed: ClassVar[dict[str, str]] = {"halvings": "num_downsamples"}
+    renamed: ClassVar[dict[str, str]] = {"halvings": "num_downsamples"}  # word-lint: ok
     image_size: int = option(8, "height and width of the images", from_data=True)
     channels: int = option(1, "number of image channels", from_data=True)
     levels: int = option(17, "number of pixel values: counts 0 .. levels - 1", from_data=True)

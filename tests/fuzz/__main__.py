@@ -229,7 +229,7 @@ class Fuzzer:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])
     parser.add_argument("--calls", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0, help="of the first call; the others follow")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first call; each further call adds 1")
     parser.add_argument("--only", default="", help="names that contain this")
     parser.add_argument(
         "--log", type=Path, default=None, help="the call being made, for the case that it ends the process"

@@ -26,7 +26,7 @@ from tests.train.conftest import TINY
 
 Main = Callable[..., int]
 Metrics = Callable[..., list[dict[str, Any]]]
-NOBODY = 2**22 + 1  # above the largest number of a process
+DEAD_PID = 2**22 + 1  # above the largest number of a process
 EVALUATE = ["--n", "20", "--importance", "0", "--resamples", "0"]
 
 
@@ -204,7 +204,7 @@ def test_temporary_files_of_dead_processes_are_removed_and_nothing_else(run: Pat
 
     checkpoint, image = run / "checkpoint.safetensors", run / "samples" / "000002.png"
     image.parent.mkdir(exist_ok=True)
-    dead = [temporary(checkpoint, NOBODY), temporary(image, NOBODY), run / ".metrics.jsonl.tmp"]
+    dead = [temporary(checkpoint, DEAD_PID), temporary(image, DEAD_PID), run / ".metrics.jsonl.tmp"]
     kept = [temporary(checkpoint, os.getppid()), run / ".notes.1.tmp"]
     for file in dead + kept:
         file.write_text("half")

@@ -68,7 +68,7 @@ def test_two_processes_resume_bit_for_bit(
 def test_two_processes_share_a_store_of_items_without_mixing_them(
     words: Words, together: Together, tmp_path: Path
 ) -> None:
-    """A mean of both would fill places by halves, and hold images that nobody generated."""
+    """Their mean would be half-filled, with images that no process generated."""
     from fastgen.train.checkpoint import load_checkpoint
 
     assert together(words("--device", "cpu", "--model.history", "9", model="cyclegan", steps=3)) == [0, 0]

@@ -42,7 +42,7 @@ def test_a_second_training_is_refused_with_the_process_that_has_the_folder(tmp_p
     process, _ = holder(tmp_path)
     try:
         who = f"process {process.pid} on {re.escape(socket.gethostname())} since 20"
-        with pytest.raises(FileExistsError, match=f"expected a folder in which nobody trains, got one in use by {who}"):
+        with pytest.raises(FileExistsError, match=f"expected a folder without a running training, got one in use by {who}"):
             locked(tmp_path).__enter__()
     finally:
         process.kill()
@@ -70,14 +70,14 @@ def text(pid: int, *, host: str = "", later: float = 0.0) -> str:
     return json.dumps({"pid": pid, "host": host or socket.gethostname(), "started": began + later, "since": "then"})
 
 
-NOBODY = 2**22 + 1  # above the largest number of a process
+DEAD_PID = 2**22 + 1  # above the largest number of a process
 
 
 @pytest.mark.parametrize(
     ("before", "has_locks", "refused"),
     [
-        (text(NOBODY), True, False),
-        (text(NOBODY), False, False),
+        (text(DEAD_PID), True, False),
+        (text(DEAD_PID), False, False),
         (text(os.getppid(), later=60.0), False, False),  # its number was given to another process since
         (text(os.getppid()), False, True),
         (text(os.getppid()), True, True),  # a file system that grants every lock

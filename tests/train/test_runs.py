@@ -1,4 +1,4 @@
-"""A run from start to end: what it writes, what it refuses to touch, what comes of it."""
+"""A run from start to end: what it writes, what it does not overwrite, and its results."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ std::string hex(uintptr_t value) {
   return buffer;
 }
 
-// In a segment of the program or its libraries that nobody can write, such as a table of constants.
+// In a segment of the program or its libraries that is read-only, such as a table of constants.
 bool is_constant(uintptr_t begin, size_t bytes) {
   struct Range {
     uintptr_t begin, end;
