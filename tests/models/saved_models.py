@@ -67,10 +67,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 SAMPLING: dict[str, dict[str, Any]] = {"transformer-lm": {"length": 6, "prompt": "a"}, "wavenet": {"seconds": 0.02}}
 
 
-def config_of(case: str) -> Any:
+def config_of(name: str, options: dict[str, Any]) -> Any:
+    """The config of a model with the options, and with the facts of its kind of data."""
     from fastgen.models import MODELS
 
-    name, options = CASES[case]
     model = MODELS[name]
     known = set(model.config_class.__dataclass_fields__)
     facts = FACTS[options.get("kind", model.kind)]
@@ -84,7 +84,7 @@ def fill(model: torch.nn.Module) -> None:
             if tensor.is_floating_point():
                 generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
                 values = torch.randn(tensor.shape, generator=generator)
-                fan_in = tensor[0].numel() if tensor.dim() > 1 else 4
+                fan_in = tensor.shape[1:].numel() if tensor.dim() > 1 else 4
                 values = values / math.sqrt(fan_in)
                 tensor.copy_(values.abs() + 0.5 if name.endswith(("running_var", "uses")) else values)
 
@@ -146,7 +146,7 @@ def record(case: str) -> dict[str, Any]:
     """What a model of the zoo computes: its config, its state dict's names and shapes, losses, scores, samples."""
     from fastgen.models import MODELS, settle
 
-    config = config_of(case)
+    config = config_of(*CASES[case])
     model = MODELS[CASES[case][0]](config)
     entry: dict[str, Any] = {"state": {name: list(t.shape) for name, t in model.state_dict().items()}}
     fill(model)

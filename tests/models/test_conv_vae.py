@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import doctest
 import itertools
-import math
 
 import pytest
 import torch
@@ -93,23 +92,6 @@ def test_loss_is_the_mean_of_nll_and_weighted_kl(likelihood: str) -> None:
     assert (full.kl >= 0).all()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"likelihood": "beta-binomial"}, {"likelihood": "binomial"}, {"attention": True, "free_bits": 0.01}],
-    ids=["beta-binomial", "binomial", "attention, free bits"],
-)
-def test_gradients_reach_every_parameter(options: dict[str, object]) -> None:
-    model = small_model(**options)
-    with torch.no_grad():  # zero-initialized layers have no gradient for the layers before them
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=seeded(2)))
-    model(random_images(4, model.config)).loss.backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert torch.isfinite(parameter.grad).all(), name
-        assert parameter.grad.abs().sum() > 0, name
-
-
 def test_free_bits_clamp_the_kl_per_channel() -> None:
     free_bits = 0.05
     plain, free = small_model(latent_dim=6), small_model(latent_dim=6, free_bits=free_bits)
@@ -190,7 +172,7 @@ def test_other_image_sizes_are_rejected(size: int) -> None:
         ({"likelihood": "bernoulli"}, "levels: expected 2 with likelihood 'bernoulli', got 17"),
     ],
 )
-def test_config_names_the_field_that_is_wrong(options: dict[str, object], message: str) -> None:
+def test_invalid_configs_raise_an_error_that_names_the_option(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ConvVAEConfig(**options)  # type: ignore[arg-type]
 
@@ -203,45 +185,12 @@ def test_images_of_another_shape_or_dtype_are_rejected() -> None:
         model.reconstruct(torch.zeros(1, 8, 8))
     with pytest.raises(TypeError, match=r"images: expected a floating-point tensor, got torch\.uint8"):
         model(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="n: expected a positive integer, got 0"):
-        model.sample(0)
-
-
-def test_samples_are_pixels_and_depend_only_on_the_generator() -> None:
-    model = small_model()
-    first, again, other = (model.sample(6, generator=seeded(seed)) for seed in (3, 3, 4))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert ((first >= 0) & (first <= 1)).all()
 
 
 def test_reconstructions_are_deterministic() -> None:
     model = small_model()
     images = random_images(3, model.config)
     assert torch.equal(model.reconstruct(images), model.reconstruct(images))
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_the_loss_compiles_without_graph_breaks() -> None:
-    model = small_model()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    images = random_images(4, model.config)
-    out = compiled(images)
-    out.loss.backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-    assert math.isclose(out.loss.item(), model(images).loss.item(), rel_tol=0.05)
-
-
-def test_bfloat16_autocast_stays_finite_and_close() -> None:
-    model = small_model(levels=256)
-    images = random_images(4, model.config)
-    exact = model(images, generator=seeded(0))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded = model(images, generator=seeded(0))
-    rounded.loss.backward()
-    assert rounded.nll.dtype == rounded.kl.dtype == torch.float32
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-    torch.testing.assert_close(rounded.loss, exact.loss, rtol=0.02, atol=0)
 
 
 def test_the_posterior_of_the_details_is_initialized_at_their_prior() -> None:

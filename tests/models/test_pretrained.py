@@ -1,4 +1,4 @@
-"""save_pretrained and from_pretrained: which class loads a folder, what is said where none can, the model card."""
+"""save_pretrained and from_pretrained: the class that a folder loads as, errors, the model card."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_the_base_class_loads_the_class_that_the_config_names(saved: Path) -> None:
+def test_the_base_class_loads_the_class_in_the_config(saved: Path) -> None:
     for place in (saved, str(saved)):
         loaded = GenerativeModel.from_pretrained(place)
         assert type(loaded) is VAE
@@ -30,7 +30,7 @@ def test_the_base_class_loads_the_class_that_the_config_names(saved: Path) -> No
         )
 
 
-def test_a_model_of_before_configs_named_their_class_is_known_by_its_options(saved: Path) -> None:
+def test_a_config_without_a_model_type_loads_by_its_options(saved: Path) -> None:
     config = json.loads((saved / "config.json").read_text())
     assert config.pop("model_type") == "vae"
     (saved / "config.json").write_text(json.dumps(config))
@@ -42,13 +42,13 @@ def test_a_model_of_before_configs_named_their_class_is_known_by_its_options(sav
         GenerativeModel.from_pretrained(saved)
 
 
-def test_another_class_s_model_is_refused_with_the_class_that_loads_it(tmp_path: Path) -> None:
+def test_a_model_of_another_class_raises_an_error_with_the_class_that_loads_it(tmp_path: Path) -> None:
     GAN(GANConfig(image_size=4, width=4, depth=1)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"expected a saved CGAN, got one of model type 'gan'; load it by GAN\.from"):
         CGAN.from_pretrained(tmp_path)
 
 
-def test_a_class_of_one_s_own_is_loaded_by_itself(tmp_path: Path) -> None:
+def test_a_user_class_loads_its_own_models(tmp_path: Path) -> None:
     @dataclass(frozen=True)
     class MineConfig(VAEConfig):
         pass
@@ -62,7 +62,7 @@ def test_a_class_of_one_s_own_is_loaded_by_itself(tmp_path: Path) -> None:
         GenerativeModel.from_pretrained(tmp_path)
 
 
-def test_a_missing_folder_is_named_as_such(tmp_path: Path) -> None:
+def test_a_missing_folder_raises_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "run" / "model" / "config.json").write_text("{}")
@@ -83,7 +83,7 @@ def test_a_missing_folder_is_named_as_such(tmp_path: Path) -> None:
             model.from_pretrained("runs/nowhere", local_files_only=True)
 
 
-def test_a_damaged_config_is_named(saved: Path) -> None:
+def test_a_damaged_config_raises_an_error(saved: Path) -> None:
     (saved / "config.json").write_text('{"model_ty')
     with pytest.raises(ValueError, match=r"config\.json: expected JSON, got a file that is cut short or damaged"):
         VAE.from_pretrained(saved)
@@ -92,7 +92,7 @@ def test_a_damaged_config_is_named(saved: Path) -> None:
         VAE.from_pretrained(saved)
 
 
-def test_the_model_card_says_what_the_model_is_and_nothing_that_is_not_so(saved: Path) -> None:
+def test_the_model_card_describes_the_model_and_its_code_runs(saved: Path) -> None:
     card = (saved / "README.md").read_text()
     assert "pushed" not in card
     assert "More Information Needed" not in card
@@ -103,6 +103,6 @@ def test_the_model_card_says_what_the_model_is_and_nothing_that_is_not_so(saved:
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=list(MODELS))
-def test_options_tell_models_apart(model: type[GenerativeModel]) -> None:
+def test_no_two_models_have_the_same_options(model: type[GenerativeModel]) -> None:
     fields = set(model.config_class.__dataclass_fields__)
     assert [other for other in MODELS.values() if set(other.config_class.__dataclass_fields__) == fields] == [model]

@@ -11,19 +11,16 @@ from torch import Tensor
 
 from fastgen import losses
 from fastgen.models import recurrent_gan
-from fastgen.models.base import Images, NoOptions, StepContext, Texts, from_data
+from fastgen.models.base import Images, NoOptions, StepContext, from_data
 from fastgen.models.recurrent_gan import RecurrentGAN, RecurrentGANConfig, TextCharacters
 
 NOW = StepContext(1, 10)
 VARIANTS = {
     "images": {"kind": "images", "image_size": 5, "channels": 3},
-    "images, gradient": {"kind": "images", "penalty": "gradient"},
     "text": {"kind": "text", "text_length": 6},
     "pairs": {"source_length": 3, "target_length": 7},
-    "soft": {"hard": False, "temperature": 0.5, "noise_dim": 3},
     "r1": {"penalty": "r1"},
     "gradient": {"penalty": "gradient", "loss": "wasserstein"},
-    "no penalty": {"penalty": "none", "loss": "hinge"},
 }
 
 
@@ -75,23 +72,6 @@ def step(model: RecurrentGAN, phase: str, batch: dict[str, Tensor], autocast: bo
         values = model.loss(phase, batch, NOW)
     values["loss"].backward()
     return values
-
-
-@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_phase_gives_finite_gradients_to_its_own_network_only(variant: str, autocast: bool) -> None:
-    model = small_model(**VARIANTS[variant])
-    for phase in ("critic", "generator"):
-        values = step(model, phase, any_batch(model), autocast)
-        assert values["loss"].dtype == torch.float32
-        assert all(not value.requires_grad for name, value in values.items() if name != "loss")
-        for name, parameter in model.named_parameters():
-            if name.startswith(phase):
-                assert parameter.grad is not None, name
-                assert parameter.grad.isfinite().all(), name
-                assert parameter.grad.any() or name == "critic.score.bias", name  # which may cancel out
-            else:
-                assert parameter.grad is None, name
 
 
 def test_a_pair_is_one_sequence_of_one_hot_vectors() -> None:
@@ -319,15 +299,6 @@ def test_training_both_networks_fits_the_data() -> None:
     assert model.draw(50, NoOptions(), generator=seeded(0)).texts.count("ab -> c") > 40
 
 
-def test_samples_depend_only_on_the_generator() -> None:
-    model = small_model()
-    first, again, other = (model.draw(4, NoOptions(), generator=seeded(s)) for s in (7, 7, 8))
-    assert isinstance(first, Texts)
-    assert first == again
-    assert first != other
-    assert len(set(first.texts)) > 1
-
-
 def test_phases() -> None:
     first, second = small_model(critic_steps=5, generator_learning_rate=3e-3).phases()
     assert (first.name, first.networks, first.repeats) == ("critic", ("critic",), 5)
@@ -356,14 +327,13 @@ CONFIG_ERRORS = {
 
 
 @pytest.mark.parametrize("mistake", CONFIG_ERRORS)
-def test_a_mistake_in_the_config_is_named(mistake: str) -> None:
+def test_invalid_configs_raise_an_error_that_names_the_option(mistake: str) -> None:
     options, message = CONFIG_ERRORS[mistake]
     with pytest.raises(ValueError, match=f"^{message}"):
         RecurrentGANConfig(**options)  # type: ignore[arg-type]
 
 
 CALL_ERRORS = {
-    "no texts": (lambda m: m.draw(0, NoOptions()), ValueError, "n: expected a positive integer, got 0"),
     "floating tokens": (
         lambda m: m.score({"source": torch.zeros(2, 6), "target": torch.zeros(2, 5)}),
         TypeError,
@@ -388,7 +358,7 @@ CALL_ERRORS = {
 
 
 @pytest.mark.parametrize("mistake", CALL_ERRORS)
-def test_a_mistake_in_a_call_is_named(mistake: str) -> None:
+def test_invalid_arguments_raise_an_error_that_names_the_argument(mistake: str) -> None:
     call, error, message = CALL_ERRORS[mistake]
     with pytest.raises(error, match=f"^{message}"):
         call(small_model())
@@ -401,16 +371,6 @@ def test_the_kind_and_its_sizes_come_from_the_data() -> None:
     lengths = [RecurrentGANConfig(kind=kind, text_length=9).data_options() for kind in RecurrentGAN.kinds]
     assert lengths == [{}, {"length": 9}, {}]
     assert [small_model(kind=kind).kind for kind in RecurrentGAN.kinds] == list(RecurrentGAN.kinds)
-
-
-@pytest.mark.parametrize("kind", ["images", "text", "sequences"])
-def test_a_saved_model_loads(tmp_path, kind: str) -> None:
-    pytest.importorskip("huggingface_hub")
-    model = small_model(kind=kind, noise_dim=3)
-    model.save_pretrained(tmp_path)
-    loaded = RecurrentGAN.from_pretrained(tmp_path)
-    assert (loaded.config, loaded.kind) == (model.config, kind)
-    assert torch.equal(*(m._generate(3, seeded(0)) for m in (model, loaded)))
 
 
 def test_examples_in_docstrings_run() -> None:

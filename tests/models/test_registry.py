@@ -41,7 +41,7 @@ def test_a_model_is_created_with_options() -> None:
     assert images.shape == (2, 3, 16, 16)
 
 
-def test_an_unknown_name_or_option_is_refused() -> None:
+def test_an_unknown_name_or_option_raises_an_error() -> None:
     with pytest.raises(ValueError, match=r"expected one of .*got 'DC_GAN'; did you mean 'dcgan'\?"):
         find_model("DC_GAN")
     with pytest.raises(TypeError, match=r"dcgan: expected options among image_size, .*, got size"):
@@ -58,7 +58,7 @@ def test_a_user_model_is_registered(registered: type[GenerativeModel]) -> None:
     assert register_model(registered) is registered
 
 
-def test_a_class_that_does_not_fit_is_refused() -> None:
+def test_an_invalid_class_raises_an_error() -> None:
     with pytest.raises(TypeError, match="expected a subclass of GenerativeModel"):
         register_model(torch.nn.Linear)  # type: ignore[type-var]
     with pytest.raises(TypeError, match="expected a class attribute 'name', got none"):

@@ -48,7 +48,7 @@ def test_as_the_temperature_goes_to_0_the_most_likely_token_is_chosen(
             assert chosen.tolist() == [2, 1, 2, 1], temperature
 
 
-def test_equally_likely_tokens_are_chosen_alike_at_a_tiny_temperature_and_the_first_at_0() -> None:
+def test_equally_likely_tokens_are_chosen_equally_often_at_a_tiny_temperature_and_the_first_at_0() -> None:
     logits = torch.tensor([[5.0, 1.0, 5.0]]).expand(2000, -1)
     share = choose(logits, 1e-39, seeded()).bincount(minlength=3) / 2000
     assert share[1] == 0
@@ -56,7 +56,7 @@ def test_equally_likely_tokens_are_chosen_alike_at_a_tiny_temperature_and_the_fi
     assert choose(logits, 0.0).unique().tolist() == [0]
 
 
-def test_at_a_huge_temperature_every_possible_token_is_as_likely() -> None:
+def test_at_a_huge_temperature_every_possible_token_is_equally_likely() -> None:
     logits = torch.tensor([[9.0, -9.0, -INF]]).expand(2000, -1)
     share = choose(logits, 1e30, seeded()).bincount(minlength=3) / 2000
     assert share[2] == 0
@@ -70,7 +70,7 @@ def test_top_k_keeps_k_tokens_also_where_some_are_equally_likely(k: int) -> None
     assert choose(logits, 1.0, seeded(), top_k=k).unique().tolist() == sorted(expected)
 
 
-def test_a_token_that_is_certain_is_chosen_whatever_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_certain_token_is_chosen_for_any_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.zeros(*shape))
     assert choose(torch.tensor([[-INF, -INF, 0.0, -INF]]), 1.0).tolist() == [2]
 
@@ -82,7 +82,7 @@ def test_a_token_that_is_certain_is_chosen_whatever_the_noise(monkeypatch: pytes
     [([0.0, math.nan], "NaN in 1 of 2"), ([0.0, INF], r"\+inf in 1 of 2"), ([-INF, -INF], "only -inf in 1 of 2")],
     ids=["NaN", "inf", "all -inf"],
 )
-def test_logits_that_leave_no_choice_are_refused(
+def test_logits_without_a_possible_token_raise_an_error(
     row: list[float], got: str, temperature: float, dtype: torch.dtype
 ) -> None:
     logits = torch.tensor([row, [1.0, -INF]]).to(dtype)
@@ -102,12 +102,12 @@ def test_logits_that_leave_no_choice_are_refused(
     ],
     ids=str,
 )
-def test_options_out_of_range_are_refused(options: dict[str, float], message: str) -> None:
+def test_options_out_of_range_raise_an_error(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Chooser(**options)  # type: ignore[arg-type]
 
 
-def test_logits_of_another_kind_are_refused() -> None:
+def test_logits_of_another_dtype_or_shape_raise_an_error() -> None:
     with pytest.raises(TypeError, match=r"logits: expected a floating-point tensor, got torch.int64"):
         choose(torch.zeros(2, 3, dtype=torch.int64), 1.0)
     with pytest.raises(ValueError, match=r"logits: expected \(B, tokens\), got \(3,\)"):
@@ -151,7 +151,7 @@ def sampling_models() -> dict[str, GenerativeModel]:
 
 
 @pytest.mark.parametrize("name", sampling_models())
-def test_a_model_whose_weights_are_nan_refuses_to_sample(name: str) -> None:
+def test_sampling_with_nan_weights_raises_an_error(name: str) -> None:
     model = sampling_models()[name]
     model.draw(2, model.sampling_class(), generator=seeded())
     with torch.no_grad():
@@ -162,7 +162,7 @@ def test_a_model_whose_weights_are_nan_refuses_to_sample(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in sampling_models() if name != "recurrent-gan"])
-def test_samples_at_a_tiny_temperature_are_the_greedy_ones(name: str) -> None:
+def test_samples_at_a_tiny_temperature_are_greedy(name: str) -> None:
     model = sampling_models()[name]
     samples = []
     for temperature in (0.0, 1e-39):
@@ -174,5 +174,5 @@ def test_samples_at_a_tiny_temperature_are_the_greedy_ones(name: str) -> None:
         assert torch.equal(value, other) if isinstance(value, Tensor) else value == other
 
 
-def test_the_examples_in_the_documentation_run() -> None:
+def test_examples_in_docstrings_run() -> None:
     assert doctest.testmod(decoding).failed == 0

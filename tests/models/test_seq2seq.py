@@ -48,21 +48,6 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_weight_has_a_gradient_in_float32_and_under_autocast(variant: str) -> None:
-    for autocast in (False, True):
-        model = small_model(**VARIANTS[variant])
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            values = model.loss("target", batch_of(model, *PAIRS), NOW)
-            assert model.score(batch_of(model, *PAIRS))["exact"].shape == (3,)
-        assert values["loss"].dtype == torch.float32
-        values["loss"].backward()
-        for name, parameter in model.named_parameters():
-            assert parameter.grad is not None, name
-            assert parameter.grad.any(), name
-            assert parameter.grad.isfinite().all(), name
-
-
 def test_no_prediction_depends_on_later_tokens_or_on_padding() -> None:
     model = small_model().double().eval()
     source, target = batch_of(model, *PAIRS).values()
@@ -191,27 +176,16 @@ def test_beams_for_every_prefix_find_the_most_likely_target() -> None:
     assert torch.equal(model.decode(source, DecodingOptions(beams=64)), torch.stack(best))
 
 
-def test_samples_depend_on_the_generator_alone() -> None:
+def test_sources_are_random_texts_of_the_vocabulary_or_the_given_one() -> None:
     model = small_model(dropout=0.3)
-    first, again, other = (model.draw(20, DecodingOptions(), generator=seeded(s)).texts for s in (7, 7, 8))
-    assert first == again
-    assert first != other
-    sources = [text.split(" -> ")[0] for text in first]
+    samples = model.draw(20, DecodingOptions(), generator=seeded(7)).texts
+    sources = [text.split(" -> ")[0] for text in samples]
     assert {len(source) for source in sources} == {2, 3, 4, 5}
     assert set("".join(sources)) <= set("abcd")
     samples = model.draw(20, DecodingOptions(source="ab", temperature=9.0), generator=seeded(7)).texts
     assert len(set(samples)) > 5
     assert all(text.startswith("ab -> ") for text in samples)
     assert spell([START, 3, 5, END, 4], "abcd") == "ac"
-
-
-def test_the_loss_compiles_whole() -> None:
-    model, plain = small_model(), small_model()
-    batch = batch_of(model, *PAIRS)
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda b: model.loss("target", b, NOW)["loss"], backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(batch), plain.loss("target", batch, NOW)["loss"])
-    torch._dynamo.reset()
 
 
 def test_decoding_does_not_run_compiled_code() -> None:
@@ -249,7 +223,7 @@ OPTION_ERRORS = {
 
 
 @pytest.mark.parametrize("mistake", [*CONFIG_ERRORS, *OPTION_ERRORS])
-def test_a_mistake_in_config_or_options_is_named(mistake: str) -> None:
+def test_invalid_configs_and_sampling_options_raise_an_error_that_names_the_option(mistake: str) -> None:
     options, message = {**CONFIG_ERRORS, **OPTION_ERRORS}[mistake]
     with pytest.raises(ValueError, match=f"^{message}"):
         (Seq2SeqConfig if mistake in CONFIG_ERRORS else DecodingOptions)(**options)  # type: ignore[arg-type]
@@ -266,7 +240,6 @@ CALL_ERRORS = {
         ValueError,
         "^source: expected at most 5 characters, .*, got 6",
     ),
-    "no texts": (lambda model: model.draw(0, DecodingOptions()), ValueError, "^n: expected a positive integer, got 0"),
     "floating tokens": (
         lambda model: model.decode(torch.zeros(2, 7)),
         TypeError,
@@ -286,7 +259,7 @@ CALL_ERRORS = {
 
 
 @pytest.mark.parametrize("mistake", CALL_ERRORS)
-def test_a_mistake_in_a_call_is_named(mistake: str) -> None:
+def test_invalid_arguments_raise_an_error_that_names_the_argument(mistake: str) -> None:
     call, error, message = CALL_ERRORS[mistake]
     with pytest.raises(error, match=message):
         call(small_model())
@@ -294,16 +267,6 @@ def test_a_mistake_in_a_call_is_named(mistake: str) -> None:
 
 def test_vocabulary_and_lengths_come_from_the_data() -> None:
     assert from_data(Seq2SeqConfig) == ["vocabulary", "source_length", "target_length"]
-
-
-def test_save_and_load(tmp_path) -> None:
-    pytest.importorskip("huggingface_hub")
-    model = small_model(width=24, source_length=5).eval()
-    model.save_pretrained(tmp_path)
-    loaded = Seq2Seq.from_pretrained(tmp_path)
-    assert loaded.config == model.config
-    source, target = rows("ab", length=5), rows("ab", length=6)
-    assert torch.equal(loaded(source, target), model(source, target))
 
 
 def test_examples_in_docstrings_run() -> None:

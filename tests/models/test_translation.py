@@ -135,13 +135,13 @@ CONFIG_ERRORS = {
 
 
 @pytest.mark.parametrize("mistake", CONFIG_ERRORS)
-def test_a_mistake_in_the_config_is_named(mistake: str) -> None:
+def test_invalid_configs_raise_an_error_that_names_the_option(mistake: str) -> None:
     options, message = CONFIG_ERRORS[mistake]
     with pytest.raises(ValueError, match=f"^{message}"):
         small_model(mistake.split(":")[0], **options)
 
 
-def test_images_that_do_not_fit_and_unknown_directions_are_named() -> None:
+def test_invalid_images_and_directions_raise_an_error() -> None:
     model = small_model("cyclegan")
     with pytest.raises(ValueError, match=r"b: expected shape \(B, C, S, S\) = \(4, 1, 16, 16\), got \(4, 1, 15, 16\)"):
         model.loss("generator", a_batch(model) | {"b": torch.rand(4, 1, 15, 16)}, NOW)
@@ -149,25 +149,6 @@ def test_images_that_do_not_fit_and_unknown_directions_are_named() -> None:
         small_model("pix2pix").translate({"inputs": torch.zeros(1, 1, 16, 16, dtype=torch.uint8)}, None)
     with pytest.raises(ValueError, match="direction: expected one of a-to-b, b-to-a, got 'a-to-c'"):
         DirectionOptions("a-to-c")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("phase", ["discriminator", "generator"])
-def test_a_phase_gives_finite_gradients_to_all_of_its_own_weights(name: str, phase: str) -> None:
-    """In float32, and in bfloat16 by autocast."""
-    model = small_model(name)
-    mine = next(each.networks for each in model.phases() if each.name == phase)
-    for dtype in (torch.float32, torch.bfloat16):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            values = step(model, phase, a_batch(model))
-        assert values["loss"].dtype == torch.float32
-        for weight_name, weight in model.named_parameters():
-            if weight_name.split(".")[0] in mine:
-                assert weight.grad is not None, weight_name
-                assert torch.isfinite(weight.grad).all(), weight_name
-                assert weight.grad.any(), weight_name
-            else:
-                assert weight.grad is None, weight_name
 
 
 @pytest.mark.parametrize("name", BOTH)
@@ -219,15 +200,13 @@ def test_each_phase_lowers_its_loss_on_a_fixed_batch(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_translations_depend_only_on_images_and_generator(name: str) -> None:
+def test_translations_are_independent_of_the_batch_and_change_no_state(name: str) -> None:
     model = small_model(name)
     for phase in model.phases():
         step(model, phase.name, a_batch(model))  # updates statistics and histories
     batch, before = a_batch(model), {key: value.clone() for key, value in model.state_dict().items()}
-    first, again, other = (translated(model, batch, seed) for seed in (7, 7, 8))
-    assert torch.equal(first, again)
-    assert torch.equal(first, other) == (name == "cyclegan")  # dropout is noise
-    torch.testing.assert_close(translated(model, {key: value[:1] for key, value in batch.items()}), first[:1])
+    first_alone = translated(model, {key: value[:1] for key, value in batch.items()})
+    torch.testing.assert_close(first_alone, translated(model, batch)[:1])
     shown = model.visualize(batch, generator=seeded(0))
     assert all(isinstance(each, Images) and each.columns == 4 for each in shown.values())
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
@@ -261,37 +240,6 @@ def test_visualize_returns_images_translations_and_cycles() -> None:
     b, _, back = model.visualize(batch)["b-a-b"].pixels.split(4)
     expected = (cycle_a + (back - b).abs().flatten(1).mean(1)) / 2
     torch.testing.assert_close(model.score(batch)["cycle error"], expected)
-
-
-@pytest.mark.parametrize("name", BOTH)
-def test_a_saved_model_loads(name: str, tmp_path) -> None:
-    pytest.importorskip("huggingface_hub")
-    model = small_model(name)
-    for phase in model.phases():
-        step(model, phase.name, a_batch(model))
-    model.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path)
-    assert loaded.config == model.config
-    state = loaded.state_dict()
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert torch.equal(translated(loaded, a_batch(model)), translated(model, a_batch(model)))
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("name", ["cyclegan, no identity", "pix2pix"])
-def test_networks_compile_without_breaks(name: str) -> None:
-    """Also with a penalty, whose steps run eagerly."""
-    options = {"penalty": "r1", "penalty_every": 2}
-    model, reference = small_model(name, **options), small_model(name, **options)
-    for phase in model.phases():
-        for network in phase.networks:
-            model.get_submodule(network).compile(backend="eager", fullgraph=True)
-    for phase, context in (("discriminator", NOW), ("discriminator", StepContext(2, 10)), ("generator", NOW)):
-        values = []
-        for each in (model, reference):
-            torch.manual_seed(2)
-            values.append(step(each, phase, a_batch(each), context)["loss"])
-        torch.testing.assert_close(*values)
 
 
 def test_a_score_has_the_documented_receptive_field() -> None:

@@ -61,21 +61,16 @@ def train(
     ("size", "channels", "num_downsamples", "likelihood"),
     [(8, 1, 2, "beta-binomial"), (6, 3, 1, "gaussian"), (20, 2, 2, "binomial"), (16, 1, 3, "beta-binomial")],
 )
-def test_shapes_and_gradients_of_both_phases(size: int, channels: int, num_downsamples: int, likelihood: str) -> None:
+def test_codes_samples_and_reconstructions_have_the_shape_of_the_images(
+    size: int, channels: int, num_downsamples: int, likelihood: str
+) -> None:
     model = small_model(image_size=size, channels=channels, num_downsamples=num_downsamples, likelihood=likelihood)
     images = random_images(5, model.config)
-    model.loss("autoencoder", {"images": images}, NOW)  # resets unused entries to features
-    for phase in ("autoencoder", "prior"):
-        model.zero_grad()
-        model.loss(phase, {"images": images}, NOW)["loss"].backward()
-        for name, parameter in model.named_parameters():
-            assert (parameter.grad is not None and bool(parameter.grad.any())) == name.startswith(phase), name
     codes = model.encode(images)
     assert codes.shape == (5, size >> num_downsamples, size >> num_downsamples)
     samples = model.draw(4, CodeOptions())
     assert isinstance(samples, Images)
     assert samples.pixels.shape == (4, *images.shape[1:])
-    assert ((samples.pixels >= 0) & (samples.pixels <= 1)).all()
     assert model.visualize({"images": images})["reconstructions"].pixels.shape == (10, *images.shape[1:])
 
 
@@ -96,11 +91,13 @@ def test_the_phases_train_every_parameter() -> None:
 def test_features_are_quantized_to_the_nearest_entry() -> None:
     model = small_model()
     features = torch.randn(4, 3, 2, 2, generator=seeded(0))
-    rows, words = features.movedim(1, -1).reshape(-1, 3), model.autoencoder.codebook.words
-    expected = torch.cdist(rows[None], words[None])[0].argmin(1)
+    rows, entries = features.movedim(1, -1).reshape(-1, 3), model.autoencoder.codebook.words
+    expected = torch.cdist(rows[None], entries[None])[0].argmin(1)
     codes = model.autoencoder.codebook.nearest(features)
     assert torch.equal(codes.flatten(), expected)
-    torch.testing.assert_close(model.autoencoder.codebook.look_up(codes).movedim(1, -1).reshape(-1, 3), words[expected])
+    torch.testing.assert_close(
+        model.autoencoder.codebook.look_up(codes).movedim(1, -1).reshape(-1, 3), entries[expected]
+    )
 
 
 def test_entries_are_running_means_of_their_features() -> None:
@@ -153,8 +150,8 @@ def test_the_gradient_of_the_quantization_is_straight_through() -> None:
     model = small_model(commitment=0.0).eval()
     images = random_images(3, model.config)
     features = model.autoencoder._features(images)
-    words = model.autoencoder.codebook.look_up(model.autoencoder.codebook.nearest(features)).requires_grad_()
-    (behind,) = torch.autograd.grad(-model.autoencoder._log_prob(words, images).mean(), words)
+    entries = model.autoencoder.codebook.look_up(model.autoencoder.codebook.nearest(features)).requires_grad_()
+    (behind,) = torch.autograd.grad(-model.autoencoder._log_prob(entries, images).mean(), entries)
     expected = torch.autograd.grad(features, list(model.autoencoder.encoder.parameters()), behind)
     loss = model.loss("autoencoder", {"images": images}, NOW)["loss"]
     for ours, theirs in zip(
@@ -255,14 +252,14 @@ CONFIG_ERRORS = {
 
 
 @pytest.mark.parametrize("mistake", CONFIG_ERRORS)
-def test_a_mistake_in_the_config_is_named(mistake: str) -> None:
+def test_invalid_configs_raise_an_error_that_names_the_option(mistake: str) -> None:
     options, message = CONFIG_ERRORS[mistake]
     with pytest.raises(ValueError, match=f"^{message}"):
         VQVAEConfig(**options)  # type: ignore[arg-type]
     assert from_data(VQVAEConfig) == ["image_size", "channels", "levels"]
 
 
-def test_images_and_maps_that_do_not_fit_are_named() -> None:
+def test_invalid_images_and_codes_raise_an_error() -> None:
     model = small_model()
     with pytest.raises(ValueError, match=r"images: expected shape \(B, C, S, S\) = \(2, 1, 8, 8\), got \(2, 3, 8, 8\)"):
         model.encode(torch.zeros(2, 3, 8, 8))
@@ -272,54 +269,8 @@ def test_images_and_maps_that_do_not_fit_are_named() -> None:
         model.decode(torch.zeros(2, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match="codes: expected integers from 0 to 6, got 0 to 7"):
         model.decode(torch.tensor([[[0, 7], [1, 1]]]))
-    with pytest.raises(ValueError, match="n: expected a positive integer, got 0"):
-        model.draw(0, CodeOptions())
     with pytest.raises(ValueError, match="temperature: expected a number >= 0, got -1"):
         CodeOptions(temperature=-1)
-
-
-@pytest.mark.parametrize("phase", PHASES)
-def test_gradients_under_autocast_are_finite(phase: str) -> None:
-    model = small_model()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = model.loss(phase, {"images": random_images(4, model.config)}, NOW)["loss"]
-        model.draw(2, CodeOptions())
-    assert loss.dtype == torch.float32
-    loss.backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_the_autoencoder_s_loss_compiles_without_graph_breaks() -> None:
-    model, reference = small_model(), small_model()
-    images = random_images(4, model.config)
-    compiled = torch.compile(lambda x: model.loss("autoencoder", {"images": x}, NOW), fullgraph=True, backend="eager")
-    for number in range(2):
-        torch.manual_seed(number)
-        ours = compiled(images)
-        torch.manual_seed(number)
-        torch.testing.assert_close(ours, reference.loss("autoencoder", {"images": images}, NOW))
-    torch.testing.assert_close(model.autoencoder.codebook.words, reference.autoencoder.codebook.words)
-
-
-def test_samples_depend_only_on_the_generator() -> None:
-    model = small_model()
-    first, again, other = (model.draw(6, CodeOptions(), generator=seeded(s)).pixels for s in (7, 7, 8))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-
-
-def test_a_saved_model_loads_with_its_codebook(tmp_path) -> None:
-    pytest.importorskip("huggingface_hub")
-    model = small_model(image_size=12, channels=3)
-    train(model, random_images(4, model.config), 3)
-    model.eval()
-    model.save_pretrained(tmp_path)
-    loaded = VQVAE.from_pretrained(tmp_path)
-    assert loaded.config == model.config
-    images = random_images(4, model.config)
-    assert torch.equal(loaded.encode(images), model.encode(images))
-    torch.testing.assert_close(loaded.score({"images": images}), model.score({"images": images}))
 
 
 def test_examples_in_docstrings_run() -> None:

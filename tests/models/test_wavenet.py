@@ -65,21 +65,6 @@ def test_mu_law_follows_the_formula_and_is_inverted() -> None:
     assert (error <= 0.5 * math.log(256) / 255 * 2 * (audio.abs() + 1 / 255) * 1.02).all()  # half a step
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_weights_have_finite_gradients_in_float32_and_under_autocast(variant: str) -> None:
-    for autocast in (False, True):
-        model = small_model(**VARIANTS[variant])
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = model.loss("sound", {"audio": waves(3, model)}, NOW)["loss"]
-            assert model.draw(2, SoundOptions(seconds=0.05)).waves.shape == (2, 5)
-        assert loss.dtype == torch.float32
-        loss.backward()
-        for name, parameter in model.named_parameters():
-            assert parameter.grad is not None, name
-            assert parameter.grad.any(), name
-            assert parameter.grad.isfinite().all(), name
-
-
 def test_a_prediction_depends_on_the_samples_of_its_field_and_no_others() -> None:
     model = small_model().double()
     field = model.config.field
@@ -163,23 +148,23 @@ def test_training_steps_lower_the_loss(output: str) -> None:
 
 
 def test_level_probabilities_of_a_mixture_sum_to_one_and_are_accurate_in_the_tails() -> None:
-    """Also where its centre is far away: there only quotients count, as in exp(-distance / scale)."""
-    centre = torch.tensor([[0.1, -0.4], [0.0, 5.0], [-0.9, 0.9]])
+    """Also where its center is far away: there only quotients count, as in exp(-distance / scale)."""
+    center = torch.tensor([[0.1, -0.4], [0.0, 5.0], [-0.9, 0.9]])
     log_scale = torch.tensor([[-2.0, -9.0], [-10.0, -8.0], [0.0, 3.0]])
     weight = torch.tensor([[0.0, 1.0], [0.0, -2.0], [5.0, 0.0]])
-    log_prob = logistics_level_logits(centre, log_scale, weight, level_borders())
+    log_prob = logistics_level_logits(center, log_scale, weight, level_borders())
     torch.testing.assert_close(log_prob.exp().sum(1), torch.ones(3))
     assert log_prob.isfinite().all()
-    exact = logistics_level_logits(*(part.double() for part in (centre, log_scale, weight, level_borders())))
+    exact = logistics_level_logits(*(part.double() for part in (center, log_scale, weight, level_borders())))
     torch.testing.assert_close(log_prob.double(), exact, rtol=1e-3, atol=1e-2)
     low, high = level_borders()[:-1], level_borders()[1:]
-    one_by_one = logistics_log_prob(*(part[:, None] for part in (centre, log_scale, weight)), low, high)
+    one_by_one = logistics_log_prob(*(part[:, None] for part in (center, log_scale, weight)), low, high)
     torch.testing.assert_close(log_prob, one_by_one)
     samples = inverse_mu_law(torch.arange(256))
     assert ((low < samples) & (samples < high)).all()
 
 
-def test_a_centre_is_predicted_from_the_samples_before_it() -> None:
+def test_a_center_is_predicted_from_the_samples_before_it() -> None:
     """With coefficients alone: twice the last one less the one before, that of a straight line."""
     model = small_model(components=1).double()
     added = torch.tensor([0.0, 0, 0, -1, 1]).double()  # to the last sample itself
@@ -214,23 +199,16 @@ def test_cached_sampling_equals_full_forwards(variant: str, temperature: float) 
     assert len(levels.unique()) > 1
 
 
-def test_sounds_depend_on_the_generator_alone() -> None:
-    model = small_model()
-    first, again, other = (model.draw(2, SoundOptions(), generator=seeded(s)).waves for s in (7, 7, 8))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert not torch.equal(first[0], first[1])
-    assert first.abs().max() <= 1
-    assert model.draw(1, SoundOptions(seconds=0.7)).waves.shape == (1, 70)
+def test_seconds_set_the_length_of_a_sound() -> None:
+    assert small_model().draw(1, SoundOptions(seconds=0.7)).waves.shape == (1, 70)
 
 
-def test_the_loss_s_network_compiles_whole() -> None:
+@pytest.mark.usefixtures("fresh_compiler")
+def test_the_network_compiles_without_graph_breaks() -> None:
     model = small_model()
     levels = random_levels(2, 30)
-    torch._dynamo.reset()
     compiled = torch.compile(lambda x: model(x, 10), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(levels), model(levels, 10))
-    torch._dynamo.reset()
 
 
 CONFIG_ERRORS = {
@@ -250,14 +228,13 @@ OPTION_ERRORS = {
 
 
 @pytest.mark.parametrize("mistake", [*CONFIG_ERRORS, *OPTION_ERRORS])
-def test_a_mistake_in_config_or_options_is_named(mistake: str) -> None:
+def test_invalid_configs_and_sampling_options_raise_an_error_that_names_the_option(mistake: str) -> None:
     options, message = {**CONFIG_ERRORS, **OPTION_ERRORS}[mistake]
     with pytest.raises(ValueError, match=f"^{message}"):
         (WaveNetConfig if mistake in CONFIG_ERRORS else SoundOptions)(**options)  # type: ignore[arg-type]
 
 
 CALL_ERRORS = {
-    "no sounds": (lambda model: model.draw(0, SoundOptions()), ValueError, "n: expected a positive integer, got 0"),
     "floating levels": (
         lambda model: model(torch.zeros(2, 9)),
         TypeError,
@@ -282,7 +259,7 @@ CALL_ERRORS = {
 
 
 @pytest.mark.parametrize("mistake", CALL_ERRORS)
-def test_a_mistake_in_a_call_is_named(mistake: str) -> None:
+def test_invalid_arguments_raise_an_error_that_names_the_argument(mistake: str) -> None:
     call, error, message = CALL_ERRORS[mistake]
     with pytest.raises(error, match=f"^{message}"):
         call(small_model())
@@ -290,15 +267,6 @@ def test_a_mistake_in_a_call_is_named(mistake: str) -> None:
 
 def test_rate_and_length_come_from_the_data() -> None:
     assert from_data(WaveNetConfig) == ["sample_rate", "length"]
-
-
-def test_save_and_load(tmp_path) -> None:
-    pytest.importorskip("huggingface_hub")
-    model = small_model(**VARIANTS["odd sizes"])
-    model.save_pretrained(tmp_path)
-    loaded = WaveNet.from_pretrained(tmp_path)
-    assert loaded.config == model.config
-    assert torch.equal(loaded(random_levels(2, 20)), model(random_levels(2, 20)))
 
 
 def test_examples_in_docstrings_run() -> None:
