@@ -60,6 +60,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tests/word_lint.py
+	$(BIN)/python -m tests.test_option_helps
 	git ls-files -z '*.h' '*.cpp' '*.cu' '*.cuh' | xargs -0 $(BIN)/clang-format --dry-run --Werror
 
 bench: $(VENV)/.dev

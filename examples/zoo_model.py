@@ -13,7 +13,7 @@ import argparse
 import torch
 
 from fastgen.data import DataConfig, load_data
-from fastgen.models import DCGAN, DCGANConfig, GenerativeModel, Phase, StepContext
+from fastgen.models import GenerativeModel, Phase, StepContext, create_model
 
 
 def optimizer_of(model: GenerativeModel, phase: Phase) -> torch.optim.Optimizer:
@@ -31,7 +31,8 @@ def main() -> None:
     torch.manual_seed(0)
     dataset = load_data(DataConfig("digits"), "images")
     train, _ = dataset.splits()
-    model = DCGAN(DCGANConfig(image_size=dataset.facts["image_size"], channels=dataset.facts["channels"], width=32))
+    facts = {name: dataset.facts[name] for name in ("image_size", "channels")}
+    model = create_model("dcgan", **facts, width=32)
     optimizers = {phase.name: optimizer_of(model, phase) for phase in model.phases()}
 
     for step in range(1, options.steps + 1):
@@ -47,12 +48,12 @@ def main() -> None:
             print(f"step {step}  " + "  ".join(f"{name} {value['loss'].item():.3f}" for name, value in values.items()))
 
     model.eval()
-    images = model.draw(16, model.sampling_class(), generator=torch.Generator().manual_seed(0)).pixels
+    images = model.sample(16, generator=torch.Generator().manual_seed(0))
     print(f"sampled images {tuple(images.shape)}, from {images.min():.2f} to {images.max():.2f}")
     if options.out:
         model.save_pretrained(options.out)
         restored = GenerativeModel.from_pretrained(options.out)
-        again = restored.draw(16, model.sampling_class(), generator=torch.Generator().manual_seed(0)).pixels
+        again = restored.sample(16, generator=torch.Generator().manual_seed(0))
         print(f"{options.out}: {type(restored).__name__}, the same samples: {torch.equal(again, images)}")
 
 
