@@ -171,7 +171,7 @@ def _drop(descriptor: int) -> None:
 
 def _busy(path: Path, owner: Owner | None, note: str = "") -> FileExistsError:
     who = str(owner) if owner else "another process"
-    return FileExistsError(f"{path.parent}: expected a folder without a running training, got one in use by {who}{note}")
+    return FileExistsError(f"{path.parent}: expected a folder that no training uses, got one in use by {who}{note}")
 
 
 def _me() -> Owner:

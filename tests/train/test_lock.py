@@ -42,7 +42,7 @@ def test_a_second_training_is_refused_with_the_process_that_has_the_folder(tmp_p
     process, _ = holder(tmp_path)
     try:
         who = f"process {process.pid} on {re.escape(socket.gethostname())} since 20"
-        with pytest.raises(FileExistsError, match=f"expected a folder without a running training, got one in use by {who}"):
+        with pytest.raises(FileExistsError, match=f"expected a folder that no training uses, got one in use by {who}"):
             locked(tmp_path).__enter__()
     finally:
         process.kill()
