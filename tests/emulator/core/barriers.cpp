@@ -24,9 +24,9 @@ void Engine::acquire(const Gathering& from) {
 void Engine::check_alignment_of_warp(const char* what, const Where& where, Site site) {
   const Thread& thread = self();
   for (int other = thread.warp * 32; other < std::min(thread_count, thread.warp * 32 + 32); ++other) {
-    const Thread& neighbour = *threads[other];
-    if (other == thread.index || neighbour.state != Thread::kWaiting || !neighbour.waiting.aligned) continue;
-    const Waiting& waiting = neighbour.waiting;
+    const Thread& neighbor = *threads[other];
+    if (other == thread.index || neighbor.state != Thread::kWaiting || !neighbor.waiting.aligned) continue;
+    const Waiting& waiting = neighbor.waiting;
     if (waiting.what != what || !same_place(waiting.where, waiting.site, where, site)) {
       fail(kind::kDivergence, std::string("threads of one warp are in different instructions: ") + what, site,
            name_of(other) + " is in " + waiting.what + " at " + source_of(waiting.site));
@@ -164,11 +164,11 @@ Mbarrier& Engine::mbarrier(const void* address, const char* what, Site site) {
   const size_t offset = mbarrier_offset(address, what, site);
   const auto entry = mbarriers.find(offset);
   if (entry == mbarriers.end()) {
-    fail(kind::kUnwritten, std::string(what) + ": no mbarrier was initialised at " + shared.describe(offset), site);
+    fail(kind::kUnwritten, std::string(what) + ": no mbarrier was initialized at " + shared.describe(offset), site);
   }
-  if (!before()(entry->second.initialised)) {
-    fail(kind::kRace, std::string(what) + ": the initialisation of the mbarrier at " + shared.describe(offset), site,
-         "by " + accessed_by(entry->second.initialised) + " is not ordered before by a barrier");
+  if (!before()(entry->second.initialized)) {
+    fail(kind::kRace, std::string(what) + ": the initialization of the mbarrier at " + shared.describe(offset), site,
+         "by " + accessed_by(entry->second.initialized) + " is not ordered before by a barrier");
   }
   return entry->second;
 }
@@ -210,7 +210,7 @@ void mbarrier_init(void* address, int count, Where where) {
   engine.access_shared(offset, kMbarrierBytes, Touch::kWrite, site);
   for (size_t i = 0; i < kMbarrierBytes; ++i) engine.shared.cells(offset)[i] = {Stamp::reference(kMbarrierMark), {}};
   Mbarrier& barrier = engine.mbarriers[offset];
-  barrier.initialised = engine.stamp(site);
+  barrier.initialized = engine.stamp(site);
   barrier.expected = barrier.pending = count;
 }
 

@@ -75,7 +75,7 @@ struct Barrier {
 };
 
 struct Mbarrier {
-  Stamp initialised;
+  Stamp initialized;
   int expected = 0, pending = 0;
   int64_t bytes = 0;  // expected by transactions, not yet complete
   uint64_t phase = 0;

@@ -70,7 +70,7 @@ void Readers::trim(size_t most) {
 }
 
 Conflict touch_cells(Cell* cells, size_t count, Touch touch, Stamp now, Readers& readers, const Before& before) {
-  Cell seen, left;  // neighbours mostly share their history, and so their future
+  Cell seen, left;  // neighbors mostly share their history, and so their future
   for (size_t i = 0; i < count; ++i) {
     Cell& cell = cells[i];
     if (i > 0 && cell.write == seen.write && cell.read == seen.read) {
