@@ -179,7 +179,7 @@ def operator(namespace: str, name: str) -> Callable[..., Any]:
 
 def call(namespace: str, name: str, *args: Any) -> Any:
     """Calls an operator below autograd: the caller records its derivative."""
-    function = operator(namespace, name)
+    function = getattr(getattr(torch.ops, namespace), name)
     with torch._C._AutoDispatchBelowAutograd():
         return function(*args)
 

@@ -33,22 +33,19 @@ _ANY_ORDER = (
 _TENSORS, _SAVED, _MASK = 7, 13, Saved._fields.index("mask")
 
 
-def _rows(tensor: Tensor | None) -> Tensor | None:
-    """With a contiguous last dim, as operators read it."""
-    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+def _rows(tensor: Tensor) -> Tensor:
+    """With the contiguous last dim that operators require."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _call(function: type[Function], run: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Inside a derivative: ``run``, or ``function`` where the result is to be differentiated (``create_graph=True``,
-    torch.func, dual numbers)."""
-    recorded = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
-    if recorded or transforms_active():
-        return tuple(function.apply(*arguments))  # type: ignore[no-untyped-call]
-    return tuple(run(*arguments))
+def _is_recorded(*tensors: Tensor | None) -> bool:
+    """Inside a derivative: whether the result is to be differentiated (``create_graph=True``, torch.func, dual
+    numbers)."""
+    return transforms_active() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
 
 
 # --------------------------------------------------------------------------------------------------
-# The four passes as operators, called with flat arguments as a Function takes them
+# The four passes as operators
 
 
 def _run(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -56,20 +53,19 @@ def _run(problem: Problem) -> tuple[Tensor, Tensor]:
     return result[0], result[1]
 
 
-def _run_backward(grad_out: Tensor, grad_lse: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    saved, mask_grad = Saved.of(rest), rest[-1]
+def _run_backward(grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, mask_grad: bool) -> tuple[Tensor, ...]:
     arguments = (grad_out, grad_lse, *saved.tensors, *saved.options, mask_grad)
     return tuple(call(saved.namespace, "attention_backward", *arguments))
 
 
-def _run_tangent(*arguments: Any) -> tuple[Tensor, ...]:
-    saved, tangents = Saved.of(arguments), arguments[_SAVED:]
+def _run_tangent(saved: Saved, tangents: Tangents) -> tuple[Tensor, ...]:
     namespace = _second_order_namespace("attention_tangent", saved)
     return tuple(call(namespace, "attention_tangent", *saved.tensors, *tangents, *saved.options))
 
 
-def _run_second_order(grad_out: Tensor, grad_lse: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    saved, (*tangents, mask_grad) = Saved.of(rest), rest[_SAVED:]
+def _run_second_order(
+    grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, tangents: Tangents, mask_grad: bool
+) -> tuple[Tensor, ...]:
     namespace = _second_order_namespace("attention_second_order", saved)
     arguments = (grad_out, grad_lse, *saved.tensors, *tangents, *saved.options, mask_grad)
     return tuple(call(namespace, "attention_second_order", *arguments))
@@ -80,18 +76,26 @@ def _second_order_namespace(name: str, saved: Saved) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# The passes inside derivatives: recorded where they are to be differentiated themselves
+# The passes inside derivatives. A Function, which takes flat arguments, records those that are to be differentiated.
 
 
 def _backward(grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, mask_grad: bool) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value and mask."""
-    results = _call(_Backward, _run_backward, (_rows(grad_out), grad_lse, *saved.flat(), mask_grad))
+    grad_out = _rows(grad_out)
+    if _is_recorded(grad_out, grad_lse, *saved.tensors):
+        results = _Backward.apply(grad_out, grad_lse, *saved.flat(), mask_grad)  # type: ignore[no-untyped-call]
+    else:
+        results = _run_backward(grad_out, grad_lse, saved, mask_grad)
     return (*results[:3], results[3] if mask_grad else None)
 
 
 def _tangent(saved: Saved, tangents: Tangents) -> tuple[Tensor, Tensor]:
     """O' and l'."""
-    out, lse = _call(_Tangent, _run_tangent, (*saved.flat(), *map(_rows, tangents)))
+    tangents = Tangents(*(t if t is None else _rows(t) for t in tangents))
+    if _is_recorded(*saved.tensors, *tangents):
+        out, lse = _Tangent.apply(*saved.flat(), *tangents)  # type: ignore[no-untyped-call]
+    else:
+        out, lse = _run_tangent(saved, tangents)
     return out, lse
 
 
@@ -99,8 +103,12 @@ def _second_order(
     grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, tangents: Tangents, mask_grad: bool
 ) -> tuple[Tensor | None, ...]:
     """Gradients of <dO, O'> + <dl, l'>, in this order: of dO, dl, query, key, value and mask."""
-    arguments = (_rows(grad_out), grad_lse, *saved.flat(), *map(_rows, tangents), mask_grad)
-    results = _call(_SecondOrder, _run_second_order, arguments)
+    grad_out, tangents = _rows(grad_out), Tangents(*(t if t is None else _rows(t) for t in tangents))
+    if _is_recorded(grad_out, grad_lse, *saved.tensors, *tangents):
+        arguments = (grad_out, grad_lse, *saved.flat(), *tangents, mask_grad)
+        results = _SecondOrder.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        results = _run_second_order(grad_out, grad_lse, saved, tangents, mask_grad)
     return (*results[:5], results[5] if mask_grad else None)
 
 
@@ -108,8 +116,8 @@ def _second_order(
 # Functions of torch.autograd
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, mask, seed, options, namespace = Problem.of(inputs)
+def _save(ctx: Any, problem: Problem, output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, mask, seed, options, namespace = problem
     _save_tensors(ctx, (query, key, value, *output, mask, seed), options, namespace)
 
 
@@ -127,8 +135,9 @@ def _saved(ctx: Any, tensors: Any) -> Saved:
 class _Attention(Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = _run(Problem.of(inputs))
-        _save(ctx, inputs, output)
+        problem = Problem.of(inputs)
+        output = _run(problem)
+        _save(ctx, problem, output)
         return output
 
     @staticmethod
@@ -148,7 +157,10 @@ class _TransformedAttention(Function):
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
         return _run(Problem.of(inputs))
 
-    setup_context = staticmethod(_save)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _save(ctx, Problem.of(inputs), output)
+
     backward = _Attention.backward
     generate_vmap_rule = True
 
@@ -171,8 +183,11 @@ class _Backward(Function):
     """``out`` and ``lse`` get no gradient of their own: those of query, key and value include what passes through
     them."""
 
-    forward = staticmethod(_run_backward)
     generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad_out: Tensor, grad_lse: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+        return _run_backward(grad_out, grad_lse, Saved.of(rest), rest[-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -210,8 +225,11 @@ class _Backward(Function):
 
 
 class _Tangent(Function):
-    forward = staticmethod(_run_tangent)
     generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return _run_tangent(Saved.of(inputs), Tangents(*inputs[_SAVED:]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -244,8 +262,11 @@ class _Tangent(Function):
 class _SecondOrder(Function):
     """Raises where it is differentiated: there are no operators for third derivatives."""
 
-    forward = staticmethod(_run_second_order)
     generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad_out: Tensor, grad_lse: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+        return _run_second_order(grad_out, grad_lse, Saved.of(rest), Tangents(*rest[_SAVED:-1]), rest[-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -279,22 +300,21 @@ def _recorded_forward(namespace: str, *args: Any) -> tuple[Tensor, Tensor]:
     return attention(Problem.of((*args, namespace)))
 
 
-def _recorded_backward(namespace: str, *args: Any) -> tuple[Any, ...]:
-    return _call(_Backward, _run_backward, (*args[:-1], namespace, args[-1]))
+def _recorded(function: type[Function], arrange: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+    """``arrange(namespace, *args)``: the arguments of an operator in the order of ``function``."""
 
+    def record(namespace: str, *args: Any) -> tuple[Any, ...]:
+        recorded = _is_recorded(*(a for a in args if isinstance(a, Tensor)))
+        run: Callable[..., Any] = function.apply if recorded else function.forward
+        return tuple(run(*arrange(namespace, *args)))
 
-def _recorded_tangent(namespace: str, *args: Any) -> tuple[Any, ...]:
-    tensors, tangents, options = args[:7], args[7:11], args[11:]
-    return _call(_Tangent, _run_tangent, (*tensors, *options, namespace, *tangents))
-
-
-def _recorded_second_order(namespace: str, *args: Any) -> tuple[Any, ...]:
-    tensors, tangents, options, mask_grad = args[:9], args[9:13], args[13:-1], args[-1]
-    arguments = (*tensors, *options, namespace, *tangents, mask_grad)
-    return _call(_SecondOrder, _run_second_order, arguments)
+    return record
 
 
 differentiate("attention_forward", _recorded_forward)
-differentiate("attention_backward", _recorded_backward)
-differentiate("attention_tangent", _recorded_tangent)
-differentiate("attention_second_order", _recorded_second_order)
+differentiate("attention_backward", _recorded(_Backward, lambda ns, *args: (*args[:-1], ns, args[-1])))
+differentiate("attention_tangent", _recorded(_Tangent, lambda ns, *args: (*args[:7], *args[11:], ns, *args[7:11])))
+differentiate(
+    "attention_second_order",
+    _recorded(_SecondOrder, lambda ns, *args: (*args[:9], *args[13:-1], ns, *args[9:13], args[-1])),
+)

@@ -82,8 +82,10 @@ def _run_forward(problem: Problem, tangents: Tangents) -> tuple[Tensor, Tensor]:
 def _narrow_heads_kernel(problem: Problem | Saved, name: str) -> Callable[..., Any] | None:
     """fastgen's CPU kernel ``name`` where it takes the problem and padding queries to the values would cost more."""
     query, key_dim, value_dim = problem.query, problem.query.size(-1), problem.value.size(-1)
+    if 2 * key_dim > value_dim:
+        return None
     takes = (
-        key_dim <= min(64, value_dim // 2)
+        key_dim <= 64
         and problem.mask is None
         and query.dtype == torch.float32
         and value_dim <= 256
