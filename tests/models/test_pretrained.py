@@ -78,7 +78,7 @@ def test_a_missing_folder_raises_an_error(tmp_path: Path) -> None:
             with pytest.raises(FileNotFoundError, match=f"{place}: expected a .*{message}"):
                 model.from_pretrained(place)
         with pytest.raises(
-            FileNotFoundError, match=r"runs/nowhere: expected a folder .* there is no such folder, and of"
+            FileNotFoundError, match=r"runs/nowhere: expected a folder .* there is no such folder, and the Hub answered"
         ):
             model.from_pretrained("runs/nowhere", local_files_only=True)
 
