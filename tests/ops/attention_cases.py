@@ -309,7 +309,7 @@ def check_second_order(case: Case, device: torch.device, seed: int = 0) -> None:
         lambda *leaves: problem.ours(list(leaves), case.dropout), tuple(t.detach() for t in on_device), tuple(there)
     )
     assert torch.equal(tangents[0], ours[0]), "the gradient of that of out is the tangent of out"
-    seen = (lse != -math.inf).to(lse.dtype)  # what was filled in for a row that sees nothing does not move
+    seen = (lse != -math.inf).to(lse.dtype)  # the fill value of a fully masked row is constant
     assert torch.equal(tangents[1] * seen, ours[1])
 
     granted = cancellation_second_order(leaves, directions, problem.mask, problem.keep, *problem.sides, grad_out)

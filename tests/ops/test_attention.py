@@ -166,7 +166,7 @@ def test_other_numbers_of_dims_work_as_in_torch(dims):
 
 @pytest.mark.parametrize("kind", ["bool", "float", "window", "no keys"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_a_row_that_sees_nothing_gives_zero_and_zero_gradients(kind, dropout):
+def test_a_fully_masked_row_gives_zero_and_zero_gradients(kind, dropout):
     query, key, value = (torch.randn(2, 2, n, 8) for n in (6, 4, 4))
     kwargs = {"dropout_p": dropout}
     dead = slice(2, 3)
@@ -425,7 +425,7 @@ def test_a_row_without_weights_gives_the_cpu_kernel_no_gradients():
         torch.testing.assert_close(grad, torch.zeros_like(grad), rtol=0, atol=0)
 
 
-def test_what_no_row_sees_does_not_reach_the_gradients_of_the_cpu_kernel():
+def test_masked_keys_do_not_reach_the_gradients_of_the_cpu_kernel():
     query, key, value = narrow_tensors((1, 1, 1, 100, 200, 8, 32), "BHND")
     wanted = with_gradients(lambda *t: attention(*t, is_causal=True), (query, key, value))
     key[:, :, 100:], value[:, :, 100:] = math.nan, math.inf

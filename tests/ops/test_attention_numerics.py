@@ -112,7 +112,7 @@ PADDED = 40
 @pytest.mark.parametrize("kind", ["bool per key", "float per key", "bool", "float", "causal"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("junk", [math.nan, math.inf])
-def test_what_no_query_sees_may_be_anything(attention_place, dtype, kind, junk):
+def test_keys_that_no_query_attends_to_may_hold_anything(attention_place, dtype, kind, junk):
     """Keys and values from PADDED on contain junk: results equal those of the keys before, their gradients are 0."""
     leaves = tensors(dtype, attention_place)
     kwargs = {}

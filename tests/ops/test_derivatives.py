@@ -1,4 +1,4 @@
-"""Every public function and module, differentiated twice in every way: correct, or it raises. Never silently wrong.
+"""Every public function and module, in every way of taking second derivatives: correct, or an error. Never silently wrong.
 
 The oracle is the same thing written in plain PyTorch and differentiated by autograd, in float64.
 """
@@ -52,7 +52,7 @@ def plain_heads(x, weight, bias, heads, dims):
     return torch.cat([part.sin().flatten(1) for part in reference.projection(x, weight, bias, heads, dims, False)], 1)
 
 
-def plain_slope(scores, samples):
+def gradient_norm_formula(scores, samples):
     (gradient,) = torch.autograd.grad(scores.sum(), samples, create_graph=True)
     return gradient.flatten(1).square().sum(1)
 
@@ -95,7 +95,7 @@ def dcgan_loss(plain):
         real = real if real.requires_grad else real.requires_grad_()
         real_scores, fake_scores = model.discriminator(real), model.discriminator(fake)
         entropy = (1 + (-real_scores).exp()).log().mean() + (1 + fake_scores.exp()).log().mean()
-        return entropy + 2 * 0.5 * plain_slope(real_scores, real).mean()
+        return entropy + 2 * 0.5 * gradient_norm_formula(real_scores, real).mean()
 
     return loss
 
@@ -209,7 +209,7 @@ def penalty(ours):
             if name in ("r1_penalty", "r2_penalty"):
                 x = real.clone().requires_grad_()
                 scores = critic(x, weight)
-                return getattr(losses, name)(scores, x) if ours else 0.5 * plain_slope(scores, x).mean()
+                return getattr(losses, name)(scores, x) if ours else 0.5 * gradient_norm_formula(scores, x).mean()
             if ours:
                 arguments = (real, fake) if name == "gradient_penalty" else (real,)
                 return getattr(losses, name)(lambda x: critic(x, weight), *arguments)
@@ -219,7 +219,7 @@ def penalty(ours):
             else:
                 x = real + (1 - share) * 0.5 * real.std(correction=0) * torch.rand(real.shape, dtype=torch.float64)
             x = x.requires_grad_()
-            return (plain_slope(critic(x, weight), x).sqrt() - 1).square().mean()
+            return (gradient_norm_formula(critic(x, weight), x).sqrt() - 1).square().mean()
 
         return call
 
@@ -506,7 +506,7 @@ def reverse_over_dual_numbers(f, x, d):
 
 
 def reverse_within_dual_numbers(f, x, d):
-    """The gradient has a tangent too, which nobody asks for: a third derivative."""
+    """The gradient has a tangent too, a third derivative that is not requested."""
     leaves = [t.clone().requires_grad_() for t in x]
     with forward_ad.dual_level():
         tangent = forward_ad.unpack_dual(f(*map(forward_ad.make_dual, leaves, d))).tangent
@@ -564,7 +564,7 @@ def third(f, x, d):
     return torch.autograd.grad(weighted(grads, d), leaves)
 
 
-def slope(f, x, d):
+def directional_derivative(f, x, d):
     """<grad f, d>: what forward mode gives."""
     leaves = [t.clone().requires_grad_() for t in x]
     return (weighted(torch.autograd.grad(f(*leaves), leaves), d).detach(),)
@@ -599,7 +599,7 @@ SECOND = {
     "compiled reverse over forward": compiled_around("aot_eager", reverse_over_forward),
 }
 WAYS = {
-    **{name: (way, slope) for name, way in FIRST.items()},
+    **{name: (way, directional_derivative) for name, way in FIRST.items()},
     **{name: (way, double_backward) for name, way in SECOND.items()},
     "forward over forward": (forward_over_forward, curvature),
     "third": (third, third),
@@ -762,7 +762,7 @@ def test_the_readme_s_penalty_fails_with_torch_s_attention_and_works_here():
 
 
 def test_penalties_inside_compiled_code(monkeypatch):
-    """Where torch.compile is told to trace torch.autograd.grad, a step is compiled as one."""
+    """When torch.compile traces torch.autograd.grad, a step is compiled as one."""
     monkeypatch.setattr(torch._dynamo.config, "trace_autograd_ops", True)
     torch._dynamo.reset()
     x, weight = normal(B, H, N, D).requires_grad_(), normal(D, D).requires_grad_()

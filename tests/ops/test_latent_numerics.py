@@ -130,7 +130,7 @@ def test_gradients_that_overflow_have_the_sign_of_the_formula(latent_place, prio
 
 
 @pytest.mark.parametrize("prior", [False, True])
-def test_a_row_that_the_loss_leaves_out_gets_no_gradient_where_its_slopes_overflow(latent_place, prior):
+def test_a_row_that_the_loss_leaves_out_gets_no_gradient_where_its_gradient_overflows(latent_place, prior):
     values = [torch.randn(2, 6), torch.tensor([[200.0], [1.0]]).expand(2, 6), torch.randn(2, 6)]
     values = [*values, torch.full((2, 6), -190.0)] if prior else values[:2]
     leaves = [value.to(latent_place).clone().requires_grad_() for value in values]
@@ -181,8 +181,8 @@ def test_tangents_and_second_derivatives_in_half_precision_are_rounded_only_once
     torch.testing.assert_close(z_tangent, (t[0] + 0.5 * noise * (0.5 * d[1]).exp() * t[1]).to(dtype), rtol=0.01, atol=0)
     leaves = [x.clone().requires_grad_() for x in (mu, logvar)]
     weight = torch.full((1,), 2e-4, requires_grad=True)  # its product with a gradient fits float16; e^11 does not
-    slope = torch.autograd.grad(reparameterize_kl(*leaves)[1], leaves, weight, create_graph=True)[1]
-    of_weight, of_logvar = torch.autograd.grad(slope.sum(), (weight, leaves[1]))
+    derivative = torch.autograd.grad(reparameterize_kl(*leaves)[1], leaves, weight, create_graph=True)[1]
+    of_weight, of_logvar = torch.autograd.grad(derivative.sum(), (weight, leaves[1]))
     torch.testing.assert_close(of_weight, 2 * d[1][0, :1].expm1().float(), rtol=0.01, atol=0)
     torch.testing.assert_close(of_logvar, (1e-4 * d[1].exp()).to(dtype), rtol=0.01, atol=0)
 

@@ -327,7 +327,7 @@ def test_the_plan_takes_cublas_for_large_products_and_kernels_where_passes_are_s
     assert not plan.estimate(large._replace(element_size=4), 8).takes_library
 
 
-def test_the_plan_decides_only_where_nobody_forces_a_backend(monkeypatch):
+def test_the_plan_decides_only_where_no_backend_is_forced(monkeypatch):
     """As on a GPU: where there is a kernel."""
     monkeypatch.setattr(selection, "_place", lambda *arguments: (backend.COMPILED, None))
     x = torch.randn(1, 2, 8)
