@@ -1,4 +1,4 @@
-"""Every public function and module, in every way of taking second derivatives: correct, or an error. Never silently wrong.
+"""Every public function and module, in every way of taking second derivatives: correct, or an error, never wrong.
 
 The oracle is the same thing written in plain PyTorch and differentiated by autograd, in float64.
 """
