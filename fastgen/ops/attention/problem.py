@@ -78,7 +78,7 @@ class Tangents(NamedTuple):
 
 
 WIDEST_HEAD = 512
-"""The largest head dim of the CUDA kernels (csrc/attention/config.h)."""
+"""The largest head dim of the CUDA kernels (csrc/attention/tiles.h)."""
 
 WIDEST_HEAD_SECOND_ORDER = 256
 """The same for tangents and second derivatives, which hold twice as many tiles."""
