@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 from fastgen.cli._config import nearest
 from fastgen.cli._errors import USAGE, CommandError
 from fastgen.cli._options import options_parser, parse
-from fastgen.models import MODELS, GenerativeModel
+from fastgen.models import MODELS, GenerativeModel, list_models
 
 WIDTH = 118
 
@@ -24,7 +24,8 @@ def run(argv: list[str]) -> None:
     name = parse(parser, argv, defaults=True)["model"]
     if not name:
         width = max(map(len, MODELS))
-        for name, model in MODELS.items():
+        for name in list_models():
+            model = MODELS[name]
             print(f"{name:<{width}}  {model.summary} (data: {_kinds(model)}, by default {model.default_data})")
         return
     print(_about(name, model_class("models", name)))
@@ -45,7 +46,7 @@ def model_class(command: str, name: str) -> type[GenerativeModel]:
         near = nearest(name.lower().replace("_", "-"), MODELS)
         hint = f"; did you mean {near}?" if near else ""
         hint = "; a class of your own is named path/to/file.py:MyModel" if name.endswith(".py") else hint
-        raise CommandError(f"{command}: expected a model, one of {', '.join(MODELS)}, got {name}{hint}", USAGE)
+        raise CommandError(f"{command}: expected a model, one of {', '.join(list_models())}, got {name}{hint}", USAGE)
     module = _load(Path(file))
     models = {
         each.__name__: each

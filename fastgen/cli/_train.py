@@ -13,7 +13,7 @@ from fastgen.cli._errors import INTERRUPTED, USAGE, CommandError
 from fastgen.cli._models import model_class
 from fastgen.cli._options import add_fields, options_parser, parse
 from fastgen.data import DataConfig
-from fastgen.models import MODELS, GenerativeModel, from_data
+from fastgen.models import MODELS, GenerativeModel, from_data, list_models
 from fastgen.train.config import FREE_ON_RESUME, TrainConfig
 from fastgen.train.errors import StoppedError, UsageError
 from fastgen.train.folder import RunFolder
@@ -27,7 +27,7 @@ usage: fastgen train MODEL [options]
 
 {ABOUT}
 
-MODEL is one of: {", ".join(MODELS)};
+MODEL is one of: {", ".join(list_models())};
 or a class of your own, as path/to/file.py:MyModel.
 
 fastgen train MODEL --help lists the options of training, data and the model; fastgen models MODEL describes it.
@@ -46,7 +46,7 @@ def run(argv: list[str]) -> None:
         print(HELP)
         return
     if not argv:
-        raise CommandError(f"train: expected a model, one of {', '.join(MODELS)}, got nothing", USAGE)
+        raise CommandError(f"train: expected a model, one of {', '.join(list_models())}, got nothing", USAGE)
     request = _request(argv[0], argv[1:])
     folder = request.folder
     try:

@@ -270,8 +270,8 @@ def _class_of(asked: type[Pretrained], config: Mapping[str, Any], place: str) ->
     if not found:
         came = f"model type {named!r}" if named is not None else "options of another"
         raise ValueError(
-            f"{place}: {CONFIG}: expected a model of fastgen ({', '.join(MODELS)}), got {came}; a class of your own"
-            " loads its models by its own from_pretrained"
+            f"{place}: {CONFIG}: expected a model of fastgen ({', '.join(sorted(MODELS))}), got {came}; a class of"
+            " your own loads its models by its own from_pretrained"
         )
     raise ValueError(
         f"{place}: {CONFIG}: expected a config that names its class, got one of {names}; load it by that class"

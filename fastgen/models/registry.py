@@ -82,7 +82,7 @@ def find_model(name: str) -> type[GenerativeModel]:
     if name not in MODELS:
         near = difflib.get_close_matches(name.lower().replace("_", "-"), MODELS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"name: expected one of {', '.join(MODELS)}, got {name!r}{hint}")
+        raise ValueError(f"name: expected one of {', '.join(sorted(MODELS))}, got {name!r}{hint}")
     return MODELS[name]
 
 

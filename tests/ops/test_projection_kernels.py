@@ -343,7 +343,7 @@ def test_the_plan_decides_only_where_no_backend_is_forced(monkeypatch):
         backend.select("projection_forward", x, plan.refused(torch.half, [8, 12]))
     assert plan.refused(torch.float32, [8, 12]) is None
     assert "up to 4 parts, not 5" in plan.refused(torch.float32, [8], 5)
-    assert "up to 128 channels, not 136" in plan.refused(torch.float32, [8], 3, [136])
+    assert "up to 128, not 136" in plan.refused(torch.float32, [8], 3, [136])
 
 
 needs_module = pytest.mark.skipif(backend.build_module is None, reason="_C was not built")
