@@ -262,8 +262,7 @@ class Transformer(nn.Transformer):
             Tensor with the shape of tgt.
 
         Raises:
-            TypeError, ValueError: see ``MultiheadAttention``; also if src and tgt have different batch sizes, or do not
-                have ``d_model`` channels.
+            TypeError, ValueError: see ``MultiheadAttention``; src and tgt with different batch sizes or other channels.
         """
         for name, tensor in (("src", src), ("tgt", tgt)):
             require_tensor(name, tensor)
