@@ -301,6 +301,10 @@ class WaveNet(ComputedBuffers, GenerativeModel):
         mixture = self._mixture(outputs, self._before(inverse_mu_law(levels), length))
         return logistics_level_logits(*mixture, self.borders)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As ``nn.Module.compile``, of the outputs that ``loss`` uses: ``forward`` turns them into 256 logits."""
+        self._outputs = torch.compile(self._outputs, *args, **kwargs)  # type: ignore[method-assign]
+
     def _outputs(self, levels: Tensor, length: int) -> Tensor:
         """Outputs (B, length, .) for the last samples."""
         x = F.pad(self.embedding(levels[:, :-1]), (0, 0, 1, 0))  # the sample before each

@@ -302,3 +302,24 @@ def test_compiled_models_have_the_same_losses_gradients_and_buffers(case: str) -
         for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(dict(model.state_dict()), dict(plain.state_dict()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    "name", [name if name == "wavenet" else pytest.param(name, marks=pytest.mark.slow) for name in FIRST]
+)
+def test_networks_that_the_trainer_compiles_are_used_by_the_loss(name: str) -> None:
+    """The trainer calls ``compile`` on the networks of a phase: a loss that bypassed them would stay eager."""
+    model, graphs = small(FIRST[name]), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    for phase in model.phases():
+        for network in phase.networks or ("",):
+            model.get_submodule(network).compile(backend=backend)
+    for phase in model.phases():
+        graphs.clear()
+        model.loss(phase.name, batch_for(model), StepContext(1, 100))
+        assert graphs or phase.name in ("discriminator", "critic"), phase.name  # their penalty is eager
