@@ -32,7 +32,7 @@ class CompiledLibrary:
     def load(self) -> None:
         self.path = _built(self.name)
         if self.path is None:
-            self.problem = f"{self.name} was not built (see FASTGEN_BUILD in the README)"
+            self.problem = f"{self.name} was not built (see FASTGEN_BUILD in docs/install.md)"
             return
         missing = why_incomplete(self.path)
         if missing is not None:
