@@ -19,7 +19,7 @@ RAISES = re.compile(r"^Raises:\n((?: {4}.*(?:\n|\Z))+)", re.MULTILINE)
 def one_line_each(section: re.Match[str]) -> str:
     if not re.match(r" +\w+: ", section[1]):  # "As forward." names no exception: a sentence, not a section
         return f"Raises: {section[1].strip()}\n"
-    text = re.sub(r"\n +(?!\w+(?:, \w+)*: )", " ", section[1].rstrip("\n"))
+    text = re.sub(r"\n +(?=\S)(?!\w+(?:, \w+)*: )", " ", section[1].rstrip("\n"))
     return "Raises:\n" + re.sub(r"(?<=\.) (\w+): ", r"\n    \1: ", text) + "\n"
 
 
