@@ -34,6 +34,7 @@ from fastgen.checks import (
     require_count,
     require_not_negative,
     require_positive,
+    require_positive_number,
     require_probability,
 )
 from fastgen.models import decoding
@@ -49,7 +50,6 @@ Tables = tuple[Tensor, Tensor]
 """cos and sin of rotary embeddings."""
 
 PRINTABLE = "\n" + "".join(map(chr, range(32, 127)))
-LEARNING_RATE = 3e-3
 EPS = 1e-6
 MIN_ROOM = 64  # slots of a bounded cache beyond what is attended to, so that its contents seldom move
 
@@ -74,6 +74,7 @@ class TransformerLMConfig:
     normalise_heads: bool = option(True, "apply QK-norm (RMS) to queries and keys")
     tied: bool = option(True, "share the weights of embedding and logits")
     dropout: float = option(0.0, "dropout probability, in attention and after each branch")
+    learning_rate: float = option(3e-3, "AdamW learning rate")
     weight_decay: float = option(0.1, "AdamW weight decay, on all weights")
     beta1: float = option(0.9, "AdamW beta1")
     beta2: float = option(0.99, "AdamW beta2")
@@ -92,6 +93,7 @@ class TransformerLMConfig:
         for name in ("dropout", "beta1", "beta2"):
             require_probability(name, getattr(self, name))
         require_not_negative(weight_decay=self.weight_decay)
+        require_positive_number(learning_rate=self.learning_rate)
 
     @property
     def head_dim(self) -> int:
@@ -263,7 +265,7 @@ class TransformerLM(ComputedBuffers, GenerativeModel):
     def phases(self) -> tuple[Phase, ...]:
         config = self.config
         betas = (config.beta1, config.beta2)
-        return (Phase("text", (), LEARNING_RATE, betas, config.weight_decay),)
+        return (Phase("text", (), config.learning_rate, betas, config.weight_decay),)
 
     def forward(self, tokens: Tensor, past: CachedBlocks | None = None) -> Tensor:
         """Logits (B, N, vocabulary) of the token after each.
