@@ -73,15 +73,16 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Compiles every CUDA source for each architecture; prints what each kernel uses, and on sm_80 and sm_90a fails on a
-# spill or on a kernel over its budget (tests/kernel_budgets.py). Without nvcc the compiler comes from PyPI. SASS=1 adds the disassembler,
-# with which instructions are counted too: make cuda-check SASS=1
+# spill or on a kernel over its budget (tests/kernel_budgets.py); then builds a wheel with the kernels for sm_120. Without
+# nvcc the compiler comes from PyPI. make cuda-check SASS=1 adds the disassembler, and counts instructions too.
 CUDA_ARCH ?= 80 90a 120
 CUDA_WHEELS := cuda-toolkit[nvcc,nvvm,crt,cudart,cccl]==13.0.2
 SASS_WHEEL := nvidia-cuda-nvdisasm==13.5.37
-cuda-check: $(VENV)/.build
+cuda-check: $(VENV)/.dev
 	command -v nvcc >/dev/null || $(PIP) install --quiet '$(CUDA_WHEELS)'
 	test "$(SASS)" != 1 || $(PIP) install --quiet '$(SASS_WHEEL)'
 	$(BIN)/python tests/compile_check.py $(addprefix --arch ,$(CUDA_ARCH))
+	$(BIN)/python -m pytest -q -m slow -k cuda_kernels_build tests/test_packaging.py
 
 wheel: $(VENV)/.build
 	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

@@ -123,9 +123,10 @@ def test_a_source_distribution_holds_what_a_build_needs(project, tmp_path):
     assert set(tracked.stdout.split()) <= names
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(setup.find_nvcc() is None, reason="no nvcc")
 def test_cuda_kernels_build_without_a_gpu_and_with_a_torch_that_has_no_cuda(project):
-    """In haste, where nvcc knows how: make cuda-check compiles every source as it is shipped."""
+    """With little optimization, if nvcc has the option. ``make cuda-check`` runs this after compiling every source."""
     options = subprocess.run([setup.find_nvcc(), "--help"], check=True, capture_output=True, text=True).stdout
     haste = {"NVCC_APPEND_FLAGS": "--Ofast-compile=max"} if "--Ofast-compile" in options else {}
     _, report, libraries, _ = build_wheel(project, "cuda", TORCH_CUDA_ARCH_LIST="12.0", **haste)
