@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fastgen.batch import current_names
 from fastgen.data import BUNDLED, SOURCES, DataConfig, Dataset, Items, bundled_name, load_data
 from fastgen.models import MODELS, GenerativeModel, from_data
 from fastgen.train.checkpoint import Header
@@ -158,7 +159,7 @@ def configs(
             )
         DataConfig(**header.data_config)
         model_class = find_class(header.model, model_class)
-        config = model_class.config_class(**header.model_config)
+        config = model_class.config_class(**current_names(model_class.config_class, header.model_config))
         return model_class, config, TrainConfig(**header.train_config)
     except UsageError:
         raise

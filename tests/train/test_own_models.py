@@ -138,3 +138,14 @@ def test_mistakes_in_the_name_of_a_file_are_named(
 def test_a_model_without_default_data_needs_a_source(train: Main, own: Path, error_line: Callable[[], str]) -> None:
     assert main(["train", f"{own}:Mean", "--out", str(own.with_name("run"))]) == 2
     assert "source: expected a bundled dataset, a path or hf:NAME, got an empty string" in error_line()
+
+
+def test_a_renamed_option_of_a_model_in_a_file_is_read_from_its_runs(train: Main, own: Path) -> None:
+    assert train("--model.noise", "0.2", steps=2) == 0
+    text = own.read_text().replace("noise", "jitter")
+    marker = "@dataclass(frozen=True)\n"
+    head, config = text.split(marker, 1)
+    line, rest = config.split("\n", 1)
+    own.write_text(f'{head}{marker}{line}\n    renamed = {{"noise": "jitter"}}\n{rest}')
+    sys.modules.pop("mine", None)
+    assert train("--resume", steps=3) == 0
