@@ -7,6 +7,7 @@ from torch import Tensor
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype of autocast on the tensor's device; None where it is disabled, and for meta tensors."""
     device = tensor.device.type
     if device == "meta":  # has no autocast; torch raises
         return None

@@ -8,19 +8,13 @@ import torch
 from torch import Tensor
 
 from fastgen import checks as check
+from fastgen.functional._autocast import autocast_dtype
 from fastgen.ops.recurrent.autograd import Recurrence, accelerated, recurrent_layers
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast on the device; None where it is disabled, and for meta tensors."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type)
 
 
 def _lowered_dtype(data: Tensor) -> torch.dtype | None:
     """The dtype to which autocast lowers the layer; None where it does not."""
-    return None if data.dtype == torch.float64 else autocast_dtype(data.device)
+    return None if data.dtype == torch.float64 else autocast_dtype(data)
 
 
 def recurrent(

@@ -109,9 +109,14 @@ class NoOptions:
     """The sampling options of a model without any."""
 
 
+def upcast(x: Tensor) -> Tensor:
+    """x in at least float32, also under autocast. In float16 the square of 256 is infinite, and 1e-8 is 0."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def to_pixels(images: Tensor) -> Tensor:
     """[-1, 1] -> [0, 1], in at least float32. Values out of range are clamped; infinite values become NaN."""
-    pixels = 0.5 * images.to(torch.promote_types(images.dtype, torch.float32)) + 0.5
+    pixels = 0.5 * upcast(images) + 0.5
     return pixels.clamp(0, 1) + 0 * pixels
 
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.checks import require_count, require_not_negative, require_positive
-from fastgen.models.base import Images, NoOptions, Phase, option
+from fastgen.models.base import Images, NoOptions, Phase, option, upcast
 from fastgen.models.registry import register_model
 from fastgen.models.variational import (
     Bound,
@@ -39,7 +39,6 @@ from fastgen.models.variational import (
     pixels_mean,
     sample_and_log_prob,
     sample_posterior,
-    upcast,
 )
 from fastgen.nn import AttentionBlock2d
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastgen.batch import require_labels
 from fastgen.checks import require_count, require_not_negative, require_positive, require_positive_number
-from fastgen.models.base import Batch, Images, Phase, Samples, option
+from fastgen.models.base import Batch, Images, Phase, Samples, option, upcast
 from fastgen.models.conditioning import LabelOptions, wanted_labels
 from fastgen.models.registry import register_model
 from fastgen.models.vae import mlp
@@ -35,7 +35,6 @@ from fastgen.models.variational import (
     pixels_mean,
     sample_and_log_prob,
     sample_posterior,
-    upcast,
 )
 
 NUM_STYLES = 8

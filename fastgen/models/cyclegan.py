@@ -41,13 +41,13 @@ from fastgen.models.base import (
     option,
     to_pixels,
 )
+from fastgen.models.dcgan import init_weights
 from fastgen.models.pix2pix import (
     PatchDiscriminator,
     PatchNorm,
     absolute_error,
     check_downsampling,
     check_patches,
-    init_weights,
 )
 from fastgen.models.registry import register_model
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.checks import require_count, require_floating, require_not_negative, require_tensor
+from fastgen.models.base import upcast
 
 Noise: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 """One generator, one for each row, or None: torch's global one."""
@@ -31,8 +32,8 @@ def tempered(logits: Tensor, temperature: float) -> Tensor:
     Subtracting the maximum first keeps every temperature finite: the largest value is 0, and the others go to -inf as
     the temperature goes to 0. The maximum is detached, since the softmax does not depend on it.
     """
-    upcast = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return (upcast - upcast.detach().amax(-1, keepdim=True)) / max(temperature, TINY)
+    logits = upcast(logits)
+    return (logits - logits.detach().amax(-1, keepdim=True)) / max(temperature, TINY)
 
 
 class Chooser:
@@ -195,7 +196,7 @@ def beam_search(
     first = beams * torch.arange(batch, device=device)[:, None]
     for _ in range(length - 1):
         logits = next_logits(text)
-        log_prob = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
+        log_prob = upcast(logits).log_softmax(1)
         log_prob[:, [padding, start]] = -math.inf
         log_prob = log_prob.masked_fill(ended, -math.inf)
         log_prob[:, padding] = log_prob[:, padding].masked_fill(ended[:, 0], 0.0)

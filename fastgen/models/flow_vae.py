@@ -31,7 +31,7 @@ from fastgen.checks import (
     require_positive,
     require_positive_number,
 )
-from fastgen.models.base import Images, NoOptions, Phase, option
+from fastgen.models.base import Images, NoOptions, Phase, option, upcast
 from fastgen.models.registry import register_model
 from fastgen.models.vae import mlp
 from fastgen.models.variational import (
@@ -45,7 +45,6 @@ from fastgen.models.variational import (
     parameters_per_pixel,
     pixels_mean,
     sample_and_log_prob,
-    upcast,
 )
 from fastgen.nn._buffers import ComputedBuffers
 

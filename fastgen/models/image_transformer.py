@@ -38,7 +38,7 @@ from fastgen.checks import (
     require_positive_number,
     require_probability,
 )
-from fastgen.models.base import Batch, GenerativeModel, Images, Phase, Samples, StepContext, image_rows, option
+from fastgen.models.base import Batch, GenerativeModel, Images, Phase, Samples, StepContext, image_rows, option, upcast
 from fastgen.models.conditioning import LabelOptions, check_labels, wanted_labels
 from fastgen.models.decoding import Chooser, generating
 from fastgen.models.registry import register_model
@@ -349,7 +349,7 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
     def _nll(self, tokens: Tensor, batch: Batch) -> Tensor:
         """-log p of each value given the ones before it, (B, length), in float32 at least."""
         logits = self(tokens[:, :-1], *self._conditions(batch))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = upcast(logits)
         nll = F.cross_entropy(logits.movedim(-1, 1), tokens, reduction="none", ignore_index=NEVER_IGNORED)
         return nll if self.autoencoder is not None else nll + self.log_share[tokens]
 

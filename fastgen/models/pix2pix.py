@@ -40,13 +40,14 @@ from fastgen.models.base import (
     image_rows,
     option,
     to_pixels,
+    upcast,
 )
+from fastgen.models.dcgan import init_weights
 from fastgen.models.registry import register_model
 
 Norm = Literal["batch", "instance"]
 PatchNorm = Literal["instance", "none"]
 
-INITIAL_STD = 0.02
 MAX_DROPOUT_MAPS = 3  # the coarsest maps of the decoder, up to a quarter of the resolution
 
 
@@ -196,20 +197,9 @@ class PatchDiscriminator(nn.Sequential):
         return images
 
 
-@torch.no_grad()
-def init_weights(module: nn.Module) -> None:
-    """Weights from N(0, 0.02), scales of batch normalization from N(1, 0.02), biases 0; for ``nn.Module.apply``."""
-    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-        nn.init.normal_(module.weight, std=INITIAL_STD)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.BatchNorm2d):
-        nn.init.normal_(module.weight, 1.0, INITIAL_STD)
-
-
 def absolute_error(images: Tensor, targets: Tensor) -> Tensor:
     """Mean absolute error of each image, (B,), float32 at least."""
-    images = images.to(torch.promote_types(images.dtype, torch.float32))
+    images = upcast(images)
     return (images - targets).abs().flatten(1).mean(1)
 
 

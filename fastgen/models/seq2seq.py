@@ -45,7 +45,7 @@ from fastgen.checks import (
     require_probability,
     require_shape,
 )
-from fastgen.models.base import Batch, GenerativeModel, Phase, Samples, StepContext, Texts, option
+from fastgen.models.base import Batch, GenerativeModel, Phase, Samples, StepContext, Texts, option, upcast
 from fastgen.models.decoding import beam_search
 from fastgen.models.registry import register_model
 from fastgen.nn import KVCache, RotaryEmbedding
@@ -320,7 +320,7 @@ class Seq2Seq(GenerativeModel):
         target = batch["target"]
         _require_tokens("target", target, self.config.target_length, self.config.tokens, exact=True)
         logits, next_token = self(batch["source"], target[:, :-1]), target[:, 1:]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = upcast(logits)
         nll = F.cross_entropy(logits.flatten(0, 1), next_token.flatten(), reduction="none", ignore_index=NEVER_IGNORED)
         counted = next_token != PADDING
         if readable(counted) and not bool(counted.any()):

@@ -44,7 +44,7 @@ from fastgen.models.adversarial import (
     feature_sizes,
     generator_objective,
 )
-from fastgen.models.base import Batch, Images, Samples, StepContext, option, to_pixels
+from fastgen.models.base import Batch, Images, Samples, StepContext, option, to_pixels, upcast
 from fastgen.models.registry import register_model
 from fastgen.nn._sublayers import is_fusible
 
@@ -136,11 +136,6 @@ def scaled_leaky_relu(x: Tensor) -> Tensor:
 
 def upsample(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
-
-
-def upcast(x: Tensor) -> Tensor:
-    """float32 at least, also under autocast. In float16 the square of 256 is infinite, and 1e-8 is 0."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class ScaledLinear(nn.Module):

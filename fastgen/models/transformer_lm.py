@@ -38,7 +38,7 @@ from fastgen.checks import (
     require_probability,
 )
 from fastgen.models import decoding
-from fastgen.models.base import Batch, GenerativeModel, Phase, StepContext, Texts, option
+from fastgen.models.base import Batch, GenerativeModel, Phase, StepContext, Texts, option, upcast
 from fastgen.models.decoding import Chooser, Noise, generating, require_top_p
 from fastgen.models.registry import register_model
 from fastgen.nn import KVCache, RotaryEmbedding
@@ -329,7 +329,7 @@ class TransformerLM(ComputedBuffers, GenerativeModel):
         shape = (*tokens.shape[:1], length)
         require_tokens("tokens", tokens, len(self.config.vocabulary), shape, "(B, segments * context + 1)")
         logits, target = self(tokens[:, :-1]), tokens[:, 1:]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = upcast(logits)
         nll = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none", ignore_index=NEVER_IGNORED)
         return nll.view(target.shape)
 

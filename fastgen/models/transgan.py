@@ -35,7 +35,7 @@ from fastgen.models.adversarial import (
     feature_sizes,
     generator_objective,
 )
-from fastgen.models.base import Batch, Images, NoOptions, StepContext, option, to_pixels
+from fastgen.models.base import Batch, Images, NoOptions, StepContext, option, to_pixels, upcast
 from fastgen.models.registry import register_model
 from fastgen.nn import TransformerEncoderLayer, WindowAttention2d
 
@@ -108,8 +108,7 @@ class TokenNorm(nn.Module):
         self.gain = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        upcast = x.to(torch.promote_types(x.dtype, torch.float32))  # in float16 the square of 256 is infinite
-        inverse_rms = torch.rsqrt(upcast.square().mean(dim=1, keepdim=True) + 1e-6).to(x.dtype)
+        inverse_rms = torch.rsqrt(upcast(x).square().mean(dim=1, keepdim=True) + 1e-6).to(x.dtype)
         return x * inverse_rms * self.gain[:, None, None]
 
 

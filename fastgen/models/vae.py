@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.checks import require_count, require_not_negative, require_positive, require_positive_number
-from fastgen.models.base import Images, NoOptions, Phase, option
+from fastgen.models.base import Images, NoOptions, Phase, option, upcast
 from fastgen.models.registry import register_model
 from fastgen.models.variational import (
     Bound,
@@ -32,7 +32,6 @@ from fastgen.models.variational import (
     pixels_mean,
     sample_and_log_prob,
     sample_posterior,
-    upcast,
 )
 
 

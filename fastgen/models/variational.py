@@ -31,7 +31,7 @@ from torch import Tensor
 from fastgen import functional
 from fastgen.batch import SLACK, readable, require_images
 from fastgen.checks import require_choice, require_count, require_positive, require_shape
-from fastgen.models.base import Batch, GenerativeModel, Samples, StepContext, image_rows
+from fastgen.models.base import Batch, GenerativeModel, Samples, StepContext, image_rows, upcast
 
 Likelihood = Literal["beta-binomial", "binomial", "bernoulli", "gaussian"]
 
@@ -126,11 +126,6 @@ class VariationalAutoencoder(GenerativeModel):
 def check_images(images: Tensor, config: Any) -> None:
     """Raises TypeError, ValueError unless images are (B, channels, image_size, image_size), floating, in [0, 1]."""
     require_images("images", images, config.channels, config.image_size)
-
-
-def upcast(x: Tensor) -> Tensor:
-    """x in float32 at least, whatever dtype autocast chose."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def normal_noise(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from fastgen.batch import NEVER_IGNORED, readable, require_tokens
 from fastgen.checks import require_not_negative, require_positive, require_positive_number, require_probability
-from fastgen.models.base import Batch, GenerativeModel, Images, Phase, Samples, StepContext, image_rows, option
+from fastgen.models.base import Batch, GenerativeModel, Images, Phase, Samples, StepContext, image_rows, option, upcast
 from fastgen.models.conv_vae import ResidualBlock, downsampling, upsampling
 from fastgen.models.decoding import Chooser
 from fastgen.models.registry import register_model
@@ -38,7 +38,6 @@ from fastgen.models.variational import (
     parameters_per_pixel,
     pixels_log_prob,
     pixels_mean,
-    upcast,
 )
 from fastgen.nn import GRU
 from fastgen.nn._sublayers import embedding_table

@@ -36,7 +36,7 @@ from fastgen.checks import (
     require_positive_number,
     require_probability,
 )
-from fastgen.models.base import Batch, GenerativeModel, Phase, Sounds, StepContext, option
+from fastgen.models.base import Batch, GenerativeModel, Phase, Sounds, StepContext, option, upcast
 from fastgen.models.decoding import Chooser
 from fastgen.models.registry import register_model
 from fastgen.nn._buffers import ComputedBuffers
@@ -327,7 +327,7 @@ class WaveNet(ComputedBuffers, GenerativeModel):
 
     def _head(self, total: Tensor) -> Tensor:
         outputs: Tensor = self.numbers(self.hidden(total.relu()).relu())
-        return outputs.to(torch.promote_types(outputs.dtype, torch.float32))  # under autocast, too
+        return upcast(outputs)  # under autocast, too
 
     def _split(self, outputs: Tensor) -> tuple[Tensor, ...]:
         """Coefficients of the linear prediction; offset, log scale and logit of each component."""

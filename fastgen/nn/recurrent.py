@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastgen.checks import require_device, require_floating, require_shape, require_tensor, shape_of
-from fastgen.functional.recurrent import autocast_dtype, recurrent
+from fastgen.functional._autocast import autocast_dtype
+from fastgen.functional.recurrent import recurrent
 
 
 def _weights(layer: torch.nn.RNNBase) -> list[Tensor]:
@@ -60,7 +61,7 @@ def _require_dtype(name: str, tensor: Tensor, weight: Tensor) -> None:
     """Requires the dtype of the weights; under autocast, any dtype but float64."""
     require_floating(name, tensor)
     double = torch.float64 in (tensor.dtype, weight.dtype)
-    if tensor.dtype != weight.dtype and (double or autocast_dtype(tensor.device) is None):
+    if tensor.dtype != weight.dtype and (double or autocast_dtype(tensor) is None):
         raise TypeError(f"{name}: expected the dtype of the weights, {weight.dtype}, got {tensor.dtype}")
     require_device(name, tensor, "the weights", weight)
 
