@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+SOURCES := $(shell find csrc -type f) setup.py tools/build_libraries.py pyproject.toml
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test examples fuzz lint bench docs wheel cuda-check clean
@@ -20,7 +20,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.build: constraints.txt $(SOURCES) | $(BIN)/python
-	$(PIP) install --quiet -c constraints.txt setuptools wheel ninja pybind11 numpy torch
+	$(PIP) install --quiet -c constraints.txt setuptools wheel ninja numpy torch
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[train]'
 	@$(BIN)/fastgen info | grep -E '^(build|  not|library)'
 	touch $@
@@ -82,12 +82,12 @@ cuda-check: $(VENV)/.dev
 	command -v nvcc >/dev/null || $(PIP) install --quiet '$(CUDA_WHEELS)'
 	test "$(SASS)" != 1 || $(PIP) install --quiet '$(SASS_WHEEL)'
 	$(BIN)/python tests/compile_check.py $(addprefix --arch ,$(CUDA_ARCH))
-	$(BIN)/python -m pytest -q -m slow -k cuda_kernels_build tests/test_packaging.py
+	$(BIN)/python -m pytest -q -m slow -k cuda_kernels_build tests/packaging/test_build.py
 
 wheel: $(VENV)/.build
 	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:
 	rm -rf $(VENV) build dist runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info
-	rm -f fastgen/_C.*so fastgen/_cpu.*so fastgen/_cuda.*so fastgen/_build_report.json
+	rm -f fastgen/*.so fastgen/_build_report.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,10 +1,12 @@
-"""Builds the compiled parts of fastgen. FASTGEN_BUILD chooses them:
+"""Installs fastgen with its compiled parts. FASTGEN_BUILD chooses them:
 
 auto (default)  CUDA if torch has CUDA and nvcc is found, else CPU if a C++ compiler is found, else nothing.
                 Never fails an install; what was not built, and why, is kept for fastgen.info().
 none, cpu, cuda exactly that (cuda includes cpu), or an error with the reason.
 
-No GPU is needed, but torch must be visible: pip install --no-build-isolation. TORCH_CUDA_ARCH_LIST is honoured.
+No GPU is needed, but a torch: the one that is importable, or that of the environment that is installed into.
+TORCH_CUDA_ARCH_LIST is honored. FASTGEN_LOCAL_VERSION=cu130 makes a wheel of version X+cu130.
+tools/build_libraries.py compiles.
 """
 
 from __future__ import annotations
@@ -13,30 +15,21 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-try:
-    import torch
-    from torch.utils import cpp_extension
-except ImportError:
-    torch = cpp_extension = None
-try:
-    import pybind11
-except ImportError:
-    pybind11 = None
-
 ROOT = Path(__file__).resolve().parent
-DEFAULT_ARCHITECTURES = "8.0;9.0a;12.0+PTX"
-TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10
-GIB_PER_JOB = 3
+sys.path.insert(0, str(ROOT))
+
+from tools import build_libraries  # noqa: E402
+
+NO_TORCH = "no torch in this environment (install it first, then fastgen with --no-cache-dir)"
 
 
 class Facts(NamedTuple):  # what this machine has
@@ -44,33 +37,25 @@ class Facts(NamedTuple):  # what this machine has
     torch_cuda: str | None
     nvcc: str | None
     compiler: str | None
-    pybind11: bool = True
-
-
-def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME, of PATH, or of PyPI's cuda-toolkit."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    candidates = [Path(home, "bin", "nvcc") for home in homes if home]
-    candidates += [Path(found).resolve() for found in [shutil.which("nvcc")] if found]
-    candidates += [Path(entry, "nvidia", "cu13", "bin", "nvcc") for entry in sys.path]
-    return next((str(path) for path in candidates if path.is_file()), None)
+    ninja: str | None = "ninja"
 
 
 def gather_facts() -> Facts:
-    compiler = shutil.which(os.environ.get("CXX", "").split(" ")[0] or "c++") or shutil.which("g++")
-    versions = (None, None) if torch is None else (torch.__version__, torch.version.cuda)
-    return Facts(*versions, find_nvcc(), compiler, pybind11 is not None)
+    torch = build_libraries.find_torch()
+    versions = (None, None) if torch is None else (torch.version, torch.cuda)
+    tools = build_libraries.find_compiler(), build_libraries.find_ninja()
+    return Facts(*versions, build_libraries.find_nvcc(), *tools)
 
 
 def choose(mode: str, facts: Facts) -> tuple[list[str], dict[str, str]]:
-    """The targets to build, and for each other one the reason why not."""
+    """The libraries to build, and for each other one the reason why not."""
     if mode not in ("auto", "none", "cpu", "cuda"):
         raise SystemExit(f"FASTGEN_BUILD: expected auto, none, cpu or cuda, got {mode!r}")
     blockers = [
         (mode == "none", "FASTGEN_BUILD=none"),
         (os.name == "nt", "no build for Windows is written"),
-        (facts.torch_version is None, "torch is not visible to the build (install it, then use --no-build-isolation)"),
-        (not facts.pybind11, "pybind11 is not visible to the build (pip install pybind11 ninja)"),
+        (facts.torch_version is None, NO_TORCH),
+        (facts.ninja is None, "ninja was not found (pip install ninja)"),
         (facts.compiler is None, "no C++ compiler (c++, g++ or CXX)"),
     ]
     missing = next((dict.fromkeys(("cpu", "cuda"), reason) for blocked, reason in blockers if blocked), {})
@@ -85,125 +70,118 @@ def choose(mode: str, facts: Facts) -> tuple[list[str], dict[str, str]]:
     return [target for target in ("cpu", "cuda") if target not in missing], missing
 
 
-def ask_nvcc(nvcc: str, pattern: str, *arguments: str) -> str:
-    done = subprocess.run([nvcc, *arguments], check=True, capture_output=True, text=True)
-    return re.findall(pattern, done.stdout + done.stderr)[0]
+def public_version() -> str:
+    return re.findall(r'^__version__ = "(.+)"', (ROOT / "fastgen" / "version.py").read_text(), re.MULTILINE)[0]
 
 
-def architecture_names(arch_list: str) -> list[str]:
-    """TORCH_CUDA_ARCH_LIST as names: "8.0;12.0+PTX" -> ["80", "120", "120+PTX"]."""
-    entries = [entry.replace(".", "") for entry in re.split(r"[;\s]+", arch_list.strip())]
-    return [name for e in entries for name in ([e.removesuffix("+PTX"), e] if e.endswith("+PTX") else [e])]
+def version() -> str:
+    """The version in fastgen/version.py, with FASTGEN_LOCAL_VERSION as its local part."""
+    local = os.environ.get("FASTGEN_LOCAL_VERSION", "")
+    if not local:
+        return public_version()
+    if not re.fullmatch(r"[a-z0-9]+(\.[a-z0-9]+)*", local):
+        raise SystemExit(f"FASTGEN_LOCAL_VERSION: expected letters, digits and dots, such as cu130, got {local!r}")
+    return f"{public_version()}+{local}"
 
 
-def sources(*patterns: str) -> list[str]:
-    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+def make_commands(mode: str, targets: list[str], missing: dict[str, str]) -> dict[str, type]:
+    """The setuptools commands that build ``targets``. ``missing``: reasons why other libraries are not built."""
 
+    def compile_targets() -> dict[str, Path]:
+        """The built libraries by target. In auto mode a failure is recorded in ``missing``, else raised."""
+        if not targets:
+            return {}
+        facts, torch = gather_facts(), build_libraries.find_torch()
+        libraries = []
+        if "cpu" in targets:
+            libraries.append(build_libraries.cpu_library(torch, version()))
+        if "cuda" in targets:
+            names = build_libraries.cuda_architectures()
+            libraries.append(build_libraries.cuda_library(torch, version(), facts.nvcc, names))
+        sanitized = "sanitized-objects" if os.environ.get("FASTGEN_SANITIZE") else "libraries"
+        built = {}
+        for name, result in build_libraries.build(libraries, facts.nvcc, ROOT / "build" / sanitized).items():
+            target = name.removeprefix("_")
+            if isinstance(result, Path):
+                built[target] = result
+            elif mode == "auto":
+                missing[target] = result
+            else:
+                raise SystemExit(f"FASTGEN_BUILD={mode}: {target}: {result}")
+        return built
 
-def make_extensions(targets: list[str], facts: Facts) -> list[Extension]:
-    if not targets:
-        return []
-    release, home, names = "", "", []
-    if "cuda" in targets:
-        release = ask_nvcc(facts.nvcc, r"release (\d+\.\d+)", "--version")
-        home = os.path.realpath(ask_nvcc(facts.nvcc, r"TOP=(\S+)", "--dryrun", "-E", "-x", "cu", os.devnull))
-        names = architecture_names(os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES))
-        cpp_extension.CUDA_HOME = home  # None under a CPU-only torch
-    common = ["-std=c++20", "-O3", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized"]
-    vectorised = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
-    # FASTGEN_SANITIZE=address,undefined: the CPU's library for tests/fuzz, which aborts where it reads out of bounds.
-    sanitizers = os.environ.get("FASTGEN_SANITIZE", "")
-    sanitize = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-wrapv", "-fno-omit-frame-pointer", "-O1"]
-    vectorised += sanitize if sanitizers else []
-    macros = [("FASTGEN_NAMESPACE", "fastgen"), ("TORCH_TARGET_VERSION", TORCH_TARGET)]
-    build_info = {"CUDA_ARCHITECTURES": " ".join(names), "CUDA_VERSION": release, "TORCH_VERSION": facts.torch_version}
-    csrc, torch_root = str(ROOT / "csrc"), Path(torch.__file__).parent
+    def install(package: Path, in_place: bool) -> None:
+        """Puts the libraries and a report of the build into the package, and removes libraries of earlier builds.
 
-    def stable(key: str, files: list[str], cxx: list[str], **options: Any) -> Extension:
-        """A library on the stable ABI, its operators under one dispatch key."""
-        return Extension(
-            f"fastgen._{key.lower()}",
-            files,
-            include_dirs=[csrc, str(torch_root / "include"), *([f"{home}/include"] if key == "CUDA" else [])],
-            library_dirs=[str(torch_root / "lib"), *([f"{home}/lib64", f"{home}/lib"] if key == "CUDA" else [])],
-            define_macros=[*macros, ("FASTGEN_DISPATCH_KEY", key), (f"USE_{key}", None)],
-            extra_compile_args={"cxx": common + cxx, "nvcc": ["-std=c++20", "-O3", "-lineinfo"]},
-            **options,
-        )
-
-    defines = [(f"FASTGEN_{key}", f'"{value}"') for key, value in build_info.items()]
-    include, flags = [csrc, pybind11.get_include()], {"cxx": common}
-    module = Extension("fastgen._C", ["csrc/module.cpp"], include, defines, extra_compile_args=flags)
-    cpu = stable(
-        "CPU",
-        sources("csrc/*/cpu/*.cpp", "csrc/latent/api.cpp"),
-        vectorised,
-        libraries=["torch", "torch_cpu"],
-        extra_link_args=sanitize[:1] if sanitizers else [],
-    )
-    if "cuda" not in targets:
-        return [module, cpu]
-    # libtorch brings libtorch_cuda, wherever the torch that loads this has it.
-    link = {"extra_link_args": ["-Wl,--no-as-needed", "-ltorch", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]}
-    return [module, cpu, stable("CUDA", sources("csrc/*/api.cpp", "csrc/common/*.cpp", "csrc/**/*.cu"), [], **link)]
-
-
-def make_commands(mode: str, missing: dict[str, str]) -> dict[str, type]:
-    built: list[str] = []
-
-    def finish(package: Path) -> None:
-        """Leaves no library of an earlier build, and a report of this one."""
-        for path in (path for name in {"C", "cpu", "cuda"} - {*built} for path in [*package.glob(f"_{name}.*so")]):
-            path.unlink()
+        In a checkout, auto mode keeps a library that this machine cannot build now.
+        """
+        built = compile_targets()
         package.mkdir(parents=True, exist_ok=True)
-        report = json.dumps({"mode": mode, "built": built, "missing": missing}, indent=1)
-        (package / "_build_report.json").write_text(report)
-        reasons = "".join(f"; not {name}: {reason}" for name, reason in missing.items())
-        print(f"fastgen: built {', '.join(built) or 'nothing compiled'}{reasons}", file=sys.stderr)
+        for old in [*package.glob("_C.*so"), *package.glob("_cpu.*.so"), *package.glob("_cuda.*.so")]:
+            old.unlink()  # names of before version 0.1
+        kept = []
+        for target in ("cpu", "cuda"):
+            library = package / f"_{target}.so"
+            if target in built:
+                # A running process may have the old file mapped: replace it, do not write into it.
+                shutil.copy2(built[target], library.with_suffix(".new"))
+                library.with_suffix(".new").replace(library)
+            elif library.exists() and in_place and mode == "auto" and target not in targets:
+                kept.append(target)
+            else:
+                library.unlink(missing_ok=True)
+        report = {"version": version(), "mode": mode, "built": list(built), "kept": kept, "missing": missing}
+        (package / "_build_report.json").write_text(json.dumps(report, indent=1) + "\n")
+        parts = ", ".join(built) or "nothing compiled"
+        parts += "".join(f"; kept {target}, built earlier" for target in kept)
+        parts += "".join(f"; not {target}: {reason}" for target, reason in missing.items())
+        print(f"fastgen: built {parts}", file=sys.stderr)
 
-    class BuildLibraries(build_ext if torch is None else cpp_extension.BuildExtension):  # type: ignore[misc]
-        """Builds what was chosen; in auto mode a failure is reported, not raised."""
+    def checked_in_place(in_place: bool) -> bool:
+        if in_place and version() != public_version():
+            raise SystemExit("FASTGEN_LOCAL_VERSION: only a wheel can have a local version, not an editable install")
+        return in_place
+
+    class BuildLibraries(build_ext):
+        """Builds what was chosen."""
+
+        def get_ext_filename(self, fullname: str) -> str:
+            return fullname.replace(".", "/") + ".so"
 
         def run(self) -> None:
-            super().run()
-            finish(ROOT / "fastgen" if self.inplace else Path(self.build_lib, "fastgen"))
+            in_place = checked_in_place(bool(self.inplace))
+            package = ROOT / "fastgen" if in_place else Path(self.build_lib, "fastgen")
+            install(package, in_place)
+            self.extensions = [e for e in self.extensions if (package / f"{e.name.partition('.')[2]}.so").exists()]
 
-        def build_extensions(self) -> None:
-            self.attempt([extension.name for extension in self.extensions], super().build_extensions)
+    class BuildPython(build_py):
+        """Writes the local version into the wheel's fastgen/version.py; builds nothing where nothing was chosen."""
 
-        def build_extension(self, extension: Extension) -> None:
-            self.attempt([extension.name], super().build_extension, extension)
-            if extension.name.removeprefix("fastgen._") not in missing:
-                built.append(extension.name.removeprefix("fastgen._"))
-
-        def attempt(self, names: list[str], build: Callable[..., None], *arguments: Extension) -> None:
-            try:
-                build(*arguments)
-            except Exception as error:
-                if mode != "auto":
-                    raise
-                reason = f"the build failed: {str(error).strip().splitlines()[-1]}"
-                missing.update(
-                    (short, reason) for name in names if (short := name.removeprefix("fastgen._")) not in built
-                )
-
-        def copy_extensions_to_source(self) -> None:
-            self.extensions = [e for e in self.extensions if e.name.removeprefix("fastgen._") in built]
-            super().copy_extensions_to_source()
-
-    class BuildPython(build_py):  # where there is nothing to compile, says so
         def run(self) -> None:
             super().run()
             if not self.distribution.ext_modules:
-                finish(ROOT / "fastgen" if self.editable_mode else Path(self.build_lib, "fastgen"))
+                in_place = checked_in_place(bool(self.editable_mode))
+                install(ROOT / "fastgen" if in_place else Path(self.build_lib, "fastgen"), in_place)
+            if not self.editable_mode:
+                text = (ROOT / "fastgen" / "version.py").read_text()
+                path = Path(self.build_lib, "fastgen", "version.py")
+                path.write_text(text.replace(f'"{public_version()}"', f'"{version()}"'))
 
-    return {"build_ext": BuildLibraries, "build_py": BuildPython}
+    class BuildWheel(bdist_wheel):
+        """The libraries contain no Python: one wheel serves all Pythons."""
+
+        def get_tag(self) -> tuple[str, str, str]:
+            return ("py3", "none", super().get_tag()[2])
+
+    return {"build_ext": BuildLibraries, "build_py": BuildPython, "bdist_wheel": BuildWheel}
 
 
 if __name__ == "__main__":
     os.chdir(ROOT)
-    gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30 if hasattr(os, "sysconf") else 4
-    os.environ.setdefault("MAX_JOBS", str(max(1, min(os.cpu_count() or 1, int(gib / GIB_PER_JOB)))))
-    wanted, found = os.environ.get("FASTGEN_BUILD", "auto"), gather_facts()
-    chosen, not_chosen = choose(wanted, found)
-    setup(ext_modules=make_extensions(chosen, found), cmdclass=make_commands(wanted, not_chosen))
+    wanted = os.environ.get("FASTGEN_BUILD", "auto")
+    chosen, not_chosen = choose(wanted, gather_facts())
+    setup(
+        version=version(),
+        ext_modules=[Extension(f"fastgen._{target}", []) for target in chosen],
+        cmdclass=make_commands(wanted, chosen, not_chosen),
+    )

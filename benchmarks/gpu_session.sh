@@ -27,7 +27,7 @@ for stage in "${stages[@]}"; do
       { git rev-parse HEAD 2>/dev/null; $python -m fastgen info; } | tee "$out/info.txt"
       ;;
     test)
-      $python -m pytest tests -q -m "not slow" -k "cuda or test_opcheck or test_compile or test_backends or test_bad_arguments" --deselect tests/test_packaging.py \
+      $python -m pytest tests -q -m "not slow" -k "cuda or test_opcheck or test_compile or test_backends or test_bad_arguments" --deselect tests/packaging/test_build.py \
         --junitxml="$out/tests.xml" 2>&1 | tee -a "$out/log.txt" | tail -n 40 || failed=1
       ;;
     bench)

@@ -63,7 +63,7 @@ def load(path: str) -> ModuleType:
 
 
 def find_nvcc() -> str | None:
-    return load("setup.py").find_nvcc()
+    return load("tools/build_libraries.py").find_nvcc()
 
 
 def find_nvdisasm(nvcc: str) -> str | None:

@@ -42,7 +42,7 @@ def why_not() -> str | None:
 
 def build() -> Path:
     """The folder to import fastgen from."""
-    command = [sys.executable, "setup.py", "-q", "build", "--build-lib", str(OUT), "--build-temp", f"{OUT}-objects"]
+    command = [sys.executable, "setup.py", "-q", "build", "--build-lib", str(OUT)]
     environment = {**os.environ, "FASTGEN_BUILD": "cpu", "FASTGEN_SANITIZE": SANITIZERS}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
