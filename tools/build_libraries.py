@@ -205,12 +205,12 @@ def manifest(libraries: list[Library], out: str, nvcc: str | None) -> str:
         f"cxx = {find_compiler()}",
         f"launcher = {launcher}",
         "rule cxx",
-        "  command = $launcher $cxx -MMD -MF $out.d $flags -c $in -o $out",
+        "  command = $launcher $cxx -MD -MF $out.d $flags -c $in -o $out",
         "  description = $in",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule nvcc",
-        f"  command = $launcher {shlex.quote(nvcc or 'nvcc')} -MMD -MF $out.d $flags -c $in -o $out",
+        f"  command = $launcher {shlex.quote(nvcc or 'nvcc')} -MD -MF $out.d $flags -c $in -o $out",
         "  description = $in",
         "  depfile = $out.d",
         "  deps = gcc",
@@ -277,10 +277,12 @@ def build(
             target = f"{folder}/{library.name}.so"
             command = [ninja, "-f", str(path), "-j", str(jobs()), target]
             print("fastgen:", shlex.join(command), flush=True)
-            with subprocess.Popen(
-                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            ) as run:
-                lines = [line for line in run.stdout or [] if print(line, end="", flush=True) is None]
+            lines = []
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+            with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as run:
+                for line in run.stdout or []:
+                    print(line, end="", flush=True)
+                    lines.append(line)
             failed = run.returncode != 0
             results[library.name] = _reason(lines) if failed else out / f"{library.name}.so"
     return results
