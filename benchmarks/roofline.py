@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from benchmarks.shapes import ATTENTION_SHAPES, AttentionShape
-from fastgen import backend
+from fastgen.backend import plans
 
 
 class Chip(NamedTuple):
@@ -94,8 +94,7 @@ def cost(shape: AttentionShape, *passes: Pass) -> Cost:
 
 def computed_share(shape: AttentionShape) -> float:
     """Fraction of useful products that the forward kernel executes; the rest is padding to tiles and slices."""
-    assert backend.build_module is not None, "the launch plan requires a compiled library: FASTGEN_BUILD=cpu or cuda"
-    plan = backend.build_module.attention_plan(
+    plan = plans.attention_plan(
         shape.batch, shape.heads, shape.heads, shape.queries, shape.keys, shape.key_dim, shape.value_dim,
         element_size=ELEMENT, multiprocessors=CHIPS[0].multiprocessors, plain=shape.mask in ("", "causal"),
     )["forward"]  # fmt: skip

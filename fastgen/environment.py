@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fastgen import backend
+from fastgen.backend import plans
 from fastgen.ops.attention.problem import WIDEST_HEAD
 from fastgen.ops.projection import plan
 
@@ -47,6 +48,31 @@ class Info:
         for name, launch in self.plans.items():
             lines.append(f"{name}: " + ", ".join(f"{what} {value}" for what, value in launch.items()))
         return "\n".join(lines)
+
+
+def _versions_of_libraries() -> dict[str, str]:
+    """Of the build, from the libraries that are loaded, and of the CUDA driver."""
+    versions: dict[str, str] = {}
+    for library in backend.compiled_libraries():
+        details = library.build_info()
+        if details:
+            versions |= {
+                "built with torch": details["torch"],
+                "nvcc": details["cuda"] or "none",
+                "compiler": details["compiler"],
+            }
+    found = backend.library_for("cuda").cuda_versions()
+    if found is not None:
+        versions |= {
+            "CUDA of the kernels": backend.version_name(found.runtime),
+            "CUDA of the driver": backend.version_name(found.driver),
+        }
+    return versions
+
+
+def _state(library: backend.CompiledLibrary) -> str:
+    problem = backend.driver_problem() if library.device == "cuda" else None
+    return library.problem or ("loaded" if problem is None else f"loaded, but {problem}")
 
 
 def _devices() -> list[str]:
@@ -86,18 +112,16 @@ def _attention_plans(sizes: Sequence[int], dtype: torch.dtype) -> dict[str, dict
     if len(sizes) != 6 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
         raise ValueError(f"attention: expected six positive integers (B, H, N, M, Dk, Dv), got {tuple(sizes)}")
     _require_kernel_dtype(dtype)
-    if backend.build_module is None:
-        raise RuntimeError(f"attention: no plan without the compiled module: {backend.build_module_problem}")
+    if plans.why_not() is not None:
+        raise RuntimeError(f"attention: no plan without the compiled CPU library: {plans.why_not()}")
     batch, heads, queries, keys, key_dim, value_dim = sizes
     if max(key_dim, value_dim) > WIDEST_HEAD:
         raise ValueError(f"attention: expected head dims up to {WIDEST_HEAD}, got {key_dim} and {value_dim}")
     count = H200_MULTIPROCESSORS
     if torch.cuda.is_available():
         count = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-    plans = backend.build_module.attention_plan(
-        batch, heads, heads, queries, keys, key_dim, value_dim, dtype.itemsize, count
-    )
-    return {f"attention {name}": plan for name, plan in plans.items()}
+    found = plans.attention_plan(batch, heads, heads, queries, keys, key_dim, value_dim, dtype.itemsize, count)
+    return {f"attention {name}": launch for name, launch in found.items()}
 
 
 def _projection_plans(sizes: Sequence[int], dtype: torch.dtype) -> dict[str, dict[str, Any]]:
@@ -119,11 +143,11 @@ def _projection_plans(sizes: Sequence[int], dtype: torch.dtype) -> dict[str, dic
         "cuBLAS": f"{expected.library * 1e6:.0f} us",
         "taken": "cuBLAS" if expected.takes_library else "kernels",
     }
-    plans: dict[str, dict[str, Any]] = {"projection, forward and backward, by roofline": times}
-    if backend.build_module is not None:
-        shared = backend.build_module.projection_plan(1, batch * tokens, inputs, outputs, 1, dtype.itemsize, count)
-        plans |= {f"projection {name}": plan for name, plan in shared.items()}
-    return plans
+    shown: dict[str, dict[str, Any]] = {"projection, forward and backward, by roofline": times}
+    if plans.why_not() is None:
+        found = plans.projection_plan(1, batch * tokens, inputs, outputs, 1, dtype.itemsize, count)
+        shown |= {f"projection {name}": launch for name, launch in found.items()}
+    return shown
 
 
 def _require_kernel_dtype(dtype: torch.dtype) -> None:
@@ -157,7 +181,6 @@ def info(
 
     report = Path(__file__).with_name("_build_report.json")
     build: dict[str, Any] = json.loads(report.read_text()) if report.is_file() else {}
-    module = backend.build_module
     versions = {
         "fastgen": __version__,
         "torch": torch.__version__,
@@ -165,15 +188,8 @@ def info(
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
     }
-    if module is not None:
-        details = module.build_info()
-        versions |= {
-            "built with torch": details["torch_version"],
-            "nvcc": details["cuda_version"] or "none",
-            "compiler": details["compiler"],
-        }
-    libraries = {lib.name: lib.problem or "loaded" for lib in backend.compiled_libraries()}
-    libraries["_C"] = backend.build_module_problem or "loaded"
+    versions |= _versions_of_libraries()
+    libraries = {lib.name: _state(lib) for lib in backend.compiled_libraries()}
     kinds = [torch.device("cpu")] + ([torch.device("cuda", 0)] if torch.cuda.is_available() else [])
     names = [name for family, names in backend.operators().items() if family != "helpers" for name in names]
     return Info(

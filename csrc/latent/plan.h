@@ -1,4 +1,4 @@
-// Launch plan: threads per row, rows per block, and splits of a row. Host code, exposed by fastgen._C.
+// Launch plan: threads per row, rows per block, and splits of a row. Host code, exposed by fastgen.backend.plans.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Launch plans: how tiles, splits and heads are distributed over blocks. Host code, exposed by fastgen._C.
+// Launch plans: how tiles, splits and heads are distributed over blocks. Host code, exposed by fastgen.backend.plans.
 #pragma once
 
 #include <cstdint>

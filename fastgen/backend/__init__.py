@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from fastgen.backend import plans
+from fastgen.backend.drivers import runs_on, version_name
 from fastgen.backend.libraries import (
     COMPILED_DTYPES,
     CompiledLibrary,
-    build_module,
-    build_module_problem,
     compiled_architectures,
     compiled_libraries,
     compiled_parts,
+    device_capability,
+    driver_problem,
     has_kernel,
+    library_for,
     load_compiled,
-    runs_on,
     why_not_compiled,
 )
 from fastgen.backend.registry import (
@@ -43,25 +45,28 @@ __all__ = [
     "TORCH",
     "CompiledLibrary",
     "add_backend",
-    "build_module",
-    "build_module_problem",
     "call",
     "compiled_architectures",
     "compiled_libraries",
     "compiled_parts",
     "current_backend",
     "define",
+    "device_capability",
     "differentiate",
+    "driver_problem",
     "has_kernel",
     "helper",
+    "library_for",
     "load_compiled",
     "may_use_tf32",
     "operator",
     "operators",
     "outside_autocast",
+    "plans",
     "refuse_other_derivatives",
     "runs_on",
     "select",
     "use_backend",
+    "version_name",
     "why_not_compiled",
 ]

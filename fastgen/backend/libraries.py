@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.machinery
-from dataclasses import dataclass
+import ctypes
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import torch
 
 from fastgen.backend._shared_objects import why_incomplete
+from fastgen.backend.drivers import (
+    CudaVersions,
+    compiles_ptx,
+    runs_on,
+    version_from,
+    version_name,
+    version_of,
+    why_too_old,
+)
 from fastgen.backend.registry import COMPILED, definition_of
 
 COMPILED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -24,6 +33,7 @@ class CompiledLibrary:
     device: str
     path: Path | None = None
     problem: str | None = None
+    handle: ctypes.CDLL | None = field(default=None, repr=False)
 
     @property
     def loaded(self) -> bool:
@@ -31,40 +41,69 @@ class CompiledLibrary:
 
     def load(self) -> None:
         self.path = _built(self.name)
+        self.problem = self._why_not_loaded()
+
+    def _why_not_loaded(self) -> str | None:
+        """Loads the library, or gives the reason why it cannot be loaded."""
         if self.path is None:
-            self.problem = f"{self.name} was not built (see FASTGEN_BUILD in docs/install.md)"
-            return
+            return f"{self.name} was not built (see FASTGEN_BUILD in docs/install.md)"
+        if self.device == "cuda" and torch.version.cuda is None:
+            return (
+                f"{self.path.name} requires CUDA, and this torch ({torch.__version__}) has none: install a build of"
+                " torch 2.10 or newer for CUDA"
+            )
         missing = why_incomplete(self.path)
         if missing is not None:
-            self.problem = f"{self.path.name} was cut short: {missing}"
-            return
+            return f"{self.path.name} was cut short: {missing}"
         try:
             torch.ops.load_library(str(self.path))
+            handle = ctypes.CDLL(str(self.path))
         except Exception as error:
             cause = error.__cause__ or error
-            self.problem = f"{self.path.name} does not load: {str(cause).splitlines()[0].rpartition('/')[2]}"
+            return f"{self.path.name} does not load: {str(cause).splitlines()[0].rpartition('/')[2]}"
+        if not hasattr(handle, "fastgen_build_info"):
+            return f"{self.path.name} is of another version of fastgen: build or install fastgen again"
+        self.handle = handle
+        return None
+
+    def build_info(self) -> dict[str, Any]:
+        """What the library was built from; empty where it is not loaded.
+
+        Keys: ``version`` of fastgen, ``torch``, ``cuda`` (nvcc's version, or None), ``architectures``, such as
+        ``["80", "90a", "120", "120+PTX"]``, and ``compiler``.
+        """
+        if self.handle is None:
+            return {}
+        function = self.handle.fastgen_build_info
+        function.restype, function.argtypes = ctypes.c_char_p, []
+        info: dict[str, Any] = json.loads(function())
+        return info
+
+    def cuda_versions(self) -> CudaVersions | None:
+        """CUDA versions of the library's runtime and of the driver; None for a library without CUDA, or not loaded.
+
+        Loads the driver, and creates no CUDA context.
+
+        Raises:
+            RuntimeError: the CUDA runtime gives an error.
+        """
+        if self.handle is None or self.device != "cuda":
+            return None
+        runtime, driver = ctypes.c_int(), ctypes.c_int()
+        error = self.handle.fastgen_cuda_versions(ctypes.byref(runtime), ctypes.byref(driver))
+        if error != 0:
+            raise RuntimeError(f"{self.name}: CUDA error {error} when its versions were read")
+        compiler = version_from(self.build_info()["cuda"])
+        return CudaVersions(version_of(runtime.value), compiler, version_of(driver.value) if driver.value else None)
 
 
 def _built(name: str) -> Path | None:
     """The file of a compiled part, in the package's folder."""
-    folder = Path(__file__).parents[1]
-    paths = (folder / (name + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES)
-    return next((path for path in paths if path.is_file()), None)
-
-
-def _load_module() -> tuple[ModuleType | None, str | None]:
-    path = _built("_C")
-    missing = None if path is None else why_incomplete(path)
-    if path is not None and missing is not None:
-        return None, f"{path.name} was cut short: {missing}"
-    try:
-        return importlib.import_module("fastgen._C"), None
-    except ImportError as error:
-        return None, f"_C was not built, or does not load: {error}"
+    path = Path(__file__).parents[1] / f"{name}.so"
+    return path if path.is_file() else None
 
 
 _compiled = [CompiledLibrary("_cpu", "cpu"), CompiledLibrary("_cuda", "cuda")]
-build_module, build_module_problem = _load_module()
 
 
 def load_compiled() -> None:
@@ -77,28 +116,54 @@ def compiled_libraries() -> list[CompiledLibrary]:
     return list(_compiled)
 
 
+def library_for(device_type: str) -> CompiledLibrary:
+    """The library with kernels for "cpu" or "cuda", loaded or not."""
+    return next(library for library in _compiled if library.device == device_type)
+
+
 def compiled_architectures() -> list[str]:
     """CUDA architectures in the compiled library, such as ``["80", "90a", "120", "120+PTX"]``."""
-    if build_module is None:
-        return []
-    return list(build_module.build_info()["cuda_architectures"])
+    return list(library_for("cuda").build_info().get("architectures", []))
 
 
-def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
-    """Whether machine code or PTX for one of the architectures runs on a device of this capability."""
-    major, minor = capability
-    for name in architectures:
-        number = int(name.rstrip("af+PTX"))
-        built = divmod(number, 10)
-        if name.endswith("+PTX"):
-            if built <= (major, minor):
-                return True
-        elif name.endswith("a"):
-            if built == (major, minor):
-                return True
-        elif built[0] == major and built[1] <= minor:
-            return True
-    return False
+_capabilities: dict[torch.device, tuple[int, int]] = {}
+
+
+def device_capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a CUDA device; None where this machine has no such device.
+
+    Fake tensors have devices that the machine lacks, when a model is traced for another machine.
+    """
+    found = _capabilities.get(device)
+    if found is None and torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count():
+        found = torch.cuda.get_device_capability(device)
+        if device.index is not None:
+            _capabilities[device] = found
+    return found
+
+
+def driver_problem() -> str | None:
+    """Why this machine's driver cannot run the kernels of the CUDA library; None where it can, and without either."""
+    versions = library_for("cuda").cuda_versions()
+    return None if versions is None else why_too_old(versions)
+
+
+def _why_not_on(capability: tuple[int, int]) -> str | None:
+    """Why the CUDA kernels do not run on a device of this machine."""
+    problem = driver_problem()
+    if problem is not None:
+        return problem
+    versions, architectures = library_for("cuda").cuda_versions(), compiled_architectures()
+    ptx = versions is None or compiles_ptx(versions)
+    if runs_on(capability, architectures, ptx=ptx):
+        return None
+    reason = f"the kernels are compiled for {', '.join(architectures)}, not for {capability}"
+    if versions is not None and runs_on(capability, architectures):
+        reason += (
+            f", and the driver, which supports CUDA {version_name(versions.driver)}, does not compile PTX of CUDA"
+            f" {version_name(versions.compiler)}: install a newer driver"
+        )
+    return reason
 
 
 def has_kernel(name: str, device: torch.device) -> bool:
@@ -119,7 +184,8 @@ def compiled_parts(name: str, device: torch.device) -> list[str]:
 def why_not_compiled(name: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
     """None where a compiled kernel of operator ``name`` serves the device, else the reason.
 
-    Meta tensors have shapes and no data: any backend serves them.
+    Meta tensors have shapes and no data: any backend serves them. A CUDA device that this machine lacks has only fake
+    tensors: its driver and architecture are unknown, and the loaded library is assumed to serve it.
     """
     if device.type == "meta":
         return None
@@ -135,8 +201,5 @@ def why_not_compiled(name: str, device: torch.device, dtype: torch.dtype | None 
         return f"only parts of {name} have compiled {device.type} kernels ({'; '.join(parts)})"
     if dtype is not None and dtype not in COMPILED_DTYPES:
         return f"{name} has no compiled kernel for {dtype}"
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if not runs_on(capability, compiled_architectures()):
-            return f"the kernels are compiled for {', '.join(compiled_architectures())}, not for {capability}"
-    return None
+    capability = device_capability(device) if device.type == "cuda" else None
+    return None if capability is None else _why_not_on(capability)

@@ -80,13 +80,17 @@ _places: dict[tuple[str, torch.device, torch.dtype], tuple[str, str | None]] = {
 def _place(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str | None]:
     """The namespace that serves these tensors in ``auto``, and why it is not a compiled kernel."""
     key = (name, device, dtype)
-    if key not in _places:
+    place = _places.get(key)
+    if place is None:
         reason = libraries.why_not_compiled(name, device, dtype)
         # With no kernel for the device, ``fastgen`` still holds PyTorch, which calls compiled helpers; with one
         # that does not take these tensors, only ``fastgen_torch`` can serve.
         refused = reason is not None and libraries.has_kernel(name, device)
-        _places[key] = (TORCH if refused else COMPILED, reason)
-    return _places[key]
+        place = (TORCH if refused else COMPILED, reason)
+        # What is assumed for a GPU that this machine lacks does not hold once CUDA_VISIBLE_DEVICES shows one.
+        if device.type != "cuda" or libraries.device_capability(device) is not None:
+            _places[key] = place
+    return place
 
 
 @constant

@@ -132,12 +132,11 @@ def test_no_barrier_of_the_mask_gradient_can_be_left_out(emulator, emulated, dim
 
 
 def plan(shape, **kwargs):
-    assert backend.build_module is not None
     sizes = (shape.batch, shape.heads, shape.heads, shape.queries, shape.keys, shape.key_dim, shape.value_dim)
-    return backend.build_module.attention_plan(*sizes, **{"element_size": 2, "multiprocessors": 132, **kwargs})
+    return backend.plans.attention_plan(*sizes, **{"element_size": 2, "multiprocessors": 132, **kwargs})
 
 
-needs_module = pytest.mark.skipif(backend.build_module is None, reason="_C was not built")
+needs_module = pytest.mark.skipif(backend.plans.why_not() is not None, reason="the CPU library is not loaded")
 
 
 @needs_module
@@ -159,7 +158,7 @@ def test_every_named_shape_has_a_plan_for_every_gpu(name, element_size):
 
 @needs_module
 def test_small_heads_have_tiles_of_their_own_and_the_rest_takes_the_next_larger():
-    tiles = backend.build_module.attention_tiles()
+    tiles = backend.plans.attention_tiles()
     assert {(16, 16), (16, 32), (32, 32), (64, 64)} <= set(tiles)
     assert max(tiles) == (WIDEST_HEAD, WIDEST_HEAD)
     shape = ATTENTION_SHAPES["dit-xl"]

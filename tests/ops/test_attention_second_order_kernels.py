@@ -130,7 +130,7 @@ def test_every_named_shape_has_a_plan_for_every_gpu(name, element_size):
 
 @needs_module
 def test_small_heads_have_a_tile_of_their_own():
-    tiles = backend.build_module.attention_tiles(second_order=True)
+    tiles = backend.plans.attention_tiles(second_order=True)
     assert plan(ATTENTION_SHAPES["sagan-64"])["tangent"]["tile"] == (16, 32)
     assert max(tiles) == (WIDEST_HEAD_SECOND_ORDER, WIDEST_HEAD_SECOND_ORDER)
     assert "tangent" not in plan(ATTENTION_SHAPES["vae-mid"])

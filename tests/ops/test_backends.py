@@ -98,7 +98,7 @@ def test_a_library_that_does_not_load_is_skipped_with_its_reason(tmp_path):
 
 def test_a_library_that_was_cut_short_is_skipped_with_its_reason_and_does_not_kill_the_process(tmp_path):
     whole = Path(backend.compiled_libraries()[0].path or pytest.skip("no library was built")).read_bytes()
-    output = run_copy(tmp_path, _cpu__so=whole[: len(whole) // 2], _C__so=whole[:70])
+    output = run_copy(tmp_path, _cpu__so=whole[: len(whole) // 2])
     assert f"library _cpu: _cpu.so was cut short: it has {len(whole) // 2} bytes of" in output
     assert "sample" in output
 
@@ -127,7 +127,7 @@ def test_a_gpu_that_the_kernels_are_not_compiled_for_takes_pytorch_and_says_so(m
     monkeypatch.setattr(selection, "_places", {})
     monkeypatch.setattr(libraries, "has_kernel", lambda *arguments: True)
     monkeypatch.setattr(libraries, "compiled_architectures", lambda: ["80", "90a"])
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(libraries, "device_capability", lambda device: (7, 5))
     reason = "the kernels are compiled for 80, 90a, not for (7, 5)"
     assert selection._place(name, cuda, torch.float16) == (backend.TORCH, reason)
     assert fastgen.environment._served_by(name, cuda) == f"PyTorch ({reason})"

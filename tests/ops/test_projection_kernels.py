@@ -346,7 +346,7 @@ def test_the_plan_decides_only_where_no_backend_is_forced(monkeypatch):
     assert "up to 128, not 136" in plan.refused(torch.float32, [8], 3, [136])
 
 
-needs_module = pytest.mark.skipif(backend.build_module is None, reason="_C was not built")
+needs_module = pytest.mark.skipif(backend.plans.why_not() is not None, reason="the CPU library is not loaded")
 
 
 @needs_module
@@ -369,7 +369,7 @@ def test_info_and_its_command_show_the_plan(capsys):
 def test_tiles_hold_a_head_whole_and_cover_the_problem(multiprocessors):
     for tokens in (1, 64, 8192):
         for outputs in (8, 48, 3456):
-            shared = backend.build_module.projection_plan(1, tokens, 64, outputs, 72, 2, multiprocessors)
+            shared = backend.plans.projection_plan(1, tokens, 64, outputs, 72, 2, multiprocessors)
             (rows, columns), blocks = shared["forward"]["tile"], shared["forward"]["blocks"]
             assert columns >= 72
             assert rows * columns * blocks >= tokens * outputs

@@ -1,0 +1,1 @@
+"""Tests of builds, wheels and the machines that they are installed on."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgen._dynamo import constant, is_dynamo_compiling
+from fastgen.backend import device_capability
 
 
 class Chip(NamedTuple):
@@ -174,19 +175,21 @@ MAX_PARTS = 4
 WIDEST_EPILOGUE_HEAD = 128
 
 
-def _major(tensor: Tensor) -> int:
-    return torch.cuda.get_device_capability(tensor.device)[0]
+def _major(tensor: Tensor) -> int | None:
+    """None for a fake tensor on a device that this machine lacks."""
+    capability = device_capability(tensor.device)
+    return None if capability is None else capability[0]
 
 
 @constant
-def _constant_major(tensor: Tensor) -> int:
+def _constant_major(tensor: Tensor) -> int | None:
     return _major(tensor)
 
 
 def slower(problem: Problem, tensor: Tensor) -> bool:
     """Whether the kernels are expected to be slower than cuBLAS for tensors like this one; False for sizes that
-    torch.compile keeps symbolic."""
+    torch.compile keeps symbolic, and for a GPU that this machine lacks."""
     if tensor.device.type != "cuda" or not all(isinstance(size, int) for size in problem[:3]):
         return False
     major = _constant_major(tensor) if is_dynamo_compiling() else _major(tensor)
-    return estimate(problem, major).takes_library
+    return major is not None and estimate(problem, major).takes_library

@@ -1,0 +1,117 @@
+"""Launch plans of the CUDA kernels. The CPU library computes them: they require neither a GPU nor CUDA."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from fastgen.backend import libraries
+
+_INT, _INT64, _BOOL, _SIZES = ctypes.c_int, ctypes.c_int64, ctypes.c_bool, ctypes.POINTER(ctypes.c_int)
+
+_ARGUMENTS: dict[str, list[Any]] = {
+    "latent_plan": [_INT64, _INT64, _INT, _INT],
+    "attention_tiles": [_BOOL],
+    "attention_plan": [*[_INT64] * 5, *[_INT] * 4, _BOOL, _SIZES],
+    "projection_plan": [_INT] * 7,
+}
+
+
+def why_not() -> str | None:
+    """Why there are no launch plans; None where there are."""
+    library = libraries.library_for("cpu")
+    return library.problem if library.handle is None else None
+
+
+def latent_plan(rows: int, cols: int, element_size: int, multiprocessors: int) -> dict[str, int]:
+    """Launch plan of the latent kernels for a (rows, cols) latent.
+
+    Raises:
+        ValueError: a size is not a positive integer, in this and the other plans.
+        RuntimeError: the CPU library is not loaded, in this and the other plans.
+    """
+    sizes = {"rows": rows, "cols": cols, "element_size": element_size, "multiprocessors": multiprocessors}
+    found: dict[str, int] = _call("latent_plan", sizes)
+    return found
+
+
+def attention_tiles(second_order: bool = False) -> list[tuple[int, int]]:
+    """Head dims (key, value) of the attention kernels; ``second_order``: of tangents and second derivatives."""
+    return [(key, value) for key, value in _call("attention_tiles", {}, bool(second_order))]
+
+
+def attention_plan(
+    batch: int,
+    heads: int,
+    key_heads: int,
+    queries: int,
+    keys: int,
+    key_dim: int,
+    value_dim: int,
+    element_size: int,
+    multiprocessors: int,
+    plain: bool = True,
+    mask: Sequence[int] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Launch plan of each attention kernel.
+
+    Args:
+        plain: no mask and no dropout.
+        mask: sizes (B, H, N, M) of a mask that requires a gradient, 1 where it broadcasts.
+
+    Raises:
+        ValueError: head dims larger than every tile, or a mask without four sizes.
+    """
+    sizes = {
+        "batch": batch, "heads": heads, "key_heads": key_heads, "queries": queries, "keys": keys, "key_dim": key_dim,
+        "value_dim": value_dim, "element_size": element_size, "multiprocessors": multiprocessors,
+    }  # fmt: skip
+    of_mask = None
+    if mask is not None:
+        if len(mask) != 4:
+            raise ValueError(f"mask: expected four sizes (B, H, N, M), got {tuple(mask)}")
+        of_mask = (_INT * 4)(*(_checked("mask", size, _INT) for size in mask))
+    return _with_tuples(_call("attention_plan", sizes, bool(plain), of_mask))
+
+
+def projection_plan(
+    batch: int, tokens: int, inputs: int, outputs: int, widest: int, element_size: int, multiprocessors: int
+) -> dict[str, dict[str, Any]]:
+    """Launch plan of each projection kernel.
+
+    Args:
+        batch: 1 if tokens are numbered across the batch.
+        widest: largest head dim that must be in one tile.
+    """
+    sizes = {
+        "batch": batch, "tokens": tokens, "inputs": inputs, "outputs": outputs, "widest": widest,
+        "element_size": element_size, "multiprocessors": multiprocessors,
+    }  # fmt: skip
+    return _with_tuples(_call("projection_plan", sizes))
+
+
+def _call(name: str, sizes: dict[str, int], *rest: Any) -> Any:
+    handle = libraries.library_for("cpu").handle
+    if handle is None:
+        raise RuntimeError(f"{name}: launch plans require the compiled CPU library: {why_not()}")
+    function = getattr(handle, f"fastgen_{name}")
+    function.restype, function.argtypes = ctypes.c_char_p, _ARGUMENTS[name]
+    checked = [_checked(key, size, kind) for (key, size), kind in zip(sizes.items(), _ARGUMENTS[name], strict=False)]
+    found = json.loads(function(*checked, *rest))
+    if isinstance(found, dict) and "error" in found:
+        raise ValueError(found["error"])
+    return found
+
+
+def _checked(name: str, size: int, kind: Any) -> int:
+    """The size as an int. C would wrap a larger one, and divide by zero."""
+    limit = 2 ** (8 * ctypes.sizeof(kind) - 1)
+    if isinstance(size, bool) or not isinstance(size, int) or not 0 < size < limit:
+        raise ValueError(f"{name}: expected an integer from 1 to {limit - 1}, got {size!r}")
+    return size
+
+
+def _with_tuples(plans: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {kernel: {**plan, "tile": tuple(plan["tile"])} for kernel, plan in plans.items()}
