@@ -8,6 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def has_data(tensor: Tensor) -> bool:
+    """Whether values can be read: not of meta tensors, nor of fake ones, with which a model is traced."""
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
 
 
 def shape_of(tensor: Tensor) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,11 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     if device == "meta":  # has no autocast; torch raises
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Context manager that disables autocast on the device. Meta tensors have none; torch raises for them."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def lower(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 from fastgen import checks as check
+from fastgen.functional._autocast import without_autocast
 
 
 def upcast_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -133,7 +134,7 @@ def squared_gradient_norms(
         )
     batch = source.size(0)
     # The backward pass uses the dtypes of the forward pass; autocast would also cast operations that ran in float32.
-    with torch.autocast(source.device.type, enabled=False):
+    with without_autocast(source.device):
         scale = _gradient_scale(scaler, batch, outputs.device)
         grad_outputs = torch.ones_like(outputs, dtype=upcast_dtype(outputs.dtype)) if weights is None else weights
         grad_outputs = (grad_outputs if scale is None else grad_outputs * scale).to(outputs.dtype)

@@ -45,6 +45,7 @@ from fastgen.checks import (
     require_probability,
     require_shape,
 )
+from fastgen.functional._autocast import autocast_dtype
 from fastgen.models.base import Batch, GenerativeModel, Phase, Samples, StepContext, Texts, option, upcast
 from fastgen.models.decoding import beam_search
 from fastgen.models.registry import register_model
@@ -395,8 +396,7 @@ class Seq2Seq(GenerativeModel):
     def _caches(self, batch: int) -> list[DecoderCache]:
         config, weight = self.config, next(self.parameters())
         device = weight.device
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
+        dtype = autocast_dtype(weight) or weight.dtype
         sizes = (batch, config.heads, config.target_length, config.head_dim)
         return [DecoderCache(KVCache(*sizes, device=device, dtype=dtype)) for _ in range(config.decoder_depth)]
 

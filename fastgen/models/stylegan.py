@@ -34,6 +34,7 @@ from torch.nn.utils import parametrize
 
 from fastgen import losses
 from fastgen.checks import require_choice, require_not_negative, require_positive, require_positive_number
+from fastgen.functional._autocast import without_autocast
 from fastgen.losses.adversarial import AdversarialLoss
 from fastgen.models.adversarial import (
     ImageGAN,
@@ -199,7 +200,7 @@ class ModulatedConv2d(nn.Module):
             with parametrize.cached() if parametrize.is_parametrized(convolution) else nullcontext():
                 y = convolution(scaled)  # before its weight is read: a hook may compute the weight
                 weight = convolution.weight * convolution.scale
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             squares = upcast(weight).square().sum(dim=(2, 3))
             norm = torch.rsqrt(F.linear(upcast(scale).square(), squares) + 1e-8)
         return y * norm.to(y.dtype)[:, :, None, None]

@@ -37,6 +37,7 @@ from fastgen.checks import (
     require_positive_number,
     require_probability,
 )
+from fastgen.functional._autocast import autocast_dtype
 from fastgen.models import decoding
 from fastgen.models.base import Batch, GenerativeModel, Phase, StepContext, Texts, option, upcast
 from fastgen.models.decoding import Chooser, Noise, generating, require_top_p
@@ -472,8 +473,7 @@ class CachedBlocks:
         segment: int | None = None,
     ) -> None:
         device = like.device
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else like.dtype
+        dtype = autocast_dtype(like) or like.dtype
         self.blocks, self.rotary = cast(Sequence[LMBlock], blocks), rotary
         first = self.blocks[0]
         sizes = (batch, first.heads, max_length, first.head_dim)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fastgen.batch import NEVER_IGNORED, readable, require_tokens
 from fastgen.checks import require_not_negative, require_positive, require_positive_number, require_probability
+from fastgen.functional._autocast import without_autocast
 from fastgen.models.base import Batch, GenerativeModel, Images, Phase, Samples, StepContext, image_rows, option, upcast
 from fastgen.models.conv_vae import ResidualBlock, downsampling, upsampling
 from fastgen.models.decoding import Chooser
@@ -149,7 +150,7 @@ class Codebook(nn.Module):
         """Features (B, D, h, w) -> codes (B, h, w): the indices of the nearest entries."""
         entries = upcast(self.words)
         rows = features.movedim(1, -1).to(entries.dtype)
-        with torch.autocast(rows.device.type, enabled=False):
+        with without_autocast(rows.device):
             distances = entries.square().sum(1) - 2 * rows @ entries.T
         return distances.argmin(-1)
 
@@ -166,7 +167,7 @@ class Codebook(nn.Module):
         rows = features.movedim(1, -1).flatten(0, -2).to(self.words.dtype)
         assigned = F.one_hot(codes.flatten(), len(self.words)).to(rows.dtype)
         self.uses.lerp_(assigned.sum(0), 1 - self.decay)
-        with torch.autocast(rows.device.type, enabled=False):
+        with without_autocast(rows.device):
             self.sums.lerp_(assigned.T @ rows, 1 - self.decay)
         if self.revive_below:
             average_use = len(rows) / len(self.words)

@@ -36,6 +36,7 @@ from fastgen.checks import (
     require_positive_number,
     require_probability,
 )
+from fastgen.functional._autocast import without_autocast
 from fastgen.models.base import Batch, GenerativeModel, Phase, Sounds, StepContext, option, upcast
 from fastgen.models.decoding import Chooser
 from fastgen.models.registry import register_model
@@ -338,7 +339,7 @@ class WaveNet(ComputedBuffers, GenerativeModel):
         """Means, log scales and logits of the components, given the samples before. Offsets are multiples of scales."""
         coefficients, offset, log_scale, weight = self._split(outputs)
         log_scale = log_scale.clamp(MIN_LOG_SCALE, MAX_LOG_SCALE)
-        with torch.autocast(outputs.device.type, enabled=False):  # bfloat16 is too coarse for a prediction
+        with without_autocast(outputs.device):  # bfloat16 is too coarse for a prediction
             coefficients = COEFFICIENT * (coefficients @ self.cosines.to(coefficients.dtype))
         prediction = before[..., -1:] + (coefficients * before).sum(-1, keepdim=True)
         return prediction + offset * log_scale.exp(), log_scale, weight
@@ -383,7 +384,7 @@ class WaveNet(ComputedBuffers, GenerativeModel):
         """
         require_positive("n", n)
         length = max(1, round(options.seconds * self.config.sample_rate)) if options.seconds else self.config.length
-        with torch.autocast(self.device.type, enabled=False):
+        with without_autocast(self.device):
             levels = self._sample(n, length, options.temperature, generator)
         return Sounds(inverse_mu_law(levels), self.config.sample_rate)
 

@@ -24,6 +24,8 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from fastgen.functional._autocast import without_autocast
+
 ITERATIONS = 20
 MOST_ITERATIONS = 1000
 TOLERANCE = 1e-6
@@ -57,7 +59,7 @@ def settle(network: nn.Module) -> None:
         1.0
     """
     for buffers, compute in _derived(network):
-        with torch.autocast(buffers[0].device.type, enabled=False):
+        with without_autocast(buffers[0].device):
             compute()
 
 

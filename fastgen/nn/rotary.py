@@ -107,8 +107,11 @@ class RotaryEmbedding(nn.Module):
         end = offset + length
         # The cache is bypassed in CUDA graph capture, because it may be replaced before a replay, and under dispatch
         # modes such as FakeTensorMode, which create tensors of their own.
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if torch.compiler.is_compiling() or capturing or torch._C._len_torch_dispatch_stack() > 0:
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack() > 0
+            or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        ):
             return self._compute(torch.arange(offset, end, device=device), dtype)
         tables = self._cache.get((device, dtype))
         if tables is None or tables[0].size(0) < end:

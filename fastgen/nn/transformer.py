@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen.checks import require_tensor, shape_of
+from fastgen.checks import has_data, require_tensor, shape_of
 from fastgen.nn._nested import boolean_padding_mask, unsupported_sublayer
 from fastgen.nn._norm import apply_norm
 from fastgen.nn._sublayers import is_unhooked
@@ -87,7 +87,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         if not torch.is_tensor(padding) or src.dim() != 3 or padding.shape != src.shape[:2] or src.numel() == 0:
             return False
         if (
-            src.is_meta
+            not has_data(src)
             or not torch.backends.mha.get_fastpath_enabled()
             or not all(map(_supports_fast_path, self.layers))
         ):
@@ -282,7 +282,7 @@ def _is_causal(mask: Tensor | None) -> bool:
     """Whether the mask is the causal mask, so that it need not be read. False if it may be differentiated."""
     if mask is None or torch.compiler.is_compiling() or mask.dim() != 2 or mask.size(0) != mask.size(1):
         return False
-    if mask.requires_grad or mask.is_meta or transforms_active():
+    if mask.requires_grad or not has_data(mask) or transforms_active():
         return False
     if mask.dtype == torch.bool:
         return torch.equal(mask, torch.ones_like(mask).triu(1))

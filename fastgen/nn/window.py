@@ -123,7 +123,9 @@ class WindowAttention2d(ComputedBuffers, StateDictRemapping):
         self.qkv = nn.Linear(channels, 3 * channels, bias, device=device, dtype=dtype)
         self.proj = nn.Linear(channels, channels, bias, device=device, dtype=dtype)
         table = torch.empty((2 * height - 1) * (2 * width - 1), num_heads, device=device, dtype=dtype)
-        self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
+        if check.has_data(table):  # truncation draws again until every value fits
+            nn.init.trunc_normal_(table, std=0.02)
+        self.relative_position_bias_table = nn.Parameter(table)
         self._register_computed(device)
 
     def _computed(self) -> dict[str, Tensor]:

@@ -8,6 +8,10 @@ import pickle
 import pytest
 import torch
 
+import fastgen
+from fastgen.functional import scaled_dot_product_attention
+from fastgen.functional._autocast import without_autocast
+from fastgen.losses import gradient_penalty
 from fastgen.models import (
     FlowVAE,
     FlowVAEConfig,
@@ -18,23 +22,8 @@ from fastgen.models import (
     WaveNet,
     WaveNetConfig,
 )
-from fastgen.nn import (
-    GRU,
-    LSTM,
-    AttentionBlock2d,
-    AttentionGate2d,
-    GaussianLatent,
-    KVCache,
-    MultiheadAttention,
-    PositionalEncoding,
-    RelativePositionBias,
-    RotaryEmbedding,
-    SelfAttention2d,
-    Transformer,
-    TransformerEncoder,
-    TransformerEncoderLayer,
-    WindowAttention2d,
-)
+from fastgen.nn import KVCache, PositionalEncoding, RelativePositionBias, WindowAttention2d
+from tests.tracing.calls import CASES, tensors_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -139,63 +128,46 @@ def test_negative_cache_padding_raises():
 # Meta tensors through layers
 
 
-def on_meta(*shape, dtype=None):
-    return torch.empty(*shape, dtype=dtype, device="meta")
+@pytest.mark.parametrize("name", CASES)
+def test_functions_and_layers_support_meta_tensors(name):
+    leaves = []
 
+    def make(*sizes, dtype=None, grad=True):
+        tensor = torch.empty(sizes, dtype=dtype, device="meta", requires_grad=grad and dtype is None)
+        leaves.extend([tensor] if tensor.requires_grad else [])
+        return tensor
 
-PADDING = on_meta(2, 3, dtype=torch.bool)
-CALLS = {
-    "MultiheadAttention": (
-        lambda: MultiheadAttention(8, 2, batch_first=True),
-        lambda layer: layer(*[on_meta(2, 3, 8)] * 3, key_padding_mask=PADDING)[0],
-    ),
-    "TransformerEncoder": (
-        lambda: TransformerEncoder(TransformerEncoderLayer(8, 2, 8, batch_first=True), 1).eval().requires_grad_(False),
-        lambda layer: layer(on_meta(2, 3, 8), src_key_padding_mask=PADDING),
-    ),
-    "Transformer": (
-        lambda: Transformer(8, 2, 1, 1, 8),
-        lambda layer: layer(on_meta(3, 2, 8), on_meta(3, 2, 8), tgt_mask=on_meta(3, 3)),
-    ),
-    "SelfAttention2d": (lambda: SelfAttention2d(8, pool=2), lambda layer: layer(on_meta(2, 8, 4, 4))),
-    "AttentionBlock2d": (lambda: AttentionBlock2d(8, num_groups=2), lambda layer: layer(on_meta(2, 8, 4, 4))),
-    "AttentionGate2d": (lambda: AttentionGate2d(8, stride=2), lambda layer: layer(on_meta(2, 8, 4, 4))),
-    "WindowAttention2d": (lambda: WindowAttention2d(8, 2, 3, shift=1), lambda layer: layer(on_meta(2, 8, 7, 4))),
-    "PositionalEncoding": (
-        lambda: PositionalEncoding(8, 7),
-        lambda layer: layer(on_meta(2, 3, 8), positions=on_meta(3, dtype=torch.int64)),
-    ),
-    "RotaryEmbedding": (
-        lambda: RotaryEmbedding(8),
-        lambda layer: layer(on_meta(2, 2, 3, 8), on_meta(2, 2, 3, 8))[0],
-    ),
-    "RelativePositionBias": (lambda: RelativePositionBias(4), lambda layer: layer(5, 7)),
-    "KVCache": (
-        lambda: KVCache(2, 2, 4, 3),
-        lambda layer: (
-            layer.reset(on_meta(2, dtype=torch.int64)) or layer.update(on_meta(2, 2, 3, 3), on_meta(2, 2, 3, 3))[0]
-        ),
-    ),
-    "GaussianLatent": (GaussianLatent, lambda layer: layer(on_meta(2, 8, 3))[0]),
-    "LSTM": (lambda: LSTM(3, 4, 2), lambda layer: layer(on_meta(5, 2, 3))[0]),
-    "GRU": (lambda: GRU(3, 4, bidirectional=True), lambda layer: layer(on_meta(5, 2, 3))[0]),
-}
-SHAPES = {
-    "MultiheadAttention": (2, 3, 8), "TransformerEncoder": (2, 3, 8), "Transformer": (3, 2, 8),
-    "WindowAttention2d": (2, 8, 7, 4), "PositionalEncoding": (2, 3, 8), "RotaryEmbedding": (2, 2, 3, 8),
-    "RelativePositionBias": (4, 5, 7), "KVCache": (2, 2, 4, 3), "GaussianLatent": (2, 4, 3), "LSTM": (5, 2, 4),
-    "GRU": (5, 2, 8),
-}  # fmt: skip
+    def real(*sizes, dtype=None, grad=True):
+        return torch.zeros(sizes, dtype=dtype) if dtype is not None else torch.randn(sizes, requires_grad=grad)
 
-
-@pytest.mark.parametrize("name", CALLS)
-def test_layers_support_meta_tensors(name):
-    make, call = CALLS[name]
     with torch.device("meta"):
-        layer = make()
-    out = call(layer)
-    assert out.is_meta
-    assert out.shape == SHAPES.get(name, (2, 8, 4, 4))
-    if out.requires_grad:
-        out.sum().backward()
-        assert all(p.grad.is_meta for p in layer.parameters() if p.grad is not None)
+        outputs = tensors_of(CASES[name](make))
+    assert all(out.is_meta for out in outputs)
+    assert [out.shape for out in outputs] == [out.shape for out in tensors_of(CASES[name](real))]
+    differentiable = [out for out in outputs if out.requires_grad]
+    assert differentiable or not leaves
+    if differentiable:
+        sum(out.sum() for out in differentiable).backward()
+    assert all(leaf.grad.is_meta and leaf.grad.shape == leaf.shape for leaf in leaves)
+
+
+@pytest.mark.parametrize("way", ["auto", "torch", "compiled"])
+def test_every_backend_supports_meta_tensors(way):
+    q = torch.empty(1, 2, 3, 8, device="meta", requires_grad=True)
+    with fastgen.use_backend(way):
+        scaled_dot_product_attention(q, q, q).sum().backward()
+    assert q.grad.is_meta
+
+
+def test_without_autocast_takes_meta_tensors():
+    with without_autocast(torch.device("meta")):
+        pass
+    with torch.autocast("cpu", torch.bfloat16), without_autocast(torch.device("cpu")):
+        assert torch.ones(2, 2).matmul(torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_gradient_penalties_support_meta_tensors():
+    real, fake = (torch.empty(3, 4, device="meta") for _ in range(2))
+    weight = torch.empty(4, 1, device="meta", requires_grad=True)
+    gradient_penalty(lambda x: (x @ weight).tanh(), real, fake).backward()
+    assert weight.grad.is_meta
