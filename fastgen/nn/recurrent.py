@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastgen.checks import require_device, require_floating, require_shape, require_tensor, shape_of
+from fastgen.checks import has_data, require_device, require_floating, require_shape, require_tensor, shape_of
 from fastgen.functional._autocast import autocast_dtype
 from fastgen.functional.recurrent import recurrent
 
@@ -26,6 +26,11 @@ def _weights(layer: torch.nn.RNNBase) -> list[Tensor]:
     if all(isinstance(weight, torch.nn.Parameter) for weight in weights):
         layer._update_flat_weights()  # cuDNN needs contiguous weights
     return weights
+
+
+def _have_data(layer: torch.nn.RNNBase) -> bool:
+    """False for meta and fake weights, which cuDNN cannot place in memory."""
+    return all(weight is None or has_data(weight) for weight in layer._flat_weights)
 
 
 def _batched(layer: torch.nn.RNNBase, input: Any) -> tuple[Tensor, Tensor | None, Any]:
@@ -141,6 +146,11 @@ class LSTM(torch.nn.LSTM):
         (torch.Size([4, 5, 8]), torch.Size([2, 4, 8]))
     """
 
+    def flatten_parameters(self) -> None:
+        """As in torch; nothing for weights without data."""
+        if _have_data(self):
+            super().flatten_parameters()
+
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:  # type: ignore[override]
         """Runs the recurrence.
 
@@ -164,6 +174,11 @@ class GRU(torch.nn.GRU):
         >>> output.shape, h.shape
         (torch.Size([5, 4, 16]), torch.Size([2, 4, 8]))
     """
+
+    def flatten_parameters(self) -> None:
+        """As in torch; nothing for weights without data."""
+        if _have_data(self):
+            super().flatten_parameters()
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:  # type: ignore[override]
         """Runs the recurrence.

@@ -19,10 +19,6 @@ HERE = Path(__file__).parent
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
-RECURRENT = ("nn.LSTM", "nn.GRU")
-"""Layers of torch's own kernels, which torch does not trace for a GPU that is not there."""
-
-
 def build_guard(folder: Path) -> list[str]:
     """The library of device_guard.cpp; nothing for a torch with CUDA, which has a guard."""
     if torch.version.cuda is not None:
@@ -55,7 +51,7 @@ def test_there_is_a_call_of_every_public_function_and_layer():
     assert set(LAYERS) == set(nn.__all__)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in RECURRENT])
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("way", ["absent auto", "loaded auto", "loaded compiled"])
 def test_outputs_and_gradients_have_the_shapes_and_dtypes_of_real_ones(traced, way, name):
     real = traced["cpu"][name]

@@ -19,6 +19,8 @@ from torch.autograd import Function
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.functional import dropout, linear
 
+from fastgen.backend import device_capability
+from fastgen.checks import has_data
 from fastgen.ops.autograd import in_graph, must_be_differentiable, transforms_active
 
 
@@ -221,6 +223,11 @@ def accelerated(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+def _traced_for_another_machine(data: Tensor) -> bool:
+    """Whether data is a fake tensor on a GPU that this machine lacks, for which torch's kernels cannot be traced."""
+    return accelerated(data.device) and not (data.is_meta or has_data(data)) and device_capability(data.device) is None
+
+
 def _without_dropout(
     stack: Recurrence,
     data: Tensor,
@@ -229,7 +236,7 @@ def _without_dropout(
     weights: Sequence[Tensor],
     train: bool,
 ) -> tuple[Tensor, ...]:
-    if transforms_active():
+    if transforms_active() or _traced_for_another_machine(data):
         return _lowered_recurrence(stack, data, batch_sizes, states, weights)
     tensors = (data, *states, *weights)
     if accelerated(data.device) and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
