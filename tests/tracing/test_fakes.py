@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
+
 def build_guard(folder: Path) -> list[str]:
     """The library of device_guard.cpp; nothing for a torch with CUDA, which has a guard."""
     if torch.version.cuda is not None:

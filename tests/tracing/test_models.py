@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from torch.utils._pytree import tree_map
 
 from fastgen.models import MODELS
