@@ -1,5 +1,5 @@
 // The interface between api.cpp and the kernels: launchers of one storage type, defined in launch.cuh and instantiated
-// in instantiations/, and their dispatch by dtype.
+// in instantiations/ (a file for each launcher and type, which compile in parallel), and their dispatch by dtype.
 #pragma once
 
 #include "attention/params.h"

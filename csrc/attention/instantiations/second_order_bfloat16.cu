@@ -2,9 +2,6 @@
 
 namespace fastgen::attention {
 
-template void launch_tangent<BFloat16>(const TangentParams&, void*);
 template void launch_second_order<BFloat16>(const SecondOrderParams&, void*);
-template void launch_mask_second_order<BFloat16>(const SecondOrderParams&, const MaskGradient&, void*);
-template int mask_second_order_splits<BFloat16>(const Problem&, const int (&)[4]);
 
 }  // namespace fastgen::attention

@@ -2,9 +2,6 @@
 
 namespace fastgen::attention {
 
-template void launch_tangent<Half>(const TangentParams&, void*);
 template void launch_second_order<Half>(const SecondOrderParams&, void*);
-template void launch_mask_second_order<Half>(const SecondOrderParams&, const MaskGradient&, void*);
-template int mask_second_order_splits<Half>(const Problem&, const int (&)[4]);
 
 }  // namespace fastgen::attention

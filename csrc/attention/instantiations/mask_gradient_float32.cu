@@ -2,8 +2,6 @@
 
 namespace fastgen::attention {
 
-template void launch_forward<float>(ForwardParams, void*);
-template void launch_backward<float>(const BackwardParams&, void*);
 template void launch_mask_gradient<float>(const BackwardParams&, const MaskGradient&, void*);
 template int mask_splits<float>(const Problem&, const int (&)[4]);
 

@@ -2,8 +2,6 @@
 
 namespace fastgen::attention {
 
-template void launch_forward<Half>(ForwardParams, void*);
-template void launch_backward<Half>(const BackwardParams&, void*);
 template void launch_mask_gradient<Half>(const BackwardParams&, const MaskGradient&, void*);
 template int mask_splits<Half>(const Problem&, const int (&)[4]);
 

@@ -1,0 +1,7 @@
+#include "attention/launch.cuh"
+
+namespace fastgen::attention {
+
+template void launch_tangent<float>(const TangentParams&, void*);
+
+}  // namespace fastgen::attention
