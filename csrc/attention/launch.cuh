@@ -1,7 +1,6 @@
 // Launchers of one storage type: plan, choose the instantiation, launch. Declared for api.cpp in launch.h.
 #pragma once
 
-#include <stdexcept>
 #include <utility>
 
 #include "attention/backward.cuh"
@@ -12,6 +11,7 @@
 #include "attention/second_order.cuh"
 #include "attention/tangent.cuh"
 #include "common/dispatch.h"
+#include "common/error.h"
 #include "device/launch.cuh"
 
 namespace fastgen::attention {
@@ -25,12 +25,12 @@ void dispatch_head_dims(Dims dims, Body&& body) {
   };
   [&]<size_t... i>(std::index_sequence<i...>) {
     (one.template operator()<i>(), ...);
-  }(std::make_index_sequence<std::size(kTable)>{});
+  }(std::make_index_sequence<length(kTable)>{});
 }
 
 inline device::Launch launch_config(const Plan& plan, void* stream) {
   if (plan.blocks > INT32_MAX || plan.slices > UINT16_MAX) {
-    throw std::runtime_error("attention: batch * heads * length is more than one launch has blocks for");
+    throw Error("attention: batch * heads * length is more than one launch has blocks for");
   }
   return {dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.slices)),
           dim3(static_cast<unsigned>(32 * plan.warps)), static_cast<size_t>(plan.shared_bytes),

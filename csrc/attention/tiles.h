@@ -18,7 +18,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <iterator>
 
 #include "common/tiling.h"
 
@@ -34,8 +33,8 @@ constexpr Dims kHeadDims[] = {{16, 16}, {16, 32},   {32, 32},   {64, 64},   {32,
 // The same for tangents and second derivatives, which hold about twice as much per row.
 constexpr Dims kSecondOrderHeadDims[] = {{16, 32}, {64, 64}, {32, 128}, {96, 96}, {128, 128}, {256, 256}};
 
-constexpr Dims kLargestHeadDims = kHeadDims[std::size(kHeadDims) - 1];
-constexpr Dims kLargestSecondOrderHeadDims = kSecondOrderHeadDims[std::size(kSecondOrderHeadDims) - 1];
+constexpr Dims kLargestHeadDims = kHeadDims[length(kHeadDims) - 1];
+constexpr Dims kLargestSecondOrderHeadDims = kSecondOrderHeadDims[length(kSecondOrderHeadDims) - 1];
 
 constexpr bool holds(Dims compiled, Dims dims) { return dims.key <= compiled.key && dims.value <= compiled.value; }
 

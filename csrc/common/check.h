@@ -3,15 +3,12 @@
 
 #include <cuda_runtime_api.h>
 
-#include <stdexcept>
-#include <string>
+#include "common/error.h"
 
 namespace fastgen {
 
 inline void check_cuda(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) {
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
-  }
+  if (status != cudaSuccess) throw Error(what, cudaGetErrorString(status));
 }
 
 }  // namespace fastgen

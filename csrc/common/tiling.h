@@ -8,6 +8,12 @@ namespace fastgen {
 FASTGEN_HOST_DEVICE constexpr int smaller(int a, int b) { return a < b ? a : b; }
 FASTGEN_HOST_DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }
 
+// The number of elements of an array. Without std::size, whose <iterator> is as slow to parse as <string> (error.h).
+template <typename T, int kLength>
+constexpr int length(const T (&)[kLength]) {
+  return kLength;
+}
+
 constexpr int kFragmentRows = 16;  // of an mma instruction
 constexpr int kRowPadding = 16;    // bytes after each row of a tile in shared memory
 

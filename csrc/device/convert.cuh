@@ -1,8 +1,6 @@
 // Storage types to float32 and back. Rounding is to nearest, ties to even.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include "common/types.h"
@@ -10,10 +8,15 @@
 namespace fastgen::device {
 
 __device__ __forceinline__ float to_float(float value) { return value; }
-__device__ __forceinline__ float to_float(Half value) { return __half2float(__ushort_as_half(value.bits)); }
-__device__ __forceinline__ float to_float(BFloat16 value) { return __bfloat162float(__ushort_as_bfloat16(value.bits)); }
+// PTX ISA, "cvt" (.f32.f16). A bfloat16 is the upper half of a float32.
+__device__ __forceinline__ float to_float(Half value) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+  return result;
+}
+__device__ __forceinline__ float to_float(BFloat16 value) { return bits_to_float(uint32_t{value.bits} << 16); }
 
-// PTX ISA, "cvt" (.rn).
+// PTX ISA, "cvt" (.rn.f16.f32, .rn.bf16.f32).
 template <typename T>
 __device__ __forceinline__ T from_float(float value);
 template <>
@@ -22,11 +25,15 @@ __device__ __forceinline__ float from_float<float>(float value) {
 }
 template <>
 __device__ __forceinline__ Half from_float<Half>(float value) {
-  return {__half_as_ushort(__float2half_rn(value))};
+  Half result;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+  return result;
 }
 template <>
 __device__ __forceinline__ BFloat16 from_float<BFloat16>(float value) {
-  return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
+  BFloat16 result;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+  return result;
 }
 
 // Two values in one register, the first in its low half. PTX ISA, "cvt" (.rn.f16x2.f32, .rn.bf16x2.f32).

@@ -1,9 +1,8 @@
 // Launchers of one storage type, instantiated in instantiations/.
 #pragma once
 
-#include <stdexcept>
-
 #include "common/dispatch.h"
+#include "common/error.h"
 #include "device/launch.cuh"
 #include "projection/heads_backward.cuh"
 #include "projection/plan.h"
@@ -19,7 +18,7 @@ void dispatch_tile(int tile, Body&& body) {
 }
 
 inline unsigned checked_blocks(int64_t blocks, int64_t most) {
-  if (blocks > most) throw std::runtime_error("projection: more tokens or channels than one launch has blocks for");
+  if (blocks > most) throw Error("projection: more tokens or channels than one launch has blocks for");
   return static_cast<unsigned>(blocks);
 }
 

@@ -9,7 +9,6 @@
 #pragma once
 
 #include <cstddef>
-#include <iterator>
 
 #include "common/tiling.h"
 
@@ -26,7 +25,7 @@ struct TileShape {
 constexpr TileShape kTileShapes[] = {{64,     64,     2, 2},  // <= 128, 4: small problems, which need many blocks
                                      {128,    128,    2, 4}}; // <= 128, 2; float32 <= 192, 1: fewer copies
 // clang-format on
-constexpr int kTileCount = static_cast<int>(std::size(kTileShapes));
+constexpr int kTileCount = length(kTileShapes);
 // The largest head dim with QK-norm or RoPE, which need whole heads in a tile.
 constexpr int kLargestHead = kTileShapes[kTileCount - 1].block_n;
 
