@@ -11,46 +11,59 @@ namespace fastgen::latent {
 template <typename T>
 constexpr int kChunk = chunk_elements(sizeof(T));
 
-// In the storage type: a chunk of 16-bit elements takes 4 registers, and is converted to float32 group by group.
-template <typename T>
+// Elements of one operand, in the storage type. kVector: rows are 16-byte aligned and a whole number of chunks, so a
+// chunk is one access. Otherwise its groups are accessed one by one, by element, with zeros past the end of the row. An
+// absent operand is zeros.
+template <typename T, bool kVector>
 struct Chunk {
-  T elements[kChunk<T>];
+  static constexpr int kElements = kVector ? kChunk<T> : kGroup;
+  T elements[kElements];
 
+  // Of the current group.
   __device__ __forceinline__ float operator[](int i) const { return device::to_float(elements[i]); }
   __device__ __forceinline__ void set(int i, float value) { elements[i] = device::from_float<T>(value); }
+
+  __device__ __forceinline__ void load_chunk(const Input& input, int64_t row, int64_t col) {
+    if constexpr (kVector) {
+      if (input.data != nullptr) device::load_vector(at<const T>(input.data, row * input.row_stride + col), elements);
+    }
+  }
+  __device__ __forceinline__ void load_group(const Input& input, int64_t row, int64_t col, int64_t cols) {
+    if constexpr (!kVector) {
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        const bool valid = input.data != nullptr && col + i < cols;
+        elements[i] = valid ? *at<const T>(input.data, row * input.row_stride + col + i) : T{};
+      }
+    }
+  }
+  __device__ __forceinline__ void store_group(void* target, int64_t row, int64_t col, int64_t cols) const {
+    if constexpr (!kVector) {
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        if (col + i < cols) *at<T>(target, row * cols + col + i) = elements[i];
+      }
+    }
+  }
+  __device__ __forceinline__ void store_chunk(void* target, int64_t row, int64_t col, int64_t cols) const {
+    if constexpr (kVector) device::store_vector(at<T>(target, row * cols + col), elements);
+  }
+  // Makes the next group the current one; after the last, the first. The loop over groups is not unrolled, to save
+  // registers in 16-bit types, and an array in registers cannot be indexed by a loop's variable.
+  __device__ __forceinline__ void next_group() {
+#pragma unroll
+    for (int i = 0; i + kGroup < kElements; ++i) {
+      const T element = elements[i];
+      elements[i] = elements[i + kGroup], elements[i + kGroup] = element;
+    }
+  }
+
+ private:
+  template <typename U, typename Data>
+  static __device__ __forceinline__ U* at(Data* data, int64_t index) {
+    return static_cast<U*>(data) + index;
+  }
 };
-
-// kVector: rows are 16-byte aligned and a whole number of chunks. Otherwise element by element, with zeros past the end
-// of the row. An absent operand is zeros.
-template <typename T, bool kVector>
-__device__ __forceinline__ Chunk<T> load_chunk(const Input& input, int64_t row, int64_t col, int64_t cols) {
-  Chunk<T> chunk = {};
-  if (input.data == nullptr) return chunk;
-  const T* source = static_cast<const T*>(input.data) + row * input.row_stride + col;
-  if constexpr (kVector) {
-    device::load_vector(source, chunk.elements);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kChunk<T>; ++i) {
-      if (col + i < cols) chunk.elements[i] = source[i];
-    }
-  }
-  return chunk;
-}
-
-template <typename T, bool kVector>
-__device__ __forceinline__ void store_chunk(void* target, int64_t row, int64_t col, int64_t cols,
-                                            const Chunk<T>& chunk) {
-  T* out = static_cast<T*>(target) + row * cols + col;
-  if constexpr (kVector) {
-    device::store_vector(out, chunk.elements);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kChunk<T>; ++i) {
-      if (col + i < cols) out[i] = chunk.elements[i];
-    }
-  }
-}
 
 // The seed of a row's noise, and the index of its first group.
 struct NoiseRow {

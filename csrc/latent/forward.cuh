@@ -31,31 +31,35 @@ __global__ void __launch_bounds__(kThreads) latent_forward(ForwardParams p, Plan
     const NoiseRow noise_of_row = noise_row(p.noise, row, p.cols);
     const int64_t stride = static_cast<int64_t>(team) * plan.splits * kChunk<T>;
     for (int64_t col = (static_cast<int64_t>(blockIdx.y) * team + lane) * kChunk<T>; col < p.cols; col += stride) {
-      const Chunk<T> mu = load_chunk<T, kVector>(p.mu, row, col, p.cols);
-      const Chunk<T> logvar = load_chunk<T, kVector>(p.logvar, row, col, p.cols);
-      Chunk<T> prior_mu, prior_logvar, z;
-      if constexpr (kPrior) {
-        prior_mu = load_chunk<T, kVector>(p.prior_mu, row, col, p.cols);
-        prior_logvar = load_chunk<T, kVector>(p.prior_logvar, row, col, p.cols);
-      }
-#pragma unroll
-      for (int group = 0; group < kChunk<T>; group += kGroup) {
+      Chunk<T, kVector> mu = {}, logvar = {}, prior_mu = {}, prior_logvar = {}, z = {};
+      mu.load_chunk(p.mu, row, col), logvar.load_chunk(p.logvar, row, col);
+      if constexpr (kPrior)
+        prior_mu.load_chunk(p.prior_mu, row, col), prior_logvar.load_chunk(p.prior_logvar, row, col);
+#pragma unroll 1
+      for (int64_t group = col; group < col + kChunk<T>; group += kGroup) {
+        mu.load_group(p.mu, row, group, p.cols), logvar.load_group(p.logvar, row, group, p.cols);
+        if constexpr (kPrior) {
+          prior_mu.load_group(p.prior_mu, row, group, p.cols);
+          prior_logvar.load_group(p.prior_logvar, row, group, p.cols);
+        }
         float noise[kGroup];
-        noise_group(noise_of_row, col + group, noise);
+        noise_group(noise_of_row, group, noise);
 #pragma unroll
-        for (int i = group; i < group + kGroup; ++i) {
+        for (int i = 0; i < kGroup; ++i) {
           // Columns past the end are zeros, whose term is 0.
           float term, sample;
           if constexpr (kPrior) {
-            sample = forward_element(noise[i - group], mu[i], logvar[i], prior_mu[i], prior_logvar[i], term);
+            sample = forward_element(noise[i], mu[i], logvar[i], prior_mu[i], prior_logvar[i], term);
           } else {
-            sample = forward_element(noise[i - group], mu[i], logvar[i], term);
+            sample = forward_element(noise[i], mu[i], logvar[i], term);
           }
           z.set(i, sample);
           kl += term;
         }
+        z.store_group(p.z, row, group, p.cols);
+        for (auto* chunk : {&mu, &logvar, &prior_mu, &prior_logvar, &z}) chunk->next_group();
       }
-      store_chunk<T, kVector>(p.z, row, col, p.cols, z);
+      z.store_chunk(p.z, row, col, p.cols);
     }
   }
   if (p.kl == nullptr) return;

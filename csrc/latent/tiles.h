@@ -1,9 +1,8 @@
 // Tile sizes of the latent kernels, which are memory bound: elementwise, with a sum along each row.
 //
-//   threads per row   columns                   registers  blocks per multiprocessor  reason
-//   1 .. 32           up to 128 chunks          <= 80      3                          a row fits a warp: no block
-//   reduction 256               more                      <= 80      3                          24 KiB and more of
-//   loads in flight
+//   threads per row   columns            registers   blocks per multiprocessor   reason
+//   1 .. 32           up to 128 chunks   <= 80       3                           a row fits a warp: no block reduction
+//   256               more               <= 80       3                           24 KiB and more of loads in flight
 //
 // A chunk is one 16-byte access: 4 float32 or 8 half-precision elements, a whole number of Philox groups.
 #pragma once
