@@ -51,17 +51,26 @@ void launch_forward(ForwardParams p, void* stream) {
 }
 
 template <typename T>
-void launch_backward(const BackwardParams& p, void* stream) {
+void launch_backward_query(const BackwardParams& p, void* stream) {
   const Sizes sizes = sizes_of(p.problem, sizeof(T));
-  const Plan query_plan = backward_query_plan(sizes), key_value_plan = backward_key_value_plan(sizes);
-  dispatch_head_dims<kHeadDims>(query_plan.dims, [&]<int kKeyDim, int kValueDim>() {
+  const Plan plan = backward_query_plan(sizes);
+  dispatch_head_dims<kHeadDims>(plan.dims, [&]<int kKeyDim, int kValueDim>() {
     dispatch_bool(sizes.plain, [&](auto plain) {
-      constexpr auto query = attention_backward_query<T, kKeyDim, kValueDim, decltype(plain)::value>;
-      constexpr auto key_value = attention_backward_key_value<T, kKeyDim, kValueDim, decltype(plain)::value>;
-      device::launch("attention_backward_query", +query, launch_config(query_plan, stream), p);
-      if (p.problem.keys > 0) {
-        device::launch("attention_backward_key_value", +key_value, launch_config(key_value_plan, stream), p);
-      }
+      constexpr auto kernel = attention_backward_query<T, kKeyDim, kValueDim, decltype(plain)::value>;
+      device::launch("attention_backward_query", +kernel, launch_config(plan, stream), p);
+    });
+  });
+}
+
+template <typename T>
+void launch_backward_key_value(const BackwardParams& p, void* stream) {
+  const Sizes sizes = sizes_of(p.problem, sizeof(T));
+  if (sizes.keys == 0) return;
+  const Plan plan = backward_key_value_plan(sizes);
+  dispatch_head_dims<kHeadDims>(plan.dims, [&]<int kKeyDim, int kValueDim>() {
+    dispatch_bool(sizes.plain, [&](auto plain) {
+      constexpr auto kernel = attention_backward_key_value<T, kKeyDim, kValueDim, decltype(plain)::value>;
+      device::launch("attention_backward_key_value", +kernel, launch_config(plan, stream), p);
     });
   });
 }

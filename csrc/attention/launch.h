@@ -10,9 +10,12 @@ namespace fastgen::attention {
 // ``stream`` is a cudaStream_t. Launchers do not synchronize. Queries and heads must not be empty; keys may be.
 template <typename T>
 void launch_forward(ForwardParams params, void* stream);
+// Two halves of the backward pass, in this order: the first one writes delta, which the second one reads, as does
+// launch_mask_gradient.
 template <typename T>
-void launch_backward(const BackwardParams& params, void* stream);
-// Reads the delta that launch_backward writes.
+void launch_backward_query(const BackwardParams& params, void* stream);
+template <typename T>
+void launch_backward_key_value(const BackwardParams& params, void* stream);
 template <typename T>
 void launch_mask_gradient(const BackwardParams& params, const MaskGradient& gradient, void* stream);
 
@@ -34,7 +37,10 @@ inline void launch_forward(const ForwardParams& params, DType dtype, void* strea
   dispatch_dtype(dtype, [&]<typename T>(std::type_identity<T>) { launch_forward<T>(params, stream); });
 }
 inline void launch_backward(const BackwardParams& params, DType dtype, void* stream) {
-  dispatch_dtype(dtype, [&]<typename T>(std::type_identity<T>) { launch_backward<T>(params, stream); });
+  dispatch_dtype(dtype, [&]<typename T>(std::type_identity<T>) {
+    launch_backward_query<T>(params, stream);
+    launch_backward_key_value<T>(params, stream);
+  });
 }
 inline void launch_mask_gradient(const BackwardParams& params, const MaskGradient& gradient, DType dtype,
                                  void* stream) {

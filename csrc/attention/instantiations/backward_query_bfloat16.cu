@@ -1,0 +1,7 @@
+#include "attention/launch.cuh"
+
+namespace fastgen::attention {
+
+template void launch_backward_query<BFloat16>(const BackwardParams&, void*);
+
+}  // namespace fastgen::attention
