@@ -8,6 +8,8 @@
 // written, the minimum. Without grad_kl mu is not read; without grad_z the noise is not generated.
 #pragma once
 
+#include <initializer_list>
+
 #include "latent/chunk.cuh"
 #include "latent/plan.h"
 #include "latent/terms.h"

@@ -14,6 +14,8 @@
 // most 8, less if it is broadcast.
 #pragma once
 
+#include <initializer_list>
+
 #include "common/reduce.cuh"
 #include "latent/chunk.cuh"
 #include "latent/plan.h"
