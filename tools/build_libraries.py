@@ -198,7 +198,9 @@ def cuda_library(torch: Torch, version: str, nvcc: str, architectures: list[str]
 def manifest(libraries: list[Library], out: str, nvcc: str | None) -> str:
     """build.ninja, to be run in the project's root. ``out``: folder of the objects, relative to the root."""
     launcher = os.environ.get("FASTGEN_COMPILER_LAUNCHER", "")
-    shared = "-shared -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
+    # Exports only our functions: not the templates of libstdc++, which -fvisibility=hidden leaves visible.
+    exports = "-Wl,--version-script=csrc/exports.map"
+    shared = "-shared -undefined dynamic_lookup" if sys.platform == "darwin" else f"-shared {exports}"
     lines = [
         "ninja_required_version = 1.5",
         f"builddir = {out}",
@@ -224,7 +226,8 @@ def manifest(libraries: list[Library], out: str, nvcc: str | None) -> str:
             objects.append(f"{out}/{library.name}/{source}.o")
             rule = "nvcc" if source.endswith(".cu") else "cxx"
             lines += [f"build {objects[-1]}: {rule} {source}", f"  flags = {flags.replace('$', '$$')}"]
-        lines += [f"build {out}/{library.name}.so: link {' '.join(objects)}", f"  libs = {library.link}"]
+        inputs = f"{' '.join(objects)} | csrc/exports.map"
+        lines += [f"build {out}/{library.name}.so: link {inputs}", f"  libs = {library.link}"]
     return "\n".join(lines) + "\n"
 
 
