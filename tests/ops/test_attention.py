@@ -15,6 +15,7 @@ from benchmarks.shapes import ATTENTION_SHAPES
 from fastgen import backend, random, reference
 from fastgen.functional import scaled_dot_product_attention as attention
 from fastgen.ops.attention import blocked as _attention_blocked
+from fastgen.ops.attention import fused as _attention_fused
 from fastgen.testing import assert_accurate, largest_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -502,3 +503,35 @@ def test_reference_backend_is_the_same_function(dims):
     with fastgen.use_backend("torch"):
         again = attention(query, key, value)
     torch.testing.assert_close(again, attention(query, key, value))
+
+
+MASK_STRIDES = {
+    "transposed": lambda dtype: torch.randn(2, 3, 29, 23, dtype=dtype).mT,
+    "one for all": lambda dtype: torch.randn(29, 23, dtype=dtype).t()[None, None],
+    "every other column": lambda dtype: torch.randn(2, 1, 23, 58, dtype=dtype)[..., ::2],
+    "heads last": lambda dtype: torch.randn(2, 23, 29, 3, dtype=dtype).permute(0, 3, 1, 2),
+    "per key": lambda dtype: torch.randn(29, 2, dtype=dtype).t()[:, None, None],
+}
+
+
+@pytest.mark.parametrize("strides", MASK_STRIDES)
+@pytest.mark.parametrize(("dtype", "mask_dtype"), [(d, d) for d in (*DTYPES, torch.float64)] + [(torch.bfloat16, None)])
+def test_a_float_mask_may_have_any_strides(strides, dtype, mask_dtype):
+    """Values and gradients are those of its contiguous copy, and torch's kernel never gets another last stride."""
+    mask = MASK_STRIDES[strides](mask_dtype or torch.float32)
+    assert mask.stride(-1) != 1
+    results = []
+    for given in (mask, mask.contiguous()):
+        torch.manual_seed(1)
+        leaves = [torch.randn(2, 3, n, 16, dtype=dtype).requires_grad_() for n in (23, 29, 29)]
+        out = attention(*leaves, attn_mask=given)
+        results.append([out, *torch.autograd.grad(out.double().sin().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    exact = reference.attention(*(t.detach().double() for t in leaves), mask.double())[0]
+    assert largest_error(results[0][0], exact) < 8 * torch.finfo(dtype).eps * float(exact.abs().max())
+    assert _attention_fused._additive(mask, dtype).stride(-1) == 1
+
+
+def test_a_mask_that_broadcasts_over_keys_is_not_copied():
+    mask = torch.randn(2, 3, 23, 1).expand(2, 3, 23, 29)
+    assert _attention_fused._additive(mask, torch.float32) is mask

@@ -56,13 +56,15 @@ def _expand_heads(tensor: Tensor, heads: int) -> Tensor:
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A mask that the kernel takes beside queries of ``dtype``: of that dtype, or float32 beside 16 bits.
 
-    It also takes float32 beside float64, and reads it as float64, beyond its end.
+    It also takes float32 beside float64, and reads it as float64, beyond its end. Before mid-2026 it could read the
+    last dim as contiguous whatever its stride (pytorch/pytorch#187506).
     """
     if mask is None:
         return None
     if not mask.is_floating_point():
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
-    return mask if mask.dtype == dtype else mask.to(wide(dtype))
+    mask = mask if mask.dtype == dtype else mask.to(wide(dtype))
+    return mask if mask.size(-1) == 1 or mask.stride(-1) in (0, 1) else mask.contiguous()
 
 
 SHORTEST_VECTOR_FREE = 16
