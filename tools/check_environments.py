@@ -37,12 +37,19 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 TORCHES = ("2.10.0", "2.11.0", "2.13.0", "newest")
 THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 TOOLS = ("numpy", "pytest", "hypothesis", "scipy")  # what the copied tests import
-TESTS = ("tests/ops",)
 SHORT_TESTS = (
     "tests/ops/test_attention_numerics.py",
     "tests/ops/test_bad_arguments.py",
-    "tests/ops/test_noise.py",
     "tests/ops/test_latent_numerics.py",
+    "tests/ops/test_noise.py",
+)
+FULL_TESTS = (
+    *SHORT_TESTS,
+    "tests/ops/test_aliased_inputs.py",
+    "tests/ops/test_backends.py",
+    "tests/ops/test_compile.py",
+    "tests/ops/test_latent.py",
+    "tests/ops/test_operator_checks.py",
 )
 PASSED, FAILED, NOT_CHECKED = "passed", "failed", "not checked"
 STEP_LIMIT = 3600  # seconds; an installation of torch from a slow index, or all tests
@@ -181,8 +188,8 @@ def succeed(command: Sequence[str | Path], where: Path, **options: str) -> str:
 class Checker:
     """Checks one environment, whose rows it collects."""
 
-    def __init__(self, environment: Environment, wheel: Path, folder: Path, short: bool) -> None:
-        self.environment, self.wheel, self.folder, self.short = environment, wheel, folder, short
+    def __init__(self, environment: Environment, wheel: Path, folder: Path, tests: Sequence[str]) -> None:
+        self.environment, self.wheel, self.folder, self.tests = environment, wheel, folder, tests
         self.libraries = library_files(wheel)
         self.rows: list[Row] = []
         self.work = folder / "work"  # the working directory: no checkout is there
@@ -314,7 +321,7 @@ class Checker:
         self.own_checks()
         if "_cuda" in self.libraries:
             self.fake_drivers()
-        self.tests()
+        self.operator_tests()
         if self.environment.extra == "train":
             self.training()
 
@@ -353,12 +360,11 @@ class Checker:
             text = succeed([self.python, "-m", "tests.packaging.drivers", library], self.copied_tests())
             details.append(text.strip().splitlines()[-1] if text.strip() else "")
 
-    def tests(self) -> None:
+    def operator_tests(self) -> None:
         """The CPU tests of the operators, with the installed package."""
         with self.step("tests of the operators") as details:
-            chosen = SHORT_TESTS if self.short else TESTS
             options = ["-q", "-m", "not slow", "-p", "no:cacheprovider", "--no-header"]
-            text = succeed([self.python, "-m", "pytest", *options, *chosen], self.copied_tests())
+            text = succeed([self.python, "-m", "pytest", *options, *self.tests], self.copied_tests())
             summary = text.strip().splitlines()[-1].strip("= ")
             if not re.search(r"\b[1-9]\d* passed", summary):
                 raise Failure(f"no test ran: {summary}")
@@ -415,12 +421,16 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("wheel", type=Path, metavar="WHEEL", help="a built wheel of fastgen")
     parser.add_argument("--python", nargs="+", metavar="X", help="versions such as 3.12")
     parser.add_argument("--torch", nargs="+", metavar="Y", help='versions such as 2.10.0, "newest", or "none"')
-    parser.add_argument("--full", action="store_true", help="every Python and torch, and all tests of the operators")
+    parser.add_argument("--full", action="store_true", help="every Python, every torch, and more tests")
+    parser.add_argument("--tests", nargs="+", metavar="PATH", help="tests to run, such as tests/ops")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="folder of environments to use again")
     parser.add_argument("--json", type=Path, metavar="FILE", help="file that the rows are written to")
     known = parser.parse_args(given)
     if known.wheel.suffix != ".whl" or not zipfile.is_zipfile(known.wheel):
         parser.error(f"WHEEL: expected a wheel file, got {known.wheel}")
+    for test in known.tests or ():
+        if not (ROOT / test.partition("::")[0]).exists():
+            parser.error(f"--tests: expected a path in the repository, got {test}")
     for python in known.python or ():
         if not re.fullmatch(r"3\.\d+", python):
             parser.error(f"--python: expected a version such as 3.12, got {python!r}")
@@ -432,12 +442,13 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(given: Sequence[str] | None = None) -> int:
     options = arguments(given)
+    tests = options.tests or (FULL_TESTS if options.full else SHORT_TESTS)
     rows: list[Row] = []
     for environment in choose(options.python, options.torch, options.full):
         with tempfile.TemporaryDirectory(prefix="fastgen-environment-") as temporary:
             folder = (options.keep.resolve() if options.keep else Path(temporary)) / environment.folder
             folder.parent.mkdir(parents=True, exist_ok=True)
-            rows += Checker(environment, options.wheel.resolve(), folder, not options.full).check()
+            rows += Checker(environment, options.wheel.resolve(), folder, tests).check()
     print(table(rows))
     counts = [sum(row.result == result for row in rows) for result in (PASSED, FAILED, NOT_CHECKED)]
     print("{} passed, {} failed, {} not checked".format(*counts))

@@ -163,6 +163,7 @@ class Discriminator(nn.Module):
 
 def losses_of(attend, kind, dtype, steps):
     torch.manual_seed(0)
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
     items, _ = load_data(DataConfig("digits"), "images").splits()
     digits = items.batch(torch.arange(len(items)))["images"].to(dtype) * 2 - 1
     network = Discriminator(attend).to(dtype)

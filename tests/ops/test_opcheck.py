@@ -113,7 +113,7 @@ def differentiable_cases():
         yield pytest.param(i, marks=marks, id=f"{name}-{i}")
 
 
-@pytest.mark.parametrize("case", differentiable_cases())
+@pytest.mark.parametrize("case", list(differentiable_cases()))
 def test_operators_called_by_name_are_differentiated_eagerly_and_compiled(case):
     name, arguments = CASES[case]
     arguments = tuple(with_gradients(a) for a in arguments)

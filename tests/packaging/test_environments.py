@@ -45,6 +45,7 @@ def make_wheel(folder: Path, source: str) -> Path:
         (["nowhere.whl"], "WHEEL: expected a wheel file, got nowhere.whl"),
         ([str(SCRIPT)], "WHEEL: expected a wheel file"),
         (["--python", "python3"], "--python: expected a version such as 3.12, got 'python3'"),
+        (["--tests", "tests/nowhere"], "--tests: expected a path in the repository, got tests/nowhere"),
         (["--torch", "latest"], '--torch: expected a version such as 2.10.0, "newest" or "none", got \'latest\''),
     ],
 )
