@@ -75,7 +75,8 @@ def loaded_libraries(libraries: list[str]) -> str:
     for name in libraries:
         if name == "_cuda" and torch.version.cuda is None:
             problem = states[name].problem
-            assert "torch" in (problem or ""), f"_cuda under a torch without CUDA: the reason is {problem!r}"
+            told = problem is not None and "torch" in problem and "undefined symbol" not in problem
+            assert told, f"_cuda under a torch without CUDA: expected a reason that names torch, got {problem!r}"
         else:
             assert states[name].loaded, f"{name} is not loaded: {states[name].problem}"
     return ", ".join(f"{name}: {states[name].problem or 'loaded'}" for name in libraries)
