@@ -46,6 +46,7 @@ def define(
     check: Callable[..., None] | None = None,
     parts: dict[str, str] | None = None,
     takes_namespace: bool = False,
+    decomposition: Callable[..., Any] | None = None,
 ) -> None:
     """Registers an operator in both namespaces: schema, PyTorch implementation, fake and vmap rule.
 
@@ -57,6 +58,8 @@ def define(
         check: called with the arguments before the implementation, and raises where they do not fit. Compiled kernels
             have checks of their own.
         parts: compiled CPU operators that do a part of the work, each with a phrase that says which part.
+        decomposition: the operator as a few of PyTorch's, for exporters that do not know it (``torch.onnx.export``).
+            Called with the operator's arguments, whose sizes may be symbolic.
     """
     definition = Definition(schema.split("(", 1)[0], schema, fake, vmap, parts or {})
     _operators.setdefault(family, []).append(definition)
@@ -64,6 +67,9 @@ def define(
         _define_in(namespace, library, definition)
         chosen = functools.partial(implementation, namespace) if takes_namespace else implementation
         library.impl(definition.name, outside_autocast(chosen, check), "CompositeExplicitAutograd")
+        if decomposition is not None:
+            overload = getattr(getattr(torch.ops, namespace), definition.name).default
+            torch._decomp.decomposition_table[overload] = decomposition
 
 
 def outside_autocast(

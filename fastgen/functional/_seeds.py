@@ -40,6 +40,8 @@ def sample_seed(device: torch.device, generator: torch.Generator | None) -> Tens
 
 
 def _sample(device: torch.device, generator: torch.Generator | None) -> Tensor:
+    if generator is None:  # torch.onnx knows no randint with a generator, also if that is None
+        return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastgen.backend import TORCH, define, helper
-from fastgen.ops.attention import blocked, checks, fused, tangent
+from fastgen.ops.attention import blocked, checks, decomposition, fused, tangent
 from fastgen.ops.attention.batching import vmap_rule
 from fastgen.ops.attention.blocked import allocate_grad, allocate_lse, allocate_out
 from fastgen.ops.attention.masking import zero_masked_keys
@@ -209,6 +209,7 @@ define(
     check=checks.attention_forward,
     parts=_FORWARD_PARTS,
     takes_namespace=True,
+    decomposition=decomposition.forward,
 )
 define(
     "attention",

@@ -112,6 +112,7 @@ define(
     _forward_fake,
     _vmap(seed_at=4),
     check=checks.latent_forward,
+    decomposition=_forward,
 )
 define(
     "latent",

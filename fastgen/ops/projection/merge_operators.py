@@ -125,6 +125,7 @@ define(
     _forward_fake,
     map_slices,
     check=checks.merge_heads_forward,
+    decomposition=_forward,
 )
 define(
     "projection",

@@ -150,6 +150,7 @@ define(
     part_epilogue,
     _part_fake,
     check=checks.cpu_finish_heads,
+    decomposition=epilogue.apply_to_part,
 )
 define(
     "helpers",
@@ -167,6 +168,7 @@ define(
     _forward_fake,
     _vmap_forward,
     check=checks.projection_forward,
+    decomposition=_forward,
     parts={"cpu_finish_heads": "norms and rotary embedding of heads"},
 )
 define(
