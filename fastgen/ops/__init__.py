@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from fastgen.backend import load_compiled, refuse_other_derivatives
-from fastgen.ops import attention, latent, projection
+from fastgen.ops import attention, flops, latent, projection
 
 __all__ = ["attention", "latent", "projection"]
 
 refuse_other_derivatives()
+flops.register()
 load_compiled()  # now that the operators, for which the libraries have kernels, have their schemas
