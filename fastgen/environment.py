@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 from collections.abc import Sequence
@@ -61,7 +62,9 @@ def _versions_of_libraries() -> dict[str, str]:
                 "nvcc": details["cuda"] or "none",
                 "compiler": details["compiler"],
             }
-    found = backend.library_for("cuda").cuda_versions()
+    found = None
+    with contextlib.suppress(RuntimeError):  # shown with the state of the library
+        found = backend.library_for("cuda").cuda_versions()
     if found is not None:
         versions |= {
             "CUDA of the kernels": backend.version_name(found.runtime),

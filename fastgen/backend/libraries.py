@@ -92,7 +92,7 @@ class CompiledLibrary:
         runtime, driver = ctypes.c_int(), ctypes.c_int()
         error = self.handle.fastgen_cuda_versions(ctypes.byref(runtime), ctypes.byref(driver))
         if error != 0:
-            raise RuntimeError(f"{self.name}: CUDA error {error} when its versions were read")
+            raise RuntimeError(f"the CUDA runtime of {self.name} gives error {error} for the driver's version")
         compiler = version_from(self.build_info()["cuda"])
         return CudaVersions(version_of(runtime.value), compiler, version_of(driver.value) if driver.value else None)
 
@@ -144,7 +144,10 @@ def device_capability(device: torch.device) -> tuple[int, int] | None:
 
 def driver_problem() -> str | None:
     """Why this machine's driver cannot run the kernels of the CUDA library; None where it can, and without either."""
-    versions = library_for("cuda").cuda_versions()
+    try:
+        versions = library_for("cuda").cuda_versions()
+    except RuntimeError as error:
+        return str(error)
     return None if versions is None else why_too_old(versions)
 
 

@@ -138,3 +138,62 @@ def test_a_gpu_that_the_kernels_are_not_compiled_for_takes_pytorch_and_says_so(m
 def test_the_torch_backend_is_still_accepted_as_reference():
     with pytest.warns(DeprecationWarning, match="'reference' is called 'torch'"), fastgen.use_backend("reference"):
         assert fastgen.current_backend() == "torch"
+
+
+needs_plans = pytest.mark.skipif(backend.plans.why_not() is not None, reason="the CPU library is not loaded")
+
+
+@needs_plans
+@pytest.mark.parametrize(
+    ("name", "sizes", "text"),
+    [
+        ("latent_plan", {"rows": 0}, "rows: expected an integer from 1 to 9223372036854775807, got 0"),
+        ("latent_plan", {"multiprocessors": 1.0}, "multiprocessors: expected an integer from 1 to 2147483647, got 1.0"),
+        ("latent_plan", {"cols": 2**63}, "cols: expected an integer from 1 to"),
+        ("attention_plan", {"key_dim": 4096}, "key_dim, value_dim: larger than every compiled tile"),
+        ("attention_plan", {"mask": (1, 1, 8)}, r"mask: expected four sizes \(B, H, N, M\), got \(1, 1, 8\)"),
+        ("projection_plan", {"tokens": 2**31}, "tokens: expected an integer from 1 to 2147483647, got 2147483648"),
+    ],
+)
+def test_launch_plans_refuse_bad_sizes(name, sizes, text):
+    """Also those that C would wrap, or divide by."""
+    good = {
+        "latent_plan": dict.fromkeys(("rows", "cols", "element_size", "multiprocessors"), 4),
+        "attention_plan": dict.fromkeys(
+            ("batch", "heads", "key_heads", "queries", "keys", "key_dim", "value_dim", "element_size",
+             "multiprocessors"), 4
+        ),
+        "projection_plan": dict.fromkeys(
+            ("batch", "tokens", "inputs", "outputs", "widest", "element_size", "multiprocessors"), 4
+        ),
+    }  # fmt: skip
+    plan = getattr(backend.plans, name)
+    assert plan(**good[name])
+    with pytest.raises(ValueError, match=text):
+        plan(**{**good[name], **sizes})
+
+
+@needs_plans
+def test_launch_plans_have_tuples_and_the_plan_of_a_mask():
+    plans = backend.plans.attention_plan(2, 4, 4, 64, 64, 8, 8, 2, 132, plain=False, mask=[1, 1, 64, 64])
+    assert plans["forward"]["tile"] == (16, 16)
+    assert {"mask", "second order mask", "tangent"} <= plans.keys()
+    assert "mask" not in backend.plans.attention_plan(2, 4, 4, 64, 64, 8, 8, 2, 132)
+
+
+def test_without_the_cpu_library_launch_plans_raise_with_the_reason(monkeypatch):
+    monkeypatch.setattr(libraries, "_compiled", [backend.CompiledLibrary("_cpu", "cpu", problem="_cpu was not built")])
+    with pytest.raises(RuntimeError, match="latent_plan: launch plans require the compiled CPU library: _cpu was not"):
+        backend.plans.latent_plan(1, 1, 4, 132)
+
+
+def test_a_library_of_another_version_is_not_used(monkeypatch):
+    """It has no build information."""
+    library = backend.CompiledLibrary("_cpu", "cpu")
+    monkeypatch.setattr(libraries, "_built", lambda name: Path(sys.executable).resolve())
+    monkeypatch.setattr(libraries, "why_incomplete", lambda path: None)
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(libraries.ctypes, "CDLL", lambda path: SimpleNamespace())
+    library.load()
+    assert "is of another version of fastgen: build or install fastgen again" in library.problem
+    assert library.build_info() == {}

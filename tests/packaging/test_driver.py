@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from fastgen.backend.drivers import CudaVersions, compiles_ptx, runs_on, version
 from tests import compile_check
 from tests.packaging import drivers
 
+CUDA_VERSIONS = backend.CompiledLibrary.cuda_versions
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(fastgen.__file__).parent
 
@@ -97,6 +99,17 @@ def test_what_is_assumed_for_a_gpu_elsewhere_is_not_kept_for_one_that_appears(gp
     namespace, reason = selection._place("latent_forward", device, torch.float16)
     assert namespace == backend.TORCH
     assert "the driver supports CUDA 12.8" in reason
+
+
+def test_an_error_of_the_cuda_runtime_is_a_reason_for_pytorch(gpu, monkeypatch):
+    gpu(None, (9, 0), ["90a"])
+    monkeypatch.setattr(backend.CompiledLibrary, "cuda_versions", CUDA_VERSIONS)
+    library = backend.library_for("cuda")
+    library.handle = SimpleNamespace(fastgen_cuda_versions=lambda *pointers: 999)
+    monkeypatch.setattr(library, "build_info", dict)
+    reason = "the CUDA runtime of _cuda gives error 999 for the driver's version"
+    assert selection._place("latent_forward", torch.device("cuda", 0), torch.float16) == (backend.TORCH, reason)
+    assert fastgen.info().libraries["_cuda"] == f"loaded, but {reason}"
 
 
 def test_a_library_for_cuda_is_not_loaded_into_a_torch_without_it(monkeypatch, tmp_path):
