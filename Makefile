@@ -8,11 +8,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f) setup.py tools/build_libraries.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test examples fuzz lint bench docs wheel cuda-check clean
+.PHONY: help demo test examples fuzz lint bench docs wheels cuda-check clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
-	@echo "make lint | docs | examples | fuzz | bench | wheel | cuda-check | clean"
+	@echo "make lint | docs | examples | fuzz | bench | wheels | cuda-check | clean"
 
 # Three stamps: the package with what training needs; what tests, lint and benchmarks add; what the site needs.
 $(BIN)/python:
@@ -27,7 +27,7 @@ $(VENV)/.build: constraints.txt $(SOURCES) | $(BIN)/python
 
 # fastgen is installed already: pip adds the requirements of its extras and does not build again.
 $(VENV)/.dev: $(VENV)/.build
-	$(PIP) install --quiet -c constraints.txt 'fastgen[test,bench,lint]'
+	$(PIP) install --quiet -c constraints.txt 'fastgen[test,bench,lint,release]'
 	touch $@
 
 # The site is built from the sources alone, without PyTorch. The same packages as the extra docs.
@@ -84,8 +84,11 @@ cuda-check: $(VENV)/.dev
 	$(BIN)/python tests/compile_check.py $(addprefix --arch ,$(CUDA_ARCH))
 	$(BIN)/python -m pytest -q -m slow -k cuda_kernels_build tests/packaging/test_build.py
 
-wheel: $(VENV)/.build
-	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+# The wheels of a release that this machine can build, checked: into dist/. nvcc 13.0 compiles cu130 in about an hour on
+# two cores; make wheels WHEELS=cpu takes two minutes. PYTHON has to be 3.11 or newer.
+WHEELS ?= cpu cu12-smoke cu130
+wheels:
+	for variant in $(WHEELS); do PYTHON=$(PYTHON) tools/release.sh $$variant || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info
