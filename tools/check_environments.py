@@ -134,21 +134,18 @@ def current_torch() -> str | None:
 def choose(pythons: Sequence[str] | None, torches: Sequence[str] | None, full: bool) -> list[Environment]:
     """The environments of a run."""
     torch = current_torch()
+    known = [] if torch is None else [torch]
     if pythons or torches:
-        wanted: list[str | None] = [
-            None if t == "none" else t for t in torches or [*(["none"]), *filter(None, [torch])]
-        ]
-        return [Environment(python, t) for python in pythons or [THIS_PYTHON] for t in wanted]
-    if full:
-        known = [torch or TORCHES[-1]]
-        chosen = [Environment(python, t) for python in PYTHONS for t in (None, *known)]
-        # One Python for every torch: an old one is served by all of them.
-        other = next(p for p in ("3.12", *PYTHONS) if p != THIS_PYTHON and find_python(p))
-        chosen += [Environment(other, t) for t in TORCHES if t not in known]
-        return [*chosen, Environment(THIS_PYTHON, known[0], "train")]
-    others = [python for python in ("3.12", "3.13", "3.10", "3.11", "3.14") if python != THIS_PYTHON]
-    other = next((python for python in others if find_python(python)), others[0])
-    return [Environment(python, t) for python in (THIS_PYTHON, other) for t in (None, *filter(None, [torch]))]
+        wanted = torches or ["none", *known]
+        return [Environment(p, None if t == "none" else t) for p in pythons or [THIS_PYTHON] for t in wanted]
+    others = [p for p in ("3.12", "3.13", "3.10", "3.11", "3.14") if p != THIS_PYTHON]
+    other = next((p for p in others if find_python(p)), others[0])  # one that is missing is reported
+    if not full:
+        return [Environment(p, t) for p in (THIS_PYTHON, other) for t in (None, *known)]
+    known = known or [TORCHES[-1]]
+    chosen = [Environment(p, t) for p in PYTHONS for t in (None, *known)]
+    chosen += [Environment(other, t) for t in TORCHES if t not in known]
+    return [*chosen, Environment(THIS_PYTHON, known[0], "train")]
 
 
 # --------------------------------------------------------------------------------------------------
