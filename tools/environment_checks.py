@@ -114,7 +114,7 @@ def _attention_cases() -> Iterator[tuple[str, Tensor | None, dict, tuple[int, in
     yield "bool mask", torch.rand(B, 1, N, M) > 0.4, {}, (-1, -1)
     yield "float mask", torch.randn(H, N, M), {}, (-1, -1)
     yield "float mask per key", torch.randn(B, 1, 1, M), {}, (-1, -1)
-    # torch's own CPU kernel reads such masks as if they were contiguous in torch 2.10 to 2.12.
+    # Before mid-2026, torch's own CPU kernel could read such masks as if they were contiguous (pytorch/pytorch#187506).
     yield "transposed float mask", torch.randn(B, H, M, N).mT, {}, (-1, -1)
     yield "transposed float mask of one batch", torch.randn(M, N).t(), {}, (-1, -1)
     yield "every other column of a float mask", torch.randn(B, 1, N, 2 * M)[..., ::2], {}, (-1, -1)

@@ -11,7 +11,8 @@ as for any other loss.
 
 Compiled modules: PyTorch does not support double backward through ``torch.compile``. Call the uncompiled module for the
 penalty, ``compiled._orig_mod``, or any module under ``torch.compiler.set_stance("force_eager")``. Alternatively,
-compile the whole training step including the penalty, with ``torch._dynamo.config.trace_autograd_ops = True``.
+compile the whole training step including the penalty, with ``torch._dynamo.config.trace_autograd_ops = True``
+(torch 2.11 or newer).
 """
 
 from __future__ import annotations
