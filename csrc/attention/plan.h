@@ -1,4 +1,5 @@
-// Launch plans: the grid, block and shared memory of each kernel for a problem. Host code, exposed by fastgen.backend.plans.
+// Launch plans: the grid, block and shared memory of each kernel for a problem. Host code, exposed by
+// fastgen.backend.plans.
 #pragma once
 
 #include "attention/params.h"
