@@ -70,6 +70,9 @@ void __tsan_write_range(void* address, size_t bytes) { hook(address, bytes, Touc
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
+// Of objects with virtual functions, which only host code has: the launchers' exceptions.
+void __tsan_vptr_update(void**, void*) {}
+void __tsan_vptr_read(void**) {}
 // The guard of a function's static variable.
 uint8_t __tsan_atomic8_load(const volatile uint8_t* address, int) { return __atomic_load_n(address, __ATOMIC_ACQUIRE); }
 uint64_t __tsan_atomic64_load(const volatile uint64_t* address, int) {
