@@ -217,6 +217,22 @@ def restore(model: nn.Module) -> AccelerationReport:
           1  fastgen.nn.GRU -> torch.nn.GRU
         kept: none
     """
+    accelerated = _accelerated(model)
+    done = {}
+    for _, module in accelerated:
+        if module not in done:
+            done[module] = _set_class(module, _ORIGINALS[type(module)])
+            del vars(module)[_MARK]
+    return AccelerationReport({name: done[module] for name, module in accelerated}, {})
+
+
+def check_restore(model: nn.Module) -> None:
+    """Raises what ``restore`` would raise, and changes nothing."""
+    _accelerated(model)
+
+
+def _accelerated(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers that ``restore`` restores, under each of their names."""
     _require_module(model)
     accelerated = [(name, module) for name, module, _ in _named_modules(model) if _MARK in vars(module)]
     for name, module in accelerated:
@@ -225,9 +241,4 @@ def restore(model: nn.Module) -> AccelerationReport:
                 f"model: expected {name} to have the class that accelerate gave it, got {_name_of(type(module))};"
                 " undo the change (a parametrization, a wrapper) first"
             )
-    done = {}
-    for _, module in accelerated:
-        if module not in done:
-            done[module] = _set_class(module, _ORIGINALS[type(module)])
-            del vars(module)[_MARK]
-    return AccelerationReport({name: done[module] for name, module in accelerated}, {})
+    return accelerated
