@@ -65,13 +65,13 @@ class AccelerationReport:
 # Which layers are replaced
 
 
-def _named_modules(module: nn.Module, name: str = "", compiled: bool = False) -> Iterator[tuple[str, nn.Module, bool]]:
+def named_modules(module: nn.Module, name: str = "", compiled: bool = False) -> Iterator[tuple[str, nn.Module, bool]]:
     """Yields each module under each of its names, and whether it is inside a module compiled with ``torch.compile``."""
     compiled = compiled or hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
     yield name or "(model)", module, compiled
     for child_name, child in module._modules.items():
         if child is not None:
-            yield from _named_modules(child, f"{name}.{child_name}" if name else child_name, compiled)
+            yield from named_modules(child, f"{name}.{child_name}" if name else child_name, compiled)
 
 
 def _name_of(cls: type) -> str:
@@ -179,7 +179,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     replaced: dict[str, str] = {}
     kept: dict[str, str] = {}
     done: dict[nn.Module, str] = {}
-    for name, module, compiled in _named_modules(model):
+    for name, module, compiled in named_modules(model):
         reason = None if module in done else _reason_kept(module)
         if reason is not None:
             kept[name] = reason
@@ -234,7 +234,7 @@ def check_restore(model: nn.Module) -> None:
 def _accelerated(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The layers that ``restore`` restores, under each of their names."""
     _require_module(model)
-    accelerated = [(name, module) for name, module, _ in _named_modules(model) if _MARK in vars(module)]
+    accelerated = [(name, module) for name, module, _ in named_modules(model) if _MARK in vars(module)]
     for name, module in accelerated:
         if type(module) not in _ORIGINALS:
             raise RuntimeError(
