@@ -74,11 +74,78 @@ def _merged(reports: list[AccelerationReport]) -> AccelerationReport:
 
 
 def accelerate(model: nn.Module) -> AccelerationReport:
+    """Replaces torch layers in ``model`` and the attention of other libraries' models, in place.
+
+    Replaces ``MultiheadAttention``, the Transformer layers, ``LSTM`` and ``GRU`` of ``torch.nn``. The layers remain the
+    same objects with the same parameters, so optimizers, hooks, state dicts and wrappers (DDP) keep working. Results
+    are the same up to rounding, except for the random numbers of dropout and for fully masked queries, whose attention
+    output is 0. The layers gain second-order and forward-mode derivatives.
+
+    Models of other libraries keep their modules and call fastgen's attention function: ``available`` lists the
+    libraries, and the guide ("Integrations") what is replaced in each. A model of transformers selects it in its
+    config, as ``set_attn_implementation`` does; models that share the config object share the choice.
+
+    ``accelerate`` may be called again after layers were added. Modules compiled with ``torch.compile`` are recompiled
+    at their next call; accelerate before compiling. Loading a pickle of an accelerated model requires fastgen; loading
+    its state dict does not. ``torch.jit.script`` supports torch's layers only: call ``restore`` first.
+
+    Args:
+        model: any module. The following layers are not replaced, and are listed in the report: subclasses of torch's
+            layers; layers with a method overridden on the instance; parametrized, sharded (``fully_shard``), quantized,
+            scripted and uninitialized (lazy) layers; recurrent layers without an equivalent (``torch.nn.RNN`` and the
+            cells); attention layers of other libraries that compute attention themselves, or with arguments that
+            fastgen's function does not have.
+
+    Returns:
+        A printable report of the layers that were replaced, and of those that were not, with the reason.
+
+    Raises:
+        TypeError: if ``model`` is not a module.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.GRU(4, 5), torch.nn.RNN(5, 6))
+        >>> print(accelerate(model))
+        replaced: 1
+          1  torch.nn.GRU -> fastgen.nn.GRU
+        kept: 1
+          2  torch.nn.RNN has no equivalent in fastgen.nn
+        >>> print(restore(model))
+        replaced: 1
+          1  fastgen.nn.GRU -> torch.nn.GRU
+        kept: none
+    """
     reports = [modules.accelerate(model)]
     return _merged(reports + [integration.accelerate(model) for integration in _integrations(model)])
 
 
 def restore(model: nn.Module) -> AccelerationReport:
+    """Reverts ``accelerate``: restores torch's class of every replaced layer, and the attention of other libraries.
+
+    Layers that were constructed as fastgen's, and models that selected it by name, are unchanged. Copies of accelerated
+    models (deepcopy, pickle) are restored, too. A model of transformers whose attention was selected anew since keeps
+    that selection.
+
+    Args:
+        model: any module, for example a part of an accelerated model, or a model that was never accelerated.
+
+    Returns:
+        A report of the restored layers; ``kept`` is empty.
+
+    Raises:
+        TypeError: if ``model`` is not a module.
+        RuntimeError: if the class of an accelerated layer was changed since, by a parametrization for example. Nothing
+            is restored in this case.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.GRU(4, 5))
+        >>> _ = accelerate(model)
+        >>> print(restore(model))
+        replaced: 1
+          1  fastgen.nn.GRU -> torch.nn.GRU
+        kept: none
+    """
     modules.check_restore(model)
     integrations = list(_integrations(model))
     for integration in integrations:
@@ -111,5 +178,5 @@ def register(library: str = "transformers") -> None:
         raise ValueError(f"library: expected one of {', '.join(_REGISTRIES)}, got {library!r}")
     problem = _problem(library)
     if problem is not None:
-        raise RuntimeError(f"library: expected {library} >= {_oldest(library)}, got {problem}")
+        raise RuntimeError(f"library: expected {library} >= {_oldest(library)}, got {problem.partition(',')[0]}")
     import_module(f"{__name__}.{library}").register()

@@ -20,7 +20,7 @@ def plain_attention(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``softmax(softcap * tanh(scale * query @ key^T / softcap) + mask) @ value`` in float32, or in float64 for float64.
+    """``softmax(softcap * tanh(scale * query @ key^T / softcap) + mask) @ value``, in float32 or float64.
 
     Gemma Team, "Gemma 2" (2024), section 2: logit soft-capping. Differentiable any number of times.
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.masking_utils import sdpa_mask
 
 from fastgen import functional
@@ -85,18 +87,19 @@ def attention_mask(**arguments: Any) -> Tensor | WindowMask | None:
     and keys are the same positions; elsewhere (a cache, packed sequences, a model's own pattern) the mask is a boolean
     tensor (B, 1, N, M).
     """
-    given = arguments.get("attention_mask")
+    given: Tensor | WindowMask | None = arguments.get("attention_mask")
     if isinstance(given, WindowMask):
         return given
     window = _window(arguments)
     if window is None:
-        return sdpa_mask(**arguments)
+        mask: Tensor | None = sdpa_mask(**arguments)
+        return mask
     left, right = window
-    size = (arguments["batch_size"], 1, arguments["kv_length"], arguments["kv_length"])
+    size = (arguments["batch_size"], 1, _queries(arguments), arguments["kv_length"])
     padding = None if given is None or _known_true(given) else given[:, : size[-1]]
-    if padding is None and left is None and (right is None or arguments.get("allow_is_causal_skip", True)):
+    if padding is None and left is None:
         return None
-    if left is None and right is None:
+    if padding is not None and left is None and right is None:
         return padding[:, None, None].expand(size)
     device = arguments.get("device")
     if device is None:
@@ -105,36 +108,42 @@ def attention_mask(**arguments: Any) -> Tensor | WindowMask | None:
 
 
 def _window(arguments: dict[str, Any]) -> tuple[int | None, int | None] | None:
-    """(left, right) of the mask that is requested, if it is a window over keys at the queries' positions."""
-    if "q_length" in arguments:
-        queries, offset = arguments["q_length"], arguments.get("q_offset", 0)
-    else:  # before transformers 5.3; a cache without past tokens has as many keys as queries
-        queries, offset = arguments["cache_position"].shape[0], 0
-    keys, start = arguments["kv_length"], arguments.get("kv_offset", 0)
-    if not isinstance(offset, int) or not isinstance(start, int) or offset or start or queries != keys or queries == 1:
+    """(left, right) of the mask that is requested, if it is a window over keys at the queries' positions, or none."""
+    keys, start, local = arguments["kv_length"], arguments.get("kv_offset", 0), arguments.get("local_size")
+    # These flags are set only where the mask is the plain one of its kind.
+    causal = arguments.get("allow_is_causal_skip", True)
+    both_sides = not causal and arguments.get("allow_is_bidirectional_skip", False)
+    if not isinstance(start, int) or start or not (causal or both_sides):
         return None
+    if causal or local is not None:
+        # Without q_offset, before transformers 5.3: a cache without past tokens has as many keys as queries.
+        offset, queries = arguments.get("q_offset", 0), _queries(arguments)
+        if not isinstance(offset, int) or offset or queries != keys or queries == 1:
+            return None
     given = arguments.get("attention_mask")
     if given is not None and given.shape[-1] < keys:
         return None
-    local = arguments.get("local_size")
     config = arguments.get("config")
     if local is not None and (
         local != getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) is not None
     ):
         return None
-    # These flags are set only where the mask is the plain one of its kind.
-    if arguments.get("allow_is_causal_skip", True):
-        return (None if local is None or local >= keys else local - 1), 0
-    if arguments.get("allow_is_bidirectional_skip", False):
-        return (None, None) if local is None or local >= keys else (local, local)
-    return None
+    bound = None if local is None or local >= keys else local
+    if causal:
+        return None if bound is None else bound - 1, 0
+    return bound, bound
+
+
+def _queries(arguments: dict[str, Any]) -> int:
+    queries: int = arguments["q_length"] if "q_length" in arguments else arguments["cache_position"].shape[0]
+    return queries
 
 
 def _known_true(mask: Tensor) -> bool:
     """Whether the mask masks nothing, where its values may be read."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(mask, torch._subclasses.FakeTensor):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
-    if torch._C._functorch.is_batchedtensor(mask):
+    if isinstance(mask, FakeTensor) or is_batchedtensor(mask):
         return False
     return bool(mask.all())
 

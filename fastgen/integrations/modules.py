@@ -140,41 +140,7 @@ def _set_class(module: nn.Module, cls: type[nn.Module]) -> str:
 
 
 def accelerate(model: nn.Module) -> AccelerationReport:
-    """Replaces torch layers in ``model`` by fastgen's equivalents, in place.
-
-    Replaces ``MultiheadAttention``, the Transformer layers, ``LSTM`` and ``GRU`` of ``torch.nn``. The layers remain the
-    same objects with the same parameters, so optimizers, hooks, state dicts and wrappers (DDP) keep working. Results
-    are the same up to rounding, except for the random numbers of dropout and for fully masked queries, whose attention
-    output is 0. The layers gain second-order and forward-mode derivatives.
-
-    ``accelerate`` may be called again after layers were added. Modules compiled with ``torch.compile`` are recompiled
-    at their next call; accelerate before compiling. Loading a pickle of an accelerated model requires fastgen; loading
-    its state dict does not. ``torch.jit.script`` supports torch's layers only: call ``restore`` first.
-
-    Args:
-        model: any module. The following layers are not replaced, and are listed in the report: subclasses of torch's
-            layers; layers with a method overridden on the instance; parametrized, sharded (``fully_shard``), quantized,
-            scripted and uninitialized (lazy) layers; recurrent layers without an equivalent (``torch.nn.RNN`` and the
-            cells).
-
-    Returns:
-        A printable report of the layers that were replaced, and of those that were not, with the reason.
-
-    Raises:
-        TypeError: if ``model`` is not a module.
-
-    Example:
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.GRU(4, 5), torch.nn.RNN(5, 6))
-        >>> print(accelerate(model))
-        replaced: 1
-          1  torch.nn.GRU -> fastgen.nn.GRU
-        kept: 1
-          2  torch.nn.RNN has no equivalent in fastgen.nn
-        >>> print(restore(model))
-        replaced: 1
-          1  fastgen.nn.GRU -> torch.nn.GRU
-        kept: none
-    """
+    """``fastgen.accelerate`` for the layers of ``torch.nn``."""
     _require_module(model)
     replaced: dict[str, str] = {}
     kept: dict[str, str] = {}
@@ -193,30 +159,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
 
 
 def restore(model: nn.Module) -> AccelerationReport:
-    """Reverts ``accelerate``: restores torch's class of every replaced layer.
-
-    Layers that were constructed as fastgen's are unchanged. Copies of accelerated layers (deepcopy, pickle) are
-    restored, too.
-
-    Args:
-        model: any module, for example a part of an accelerated model, or a model that was never accelerated.
-
-    Returns:
-        A report of the restored layers; ``kept`` is empty.
-
-    Raises:
-        TypeError: if ``model`` is not a module.
-        RuntimeError: if the class of an accelerated layer was changed since, by a parametrization for example. Nothing
-            is restored in this case.
-
-    Example:
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.GRU(4, 5))
-        >>> _ = accelerate(model)
-        >>> print(restore(model))
-        replaced: 1
-          1  fastgen.nn.GRU -> torch.nn.GRU
-        kept: none
-    """
+    """``fastgen.restore`` for the layers of ``torch.nn``."""
     accelerated = _accelerated(model)
     done = {}
     for _, module in accelerated:

@@ -1,4 +1,4 @@
-"""Small models of Hugging Face transformers, with random parameters, and the rows of docs/integrations.md about them."""
+"""Small models of Hugging Face transformers with random parameters, and their rows of docs/integrations.md."""
 
 from __future__ import annotations
 
@@ -201,3 +201,16 @@ OTHERS = (
     ),
 )
 """Models that are not in the table."""
+
+
+def rows() -> list[str]:
+    """The rows of the table in docs/integrations.md; tests/integrations/test_transformers.py tests every cell."""
+    return [row(case) for case in CASES]
+
+
+def row(case: Case) -> str:
+    before = "raises" if case.default == "sdpa" else "works"
+    model = case.name + (f" ({case.note})" if case.note else "")
+    generate = "same tokens" if case.generates else "-"
+    cells = ["transformers", model, "equal", "equal", f"{before} / works", f"{before} / works", generate, "one graph"]
+    return f"| {' | '.join(cells)} |"
