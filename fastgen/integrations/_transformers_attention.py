@@ -190,11 +190,16 @@ def attention(
         out (B, N, H, Dv), and the weights (B, H, N, M) or None.
 
     Raises:
-        TypeError: an argument that changes the result and has no equivalent here.
+        TypeError: an argument that changes the result and has no equivalent here, or packed sequences that no mask
+            separates.
     """
     refused = [name for name in sorted(_REFUSED & others.keys()) if others[name] is not None]
     if refused:
         raise TypeError(f"{refused[0]}: fastgen's attention has no such argument, {type(module).__name__} needs it")
+    if attention_mask is None and others.get("cu_seq_lens_q") is not None and others["cu_seq_lens_q"].numel() > 2:
+        raise TypeError(
+            "cu_seq_lens_q: expected packed sequences with position_ids or a mask as well, got lengths alone"
+        )
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     left: int | None = None
     right: int | None = None

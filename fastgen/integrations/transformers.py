@@ -1,9 +1,9 @@
 """Models of Hugging Face transformers (>= 5).
 
 Their attention layers look up a function by the name in their config, ``config._attn_implementation``, in a registry,
-``transformers.AttentionInterface``; masks have a second one, ``AttentionMaskInterface``. Importing this module registers
-the name "fastgen" in both, for the process; a model's config selects it. Models that share a config object share its
-choice, as with ``PreTrainedModel.set_attn_implementation``.
+``transformers.AttentionInterface``; masks have a second one, ``AttentionMaskInterface``. Importing this module
+registers the name "fastgen" in both, for the process; a model's config selects it. Models that share a config object
+share its choice, as with ``PreTrainedModel.set_attn_implementation``.
 
 A model that was accelerated has the attribute ``_fastgen_attention`` with the previous names. It is copied by deepcopy
 and pickle, removed by ``restore``, and is part neither of the state dict nor of ``config.json``.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -191,8 +190,10 @@ def _layers(model: nn.Module) -> Iterator[tuple[_Layer | None, str, nn.Module]]:
 
 
 def recognizes(model: nn.Module) -> bool:
-    return any(type(part).__module__.startswith("transformers.") or isinstance(part, PreTrainedModel)
-               for part in model.modules())
+    return any(
+        type(part).__module__.startswith("transformers.") or isinstance(part, PreTrainedModel)
+        for part in model.modules()
+    )
 
 
 def accelerate(model: nn.Module) -> AccelerationReport:

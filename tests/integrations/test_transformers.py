@@ -612,6 +612,7 @@ def mask_requests():
             wide = w.sliding_window_bidirectional_mask_function(3)
             yield {**common, "mask_function": wide, "config": config, "local_size": 3, **both}
         chunked = transformers.Llama4TextConfig(attention_chunk_size=3)
+        chunked.sliding_window = 3
         chunks = w.chunked_causal_mask_function(3, torch.zeros(2, dtype=torch.long))
         yield {**common, "mask_function": chunks, "config": chunked, "local_size": 3}
 
@@ -742,3 +743,16 @@ def test_arguments_without_an_equivalent_raise():
     with pytest.raises(TypeError, match=r"indices: fastgen's attention has no such argument, Module needs it"):
         attention_module.attention(nn.Module(), q, k, v, None, indices=torch.zeros(1))
     attention_module.attention(nn.Module(), q, k, v, None, indices=None, anything=torch.zeros(1))
+    with pytest.raises(TypeError, match=r"cu_seq_lens_q: expected packed sequences with position_ids or a mask"):
+        attention_module.attention(nn.Module(), q, k, v, None, cu_seq_lens_q=torch.tensor([0, 1, 3]))
+    attention_module.attention(nn.Module(), q, k, v, None, cu_seq_lens_q=torch.tensor([0, 3]))
+
+
+@over([BY_NAME["Llama"], BY_NAME["Mistral"]])
+def test_packed_sequences_are_separate(case):
+    """Several sequences in one item, told apart by their positions."""
+    model, x = accelerated(case.build()).double(), case.input(batch=1)
+    positions = torch.cat([torch.arange(4), torch.arange(5)])[None]
+    packed = output(case, model, x, position_ids=positions)
+    parts = [output(case, model, part) for part in (x[:, :4], x[:, 4:])]
+    torch.testing.assert_close(packed, torch.cat(parts, 1), rtol=1e-6, atol=1e-6)
