@@ -102,7 +102,7 @@ def _keywords(cls: Any) -> dict[str, ast.expr]:
 
 
 def _is_other_attention(module: nn.Module) -> bool:
-    """Whether a layer computes attention without the registry: judged by its name, the innermost such layer."""
+    """Whether a layer computes attention without the registry: its name says so, and it contains no such layer."""
     return _has_name_of_attention(module) and not any(
         _has_name_of_attention(part) or isinstance(part, nn.MultiheadAttention)
         for part in module.modules()

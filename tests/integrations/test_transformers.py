@@ -591,6 +591,24 @@ def test_no_mask_of_queries_and_keys_is_built(case, padded):
         assert square["sdpa" if case.default == "sdpa" else "eager"]
 
 
+@over([BY_NAME["Mistral"], BY_NAME["BERT"], BY_NAME["Whisper"]])
+def test_operators_get_padding_as_one_row(case, monkeypatch):
+    model, seen = accelerated(case.build()), []
+    attend = fastgen.functional.scaled_dot_product_attention
+
+    def recording(query, key, value, mask, *args, **more):
+        seen.append(mask)
+        return attend(query, key, value, mask, *args, **more)
+
+    monkeypatch.setattr(fastgen.functional, "scaled_dot_product_attention", recording)
+    with torch.no_grad():
+        output(case, model, case.input().float(), padding("right"))
+    if case.kind == "tokens":
+        assert [tuple(mask.shape) for mask in seen] == [(2, 1, 1, 9)] * 2
+    else:
+        assert seen == [None] * 6
+
+
 def mask_requests():
     """Arguments of the mask function as transformers passes them, with and without a cache."""
     w = masking_utils
@@ -598,10 +616,10 @@ def mask_requests():
     plain = transformers.LlamaConfig()
     pad = torch.rand(2, 6, generator=torch.Generator().manual_seed(0)) > 0.3
     for padding_mask, (queries, keys, past) in product((None, pad), ((6, 6, 0), (1, 6, 5), (2, 6, 4), (3, 6, 0))):
-        places = {"q_length": queries, "q_offset": past, "device": "cpu"}
+        place = {"q_length": queries, "q_offset": past, "device": "cpu"}
         if not in_new_form():
-            places = {"cache_position": torch.arange(queries) + past}
-        common = {"batch_size": 2, "kv_length": keys, "kv_offset": 0, "attention_mask": padding_mask, **places}
+            place = {"cache_position": torch.arange(queries) + past}
+        common = {"batch_size": 2, "kv_length": keys, "kv_offset": 0, "attention_mask": padding_mask, **place}
         causal, sliding = w.causal_mask_function, w.sliding_window_causal_mask_function(3)
         yield {**common, "mask_function": causal, "config": plain}
         yield {**common, "mask_function": causal, "config": plain, "allow_is_causal_skip": False}
