@@ -66,8 +66,30 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+OLDEST_TORCH = (2, 10)
+
+
+def _require_torch() -> None:
+    """Imports torch.
+
+    Raises:
+        ImportError: there is none, or one that is too old.
+    """
+    needed = f"fastgen requires PyTorch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer (pip install torch)"
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ModuleNotFoundError(f"{needed}: No module named 'torch'", name="torch") from None
+    release = tuple(int(part) for part in str(torch.__version__).split(".")[:2])
+    if release < OLDEST_TORCH:
+        raise ImportError(f"{needed}, got {torch.__version__}")
+
+
 def _load() -> dict[str, Any]:
     """Import torch, register the operators, and fill in the package's names."""
+    _require_torch()
     for name, module in _HOMES.items():
         globals()[name] = getattr(import_module(module), name)
     return globals()

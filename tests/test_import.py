@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -80,3 +82,22 @@ def test_the_command_has_the_package_s_names_all_the_same():
         "import torch; assert torch.ops.fastgen.attention_forward"
     )
     assert "fastgen.functional" in modules_after(code)
+
+
+@pytest.mark.parametrize(
+    ("stand_in", "message"),
+    [
+        (None, "fastgen requires PyTorch 2.10 or newer (pip install torch): No module named 'torch'"),
+        ("__version__ = '2.9.1+cpu'", "fastgen requires PyTorch 2.10 or newer (pip install torch), got 2.9.1+cpu"),
+        ("import no_such_library", "No module named 'no_such_library'"),
+    ],
+)
+def test_a_missing_or_old_torch_is_named(stand_in, message, tmp_path):
+    """``stand_in``: a module torch in place of the real one."""
+    if stand_in is not None:
+        (tmp_path / "torch.py").write_text(stand_in + "\n")
+    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]; import fastgen"
+    command = [sys.executable, "-I", "-S", "-c", code]  # without site-packages
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].endswith("Error: " + message)
