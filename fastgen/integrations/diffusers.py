@@ -1,0 +1,79 @@
+"""Attention of diffusers' models.
+
+An attention module of diffusers delegates to its processor, which calls torch's attention function, directly or
+through the dispatcher of attention backends. The module is redirected and the processor is left as it is: the processors
+that are set afterwards (IP-Adapter, fused projections, ``set_attn_processor``) are accelerated too, and diffusers'
+checks of their classes keep working. Nothing is registered with diffusers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fastgen.integrations import _function_mode as mode
+from fastgen.integrations import redirected
+from fastgen.integrations._calls import names_used
+from fastgen.integrations.modules import AccelerationReport
+from fastgen.integrations.modules import _name_of as qualified_name
+from fastgen.integrations.redirected import Choice
+
+__all__ = ["accelerate", "check_restore", "recognizes", "restore"]
+
+_DISPATCHER = "dispatch_attention_fn"
+
+_NATIVE_BACKENDS = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math")
+"""Attention backends that call torch's function."""
+
+
+def recognizes(model: nn.Module) -> bool:
+    return any(_is_own(module) for module in model.modules())
+
+
+def accelerate(model: nn.Module) -> AccelerationReport:
+    """Redirects the modules whose processor, or whose own code, calls torch's attention function.
+
+    A module is kept, with the reason in the report, if its processor computes the softmax itself or a backend other
+    than torch's is selected for it.
+    """
+    return redirected.redirect_chosen(model, lambda module: _choice(module) if _is_own(module) else None)
+
+
+restore = redirected.restore
+check_restore = redirected.check_restore
+
+
+def _is_own(module: nn.Module) -> bool:
+    return any(cls.__module__.partition(".")[0] == "diffusers" for cls in type(module).__mro__)
+
+
+def _choice(module: nn.Module) -> Choice:
+    processor = getattr(module, "processor", None)
+    if processor is None:
+        return redirected.choice_of(module)
+    cls = type(processor)
+    names = names_used(cls, "__call__")
+    if isinstance(processor, nn.Module):
+        names |= names_used(cls)
+    if _DISPATCHER in names:
+        return _reason_dispatched_elsewhere(processor) or mode.REDIRECTED
+    if "get_attention_scores" in names:  # a method of diffusers.models.attention_processor.Attention
+        return f"its processor {cls.__name__} computes the softmax itself; set another one"
+    choice = redirected.choice_by_names(module, names, cls)
+    return redirected.choice_of(module) if choice is None else choice
+
+
+def _reason_dispatched_elsewhere(processor: Any) -> str | None:
+    """Reason to keep a module whose processor calls the dispatcher: it does not call torch's function."""
+    if getattr(processor, "_parallel_config", None) is not None:
+        return "context parallelism is enabled for it"
+    selected = getattr(processor, "_attention_backend", None)
+    if selected is None:
+        from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+        selected = _AttentionBackendRegistry.get_active_backend()[0]
+    name = str(getattr(selected, "value", selected))
+    if name not in _NATIVE_BACKENDS:
+        return f'its attention backend is "{name}"; call set_attention_backend("native") first'
+    return None
