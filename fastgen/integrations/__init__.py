@@ -1,7 +1,8 @@
 """Use of fastgen's operators in models of other libraries.
 
 ``accelerate`` and ``restore`` treat torch's own layers (``modules``) first, then the models of every library of
-``_LIBRARIES`` that the program has imported. The module of a library has the library's name and offers
+``_LIBRARIES`` that the program has imported, then the redirected modules of other libraries (``redirected``). The module
+of a library has the library's name and offers
 
 - ``recognizes(model) -> bool``: whether the model contains modules of the library;
 - ``accelerate(model) -> AccelerationReport`` and ``restore(model) -> AccelerationReport``, with names as in
@@ -18,12 +19,13 @@ from typing import Protocol, cast
 
 from torch import nn
 
-from fastgen.integrations import modules
+from fastgen.integrations import modules, redirected
 from fastgen.integrations.modules import AccelerationReport
+from fastgen.integrations.redirected import redirect_attention
 
-__all__ = ["AccelerationReport", "accelerate", "available", "register", "restore"]
+__all__ = ["AccelerationReport", "accelerate", "available", "redirect_attention", "register", "restore"]
 
-_LIBRARIES = {"transformers": (5, 0), "diffusers": (0, 35), "timm": (1, 0)}
+_LIBRARIES = {"transformers": (5, 0), "diffusers": (0, 30), "timm": (0, 9)}
 """Libraries with a module of the same name in this package, and the oldest supported version."""
 
 _REGISTRIES = ("transformers",)
@@ -44,6 +46,7 @@ def _integrations(model: nn.Module) -> Iterator[_Integration]:
             integration = cast(_Integration, import_module(f"{__name__}.{library}"))
             if integration.recognizes(model):
                 yield integration
+    yield redirected
 
 
 def _problem(library: str) -> str | None:
