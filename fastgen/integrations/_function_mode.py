@@ -80,11 +80,13 @@ class Variant(NamedTuple):
         flag: an attribute by which the module chooses torch's attention function. It reads as True while the module is
             redirected, unless one of ``steps`` has to be called.
         steps: names of the submodules of the module's own attention, a softmax and a dropout.
+        finish: applied to the output; a function of a Python module, too.
     """
 
     forward: Callable[..., Any] | None = None
     flag: str | None = None
     steps: tuple[str, ...] = ()
+    finish: Callable[[Any], Any] | None = None
 
 
 REDIRECTED = Variant()
@@ -105,7 +107,7 @@ def redirected_class(original: type[nn.Module], variant: Variant = REDIRECTED) -
             "__module__": __name__,
             "__qualname__": original.__qualname__,
             "__doc__": original.__doc__,
-            "forward": variant.forward or _redirected_forward(original),
+            "forward": variant.forward or _redirected_forward(original, variant.finish),
             "__reduce_ex__": _reduction(original, variant),
         }
         if variant.flag is not None:
@@ -115,13 +117,14 @@ def redirected_class(original: type[nn.Module], variant: Variant = REDIRECTED) -
     return _CLASSES[key]
 
 
-def _redirected_forward(original: type[nn.Module]) -> Callable[..., Any]:
+def _redirected_forward(original: type[nn.Module], finish: Callable[[Any], Any] | None) -> Callable[..., Any]:
     inner = original.forward
 
     @functools.wraps(inner)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with Redirection():
-            return inner(self, *args, **kwargs)
+            out = inner(self, *args, **kwargs)
+        return out if finish is None else finish(out)
 
     return forward
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fastgen.integrations import _function_mode as mode
 from fastgen.integrations import redirected
@@ -57,11 +58,23 @@ def _choice(module: nn.Module) -> Choice:
     if isinstance(processor, nn.Module):
         names |= names_used(cls)
     if _DISPATCHER in names:
-        return _reason_dispatched_elsewhere(processor) or mode.REDIRECTED
+        return _reason_dispatched_elsewhere(processor) or _REDIRECTED
     if "get_attention_scores" in names:  # a method of diffusers.models.attention_processor.Attention
         return f"its processor {cls.__name__} computes the softmax itself; set another one"
-    choice = redirected.choice_by_names(module, names, cls)
-    return redirected.choice_of(module) if choice is None else choice
+    choice = redirected.choice_by_names(module, names, cls) or redirected.choice_of(module)
+    return _REDIRECTED if choice == mode.REDIRECTED else choice
+
+
+def _contiguous_for_tangents(out: Any) -> Any:
+    """Makes the output contiguous where it has a tangent.
+
+    The attention of feature maps returns channels last, and torch's group norm fails for such tangents (2.13: "view
+    size is not compatible").
+    """
+    return out.contiguous() if isinstance(out, Tensor) and forward_ad._current_level >= 0 else out
+
+
+_REDIRECTED = mode.Variant(finish=_contiguous_for_tangents)
 
 
 def _reason_dispatched_elsewhere(processor: Any) -> str | None:
