@@ -1,8 +1,8 @@
 """Use of fastgen's operators in models of other libraries.
 
 ``accelerate`` and ``restore`` treat torch's own layers (``modules``) first, then the models of every library of
-``_LIBRARIES`` that the program has imported, then the redirected modules of other libraries (``redirected``). The module
-of a library has the library's name and offers
+``_LIBRARIES`` that the program has imported, then modules of other libraries (``redirected``). The module of a library
+has the library's name and offers
 
 - ``recognizes(model) -> bool``: whether the model contains modules of the library;
 - ``accelerate(model) -> AccelerationReport`` and ``restore(model) -> AccelerationReport``, with names as in

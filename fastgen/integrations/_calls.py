@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dis
 import functools
 import hashlib
 import inspect
@@ -35,24 +36,29 @@ def names_used(cls: type, method: str = "forward") -> frozenset[str]:
             continue
         seen.add(function)
         names = set(_names(function.__code__))
-        found |= names
+        found |= {name for name, _ in names}
         if depth:
-            pending += [(callee, depth - 1) for name in names for callee in _callees(cls, function, name)]
+            pending += [(callee, depth - 1) for named in names for callee in _callees(cls, function, *named)]
     return frozenset(found)
 
 
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
+def _names(code: CodeType) -> Iterator[tuple[str, bool]]:
+    """Names in the code, and whether each is a global; otherwise it is an attribute."""
+    for instruction in dis.get_instructions(code):
+        if instruction.opcode in dis.hasname:
+            yield instruction.argval, instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _names(constant)
 
 
-def _callees(cls: type, function: FunctionType, name: str) -> Iterator[FunctionType]:
-    own = getattr(cls, name, None)
-    if own is not getattr(nn.Module, name, None):
-        yield from _functions(own)
-    package = function.__module__.partition(".")[0]
+def _callees(cls: type, function: FunctionType, name: str, is_global: bool) -> Iterator[FunctionType]:
+    if not is_global:
+        own = getattr(cls, name, None)
+        if own is not getattr(nn.Module, name, None):
+            yield from _functions(own)
+        return
+    package = (function.__module__ or "").partition(".")[0]
     for callee in _functions(function.__globals__.get(name)):
         if (callee.__module__ or "").partition(".")[0] == package:
             yield callee

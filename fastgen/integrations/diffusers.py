@@ -1,8 +1,8 @@
 """Attention of diffusers' models.
 
 An attention module of diffusers delegates to its processor, which calls torch's attention function, directly or
-through the dispatcher of attention backends. The module is redirected and the processor is left as it is: the processors
-that are set afterwards (IP-Adapter, fused projections, ``set_attn_processor``) are accelerated too, and diffusers'
+through the dispatcher of attention backends. The module is redirected and the processor is left as it is. Processors
+that are set afterwards (IP-Adapter, fused projections, ``set_attn_processor``) are then accelerated too, and diffusers'
 checks of their classes keep working. Nothing is registered with diffusers.
 """
 
@@ -17,7 +17,6 @@ from fastgen.integrations import _function_mode as mode
 from fastgen.integrations import redirected
 from fastgen.integrations._calls import names_used
 from fastgen.integrations.modules import AccelerationReport
-from fastgen.integrations.modules import _name_of as qualified_name
 from fastgen.integrations.redirected import Choice
 
 __all__ = ["accelerate", "check_restore", "recognizes", "restore"]

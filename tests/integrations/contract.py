@@ -10,7 +10,7 @@ import io
 import pickle
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -31,7 +31,7 @@ class Case:
         replaced: number of redirected modules.
         kept: number of modules that are named in the report with a reason.
         r1_before, jvp_before: whether the original has these derivatives.
-        skip: tests that do not apply, with the reason.
+        note: what is particular about it, for the table.
     """
 
     name: str
@@ -41,7 +41,17 @@ class Case:
     kept: int = 0
     r1_before: bool = False
     jvp_before: bool = False
-    skip: dict[str, str] = field(default_factory=dict)
+    note: str = ""
+
+
+def rows_of(library: str, cases: list[Case]) -> list[str]:
+    """Rows of the table of docs/integrations.md: library, model, outputs, gradients, R1, JVP, generate, compile."""
+    derivatives = {False: "raises / works", True: "works / works"}
+    return [
+        f"| {library} | {case.name}{f' ({case.note})' if case.note else ''} | equal | equal"
+        f" | {derivatives[case.r1_before]} | {derivatives[case.jvp_before]} | - | one graph |"
+        for case in cases
+    ]
 
 
 class Model:

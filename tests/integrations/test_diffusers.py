@@ -9,7 +9,8 @@ import torch
 from torch.nn.utils import parametrizations, prune
 
 import fastgen
-from tests.integrations.contract import Case, Contract, Model, assert_equal
+from tests.integrations.contract import Contract, Model, assert_equal
+from tests.integrations.diffusers_models import CASES
 
 try:
     import diffusers
@@ -18,117 +19,6 @@ except Exception as error:  # diffusers wraps the errors of its imports in Runti
     pytest.skip(f"diffusers cannot be imported: {error}", allow_module_level=True)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-TIME = torch.tensor([3.0, 5.0])
-
-
-def unet2d():
-    return diffusers.UNet2DModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=8,
-    )
-
-
-def unet2d_condition():
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=2,
-        cross_attention_dim=12,
-    )
-
-
-def autoencoder():
-    """Its middle block has one head of dimension 512."""
-    return diffusers.AutoencoderKL(block_out_channels=(512,), sample_size=8, layers_per_block=1)
-
-
-def dit():
-    return diffusers.DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        sample_size=8,
-        num_embeds_ada_norm=10,
-        norm_num_groups=4,
-    )
-
-
-def sd3():
-    return diffusers.SD3Transformer2DModel(
-        sample_size=8,
-        in_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        caption_projection_dim=16,
-        pooled_projection_dim=10,
-        out_channels=4,
-        pos_embed_max_size=8,
-    )
-
-
-def flux():
-    return diffusers.FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        pooled_projection_dim=10,
-        axes_dims_rope=(4, 4, 8),
-    )
-
-
-def text(**more):
-    return {"timestep": TIME, "encoder_hidden_states": torch.randn(2, 5, 12), **more}
-
-
-CASES = [
-    Case("UNet2D", unet2d, lambda: {"sample": torch.randn(2, 3, 8, 8), "timestep": TIME}, 4),
-    Case("UNet2DCondition", unet2d_condition, lambda: {"sample": torch.randn(2, 4, 8, 8), **text()}, 8),
-    Case("AutoencoderKL", autoencoder, lambda: {"sample": torch.randn(2, 3, 6, 6)}, 2),
-    Case(
-        "DiT",
-        dit,
-        lambda: {
-            "hidden_states": torch.randn(2, 4, 8, 8),
-            "timestep": torch.tensor([3, 5]),
-            "class_labels": torch.tensor([1, 2]),
-        },
-        2,
-    ),
-    Case(
-        "SD3",
-        sd3,
-        lambda: {"hidden_states": torch.randn(2, 4, 8, 8), **text(pooled_projections=torch.randn(2, 10))},
-        2,
-    ),
-    Case(
-        "Flux",
-        flux,
-        lambda: {
-            "hidden_states": torch.randn(2, 6, 4),
-            "img_ids": torch.arange(18.0).view(6, 3),
-            "txt_ids": torch.zeros(5, 3),
-            **text(pooled_projections=torch.randn(2, 10)),
-        },
-        2,
-    ),
-]
 
 
 @pytest.fixture(params=CASES, ids=[case.name for case in CASES])

@@ -8,43 +8,13 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import fastgen
-from tests.integrations.contract import Case, Contract, Model, assert_equal
+from tests.integrations.contract import Contract, Model, assert_equal
+from tests.integrations.timm_models import CASES, PLAIN, case_of
 
 try:  # timm imports torchvision, which fails with other errors than ImportError where it does not match torch
-    import timm
+    import timm  # noqa: F401
 except Exception as error:
     pytest.skip(f"timm cannot be imported: {error}", allow_module_level=True)
-
-SIZES = {"img_size": 32, "num_classes": 5}
-PLAIN = {**SIZES, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
-WINDOWS = {**SIZES, "window_size": 4, "patch_size": 2, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)}
-
-
-def case_of(name, model, options, replaced, kept=0, **more):
-    return Case(
-        name,
-        lambda: timm.create_model(model, **options),
-        lambda: {"x": torch.randn(2, 3, 32, 32)},
-        replaced,
-        kept,
-        **more,
-    )
-
-
-DERIVATIVES = {"r1_before": True, "jvp_before": True}
-"""Of models that compute the softmax themselves."""
-
-CASES = [
-    case_of("ViT", "vit_tiny_patch16_224", PLAIN, 2),
-    case_of("DeiT", "deit_tiny_distilled_patch16_224", PLAIN, 2),
-    case_of("Swin", "swin_tiny_patch4_window7_224", WINDOWS, 4, **DERIVATIVES),
-    case_of("Swin V2", "swinv2_tiny_window8_256", WINDOWS, 4, **DERIVATIVES),
-    case_of("CaiT", "cait_xxs24_224", {**PLAIN, "init_values": 0.1}, 2, kept=2),
-    case_of("EVA", "eva02_tiny_patch14_224", PLAIN, 2),
-    # A bias that requires a gradient makes torch choose the formula, which has second derivatives.
-    case_of("BEiT", "beit_base_patch16_224", {**PLAIN, "init_values": 0.1}, 2, r1_before=True),
-    case_of("XCiT", "xcit_nano_12_p16_224", {**PLAIN, "patch_size": 16}, 4),
-]
 
 
 @pytest.fixture(params=CASES, ids=[case.name for case in CASES])
