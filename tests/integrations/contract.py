@@ -84,6 +84,13 @@ class Model:
         loss = self(module=module).square().sum()
         return list(torch.autograd.grad(loss, [self.x, *self.parameters], materialize_grads=True))
 
+    def backward(self) -> list[Tensor]:
+        """As ``gradients``, by the only way that reentrant checkpointing supports."""
+        for leaf in (self.x, *self.parameters):
+            leaf.grad = None
+        self().square().sum().backward()
+        return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in (self.x, *self.parameters)]
+
     def r1(self) -> list[Tensor]:
         """Gradients of the gradient penalty."""
         (slope,) = torch.autograd.grad(self().sum(), self.x, create_graph=True)
@@ -186,17 +193,20 @@ class Contract:
 
     def test_gradient_checkpointing(self, case: Case) -> None:
         model = Model(case)
-        expected = model.gradients()
         for switch in ("enable_gradient_checkpointing", "set_grad_checkpointing"):
             if hasattr(model.module, switch):
                 getattr(model.module, switch)()
                 break
         else:
             pytest.skip("the model has no gradient checkpointing")
-        fastgen.accelerate(model.module)
         for part in model.module.modules():  # train() without what is random or depends on the batch then
             part.training = not re.search("drop|batchnorm|label", type(part).__name__, re.IGNORECASE)
-        assert_equal(model.gradients(), expected)
+        try:
+            expected = model.backward()
+        except Exception as error:
+            pytest.skip(f"the library's own checkpointing fails: {error}")
+        fastgen.accelerate(model.module)
+        assert_equal(model.backward(), expected)
 
     def test_one_graph_under_compile(self, case: Case) -> None:
         model = Model(case)
