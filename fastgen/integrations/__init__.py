@@ -25,7 +25,7 @@ from fastgen.integrations.redirected import redirect_attention
 
 __all__ = ["AccelerationReport", "accelerate", "available", "redirect_attention", "register", "restore"]
 
-_LIBRARIES = {"transformers": (5, 0), "diffusers": (0, 30), "timm": (0, 9)}
+_LIBRARIES = {"transformers": (5, 0), "diffusers": (0, 30), "timm": (0, 9), "torchvision": (0, 20)}
 """Libraries with a module of the same name in this package, and the oldest supported version."""
 
 _REGISTRIES = ("transformers",)

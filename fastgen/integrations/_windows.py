@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import functional
@@ -35,3 +38,16 @@ def window_attention(
     both = (mask[:, None] + bias).flatten(0, 1)[None]
     out = functional.scaled_dot_product_attention(query, key, value, attn_mask=both, dropout_p=dropout_p, scale=scale)
     return cast(Tensor, out).unflatten(1, (windows, heads)).flatten(0, 1)
+
+
+def cosine_heads(query: Tensor, key: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys whose products are the scores of Swin Transformer V2: cosines times a learned temperature.
+
+    Liu et al., "Swin Transformer V2: scaling up capacity and resolution" (2022), section 3.3. The temperature,
+    exp(logit_scale) (H, 1, 1), at most 100, is folded into the queries, with its gradient. In float32 at least: the
+    gradient of the temperature is a sum over all queries with little left.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    temperature = logit_scale.to(dtype).clamp(max=math.log(100.0)).exp()
+    scaled = F.normalize(query.to(dtype), dim=-1) * temperature
+    return scaled.to(query.dtype), F.normalize(key.to(dtype), dim=-1).to(key.dtype)

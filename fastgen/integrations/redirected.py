@@ -21,7 +21,7 @@ _ATTENTION = "scaled_dot_product_attention"
 
 _OTHER_FUNCTIONS = ("multi_head_attention_forward", "flex_attention")
 
-_ELSEWHERE = ("torch", "fastgen", "transformers", "diffusers", "timm")
+_ELSEWHERE = ("torch", "fastgen", "transformers", "diffusers", "timm", "torchvision")
 """Packages whose modules this module does not report: those of other modules of ``fastgen.integrations``."""
 
 Choice = str | mode.Variant | None

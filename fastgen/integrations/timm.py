@@ -8,7 +8,6 @@ its own here.
 
 from __future__ import annotations
 
-import math
 from typing import Any, cast
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from fastgen.integrations import _function_mode as mode
 from fastgen.integrations import redirected
 from fastgen.integrations._calls import fingerprint, names_used
-from fastgen.integrations._windows import window_attention
+from fastgen.integrations._windows import cosine_heads, window_attention
 from fastgen.integrations.modules import AccelerationReport
 from fastgen.integrations.modules import _name_of as qualified_name
 from fastgen.integrations.redirected import Choice
@@ -87,10 +86,7 @@ def _swin_v2_forward(self: Any, x: Tensor, mask: Tensor | None = None) -> Tensor
             qkv = F.linear(x, self.qkv.weight, qkv_bias)
     query, key, value = qkv.reshape(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
 
-    temperature = torch.clamp(self.logit_scale, max=math.log(1.0 / 0.01)).exp()
-    query = (F.normalize(query, dim=-1) * temperature).to(value.dtype)
-    key = F.normalize(key, dim=-1).to(value.dtype)
-
+    query, key = cosine_heads(query, key, self.logit_scale)
     table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
     bias = table[self.relative_position_index.view(-1)].view(length, length, -1).permute(2, 0, 1)
     bias = 16 * torch.sigmoid(bias)

@@ -155,12 +155,19 @@ class Contract:
         assert not calls
 
     def test_low_precision_error_is_at_most_twice_the_original(self, case: Case) -> None:
-        exact = Model(case)
-        expected = [exact().detach(), *exact.gradients()]
+        """Outputs and each gradient. Gradients of a few numbers (temperatures) are compared as one: the largest error
+        of two or four numbers is a matter of luck."""
+
+        def results(model: Model) -> list[Tensor]:
+            tensors = [model().detach(), *model.gradients()]
+            few = [tensor.flatten() for tensor in tensors if tensor.numel() < 16]
+            return [tensor for tensor in tensors if tensor.numel() >= 16] + ([torch.cat(few)] if few else [])
+
+        expected = results(Model(case))
         model = Model(case, torch.bfloat16)
-        original = [model().detach(), *model.gradients()]
+        original = results(model)
         fastgen.accelerate(model.module)
-        actual = [model().detach(), *model.gradients()]
+        actual = results(model)
         for a, b, c in zip(actual, original, expected, strict=True):
             allowance = torch.finfo(torch.bfloat16).eps * c.abs().max()
             assert (a - c).abs().max() <= 2 * (b - c).abs().max() + allowance
@@ -193,15 +200,14 @@ class Contract:
 
     def test_gradient_checkpointing(self, case: Case) -> None:
         model = Model(case)
-        for switch in ("enable_gradient_checkpointing", "set_grad_checkpointing"):
-            if hasattr(model.module, switch):
-                getattr(model.module, switch)()
-                break
-        else:
-            pytest.skip("the model has no gradient checkpointing")
+        module = model.module
+        switch = getattr(module, "enable_gradient_checkpointing", getattr(module, "set_grad_checkpointing", None))
+        if switch is None:
+            pytest.skip("the library has no gradient checkpointing")
         for part in model.module.modules():  # train() without what is random or depends on the batch then
             part.training = not re.search("drop|batchnorm|label", type(part).__name__, re.IGNORECASE)
         try:
+            switch()
             expected = model.backward()
         except Exception as error:
             pytest.skip(f"the library's own checkpointing fails: {error}")

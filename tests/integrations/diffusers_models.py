@@ -92,6 +92,13 @@ def flux():
     )
 
 
+def flux_ids(ids):
+    """Positions; diffusers 0.30 wants them for each item of the batch."""
+    import diffusers
+
+    return ids.expand(2, -1, -1) if diffusers.__version__.startswith("0.30.") else ids
+
+
 def text(**more):
     return {"timestep": TIME, "encoder_hidden_states": torch.randn(2, 5, 12), **more}
 
@@ -121,8 +128,8 @@ CASES = [
         flux,
         lambda: {
             "hidden_states": torch.randn(2, 6, 4),
-            "img_ids": torch.arange(18.0).view(6, 3),
-            "txt_ids": torch.zeros(5, 3),
+            "img_ids": flux_ids(torch.arange(18.0).view(6, 3)),
+            "txt_ids": flux_ids(torch.zeros(5, 3)),
             **text(pooled_projections=torch.randn(2, 10)),
         },
         2,
