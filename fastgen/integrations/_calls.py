@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dis
-import functools
 import hashlib
 import inspect
 import textwrap
@@ -20,13 +19,21 @@ _DEPTH = 4
 """Calls from a method down to the attention function that are followed."""
 
 
-@functools.cache
+_NAMES: dict[tuple[type, str], frozenset[str]] = {}
+
+
 def names_used(cls: type, method: str = "forward") -> frozenset[str]:
     """Names of globals, attributes and methods in the code of a method, and in the code that it calls.
 
     The class's own methods and functions of the same package are followed. Submodules are not: they are modules of
     their own.
     """
+    if (cls, method) not in _NAMES:
+        _NAMES[cls, method] = frozenset(_names_reached(cls, method))
+    return _NAMES[cls, method]
+
+
+def _names_reached(cls: type, method: str) -> set[str]:
     found: set[str] = set()
     pending = [(function, _DEPTH) for function in _functions(getattr(cls, method, None))]
     seen = set()
@@ -39,7 +46,7 @@ def names_used(cls: type, method: str = "forward") -> frozenset[str]:
         found |= {name for name, _ in names}
         if depth:
             pending += [(callee, depth - 1) for named in names for callee in _callees(cls, function, *named)]
-    return frozenset(found)
+    return found
 
 
 def _names(code: CodeType) -> Iterator[tuple[str, bool]]:

@@ -37,7 +37,8 @@ def window_attention(
     query, key, value = (t.unflatten(0, (-1, windows)).flatten(1, 2) for t in (query, key, value))
     both = (mask[:, None] + bias).flatten(0, 1)[None]
     out = functional.scaled_dot_product_attention(query, key, value, attn_mask=both, dropout_p=dropout_p, scale=scale)
-    return cast(Tensor, out).unflatten(1, (windows, heads)).flatten(0, 1)
+    merged: Tensor = cast(Tensor, out).unflatten(1, (windows, heads)).flatten(0, 1)
+    return merged
 
 
 def cosine_heads(query: Tensor, key: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -93,7 +93,7 @@ def redirect_chosen(model: nn.Module, choose: Callable[[nn.Module], Choice]) -> 
 
 
 def choice_of(module: nn.Module) -> Choice:
-    """What is done with a module, judged by the code of its ``forward``."""
+    """What is done with a module, according to the code of its ``forward``."""
     if isinstance(module, torch.jit.ScriptModule):
         return None
     cls = _original(module)
@@ -124,7 +124,7 @@ def reason_unsuited(module: nn.Module) -> str | None:
         cause = "a parametrization" if is_parametrized(module) else "FSDP"
         return f"{cause} changed the class of this module to {cls.__name__}; accelerate before that"
     if any("checkpoint" in name for name in names_used(cls)):
-        return f"{qualified_name(cls)} repeats a part of its forward pass by activation checkpointing"
+        return f"{qualified_name(cls)} repeats a part of its forward pass (activation checkpointing)"
     return None
 
 

@@ -94,4 +94,4 @@ def _swin_v2_forward(self: Any, x: Tensor, mask: Tensor | None = None) -> Tensor
     dropout_p = self.attn_drop.p if self.training else 0.0
     out = window_attention(query, key, value, bias, mask, dropout_p=dropout_p, scale=1.0)
     out = self.proj(out.transpose(1, 2).reshape(batch, length, channels))
-    return self.proj_drop(out)
+    return cast(Tensor, self.proj_drop(out))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import functools
+import importlib
 import re
 import shlex
 import sys
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 OWN = "path/to/file.py:TinyVAE"
-OPTIONAL = ("transformers", "peft", "diffusers", "timm")
+OPTIONAL = ("transformers", "peft", "diffusers", "timm", "x_transformers")
 GENERATED = "docs/models.md"
 """Written by benchmarks/zoo.py: its commands are those that made it."""
 
@@ -50,10 +51,20 @@ def commands(block: Block) -> list[list[str]]:
 
 
 def needs_another_library(block: Block) -> bool:
-    """Whether a block imports a library of the extra ``integrations`` that is not installed."""
+    """Whether a block imports a library of the extra ``integrations`` that cannot be imported here."""
     lines = re.findall(r"^(?:from|import) .*", block.text, re.MULTILINE)
     imported = {name for line in lines for name in re.findall(r"\w+", line)}
-    return any(importlib.util.find_spec(name) is None for name in imported & set(OPTIONAL))
+    return not all(can_be_imported(name) for name in imported & set(OPTIONAL))
+
+
+@functools.cache
+def can_be_imported(name: str) -> bool:
+    """Whether a library is there and works. timm needs a torchvision that matches torch, for example."""
+    try:
+        importlib.import_module(name)
+    except Exception:
+        return False
+    return True
 
 
 def run_on_a_small_scale(block: Block, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,8 +93,8 @@ class Model:
 
     def r1(self) -> list[Tensor]:
         """Gradients of the gradient penalty."""
-        (slope,) = torch.autograd.grad(self().sum(), self.x, create_graph=True)
-        return list(torch.autograd.grad(slope.square().sum(), self.parameters, materialize_grads=True))
+        (gradient,) = torch.autograd.grad(self().sum(), self.x, create_graph=True)
+        return list(torch.autograd.grad(gradient.square().sum(), self.parameters, materialize_grads=True))
 
     def jvp(self) -> Tensor:
         direction = torch.linspace(-1, 1, self.x.numel(), dtype=self.x.dtype).view(self.x.shape)

@@ -60,8 +60,8 @@ def gradients(model, x):
 
 
 def penalty(model, x):
-    (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
-    return torch.autograd.grad(slope.square().sum(), list(model.parameters()), materialize_grads=True)
+    (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    return torch.autograd.grad(gradient.square().sum(), list(model.parameters()), materialize_grads=True)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -90,8 +90,8 @@ def model():
 
 
 def penalty(module, x):
-    (slope,) = torch.autograd.grad(module(x).sum(), x, create_graph=True)
-    return slope.square().sum()
+    (gradient,) = torch.autograd.grad(module(x).sum(), x, create_graph=True)
+    return gradient.square().sum()
 
 
 def test_examples():
@@ -178,7 +178,7 @@ def test_modules_that_cannot_be_redirected_are_named():
     assert report.replaced == {}
     assert report.kept == {
         "0": "forward is overridden on the instance; accelerate before that",
-        "1": f"{__name__}.Repeating repeats a part of its forward pass by activation checkpointing",
+        "1": f"{__name__}.Repeating repeats a part of its forward pass (activation checkpointing)",
         "2": "a parametrization changed the class of this module to ParametrizedAttend; accelerate before that",
         "3": f"{__name__}.WithSoftmaxAttention computes the softmax itself",
     }
