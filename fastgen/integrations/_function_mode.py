@@ -32,6 +32,7 @@ __all__ = [
     "Redirection",
     "Variant",
     "can_be_skipped",
+    "has_forward_of_its_class",
     "is_redirected",
     "original_class",
     "redirect",
@@ -168,7 +169,14 @@ def redirect(module: nn.Module, variant: Variant = REDIRECTED) -> None:
     module.__class__ = redirected_class(type(module), variant)  # type: ignore[assignment]
 
 
+def has_forward_of_its_class(module: nn.Module) -> bool:
+    """False where another ``forward`` was set on the instance; a removed hook may leave the class's own there."""
+    own = vars(module).get("forward")
+    return own is None or (getattr(own, "__self__", None) is module and own.__func__ is type(module).forward)
+
+
 def undo(module: nn.Module) -> None:
+    vars(module).pop("forward", None)
     module.__class__ = original_class(type(module))  # type: ignore[assignment]
 
 

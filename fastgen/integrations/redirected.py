@@ -173,7 +173,7 @@ def check_restore(model: nn.Module) -> None:
                 f"model: expected {name} to have the class that accelerate gave it, got {qualified_name(type(module))};"
                 " undo the change (a parametrization, a wrapper) first"
             )
-        if "forward" in vars(module):
+        if not mode.has_forward_of_its_class(module):
             raise RuntimeError(
                 f"model: expected {name} to have the forward of its class, got one that was set on the instance since;"
                 " remove it (a hook of the package accelerate, for example) first"

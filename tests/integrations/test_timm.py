@@ -157,3 +157,38 @@ def test_an_unknown_forward_of_swin_v2_is_kept(monkeypatch):
     assert not report.replaced
     assert len(report.kept) == 4
     assert all("differs from the versions that fastgen knows" in reason for reason in report.kept.values())
+
+
+def test_a_model_on_the_meta_device_can_be_accelerated_and_loaded_later():
+    model = vit()
+    expected, state = model().detach(), model.module.state_dict()
+    with torch.device("meta"):
+        module = CASES[0].build().eval().double()
+    fastgen.accelerate(module)
+    assert module(model.x.to("meta")).shape == expected.shape
+    module.to_empty(device="cpu")
+    module.load_state_dict(state)
+    assert_equal([model(module=module).detach()], [expected])
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_cpu_offload_of_the_package_accelerate(after):
+    accelerate = pytest.importorskip("accelerate")
+    model = Model(CASES[2])  # Swin: those with other buffers are wrong after cpu_offload, also without fastgen
+    expected = model().detach()
+    if after:
+        fastgen.accelerate(model.module)
+    accelerate.cpu_offload(model.module, execution_device=torch.device("cpu"))
+    if not after:
+        report = fastgen.accelerate(model.module)
+        # The layer has parameters of its own, which a hook loads in a forward that it sets on the instance.
+        assert set(report.kept.values()) == {"forward is overridden on the instance; accelerate before that"}
+    with torch.no_grad():
+        assert_equal([model()], [expected])
+    if after:
+        with pytest.raises(RuntimeError, match="to have the forward of its class"):
+            fastgen.restore(model.module)
+        accelerate.hooks.remove_hook_from_submodules(model.module)
+    fastgen.restore(model.module)
+    with torch.no_grad():
+        assert_equal([model()], [expected])
