@@ -37,7 +37,8 @@ WORKS = {"r1_before": True, "jvp_before": True}
 
 CASES = [
     Case("Swin", swin, padded, 4, note="windows", **WORKS),
-    Case("Swin V2", swin_v2, images, 4, note="learned temperature", **WORKS),
+    # The gradient of the temperature is a sum with cancellation, over queries instead of scores.
+    Case("Swin V2", swin_v2, images, 4, note="learned temperature", float32_factor=6.0, **WORKS),
 ]
 
 
