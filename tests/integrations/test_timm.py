@@ -162,8 +162,11 @@ def test_an_unknown_forward_of_swin_v2_is_kept(monkeypatch):
 def test_a_model_on_the_meta_device_can_be_accelerated_and_loaded_later():
     model = vit()
     expected, state = model().detach(), model.module.state_dict()
-    with torch.device("meta"):
-        module = CASES[0].build().eval().double()
+    try:
+        with torch.device("meta"):
+            module = CASES[0].build().eval().double()
+    except RuntimeError as error:
+        pytest.skip(f"this version of timm does not build models on the meta device: {error}")
     fastgen.accelerate(module)
     assert module(model.x.to("meta")).shape == expected.shape
     module.to_empty(device="cpu")
