@@ -8,11 +8,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f) setup.py tools/build_libraries.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test examples fuzz lint bench docs wheels cuda-check clean
+.PHONY: help demo test integrations examples fuzz lint bench docs wheels cuda-check clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
-	@echo "make lint | docs | examples | fuzz | bench | wheels | cuda-check | clean"
+	@echo "make lint | docs | integrations | examples | fuzz | bench | wheels | cuda-check | clean"
 
 # Three stamps: the package with what training needs; what tests, lint and benchmarks add; what the site needs.
 $(BIN)/python:
@@ -43,6 +43,14 @@ demo: $(VENV)/.build
 WORKERS ?= auto
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --maxprocesses 8 --dist worksteal $(TESTS)
+
+# Models of transformers, diffusers, timm and x-transformers, and export to ONNX; make test skips what is not installed.
+$(VENV)/.integrations: $(VENV)/.dev
+	$(PIP) install --quiet -c constraints.txt 'fastgen[integrations]'
+	touch $@
+
+integrations: $(VENV)/.integrations
+	$(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal tests/integrations
 
 # The scripts of examples/, for a few steps each.
 examples: $(VENV)/.dev

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastgen import backend
+from fastgen import backend, integrations
 from fastgen.backend import plans
 from fastgen.ops.attention.problem import WIDEST_HEAD
 from fastgen.ops.projection import plan
@@ -30,6 +30,7 @@ class Info:
     architectures: list[str]
     operators: dict[str, dict[str, str]]
     plans: dict[str, dict[str, Any]] = field(default_factory=dict)
+    integrations: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -43,6 +44,7 @@ class Info:
         lines += [f"  not {name}: {reason}" for name, reason in self.build.get("missing", {}).items()]
         lines += [f"library {name}: {state}" for name, state in self.libraries.items()]
         lines.append(f"CUDA architectures: {', '.join(self.architectures) or 'none'}")
+        lines.append("integrations: " + "; ".join(f"{name} {state}" for name, state in self.integrations.items()))
         width = max(len(name) for name in self.operators)
         for name, places in self.operators.items():
             lines += [f"{name:<{width}}  {device:<5} {served}" for device, served in places.items()]
@@ -205,4 +207,5 @@ def info(
         {name: {kind.type: _served_by(name, kind) for kind in kinds} for name in names},
         ({} if attention is None else _attention_plans(attention, dtype))
         | ({} if projection is None else _projection_plans(projection, dtype)),
+        integrations.available(),
     )
