@@ -33,6 +33,7 @@ _libraries = {namespace: torch.library.Library(namespace, "DEF") for namespace i
 _operators: dict[str, list[Definition]] = {}
 _added: list[torch.library.Library] = []  # libraries of add_backend, kept alive
 _derivatives: dict[str, Callable[..., Any]] = {}
+_decompositions: dict[str, Callable[..., Any]] = {}
 namespaces = {"torch": TORCH}  # backends that are one namespace for every operator
 
 
@@ -58,8 +59,8 @@ def define(
         check: called with the arguments before the implementation, and raises where they do not fit. Compiled kernels
             have checks of their own.
         parts: compiled CPU operators that do a part of the work, each with a phrase that says which part.
-        decomposition: the operator as a few of PyTorch's, for exporters that do not know it (``torch.onnx.export``).
-            Called with the operator's arguments, whose sizes may be symbolic.
+        decomposition: the operator as a few of PyTorch's, for exporters that do not know it: ``torch.onnx.export``, and
+            ``decompositions``. Called with the operator's arguments, whose sizes may be symbolic.
     """
     definition = Definition(schema.split("(", 1)[0], schema, fake, vmap, parts or {})
     _operators.setdefault(family, []).append(definition)
@@ -67,9 +68,8 @@ def define(
         _define_in(namespace, library, definition)
         chosen = functools.partial(implementation, namespace) if takes_namespace else implementation
         library.impl(definition.name, outside_autocast(chosen, check), "CompositeExplicitAutograd")
-        if decomposition is not None:
-            overload = getattr(getattr(torch.ops, namespace), definition.name).default
-            torch._decomp.decomposition_table[overload] = decomposition
+    if decomposition is not None:
+        _decompositions[definition.name] = decomposition
 
 
 def outside_autocast(
@@ -183,9 +183,26 @@ def operator(namespace: str, name: str) -> Callable[..., Any]:
     return getattr(getattr(torch.ops, namespace), name)  # type: ignore[no-any-return]
 
 
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Operators of both namespaces as a few of PyTorch's, for ``torch.export.ExportedProgram.run_decompositions``.
+
+    They are not in PyTorch's own table: fake tensors with symbolic sizes would take their layouts from it.
+    """
+    return {
+        operator(namespace, name).default: function  # type: ignore[attr-defined]
+        for namespace in _libraries
+        for name, function in _decompositions.items()
+    }
+
+
 def call(namespace: str, name: str, *args: Any) -> Any:
-    """Calls an operator below autograd: the caller records its derivative."""
+    """Calls an operator below autograd: the caller records its derivative.
+
+    While ``torch.onnx.export`` traces a model, the operator's decomposition is called instead.
+    """
     function = getattr(getattr(torch.ops, namespace), name)
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        function = _decompositions.get(name, function)
     with torch._C._AutoDispatchBelowAutograd():
         return function(*args)
 

@@ -28,17 +28,52 @@ class Arguments(NamedTuple):
     rows: tuple[int, ...]
 
 
-def window_bounds(window: tuple[int | None, int | None] | None, is_causal: bool) -> tuple[int, int]:
-    """(left, right) with -1 for unbounded; causal bounds the right at 0."""
-    left, right = -1, -1
+def window_bounds(window: tuple[int | None, int | None] | None, is_causal: bool) -> tuple[int | None, int | None]:
+    """(left, right), None for unbounded; causal bounds the right at 0."""
+    left: int | None = None
+    right: int | None = None
     if window is not None:
         if not isinstance(window, (tuple, list)) or len(window) != 2:
             raise ValueError(f"window: expected a pair (left, right), got {window!r}")
         for side, size in zip(("left", "right"), window, strict=True):
-            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
-                raise ValueError(f"window: expected {side} to be an integer >= 0, or None for unbounded, got {size!r}")
-        left, right = (-1 if size is None else min(size, WIDEST_WINDOW) for size in window)
-    return left, 0 if is_causal else right
+            if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
+                raise ValueError(f"window: expected {side} to be an integer, or None for unbounded, got {size!r}")
+        left, right = (None if size is None else max(-WIDEST_WINDOW, min(size, WIDEST_WINDOW)) for size in window)
+    right = 0 if is_causal and (right is None or right > 0) else right
+    return left, right
+
+
+class Window(NamedTuple):
+    """A call whose bounds are 0 or more, -1 for unbounded, without the ``dropped`` first queries, which attend to no
+    key."""
+
+    arguments: Arguments
+    left: int
+    right: int
+    dropped: int
+
+
+def without_negative_bounds(arguments: Arguments, left: int | None, right: int | None) -> Window:
+    """The call without the queries and keys that a negative bound masks.
+
+    Below a right bound of -r the first r queries attend to no key, and query r + i to what query i attends to with a
+    right bound of 0. Above a left bound of -l no query attends to the first l keys.
+    """
+    query, key, value, mask, rows = arguments
+    if left is not None and right is not None and left + right < 0:  # no query attends to a key
+        left, right = None, -WIDEST_WINDOW
+    dropped = 0
+    if right is not None and right < 0:
+        length = query.size(2)
+        query = query[:, :, -right:]
+        mask = mask if mask is None or mask.size(2) == 1 else mask[:, :, -right:]
+        dropped, left, right = length - query.size(2), None if left is None else left + right, 0
+    elif left is not None and left < 0:
+        key, value = key[:, :, -left:], value[:, :, -left:]
+        mask = mask if mask is None or mask.size(3) == 1 else mask[..., -left:]
+        left, right = 0, None if right is None else right + left
+    left, right = (-1 if bound is None else bound for bound in (left, right))
+    return Window(Arguments(query, key, value, mask, rows), left, right, dropped)
 
 
 def attention_arguments(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool) -> Arguments:
@@ -182,8 +217,8 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.size(-1) == 1 else tensor.contiguous()
 
 
-def causal_bias(bias: Any, query: Tensor, key: Tensor, is_causal: bool) -> tuple[Tensor | None, int | None]:
-    """A ``torch.nn.attention.bias.CausalBias`` as (mask, right bound of the window), without reading its memory.
+def causal_bias(bias: Any, query: Tensor, key: Tensor, is_causal: bool) -> int:
+    """The right bound of the window that a ``torch.nn.attention.bias.CausalBias`` is, without reading its memory.
 
     Raises:
         ValueError: ``is_causal`` is set too, or its lengths differ from those of query and key.
@@ -193,8 +228,19 @@ def causal_bias(bias: Any, query: Tensor, key: Tensor, is_causal: bool) -> tuple
     lengths, own = (query.size(-2), key.size(-2)), (bias.seq_len_q, bias.seq_len_kv)
     if own != lengths:
         raise ValueError(f"attn_mask: expected a CausalBias of the lengths of query and key, {lengths}, got {own}")
-    offset = 0 if bias.variant.name == "UPPER_LEFT" else own[1] - own[0]
-    if offset >= 0:
-        return None, offset
-    allowed = torch.ones(own, dtype=torch.bool, device=query.device).tril(offset)
-    return allowed, None
+    return 0 if bias.variant.name == "UPPER_LEFT" else int(own[1] - own[0])
+
+
+def checked_sinks(sinks: Tensor, query: Tensor, heads: int) -> Tensor:
+    """A logit per head, (H, 1).
+
+    Raises:
+        TypeError: it is not floating.
+        ValueError: another shape or device.
+    """
+    check.require_floating("sinks", sinks)
+    if sinks.device != query.device:
+        raise ValueError(f"sinks: expected the device of query, {query.device}, got {sinks.device}")
+    if sinks.dim() > 1 or sinks.numel() not in (1, heads):
+        raise ValueError(f"sinks: expected (heads,) = ({heads},), got {check.shape_of(sinks)}")
+    return sinks.reshape(-1, 1)

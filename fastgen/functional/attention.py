@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fastgen import checks as check
 from fastgen.backend import may_use_tf32, select
-from fastgen.functional._attention_arguments import attention_arguments, causal_bias, window_bounds
+from fastgen.functional._attention_arguments import (
+    attention_arguments,
+    causal_bias,
+    checked_sinks,
+    window_bounds,
+    without_negative_bounds,
+)
 from fastgen.functional._autocast import autocast_dtype, lower
 from fastgen.functional._seeds import sample_seed
 from fastgen.ops.attention.autograd import attention
@@ -25,6 +34,7 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
     *,
     window: tuple[int | None, int | None] | None = None,
+    sinks: Tensor | None = None,
     generator: torch.Generator | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -44,20 +54,24 @@ def scaled_dot_product_attention(
         is_causal: query i attends to keys j <= i, aligned as in torch when N and M differ. Combines with a mask.
         scale: factor of the scores, a finite number; default ``1 / sqrt(Dk)``. For a learned factor multiply query.
         enable_gqa: let several query heads share one key and value head; heads are the third dim from the end.
-        window: (left, right): query i attends to keys i - left <= j <= i + right; None is unbounded.
+        window: (left, right): query i attends to keys i - left <= j <= i + right; None is unbounded. Bounds may be
+            negative: ``(None, M - N)`` is causal with the last query at the last key, and ``(left - o, o)`` a causal
+            window for queries that begin at position o of the keys.
+        sinks: (H,), a learned logit per head that takes part in the softmax and has no value (attention sinks: Xiao et
+            al., "Efficient streaming language models with attention sinks", 2024; gpt-oss). Differentiable.
         generator: source of the dropout seed, on the tensors' device. Under ``torch.utils.checkpoint`` it requires
             ``use_reentrant=False``.
         return_lse: also return the logsumexp of each row of scores, which is differentiable.
 
     Returns:
         out (B, H, N, Dv) in query's dtype; with ``return_lse`` also lse (B, H, N), float32 (float64 for float64), in
-        nats. A fully masked row gives out 0, lse -inf and gradients 0, never NaN. A key that every query masks is
-        ignored, whatever it and its value contain.
+        nats, of the scores and the sink. A fully masked row gives out 0, lse -inf (or the sink) and gradients 0, never
+        NaN. A key that every query masks is ignored, whatever it and its value contain.
 
     Raises:
         TypeError: integer inputs, a mask that is neither boolean nor floating, dtypes that differ, a tensor as scale,
             a nested, sparse or quantized tensor, or a tensor subclass with its own ``__torch_function__``.
-        ValueError: shapes that do not match, a negative window, a probability out of range, or a scale that is not
+        ValueError: shapes that do not match, a probability out of range, or a scale that is not
             finite.
         RuntimeError: the backend ``compiled`` is forced and has no kernel for these tensors; or a derivative is not
             supported.
@@ -77,22 +91,38 @@ def scaled_dot_product_attention(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check.require_tensor(name, tensor)
     check.require_probability("dropout_p", dropout_p, certain=True)
-    window_left, window_right = window_bounds(window, is_causal)
+    left, right = window_bounds(window, is_causal)
     if type(attn_mask).__name__ == "CausalBias":
-        attn_mask, bound = causal_bias(attn_mask, query, key, is_causal)
-        window_right = window_right if bound is None else bound if window_right < 0 else min(window_right, bound)
+        bound = causal_bias(attn_mask, query, key, is_causal)
+        attn_mask, right = None, bound if right is None else min(right, bound)
     check.require_tensor("attn_mask", attn_mask, optional=True)
+    check.require_tensor("sinks", sinks, optional=True)
     low = autocast_dtype(query)
     query, key, value = lower(query, low), lower(key, low), lower(value, low)
     if dropout_p == 1:  # every weight is dropped: the values become 0, with gradients of 0
         value, dropout_p = value * 0.0, 0.0
-    query, key, value, mask, rows = attention_arguments(query, key, value, attn_mask, enable_gqa)
+    arguments = attention_arguments(query, key, value, attn_mask, enable_gqa)
+    arguments, window_left, window_right, dropped = without_negative_bounds(arguments, left, right)
+    query, key, value, mask, rows = arguments
     # Without a head dim all scores are 0, whatever their factor.
     scale = max(query.size(-1), 1) ** -0.5 if scale is None else check.require_finite("scale", scale)
     seed = sample_seed(query.device, generator) if dropout_p > 0 else None
     options = Options(dropout_p, window_left, window_right, scale, may_use_tf32(query))
     namespace = select("attention_forward", query, refused_heads(query, value))
     out, lse = attention(Problem(query, key, value, mask, seed, options, namespace))
+    if dropped:
+        out, lse = pad(out, (0, 0, dropped, 0)), pad(lse, (dropped, 0), value=-math.inf)
+    if sinks is not None:
+        out, lse = _with_sinks(out, lse, checked_sinks(sinks, query, out.size(1)))
     if len(rows) != 3 or rows[:2] != out.shape[:2]:
         out, lse = out.reshape(*rows, value.size(-1)), lse.reshape(rows)
     return (out, lse) if return_lse else out
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """out (B, H, N, Dv) and lse (B, H, N) with one more logit in each row's softmax, which has no value."""
+    sinks = sinks.to(lse.dtype)
+    share = torch.sigmoid(lse - sinks).unsqueeze(-1)
+    masked = lse == -math.inf
+    total = torch.where(masked, sinks, torch.logaddexp(lse.masked_fill(masked, 0), sinks))
+    return (out * share).to(out.dtype), total

@@ -19,11 +19,20 @@ from typing import Protocol, cast
 
 from torch import nn
 
+from fastgen.backend import decompositions
 from fastgen.integrations import modules, redirected
 from fastgen.integrations.modules import AccelerationReport
 from fastgen.integrations.redirected import redirect_attention
 
-__all__ = ["AccelerationReport", "accelerate", "available", "redirect_attention", "register", "restore"]
+__all__ = [
+    "AccelerationReport",
+    "accelerate",
+    "available",
+    "decompositions",
+    "redirect_attention",
+    "register",
+    "restore",
+]
 
 _LIBRARIES = {"transformers": (5, 0), "diffusers": (0, 30), "timm": (0, 9), "torchvision": (0, 20)}
 """Libraries with a module of the same name in this package, and the oldest supported version."""

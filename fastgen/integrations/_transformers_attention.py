@@ -218,12 +218,15 @@ def attention(
         mask = _biased(position_bias, mask)
     weighted = output_attentions or getattr(getattr(module, "config", None), "output_attentions", False)
     weights: Tensor | None = None
-    lse: Tensor | None = None
     if softcap is not None or weighted:
         scale = query.size(-1) ** -0.5 if scaling is None else scaling
         out, weights, lse = plain_attention(query, key, value, mask, (left, right), dropout, scale, softcap)
+        if s_aux is not None:
+            # The sink's share of the softmax: exp(lse) / (exp(lse) + exp(sink)), in the precision of lse.
+            share = torch.sigmoid(lse - s_aux.to(lse.dtype).reshape(1, -1, 1))[..., None]
+            out, weights = (out * share).to(out.dtype), (weights * share).to(weights.dtype)
     else:
-        result = functional.scaled_dot_product_attention(
+        out = functional.scaled_dot_product_attention(  # type: ignore[assignment]
             query,
             key,
             value,
@@ -232,14 +235,8 @@ def attention(
             scale=scaling,
             enable_gqa=key.size(1) != query.size(1),
             window=None if left is None and right is None else (left, right),
-            return_lse=s_aux is not None,
+            sinks=s_aux,
         )
-        out, lse = result if isinstance(result, tuple) else (result, None)
-    if s_aux is not None and lse is not None:
-        # The sink's share of the softmax: exp(lse) / (exp(lse) + exp(sink)), in the precision of lse.
-        share = torch.sigmoid(lse - s_aux.to(lse.dtype).reshape(1, -1, 1))[..., None]
-        out = (out * share).to(out.dtype)
-        weights = None if weights is None else (weights * share).to(weights.dtype)
     return out.transpose(1, 2).contiguous(), weights if weighted else None
 
 

@@ -89,12 +89,21 @@ def test_projections_with_norms_and_rotary_embedding(tmp_path):
     assert_same_in_onnxruntime(Call(forward), (torch.randn(2, 16, 32),), tmp_path / "model.onnx")
 
 
-def test_the_latent_has_the_same_noise_for_the_same_seed(tmp_path):
-    """Philox in ONNX's integers."""
+def test_an_exported_program_decomposes_and_a_latent_has_the_noise_of_its_seed(tmp_path):
+    """Philox in ONNX's integers. A program that was exported before names the operators."""
     operator = torch.ops.fastgen.latent_forward
     model = Call(lambda mu, logvar, seed: operator(mu, logvar, None, None, seed, True))
     args = (torch.randn(4, 6), torch.randn(4, 6), torch.tensor([123456789012345678]))
-    assert_same_in_onnxruntime(model, args, tmp_path / "model.onnx")
+    program = torch.export.export(model.eval(), args)
+    assert "fastgen.latent_forward" in str(program.graph)
+    program = program.run_decompositions(fastgen.integrations.decompositions())
+    assert "fastgen" not in str(program.graph)
+    torch.onnx.export(program, dynamo=True, verbose=False).save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    names = [known.name for known in session.get_inputs()]
+    results = session.run(None, {name: t.numpy() for name, t in zip(names, args, strict=True)})
+    for result, right in zip(results, model(*args), strict=True):
+        torch.testing.assert_close(torch.from_numpy(result), right, rtol=1e-5, atol=1e-5)
 
 
 def test_a_latent_is_sampled_anew(tmp_path):

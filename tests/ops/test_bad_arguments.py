@@ -46,10 +46,20 @@ BAD = {
         ValueError,
         r"attn_mask: .*\(\.\.\., 2, 3\), got \(3, 3\)",
     ),
-    "a negative window": (
-        lambda: scaled_dot_product_attention(t(1, 1, 2, 4), t(1, 1, 3, 4), t(1, 1, 3, 4), window=(-1, 0)),
+    "a window of fractions": (
+        lambda: scaled_dot_product_attention(t(1, 1, 2, 4), t(1, 1, 3, 4), t(1, 1, 3, 4), window=(0.5, 0)),
         ValueError,
-        "window: expected left .*>= 0.*got -1",
+        "window: expected left to be an integer, or None for unbounded, got 0.5",
+    ),
+    "sinks of another number of heads": (
+        lambda: scaled_dot_product_attention(t(1, 4, 2, 4), t(1, 4, 3, 4), t(1, 4, 3, 4), sinks=t(3)),
+        ValueError,
+        r"sinks: expected \(heads,\) = \(4,\), got \(3,\)",
+    ),
+    "integers as sinks": (
+        lambda: scaled_dot_product_attention(t(1, 4, 2, 4), t(1, 4, 3, 4), t(1, 4, 3, 4), sinks=t(4).long()),
+        TypeError,
+        "sinks: expected",
     ),
     "a window of one number": (
         lambda: scaled_dot_product_attention(t(1, 1, 2, 4), t(1, 1, 3, 4), t(1, 1, 3, 4), window=3),
