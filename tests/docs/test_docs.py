@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 OWN = "path/to/file.py:TinyVAE"
-OPTIONAL = ("transformers", "peft", "diffusers", "timm", "x_transformers")
+OPTIONAL = ("transformers", "peft", "diffusers", "timm", "x_transformers", "onnxscript")
 GENERATED = "docs/models.md"
 """Written by benchmarks/zoo.py: its commands are those that made it."""
 
