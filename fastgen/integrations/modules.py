@@ -74,7 +74,7 @@ def named_modules(module: nn.Module, name: str = "", compiled: bool = False) -> 
             yield from named_modules(child, f"{name}.{child_name}" if name else child_name, compiled)
 
 
-def _name_of(cls: type) -> str:
+def qualified_name(cls: type) -> str:
     """Public name of a class, for example torch.nn.LSTM."""
     for package, root in ((nn, "torch.nn"), (fastgen.nn, "fastgen.nn")):
         if getattr(package, cls.__name__, None) is cls:
@@ -86,23 +86,23 @@ def _reason_kept(module: nn.Module) -> str | None:
     """Reason not to replace a layer; None if it can be replaced, or is not an attention or recurrent layer."""
     cls = type(module)
     if _MARK in vars(module):
-        return f"already accelerated: {_name_of(cls)}"
+        return f"already accelerated: {qualified_name(cls)}"
     if isinstance(module, torch.jit.ScriptModule):
         script = getattr(module, "original_name", "")
         return f"torch.nn.{script} is scripted (torch.jit)" if script in _NAMES else None
     if cls in _ORIGINALS:
-        return f"constructed as {_name_of(cls)}"
+        return f"constructed as {qualified_name(cls)}"
     if cls in _REPLACEMENTS:
         return _reason_original_class_kept(module)
     if cls.__module__.startswith("torch.ao.") and cls.__name__ in _NAMES:
-        return f"quantized: {_name_of(cls)}"
+        return f"quantized: {qualified_name(cls)}"
     if isinstance(module, LazyModuleMixin) and getattr(module, "cls_to_become", None) in _REPLACEMENTS:
         return "not initialized yet (lazy module): call the model once, then accelerate it"
     base = next((original for original in _REPLACEMENTS if isinstance(module, original)), None)
     if base is not None:
         return _reason_subclass_kept(module, base)
     if isinstance(module, _WITHOUT_EQUIVALENT):
-        return f"{_name_of(cls)} has no equivalent in fastgen.nn"
+        return f"{qualified_name(cls)} has no equivalent in fastgen.nn"
     return None
 
 
@@ -110,8 +110,8 @@ def _reason_subclass_kept(module: nn.Module, base: type[nn.Module]) -> str:
     cls = type(module)
     if is_parametrized(module) or cls.__module__.startswith("torch.distributed."):
         cause = "parametrization" if is_parametrized(module) else "FSDP"
-        return f"{cause} changed the class of this {_name_of(base)} to {cls.__name__}; accelerate before that"
-    return f"{_name_of(cls)} is a subclass of {_name_of(base)}, which may override its behavior"
+        return f"{cause} changed the class of this {qualified_name(base)} to {cls.__name__}; accelerate before that"
+    return f"{qualified_name(cls)} is a subclass of {qualified_name(base)}, which may override its behavior"
 
 
 def _reason_original_class_kept(module: nn.Module) -> str | None:
@@ -128,20 +128,20 @@ def _reason_original_class_kept(module: nn.Module) -> str | None:
 # Replacement
 
 
-def _require_module(model: Any) -> None:
+def require_module(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def _set_class(module: nn.Module, cls: type[nn.Module]) -> str:
-    text = f"{_name_of(type(module))} -> {_name_of(cls)}"
+    text = f"{qualified_name(type(module))} -> {qualified_name(cls)}"
     module.__class__ = cls  # type: ignore[assignment]
     return text
 
 
 def accelerate(model: nn.Module) -> AccelerationReport:
     """``fastgen.accelerate`` for the layers of ``torch.nn``."""
-    _require_module(model)
+    require_module(model)
     replaced: dict[str, str] = {}
     kept: dict[str, str] = {}
     done: dict[nn.Module, str] = {}
@@ -176,12 +176,12 @@ def check_restore(model: nn.Module) -> None:
 
 def _accelerated(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The layers that ``restore`` restores, under each of their names."""
-    _require_module(model)
+    require_module(model)
     accelerated = [(name, module) for name, module, _ in named_modules(model) if _MARK in vars(module)]
     for name, module in accelerated:
         if type(module) not in _ORIGINALS:
             raise RuntimeError(
-                f"model: expected {name} to have the class that accelerate gave it, got {_name_of(type(module))};"
+                f"model: expected {name} to have the class that accelerate gave it, got {qualified_name(type(module))};"
                 " undo the change (a parametrization, a wrapper) first"
             )
     return accelerated

@@ -11,9 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fastgen.integrations import _function_mode as mode
 from fastgen.integrations._calls import names_used
-from fastgen.integrations.modules import AccelerationReport, named_modules
-from fastgen.integrations.modules import _name_of as qualified_name
-from fastgen.integrations.modules import _require_module as require_module
+from fastgen.integrations.modules import AccelerationReport, named_modules, qualified_name, require_module
 
 __all__ = ["accelerate", "check_restore", "recognizes", "redirect_attention", "restore"]
 

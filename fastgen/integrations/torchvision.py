@@ -16,8 +16,7 @@ from fastgen.integrations import _function_mode as mode
 from fastgen.integrations import redirected
 from fastgen.integrations._calls import fingerprint
 from fastgen.integrations._windows import cosine_heads, window_attention
-from fastgen.integrations.modules import AccelerationReport
-from fastgen.integrations.modules import _name_of as qualified_name
+from fastgen.integrations.modules import AccelerationReport, qualified_name
 from fastgen.integrations.redirected import Choice
 
 __all__ = ["accelerate", "check_restore", "recognizes", "restore"]
