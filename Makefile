@@ -45,8 +45,10 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --maxprocesses 8 --dist worksteal $(TESTS)
 
 # Models of transformers, diffusers, timm and x-transformers, and export to ONNX; make test skips what is not installed.
+# A torchvision that does not match torch breaks transformers too: it is removed, and the tests of timm are skipped.
 $(VENV)/.integrations: $(VENV)/.dev
 	$(PIP) install --quiet -c constraints.txt 'fastgen[integrations]'
+	$(BIN)/python -c 'import torchvision' 2>/dev/null || $(PIP) uninstall --quiet --yes torchvision
 	touch $@
 
 integrations: $(VENV)/.integrations
