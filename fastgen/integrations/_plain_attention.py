@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgen.functional._autocast import without_autocast
+from fastgen.ops.attention.decomposition import softmax_lse
+from fastgen.ops.attention.masking import window_mask
+
 
 def plain_attention(
     query: Tensor,
@@ -29,7 +33,7 @@ def plain_attention(
         key: (B, Hk, M, Dk); Hk divides H.
         value: (B, Hk, M, Dv).
         mask: broadcasts to (B, H, N, M); boolean (True: the query attends to the key) or added to the scores.
-        window: (left, right), as in ``fastgen.functional.scaled_dot_product_attention``.
+        window: (left, right), 0 or more, as in ``fastgen.functional.scaled_dot_product_attention``.
         dropout_p: probability of dropping a weight.
         scale: factor of the scores.
         softcap: bound of the scores before the mask; None is unbounded.
@@ -42,36 +46,20 @@ def plain_attention(
     groups = query.size(1) // key.size(1)
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         scores = query.to(dtype) @ key.to(dtype).transpose(-1, -2) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        allowed = _allowed(query.size(-2), key.size(-2), window, query.device)
+        rows, cols = (torch.arange(t.size(-2), device=query.device) for t in (query, key))
+        left, right = (-1 if bound is None else bound for bound in window)
+        allowed = window_mask(rows, cols, left, right)
         if mask is not None and mask.dtype == torch.bool:
             allowed = mask if allowed is None else allowed & mask
         elif mask is not None:
             scores = scores + mask.to(dtype)
         if allowed is not None:
             scores = scores.masked_fill(~allowed, -torch.inf)
-        largest = scores.detach().amax(-1, keepdim=True)
-        largest = largest.masked_fill(largest.isinf(), 0.0)
-        exps = torch.exp(scores - largest)
-        total = exps.sum(-1, keepdim=True)
-        empty = total == 0
-        total = total.masked_fill(empty, 1.0)
-        lse = (largest + total.log()).masked_fill(empty, -torch.inf).squeeze(-1)
-        weights = F.dropout(exps / total, dropout_p)
+        weights, lse = softmax_lse(scores)
+        weights = F.dropout(weights, dropout_p)
         out = (weights @ value.to(dtype)).to(query.dtype)
     return out, weights.to(query.dtype), lse
-
-
-def _allowed(queries: int, keys: int, window: tuple[int | None, int | None], device: torch.device) -> Tensor | None:
-    """(N, M), True inside the window; None if it is unbounded."""
-    left, right = window
-    if left is None and right is None:
-        return None
-    distance = torch.arange(keys, device=device) - torch.arange(queries, device=device)[:, None]
-    inside = torch.ones_like(distance, dtype=torch.bool)
-    if left is not None:
-        inside = inside & (distance >= -left)
-    return inside if right is None else inside & (distance <= right)

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from fastgen.integrations import _function_mode as mode
 from fastgen.integrations import redirected
 from fastgen.integrations._calls import names_used
-from fastgen.integrations.modules import AccelerationReport
+from fastgen.integrations.modules import AccelerationReport, is_of_library
 from fastgen.integrations.redirected import Choice
 
 __all__ = ["accelerate", "check_restore", "recognizes", "restore"]
@@ -28,7 +28,7 @@ _NATIVE_BACKENDS = ("native", "_native_cudnn", "_native_efficient", "_native_fla
 
 
 def recognizes(model: nn.Module) -> bool:
-    return any(_is_own(module) for module in model.modules())
+    return any(is_of_library(module, "diffusers") for module in model.modules())
 
 
 def accelerate(model: nn.Module) -> AccelerationReport:
@@ -37,15 +37,13 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     A module is kept, with the reason in the report, if its processor computes the softmax itself or a backend other
     than torch's is selected for it.
     """
-    return redirected.redirect_chosen(model, lambda module: _choice(module) if _is_own(module) else None)
+    return redirected.redirect_chosen(
+        model, lambda module: _choice(module) if is_of_library(module, "diffusers") else None
+    )
 
 
 restore = redirected.restore
 check_restore = redirected.check_restore
-
-
-def _is_own(module: nn.Module) -> bool:
-    return any(cls.__module__.partition(".")[0] == "diffusers" for cls in type(module).__mro__)
 
 
 def _choice(module: nn.Module) -> Choice:

@@ -74,6 +74,11 @@ def named_modules(module: nn.Module, name: str = "", compiled: bool = False) -> 
             yield from named_modules(child, f"{name}.{child_name}" if name else child_name, compiled)
 
 
+def is_of_library(module: nn.Module, library: str) -> bool:
+    """Whether the module's class, or one that it is derived from, is a library's own."""
+    return any(cls.__module__.partition(".")[0] == library for cls in type(module).__mro__)
+
+
 def qualified_name(cls: type) -> str:
     """Public name of a class, for example torch.nn.LSTM."""
     for package, root in ((nn, "torch.nn"), (fastgen.nn, "fastgen.nn")):

@@ -18,7 +18,7 @@ from fastgen.integrations import _function_mode as mode
 from fastgen.integrations import redirected
 from fastgen.integrations._calls import fingerprint, names_used
 from fastgen.integrations._windows import cosine_heads, window_attention
-from fastgen.integrations.modules import AccelerationReport, qualified_name
+from fastgen.integrations.modules import AccelerationReport, is_of_library, qualified_name
 from fastgen.integrations.redirected import Choice
 
 __all__ = ["accelerate", "check_restore", "recognizes", "restore"]
@@ -34,7 +34,7 @@ _MIXED_HEADS = ("TalkingHeadAttn",)
 
 
 def recognizes(model: nn.Module) -> bool:
-    return any(_is_own(module) for module in model.modules())
+    return any(is_of_library(module, "timm") for module in model.modules())
 
 
 def accelerate(model: nn.Module) -> AccelerationReport:
@@ -42,15 +42,11 @@ def accelerate(model: nn.Module) -> AccelerationReport:
 
     A module is kept, with the reason in the report, if it computes the softmax itself, as the talking heads of CaiT.
     """
-    return redirected.redirect_chosen(model, lambda module: _choice(module) if _is_own(module) else None)
+    return redirected.redirect_chosen(model, lambda module: _choice(module) if is_of_library(module, "timm") else None)
 
 
 restore = redirected.restore
 check_restore = redirected.check_restore
-
-
-def _is_own(module: nn.Module) -> bool:
-    return any(cls.__module__.partition(".")[0] == "timm" for cls in type(module).__mro__)
 
 
 def _choice(module: nn.Module) -> Choice:

@@ -45,15 +45,20 @@ def forward(*args: Any) -> tuple[Tensor, Tensor]:
         scores = scores + bias
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -math.inf)
-    top = scores.amax(-1, keepdim=True)
+    weights, lse = softmax_lse(scores)
+    out = weights @ value.to(dtype)
+    return out.to(query.dtype), lse
+
+
+def softmax_lse(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax and logsumexp over the last dim; 0 and -inf for a row of -inf. Differentiable any number of times."""
+    top = scores.detach().amax(-1, keepdim=True)
     top = top.masked_fill(top == -math.inf, 0)
     weights = (scores - top).exp()
     total = weights.sum(-1, keepdim=True)
     empty = total == 0
     total = total.masked_fill(empty, 1)
-    out = (weights / total) @ value.to(dtype)
-    lse = (top + total.log()).masked_fill(empty, -math.inf).squeeze(-1)
-    return out.to(query.dtype), lse
+    return weights / total, (top + total.log()).masked_fill(empty, -math.inf).squeeze(-1)
 
 
 def _expand_heads(tensor: Tensor, heads: int) -> Tensor:
