@@ -1,6 +1,6 @@
 """Compiles every CUDA source and reports the resources of each kernel; fails on spills and exceeded budgets.
 
-usage: python tests/compile_check.py [--arch 80 --arch 90a] [--json FILE] [SOURCE ...]
+usage: python tests/compile_check.py [--arch 80 --arch 90a] [--wheel 90a] [--json FILE] [SOURCE ...]
 The first table is the report of ptxas, the second one counts instructions. Budgets: tests/kernel_budgets.py. Requires
 nvcc (CUDA_HOME, PATH, or PyPI's cuda-toolkit), but no GPU; the second table requires nvdisasm (next to nvcc, PATH, or
 PyPI's nvidia-cuda-nvdisasm).
@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -149,6 +151,52 @@ def compile_one(nvcc: str, nvdisasm: str | None, source: Path, arch: str) -> tup
     return [kernel._replace(instructions=dict(counts[kernel.symbol])) for kernel in kernels], ""
 
 
+def parse_build(arch: str, log: str) -> list[Kernel]:
+    """The kernels in the log of a build, in which ninja names each source before its report."""
+    _, *parts = re.split(r"^\s*\[\d+/\d+\] ", log, flags=re.MULTILINE)
+    found = [parse_ptxas(part.split(None, 1)[0], arch, part) for part in parts if "Compiling entry function" in part]
+    return [kernel for kernels in found for kernel in kernels]
+
+
+def compile_wheel(arch: str) -> tuple[list[Kernel], str]:
+    """The kernels of a wheel that pip builds of a copy of the project, without a GPU, and the error message, if any.
+
+    One compilation serves two checks: that the package builds, and what its kernels use.
+    """
+    number, letter = re.fullmatch(r"(?:sm_)?(\d+)([a-z]?)", arch).groups()  # type: ignore[union-attr]
+    environment = {"FASTGEN_BUILD": "cuda", "NVCC_APPEND_FLAGS": "-Xptxas -v"}
+    environment["TORCH_CUDA_ARCH_LIST"] = f"{number[:-1]}.{number[-1]}{letter}"
+    skipped = shutil.ignore_patterns(".*", "build", "dist", "runs", "site", "*.egg-info", "__pycache__", "*.so")
+    with tempfile.TemporaryDirectory() as folder:
+        project = shutil.copytree(ROOT, Path(folder, "project"), ignore=skipped)
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "-v",
+            "--no-build-isolation",
+            "--no-deps",
+            "-w",
+            folder,
+            project,
+        ]
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        wheels = list(Path(folder).glob("*.whl"))
+        names = zipfile.ZipFile(wheels[0]).namelist() if wheels else []
+    if done.returncode != 0 or not {"fastgen/_cpu.so", "fastgen/_cuda.so"} <= set(names):
+        return [], f"the wheel for sm_{number}{letter}:\n{done.stdout[-3000:]}"
+    return parse_build(f"{number}{letter}", done.stdout), ""
+
+
 def excesses(kernel: Kernel, budget: Budget) -> list[str]:
     """The resources of a kernel that exceed its budget."""
     found = [
@@ -202,16 +250,17 @@ def unit_kernels(arch: str) -> list[Path]:
     return [path for path in sources if has_sm90 or not path.stem.endswith("_sm90")]
 
 
-def all_jobs(architectures: list[str]) -> list[tuple[Path, str]]:
-    """Every source for every architecture that supports its instructions."""
+def all_jobs(architectures: list[str], wheel: str | None) -> list[tuple[Path, str]]:
+    """Every source for every architecture that supports its instructions; the library's not where a wheel has them."""
     library = sorted((ROOT / "csrc").rglob("*.cu"))
-    return [(source, arch) for arch in architectures for source in library + unit_kernels(arch)]
+    return [(path, arch) for arch in architectures for path in (library if arch != wheel else []) + unit_kernels(arch)]
 
 
 def main(argv: list[str] | None = None, budgets: Mapping[str, Budget] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sources", nargs="*", type=Path, metavar="SOURCE", help="default: all of csrc")
     parser.add_argument("--arch", action="append", help="for example 80 or 90a (the default); may be given repeatedly")
+    parser.add_argument("--wheel", help="build a wheel for this architecture, and check the kernels in it")
     parser.add_argument("--json", type=Path, help="write the tables there too")
     arguments = parser.parse_args(argv)
     nvcc = find_nvcc()
@@ -223,10 +272,13 @@ def main(argv: list[str] | None = None, budgets: Mapping[str, Budget] | None = N
         return 1
     nvdisasm = find_nvdisasm(nvcc)
     architectures = arguments.arch or ARCHITECTURES
-    jobs = [(path.resolve(), arch) for arch in architectures for path in arguments.sources] or all_jobs(architectures)
+    jobs = [(path.resolve(), arch) for arch in architectures for path in arguments.sources]
+    jobs = jobs or all_jobs(architectures, arguments.wheel)
     start = time.perf_counter()
     with ThreadPoolExecutor(max_workers=2) as pool:
         results = list(pool.map(lambda job: compile_one(nvcc, nvdisasm, *job), jobs))
+    if arguments.wheel:
+        results.append(compile_wheel(arguments.wheel))
     seconds = time.perf_counter() - start
     found = [kernel for kernels, _ in results for kernel in kernels]
     units = [kernel for kernel in found if Path(ROOT, kernel.source).is_relative_to(UNIT_KERNELS)]

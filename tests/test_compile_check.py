@@ -193,3 +193,10 @@ def test_spills_and_kernels_over_their_budget_fail_the_check(tmp_path, capsys):
     assert spilled.startswith("k::tight for sm_90a: ")
     assert spilled.endswith("bytes of spills")
     assert over == "k::easy for sm_90a: 128 shared bytes, budget 0"
+
+
+def test_a_builds_log_has_the_kernels_of_its_sources():
+    log = f"  fastgen: ninja\n  [1/3] csrc/a.cpp\n  [2/3] csrc/b.cu\n{REPORT}  [3/3] build/_cuda.so\n"
+    kernels = compile_check.parse_build("90a", log)
+    assert kernels == compile_check.parse_ptxas("csrc/b.cu", "90a", REPORT)
+    assert len(kernels) == 3
