@@ -24,7 +24,7 @@ class _Selection:
     backend: str = "auto"
 
 
-_selection = _Selection()
+selection = _Selection()
 
 
 _RENAMED = {"reference": "torch"}  # names of backends before version 0.1
@@ -39,7 +39,7 @@ def _checked_backend(name: str, source: str) -> str:
     return name
 
 
-_selection.backend = _checked_backend(os.environ.get("FASTGEN_BACKEND", "auto"), "FASTGEN_BACKEND")
+selection.backend = _checked_backend(os.environ.get("FASTGEN_BACKEND", "auto"), "FASTGEN_BACKEND")
 
 
 @contextlib.contextmanager
@@ -61,17 +61,17 @@ def use_backend(name: str) -> Iterator[None]:
         >>> with fastgen.use_backend("torch"):
         ...     z = fastgen.functional.reparameterize(torch.zeros(2, 3), torch.zeros(2, 3))
     """
-    previous = _selection.backend
-    _selection.backend = _checked_backend(name, "use_backend")
+    previous = selection.backend
+    selection.backend = _checked_backend(name, "use_backend")
     try:
         yield
     finally:
-        _selection.backend = previous
+        selection.backend = previous
 
 
 def current_backend() -> str:
     """Name of the backend in force: ``"auto"``, ``"torch"`` or ``"compiled"``."""
-    return _selection.backend
+    return selection.backend
 
 
 _places: dict[tuple[str, torch.device, torch.dtype], tuple[str, str | None]] = {}
@@ -112,7 +112,7 @@ def select(
     Raises:
         RuntimeError: ``compiled`` is forced and no kernel serves.
     """
-    backend, reason = _selection.backend, None
+    backend, reason = selection.backend, None
     if forward is not None:
         if forward != COMPILED or refused is None or not libraries.has_kernel(name, tensor.device):
             return forward

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastgen import checks as check
+from fastgen._dynamo import is_dynamo_compiling
 from fastgen.backend import may_use_tf32, select
 from fastgen.functional._attention_arguments import (
     attention_arguments,
@@ -19,6 +20,7 @@ from fastgen.functional._attention_arguments import (
 )
 from fastgen.functional._autocast import autocast_dtype, lower
 from fastgen.functional._seeds import sample_seed
+from fastgen.ops.attention import direct
 from fastgen.ops.attention.autograd import attention
 from fastgen.ops.attention.problem import Options, Problem, refused_heads
 
@@ -88,6 +90,10 @@ def scaled_dot_product_attention(
         >>> scaled_dot_product_attention(q, k, v, is_causal=True).shape
         torch.Size([2, 4, 16, 32])
     """
+    if dropout_p == 0.0 and window is None and sinks is None and not return_lse and not is_dynamo_compiling():
+        common = direct.attend(query, key, value, attn_mask, is_causal, scale)
+        if common is not None:
+            return common
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check.require_tensor(name, tensor)
     check.require_probability("dropout_p", dropout_p, certain=True)

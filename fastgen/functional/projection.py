@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgen import checks as check
+from fastgen._dynamo import is_dynamo_compiling
 from fastgen.backend import may_use_tf32, select
 from fastgen.functional._autocast import autocast_dtype, lower
 from fastgen.functional._projection_arguments import (
@@ -19,7 +20,7 @@ from fastgen.functional._projection_arguments import (
     tokens_of,
     upcast_tables,
 )
-from fastgen.ops.projection import epilogue, plan
+from fastgen.ops.projection import direct, epilogue, plan
 from fastgen.ops.projection.autograd import projection
 from fastgen.ops.projection.epilogue import HeadEpilogue
 from fastgen.ops.projection.layout import Layout
@@ -64,6 +65,10 @@ def multi_head_projection(
         >>> multi_head_projection(torch.randn(2, 5, 6), torch.randn(8, 6), num_heads=4).shape
         torch.Size([2, 4, 5, 2])
     """
+    if norm is None and rotary is None and channels_first is False and not is_dynamo_compiling():
+        common = direct.to_heads(x, weight, bias, (num_heads,), None)
+        if common is not None:
+            return common[0]
     check.require_positive("num_heads", num_heads)
     check.require_tensor("weight", weight)
     if weight.dim() != 2 or weight.size(0) == 0:
@@ -165,6 +170,10 @@ def qkv_projection(
         >>> q.shape, v.shape
         (torch.Size([2, 4, 5, 4]), torch.Size([2, 1, 5, 4]))
     """
+    if rotary is None and channels_first is False and type(norms) is tuple and not norms and not is_dynamo_compiling():
+        common = direct.to_heads(x, weight, bias, heads, head_dims)
+        if common is not None:
+            return common
     tokens = tokens_of(x, channels_first)
     for name, counts in (("heads", heads), ("head_dims", head_dims)):
         if not isinstance(counts, (tuple, list)) or not counts:
@@ -249,6 +258,10 @@ def merge_heads_projection(
         >>> merge_heads_projection(torch.randn(2, 4, 5, 2), torch.randn(6, 8)).shape
         torch.Size([2, 5, 6])
     """
+    if gate is None and channels_first is False and not is_dynamo_compiling():
+        common = direct.from_heads(x, weight, bias, residual)
+        if common is not None:
+            return common
     tensors = {"x": x, "weight": weight, "bias": bias, "residual": residual}
     for name, tensor in tensors.items():
         check.require_tensor(name, tensor, optional=name in ("bias", "residual"))

@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from fastgen._dynamo import is_dynamo_compiling
 from fastgen.checks import has_data, require_device, require_floating, require_shape, require_tensor, shape_of
 from fastgen.functional._autocast import autocast_dtype
 from fastgen.functional.recurrent import recurrent
+from fastgen.ops.recurrent import autograd as implementation
+from fastgen.ops.transforms import transforms_active
 
 
 def _weights(layer: torch.nn.RNNBase) -> list[Tensor]:
@@ -126,6 +129,27 @@ def _forward(layer: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any]:
     return result, tuple(last) if layer.mode == "LSTM" else last[0]
 
 
+_TYPES = frozenset((Tensor, torch.nn.Parameter))
+
+
+def _is_torchs(layer: torch.nn.RNNBase, input: Any, states: tuple[Any, ...]) -> bool:
+    """Whether torch's forward computes a call, at less overhead: plain CPU tensors of one dtype, outside of compilation
+    and transforms. On CPU it is differentiable to any order."""
+    if type(input) not in _TYPES or implementation.accelerated(input.device) or input.dim() != 3 or 0 in input.shape:
+        return False
+    dtype = input.dtype
+    for state in states:
+        if type(state) not in _TYPES or state.dtype != dtype or not state.is_cpu:
+            return False
+    return not (
+        is_dynamo_compiling()
+        or transforms_active()
+        or (layer.training and layer.dropout > 0)
+        or torch._C._is_any_autocast_enabled()  # type: ignore[attr-defined]
+        or torch._C._len_torch_dispatch_stack()  # type: ignore[attr-defined]
+    )
+
+
 class LSTM(torch.nn.LSTM):
     """Drop-in replacement for ``torch.nn.LSTM`` with higher-order and forward-mode derivatives.
 
@@ -161,6 +185,11 @@ class LSTM(torch.nn.LSTM):
         Returns:
             The output, in the layout of the input, and the final states (h, c).
         """
+        if (hx is None or type(hx) is tuple) and _is_torchs(self, input, hx or ()):
+            try:
+                return super().forward(input, hx)
+            except (RuntimeError, ValueError):  # fastgen's checks name the argument
+                pass
         return _forward(self, input, hx)
 
 
@@ -190,4 +219,9 @@ class GRU(torch.nn.GRU):
         Returns:
             The output, in the layout of the input, and the final state h.
         """
+        if _is_torchs(self, input, () if hx is None else (hx,)):
+            try:
+                return super().forward(input, hx)
+            except (RuntimeError, ValueError):  # fastgen's checks name the argument
+                pass
         return _forward(self, input, hx)

@@ -529,9 +529,9 @@ def test_a_float_mask_may_have_any_strides(strides, dtype, mask_dtype):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     exact = reference.attention(*(t.detach().double() for t in leaves), mask.double())[0]
     assert largest_error(results[0][0], exact) < 8 * torch.finfo(dtype).eps * float(exact.abs().max())
-    assert _attention_fused._additive(mask, dtype).stride(-1) == 1
+    assert _attention_fused.additive(mask, dtype).stride(-1) == 1
 
 
 def test_a_mask_that_broadcasts_over_keys_is_not_copied():
     mask = torch.randn(2, 3, 23, 1).expand(2, 3, 23, 29)
-    assert _attention_fused._additive(mask, torch.float32) is mask
+    assert _attention_fused.additive(mask, torch.float32) is mask

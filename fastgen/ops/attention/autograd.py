@@ -79,7 +79,7 @@ def _second_order_namespace(name: str, saved: Saved) -> str:
 # The passes inside derivatives. A Function, which takes flat arguments, records those that are to be differentiated.
 
 
-def _backward(grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, mask_grad: bool) -> tuple[Tensor | None, ...]:
+def backward(grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, mask_grad: bool) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value and mask."""
     grad_out = _rows(grad_out)
     if _is_recorded(grad_out, grad_lse, *saved.tensors):
@@ -148,7 +148,7 @@ class _Attention(Function):
         saved = _saved(ctx, ctx.saved_tensors)
         grad_out = torch.zeros_like(saved.out) if grad_out is None else grad_out
         mask_grad = saved.mask is not None and ctx.needs_input_grad[3]
-        grads = _backward(grad_out, grad_lse, saved, mask_grad)
+        grads = backward(grad_out, grad_lse, saved, mask_grad)
         return (*only_wanted(ctx, 0, *grads), *rest)
 
 
@@ -218,7 +218,7 @@ class _Backward(Function):
             parts.append(_second_order(grad_out, grad_lse, saved, tangents, ctx.mask_grad)[2:])
         if of_out is not None or of_lse is not None:
             of_out = torch.zeros_like(grad_out) if of_out is None else of_out
-            parts.append(_backward(of_out, of_lse, saved, ctx.mask_grad))
+            parts.append(backward(of_out, of_lse, saved, ctx.mask_grad))
         # Not None where the mask has no gradient: PyTorch takes that for a tangent where a vmap is inside.
         whole = [[saved.query.new_zeros(0) if t is None else t for t in part] for part in parts]
         return tuple(whole[0]) if len(whole) == 1 else tuple(a + b for a, b in zip(*whole, strict=True))
@@ -248,7 +248,7 @@ class _Tangent(Function):
             results = _second_order(grad_out, grad_lse, saved, tangents, wanted[_MASK])
             _, _, grads[0], grads[1], grads[2], grads[_MASK] = results
         if any(wanted[_SAVED:]):
-            grads[_SAVED:] = _backward(grad_out, grad_lse, saved, wanted[-1])
+            grads[_SAVED:] = backward(grad_out, grad_lse, saved, wanted[-1])
         return only_wanted(ctx, 0, *grads)
 
     @staticmethod

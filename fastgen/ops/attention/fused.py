@@ -53,7 +53,7 @@ def _expand_heads(tensor: Tensor, heads: int) -> Tensor:
     return tensor if tensor.size(1) == heads else tensor.repeat_interleave(heads // tensor.size(1), dim=1)
 
 
-def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A mask that the kernel takes beside queries of ``dtype``: of that dtype, or float32 beside 16 bits.
 
     It also takes float32 beside float64, and reads it as float64, beyond its end. Before mid-2026 it could read the
@@ -87,18 +87,18 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor] | None:
     """out and lse; None where the kernel may have lost a NaN."""
     query, key, value, mask, _, options, _ = problem
     dim, is_causal = max(query.size(-1), value.size(-1)), options.window_right == 0
-    additive = _additive(mask, query.dtype)
+    added = additive(mask, query.dtype)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         _pad_heads(query, dim),
         _expand_heads(_pad_heads(key, dim), query.size(1)),
         _expand_heads(_pad_heads(value, dim), query.size(1)),
         0.0,
         is_causal,
-        attn_mask=additive,
+        attn_mask=added,
         scale=options.scale,
     )
-    if additive is not None:
-        lse.masked_fill_(additive.amax(-1) == -math.inf, -math.inf)
+    if added is not None:
+        lse.masked_fill_(added.amax(-1) == -math.inf, -math.inf)
     if _hides_nan(lse, query, key, mask, is_causal):
         return None
     return in_layout(out[..., : value.size(-1)], rows_first(query)), lse
@@ -124,7 +124,7 @@ def backward(grad_out: Tensor, grad_lse: Tensor | None, saved: Saved) -> tuple[T
         lse if mask is None else lse.masked_fill(lse == -math.inf, 0),
         0.0,
         options.window_right == 0,
-        attn_mask=_additive(mask, query.dtype),
+        attn_mask=additive(mask, query.dtype),
         scale=options.scale,
     )
     if key_heads != heads:

@@ -1,0 +1,138 @@
+"""The common call of attention on CPU at the cost of PyTorch's own: few checks, then torch's kernel and its backward.
+
+The work per call is counted in microseconds. What is not common (windows, dropout, grouped heads, masks with a
+gradient, transforms, compilation, 16 bits) is left to ``autograd.attention``, which gives the same results; so are
+derivatives that are to be differentiated.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+from torch.nn.functional import scaled_dot_product_attention as torch_attention
+from torch.nn.parameter import Parameter
+
+from fastgen.backend import select
+from fastgen.backend.selection import selection as _selection
+from fastgen.ops.attention.autograd import backward as any_backward
+from fastgen.ops.attention.fused import SHORTEST_VECTOR_FREE, additive
+from fastgen.ops.attention.problem import Options, Saved
+from fastgen.ops.autograd import must_be_differentiable, only_wanted
+
+_TYPES = frozenset((Tensor, Parameter))
+_DTYPES = frozenset((torch.float32, torch.float64))
+_kernel = torch._scaled_dot_product_flash_attention_for_cpu  # type: ignore[attr-defined]
+_kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_interpreter = torch._C._functorch.peek_interpreter_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack  # type: ignore[attr-defined]
+_autocast = torch._C._is_any_autocast_enabled  # type: ignore[attr-defined]
+_grad_enabled = torch.is_grad_enabled
+_INFINITY = float("inf")
+
+
+def _takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> bool:
+    """float32 or float64 on CPU, (B, H, N, D) all, without a key that every query masks; the mask boolean or like
+    query. PyTorch checks the rest."""
+    shape, of_keys = query.shape, key.shape
+    if (
+        of_keys != value.shape
+        or not query.is_cpu
+        or query.dtype not in _DTYPES
+        or (shape != of_keys and (shape[:2] != of_keys[:2] or shape[3:] != of_keys[3:]))
+        or len(shape) != 4
+        or 0 in shape
+        or 0 in of_keys
+    ):
+        return False
+    if mask is None:
+        return not is_causal or of_keys[2] <= shape[2]
+    own = mask.shape
+    return (
+        not is_causal
+        and (mask.dtype == torch.bool or mask.dtype == query.dtype)
+        and type(mask) in _TYPES
+        and not mask.requires_grad
+        and len(own) == 4
+        and own[3] == of_keys[2]
+        and (own[2] == 1 or own[2] == shape[2])
+        and (own[1] == 1 or own[1] == shape[1])
+        and (own[0] == 1 or own[0] == shape[0])
+        and mask.stride(3) == 1
+    )
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+) -> Tensor | None:
+    """out, (B, H, N, D); None where ``autograd.attention`` has to serve, for any other arguments too."""
+    if (
+        type(query) not in _TYPES
+        or type(key) not in _TYPES
+        or type(value) not in _TYPES
+        or _selection.backend != "auto"
+        or _interpreter() is not None
+        or forward_ad._current_level >= 0
+        or _dispatch_modes()
+        or _autocast()
+        or (is_causal is not False and is_causal is not True)
+        or not (scale is None or (type(scale) is float and 0.0 < scale < _INFINITY))
+        or not _takes(query, key, value, mask, is_causal)
+    ):
+        return None
+    if _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        dtype = query.dtype
+        if (
+            not (key.dtype == dtype == value.dtype and key.is_cpu and value.is_cpu and (mask is None or mask.is_cpu))
+            or not query.stride(3) == key.stride(3) == value.stride(3) == 1
+        ):
+            return None
+        mask = mask if mask is None else additive(mask, dtype)
+        scale = query.size(3) ** -0.5 if scale is None else scale
+        out: Tensor = _Attention.apply(query, key, value, mask, is_causal, scale)  # type: ignore[no-untyped-call]
+    else:
+        try:
+            out = torch_attention(query, key, value, mask, 0.0, is_causal, scale=scale)
+        except RuntimeError:  # two dtypes or devices: fastgen's checks name the argument
+            return None
+    if mask is not None or key.size(2) < SHORTEST_VECTOR_FREE:
+        return None if _may_be_wrong(out.detach(), mask) else out
+    return out
+
+
+def _may_be_wrong(out: Tensor, mask: Tensor | None) -> bool:
+    """Whether a key that every query masks holds NaN, or the kernel may have lost a NaN in a row of few keys."""
+    if mask is None:
+        return bool(out.count_nonzero().item() < out.numel())
+    total = out.sum().item()
+    return total != total
+
+
+class _Attention(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+    ) -> Tensor:
+        out, lse = _kernel(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)
+        ctx.save_for_backward(query, key, value, out, lse, mask)
+        ctx.options = is_causal, scale
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse, mask = ctx.saved_tensors
+        is_causal, scale = ctx.options
+        grad_out = grad_out if grad_out.stride(3) == 1 else grad_out.contiguous()
+        if not must_be_differentiable():
+            grads = _kernel_backward(grad_out, query, key, value, out, lse, 0.0, is_causal, attn_mask=mask, scale=scale)
+            total = 0.0 if mask is None else grads[0].sum().item()
+            if total == total:
+                return (*grads, None, None, None)
+        if mask is not None:
+            lse = lse.masked_fill(mask.amax(-1) == -_INFINITY, -_INFINITY)
+        options = Options(dropout_p=0.0, window_left=-1, window_right=0 if is_causal else -1, scale=scale)
+        saved = Saved(query, key, value, out, lse, mask, None, options, select("attention_forward", query))
+        grads = any_backward(grad_out, None, saved, False)
+        return (*only_wanted(ctx, 0, *grads[:3]), None, None, None)

@@ -1,0 +1,98 @@
+"""The common call of a projection on CPU at the cost of ``torch.nn.functional.linear``: few checks, then views.
+
+No library has a CPU kernel for projections without an epilogue: PyTorch's linear map serves, with its derivatives of
+any order. What is not common is left to the functions, whose checks name the argument that does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from torch.nn.parameter import Parameter
+
+from fastgen.backend.selection import selection
+from fastgen.checks import FLOATING
+
+_TYPES = frozenset((Tensor, Parameter))
+_OPTIONAL = frozenset((Tensor, Parameter, type(None)))
+_SEQUENCES = frozenset((tuple, list))
+_DTYPES = frozenset(FLOATING)
+_autocast = torch._C._is_any_autocast_enabled  # type: ignore[attr-defined]
+
+
+def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """On CPU, plain tensors; PyTorch checks that their dtypes and devices agree."""
+    return (
+        type(x) in _TYPES
+        and type(weight) in _TYPES
+        and type(bias) in _OPTIONAL
+        and x.is_cpu
+        and x.dtype in _DTYPES
+        and x.is_contiguous()
+        and selection.backend == "auto"
+        and not _autocast()
+    )
+
+
+def to_heads(
+    x: Tensor, weight: Tensor, bias: Tensor | None, heads: Sequence[int], head_dims: Sequence[int] | None
+) -> tuple[Tensor, ...] | None:
+    """(B, N, C) to one (B, H, N, D) for each part; None where the function's other path has to serve.
+
+    Without ``head_dims`` there is one part, and D follows from the weight.
+    """
+    if not _takes(x, weight, bias) or type(heads) not in _SEQUENCES or not heads:
+        return None
+    shape, rows = x.shape, weight.shape
+    count, parts = heads[0], len(heads)
+    if type(count) is not int or len(rows) != 2:
+        return None
+    if head_dims is None:
+        dim = rows[0] // max(count, 1)
+    elif type(head_dims) not in _SEQUENCES or len(head_dims) != parts:
+        return None
+    else:
+        dim = head_dims[0]
+        if parts > 1 and (any(h != count for h in heads) or any(d != dim for d in head_dims)):
+            return None
+    if (
+        type(dim) is not int
+        or count < 1
+        or dim < 1
+        or len(shape) != 3
+        or rows != (parts * count * dim, shape[2])
+        or (bias is not None and bias.shape != rows[:1])
+    ):
+        return None
+    try:
+        y = linear(x, weight, bias)
+    except RuntimeError:  # two dtypes or devices
+        return None
+    if parts == 1:
+        return (y.view(shape[0], shape[1], count, dim).transpose(1, 2),)
+    return y.view(shape[0], shape[1], parts, count, dim).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def from_heads(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor | None:
+    """(B, H, N, D) to (B, N, E); None where the function's other path has to serve."""
+    if type(x) not in _TYPES or type(residual) not in _OPTIONAL or x.dim() != 4:
+        return None
+    batch, heads, length, dim = x.shape
+    if not batch or not length:
+        return None
+    tokens = x.transpose(1, 2).reshape(batch, length, heads * dim)
+    if not _takes(tokens, weight, bias):
+        return None
+    rows = weight.shape
+    if len(rows) != 2 or rows[1] != heads * dim or (bias is not None and bias.shape != rows[:1]):
+        return None
+    if residual is not None and (residual.dtype != x.dtype or residual.shape != (batch, length, rows[0])):
+        return None
+    try:
+        y = linear(tokens, weight, bias)
+    except RuntimeError:  # two dtypes or devices
+        return None
+    return y if residual is None else residual + y

@@ -1,0 +1,219 @@
+"""The direct paths of common CPU calls: they serve what they should, and give what the general path gives."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastgen
+from fastgen import functional, reference
+from fastgen.functional import attention as module
+from fastgen.functional import projection as projection_module
+
+CALLS = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "scaled": {"scale": 0.3},
+    "boolean": {"attn_mask": torch.rand(2, 1, 5, 7, generator=torch.Generator().manual_seed(1)) > 0.4},
+    "boolean, rows masked": {"attn_mask": torch.arange(5).view(1, 1, 5, 1).expand(1, 1, 5, 7).contiguous() > 1},
+    "padding": {"attn_mask": torch.arange(7).view(1, 1, 1, 7) < torch.tensor([3, 7]).view(2, 1, 1, 1)},
+    "float": {"attn_mask": torch.randn(1, 3, 5, 7, generator=torch.Generator().manual_seed(2))},
+}
+
+
+def inputs(dtype=torch.float32, keys=7):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 3, n, 8, dtype=dtype, generator=generator) for n in (5, keys, keys)]
+
+
+def options_of(name, dtype):
+    options = dict(CALLS[name])
+    if "attn_mask" in options and options["attn_mask"].is_floating_point():
+        options["attn_mask"] = options["attn_mask"].to(dtype)
+    return options
+
+
+@pytest.fixture
+def general(monkeypatch):
+    """Runs a call without the direct paths."""
+
+    def run(call):
+        with monkeypatch.context() as patch:
+            for name in ("to_heads", "from_heads"):
+                patch.setattr(projection_module.direct, name, lambda *arguments: None)
+            patch.setattr(module.direct, "attend", lambda *arguments: None)
+            return call()
+
+    return run
+
+
+@pytest.fixture
+def only_direct(monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("the general path was taken")
+
+    monkeypatch.setattr(module, "attention", refuse)
+    monkeypatch.setattr(projection_module, "projection", refuse)
+    monkeypatch.setattr(projection_module, "merge_heads", refuse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_common_calls_are_direct(only_direct, name, dtype):
+    keys = 5 if name == "causal" else 7
+    tensors, options = inputs(dtype, keys), options_of(name, dtype)
+    functional.scaled_dot_product_attention(*tensors, **options)
+    leaves = [t.requires_grad_() for t in tensors]
+    functional.scaled_dot_product_attention(*leaves, **options).sum().backward()
+    assert all(leaf.grad is not None for leaf in leaves)
+
+
+def derivatives(leaves, options):
+    out = functional.scaled_dot_product_attention(*leaves, **options)
+    first = torch.autograd.grad(out.sin().sum(), leaves, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+    plain = torch.autograd.grad(functional.scaled_dot_product_attention(*leaves, **options).sin().sum(), leaves)
+    return [out, *first, *second, *plain]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_results_and_derivatives_are_the_general_ones(general, name):
+    dtype = torch.float64
+    tensors, options = inputs(dtype, 5 if name == "causal" else 7), options_of(name, dtype)
+    with torch.no_grad():
+        direct = functional.scaled_dot_product_attention(*tensors, **options)
+        torch.testing.assert_close(
+            direct, general(lambda: functional.scaled_dot_product_attention(*tensors, **options))
+        )
+    leaves = [t.requires_grad_() for t in tensors]
+    for a, b in zip(derivatives(leaves, options), general(lambda: derivatives(leaves, options)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("wanted", range(3))
+def test_one_argument_may_need_the_gradient(general, wanted):
+    leaves = inputs(torch.float64)
+    leaves[wanted].requires_grad_()
+    results = []
+    for run in (lambda call: call(), general):
+        out = run(lambda: functional.scaled_dot_product_attention(*leaves))
+        results.append(torch.autograd.grad(out.sin().sum(), leaves[wanted])[0])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("what", [1, 2])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_masked_keys_hold_has_no_effect(value, what, grad):
+    tensors = inputs(torch.float64)
+    mask = (torch.arange(7) < 4).expand(2, 3, 5, 7).contiguous()
+    wanted = [functional.scaled_dot_product_attention(*tensors, mask)]
+    tensors[what][:, :, 5] = value
+    leaves = [t.requires_grad_(grad) for t in tensors]
+    out = functional.scaled_dot_product_attention(*leaves, mask)
+    torch.testing.assert_close(out, wanted[0])
+    if grad:
+        assert all(g.isfinite().all() for g in torch.autograd.grad(out.sin().sum(), leaves))
+
+
+@pytest.mark.parametrize("keys", [3, 40])
+def test_nan_in_a_query_is_seen(keys):
+    query, key, value = inputs(keys=keys)
+    query[0, 0, 1, 2] = math.nan
+    out = functional.scaled_dot_product_attention(query, key, value)
+    assert out[0, 0, 1].isnan().all()
+    assert out[0, 0, 0].isfinite().all()
+
+
+def test_dtypes_that_differ_are_named():
+    query, key, value = inputs()
+    for grad in (False, True):
+        with pytest.raises(TypeError, match=r"key: .*float32.*float64"):
+            functional.scaled_dot_product_attention(query.requires_grad_(grad), key.double(), value)
+    with pytest.raises(TypeError, match=r"weight: .*float32.*float64"):
+        functional.multi_head_projection(torch.randn(2, 3, 4), torch.randn(8, 4).double(), num_heads=2)
+    with pytest.raises(TypeError, match=r"weight: .*float32.*float64"):
+        functional.merge_heads_projection(query, torch.randn(4, 24).double())
+
+
+def test_transforms_autocast_and_forced_backends_take_the_general_path(only_direct):
+    tensors = inputs()
+
+    def call(*arguments):
+        return functional.scaled_dot_product_attention(*arguments)
+
+    def compiled():
+        with fastgen.use_backend("torch"):
+            call(*tensors)
+
+    def autocast():
+        with torch.autocast("cpu"):
+            call(*tensors)
+
+    def dual():
+        torch.func.jvp(call, tuple(tensors), tuple(tensors))
+
+    for run in (
+        compiled,
+        autocast,
+        dual,
+        lambda: torch.vmap(call)(*tensors),
+        lambda: call(*(t.half() for t in tensors)),
+    ):
+        with pytest.raises(AssertionError, match="general path"):
+            run()
+
+
+def test_a_sharing_of_first_and_second_order_is_the_formula():
+    """Batched gradients, and a second backward after a first one of the same graph."""
+    leaves = [t.requires_grad_() for t in inputs(torch.float64)]
+    out = functional.scaled_dot_product_attention(*leaves)
+    exact = reference.attention(*leaves)[0]
+    directions = torch.randn(3, *out.shape, dtype=torch.float64)
+    results = [
+        torch.autograd.grad(o, leaves, directions, is_grads_batched=True, retain_graph=True) for o in (out, exact)
+    ]
+    results += [torch.autograd.grad(o.cos().sum(), leaves) for o in (out, exact)]
+    for first, second in (results[:2], results[2:]):
+        for a, b in zip(first, second, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+HEADS = {
+    "one part": lambda x, w, b: functional.multi_head_projection(x, w, b, num_heads=4),
+    "three parts": lambda x, w, b: functional.qkv_projection(x, w, b, heads=(2, 2, 2), head_dims=[4, 4, 4]),
+    "lists": lambda x, w, b: functional.qkv_projection(x, w, b, heads=[6], head_dims=[4]),
+}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", HEADS)
+def test_projections_are_direct_and_the_same(general, monkeypatch, name, bias):
+    leaves = [torch.randn(2, 5, 6, dtype=torch.float64), torch.randn(24, 6, dtype=torch.float64)]
+    leaves += [torch.randn(24, dtype=torch.float64)] if bias else []
+    leaves = [t.requires_grad_() for t in leaves]
+
+    def call():
+        parts = HEADS[name](*leaves, *([] if bias else [None]))
+        parts = parts if isinstance(parts, tuple) else (parts,)
+        first = torch.autograd.grad(sum(p.sin().sum() for p in parts), leaves, create_graph=True)
+        return [*parts, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)]
+
+    wanted = general(call)
+    monkeypatch.setattr(projection_module, "projection", None)
+    for a, b in zip(call(), wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_merged_heads_are_direct_and_the_same(general, monkeypatch, residual):
+    x, weight, bias = torch.randn(2, 3, 5, 4), torch.randn(6, 12), torch.randn(6)
+    added = torch.randn(2, 5, 6) if residual else None
+    wanted = general(lambda: functional.merge_heads_projection(x, weight, bias, residual=added))
+    monkeypatch.setattr(projection_module, "merge_heads", None)
+    torch.testing.assert_close(functional.merge_heads_projection(x, weight, bias, residual=added), wanted)
+    tokens = x.transpose(1, 2).reshape(2, 5, 12)
+    torch.testing.assert_close(wanted, F.linear(tokens, weight, bias) + (0 if added is None else added))
