@@ -77,6 +77,7 @@ bench: $(VENV)/.dev
 	mkdir -p .benchmarks
 	$(BIN)/python -m pytest benchmarks/suites/bench_*.py --benchmark-only -q --benchmark-json=.benchmarks/latest.json
 	$(BIN)/python benchmarks/report.py .benchmarks/latest.json
+	PYTHONPATH=. $(BIN)/python benchmarks/overhead.py
 
 # The documentation, into site/. Fails on a warning. (The variable silences an advertisement of the theme.)
 docs: $(VENV)/.docs

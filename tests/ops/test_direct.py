@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 import fastgen
 from fastgen import functional, reference
@@ -52,12 +53,15 @@ def general(monkeypatch):
 
 @pytest.fixture
 def only_direct(monkeypatch):
+    """Until it is called, the general path raises."""
+
     def refuse(*arguments):
         raise AssertionError("the general path was taken")
 
     monkeypatch.setattr(module, "attention", refuse)
     monkeypatch.setattr(projection_module, "projection", refuse)
     monkeypatch.setattr(projection_module, "merge_heads", refuse)
+    return monkeypatch.undo
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -153,13 +157,13 @@ def test_transforms_autocast_and_forced_backends_take_the_general_path(only_dire
         with torch.autocast("cpu"):
             call(*tensors)
 
-    def dual():
-        torch.func.jvp(call, tuple(tensors), tuple(tensors))
+    def jvp_of_jvp():
+        torch.func.jvp(lambda *t: torch.func.jvp(call, t, t)[1], tuple(tensors), tuple(tensors))
 
     for run in (
         compiled,
         autocast,
-        dual,
+        jvp_of_jvp,
         lambda: torch.vmap(call)(*tensors),
         lambda: call(*(t.half() for t in tensors)),
     ):
@@ -217,3 +221,57 @@ def test_merged_heads_are_direct_and_the_same(general, monkeypatch, residual):
     torch.testing.assert_close(functional.merge_heads_projection(x, weight, bias, residual=added), wanted)
     tokens = x.transpose(1, 2).reshape(2, 5, 12)
     torch.testing.assert_close(wanted, F.linear(tokens, weight, bias) + (0 if added is None else added))
+
+
+@pytest.mark.parametrize("rows_masked", [False, True])
+def test_a_learned_bias_of_few_scores_is_plain_pytorch_and_the_same(general, only_direct, rows_masked):
+    leaves = [*inputs(torch.float64), torch.randn(1, 3, 5, 7, dtype=torch.float64)]
+    if rows_masked:
+        leaves[3][:, :, 2] = -math.inf
+    leaves = [t.requires_grad_() for t in leaves]
+
+    def call():
+        out = functional.scaled_dot_product_attention(*leaves)
+        first = torch.autograd.grad(out.sin().sum(), leaves, create_graph=True)
+        return [out, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)]
+
+    direct = call()
+    only_direct()
+    for a, b in zip(direct, general(call), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dual", [False, True], ids=["torch.func.jvp", "dual numbers"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_jvps_of_few_scores_are_plain_pytorch_and_the_same(general, only_direct, causal, dual):
+    tensors, tangents = inputs(torch.float64, 5), inputs(torch.float64, 5)[::-1]
+
+    def function(*arguments):
+        return functional.scaled_dot_product_attention(*arguments, is_causal=causal)
+
+    def call():
+        if not dual:
+            return torch.func.jvp(function, tuple(tensors), tuple(tangents))
+        with forward_ad.dual_level():
+            made = (forward_ad.make_dual(t, tangent) for t, tangent in zip(tensors, tangents, strict=True))
+            return tuple(forward_ad.unpack_dual(function(*made)))
+
+    direct = call()
+    only_direct()
+    torch.testing.assert_close(direct, general(call))
+
+
+def test_many_scores_take_the_operators_second_order():
+    """No tensor of all scores where they are many, and where they are few no operator."""
+    for queries, operators in ((8, 0), (200, 1)):
+        leaves = [torch.randn(1, 1, queries, 8).requires_grad_() for _ in range(3)]
+        (grad,) = torch.autograd.grad(
+            functional.scaled_dot_product_attention(*leaves).sum(), leaves[:1], create_graph=True
+        )
+        nodes, seen = [grad.grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                nodes += [following for following, _ in node.next_functions]
+        assert sum("_BackwardBackward" in type(node).__name__ for node in seen) == operators

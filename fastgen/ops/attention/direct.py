@@ -1,8 +1,8 @@
 """The common call of attention on CPU at the cost of PyTorch's own: few checks, then torch's kernel and its backward.
 
-The work per call is counted in microseconds. What is not common (windows, dropout, grouped heads, masks with a
-gradient, transforms, compilation, 16 bits) is left to ``autograd.attention``, which gives the same results; so are
-derivatives that are to be differentiated.
+The work per call is counted in microseconds. What is not common (windows, dropout, grouped heads, most transforms,
+compilation, 16 bits) is left to ``autograd.attention``, which gives the same results; so are derivatives that are to be
+differentiated. Where the scores are few, these, jvps and masks with a gradient are plain PyTorch, which is faster then.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from fastgen.backend.selection import selection as _selection
 from fastgen.ops.attention.autograd import backward as any_backward
 from fastgen.ops.attention.fused import SHORTEST_VECTOR_FREE, additive
 from fastgen.ops.attention.problem import Options, Saved
-from fastgen.ops.autograd import must_be_differentiable, only_wanted
+from fastgen.ops.autograd import must_be_differentiable, only_wanted, transforms_active
 
 _TYPES = frozenset((Tensor, Parameter))
 _DTYPES = frozenset((torch.float32, torch.float64))
 _kernel = torch._scaled_dot_product_flash_attention_for_cpu  # type: ignore[attr-defined]
 _kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_formula = torch._scaled_dot_product_attention_math  # type: ignore[attr-defined]
 _interpreter = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack  # type: ignore[attr-defined]
 _autocast = torch._C._is_any_autocast_enabled  # type: ignore[attr-defined]
@@ -54,7 +55,6 @@ def _takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_ca
         not is_causal
         and (mask.dtype == torch.bool or mask.dtype == query.dtype)
         and type(mask) in _TYPES
-        and not mask.requires_grad
         and len(own) == 4
         and own[3] == of_keys[2]
         and (own[2] == 1 or own[2] == shape[2])
@@ -73,8 +73,6 @@ def attend(
         or type(key) not in _TYPES
         or type(value) not in _TYPES
         or _selection.backend != "auto"
-        or _interpreter() is not None
-        or forward_ad._current_level >= 0
         or _dispatch_modes()
         or _autocast()
         or (is_causal is not False and is_causal is not True)
@@ -82,7 +80,18 @@ def attend(
         or not _takes(query, key, value, mask, is_causal)
     ):
         return None
-    if _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+    if forward_ad._current_level >= 0 or _interpreter() is not None:
+        if mask is not None or not has_few_scores(query, key) or not _is_one_jvp():
+            return None
+        return _formula(query, key, value, None, 0.0, is_causal, None, scale=scale)[0]  # type: ignore[no-any-return]
+    if mask is not None and mask.requires_grad and _grad_enabled():
+        if not has_few_scores(query, key):
+            return None
+        try:
+            out = _formula(query, key, value, mask, 0.0, False, None, scale=scale)[0]
+        except RuntimeError:
+            return None
+    elif _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         dtype = query.dtype
         if (
             not (key.dtype == dtype == value.dtype and key.is_cpu and value.is_cpu and (mask is None or mask.is_cpu))
@@ -91,7 +100,7 @@ def attend(
             return None
         mask = mask if mask is None else additive(mask, dtype)
         scale = query.size(3) ** -0.5 if scale is None else scale
-        out: Tensor = _Attention.apply(query, key, value, mask, is_causal, scale)  # type: ignore[no-untyped-call]
+        out = _Attention.apply(query, key, value, mask, is_causal, scale)  # type: ignore[no-untyped-call]
     else:
         try:
             out = torch_attention(query, key, value, mask, 0.0, is_causal, scale=scale)
@@ -100,6 +109,23 @@ def attend(
     if mask is not None or key.size(2) < SHORTEST_VECTOR_FREE:
         return None if _may_be_wrong(out.detach(), mask) else out
     return out
+
+
+def has_few_scores(query: Tensor, key: Tensor) -> bool:
+    """Whether the scores take at most the memory of query, key and value twice, and fit a processor's cache."""
+    queries, keys = query.size(2), key.size(2)
+    return queries * keys <= min(2 * (queries + keys) * query.size(3), _FEW)
+
+
+_FEW = 128 * 128
+
+
+def _is_one_jvp() -> bool:
+    """Whether dual numbers, or one ``torch.func.jvp``, are all that is active: no other transform around or inside."""
+    stack = torch._C._functorch.get_interpreter_stack()
+    if not stack:
+        return True
+    return len(stack) == 1 and stack[0].key() == torch._C._functorch.TransformType.Jvp
 
 
 def _may_be_wrong(out: Tensor, mask: Tensor | None) -> bool:
@@ -130,9 +156,29 @@ class _Attention(Function):
             total = 0.0 if mask is None else grads[0].sum().item()
             if total == total:
                 return (*grads, None, None, None)
+        if has_few_scores(query, key) and not transforms_active():
+            return (
+                *only_wanted(ctx, 0, *_gradients(grad_out, query, key, value, mask, is_causal, scale)),
+                *(None,) * 3,
+            )
         if mask is not None:
             lse = lse.masked_fill(mask.amax(-1) == -_INFINITY, -_INFINITY)
         options = Options(dropout_p=0.0, window_left=-1, window_right=0 if is_causal else -1, scale=scale)
         saved = Saved(query, key, value, out, lse, mask, None, options, select("attention_forward", query))
         grads = any_backward(grad_out, None, saved, False)
         return (*only_wanted(ctx, 0, *grads[:3]), None, None, None)
+
+
+def _gradients(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value by their formula, which autograd differentiates; (B, H, N, M) in memory."""
+    scores = (query * scale) @ key.transpose(2, 3)
+    if is_causal:
+        later = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu_(1)
+        scores = scores.masked_fill(later, -_INFINITY)
+    # Fully masked rows have weights of 0.
+    weights = scores.softmax(-1) if mask is None else torch._safe_softmax(scores + mask, -1)  # type: ignore[attr-defined]
+    products = weights * (grad @ value.transpose(2, 3))
+    of_scores = (products - weights * products.sum(-1, keepdim=True)) * scale
+    return of_scores @ key, of_scores.transpose(2, 3) @ query, weights.transpose(2, 3) @ grad
