@@ -18,6 +18,7 @@ import torch
 
 import fastgen
 from fastgen.backend import why_not_compiled
+from fastgen.ops.attention import direct
 from tests.emulator import build
 
 PLACES = [("torch", "cpu"), ("compiled", "cpu"), ("emulated", "cpu"), ("torch", "cuda"), ("compiled", "cuda")]
@@ -48,6 +49,12 @@ def _forced(request, operator: str):
         request.getfixturevalue("emulator")
     with fastgen.use_backend(backend):
         yield device
+
+
+@pytest.fixture
+def second_order_operators(monkeypatch):
+    """Second derivatives, jvps and learned biases of few scores take the operators, as those of many do."""
+    monkeypatch.setattr(direct, "has_few_scores", lambda query, key: False)
 
 
 @pytest.fixture(params=PLACES, ids=lambda place: "-".join(place))

@@ -79,8 +79,9 @@ def scaled_dot_product_attention(
             supported.
 
     Twice differentiable in reverse mode (gradient penalties), once in forward mode (``torch.func.jvp``, dual numbers),
-    and once in each, in either order. Memory is O(N + M) per head for all of these. A third derivative and forward mode
-    over forward mode raise ``RuntimeError``. ``fastgen.reference`` states the formulas.
+    and once in each, in either order. Memory is O(N + M) per head for all of these. A third derivative raises
+    ``RuntimeError``, except for few scores on CPU, and so does forward mode over forward mode. ``fastgen.reference``
+    states the formulas.
 
     On CUDA, float32 products have float32 accuracy unless ``torch.backends.cuda.matmul`` allows TF32, and kernels are
     deterministic.

@@ -16,6 +16,8 @@ from fastgen.nn._norm import apply_norm
 from fastgen.testing import assert_accurate
 from tests.nn.transformer_cases import NAMES, B, E, H, L, call, first, inputs, normal, padding_of, pair
 
+pytestmark = pytest.mark.usefixtures("second_order_operators")
+
 
 def scores_of(module, tensors, **kwargs):
     out = first(call(module, tensors, kwargs))

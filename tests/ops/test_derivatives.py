@@ -25,6 +25,8 @@ from tests.nn import test_image
 
 B, H, N, D = 2, 2, 3, 4
 
+pytestmark = pytest.mark.usefixtures("second_order_operators")
+
 
 def normal(*shape):
     return torch.randn(*shape, dtype=torch.float64)

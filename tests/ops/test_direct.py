@@ -275,3 +275,26 @@ def test_many_scores_take_the_operators_second_order():
                 seen.add(node)
                 nodes += [following for following, _ in node.next_functions]
         assert sum("_BackwardBackward" in type(node).__name__ for node in seen) == operators
+
+
+def test_a_third_derivative_of_few_scores_is_right():
+    results = []
+    for attend in (functional.scaled_dot_product_attention, lambda *t: reference.attention(*t)[0]):
+        leaves = [t.requires_grad_() for t in inputs(torch.float64)]
+        total = attend(*leaves).sin().sum()
+        for _ in range(3):
+            grads = torch.autograd.grad(total, leaves, create_graph=True)
+            total = sum(g.square().sum() for g in grads)
+        results.append(grads)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_tangent_of_few_scores_is_differentiable_in_reverse():
+    results = []
+    for attend in (functional.scaled_dot_product_attention, lambda *t: reference.attention(*t)[0]):
+        leaves, tangents = [t.requires_grad_() for t in inputs(torch.float64)], inputs(torch.float64)
+        tangent = torch.func.jvp(attend, tuple(leaves), tuple(t.cos() for t in tangents))[1]
+        results.append(torch.autograd.grad(tangent.sin().sum(), leaves))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)

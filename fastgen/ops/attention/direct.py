@@ -83,7 +83,7 @@ def attend(
     if forward_ad._current_level >= 0 or _interpreter() is not None:
         if mask is not None or not has_few_scores(query, key) or not _is_one_jvp():
             return None
-        return _formula(query, key, value, None, 0.0, is_causal, None, scale=scale)[0]  # type: ignore[no-any-return]
+        return _out(query, key, value, is_causal, scale)
     if mask is not None and mask.requires_grad and _grad_enabled():
         if not has_few_scores(query, key):
             return None
@@ -169,14 +169,26 @@ class _Attention(Function):
         return (*only_wanted(ctx, 0, *grads[:3]), None, None, None)
 
 
+def _scores(query: Tensor, key: Tensor, is_causal: bool, scale: float | None) -> Tensor:
+    scores = (query * (query.size(3) ** -0.5 if scale is None else scale)) @ key.transpose(2, 3)
+    if not is_causal:
+        return scores
+    later = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu_(1)
+    return scores.masked_fill(later, -_INFINITY)
+
+
+def _out(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None) -> Tensor:
+    """The formula; its jvp is differentiable in reverse mode, unlike that of torch's softmax, which works in place."""
+    scores = _scores(query, key, is_causal, scale)
+    weights = (scores - scores.detach().amax(-1, keepdim=True)).exp()
+    return weights @ value / weights.sum(-1, keepdim=True)
+
+
 def _gradients(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value by their formula, which autograd differentiates; (B, H, N, M) in memory."""
-    scores = (query * scale) @ key.transpose(2, 3)
-    if is_causal:
-        later = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu_(1)
-        scores = scores.masked_fill(later, -_INFINITY)
+    scores = _scores(query, key, is_causal, scale)
     # Fully masked rows have weights of 0.
     weights = scores.softmax(-1) if mask is None else torch._safe_softmax(scores + mask, -1)  # type: ignore[attr-defined]
     products = weights * (grad @ value.transpose(2, 3))
