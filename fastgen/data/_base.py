@@ -26,6 +26,10 @@ class Items(ABC):
     def batch(self, indices: Tensor) -> dict[str, Tensor]:
         """The items ``indices`` (B,) int64, on any device: tensors (B, ...), on the device of the data."""
 
+    def training_batch(self, indices: Tensor, seed: int) -> dict[str, Tensor]:
+        """As ``batch``, for a training step; items that are random are drawn with ``seed``."""
+        return self.batch(indices)
+
     def to(self, device: torch.device | str) -> Items:
         """The items on a device; lazy ones stay where they are."""
         return self

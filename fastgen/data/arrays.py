@@ -1,69 +1,129 @@
-"""Images in arrays: NumPy's .npz, and the IDX files of MNIST and similar datasets."""
+"""Images in arrays: NumPy's .npz and .npy, the IDX files of MNIST and similar datasets, CIFAR's binary files."""
 
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import re
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from fastgen.data._base import Dataset, Source
 from fastgen.data._files import cannot_read
 from fastgen.data.config import DataConfig
-from fastgen.data.image_sets import ImageStack, check_labels, domain_dataset, from_pixels, image_dataset
+from fastgen.data.image_sets import ImageSource, ImageStack, check_labels, from_pixels
 from fastgen.data.images import Array
+from fastgen.data.trees import Tree
 
 IMAGES_MAGIC, LABELS_MAGIC = 2051, 2049
 IDX_NAME = re.compile(r"idx\d-ubyte(\.gz)?$|\.idx(\.gz)?$")
+IDX_TRAIN, IDX_TEST = (
+    re.compile(rf"(^|[-_.])({name})[-_.]images[-_.]idx3", re.IGNORECASE) for name in ("train", "t10k|test")
+)
+CIFAR_TRAIN, CIFAR_TEST = re.compile(r"(data_batch_\d|train)\.bin"), re.compile(r"test(_batch)?\.bin")
+CIFAR_PICKLES = frozenset((*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"))
+CIFAR100_PICKLES = frozenset(("train", "test", "meta"))
+CIFAR_PIXELS = 3 * 32 * 32
+TRAIN_AND_TEST = (("x_train", "y_train"), ("x_test", "y_test"))
+"""Names of arrays in Keras' mnist.npz and its like."""
 
 
-class ImageArrays(Source):
-    """Images in memory; those of two classes are two domains, too."""
+class ImageArrays(ImageSource):
+    """Images in memory; those of two classes are two domains, too.
 
-    def __init__(self, config: DataConfig, images: ImageStack, options: tuple[str, ...] = ()) -> None:
-        self.every, self.images = config.held_out, images
-        self.options = frozenset(("image_size", *options))
+    Args:
+        images, test: the images, and those of a held-out split, if there is one.
+    """
+
+    def __init__(
+        self, config: DataConfig, images: ImageStack, test: ImageStack | None = None, options: Sequence[str] = ()
+    ) -> None:
+        self.config, self.images = config, images
+        self.test = ImageArrays(config, test) if test else None
+        self.options = frozenset(("image_size", "binarize", "test_data", *options))
         two = images.labels is not None and images.labels.unique().tolist() == [0, 1]
         self.kinds = ("images", "domains") if two else ("images",)
 
-    def load(self, kind: str) -> Dataset:
-        return (image_dataset if kind == "images" else domain_dataset)(self.images, self.every)
+    def read(self, like: ImageStack | None = None) -> ImageStack:
+        return self.images
 
 
-def read_npz(path: Path, image_size: int, column: str = "") -> ImageStack:
-    """Images of an .npz file. Reading runs no code.
+Split = tuple[ImageStack, ImageStack | None]
+
+
+def read_npz(path: Path, image_size: int, column: str = "") -> Split:
+    """Images of an .npz file, and those of its test split. Reading runs no code.
 
     Args:
         path: has an array ``images``, uint8 of shape (N, H, W), (N, C, H, W) or (N, H, W, C), C being 1 or 3, and
-            optionally ``labels``, integers of shape (N,).
+            optionally ``labels``, integers of shape (N,); or Keras' ``x_train``, ``y_train``, ``x_test`` and
+            ``y_test``; or one array without a name (``arr_0``).
         column: name of the array of images instead of ``images``.
 
     Raises:
         TypeError: an array of another dtype. ValueError: not an .npz file, an array missing or of another shape.
     """
-    wanted = column or "images"
+
+    def read(archive: Mapping[str, Array]) -> list[tuple[str, Array, Array | None] | None]:
+        names = sorted(archive)
+        if not column and "x_train" in names:
+            pairs = [[archive[name] if name in names else None for name in pair] for pair in TRAIN_AND_TEST]
+            return [
+                None if images is None else (TRAIN_AND_TEST[i][0], images, labels)
+                for i, (images, labels) in enumerate(pairs)
+            ]
+        wanted = column or ("arr_0" if names == ["arr_0"] else "images")
+        if wanted not in names:
+            raise ValueError(f"{path}: expected an array named {wanted!r}, got {', '.join(names) or 'no arrays'}")
+        return [(wanted, archive[wanted], archive["labels"] if "labels" in names else None), None]
+
+    train, test = _loaded(path, ".npz", read)
+    return _stack(path, image_size, *train), None if test is None else _stack(path, image_size, *test)
+
+
+def read_npy(path: Path, image_size: int) -> Split:
+    """Images of an .npy file, as in an .npz file, and the labels found beside it: in labels.npy for images.npy, in
+    y_train.npy for x_train.npy."""
+    images = _loaded(path, ".npy", lambda array: array)
+    beside = [path.with_name(path.name.replace("images", "labels")), path.with_name(re.sub("^[xX]", "y", path.name))]
+    found = next((file for file in beside if file != path and file.is_file()), None)
+    labels = None if found is None else _loaded(found, ".npy", lambda array: array)
+    return _stack(path, image_size, path.name, images, labels), None
+
+
+def _loaded(path: Path, suffix: str, read: Callable[[Any], Any]) -> Any:
+    message = f"{path}: expected an {suffix} file of plain arrays, got one that fails"
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            names = sorted(archive.files)
-            images = archive[wanted] if wanted in names else None
-            labels = archive["labels"] if "labels" in names else None
+        found = np.load(path, allow_pickle=False)
+        if isinstance(found, np.ndarray) != (suffix == ".npy"):
+            raise TypeError(f"it holds {'one array' if suffix == '.npz' else 'an archive'}")
+        if suffix == ".npy":
+            return read(found)
+        with found as archive:
+            names = archive.files
+            arrays = {name: archive[name] for name in names}
     except (AttributeError, EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, OSError) and error.errno:
             raise cannot_read(path, error) from error
-        raise ValueError(f"{path}: expected an .npz file of plain arrays, got one that fails: {error}") from error
-    if images is None:
-        raise ValueError(f"{path}: expected an array named {wanted!r}, got {', '.join(names) or 'no arrays'}")
+        raise ValueError(f"{message}: {error}") from error
+    return read(arrays)
+
+
+def _stack(path: Path, image_size: int, name: str, images: Array, labels: Array | None) -> ImageStack:
     if images.dtype != np.uint8:
         bad = int((~np.isfinite(images)).sum()) if np.issubdtype(images.dtype, np.inexact) else 0
         note = f", {bad} of them NaN or infinite" if bad else ""
-        raise TypeError(f"{path}: {wanted}: expected uint8 pixels from 0 to 255, got {images.dtype}{note}")
-    pixels = torch.from_numpy(np.ascontiguousarray(_channels_first(path, wanted, images)))
+        raise TypeError(f"{path}: {name}: expected uint8 pixels from 0 to 255, got {images.dtype}{note}")
+    pixels = torch.from_numpy(np.ascontiguousarray(_channels_first(path, name, images)))
+    if labels is not None and labels.ndim == 2 and labels.shape[1] == 1:  # Keras' CIFAR
+        labels = labels[:, 0]
     classes = None if labels is None else check_labels(str(path), labels, len(pixels))
     return from_pixels(str(path), pixels, image_size, classes)
 
@@ -80,7 +140,11 @@ def _channels_first(path: Path, name: str, images: Array) -> Array:
     )
 
 
-def read_idx(path: Path, image_size: int) -> ImageStack:
+# --------------------------------------------------------------------------------------------------
+# IDX
+
+
+def read_idx(tree: Tree, file: Path, image_size: int, name: str = "") -> ImageStack:
     """Images (N, H, W) of an IDX file, gzipped where its name ends with .gz, and the labels found beside it.
 
     Labels of train-images-idx3-ubyte are looked for in train-labels-idx1-ubyte, with and without .gz.
@@ -88,27 +152,61 @@ def read_idx(path: Path, image_size: int) -> ImageStack:
     Raises:
         ValueError: another magic number, another length than the header says, labels of another number.
     """
-    images = torch.from_numpy(_read_idx(path, IMAGES_MAGIC, "images"))[:, None]
-    beside = labels_beside(path)
-    labels = (
-        None if beside is None else check_labels(str(beside), _read_idx(beside, LABELS_MAGIC, "labels"), len(images))
-    )
-    return from_pixels(str(path), images, image_size, labels)
+    images = torch.from_numpy(_read_idx(tree, file, IMAGES_MAGIC, "images"))[:, None]
+    beside = labels_beside(tree, file)
+    labels = None
+    if beside is not None:
+        labels = check_labels(tree.place(beside), _read_idx(tree, beside, LABELS_MAGIC, "labels"), len(images))
+    return from_pixels(name or tree.place(file), images, image_size, labels)
 
 
-def labels_beside(path: Path) -> Path | None:
-    name = path.name.removesuffix(".gz")
+def labels_beside(tree: Tree, file: Path) -> Path | None:
+    name = file.name.removesuffix(".gz")
     label_name = name.replace("images", "labels").replace("idx3", "idx1")
-    candidates = [path.with_name(label_name + ending) for ending in ("", ".gz")]
-    return next((file for file in candidates if label_name != name and file.is_file()), None)
+    candidates = [file.with_name(label_name + ending) for ending in ("", ".gz")]
+    return next((each for each in candidates if label_name != name and each in tree.files), None)
 
 
-def _read_idx(path: Path, magic: int, what: str) -> Array:
+def idx_files(tree: Tree) -> dict[str, Path]:
+    """The image files of MNIST's four among the files: "train" and "test" (t10k), plain ones before gzipped ones.
+
+    Raises:
+        ValueError: several of one split.
+    """
+    found: dict[str, Path] = {}
+    for split, pattern in (("train", IDX_TRAIN), ("test", IDX_TEST)):
+        files = [file for file in tree.files if pattern.search(file.name) and IDX_NAME.search(file.name)]
+        plain = [
+            file
+            for file in files
+            if file.with_name(file.name.removesuffix(".gz")) == file
+            or file.with_name(file.name.removesuffix(".gz")) not in files
+        ]
+        if len(plain) > 1:
+            raise ValueError(
+                f"{tree.name}: expected one IDX file of {split} images, got {', '.join(map(str, plain))}: give one of "
+                "them, and --test-data for the other split"
+            )
+        if plain:
+            found[split] = plain[0]
+    return found
+
+
+def open_idx(config: DataConfig, tree: Tree, files: Mapping[str, Path]) -> ImageArrays:
+    """MNIST's files: train images with labels, and t10k images, if there are any, as the held-out split."""
+    stacks = {split: read_idx(tree, file, config.image_size, tree.name) for split, file in files.items()}
+    train = stacks.pop("train", None)
+    source = ImageArrays(config, train or stacks.pop("test"), stacks.get("test"))
+    source.used = {file for image in files.values() for file in (image, labels_beside(tree, image)) if file}
+    return source
+
+
+def _read_idx(tree: Tree, file: Path, magic: int, what: str) -> Array:
     """The unsigned bytes of a file: a magic number, then the sizes, big-endian 32 bits each, then the bytes."""
-    ndim = magic & 0xFF
+    ndim, path, contents = magic & 0xFF, tree.place(file), io.BytesIO(tree.read(file))
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            head = file.read(4 + 4 * ndim)
+        with gzip.open(contents) if file.suffix == ".gz" else contents as opened:
+            head = opened.read(4 + 4 * ndim)
             got = struct.unpack(">I", head[:4])[0] if len(head) >= 4 else None
             if got != magic:
                 short = f"a file of {len(head)} bytes" if got is None else str(got)
@@ -117,10 +215,8 @@ def _read_idx(path: Path, magic: int, what: str) -> Array:
                 raise ValueError(f"{path}: expected a header of {4 + 4 * ndim} bytes, got {len(head)}")
             shape = struct.unpack(f">{ndim}I", head[4:])
             size = math.prod(shape)
-            data = file.read(size + 1) if size < 1 << 40 else b""
+            data = opened.read(size + 1) if size < 1 << 40 else b""
     except (EOFError, OSError, zlib.error) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise cannot_read(path, error) from error
         raise ValueError(f"{path}: expected an IDX file, got one that can't be read: {error}") from error
     if len(data) != size:
         more = "more" if len(data) > size else str(len(data))
@@ -129,3 +225,71 @@ def _read_idx(path: Path, magic: int, what: str) -> Array:
         raise ValueError(f"{path}: expected {what}, got none ({'x'.join(map(str, shape))})")
     values: Array = np.frombuffer(data, np.uint8).reshape(shape).copy()
     return values
+
+
+# --------------------------------------------------------------------------------------------------
+# CIFAR
+
+
+class CifarFiles(NamedTuple):
+    """The files of CIFAR's binary version; label_bytes: 1 of CIFAR-10, 2 (coarse, fine) of CIFAR-100."""
+
+    train: list[Path]
+    test: list[Path]
+    names: Path | None
+    label_bytes: int
+
+    @property
+    def used(self) -> set[Path]:
+        return {*self.train, *self.test, *([self.names] if self.names else [])}
+
+
+def cifar_files(tree: Tree) -> CifarFiles | None:
+    """CIFAR's files among those of a folder or an archive.
+
+    Raises:
+        ValueError: its pickles, which are not read, as that can run code.
+    """
+    names = {file.name for file in tree.files}
+    if len(names & CIFAR_PICKLES) > 1 or names >= CIFAR100_PICKLES:
+        version = "100" if names >= CIFAR100_PICKLES else "10"
+        raise ValueError(
+            f"{tree.name}: expected CIFAR-{version} in its binary version (cifar-{version}-binary.tar.gz), got its "
+            "Python version, whose pickles can run code when they are read"
+        )
+    train, test = ([f for f in tree.files if pattern.fullmatch(f.name)] for pattern in (CIFAR_TRAIN, CIFAR_TEST))
+    if not train and not test:
+        return None
+    hundred = any(file.name in ("train.bin", "test.bin") for file in train + test)
+    wanted = "fine_label_names.txt" if hundred else "batches.meta.txt"
+    return CifarFiles(train, test, next((f for f in tree.files if f.name == wanted), None), 2 if hundred else 1)
+
+
+def open_cifar(config: DataConfig, tree: Tree, files: CifarFiles) -> ImageArrays:
+    """CIFAR-10 or CIFAR-100 with fine labels; the test batch is the held-out split."""
+    names: list[str] = []
+    if files.names:
+        names = tree.read(files.names).decode("utf-8", errors="replace").split()
+    stacks = [_read_cifar(config, tree, part, files.label_bytes, names) for part in (files.train, files.test) if part]
+    source = ImageArrays(config, stacks[0], stacks[1] if len(stacks) > 1 else None)
+    source.used = files.used
+    return source
+
+
+def _read_cifar(
+    config: DataConfig, tree: Tree, files: Sequence[Path], label_bytes: int, names: Sequence[str]
+) -> ImageStack:
+    """Records of a label (or a coarse and a fine one), then the red, green and blue planes, row by row."""
+    record = label_bytes + CIFAR_PIXELS
+    parts = []
+    for file in files:
+        data = np.frombuffer(tree.read(file), np.uint8)
+        if not len(data) or len(data) % record:
+            raise ValueError(
+                f"{tree.place(file)}: expected CIFAR records of {record} bytes, got a file of {len(data)} bytes"
+            )
+        parts.append(data.reshape(-1, record))
+    records = np.concatenate(parts)
+    labels = check_labels(tree.place(files[0]), records[:, label_bytes - 1], len(records))
+    pixels = torch.from_numpy(records[:, label_bytes:].reshape(-1, 3, 32, 32).copy())
+    return from_pixels(tree.name, pixels, config.image_size, labels, names)

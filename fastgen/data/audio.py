@@ -1,19 +1,26 @@
-"""Audio: bundled tones, and a user's WAV files, in pieces of one length."""
+"""Audio: bundled tones, and a user's WAV and FLAC files, in pieces of one length."""
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import math
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastgen.data._base import Dataset, Source, TensorItems, digest
+from fastgen.data._files import read_bytes
+from fastgen.data._optional import need
 from fastgen.data.config import DataConfig
 from fastgen.data.splitting import HELD_OUT, at_least, hold_out, hold_out_groups
 from fastgen.data.wav import read_wav
 
+SOUND_SUFFIXES = frozenset((".wav", ".flac"))
 TONES, TONE_RATE = 4000, 8000
 BLOCK = 80  # samples
 
@@ -96,35 +103,83 @@ def tones(items: int, every: int, seconds: float) -> Dataset:
 class Recordings(Source):
     """Recordings, cut into consecutive pieces of ``config.seconds``, channels averaged.
 
-    The rest at the end of a recording is dropped; a recording shorter than a piece is padded with silence. Of at least
-    2 ``held_out`` recordings whole ones are held out; of fewer, the last pieces of each.
+    They are resampled to ``config.sample_rate``, by default the rate that most of them have. The rest at the end of a
+    recording is dropped; a recording shorter than a piece is padded with silence. Of at least 2 ``held_out`` recordings
+    whole ones are held out; of fewer, the last pieces of each.
     """
 
     kinds = ("audio",)
-    options = frozenset(("seconds",))
+    options = frozenset(("seconds", "sample_rate"))
 
     def __init__(self, config: DataConfig, paths: list[Path]) -> None:
         self.config, self.paths = config, paths
 
     def load(self, kind: str) -> Dataset:
-        """Raises ValueError for a file that is neither PCM nor floats, or truncated; for different sample rates."""
+        """Raises ValueError for a file that is neither PCM nor floats nor FLAC, or truncated."""
         name, seconds, every = self.config.source, self.config.seconds, self.config.held_out
-        pieces, owners, rates = [], [], []
-        for path in self.paths:
-            samples, rate = read_wav(path)
-            rates.append(rate)
-            if rate != rates[0]:
-                raise ValueError(f"{path}: expected {rates[0]} samples a second, as in {self.paths[0]}, got {rate}")
-            length = _samples(seconds, rate)
+        pieces, owners = [], []
+        recordings = [read_sound(path) for path in self.paths]
+        for path, (_, own) in zip(self.paths, recordings, strict=True):
+            if not RATES[0] <= own <= RATES[1]:
+                raise ValueError(f"{path}: expected a sample rate from {RATES[0]} to {RATES[1]}, got {own}")
+        rates = Counter(rate for _, rate in recordings)
+        rate = self.config.sample_rate or max(rates, key=lambda each: (rates[each], -each))
+        length = _samples(seconds, rate)
+        for number, (samples, own) in enumerate(recordings):
+            if own != rate:
+                samples = resample(samples, own, rate)
             if len(samples) < length:
                 samples = torch.cat([samples, samples.new_zeros(length - len(samples))])
             cut = samples[: len(samples) // length * length].view(-1, length)
             pieces.append(cut)
-            owners += [len(rates) - 1] * len(cut)
+            owners += [number] * len(cut)
         waves, groups = torch.cat(pieces), torch.tensor(owners)
         at_least(name, len(waves), f"pieces of {seconds:g} s (--seconds)")
         train, held = _split_recordings(groups, len(self.paths), every)
-        return audio_dataset(name, waves, rates[0], train, held, scale=None)
+        others = ", ".join(f"{n:,} of {own}" for own, n in sorted(rates.items()) if own != rate)
+        notes = (f"recordings resampled to {rate} samples a second: {others}",) if others else ()
+        return dataclasses.replace(audio_dataset(name, waves, rate, train, held, scale=None), warnings=notes)
+
+
+RATES = 100, 768_000
+"""Sample rates of recordings, the lowest and the highest."""
+
+ZEROS, ROLLOFF, KAISER_BETA = 32, 0.95, 9.0
+"""Anti-aliasing filter: zero crossings on each side, cutoff as a share of the lower Nyquist frequency, window."""
+
+
+def resample(samples: Tensor, rate: int, new_rate: int) -> Tensor:
+    """(samples,) float32 in [-1, 1] at another rate: scipy's polyphase filter, a sinc with a Kaiser window.
+
+    scipy is in the ``train`` extra already, and its filter takes any ratio of rates. What the filter's overshoot takes
+    beyond [-1, 1] is clamped.
+    """
+    signal = need("scipy.signal", "scipy", "sample_rate")
+    common = math.gcd(rate, new_rate)
+    up, down = new_rate // common, rate // common
+    half = ZEROS * max(up, down)
+    taps = signal.firwin(2 * half + 1, ROLLOFF / max(up, down), window=("kaiser", KAISER_BETA))
+    wave = signal.resample_poly(samples.numpy().astype(np.float64), up, down, window=taps)
+    return torch.from_numpy(wave.clip(-1, 1).astype(np.float32))
+
+
+def read_sound(path: Path) -> tuple[Tensor, int]:
+    """((samples,) float32 in [-1, 1], samples a second) of a WAV or FLAC file, channels averaged.
+
+    Raises:
+        ValueError: another format, or a damaged file. ImportError: FLAC without soundfile. OSError: it can't be read.
+    """
+    if path.suffix.lower() != ".flac":
+        return read_wav(path)
+    library = need("soundfile", "soundfile", str(path), extra="")
+    data = read_bytes(path)
+    try:
+        frames, rate = library.read(io.BytesIO(data), dtype="float64", always_2d=True)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected a FLAC file, got one that can't be decoded: {error}") from error
+    if not len(frames):
+        raise ValueError(f"{path}: expected a FLAC file with samples, got none")
+    return torch.from_numpy(frames.mean(1).astype(np.float32)), int(rate)
 
 
 def _split_recordings(groups: Tensor, recordings: int, every: int) -> tuple[Tensor, Tensor]:

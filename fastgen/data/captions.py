@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastgen.data.text import read_text
+from fastgen.data.text import decode_text
+from fastgen.data.trees import Tree
 
-TABLES = {"captions.tsv": "excel-tab", "metadata.csv": "excel"}
-"""Names of tables, as in Hugging Face's image folders, and their dialects."""
+TABLES = {"captions.tsv": "excel-tab", "metadata.csv": "excel", "metadata.jsonl": ""}
+"""Names of tables, two of them as in Hugging Face's image folders, and their dialects; "": JSON Lines."""
 
 FILE, TEXT = "file_name", "text"
 EXAMPLES = 100
@@ -21,68 +23,110 @@ EXAMPLES = 100
 class CaptionTable:
     """A UTF-8 table in a folder of images. Its first row names the columns, among them file_name and text.
 
-    rows: (number, cells) of the rows that are not blank; numbers start at 1 and count blank rows.
+    A captions.tsv of two columns whose first row begins with an image needs no names: file, caption.
+
+    Attributes:
+        place: the table, for messages.
+        file: its path in the source. The files in its rows are relative to its folder.
+        rows: (number, cells) of the rows that are not blank; numbers start at 1 and count blank rows.
     """
 
-    folder: Path
+    place: str
     file: Path
     rows: Sequence[tuple[int, list[str]]]
 
-    def captions(self, images: Sequence[Path]) -> list[str]:
+    @property
+    def has_texts(self) -> bool:
+        """False for a metadata.csv or metadata.jsonl without captions, which says something else of the images."""
+        return self.file.name == "captions.tsv" or bool(self.rows and TEXT in self.rows[0][1])
+
+    def captions(self, images: Collection[Path]) -> dict[Path, str]:
         """The caption of each image.
 
         Args:
-            images: paths relative to the folder.
+            images: paths in the source; those of the table are relative to its folder.
 
         Raises:
             ValueError: a column is missing, a row has another length, an image does not exist, occurs twice or has no
                 caption.
         """
-        path = self.folder / self.file
         (_, names), *rows = self.rows
+        known = set(images)
+        if TEXT not in names and len(names) == 2 and self.file.parent / names[0] in known:
+            names, rows = [FILE, TEXT], list(self.rows)
         for column in (FILE, TEXT):
             if column not in names:
-                raise ValueError(f"{path}: expected columns {FILE} and {TEXT}, got {', '.join(names)}")
+                raise ValueError(f"{self.place}: expected columns {FILE} and {TEXT}, got {', '.join(names)}")
         captions: dict[Path, str] = {}
-        known = set(images)
         for number, row in rows:
             if len(row) != len(names):
-                raise ValueError(f"{path}: row {number}: expected {len(names)} columns, got {len(row)}")
-            file, text = Path(row[names.index(FILE)]), row[names.index(TEXT)].strip()
+                raise ValueError(f"{self.place}: row {number}: expected {len(names)} columns, got {len(row)}")
+            name, text = row[names.index(FILE)], row[names.index(TEXT)].strip()
+            file = self.file.parent / name
             if file not in known or file in captions:
                 reason = "which an earlier row has" if file in captions else "which does not exist"
-                raise ValueError(f"{path}: row {number}: expected an image in the folder, got {file}, {reason}")
+                raise ValueError(f"{self.place}: row {number}: expected an image in the folder, got {name}, {reason}")
             if not text:
-                raise ValueError(f"{path}: row {number}: expected a caption of {file}, got none")
+                raise ValueError(f"{self.place}: row {number}: expected a caption of {name}, got none")
             captions[file] = text
-        for image in images:
+        for image in sorted(known):
             if image not in captions:
-                raise ValueError(f"{path}: expected a caption of {image}, got none")
-        return [captions[image] for image in images]
+                raise ValueError(f"{self.place}: expected a caption of {image}, got none")
+        return captions
 
 
-def read_captions(folder: Path, found: Sequence[Path]) -> CaptionTable | None:
-    """The table among the files of a folder of images. A metadata.csv without a column ``text`` is no such table.
+def read_captions(tree: Tree, folder: Path = Path()) -> CaptionTable | None:
+    """The table directly in a folder of images; None where there is none, or only one without captions.
 
     Raises:
         ValueError: two tables, or one that can't be parsed.
     """
-    tables = [CaptionTable(folder, Path(name), _rows(folder / name)) for name in TABLES if Path(name) in found]
-    tables = [table for table in tables if table.file.name != "metadata.csv" or TEXT in table.rows[0][1]]
+    there = [folder / name for name in TABLES if folder / name in tree.files]
+    tables = [table for table in (_read_table(tree, file) for file in there) if table.has_texts]
     if len(tables) > 1:
         names = " and ".join(str(table.file) for table in tables)
-        raise ValueError(f"{folder}: expected captions in one file, got {names}")
+        raise ValueError(f"{tree.name}: expected captions in one file, got {names}")
     return tables[0] if tables else None
 
 
-def _rows(path: Path) -> list[tuple[int, list[str]]]:
-    reader = csv.reader(io.StringIO(read_text(path)), TABLES[path.name], strict=True)
+def _read_table(tree: Tree, file: Path) -> CaptionTable:
+    place = tree.place(file)
+    text = decode_text(tree.read(file), place)
+    dialect = TABLES[file.name]
+    return CaptionTable(place, file, _rows(text, place, dialect) if dialect else _json_rows(text, place))
+
+
+def _rows(text: str, place: str, dialect: str) -> list[tuple[int, list[str]]]:
+    reader = csv.reader(io.StringIO(text), dialect, strict=True)
     try:
         return [(number, row) for number, row in enumerate(reader, start=1) if row]
     except csv.Error as error:
         raise ValueError(
-            f"{path}: line {reader.line_num}: expected a table of columns, got one that fails: {error}"
+            f"{place}: line {reader.line_num}: expected a table of columns, got one that fails: {error}"
         ) from error
+
+
+def _json_rows(text: str, place: str) -> list[tuple[int, list[str]]]:
+    """A row of names, then the cells of each object."""
+    objects = json_lines(text, place)
+    names = list(objects[0][1]) if objects else []
+    return [(0, names), *((number, [str(each.get(name, "")) for name in names]) for number, each in objects)]
+
+
+def json_lines(text: str, place: str) -> list[tuple[int, dict[str, object]]]:
+    """(number of the line, object) of JSON Lines; blank lines are left out. ValueError names line and file."""
+    objects = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{place}: line {number}: expected a JSON object, got one that fails: {error}") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{place}: line {number}: expected a JSON object, got {type(found).__name__}")
+        objects.append((number, found))
+    return objects
 
 
 def caption_examples(captions: Sequence[str]) -> tuple[str, ...]:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from fastgen.batch import option
+
+Binarize = Literal["none", "static", "dynamic"]
+Direction = Literal["AtoB", "BtoA"]
 
 
 @dataclass(frozen=True)
@@ -26,17 +30,29 @@ class DataConfig:
     tokens: int = option(0, "vocabulary size of a tokenizer trained on the text (0: characters)")
     seconds: float = option(1.0, "length of the pieces that recordings are cut into, in seconds")
     column: str = option(
-        "", "column of a Hugging Face dataset, or array of an .npz file (default: the only one that fits)"
+        "", "column of a table or of JSON Lines, or array of an .npz file (default: the only one that fits)"
     )
+    test_data: str = option("", "path of the held-out items (default: the data's own test split, or held_out)")
+    binarize: Binarize = option(
+        "none", "black and white pixels, drawn with their values as probabilities: once, or in each training step"
+    )
+    skip_broken: bool = option(False, "images that can't be read are left out, with a warning")
+    direction: Direction = option("AtoB", "direction of translation of pairs; BtoA exchanges inputs and targets")
+    sample_rate: int = option(0, "sample rate that recordings are resampled to (0: the one most of them have)")
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "held_out", "items", "tokens"):
+        for name in ("image_size", "held_out", "items", "tokens", "sample_rate"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name}: expected a whole number, got {value!r}")
             if value < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {value}")
-        for name in ("source", "column"):
+        for name, kind in (("binarize", Binarize), ("direction", Direction)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+        if not isinstance(self.skip_broken, bool):
+            raise TypeError(f"skip_broken: expected true or false, got {self.skip_broken!r}")
+        for name in ("source", "column", "test_data"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name}: expected a string, got {getattr(self, name)!r}")
         if not self.source:

@@ -56,7 +56,7 @@ class Description:
         lines = [
             f"{self.name}: {self.kind}" + (f" (also {', '.join(others)})" if others else ""),
             f"  {self.train:,} {unit} to train on, {self.held_out:,} held out",
-            *(f"  {name}: {_short(v)}" for name, v in self.facts.items() if v or not name.startswith("caption")),
+            *(f"  {name}: {_short(v)}" for name, v in self.facts.items() if self._is_told(name)),
         ]
         if self.value_range:
             lines.append("  values from {:.4g} to {:.4g}".format(*self.value_range))
@@ -67,6 +67,12 @@ class Description:
             if isinstance(shown, list):
                 lines += [f"  {name}:", *(f"    {text!r}" for text in shown)]
         return "\n".join(lines + [f"  warning: {warning}" for warning in self.warnings])
+
+    def _is_told(self, fact: str) -> bool:
+        """False for captions where there are none, or none but the names of the classes."""
+        examples = self.facts.get("caption_examples", ())
+        captioned = bool(examples) and tuple(examples) != tuple(self.classes)
+        return captioned or not fact.startswith("caption")
 
 
 def describe(config: DataConfig, kind: str | None = None) -> Description:

@@ -1,4 +1,4 @@
-"""Folders of files, and of images."""
+"""Folders and archives of images: classes, splits, pairs and captions, from the names of the files."""
 
 from __future__ import annotations
 
@@ -6,59 +6,38 @@ import dataclasses
 import os
 import re
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastgen.data._base import Dataset, Source
-from fastgen.data._files import cannot_read, check_file
-from fastgen.data.captions import CaptionTable
+from fastgen.data._base import Dataset
+from fastgen.data._files import check_file
+from fastgen.data.captions import read_captions
 from fastgen.data.config import DataConfig
-from fastgen.data.image_sets import ImageStack, count_levels, domain_dataset, image_dataset, pair_dataset
-from fastgen.data.images import SUFFIXES, ImageFiles, LazyImages, read_stack
-from fastgen.data.splitting import at_least, hold_out
+from fastgen.data.image_sets import ImageSource, ImageStack, PairStacks, count_levels
+from fastgen.data.images import SUFFIXES, ImageFiles, LazyImages, ReadImages, choose, header, read_stack
+from fastgen.data.splitting import at_least
+from fastgen.data.trees import Tree, TreeImages, files_below
 
-SYSTEM_FILES = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini"))
 ABOUT_FILES = re.compile(r"(readme|licen[sc]e|copying|notice|authors|changelog|changes)\b", re.IGNORECASE)
 """Beginnings of the names of files about the data."""
 
-SPLITS = frozenset(("train", "training", "test", "testing", "val", "valid", "validation"))
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+}
+DOMAIN_SPLIT = re.compile(r"(train|test|val)([AB])")
+"""CycleGAN's folders: trainA, trainB, testA, testB."""
 
 
-def files_below(folder: Path) -> list[Path]:
-    """Paths relative to the folder, sorted by their parts. Links are followed; hidden files and folders, and those that
-    Windows leaves in folders, left out.
-
-    Raises:
-        OSError: a folder that can't be read; names it.
-    """
-    found, seen = [], set()
-    for here, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
-        real = os.path.realpath(here)
-        if real in seen:  # a link to a folder above itself
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(here, name).relative_to(folder) for name in files if not _is_system_file(name)]
-    return sorted(found, key=lambda path: path.parts)
-
-
-def _is_system_file(name: str) -> bool:
-    return name.startswith(".") or name.lower() in SYSTEM_FILES
-
-
-def _raise(error: OSError) -> None:
-    raise cannot_read(error.filename, error) from error
-
-
-def with_suffix(files: list[Path], suffixes: Set[str]) -> list[Path]:
+def with_suffix(files: Sequence[Path], suffixes: Set[str]) -> list[Path]:
     return [file for file in files if file.suffix.lower() in suffixes]
 
 
-def outnumbering(files: list[Path], found: list[Path], stronger: list[Path]) -> str:
+def outnumbering(files: list[Path], found: Sequence[Path], stronger: list[Path]) -> str:
     """Files of another type that outnumber ``files``, for messages; "" if there are none.
 
     Files about the data (README.txt) and files that belong to one of another type by their name (00.txt to 00.png) are
@@ -84,91 +63,208 @@ def outnumbering(files: list[Path], found: list[Path], stronger: list[Path]) -> 
     return describe_suffixes(more) if more else ""
 
 
-def describe_suffixes(files: list[Path]) -> str:
+def describe_suffixes(files: Collection[Path]) -> str:
     """How many files there are of each kind, for messages: "3 .jpg, 1 without a suffix"."""
     counts = Counter(file.suffix.lower() or "without a suffix" for file in files)
     return ", ".join(f"{n} {suffix}" for suffix, n in sorted(counts.items())) or "no files"
 
 
-class ImageFolder(Source):
-    """Images directly in a folder (no classes), or in subfolders (each a class, in sorted order).
-
-    Args:
-        files: paths relative to the folder.
-        table: their captions.
+def image_folder(config: DataConfig, tree: Tree, files: Sequence[Path]) -> ImageFolder:
+    """The images of a tree. Folders train/ and test/ (or val/) in it are the training and the held-out split.
 
     Raises:
-        ValueError: both, or subfolders named like splits.
+        ValueError: images both in it and in subfolders, subfolders named like splits without train/, or a table of
+            captions that does not fit.
+    """
+    splits = _splits(files)
+    table = read_captions(tree)
+    captions = table.captions(files) if table else {}
+    used = {table.file} if table else set()
+    if not splits:
+        names = {file.parts[0] for file in files if len(file.parts) > 1}
+        if len(names) > 1 and SPLITS.keys() >= {name.lower() for name in names}:
+            raise ValueError(
+                f"{tree.name}: expected subfolders that are classes, or train{os.sep} and test{os.sep} or "
+                f"val{os.sep}, got {', '.join(sorted(names))}: give one of them"
+            )
+        return ImageFolder(config, tree, {file: file for file in files}, captions, used=used)
+    folders: dict[str, ImageFolder] = {}
+    notes: list[str] = []
+    for split, members in splits.items():
+        inside = {folder: read_captions(tree, Path(folder)) for folder in {file.parts[0] for file in members.values()}}
+        own = {file: captions[file] for file in members.values() if file in captions}
+        for folder, found in inside.items():
+            if found and not table:
+                own |= found.captions([file for file in members.values() if file.parts[0] == folder])
+                used = used | {found.file}
+        folders[split] = ImageFolder(config, tree, members, own, used=used, split=split)
+    train = folders["train"]
+    test = folders.get("test", folders.get("val"))
+    if "test" in folders and "val" in folders:
+        notes.append(
+            f"{len(splits['val']):,} images of the validation split were left out: the test split is held out "
+            "(--test-data chooses another)"
+        )
+    train.notes, train.test = tuple(notes), test
+    train.used = used | {file for members in splits.values() for file in members.values()}
+    if test is not None:
+        train.kinds = tuple(kind for kind in train.kinds if kind in test.kinds)
+    return train
+
+
+def _splits(files: Sequence[Path]) -> dict[str, dict[Path, Path]]:
+    """Split -> {path below the split's folder: file}; {} where the folders are no splits."""
+    found: dict[str, dict[Path, Path]] = {}
+    for file in files:
+        if len(file.parts) == 1:
+            return {}
+        split, below = SPLITS.get(file.parts[0].lower()), Path(*file.parts[1:])
+        match = DOMAIN_SPLIT.fullmatch(file.parts[0])
+        if match:
+            split, below = match[1], Path(match[2]) / below
+        if split is None:
+            return {}
+        found.setdefault(split, {})[below] = file
+    return found if "train" in found else {}
+
+
+class ImageFolder(ImageSource):
+    """Images directly in a folder (no classes), or in subfolders (each a class, in sorted order).
+
+    Two subfolders whose images have the same names are pairs, and so are images that are twice as wide as high.
+
+    Args:
+        tree: the files.
+        files: path below the folder of this split -> path in the tree.
+        captions: by path in the tree; {} without captions.
+        used: files beside the images that belong to the data.
+
+    Raises:
+        ValueError: images both directly in the folder and in subfolders.
     """
 
-    options = frozenset(("image_size",))
-
-    def __init__(self, config: DataConfig, folder: Path, files: list[Path], table: CaptionTable | None = None) -> None:
-        self.config, self.folder, self.files, self.table = config, folder, files, table
+    def __init__(
+        self,
+        config: DataConfig,
+        tree: Tree,
+        files: Mapping[Path, Path],
+        captions: Mapping[Path, str],
+        used: Collection[Path] = (),
+        split: str = "",
+    ) -> None:
+        self.config, self.tree, self.files, self.captions = config, tree, files, captions
+        self.name = tree.place(Path(split)) if split else tree.name
+        self.used = {*used, *files.values()}
         self.class_names = sorted({file.parts[0] for file in files if len(file.parts) > 1})
         direct = [file for file in files if len(file.parts) == 1]
         if direct and self.class_names:
             raise ValueError(
-                f"{folder}: expected images directly inside or in subfolders, one for each class, "
+                f"{self.name}: expected images directly inside or in subfolders, one for each class, "
                 f"got both ({direct[0]} and {self.class_names[0]}{os.sep})"
             )
-        if len(self.class_names) > 1 and SPLITS.issuperset(name.lower() for name in self.class_names):
-            raise ValueError(
-                f"{folder}: expected subfolders that are classes, got {', '.join(self.class_names)}: give one of them"
-            )
-        if self.class_names == ["inputs", "targets"]:
+        self.side_by_side = not self.class_names and self._is_side_by_side()
+        if self.side_by_side:
+            self.kinds = ("pairs", "images")
+        elif self.class_names == ["inputs", "targets"]:
             self.kinds = ("pairs", "images", "domains")
+        elif len(self.class_names) == 2:
+            sides = [self._stems(name).keys() for name in self.class_names]
+            self.kinds = ("images", "domains", "pairs") if sides[0] == sides[1] else ("images", "domains")
         else:
-            self.kinds = ("images", "domains") if len(self.class_names) == 2 else ("images",)
+            self.kinds = ("images",)
+        self.options = frozenset(("image_size", "binarize", "skip_broken", "test_data"))
+        self.options |= {"direction"} if "pairs" in self.kinds else set()
 
     def load(self, kind: str) -> Dataset:
-        if kind == "pairs":
-            return self._pairs()
-        captions = self.table.captions(self.files) if kind == "images" and self.table else []
-        images = dataclasses.replace(self._labelled(), captions=captions)
-        return (image_dataset if kind == "images" else domain_dataset)(images, self.config.held_out)
+        data = super().load(kind)
+        return dataclasses.replace(data, warnings=(*self.notes, *data.warnings))
 
-    def _labelled(self) -> ImageStack:
-        at_least(str(self.folder), len(self.files), "images")
-        images = self._read(self.files)
-        if len(self.class_names) < 2:
-            return images
-        number = {name: i for i, name in enumerate(self.class_names)}
-        labels = torch.tensor([number[file.parts[0]] for file in self.files])
-        return dataclasses.replace(images, labels=labels, class_names=self.class_names)
-
-    def _pairs(self) -> Dataset:
-        """Files in inputs/ and targets/ belong together that have equal names, but for the suffix."""
-        inputs, targets = self._by_stem("inputs"), self._by_stem("targets")
-        for stem in sorted(inputs.keys() ^ targets.keys()):
-            place = "inputs" if stem in targets else "targets"
-            raise ValueError(f"{self.folder}: expected an image {stem} in {place}{os.sep} too, got none")
-        at_least(str(self.folder), len(inputs), "pairs")
-        left, right = (self._read([side[stem] for stem in sorted(side)]) for side in (inputs, targets))
-        if left.stack.shape[2] != right.stack.shape[2]:
+    def read(self, like: ImageStack | None = None) -> ImageStack:
+        names = list(self.files)
+        if like is None:
+            at_least(self.name, len(names), "images")
+        images = self._read([self.files[name] for name in names], channels=like.stack.shape[1] if like else 0)
+        names = [names[i] for i in images.kept]
+        stack = self._stack(images)
+        if self.captions:
+            stack = dataclasses.replace(stack, captions=[self.captions[self.files[name]] for name in names])
+        classes = list(like.class_names) if like else self.class_names
+        if len(classes) < 2:
+            return stack
+        if unknown := sorted({*self.class_names} - {*classes}):
             raise ValueError(
-                f"{self.folder}: expected inputs and targets of one size, got {left.stack.shape[2]} and "
-                f"{right.stack.shape[2]}: --image-size resizes and crops them"
+                f"{self.name}: expected classes of the training images ({', '.join(classes)}), got {', '.join(unknown)}"
             )
-        return pair_dataset(left, right, *hold_out(len(inputs), self.config.held_out))
+        number = {name: i for i, name in enumerate(classes)}
+        if not self.class_names:
+            raise ValueError(f"{self.name}: expected a subfolder for each class, as for training, got none")
+        labels = torch.tensor([number[name.parts[0]] for name in names])
+        return dataclasses.replace(stack, labels=labels, class_names=classes)
 
-    def _read(self, files: list[Path]) -> ImageStack:
-        name = str(self.folder)
-        stack, contents = read_stack(name, ImageFiles([self.folder / file for file in files]), self.config.image_size)
-        return ImageStack(name, stack, contents, *count_levels(stack))
+    def read_pairs(self, like: PairStacks | None = None) -> PairStacks:
+        depths = [side.stack.shape[1] for side in like] if like else [0, 0]
+        if self.side_by_side:
+            files = list(self.files.values())
+            both = [self._read(files, depth, half) for half, depth in zip((0, 1), depths, strict=True)]
+        else:
+            sides = [self._stems(name) for name in self.class_names]
+            for stem in sorted(sides[0].keys() ^ sides[1].keys()):
+                missing = self.class_names[0] if stem in sides[1] else self.class_names[1]
+                raise ValueError(f"{self.name}: expected an image {stem} in {missing}{os.sep} too, got none")
+            stems = sorted(sides[0])
+            both = [
+                self._read([self.files[side[stem]] for stem in stems], depth)
+                for side, depth in zip(sides, depths, strict=True)
+            ]
+        if like is None:
+            at_least(self.name, len(both[0].kept), "pairs")
+        stacks = [self._stack(_only(side, other.kept)) for side, other in zip(both, both[::-1], strict=True)]
+        if stacks[0].stack.shape[2] != stacks[1].stack.shape[2]:
+            raise ValueError(
+                f"{self.name}: expected inputs and targets of one size, got {stacks[0].stack.shape[2]} and "
+                f"{stacks[1].stack.shape[2]}: --image-size resizes and crops them"
+            )
+        return PairStacks(*stacks)
 
-    def _by_stem(self, side: str) -> dict[Path, Path]:
-        """Name without side and suffix -> file."""
+    def _read(self, files: list[Path], channels: int = 0, half: int | None = None) -> ReadImages:
+        images = TreeImages(self.tree, files, half)
+        size, skip = self.config.image_size, self.config.skip_broken
+        return read_stack(self.name, images, size, skip_broken=skip, channels=channels)
+
+    def _stack(self, images: ReadImages) -> ImageStack:
+        levels = count_levels(images.stack)
+        return ImageStack(self.tree.name, images.stack, images.contents, *levels, notes=images.notes)
+
+    def _stems(self, side: str) -> dict[Path, Path]:
+        """Name without side and suffix -> path below the folder."""
         found: dict[Path, Path] = {}
         for file in self.files:
             if file.parts[0] == side:
                 stem = file.relative_to(side).with_suffix("")
-                if stem in found:
-                    raise ValueError(
-                        f"{self.folder}: expected one image {side}{os.sep}{stem}, got {found[stem]}, {file}"
-                    )
+                if stem in found and self.class_names == ["inputs", "targets"]:
+                    raise ValueError(f"{self.name}: expected one image {side}{os.sep}{stem}, got {found[stem]}, {file}")
                 found[stem] = file
         return found
+
+    def _is_side_by_side(self) -> bool:
+        """Whether the first image is twice as wide as high; the others are checked where pairs are read."""
+        first = next(iter(self.files.values()), None)
+        try:
+            found = header(self.tree.read(first), "") if first else None
+        except (OSError, ValueError):
+            return False  # reading the images says so
+        return found is not None and found.width == 2 * found.height
+
+
+def _only(side: ReadImages, kept: list[int]) -> ReadImages:
+    """The images of one side whose counterparts were read, too."""
+    if side.kept == kept:
+        return side
+    both = {*kept}
+    places = [place for place, i in enumerate(side.kept) if i in both]
+    contents = b"".join(side.contents[32 * place : 32 * place + 32] for place in places)
+    stack = choose(side.stack, torch.tensor(places))
+    return ReadImages(stack, contents, [side.kept[place] for place in places], side.notes)
 
 
 def read_images(path: Path, image_size: int, channels: int) -> Tensor:

@@ -1,25 +1,27 @@
-"""Hugging Face datasets: from the Hub or its cache, saved to disk, or a Parquet file."""
+"""Hugging Face datasets: from the Hub or its cache, saved to disk, or Parquet files."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastgen.data._base import Dataset, Source
+from fastgen.data._base import Dataset
 from fastgen.data._files import read_bytes
 from fastgen.data._optional import need
 from fastgen.data.config import DataConfig
-from fastgen.data.image_sets import ImageStack, check_labels, count_levels, domain_dataset, image_dataset
+from fastgen.data.image_sets import ImageSource, ImageStack, check_labels, count_levels
 from fastgen.data.images import EncodedImages, read_stack
-from fastgen.data.splitting import at_least
 from fastgen.data.text import text_dataset
 
 PREFIX = "hf:"
 CAPTION_COLUMNS = ("text", "caption")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
+TEST_SPLITS = ("test", "validation")
+BYTES = ("binary", "large_binary")
 
 
 def is_saved(folder: Path) -> bool:
@@ -29,37 +31,47 @@ def is_saved(folder: Path) -> bool:
     )
 
 
-class Table(Source):
-    """The train split of a dataset, or its only one.
+class Table(ImageSource):
+    """The train split of a dataset, or its only one. Its test split, or else its validation split, is held out of
+    images.
 
-    ``config.source`` is hf:NAME, hf:NAME:CONFIGURATION, a folder written by ``save_to_disk``, or a .parquet file.
+    ``config.source`` is hf:NAME, hf:NAME:CONFIGURATION, a folder written by ``save_to_disk``, a .parquet file, or a
+    folder of them, ``shards``: names that begin with test or validation are of those splits.
 
     Raises:
         FileNotFoundError: neither on the Hub nor in its cache, or no connection. ValueError: another format, no such
         column. ImportError: Hugging Face's ``datasets`` is not installed.
     """
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: DataConfig, shards: Sequence[Path] = (), rows: Any = None) -> None:
         self.config, self.name, self.column = config, config.source, config.column
+        self.parquet = [*shards] or ([Path(self.name)] if self.name.lower().endswith(".parquet") else [])
+        if self.parquet:
+            need("pyarrow.parquet", "pyarrow", self.name, extra="datasets")
         self.library = need("datasets", "datasets", self.name, extra="datasets")
-        self.rows = self._one_split(self._read())
+        if rows is None:
+            read = self._read()
+            held = next((read[name] for name in TEST_SPLITS if isinstance(read, dict) and name in read), None)
+            rows = self._one_split(read)
+            if held is not None and isinstance(read, dict) and "train" in read and not config.test_data:
+                self.test = Table(config, rows=held)
+        self.rows = rows
         if self.column and self.column not in self.rows.column_names:
             known = ", ".join(self.rows.column_names)
             raise ValueError(f"{self.name}: column: expected one of {known}, got {self.column!r}")
         self.kinds = self._kinds()
         self.options = frozenset(("column",))
-        self.options |= {"image_size"} if "images" in self.kinds else set()
+        self.options |= {"image_size", "binarize", "skip_broken", "test_data"} if "images" in self.kinds else set()
         self.options |= {"tokens"} if "text" in self.kinds else set()
 
     def load(self, kind: str) -> Dataset:
-        if kind == "text":
-            return self._text()
-        images = self._images()
-        if kind == "domains":
-            return domain_dataset(images, self.config.held_out)
+        return self._text() if kind == "text" else super().load(kind)
+
+    def read(self, like: ImageStack | None = None) -> ImageStack:
+        images, kept = self._images(channels=like.stack.shape[1] if like else 0)
         column = next((name for name in self._columns("text") if name in CAPTION_COLUMNS), None)
-        captions = [row or "" for row in self.rows[column][:]] if column else []
-        return image_dataset(dataclasses.replace(images, captions=captions), self.config.held_out)
+        rows = self.rows[column][:] if column else []
+        return dataclasses.replace(images, captions=[rows[i] or "" for i in kept] if column else ())
 
     def _read(self) -> Any:
         if self.name.startswith(PREFIX):
@@ -73,14 +85,23 @@ class Table(Source):
                     f"{self.name}: expected a dataset of the Hugging Face Hub or its cache, got: {_one_line(error)}"
                 ) from error
         try:
-            if self.name.lower().endswith(".parquet"):
-                table = need("pyarrow.parquet", "pyarrow", self.name, extra="datasets").read_table(self.name)
-                return self.library.Dataset(self.library.table.InMemoryTable(table))
+            if self.parquet:
+                splits = {name: self._table(files) for name, files in _by_split(self.parquet).items()}
+                return next(iter(splits.values())) if len(splits) == 1 else splits
             return self.library.load_from_disk(self.name)
         except Exception as error:
             raise ValueError(
                 f"{self.name}: expected a Hugging Face dataset, got one that fails: {_one_line(error)}"
             ) from error
+
+    def _table(self, files: Sequence[Path]) -> Any:
+        """Parquet files as rows, mapped from disk."""
+        parquet = need("pyarrow.parquet", "pyarrow", self.name, extra="datasets")
+        tables = [
+            self.library.Dataset(self.library.table.InMemoryTable(parquet.read_table(file, memory_map=True)))
+            for file in files
+        ]
+        return tables[0] if len(tables) == 1 else self.library.concatenate_datasets(tables)
 
     def _one_split(self, read: Any) -> Any:
         if not isinstance(read, dict):
@@ -97,7 +118,13 @@ class Table(Source):
                 for name, feature in self.rows.features.items()
                 if getattr(feature, "dtype", "") in ("string", "large_string")
             ]
-        return [name for name, feature in self.rows.features.items() if isinstance(feature, self.library.Image)]
+        return [name for name, feature in self.rows.features.items() if self._is_image(feature)]
+
+    def _is_image(self, feature: Any) -> bool:
+        """Encoded images: a column of the library's own, or of bytes, alone or beside a path, as others write them."""
+        if isinstance(feature, dict):
+            return "bytes" in feature and getattr(feature["bytes"], "dtype", "") in BYTES
+        return isinstance(feature, self.library.Image) or getattr(feature, "dtype", "") in BYTES
 
     def _kinds(self) -> tuple[str, ...]:
         """The kinds that the columns, or the chosen one, can serve."""
@@ -138,16 +165,37 @@ class Table(Source):
         types = {name: str(getattr(self.rows.features.get(name), "dtype", "")) for name in LABEL_COLUMNS}
         return next((name for name, dtype in types.items() if dtype.startswith(("int", "uint"))), None)
 
-    def _images(self) -> ImageStack:
+    def _images(self, channels: int) -> tuple[ImageStack, list[int]]:
+        """The images, and the rows that they are in."""
         column, label_column = self._only("images"), self._label_column()
-        at_least(self.name, len(self.rows), "images")
+        encoded = self.rows.select_columns([column]).cast_column(column, self.library.Image(decode=False))
+        read = read_stack(
+            self.name,
+            ImageCells(self.name, encoded, column),
+            self.config.image_size,
+            skip_broken=self.config.skip_broken,
+            channels=channels,
+        )
         labels, names = None, ()
         if label_column:
-            labels = check_labels(self.name, np.asarray(self.rows[label_column][:]), len(self.rows))
+            numbers = np.asarray(self.rows[label_column][:])[read.kept]
+            labels = check_labels(self.name, numbers, len(read.kept))
             names = getattr(self.rows.features[label_column], "names", None) or ()
-        encoded = self.rows.select_columns([column]).cast_column(column, self.library.Image(decode=False))
-        stack, contents = read_stack(self.name, ImageCells(self.name, encoded, column), self.config.image_size)
-        return ImageStack(self.name, stack, contents, *count_levels(stack), labels, names)
+        levels = count_levels(read.stack)
+        stack = ImageStack(self.name, read.stack, read.contents, *levels, labels, names, notes=read.notes)
+        return stack, read.kept
+
+
+def _by_split(files: Sequence[Path]) -> dict[str, list[Path]]:
+    """The files of each split, by the beginnings of their names or the names of their folders."""
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        split = "train"
+        for name in TEST_SPLITS:
+            if file.name.lower().startswith(name) or file.parent.name.lower() == name:
+                split = name
+        found.setdefault(split, []).append(file)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastgen.batch import caption_tokens
-from fastgen.data._base import Dataset, Items, TensorItems, digest
+from fastgen.data._base import Dataset, Items, Source, TensorItems, digest
 from fastgen.data.captions import caption_examples
+from fastgen.data.config import DataConfig
 from fastgen.data.images import Array, LazyItems, Stack, choose, fit_array, require_square
 from fastgen.data.splitting import at_least, hold_out
 
@@ -28,6 +32,7 @@ class ImageStack:
         levels: number of values of a pixel, which are 0 to levels - 1 times ``step``.
         labels: (N,) int64.
         captions: one for each image. Without them the names of the classes, ``class_captions`` if given, are captions.
+        notes: for ``describe``.
     """
 
     name: str
@@ -39,6 +44,7 @@ class ImageStack:
     class_names: Sequence[str] = ()
     captions: Sequence[str] = ()
     class_captions: Sequence[str] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def scale(self) -> float:
@@ -88,9 +94,8 @@ def from_pixels(
         image_size: the size to resize to; 0 leaves them as they are.
 
     Raises:
-        ValueError: too few images, or not square and no ``image_size``.
+        ValueError: not square and no ``image_size``.
     """
-    at_least(name, len(pixels), "images")
     top = (levels or 256) - 1
     if image_size and tuple(pixels.shape[2:]) != (image_size, image_size):
         if levels is None and int(pixels.max()) == 1:
@@ -112,23 +117,210 @@ def count_levels(stack: Stack) -> tuple[int, int]:
 
 
 def check_labels(name: str, labels: Array, n: int) -> Tensor:
-    """(n,) int64, 0 to classes - 1. Raises TypeError, ValueError for other labels."""
+    """(n,) int64, 0 or more. Raises TypeError, ValueError for other labels."""
     if not np.issubdtype(labels.dtype, np.integer):
         raise TypeError(f"{name}: labels: expected integers, got {labels.dtype}")
     if labels.shape != (n,):
         raise ValueError(f"{name}: labels: expected shape ({n},), got {labels.shape}")
-    lowest, highest = int(labels.min()), int(labels.max())
-    if lowest < 0 or highest >= n:
-        raise ValueError(
-            f"{name}: labels: expected numbers from 0 to classes - 1, at most as many classes as images ({n}), "
-            f"got {lowest} to {highest}"
-        )
+    if n and int(labels.min()) < 0:
+        raise _bad_labels(name, n, torch.from_numpy(labels.astype(np.int64)))
     return torch.from_numpy(labels.astype(np.int64))
 
 
-def image_dataset(images: ImageStack, every: int) -> Dataset:
-    """Kind images. One image in ``every`` of each class is held out."""
-    return split_images(images, *hold_out(len(images.stack), every, images.labels))
+def _bad_labels(name: str, n: int, labels: Tensor) -> ValueError:
+    return ValueError(
+        f"{name}: labels: expected numbers from 0 to classes - 1, at most as many classes as images ({n}), "
+        f"got {int(labels.min())} to {int(labels.max())}"
+    )
+
+
+class PairStacks(NamedTuple):
+    """Image i of the inputs belongs to image i of the targets."""
+
+    inputs: ImageStack
+    targets: ImageStack
+
+
+class ImageSource(Source):
+    """Images with, perhaps, a held-out split of their own.
+
+    Attributes:
+        test: the source of the held-out split; None: part of this source's items.
+        notes: for ``describe``.
+        used: files of a folder that belong to the data.
+    """
+
+    config: DataConfig
+    test: ImageSource | None = None
+    notes: tuple[str, ...] = ()
+    used: Set[Path] = frozenset()
+
+    @abstractmethod
+    def read(self, like: ImageStack | None = None) -> ImageStack:
+        """The images. like: the training images, whose classes and channels those of a held-out split have.
+
+        Raises:
+            ValueError: images that do not fit, or none like ``like``; files that can't be read.
+        """
+
+    def read_pairs(self, like: PairStacks | None = None) -> PairStacks:
+        raise ValueError(f"{self.config.source}: expected pairs of images, got images")
+
+    def load(self, kind: str) -> Dataset:
+        config = self.config
+        if self.test is not None and config.held_out:
+            raise ValueError(
+                f"{config.source}: held_out: expected 0, as the data have a held-out split of their own, "
+                f"got {config.held_out}"
+            )
+        if kind == "pairs":
+            data = self._pairs()
+        else:
+            images = self.read()
+            n = len(images.stack)
+            at_least(config.source, n, "images")
+            if images.labels is not None and int(images.labels.max()) >= n:
+                raise _bad_labels(config.source, n, images.labels)
+            test = _like(images, self.test.read(images), self.test) if self.test else None
+            if kind == "domains":
+                data = domain_dataset(images, config.held_out, test)
+            else:
+                data = image_dataset(images, config.held_out, test)
+            notes = (*images.notes, *(test.notes if test else ()))
+            data = dataclasses.replace(data, warnings=tuple(dict.fromkeys((*data.warnings, *notes))))
+        return data if config.binarize == "none" else binarize(data, dynamic=config.binarize == "dynamic")
+
+    def _pairs(self) -> Dataset:
+        pairs = self.read_pairs()
+        notes = [*pairs.inputs.notes, *pairs.targets.notes]
+        if self.test is None:
+            splits = hold_out(len(pairs.inputs.stack), self.config.held_out)
+            data = pair_dataset(*self._directed(pairs), *splits)
+        else:
+            held = self.test.read_pairs(pairs)
+            held = PairStacks(*(_like(a, b, self.test) for a, b in zip(pairs, held, strict=True)))
+            notes += [*held.inputs.notes, *held.targets.notes]
+            data = _pairs_of(self._directed(pairs), self._directed(held))
+        return dataclasses.replace(data, warnings=tuple(dict.fromkeys(notes)))
+
+    def _directed(self, pairs: PairStacks) -> PairStacks:
+        return PairStacks(*pairs[::-1]) if self.config.direction == "BtoA" else pairs
+
+
+def _like(images: ImageStack, test: ImageStack, source: ImageSource) -> ImageStack:
+    """Held-out images checked against the training images: as many channels, levels and, with labels, classes."""
+    place = getattr(source, "name", source.config.source)
+    if images.stack.shape[2] != test.stack.shape[2]:
+        raise ValueError(
+            f"{place}: expected images of {images.stack.shape[2]}x{images.stack.shape[2]}, as for training, got "
+            f"{test.stack.shape[2]}x{test.stack.shape[2]}: --image-size resizes and crops them"
+        )
+    if isinstance(test.stack, Tensor) and (images.stack.shape[1], test.stack.shape[1]) == (3, 1):
+        test = dataclasses.replace(test, stack=test.stack.expand(-1, 3, -1, -1).contiguous())
+    if images.stack.shape[1] != test.stack.shape[1]:
+        raise ValueError(
+            f"{place}: expected images of {images.stack.shape[1]} channels, as for training, got {test.stack.shape[1]}"
+        )
+    if bool(images.captions) != bool(test.captions):
+        expected, got = ("captions", "none") if images.captions else ("no captions", "some")
+        raise ValueError(f"{place}: expected {expected}, as for training, got {got}")
+    if images.labels is None:
+        return dataclasses.replace(test, labels=None, class_names=())
+    if test.labels is None:
+        raise ValueError(f"{place}: expected labels, as for training, got none")
+    classes = int(images.labels.max()) + 1
+    if int(test.labels.max()) >= classes:
+        raise ValueError(f"{place}: labels: expected 0 to {classes - 1}, as for training, got {int(test.labels.max())}")
+    return test
+
+
+def image_dataset(images: ImageStack, every: int, test: ImageStack | None = None) -> Dataset:
+    """Kind images. One image in ``every`` of each class is held out, or all images of ``test``, if there are any."""
+    if test is None:
+        return split_images(images, *hold_out(len(images.stack), every, images.labels))
+    images, test = _same_levels(images, test)
+    n, m = len(images.stack), len(test.stack)
+    both = images
+    if images.labels is not None and test.labels is not None:
+        both = dataclasses.replace(both, labels=torch.cat([images.labels, test.labels]))
+    both = dataclasses.replace(both, captions=[*images.captions, *test.captions])
+    captions, caption_facts = both.captioned(torch.arange(n))
+    facts = {**images.facts, "classes": 0 if both.labels is None else int(both.labels.max()) + 1}
+    splits = []
+    for stack, part in ((images.stack, slice(n)), (test.stack, slice(n, n + m))):
+        stacks: dict[str, Stack] = {"images": stack}
+        columns = (("labels", both.labels), ("caption", captions))
+        stacks |= {name: column[part] for name, column in columns if column is not None}
+        splits.append(_from_stacks(stacks, {"images": images.scale}))
+    train, held_out = splits
+    texts = [list(both.captions)] if both.captions else []
+    fingerprint = digest("images", facts, images.step, images.contents, test.contents, both.labels, *texts)
+    return Dataset(images.name, "images", {**facts, **caption_facts}, fingerprint, train, held_out, both.classes)
+
+
+def _same_levels(images: ImageStack, test: ImageStack) -> tuple[ImageStack, ImageStack]:
+    """Both with the scale of one stack: 256 levels, unless both have the same two."""
+    if (images.levels, images.step) == (test.levels, test.step):
+        return images, test
+    if 1 in (images.scale, test.scale) and images.scale != test.scale:
+        raise ValueError(
+            f"{test.name}: expected pixels from 0 to {images.scale:g} in both splits, got 0 to {test.scale:g} in one"
+        )
+    return dataclasses.replace(images, levels=256, step=1), dataclasses.replace(test, levels=256, step=1)
+
+
+class Binarized(TensorItems):
+    """Images whose pixels are 1 with the probability that their values give, drawn anew in each training step.
+
+    Outside of training (``batch``) they are those of one fixed draw, ``fixed``.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], scale: Mapping[str, float], fixed: Tensor) -> None:
+        super().__init__({**tensors, "fixed": fixed}, {**scale, "fixed": 1.0})
+
+    def batch(self, indices: Tensor) -> dict[str, Tensor]:
+        out = super().batch(indices)
+        out["images"] = out.pop("fixed")
+        return out
+
+    def training_batch(self, indices: Tensor, seed: int) -> dict[str, Tensor]:
+        out = super().batch(indices)
+        del out["fixed"]
+        noise = torch.rand(out["images"].shape, generator=torch.Generator().manual_seed(seed))
+        out["images"] = (noise.to(out["images"].device) < out["images"]).float()
+        return out
+
+    def to(self, device: torch.device | str) -> Binarized:
+        moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return Binarized(moved, self.scale, moved.pop("fixed"))
+
+
+def binarize(data: Dataset, dynamic: bool) -> Dataset:
+    """The images with pixels 0 and 1, which are drawn with their values as probabilities.
+
+    Salakhutdinov and Murray, "On the quantitative analysis of deep belief networks" (2008). static: drawn once, with a
+    fixed seed. dynamic: training images are drawn anew in each step; held-out ones are those of the static draw.
+
+    Raises:
+        ValueError: another kind than images, or images that do not fit into memory.
+    """
+    if data.kind != "images" or not all(isinstance(items, TensorItems) for items in (data.train, data.held_out)):
+        got = data.kind if data.kind != "images" else "images that do not fit into memory"
+        raise ValueError(f"{data.name}: binarize: expected images in memory, got {got}")
+    generator = torch.Generator().manual_seed(0)
+    splits: list[Items] = []
+    for items in (data.train, data.held_out):
+        assert isinstance(items, TensorItems)
+        tensors, scale = items.tensors, items.scale
+        noise = torch.rand(tensors["images"].shape, generator=generator)
+        fixed = (noise < tensors["images"].float() / scale["images"]).to(torch.uint8)
+        if dynamic and items is data.train:
+            splits.append(Binarized(tensors, scale, fixed))
+        else:
+            splits.append(TensorItems({**tensors, "images": fixed}, {**scale, "images": 1.0}))
+    fingerprint = digest("binarized", "dynamic" if dynamic else "static", data.fingerprint)
+    facts = {**data.facts, "levels": 2}
+    return dataclasses.replace(data, facts=facts, fingerprint=fingerprint, train=splits[0], held_out=splits[1])
 
 
 def split_images(images: ImageStack, train: Tensor, held: Tensor) -> Dataset:
@@ -146,8 +338,8 @@ def split_images(images: ImageStack, train: Tensor, held: Tensor) -> Dataset:
     )
 
 
-def domain_dataset(images: ImageStack, every: int) -> Dataset:
-    """Kind domains: class 0 is a, class 1 is b. One image in ``every`` of each is held out."""
+def domain_dataset(images: ImageStack, every: int, test: ImageStack | None = None) -> Dataset:
+    """Kind domains: class 0 is a, class 1 is b. One image in ``every`` of each is held out, or those of ``test``."""
     assert images.labels is not None
     train, held = [], []
     for domain in (0, 1):
@@ -156,7 +348,30 @@ def domain_dataset(images: ImageStack, every: int) -> Dataset:
         kept, out = hold_out(len(members), every)
         train.append(members[kept])
         held.append(members[out])
-    return split_domains(images, torch.cat(train), torch.cat(held))
+    if test is None:
+        return split_domains(images, torch.cat(train), torch.cat(held))
+    images, test = _same_levels(images, test)
+    assert images.labels is not None
+    assert test.labels is not None
+    a, b = ((images.labels == domain).nonzero()[:, 0] for domain in (0, 1))
+    held_a, held_b = ((test.labels == domain).nonzero()[:, 0] for domain in (0, 1))
+    n, m = max(len(a), len(b)), min(len(held_a), len(held_b))
+    if not m:
+        raise ValueError(f"{test.name}: expected held-out images of both domains, got none of one")
+    splits = (
+        _domains(images, a[torch.arange(n) % len(a)], b[torch.arange(n) % len(b)]),
+        _domains(test, held_a[:m], held_b[:m]),
+    )
+    fingerprint = digest(
+        "domains", images.facts, images.step, images.contents, images.labels, test.contents, test.labels
+    )
+    counts = {name: number + test.classes.get(name, 0) for name, number in images.classes.items()}
+    return Dataset(images.name, "domains", images.facts, fingerprint, *splits, counts)
+
+
+def _domains(images: ImageStack, a: Tensor, b: Tensor) -> Items:
+    scale = {"a": images.scale, "b": images.scale}
+    return _from_stacks({"a": choose(images.stack, a), "b": choose(images.stack, b)}, scale)
 
 
 def split_domains(images: ImageStack, train: Tensor, held: Tensor) -> Dataset:
@@ -165,15 +380,14 @@ def split_domains(images: ImageStack, train: Tensor, held: Tensor) -> Dataset:
     Item i holds image i of each domain; the two are unrelated. In training the smaller domain repeats until the larger
     one is exhausted; of the held-out images the larger domain leaves some out.
     """
-    labels, scale = images.labels, {"a": images.scale, "b": images.scale}
+    labels = images.labels
     assert labels is not None
-
-    def items(a: Tensor, b: Tensor) -> Items:
-        return _from_stacks({"a": choose(images.stack, a), "b": choose(images.stack, b)}, scale)
-
     (a, b), (held_a, held_b) = ([part[labels[part] == domain] for domain in (0, 1)] for part in (train, held))
     n, m = max(len(a), len(b)), min(len(held_a), len(held_b))
-    splits = (items(a[torch.arange(n) % len(a)], b[torch.arange(n) % len(b)]), items(held_a[:m], held_b[:m]))
+    splits = (
+        _domains(images, a[torch.arange(n) % len(a)], b[torch.arange(n) % len(b)]),
+        _domains(images, held_a[:m], held_b[:m]),
+    )
     fingerprint = digest("domains", images.facts, images.step, images.contents, labels, held)
     return Dataset(images.name, "domains", images.facts, fingerprint, *splits, images.classes)
 
@@ -188,6 +402,20 @@ def pair_dataset(inputs: ImageStack, targets: ImageStack, train: Tensor, held: T
     fingerprint = digest("pairs", facts, inputs.scale, targets.step, inputs.contents, targets.contents, held)
     train_items, held_out = (_items(stacks, scale, indices) for indices in (train, held))
     return Dataset(targets.name, "pairs", facts, fingerprint, train_items, held_out)
+
+
+def _pairs_of(pairs: PairStacks, held: PairStacks) -> Dataset:
+    """Kind pairs, with a held-out split of their own."""
+    pairs, held = (
+        PairStacks(*side) for side in zip(*(_same_levels(a, b) for a, b in zip(pairs, held, strict=True)), strict=True)
+    )
+    inputs, targets = pairs
+    facts = {**targets.facts, "input_channels": inputs.stack.shape[1]}
+    scale = {"inputs": inputs.scale, "targets": targets.scale}
+    parts = [side.contents for both in (pairs, held) for side in both]
+    train, held_out = (_from_stacks({"inputs": a.stack, "targets": b.stack}, scale) for a, b in (pairs, held))
+    fingerprint = digest("pairs", facts, inputs.scale, targets.step, *parts)
+    return Dataset(targets.name, "pairs", facts, fingerprint, train, held_out)
 
 
 def _items(stacks: Mapping[str, Stack], scale: dict[str, float], indices: Tensor) -> Items:

@@ -37,10 +37,13 @@ MEMORY_LIMIT = 2 << 30
 GREY_MODES = frozenset(("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I"))
 WIDE_MODES = frozenset(("I;16", "I;16B", "I;16L", "I"))
 CHUNK = 4096  # files queued at once
+MOST_LISTED = 50  # broken files that a message names
 
 
 class EncodedImages(ABC):
-    """Encoded images by index; ``name`` is for error messages."""
+    """Encoded images by index; ``name`` is for error messages. half: see ``decode``."""
+
+    half: int | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -80,9 +83,15 @@ class Header(NamedTuple):
 def in_threads(work: Callable[[int], Result], n: int) -> list[Result]:
     """[work(0), ..., work(n - 1)], on every core. Raises the exception of the first call that failed."""
     formats()
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-        chunks = (range(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK))
-        return [result for chunk in chunks for result in pool.map(work, chunk)]
+    pool = _threads(os.getpid())
+    chunks = (range(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK))
+    return [result for chunk in chunks for result in pool.map(work, chunk)]
+
+
+@functools.lru_cache(1)
+def _threads(process: int) -> ThreadPoolExecutor:
+    """The threads of this process, which a forked one does not inherit."""
+    return ThreadPoolExecutor(min(os.cpu_count() or 1, 16))
 
 
 @functools.cache
@@ -106,8 +115,8 @@ def open_image(data: bytes, name: str) -> Any:
         raise ValueError(f"{name}: expected an image, got {got}") from error
 
 
-def header(data: bytes, name: str) -> Header:
-    """Raises ValueError where the file is no image, or one with pixels of 32 bits."""
+def header(data: bytes, name: str, half: int | None = None) -> Header:
+    """Raises ValueError where the file is no image, or one with pixels of 32 bits. half: see ``decode``."""
     image = open_image(data, name)
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         raise ValueError(f"{name}: expected pixels of 8 or 16 bits, got {image.format} of 32 bits")
@@ -119,7 +128,14 @@ def header(data: bytes, name: str) -> Header:
     grey = image.mode in GREY_MODES
     if image.mode in ("P", "PA"):
         grey = _grey_palette(image, name)
-    return Header(*((height, width) if rotated else (width, height)), grey, hashlib.sha256(data).digest())
+    width, height = (height, width) if rotated else (width, height)
+    if half is not None:
+        if width != 2 * height:
+            raise ValueError(
+                f"{name}: expected two square images side by side, twice as wide as high, got {width}x{height}"
+            )
+        width //= 2
+    return Header(width, height, grey, hashlib.sha256(data).digest())
 
 
 def _grey_palette(image: Any, name: str) -> bool:
@@ -130,12 +146,20 @@ def _grey_palette(image: Any, name: str) -> bool:
     return bool((colors == colors[:, :1]).all())
 
 
-def decode(data: bytes, name: str, channels: int, size: int) -> Array:
+def is_complete(data: bytes) -> bool:
+    """Whether a PNG or JPEG file ends as it should, which a truncated one does not. False for other formats."""
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return data[-8:-4] == b"IEND"
+    return data[:2] == b"\xff\xd8" and data.rstrip(b"\0")[-2:] == b"\xff\xd9"
+
+
+def decode(data: bytes, name: str, channels: int, size: int, half: int | None = None) -> Array:
     """Pixels (channels, H, W) uint8 of an encoded image: its first frame, upright, on white where it is transparent.
 
     Args:
         channels: 1 (grey: ITU-R 601 luma) or 3.
         size: see ``fit``; 0 leaves the size as it is.
+        half: 0 or 1, the left or the right half of the image, before it is resized; None: all of it.
 
     Raises:
         ValueError: the file is truncated, or no image; names it.
@@ -154,6 +178,9 @@ def decode(data: bytes, name: str, channels: int, size: int) -> Array:
             image = image.convert("RGBA")
             image = pil.alpha_composite(pil.new("RGBA", image.size, "white"), image)
         image = image.convert("L" if channels == 1 else "RGB")
+        if half is not None:
+            middle = image.width // 2
+            image = image.crop((half * middle, 0, (half + 1) * middle, image.height))
     except Exception as error:
         raise ValueError(f"{name}: expected an image, got one that can't be decoded: {error}") from error
     pixels: Array = np.array(fit(image, size) if size else image)
@@ -208,7 +235,7 @@ class LazyImages:
 
     def _decode(self, i: int, out: Tensor) -> None:
         name = self.files.name(i)
-        pixels = decode(self.files.read(i), name, self.channels, self.size if self.resize else 0)
+        pixels = decode(self.files.read(i), name, self.channels, self.size if self.resize else 0, self.files.half)
         if pixels.shape != out.shape:
             raise ValueError(f"{name}: expected shape {tuple(out.shape)}, got {pixels.shape}: the file has changed")
         out.copy_(torch.from_numpy(pixels))
@@ -239,42 +266,104 @@ class LazyItems(Items):
         return {name: part.float() / self.scale[name] if name in self.scale else part for name, part in chosen.items()}
 
 
-def read_stack(name: str, files: EncodedImages, image_size: int) -> tuple[Stack, bytes]:
-    """(all images in one size, digest of each file), grey where every file is grey, else in color.
+class ReadImages(NamedTuple):
+    """Images in one size. contents: a digest of each file. kept: the files that are images. notes: for ``describe``."""
+
+    stack: Stack
+    contents: bytes
+    kept: list[int]
+    notes: tuple[str, ...]
+
+
+def read_stack(
+    name: str, files: EncodedImages, image_size: int, *, skip_broken: bool = False, channels: int = 0
+) -> ReadImages:
+    """All images in one size.
 
     Each file is read once, unless the pixels exceed ``MEMORY_LIMIT``: then it is only checked here.
 
+    Args:
+        skip_broken: leave out files that are no images, or truncated.
+        channels: 1 or 3; 0: grey where every file is grey, else color.
+
     Raises:
-        ValueError: different sizes or not square, and no ``image_size``; a file that can't be decoded.
+        ValueError: different sizes or not square, and no ``image_size``; files that can't be decoded, all of them in
+            one message; an image in color where ``channels`` is 1.
     """
 
-    def read(i: int) -> tuple[Header, Array | None]:
-        name, data = files.name(i), files.read(i)
-        found = header(data, name)
-        channels = 1 if found.grey else 3
-        pixels = image_size**2 or found.width * found.height
-        fits = len(files) * channels * pixels <= MEMORY_LIMIT
-        return found, decode(data, name, channels, image_size) if fits else None
+    def read(i: int) -> tuple[Header, Array | None] | ValueError:
+        try:
+            name, data = files.name(i), files.read(i)
+            found = header(data, name, files.half)
+            depth = channels or (1 if found.grey else 3)
+            pixels = image_size**2 or found.width * found.height
+            fits = len(files) * depth * pixels <= MEMORY_LIMIT
+            if not fits and is_complete(data):
+                return found, None
+            decoded = decode(data, name, depth, image_size, files.half)
+            return found, decoded if fits else None
+        except ValueError as error:
+            return error
 
-    headers, decoded = zip(*in_threads(read, len(files)), strict=True)
+    results = in_threads(read, len(files))
+    broken = {i: str(result) for i, result in enumerate(results) if isinstance(result, ValueError)}
+    good = [result for result in results if not isinstance(result, ValueError)]
+    kept = [i for i in range(len(files)) if i not in broken]
+    notes = _report_broken(name, files, broken) if skip_broken else _raise_broken(name, files, broken)
+    if not good:
+        raise ValueError(f"{name}: expected images, got {len(files)} files of which none can be decoded")
+    headers, decoded = zip(*good, strict=True)
     first = headers[0]
     if not image_size:
-        for i, other in enumerate(headers):
+        for i, other in zip(kept, headers, strict=True):
             if (other.width, other.height) != (first.width, first.height):
                 raise ValueError(
-                    f"{name}: expected images of one size, got {first.width}x{first.height} ({files.name(0)}) and "
-                    f"{other.width}x{other.height} ({files.name(i)}): --image-size resizes and crops them"
+                    f"{name}: expected images of one size, got {first.width}x{first.height} ({files.name(kept[0])}) "
+                    f"and {other.width}x{other.height} ({files.name(i)}): --image-size resizes and crops them"
                 )
         require_square(name, first.height, first.width)
+    elif enlarged := sum(min(each.width, each.height) < image_size for each in headers):
+        notes += (f"{enlarged:,} of {len(headers):,} images are smaller than {image_size} and were enlarged",)
     size = image_size or first.width
-    channels = 1 if all(each.grey for each in headers) else 3
+    colored = next((i for i, each in zip(kept, headers, strict=True) if not each.grey), None)
+    if channels == 1 and colored is not None:
+        raise ValueError(f"{files.name(colored)}: expected a gray image, as the training images are, got one in color")
+    depth = channels or (1 if colored is None else 3)
     contents = b"".join(each.digest for each in headers)
     if any(pixels is None for pixels in decoded):
-        return LazyImages(files, torch.arange(len(files)), channels, size, resize=bool(image_size)), contents
-    stack = torch.empty(len(files), channels, size, size, dtype=torch.uint8)
+        lazy = LazyImages(files, torch.tensor(kept), depth, size, resize=bool(image_size))
+        return ReadImages(lazy, contents, kept, notes)
+    stack = torch.empty(len(kept), depth, size, size, dtype=torch.uint8)
     for target, pixels in zip(stack, decoded, strict=True):
         target.copy_(torch.from_numpy(pixels))  # grey pixels fill all three channels
-    return stack, contents
+    return ReadImages(stack, contents, kept, notes)
+
+
+def _raise_broken(name: str, files: EncodedImages, broken: dict[int, str]) -> tuple[str, ...]:
+    if len(broken) == 1:
+        raise ValueError(f"{next(iter(broken.values()))}: --skip-broken leaves it out")
+    if broken:
+        raise ValueError(
+            f"{name}: expected images, got {len(broken):,} of {len(files):,} files that can't be read: "
+            f"{_listed(name, files, broken)}: --skip-broken leaves them out"
+        )
+    return ()
+
+
+def _report_broken(name: str, files: EncodedImages, broken: dict[int, str]) -> tuple[str, ...]:
+    if not broken:
+        return ()
+    return (f"{len(broken):,} files that can't be read were left out: {_listed(name, files, broken)}",)
+
+
+def _listed(name: str, files: EncodedImages, broken: dict[int, str]) -> str:
+    """Names of the files with the reasons, "a.png (an empty file), b.png (something else)"."""
+    shown = [
+        f"{files.name(i).removeprefix(name).lstrip(os.sep)} ({message.rpartition(', got ')[2]})"
+        for i, message in list(broken.items())[:MOST_LISTED]
+    ]
+    more = len(broken) - len(shown)
+    return ", ".join(shown) + (f" and {more:,} more" if more else "")
 
 
 def require_square(name: str, height: int, width: int) -> None:

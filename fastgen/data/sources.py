@@ -7,27 +7,41 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 from fastgen.data import hub
 from fastgen.data._base import Dataset, Source
 from fastgen.data._files import check_file
-from fastgen.data.arrays import IDX_NAME, ImageArrays, read_idx, read_npz
-from fastgen.data.audio import Recordings
+from fastgen.data.arrays import (
+    CIFAR_PICKLES,
+    IDX_NAME,
+    ImageArrays,
+    cifar_files,
+    idx_files,
+    open_cifar,
+    open_idx,
+    read_idx,
+    read_npy,
+    read_npz,
+)
+from fastgen.data.audio import SOUND_SUFFIXES, Recordings
 from fastgen.data.bundled import BUNDLED, SOURCES, BundledSource
-from fastgen.data.captions import read_captions
 from fastgen.data.config import DataConfig
-from fastgen.data.folders import ImageFolder, describe_suffixes, files_below, outnumbering, with_suffix
+from fastgen.data.folders import describe_suffixes, image_folder, outnumbering, with_suffix
+from fastgen.data.image_sets import ImageSource, ImageStack
 from fastgen.data.images import SUFFIXES
+from fastgen.data.json_lines import JsonLines
 from fastgen.data.sequences import PairsFile
 from fastgen.data.text import TextFiles
+from fastgen.data.trees import FolderTree, Tree, archive_tree, folder_tree, is_archive
 
 EXAMPLES = {
-    "images": "digits, textures, photos, a folder of images, .npz, IDX, hf:NAME, ...",
-    "pairs": "photos, a folder with inputs/ and targets/",
+    "images": "digits, textures, photos, a folder or archive of images, .npz, IDX, CIFAR, hf:NAME, ...",
+    "pairs": "photos, a folder with inputs/ and targets/, two folders with the same names, images side by side",
     "domains": "textures, a folder with two subfolders of images, images of two classes",
-    "text": "prose, a .txt file, a folder of them, hf:NAME, ...",
-    "sequences": "reversal, sums, a .tsv file",
+    "text": "prose, a .txt file, a folder of them, .jsonl, hf:NAME, ...",
+    "sequences": "reversal, sums, a .tsv or .jsonl file",
     "audio": "tones, a .wav file, a folder of them",
 }
 """Examples of sources for each kind."""
@@ -58,10 +72,27 @@ def choose_kind(config: DataConfig, source: Source, *kinds: str) -> str:
 
 
 def open_source(config: DataConfig) -> Source:
-    """The source that the config names. Errors are those of ``load_data``."""
+    """The source that the config names, with that of ``test_data``. Errors are those of ``load_data``."""
     source = _find(config)
     config.refuse_unused(source.options)
+    if config.test_data:
+        _hold_out(source, config)
     return source
+
+
+def _hold_out(source: Source, config: DataConfig) -> None:
+    """Opens ``config.test_data`` as the held-out split of a source."""
+    test = _find(dataclasses.replace(config, source=config.test_data, test_data=""))
+    ours, theirs = (each.only("text") if isinstance(each, Folder) else each for each in (source, test))
+    for base in (ImageSource, TextFiles):
+        if isinstance(ours, base) and isinstance(theirs, base):
+            if theirs.test is not None:
+                raise ValueError(f"{config.test_data}: test_data: expected one split, got data that have two")
+            if config.held_out:
+                raise ValueError(f"held_out: expected 0, as test_data is held out, got {config.held_out}")
+            ours.test = theirs
+            return
+    raise ValueError(f"{config.test_data}: test_data: expected {source.kinds[0]}, got {test.kinds[0]}")
 
 
 def _find(config: DataConfig) -> Source:
@@ -72,26 +103,50 @@ def _find(config: DataConfig) -> Source:
         return hub.Table(config)
     path = Path(config.source)
     if os.path.isdir(path):
-        return hub.Table(config) if hub.is_saved(path) else Folder(config, path)
+        return hub.Table(config) if hub.is_saved(path) else open_folder(config, folder_tree(path))
     check_file(path, f"{', '.join(SOURCES)}, {hub.PREFIX}NAME or a path")
     suffix = path.suffix.lower()
+    beside = FolderTree(config.source, path.parent, [Path(path.name), *map(Path, _names_beside(path))])
     if IDX_NAME.search(path.name):
-        return ImageArrays(config, read_idx(path, config.image_size))
+        return ImageArrays(config, read_idx(beside, Path(path.name), config.image_size))
+    if is_archive(path.name):
+        return open_folder(config, archive_tree(path))
+    if suffix == ".bin":
+        found = cifar_files(FolderTree(config.source, path.parent, [Path(path.name)]))
+        if found:
+            return open_cifar(config, beside, found)
     if suffix == ".npz":
-        return ImageArrays(config, read_npz(path, config.image_size, config.column), options=("column",))
+        return ImageArrays(config, *read_npz(path, config.image_size, config.column), options=("column",))
+    if suffix == ".npy":
+        return ImageArrays(config, *read_npy(path, config.image_size))
     if suffix == ".txt":
         return TextFiles(config, [path])
     if suffix == ".tsv":
         return PairsFile(config, path)
-    if suffix == ".wav":
+    if suffix == ".jsonl":
+        return JsonLines(config, path)
+    if suffix in SOUND_SUFFIXES:
         return Recordings(config, [path])
     if suffix == ".parquet":
         return hub.Table(config)
     if suffix in SUFFIXES:
         raise ValueError(f"{path}: expected a folder of images, got one file")
+    if path.name in CIFAR_PICKLES or suffix in (".pkl", ".pickle", ".pt", ".pth"):
+        raise ValueError(
+            f"{path}: expected data that can be read without running code, got a pickle: CIFAR has a binary version, "
+            "arrays can be saved as .npz"
+        )
     raise ValueError(
-        f"{path}: expected a folder or an .npz, IDX, .txt, .tsv, .wav or .parquet file, got {suffix or 'no suffix'}"
+        f"{path}: expected a folder, an archive (.zip, .tar), or an .npz, .npy, IDX, .txt, .tsv, .jsonl, .wav or "
+        f".parquet file, got {suffix or 'no suffix'}"
     )
+
+
+def _names_beside(path: Path) -> list[str]:
+    try:
+        return sorted(name for name in os.listdir(path.parent) if name != path.name)
+    except OSError:
+        return []
 
 
 def bundled_name(source: str) -> str | None:
@@ -118,47 +173,92 @@ def bundled_name(source: str) -> str | None:
     return source
 
 
+def open_folder(config: DataConfig, tree: Tree) -> Source:
+    """Files below a folder or in an archive: MNIST's four, CIFAR's binary version, Parquet, or what ``Folder`` takes.
+
+    Raises:
+        ValueError: no such files, files of other types outnumber them, or CIFAR's pickles.
+    """
+    idx = idx_files(tree)
+    if idx:
+        return Arrays(tree, open_idx(config, tree, idx))
+    cifar = cifar_files(tree)
+    if cifar:
+        return Arrays(tree, open_cifar(config, tree, cifar))
+    shards = with_suffix(tree.files, {".parquet"})
+    if shards and isinstance(tree, FolderTree) and not with_suffix(tree.files, SUFFIXES):
+        return hub.Table(config, [tree.path / file for file in shards])
+    return Folder(config, tree)
+
+
 class Folder(Source):
-    """Files below a folder: images, texts, recordings, whichever are there; all others are left out.
+    """Files below a folder: images, texts, recordings, whichever are there; all others are left out. Of an archive only
+    images are read.
 
     Raises:
         ValueError: no such files, or files of other types outnumber them.
     """
 
-    def __init__(self, config: DataConfig, path: Path) -> None:
-        self.found = files_below(path)
-        images, texts, waves = (with_suffix(self.found, suffixes) for suffixes in (SUFFIXES, {".txt"}, {".wav"}))
+    def __init__(self, config: DataConfig, tree: Tree) -> None:
+        self.found = tree.files
+        suffixes = (SUFFIXES, {".txt"}, SOUND_SUFFIXES)
+        images, texts, waves = (with_suffix(self.found, each) for each in suffixes)
+        path = tree.path if isinstance(tree, FolderTree) else None
+        if path is None:
+            texts, waves = [], []
         refused = {
             kind: f"{len(files)} {kind} files beside {others}"
             for kind, files, stronger in (("image", images, []), ("text", texts, images + waves), ("audio", waves, []))
             if (others := outnumbering(files, self.found, stronger))
         }
         self.sources: dict[str, Source] = {}
-        self.used: dict[str, list[Path]] = {}
+        self.used: dict[str, Set[Path]] = {}
         if images and "image" not in refused:
-            table = read_captions(path, self.found)
-            folder = ImageFolder(config, path, images, table)
+            folder = image_folder(config, tree, images)
             self.sources |= dict.fromkeys(folder.kinds, folder)
-            self.used |= dict.fromkeys(folder.kinds, images + ([table.file] if table else []))
-        if texts and "text" not in refused:
+            self.used |= dict.fromkeys(folder.kinds, folder.used)
+        if path and texts and "text" not in refused:
             self.sources["text"] = TextFiles(config, [path / file for file in texts])
-            self.used["text"] = texts
-        if waves and "audio" not in refused:
+            self.used["text"] = {*texts}
+        if path and waves and "audio" not in refused:
             self.sources["audio"] = Recordings(config, [path / file for file in waves])
-            self.used["audio"] = waves
+            self.used["audio"] = {*waves}
         if not self.sources:
-            expected, got = "images (.png, .jpg, ...), .txt or .wav files in it", describe_suffixes(self.found)
+            expected = "images (.png, .jpg, ...), .txt or .wav files in it" if path else "images (.png, .jpg, ...)"
+            got = describe_suffixes(self.found)
             if refused:
                 expected = f"a folder of {expected.removesuffix(' in it')}, or one file"
                 got = "; ".join(refused.values())
-            raise ValueError(f"{path}: expected {expected}, got {got}")
+            raise ValueError(f"{tree.name}: expected {expected}, got {got}")
         self.kinds = tuple(self.sources)
         self.options = frozenset().union(*(source.options for source in self.sources.values()))
 
+    def only(self, kind: str) -> Source:
+        """The source of the images, or of ``kind`` where there are none."""
+        return self.sources.get("images") or self.sources.get(kind) or self
+
     def load(self, kind: str) -> Dataset:
-        data = self.sources[kind].load(kind)
-        unused = sorted(set(self.found) - set(self.used[kind]))
-        if not unused:
-            return data
-        note = f"files of other types were left out: {describe_suffixes(unused)}"
-        return dataclasses.replace(data, warnings=(note,))
+        return _with_note(self.sources[kind].load(kind), self.found, self.used[kind])
+
+
+class Arrays(ImageSource):
+    """Images in arrays among the files of a folder or an archive."""
+
+    def __init__(self, tree: Tree, arrays: ImageArrays) -> None:
+        self.config, self.tree, self.arrays = arrays.config, tree, arrays
+        self.kinds, self.options, self.test, self.used = arrays.kinds, arrays.options, arrays.test, arrays.used
+
+    def read(self, like: ImageStack | None = None) -> ImageStack:
+        return self.arrays.read(like)
+
+    def load(self, kind: str) -> Dataset:
+        gzipped = {file.with_name(file.name + ".gz") for file in self.used}
+        return _with_note(super().load(kind), self.tree.files, {*self.used, *gzipped})
+
+
+def _with_note(data: Dataset, found: Sequence[Path], used: Set[Path]) -> Dataset:
+    unused = [file for file in found if file not in used]
+    if not unused:
+        return data
+    note = f"files of other types were left out: {describe_suffixes(unused)}"
+    return dataclasses.replace(data, warnings=(note, *data.warnings))

@@ -25,17 +25,21 @@ LONGEST = 16
 
 
 class TextFiles(Source):
-    """UTF-8 files, one after the other, with a line end between."""
+    """UTF-8 files, one after the other, with a line end between. ``test``: the source of the held-out text."""
 
     kinds = ("text",)
-    options = frozenset(("tokens",))
+    options = frozenset(("tokens", "test_data"))
 
     def __init__(self, config: DataConfig, paths: list[Path]) -> None:
         self.config, self.paths = config, paths
+        self.test: TextFiles | None = None
+
+    def read(self) -> str:
+        return "\n".join(read_text(path) for path in self.paths)
 
     def load(self, kind: str) -> Dataset:
-        text = "\n".join(read_text(path) for path in self.paths)
-        return text_dataset(self.config.source, text, self.config.held_out, self.config.tokens)
+        test = self.test.read() if self.test else ""
+        return text_dataset(self.config.source, self.read(), self.config.held_out, self.config.tokens, test)
 
 
 class Windows(Items):
@@ -86,8 +90,8 @@ class TextDataset(Dataset):
         return Windows(train, length, max(1, length // OVERLAP)), Windows(held, length, length)
 
 
-def text_dataset(name: str, text: str, every: int, count: int = 0) -> TextDataset:
-    """Kind text. The last tenth (or 1 / ``every``) of the text is held out.
+def text_dataset(name: str, text: str, every: int, count: int = 0, test: str = "") -> TextDataset:
+    """Kind text. The last tenth (or 1 / ``every``) of the text is held out, or all of ``test``, if there is one.
 
     The vocabulary is the text's characters, sorted. With ``count``, frequent strings of the training split are added,
     up to ``count`` items altogether; the longest item that matches is then one token.
@@ -97,9 +101,10 @@ def text_dataset(name: str, text: str, every: int, count: int = 0) -> TextDatase
         ImportError: a count without the package ``tokenizers``.
     """
     at_least(name, len(text), "characters")
+    cut = len(text) if test else len(text) - max(1, len(text) // (every or HELD_OUT_TEXT))
+    text += test
     tokens, characters = encode(text)
     vocabulary: Vocabulary = characters
-    cut = len(text) - max(1, len(text) // (every or HELD_OUT_TEXT))
     train, held = tokens[:cut], tokens[cut:]
     if count:
         vocabulary = learn_strings(name, text[:cut], characters, count)
@@ -147,7 +152,11 @@ def read_text(path: Path) -> str:
         ValueError: not UTF-8 (names the first byte that is not, and its line), a NUL, nothing but white space.
         OSError: it can't be read.
     """
-    data = read_bytes(path)
+    return decode_text(read_bytes(path), str(path))
+
+
+def decode_text(data: bytes, path: str) -> str:
+    """As ``read_text``, of the contents of a file; ``path`` is for messages."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -169,6 +169,8 @@ def configs(
 
 def _absolute(config: DataConfig) -> DataConfig:
     """With a source that is the same from every working directory. ValueError: an ambiguous name."""
+    if config.test_data and os.path.exists(config.test_data):
+        config = replace(config, test_data=str(Path(config.test_data).resolve()))
     name = bundled_name(config.source)
     if name is not None:
         return replace(config, source=BUNDLED + name)

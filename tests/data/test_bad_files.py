@@ -63,7 +63,7 @@ def two_sizes(path: Path) -> None:
 
 
 def splits(path: Path) -> None:
-    for name in ("train", "test"):
+    for name in ("val", "test"):
         save_images(path / name, GREY)
 
 
@@ -101,10 +101,15 @@ BAD: dict[str, tuple[str, str, Callable[[Path], Any], str]] = {
     "no image": ("f", "images", lambda p: folder(p, b"hello"), "odd.png: expected an image, got something else"),
     "empty image": ("f", "images", lambda p: folder(p, b""), "odd.png: expected an image, got an empty file"),
     "two sizes": ("f", "images", two_sizes, "expected images of one size, got 8x8 ("),
-    "splits": ("f", "images", splits, "expected subfolders that are classes, got test, train: give one of them"),
+    "splits": ("f", "images", splits, "or train/ and test/ or val/, got test, val: give one of them"),
     "mixed": ("f", "images", mixed, "directly inside or in subfolders, one for each class, got both (00.png and more"),
     "a single image": ("a.png", "images", written(png(GREY[0])), "expected a folder of images, got one file"),
-    "unknown file": ("a.docx", "text", written(b"hello"), "expected a folder or an .npz, IDX, .txt, .tsv, .wav or"),
+    "unknown file": (
+        "a.docx",
+        "text",
+        written(b"hello"),
+        "expected a folder, an archive (.zip, .tar), or an .npz, .npy, IDX,",
+    ),
     "binary text": (
         "a.txt",
         "text",
@@ -130,7 +135,7 @@ BAD: dict[str, tuple[str, str, Callable[[Path], Any], str]] = {
     "truncated wav": ("a.wav", "audio", wav_format(1, bytes(300)), "a.wav: expected 100 samples, got 75: truncated?"),
     "no wav": ("a.wav", "audio", written(b"hello"), "a.wav: expected a WAV file of PCM"),
     "short wav": ("a.wav", "audio", wav_format(1), "pieces of 1 s (--seconds): expected at least 10 of them, got 1"),
-    "two rates": ("f", "audio", wavs(8000, 100), "1.wav: expected 8000 samples a second, as in"),
+    "an odd rate": ("f", "audio", wavs(8000, 8000, 1), "2.wav: expected a sample rate from 100 to 768000, got 1"),
 }
 
 

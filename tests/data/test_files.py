@@ -73,7 +73,8 @@ def test_a_table_beside_images_has_their_captions(tmp_path: Path, table: str) ->
 @pytest.mark.parametrize(
     ("rows", "error"),
     [
-        ("00.png\ta dog", "columns file_name and text, got 00.png, a dog"),
+        ("99.png\ta dog", "columns file_name and text, got 99.png, a dog"),
+        ("00.png\ta dog\n01.png", "row 2: expected 2 columns, got 1"),
         ("file_name\ttext\n00.png", "row 2: expected 2 columns, got 1"),
         ("file_name\ttext\n77.png\ta", "row 2: expected an image in the folder, got 77.png, which does not exist"),
         ("file_name\ttext\n00.png\ta\n00.png\tb", "row 3: .*got 00.png, which an earlier row has"),
@@ -367,7 +368,7 @@ def test_hugging_face_datasets_serve_images_and_text(
     if place == "folder":
         rows.save_to_disk(source)
     elif place == "folder of splits":
-        datasets.DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(source)
+        datasets.DatasetDict({"train": rows, "other": rows.select([0])}).save_to_disk(source)
     elif place == "parquet":
         source += ".parquet"
         rows.to_parquet(source)

@@ -13,6 +13,7 @@ import pytest
 
 from fastgen.data import DataConfig, describe
 from fastgen.data.captions import read_captions
+from fastgen.data.trees import folder_tree
 from tests.data.test_files import GREY, load, save_idx, save_images, save_wav
 
 UNICODE_LINE_ENDS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
@@ -31,9 +32,10 @@ def test_only_the_line_ends_of_files_end_lines(tmp_path: Path, end: str) -> None
     names = [Path(f"{i:02}.png") for i in range(12)]
     for table, mark in (("captions.tsv", "\t"), ("metadata.csv", ",")):
         write(f"images/{table}", f"file_name{mark}text", *(f"{name}{mark}{name}{odd}x" for name in names))
-        found = read_captions(tmp_path / "images", [Path(table)])
+        found = read_captions(folder_tree(tmp_path / "images"))
         assert found is not None
-        assert found.captions(names) == [f"{name}{odd}x" for name in names]
+        assert found.captions(names) == {name: f"{name}{odd}x" for name in names}
+        (tmp_path / "images" / table).unlink()
     data = load(write("pairs.tsv", *(f"{i}{odd}s\t{i}{odd}t" for i in range(10, 20))), "sequences")
     assert (data.facts["source_length"], data.facts["target_length"]) == (13, 13)  # with start and end
     text = load(write("text.txt", *(f"a{odd}b" for _ in range(40))), "text")
@@ -94,16 +96,16 @@ def test_stray_files_beside_the_data_change_nothing(tmp_path: Path) -> None:
     ("files", "kind", "error"),
     [
         (
-            ["batches.meta.txt", *(f"data_batch_{i}.bin" for i in range(6)), "readme.html"],
+            ["batches.meta.txt", *(f"part_{i}.bin" for i in range(6)), "readme.html"],
             "text",
             "or .wav files, or one file, got 1 text files beside 6 .bin",
         ),
         ([*(f"{i}.heic" for i in range(20)), "a.jpg"], "images", "got 1 image files beside 20 .heic"),
-        ([*(f"{i}.flac" for i in range(20)), "a.wav"], "audio", "got 1 audio files beside 20 .flac"),
+        ([*(f"{i}.mp3" for i in range(20)), "a.wav"], "audio", "got 1 audio files beside 20 .mp3"),
         ([*(f"{i}.png" for i in range(10)), "README.txt"], "text", "expected data of kind text (prose, a .txt file, "),
         ([f"{i}.{suffix}" for i in range(10) for suffix in ("png", "txt")], "text", "expected data of kind text"),
     ],
-    ids=["CIFAR", "heic", "flac", "README", "captions"],
+    ids=["binary", "heic", "mp3", "README", "captions"],
 )
 def test_a_folder_of_no_known_kind_is_rejected_with_its_contents(
     tmp_path: Path, files: list[str], kind: str, error: str
