@@ -29,6 +29,7 @@ from fastgen.checks import (
     require_probability,
 )
 from fastgen.losses.adversarial import ADVERSARIAL_LOSSES
+from fastgen.models.augmentation import Augmentation, check_augment_options, parse_augment
 from fastgen.models.base import Batch, GenerativeModel, Phase, StepContext
 
 Penalty = Literal["none", "r1", "gradient", "dragan"]
@@ -53,6 +54,8 @@ def check_adversarial_options(config: Any) -> None:
     )
     for name in ("beta1", "beta2"):
         require_probability(name, getattr(config, name))
+    if hasattr(config, "augment"):
+        check_augment_options(config)
 
 
 def feature_sizes(image_size: int) -> list[int]:
@@ -76,7 +79,12 @@ def generator_objective(fake_scores: Tensor, config: Any) -> dict[str, Tensor]:
 
 
 def discriminator_objective(
-    discriminator: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, config: Any, context: StepContext
+    discriminator: Callable[[Tensor], Tensor],
+    real: Tensor,
+    fake: Tensor,
+    config: Any,
+    context: StepContext,
+    observe: Callable[[Tensor], None] | None = None,
 ) -> dict[str, Tensor]:
     """The discriminator's "loss" with its gradient penalty, the mean scores "real" and "fake", and the "penalty".
 
@@ -87,6 +95,7 @@ def discriminator_objective(
         discriminator: images (B, C, S, S) -> scores (B, ...). The penalty is on the mean over the scores of an image.
         real, fake: images in [-1, 1], detached from the generator.
         config: has ``loss``, ``penalty``, ``penalty_weight`` and ``penalty_every``.
+        observe: called with the scores of the real images.
     """
     penalized = config.penalty != "none" and context.step % config.penalty_every == 0
 
@@ -97,6 +106,8 @@ def discriminator_objective(
         real = real.view_as(real).requires_grad_()  # a view keeps forward-mode tangents
     with torch.compiler.set_stance("force_eager") if penalized else nullcontext():
         real_scores, fake_scores = discriminator(real), discriminator(fake)
+        if observe is not None:
+            observe(real_scores)
         loss = losses.discriminator_loss(real_scores, fake_scores, config.loss)
         values = {"real": real_scores.detach().float().mean(), "fake": fake_scores.detach().float().mean()}
         if penalized:
@@ -139,6 +150,15 @@ class ImageGAN(GenerativeModel):
     averaged = ("generator",)
     generator: nn.Module
     discriminator: nn.Module
+    augmentation: Augmentation
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        augmentation = Augmentation(parse_augment(config.augment), config.augment_target)
+        if augmentation.names:
+            self.augmentation = augmentation
+        else:  # no submodule: the networks are the only ones
+            object.__setattr__(self, "augmentation", augmentation)
 
     def phases(self) -> tuple[Phase, ...]:
         config = self.config
@@ -147,6 +167,22 @@ class ImageGAN(GenerativeModel):
             Phase("discriminator", ("discriminator",), config.discriminator_learning_rate, betas, repeats=repeats),
             Phase("generator", ("generator",), config.generator_learning_rate, betas),
         )
+
+    def discriminator_loss(
+        self, discriminator: Callable[[Tensor], Tensor], images: Tensor, fake: Tensor, context: StepContext
+    ) -> dict[str, Tensor]:
+        """As ``discriminator_objective``, for images in [0, 1]; both batches are augmented before the discriminator."""
+        augmentation = self.augmentation
+        if not augmentation.names:
+            return discriminator_objective(discriminator, 2 * images - 1, fake, self.config, context)
+
+        def augmented(x: Tensor) -> Tensor:
+            return discriminator(augmentation(x))
+
+        values = discriminator_objective(
+            augmented, 2 * images - 1, fake, self.config, context, observe=augmentation.observe
+        )
+        return values | augmentation.values()
 
     def noise(self, n: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
         """(n, dim) values from N(0, 1). A CPU generator gives the same values on every device."""

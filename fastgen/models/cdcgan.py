@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.checks import require_positive
-from fastgen.models.adversarial import ImageGAN, discriminator_objective, eval_mode, generator_objective
+from fastgen.models.adversarial import ImageGAN, eval_mode, generator_objective
 from fastgen.models.base import Batch, Images, StepContext, option, to_pixels
 from fastgen.models.conditioning import LabelOptions, check_labels, wanted_labels
 from fastgen.models.dcgan import INITIAL_STD, DCGANConfig, DCGANGenerator, discriminator_features, init_weights
@@ -123,7 +123,9 @@ class CDCGAN(ImageGAN):
         images, labels = self.checked_images(batch), check_labels(batch, self.config.classes)
         z = self.noise(len(images), self.config.latent_dim)
         if phase == "generator":
-            return generator_objective(self.discriminator(self.generator(z, labels), labels), self.config)
+            return generator_objective(
+                self.discriminator(self.augmentation(self.generator(z, labels)), labels), self.config
+            )
         with torch.no_grad():
             fake = self.generator(z, labels)
 
@@ -131,7 +133,7 @@ class CDCGAN(ImageGAN):
             scores: Tensor = self.discriminator(x, labels)
             return scores
 
-        return discriminator_objective(discriminator, 2 * images - 1, fake, self.config, context)
+        return self.discriminator_loss(discriminator, images, fake, context)
 
     @torch.no_grad()
     def draw(self, n: int, options: LabelOptions, *, generator: torch.Generator | None = None) -> Images:

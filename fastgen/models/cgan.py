@@ -26,7 +26,6 @@ from fastgen.models.adversarial import (
     ImageGAN,
     Penalty,
     check_adversarial_options,
-    discriminator_objective,
     eval_mode,
     generator_objective,
 )
@@ -54,6 +53,13 @@ class CGANConfig:
     beta1: float = option(0.5, "AdamW beta1")
     beta2: float = option(0.999, "AdamW beta2")
     critic_steps: int = option(1, "discriminator updates per generator update")
+    augment: str = option(
+        "",
+        "differentiable augmentation of the discriminator's images, comma-separated: flip, color, translation, cutout",
+    )
+    augment_target: float = option(
+        0.0, "adaptive augmentation (ADA): aim of the mean sign of the real scores, such as 0.6 (0: augment all images)"
+    )
     latent_dim: int = option(64, "dimension of the latent z")
     classes: int = option(0, "number of classes", from_data=True)
     embedding_dim: int = option(16, "dimension of the class embedding")
@@ -152,7 +158,9 @@ class CGAN(ImageGAN):
         images, labels = self.checked_images(batch), check_labels(batch, self.config.classes)
         z = self.noise(len(images), self.config.latent_dim)
         if phase == "generator":
-            return generator_objective(self.discriminator(self.generator(z, labels), labels), self.config)
+            return generator_objective(
+                self.discriminator(self.augmentation(self.generator(z, labels)), labels), self.config
+            )
         with torch.no_grad():
             fake = self.generator(z, labels)
 
@@ -160,7 +168,7 @@ class CGAN(ImageGAN):
             scores: Tensor = self.discriminator(x, labels)
             return scores
 
-        return discriminator_objective(discriminator, 2 * images - 1, fake, self.config, context)
+        return self.discriminator_loss(discriminator, images, fake, context)
 
     @torch.no_grad()
     def draw(self, n: int, options: LabelOptions, *, generator: torch.Generator | None = None) -> Images:

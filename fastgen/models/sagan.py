@@ -34,7 +34,6 @@ from fastgen.models.adversarial import (
     ImageGAN,
     Penalty,
     check_adversarial_options,
-    discriminator_objective,
     eval_mode,
     feature_sizes,
     generator_objective,
@@ -66,6 +65,13 @@ class SAGANConfig:
     beta1: float = option(0.0, "AdamW beta1")
     beta2: float = option(0.99, "AdamW beta2")
     critic_steps: int = option(1, "discriminator updates per generator update")
+    augment: str = option(
+        "",
+        "differentiable augmentation of the discriminator's images, comma-separated: flip, color, translation, cutout",
+    )
+    augment_target: float = option(
+        0.0, "adaptive augmentation (ADA): aim of the mean sign of the real scores, such as 0.6 (0: augment all images)"
+    )
     latent_dim: int = option(64, "dimension of the latent z")
     classes: int = option(0, "number of classes; 0 for data without labels", from_data=True)
     conditional: bool = option(True, "class conditioning, if the data has classes")
@@ -265,7 +271,9 @@ class SAGAN(ImageGAN):
         labels = check_labels(batch, classes) if classes else None
         z = self.noise(len(images), self.config.latent_dim)
         if phase == "generator":
-            return generator_objective(self.discriminator(self.generator(z, labels), labels), self.config)
+            return generator_objective(
+                self.discriminator(self.augmentation(self.generator(z, labels)), labels), self.config
+            )
         with torch.no_grad():
             fake = self.generator(z, labels)
 
@@ -273,7 +281,7 @@ class SAGAN(ImageGAN):
             scores: Tensor = self.discriminator(x, labels)
             return scores
 
-        return discriminator_objective(discriminator, 2 * images - 1, fake, self.config, context)
+        return self.discriminator_loss(discriminator, images, fake, context)
 
     @torch.no_grad()
     def draw(self, n: int, options: LabelOptions, *, generator: torch.Generator | None = None) -> Images:

@@ -40,7 +40,6 @@ from fastgen.models.adversarial import (
     ImageGAN,
     Penalty,
     check_adversarial_options,
-    discriminator_objective,
     eval_mode,
     feature_sizes,
     generator_objective,
@@ -75,6 +74,13 @@ class StyleGANConfig:
     beta1: float = option(0.0, "AdamW beta1")
     beta2: float = option(0.99, "AdamW beta2")
     critic_steps: int = option(1, "discriminator updates per generator update")
+    augment: str = option(
+        "",
+        "differentiable augmentation of the discriminator's images, comma-separated: flip, color, translation, cutout",
+    )
+    augment_target: float = option(
+        0.0, "adaptive augmentation (ADA): aim of the mean sign of the real scores, such as 0.6 (0: augment all images)"
+    )
     latent_dim: int = option(64, "dimension of the latent z")
     width: int = option(32, "number of channels at full resolution; doubled at each downsampling")
     style_dim: int = option(64, "dimension of the style w")
@@ -415,8 +421,8 @@ class StyleGAN(ImageGAN):
         if phase == "discriminator":
             with torch.no_grad():
                 fake = self.generator(z, noise)
-            return discriminator_objective(self.discriminator, 2 * images - 1, fake, config, context)
-        values = generator_objective(self.discriminator(self.generator(z, noise)), config)
+            return self.discriminator_loss(self.discriminator, images, fake, context)
+        values = generator_objective(self.discriminator(self.augmentation(self.generator(z, noise))), config)
         if config.path_length_weight and context.step % config.path_length_every == 0:
             penalty = config.path_length_every * self.path_length_penalty(-(-len(images) // 2), context)
             values["loss"] = values["loss"] + config.path_length_weight * penalty

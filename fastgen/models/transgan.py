@@ -30,7 +30,6 @@ from fastgen.models.adversarial import (
     ImageGAN,
     Penalty,
     check_adversarial_options,
-    discriminator_objective,
     eval_mode,
     feature_sizes,
     generator_objective,
@@ -64,6 +63,13 @@ class TransGANConfig:
     beta1: float = option(0.5, "AdamW beta1")
     beta2: float = option(0.99, "AdamW beta2")
     critic_steps: int = option(1, "discriminator updates per generator update")
+    augment: str = option(
+        "",
+        "differentiable augmentation of the discriminator's images, comma-separated: flip, color, translation, cutout",
+    )
+    augment_target: float = option(
+        0.0, "adaptive augmentation (ADA): aim of the mean sign of the real scores, such as 0.6 (0: augment all images)"
+    )
     latent_dim: int = option(64, "dimension of the latent z")
     width: int = option(32, "token width at full resolution; doubled at each downsampling")
     num_heads: int = option(2, "number of attention heads; a divisor of width")
@@ -243,10 +249,10 @@ class TransGAN(ImageGAN):
         images = self.checked_images(batch)
         z = self.noise(len(images), self.config.latent_dim)
         if phase == "generator":
-            return generator_objective(self.discriminator(self.generator(z)), self.config)
+            return generator_objective(self.discriminator(self.augmentation(self.generator(z))), self.config)
         with torch.no_grad():
             fake = self.generator(z)
-        return discriminator_objective(self.discriminator, 2 * images - 1, fake, self.config, context)
+        return self.discriminator_loss(self.discriminator, images, fake, context)
 
     @torch.no_grad()
     def draw(self, n: int, options: NoOptions, *, generator: torch.Generator | None = None) -> Images:

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from fastgen.batch import option
 from fastgen.checks import require_positive
+from fastgen.models.augmentation import parse_augment
 
 Schedule = Literal["constant", "linear", "cosine"]
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -63,6 +64,9 @@ class TrainConfig:
     compile: bool = option(False, "compilation of the networks with torch.compile")
     strategy: Strategy = option("ddp", "strategy for several processes; fsdp shards the weights of a Transformer")
     flip: bool = option(False, "random horizontal flips of training images, with probability 1/2")
+    augment: str = option(
+        "", "random changes of training images, which samples will show, too: flip, color, translation, cutout"
+    )
     seed: int = option(0, "seed of initial weights, data order and noise")
     threads: int = option(0, "CPU threads; 0: torch's default, or one where steps are tiny")
     workers: int = option(2, "data-loading processes, for data that do not fit into memory")
@@ -98,6 +102,7 @@ class TrainConfig:
             raise ValueError(f"average_decay: expected a number in [0, 1), got {self.average_decay}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: expected an integer from 0 to 2^63 - 1, got {self.seed}")
+        parse_augment(self.augment)
         for name, kind in (("schedule", Schedule), ("precision", Precision), ("strategy", Strategy)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from fastgen.models import Batch, GenerativeModel, Phase, StepContext, settled
+from fastgen.models.augmentation import augment_batch, parse_augment
 from fastgen.train.config import TrainConfig
 from fastgen.train.sharding import assign, shard, whole
-from fastgen.train.stream import FLIP, NOISE, mirrored, seed_everything, seed_of, to_device
+from fastgen.train.stream import AUGMENT, FLIP, NOISE, mirrored, seed_everything, seed_of, to_device
 
 AVERAGE_RAMP = 10
 Values = dict[str, Tensor]
@@ -104,6 +105,10 @@ class Engine:
             for index, pieces in enumerate(groups):
                 for part, batch in enumerate(pieces):
                     pieces[part] = mirrored(batch, self._seed(FLIP, step, 0, index, part))
+        if names := parse_augment(self.config.augment):
+            for index, pieces in enumerate(groups):
+                for part, batch in enumerate(pieces):
+                    pieces[part] = augment_batch(batch, names, self._seed(AUGMENT, step, 0, index, part))
         factor = self.config.rate(step, self.total)
         bad = torch.zeros((), dtype=torch.bool, device=self.device)
         for number, updater in enumerate(self.updaters):

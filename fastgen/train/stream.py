@@ -16,8 +16,9 @@ from fastgen.data import Items
 from fastgen.train.signals import ignore_in_worker, signals_blocked
 
 RESIDENT_BYTES = 2**31  # datasets up to this size are kept on the device
+PREFETCHED = 4  # batches that each worker has ready
 MIRRORED = ({"images"}, {"inputs", "targets"}, {"a"}, {"b"})  # names of images that are flipped together
-ORDER, NOISE, FLIP = range(3)  # purposes of a seed
+ORDER, NOISE, FLIP, AUGMENT, DRAW = range(5)  # purposes of a seed
 
 
 def seed_of(*where: int) -> int:
@@ -95,10 +96,23 @@ class Stream(Sampler[Tensor]):
 
     def __iter__(self) -> Iterator[Tensor]:
         """From ``first_step`` to ``last_step``: this process' parts of all batches of a step."""
+        for indices, _ in self.seeded():
+            yield indices
+
+    def seeded(self) -> Iterator[tuple[Tensor, int]]:
+        """The parts, each with the seed of items that are random."""
         for step in range(self.first_step, self.last_step + 1):
             for index in range(self.batches_per_step):
                 for part in self.parts:
-                    yield self.part(step, index, part)
+                    yield self.part(step, index, part), seed_of(self.order.seed, DRAW, step, index, part)
+
+
+class _Seeded(Sampler[tuple[Tensor, int]]):
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        return self.stream.seeded()
 
 
 class _ByIndices(Dataset[Batch]):
@@ -107,8 +121,8 @@ class _ByIndices(Dataset[Batch]):
     def __init__(self, items: Items) -> None:
         self.items = items
 
-    def __getitem__(self, indices: Tensor) -> Batch:
-        return self.items.batch(indices)
+    def __getitem__(self, key: tuple[Tensor, int]) -> Batch:
+        return self.items.training_batch(*key)
 
 
 def batches(items: Items, stream: Stream, device: torch.device, workers: int) -> Iterator[Batch]:
@@ -118,17 +132,18 @@ def batches(items: Items, stream: Stream, device: torch.device, workers: int) ->
         loader = DataLoader(
             _ByIndices(items),
             None,
-            sampler=stream,
+            sampler=_Seeded(stream),
             num_workers=workers,
             pin_memory=pinned,
+            prefetch_factor=PREFETCHED if workers else None,
             worker_init_fn=ignore_in_worker,
         )
         with signals_blocked():
             iterator = iter(loader)
         yield from iterator
         return
-    for indices in stream:
-        yield items.batch(indices)
+    for indices, seed in stream.seeded():
+        yield items.training_batch(indices, seed)
 
 
 def resident(items: Items, device: torch.device) -> Items:
