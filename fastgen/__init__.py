@@ -19,6 +19,7 @@ __all__ = [
     "functional",
     "info",
     "list_models",
+    "load",
     "losses",
     "ops",
     "register_model",
@@ -37,7 +38,7 @@ _HOMES = {
     **dict.fromkeys(("AccelerationReport", "accelerate", "restore"), "fastgen.integrations"),
 }
 
-_ZOO = ("create_model", "list_models", "register_model")
+_ZOO = ("create_model", "list_models", "load", "register_model")
 """Names from ``fastgen.models``, which is imported when one of them is first used."""
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from fastgen.backend import current_backend, use_backend
     from fastgen.environment import Info, info
     from fastgen.integrations import AccelerationReport, accelerate, restore
-    from fastgen.models import create_model, list_models, register_model
+    from fastgen.models import create_model, list_models, load, register_model
 else:
 
     def __getattr__(name: str) -> Any:

@@ -64,7 +64,7 @@ def read_npz(path: Path, image_size: int, column: str = "") -> Split:
     Args:
         path: has an array ``images``, uint8 of shape (N, H, W), (N, C, H, W) or (N, H, W, C), C being 1 or 3, and
             optionally ``labels``, integers of shape (N,); or Keras' ``x_train``, ``y_train``, ``x_test`` and
-            ``y_test``; or one array without a name (``arr_0``).
+            ``y_test``; or images without a name (``arr_0``).
         column: name of the array of images instead of ``images``.
 
     Raises:
@@ -79,7 +79,7 @@ def read_npz(path: Path, image_size: int, column: str = "") -> Split:
                 None if images is None else (TRAIN_AND_TEST[i][0], images, labels)
                 for i, (images, labels) in enumerate(pairs)
             ]
-        wanted = column or ("arr_0" if names == ["arr_0"] else "images")
+        wanted = column or ("arr_0" if "arr_0" in names and "images" not in names else "images")
         if wanted not in names:
             raise ValueError(f"{path}: expected an array named {wanted!r}, got {', '.join(names) or 'no arrays'}")
         return [(wanted, archive[wanted], archive["labels"] if "labels" in names else None), None]

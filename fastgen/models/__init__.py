@@ -30,7 +30,7 @@ from fastgen.models.gan import GAN, GANConfig
 from fastgen.models.image_transformer import ImageTransformer, ImageTransformerConfig
 from fastgen.models.pix2pix import Pix2Pix, Pix2PixConfig
 from fastgen.models.recurrent_gan import RecurrentGAN, RecurrentGANConfig
-from fastgen.models.registry import MODELS, create_model, find_model, list_models, register_model
+from fastgen.models.registry import MODELS, create_model, find_model, list_models, load, register_model
 from fastgen.models.sagan import SAGAN, SAGANConfig
 from fastgen.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from fastgen.models.stylegan import StyleGAN, StyleGANConfig
@@ -98,6 +98,7 @@ __all__ = [
     "find_model",
     "from_data",
     "list_models",
+    "load",
     "option",
     "register_model",
     "settle",

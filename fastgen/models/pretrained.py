@@ -63,12 +63,12 @@ class Pretrained(_HubMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:
-        """Load a model from a folder that ``save_pretrained`` wrote, or from a repository of the Hugging Face Hub.
+        """Load a model from a run's folder, one that ``save_pretrained`` wrote, or a repository of the Hub.
 
         The model is in evaluation mode. Called on ``GenerativeModel`` itself, the class is the one named in the config.
 
         Args:
-            pretrained_model_name_or_path: a folder, such as "runs/digits/model", or "owner/name" on the Hub.
+            pretrained_model_name_or_path: a folder, such as "runs/digits", or "owner/name" on the Hub.
             options: map_location (a device, default "cpu"), strict (state-dict keys must match, default True), and for
                 the Hub: revision, token, cache_dir, force_download, local_files_only.
 
@@ -80,6 +80,7 @@ class Pretrained(_HubMixin):
         place = str(pretrained_model_name_or_path)
         folder = Path(place).expanduser()
         if folder.is_dir():
+            folder = _model_in(folder)
             place = str(folder)
             chosen = _class_of(cls, _read_config(folder), place)
         elif folder.exists() or isinstance(pretrained_model_name_or_path, Path) or _is_path(place):
@@ -210,11 +211,17 @@ def _is_path(place: str) -> bool:
     return place.startswith((".", "/", "~")) or "\\" in place or place.count("/") > 1 or place.endswith("/")
 
 
+def _model_in(folder: Path) -> Path:
+    """The folder of the model: the given one, or that in a run's folder."""
+    inside = folder / "model"
+    return inside if not (folder / CONFIG).is_file() and (inside / CONFIG).is_file() else folder
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.is_file():
-        inside = folder / "model"
-        hint = f"; a run's model is in {inside}" if (inside / CONFIG).is_file() else ""
+        started = (folder / "checkpoint.safetensors").is_file()
+        hint = "; it is a run that has not ended: fastgen train ... --resume ends it" if started else ""
         raise FileNotFoundError(f"{folder}: expected a saved model, got a folder without {CONFIG}{hint}")
     return _parsed(file, str(folder))
 

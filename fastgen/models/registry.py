@@ -1,11 +1,12 @@
-"""Models by name, those of the zoo and your own: ``register_model``, ``list_models``, ``create_model``."""
+"""Models by name, those of the zoo and your own: ``register_model``, ``list_models``, ``create_model``; ``load``."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import fnmatch
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from fastgen.models.base import GenerativeModel
 
@@ -107,3 +108,21 @@ def create_model(name: str, **options: Any) -> GenerativeModel:
     if unknown:
         raise TypeError(f"{name}: expected options among {', '.join(known)}, got {', '.join(unknown)}")
     return model_class(model_class.config_class(**options))
+
+
+def load(path: str | Path, **options: Any) -> GenerativeModel:
+    """A saved model of any class, in evaluation mode. Loading runs no code.
+
+    Args:
+        path: a run's folder, one that ``save_pretrained`` wrote, or "owner/name" on the Hugging Face Hub.
+        options: as for ``GenerativeModel.from_pretrained``, such as ``map_location``.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no model in it. ValueError: the files are damaged, or the model
+            is of a class of your own: call that class's ``from_pretrained``.
+
+    Example::
+
+        images = fastgen.load("runs/digits").sample(16)  # (16, channels, size, size), in [0, 1]
+    """
+    return cast(GenerativeModel, GenerativeModel.from_pretrained(path, **options))

@@ -67,6 +67,7 @@ class TrainConfig:
     augment: str = option(
         "", "random changes of training images, which samples will show, too: flip, color, translation, cutout"
     )
+    init_from: str = option("", "run whose weights and model options training starts from")
     seed: int = option(0, "seed of initial weights, data order and noise")
     threads: int = option(0, "CPU threads; 0: torch's default, or one where steps are tiny")
     workers: int = option(2, "data-loading processes, for data that do not fit into memory")

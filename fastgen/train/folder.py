@@ -154,6 +154,10 @@ class RunFolder:
         notes = "".join(f"# {note}\n" for turn in history for note in changes(turn))
         write_whole(self.config, f"# {command}\n{notes}{text}".encode())
 
+    def classes(self) -> list[str]:
+        """Names of the classes of the data; [] where there are none, and in runs of earlier versions."""
+        return [str(name) for name in _list(self._environment_before().get("classes"))]
+
     def _environment_before(self) -> dict[str, Any]:
         try:
             return dict(json.loads(self.environment.read_text(encoding="utf-8")))

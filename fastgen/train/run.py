@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,6 +109,8 @@ def _train_in_folder(request: Request) -> Result:
         check_batch(config, splits[0], accelerator.num_processes, accelerator.device)
         torch.manual_seed(config.seed)
         model = model_class(model_config)
+        if config.init_from and not request.resume:
+            _start_from(model, config.init_from)
         inspect(model, splits)
         parameters = sum(weight.numel() for weight in model.parameters())
         batches_per_step = max(phase.repeats for phase in model.phases())
@@ -123,7 +126,11 @@ def _train_in_folder(request: Request) -> Result:
             if not request.resume:
                 folder.clear()
             folder.begin(
-                {"command": request.command, **_environment(accelerator, parameters)},
+                {
+                    "command": request.command,
+                    **_environment(accelerator, parameters),
+                    "classes": list(data.classes),
+                },
                 settings(header, request.model_class),
                 command(header.model, folder, "--config"),
                 {"step": engine.step, "command": request.command, "changed": changes} if request.resume else None,
@@ -217,6 +224,16 @@ def load_average(model: GenerativeModel, tensors: Mapping[str, Tensor]) -> None:
         averaged = f"average/{name}"
         tensor.copy_(find(tensors, averaged if averaged in tensors else f"model/{name}", tensor))
     settle(model)
+
+
+def _start_from(model: GenerativeModel, init_from: str) -> None:
+    """Load the averaged weights of a run. UsageError: they do not fit the model's options."""
+    path = RunFolder(Path(init_from)).checkpoint
+    try:
+        with torch.no_grad():
+            load_average(model, load_checkpoint(path)[1])
+    except ValueError as error:
+        raise UsageError(f"init_from: expected a run whose weights fit the model's options, got {error}") from error
 
 
 def choose_device(name: str) -> torch.device:

@@ -53,8 +53,8 @@ def save_samples(folder: Path, stem: str, samples: Samples) -> Path:
     elif isinstance(samples, Texts):
         files = {".txt": _joined(samples.texts)}
     elif isinstance(samples, Sounds):
-        waves = _checked_waves(samples)
-        files = {".wav": _wav(waves, samples.sample_rate), ".png": _png(_wave_sheet(waves))}
+        waves = checked_waves(samples)
+        files = {".wav": encode_wav(waves, samples.sample_rate), ".png": _png(_wave_sheet(waves))}
     else:
         raise TypeError(f"samples: expected Images, Texts or Sounds, got {type(samples).__name__}")
     paths = [inside(folder, stem + suffix) for suffix in files]
@@ -107,8 +107,13 @@ def _sheet(cells: Tensor) -> Tensor:
 
 
 def _png(sheet: Tensor) -> bytes:
-    pixels = (sheet.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    return encode_png((sheet.clamp(0, 1) * 255).round().to(torch.uint8))
+
+
+def encode_png(pixels: Tensor) -> bytes:
+    """A PNG file of pixels (C, H, W) uint8."""
+    rows = pixels.permute(1, 2, 0).numpy()
+    image = Image.fromarray(rows[:, :, 0] if rows.shape[2] == 1 else rows)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
@@ -124,7 +129,7 @@ def _joined(texts: list[str]) -> bytes:
     return (f"\n{TEXT_SEPARATOR}\n".join(texts) + "\n").encode("utf-8", errors="replace")
 
 
-def _checked_waves(sounds: Sounds) -> Tensor:
+def checked_waves(sounds: Sounds) -> Tensor:
     """The waves (N, samples) on the CPU, finite and within [-1, 1]."""
     waves, rate = sounds.waves, sounds.sample_rate
     if waves.dim() != 2 or 0 in waves.shape:
@@ -134,7 +139,7 @@ def _checked_waves(sounds: Sounds) -> Tensor:
     return waves.detach().float().cpu().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).clamp(-1, 1)
 
 
-def _wav(waves: Tensor, sample_rate: int) -> bytes:
+def encode_wav(waves: Tensor, sample_rate: int) -> bytes:
     """One channel of 16 bits, little endian, with a gap after each wave but the last."""
     gap = round(SILENCE * sample_rate)
     samples = (F.pad(waves, (0, gap)).flatten()[: waves.numel() + gap * (len(waves) - 1)] * 32767).round()

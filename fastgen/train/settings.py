@@ -12,7 +12,7 @@ from typing import Any
 from fastgen.batch import current_names
 from fastgen.data import BUNDLED, SOURCES, DataConfig, Dataset, Items, bundled_name, load_data
 from fastgen.models import MODELS, GenerativeModel, from_data
-from fastgen.train.checkpoint import Header
+from fastgen.train.checkpoint import Header, load_checkpoint
 from fastgen.train.config import FREE_ON_RESUME, TrainConfig
 from fastgen.train.errors import UsageError
 from fastgen.train.folder import RunFolder
@@ -73,9 +73,43 @@ def new_settings(request: Request) -> tuple[Header, Dataset]:
         raise UsageError(f"data: expected a dataset with {missing[0]}, for {request.model}, got {data.name}")
     facts = {name: known[name] for name in required if name in known}
     check_sizes(request.model_options)
-    model_config = _checked(model_class.config_class, {**facts, **request.model_options}, prefix="model.")
+    options = dict(request.model_options)
+    if config.init_from:
+        config = replace(config, init_from=str(Path(config.init_from).resolve()))
+        options = _options_of(config.init_from, request, model_class, facts) | options
+    model_config = _checked(model_class.config_class, {**facts, **options}, prefix="model.")
     kept = asdict(data_config) | {"source": data_config.source.removeprefix(BUNDLED)}
     return Header(request.model, asdict(model_config), asdict(config), kept, data.fingerprint), data
+
+
+FREE_FACTS = frozenset(("caption_examples",))
+"""Facts of the data in a model's config that its weights do not depend on."""
+
+
+def _options_of(init_from: str, request: Request, model_class: ModelClass, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's options in the run that training starts from.
+
+    Raises:
+        FileNotFoundError, ValueError: no run, or a damaged one. UsageError: a run of another model, or data with other
+            facts, such as classes or a vocabulary, than the weights were trained on.
+    """
+    saved, _ = load_checkpoint(RunFolder(Path(init_from)).checkpoint)
+    if not same_model(saved.model, request.model):
+        raise UsageError(f"init_from: expected a run of {request.model}, got one of {saved.model} in {init_from}")
+    options = current_names(model_class.config_class, saved.model_config)
+    for name, value in facts.items():
+        before = options.pop(name, value)
+        before = tuple(before) if isinstance(before, list) else before
+        if before != value and name not in FREE_FACTS:
+            raise UsageError(
+                f"init_from: expected data with {name} {_brief(before)}, as in {init_from}, got {_brief(value)}"
+            )
+    return options
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _default_source(model_class: ModelClass) -> str:
@@ -87,6 +121,8 @@ def resumed_settings(request: Request, saved: Header) -> tuple[Header, Dataset]:
     """The run's own settings, with the changes that the request may make."""
     _checked(TrainConfig, {**saved.train_config, **request.train_options})
     fixed = {name: value for name, value in request.train_options.items() if name not in FREE_ON_RESUME}
+    if fixed.get("init_from"):
+        fixed["init_from"] = str(Path(fixed["init_from"]).resolve())
     data_options = dict(request.data_options)
     source = saved.data_config["source"]
     if "source" in data_options:

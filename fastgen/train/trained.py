@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastgen.batch import TRANSLATED
@@ -16,9 +19,10 @@ from fastgen.train.checkpoint import Header, load_checkpoint
 from fastgen.train.engine import find
 from fastgen.train.errors import UsageError
 from fastgen.train.evaluation import Thinned
+from fastgen.train.files import make_folder, write_whole
 from fastgen.train.folder import RunFolder
 from fastgen.train.run import choose_device, load_average
-from fastgen.train.sample_files import save_samples
+from fastgen.train.sample_files import checked_waves, encode_png, encode_wav, save_samples
 from fastgen.train.settings import ModelClass, configs, data_of, split
 from fastgen.train.stream import to_device
 
@@ -132,13 +136,70 @@ def joined(parts: list[Samples]) -> Samples:
     return Sounds(torch.cat([part.waves for part in sounds]), sounds[0].sample_rate)
 
 
+def is_folder(out: str) -> bool:
+    """Whether samples go into a folder as single files: an existing one, or a path without a suffix."""
+    return bool(out) and (out.endswith(("/", os.sep)) or Path(out).is_dir() or not Path(out).suffix)
+
+
+def write_single_samples(samples: Samples, out: Path) -> None:
+    """Write each sample to a file of its own in a folder, which is made if it is missing: 000000.png, ...
+
+    Raises:
+        FileExistsError: the folder has files.
+    """
+    if out.is_dir() and any(out.iterdir()):
+        raise FileExistsError(f"{out}: expected a new or an empty folder, got one with files")
+    make_folder(out)
+    if isinstance(samples, Images):
+        files = [encode_png(image) for image in _bytes(samples, out)]
+    elif isinstance(samples, Texts):
+        files = [(text + "\n").encode("utf-8", errors="replace") for text in samples.texts]
+    else:
+        waves = checked_waves(samples)
+        files = [encode_wav(wave[None], samples.sample_rate) for wave in waves]
+    for number, data in enumerate(files):
+        (out / f"{number:06}{SUFFIXES[type(samples)]}").write_bytes(data)
+
+
+def _bytes(samples: Images, out: Path) -> torch.Tensor:
+    """The pixels (N, C, H, W) uint8. UsageError: some are not finite."""
+    pixels = samples.pixels.detach().float().cpu()
+    broken = int((~pixels.isfinite()).flatten(1).any(1).sum())
+    if broken:
+        raise UsageError(f"{out}: expected finite pixels, got {broken} of {len(pixels)} images with NaN or infinity")
+    return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def write_arrays(samples: Samples, out: Path) -> None:
+    """Write images to an .npz file as tools for Frechet distances read it: uint8 (N, H, W, C) as ``arr_0``, and
+    ``labels`` where they are known; waves (N, samples) as float32.
+
+    Raises:
+        UsageError: texts.
+    """
+    if isinstance(samples, Texts):
+        raise UsageError(f"out: expected a path that ends in .txt, got {out}")
+    if isinstance(samples, Images):
+        arrays = {"arr_0": _bytes(samples, out).permute(0, 2, 3, 1).contiguous().numpy()}
+        if samples.labels is not None:
+            arrays["labels"] = samples.labels.cpu().numpy()
+    else:
+        arrays = {"arr_0": checked_waves(samples).numpy()}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    write_whole(out, buffer.getvalue())
+
+
 def write_samples(samples: Samples, out: Path) -> None:
-    """Write samples to a file with the suffix of their type.
+    """Write samples to a file with the suffix of their type, or to .npz.
 
     Raises:
         UsageError: another suffix. FileNotFoundError: no such folder.
     """
     suffix = SUFFIXES[type(samples)]
+    if out.suffix.lower() == ".npz":
+        write_arrays(samples, out)
+        return
     if out.suffix.lower() != suffix:
         raise UsageError(f"out: expected a path that ends in {suffix}, got {out}")
     if not out.parent.is_dir():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastgen
 from fastgen.models import CGAN, GAN, MODELS, VAE, GANConfig, GenerativeModel, VAEConfig
 
 pytest.importorskip("huggingface_hub")
@@ -28,6 +29,15 @@ def test_the_base_class_loads_the_class_in_the_config(saved: Path) -> None:
         assert all(
             torch.equal(a, b) for a, b in zip(loaded.parameters(), VAE.from_pretrained(place).parameters(), strict=True)
         )
+
+
+def test_a_run_loads_as_its_model_and_samples_without_an_options_object(saved: Path) -> None:
+    for model in (fastgen.load(saved.parent), fastgen.load(str(saved)), VAE.from_pretrained(saved.parent)):
+        assert type(model) is VAE
+        assert not model.training
+        images = model.sample(16)
+        assert isinstance(images, torch.Tensor)
+        assert images.shape == (16, 1, 4, 4)
 
 
 def test_a_config_without_a_model_type_loads_by_its_options(saved: Path) -> None:
@@ -64,8 +74,8 @@ def test_a_user_class_loads_its_own_models(tmp_path: Path) -> None:
 
 def test_a_missing_folder_raises_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    (tmp_path / "run" / "model").mkdir(parents=True)
-    (tmp_path / "run" / "model" / "config.json").write_text("{}")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.safetensors").write_text("")
     for model in (VAE, GenerativeModel):
         for place, message in (
             (tmp_path / "nowhere", "got a path where there is no folder"),
@@ -73,7 +83,7 @@ def test_a_missing_folder_raises_an_error(tmp_path: Path) -> None:
             ("./nowhere", "got a path where there is no folder"),
             ("runs/nowhere/model", "got a path where there is no folder"),
             (tmp_path / "file", "got a file"),
-            (tmp_path / "run", "got a folder without config.json; a run's model is in"),
+            (tmp_path / "run", "got a folder without config.json; it is a run that has not ended"),
         ):
             with pytest.raises(FileNotFoundError, match=f"{place}: expected a .*{message}"):
                 model.from_pretrained(place)
