@@ -56,7 +56,7 @@ class Description:
         lines = [
             f"{self.name}: {self.kind}" + (f" (also {', '.join(others)})" if others else ""),
             f"  {self.train:,} {unit} to train on, {self.held_out:,} held out",
-            *(f"  {name}: {_short(v)}" for name, v in self.facts.items() if self._is_told(name)),
+            *(f"  {name}: {_short(v)}" for name, v in self.facts.items() if self._is_shown(name)),
         ]
         if self.value_range:
             lines.append("  values from {:.4g} to {:.4g}".format(*self.value_range))
@@ -68,7 +68,7 @@ class Description:
                 lines += [f"  {name}:", *(f"    {text!r}" for text in shown)]
         return "\n".join(lines + [f"  warning: {warning}" for warning in self.warnings])
 
-    def _is_told(self, fact: str) -> bool:
+    def _is_shown(self, fact: str) -> bool:
         """False for captions where there are none, or none but the names of the classes."""
         examples = self.facts.get("caption_examples", ())
         captioned = bool(examples) and tuple(examples) != tuple(self.classes)

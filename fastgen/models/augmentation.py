@@ -1,9 +1,9 @@
 """Random augmentation of images: of the training data, or of what a GAN's discriminator gets.
 
-Zhao et al., "Differentiable augmentation for data-efficient GAN training" (2020): a discriminator that sees augmented
-real and augmented generated images can't memorize a small dataset, and the generator, which is trained through the
-augmentation, does not learn to generate augmented images. Every transformation is linear in the pixels, hence twice
-differentiable, so that a gradient penalty may be taken through it. Transformations, each with its own random numbers
+Zhao et al., "Differentiable augmentation for data-efficient GAN training" (2020): a discriminator whose inputs, real
+and generated, are augmented can't memorize a small dataset, and the generator, whose gradient passes through the
+augmentation, does not learn to generate augmented images. Every transformation is affine in the pixels, hence twice
+differentiable, so that a gradient penalty may be computed through it. Transformations, with random numbers of their own
 for each image:
 
     flip          left to right, with probability 1/2
