@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 import unicodedata
 from collections.abc import Iterator, Mapping
@@ -123,6 +124,8 @@ def _train_in_folder(request: Request) -> Result:
                 name = "steps" if config.steps else "epochs"
                 raise UsageError(f"{name}: expected at least the {engine.step} steps that are trained, got {total}")
         if first_process():
+            for note in data.warnings:
+                print(f"fastgen: {data.name}: {note}", file=sys.stderr)
             if not request.resume:
                 folder.clear()
             folder.begin(

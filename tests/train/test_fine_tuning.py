@@ -105,6 +105,17 @@ def test_texts_and_sounds_are_single_files_too(tmp_path: Path, error_line: Calla
         assert file.getframerate() == 8000
 
 
+def test_what_was_left_out_of_the_data_is_said_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = pets(tmp_path / "pets")
+    (data / "cat" / "3.png").write_bytes(b"")
+    assert fit(tmp_path / "run", data) == 1
+    assert "3.png: expected an image, got an empty file: --skip-broken leaves it out" in capsys.readouterr().err
+    assert fit(tmp_path / "run", data, "--skip-broken") == 0
+    assert "1 files that can't be read were left out: cat/3.png (an empty file)" in capsys.readouterr().err
+
+
 def test_a_label_is_a_number_or_the_name_of_a_class(tmp_path: Path, error_line: Callable[[], str]) -> None:
     assert fit(tmp_path / "run", pets(tmp_path / "pets")) == 0
     outs = {}
