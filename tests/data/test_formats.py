@@ -21,6 +21,7 @@ from PIL import Image
 from fastgen.data import DataConfig, describe, load_data
 from fastgen.data.image_sets import LazyItems
 from fastgen.data.images import LazyImages
+from fastgen.data.trees import _opened_zip
 from tests.data.test_bundled import everything
 from tests.data.test_files import COLOUR, GREY, load, save_idx, save_images
 
@@ -478,6 +479,14 @@ def test_lazy_images_are_decoded_by_forked_workers(tmp_path: Path, monkeypatch: 
         def __getitem__(self, indices: torch.Tensor) -> torch.Tensor:
             return data.train.batch(indices)["images"]
 
+    opened = _opened_zip(tmp_path / "set.zip")
+
+    class Same(torch.utils.data.Dataset):  # type: ignore[type-arg]
+        def __getitem__(self, index: int) -> bool:
+            return _opened_zip(tmp_path / "set.zip") is opened
+
+    assert Same()[0]
+    assert list(loader(Same(), None, sampler=[0, 1], num_workers=2, multiprocessing_context="fork")) == [False, False]
     for _ in range(3):
         found = torch.cat(list(loader(Parts(), None, sampler=keys, num_workers=2)))
         assert torch.equal(found.mul(255).round().byte(), expected[:9])
