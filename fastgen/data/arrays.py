@@ -9,9 +9,9 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ CIFAR100_PICKLES = frozenset(("train", "test", "meta"))
 CIFAR_PIXELS = 3 * 32 * 32
 TRAIN_AND_TEST = (("x_train", "y_train"), ("x_test", "y_test"))
 """Names of arrays in Keras' mnist.npz and its like."""
+KERAS_NAMES = [name for names in TRAIN_AND_TEST for name in names]
 
 
 class ImageArrays(ImageSource):
@@ -71,49 +72,45 @@ def read_npz(path: Path, image_size: int, column: str = "") -> Split:
         TypeError: an array of another dtype. ValueError: not an .npz file, an array missing or of another shape.
     """
 
-    def read(archive: Mapping[str, Array]) -> list[tuple[str, Array, Array | None] | None]:
-        names = sorted(archive)
-        if not column and "x_train" in names:
-            pairs = [[archive[name] if name in names else None for name in pair] for pair in TRAIN_AND_TEST]
-            return [
-                None if images is None else (TRAIN_AND_TEST[i][0], images, labels)
-                for i, (images, labels) in enumerate(pairs)
-            ]
-        wanted = column or ("arr_0" if "arr_0" in names and "images" not in names else "images")
-        if wanted not in names:
-            raise ValueError(f"{path}: expected an array named {wanted!r}, got {', '.join(names) or 'no arrays'}")
-        return [(wanted, archive[wanted], archive["labels"] if "labels" in names else None), None]
-
-    train, test = _loaded(path, ".npz", read)
-    return _stack(path, image_size, *train), None if test is None else _stack(path, image_size, *test)
+    names, arrays = _loaded(path, {column or "images", "arr_0", "labels", *KERAS_NAMES})
+    if not column and "x_train" in names:
+        (images, labels), (test_images, test_labels) = TRAIN_AND_TEST
+        train = _stack(path, image_size, images, arrays[images], arrays.get(labels))
+        if test_images not in names:
+            return train, None
+        return train, _stack(path, image_size, test_images, arrays[test_images], arrays.get(test_labels))
+    wanted = column or ("arr_0" if "arr_0" in names and "images" not in names else "images")
+    if wanted not in names:
+        raise ValueError(f"{path}: expected an array named {wanted!r}, got {', '.join(names) or 'no arrays'}")
+    return _stack(path, image_size, wanted, arrays[wanted], arrays.get("labels")), None
 
 
 def read_npy(path: Path, image_size: int) -> Split:
     """Images of an .npy file, as in an .npz file, and the labels found beside it: in labels.npy for images.npy, in
     y_train.npy for x_train.npy."""
-    images = _loaded(path, ".npy", lambda array: array)
     beside = [path.with_name(path.name.replace("images", "labels")), path.with_name(re.sub("^[xX]", "y", path.name))]
     found = next((file for file in beside if file != path and file.is_file()), None)
-    labels = None if found is None else _loaded(found, ".npy", lambda array: array)
+    images, labels = (None if file is None else _loaded(file)[1][""] for file in (path, found))
+    assert images is not None
     return _stack(path, image_size, path.name, images, labels), None
 
 
-def _loaded(path: Path, suffix: str, read: Callable[[Any], Any]) -> Any:
-    message = f"{path}: expected an {suffix} file of plain arrays, got one that fails"
+def _loaded(path: Path, wanted: Set[str] = frozenset()) -> tuple[list[str], dict[str, Array]]:
+    """(names of all arrays, those of them that are wanted) of an .npz file; the array "" of an .npy file."""
+    suffix = ".npz" if wanted else ".npy"
     try:
         found = np.load(path, allow_pickle=False)
         if isinstance(found, np.ndarray) != (suffix == ".npy"):
             raise TypeError(f"it holds {'one array' if suffix == '.npz' else 'an archive'}")
         if suffix == ".npy":
-            return read(found)
+            return [""], {"": found}
         with found as archive:
-            names = archive.files
-            arrays = {name: archive[name] for name in names}
+            names = sorted(archive.files)
+            return names, {name: archive[name] for name in names if name in wanted}
     except (AttributeError, EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, OSError) and error.errno:
             raise cannot_read(path, error) from error
-        raise ValueError(f"{message}: {error}") from error
-    return read(arrays)
+        raise ValueError(f"{path}: expected an {suffix} file of plain arrays, got one that fails: {error}") from error
 
 
 def _stack(path: Path, image_size: int, name: str, images: Array, labels: Array | None) -> ImageStack:

@@ -150,6 +150,8 @@ def test_npy_files_and_unnamed_arrays_are_images(tmp_path: Path) -> None:
     np.save(tmp_path / "labels.npy", LABELS)
     data = load(tmp_path / "images.npy")
     assert (data.facts["channels"], data.facts["classes"]) == (3, 3)
+    np.savez(tmp_path / "others.npz", images=COLOUR, labels=LABELS, notes=np.array([{}]))
+    assert load(tmp_path / "others.npz").fingerprint == data.fingerprint  # other arrays are not read
     np.savez(tmp_path / "a.npz", COLOUR)
     assert load(tmp_path / "a.npz").facts["classes"] == 0
     np.save(tmp_path / "objects.npy", np.array([{}] * 10))
