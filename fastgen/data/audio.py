@@ -171,7 +171,7 @@ def read_sound(path: Path) -> tuple[Tensor, int]:
     """
     if path.suffix.lower() != ".flac":
         return read_wav(path)
-    library = need("soundfile", "soundfile", str(path), extra="")
+    library = need("soundfile", "soundfile", str(path), extra="audio")
     data = read_bytes(path)
     try:
         frames, rate = library.read(io.BytesIO(data), dtype="float64", always_2d=True)

@@ -71,7 +71,7 @@ def test_flac_needs_soundfile_and_says_so(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(optional.importlib, "import_module", missing)
     (tmp_path / "a.flac").write_bytes(b"fLaC")
     with pytest.raises(
-        ImportError, match=r"a\.flac: expected soundfile to be installed, got none: pip install soundfile"
+        ImportError, match=r"a\.flac: expected soundfile to be installed, got none: pip install 'fastgen\[audio\]'"
     ):
         load(tmp_path / "a.flac", "audio")
 
