@@ -28,28 +28,9 @@ def require_tensor(name: str, value: Any, *, optional: bool = False, nested: boo
         raise TypeError(f"{name}: expected a tensor{' or None' if optional else ''}, got {type(value).__name__}")
     if nested and value.is_nested:
         return
-    if type(value) not in _PLAIN:
-        _require_plain_subclass(name, value)
     if value.layout != torch.strided or value.is_nested:
         kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
         raise TypeError(f"{name}: expected a dense (strided) tensor, got a {kind} one")
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def _require_plain_subclass(name: str, value: Tensor) -> None:
-    """Refuses a subclass with its own ``__torch_function__``: its values need not be in its memory.
-
-    Subclasses with ``__torch_dispatch__`` only (FakeTensor, DTensor) receive the operators themselves.
-    """
-    kind = type(value)
-    own = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
-    if own not in (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl):  # type: ignore[attr-defined]
-        raise TypeError(
-            f"{name}: expected a plain tensor, got {kind.__name__}, which overrides __torch_function__; convert it"
-            " first (as_subclass(torch.Tensor) where its memory holds its values)"
-        )
 
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -8,6 +8,7 @@ raises ``TypeError`` (its type or dtype) or ``ValueError`` (its shape, value or 
 
 from __future__ import annotations
 
+from fastgen.functional._overrides import refuse_script
 from fastgen.functional.attention import scaled_dot_product_attention
 from fastgen.functional.latent import reparameterize, reparameterize_kl
 from fastgen.functional.projection import (
@@ -26,3 +27,6 @@ __all__ = [
     "rotary_embedding",
     "scaled_dot_product_attention",
 ]
+
+for _name in __all__:
+    refuse_script(globals()[_name])

@@ -19,6 +19,7 @@ from fastgen.functional._attention_arguments import (
     without_negative_bounds,
 )
 from fastgen.functional._autocast import autocast_dtype, lower
+from fastgen.functional._overrides import handle_torch_function, overridden, relevant
 from fastgen.functional._seeds import sample_seed
 from fastgen.ops.attention import direct
 from fastgen.ops.attention.autograd import attention
@@ -72,7 +73,7 @@ def scaled_dot_product_attention(
 
     Raises:
         TypeError: integer inputs, a mask that is neither boolean nor floating, dtypes that differ, a tensor as scale,
-            a nested, sparse or quantized tensor, or a tensor subclass with its own ``__torch_function__``.
+            a nested, sparse or quantized tensor.
         ValueError: shapes that do not match, a probability out of range, or a scale that is not
             finite.
         RuntimeError: the backend ``compiled`` is forced and has no kernel for these tensors; or a derivative is not
@@ -91,6 +92,11 @@ def scaled_dot_product_attention(
         >>> scaled_dot_product_attention(q, k, v, is_causal=True).shape
         torch.Size([2, 4, 16, 32])
     """
+    if overridden(query, key, value, attn_mask, sinks) and (own := relevant(query, key, value, attn_mask, sinks)):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            scaled_dot_product_attention, own, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+            window=window, sinks=sinks, generator=generator, return_lse=return_lse,
+        )  # fmt: skip
     if dropout_p == 0.0 and window is None and sinks is None and not return_lse and not is_dynamo_compiling():
         common = direct.attend(query, key, value, attn_mask, is_causal, scale)
         if common is not None:

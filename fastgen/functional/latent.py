@@ -10,6 +10,7 @@ from torch import Tensor
 from fastgen import checks as check
 from fastgen.backend import select
 from fastgen.functional._autocast import autocast_dtype
+from fastgen.functional._overrides import handle_torch_function, overridden, relevant
 from fastgen.functional._seeds import sample_seed
 from fastgen.ops.latent.autograd import gaussian_latent
 
@@ -81,6 +82,10 @@ def reparameterize(mu: Tensor, logvar: Tensor, *, generator: torch.Generator | N
         >>> reparameterize(*h.chunk(2, dim=1)).shape
         torch.Size([4, 16])
     """
+    if overridden(mu, logvar) and (own := relevant(mu, logvar)):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            reparameterize, own, mu, logvar, generator=generator
+        )
     return _latent(mu, logvar, None, None, generator, with_kl=False)[0]
 
 
@@ -118,4 +123,8 @@ def reparameterize_kl(
         >>> z.shape, kl
         (torch.Size([4, 16]), tensor([0., 0., 0., 0.]))
     """
+    if overridden(mu, logvar, prior_mu, prior_logvar) and (own := relevant(mu, logvar, prior_mu, prior_logvar)):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            reparameterize_kl, own, mu, logvar, prior_mu=prior_mu, prior_logvar=prior_logvar, generator=generator
+        )
     return _latent(mu, logvar, prior_mu, prior_logvar, generator, with_kl=True)

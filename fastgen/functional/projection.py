@@ -12,6 +12,7 @@ from fastgen import checks as check
 from fastgen._dynamo import is_dynamo_compiling
 from fastgen.backend import may_use_tf32, select
 from fastgen.functional._autocast import autocast_dtype, lower
+from fastgen.functional._overrides import handle_torch_function, items, overridden, overridden_heads, relevant
 from fastgen.functional._projection_arguments import (
     check_linear,
     check_rotary,
@@ -65,6 +66,11 @@ def multi_head_projection(
         >>> multi_head_projection(torch.randn(2, 5, 6), torch.randn(8, 6), num_heads=4).shape
         torch.Size([2, 4, 5, 2])
     """
+    if overridden_heads(x, weight, bias, (norm,), rotary) and (own := relevant(x, weight, bias, norm, *items(rotary))):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            multi_head_projection, own, x, weight, bias, num_heads=num_heads, channels_first=channels_first, norm=norm,
+            norm_eps=norm_eps, rotary=rotary, interleaved=interleaved,
+        )  # fmt: skip
     if norm is None and rotary is None and channels_first is False and not is_dynamo_compiling():
         common = direct.to_heads(x, weight, bias, (num_heads,), None)
         if common is not None:
@@ -75,12 +81,15 @@ def multi_head_projection(
         raise ValueError(f"weight: expected (num_heads * head_dim, C), got {check.shape_of(weight)}")
     if weight.size(0) % num_heads != 0:
         raise ValueError(f"num_heads: expected a divisor of weight's {weight.size(0)} rows, got {num_heads}")
+    head_dim = weight.size(0) // num_heads
+    if isinstance(head_dim, Tensor):  # as sizes are while torch.jit.trace records
+        head_dim = int(head_dim)
     return qkv_projection(
         x,
         weight,
         bias,
         heads=(num_heads,),
-        head_dims=(weight.size(0) // num_heads,),
+        head_dims=(head_dim,),
         channels_first=channels_first,
         norms=() if norm is None else (norm,),
         norm_eps=norm_eps,
@@ -114,6 +123,10 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool =
         >>> rotary_embedding(torch.randn(2, 3, 5, 4), angles.cos(), angles.sin()).shape
         torch.Size([2, 3, 5, 4])
     """
+    if overridden(x, cos, sin) and (own := relevant(x, cos, sin)):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            rotary_embedding, own, x, cos, sin, interleaved=interleaved
+        )
     check.require_tensor("x", x)
     check.require_floating("x", x)
     if x.dim() != 4:
@@ -170,6 +183,11 @@ def qkv_projection(
         >>> q.shape, v.shape
         (torch.Size([2, 4, 5, 4]), torch.Size([2, 1, 5, 4]))
     """
+    if overridden_heads(x, weight, bias, norms, rotary) and (own := relevant(x, weight, bias, *items(norms, rotary))):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            qkv_projection, own, x, weight, bias, heads=heads, head_dims=head_dims, channels_first=channels_first,
+            norms=norms, norm_eps=norm_eps, rotary=rotary, rotated=rotated, interleaved=interleaved,
+        )  # fmt: skip
     if rotary is None and channels_first is False and type(norms) is tuple and not norms and not is_dynamo_compiling():
         common = direct.to_heads(x, weight, bias, heads, head_dims)
         if common is not None:
@@ -258,6 +276,10 @@ def merge_heads_projection(
         >>> merge_heads_projection(torch.randn(2, 4, 5, 2), torch.randn(6, 8)).shape
         torch.Size([2, 5, 6])
     """
+    if overridden(x, weight, bias, residual, gate) and (own := relevant(x, weight, bias, residual, gate)):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            merge_heads_projection, own, x, weight, bias, residual=residual, gate=gate, channels_first=channels_first
+        )
     if gate is None and channels_first is False and not is_dynamo_compiling():
         common = direct.from_heads(x, weight, bias, residual)
         if common is not None:

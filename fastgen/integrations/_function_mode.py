@@ -32,7 +32,6 @@ __all__ = [
     "Redirection",
     "Variant",
     "can_be_skipped",
-    "has_forward_of_its_class",
     "is_redirected",
     "original_class",
     "redirect",
@@ -166,13 +165,9 @@ def original_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def redirect(module: nn.Module, variant: Variant = REDIRECTED) -> None:
-    module.__class__ = redirected_class(type(module), variant)  # type: ignore[assignment]
-
-
-def has_forward_of_its_class(module: nn.Module) -> bool:
-    """False where another ``forward`` was set on the instance; a removed hook may leave the class's own there."""
-    own = vars(module).get("forward")
-    return own is None or (getattr(own, "__self__", None) is module and own.__func__ is type(module).forward)
+    cls = redirected_class(type(module), variant)
+    vars(module).pop("forward", None)  # that of the class before
+    module.__class__ = cls  # type: ignore[assignment]
 
 
 def undo(module: nn.Module) -> None:

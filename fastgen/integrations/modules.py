@@ -122,6 +122,8 @@ def _reason_subclass_kept(module: nn.Module, base: type[nn.Module]) -> str:
 def _reason_original_class_kept(module: nn.Module) -> str | None:
     """Reason not to replace a layer whose class is exactly torch's; None if it can be replaced."""
     patched = [name for name in vars(module) if callable(getattr(type(module), name, None))]
+    if has_forward_of_its_class(module):
+        patched = [name for name in patched if name != "forward"]
     if patched:
         return f"{', '.join(patched)} is overridden on the instance"
     if isinstance(module, nn.MultiheadAttention) and module.dropout >= 1:
@@ -140,6 +142,7 @@ def require_module(model: Any) -> None:
 
 def _set_class(module: nn.Module, cls: type[nn.Module]) -> str:
     text = f"{qualified_name(type(module))} -> {qualified_name(cls)}"
+    vars(module).pop("forward", None)  # that of the class before
     module.__class__ = cls  # type: ignore[assignment]
     return text
 
@@ -189,4 +192,15 @@ def _accelerated(model: nn.Module) -> list[tuple[str, nn.Module]]:
                 f"model: expected {name} to have the class that accelerate gave it, got {qualified_name(type(module))};"
                 " undo the change (a parametrization, a wrapper) first"
             )
+        if not has_forward_of_its_class(module):
+            raise RuntimeError(
+                f"model: expected {name} to have the forward of its class, got one that was set on the instance since;"
+                " remove it (a hook of the package accelerate, for example) first"
+            )
     return accelerated
+
+
+def has_forward_of_its_class(module: nn.Module) -> bool:
+    """False where another ``forward`` was set on the instance; a removed hook may leave the class's own there."""
+    own = vars(module).get("forward")
+    return own is None or (getattr(own, "__self__", None) is module and own.__func__ is type(module).forward)

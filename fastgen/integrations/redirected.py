@@ -11,7 +11,13 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fastgen.integrations import _function_mode as mode
 from fastgen.integrations._calls import names_used
-from fastgen.integrations.modules import AccelerationReport, named_modules, qualified_name, require_module
+from fastgen.integrations.modules import (
+    AccelerationReport,
+    has_forward_of_its_class,
+    named_modules,
+    qualified_name,
+    require_module,
+)
 
 __all__ = ["accelerate", "check_restore", "recognizes", "redirect_attention", "restore"]
 
@@ -116,7 +122,7 @@ def reason_unsuited(module: nn.Module) -> str | None:
     cls = type(module)
     if mode.is_redirected(module):
         return f"already accelerated: {qualified_name(_original(module))}"
-    if "forward" in vars(module):
+    if not has_forward_of_its_class(module):
         return "forward is overridden on the instance; accelerate before that"
     if is_parametrized(module) or cls.__module__.startswith("torch."):
         cause = "a parametrization" if is_parametrized(module) else "FSDP"
@@ -171,7 +177,7 @@ def check_restore(model: nn.Module) -> None:
                 f"model: expected {name} to have the class that accelerate gave it, got {qualified_name(type(module))};"
                 " undo the change (a parametrization, a wrapper) first"
             )
-        if not mode.has_forward_of_its_class(module):
+        if not has_forward_of_its_class(module):
             raise RuntimeError(
                 f"model: expected {name} to have the forward of its class, got one that was set on the instance since;"
                 " remove it (a hook of the package accelerate, for example) first"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastgen.functional._overrides import refuse_script
 from fastgen.nn.attention import MultiheadAttention
 from fastgen.nn.cache import KVCache
 from fastgen.nn.image import AttentionBlock2d, AttentionGate2d, SelfAttention2d
@@ -33,3 +34,6 @@ __all__ = [
     "TransformerEncoderLayer",
     "WindowAttention2d",
 ]
+
+for _name in __all__:
+    refuse_script(globals()[_name])

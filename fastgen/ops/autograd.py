@@ -20,12 +20,24 @@ from fastgen.ops.transforms import transforms_active as transforms_active
 
 
 def choose(plain: type[Function], transformed: type[Function], *tensors: Tensor | None) -> type[Function] | None:
-    """The function to apply; None where no derivative is recorded and the operator can be called directly."""
-    if transforms_active():
-        return transformed
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return plain
+    """The function to apply; None where no derivative is recorded and the operator can be called directly.
+
+    Raises:
+        RuntimeError: while ``torch.jit.trace`` records, whose graph would have a Python function in place of the
+            operator.
+    """
+    transforms = transforms_active()
+    if transforms or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        if torch._C._is_tracing():
+            raise RuntimeError(_TRACED)
+        return transformed if transforms else plain
     return None
+
+
+_TRACED = (
+    "torch.jit.trace: expected a call without derivatives, got tensors that require grad; trace inside"
+    " torch.no_grad(), or use torch.export or torch.compile, which record derivatives too"
+)
 
 
 def must_be_differentiable() -> bool:

@@ -93,30 +93,6 @@ def test_bad_arguments_are_named_under_autocast(function, changes, error, text):
         function(**changes)
 
 
-class Marked(torch.Tensor):
-    """Whose values need not be what lies in its memory."""
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        return super().__torch_function__(function, types, args, kwargs or {})
-
-
-@pytest.mark.parametrize(
-    ("function", "name"),
-    [
-        *((project, name) for name in ("x", "weight", "bias", "norm")),
-        *((merge, name) for name in ("x", "weight", "bias", "residual", "gate")),
-        *((rotate, name) for name in ("x", "cos", "sin")),
-    ],
-)
-def test_subclasses_that_mean_something_else_are_refused(function, name):
-    shapes = {project: {"x": (B, N, C), "weight": (8, C), "bias": (8,), "norm": (4,)}}
-    shapes[merge] = {"x": (B, 2, N, 4), "weight": (5, 8), "bias": (5,), "residual": (B, N, 5), "gate": (5,)}
-    shapes[rotate] = {"x": (B, 2, N, 4), "cos": (N, 1), "sin": (N, 1)}
-    with pytest.raises(TypeError, match=f"{name}s?: expected a plain tensor, got Marked"):
-        function(**{name: torch.ones(shapes[function][name]).as_subclass(Marked)})
-
-
 # --------------------------------------------------------------------------------------------------
 # Sizes, devices, precision
 
