@@ -38,6 +38,7 @@ from fastgen.backend.selection import (
     select,
     use_backend,
 )
+from fastgen.backend.sharded import shard
 
 __all__ = [
     "BACKENDS",
@@ -68,6 +69,7 @@ __all__ = [
     "refuse_other_derivatives",
     "runs_on",
     "select",
+    "shard",
     "use_backend",
     "version_name",
     "why_not_compiled",

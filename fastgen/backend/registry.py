@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastgen.backend import sharded
+
 COMPILED, TORCH = "fastgen", "fastgen_torch"
 
 
@@ -204,7 +206,12 @@ def call(namespace: str, name: str, *args: Any) -> Any:
     if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
         function = _decompositions.get(name, function)
     with torch._C._AutoDispatchBelowAutograd():
-        return function(*args)
+        try:
+            return function(*args)
+        except RuntimeError as error:
+            if not sharded.has_sharded(args):
+                raise
+            return sharded.retry(function, name, args, error)
 
 
 def operators() -> dict[str, list[str]]:

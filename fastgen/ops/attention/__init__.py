@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from fastgen.ops.attention import autograd, operators
+from fastgen.ops.attention import autograd, operators, sharding
 
-__all__ = ["autograd", "operators"]
+__all__ = ["autograd", "operators", "sharding"]
