@@ -39,10 +39,24 @@ def unet2d_condition():
 
 
 def autoencoder():
-    """Its middle block has one head of dimension 512."""
     import diffusers
 
-    return diffusers.AutoencoderKL(block_out_channels=(512,), sample_size=8, layers_per_block=1)
+    return diffusers.AutoencoderKL(block_out_channels=(64,), sample_size=8, layers_per_block=1)
+
+
+def autoencoder_attention():
+    """The attention of the middle blocks of ``AutoencoderKL`` in its usual size, with one head."""
+    from diffusers.models.attention_processor import Attention
+
+    return Attention(
+        512,
+        heads=1,
+        dim_head=512,
+        bias=True,
+        residual_connection=True,
+        norm_num_groups=32,
+        _from_deprecated_attn_block=True,
+    )
 
 
 def dit():
@@ -106,7 +120,7 @@ def text(**more):
 CASES = [
     Case("UNet2D", unet2d, lambda: {"sample": torch.randn(2, 3, 8, 8), "timestep": TIME}, 4),
     Case("UNet2DCondition", unet2d_condition, lambda: {"sample": torch.randn(2, 4, 8, 8), **text()}, 8),
-    Case("AutoencoderKL", autoencoder, lambda: {"sample": torch.randn(2, 3, 6, 6)}, 2, note="head dim 512"),
+    Case("AutoencoderKL", autoencoder, lambda: {"sample": torch.randn(2, 3, 6, 6)}, 2),
     Case(
         "DiT",
         dit,
@@ -133,6 +147,13 @@ CASES = [
             **text(pooled_projections=torch.randn(2, 10)),
         },
         2,
+    ),
+    Case(
+        "Attention of AutoencoderKL",
+        autoencoder_attention,
+        lambda: {"hidden_states": torch.randn(2, 512, 3, 3)},
+        1,
+        note="head dim 512",
     ),
 ]
 
