@@ -100,6 +100,8 @@ def attend(
             return None
         mask = mask if mask is None else additive(mask, dtype)
         scale = query.size(3) ** -0.5 if scale is None else scale
+        if torch._C._is_tracing():  # the general path says what torch.jit.trace does not record
+            return None
         out = _Attention.apply(query, key, value, mask, is_causal, scale)  # type: ignore[no-untyped-call]
     else:
         try:
