@@ -184,6 +184,20 @@ def test_a_default_device_does_not_break_a_graph(name, around):
             torch.set_default_device(None)
 
 
+def test_compiled_calls_take_subclasses_in_one_graph():
+    """The tracer shows them what the function calls, instead of the function."""
+
+    class Passing(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    torch._dynamo.reset()
+    q = torch.rand(1, 2, 3, 4)
+    run = torch.compile(lambda x: functional.scaled_dot_product_attention(x, x, x), backend="eager", fullgraph=True)
+    assert torch.equal(run(q.as_subclass(Passing)).as_subclass(torch.Tensor), run(q))
+
+
 def test_a_default_device_is_that_of_factories_only():
     """A mode that is active in most calls of some programs."""
     x = torch.rand(2, 8)
