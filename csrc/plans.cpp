@@ -89,7 +89,7 @@ FASTGEN_EXPORTED const char* fastgen_attention_tiles(bool second_order) {
   return text.c_str();
 }
 
-// Plan of each attention kernel. plain: no mask and no dropout; mask: the four sizes of a mask that requires a
+// Plan of each attention kernel. plain: no mask, dropout or softcap; mask: the four sizes of a mask that requires a
 // gradient, or null.
 FASTGEN_EXPORTED const char* fastgen_attention_plan(int64_t batch, int64_t heads, int64_t key_heads, int64_t queries,
                                                     int64_t keys, int key_dim, int value_dim, int element_size,

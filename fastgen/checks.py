@@ -94,6 +94,25 @@ def require_finite(name: str, value: Any) -> float:
     return number
 
 
+SOFTCAP = 1e-30, 1e30
+"""Bounds of attention's softcap, within which float32 computes ``softcap * tanh(x / softcap)`` accurately."""
+
+
+def require_softcap(name: str, value: Any) -> float:
+    """A bound of attention's scores as a float, 0 for None: a positive number, within ``SOFTCAP``."""
+    if value is None:
+        return 0.0
+    if isinstance(value, (bool, str, Tensor)):
+        raise TypeError(f"{name}: expected a number or None, got {type(value).__name__}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number or None, got {type(value).__name__}") from None
+    if not SOFTCAP[0] <= number <= SOFTCAP[1]:
+        raise ValueError(f"{name}: expected a positive number from {SOFTCAP[0]} to {SOFTCAP[1]}, got {number}")
+    return number
+
+
 def require_positive(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < 1:
         raise ValueError(f"{name}: expected a positive integer, got {value!r}")

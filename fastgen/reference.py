@@ -73,14 +73,36 @@ def without_masked_keys(
 
 
 def attention_scores(
-    query: Tensor, key: Tensor, mask: Tensor | None, window_left: int, window_right: int, scale: float
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    window_left: int,
+    window_right: int,
+    scale: float,
+    softcap: float = 0.0,
 ) -> Tensor:
-    """S = scale Q K^T + b, -inf where masked. A boolean mask is True where attention is allowed."""
+    """S = scale Q K^T + b, -inf where masked. A boolean mask is True where attention is allowed.
+
+    A softcap c > 0 makes it c tanh(scale Q K^T / c) + b (Gemma Team, "Gemma 2", 2024, section 2).
+    """
     scores = scale * (query @ key.transpose(-2, -1))
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     allowed = in_window(query.size(-2), key.size(-2), window_left, window_right, query.device)
     return scores.masked_fill(~allowed, -math.inf)
+
+
+def softcap_derivatives(query: Tensor, key: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    """dy/dx and d2y/dx2 of y = c tanh(x / c) at x = scale Q K^T: 1 - (y / c)^2 and -2 (y / c) (dy/dx) / c; 1 and 0
+    without a softcap."""
+    scores = scale * (query @ key.transpose(-2, -1))
+    if softcap == 0:
+        return torch.ones_like(scores), torch.zeros_like(scores)
+    tanh = torch.tanh(scores / softcap)
+    derivative = 1 - tanh.square()
+    return derivative, -2 / softcap * tanh * derivative
 
 
 def softmax_lse(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,6 +134,7 @@ def attention(
     window_left: int = -1,
     window_right: int = -1,
     scale: float | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """O = (softmax(S) * keep) V and l = logsumexp(S).
 
@@ -121,7 +144,7 @@ def attention(
     key, value = without_masked_keys(query, mask, window_left, window_right, key, value)
     key, value = expand_heads(key, query.size(1)), expand_heads(value, query.size(1))
     scale = query.size(-1) ** -0.5 if scale is None else scale
-    weights, lse = softmax_lse(attention_scores(query, key, mask, window_left, window_right, scale))
+    weights, lse = softmax_lse(attention_scores(query, key, mask, window_left, window_right, scale, softcap))
     return (weights if keep is None else weights * keep) @ value, lse
 
 
@@ -136,15 +159,17 @@ def attention_backward(
     window_left: int,
     window_right: int,
     scale: float,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value and of a floating mask; itself differentiable, to any order.
 
     dP = (dO V^T) keep, d = rowsum(dP P) - dl, dS = P (dP - d), dQ = a dS K, dK = a dS^T Q, dV = (P keep)^T dO.
+    With a softcap, dQ and dK take dS times its derivative.
     """
     heads, key_heads = query.size(1), key.size(1)
     key, value = without_masked_keys(query, mask, window_left, window_right, key, value)
     full_key, full_value = expand_heads(key, heads), expand_heads(value, heads)
-    weights, _ = softmax_lse(attention_scores(query, full_key, mask, window_left, window_right, scale))
+    weights, _ = softmax_lse(attention_scores(query, full_key, mask, window_left, window_right, scale, softcap))
     grad_weights = grad_out @ full_value.transpose(-2, -1)
     dropped = weights
     if keep is not None:
@@ -153,8 +178,9 @@ def attention_backward(
     if grad_lse is not None:
         row = row - grad_lse.unsqueeze(-1)
     grad_scores = weights * (grad_weights - row)
-    grad_query = scale * (grad_scores @ full_key)
-    grad_key = scale * (grad_scores.transpose(-2, -1) @ query)
+    grad_products = grad_scores * softcap_derivatives(query, full_key, scale, softcap)[0]
+    grad_query = scale * (grad_products @ full_key)
+    grad_key = scale * (grad_products.transpose(-2, -1) @ query)
     grad_value = dropped.transpose(-2, -1) @ grad_out
     if key_heads != heads:
         grad_key = grad_key.unflatten(1, (key_heads, -1)).sum(2)
@@ -175,6 +201,8 @@ class _Tangent(NamedTuple):
     weights: Tensor
     centred: Tensor  # W - w
     lse: Tensor  # w, the tangent of the logsumexp, (B, H, N, 1)
+    derivative: Tensor  # of the softcap
+    curvature: Tensor  # the second derivative of the softcap times the tangent of a Q K^T
 
 
 def _tangent(
@@ -189,20 +217,23 @@ def _tangent(
     window_left: int,
     window_right: int,
     scale: float,
+    softcap: float,
 ) -> _Tangent:
     of_keys = without_masked_keys(query, mask, window_left, window_right, key, value, tangent_key, tangent_value)
     full: list[Any] = [t if t is None else expand_heads(t, query.size(1)) for t in of_keys]
     key, value, tangent_key, tangent_value = full
-    weights, _ = softmax_lse(attention_scores(query, key, mask, window_left, window_right, scale))
+    weights, _ = softmax_lse(attention_scores(query, key, mask, window_left, window_right, scale, softcap))
     direction = torch.zeros_like(weights)
     if tangent_query is not None:
         direction = direction + scale * (tangent_query @ key.transpose(-2, -1))
     if tangent_key is not None:
         direction = direction + scale * (query @ tangent_key.transpose(-2, -1))
+    derivative, second_derivative = softcap_derivatives(query, key, scale, softcap)
+    direction, curvature = derivative * direction, second_derivative * direction
     if tangent_mask is not None:
         direction = direction + tangent_mask
     lse = (weights * direction).sum(-1, keepdim=True)
-    return _Tangent(key, value, tangent_key, tangent_value, weights, direction - lse, lse)
+    return _Tangent(key, value, tangent_key, tangent_value, weights, direction - lse, lse, derivative, curvature)
 
 
 def attention_tangent(
@@ -218,13 +249,15 @@ def attention_tangent(
     window_left: int,
     window_right: int,
     scale: float,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Directional derivative of attention's output and logsumexp; itself differentiable.
 
     W = a (Gq K^T + Q Gk^T) + Gb, w = rowsum(P W), Pt = P (W - w), O' = (Pt keep) V + (P keep) Gv, l' = w.
+    With a softcap, the first term of W is multiplied by its derivative.
     """
     tangents = (tangent_query, tangent_key, tangent_value, tangent_mask)
-    t = _tangent(query, key, value, mask, *tangents, window_left, window_right, scale)
+    t = _tangent(query, key, value, mask, *tangents, window_left, window_right, scale, softcap)
     keep = torch.ones_like(t.weights) if keep is None else keep
     out = (t.weights * t.centred * keep) @ t.value
     if t.tangent_value is not None:
@@ -247,6 +280,7 @@ def attention_second_order(
     window_left: int,
     window_right: int,
     scale: float,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of <dO, O'> + <dl, l'>, where (O', l') is ``attention_tangent``.
 
@@ -256,10 +290,12 @@ def attention_second_order(
 
     dP = (dO V^T) keep, d = rowsum(dP P) - dl, dS = P (dP - d), C = (dO Gv^T) keep, r = rowsum(dO O'),
     dS2 = (W - w) dS + P (C - r): gradients O', w, a (dS2 K + dS Gk), a (dS2^T Q + dS^T Gq), (Pt keep)^T dO, dS2.
+    With a softcap, those of query and key take its derivative g times dS, and g dS2 plus dS times its second derivative
+    times a (Gq K^T + Q Gk^T).
     """
     heads, key_heads = query.size(1), key.size(1)
     tangents = (tangent_query, tangent_key, tangent_value, tangent_mask)
-    t = _tangent(query, key, value, mask, *tangents, window_left, window_right, scale)
+    t = _tangent(query, key, value, mask, *tangents, window_left, window_right, scale, softcap)
     keep = torch.ones_like(t.weights) if keep is None else keep
     tangent_weights = t.weights * t.centred * keep
     tangent_out = tangent_weights @ t.value
@@ -275,12 +311,13 @@ def attention_second_order(
     second_row = (grad_out * tangent_out).sum(-1, keepdim=True)
     second_scores = t.centred * grad_scores + t.weights * (cross - second_row)
 
-    grad_query = second_scores @ t.key
-    grad_key = second_scores.transpose(-2, -1) @ query
+    products, second_products = t.derivative * grad_scores, t.derivative * second_scores + t.curvature * grad_scores
+    grad_query = second_products @ t.key
+    grad_key = second_products.transpose(-2, -1) @ query
     if t.tangent_key is not None:
-        grad_query = grad_query + grad_scores @ t.tangent_key
+        grad_query = grad_query + products @ t.tangent_key
     if tangent_query is not None:
-        grad_key = grad_key + grad_scores.transpose(-2, -1) @ tangent_query
+        grad_key = grad_key + products.transpose(-2, -1) @ tangent_query
     grad_value = tangent_weights.transpose(-2, -1) @ grad_out
     if key_heads != heads:
         grad_key = grad_key.unflatten(1, (key_heads, -1)).sum(2)

@@ -9,7 +9,7 @@ namespace {
 
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& mask,
                                    const MaybeTensor& seed, double dropout_p, int64_t window_left, int64_t window_right,
-                                   double scale, bool allow_tf32) {
+                                   double scale, double softcap, bool allow_tf32) {
   const DType dtype = dtype_of(query, "query");
   const DeviceScope scope(query);
   const Read q(query, "query", query), k(key, "key", query), v(value, "value", query);
@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   ForwardParams p;
   p.query = q.operand(), p.key = k.operand(), p.value = v.operand();
   p.problem = problem_of(query, key, value, q.dim(), v.dim(), read_mask, seed,
-                         {dropout_p, window_left, window_right, scale, allow_tf32});
+                         {dropout_p, window_left, window_right, scale, softcap, allow_tf32});
   Written out(query, value.size(3), rows_first(query));
   Tensor lse = empty_rows(query);
   p.out = out.result(), p.lse = row_result(lse);
@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
                                                     const Tensor& query, const Tensor& key, const Tensor& value,
                                                     const Tensor& out, const Tensor& lse, const MaybeTensor& mask,
                                                     const MaybeTensor& seed, double dropout_p, int64_t window_left,
-                                                    int64_t window_right, double scale, bool allow_tf32,
+                                                    int64_t window_right, double scale, double softcap, bool allow_tf32,
                                                     bool mask_grad) {
   const DType dtype = dtype_of(query, "query");
   const DeviceScope scope(query);
@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
   BackwardParams p;
   p.query = q.operand(), p.key = k.operand(), p.value = v.operand(), p.out = o.operand(), p.grad_out = d.operand();
   p.problem = problem_of(query, key, value, q.dim(), v.dim(), read_mask, seed,
-                         {dropout_p, window_left, window_right, scale, allow_tf32});
+                         {dropout_p, window_left, window_right, scale, softcap, allow_tf32});
   p.lse = row_input(lse, "lse", query);
   if (grad_lse.has_value()) p.grad_lse = row_input(*grad_lse, "grad_lse", query);
   const int64_t rows = lse.numel();
@@ -111,7 +111,8 @@ std::tuple<Tensor, Tensor> tangent(const Tensor& query, const Tensor& key, const
                                    const Tensor& lse, const MaybeTensor& mask, const MaybeTensor& seed,
                                    const MaybeTensor& tangent_query, const MaybeTensor& tangent_key,
                                    const MaybeTensor& tangent_value, const MaybeTensor& tangent_mask, double dropout_p,
-                                   int64_t window_left, int64_t window_right, double scale, bool allow_tf32) {
+                                   int64_t window_left, int64_t window_right, double scale, double softcap,
+                                   bool allow_tf32) {
   const DType dtype = dtype_of(query, "query");
   const DeviceScope scope(query);
   const Read q(query, "query", query), k(key, "key", query), v(value, "value", query);
@@ -121,8 +122,9 @@ std::tuple<Tensor, Tensor> tangent(const Tensor& query, const Tensor& key, const
   TangentParams p;
   p.query = q.operand(), p.key = k.operand(), p.value = v.operand(), p.out = o.operand();
   p.tangents = given.tangents();
-  p.problem = problem_of(query, key, value, q.dim(), v.dim(), read_mask, seed,
-                         {dropout_p, window_left, window_right, scale, allow_tf32}, kLargestSecondOrderHeadDims);
+  p.problem =
+      problem_of(query, key, value, q.dim(), v.dim(), read_mask, seed,
+                 {dropout_p, window_left, window_right, scale, softcap, allow_tf32}, kLargestSecondOrderHeadDims);
   p.lse = row_input(lse, "lse", query);
   Written tangent_out(query, value.size(3), rows_first(query));
   Tensor tangent_lse = empty_rows(query);
@@ -136,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> second_order(
     const Tensor& out, const Tensor& lse, const MaybeTensor& mask, const MaybeTensor& seed,
     const MaybeTensor& tangent_query, const MaybeTensor& tangent_key, const MaybeTensor& tangent_value,
     const MaybeTensor& tangent_mask, double dropout_p, int64_t window_left, int64_t window_right, double scale,
-    bool allow_tf32, bool mask_grad) {
+    double softcap, bool allow_tf32, bool mask_grad) {
   const DType dtype = dtype_of(query, "query");
   const DeviceScope scope(query);
   const Read q(query, "query", query), k(key, "key", query), v(value, "value", query);
@@ -147,8 +149,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> second_order(
   TangentParams t;
   t.query = q.operand(), t.key = k.operand(), t.value = v.operand(), t.out = o.operand();
   t.tangents = given.tangents();
-  t.problem = problem_of(query, key, value, q.dim(), v.dim(), read_mask, seed,
-                         {dropout_p, window_left, window_right, scale, allow_tf32}, kLargestSecondOrderHeadDims);
+  t.problem =
+      problem_of(query, key, value, q.dim(), v.dim(), read_mask, seed,
+                 {dropout_p, window_left, window_right, scale, softcap, allow_tf32}, kLargestSecondOrderHeadDims);
   t.lse = row_input(lse, "lse", query);
   Written tangent_out(query, value.size(3), rows_first(query));
   Tensor tangent_lse = empty_rows(query);

@@ -15,12 +15,15 @@
 //   queries          | warp 0  |         |          keys                | warp 0  |         |
 //                    | ...     |         |                              | ...     |         |
 //
+// With a softcap, dQ and dK take dS times the derivative of softcap.cuh.
+//
 // Every output is accumulated by one block in a fixed order, without atomics: results do not depend on the schedule.
 #pragma once
 
 #include "attention/dropout.cuh"
 #include "attention/pipeline.cuh"
 #include "attention/scheduler.cuh"
+#include "attention/softcap.cuh"
 #include "attention/softmax.cuh"
 #include "attention/store.cuh"
 #include "common/reduce.cuh"
@@ -105,9 +108,9 @@ __device__ __forceinline__ RowState row_state(const BackwardParams& p, const Que
   return state;
 }
 
-// dS = P (dP - delta); 0 where P is 0, even if dP is inf or NaN.
-__device__ __forceinline__ float score_gradient(float weight, float grad, float delta) {
-  return weight == 0.0f ? 0.0f : weight * (grad - delta);
+// dS = P (dP - delta), times the derivative of a softcap; 0 where P is 0, even if the others are inf or NaN.
+__device__ __forceinline__ float score_gradient(float weight, float grad, float delta, float derivative = 1.0f) {
+  return weight == 0.0f ? 0.0f : weight * (grad - delta) * derivative;
 }
 
 // scores = dS in place. ``grads``: dP.
@@ -186,7 +189,6 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim>::kThread
   }
 
   float sums[kFragments][kColumns / 8][4] = {};
-  const float scale = problem.scale * kLog2e;
   pipeline<kShape.stages>(tiles, first, load_keys, [&](const typename Tiles::Index& tile, int i) {
     const int key = tile.key();
     const bool unmasked = tiles.is_unmasked(problem, block, tile);
@@ -199,6 +201,7 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim>::kThread
     float scores[kFragments][kTiles][4] = {}, grads[kFragments][kTiles][4] = {};
     multiply_rows(scores, Layout::owned_key_dim(), warp_row, Layout::key_dim(i), problem.exact);
     multiply_rows(grads, Layout::owned_value_dim(), warp_row, Layout::value_dim(i), problem.exact);
+    const float scale = cap_scores<kPlain, true>(scores, problem);
     mask_scores<kPlain, false>(scores, scale, visible, tiles.mask, row, key);
     // softmax
     score_gradients<kPlain>(scores, grads, state, problem, block.first_row, row, key);
@@ -276,7 +279,9 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim>::kThread
     float scores[kFragments][kTiles][4] = {}, grads[kFragments][kTiles][4] = {};
     multiply_rows(scores, Layout::owned_key_dim(), warp_row, Layout::key_dim(tile), problem.exact);
     multiply_rows(grads, Layout::owned_value_dim(), warp_row, Layout::value_dim(tile), problem.exact);
-    mask_scores<kPlain, true>(scores, scale, visible, mask, key, query);
+    const bool capped =
+        !kPlain && is_capped(problem);  // capped and masked tile by tile, with the derivatives in registers
+    if (!capped) mask_scores<kPlain, true>(scores, scale, visible, mask, key, query);
     // softmax: scores = dropout(P)^T, grads = dS^T
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
@@ -295,10 +300,21 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim>::kThread
             HeadDropout(problem, first_row).factors_transposed(factors, query + n * 8, key + m * kFragmentRows);
           }
         }
+        float derivatives[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+        if constexpr (!kPlain) {
+          if (capped) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const CappedScore score(scores[m][n][i], problem);
+              derivatives[i] = score.derivative;
+              scores[m][n][i] = masked_score<false, true>(score.score(problem), visible, mask, m, n, i, key, query);
+            }
+          }
+        }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float probability = weight(scores[m][n][i], lse[i % 2]);
-          grads[m][n][i] = score_gradient(probability, grads[m][n][i] * factors[i], delta[i % 2]);
+          grads[m][n][i] = score_gradient(probability, grads[m][n][i] * factors[i], delta[i % 2], derivatives[i]);
           scores[m][n][i] = probability * factors[i];
         }
       }

@@ -2,7 +2,7 @@
 //
 //   for each query tile of the block                       load Q
 //     for each visible key tile                            load K, V    one tile ahead, see pipeline.cuh
-//       S = scale * Q K^T + mask                           scores
+//       S = scale * Q K^T + mask                           scores       soft-capped before the mask: softcap.cuh
 //       m' = max(m, rowmax S), P = 2^(S - m'),             softmax      online; m, l in registers
 //       l = l 2^(m - m') + rowsum P, O = O 2^(m - m')
 //       O += dropout(P) V                                  accumulate
@@ -21,6 +21,7 @@
 #include "attention/dropout.cuh"
 #include "attention/pipeline.cuh"
 #include "attention/scheduler.cuh"
+#include "attention/softcap.cuh"
 #include "attention/softmax.cuh"
 #include "attention/store.cuh"
 #include "device/shared.cuh"
@@ -56,7 +57,7 @@ struct ForwardLayout {
   static __device__ __forceinline__ Value value(int i) { return {reinterpret_cast<T*>(stage(i) + kKeyBytes)}; }
 };
 
-// kPlain: no mask and no dropout.
+// kPlain: no mask, dropout or softcap.
 template <typename T, int kKeyDim, int kValueDim, bool kPlain>
 __global__ void __launch_bounds__(ForwardLayout<T, kKeyDim, kValueDim, kPlain>::kThreads, 1)
     attention_forward(ForwardParams p) {
@@ -68,8 +69,6 @@ __global__ void __launch_bounds__(ForwardLayout<T, kKeyDim, kValueDim, kPlain>::
   const Problem& problem = p.problem;
   const int block_m = Layout::block_m(), warp_row = static_cast<int>(threadIdx.x / 32) * Layout::kWarpRows;
   const int first_column = static_cast<int>(blockIdx.y) * kColumns;
-  const float scale = problem.scale * kLog2e;
-
   const auto load_queries = [&](const QueryBlock& block, int i) {
     copy_rows(Layout::query(i), block_m, row_pointer<T>(p.query, block.batch, block.head, block.queries.begin),
               p.query.row, problem.key_dim, [&](int row) { return row < block.rows(); });
@@ -151,6 +150,7 @@ __global__ void __launch_bounds__(ForwardLayout<T, kKeyDim, kValueDim, kPlain>::
       if (warp_rows <= 0 || !(unmasked || device::any_lane(visible.bits != 0))) return;
       float scores[kFragments][kTiles][4] = {};
       multiply_rows(scores, Layout::query(query_tile), warp_row, Layout::key(i), problem.exact);
+      const float scale = cap_scores<kPlain, false>(scores, problem);
       mask_scores<kPlain, false>(scores, scale, visible, tiles.mask, row, current.key());
       apply_softmax(scores, current.key());
       const uint32_t live = kPlain || unmasked ? 0 : visible.columns();

@@ -171,6 +171,23 @@ __device__ __forceinline__ Visible<kFragments, kTiles> visible_scores(const Prob
   return result;
 }
 
+// score + float mask, -inf where masked: element i of fragment [m][tile].
+template <bool kPlain, bool kTransposed, int kFragments, int kTiles, typename T>
+__device__ __forceinline__ float masked_score(float score, Visible<kFragments, kTiles>& visible,
+                                              const HeadMask<T>& mask, int m, int tile, int i, int row, int column) {
+  if (!visible.at(m, tile, i)) return -INFINITY;
+  if constexpr (!kPlain) {
+    if (mask.is_float()) {
+      const int down = row + m * kFragmentRows + i / 2 * 8 + lane_row();
+      const int across = column + tile * 8 + lane_column() + i % 2;
+      const float term = kTransposed ? mask.term(across, down) : mask.term(down, across);
+      if (term == -INFINITY) visible.clear(m, tile, i);
+      score = term == -INFINITY ? term : score + term;
+    }
+  }
+  return score;
+}
+
 // scores = scale * scores + float mask, -inf where masked. An entry of -inf in the float mask clears the bit as well.
 template <bool kPlain, bool kTransposed, int kFragments, int kTiles, typename T>
 __device__ __forceinline__ void mask_scores(float (&scores)[kFragments][kTiles][4], float scale,
@@ -182,18 +199,8 @@ __device__ __forceinline__ void mask_scores(float (&scores)[kFragments][kTiles][
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const bool is_visible = visible.at(m, tile, i);
-        float score = is_visible ? scores[m][tile][i] * scale : -INFINITY;
-        if constexpr (!kPlain) {
-          if (is_visible && mask.is_float()) {
-            const int down = row + m * kFragmentRows + i / 2 * 8 + lane_row();
-            const int across = column + tile * 8 + lane_column() + i % 2;
-            const float term = kTransposed ? mask.term(across, down) : mask.term(down, across);
-            if (term == -INFINITY) visible.clear(m, tile, i);
-            score = term == -INFINITY ? term : score + term;
-          }
-        }
-        scores[m][tile][i] = score;
+        scores[m][tile][i] =
+            masked_score<kPlain, kTransposed>(scores[m][tile][i] * scale, visible, mask, m, tile, i, row, column);
       }
     }
   }

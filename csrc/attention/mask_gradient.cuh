@@ -116,7 +116,8 @@ struct FirstOrderScores {
     float scores[1][kTiles][4] = {}, grads[1][kTiles][4] = {};
     multiply_rows(scores, query(), warp_row, key(), problem.exact);
     multiply_rows(grads, grad_out(), warp_row, value(), problem.exact);
-    mask_scores<false, false>(scores, problem.scale * kLog2e, visible, mask, row, tile.key);
+    const float scale = cap_scores<false, false>(scores, problem);
+    mask_scores<false, false>(scores, scale, visible, mask, row, tile.key);
     RowState state[1];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

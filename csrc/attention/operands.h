@@ -140,7 +140,7 @@ inline Mask mask_of(const MaybeTensor& mask, const Tensor& query, int64_t keys, 
 struct Options {
   double dropout_p;
   int64_t window_left, window_right;
-  double scale;
+  double scale, softcap;
   bool allow_tf32;
 };
 
@@ -170,6 +170,9 @@ inline Problem problem_of(const Tensor& query, const Tensor& key, const Tensor& 
   problem.window_left = static_cast<int>(options.window_left < INT32_MAX ? options.window_left : INT32_MAX);
   problem.window_right = static_cast<int>(options.window_right < INT32_MAX ? options.window_right : INT32_MAX);
   problem.scale = static_cast<float>(options.scale);
+  check_softcap(options.softcap);
+  problem.softcap = static_cast<float>(options.softcap);
+  problem.inner_scale = options.softcap == 0.0 ? 0.0f : static_cast<float>(options.scale / options.softcap);
   problem.exact = !options.allow_tf32;
   problem.mask = mask_of(mask, query, key.size(2));
   if (seed.has_value()) {

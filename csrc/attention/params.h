@@ -47,7 +47,9 @@ struct Problem {
   int batch = 0, heads = 0, key_heads = 0, queries = 0, keys = 0, key_dim = 0, value_dim = 0;
   int window_left = -1, window_right = -1;  // query i attends to keys i - left <= j <= i + right; -1: unbounded
   float scale = 1.0f;
-  bool exact = true;  // float32 products with float32 accuracy; false: tf32
+  float softcap = 0.0f;      // 0: none; see softcap.cuh
+  float inner_scale = 0.0f;  // scale / softcap
+  bool exact = true;         // float32 products with float32 accuracy; false: tf32
   Mask mask;
   Dropout dropout;
 };

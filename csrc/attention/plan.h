@@ -11,7 +11,7 @@ namespace fastgen::attention {
 struct Sizes {
   int64_t batch, heads, key_heads, queries, keys;
   int key_dim, value_dim, element_size;
-  bool plain;  // neither mask nor dropout
+  bool plain;  // no mask, dropout or softcap
 
   constexpr Dims head_dims() const {
     const Dims dims = {key_dim, value_dim};
@@ -24,7 +24,7 @@ struct Sizes {
 };
 
 inline Sizes sizes_of(const Problem& p, int element_size) {
-  const bool plain = p.mask.kind == MaskKind::kNone && p.dropout.seeds == nullptr;
+  const bool plain = p.mask.kind == MaskKind::kNone && p.dropout.seeds == nullptr && p.softcap == 0.0f;
   return {p.batch, p.heads, p.key_heads, p.queries, p.keys, p.key_dim, p.value_dim, element_size, plain};
 }
 

@@ -8,12 +8,15 @@
 //     out' += (P W M) V + (P M) Gv                 accumulate
 //   out' -= w out, lse' = w                        epilogue:  (P (W - w) M) V = (P W M) V - w out
 //
+// With a softcap, W = derivative * scale * (Gq K^T + Q Gk^T) + Gb (softcap.cuh).
+//
 // Blocks and warps as in forward.cuh, one fragment of 16 queries per warp.
 // gridDim = (query tiles of all heads, slices of the value dim).
 #pragma once
 
 #include "attention/dropout.cuh"
 #include "attention/pipeline.cuh"
+#include "attention/softcap.cuh"
 #include "attention/softmax.cuh"
 #include "attention/store.cuh"
 #include "attention/tangent_tiles.cuh"
@@ -73,7 +76,6 @@ __global__ void __launch_bounds__(TangentLayout<T, kKeyDim, kValueDim>::kThreads
     lse[half] = down < warp_rows ? kLog2e * *row_pointer(p.lse, block.batch, block.head, row + down) : -INFINITY;
   }
   float sums[1][kColumns / 8][4] = {}, mean[2] = {0.0f, 0.0f};
-  const float scale = problem.scale;
   pipeline<Layout::kShape.stages>(tiles, first, load_keys, [&](const typename Tiles::Index& tile, int i) {
     const int key = tile.key();
     const bool unmasked = tiles.is_unmasked(problem, block, tile);
@@ -87,8 +89,10 @@ __global__ void __launch_bounds__(TangentLayout<T, kKeyDim, kValueDim>::kThreads
     float scores[1][kTiles][4] = {}, direction[1][kTiles][4] = {};
     multiply_rows(scores, queries.query(), warp_row, keys.key(), problem.exact);
     multiply_direction(direction, queries, warp_row, keys, p.tangents, problem.exact);
-    mask_scores<kPlain, false>(scores, scale * kLog2e, visible, tiles.mask, row, key);
-    mask_direction<false>(direction, scale, visible, mask_tangent, row, key);
+    float direction_scale;
+    const float scale = cap_direction<kPlain>(scores, direction, problem, direction_scale);
+    mask_scores<kPlain, false>(scores, scale, visible, tiles.mask, row, key);
+    mask_direction<false>(direction, direction_scale, visible, mask_tangent, row, key);
     // softmax: scores = P M, direction = P W M
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {

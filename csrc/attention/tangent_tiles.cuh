@@ -94,6 +94,18 @@ __device__ __forceinline__ void multiply_direction_transposed(float (&direction)
   if (tangents.key.data != nullptr) multiply_rows(direction, keys.tangent_key(), row, queries.query(), exact);
 }
 
+// direction + Gb, 0 where the score is masked: element i of fragment [0][tile].
+template <bool kTransposed, int kTiles, typename T>
+__device__ __forceinline__ float masked_direction(float direction, const Visible<1, kTiles>& visible,
+                                                  const HeadMask<T>& tangent, int tile, int i, int row, int column) {
+  if (!visible.at(0, tile, i)) return 0.0f;
+  if (tangent.kind != MaskKind::kNone) {
+    const int down = row + i / 2 * 8 + lane_row(), across = column + tile * 8 + lane_column() + i % 2;
+    direction += kTransposed ? tangent.value(across, down) : tangent.value(down, across);
+  }
+  return direction;
+}
+
 // W = scale * W + Gb in place; 0 where the score is masked.
 template <bool kTransposed, int kTiles, typename T>
 __device__ __forceinline__ void mask_direction(float (&direction)[1][kTiles][4], float scale,
@@ -103,13 +115,8 @@ __device__ __forceinline__ void mask_direction(float (&direction)[1][kTiles][4],
   for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const bool is_visible = visible.at(0, tile, i);
-      float value = is_visible ? direction[0][tile][i] * scale : 0.0f;
-      if (is_visible && tangent.kind != MaskKind::kNone) {
-        const int down = row + i / 2 * 8 + lane_row(), across = column + tile * 8 + lane_column() + i % 2;
-        value += kTransposed ? tangent.value(across, down) : tangent.value(down, across);
-      }
-      direction[0][tile][i] = value;
+      direction[0][tile][i] =
+          masked_direction<kTransposed>(direction[0][tile][i] * scale, visible, tangent, tile, i, row, column);
     }
   }
 }

@@ -73,7 +73,7 @@ constexpr TileShape find_shape(const TileRow (&table)[kCount], Dims dims) {
   return {};
 }
 
-// Forward. Plain: neither mask nor dropout, whose state needs registers.
+// Forward. Plain: no mask, dropout or softcap, whose state needs registers.
 // clang-format off
 //                                   dims      warps frag BLOCK_N stages columns    regs, blocks: reason
 constexpr TileRow kForward16[] = {{{ 64,  64}, {4,   2,   64,     2,     256}},   // 239, 2: no room: rows

@@ -82,6 +82,12 @@ inline void check_seed(const Tensor& seed, int64_t batch, const Tensor& like) {
                   "seed: expected a number of seeds that divides the batch, ", batch, ", got ", seed.numel());
 }
 
+// The bound of attention's scores: 0, or within the range in which float32 computes it (fastgen/checks.py).
+inline void check_softcap(double softcap) {
+  STD_TORCH_CHECK(softcap == 0.0 || (softcap >= 1e-30 && softcap <= 1e30),
+                  "softcap: expected 0, or a number from 1e-30 to 1e30, got ", softcap);
+}
+
 inline void check_probability(double p, const char* name) {
   STD_TORCH_CHECK(p >= 0.0 && p < 1.0, name, ": expected a probability in [0, 1), got ", p);
 }

@@ -58,7 +58,7 @@ def attention_plan(
     """Launch plan of each attention kernel.
 
     Args:
-        plain: no mask and no dropout.
+        plain: no mask, dropout or softcap.
         mask: sizes (B, H, N, M) of a mask that requires a gradient, 1 where it broadcasts.
 
     Raises:

@@ -37,6 +37,7 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
     *,
     window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
     sinks: Tensor | None = None,
     generator: torch.Generator | None = None,
     return_lse: bool = False,
@@ -60,6 +61,8 @@ def scaled_dot_product_attention(
         window: (left, right): query i attends to keys i - left <= j <= i + right; None is unbounded. Bounds may be
             negative: ``(None, M - N)`` is causal with the last query at the last key, and ``(left - o, o)`` a causal
             window for queries that begin at position o of the keys.
+        softcap: bound of the scores before the mask is added: ``softcap * tanh(scale * query @ key^T / softcap)``, a
+            number from 1e-30 to 1e30 (Gemma Team, "Gemma 2", 2024, section 2; FlashAttention 2.6). None is unbounded.
         sinks: (H,), a learned logit per head that takes part in the softmax and has no value (attention sinks: Xiao et
             al., "Efficient streaming language models with attention sinks", 2024; gpt-oss). Differentiable.
         generator: source of the dropout seed, on the tensors' device. Under ``torch.utils.checkpoint`` it requires
@@ -72,10 +75,10 @@ def scaled_dot_product_attention(
         NaN. A key that every query masks is ignored, whatever it and its value contain.
 
     Raises:
-        TypeError: integer inputs, a mask that is neither boolean nor floating, dtypes that differ, a tensor as scale,
-            a nested, sparse or quantized tensor.
-        ValueError: shapes that do not match, a probability out of range, or a scale that is not
-            finite.
+        TypeError: integer inputs, a mask that is neither boolean nor floating, dtypes that differ, a tensor as scale
+            or softcap, a nested, sparse or quantized tensor.
+        ValueError: shapes that do not match, a probability out of range, a scale that is not finite, or a softcap that
+            is not positive.
         RuntimeError: the backend ``compiled`` is forced and has no kernel for these tensors; or a derivative is not
             supported.
 
@@ -104,6 +107,7 @@ def scaled_dot_product_attention(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check.require_tensor(name, tensor)
     check.require_probability("dropout_p", dropout_p, certain=True)
+    cap = check.require_softcap("softcap", softcap)
     left, right = window_bounds(window, is_causal)
     if type(attn_mask).__name__ == "CausalBias":
         bound = causal_bias(attn_mask, query, key, is_causal)
@@ -120,7 +124,7 @@ def scaled_dot_product_attention(
     # Without a head dim all scores are 0, whatever their factor.
     scale = max(query.size(-1), 1) ** -0.5 if scale is None else check.require_finite("scale", scale)
     seed = sample_seed(query.device, generator) if dropout_p > 0 else None
-    options = Options(dropout_p, window_left, window_right, scale, may_use_tf32(query))
+    options = Options(dropout_p, window_left, window_right, scale, cap, may_use_tf32(query))
     namespace = select("attention_forward", query, refused_heads(query, value))
     out, lse = attention(Problem(query, key, value, mask, seed, options, namespace))
     if dropped:

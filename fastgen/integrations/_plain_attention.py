@@ -1,6 +1,6 @@
-"""Attention in plain PyTorch, for what the fused operator does not compute: capped scores, and the weights themselves.
+"""Attention in plain PyTorch, for what the fused operator does not return: the weights.
 
-Memory is O(N M) for the output and every derivative. A fused softcap replaces the first use.
+Memory is O(N M) for the output and every derivative.
 """
 
 from __future__ import annotations

@@ -180,10 +180,10 @@ def attention(
         dropout: probability of dropping a weight.
         scaling: factor of the scores.
         is_causal: overrides the layer's.
-        softcap: bound of the scores; computed with PyTorch's operators in float32, in O(N M) memory.
+        softcap: bound of the scores before the mask is added.
         s_aux: (H,), a logit per head that joins the softmax and has no value.
         position_bias: broadcasts to (B, H, N, M), added to the scores.
-        output_attentions: also return the weights; computed as ``softcap`` is.
+        output_attentions: also return the weights; computed with PyTorch's operators in float32, in O(N M) memory.
         others: ignored if None, or if they repeat what the mask says.
 
     Returns:
@@ -218,7 +218,7 @@ def attention(
         mask = _biased(position_bias, mask)
     weighted = output_attentions or getattr(getattr(module, "config", None), "output_attentions", False)
     weights: Tensor | None = None
-    if softcap is not None or weighted:
+    if weighted:
         scale = query.size(-1) ** -0.5 if scaling is None else scaling
         out, weights, lse = plain_attention(query, key, value, mask, (left, right), dropout, scale, softcap)
         if s_aux is not None:
@@ -235,6 +235,7 @@ def attention(
             scale=scaling,
             enable_gqa=key.size(1) != query.size(1),
             window=None if left is None and right is None else (left, right),
+            softcap=softcap,
             sinks=s_aux,
         )
     return out.transpose(1, 2).contiguous(), weights if weighted else None

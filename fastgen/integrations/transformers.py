@@ -247,9 +247,6 @@ def _blocks(layer: _Layer) -> bool:
 def _text(layer: _Layer) -> str:
     before = layer.config._attn_implementation or "eager"
     text = f"{type(layer.module).__name__}: {before} -> {_NAME}"
-    softcap = _keywords(_class(layer.module)).get("softcap")
-    if isinstance(softcap, ast.Attribute) and getattr(layer.module, softcap.attr, None) is not None:
-        text += ", softcap with PyTorch's operators in float32 (not fused)"
     return text + (", recompiled at its next call" if layer.compiled else "")
 
 

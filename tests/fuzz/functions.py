@@ -63,7 +63,8 @@ def scaled_dot_product_attention(draw: Draw) -> Call:
         "return_lse": True,
         "enable_gqa": grouped or (dims >= 4 and draw.chance(0.1)),
     }
-    scale = draw.one((None, None, 0.5, 1))
+    scale, softcap = draw.one((None, None, 0.5, 1)), draw.one((None, None, 0.5, 20))
+    options["softcap"] = softcap
 
     def expected() -> list[Tensor]:
         whole = None if mask is None else mask.detach().expand(full)
@@ -72,7 +73,8 @@ def scaled_dot_product_attention(draw: Draw) -> Call:
             whole = whole if whole.dtype == torch.bool else whole.double()
         bounds = [-1 if bound is None else bound for bound in window or (-1, -1)]
         tensors = [_four(t, dims) for t in (query, key, value)]
-        results = reference.attention(*tensors, whole, None, bounds[0], 0 if causal else bounds[1], scale)
+        sides = bounds[0], 0 if causal else bounds[1]
+        results = reference.attention(*tensors, whole, None, *sides, scale, softcap or 0.0)
         return [r.reshape(*lead, *r.shape[2:]) for r in results]
 
     shapes: operators.Shapes = [(*lead, length, value_dim), (*lead, length)]

@@ -53,7 +53,8 @@ class Attention:
         dropout = draw.one((0.3, 0.9)) if draw.chance(0.3) else 0.0
         self.seed = draw.seeds(batch) if dropout > 0 else None
         bounds = (-1, -1, -1, 0, 1, 3, 2**31, 2**62, 2**63 - 1)
-        self.options = [dropout, draw.one(bounds), draw.one(bounds), scale(draw), draw.chance(0.5)]
+        softcap = draw.one((0.0, 0.0, 0.7, 30.0, 1e-30, 1e30))
+        self.options = [dropout, draw.one(bounds), draw.one(bounds), scale(draw), softcap, draw.chance(0.5)]
 
     def like_query(self, dim: int) -> Tensor:
         return self.draw.tensor(*self.rows, dim, dtype=self.dtype, rows=True)

@@ -106,7 +106,7 @@ CASES = (
         "Gemma2Config",
         {**DECODER, "head_dim": 8, "sliding_window": 4, "attn_logit_softcapping": 2.0},
         default="eager",
-        note="softcap (not fused), alternating windows",
+        note="softcap, alternating windows",
     ),
     Case(
         "gpt-oss",

@@ -21,6 +21,7 @@ LENGTHS = (1, 3, 17, 64, 113, 128, 129, 203, 257)
 HEADS = ((2, 2), (4, 2), (3, 1))  # of the query, of key and value
 LAYOUTS = ("BHND", "BNHD", "packed", "odd")
 DROPOUT = (0.0, 0.3)
+SOFTCAPS = (0.0, 1.5)
 MASKS = (
     "none", "causal", "window", "causal window", "bool", "bool per key", "bool and causal", "bool per row",
     "float", "float and window", "float per key", "float per row", "one float", "float with holes",
@@ -39,11 +40,13 @@ class Case(NamedTuple):
     heads: tuple[int, int] = (2, 2)
     layout: str = "BHND"
     batch: int = 2
+    softcap: float = 0.0
 
     def __str__(self) -> str:
-        dtype, (key_dim, value_dim), queries, keys, mask, dropout, (heads, key_heads), layout, batch = self
+        dtype, (key_dim, value_dim), queries, keys, mask, dropout, (heads, key_heads), layout, batch, softcap = self
         name = f"{str(dtype).removeprefix('torch.')} {key_dim}x{value_dim} {queries}x{keys} {mask.replace(' ', '_')}"
-        return f"{name} p{dropout} h{heads}:{key_heads} {layout} b{batch}"
+        name = f"{name} p{dropout} h{heads}:{key_heads} {layout} b{batch}"
+        return f"{name} c{softcap}" if softcap else name
 
 
 def matrix(layout: str, batch: int, heads: int, rows: int, dim: int, dtype: torch.dtype) -> Tensor:
@@ -104,7 +107,13 @@ def gradients(out: Tensor, lse: Tensor, leaves: list[Tensor], upstream: list[Ten
 
 
 def cancellation(
-    leaves: list[Tensor], mask: Tensor | None, keep: Tensor | None, left: int, right: int, grad_out: Tensor
+    leaves: list[Tensor],
+    mask: Tensor | None,
+    keep: Tensor | None,
+    left: int,
+    right: int,
+    grad_out: Tensor,
+    softcap: float = 0.0,
 ) -> list[float]:
     """Allowance for rounding in the gradients of query, key, value and mask, where dS = P (dP - d) cancels.
 
@@ -118,19 +127,20 @@ def cancellation(
     key, value = reference.expand_heads(key, heads), reference.expand_heads(value, heads)
     mask = learned[0] if learned else mask
     scale = query.size(-1) ** -0.5
-    weights, _ = reference.softmax_lse(reference.attention_scores(query, key, mask, left, right, scale))
+    weights, _ = reference.softmax_lse(reference.attention_scores(query, key, mask, left, right, scale, softcap))
+    derivative, _ = reference.softcap_derivatives(query, key, scale, softcap)
     dropped = weights if keep is None else weights * keep
     products = grad_out * (dropped @ value)
 
-    def propagated(scores: Tensor, q: Tensor, k: Tensor) -> list[Tensor]:
-        grad_key = (scores.mT @ q).unflatten(1, (-1, group)).sum(2)
-        return [scores @ k, grad_key, *(scores.sum_to_size(m.shape) for m in learned)]
+    def propagated(scores: Tensor, derivative: Tensor, q: Tensor, k: Tensor) -> list[Tensor]:
+        grad_key = ((derivative * scores).mT @ q).unflatten(1, (-1, group)).sum(2)
+        return [(derivative * scores) @ k, grad_key, *(scores.sum_to_size(m.shape) for m in learned)]
 
     row = products.abs().sum(-1, keepdim=True)
     sizes = weights * ((grad_out.abs() @ value.abs().mT) * (1 if keep is None else keep) + row)
-    sums = propagated(sizes, scale * query.abs(), scale * key.abs())
+    sums = propagated(sizes, derivative, scale * query.abs(), scale * key.abs())
     variance = weights.square() * products.square().sum(-1, keepdim=True)
-    squares = propagated(variance, (scale * query).square(), (scale * key).square())
+    squares = propagated(variance, derivative.square(), (scale * query).square(), (scale * key).square())
     of_value = (dropped.mT @ grad_out.abs()).unflatten(1, (-1, group)).sum(2)
     rounding = ROUNDING_ULPS * torch.finfo(torch.float32).eps
     deviation = 4 * torch.finfo(dtype).eps / 12**0.5
@@ -149,6 +159,7 @@ def cancellation_second_order(
     left: int,
     right: int,
     grad_out: Tensor,
+    softcap: float = 0.0,
 ) -> list[float]:
     """The same for the second order: for O', l' and the gradients of query, key, value and mask.
 
@@ -160,13 +171,15 @@ def cancellation_second_order(
     heads, group = query.size(1), query.size(1) // key.size(1)
     key, value, of_key, of_value = (reference.expand_heads(t, heads) for t in (key, value, of_key, of_value))
     mask, scale = learned[0] if learned else mask, query.size(-1) ** -0.5
-    weights, _ = reference.softmax_lse(reference.attention_scores(query, key, mask, left, right, scale))
+    weights, _ = reference.softmax_lse(reference.attention_scores(query, key, mask, left, right, scale, softcap))
     kept = torch.ones_like(weights) if keep is None else keep
+    derivative, second_derivative = reference.softcap_derivatives(query, key, scale, softcap)
 
     def direction(q: Tensor, k: Tensor, gq: Tensor, gk: Tensor, gm: list[Tensor]) -> Tensor:
-        return scale * (gq @ k.mT + q @ gk.mT) + (gm[0] if gm else 0)
+        return derivative * scale * (gq @ k.mT + q @ gk.mT) + (gm[0] if gm else 0)
 
     centred = direction(query, key, of_query, of_key, of_mask)
+    curvature = second_derivative.abs() * scale * (of_query @ key.mT + query @ of_key.mT).abs()
     mean = (weights * centred).sum(-1, keepdim=True)
     centred = centred - mean
     out = (weights * kept) @ value
@@ -185,14 +198,19 @@ def cancellation_second_order(
     second_variance = weights.square() * (centred.square() * of_delta + of_second)
 
     def propagated(
-        second: Tensor, first: Tensor, q: Tensor, k: Tensor, gq: Tensor, gk: Tensor
+        of_mask: Tensor, second: Tensor, first: Tensor, q: Tensor, k: Tensor, gq: Tensor, gk: Tensor
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         grad_key = (second.mT @ q + first.mT @ gq).unflatten(1, (-1, group)).sum(2)
-        return second @ k + first @ gk, grad_key, [second.sum_to_size(m.shape) for m in learned]
+        return second @ k + first @ gk, grad_key, [of_mask.sum_to_size(m.shape) for m in learned]
 
     tensors = (query, key, of_query, of_key)
-    sums = propagated(second_sizes, sizes, *(scale * t.abs() for t in tensors))
-    squares = propagated(second_variance, variance, *((scale * t).square() for t in tensors))
+    capped_sizes = derivative * second_sizes + curvature * sizes, derivative * sizes
+    sums = propagated(second_sizes, *capped_sizes, *(scale * t.abs() for t in tensors))
+    capped_variance = (
+        derivative.square() * second_variance + curvature.square() * variance,
+        derivative.square() * variance,
+    )
+    squares = propagated(second_variance, *capped_variance, *((scale * t).square() for t in tensors))
     of_value_grad = ((weights * wide * kept).mT @ grad_out.abs()).unflatten(1, (-1, group)).sum(2)
     rounding = ROUNDING_ULPS * torch.finfo(torch.float32).eps
     deviation = 4 * torch.finfo(dtype).eps / 12**0.5
@@ -214,6 +232,7 @@ class Problem(NamedTuple):
     window: dict[str, Any]
     upstream: list[Tensor]  # gradients of out and lse, float64
     keep: Tensor | None
+    softcap: float
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -224,7 +243,7 @@ class Problem(NamedTuple):
         """In the dtype of the leaves."""
         keep = None if self.keep is None else self.keep.to(leaves[0].dtype)
         mask = leaves[3] if len(leaves) == 4 else self.mask
-        return reference.attention(*leaves[:3], mask, keep, *self.sides)
+        return reference.attention(*leaves[:3], mask, keep, *self.sides, softcap=self.softcap)
 
     def ours(self, leaves: list[Tensor], dropout: float) -> tuple[Tensor, Tensor]:
         mask = self.mask if self.mask is None else self.mask.to(leaves[0].device)
@@ -233,7 +252,7 @@ class Problem(NamedTuple):
         try:
             return scaled_dot_product_attention(
                 *leaves[:3], leaves[3] if len(leaves) == 4 else mask, dropout, enable_gqa=True, return_lse=True,
-                **self.window,
+                softcap=self.softcap or None, **self.window,
             )  # fmt: skip
         finally:
             torch.randint = drawn
@@ -250,7 +269,7 @@ def problem_of(case: Case, seed: int) -> Problem:
     leaves = [query, key, value, *([mask] if learned else [])]
     out_shape = (case.batch, heads, case.queries, case.dims[1])
     upstream = [torch.randn(out_shape).to(torch.bfloat16).double(), torch.randn(out_shape[:3]).double()]
-    return Problem(leaves, mask, window, upstream, keep_of(case, torch.tensor([7])))
+    return Problem(leaves, mask, window, upstream, keep_of(case, torch.tensor([7])), case.softcap)
 
 
 NAMES = ("out", "lse", "grad of query", "grad of key", "grad of value", "grad of mask")
@@ -270,7 +289,7 @@ def check(case: Case, device: torch.device, seed: int = 0) -> None:
     on_device = [leaf.to(device).detach().requires_grad_() for leaf in problem.leaves]
     ours = results(on_device, *problem.ours(on_device, case.dropout))
     left, right = problem.sides
-    granted = cancellation(problem.leaves, problem.mask, problem.keep, left, right, problem.upstream[0])
+    granted = cancellation(problem.leaves, problem.mask, problem.keep, left, right, problem.upstream[0], case.softcap)
     compared = (ours, formula(case.dtype), formula(torch.float64), [0.0, 0.0, *granted])
     for name, actual, plain, exact, allowance in zip(NAMES, *compared, strict=False):
         assert_accurate(actual.cpu(), plain, exact, name, allowance)
@@ -312,7 +331,9 @@ def check_second_order(case: Case, device: torch.device, seed: int = 0) -> None:
     seen = (lse != -math.inf).to(lse.dtype)  # the fill value of a fully masked row is constant
     assert torch.equal(tangents[1] * seen, ours[1])
 
-    granted = cancellation_second_order(leaves, directions, problem.mask, problem.keep, *problem.sides, grad_out)
+    granted = cancellation_second_order(
+        leaves, directions, problem.mask, problem.keep, *problem.sides, grad_out, case.softcap
+    )
     compared = (ours, formula(case.dtype), formula(torch.float64), granted)
     for name, actual, plain, exact, allowance in zip(NAMES, *compared, strict=False):
         assert_accurate(actual.cpu(), plain, exact, f"of second order, {name}", allowance)

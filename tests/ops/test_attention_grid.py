@@ -25,12 +25,13 @@ from tests.ops.attention_cases import (
     LAYOUTS,
     LENGTHS,
     MASKS,
+    SOFTCAPS,
     Case,
     check,
     check_second_order,
 )
 
-AXES = [DIMS, LENGTHS, LENGTHS, MASKS, DTYPES, HEADS, LAYOUTS, DROPOUT]
+AXES = [DIMS, LENGTHS, LENGTHS, MASKS, DTYPES, HEADS, LAYOUTS, DROPOUT, SOFTCAPS]
 
 
 def products(dims: tuple[int, int], queries: int, keys: int) -> int:
@@ -38,9 +39,11 @@ def products(dims: tuple[int, int], queries: int, keys: int) -> int:
     return max(dims) * (-(-queries // 16) * 16) * (-(-keys // 16) * 16)
 
 
-def case_of(dims: Any, queries: int, keys: int, mask: str, dtype: Any, heads: Any, layout: str, dropout: float) -> Case:
+def case_of(
+    dims: Any, queries: int, keys: int, mask: str, dtype: Any, heads: Any, layout: str, dropout: float, softcap: float
+) -> Case:
     batch = 2 if products(dims, queries, keys) < 200_000 else 1
-    return Case(dtype, dims, queries, keys, mask, dropout, heads, layout, batch)
+    return Case(dtype, dims, queries, keys, mask, dropout, heads, layout, batch, softcap)
 
 
 def affordable(point: Sequence[Any]) -> bool:
@@ -114,7 +117,7 @@ def test_the_full_product(attention_place, order):
     ids=["first order", "second order"],
 )
 def test_the_selection_has_every_pair_that_ci_can_afford(pairs, axes, allowed):
-    names = ("dims", "queries", "keys", "mask", "dtype", "heads", "layout", "dropout")
+    names = ("dims", "queries", "keys", "mask", "dtype", "heads", "layout", "dropout", "softcap")
     smallest = [axis[0] for axis in axes]
     for i, j in itertools.combinations(range(len(axes)), 2):
         met = {(getattr(case, names[i]), getattr(case, names[j])) for case in pairs}

@@ -21,11 +21,12 @@ from fastgen.ops.attention.problem import WIDEST_HEAD, Options
 from fastgen.testing import largest_error
 from tests.emulator import build
 from tests.emulator.build import ROOT
-from tests.ops.attention_cases import DIMS, DROPOUT, DTYPES, HEADS, LAYOUTS, MASKS, Case, check, matrix
+from tests.ops.attention_cases import DIMS, DROPOUT, DTYPES, HEADS, LAYOUTS, MASKS, SOFTCAPS, Case, check, matrix
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 
 PLAIN = Options(0.0, -1, -1, 0.3)
+OPTIONS = [PLAIN, Options(0.3, 20, 5, 0.3), PLAIN._replace(softcap=0.7)]
 
 
 @pytest.fixture
@@ -59,7 +60,8 @@ def cases(draw):
     lengths = st.integers(1, most)
     choices = (MASKS, DROPOUT, HEADS, LAYOUTS)
     rest = [draw(st.sampled_from(axis)) for axis in choices]
-    return Case(dtype, dims, draw(lengths), draw(lengths), *rest, batch=draw(st.integers(1, 2)))
+    batch, softcap = draw(st.integers(1, 2)), draw(st.sampled_from(SOFTCAPS))
+    return Case(dtype, dims, draw(lengths), draw(lengths), *rest, batch=batch, softcap=softcap)
 
 
 def property_holds(emulator, case, schedule):
@@ -84,7 +86,7 @@ def test_very_many_problems_under_any_schedule(emulated, emulator, case, schedul
     property_holds(emulator, case, schedule)
 
 
-@pytest.mark.parametrize("options", [PLAIN, Options(0.3, 20, 5, 0.3)], ids=["plain", "window and dropout"])
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "window and dropout", "softcap"])
 def test_every_schedule_gives_the_same_bits(emulator, emulated, options):
     """So nothing needs a deterministic mode: sums have one order, also those of a broadcast mask's gradient."""
     tensors, mask = operands(batch=2), torch.randn(1, 1, 1, 90)

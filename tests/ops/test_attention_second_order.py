@@ -34,8 +34,9 @@ def with_math(query, key, value, **kwargs):
 @pytest.mark.parametrize("window", [(-1, -1), (2, 0)], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("mask", ["none", "bool", "float"])
+@pytest.mark.parametrize("softcap", [0.0, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_tiles_give_the_formulas(monkeypatch, namespace, absent, window, dropout, mask, dtype):
+def test_tiles_give_the_formulas(monkeypatch, namespace, absent, window, dropout, mask, softcap, dtype):
     for module in (_attention_blocked, _attention_tangent):
         monkeypatch.setattr(module, "TILE_BYTES", 2048)
     shapes = ((2, 4, 21, 3), (2, 2, 33, 3), (2, 2, 33, 5))
@@ -50,7 +51,7 @@ def test_tiles_give_the_formulas(monkeypatch, namespace, absent, window, dropout
         uniform = random.uniform_rows(seed, torch.arange(2 * 4 * 21), 2 * 4 * 21, groups, 0, groups)[:, :33]
         keep = ((uniform >= dropout).double() / (1 - dropout)).reshape(2, 4, 21, 33)
     upstream = torch.randn(2, 4, 21, 5, dtype=dtype), torch.randn(2, 4, 21, dtype=dtype)
-    options = Options(dropout, *window, 0.6)
+    options = Options(dropout, *window, 0.6, softcap)
     operators = getattr(torch.ops, namespace)
     out, lse = operators.attention_forward(*tensors, given, seed, *options)
     rest = (out, lse, given, seed, *directions, *options)
@@ -61,14 +62,15 @@ def test_tiles_give_the_formulas(monkeypatch, namespace, absent, window, dropout
         return t.double() if t is not None and t.is_floating_point() else t
 
     arguments = [wide(t) for t in (*tensors, given, *directions, keep)]
-    exact = reference.attention_second_order(*map(wide, upstream), *arguments, *window, 0.6)
+    exact = reference.attention_second_order(*map(wide, upstream), *arguments, *window, 0.6, softcap)
     tolerance = {torch.float64: 1e-12, torch.float32: 2e-5}[dtype]
     for a, b in zip((*ours, *tangents), (*exact, *exact[:2]), strict=True):
         if b is not None:
             torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
 
 
-def test_the_second_order_formulas_are_the_derivative_of_the_first():
+@pytest.mark.parametrize("softcap", [0.0, 0.7])
+def test_the_second_order_formulas_are_the_derivative_of_the_first(softcap):
     """The oracle's formulas against autograd of the oracle; every other test compares with one of the two."""
     tensors = [
         torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 4, 5, 3), (2, 2, 7, 3), (2, 2, 7, 2))
@@ -77,11 +79,11 @@ def test_the_second_order_formulas_are_the_derivative_of_the_first():
     directions = [torch.randn_like(t) for t in (*tensors, mask)]
     upstream = [torch.randn(2, 4, 5, *end, dtype=torch.float64, requires_grad=True) for end in ((2,), ())]
     keep = (torch.rand(2, 4, 5, 7) > 0.3).double() / 0.7
-    grads = reference.attention_backward(*upstream, *tensors, mask, keep, 4, 1, 0.5)
+    grads = reference.attention_backward(*upstream, *tensors, mask, keep, 4, 1, 0.5, softcap)
     total = sum((g * d).sum() for g, d in zip(grads, directions, strict=True))
     wanted = torch.autograd.grad(total, [*upstream, *tensors, mask])
-    ours = reference.attention_second_order(*upstream, *tensors, mask, *directions, keep, 4, 1, 0.5)
-    tangents = reference.attention_tangent(*tensors, mask, *directions, keep, 4, 1, 0.5)
+    ours = reference.attention_second_order(*upstream, *tensors, mask, *directions, keep, 4, 1, 0.5, softcap)
+    tangents = reference.attention_tangent(*tensors, mask, *directions, keep, 4, 1, 0.5, softcap)
     for a, b in zip((*ours, *tangents), (*wanted, *wanted[:2]), strict=True):
         torch.testing.assert_close(a, b)
 

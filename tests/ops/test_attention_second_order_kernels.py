@@ -13,12 +13,24 @@ from benchmarks.shapes import ATTENTION_SHAPES
 from fastgen import backend
 from fastgen.backend import libraries, selection
 from fastgen.functional import scaled_dot_product_attention as attention
-from fastgen.ops.attention.problem import WIDEST_HEAD_SECOND_ORDER, Options
+from fastgen.ops.attention.problem import WIDEST_HEAD_SECOND_ORDER
 from fastgen.testing import largest_error
 from tests.emulator import build
-from tests.ops.attention_cases import DIMS, DROPOUT, DTYPES, HEADS, LAYOUTS, MASKS, Case, check_second_order, matrix
+from tests.ops.attention_cases import (
+    DIMS,
+    DROPOUT,
+    DTYPES,
+    HEADS,
+    LAYOUTS,
+    MASKS,
+    SOFTCAPS,
+    Case,
+    check_second_order,
+    matrix,
+)
 from tests.ops.test_attention_kernels import (
     KEPT,
+    OPTIONS,
     PLAIN,
     assert_no_site_can_be_left_out,
     emulated,  # noqa: F401  (a fixture)
@@ -57,7 +69,8 @@ def cases(draw):
     most = 100 if dtype != torch.float32 and max(dims) <= 64 else 40
     lengths = st.integers(1, most)
     rest = [draw(st.sampled_from(axis)) for axis in (MASKS, DROPOUT, HEADS, LAYOUTS)]
-    return Case(dtype, dims, draw(lengths), draw(lengths), *rest, batch=draw(st.integers(1, 2)))
+    batch, softcap = draw(st.integers(1, 2)), draw(st.sampled_from(SOFTCAPS))
+    return Case(dtype, dims, draw(lengths), draw(lengths), *rest, batch=batch, softcap=softcap)
 
 
 def property_holds(emulator, case, schedule):
@@ -82,7 +95,7 @@ def test_very_many_problems_under_any_schedule(emulated, emulator, case, schedul
     property_holds(emulator, case, schedule)
 
 
-@pytest.mark.parametrize("options", [PLAIN, Options(0.3, 20, 5, 0.3)], ids=["plain", "window and dropout"])
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "window and dropout", "softcap"])
 def test_every_schedule_gives_the_same_bits(emulator, emulated, options):  # noqa: F811
     tensors, mask = operands(batch=2), torch.randn(1, 1, 1, 90)
     seed = torch.tensor([5]) if options.dropout_p else None

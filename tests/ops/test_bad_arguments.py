@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import pytest
 import torch
 
@@ -51,6 +54,22 @@ BAD = {
         ValueError,
         "window: expected left to be an integer, or None for unbounded, got 0.5",
     ),
+    **{
+        f"{value} as softcap": (
+            lambda value=value: scaled_dot_product_attention(*[t(1, 1, 2, 4)] * 3, softcap=value),
+            ValueError,
+            re.escape(f"softcap: expected a positive number from 1e-30 to 1e+30, got {value}"),
+        )
+        for value in (0.0, -1.0, math.inf, math.nan, 1e300)
+    },
+    **{
+        f"a {type(value).__name__} as softcap": (
+            lambda value=value: scaled_dot_product_attention(*[t(1, 1, 2, 4)] * 3, softcap=value),
+            TypeError,
+            f"softcap: expected a number or None, got {type(value).__name__}",
+        )
+        for value in (True, "2", torch.ones(()))
+    },
     "sinks of another number of heads": (
         lambda: scaled_dot_product_attention(t(1, 4, 2, 4), t(1, 4, 3, 4), t(1, 4, 3, 4), sinks=t(3)),
         ValueError,

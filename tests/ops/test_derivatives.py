@@ -40,14 +40,14 @@ def plain_latent(mu, logvar, prior_mu=None, prior_logvar=None, generator=None):
     return mu + noise * (0.5 * logvar).exp(), reference.kl_divergence(flat, logvar.reshape(flat.shape), *rows)
 
 
-def plain_attention(query, key, value, attn_mask=None, window=(-1, -1), dropout_p=0.0):
+def plain_attention(query, key, value, attn_mask=None, window=(-1, -1), dropout_p=0.0, softcap=0.0):
     keep = None
     if dropout_p:
         seed, rows = torch.randint(0, 2**63 - 1, (1,)), query.shape[:-1].numel()
         groups = random.groups_per_row(key.size(-2))
         uniform = random.uniform_rows(seed, torch.arange(rows), rows, groups, 0, groups)[:, : key.size(-2)]
         keep = ((uniform >= dropout_p).double() / (1 - dropout_p)).reshape(*query.shape[:-1], key.size(-2))
-    return reference.attention(query, key, value, attn_mask, keep, *window)
+    return reference.attention(query, key, value, attn_mask, keep, *window, softcap=softcap)
 
 
 def plain_heads(x, weight, bias, heads, dims):
@@ -233,7 +233,7 @@ def both(name, **kwargs):
     ours = lambda *t: functional.scaled_dot_product_attention(*t, return_lse=True, **kwargs)  # noqa: E731
     translated = {"window": kwargs["window"]} if "window" in kwargs else {}
     translated |= {"window": (-1, 0)} if kwargs.get("is_causal") else {}
-    translated |= {"dropout_p": kwargs["dropout_p"]} if "dropout_p" in kwargs else {}
+    translated |= {name: kwargs[name] for name in ("dropout_p", "softcap") if name in kwargs}
     formula = lambda *t: plain_attention(*t, **translated)  # noqa: E731
     return ours, formula
 
@@ -332,6 +332,7 @@ CASES = {
     "scaled_dot_product_attention, causal": lambda: attention_case(is_causal=True),
     "scaled_dot_product_attention, window": lambda: attention_case(window=(1, 1)),
     "scaled_dot_product_attention, bias": lambda: attention_case(mask=(H, 1, N)),
+    "scaled_dot_product_attention, softcap": lambda: attention_case(mask=(H, 1, N), softcap=0.7),
     "scaled_dot_product_attention, dropout": lambda: attention_case(dropout_p=0.4),
     "multi_head_projection": lambda: (
         lambda x, w, b: functional.multi_head_projection(x, w, b, num_heads=2),

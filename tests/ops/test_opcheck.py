@@ -11,10 +11,11 @@ from fastgen.ops.attention.problem import Options
 SEED = torch.tensor([5])
 
 
-def attention_arguments(masked=False, dropout=False):
+def attention_arguments(masked=False, dropout=False, softcap=0.0):
     query, key, value = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 3)
     mask = torch.randn(4, 1, 6).unsqueeze(0) if masked else None
-    return query, key, value, mask, SEED if dropout else None, *Options(0.5 if dropout else 0.0, -1, -1, 0.4)
+    options = Options(0.5 if dropout else 0.0, -1, -1, 0.4, softcap)
+    return query, key, value, mask, SEED if dropout else None, *options
 
 
 def backward_arguments(**kwargs):
@@ -39,7 +40,7 @@ def cases():
     yield "latent_backward", (matrix(), torch.randn(3), matrix(), matrix(), row, row, SEED)
     yield "latent_backward", (None, torch.randn(3), matrix(), matrix(), None, None, SEED)
     yield "latent_backward", (matrix(), None, matrix(), matrix(), None, None, SEED)
-    for options in ({}, {"masked": True}, {"dropout": True}):
+    for options in ({}, {"masked": True}, {"dropout": True}, {"masked": True, "softcap": 0.6}):
         yield "attention_forward", attention_arguments(**options)
         yield "attention_backward", (*backward_arguments(**options), bool(options.get("masked")))
         yield "attention_tangent", second_order_arguments(**options)[2:]

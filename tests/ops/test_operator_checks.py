@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from fastgen import backend
 from tests.emulator import build
 
 NAMESPACES = ("fastgen", "fastgen_torch")
-PLAIN = (0.0, -1, -1, 0.25, False)
+PLAIN = (0.0, -1, -1, 0.25, 0.0, False)
 SEED = torch.tensor([5])
 
 
@@ -206,8 +208,10 @@ def test_kernels_of_gpus_refuse_it_too(emulator):
         (*projection(tokens, cos=randn(1, 6, 2)), "sin: expected together with cos"),
         (*projection(tokens, rotated=-1), "rotated: expected"),
         (*projection(tokens, **five), "heads: kernels take up to 4 parts, got 5"),
-        ("attention_forward", (*wide, 0.0, -(2**62), -1, 0.3, False), "window_left, window_right: expected >= 0"),
-        ("attention_forward", (*wide, 0.5, -1, -1, 0.3, False), "seed: expected one"),
+        ("attention_forward", (*wide, 0.0, -(2**62), -1, 0.3, 0.0, False), "window_left, window_right: expected >= 0"),
+        ("attention_forward", (*wide, 0.5, -1, -1, 0.3, 0.0, False), "seed: expected one"),
+        ("attention_forward", (*wide, 0.0, -1, -1, 0.3, -1.0, False), "softcap: expected 0, or a number from 1e-"),
+        ("attention_forward", (*wide, 0.0, -1, -1, 0.3, math.nan, False), "softcap: expected 0, or a number from 1e-"),
         ("attention_forward", (freed(2, 4, 5, 8), *wide[1:], *PLAIN), "query: expected a tensor whose storage"),
         (*attention_backward(mask=torch.ones(1, 1, 5, 6) > 0, mask_grad=True), "mask_grad: expected False"),
         ("latent_backward", (None, randn(3), mu, mu, None, None, SEED), "grad_kl: expected shape"),

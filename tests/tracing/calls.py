@@ -15,7 +15,7 @@ Make = Callable[..., Tensor]
 
 FUNCTIONS: dict[str, Callable[[Make], Any]] = {
     "scaled_dot_product_attention": lambda make: F.scaled_dot_product_attention(
-        make(1, 2, 5, 8), make(1, 2, 7, 8), make(1, 2, 7, 8), make(5, 7), 0.1, return_lse=True
+        make(1, 2, 5, 8), make(1, 2, 7, 8), make(1, 2, 7, 8), make(5, 7), 0.1, softcap=2.0, return_lse=True
     ),
     "multi_head_projection": lambda make: F.multi_head_projection(make(2, 3, 8), make(16, 8), make(16), num_heads=2),
     "qkv_projection": lambda make: F.qkv_projection(

@@ -30,7 +30,7 @@ _ANY_ORDER = (
 )
 
 # In the arguments of a Function: number of tensors and of all fields of a flat Saved, and position of its mask.
-_TENSORS, _SAVED, _MASK = 7, 13, Saved._fields.index("mask")
+_TENSORS, _SAVED, _MASK = 7, 14, Saved._fields.index("mask")
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -77,6 +77,7 @@ class Tile:
         self.j0 = min(max(0, self.i0 - left), keys) if left >= 0 else 0
         self.j1 = max(self.j0, min(keys, self.i1 + right)) if right >= 0 else keys
         self.groups = self.query.size(1) // self.key.size(1)
+        self.capped: Tensor | None = None
 
     def rows(self, tensor: Tensor) -> Tensor:
         """(B, H, N, D) -> (b, Hk, G * rows, D), in the arithmetic type."""
@@ -124,7 +125,11 @@ class Tile:
         self.store(result.unsqueeze(-1), part)
 
     def scores(self) -> Tensor:
+        """(b, Hk, G * rows, keys), masked. With a softcap, ``capped`` keeps their tanh for its derivatives."""
         scores = torch.matmul(self.rows(self.query) * self.options.scale, self.keys(self.key).transpose(-2, -1))
+        if self.options.softcap != 0.0:
+            self.capped = scores.div_(self.options.softcap).tanh_()
+            scores = self.capped * self.options.softcap
         by_head = self.per_head(scores)
         if self.mask is not None:
             self.add_mask(scores, self.mask)
@@ -134,6 +139,14 @@ class Tile:
         if allowed is not None:
             by_head.masked_fill_(~allowed, -math.inf)
         return scores
+
+    def derivative(self) -> Tensor | None:
+        """The softcap's derivative, 1 - tanh^2, which overwrites ``capped``; None without a softcap."""
+        return None if self.capped is None else self.capped.square_().neg_().add_(1)
+
+    def curvature(self) -> Tensor | None:
+        """The second derivative over the first, -2 tanh / softcap; None without a softcap."""
+        return None if self.capped is None else self.capped * (-2 / self.options.softcap)
 
     def keep(self) -> Tensor | None:
         """The dropout mask over its probability, (b, Hk, G * rows, keys). The compiled helper gives the same bits."""
@@ -288,9 +301,12 @@ def backward(
         tile_lse = _recentred(weights) if coarse else tile.row_vector(lse).contiguous()
         softmax_backward(weights, grad_scores, tile.keep(), tile_lse, row.contiguous())
         grad_value[batch, :, keys] += torch.matmul(weights.transpose(-2, -1), upstream)
-        grad_key[batch, :, keys] += torch.matmul(grad_scores.transpose(-2, -1), tile.rows(query)) * options.scale
-        tile.store(grad_query, torch.matmul(grad_scores, tile.keys(key)) * options.scale)
         if grad_mask is not None:
             tile.add_mask_grad(grad_mask, grad_scores)
+        derivative = tile.derivative()
+        if derivative is not None:
+            grad_scores.mul_(derivative)
+        grad_key[batch, :, keys] += torch.matmul(grad_scores.transpose(-2, -1), tile.rows(query)) * options.scale
+        tile.store(grad_query, torch.matmul(grad_scores, tile.keys(key)) * options.scale)
     grad_mask = None if grad_mask is None or mask is None else grad_mask.to(mask.dtype)
     return grad_query, grad_key, grad_value, grad_mask

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.checks import require_probability, shape_of
+from fastgen.checks import SOFTCAP, require_probability, shape_of
 from fastgen.ops._checks import (
     FLOATS,
     STRIDED,
@@ -69,7 +69,9 @@ def _require_mask(name: str, mask: Tensor, query: Tensor, key: Tensor) -> None:
         raise ValueError(f"{name}: expected (B, H, N, M) = {full}, each of them full or 1, got {shape_of(mask)}")
 
 
-def _require_options(query: Tensor, seed: Tensor | None, dropout_p: float, window_left: int, window_right: int) -> None:
+def _require_options(
+    query: Tensor, seed: Tensor | None, dropout_p: float, window_left: int, window_right: int, softcap: float
+) -> None:
     if seed is not None:
         require_seed(seed, query.size(0), query)
     elif dropout_p > 0.0:
@@ -78,6 +80,8 @@ def _require_options(query: Tensor, seed: Tensor | None, dropout_p: float, windo
     if window_left < -1 or window_right < -1:
         name = "window_left" if window_left < -1 else "window_right"
         raise ValueError(f"{name}: expected >= 0, or -1 for unbounded, got {min(window_left, window_right)}")
+    if softcap != 0.0 and not SOFTCAP[0] <= softcap <= SOFTCAP[1]:
+        raise ValueError(f"softcap: expected 0, or a number from {SOFTCAP[0]} to {SOFTCAP[1]}, got {softcap}")
 
 
 def _require_results(query: Tensor, value: Tensor, lse: Tensor, grad_lse: Tensor | None, **like_out: Tensor) -> None:
@@ -113,15 +117,17 @@ def attention_forward(
     dropout_p: float,
     window_left: int,
     window_right: int,
+    scale: float,
+    softcap: float,
     *rest: Any,
 ) -> None:
-    plain = mask is seed is None and dropout_p == 0.0 and window_left >= -1 and window_right >= -1
+    plain = mask is seed is None and dropout_p == softcap == 0.0 and window_left >= -1 and window_right >= -1
     if plain and _plainly_fit(query, key, value):
         return
     _require_problem(query, key, value)
     if mask is not None:
         _require_mask("mask", mask, query, key)
-    _require_options(query, seed, dropout_p, window_left, window_right)
+    _require_options(query, seed, dropout_p, window_left, window_right, softcap)
 
 
 def attention_backward(

@@ -41,6 +41,8 @@ def forward(*args: Any) -> tuple[Tensor, Tensor]:
         key, value = (t.masked_fill(~used.unsqueeze(-1), 0) for t in (key, value))
     key, value = (_expand_heads(t, query.size(1)) for t in (key, value))
     scores = options.scale * (query.to(dtype) @ key.to(dtype).transpose(-2, -1))
+    if options.softcap != 0.0:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
     if bias is not None:
         scores = scores + bias
     if allowed is not None:

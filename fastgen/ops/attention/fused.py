@@ -21,7 +21,7 @@ def in_layout(tensor: Tensor, in_rows: bool) -> Tensor:
 
 
 def takes(problem: Problem | Saved) -> bool:
-    """Whether the kernel computes this: no dropout, no window but causal, a mask or causal but not both.
+    """Whether the kernel computes this: no dropout or softcap, no window but causal, a mask or causal but not both.
 
     It multiplies masked scores of -inf by the scale, which gives NaN where that is 0 or negative.
     """
@@ -29,6 +29,7 @@ def takes(problem: Problem | Saved) -> bool:
     return (
         query.device.type == "cpu"
         and problem.seed is None
+        and options.softcap == 0.0
         and options.window_left < 0
         and options.window_right <= 0
         and not (problem.mask is not None and options.window_right == 0)

@@ -198,7 +198,7 @@ _BACKWARD_PARTS = {
     "cpu_attention_softmax_backward": "the softmax gradient of a float32 tile",
     **_KEEP,
 }
-_OPTIONS = "float dropout_p, int window_left, int window_right, float scale, bool allow_tf32"
+_OPTIONS = "float dropout_p, int window_left, int window_right, float scale, float softcap, bool allow_tf32"
 define(
     "attention",
     "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? seed, "

@@ -10,14 +10,15 @@ from torch import Tensor
 class Options(NamedTuple):
     """The numbers at the end of every operator's schema.
 
-    Query i attends to keys i - window_left <= j <= i + window_right, -1 is unbounded; ``allow_tf32`` lets CUDA kernels
-    multiply float32 in tf32.
+    Query i attends to keys i - window_left <= j <= i + window_right, -1 is unbounded; ``softcap`` bounds the scores, 0
+    does not; ``allow_tf32`` lets CUDA kernels multiply float32 in tf32.
     """
 
     dropout_p: float
     window_left: int
     window_right: int
     scale: float
+    softcap: float = 0.0
     allow_tf32: bool = False
 
 
@@ -39,7 +40,7 @@ class Problem(NamedTuple):
 
     @classmethod
     def of(cls, flat: tuple[Any, ...]) -> Problem:
-        return cls._make((*flat[:5], Options._make(flat[5:10]), flat[10]))
+        return cls._make((*flat[:5], Options._make(flat[5:11]), flat[11]))
 
 
 class Saved(NamedTuple):
@@ -65,7 +66,7 @@ class Saved(NamedTuple):
 
     @classmethod
     def of(cls, flat: tuple[Any, ...]) -> Saved:
-        return cls._make((*flat[:7], Options._make(flat[7:12]), flat[12]))
+        return cls._make((*flat[:7], Options._make(flat[7:13]), flat[13]))
 
 
 class Tangents(NamedTuple):

@@ -76,8 +76,9 @@ def _finite_lse(tile: Tile, lse: Tensor) -> Tensor:
     return of_rows.masked_fill(of_rows == -math.inf, 0).contiguous()
 
 
-def _direction(tile: Tile, tangents: Tangents) -> Tensor:
-    """W = a (Gq K^T + Q Gk^T) + Gb, in one product."""
+def _direction(tile: Tile, tangents: Tangents, derivative: Tensor | None, curvature: Tensor | None = None) -> Tensor:
+    """W = a (Gq K^T + Q Gk^T) + Gb, in one product. With a softcap its derivative multiplies the first term, and the
+    result of that is multiplied into ``curvature``."""
     left, right = [], []
     if tangents.query is not None:
         left.append(tile.rows(tangents.query))
@@ -90,6 +91,10 @@ def _direction(tile: Tile, tangents: Tangents) -> Tensor:
     else:
         rows, keys = tile.rows(tile.query), tile.keys(tile.key)
         direction = rows.new_zeros(*rows.shape[:-1], keys.size(-2))
+    if derivative is not None:
+        direction.mul_(derivative)
+    if curvature is not None:
+        curvature.mul_(direction)
     if tangents.mask is not None:
         tile.add_mask(direction, tangents.mask)
     return direction
@@ -100,7 +105,8 @@ def tangent(saved: Saved, tangents: Tangents) -> tuple[Tensor, Tensor]:
     query, value, lse, weigh = saved.query, saved.value, saved.lse, _weigh(saved)
     tangent_out, tangent_lse = allocate_out(query, value.size(-1)), allocate_lse(query)
     for tile in tiles(saved, TILE_BYTES):
-        scores, direction = tile.scores(), _direction(tile, tangents)
+        scores = tile.scores()
+        direction = _direction(tile, tangents, tile.derivative())
         row = weigh(scores, direction, _finite_lse(tile, lse), tile.keep(), None, None, None)
         out = torch.matmul(scores, tile.keys(value))
         if tangents.value is not None:
@@ -127,7 +133,9 @@ def second_order(
         delta = (upstream * tile.rows(out)).sum(-1, keepdim=True)
         if grad_lse is not None:
             delta = delta - tile.row_vector(grad_lse)
-        scores, direction = tile.scores(), _direction(tile, tangents)
+        scores, curvature = tile.scores(), tile.curvature()
+        derivative = tile.derivative()
+        direction = _direction(tile, tangents, derivative, curvature)
         first, second = torch.matmul(upstream, tile.keys(value).transpose(-2, -1)), direction
         cross = None
         if tangents.value is not None:
@@ -140,6 +148,11 @@ def second_order(
         tile.store(tangent_out, tangent)
         tile.store_row(tangent_lse, row)
         grad_value[batch, :, keys] += torch.matmul(scores.transpose(-2, -1), upstream)
+        if grad_mask is not None:
+            tile.add_mask_grad(grad_mask, second)
+        if derivative is not None and curvature is not None:  # gradients of the scores before the softcap
+            second.mul_(derivative).addcmul_(first, curvature)
+            first.mul_(derivative)
         part = torch.matmul(second.transpose(-2, -1), of_query)
         if tangents.query is not None:
             part += torch.matmul(first.transpose(-2, -1), tile.rows(tangents.query))
@@ -148,7 +161,5 @@ def second_order(
         if tangents.key is not None:
             part += torch.matmul(first, tile.keys(tangents.key))
         tile.store(grad_query, part.mul_(scale))
-        if grad_mask is not None:
-            tile.add_mask_grad(grad_mask, second)
     grad_mask = None if grad_mask is None or mask is None else grad_mask.to(mask.dtype)
     return tangent_out, tangent_lse, grad_query, grad_key, grad_value, grad_mask
