@@ -109,7 +109,7 @@ def require_softcap(name: str, value: Any) -> float:
     except (TypeError, ValueError):
         raise TypeError(f"{name}: expected a number or None, got {type(value).__name__}") from None
     if not SOFTCAP[0] <= number <= SOFTCAP[1]:
-        raise ValueError(f"{name}: expected a positive number from {SOFTCAP[0]} to {SOFTCAP[1]}, got {number}")
+        raise ValueError(f"{name}: expected a positive number from 1e-30 to 1e30, got {number}")
     return number
 
 

@@ -54,40 +54,18 @@ struct SecondOrderRow {
   float delta, mean, second_delta;
 };
 
-// The derivative and the curvature of softcap.cuh for one score; without a softcap, x is y.
-struct Chain {
-  float derivative = 1.0f, curvature = -0.0f;
-};
-
-// One score and its tangent from the products, with a softcap, in place of mask_scores and mask_direction.
-template <bool kTransposed, int kTiles, typename T>
-__device__ __forceinline__ Chain cap_score(float& score, float& direction, const Problem& problem,
-                                           Visible<1, kTiles>& visible, const HeadMask<T>& mask,
-                                           const HeadMask<T>& mask_tangent, int tile, int i, int row, int column) {
-  const CappedScore capped(score, problem);
-  const Chain chain = {capped.derivative, capped.curvature(direction, problem)};
-  score = masked_score<false, kTransposed>(capped.score(problem), visible, mask, 0, tile, i, row, column);
-  direction *= problem.scale * capped.derivative;
-  direction = masked_direction<kTransposed>(direction, visible, mask_tangent, tile, i, row, column);
-  return chain;
-}
-
-// One score: Pt, dS and dS2 from S, W, dP and C before dropout. dS and dS2 are of x.
+// One score: Pt, dS and dS2 from S, W, dP and C before dropout.
 struct SecondOrderScore {
   float tangent, first, second;
 
   __device__ __forceinline__ SecondOrderScore(float score, float direction, float grad, float cross, float factor,
-                                              const SecondOrderRow& row, const Chain& chain) {
+                                              const SecondOrderRow& row) {
     const float probability = weight(score, row.lse);
     const float centered = direction - row.mean;
-    const float gradient = score_gradient(probability, grad * factor, row.delta);
+    first = score_gradient(probability, grad * factor, row.delta);
     // 0 where P is 0, even if the other factors are inf or NaN.
-    const bool none = probability == 0.0f;
-    first = none ? 0.0f : gradient * chain.derivative;
-    second = none ? 0.0f
-                  : (centered * chain.derivative + chain.curvature) * gradient +
-                        probability * chain.derivative * (cross * factor - row.second_delta);
-    tangent = none ? 0.0f : probability * centered * factor;
+    second = probability == 0.0f ? 0.0f : centered * first + probability * (cross * factor - row.second_delta);
+    tangent = probability == 0.0f ? 0.0f : probability * centered * factor;
   }
 };
 
@@ -98,7 +76,8 @@ struct SecondOrderTile {
 
   template <typename Queries, typename Keys>
   __device__ __forceinline__ SecondOrderTile(const SecondOrderParams& p, const Queries& queries, int warp_row,
-                                             const Keys& keys) {
+                                             const Keys& keys, Visible<1, kTiles>& visible, const HeadMask<T>& mask,
+                                             const HeadMask<T>& mask_tangent, int row, int key) {
     const Problem& problem = p.first.problem;
     multiply_rows(scores, queries.query(), warp_row, keys.key(), problem.exact);
     multiply_direction(direction, queries, warp_row, keys, p.tangents, problem.exact);
@@ -106,39 +85,40 @@ struct SecondOrderTile {
     if (p.tangents.value.data != nullptr) {
       multiply_rows(cross, queries.grad_out(), warp_row, keys.tangent_value(), problem.exact);
     }
+    float direction_scale;
+    const float scale = cap_direction<false>(scores, direction, problem, direction_scale);
+    mask_scores<false, false>(scores, scale, visible, mask, row, key);
+    mask_direction<false>(direction, direction_scale, visible, mask_tangent, row, key);
   }
 
-  // grads = dS and direction = dS2: of x with kChain, of y and the mask without.
-  template <bool kChain>
+  // grads = dS and direction = dS2.
   __device__ __forceinline__ void softmax(const Problem& problem, int64_t first_row, const SecondOrderRow (&rows)[2],
-                                          Visible<1, kTiles>& visible, const HeadMask<T>& mask,
-                                          const HeadMask<T>& mask_tangent, int row, int key) {
-    if (!is_capped(problem)) {
-      mask_scores<false, false>(scores, problem.scale * kLog2e, visible, mask, row, key);
-      mask_direction<false>(direction, problem.scale, visible, mask_tangent, row, key);
-    }
+                                          int row, int key) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       float factors[4] = {1.0f, 1.0f, 1.0f, 1.0f};
       if (problem.dropout.seeds != nullptr) {
         HeadDropout(problem, first_row).factors(factors, row, key + tile * 8);
       }
-      const auto finish = [&](int i, const Chain& chain) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
         const SecondOrderScore score(scores[0][tile][i], direction[0][tile][i], grads[0][tile][i], cross[0][tile][i],
-                                     factors[i], rows[i / 2], kChain ? chain : Chain{});
+                                     factors[i], rows[i / 2]);
         grads[0][tile][i] = score.first, direction[0][tile][i] = score.second;
-      };
-      if (is_capped(problem)) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          finish(i, cap_score<false>(scores[0][tile][i], direction[0][tile][i], problem, visible, mask, mask_tangent,
-                                     tile, i, row, key));
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) finish(i, {});
       }
     }
+  }
+
+  // After softmax: the gradients of the scores before the softcap. Overwrites scores and cross.
+  template <typename Queries, typename Keys>
+  __device__ __forceinline__ void uncap(const SecondOrderParams& p, const Queries& queries, int warp_row,
+                                        const Keys& keys) {
+    const Problem& problem = p.first.problem;
+    if (!is_capped(problem)) return;
+    clear(scores), clear(cross);
+    multiply_rows(scores, queries.query(), warp_row, keys.key(), problem.exact);
+    multiply_direction(cross, queries, warp_row, keys, p.tangents, problem.exact);
+    cap_gradients(grads, direction, scores, cross, problem);
   }
 };
 
@@ -201,9 +181,10 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
     if (warp_rows <= 0 || !(unmasked || device::any_lane(visible.bits != 0))) return;
     // scores
     const Keys keys = Layout::template iterated<Queries, Keys>(i);
-    SecondOrderTile<T, kTiles> scores(p, queries, warp_row, keys);
+    SecondOrderTile<T, kTiles> scores(p, queries, warp_row, keys, visible, tiles.mask, mask_tangent, row, key);
     // softmax
-    scores.template softmax<true>(problem, block.first_row, rows, visible, tiles.mask, mask_tangent, row, key);
+    scores.softmax(problem, block.first_row, rows, row, key);
+    scores.uncap(p, queries, warp_row, keys);
     // accumulate
     const uint32_t live = unmasked ? 0 : visible.columns();
     multiply_weights<T>(sums, scores.direction, keys.key(), first_column, problem.exact, !unmasked, live);
@@ -281,10 +262,10 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
     if (p.tangents.value.data != nullptr) {
       multiply_rows(cross, keys.tangent_value(), warp_row, queries.grad_out(), problem.exact);
     }
-    if (!is_capped(problem)) {
-      mask_scores<false, true>(scores, problem.scale * kLog2e, visible, mask, key, query);
-      mask_direction<true>(direction, problem.scale, visible, mask_tangent, key, query);
-    }
+    float direction_scale;
+    const float scale = cap_direction<false>(scores, direction, problem, direction_scale);
+    mask_scores<false, true>(scores, scale, visible, mask, key, query);
+    mask_direction<true>(direction, direction_scale, visible, mask_tangent, key, query);
     // softmax: scores = Pt^T, grads = dS^T, direction = dS2^T
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
@@ -293,26 +274,17 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
         const int64_t first_row = (static_cast<int64_t>(block.batch) * problem.heads + head) * problem.queries;
         HeadDropout(problem, first_row).factors_transposed(factors, query + n * 8, key);
       }
-      const auto row_of = [&](int i) -> SecondOrderRow {
+      SecondOrderRow rows[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
         const float* extra = queries.query().row_extra(n * 8 + lane_column() + i);
-        return {kLog2e * extra[0], extra[1], extra[2], extra[3]};
-      };
-      const auto finish = [&](int i, const SecondOrderRow& row, const Chain& chain) {
+        rows[i] = {kLog2e * extra[0], extra[1], extra[2], extra[3]};
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
         const SecondOrderScore score(scores[0][n][i], direction[0][n][i], grads[0][n][i], cross[0][n][i], factors[i],
-                                     row, chain);
+                                     rows[i % 2]);
         scores[0][n][i] = score.tangent, grads[0][n][i] = score.first, direction[0][n][i] = score.second;
-      };
-      if (is_capped(problem)) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const Chain chain = cap_score<true>(scores[0][n][i], direction[0][n][i], problem, visible, mask, mask_tangent,
-                                              n, i, key, query);
-          finish(i, row_of(i % 2), chain);  // read once more: the registers of two rows are needed for the softcap
-        }
-      } else {
-        const SecondOrderRow rows[2] = {row_of(0), row_of(1)};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) finish(i, rows[i % 2], {});
       }
     }
     // accumulate
@@ -321,6 +293,12 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
       multiply_weights<T>(value_sums, scores, queries.grad_out(), value_column, problem.exact, !unmasked, live);
     }
     if (key_column < kKeyDim) {
+      if (is_capped(problem)) {
+        clear(scores), clear(cross);
+        multiply_rows(scores, keys.key(), warp_row, queries.query(), problem.exact);
+        multiply_direction_transposed(cross, queries, keys, warp_row, p.tangents, problem.exact);
+        cap_gradients(grads, direction, scores, cross, problem);
+      }
       multiply_weights<T>(key_sums, direction, queries.query(), key_column, problem.exact, !unmasked, live);
       if (p.tangents.query.data != nullptr) {
         multiply_weights<T>(key_sums, grads, queries.tangent(), key_column, problem.exact, !unmasked, live);

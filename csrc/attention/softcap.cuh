@@ -75,4 +75,33 @@ __device__ __forceinline__ float cap_direction(float (&scores)[1][kTiles][4], fl
   return p.scale * kLog2e;
 }
 
+// From the first and second order gradients of y to those of x, in place. ``products`` and their ``tangents`` are
+// computed once more for it: kernels have no registers for the derivatives beside the scores. A gradient of 0 stays 0,
+// even if a masked key contains inf or NaN.
+template <int kTiles>
+__device__ __forceinline__ void cap_gradients(float (&first)[1][kTiles][4], float (&second)[1][kTiles][4],
+                                              const float (&products)[1][kTiles][4],
+                                              const float (&tangents)[1][kTiles][4], const Problem& p) {
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const CappedScore capped(products[0][tile][i], p);
+      float &of_first = first[0][tile][i], &of_second = second[0][tile][i];
+      if (of_first == 0.0f && of_second == 0.0f) continue;
+      of_second = capped.derivative * of_second + capped.curvature(tangents[0][tile][i], p) * of_first;
+      of_first *= capped.derivative;
+    }
+  }
+}
+
+template <int kTiles>
+__device__ __forceinline__ void clear(float (&scores)[1][kTiles][4]) {
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) scores[0][tile][i] = 0.0f;
+  }
+}
+
 }  // namespace fastgen::attention

@@ -92,7 +92,9 @@ def test_the_second_order_formulas_are_the_derivative_of_the_first(softcap):
 # As they are used
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"dropout_p": 0.1}, {"window": (64, 64)}, {"attn_mask": "bias"}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"dropout_p": 0.1}, {"window": (64, 64)}, {"attn_mask": "bias"}, {"softcap": 2.0}], ids=str
+)
 def test_no_buffer_of_the_size_of_the_scores(kwargs, monkeypatch):
     """Largest single allocation of a penalty's step and of a tangent, with small tiles, against N x M floats."""
     for module in (_attention_blocked, _attention_tangent):

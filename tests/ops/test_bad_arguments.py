@@ -58,7 +58,7 @@ BAD = {
         f"{value} as softcap": (
             lambda value=value: scaled_dot_product_attention(*[t(1, 1, 2, 4)] * 3, softcap=value),
             ValueError,
-            re.escape(f"softcap: expected a positive number from 1e-30 to 1e+30, got {value}"),
+            re.escape(f"softcap: expected a positive number from 1e-30 to 1e30, got {value}"),
         )
         for value in (0.0, -1.0, math.inf, math.nan, 1e300)
     },

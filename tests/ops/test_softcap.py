@@ -9,7 +9,7 @@ import torch
 from torch.func import grad, jvp, vmap
 
 from fastgen.functional import scaled_dot_product_attention as attention
-from fastgen.ops.attention import fused
+from fastgen.ops.attention import decomposition, fused
 from fastgen.ops.attention.problem import Options, Problem
 
 
@@ -164,6 +164,14 @@ def test_vmap_grad_and_compile_agree_with_a_loop():
     penalty = lambda q, k, v: grad(lambda q: call(q, k, v).square().sum())(q).square().sum()  # noqa: E731
     each = torch.stack([grad(penalty)(*t) for t in zip(q, k, v, strict=True)])
     torch.testing.assert_close(vmap(grad(penalty))(q, k, v), each)
+
+
+def test_exported_programs_have_the_formula():
+    q, k, v = (t.detach() for t in operands())
+    bias = MASKS["bias"][None]
+    out = decomposition.forward(q, k, v, bias, None, *Options(0.0, 3, 0, 0.9, 0.7))
+    for a, b in zip(out, formula(q, k, v, bias, cap=0.7, window=(3, 0)), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_kernels_that_have_no_softcap_are_not_taken():

@@ -81,7 +81,7 @@ def _require_options(
         name = "window_left" if window_left < -1 else "window_right"
         raise ValueError(f"{name}: expected >= 0, or -1 for unbounded, got {min(window_left, window_right)}")
     if softcap != 0.0 and not SOFTCAP[0] <= softcap <= SOFTCAP[1]:
-        raise ValueError(f"softcap: expected 0, or a number from {SOFTCAP[0]} to {SOFTCAP[1]}, got {softcap}")
+        raise ValueError(f"softcap: expected 0, or a number from 1e-30 to 1e30, got {softcap}")
 
 
 def _require_results(query: Tensor, value: Tensor, lse: Tensor, grad_lse: Tensor | None, **like_out: Tensor) -> None:
