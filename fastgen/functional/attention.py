@@ -98,9 +98,10 @@ def scaled_dot_product_attention(
     if overridden(query, key, value, attn_mask, sinks) and (own := relevant(query, key, value, attn_mask, sinks)):
         return handle_torch_function(  # type: ignore[no-any-return]
             scaled_dot_product_attention, own, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-            window=window, sinks=sinks, generator=generator, return_lse=return_lse,
+            window=window, softcap=softcap, sinks=sinks, generator=generator, return_lse=return_lse,
         )  # fmt: skip
-    if dropout_p == 0.0 and window is None and sinks is None and not return_lse and not is_dynamo_compiling():
+    plain = window is None and softcap is None and sinks is None and not return_lse
+    if plain and dropout_p == 0.0 and not is_dynamo_compiling():
         common = direct.attend(query, key, value, attn_mask, is_causal, scale)
         if common is not None:
             return common

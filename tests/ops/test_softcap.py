@@ -180,5 +180,7 @@ def test_kernels_that_have_no_softcap_are_not_taken():
     problem = Problem(*tensors, None, None, Options(0.0, -1, -1, 0.3), "fastgen")
     assert fused.takes(problem)
     assert not fused.takes(problem._replace(options=problem.options._replace(softcap=1.0)))
-    q, k, v = torch.randn(1, 2, 40, 8), torch.randn(1, 2, 50, 8), torch.randn(1, 2, 50, 64)
-    torch.testing.assert_close(attention(q, k, v, softcap=0.5), formula(q, k, v, cap=0.5, scale=8**-0.5)[0])
+    q, k = torch.randn(1, 2, 40, 8), torch.randn(1, 2, 50, 8)
+    for value_dim in (8, 64):
+        v = torch.randn(1, 2, 50, value_dim)
+        torch.testing.assert_close(attention(q, k, v, softcap=0.5), formula(q, k, v, cap=0.5, scale=8**-0.5)[0])
