@@ -12,6 +12,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 import fastgen
 from fastgen.functional import scaled_dot_product_attention as attention
+from fastgen.testing import assert_accurate
 
 SIZES = [(7, 12), (12, 7), (9, 9), (3, 20), (20, 3), (1, 6)]  # queries, keys
 WINDOWS = [(None, -2), (-3, None), (4, -2), (-2, 5), (-2, 2), (2, -2), (None, -30), (-30, None), (None, 4), (1, -3)]
@@ -99,6 +100,31 @@ def test_causal_with_the_last_query_at_the_last_key():
         expected, _ = formula(q, k, v, window=(None, keys - queries))
         torch.testing.assert_close(attention(q, k, v, window=(None, keys - queries)), expected)
         torch.testing.assert_close(attention(q, k, v, bias), expected)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("local", [None, (40, 0), (17, 30)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 239), (113, 203), (108, 256), (203, 113), (64, 128), (129, 129)], ids=str)
+def test_windows_aligned_at_the_last_query_and_key(sizes, local, backend):
+    """FlashAttention's causal and local attention: positions count from the last query and the last key."""
+    queries, keys = sizes
+    offset = keys - queries
+    window = (None, offset) if local is None else (local[0] - offset, local[1] + offset)
+    leaves = [t.detach().to(torch.bfloat16) for t in problem(queries, keys, heads=2, key_heads=1, dtype=torch.float32)]
+    rows, columns = torch.arange(queries)[:, None] + offset, torch.arange(keys)
+    mask = columns <= rows if local is None else (columns >= rows - local[0]) & (columns <= rows + local[1])
+
+    def results(function, dtype):
+        tensors = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+        out, lse = function(*tensors)
+        score = (out.float() * torch.linspace(-1, 1, out.numel()).view_as(out)).sum()
+        return [out, lse, *torch.autograd.grad(score, tensors)]
+
+    with fastgen.use_backend(backend):
+        ours = results(lambda *t: attention(*t, window=window, enable_gqa=True, return_lse=True), torch.bfloat16)
+    plain, exact = (results(lambda *t: formula(*t, mask=mask), dtype) for dtype in (torch.bfloat16, torch.float64))
+    for name, *values in zip(("out", "lse", "grad query", "grad key", "grad value"), ours, plain, exact, strict=True):
+        assert_accurate(*values, name)
 
 
 def test_negative_bounds_with_fewer_dims_half_precision_dropout_and_transforms():
