@@ -8,11 +8,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f) setup.py tools/build_libraries.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test integrations examples fuzz lint bench docs wheels cuda-check clean
+.PHONY: help demo test integrations pytorch-tests examples fuzz lint bench docs wheels cuda-check clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
-	@echo "make lint | docs | integrations | examples | fuzz | bench | wheels | cuda-check | clean"
+	@echo "make lint | docs | integrations | pytorch-tests | examples | fuzz | bench | wheels | cuda-check | clean"
 
 # Three stamps: the package with what training needs; what tests, lint and benchmarks add; what the site needs.
 $(BIN)/python:
@@ -53,6 +53,13 @@ $(VENV)/.integrations: $(VENV)/.dev
 
 integrations: $(VENV)/.integrations
 	$(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal tests/integrations
+
+# PyTorch's own tests of attention and recurrent layers, with fastgen in the place of torch:
+# make pytorch-tests CHECKOUT=../pytorch
+pytorch-tests: $(VENV)/.dev
+	test -d "$(CHECKOUT)" || { echo "make pytorch-tests CHECKOUT=<a checkout of PyTorch>"; exit 1; }
+	$(PIP) install --quiet -c constraints.txt expecttest
+	PYTORCH_TESTS='$(abspath $(CHECKOUT))' $(BIN)/python -m pytest -q -s -m slow tests/pytorch
 
 # The scripts of examples/, for a few steps each.
 examples: $(VENV)/.dev

@@ -200,12 +200,14 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 def call(namespace: str, name: str, *args: Any) -> Any:
     """Calls an operator below autograd: the caller records its derivative.
 
+    View tracking is off, too: results are not views, which could not have tangents of another layout.
+
     While ``torch.onnx.export`` traces a model, the operator's decomposition is called instead.
     """
     function = getattr(getattr(torch.ops, namespace), name)
     if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
         function = _decompositions.get(name, function)
-    with torch._C._AutoDispatchBelowAutograd():
+    with torch._C._AutoDispatchBelowADInplaceOrView():
         try:
             return function(*args)
         except RuntimeError as error:

@@ -729,6 +729,42 @@ def test_create_graph_of_a_second_derivative_is_no_third_one():
         torch.testing.assert_close(a, b)
 
 
+recurrent = nn.LSTM(D, 3, dtype=torch.float64)
+
+VECTORIZED = {
+    "attention": (lambda *x: functional.scaled_dot_product_attention(*x, is_causal=True), [(B, H, N, D)] * 3),
+    "attention of (B, N, H, D) in memory": (
+        lambda *x: functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in x)),
+        [(B, N, H, D)] * 3,
+    ),
+    "attention with a mask": (functional.scaled_dot_product_attention, [(B, H, N, D)] * 3 + [(N, N)]),
+    "logsumexp": (lambda *x: functional.scaled_dot_product_attention(*x, return_lse=True)[1], [(B, H, N, D)] * 3),
+    "multi_head_projection": (
+        lambda *x: functional.multi_head_projection(*x, num_heads=2),
+        [(B, N, D), (D, D), (D,)],
+    ),
+    "merge_heads_projection": (functional.merge_heads_projection, [(B, H, N, D), (D, H * D), (D,)]),
+    "LSTM": (lambda x: recurrent(x)[0], [(N, B, D)]),
+}
+
+
+@pytest.mark.parametrize("name", VECTORIZED)
+def test_vectorized_forward_mode(name):
+    """Dual numbers whose tangents are batched by vmap, in another layout than the primals."""
+    function, shapes = VECTORIZED[name]
+    x = tuple(normal(*shape) for shape in shapes)
+    expected = torch.autograd.functional.jacobian(function, x)
+    actual = torch.autograd.functional.jacobian(function, x, vectorize=True, strategy="forward-mode")
+    torch.testing.assert_close(actual, expected)
+
+    def energy(*x):
+        return function(*x).square().sum()
+
+    expected = torch.autograd.functional.hessian(energy, x)
+    actual = torch.autograd.functional.hessian(energy, x, vectorize=True, outer_jacobian_strategy="forward-mode")
+    torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.parametrize(
     ("kind", "tangent", "error", "text"),
     [

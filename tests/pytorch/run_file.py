@@ -38,7 +38,8 @@ LAYERS = (
 def install_fastgen() -> None:
     """Puts fastgen's function and layers in the place of torch's, wherever torch has a name for them.
 
-    Inside ``sdpa_kernel(SDPBackend.MATH)``, which tests compare a kernel with, the function remains torch's.
+    In tests that compare a kernel with the formula ("vs_math"), the function remains torch's where
+    ``sdpa_kernel(SDPBackend.MATH)`` chooses the formula.
     """
     import torch
     from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
@@ -56,7 +57,7 @@ def install_fastgen() -> None:
 
     @functools.wraps(fastgen.functional.scaled_dot_product_attention)
     def attention(*args: Any, **options: Any) -> Any:
-        math = _cur_sdpa_kernel_backends() == [SDPBackend.MATH]
+        math = "vs_math" in Outcomes.running and _cur_sdpa_kernel_backends() == [SDPBackend.MATH]
         return (torchs if math else fastgen.functional.scaled_dot_product_attention)(*args, **options)
 
     torch.nn.functional.scaled_dot_product_attention = attention
@@ -104,6 +105,8 @@ def accept_own_errors(seen: list[str]) -> None:
 class Outcomes(unittest.TestResult):
     """Writes a line when a test starts, so that a crash has a name, and one with its outcome."""
 
+    running = ""
+
     def __init__(self, file: TextIO, own_errors: list[str]) -> None:
         super().__init__()
         self.file = file
@@ -114,6 +117,7 @@ class Outcomes(unittest.TestResult):
         super().startTest(test)
         self.outcome = ("passed", "")
         self.own_errors.clear()
+        Outcomes.running = name_of(test)
         self._write(test, "started", "")
 
     def stopTest(self, test: unittest.TestCase) -> None:

@@ -23,7 +23,7 @@ class Test(unittest.TestCase):
             expected = F.scaled_dot_product_attention(q, q, q)
         torch.testing.assert_close(F.scaled_dot_product_attention(q, q, q), expected)
 
-    def test_math_is_torchs(self):
+    def test_kernel_vs_math(self):
         with sdpa_kernel(SDPBackend.MATH), self.assertRaisesRegex(RuntimeError, "is_causal"):
             F.scaled_dot_product_attention(q, q, q, torch.ones(3, 3).bool(), is_causal=True)
 
@@ -73,7 +73,7 @@ def test_outcomes(tmp_path):
     fastgens = run(path, "", tmp_path / "fastgen.jsonl", "--fastgen")
     same = {
         "values": "passed",
-        "math_is_torchs": "passed",
+        "kernel_vs_math": "passed",
         "other_error": "passed",
         "nested_other_error": "passed",
         "error_that_is_not_an_argument_error": "failed",
