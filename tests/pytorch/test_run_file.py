@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.pytorch import test_pytorch as runner
 from tests.pytorch.test_pytorch import run
 
 FILE = """
@@ -102,3 +103,29 @@ def test_crashes_and_empty_selections_are_failures(code, text, tmp_path):
     path.write_text(f"import unittest\nclass Test(unittest.TestCase):\n    def test_last(self):\n        {code}\n")
     with pytest.raises(AssertionError, match=text):
         run(path, "" if "exit" in code else "other", tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "entries", "text"),
+    [
+        ({"A.x": "passed"}, {}, None),
+        ({"A.x": "failed"}, {}, "1 tests of test_nn.py fail with fastgen only"),
+        ({"A.x": "skipped"}, {}, "fail with fastgen only"),
+        ({"A.x": "failed"}, {"A.x$": ""}, None),
+        ({"A.x": "passed"}, {"A.x$": ""}, "lists tests of test_nn.py that pass: A.x"),
+        ({"A.x": "failed", "A.y": "passed"}, {"A[.]": ""}, None),
+        ({"A.x": "passed"}, {"A.broken": "", "A.gone": ""}, None),
+    ],
+)
+def test_new_failures_and_entries_that_pass_are_failures(outcomes, entries, text, tmp_path, monkeypatch):
+    torchs = {"A.broken": ("failed", "", []), **{test: ("passed", "", []) for test in outcomes}}
+    fastgens = {"A.broken": ("failed", "", []), **{test: (outcome, "", []) for test, outcome in outcomes.items()}}
+    monkeypatch.setattr(runner, "run", lambda *arguments: fastgens if "--fastgen" in arguments else torchs)
+    monkeypatch.setattr(runner, "DIFFERENCES", {"test_nn.py": entries})
+    (tmp_path / "test_nn.py").touch()
+    compare = runner.test_pytorchs_tests_pass_with_fastgen_in_its_place
+    if text is None:
+        compare("test_nn.py", tmp_path, tmp_path)
+    else:
+        with pytest.raises(AssertionError, match=text):
+            compare("test_nn.py", tmp_path, tmp_path)
