@@ -148,6 +148,38 @@ def attention(
     return (weights if keep is None else weights * keep) @ value, lse
 
 
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_queries: Sequence[int],
+    cu_keys: Sequence[int],
+    keep: Tensor | None = None,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``attention`` of each sequence alone: s has queries ``cu_queries[s]`` to ``cu_queries[s + 1]``, keys alike.
+
+    query (Tq, H, Dk), key (Tk, Hk, Dk), value (Tk, Hk, Dv), keep (H, Tq, Tk) at a key's position in its sequence ->
+    (Tq, H, Dv), (H, Tq). A window's bounds may be negative; None is unbounded.
+    """
+    parts = []
+    ends = zip(cu_queries, cu_queries[1:], cu_keys, cu_keys[1:], strict=False)
+    for first_query, last_query, first_key, last_key in ends:
+        queries, keys = last_query - first_query, last_key - first_key
+        offset = torch.arange(keys, device=key.device) - torch.arange(queries, device=key.device).unsqueeze(1)
+        mask = torch.ones_like(offset, dtype=torch.bool)
+        mask = mask if window_left is None else mask & (offset >= -window_left)
+        mask = mask if window_right is None else mask & (offset <= window_right)
+        q = query[first_query:last_query].transpose(0, 1)[None]
+        k, v = (t[first_key:last_key].transpose(0, 1)[None] for t in (key, value))
+        kept = None if keep is None else keep[None, :, first_query:last_query, :keys]
+        out, lse = attention(q, k, v, mask[None, None], kept, scale=scale)
+        parts.append((out[0].transpose(0, 1), lse[0]))
+    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], -1)
+
+
 def attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,

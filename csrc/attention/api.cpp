@@ -8,19 +8,21 @@ namespace fastgen::attention {
 namespace {
 
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& mask,
-                                   const MaybeTensor& seed, double dropout_p, int64_t window_left, int64_t window_right,
-                                   double scale, double softcap, bool allow_tf32) {
+                                   const MaybeTensor& seed, const MaybeTensor& sequences, double dropout_p,
+                                   int64_t window_left, int64_t window_right, double scale, double softcap,
+                                   bool allow_tf32) {
   const DType dtype = dtype_of(query, "query");
   const DeviceScope scope(query);
   const Read q(query, "query", query), k(key, "key", query), v(value, "value", query);
   const MaybeTensor read_mask = readable(mask, query);
   ForwardParams p;
   p.query = q.operand(), p.key = k.operand(), p.value = v.operand();
-  p.problem = problem_of(query, key, value, q.dim(), v.dim(), read_mask, seed,
+  p.problem = problem_of(query, key, value, q.dim(), v.dim(), read_mask, seed, sequences,
                          {dropout_p, window_left, window_right, scale, softcap, allow_tf32});
   Written out(query, value.size(3), rows_first(query));
   Tensor lse = empty_rows(query);
   p.out = out.result(), p.lse = row_result(lse);
+  index_by_row(p.problem, p.query, p.key, p.value, p.out, p.lse);
   if (lse.numel() > 0) launch_forward(p, dtype, scope.stream());
   return {out.finish(), lse};
 }
@@ -57,9 +59,9 @@ Tensor mask_gradient(const Problem& problem, const MaybeTensor& given, const May
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const MaybeTensor& grad_lse,
                                                     const Tensor& query, const Tensor& key, const Tensor& value,
                                                     const Tensor& out, const Tensor& lse, const MaybeTensor& mask,
-                                                    const MaybeTensor& seed, double dropout_p, int64_t window_left,
-                                                    int64_t window_right, double scale, double softcap, bool allow_tf32,
-                                                    bool mask_grad) {
+                                                    const MaybeTensor& seed, const MaybeTensor& sequences,
+                                                    double dropout_p, int64_t window_left, int64_t window_right,
+                                                    double scale, double softcap, bool allow_tf32, bool mask_grad) {
   const DType dtype = dtype_of(query, "query");
   const DeviceScope scope(query);
   const Read q(query, "query", query), k(key, "key", query), v(value, "value", query);
@@ -68,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
   const MaybeTensor read_mask = readable(mask, query);
   BackwardParams p;
   p.query = q.operand(), p.key = k.operand(), p.value = v.operand(), p.out = o.operand(), p.grad_out = d.operand();
-  p.problem = problem_of(query, key, value, q.dim(), v.dim(), read_mask, seed,
+  p.problem = problem_of(query, key, value, q.dim(), v.dim(), read_mask, seed, sequences,
                          {dropout_p, window_left, window_right, scale, softcap, allow_tf32});
   p.lse = row_input(lse, "lse", query);
   if (grad_lse.has_value()) p.grad_lse = row_input(*grad_lse, "grad_lse", query);
@@ -77,6 +79,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
   p.delta = static_cast<float*>(delta.mutable_data_ptr());
   Written grad_query = gradient_of(query), grad_key = gradient_of(key), grad_value = gradient_of(value);
   p.grad_query = grad_query.result(), p.grad_key = grad_key.result(), p.grad_value = grad_value.result();
+  index_by_row(p.problem, p.query, p.key, p.value, p.out, p.grad_out, p.grad_query, p.grad_key, p.grad_value, p.lse,
+               p.grad_lse);
   if (rows > 0) launch_backward(p, dtype, scope.stream());
   Tensor grad_mask =
       mask_gradient(p.problem, mask, read_mask, query, dtype, mask_grad, false,
@@ -107,12 +111,17 @@ class GivenTangents {
   Tangents tangents_;
 };
 
+void index_tangent_by_row(TangentParams& p) {
+  index_by_row(p.problem, p.query, p.key, p.value, p.out, p.lse, p.tangents.query, p.tangents.key, p.tangents.value,
+               p.tangent_out, p.tangent_lse);
+}
+
 std::tuple<Tensor, Tensor> tangent(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
                                    const Tensor& lse, const MaybeTensor& mask, const MaybeTensor& seed,
-                                   const MaybeTensor& tangent_query, const MaybeTensor& tangent_key,
-                                   const MaybeTensor& tangent_value, const MaybeTensor& tangent_mask, double dropout_p,
-                                   int64_t window_left, int64_t window_right, double scale, double softcap,
-                                   bool allow_tf32) {
+                                   const MaybeTensor& sequences, const MaybeTensor& tangent_query,
+                                   const MaybeTensor& tangent_key, const MaybeTensor& tangent_value,
+                                   const MaybeTensor& tangent_mask, double dropout_p, int64_t window_left,
+                                   int64_t window_right, double scale, double softcap, bool allow_tf32) {
   const DType dtype = dtype_of(query, "query");
   const DeviceScope scope(query);
   const Read q(query, "query", query), k(key, "key", query), v(value, "value", query);
@@ -123,12 +132,13 @@ std::tuple<Tensor, Tensor> tangent(const Tensor& query, const Tensor& key, const
   p.query = q.operand(), p.key = k.operand(), p.value = v.operand(), p.out = o.operand();
   p.tangents = given.tangents();
   p.problem =
-      problem_of(query, key, value, q.dim(), v.dim(), read_mask, seed,
+      problem_of(query, key, value, q.dim(), v.dim(), read_mask, seed, sequences,
                  {dropout_p, window_left, window_right, scale, softcap, allow_tf32}, kLargestSecondOrderHeadDims);
   p.lse = row_input(lse, "lse", query);
   Written tangent_out(query, value.size(3), rows_first(query));
   Tensor tangent_lse = empty_rows(query);
   p.tangent_out = tangent_out.result(), p.tangent_lse = row_result(tangent_lse);
+  index_tangent_by_row(p);
   if (lse.numel() > 0) launch_tangent(p, dtype, scope.stream());
   return {tangent_out.finish(), tangent_lse};
 }
@@ -136,9 +146,9 @@ std::tuple<Tensor, Tensor> tangent(const Tensor& query, const Tensor& key, const
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> second_order(
     const Tensor& grad_out, const MaybeTensor& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
     const Tensor& out, const Tensor& lse, const MaybeTensor& mask, const MaybeTensor& seed,
-    const MaybeTensor& tangent_query, const MaybeTensor& tangent_key, const MaybeTensor& tangent_value,
-    const MaybeTensor& tangent_mask, double dropout_p, int64_t window_left, int64_t window_right, double scale,
-    double softcap, bool allow_tf32, bool mask_grad) {
+    const MaybeTensor& sequences, const MaybeTensor& tangent_query, const MaybeTensor& tangent_key,
+    const MaybeTensor& tangent_value, const MaybeTensor& tangent_mask, double dropout_p, int64_t window_left,
+    int64_t window_right, double scale, double softcap, bool allow_tf32, bool mask_grad) {
   const DType dtype = dtype_of(query, "query");
   const DeviceScope scope(query);
   const Read q(query, "query", query), k(key, "key", query), v(value, "value", query);
@@ -150,12 +160,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> second_order(
   t.query = q.operand(), t.key = k.operand(), t.value = v.operand(), t.out = o.operand();
   t.tangents = given.tangents();
   t.problem =
-      problem_of(query, key, value, q.dim(), v.dim(), read_mask, seed,
+      problem_of(query, key, value, q.dim(), v.dim(), read_mask, seed, sequences,
                  {dropout_p, window_left, window_right, scale, softcap, allow_tf32}, kLargestSecondOrderHeadDims);
   t.lse = row_input(lse, "lse", query);
   Written tangent_out(query, value.size(3), rows_first(query));
   Tensor tangent_lse = empty_rows(query);
   t.tangent_out = tangent_out.result(), t.tangent_lse = row_result(tangent_lse);
+  index_tangent_by_row(t);
 
   SecondOrderParams p;
   BackwardParams& first = p.first;
@@ -170,6 +181,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> second_order(
   p.tangents = t.tangents;
   p.tangent_out = {t.tangent_out.data, t.tangent_out.batch, t.tangent_out.head, t.tangent_out.row};
   p.tangent_lse = row_input(tangent_lse, "tangent_lse", query);
+  index_by_row(t.problem, first.grad_out, first.grad_query, first.grad_key, first.grad_value, first.grad_lse,
+               p.tangent_lse);
   if (rows > 0) {
     launch_tangent(t, dtype, scope.stream());
     launch_second_order(p, dtype, scope.stream());

@@ -151,7 +151,8 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim>::kThread
   const Problem& problem = p.problem;
   const int block_m = Layout::owned_rows(), warp_row = static_cast<int>(threadIdx.x / 32) * Layout::kWarpRows;
   const int first_column = static_cast<int>(blockIdx.y) * kColumns;
-  const QueryBlock block(problem, blockIdx.x, block_m);
+  const QueryBlock block(problem, blockIdx.x, block_m, MayPack<!kPlain>{});
+  if (!kPlain && block.rows() <= 0) return;
   const Tiles tiles(problem, block);
   const int row = block.queries.begin + warp_row, warp_rows = block.rows() - warp_row;
 
@@ -165,9 +166,9 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim>::kThread
   };
   const auto load_keys = [&](const typename Tiles::Index& tile, int i) {
     const auto is_live = [&](int row) { return tile.is_live(row); };
-    copy_rows(Layout::key_dim(i), BLOCK_N, row_pointer<T>(p.key, block.batch, block.key_head, tile.key()), p.key.row,
-              problem.key_dim, is_live);
-    copy_rows(Layout::value_dim(i), BLOCK_N, row_pointer<T>(p.value, block.batch, block.key_head, tile.key()),
+    copy_rows(Layout::key_dim(i), BLOCK_N, row_pointer<T>(p.key, block.key_batch, block.key_head, tile.key()),
+              p.key.row, problem.key_dim, is_live);
+    copy_rows(Layout::value_dim(i), BLOCK_N, row_pointer<T>(p.value, block.key_batch, block.key_head, tile.key()),
               p.value.row, problem.value_dim, is_live);
   };
   const typename Tiles::Index first = tiles.first();
@@ -230,7 +231,8 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim>::kThread
   using Tiles = QueryTiles<BLOCK_M>;
   const Problem& problem = p.problem;
   const int block_n = Layout::owned_rows(), warp_row = static_cast<int>(threadIdx.x / 32) * Layout::kWarpRows;
-  const KeyBlock block(problem, blockIdx.x, block_n);
+  const KeyBlock block(problem, blockIdx.x, block_n, MayPack<!kPlain>{});
+  if (!kPlain && block.keys.empty()) return;
   const int key = block.keys.begin + warp_row, warp_rows = block.keys.end - key;
   const Tiles tiles = Tiles::template make<T, Layout::kMaxKeys, kPlain>(problem, block);
 
@@ -244,14 +246,14 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim>::kThread
   };
   const auto load_queries = [&](int tile, int /*i*/) {
     const int head = tiles.head(tile), query = tiles.query(tile);
-    const auto is_valid = [&](int row) { return query + row < problem.queries; };
+    const auto is_valid = [&](int row) { return query + row < block.all_queries; };
     const auto queries = Layout::key_dim(tile);
-    copy_rows(queries, BLOCK_M, row_pointer<T>(p.query, block.batch, head, query), p.query.row, problem.key_dim,
+    copy_rows(queries, BLOCK_M, row_pointer<T>(p.query, block.query_batch, head, query), p.query.row, problem.key_dim,
               is_valid);
-    copy_rows(Layout::value_dim(tile), BLOCK_M, row_pointer<T>(p.grad_out, block.batch, head, query), p.grad_out.row,
-              problem.value_dim, is_valid);
-    const float* lse = row_pointer(p.lse, block.batch, head, query);
-    const float* delta = p.delta + (static_cast<int64_t>(block.batch) * problem.heads + head) * problem.queries + query;
+    copy_rows(Layout::value_dim(tile), BLOCK_M, row_pointer<T>(p.grad_out, block.query_batch, head, query),
+              p.grad_out.row, problem.value_dim, is_valid);
+    const float* lse = row_pointer(p.lse, block.query_batch, head, query);
+    const float* delta = p.delta + block.first_row<!kPlain>(problem, head) + query;
     for (int row = threadIdx.x; row < BLOCK_M; row += blockDim.x) {
       device::async_copy<4>(queries.row_extra(row), lse + row * p.lse.row, is_valid(row) ? 4 : 0);
       device::async_copy<4>(queries.row_extra(row) + 1, delta + row, is_valid(row) ? 4 : 0);
@@ -271,7 +273,7 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim>::kThread
     const bool unmasked = tiles.is_unmasked(problem, block, tile, block_n) && (kPlain || mask.kind == MaskKind::kNone);
     Visible<kFragments, kTiles> visible;
     if (!unmasked) {
-      const auto live = mask.template live<BLOCK_M, true>(tiles.queries(problem, tile), query);
+      const auto live = mask.template live<BLOCK_M, true>(tiles.queries(block, tile), query);
       visible = visible_scores<kPlain, true, kFragments, kTiles>(problem, mask, key, warp_rows, query, live);
     }
     if (warp_rows <= 0 || !(unmasked || device::any_lane(visible.bits != 0))) return;
@@ -296,8 +298,8 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim>::kThread
         float factors[4] = {1.0f, 1.0f, 1.0f, 1.0f};
         if constexpr (!kPlain) {
           if (problem.dropout.seeds != nullptr) {
-            const int64_t first_row = (static_cast<int64_t>(block.batch) * problem.heads + head) * problem.queries;
-            HeadDropout(problem, first_row).factors_transposed(factors, query + n * 8, key + m * kFragmentRows);
+            HeadDropout(problem, block.first_row<!kPlain>(problem, head))
+                .factors_transposed(factors, query + n * 8, key + m * kFragmentRows);
           }
         }
         float derivatives[4] = {1.0f, 1.0f, 1.0f, 1.0f};

@@ -57,7 +57,7 @@ struct ForwardLayout {
   static __device__ __forceinline__ Value value(int i) { return {reinterpret_cast<T*>(stage(i) + kKeyBytes)}; }
 };
 
-// kPlain: no mask, dropout or softcap.
+// kPlain: no mask, dropout, softcap or packed sequences.
 template <typename T, int kKeyDim, int kValueDim, bool kPlain>
 __global__ void __launch_bounds__(ForwardLayout<T, kKeyDim, kValueDim, kPlain>::kThreads, 1)
     attention_forward(ForwardParams p) {
@@ -69,20 +69,23 @@ __global__ void __launch_bounds__(ForwardLayout<T, kKeyDim, kValueDim, kPlain>::
   const Problem& problem = p.problem;
   const int block_m = Layout::block_m(), warp_row = static_cast<int>(threadIdx.x / 32) * Layout::kWarpRows;
   const int first_column = static_cast<int>(blockIdx.y) * kColumns;
+  constexpr MayPack<!kPlain> may_pack;
+
   const auto load_queries = [&](const QueryBlock& block, int i) {
     copy_rows(Layout::query(i), block_m, row_pointer<T>(p.query, block.batch, block.head, block.queries.begin),
               p.query.row, problem.key_dim, [&](int row) { return row < block.rows(); });
   };
   const auto load_keys = [&](const QueryBlock& block, const typename Tiles::Index& tile, int i) {
     const auto is_live = [&](int row) { return tile.is_live(row); };
-    copy_rows(Layout::key(i), BLOCK_N, row_pointer<T>(p.key, block.batch, block.key_head, tile.key()), p.key.row,
+    copy_rows(Layout::key(i), BLOCK_N, row_pointer<T>(p.key, block.key_batch, block.key_head, tile.key()), p.key.row,
               problem.key_dim, is_live);
     copy_rows(Layout::value(i), BLOCK_N,
-              row_pointer<T>(p.value, block.batch, block.key_head, tile.key()) + first_column, p.value.row,
+              row_pointer<T>(p.value, block.key_batch, block.key_head, tile.key()) + first_column, p.value.row,
               problem.value_dim - first_column, is_live);
   };
 
-  const int64_t all_tiles = ceil_div(problem.queries, block_m) * problem.batch * problem.heads;
+  const int64_t all_tiles =
+      tiles_of_head(problem.queries, block_m, kPlain ? 0 : problem.sequences.count) * problem.batch * problem.heads;
   const int64_t first_tile = static_cast<int64_t>(blockIdx.x) * (Layout::kBuffers == 1 ? 1 : p.tiles_per_block);
   int query_tiles = 1;
   if (Layout::kBuffers > 1) {
@@ -92,17 +95,20 @@ __global__ void __launch_bounds__(ForwardLayout<T, kKeyDim, kValueDim, kPlain>::
   typename Tiles::Index tile;
   // The queries of a tile and its first keys, which are the i-th key tile of this block.
   const auto load = [&](int query_tile, int i) {
-    const QueryBlock block(problem, first_tile + query_tile, block_m);
+    const QueryBlock block(problem, first_tile + query_tile, block_m, may_pack);
     tile = Tiles(problem, block).first();
     load_queries(block, query_tile);
     load_keys(block, tile, i);
   };
+  if constexpr (!kPlain) {
+    if (problem.sequences.count > 0 && QueryBlock(problem, first_tile, block_m, may_pack).rows() <= 0) return;
+  }
   load(0, 0);
   device::async_copy_commit();
 
   int i = 0;  // key tiles, counted through all query tiles
   for (int query_tile = 0; query_tile < query_tiles; ++query_tile) {
-    const QueryBlock block(problem, first_tile + query_tile, block_m);
+    const QueryBlock block(problem, first_tile + query_tile, block_m, may_pack);
     const Tiles tiles(problem, block);
     const int row = block.queries.begin + warp_row, warp_rows = block.rows() - warp_row;
     Softmax softmax[kFragments];

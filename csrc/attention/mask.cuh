@@ -26,24 +26,25 @@ __device__ __forceinline__ Range clipped(int64_t begin, int64_t end, int size) {
   return {static_cast<int>(begin), static_cast<int>(end < begin ? begin : end)};
 }
 
-// The keys in the window of at least one query of the range, and the queries whose window contains a key of it.
-__device__ __forceinline__ Range keys_in_window(const Problem& p, Range queries) {
-  return clipped(p.window_left < 0 ? 0 : int64_t{queries.begin} - p.window_left,
-                 p.window_right < 0 ? p.keys : int64_t{queries.end} + p.window_right, p.keys);
+// The keys in the window of at least one query of the range, and the queries whose window contains a key of it; ``all``
+// is their number.
+__device__ __forceinline__ Range keys_in_window(const Problem& p, Range queries, int all) {
+  return clipped(p.window_left == kUnbounded ? 0 : int64_t{queries.begin} - p.window_left,
+                 p.window_right == kUnbounded ? all : int64_t{queries.end} + p.window_right, all);
 }
-__device__ __forceinline__ Range queries_in_window(const Problem& p, Range keys) {
-  return clipped(p.window_right < 0 ? 0 : int64_t{keys.begin} - p.window_right,
-                 p.window_left < 0 ? p.queries : int64_t{keys.end} + p.window_left, p.queries);
+__device__ __forceinline__ Range queries_in_window(const Problem& p, Range keys, int all) {
+  return clipped(p.window_right == kUnbounded ? 0 : int64_t{keys.begin} - p.window_right,
+                 p.window_left == kUnbounded ? all : int64_t{keys.end} + p.window_left, all);
 }
 
 // Whether the window of every query of a range contains every key of another.
 __device__ __forceinline__ bool window_covers(const Problem& p, Range queries, Range keys) {
-  return (p.window_left < 0 || keys.begin >= int64_t{queries.end} - 1 - p.window_left) &&
-         (p.window_right < 0 || keys.end - 1 <= int64_t{queries.begin} + p.window_right);
+  return (p.window_left == kUnbounded || keys.begin >= int64_t{queries.end} - 1 - p.window_left) &&
+         (p.window_right == kUnbounded || keys.end - 1 <= int64_t{queries.begin} + p.window_right);
 }
 __device__ __forceinline__ bool in_window(const Problem& p, int query, int key) {
-  return (p.window_left < 0 || key >= int64_t{query} - p.window_left) &&
-         (p.window_right < 0 || key <= int64_t{query} + p.window_right);
+  return (p.window_left == kUnbounded || key >= int64_t{query} - p.window_left) &&
+         (p.window_right == kUnbounded || key <= int64_t{query} + p.window_right);
 }
 
 // One bit for each of kCount <= 64 rows or columns.

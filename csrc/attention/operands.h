@@ -144,9 +144,39 @@ struct Options {
   bool allow_tf32;
 };
 
+// A bound of the kernels. -1: unbounded. Beside packed sequences a negative bound -b is given as -b - 1.
+inline int window_bound(int64_t bound) {
+  if (bound == -1) return kUnbounded;
+  // Bounds beyond all keys are equivalent.
+  return static_cast<int>(bound < -1          ? (bound > -INT32_MAX ? bound + 1 : -INT32_MAX)
+                          : bound < INT32_MAX ? bound
+                                              : INT32_MAX);
+}
+
+// (2, sequences + 1) int32. Their values are not read here, which would wait for the device.
+inline Sequences sequences_of(const Tensor& sequences, const MaybeTensor& mask, const Tensor& query,
+                              const Tensor& key) {
+  check_tensor(sequences, "sequences", 2, ScalarType::Int, query);
+  const int64_t count = sequences.size(1) - 1;
+  STD_TORCH_CHECK(sequences.size(0) == 2 && count >= 0 && (count == 0 || sequences.stride(1) == 1),
+                  "sequences: expected (2, sequences + 1), contiguous in the last dim");
+  STD_TORCH_CHECK(query.size(0) == 1, "query: expected a batch of 1 beside sequences");
+  STD_TORCH_CHECK(!mask.has_value(), "mask: expected None beside sequences, got a tensor");
+  STD_TORCH_CHECK(count > 0 || (query.size(2) == 0 && key.size(2) == 0),
+                  "sequences: expected at least one for the tokens of query and key, got 0");
+  const int32_t* queries = sequences.const_data_ptr<int32_t>();
+  return {queries, queries + sequences.stride(0), checked_int(count, "sequences")};
+}
+
+// Packed sequences: batch strides that are row strides, see Sequences.
+template <typename... Operands>
+void index_by_row(const Problem& problem, Operands&... operands) {
+  if (problem.sequences.count > 0) ((operands.batch = operands.row), ...);
+}
+
 inline Problem problem_of(const Tensor& query, const Tensor& key, const Tensor& value, int64_t key_dim,
-                          int64_t value_dim, const MaybeTensor& mask, const MaybeTensor& seed, const Options& options,
-                          Dims largest = kLargestHeadDims) {
+                          int64_t value_dim, const MaybeTensor& mask, const MaybeTensor& seed,
+                          const MaybeTensor& sequences, const Options& options, Dims largest = kLargestHeadDims) {
   STD_TORCH_CHECK(key.size(0) == query.size(0) && key.size(3) == query.size(3) && value.size(0) == query.size(0) &&
                       value.size(1) == key.size(1) && value.size(2) == key.size(2),
                   "key, value: expected shapes that fit the query");
@@ -163,18 +193,17 @@ inline Problem problem_of(const Tensor& query, const Tensor& key, const Tensor& 
   check_probability(options.dropout_p, "dropout_p");
   STD_TORCH_CHECK(seed.has_value() || options.dropout_p == 0.0, "seed: expected one, because dropout_p is ",
                   options.dropout_p);
-  STD_TORCH_CHECK(options.window_left >= -1 && options.window_right >= -1,
+  STD_TORCH_CHECK(sequences.has_value() || (options.window_left >= -1 && options.window_right >= -1),
                   "window_left, window_right: expected >= 0, or -1 for unbounded, got ", options.window_left, " and ",
                   options.window_right);
-  // Bounds beyond all keys are equivalent.
-  problem.window_left = static_cast<int>(options.window_left < INT32_MAX ? options.window_left : INT32_MAX);
-  problem.window_right = static_cast<int>(options.window_right < INT32_MAX ? options.window_right : INT32_MAX);
+  problem.window_left = window_bound(options.window_left), problem.window_right = window_bound(options.window_right);
   problem.scale = static_cast<float>(options.scale);
   check_softcap(options.softcap);
   problem.softcap = static_cast<float>(options.softcap);
   problem.inner_scale = options.softcap == 0.0 ? 0.0f : static_cast<float>(options.scale / options.softcap);
   problem.exact = !options.allow_tf32;
   problem.mask = mask_of(mask, query, key.size(2));
+  if (sequences.has_value()) problem.sequences = sequences_of(*sequences, mask, query, key);
   if (seed.has_value()) {
     const int64_t count = seed->numel();
     check_seed(*seed, query.size(0), query);

@@ -43,9 +43,26 @@ struct Dropout {
   float p = 0.0f;
 };
 
+// Packed sequences: the rows of sequence s are begin[s] ... begin[s + 1] - 1 of a batch of 1, in device memory. The
+// batch strides of all operands are then row strides, and a row's batch index is where its sequence begins.
+struct Sequences {
+  const int32_t* queries = nullptr;
+  const int32_t* keys = nullptr;
+  int count = 0;  // 0: a batch
+};
+
+constexpr int kUnbounded = INT32_MIN;
+
+// Tiles of the rows of a head. Those of packed sequence s are begin[s] / tile + s and the following ones, up to the
+// first of sequence s + 1: as many as it needs or one more.
+FASTGEN_HOST_DEVICE constexpr int64_t tiles_of_head(int64_t rows, int tile, int sequences) {
+  return sequences > 0 ? rows / tile + sequences : ceil_div(rows, tile);
+}
+
 struct Problem {
   int batch = 0, heads = 0, key_heads = 0, queries = 0, keys = 0, key_dim = 0, value_dim = 0;
-  int window_left = -1, window_right = -1;  // query i attends to keys i - left <= j <= i + right; -1: unbounded
+  Sequences sequences;
+  int window_left = kUnbounded, window_right = kUnbounded;  // query i attends to keys i - left <= j <= i + right
   float scale = 1.0f;
   float softcap = 0.0f;      // 0: none; see softcap.cuh
   float inner_scale = 0.0f;  // scale / softcap

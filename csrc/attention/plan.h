@@ -11,7 +11,8 @@ namespace fastgen::attention {
 struct Sizes {
   int64_t batch, heads, key_heads, queries, keys;
   int key_dim, value_dim, element_size;
-  bool plain;  // no mask, dropout or softcap
+  bool plain;         // no mask, dropout, softcap or packed sequences
+  int sequences = 0;  // packed ones
 
   constexpr Dims head_dims() const {
     const Dims dims = {key_dim, value_dim};
@@ -24,8 +25,10 @@ struct Sizes {
 };
 
 inline Sizes sizes_of(const Problem& p, int element_size) {
-  const bool plain = p.mask.kind == MaskKind::kNone && p.dropout.seeds == nullptr && p.softcap == 0.0f;
-  return {p.batch, p.heads, p.key_heads, p.queries, p.keys, p.key_dim, p.value_dim, element_size, plain};
+  const bool plain = p.mask.kind == MaskKind::kNone && p.dropout.seeds == nullptr && p.softcap == 0.0f &&
+                     p.sequences.count == 0;
+  return {p.batch,   p.heads,     p.key_heads,  p.queries, p.keys,
+          p.key_dim, p.value_dim, element_size, plain,     p.sequences.count};
 }
 
 // gridDim = (blocks, slices), blockDim = 32 * warps.
@@ -49,19 +52,21 @@ constexpr int warps_for(int64_t rows, const TileShape& shape) {
   return static_cast<int>(needed < 1 ? 1 : needed < shape.warps ? needed : shape.warps);
 }
 
-// ``heads`` heads with ``rows`` rows each are distributed over blocks; the output has ``columns`` columns.
-constexpr Plan plan_rows(Dims dims, const TileShape& shape, int64_t rows, int64_t heads, int columns) {
-  const int warps = warps_for(rows, shape), owned = shape.owned(warps);
+// ``heads`` heads with ``rows`` rows each are distributed over blocks; the output has ``columns`` columns. Packed
+// sequences: blocks have the size for their average length, because lengths are in device memory.
+constexpr Plan plan_rows(Dims dims, const TileShape& shape, int64_t rows, int64_t heads, int columns,
+                         int sequences = 0) {
+  const int warps = warps_for(sequences > 0 ? ceil_div(rows, sequences) : rows, shape), owned = shape.owned(warps);
   const int slices = static_cast<int>(ceil_div(columns, shape.columns));
-  return {dims, warps, owned, shape.iterated, 1, heads * ceil_div(rows, owned), slices, 0};
+  return {dims, warps, owned, shape.iterated, 1, heads * tiles_of_head(rows, owned, sequences), slices, 0};
 }
 
 constexpr Plan forward_plan(const Sizes& sizes, int multiprocessors) {
   const Dims dims = sizes.head_dims();
   const TileShape shape = forward_shape(dims, sizes.element_size, sizes.plain);
-  Plan plan = plan_rows(dims, shape, sizes.queries, sizes.batch * sizes.heads, dims.value);
+  Plan plan = plan_rows(dims, shape, sizes.queries, sizes.batch * sizes.heads, dims.value, sizes.sequences);
   plan.shared_bytes = forward_bytes(dims, sizes.element_size, sizes.plain, plan.warps);
-  if (query_buffers(dims, sizes.element_size, sizes.plain) == 2 &&
+  if (sizes.sequences == 0 && query_buffers(dims, sizes.element_size, sizes.plain) == 2 &&
       ceil_div(sizes.keys, shape.iterated) <= kFewKeyTiles) {
     const int64_t tiles = plan.blocks / (int64_t{multiprocessors} * kBlocksPerMultiprocessor);
     plan.tiles_per_block = static_cast<int>(tiles < 1 ? 1 : tiles < kMaxTilesPerBlock ? tiles : kMaxTilesPerBlock);
@@ -73,7 +78,7 @@ constexpr Plan forward_plan(const Sizes& sizes, int multiprocessors) {
 constexpr Plan backward_query_plan(const Sizes& sizes) {
   const Dims dims = sizes.head_dims();
   const TileShape shape = backward_query_shape(dims, sizes.element_size);
-  Plan plan = plan_rows(dims, shape, sizes.queries, sizes.batch * sizes.heads, dims.key);
+  Plan plan = plan_rows(dims, shape, sizes.queries, sizes.batch * sizes.heads, dims.key, sizes.sequences);
   plan.shared_bytes = backward_bytes(dims, sizes.element_size, plan.warps);
   return plan;
 }
@@ -81,7 +86,7 @@ constexpr Plan backward_query_plan(const Sizes& sizes) {
 constexpr Plan backward_key_value_plan(const Sizes& sizes) {
   const Dims dims = sizes.head_dims();
   const TileShape shape = backward_key_value_shape(dims, sizes.element_size);
-  Plan plan = plan_rows(dims, shape, sizes.keys, sizes.batch * sizes.key_heads, widest(dims));
+  Plan plan = plan_rows(dims, shape, sizes.keys, sizes.batch * sizes.key_heads, widest(dims), sizes.sequences);
   plan.shared_bytes = backward_bytes(dims, sizes.element_size, plan.warps);
   return plan;
 }
@@ -89,7 +94,7 @@ constexpr Plan backward_key_value_plan(const Sizes& sizes) {
 constexpr Plan tangent_plan(const Sizes& sizes) {
   const Dims dims = sizes.second_order_head_dims();
   const TileShape shape = tangent_shape(dims, sizes.element_size);
-  Plan plan = plan_rows(dims, shape, sizes.queries, sizes.batch * sizes.heads, dims.value);
+  Plan plan = plan_rows(dims, shape, sizes.queries, sizes.batch * sizes.heads, dims.value, sizes.sequences);
   plan.shared_bytes = tangent_bytes(dims, sizes.element_size, plan.warps);
   return plan;
 }
@@ -97,7 +102,7 @@ constexpr Plan tangent_plan(const Sizes& sizes) {
 constexpr Plan second_order_query_plan(const Sizes& sizes) {
   const Dims dims = sizes.second_order_head_dims();
   const TileShape shape = second_order_shape(dims, sizes.element_size);
-  Plan plan = plan_rows(dims, shape, sizes.queries, sizes.batch * sizes.heads, dims.key);
+  Plan plan = plan_rows(dims, shape, sizes.queries, sizes.batch * sizes.heads, dims.key, sizes.sequences);
   plan.shared_bytes = second_order_bytes(dims, sizes.element_size, plan.warps, true);
   return plan;
 }
@@ -105,7 +110,7 @@ constexpr Plan second_order_query_plan(const Sizes& sizes) {
 constexpr Plan second_order_key_value_plan(const Sizes& sizes) {
   const Dims dims = sizes.second_order_head_dims();
   const TileShape shape = second_order_shape(dims, sizes.element_size);
-  Plan plan = plan_rows(dims, shape, sizes.keys, sizes.batch * sizes.key_heads, widest(dims));
+  Plan plan = plan_rows(dims, shape, sizes.keys, sizes.batch * sizes.key_heads, widest(dims), sizes.sequences);
   plan.shared_bytes = second_order_bytes(dims, sizes.element_size, plan.warps, false);
   return plan;
 }

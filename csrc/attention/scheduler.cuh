@@ -27,22 +27,62 @@ __device__ __forceinline__ float* row_pointer(const RowResult& result, unsigned 
   return result.data + batch * result.batch + head * result.head + row * result.row;
 }
 
-// BLOCK_M queries of one head.
+// Rows of a packed sequence, ``own`` and the other operand's, and the first row of a tile in it. Positions are clipped,
+// so that none of them leads out of an operand.
+struct SequenceTile {
+  Range own, other;
+  int first;
+
+  __device__ __forceinline__ SequenceTile(int count, const int32_t* own_begins, int own_rows,
+                                          const int32_t* other_begins, int other_rows, int size, int tile) {
+    int sequence = 0;
+    for (int last = count - 1; sequence < last;) {  // the last sequence whose first tile is at most ``tile``
+      const int middle = (sequence + last + 1) / 2;
+      if (own_begins[middle] / size + middle <= tile) {
+        sequence = middle;
+      } else {
+        last = middle - 1;
+      }
+    }
+    own = clipped(own_begins[sequence], own_begins[sequence + 1], own_rows);
+    other = clipped(other_begins[sequence], other_begins[sequence + 1], other_rows);
+    const int tile_in_sequence = tile - own_begins[sequence] / size - sequence;
+    first = tile_in_sequence < 0 ? 0 : tile_in_sequence * size;
+  }
+};
+
+// Whether a kernel takes packed sequences. One that does not has no registers for them.
+template <bool kMayPack>
+using MayPack = std::bool_constant<kMayPack>;
+
+// BLOCK_M queries of one head. There may be none in packed sequences.
 struct QueryBlock {
-  unsigned batch, head, key_head;
-  int64_t first_row;  // index of the head's first query among all (batch, head, query)
+  unsigned batch, key_batch, head, key_head;
+  int64_t first_row;  // index of the sequence's first query among all (batch, head, query)
   Range queries;
+  int all_keys;  // of the sequence
 
   // Blocks are numbered by head, then in descending order of rows: with a causal mask the last rows have the most keys.
-  __device__ __forceinline__ QueryBlock(const Problem& p, int64_t index, int block_m) {
-    const int blocks = static_cast<int>(ceil_div(p.queries, block_m));
+  template <bool kMayPack>
+  __device__ __forceinline__ QueryBlock(const Problem& p, int64_t index, int block_m, MayPack<kMayPack>) {
+    const int blocks = static_cast<int>(tiles_of_head(p.queries, block_m, kMayPack ? p.sequences.count : 0));
     const auto batch_head = static_cast<unsigned>(index / blocks);
-    const int first = (blocks - 1 - static_cast<int>(index % blocks)) * block_m;
+    const int tile = blocks - 1 - static_cast<int>(index % blocks);
     const auto heads = static_cast<unsigned>(p.heads);
-    batch = batch_head / heads, head = batch_head % heads;
+    batch = key_batch = batch_head / heads, head = batch_head % heads;
     key_head = head / (heads / static_cast<unsigned>(p.key_heads));
+    int first = tile * block_m, all = p.queries;
+    all_keys = p.keys;
     first_row = static_cast<int64_t>(batch_head) * p.queries;
-    queries = {first, first + block_m < p.queries ? first + block_m : p.queries};
+    if (kMayPack && p.sequences.count > 0) {
+      const SequenceTile sequence(p.sequences.count, p.sequences.queries, p.queries, p.sequences.keys, p.keys, block_m,
+                                  tile);
+      batch = static_cast<unsigned>(sequence.own.begin), key_batch = static_cast<unsigned>(sequence.other.begin);
+      first = sequence.first, all = sequence.own.end - sequence.own.begin;
+      all_keys = sequence.other.end - sequence.other.begin;
+      first_row += batch;
+    }
+    queries = {first, first + block_m < all ? first + block_m : all};
   }
   __device__ __forceinline__ int rows() const { return queries.end - queries.begin; }
 };
@@ -62,7 +102,7 @@ struct KeyTiles {
   int first_tile, end_tile;
 
   __device__ __forceinline__ KeyTiles(const Problem& p, const QueryBlock& block)
-      : keys(keys_in_window(p, block.queries)), mask(p.mask, block.batch, block.head) {
+      : keys(keys_in_window(p, block.queries, block.all_keys)), mask(p.mask, block.batch, block.head) {
     first_tile = keys.begin / BLOCK_N;
     end_tile = keys.empty() ? 0 : (keys.end + BLOCK_N - 1) / BLOCK_N;
   }
@@ -91,16 +131,33 @@ struct KeyTiles {
   }
 };
 
-// BLOCK_N keys of one key head.
+// BLOCK_N keys of one key head. There may be none in packed sequences.
 struct KeyBlock {
-  int batch, key_head;
+  int batch, query_batch, key_head;
   Range keys;
+  int all_queries;  // of the sequence
 
-  __device__ __forceinline__ KeyBlock(const Problem& p, int64_t index, int block_n) {
-    const int blocks = static_cast<int>(ceil_div(p.keys, block_n)), batch_head = static_cast<int>(index / blocks);
-    const int first = static_cast<int>(index % blocks) * block_n;
-    batch = batch_head / p.key_heads, key_head = batch_head % p.key_heads;
-    keys = {first, first + block_n < p.keys ? first + block_n : p.keys};
+  template <bool kMayPack>
+  __device__ __forceinline__ KeyBlock(const Problem& p, int64_t index, int block_n, MayPack<kMayPack>) {
+    const int blocks = static_cast<int>(tiles_of_head(p.keys, block_n, kMayPack ? p.sequences.count : 0));
+    const int batch_head = static_cast<int>(index / blocks), tile = static_cast<int>(index % blocks);
+    batch = query_batch = batch_head / p.key_heads, key_head = batch_head % p.key_heads;
+    int first = tile * block_n, all = p.keys;
+    all_queries = p.queries;
+    if (kMayPack && p.sequences.count > 0) {
+      const SequenceTile sequence(p.sequences.count, p.sequences.keys, p.keys, p.sequences.queries, p.queries, block_n,
+                                  tile);
+      batch = sequence.own.begin, query_batch = sequence.other.begin;
+      first = sequence.first, all = sequence.own.end - sequence.own.begin;
+      all_queries = sequence.other.end - sequence.other.begin;
+    }
+    keys = {first, first + block_n < all ? first + block_n : all};
+  }
+  // Index of the first query of a head among all (batch, head, query).
+  template <bool kMayPack>
+  __device__ __forceinline__ int64_t first_row(const Problem& p, int head) const {
+    if (kMayPack && p.sequences.count > 0) return query_batch + static_cast<int64_t>(head) * p.queries;
+    return (static_cast<int64_t>(batch) * p.heads + head) * p.queries;
   }
 };
 
@@ -115,7 +172,7 @@ struct QueryTiles {
   static __device__ __forceinline__ QueryTiles make(const Problem& p, const KeyBlock& block) {
     QueryTiles tiles;
     tiles.group_size = p.heads / p.key_heads;
-    const Range queries = queries_in_window(p, block.keys);
+    const Range queries = queries_in_window(p, block.keys, block.all_queries);
     tiles.first_head = block.key_head * tiles.group_size;
     tiles.first_tile = queries.begin / BLOCK_M;
     tiles.tiles_per_head = queries.empty() ? 0 : (queries.end + BLOCK_M - 1) / BLOCK_M - tiles.first_tile;
@@ -135,14 +192,14 @@ struct QueryTiles {
 
   __device__ __forceinline__ int head(Index index) const { return first_head + index / tiles_per_head; }
   __device__ __forceinline__ int query(Index index) const { return (first_tile + index % tiles_per_head) * BLOCK_M; }
-  __device__ __forceinline__ Range queries(const Problem& p, Index index) const {
+  __device__ __forceinline__ Range queries(const KeyBlock& block, Index index) const {
     const int first = query(index);
-    return {first, first + BLOCK_M < p.queries ? first + BLOCK_M : p.queries};
+    return {first, first + BLOCK_M < block.all_queries ? first + BLOCK_M : block.all_queries};
   }
 
   // Whether every query of a full tile attends to each of ``block_n`` keys, as far as the window is concerned.
   __device__ __forceinline__ bool is_unmasked(const Problem& p, const KeyBlock& block, Index index, int block_n) const {
-    const Range tile = queries(p, index);
+    const Range tile = queries(block, index);
     return tile.end - tile.begin == BLOCK_M && block.keys.end - block.keys.begin == block_n &&
            window_covers(p, tile, block.keys);
   }

@@ -136,14 +136,15 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
   const Queries queries = Layout::template owned<Queries>();
   const int warp_row = static_cast<int>(threadIdx.x / 32) * kFragmentRows;
   const int first_column = static_cast<int>(blockIdx.y) * kColumns;
-  const QueryBlock block(problem, blockIdx.x, queries.rows);
+  const QueryBlock block(problem, blockIdx.x, queries.rows, MayPack<true>{});
+  if (block.rows() <= 0) return;
   const Tiles tiles(problem, block);
   const HeadMask<T> mask_tangent(p.tangents.mask, block.batch, block.head);
   const int row = block.queries.begin + warp_row, warp_rows = block.rows() - warp_row;
 
   const auto load_keys = [&](const typename Tiles::Index& tile, int i) {
-    copy_tile(Layout::template iterated<Queries, Keys>(i), p.first, p.tangents, block.batch, block.key_head, tile.key(),
-              0, [&](int row) { return tile.is_live(row); });
+    copy_tile(Layout::template iterated<Queries, Keys>(i), p.first, p.tangents, block.key_batch, block.key_head,
+              tile.key(), 0, [&](int row) { return tile.is_live(row); });
   };
   const typename Tiles::Index first = tiles.first();
   copy_tile(queries, p.first, p.tangents, block.batch, block.head, block.queries.begin,
@@ -214,18 +215,19 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
   const Problem& problem = p.first.problem;
   const Keys keys = Layout::template owned<Keys>();
   const int warp_row = static_cast<int>(threadIdx.x / 32) * kFragmentRows;
-  const KeyBlock block(problem, blockIdx.x, keys.rows);
+  const KeyBlock block(problem, blockIdx.x, keys.rows, MayPack<true>{});
+  if (block.keys.empty()) return;
   const int key = block.keys.begin + warp_row, warp_rows = block.keys.end - key;
   const Tiles tiles = Tiles::template make<T, Layout::kMaxKeys, false>(problem, block);
 
   const auto load_queries = [&](int tile, int /*i*/) {
     const int head = tiles.head(tile), query = tiles.query(tile);
-    const auto is_valid = [&](int row) { return query + row < problem.queries; };
+    const auto is_valid = [&](int row) { return query + row < block.all_queries; };
     const Queries queries = Layout::template iterated<Keys, Queries>(tile);
-    copy_tile(queries, p.first, p.tangents, block.batch, head, query, is_valid);
-    const int64_t first = (static_cast<int64_t>(block.batch) * problem.heads + head) * problem.queries + query;
-    const float* lse = row_pointer(p.first.lse, block.batch, head, query);
-    const float* mean = row_pointer(p.tangent_lse, block.batch, head, query);
+    copy_tile(queries, p.first, p.tangents, block.query_batch, head, query, is_valid);
+    const int64_t first = block.first_row<true>(problem, head) + query;
+    const float* lse = row_pointer(p.first.lse, block.query_batch, head, query);
+    const float* mean = row_pointer(p.tangent_lse, block.query_batch, head, query);
     for (int row = threadIdx.x; row < BLOCK_M; row += blockDim.x) {
       float* extra = queries.query().row_extra(row);
       const int bytes = is_valid(row) ? 4 : 0;
@@ -249,7 +251,7 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
     const bool unmasked = tiles.is_unmasked(problem, block, tile, keys.rows) && mask.kind == MaskKind::kNone;
     Visible<1, kTiles> visible;
     if (!unmasked) {
-      const auto live = mask.template live<BLOCK_M, true>(tiles.queries(problem, tile), query);
+      const auto live = mask.template live<BLOCK_M, true>(tiles.queries(block, tile), query);
       visible = visible_scores<false, true, 1, kTiles>(problem, mask, key, warp_rows, query, live);
     }
     if (warp_rows <= 0 || !(unmasked || device::any_lane(visible.bits != 0))) return;
@@ -271,8 +273,7 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
     for (int n = 0; n < kTiles; ++n) {
       float factors[4] = {1.0f, 1.0f, 1.0f, 1.0f};
       if (problem.dropout.seeds != nullptr) {
-        const int64_t first_row = (static_cast<int64_t>(block.batch) * problem.heads + head) * problem.queries;
-        HeadDropout(problem, first_row).factors_transposed(factors, query + n * 8, key);
+        HeadDropout(problem, block.first_row<true>(problem, head)).factors_transposed(factors, query + n * 8, key);
       }
       SecondOrderRow rows[2];
 #pragma unroll

@@ -54,13 +54,14 @@ __global__ void __launch_bounds__(TangentLayout<T, kKeyDim, kValueDim>::kThreads
   const auto queries = Layout::queries();
   const int warp_row = static_cast<int>(threadIdx.x / 32) * kFragmentRows;
   const int first_column = static_cast<int>(blockIdx.y) * kColumns;
-  const QueryBlock block(problem, blockIdx.x, queries.rows);
+  const QueryBlock block(problem, blockIdx.x, queries.rows, MayPack<!kPlain>{});
+  if (!kPlain && block.rows() <= 0) return;
   const Tiles tiles(problem, block);
   const HeadMask<T> mask_tangent(p.tangents.mask, block.batch, block.head);
   const int row = block.queries.begin + warp_row, warp_rows = block.rows() - warp_row;
 
   const auto load_keys = [&](const typename Tiles::Index& tile, int i) {
-    copy_tile(Layout::keys(i), p, p.tangents, block.batch, block.key_head, tile.key(), first_column,
+    copy_tile(Layout::keys(i), p, p.tangents, block.key_batch, block.key_head, tile.key(), first_column,
               [&](int row) { return tile.is_live(row); });
   };
   const typename Tiles::Index first = tiles.first();

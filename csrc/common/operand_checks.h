@@ -31,6 +31,7 @@ inline int64_t bytes_of(ScalarType dtype) {
     case ScalarType::Bool: return 1;
     case ScalarType::Half:
     case ScalarType::BFloat16: return 2;
+    case ScalarType::Int:
     case ScalarType::Float: return 4;
     default: return 8;
   }

@@ -11,6 +11,7 @@ from __future__ import annotations
 from fastgen.functional._overrides import refuse_script
 from fastgen.functional.attention import scaled_dot_product_attention
 from fastgen.functional.latent import reparameterize, reparameterize_kl
+from fastgen.functional.packed import varlen_attention
 from fastgen.functional.projection import (
     merge_heads_projection,
     multi_head_projection,
@@ -26,6 +27,7 @@ __all__ = [
     "reparameterize_kl",
     "rotary_embedding",
     "scaled_dot_product_attention",
+    "varlen_attention",
 ]
 
 for _name in __all__:

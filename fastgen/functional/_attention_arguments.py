@@ -244,3 +244,12 @@ def checked_sinks(sinks: Tensor, query: Tensor, heads: int) -> Tensor:
     if sinks.dim() > 1 or sinks.numel() not in (1, heads):
         raise ValueError(f"sinks: expected (heads,) = ({heads},), got {check.shape_of(sinks)}")
     return sinks.reshape(-1, 1)
+
+
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """out (B, H, N, Dv) and lse (B, H, N) with one more logit in each row's softmax, which has no value."""
+    sinks = sinks.to(lse.dtype)
+    share = torch.sigmoid(lse - sinks).unsqueeze(-1)
+    masked = lse == -math.inf
+    total = torch.where(masked, sinks, torch.logaddexp(lse.masked_fill(masked, 0), sinks))
+    return (out * share).to(out.dtype), total

@@ -16,11 +16,13 @@ from fastgen.functional._attention_arguments import (
     causal_bias,
     checked_sinks,
     window_bounds,
+    with_sinks,
     without_negative_bounds,
 )
 from fastgen.functional._autocast import autocast_dtype, lower
 from fastgen.functional._overrides import handle_torch_function, overridden, relevant
 from fastgen.functional._seeds import sample_seed
+from fastgen.functional.packed import nested_attention
 from fastgen.ops.attention import direct
 from fastgen.ops.attention.autograd import attention
 from fastgen.ops.attention.problem import Options, Problem, refused_heads
@@ -48,7 +50,8 @@ def scaled_dot_product_attention(
 
     Args:
         query: (B, H, N, Dk). Other numbers of leading dims are accepted as in torch: (N, Dk), (B, N, Dk),
-            (..., H, N, Dk).
+            (..., H, N, Dk). Or a jagged nested tensor (B, H, j, Dk), as key and value then are, without attn_mask: see
+            ``varlen_attention``.
         key: (B, Hk, M, Dk); Hk is H, or divides it when ``enable_gqa``. Leading dims broadcast.
         value: (B, Hk, M, Dv). Dv need not be Dk.
         attn_mask: broadcasts to (B, H, N, M). Boolean: True where a query attends to a key. Floating: added to the
@@ -76,7 +79,7 @@ def scaled_dot_product_attention(
 
     Raises:
         TypeError: integer inputs, a mask that is neither boolean nor floating, dtypes that differ, a tensor as scale
-            or softcap, a nested, sparse or quantized tensor.
+            or softcap, a nested tensor of another layout, a sparse or quantized tensor.
         ValueError: shapes that do not match, a probability out of range, a scale that is not finite, or a softcap that
             is not positive.
         RuntimeError: the backend ``compiled`` is forced and has no kernel for these tensors; or a derivative is not
@@ -105,6 +108,11 @@ def scaled_dot_product_attention(
         common = direct.attend(query, key, value, attn_mask, is_causal, scale)
         if common is not None:
             return common
+    if getattr(query, "is_nested", False):
+        return nested_attention(
+            query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
+            window=window, softcap=softcap, sinks=sinks, generator=generator, return_lse=return_lse,
+        )  # fmt: skip
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check.require_tensor(name, tensor)
     check.require_probability("dropout_p", dropout_p, certain=True)
@@ -127,20 +135,11 @@ def scaled_dot_product_attention(
     seed = sample_seed(query.device, generator) if dropout_p > 0 else None
     options = Options(dropout_p, window_left, window_right, scale, cap, may_use_tf32(query))
     namespace = select("attention_forward", query, refused_heads(query, value))
-    out, lse = attention(Problem(query, key, value, mask, seed, options, namespace))
+    out, lse = attention(Problem(query, key, value, mask, seed, None, options, namespace))
     if dropped:
         out, lse = pad(out, (0, 0, dropped, 0)), pad(lse, (dropped, 0), value=-math.inf)
     if sinks is not None:
-        out, lse = _with_sinks(out, lse, checked_sinks(sinks, query, out.size(1)))
+        out, lse = with_sinks(out, lse, checked_sinks(sinks, query, out.size(1)))
     if len(rows) != 3 or rows[:2] != out.shape[:2]:
         out, lse = out.reshape(*rows, value.size(-1)), lse.reshape(rows)
     return (out, lse) if return_lse else out
-
-
-def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """out (B, H, N, Dv) and lse (B, H, N) with one more logit in each row's softmax, which has no value."""
-    sinks = sinks.to(lse.dtype)
-    share = torch.sigmoid(lse - sinks).unsqueeze(-1)
-    masked = lse == -math.inf
-    total = torch.where(masked, sinks, torch.logaddexp(lse.masked_fill(masked, 0), sinks))
-    return (out * share).to(out.dtype), total

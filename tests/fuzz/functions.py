@@ -81,6 +81,30 @@ def scaled_dot_product_attention(draw: Draw) -> Call:
     return Call([query, key, value, mask, dropout, causal, scale], options, shapes, None if dropout else expected)
 
 
+def varlen_attention(draw: Draw) -> Call:
+    dtype, sequences, key_heads = draw.dtype(), draw.one((1, 1, 2, 5)), draw.one((1, 2))
+    heads = key_heads * draw.one((1, 2))
+    lengths = [[draw.one((0, 1, 1, *LENGTHS)) for _ in range(sequences)] for _ in range(2)]
+    dim, value_dim = draw.one((1, 3, 8, 16, 24)), draw.one((0, 1, 5, 16, 32, 80))
+    query = _leaf(draw, draw.tensor(sum(lengths[0]), heads, dim, dtype=dtype))
+    key = _leaf(draw, draw.tensor(sum(lengths[1]), key_heads, dim, dtype=dtype))
+    value = _leaf(draw, draw.tensor(sum(lengths[1]), key_heads, value_dim, dtype=dtype))
+    ends = [torch.tensor([0, *own]).cumsum(0).to(draw.one((torch.int32, torch.int64))) for own in lengths]
+    dropout, causal = 0.3 if draw.chance(0.2) else 0.0, draw.chance(0.3)
+    left, right = (draw.one((None, 0, 1, 3, 2**40, -2)) for _ in range(2))
+    window = draw.one((None, None, (left, right)))
+    options = {"dropout_p": dropout, "is_causal": causal, "window": window, "enable_gqa": True, "return_lse": True}
+
+    def expected() -> list[Tensor]:
+        left, right = window or (None, None)
+        right = 0 if causal and (right is None or right > 0) else right
+        tensors = [t.detach().double() for t in (query, key, value)]
+        return [*reference.packed_attention(*tensors, *(e.tolist() for e in ends), None, left, right)]
+
+    shapes: operators.Shapes = [(sum(lengths[0]), heads, value_dim), (heads, sum(lengths[0]))]
+    return Call([query, key, value, *ends], options, shapes, None if dropout else expected)
+
+
 class _Tokens:
     def __init__(self, draw: Draw) -> None:
         self.dtype, self.first = draw.dtype(), draw.chance(0.4)

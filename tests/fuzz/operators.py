@@ -60,7 +60,7 @@ class Attention:
         return self.draw.tensor(*self.rows, dim, dtype=self.dtype, rows=True)
 
     def results(self) -> tuple[Tensor, Tensor]:
-        arguments = (self.query, self.key, self.value, self.mask, self.seed, *self.options)
+        arguments = (self.query, self.key, self.value, self.mask, self.seed, None, *self.options)
         out, lse = torch.ops.fastgen_torch.attention_forward(*arguments)
         return out, lse
 
@@ -88,19 +88,19 @@ class Attention:
 
 def attention_forward(draw: Draw) -> Call:
     p = Attention(draw)
-    return Call([p.query, p.key, p.value, p.mask, p.seed, *p.options], p.shapes)
+    return Call([p.query, p.key, p.value, p.mask, p.seed, None, *p.options], p.shapes)
 
 
 def attention_backward(draw: Draw) -> Call:
     p = Attention(draw)
     wanted = p.mask_grad()
-    arguments = [*p.upstream(), p.query, p.key, p.value, *p.results(), p.mask, p.seed, *p.options, wanted]
+    arguments = [*p.upstream(), p.query, p.key, p.value, *p.results(), p.mask, p.seed, None, *p.options, wanted]
     return Call(arguments, [*p.of_gradients, tuple(p.mask.shape) if wanted and p.mask is not None else (0,)])
 
 
 def attention_tangent(draw: Draw) -> Call:
     p = Attention(draw)
-    arguments = [p.query, p.key, p.value, *p.results(), p.mask, p.seed, *p.tangents(), *p.options]
+    arguments = [p.query, p.key, p.value, *p.results(), p.mask, p.seed, None, *p.tangents(), *p.options]
     return Call(arguments, p.shapes)
 
 
@@ -108,7 +108,7 @@ def attention_second_order(draw: Draw) -> Call:
     p = Attention(draw)
     wanted = p.mask_grad()
     of_mask = tuple(p.mask.shape) if wanted and p.mask is not None else (0,)
-    middle = [p.query, p.key, p.value, *p.results(), p.mask, p.seed, *p.tangents()]
+    middle = [p.query, p.key, p.value, *p.results(), p.mask, p.seed, None, *p.tangents()]
     return Call([*p.upstream(), *middle, *p.options, wanted], [*p.shapes, *p.of_gradients, of_mask])
 
 

@@ -322,7 +322,7 @@ def test_an_exported_module_with_attention_has_the_modules_gradients(mask, kind)
 
 def test_operators_called_by_name_under_torch_func_say_what_to_call():
     x = torch.randn(1, 1, 4, 8)
-    options = (None, None, 0.0, -1, -1, 0.3, 0.0, False)
+    options = (None, None, None, 0.0, -1, -1, 0.3, 0.0, False)
     with pytest.raises(RuntimeError, match=r"attention_forward: .*torch\.func.*fastgen\.functional"):
         torch.func.grad(lambda x: torch.ops.fastgen.attention_forward(x, x, x, *options)[0].sum())(x)
 

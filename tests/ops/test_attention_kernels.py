@@ -42,10 +42,10 @@ def operands(batch=1, heads=2, queries=70, keys=90, dims=(24, 40), dtype=torch.b
 
 def gradients(emulated, tensors, mask=None, seed=None, options=PLAIN):
     """Everything that the two operators give."""
-    out, lse = emulated.attention_forward(*tensors, mask, seed, *options)
+    out, lse = emulated.attention_forward(*tensors, mask, seed, None, *options)
     learned = mask is not None and mask.is_floating_point()
     upstream = torch.ones_like(out), torch.ones_like(lse)
-    grads = emulated.attention_backward(*upstream, *tensors, out, lse, mask, seed, *options, learned)
+    grads = emulated.attention_backward(*upstream, *tensors, out, lse, mask, seed, None, *options, learned)
     return [out, lse, *grads]
 
 
@@ -223,9 +223,11 @@ def test_a_block_that_takes_several_windows_gives_what_one_each_gives(emulator, 
     tensors = operands(batch=150, heads=3, queries=9, keys=11, dims=(8, 8), dtype=torch.float16)
     bias = torch.randn(1, 3, 9, 11).half()
     before = emulator.statistics().get("attention_forward", {"blocks": 0})["blocks"]
-    out, lse = emulated.attention_forward(*tensors, bias, None, *PLAIN)
+    out, lse = emulated.attention_forward(*tensors, bias, None, None, *PLAIN)
     assert emulator.statistics()["attention_forward"]["blocks"] - before < 150 * 3 / 2
-    alone = [emulated.attention_forward(*(t[i : i + 1] for t in tensors), bias, None, *PLAIN) for i in (0, 77, 149)]
+    alone = [
+        emulated.attention_forward(*(t[i : i + 1] for t in tensors), bias, None, None, *PLAIN) for i in (0, 77, 149)
+    ]
     for i, (a, b) in zip((0, 77, 149), alone, strict=True):
         assert torch.equal(out[i], a[0])
         assert torch.equal(lse[i], b[0])
@@ -278,7 +280,7 @@ def test_tiles_that_a_mask_rules_out_are_not_computed(emulator, emulated, kind):
 def test_forward_has_no_bank_conflicts(emulator, emulated, dims, dtype):
     conflicts = lambda: emulator.statistics().get("attention_forward", {"bank_conflicts": 0})["bank_conflicts"]  # noqa: E731
     before = conflicts()
-    emulated.attention_forward(*operands(heads=1, dims=dims, dtype=dtype), None, None, *PLAIN)
+    emulated.attention_forward(*operands(heads=1, dims=dims, dtype=dtype), None, None, None, *PLAIN)
     assert conflicts() == before
 
 
@@ -292,7 +294,7 @@ def test_results_lie_as_the_fake_promises(emulated, layout, dims):
     tensors = [matrix(layout, 2, 3, n, d, torch.float16) for n, d in ((7, dims[0]), (9, dims[0]), (9, dims[1]))]
     mask = torch.randn(1, 3, 1, 9).half()
     fakes = [t.to("meta") for t in (*tensors, mask)]
-    promised = torch.ops.fastgen.attention_forward(*fakes, None, *PLAIN)
+    promised = torch.ops.fastgen.attention_forward(*fakes, None, None, *PLAIN)
     got = gradients(emulated, tensors, mask)
     assert [t.stride() for t in got[:1]] == [t.stride() for t in promised[:1]]
     wanted = gradients(torch.ops.fastgen_torch, tensors, mask)
@@ -308,7 +310,7 @@ def test_tf32_is_taken_only_where_it_is_allowed(emulator, emulated):
     errors = []
     for allowed in (False, True):
         launched = emulator.statistics().get("attention_forward", {"matrix_products": 0})["matrix_products"]
-        out = emulated.attention_forward(*tensors, None, None, *PLAIN._replace(allow_tf32=allowed))[0]
+        out = emulated.attention_forward(*tensors, None, None, None, *PLAIN._replace(allow_tf32=allowed))[0]
         products = emulator.statistics()["attention_forward"]["matrix_products"] - launched
         errors.append((largest_error(out, exact[0]), products))
     (fine, three), (coarse, one) = errors
@@ -339,7 +341,7 @@ def test_bad_operands_are_refused_by_name(emulated):
         ((query.double(), key, value, None, None), "query: expected float32, float16 or bfloat16"),
     ]:
         with pytest.raises(RuntimeError, match=text):
-            emulated.attention_forward(*arguments, *PLAIN)
+            emulated.attention_forward(*arguments, None, *PLAIN)
 
 
 def test_heads_too_wide_for_a_kernel_take_pytorch_or_raise(monkeypatch):

@@ -53,8 +53,8 @@ def test_tiles_give_the_formulas(monkeypatch, namespace, absent, window, dropout
     upstream = torch.randn(2, 4, 21, 5, dtype=dtype), torch.randn(2, 4, 21, dtype=dtype)
     options = Options(dropout, *window, 0.6, softcap)
     operators = getattr(torch.ops, namespace)
-    out, lse = operators.attention_forward(*tensors, given, seed, *options)
-    rest = (out, lse, given, seed, *directions, *options)
+    out, lse = operators.attention_forward(*tensors, given, seed, None, *options)
+    rest = (out, lse, given, seed, None, *directions, *options)
     ours = operators.attention_second_order(*upstream, *tensors, *rest, learned)
     tangents = operators.attention_tangent(*tensors, *rest)
 

@@ -46,15 +46,15 @@ KERNELS = ("attention_tangent", "attention_second_order_query", "attention_secon
 
 def second_order(operators, tensors, mask=None, seed=None, options=PLAIN, absent=()):
     """What the two operators give; tangents and gradients are made from the tensors."""
-    out, lse = operators.attention_forward(*tensors, mask, seed, *options)
+    out, lse = operators.attention_forward(*tensors, mask, seed, None, *options)
     learned = mask is not None and mask.is_floating_point()
     directions = [t.flip(-2) for t in tensors] + [mask.flip(-1) if learned else None]
     directions = [None if i in absent else t for i, t in enumerate(directions)]
     upstream = torch.ones_like(out), torch.ones_like(lse)
     return [
-        *operators.attention_tangent(*tensors, out, lse, mask, seed, *directions, *options),
+        *operators.attention_tangent(*tensors, out, lse, mask, seed, None, *directions, *options),
         *operators.attention_second_order(
-            *upstream, *tensors, out, lse, mask, seed, *directions, *options, learned
+            *upstream, *tensors, out, lse, mask, seed, None, *directions, *options, learned
         ),
     ]  # fmt: skip
 
@@ -232,7 +232,7 @@ def test_tf32_is_taken_only_where_it_is_allowed(emulated):  # noqa: F811
 
 def test_bad_operands_are_refused_by_name(emulated):  # noqa: F811
     query, key, value = operands()
-    out, lse = emulated.attention_forward(query, key, value, None, None, *PLAIN)
+    out, lse = emulated.attention_forward(query, key, value, None, None, None, *PLAIN)
     wide = [torch.zeros(1, 2, 70, 300).to(query)] * 3
     for tensors, directions, text in [
         ((query, key, value, out), (query[:, :1], None, None, None), "tangent_query: expected the shape of what it is"),
@@ -243,7 +243,7 @@ def test_bad_operands_are_refused_by_name(emulated):  # noqa: F811
         ((query, key, value, query), (None,) * 4, "out: expected the dims of query, and value's last"),
         ((*wide, wide[0]), (None,) * 4, "head dims up to 256 and 256, got 300 and 300"),
     ]:
-        rest = (lse, None, None, *directions, *PLAIN)
+        rest = (lse, None, None, None, *directions, *PLAIN)
         with pytest.raises(RuntimeError, match=text):
             emulated.attention_tangent(*tensors, *rest)
         with pytest.raises(RuntimeError, match=text):

@@ -11,11 +11,13 @@ from fastgen.ops.attention.problem import Options
 SEED = torch.tensor([5])
 
 
-def attention_arguments(masked=False, dropout=False, softcap=0.0):
-    query, key, value = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 3)
+def attention_arguments(masked=False, dropout=False, packed=False, softcap=0.0):
+    batch = 1 if packed else 2
+    query, key, value = torch.randn(batch, 4, 5, 8), torch.randn(batch, 2, 6, 8), torch.randn(batch, 2, 6, 3)
     mask = torch.randn(4, 1, 6).unsqueeze(0) if masked else None
+    sequences = torch.tensor([[0, 2, 5], [0, 4, 6]], dtype=torch.int32) if packed else None
     options = Options(0.5 if dropout else 0.0, -1, -1, 0.4, softcap)
-    return query, key, value, mask, SEED if dropout else None, *options
+    return query, key, value, mask, SEED if dropout else None, sequences, *options
 
 
 def backward_arguments(**kwargs):
@@ -26,9 +28,9 @@ def backward_arguments(**kwargs):
 
 def second_order_arguments(**kwargs):
     """Arguments of attention_second_order, which include those of attention_tangent."""
-    grad_out, grad_lse, query, key, value, out, lse, mask, seed, *options = backward_arguments(**kwargs)
+    grad_out, grad_lse, query, key, value, out, lse, mask, seed, sequences, *options = backward_arguments(**kwargs)
     tangents = [None if t is None else torch.randn_like(t) for t in (query, key, value, mask)]
-    return grad_out, grad_lse, query, key, value, out, lse, mask, seed, *tangents, *options
+    return grad_out, grad_lse, query, key, value, out, lse, mask, seed, sequences, *tangents, *options
 
 
 def cases():
@@ -40,7 +42,7 @@ def cases():
     yield "latent_backward", (matrix(), torch.randn(3), matrix(), matrix(), row, row, SEED)
     yield "latent_backward", (None, torch.randn(3), matrix(), matrix(), None, None, SEED)
     yield "latent_backward", (matrix(), None, matrix(), matrix(), None, None, SEED)
-    for options in ({}, {"masked": True}, {"dropout": True}, {"masked": True, "softcap": 0.6}):
+    for options in ({}, {"masked": True}, {"dropout": True}, {"masked": True, "softcap": 0.6}, {"packed": True}):
         yield "attention_forward", attention_arguments(**options)
         yield "attention_backward", (*backward_arguments(**options), bool(options.get("masked")))
         yield "attention_tangent", second_order_arguments(**options)[2:]

@@ -35,15 +35,15 @@ OUT, LSE = randn(2, 4, 5, 3), randn(2, 4, 5)
 
 
 def attention(query=QUERY, key=KEY, value=VALUE, mask=None, seed=None, options=PLAIN):
-    return "attention_forward", (query, key, value, mask, seed, *options)
+    return "attention_forward", (query, key, value, mask, seed, None, *options)
 
 
 def attention_backward(grad_out=OUT, grad_lse=None, out=OUT, lse=LSE, mask=None, mask_grad=False):
-    return "attention_backward", (grad_out, grad_lse, QUERY, KEY, VALUE, out, lse, mask, None, *PLAIN, mask_grad)
+    return "attention_backward", (grad_out, grad_lse, QUERY, KEY, VALUE, out, lse, mask, None, None, *PLAIN, mask_grad)
 
 
 def tangent(query=None, key=None, value=None, mask=None):
-    return "attention_tangent", (QUERY, KEY, VALUE, OUT, LSE, None, None, query, key, value, mask, *PLAIN)
+    return "attention_tangent", (QUERY, KEY, VALUE, OUT, LSE, None, None, None, query, key, value, mask, *PLAIN)
 
 
 def cpu_attention(key=None, value=None):
@@ -171,9 +171,9 @@ def test_what_does_not_fit_is_refused_by_name(case, namespace):
 @pytest.mark.parametrize("namespace", NAMESPACES)
 def test_none_for_a_tensor_is_refused(namespace):
     with pytest.raises((TypeError, RuntimeError), match="key: expected a tensor, got None"):
-        backend.operator(namespace, "attention_forward")(QUERY, None, VALUE, None, None, *PLAIN)
+        backend.operator(namespace, "attention_forward")(QUERY, None, VALUE, None, None, None, *PLAIN)
     with pytest.raises(TypeError, match="key: expected a tensor, got None"):
-        backend.operator(namespace, "attention_forward")(QUERY.to("meta"), None, VALUE, None, None, *PLAIN)
+        backend.operator(namespace, "attention_forward")(QUERY.to("meta"), None, VALUE, None, None, None, *PLAIN)
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
@@ -208,19 +208,23 @@ def test_kernels_of_gpus_refuse_it_too(emulator):
         (*projection(tokens, cos=randn(1, 6, 2)), "sin: expected together with cos"),
         (*projection(tokens, rotated=-1), "rotated: expected"),
         (*projection(tokens, **five), "heads: kernels take up to 4 parts, got 5"),
-        ("attention_forward", (*wide, 0.0, -(2**62), -1, 0.3, 0.0, False), "window_left, window_right: expected >= 0"),
-        ("attention_forward", (*wide, 0.5, -1, -1, 0.3, 0.0, False), "seed: expected one"),
         (
             "attention_forward",
-            (*wide, 0.0, -1, -1, 0.3, -1.0, False),
+            (*wide, None, 0.0, -(2**62), -1, 0.3, 0.0, False),
+            "window_left, window_right: expected >= 0",
+        ),
+        ("attention_forward", (*wide, None, 0.5, -1, -1, 0.3, 0.0, False), "seed: expected one"),
+        (
+            "attention_forward",
+            (*wide, None, 0.0, -1, -1, 0.3, -1.0, False),
             "softcap: expected 0, or a number from 1e-30 to 1e30",
         ),
         (
             "attention_forward",
-            (*wide, 0.0, -1, -1, 0.3, math.nan, False),
+            (*wide, None, 0.0, -1, -1, 0.3, math.nan, False),
             "softcap: expected 0, or a number from 1e-30 to 1e30",
         ),
-        ("attention_forward", (freed(2, 4, 5, 8), *wide[1:], *PLAIN), "query: expected a tensor whose storage"),
+        ("attention_forward", (freed(2, 4, 5, 8), *wide[1:], None, *PLAIN), "query: expected a tensor whose storage"),
         (*attention_backward(mask=torch.ones(1, 1, 5, 6) > 0, mask_grad=True), "mask_grad: expected False"),
         ("latent_backward", (None, randn(3), mu, mu, None, None, SEED), "grad_kl: expected shape"),
     ]:
@@ -237,7 +241,7 @@ def test_a_mask_of_any_float_dtype_may_stand_beside_any_query(namespace):
         query, key, value = (t.to(dtype) for t in (QUERY, long, long))
         for of_mask in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             mask = randn(1, 4, 5, 70).to(of_mask)
-            out, _ = forward(query, key, value, mask, None, *PLAIN)
-            exact, _ = forward(query.double(), key.double(), value.double(), mask.double(), None, *PLAIN)
+            out, _ = forward(query, key, value, mask, None, None, *PLAIN)
+            exact, _ = forward(query.double(), key.double(), value.double(), mask.double(), None, None, *PLAIN)
             assert out.dtype == dtype
             assert float((out - exact).abs().max()) < (0.05 if dtype == torch.bfloat16 else 1e-5)

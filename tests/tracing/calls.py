@@ -13,10 +13,18 @@ from fastgen import nn as layers
 
 Make = Callable[..., Tensor]
 
+
+def _packed(query: Tensor, key: Tensor, value: Tensor) -> Any:
+    """One sequence, whose begin and end are values of a tensor."""
+    ends = [torch.arange(2, device=query.device) * t.size(0) for t in (query, key)]
+    return F.varlen_attention(query, key, value, ends[0], ends[1], dropout_p=0.1, enable_gqa=True, return_lse=True)
+
+
 FUNCTIONS: dict[str, Callable[[Make], Any]] = {
     "scaled_dot_product_attention": lambda make: F.scaled_dot_product_attention(
         make(1, 2, 5, 8), make(1, 2, 7, 8), make(1, 2, 7, 8), make(5, 7), 0.1, softcap=2.0, return_lse=True
     ),
+    "varlen_attention": lambda make: _packed(make(5, 4, 8), make(7, 2, 8), make(7, 2, 8)),
     "multi_head_projection": lambda make: F.multi_head_projection(make(2, 3, 8), make(16, 8), make(16), num_heads=2),
     "qkv_projection": lambda make: F.qkv_projection(
         make(2, 3, 8), make(48, 8), make(48), heads=(2, 2, 2), head_dims=(8, 8, 8), norms=(make(8), make(8)),

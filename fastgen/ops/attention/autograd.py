@@ -30,7 +30,7 @@ _ANY_ORDER = (
 )
 
 # In the arguments of a Function: number of tensors and of all fields of a flat Saved, and position of its mask.
-_TENSORS, _SAVED, _MASK = 7, 14, Saved._fields.index("mask")
+_TENSORS, _SAVED, _MASK = 8, 15, Saved._fields.index("mask")
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def _is_recorded(*tensors: Tensor | None) -> bool:
 
 
 def _run(problem: Problem) -> tuple[Tensor, Tensor]:
-    result = call(problem.namespace, "attention_forward", *problem[:5], *problem.options)
+    result = call(problem.namespace, "attention_forward", *problem[:6], *problem.options)
     return result[0], result[1]
 
 
@@ -117,8 +117,8 @@ def _second_order(
 
 
 def _save(ctx: Any, problem: Problem, output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, mask, seed, options, namespace = problem
-    _save_tensors(ctx, (query, key, value, *output, mask, seed), options, namespace)
+    query, key, value, *rest, options, namespace = problem
+    _save_tensors(ctx, (query, key, value, *output, *rest), options, namespace)
 
 
 def _save_tensors(ctx: Any, tensors: tuple[Any, ...], options: Options, namespace: str) -> None:
@@ -313,8 +313,8 @@ def _recorded(function: type[Function], arrange: Callable[..., tuple[Any, ...]])
 
 differentiate("attention_forward", _recorded_forward)
 differentiate("attention_backward", _recorded(_Backward, lambda ns, *args: (*args[:-1], ns, args[-1])))
-differentiate("attention_tangent", _recorded(_Tangent, lambda ns, *args: (*args[:7], *args[11:], ns, *args[7:11])))
+differentiate("attention_tangent", _recorded(_Tangent, lambda ns, *args: (*args[:8], *args[12:], ns, *args[8:12])))
 differentiate(
     "attention_second_order",
-    _recorded(_SecondOrder, lambda ns, *args: (*args[:9], *args[13:-1], ns, *args[9:13], args[-1])),
+    _recorded(_SecondOrder, lambda ns, *args: (*args[:10], *args[14:-1], ns, *args[10:14], args[-1])),
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastgen.ops._batching import fold, fold_seed, unfold
+from fastgen.ops._batching import fold, fold_seed, map_slices, unfold
 
 
 def _fold_mask(mask: Tensor | None, dim: int | None, size: int, batch: int) -> Tensor | None:
@@ -20,10 +20,13 @@ def _fold_mask(mask: Tensor | None, dim: int | None, size: int, batch: int) -> T
 def vmap_rule(query_at: int, mask_at: int, tangent_mask_at: int | None = None, mask_grad: bool = False) -> Any:
     """The vmap rule of an operator, from the positions of its arguments: everything folds into the batch.
 
-    The seed follows the mask. With ``mask_grad`` the last argument requests the mask's gradient, the last result.
+    The seed and the sequences follow the mask; packed sequences are mapped slice by slice. With ``mask_grad`` the last
+    argument requests the mask's gradient, the last result.
     """
 
     def rule(operator: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        if args[mask_at + 2] is not None:
+            return map_slices(operator, info, in_dims, *args)
         size, query_dim = info.batch_size, in_dims[query_at]
         query = args[query_at] if query_dim is None else args[query_at].movedim(query_dim, 0)[0]
         batch = query.size(0)

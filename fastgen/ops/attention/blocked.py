@@ -16,6 +16,7 @@ from fastgen import random
 from fastgen.backend import helper
 from fastgen.ops.attention.masking import window_mask
 from fastgen.ops.attention.problem import Problem, Saved
+from fastgen.ops.attention.sequences import Span, bounds, spans
 
 TILE_BYTES = 4 * 2**20
 """Approximate size of one tile of scores, so that it stays in cache. Four or five live at a time."""
@@ -63,19 +64,21 @@ def allocate_lse(query: Tensor) -> Tensor:
 
 
 class Tile:
-    """Batches ``b0:b1``, query rows ``i0:i1`` and the key range ``j0:j1`` within their window.
+    """Batches ``b0:b1``, query rows ``i0:i1`` of one sequence and the key range ``j0:j1`` within their window.
 
     Grouped heads are folded into the rows: scores are (b, Hk, G * rows, keys).
     """
 
-    def __init__(self, problem: Problem | Saved, spans: tuple[int, int, int, int]) -> None:
-        self.b0, self.b1, self.i0, self.i1 = spans
+    def __init__(self, problem: Problem | Saved, ranges: tuple[int, int, int, int], sequence: Span) -> None:
+        self.b0, self.b1, self.i0, self.i1 = ranges
         self.query, self.key, self.mask, self.seed = problem.query, problem.key, problem.mask, problem.seed
         self.options, self.namespace = problem.options, problem.namespace
-        left, right = self.options.window_left, self.options.window_right
-        keys = self.key.size(2)
-        self.j0 = min(max(0, self.i0 - left), keys) if left >= 0 else 0
-        self.j1 = max(self.j0, min(keys, self.i1 + right)) if right >= 0 else keys
+        self.left, self.right, shift = bounds(self.options)
+        self.first_key, keys = sequence.k0, sequence.k1 - sequence.k0
+        self.row = self.i0 - sequence.q0 + shift  # position of the first row among the keys of its sequence
+        first = min(max(0, self.row - self.left), keys) if self.left >= 0 else 0
+        end = min(keys, self.row + self.i1 - self.i0 + self.right) if self.right >= 0 else keys
+        self.j0, self.j1 = self.first_key + first, self.first_key + max(first, end)
         self.groups = self.query.size(1) // self.key.size(1)
         self.capped: Tensor | None = None
 
@@ -134,8 +137,9 @@ class Tile:
         if self.mask is not None:
             self.add_mask(scores, self.mask)
         device = scores.device
-        rows, cols = torch.arange(self.i0, self.i1, device=device), torch.arange(self.j0, self.j1, device=device)
-        allowed = window_mask(rows, cols, self.options.window_left, self.options.window_right)
+        rows = torch.arange(self.row, self.row + self.i1 - self.i0, device=device)
+        cols = torch.arange(self.j0 - self.first_key, self.j1 - self.first_key, device=device)
+        allowed = window_mask(rows, cols, self.left, self.right)
         if allowed is not None:
             by_head.masked_fill_(~allowed, -math.inf)
         return scores
@@ -155,7 +159,8 @@ class Tile:
         batch, heads, length, _ = self.query.shape
         function = helper(self.namespace, "cpu_dropout_keep", self.seed.device) or keep_of_tile
         rows_per_seed = max(batch // self.seed.numel(), 1) * heads * length
-        queries, keys = (self.i0, self.i1 - self.i0), (self.key.size(2), self.j0, self.j1)
+        queries = self.i0, self.i1 - self.i0
+        keys = self.key.size(2), self.j0 - self.first_key, self.j1 - self.first_key
         sizes = (rows_per_seed, self.b0, self.b1 - self.b0, heads, length, *queries, *keys)
         keep: Tensor = function(self.seed, *sizes, self.options.dropout_p)
         shape = (self.b1 - self.b0, self.key.size(1), self.groups * (self.i1 - self.i0), self.j1 - self.j0)
@@ -198,16 +203,18 @@ def keep_fake(seed: Tensor, *sizes: Any) -> Tensor:
 
 
 def tiles(problem: Problem | Saved, tile_bytes: int) -> Iterator[Tile]:
-    query, key = problem.query, problem.key
-    batch, heads, length, _ = query.shape
+    query = problem.query
+    batch, heads, _, _ = query.shape
     if heads == 0:
         return
-    row_bytes = max(1, heads * key.size(2) * (8 if query.dtype == torch.float64 else 4))
-    batches = max(1, min(batch, tile_bytes // (row_bytes * min(length, 64) or 1)))
-    rows = max(1, min(length, max(16, tile_bytes // (row_bytes * batches))))
-    for b0 in range(0, batch, batches):
-        for i0 in range(0, length, rows):
-            yield Tile(problem, (b0, min(b0 + batches, batch), i0, min(i0 + rows, length)))
+    for sequence in spans(problem):
+        length, keys = sequence.q1 - sequence.q0, sequence.k1 - sequence.k0
+        row_bytes = max(1, heads * keys * (8 if query.dtype == torch.float64 else 4))
+        batches = max(1, min(batch, tile_bytes // (row_bytes * min(length, 64) or 1)))
+        rows = max(1, min(length, max(16, tile_bytes // (row_bytes * batches))))
+        for b0 in range(0, batch, batches):
+            for i0 in range(sequence.q0, sequence.q1, rows):
+                yield Tile(problem, (b0, min(b0 + batches, batch), i0, min(i0 + rows, sequence.q1)), sequence)
 
 
 def _float32_helper(problem: Problem | Saved, name: str) -> Callable[..., Any] | None:
@@ -283,7 +290,7 @@ def softmax_backward_of_tile(scores: Tensor, grads: Tensor, keep: Tensor | None,
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, mask_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    query, key, value, out, lse, mask, _, options, _ = saved
+    query, key, value, out, lse, mask, _, _, options, _ = saved
     softmax_backward = _float32_helper(saved, "cpu_attention_softmax_backward") or softmax_backward_of_tile
     dtype = wide(query.dtype)
     grad_query = allocate_grad(query)

@@ -69,6 +69,17 @@ def _require_mask(name: str, mask: Tensor, query: Tensor, key: Tensor) -> None:
         raise ValueError(f"{name}: expected (B, H, N, M) = {full}, each of them full or 1, got {shape_of(mask)}")
 
 
+def _require_sequences(sequences: Tensor, query: Tensor, mask: Tensor | None) -> None:
+    """Shape and dtype; ``sequences.spans`` checks the values, where it reads them."""
+    require_operand("sequences", sequences, torch.int32, query)
+    if sequences.dim() != 2 or sequences.size(0) != 2 or sequences.size(1) < 1:
+        raise ValueError(f"sequences: expected (2, sequences + 1), got {shape_of(sequences)}")
+    if query.size(0) != 1:
+        raise ValueError(f"query: expected a batch of 1 beside sequences, got {shape_of(query)}")
+    if mask is not None:
+        raise ValueError("mask: expected None beside sequences, got a tensor")
+
+
 def _require_options(
     query: Tensor, seed: Tensor | None, dropout_p: float, window_left: int, window_right: int, softcap: float
 ) -> None:
@@ -114,6 +125,7 @@ def attention_forward(
     value: Tensor,
     mask: Tensor | None,
     seed: Tensor | None,
+    sequences: Tensor | None,
     dropout_p: float,
     window_left: int,
     window_right: int,
@@ -121,12 +133,17 @@ def attention_forward(
     softcap: float,
     *rest: Any,
 ) -> None:
-    plain = mask is seed is None and dropout_p == softcap == 0.0 and window_left >= -1 and window_right >= -1
+    plain = (
+        mask is seed is sequences is None and dropout_p == softcap == 0.0 and window_left >= -1 and window_right >= -1
+    )
     if plain and _plainly_fit(query, key, value):
         return
     _require_problem(query, key, value)
     if mask is not None:
         _require_mask("mask", mask, query, key)
+    if sequences is not None:
+        _require_sequences(sequences, query, mask)
+        window_left, window_right = max(window_left, -1), max(window_right, -1)
     _require_options(query, seed, dropout_p, window_left, window_right, softcap)
 
 
@@ -155,13 +172,14 @@ def attention_tangent(
     lse: Tensor,
     mask: Tensor | None,
     seed: Tensor | None,
+    sequences: Tensor | None,
     tangent_query: Tensor | None,
     tangent_key: Tensor | None,
     tangent_value: Tensor | None,
     tangent_mask: Tensor | None,
     *options: Any,
 ) -> None:
-    attention_forward(query, key, value, mask, seed, *options)
+    attention_forward(query, key, value, mask, seed, sequences, *options)
     _require_results(query, value, lse, None, out=out)
     _require_tangents(query, key, value, (tangent_query, tangent_key, tangent_value, tangent_mask))
 
@@ -176,13 +194,14 @@ def attention_second_order(
     lse: Tensor,
     mask: Tensor | None,
     seed: Tensor | None,
+    sequences: Tensor | None,
     tangent_query: Tensor | None,
     tangent_key: Tensor | None,
     tangent_value: Tensor | None,
     tangent_mask: Tensor | None,
     *options: Any,
 ) -> None:
-    attention_backward(grad_out, grad_lse, query, key, value, out, lse, mask, seed, *options)
+    attention_backward(grad_out, grad_lse, query, key, value, out, lse, mask, seed, sequences, *options)
     _require_tangents(query, key, value, (tangent_query, tangent_key, tangent_value, tangent_mask))
 
 

@@ -16,14 +16,16 @@ def forward(*args: Any) -> tuple[Tensor, Tensor]:
     """out and lse of ``attention_forward``, with N x M scores. Sizes may be symbolic.
 
     Raises:
-        NotImplementedError: dropout, whose random bits depend on a seed.
+        NotImplementedError: dropout, whose random bits depend on a seed; or packed sequences.
     """
     problem = Problem.of((*args, ""))
-    query, key, value, mask, seed, options, _ = problem
+    query, key, value, mask, seed, sequences, options, _ = problem
     if seed is not None:
         raise NotImplementedError(
             f"dropout_p: expected 0 in a model that is exported (model.eval()), got {options.dropout_p}"
         )
+    if sequences is not None:
+        raise NotImplementedError("cu_seqlens_q: expected a model without packed sequences for this export")
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     rows, cols = (torch.arange(t.size(-2), device=query.device) for t in (query, key))
     allowed = window_mask(rows, cols, options.window_left, options.window_right)

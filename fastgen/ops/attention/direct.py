@@ -166,7 +166,7 @@ class _Attention(Function):
         if mask is not None:
             lse = lse.masked_fill(mask.amax(-1) == -_INFINITY, -_INFINITY)
         options = Options(dropout_p=0.0, window_left=-1, window_right=0 if is_causal else -1, scale=scale)
-        saved = Saved(query, key, value, out, lse, mask, None, options, select("attention_forward", query))
+        saved = Saved(query, key, value, out, lse, mask, None, None, options, select("attention_forward", query))
         grads = any_backward(grad_out, None, saved, False)
         return (*only_wanted(ctx, 0, *grads[:3]), None, None, None)
 

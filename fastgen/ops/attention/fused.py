@@ -44,6 +44,8 @@ def _pad_heads(tensor: Tensor, dim: int, fill: float | Tensor = 0.0) -> Tensor:
     if width == dim and tensor.stride(-1) == 1:
         return tensor
     padded = F.pad(tensor, (0, dim - width))
+    if padded.stride(-1) != 1:  # the strides of a head dim of 1 may look like those of channels last
+        padded = padded.contiguous()
     if isinstance(fill, Tensor) or fill != 0.0:
         padded[..., width] = fill
     return padded
@@ -86,7 +88,7 @@ def _hides_nan(lse: Tensor, query: Tensor, key: Tensor, mask: Tensor | None, is_
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor] | None:
     """out and lse; None where the kernel may have lost a NaN."""
-    query, key, value, mask, _, options, _ = problem
+    query, key, value, mask, _, _, options, _ = problem
     dim, is_causal = max(query.size(-1), value.size(-1)), options.window_right == 0
     added = additive(mask, query.dtype)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -111,7 +113,7 @@ def backward(grad_out: Tensor, grad_lse: Tensor | None, saved: Saved) -> tuple[T
     torch's kernel has no gradient of lse. It computes d = rowsum(dO O), and the d of the formula is that minus dl: one
     more padding column, with dl in dO and -1 in O, subtracts it, and V's zero column leaves the rest unchanged.
     """
-    query, key, value, out, lse, mask, _, options, _ = saved
+    query, key, value, out, lse, mask, _, _, options, _ = saved
     key_dim, value_dim, heads, key_heads = query.size(-1), value.size(-1), query.size(1), key.size(1)
     dim = max(key_dim, value_dim + (grad_lse is not None))
     if dim > max(key_dim, value_dim):

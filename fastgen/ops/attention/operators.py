@@ -3,7 +3,8 @@
 query (B, H, N, Dk), key (B, Hk, M, Dk), value (B, Hk, M, Dv), each with a contiguous last dim;
 mask: boolean (True = attend) or floating, 4-d, each dim full or 1; seed (S,) int64, S dividing B, where
 there is dropout. Query i attends to keys i - window_left <= j <= i + window_right; -1 is unbounded, so
-causal is (-1, 0). Outputs: out like query with Dv columns, lse (B, H, N) in float32 (float64 for float64).
+causal is (-1, 0). sequences (2, S + 1) int32: where packed sequences begin, see ``Problem``. Outputs: out like
+query with Dv columns, lse (B, H, N) in float32 (float64 for float64).
 
 On CPU, torch's fused kernel (``fused``) serves what it takes, with heads padded to one size, and fastgen's own kernel
 where query heads are much narrower than value heads, in the forward and the backward pass. The blocked implementation
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastgen.backend import TORCH, define, helper
-from fastgen.ops.attention import blocked, checks, decomposition, fused, tangent
+from fastgen.ops.attention import blocked, checks, decomposition, fused, packed, tangent
 from fastgen.ops.attention.batching import vmap_rule
 from fastgen.ops.attention.blocked import allocate_grad, allocate_lse, allocate_out
 from fastgen.ops.attention.masking import zero_masked_keys
@@ -66,7 +67,10 @@ def _ignoring_masked_keys(
 
 
 def _forward(namespace: str, *args: Any) -> tuple[Tensor, Tensor]:
-    return _ignoring_masked_keys(_run_forward, Problem.of((*args, namespace)))
+    problem = Problem.of((*args, namespace))
+    if problem.sequences is None:
+        return _ignoring_masked_keys(_run_forward, problem)
+    return packed.forward(_forward, problem)
 
 
 def _run_forward(problem: Problem, tangents: Tangents) -> tuple[Tensor, Tensor]:
@@ -101,7 +105,7 @@ def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tupl
 
 def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     options = Options(0.0, -1, 0 if is_causal else -1, scale)
-    return blocked.forward(Problem(query, key, value, None, None, options, TORCH))
+    return blocked.forward(Problem(query, key, value, None, None, None, options, TORCH))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -111,8 +115,10 @@ def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, sca
 def _backward(
     namespace: str, grad_out: Tensor, grad_lse: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *options, mask_grad = args[7:]
-    saved = Saved.of((*args[:7], *options, namespace))
+    *rest, mask_grad = args
+    saved = Saved.of((*rest, namespace))
+    if saved.sequences is not None:
+        return packed.backward(_backward, grad_out, grad_lse, saved)
 
     def run(saved: Saved, tangents: Tangents) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         options, empty = saved.options, saved.query.new_empty(0)
@@ -140,7 +146,7 @@ def _backward_fake(
 def _cpu_backward(grad_out: Tensor, grad_lse: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, is_causal, scale = args
     options = Options(0.0, -1, 0 if is_causal else -1, scale)
-    saved = Saved._make((*tensors, None, None, options, TORCH))
+    saved = Saved._make((*tensors, None, None, None, options, TORCH))
     grads = blocked.backward(grad_out, grad_lse, saved, False)[:3]
     grad_query, grad_key, grad_value = (
         allocate_grad(tensor).copy_(grad) for tensor, grad in zip(saved[:3], grads, strict=True)
@@ -159,15 +165,19 @@ def _cpu_backward_fake(
 
 
 def _tangent(namespace: str, *args: Any) -> tuple[Tensor, Tensor]:
-    saved = Saved.of((*args[:7], *args[11:], namespace))
-    return _ignoring_masked_keys(tangent.tangent, saved, Tangents(*args[7:11]))
+    saved, tangents = Saved.of((*args[:8], *args[12:], namespace)), Tangents(*args[8:12])
+    if saved.sequences is not None:
+        return packed.tangent(_tangent, saved, tangents)
+    return _ignoring_masked_keys(tangent.tangent, saved, tangents)
 
 
 def _second_order(
     namespace: str, grad_out: Tensor, grad_lse: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *options, mask_grad = args[11:]
-    saved = Saved.of((*args[:7], *options, namespace))
+    *options, mask_grad = args[12:]
+    saved, tangents = Saved.of((*args[:8], *options, namespace)), Tangents(*args[8:12])
+    if saved.sequences is not None:
+        return packed.second_order(_second_order, grad_out, grad_lse, saved, tangents)
 
     def run(saved: Saved, tangents: Tangents) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         *rows, grad_key, grad_value, grad_mask = tangent.second_order(grad_out, grad_lse, saved, tangents, mask_grad)
@@ -176,7 +186,7 @@ def _second_order(
         grad_mask = saved.query.new_empty(0) if grad_mask is None else grad_mask
         return rows[0], rows[1], rows[2], grad_key, grad_value, grad_mask
 
-    return _ignoring_masked_keys(run, saved, Tangents(*args[7:11]), checked=(0, 2))
+    return _ignoring_masked_keys(run, saved, tangents, checked=(0, 2))
 
 
 def _second_order_fake(
@@ -201,7 +211,7 @@ _BACKWARD_PARTS = {
 _OPTIONS = "float dropout_p, int window_left, int window_right, float scale, float softcap, bool allow_tf32"
 define(
     "attention",
-    "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? seed, "
+    "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? seed, Tensor? sequences, "
     f"{_OPTIONS}) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
@@ -214,7 +224,8 @@ define(
 define(
     "attention",
     "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
-    f"Tensor lse, Tensor? mask, Tensor? seed, {_OPTIONS}, bool mask_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor lse, Tensor? mask, Tensor? seed, Tensor? sequences, {_OPTIONS}, bool mask_grad) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
     vmap_rule(query_at=2, mask_at=7, mask_grad=True),
@@ -226,10 +237,10 @@ _TANGENTS = "Tensor? tangent_query, Tensor? tangent_key, Tensor? tangent_value, 
 define(
     "attention",
     "attention_tangent(Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor? mask, Tensor? seed, "
-    f"{_TANGENTS}, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"Tensor? sequences, {_TANGENTS}, {_OPTIONS}) -> (Tensor, Tensor)",
     _tangent,
     _forward_fake,
-    vmap_rule(query_at=0, mask_at=5, tangent_mask_at=10),
+    vmap_rule(query_at=0, mask_at=5, tangent_mask_at=11),
     check=checks.attention_tangent,
     parts=_WEIGHTS,
     takes_namespace=True,
@@ -237,11 +248,11 @@ define(
 define(
     "attention",
     "attention_second_order(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
-    f"Tensor lse, Tensor? mask, Tensor? seed, {_TANGENTS}, {_OPTIONS}, bool mask_grad) "
+    f"Tensor lse, Tensor? mask, Tensor? seed, Tensor? sequences, {_TANGENTS}, {_OPTIONS}, bool mask_grad) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _second_order,
     _second_order_fake,
-    vmap_rule(query_at=2, mask_at=7, tangent_mask_at=12, mask_grad=True),
+    vmap_rule(query_at=2, mask_at=7, tangent_mask_at=13, mask_grad=True),
     check=checks.attention_second_order,
     parts=_WEIGHTS,
     takes_namespace=True,

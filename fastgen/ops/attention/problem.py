@@ -10,8 +10,9 @@ from torch import Tensor
 class Options(NamedTuple):
     """The numbers at the end of every operator's schema.
 
-    Query i attends to keys i - window_left <= j <= i + window_right, -1 is unbounded; ``softcap`` bounds the scores, 0
-    does not; ``allow_tf32`` lets CUDA kernels multiply float32 in tf32.
+    Query i attends to keys i - window_left <= j <= i + window_right, -1 is unbounded; beside packed sequences a bound
+    may be negative: -b is written as -b - 1. ``softcap`` bounds the scores, 0 does not. ``allow_tf32`` lets CUDA
+    kernels multiply float32 in tf32.
     """
 
     dropout_p: float
@@ -24,23 +25,28 @@ class Options(NamedTuple):
 
 class Problem(NamedTuple):
     """A call of attention: query (B, H, N, Dk), key (B, Hk, M, Dk), value (B, Hk, M, Dv), mask (1|B, 1|H, 1|N, 1|M),
-    seed (S,) int64, and the namespace of the operators that serve it."""
+    seed (S,) int64, and the namespace of the operators that serve it.
+
+    ``sequences`` (2, S + 1) int32: the N queries and M keys, of a batch of 1, are those of S sequences one after the
+    other, which begin at these positions; a query attends to keys of its own sequence. There is no mask then.
+    """
 
     query: Tensor
     key: Tensor
     value: Tensor
     mask: Tensor | None
     seed: Tensor | None
+    sequences: Tensor | None
     options: Options
     namespace: str
 
     def flat(self) -> tuple[Any, ...]:
         """For ``torch.autograd.Function``: a nested tuple would be a pytree to torch.func, which expects leaves."""
-        return (*self[:5], *self.options, self.namespace)
+        return (*self[:6], *self.options, self.namespace)
 
     @classmethod
     def of(cls, flat: tuple[Any, ...]) -> Problem:
-        return cls._make((*flat[:5], Options._make(flat[5:11]), flat[11]))
+        return cls._make((*flat[:6], Options._make(flat[6:12]), flat[12]))
 
 
 class Saved(NamedTuple):
@@ -53,20 +59,21 @@ class Saved(NamedTuple):
     lse: Tensor
     mask: Tensor | None
     seed: Tensor | None
+    sequences: Tensor | None
     options: Options
     namespace: str
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return self[:7]
+        return self[:8]
 
     def flat(self) -> tuple[Any, ...]:
         """For ``torch.autograd.Function``, as ``Problem.flat``."""
-        return (*self[:7], *self.options, self.namespace)
+        return (*self[:8], *self.options, self.namespace)
 
     @classmethod
     def of(cls, flat: tuple[Any, ...]) -> Saved:
-        return cls._make((*flat[:7], Options._make(flat[7:13]), flat[13]))
+        return cls._make((*flat[:8], Options._make(flat[8:14]), flat[14]))
 
 
 class Tangents(NamedTuple):

@@ -21,6 +21,10 @@ def _rule(
         query, key, mask, seed = args[query_at], args[query_at + 1], args[mask_at], args[mask_at + 1]
         if seed is not None:  # PyTorch takes one element for replicated, also where processes drew different ones
             raise NotImplementedError("dropout_p: expected 0 for DTensors, got dropout; give it local tensors")
+        if args[mask_at + 2] is not None:
+            raise NotImplementedError(
+                "cu_seqlens_q: expected local tensors, got DTensors; their sequences are not sharded"
+            )
         shardings = []
         for dim in (None, _BATCH, _HEADS):
             processes = query.mesh.size()
@@ -46,5 +50,5 @@ def _rule(
 
 shard("attention_forward", _rule(0, 3, -1, lambda own, of_mask: [own] * 2))
 shard("attention_backward", _rule(2, 7, -1, lambda own, of_mask: [own] * 3 + [of_mask]))
-shard("attention_tangent", _rule(0, 5, 10, lambda own, of_mask: [own] * 2))
-shard("attention_second_order", _rule(2, 7, 12, lambda own, of_mask: [own] * 5 + [of_mask]))
+shard("attention_tangent", _rule(0, 5, 11, lambda own, of_mask: [own] * 2))
+shard("attention_second_order", _rule(2, 7, 13, lambda own, of_mask: [own] * 5 + [of_mask]))

@@ -120,7 +120,7 @@ def second_order(
     grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, tangents: Tangents, mask_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """O', l' and the gradients of query, key, value and mask."""
-    query, key, value, out, lse, mask, _, options, _ = saved
+    query, key, value, out, lse, mask, _, _, options, _ = saved
     dtype, scale, weigh = wide(query.dtype), options.scale, _weigh(saved)
     tangent_out, tangent_lse = allocate_out(query, value.size(-1)), allocate_lse(query)
     grad_query = allocate_grad(query)
