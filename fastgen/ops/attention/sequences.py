@@ -100,7 +100,7 @@ def order(call: Problem | Saved) -> Order | None:
     by_lengths: dict[tuple[int, int], list[int]] = {}
     for i, span in enumerate(found):
         by_lengths.setdefault((span.q1 - span.q0, span.k1 - span.k0), []).append(i)
-    if 2 * len(by_lengths) > len(runs(call)) or call.sequences is None:
+    if not found or 2 * len(by_lengths) > len(runs(call)) or call.sequences is None:
         return None
     chosen = torch.tensor([i for group in by_lengths.values() for i in group])
     begins = call.sequences.long().cpu()
