@@ -103,16 +103,16 @@ def scaled_dot_product_attention(
             scaled_dot_product_attention, own, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
             window=window, softcap=softcap, sinks=sinks, generator=generator, return_lse=return_lse,
         )  # fmt: skip
-    plain = window is None and softcap is None and sinks is None and not return_lse
-    if plain and dropout_p == 0.0 and not is_dynamo_compiling():
-        common = direct.attend(query, key, value, attn_mask, is_causal, scale)
-        if common is not None:
-            return common
     if getattr(query, "is_nested", False):
         return nested_attention(
             query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
             window=window, softcap=softcap, sinks=sinks, generator=generator, return_lse=return_lse,
         )  # fmt: skip
+    plain = window is None and softcap is None and sinks is None and not return_lse
+    if plain and dropout_p == 0.0 and not is_dynamo_compiling():
+        common = direct.attend(query, key, value, attn_mask, is_causal, scale)
+        if common is not None:
+            return common
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check.require_tensor(name, tensor)
     check.require_probability("dropout_p", dropout_p, certain=True)

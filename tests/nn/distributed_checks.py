@@ -158,15 +158,15 @@ def tangents_of_sharded_heads(mesh, rank):
     tensors = [random(2, 4, 5, 8) for _ in range(3)]
     tensors += functional.scaled_dot_product_attention(*tensors, return_lse=True)
     tangents = [random(2, 4, 5, 8) for _ in range(3)]
-    options = (None, 0.0, -1, -1, 8**-0.5, False)
-    expected = operator(*tensors, None, None, *tangents, *options)
+    options = (None, 0.0, -1, -1, 8**-0.5, 0.0, False)
+    expected = operator(*tensors, None, None, None, *tangents, *options)
     with torch.no_grad():
         functional.scaled_dot_product_attention(*(distribute_tensor(t, mesh, [Shard(1)]) for t in tensors[:3]))
     from fastgen.backend import call
 
     own, own_tangents = ([distribute_tensor(t, mesh, [Shard(1)]) for t in group] for group in (tensors, tangents))
     for a, b in zip(
-        call("fastgen", "attention_tangent", *own, None, None, *own_tangents, *options), expected, strict=True
+        call("fastgen", "attention_tangent", *own, None, None, None, *own_tangents, *options), expected, strict=True
     ):
         assert a.placements == (Shard(1),)
         torch.testing.assert_close(full(a), b)

@@ -101,7 +101,7 @@ def test_arguments_reach_the_override_as_they_were_given():
     generator = torch.Generator()
     options = {"window": (1, 0), "generator": generator, "return_lse": True}
     _, _, got = functional.scaled_dot_product_attention(q, q, q, None, 0.5, True, 0.3, True, **options)
-    assert got == options | {"sinks": None}
+    assert got == options | {"softcap": None, "sinks": None}
     _, _, got = functional.qkv_projection(q, q, heads=(1, 2), head_dims=(2, 1), norm_eps=0.1, rotated=1)
     assert (got["heads"], got["head_dims"], got["norm_eps"], got["rotated"]) == ((1, 2), (2, 1), 0.1, 1)
 

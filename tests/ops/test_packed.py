@@ -329,20 +329,20 @@ def test_bad_arguments_are_refused_by_name(name):
 
 def test_operators_refuse_bad_sequences():
     tokens = torch.zeros(1, 2, 6, 4)
-    forward = torch.ops.fastgen.attention_forward
+    forward, options = torch.ops.fastgen.attention_forward, (0.0, -1, -1, 0.5, 0.0, False)
     for sequences, batch, text in [
         (torch.tensor([[0, 6]] * 2), 1, "sequences: expected torch.int32"),
         (torch.tensor([0, 6], dtype=torch.int32), 1, r"sequences: expected \(2, sequences \+ 1\)"),
         (torch.tensor([[0, 6]] * 2, dtype=torch.int32), 2, "query: expected a batch of 1"),
     ]:
         with pytest.raises((TypeError, ValueError), match=text):
-            forward(*[tokens.expand(batch, -1, -1, -1)] * 3, None, None, sequences, 0.0, -1, -1, 0.5, False)
+            forward(*[tokens.expand(batch, -1, -1, -1)] * 3, None, None, sequences, *options)
     mask = torch.ones(1, 1, 6, 6, dtype=torch.bool)
     sequences = torch.tensor([[0, 6]] * 2, dtype=torch.int32)
     with pytest.raises(ValueError, match="mask: expected None beside sequences"):
-        forward(*[tokens] * 3, mask, None, sequences, 0.0, -1, -1, 0.5, False)
+        forward(*[tokens] * 3, mask, None, sequences, *options)
     with pytest.raises(ValueError, match="window_left: expected >= 0"):
-        forward(*[tokens] * 3, None, None, None, 0.0, -2, -1, 0.5, False)
+        forward(*[tokens] * 3, None, None, None, 0.0, -2, *options[2:])
 
 
 # --------------------------------------------------------------------------------------------------

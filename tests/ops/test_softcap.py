@@ -169,7 +169,7 @@ def test_vmap_grad_and_compile_agree_with_a_loop():
 def test_exported_programs_have_the_formula():
     q, k, v = (t.detach() for t in operands())
     bias = MASKS["bias"][None]
-    out = decomposition.forward(q, k, v, bias, None, *Options(0.0, 3, 0, 0.9, 0.7))
+    out = decomposition.forward(q, k, v, bias, None, None, *Options(0.0, 3, 0, 0.9, 0.7))
     for a, b in zip(out, formula(q, k, v, bias, cap=0.7, window=(3, 0)), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -177,7 +177,7 @@ def test_exported_programs_have_the_formula():
 def test_kernels_that_have_no_softcap_are_not_taken():
     """torch's fused kernel, and fastgen's for narrow query heads, which the compiled CPU backend takes without it."""
     tensors = [t.detach().float() for t in operands(key_heads=4)]
-    problem = Problem(*tensors, None, None, Options(0.0, -1, -1, 0.3), "fastgen")
+    problem = Problem(*tensors, None, None, None, Options(0.0, -1, -1, 0.3), "fastgen")
     assert fused.takes(problem)
     assert not fused.takes(problem._replace(options=problem.options._replace(softcap=1.0)))
     q, k = torch.randn(1, 2, 40, 8), torch.randn(1, 2, 50, 8)
