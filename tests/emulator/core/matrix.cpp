@@ -1,6 +1,12 @@
 // Matrix instructions: which lane holds which element (PTX ISA, "Matrix fragments for mma.m16n8k16", "... m16n8k8",
 // "ldmatrix", "stmatrix"), and what they compute.
+#include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <stdexcept>
 
 #include "common/cpu/convert.h"
 #include "core/engine.h"
@@ -67,12 +73,68 @@ float element_of(const uint32_t* registers, int i) {
   }
 }
 
-// Exact products, and a sum that is rounded once. The rounding order of the hardware is undocumented.
+constexpr int kMostK = 16;
+constexpr int kFraction = 23;  // bits of a float's significand after the first
+
+// d += a b, column by column, with one rounding to nearest at the end.
+template <int kK>
+void add_exact(double (&d)[kN], const float (&a)[kMostK], const float (&b)[kMostK][kN]) {
+  for (int k = 0; k < kK; ++k) {
+    for (int column = 0; column < kN; ++column) d[column] += double{a[k]} * b[k][column];
+  }
+  for (double& sum : d) sum = static_cast<float>(sum);
+}
+
+// A power of two.
+double power(int exponent) {
+  const uint64_t bits = static_cast<uint64_t>(exponent + 1023) << 52;
+  double value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+// A float between the exact value and zero.
+float toward_zero(double value) {
+  const float nearest = static_cast<float>(value);
+  return std::fabs(double{nearest}) > std::fabs(value) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
+// The same in blocks of products, aligned and truncated: MatrixRounding. Of each block the terms are multiples of a
+// unit that depends on the largest one.
+void add_truncated(double (&d)[kN], const float (&a)[kMostK], const float (&b)[kMostK][kN], const int* order,
+                   int products, const MatrixRounding& rounding) {
+  for (int first = 0; first < products; first += rounding.width) {
+    const int width = std::min(rounding.width, products - first);
+    double terms[kMostK + 1][kN], largest[kN] = {};
+    for (int i = 0; i <= width; ++i) {
+      for (int column = 0; column < kN; ++column) {
+        const int k = i < width ? order[first + i] : 0;
+        terms[i][column] = i < width ? double{a[k]} * b[k][column] : d[column];
+        const double size = std::fabs(terms[i][column]);
+        largest[column] = size > largest[column] || size != size ? size : largest[column];
+      }
+    }
+    for (int column = 0; column < kN; ++column) {
+      double exact = 0.0;
+      int32_t sum = 0;
+      const bool finite = largest[column] <= std::numeric_limits<double>::max();
+      constexpr int kLeast = std::numeric_limits<float>::min_exponent - 1;
+      const int exponent = finite && largest[column] > 0.0 ? std::max(std::ilogb(largest[column]), kLeast) : kLeast;
+      const double unit = power(exponent - kFraction - rounding.extra_bits), inverse = 1.0 / unit;
+      for (int i = 0; i <= width; ++i) {
+        if (finite) sum += static_cast<int32_t>(terms[i][column] * inverse);
+        exact += terms[i][column];
+      }
+      d[column] = finite ? double{toward_zero(sum * unit)} : static_cast<float>(exact);
+    }
+  }
+}
+
 template <Element kElement>
 void run_multiply(Meeting& meeting) {
   constexpr bool kTf32 = kElement == Element::kTFloat32;
   constexpr int kK = kTf32 ? 8 : 16, kAElements = kTf32 ? 4 : 8, kBElements = kTf32 ? 2 : 4;
-  float a[kM][kK], b[kK][kN];
+  float a[kM][kMostK], b[kMostK][kN];
   double d[kM][kN];
   for (int lane = 0; lane < 32; ++lane) {
     const auto& mine = *static_cast<const MultiplyLane*>(meeting.lanes[lane]);
@@ -86,9 +148,16 @@ void run_multiply(Meeting& meeting) {
     }
     for (int i = 0; i < 4; ++i) d[d_float(lane, i).row][d_float(lane, i).column] = mine.d[i];
   }
+  MatrixRounding rounding = Engine::get().options.rounding;
+  if (kTf32 && rounding.width > 4) rounding.width /= 2;  // blocks of as many bytes
+  int order[kMostK];
+  std::iota(order, order + kMostK, 0);
+  if (rounding.order != 0) std::shuffle(order, order + kK, std::minstd_rand(rounding.order));
   for (int row = 0; row < kM; ++row) {
-    for (int k = 0; k < kK; ++k) {
-      for (int column = 0; column < kN; ++column) d[row][column] += double{a[row][k]} * b[k][column];
+    if (rounding.width == 0) {
+      add_exact<kK>(d[row], a[row], b);
+    } else {
+      add_truncated(d[row], a[row], b, order, kK, rounding);
     }
   }
   for (int lane = 0; lane < 32; ++lane) {
@@ -146,6 +215,22 @@ void multiply(Element element, float* d, const uint32_t* a, const uint32_t* b, W
   if (running->lane == 0) ++engine.counters->matrix_products;
   MultiplyLane mine = {element, d, a, b};
   engine.meet(kMultiply[static_cast<int>(element)], 0, kWholeWarp, &mine, where, site);
+}
+
+MatrixRounding matrix_rounding(const std::string& name, uint64_t seed) {
+  // V100, A100 and H100, for 16-bit elements.
+  constexpr MatrixRounding kMeasured[] = {{4, 0}, {8, 1}, {16, 2}};
+  if (name == "nearest") return {};
+  if (name == "volta") return kMeasured[0];
+  if (name == "ampere") return kMeasured[1];
+  if (name == "hopper") return kMeasured[2];
+  if (name != "any") {
+    throw std::invalid_argument("rounding: expected nearest, volta, ampere, hopper or any, got " + name);
+  }
+  std::mt19937_64 random(seed);
+  MatrixRounding chosen = kMeasured[random() % 3];
+  chosen.order = random() % 2 == 0 ? 0 : random() | 1;
+  return chosen;
 }
 
 }  // namespace fastgen::emulator
