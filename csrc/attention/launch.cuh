@@ -29,10 +29,7 @@ void dispatch_head_dims(Dims dims, Body&& body) {
 }
 
 inline device::Launch launch_config(const Plan& plan, void* stream) {
-  if (plan.blocks > INT32_MAX || plan.slices > UINT16_MAX) {
-    throw Error("attention: batch * heads * length is more than one launch has blocks for");
-  }
-  return {dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.slices)),
+  return {dim3(device::grid_size(plan.blocks, "attention"), device::grid_size(plan.slices, "attention", UINT16_MAX)),
           dim3(static_cast<unsigned>(32 * plan.warps)), static_cast<size_t>(plan.shared_bytes),
           static_cast<cudaStream_t>(stream)};
 }
@@ -118,7 +115,7 @@ void launch_mask(const char* name, void (*kernel)(Params, MaskGradient), Plan pl
   const device::Launch config = launch_config(plan, stream);
   device::launch(name, kernel, config, p, gradient);
   if (gradient.splits > 1) {
-    const dim3 grid(static_cast<unsigned>(ceil_div(elements(gradient), kSumThreads)));
+    const dim3 grid(device::grid_size(ceil_div(elements(gradient), kSumThreads), name));
     device::launch("attention_sum_parts", +attention_sum_parts<T>, {grid, dim3(kSumThreads), 0, config.stream},
                    gradient);
   }

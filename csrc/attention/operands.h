@@ -36,8 +36,11 @@ class Read {
     Tensor part = torch::stable::narrow(tensor_, 3, 0, tensor.size(3));
     torch::stable::copy_(part, tensor);
   }
+  // A dim of size 1 has stride 0: its own may not be a multiple of 16 bytes, and cp.async wants aligned addresses also
+  // for the rows past the end, which it does not read.
   Operand operand() const {
-    return {tensor_.const_data_ptr(), tensor_.stride(0), tensor_.stride(1), tensor_.stride(2)};
+    const auto stride = [&](int dim) { return tensor_.size(dim) > 1 ? tensor_.stride(dim) : 0; };
+    return {tensor_.const_data_ptr(), stride(0), stride(1), stride(2)};
   }
   int64_t dim() const { return tensor_.size(3); }
 

@@ -224,6 +224,14 @@ constexpr int mask_second_order_bytes(Dims dims, int element_size, int warps) {
          shape.iterated * key_tangent_bytes(dims, element_size);
 }
 
+// Static shared memory of the kernels of mask gradients: a float per column and warp, for the sum over rows. Dynamic
+// shared memory begins after it, at a multiple of its alignment (device/shared.cuh).
+constexpr int mask_static_bytes(const TileShape& shape) {
+  constexpr int kAlignment = 1024;
+  const int bytes = shape.warps * shape.iterated * static_cast<int>(sizeof(float));
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
 constexpr bool all_fit() {
   for (const int size : {2, 4}) {
     for (const Dims dims : kHeadDims) {
@@ -231,16 +239,17 @@ constexpr bool all_fit() {
         if (forward_bytes(dims, size, plain, forward_shape(dims, size, plain).warps) > kSharedLimit) return false;
       }
       const int warps = backward_query_shape(dims, size).warps;
-      if (backward_bytes(dims, size, warps) > kSharedLimit || mask_gradient_bytes(dims, size, warps) > kSharedLimit) {
-        return false;
-      }
+      const int mask_bytes =
+          mask_gradient_bytes(dims, size, warps) + mask_static_bytes(mask_gradient_shape(dims, size));
+      if (backward_bytes(dims, size, warps) > kSharedLimit || mask_bytes > kSharedLimit) return false;
     }
     for (const Dims dims : kSecondOrderHeadDims) {
       const int warps = second_order_shape(dims, size).warps;
       if (tangent_bytes(dims, size, tangent_shape(dims, size).warps) > kSharedLimit ||
           second_order_bytes(dims, size, warps, true) > kSharedLimit ||
           second_order_bytes(dims, size, warps, false) > kSharedLimit ||
-          mask_second_order_bytes(dims, size, warps) > kSharedLimit) {
+          mask_second_order_bytes(dims, size, warps) + mask_static_bytes(mask_second_order_shape(dims, size)) >
+              kSharedLimit) {
         return false;
       }
     }

@@ -5,14 +5,16 @@
 
 namespace fastgen {
 
-DeviceScope::DeviceScope(const Tensor& tensor) {
-  const int32_t index = tensor.get_device_index();
+DeviceScope::Guard::Guard(const Tensor& tensor) {
   DeviceGuardHandle guard = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(index, &guard));
-  guard_ = guard;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream_));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(tensor.get_device_index(), &guard));
+  handle = guard;
 }
 
-DeviceScope::~DeviceScope() { aoti_torch_delete_device_guard(static_cast<DeviceGuardHandle>(guard_)); }
+DeviceScope::Guard::~Guard() { aoti_torch_delete_device_guard(static_cast<DeviceGuardHandle>(handle)); }
+
+DeviceScope::DeviceScope(const Tensor& tensor) : guard_(tensor) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
+}
 
 }  // namespace fastgen

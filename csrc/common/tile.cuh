@@ -4,6 +4,8 @@
 // (g + 8, 2t + 1), as in device/mma.cuh.
 #pragma once
 
+#include <cmath>
+
 #include "common/tiling.h"
 #include "device/convert.cuh"
 #include "device/mma.cuh"
@@ -64,30 +66,46 @@ struct Product {
 };
 
 // float32 as high + low in tf32 (3xTF32): low * low is below float32 precision and omitted.
+//
+// The instruction truncates what it adds to the accumulator (Fasi, Higham, Mikaitis, Pranesh, 2021), always toward zero,
+// so that over a long sum the error grows with its length. Products of one step are therefore summed from zero, and
+// added to the accumulator by an addition that rounds to nearest.
 template <>
 struct Product<float> {
   static constexpr int kDepth = 8;
 
-  static __device__ __forceinline__ uint32_t low_part(uint32_t bits, uint32_t high) {
-    return device::to_tf32(bits_to_float(bits) - bits_to_float(high));
+  // high: to nearest, ties away from zero; low: the rest, of which the instruction ignores the last bit. Where high
+  // would be infinite (inf, NaN, the largest floats) it is 2 with the sign of the value, and low has the value:
+  // inf - inf is NaN, and so would be 0 * inf in the product with the low part of the other operand.
+  static __device__ __forceinline__ void split(uint32_t bits, uint32_t& high, uint32_t& low) {
+    constexpr uint32_t kHalfUnit = 0x1000u, kTf32 = 0xffffe000u, kSignAndTwo = 0xc0000000u, kOverflows = 0x7f7ff000u;
+    const float value = bits_to_float(bits);
+    const uint32_t kept = fabsf(value) < bits_to_float(kOverflows) ? kTf32 : kSignAndTwo;
+    high = (bits + kHalfUnit) & kept;
+    low = float_to_bits(value - bits_to_float(high));
   }
   static __device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&left)[4], const uint32_t* right,
                                                   bool exact) {
     uint32_t left_high[4], right_high[2];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) left_high[i] = device::to_tf32(bits_to_float(left[i]));
-#pragma unroll
-    for (int i = 0; i < 2; ++i) right_high[i] = device::to_tf32(bits_to_float(right[i]));
     if (exact) {
       uint32_t left_low[4], right_low[2];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) left_low[i] = low_part(left[i], left_high[i]);
+      for (int i = 0; i < 4; ++i) split(left[i], left_high[i], left_low[i]);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) right_low[i] = low_part(right[i], right_high[i]);
-      device::mma_m16n8k8_tf32(sum, left_low, right_high);
-      device::mma_m16n8k8_tf32(sum, left_high, right_low);
+      for (int i = 0; i < 2; ++i) split(right[i], right_high[i], right_low[i]);
+      float part[4] = {};
+      device::mma_m16n8k8_tf32(part, left_low, right_high);
+      device::mma_m16n8k8_tf32(part, left_high, right_low);
+      device::mma_m16n8k8_tf32(part, left_high, right_high);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[i] += part[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) left_high[i] = device::to_tf32(bits_to_float(left[i]));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) right_high[i] = device::to_tf32(bits_to_float(right[i]));
+      device::mma_m16n8k8_tf32(sum, left_high, right_high);
     }
-    device::mma_m16n8k8_tf32(sum, left_high, right_high);
   }
   // Columns 2t and 2t + 1 of the accumulator take the places of t and t + 4: load_down uses the same permutation.
   static __device__ __forceinline__ void from_scores(uint32_t (&left)[4], const float (*scores)[4]) {

@@ -62,13 +62,18 @@ Tensor empty_strided(const Tensor& like, const int64_t (&sizes)[kDims], const in
 class DeviceScope {
  public:
   explicit DeviceScope(const Tensor& tensor);
-  ~DeviceScope();
-  DeviceScope(const DeviceScope&) = delete;
-  DeviceScope& operator=(const DeviceScope&) = delete;
   void* stream() const { return stream_; }
 
  private:
-  void* guard_ = nullptr;
+  // A member, so that it is destroyed if the stream's query throws.
+  struct Guard {
+    explicit Guard(const Tensor& tensor);
+    ~Guard();
+    Guard(const Guard&) = delete;
+    Guard& operator=(const Guard&) = delete;
+    void* handle = nullptr;
+  };
+  Guard guard_;
   void* stream_ = nullptr;
 };
 

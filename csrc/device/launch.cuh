@@ -3,9 +3,14 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 #include "common/check.h"
 
 namespace fastgen::device {
+
+// Static shared memory of a kernel with dynamic shared memory is at most this, with the alignment of the latter.
+constexpr size_t kStaticSharedBytes = 2048;
 
 struct Launch {
   dim3 grid;
@@ -14,11 +19,18 @@ struct Launch {
   cudaStream_t stream = nullptr;
 };
 
+// A dimension of a grid, at most ``most``: 2147483647 in x, 65535 in y and z.
+inline unsigned grid_size(int64_t blocks, const char* name, int64_t most = INT32_MAX) {
+  if (blocks < 0 || blocks > most) throw Error(name, "more elements than one launch has blocks for");
+  return static_cast<unsigned>(blocks);
+}
+
 template <typename... Args>
 void launch(const char* name, void (*kernel)(Args...), const Launch& config, Args... args) {
-  // Larger sizes require the opt-in attribute, which fails if the device does not support them.
+  // Static and dynamic shared memory together; larger sizes require the opt-in attribute, which fails if the device does
+  // not support them.
   constexpr size_t kSharedBytesForAll = 48 * 1024;
-  if (config.shared_bytes > kSharedBytesForAll) {
+  if (config.shared_bytes + kStaticSharedBytes > kSharedBytesForAll) {
     check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(config.shared_bytes)),
                name);

@@ -16,7 +16,7 @@ Input input(const MaybeTensor& tensor, const char* name, const Tensor& mu) {
   check_operand(*tensor, name, mu.sizes(), mu.scalar_type(), mu);
   STD_TORCH_CHECK(tensor->numel() == 0 || tensor->size(1) == 1 || tensor->stride(1) == 1, name,
                   ": expected a contiguous last dim, got strides ", text_of(tensor->strides()));
-  return {tensor->const_data_ptr(), tensor->stride(0)};
+  return {tensor->const_data_ptr(), tensor->size(0) > 1 ? tensor->stride(0) : 0};
 }
 
 Noise noise(const Tensor& seed, const Tensor& mu) {

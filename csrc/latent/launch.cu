@@ -21,7 +21,7 @@ void launch_forward(const ForwardParams& p, DType dtype, void* stream) {
   Plan plan = {};
   dispatch_dtype(dtype, [&](auto type) { plan = forward<typename decltype(type)::type>(p, cuda_stream); });
   if (p.kl != nullptr && plan.splits > 1) {
-    const dim3 grid(static_cast<unsigned>(ceil_div(p.rows, kThreads)));
+    const dim3 grid(device::grid_size(ceil_div(p.rows, kThreads), "latent"));
     device::launch("latent_sum_parts", +latent_sum_parts, {grid, dim3(kThreads), 0, cuda_stream},
                    static_cast<const float*>(p.partial), p.kl, p.rows, plan.splits);
   }

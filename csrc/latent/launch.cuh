@@ -21,7 +21,8 @@ inline bool vectorizes(const Input& input, int element_size) {
 }
 
 inline device::Launch launch_config(const Plan& plan, cudaStream_t stream) {
-  return {dim3(static_cast<unsigned>(plan.row_blocks), plan.splits), dim3(kThreads), 0, stream};
+  return {dim3(device::grid_size(plan.row_blocks, "latent"), device::grid_size(plan.splits, "latent", UINT16_MAX)),
+          dim3(kThreads), 0, stream};
 }
 
 // Returns the plan, with the number of partial sums of each row's KL.

@@ -91,7 +91,7 @@ struct Tables {
   void fill(HeadEpilogue& epilogue, int64_t rotated, bool interleaved) const {
     if (!cos.has_value()) return;
     epilogue.cos = cos->const_data_ptr<float>(), epilogue.sin = sin->const_data_ptr<float>();
-    epilogue.half = static_cast<int>(cos->size(2)), epilogue.rotated = static_cast<int>(rotated);
+    epilogue.half = checked_int(cos->size(2), "cos"), epilogue.rotated = checked_int(rotated, "rotated");
     epilogue.table_batch = cos->size(0) > 1 ? cos->stride(0) : 0, epilogue.interleaved = interleaved;
   }
 };
@@ -250,7 +250,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> backward(const Tensors& grads, const
     if (rotated_part) tables.fill(p.epilogue, 1, interleaved);
     p.epilogue.eps = static_cast<float>(eps);
     p.tokens = number_tokens(sizes.batch, sizes.length, p.grad, p.out);
-    const int dim = static_cast<int>(grad.size(3));
+    const int dim = checked_int(grad.size(3), "head dim");
     STD_TORCH_CHECK(dim <= kLargestHead, "norms, cos: kernels normalize and rotate heads of up to ", kLargestHead,
                     " channels");
     STD_TORCH_CHECK(!rotated_part || 2 * p.epilogue.half <= dim,
@@ -263,7 +263,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> backward(const Tensors& grads, const
     const Tensor norm = dense(norms[i], "norms", dim, x);
     p.kept = head_matrix(read_kept.tensor()), p.norm = norm.const_data_ptr();
     p.tokens = number_tokens(sizes.batch, sizes.length, p.grad, p.kept, p.out);
-    const int blocks = static_cast<int>(head_blocks(sizes.batch * sizes.length * grad.size(1), multiprocessors()));
+    const int blocks =
+        checked_int(head_blocks(sizes.batch * sizes.length * grad.size(1), multiprocessors()), "batch, length, heads");
     Tensor sums = floats(x, {blocks, dim});
     p.norm_parts = data(sums);
     launch_heads_backward(p, dtype, scope.stream());
@@ -368,7 +369,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_backward(const Tensor& grad, co
   p.x = flat_matrix(read_grad.tensor(), channels_first), p.out = head_matrix(grad_x);
   p.weight = read_weight.tensor().const_data_ptr(), p.weight_row = read_weight.tensor().stride(0);
   p.inputs_rows = true, p.exact = !allow_tf32;
-  const int rows = static_cast<int>(weight.size(0)), columns = static_cast<int>(weight.size(1));
+  const int rows = checked_int(weight.size(0), "weight"), columns = checked_int(weight.size(1), "weight");
   MaybeTensor gated;
   if (gate.has_value()) {
     gated = torch::stable::new_empty(weight, {rows, columns});
@@ -393,7 +394,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_backward(const Tensor& grad, co
   launch_reduce(reduction, dtype, scope.stream());
   if (gate.has_value()) {
     // One gate for all rows: the sum over rows; otherwise one gate per row.
-    launch_sum_rows(reduction.grad_gate, gates == 1 ? rows : 1, static_cast<int>(gates), grad_gate.mutable_data_ptr(),
+    launch_sum_rows(reduction.grad_gate, gates == 1 ? rows : 1, checked_int(gates, "gate"), grad_gate.mutable_data_ptr(),
                     dtype, scope.stream());
   }
   return {grad_x, gradient.grad_weight(), gradient.grad_bias(), grad_gate};

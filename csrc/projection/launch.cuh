@@ -17,10 +17,7 @@ void dispatch_tile(int tile, Body&& body) {
   tile == 0 ? body(std::integral_constant<int, 0>{}) : body(std::integral_constant<int, 1>{});
 }
 
-inline unsigned checked_blocks(int64_t blocks, int64_t most) {
-  if (blocks > most) throw Error("projection: more tokens or channels than one launch has blocks for");
-  return static_cast<unsigned>(blocks);
-}
+inline unsigned checked_blocks(int64_t blocks, int64_t most) { return device::grid_size(blocks, "projection", most); }
 
 inline int staged_bytes(const TileShape& shape, int element_size, bool left_k_rows, bool right_k_rows) {
   return larger(pipeline_bytes(shape, element_size, left_k_rows, right_k_rows), staging_bytes(shape));
@@ -96,14 +93,14 @@ template <typename T>
 void scale_rows(const void* weight, int64_t weight_row, const Vector& gate, void* out, int rows, int columns,
                 cudaStream_t stream) {
   device::launch("projection_scale_rows", +projection_scale_rows<T>,
-                 {dim3(static_cast<unsigned>(rows)), dim3(kSumThreads), 0, stream}, static_cast<const T*>(weight),
+                 {dim3(checked_blocks(rows, INT32_MAX)), dim3(kSumThreads), 0, stream}, static_cast<const T*>(weight),
                  weight_row, gate, static_cast<T*>(out), columns);
 }
 
 template <typename T>
 void sum_rows(const float* parts, int rows, int columns, void* out, cudaStream_t stream) {
   device::launch("projection_sum_rows", +projection_sum_rows<T>,
-                 {dim3(static_cast<unsigned>(columns)), dim3(kSumThreads), 0, stream}, parts, rows, columns,
+                 {dim3(checked_blocks(columns, INT32_MAX)), dim3(kSumThreads), 0, stream}, parts, rows, columns,
                  static_cast<T*>(out));
 }
 

@@ -56,6 +56,11 @@ def compiles_ptx(versions: CudaVersions) -> bool:
     return versions.driver is None or versions.driver >= versions.compiler
 
 
+# Jetson and Thor: machine code of a lower minor version does not run there, nor theirs elsewhere (CUDA programming
+# guide, "Binary Compatibility").
+INTEGRATED = {(8, 7), (10, 1), (11, 0)}
+
+
 def runs_on(capability: tuple[int, int], architectures: list[str], *, ptx: bool = True) -> bool:
     """Whether code for one of the architectures runs on a device of this capability.
 
@@ -68,7 +73,7 @@ def runs_on(capability: tuple[int, int], architectures: list[str], *, ptx: bool 
         if name.endswith("+PTX"):
             if ptx and built <= (major, minor):
                 return True
-        elif name.endswith("a"):
+        elif name.endswith("a") or {built, capability} & INTEGRATED:
             if built == (major, minor):
                 return True
         elif built[0] == major and built[1] <= minor:

@@ -59,6 +59,13 @@ def why_not() -> str | None:
     return None
 
 
+@cache
+def accepts(flag: str) -> bool:
+    """Whether the compiler knows a flag."""
+    command = [*compiler().split(" "), flag, "-fsyntax-only", "-x", "c++", "-"]
+    return subprocess.run(command, input="", capture_output=True, text=True, check=False).returncode == 0
+
+
 def ninja() -> str | None:
     beside = Path(sys.executable).with_name("ninja")
     return str(beside) if beside.is_file() else shutil.which("ninja")
@@ -83,6 +90,10 @@ def manifest(own: Path | None = None) -> str:
         instrument += "".join(f" -mllvm -tsan-{option}" for option in options) + " -mllvm -disable-loop-idiom-all"
     else:
         instrument += " --param tsan-instrument-func-entry-exit=0"
+    # Registers that are read before they are written hold a pattern, which results and checks show.
+    unwritten = "-ftrivial-auto-var-init=pattern"
+    if accepts(unwritten):
+        instrument += f" {unwritten}"
     # Calls of these are wrapped by the emulator.
     wrapped = ("memcpy", "memmove", "memset")
     instrument += "".join(f" -fno-builtin-{name}" for name in wrapped)

@@ -4,7 +4,8 @@
 
 namespace fastgen {
 
-DeviceScope::DeviceScope(const Tensor&) { emulator::enter_operator(); }
-DeviceScope::~DeviceScope() { emulator::leave_operator(); }
+DeviceScope::Guard::Guard(const Tensor&) { emulator::enter_operator(); }
+DeviceScope::Guard::~Guard() { emulator::leave_operator(); }
+DeviceScope::DeviceScope(const Tensor& tensor) : guard_(tensor) {}
 
 }  // namespace fastgen

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from tests.emulator import build
-from tests.emulator.samples import SAMPLES, TRICKY, run_tricky
+from tests.emulator.samples import SAMPLES, TRICKY, run_tricky, to_bfloat16
+from tests.emulator.test_device_layer import fragments
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 
@@ -203,7 +204,7 @@ def test_the_operators_run_in_the_emulator_and_not_in_pytorch(emulator):
         ((1, 1, 1), (0, 1, 1), 0, "invalid configuration argument"),
         ((0, 1, 1), (1, 1, 1), 0, "invalid configuration argument"),
         ((1, 65536, 1), (1, 1, 1), 0, "invalid configuration argument .*65535"),
-        ((1, 1, 1), (32, 1, 1), 227 * 1024 + 1, "invalid argument .*shared memory, at most 232448"),
+        ((1, 1, 1), (32, 1, 1), 99 * 1024 + 1, "invalid argument .*shared memory, 0 static, at most 101376"),
     ],
 )
 def test_a_launch_over_the_limits_is_refused_as_by_cuda(emulator, grid, block, shared, text):
@@ -212,9 +213,55 @@ def test_a_launch_over_the_limits_is_refused_as_by_cuda(emulator, grid, block, s
 
 
 def test_static_and_dynamic_shared_memory_share_the_limit(emulator):
-    emulator.configure(shared_limit=1024)
-    with pytest.raises(RuntimeError, match="static and dynamic shared memory are over the limit"):
-        emulator.run("reverse", (1, 1, 1), (128, 1, 1), 1000, [np.zeros(4, np.uint32)], np.zeros(4), False, [4])
+    """A kernel's static variables are known from its first launch on, and the next is refused as by CUDA."""
+
+    def reverse(shared):
+        arguments = (shared, [np.zeros(4, np.uint32)], np.zeros(4), False, [4])
+        emulator.run("reverse", (1, 1, 1), (128, 1, 1), *arguments)
+
+    emulator.configure(shared_limit=4096)
+    with pytest.raises(RuntimeError, match=r"static and dynamic shared memory are over the limit|512 static, at most"):
+        reverse(4000)
+    with pytest.raises(RuntimeError, match=r"invalid argument .*4000 bytes of dynamic .*, 512 static, at most 4096"):
+        reverse(4000)
+    # Dynamic memory begins at a multiple of 1024 bytes.
+    with pytest.raises(RuntimeError, match=r"invalid argument .*3073 bytes"):
+        reverse(3073)
+    reverse(3072)
+
+
+def test_shared_memory_over_48_kib_takes_an_opt_in(emulator):
+    """csrc/device/launch.cuh opts in where dynamic memory and 2 KiB of static variables are over 48 KiB."""
+
+    def run(shared):  # 8704 bytes of static variables
+        arguments = (shared, [np.zeros(160, np.uint32)], np.zeros(96, np.uint32), False, [])
+        emulator.run("pitfalls", (2, 1, 1), (32, 1, 1), *arguments)
+
+    run(39 * 1024)
+    with pytest.raises(RuntimeError, match="over 48 KiB, with no opt-in"):
+        run(46 * 1024)
+    run(46 * 1024 + 1)
+
+
+def test_a_block_larger_than_the_kernels_launch_bounds_is_refused(emulator):
+    def run(threads):
+        return emulator.run("bounded", (1, 1, 1), (threads, 1, 1), 0, [], np.zeros(threads, np.uint32), False, [])
+
+    np.testing.assert_array_equal(run(64), np.arange(64))
+    if "clang" in build.compiler():
+        pytest.skip("clang's attribute takes no template argument")
+    with pytest.raises(RuntimeError, match=r"too many resources .*\(65, 1, 1\), __launch_bounds__ has at most 64"):
+        run(65)
+
+
+def test_allocations_lie_far_apart(emulator):
+    """An access that misses its allocation by up to 16 MiB hits no other."""
+    tensors = [torch.empty(size) for size in (1, 100, 10_000, 1_000_000) for _ in range(10)]
+    begins = sorted((t.data_ptr(), t.nbytes) for t in tensors)
+    gaps = [after - begin - size for (begin, size), (after, _) in zip(begins, begins[1:], strict=False)]
+    assert min(gaps) > 16 * 2**20
+    offsets = {begin % 2**32 // 4096 for begin, _ in begins}
+    assert len(offsets) == len(tensors), "addresses that differ by 2^32"
 
 
 @pytest.mark.parametrize(("stride", "passes"), [(16, 4), (32, 8), (64, 16), (128, 32), (144, 4)])
@@ -243,6 +290,74 @@ def test_an_attention_sized_block_is_emulated_in_time(emulator):
     emulator.configure()
     counts = counted(emulator, "attention", lambda: call.run(emulator.run, "attention"))
     assert (counts["matrix_products"], counts["bank_conflicts"]) == (2048, 0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Rounding of matrix instructions
+
+
+def product_of(emulator, kind, left, right, initial):
+    """d of a product of which all rows, and all columns, are the same."""
+    left, right = (np.asarray(one, np.float32) for one in (left, right))
+    to_bits = {"f16": lambda x: x.astype(np.float16).view(np.uint16), "bf16": to_bfloat16}
+    rows = [to_bits.get(kind, lambda x: x.view(np.uint32))(np.tile(one, (16, 1))) for one in (left, right)]
+    a, b, d = fragments(rows[0], rows[1][:8].T, np.full((16, 8), initial, np.float32))
+    got = emulator.run(f"mma {kind}", (1, 1, 1), (32, 1, 1), 0, [a, b, d], np.zeros((32, 4), np.uint32), False, [])
+    (value,) = np.unique(got)
+    return float(value.view(np.float32))
+
+
+ULP = 2.0**-23  # of 1
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16", "tf32"])
+def test_rounding_modes_of_matrix_instructions(emulator, kind):
+    """By hand, from the blocks and bits that Fasi et al. (2021) measured."""
+    depth = 8 if kind == "tf32" else 16
+    ones, first = np.ones(depth), np.eye(depth)[0]
+    halves = 2.0**-12 * ones, 2.0**-12 * ones  # products of half an ulp of 1
+    quarters = 2.0**-12 * ones, 2.0**-13 * ones
+    three_quarters = 2.0**-12 * first, 1.5 * 2.0**-12 * ones
+    sums = [(*halves, 1.0), (*quarters, 1.0), (*three_quarters, 1.0), (-three_quarters[0], three_quarters[1], -1.0)]
+    for mode, wanted in {
+        "nearest": [1 + depth / 2 * ULP, 1 + depth / 4 * ULP, 1 + ULP, -1 - ULP],
+        "volta": [1, 1, 1, -1],
+        "ampere": [1 + depth / 2 * ULP, 1, 1, -1],  # one bit more
+        "hopper": [1 + depth / 2 * ULP, 1 + depth / 4 * ULP, 1, -1],  # two
+    }.items():
+        emulator.configure(rounding=mode)
+        assert [product_of(emulator, kind, *one) for one in sums] == wanted, mode
+
+
+@pytest.mark.parametrize("mode", ["nearest", "volta", "ampere", "hopper", "any"])
+def test_no_rounding_mode_changes_exact_or_special_sums(emulator, mode):
+    emulator.configure(seed=5, rounding=mode)
+    ones = np.ones(16)
+    infinity, both = ones.copy(), ones.copy()
+    infinity[3], both[:2] = np.inf, (np.inf, -np.inf)
+    for left, right, first, wanted in [
+        (np.arange(16), ones, 8, 128),
+        (ones, infinity, 1, np.inf),
+        (ones, both, 1, np.nan),
+        (0 * ones, infinity, 1, np.nan),
+        (0 * ones, ones, 2.0**-149, 2.0**-149),
+    ]:
+        np.testing.assert_equal(product_of(emulator, "f16", left, right, first), wanted)
+
+
+def test_a_seed_chooses_rounding_and_order(emulator):
+    rng = np.random.default_rng(0)
+    left, right = rng.standard_normal(16), rng.standard_normal(16)
+
+    def drawn(seed):
+        emulator.configure(seed=seed, rounding="any")
+        return product_of(emulator, "f16", left, right, 1)
+
+    results = [drawn(seed) for seed in range(40)]
+    assert results == [drawn(seed) for seed in range(40)]
+    assert len(set(results)) > 2
+    with pytest.raises(ValueError, match="expected nearest, volta, ampere, hopper or any, got up"):
+        emulator.configure(rounding="up")
 
 
 # --------------------------------------------------------------------------------------------------

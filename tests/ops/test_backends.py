@@ -16,6 +16,7 @@ import fastgen
 from fastgen import backend
 from fastgen.backend import libraries, selection
 from fastgen.functional import reparameterize, scaled_dot_product_attention
+from tests import compile_check
 
 PACKAGE = Path(fastgen.__file__).parent
 
@@ -114,10 +115,39 @@ def test_a_library_that_was_cut_short_is_skipped_with_its_reason_and_does_not_ki
         ((12, 1), ["120", "120+PTX"], True),
         ((13, 0), ["120", "120+PTX"], True),
         ((9, 0), [], False),
+        ((8, 7), ["80"], False),  # Jetson
+        ((8, 7), ["80+PTX"], True),
+        ((8, 7), ["87"], True),
+        ((8, 9), ["87"], False),
     ],
 )
 def test_which_devices_a_build_runs_on(capability, architectures, works):
     assert backend.runs_on(capability, architectures) is works
+
+
+@pytest.mark.parametrize(
+    ("capability", "machine_code", "ptx"),
+    [
+        ((7, 5), False, False),
+        ((8, 0), True, True),
+        ((8, 6), True, True),
+        ((8, 7), False, False),  # Jetson: TORCH_CUDA_ARCH_LIST=8.7
+        ((8, 9), True, True),
+        ((9, 0), True, True),
+        ((10, 0), True, True),
+        ((10, 3), True, True),
+        ((11, 0), False, True),
+        ((12, 0), True, True),
+        ((12, 1), True, True),
+        ((13, 0), False, True),
+    ],
+)
+def test_which_gpus_the_default_build_serves(capability, machine_code, ptx):
+    """The claim of README and docs/install.md: from Ampere on. ``ptx``: with a driver that compiles it."""
+    tool = compile_check.load("tools/build_libraries.py")
+    names = tool.architecture_names(tool.DEFAULT_ARCHITECTURES)
+    assert backend.runs_on(capability, names, ptx=False) is machine_code
+    assert backend.runs_on(capability, names) is ptx
 
 
 def test_a_gpu_that_the_kernels_are_not_compiled_for_takes_pytorch_and_says_so(monkeypatch):

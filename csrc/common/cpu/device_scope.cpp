@@ -3,7 +3,8 @@
 
 namespace fastgen {
 
-DeviceScope::DeviceScope(const Tensor&) {}
-DeviceScope::~DeviceScope() = default;
+DeviceScope::Guard::Guard(const Tensor&) {}
+DeviceScope::Guard::~Guard() = default;
+DeviceScope::DeviceScope(const Tensor& tensor) : guard_(tensor) {}
 
 }  // namespace fastgen

@@ -204,7 +204,14 @@ void load(void* registers, const void* address, size_t bytes) {
 void store(void* address, const void* registers, size_t bytes) {
   Engine& engine = Engine::get();
   const auto site = reinterpret_cast<Site>(__builtin_return_address(0));
-  if (running != nullptr && engine.options.checks) engine.access(address, bytes, Touch::kWrite, site, bytes);
+  if (running != nullptr && engine.options.checks) {
+    for (size_t i = 0; i + sizeof(uint32_t) <= bytes; i += sizeof(uint32_t)) {
+      uint32_t bits;
+      memcpy(&bits, static_cast<const char*>(registers) + i, sizeof(bits));
+      engine.check_register(bits, "the stored vector", site);
+    }
+    engine.access(address, bytes, Touch::kWrite, site, bytes);
+  }
   memcpy(address, registers, bytes);
 }
 
@@ -230,13 +237,8 @@ void* dynamic_shared() { return Engine::get().shared.dynamic(); }
 void* shared_variable(const void* key, const char* name, size_t bytes, size_t alignment, Where where) {
   Engine& engine = Engine::get();
   void* variable = engine.shared.variable(key, name, bytes, alignment);
-  constexpr size_t kMostStatic = 48 * 1024;  // ptxas refuses more
-  if (variable == nullptr || engine.shared.static_bytes() > kMostStatic) {
-    engine.fail(kind::kMisuse, "over 48 KiB of static shared memory", where);
-  }
-  if (engine.shared.static_bytes() + engine.shared.dynamic_bytes() > engine.options.shared_limit) {
-    engine.fail(kind::kMisuse, "static and dynamic shared memory are over the limit of a block", where);
-  }
+  if (variable == nullptr) engine.fail(kind::kMisuse, "over 48 KiB of static shared memory", where);
+  engine.note_static_shared(engine.shared.static_bytes(), where);
   return variable;
 }
 

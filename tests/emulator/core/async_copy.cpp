@@ -21,7 +21,8 @@ void async_copy(void* target, const void* source, int bytes, int valid, Where wh
   }
   const auto from = reinterpret_cast<uintptr_t>(source);
   if (engine.shared.holds(from)) engine.fail(kind::kMisuse, "async_copy: the source is in shared memory", site);
-  if (reinterpret_cast<uintptr_t>(target) % bytes != 0 || (valid > 0 && from % bytes != 0)) {
+  // Also of a source of which no byte is read: the PTX ISA makes no exception.
+  if (reinterpret_cast<uintptr_t>(target) % bytes != 0 || from % bytes != 0) {
     engine.fail(kind::kMisaligned,
                 "async_copy of " + std::to_string(bytes) + " bytes: source and target must be multiples of that", site);
   }

@@ -27,7 +27,7 @@ struct Options {
   bool count_banks = true;           // of shared memory, per kernel
   MatrixRounding rounding;           // of matrix instructions
   std::string leave_out;             // a synchronizing call to skip, as in sites()
-  size_t shared_limit = 227 * 1024;  // dynamic + static bytes a block may have: compute capability 9.0
+  size_t shared_limit = 99 * 1024;   // dynamic + static bytes a block may have: the least of all from sm_80 on
 };
 
 // Counted per kernel name, summed over launches.

@@ -24,7 +24,15 @@ struct LaunchRequest {
   void (*run)(void* call) = nullptr;  // calls the kernel
   void* call = nullptr;               // its arguments
   size_t call_bytes = 0;
+  const void* kernel = nullptr;  // its code
 };
+
+// The threads in a kernel's __launch_bounds__, encoded as device/language.h does; 0 if there are none.
+template <int kThreads, int kBlocks = 1>
+struct LaunchBounds {
+  char threads[kThreads];
+};
+int launch_bound(const void* kernel);
 
 // Runs a grid. Throws Finding, or std::runtime_error if CUDA would reject the launch.
 void run_grid(const char* name, const LaunchRequest& request);

@@ -104,6 +104,13 @@ struct Event {  // cp.async.mbarrier.arrive: the thread's copies are complete
   Site site = 0;
 };
 
+// -ftrivial-auto-var-init=pattern: what local variables hold until they are written.
+#if defined(__clang__)
+constexpr uint32_t kUnwrittenRegister = 0xaaaaaaaau;  // integers; floats are NaN
+#else
+constexpr uint32_t kUnwrittenRegister = 0xfefefefeu;
+#endif
+
 class Engine {
  public:
   static Engine& get();
@@ -129,12 +136,19 @@ class Engine {
   const std::string& place_of(Site site);  // source_of(), cached
   std::string place_of(const Waiting& waiting);
 
+  // Adds a static variable to a kernel's shared memory, of which the block has ``bytes`` in all.
+  void note_static_shared(size_t bytes, const Where& where);
+
   // --- access.cpp
   void access(const void* address, size_t bytes, Touch touch, Site site, size_t alignment);
   uint32_t site_number(Site site);
   Stamp stamp(Site site);
   Before before() const;
   std::string accessed_by(Stamp stamp) const;
+  // Fails if the operand of an instruction is what the compiler puts into registers that were never written.
+  void check_register(uint32_t bits, const char* which, Site site) {
+    if (bits == kUnwrittenRegister && options.checks) fail(kind::kUnwritten, std::string("a register of ") + which, site);
+  }
   // Accesses to shared memory by offset, on behalf of a thread.
   size_t shared_offset(const void* address, size_t bytes, const char* what, Site site);
   void access_shared(size_t offset, size_t bytes, Touch touch, Site site);
@@ -206,7 +220,7 @@ class Engine {
   void lane_exited(int warp, uint32_t lane);  // warp.cpp
   [[noreturn]] void abandon(const std::string& report);
   std::string header(const char* kind, const std::string& what) const;
-  void check_limits(const char* name, const LaunchRequest& request) const;
+  void check_limits(const char* name, const LaunchRequest& request);
   void thread_exited();
 
   Fiber scheduler_;
@@ -222,6 +236,7 @@ class Engine {
   std::unordered_map<Site, uint32_t> site_numbers_;
   std::vector<Site> sites_;
   std::map<Site, std::string> places_;
+  std::map<const void*, size_t> static_bytes_;  // of static shared memory, as far as a kernel's launches have shown
   Readers readers_;
   // Synchronizing calls by name, file, line and kernel (its counters): whether they are left out.
   std::map<std::tuple<const char*, const char*, unsigned, const Counters*>, bool> calls_;

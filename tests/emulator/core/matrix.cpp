@@ -212,6 +212,9 @@ void store_matrices(void* row, const uint32_t* registers, int matrices, bool tra
 void multiply(Element element, float* d, const uint32_t* a, const uint32_t* b, Where where) {
   Engine& engine = Engine::get();
   const auto site = reinterpret_cast<Site>(__builtin_return_address(0));
+  for (int i = 0; i < 4; ++i) engine.check_register(float_to_bits(d[i]), "an accumulator", site);
+  for (int i = 0; i < 4; ++i) engine.check_register(a[i], "a left operand", site);
+  for (int i = 0; i < 2; ++i) engine.check_register(b[i], "a right operand", site);
   if (running->lane == 0) ++engine.counters->matrix_products;
   MultiplyLane mine = {element, d, a, b};
   engine.meet(kMultiply[static_cast<int>(element)], 0, kWholeWarp, &mine, where, site);

@@ -44,7 +44,25 @@ void run_grid(const char* name, const LaunchRequest& request) {
   Engine::get().run_grid(name, request);
 }
 
-void Engine::check_limits(const char* name, const LaunchRequest& r) const {
+// Dynamic shared memory begins after the static variables, at a multiple of its alignment (csrc/device/shared.cuh).
+static size_t shared_bytes(size_t of_statics, size_t dynamic) {
+  constexpr size_t kAlignment = SharedMemory::kAlignment;
+  return dynamic == 0 ? of_statics : (of_statics + kAlignment - 1) / kAlignment * kAlignment + dynamic;
+}
+
+int launch_bound([[maybe_unused]] const void* kernel) {
+#if defined(__x86_64__) && !defined(__clang__)
+  const auto* code = static_cast<const unsigned char*>(kernel);
+  constexpr unsigned char kNoOperation = 0x90;
+  int count = 0;
+  for (const unsigned char* at = code - 1; *at == kNoOperation; --at) ++count;
+  return count / 32 * 32;  // less the padding between functions; bounds are whole warps
+#else
+  return 0;
+#endif
+}
+
+void Engine::check_limits(const char* name, const LaunchRequest& r) {
   const auto refuse = [&](const char* error, const std::string& detail) {
     throw std::runtime_error(std::string(name) + ": " + error + " (" + detail + ")");
   };
@@ -56,9 +74,32 @@ void Engine::check_limits(const char* name, const LaunchRequest& r) const {
   if (uint64_t{r.grid.x} * r.grid.y * r.grid.z == 0 || r.grid.x > kMostX || std::max(r.grid.y, r.grid.z) > kMostYZ) {
     refuse("invalid configuration argument", "grid " + text(r.grid) + ", at most (2147483647, 65535, 65535)");
   }
-  if (r.shared_bytes > options.shared_limit) {
-    refuse("invalid argument", std::to_string(r.shared_bytes) + " bytes of dynamic shared memory, at most " +
+  const size_t of_statics = static_bytes_[r.kernel];
+  if (shared_bytes(of_statics, r.shared_bytes) > options.shared_limit) {
+    refuse("invalid argument", std::to_string(r.shared_bytes) + " bytes of dynamic shared memory, " +
+                                   std::to_string(of_statics) + " static, at most " +
                                    std::to_string(options.shared_limit));
+  }
+  const int bound = r.kernel == nullptr ? 0 : launch_bound(r.kernel);
+  if (bound != 0 && block_threads > static_cast<uint64_t>(bound)) {
+    refuse("too many resources requested for launch", "block " + text(r.block) + ", __launch_bounds__ has at most " +
+                                                          std::to_string(bound) + " threads");
+  }
+}
+
+void Engine::note_static_shared(size_t bytes, const Where& where) {
+  size_t& known = static_bytes_[request->kernel];
+  known = std::max(known, bytes);
+  constexpr size_t kMostStatic = 48 * 1024;  // ptxas refuses more
+  if (bytes > kMostStatic) fail(kind::kMisuse, "over 48 KiB of static shared memory", where);
+  const size_t all = shared_bytes(bytes, request->shared_bytes);
+  if (all > options.shared_limit) {
+    fail(kind::kMisuse, "static and dynamic shared memory are over the limit of a block", where);
+  }
+  // csrc/device/launch.cuh opts in to more.
+  constexpr size_t kForAll = 48 * 1024, kStaticSharedBytes = 2048;
+  if (request->shared_bytes > 0 && request->shared_bytes + kStaticSharedBytes <= kForAll && all > kForAll) {
+    fail(kind::kMisuse, "static and dynamic shared memory are over 48 KiB, with no opt-in", where);
   }
 }
 

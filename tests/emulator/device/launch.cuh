@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "common/error.h"
 #include "device/language.h"
 
 namespace fastgen::device {
@@ -14,6 +15,12 @@ struct Launch {
   cudaStream_t stream = nullptr;
 };
 
+// A dimension of a grid, at most ``most``: 2147483647 in x, 65535 in y and z.
+inline unsigned grid_size(int64_t blocks, const char* name, int64_t most = INT32_MAX) {
+  if (blocks < 0 || blocks > most) throw Error(name, "more elements than one launch has blocks for");
+  return static_cast<unsigned>(blocks);
+}
+
 template <typename... Args>
 void launch(const char* name, void (*kernel)(Args...), const Launch& config, Args... args) {
   struct Call {
@@ -24,7 +31,8 @@ void launch(const char* name, void (*kernel)(Args...), const Launch& config, Arg
     const auto& call = *static_cast<const Call*>(given);
     std::apply(call.kernel, call.args);
   };
-  emulator::run_grid(name, {config.grid, config.block, config.shared_bytes, run, &call, sizeof(call)});
+  const auto* code = reinterpret_cast<const void*>(kernel);
+  emulator::run_grid(name, {config.grid, config.block, config.shared_bytes, run, &call, sizeof(call), code});
 }
 
 // Few, so that small tests cover splits and tiles_per_block > 1.

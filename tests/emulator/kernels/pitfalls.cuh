@@ -5,6 +5,7 @@
 
 #include "device/barrier.cuh"
 #include "device/mma.cuh"
+#include "device/vector.cuh"
 #include "device/warp.cuh"
 #include "kernels/registry.h"
 
@@ -23,6 +24,11 @@ enum Mistake {
   kMisalignedStruct,
   kEndlessLocals,
   kPastRegisters,
+  kUnwrittenAccumulator,
+  kUnwrittenOperand,
+  kUnwrittenRegister,
+  kStoresUnwritten,
+  kFarPastEnd,
 };
 
 constexpr int kThreads = 32;
@@ -90,6 +96,27 @@ __global__ void kernel(Arguments a) {
     for (int i = 0; i <= static_cast<int>(words(a)[0] % 2 + 4); ++i) four[i] += i;
     word = four[thread % 4];
   }
+  if (kMistake == kUnwrittenAccumulator || kMistake == kUnwrittenOperand) {
+    float d[4];
+    uint32_t left[4];
+    const uint32_t right[2] = {};
+    if (kMistake == kUnwrittenAccumulator || thread < 16) left[0] = left[1] = left[2] = left[3] = 0;
+    if (kMistake == kUnwrittenOperand || thread < 16) d[0] = d[1] = d[2] = d[3] = 0.0f;
+    device::mma_m16n8k16<Half>(d, left, right);
+    word += static_cast<uint32_t>(d[0]);
+  }
+  if (kMistake == kUnwrittenRegister) {
+    uint32_t more;
+    if (thread < 16) more = 0;
+    word += more;
+  }
+  if (kMistake == kStoresUnwritten && thread == 0) {
+    uint32_t four[4];
+    for (int i = 0; i < static_cast<int>(words(a)[0] % 2 + 2); ++i) four[i] = word;
+    device::store_vector(results(a), four);
+  }
+  // Over the guard zones of the allocations, which were side by side once.
+  if (kMistake == kFarPastEnd) word += words(a)[4096 + 64 * thread];
   if (kMistake == kEndlessLocals) word += deep(0, words(a)[0] | 1 << 30);
   out[thread] = word;
   if (kMistake == kReadsWhatAnotherBlockWrites) {

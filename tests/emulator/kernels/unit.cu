@@ -217,5 +217,9 @@ __global__ void coordinates(Arguments a) {
 }
 const Register kCoordinates("coordinates", coordinates);
 
+// Blocks of at most 64 threads.
+__global__ void __launch_bounds__(64) bounded(Arguments a) { results(a)[threadIdx.x] = threadIdx.x; }
+const Register kBounded("bounded", bounded);
+
 }  // namespace
 }  // namespace fastgen::kernels
