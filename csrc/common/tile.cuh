@@ -67,9 +67,9 @@ struct Product {
 
 // float32 as high + low in tf32 (3xTF32): low * low is below float32 precision and omitted.
 //
-// The instruction truncates what it adds to the accumulator (Fasi, Higham, Mikaitis, Pranesh, 2021), always toward zero,
-// so that over a long sum the error grows with its length. Products of one step are therefore summed from zero, and
-// added to the accumulator by an addition that rounds to nearest.
+// The instruction truncates what it adds to the accumulator (Fasi, Higham, Mikaitis, Pranesh, 2021), always toward
+// zero, so that over a long sum the error grows with its length. Products of one step are therefore summed from zero,
+// and added to the accumulator by an addition that rounds to nearest.
 template <>
 struct Product<float> {
   static constexpr int kDepth = 8;

@@ -27,8 +27,8 @@ inline unsigned grid_size(int64_t blocks, const char* name, int64_t most = INT32
 
 template <typename... Args>
 void launch(const char* name, void (*kernel)(Args...), const Launch& config, Args... args) {
-  // Static and dynamic shared memory together; larger sizes require the opt-in attribute, which fails if the device does
-  // not support them.
+  // Static and dynamic shared memory together; larger sizes require the opt-in attribute, which fails if the device
+  // does not support them.
   constexpr size_t kSharedBytesForAll = 48 * 1024;
   if (config.shared_bytes + kStaticSharedBytes > kSharedBytesForAll) {
     check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,

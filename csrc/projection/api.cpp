@@ -394,8 +394,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_backward(const Tensor& grad, co
   launch_reduce(reduction, dtype, scope.stream());
   if (gate.has_value()) {
     // One gate for all rows: the sum over rows; otherwise one gate per row.
-    launch_sum_rows(reduction.grad_gate, gates == 1 ? rows : 1, checked_int(gates, "gate"), grad_gate.mutable_data_ptr(),
-                    dtype, scope.stream());
+    launch_sum_rows(reduction.grad_gate, gates == 1 ? rows : 1, checked_int(gates, "gate"),
+                    grad_gate.mutable_data_ptr(), dtype, scope.stream());
   }
   return {grad_x, gradient.grad_weight(), gradient.grad_bias(), grad_gate};
 }

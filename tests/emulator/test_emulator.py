@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -258,7 +259,7 @@ def test_allocations_lie_far_apart(emulator):
     """An access that misses its allocation by up to 16 MiB hits no other."""
     tensors = [torch.empty(size) for size in (1, 100, 10_000, 1_000_000) for _ in range(10)]
     begins = sorted((t.data_ptr(), t.nbytes) for t in tensors)
-    gaps = [after - begin - size for (begin, size), (after, _) in zip(begins, begins[1:], strict=False)]
+    gaps = [after - begin - size for (begin, size), (after, _) in pairwise(begins)]
     assert min(gaps) > 16 * 2**20
     offsets = {begin % 2**32 // 4096 for begin, _ in begins}
     assert len(offsets) == len(tensors), "addresses that differ by 2^32"

@@ -13,21 +13,21 @@ namespace fastgen::emulator {
 // Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021: products are added in blocks, and in each block
 // all terms, the accumulator too, are aligned to the largest exponent and truncated, with a few bits more than float32.
 struct MatrixRounding {
-  int width = 0;         // products in a block; 0: one exact sum of all products, rounded to nearest
-  int extra_bits = 0;    // kept in the alignment
-  uint64_t order = 0;    // seeds the order of the products; 0: ascending
+  int width = 0;       // products in a block; 0: one exact sum of all products, rounded to nearest
+  int extra_bits = 0;  // kept in the alignment
+  uint64_t order = 0;  // seeds the order of the products; 0: ascending
 };
 // "nearest"; "volta", "ampere", "hopper": as measured; "any": one of these and an order, chosen by the seed. Throws
 // std::invalid_argument.
 MatrixRounding matrix_rounding(const std::string& name, uint64_t seed);
 
 struct Options {
-  uint64_t seed = 0;                 // of the schedule; the seed of each launch is derived from it
-  bool checks = true;                // of memory accesses; synchronization is always checked
-  bool count_banks = true;           // of shared memory, per kernel
-  MatrixRounding rounding;           // of matrix instructions
-  std::string leave_out;             // a synchronizing call to skip, as in sites()
-  size_t shared_limit = 99 * 1024;   // dynamic + static bytes a block may have: the least of all from sm_80 on
+  uint64_t seed = 0;                // of the schedule; the seed of each launch is derived from it
+  bool checks = true;               // of memory accesses; synchronization is always checked
+  bool count_banks = true;          // of shared memory, per kernel
+  MatrixRounding rounding;          // of matrix instructions
+  std::string leave_out;            // a synchronizing call to skip, as in sites()
+  size_t shared_limit = 99 * 1024;  // dynamic + static bytes a block may have: the least of all from sm_80 on
 };
 
 // Counted per kernel name, summed over launches.

@@ -147,7 +147,8 @@ class Engine {
   std::string accessed_by(Stamp stamp) const;
   // Fails if the operand of an instruction is what the compiler puts into registers that were never written.
   void check_register(uint32_t bits, const char* which, Site site) {
-    if (bits == kUnwrittenRegister && options.checks) fail(kind::kUnwritten, std::string("a register of ") + which, site);
+    if (bits == kUnwrittenRegister && options.checks)
+      fail(kind::kUnwritten, std::string("a register of ") + which, site);
   }
   // Accesses to shared memory by offset, on behalf of a thread.
   size_t shared_offset(const void* address, size_t bytes, const char* what, Site site);

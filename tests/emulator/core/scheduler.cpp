@@ -82,8 +82,8 @@ void Engine::check_limits(const char* name, const LaunchRequest& r) {
   }
   const int bound = r.kernel == nullptr ? 0 : launch_bound(r.kernel);
   if (bound != 0 && block_threads > static_cast<uint64_t>(bound)) {
-    refuse("too many resources requested for launch", "block " + text(r.block) + ", __launch_bounds__ has at most " +
-                                                          std::to_string(bound) + " threads");
+    refuse("too many resources requested for launch",
+           "block " + text(r.block) + ", __launch_bounds__ has at most " + std::to_string(bound) + " threads");
   }
 }
 

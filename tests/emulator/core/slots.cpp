@@ -20,8 +20,8 @@ constexpr size_t kKeptBytes = size_t{1} << 18;  // of a freed slot; the rest goe
 class Slots {
  public:
   Slots() {
-    void* memory = mmap(nullptr, kSlotBytes * kSlots, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory =
+        mmap(nullptr, kSlotBytes * kSlots, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) return;  // a limit on address space: allocations lie side by side
     madvise(memory, kSlotBytes * kSlots, MADV_NOHUGEPAGE);
     base_ = static_cast<char*>(memory);
