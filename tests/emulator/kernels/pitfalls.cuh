@@ -26,7 +26,6 @@ enum Mistake {
   kPastRegisters,
   kUnwrittenAccumulator,
   kUnwrittenOperand,
-  kUnwrittenRegister,
   kStoresUnwritten,
   kFarPastEnd,
 };
@@ -104,11 +103,6 @@ __global__ void kernel(Arguments a) {
     if (kMistake == kUnwrittenOperand || thread < 16) d[0] = d[1] = d[2] = d[3] = 0.0f;
     device::mma_m16n8k16<Half>(d, left, right);
     word += static_cast<uint32_t>(d[0]);
-  }
-  if (kMistake == kUnwrittenRegister) {
-    uint32_t more;
-    if (thread < 16) more = 0;
-    word += more;
   }
   if (kMistake == kStoresUnwritten && thread == 0) {
     uint32_t four[4];

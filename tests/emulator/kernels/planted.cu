@@ -30,7 +30,6 @@ const Register kPlanted[] = {
     FASTGEN_PLANT(pitfalls, kPastRegisters, kOutOfBounds),
     FASTGEN_PLANT(pitfalls, kUnwrittenAccumulator, kUnwritten),
     FASTGEN_PLANT(pitfalls, kUnwrittenOperand, kUnwritten),
-    FASTGEN_PLANT(pitfalls, kUnwrittenRegister, kWrongResult),
     FASTGEN_PLANT(pitfalls, kStoresUnwritten, kUnwritten),
     FASTGEN_PLANT(pitfalls, kFarPastEnd, kOutOfBounds),
     FASTGEN_PLANT(reverse, kNoBarrier, kRace),
