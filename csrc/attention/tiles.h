@@ -85,15 +85,15 @@ constexpr TileRow kForwardMasked16[] = {
                                   {{192, 192}, {4,   1,   32,     2,     256}},   // 226, 2: no room: rows
                                   {{256, 256}, {4,   1,   16,     2,     256}},   // 230, 2: registers
                                   {{512, 512}, {4,   1,   16,     1,     256}}};  // 214, 1: no room: stage 2
-constexpr TileRow kForward32[] = {{{128, 128}, {4,   1,   32,     2,     256}},   // 253, 1: no room: rows
-                                  {{192, 192}, {4,   1,   16,     2,     256}},   // 172, 1: no room: rows
+constexpr TileRow kForward32[] = {{{128, 128}, {4,   1,   32,     2,     256}},   // 150, 1: no room: rows
+                                  {{192, 192}, {4,   1,   16,     2,     256}},   // 170, 1: no room: rows
                                   {{256, 256}, {4,   1,   16,     1,     256}},   // 201, 1: no room: stage 2
-                                  {{512, 512}, {2,   1,   8,      1,     256}}};  // 192, 1: no room: stage 2
+                                  {{512, 512}, {2,   1,   8,      1,     256}}};  // 194, 1: no room: stage 2
 constexpr TileRow kForwardMasked32[] = {
-                                  {{ 32,  32}, {4,   1,   32,     2,     256}},   // 199, 2: registers
-                                  {{192, 192}, {4,   1,   16,     2,     256}},   // 204, 1: no room: rows
-                                  {{256, 256}, {4,   1,   16,     1,     256}},   // 234, 1: no room: stage 2
-                                  {{512, 512}, {2,   1,   8,      1,     128}}};  // 161, 1: no room: stage 2
+                                  {{ 32,  32}, {4,   1,   32,     2,     256}},   // 160, 2: registers
+                                  {{192, 192}, {4,   1,   16,     2,     256}},   // 200, 1: no room: rows
+                                  {{256, 256}, {4,   1,   16,     1,     256}},   // 236, 1: no room: stage 2
+                                  {{512, 512}, {2,   1,   8,      1,     128}}};  // 167, 1: no room: stage 2
 
 // Backward, both kernels: P and dP of a tile are in registers at the same time. The columns are those of dQ.
 //                                    dims      warps frag iterated stages columns    regs, blocks: reason
@@ -102,11 +102,11 @@ constexpr TileRow kBackward16[] = {{{ 64,  64}, {4,   1,   64,      2,     256}}
                                    {{192, 192}, {4,   1,   32,      1,     256}},   // 221, 2: no room: stage 2
                                    {{256, 256}, {4,   1,   16,      2,     256}},   // 226, 1: no room: rows
                                    {{512, 512}, {2,   1,   16,      1,     256}}};  // 234, 1: no room: stage 2
-constexpr TileRow kBackward32[] = {{{ 64,  64}, {4,   1,   32,      2,     256}},   // 253, 2: no room: rows
-                                   {{128, 128}, {4,   1,   16,      2,     256}},   // 254, 1: no room: rows
-                                   {{192, 192}, {2,   1,   16,      2,     256}},   // 250, 1: no room: rows
-                                   {{256, 256}, {2,   1,   16,      1,     256}},   // 253, 1: no room: stage 2
-                                   {{512, 512}, {1,   1,   8,       1,     256}}};  // 253, 1: no room: stage 2
+constexpr TileRow kBackward32[] = {{{ 64,  64}, {4,   1,   32,      2,     256}},   // 192, 2: no room: rows
+                                   {{128, 128}, {4,   1,   16,      2,     256}},   // 213, 1: no room: rows
+                                   {{192, 192}, {2,   1,   16,      2,     256}},   // 194, 1: no room: rows
+                                   {{256, 256}, {2,   1,   16,      1,     256}},   // 222, 1: no room: stage 2
+                                   {{512, 512}, {1,   1,   8,       1,     256}}};  // 207, 1: no room: stage 2
 
 // Tangent: the operands and their tangents are in shared memory.
 //                                   dims      warps frag BLOCK_N stages columns    regs, blocks: reason
@@ -124,11 +124,11 @@ constexpr TileRow kTangent32[] = {{{ 64,  64}, {4,   1,   16,     2,     128}}, 
 constexpr TileRow kSecondOrder16[] = {{{ 96, 128}, {4,   1,   32,      2,     128}},   // 251, 1: no room: rows
                                       {{128, 128}, {4,   1,   16,      2,     128}},   // 234, 1: no room: rows
                                       {{256, 256}, {2,   1,   16,      1,     128}}};  // 228, 1: no room: stage 2
-constexpr TileRow kSecondOrder32[] = {{{ 16,  32}, {4,   1,   32,      2,     128}},   // 196, 2: registers
-                                      {{ 64,  64}, {4,   1,   16,      2,     128}},   // 206, 1: no room: rows
-                                      {{ 96, 128}, {2,   1,   16,      2,     128}},   // 251, 1: no room: rows
-                                      {{128, 128}, {2,   1,   16,      1,     128}},   // 254, 1: no room: stage 2
-                                      {{256, 256}, {1,   1,   8,       1,     128}}};  // 255, 1: no room: stage 2
+constexpr TileRow kSecondOrder32[] = {{{ 16,  32}, {4,   1,   32,      2,     128}},   // 198, 2: registers
+                                      {{ 64,  64}, {4,   1,   16,      2,     128}},   // 196, 1: no room: rows
+                                      {{ 96, 128}, {2,   1,   16,      2,     128}},   // 217, 1: no room: rows
+                                      {{128, 128}, {2,   1,   16,      1,     128}},   // 237, 1: no room: stage 2
+                                      {{256, 256}, {1,   1,   8,       1,     128}}};  // 225, 1: no room: stage 2
 // clang-format on
 
 constexpr TileShape forward_shape(Dims dims, int element_size, bool plain) {
