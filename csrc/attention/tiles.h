@@ -114,10 +114,10 @@ constexpr TileRow kTangent16[] = {{{ 16,  32}, {4,   1,   64,     2,     256}}, 
                                   {{ 96, 128}, {4,   1,   32,     2,     256}},   // 199, 2: no room: rows
                                   {{128, 128}, {4,   1,   32,     1,     256}},   // 196, 2: no room: stage 2
                                   {{256, 256}, {4,   1,   16,     1,     256}}};  // 245, 1: no room: stage 2
-constexpr TileRow kTangent32[] = {{{ 64,  64}, {4,   1,   16,     2,     128}},   // 171, 2: no room: rows
-                                  {{ 32, 128}, {4,   1,   16,     2,     128}},   // 222, 2: no room: rows
-                                  {{128, 128}, {4,   1,   16,     1,     128}},   // 222, 1: no room: stage 2
-                                  {{256, 256}, {2,   1,   8,      1,     128}}};  // 185, 1: no room: stage 2
+constexpr TileRow kTangent32[] = {{{ 64,  64}, {4,   1,   16,     2,     128}},   // 147, 2: no room: rows
+                                  {{ 32, 128}, {4,   1,   16,     2,     128}},   // 167, 2: no room: rows
+                                  {{128, 128}, {4,   1,   16,     1,     128}},   // 173, 1: no room: stage 2
+                                  {{256, 256}, {2,   1,   8,      1,     128}}};  // 161, 1: no room: stage 2
 
 // Second order, both kernels: four tiles of scores (S, W, dP, dO Gv^T) are in registers at the same time.
 //                                       dims      warps frag iterated stages columns    regs, blocks: reason
