@@ -113,7 +113,7 @@ REFUSED = [
     (lambda: attention(seed=torch.tensor([1.0]), options=(0.5, *PLAIN[1:])), "seed: expected torch.int64"),
     (lambda: attention(options=(0.5, *PLAIN[1:])), "seed: expected one, because dropout_p is 0.5"),
     (lambda: attention(options=(1.0, *PLAIN[1:]), seed=SEED), "dropout_p: expected a probability"),
-    (lambda: attention(options=(0.0, -1, -5, 0.25, False)), "window_right: expected >= 0, or -1"),
+    (lambda: attention(options=(0.0, -1, -5, 0.25, 0.0, False)), "window_right: expected >= 0, or -1"),
     (lambda: attention_backward(grad_out=randn(2, 4, 5, 4)), "grad_out: expected shape"),
     (lambda: attention_backward(out=rows(2, 4, 5, 3)), "out: expected a contiguous last dim"),
     (lambda: attention_backward(lse=LSE[:, :2]), "lse: expected shape"),
