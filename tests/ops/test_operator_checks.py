@@ -114,6 +114,10 @@ REFUSED = [
     (lambda: attention(options=(0.5, *PLAIN[1:])), "seed: expected one, because dropout_p is 0.5"),
     (lambda: attention(options=(1.0, *PLAIN[1:]), seed=SEED), "dropout_p: expected a probability"),
     (lambda: attention(options=(0.0, -1, -5, 0.25, 0.0, False)), "window_right: expected >= 0, or -1"),
+    (
+        lambda: attention(options=(0.0, -1, -1, 0.25, -2.0, False)),
+        "softcap: expected 0, or a number from 1e-30 to 1e30",
+    ),
     (lambda: attention_backward(grad_out=randn(2, 4, 5, 4)), "grad_out: expected shape"),
     (lambda: attention_backward(out=rows(2, 4, 5, 3)), "out: expected a contiguous last dim"),
     (lambda: attention_backward(lse=LSE[:, :2]), "lse: expected shape"),
