@@ -19,6 +19,7 @@ from fastgen._dynamo import is_dynamo_compiling
 from fastgen.checks import has_data, require_device, require_floating, require_shape, require_tensor, shape_of
 from fastgen.functional._autocast import autocast_dtype
 from fastgen.functional.recurrent import recurrent
+from fastgen.ops._direct import PLAIN, is_common
 from fastgen.ops.recurrent import autograd as implementation
 from fastgen.ops.transforms import transforms_active
 
@@ -129,24 +130,20 @@ def _forward(layer: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any]:
     return result, tuple(last) if layer.mode == "LSTM" else last[0]
 
 
-_TYPES = frozenset((Tensor, torch.nn.Parameter))
-
-
 def _is_torchs(layer: torch.nn.RNNBase, input: Any, states: tuple[Any, ...]) -> bool:
     """Whether torch's forward computes a call, at less overhead: plain CPU tensors of one dtype, outside of compilation
     and transforms. On CPU it is differentiable to any order."""
-    if type(input) not in _TYPES or implementation.accelerated(input.device) or input.dim() != 3 or 0 in input.shape:
+    if type(input) not in PLAIN or implementation.accelerated(input.device) or input.dim() != 3 or 0 in input.shape:
         return False
     dtype = input.dtype
     for state in states:
-        if type(state) not in _TYPES or state.dtype != dtype or not state.is_cpu:
+        if type(state) not in PLAIN or state.dtype != dtype or not state.is_cpu:
             return False
-    return not (
-        is_dynamo_compiling()
-        or transforms_active()
-        or (layer.training and layer.dropout > 0)
-        or torch._C._is_any_autocast_enabled()  # type: ignore[attr-defined]
-        or torch._C._len_torch_dispatch_stack()  # type: ignore[attr-defined]
+    return (
+        is_common()
+        and not is_dynamo_compiling()
+        and not transforms_active()
+        and not (layer.training and layer.dropout > 0)
     )
 
 

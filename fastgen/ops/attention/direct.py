@@ -13,23 +13,19 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.nn.functional import scaled_dot_product_attention as torch_attention
-from torch.nn.parameter import Parameter
 
 from fastgen.backend import select
-from fastgen.backend.selection import selection as _selection
+from fastgen.ops._direct import PLAIN, is_common
 from fastgen.ops.attention.autograd import backward as any_backward
 from fastgen.ops.attention.fused import SHORTEST_VECTOR_FREE, additive
 from fastgen.ops.attention.problem import Options, Saved
 from fastgen.ops.autograd import must_be_differentiable, only_wanted, transforms_active
 
-_TYPES = frozenset((Tensor, Parameter))
 _DTYPES = frozenset((torch.float32, torch.float64))
 _kernel = torch._scaled_dot_product_flash_attention_for_cpu  # type: ignore[attr-defined]
 _kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _formula = torch._scaled_dot_product_attention_math  # type: ignore[attr-defined]
 _interpreter = torch._C._functorch.peek_interpreter_stack
-_dispatch_modes = torch._C._len_torch_dispatch_stack  # type: ignore[attr-defined]
-_autocast = torch._C._is_any_autocast_enabled  # type: ignore[attr-defined]
 _grad_enabled = torch.is_grad_enabled
 _INFINITY = float("inf")
 
@@ -54,7 +50,7 @@ def _takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_ca
     return (
         not is_causal
         and (mask.dtype == torch.bool or mask.dtype == query.dtype)
-        and type(mask) in _TYPES
+        and type(mask) in PLAIN
         and len(own) == 4
         and own[3] == of_keys[2]
         and (own[2] == 1 or own[2] == shape[2])
@@ -69,12 +65,10 @@ def attend(
 ) -> Tensor | None:
     """out, (B, H, N, D); None where ``autograd.attention`` has to serve, for any other arguments too."""
     if (
-        type(query) not in _TYPES
-        or type(key) not in _TYPES
-        or type(value) not in _TYPES
-        or _selection.backend != "auto"
-        or _dispatch_modes()
-        or _autocast()
+        type(query) not in PLAIN
+        or type(key) not in PLAIN
+        or type(value) not in PLAIN
+        or not is_common()
         or (is_causal is not False and is_causal is not True)
         or not (scale is None or (type(scale) is float and 0.0 < scale < _INFINITY))
         or not _takes(query, key, value, mask, is_causal)

@@ -8,32 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from torch.nn.parameter import Parameter
 
-from fastgen.backend.selection import selection
 from fastgen.checks import FLOATING
+from fastgen.ops._direct import PLAIN, is_common
 
-_TYPES = frozenset((Tensor, Parameter))
-_OPTIONAL = frozenset((Tensor, Parameter, type(None)))
+_OPTIONAL = PLAIN | {type(None)}
 _SEQUENCES = frozenset((tuple, list))
 _DTYPES = frozenset(FLOATING)
-_autocast = torch._C._is_any_autocast_enabled  # type: ignore[attr-defined]
 
 
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """On CPU, plain tensors; PyTorch checks that their dtypes and devices agree."""
     return (
-        type(x) in _TYPES
-        and type(weight) in _TYPES
+        type(x) in PLAIN
+        and type(weight) in PLAIN
         and type(bias) in _OPTIONAL
         and x.is_cpu
         and x.dtype in _DTYPES
         and x.is_contiguous()
-        and selection.backend == "auto"
-        and not _autocast()
+        and is_common()
     )
 
 
@@ -78,7 +73,7 @@ def to_heads(
 
 def from_heads(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor | None:
     """(B, H, N, D) to (B, N, E); None where the function's other path has to serve."""
-    if type(x) not in _TYPES or type(residual) not in _OPTIONAL or x.dim() != 4:
+    if type(x) not in PLAIN or type(residual) not in _OPTIONAL or x.dim() != 4:
         return None
     batch, heads, length, dim = x.shape
     if not batch or not length:

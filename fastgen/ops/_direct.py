@@ -1,0 +1,20 @@
+"""What the direct paths of common CPU calls have in common: see ``attention.direct`` and ``projection.direct``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import Parameter
+
+from fastgen.backend.selection import selection
+
+PLAIN = frozenset((Tensor, Parameter))
+"""Types of tensors without behavior of their own."""
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack  # type: ignore[attr-defined]
+_autocast = torch._C._is_any_autocast_enabled  # type: ignore[attr-defined]
+
+
+def is_common() -> bool:
+    """Whether no backend is forced, nothing watches operators, and there is no autocast."""
+    return not (selection.backend != "auto" or _dispatch_modes() or _autocast())
