@@ -231,29 +231,30 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim>::kThread
   using Tiles = QueryTiles<BLOCK_M>;
   const Problem& problem = p.problem;
   const int block_n = Layout::owned_rows(), warp_row = static_cast<int>(threadIdx.x / 32) * Layout::kWarpRows;
-  const KeyBlock block(problem, blockIdx.x, block_n, MayPack<!kPlain>{});
+  const KeyBlock<!kPlain> block(problem, blockIdx.x, block_n);
   if (!kPlain && block.keys.empty()) return;
   const int key = block.keys.begin + warp_row, warp_rows = block.keys.end - key;
   const Tiles tiles = Tiles::template make<T, Layout::kMaxKeys, kPlain>(problem, block);
 
   const auto load_keys = [&] {
     const auto is_valid = [&](int row) { return block.keys.begin + row < block.keys.end; };
-    copy_rows(Layout::owned_key_dim(), block_n, row_pointer<T>(p.key, block.batch, block.key_head, block.keys.begin),
-              p.key.row, problem.key_dim, is_valid);
-    copy_rows(Layout::owned_value_dim(), block_n,
-              row_pointer<T>(p.value, block.batch, block.key_head, block.keys.begin), p.value.row, problem.value_dim,
+    copy_rows(Layout::owned_key_dim(), block_n,
+              row_pointer<T>(p.key, block.batch(problem), block.key_head, block.keys.begin), p.key.row, problem.key_dim,
               is_valid);
+    copy_rows(Layout::owned_value_dim(), block_n,
+              row_pointer<T>(p.value, block.batch(problem), block.key_head, block.keys.begin), p.value.row,
+              problem.value_dim, is_valid);
   };
   const auto load_queries = [&](int tile, int /*i*/) {
     const int head = tiles.head(tile), query = tiles.query(tile);
-    const auto is_valid = [&](int row) { return query + row < block.all_queries; };
+    const auto is_valid = [&](int row) { return query + row < block.all_queries(problem); };
     const auto queries = Layout::key_dim(tile);
-    copy_rows(queries, BLOCK_M, row_pointer<T>(p.query, block.query_batch, head, query), p.query.row, problem.key_dim,
-              is_valid);
-    copy_rows(Layout::value_dim(tile), BLOCK_M, row_pointer<T>(p.grad_out, block.query_batch, head, query),
+    copy_rows(queries, BLOCK_M, row_pointer<T>(p.query, block.query_batch(problem), head, query), p.query.row,
+              problem.key_dim, is_valid);
+    copy_rows(Layout::value_dim(tile), BLOCK_M, row_pointer<T>(p.grad_out, block.query_batch(problem), head, query),
               p.grad_out.row, problem.value_dim, is_valid);
-    const float* lse = row_pointer(p.lse, block.query_batch, head, query);
-    const float* delta = p.delta + block.first_row<!kPlain>(problem, head) + query;
+    const float* lse = row_pointer(p.lse, block.query_batch(problem), head, query);
+    const float* delta = p.delta + block.first_row(problem, head) + query;
     for (int row = threadIdx.x; row < BLOCK_M; row += blockDim.x) {
       device::async_copy<4>(queries.row_extra(row), lse + row * p.lse.row, is_valid(row) ? 4 : 0);
       device::async_copy<4>(queries.row_extra(row) + 1, delta + row, is_valid(row) ? 4 : 0);
@@ -269,11 +270,11 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim>::kThread
   const float scale = problem.scale * kLog2e;
   pipeline<kShape.stages>(tiles, tiles.first(), load_queries, [&](int tile, int /*i*/) {
     const int head = tiles.head(tile), query = tiles.query(tile);
-    const HeadMask<T> mask(problem.mask, block.batch, head);
+    const HeadMask<T> mask(problem.mask, block.batch(problem), head);
     const bool unmasked = tiles.is_unmasked(problem, block, tile, block_n) && (kPlain || mask.kind == MaskKind::kNone);
     Visible<kFragments, kTiles> visible;
     if (!unmasked) {
-      const auto live = mask.template live<BLOCK_M, true>(tiles.queries(block, tile), query);
+      const auto live = mask.template live<BLOCK_M, true>(tiles.queries(problem, block, tile), query);
       visible = visible_scores<kPlain, true, kFragments, kTiles>(problem, mask, key, warp_rows, query, live);
     }
     if (warp_rows <= 0 || !(unmasked || device::any_lane(visible.bits != 0))) return;
@@ -298,7 +299,7 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim>::kThread
         float factors[4] = {1.0f, 1.0f, 1.0f, 1.0f};
         if constexpr (!kPlain) {
           if (problem.dropout.seeds != nullptr) {
-            HeadDropout(problem, block.first_row<!kPlain>(problem, head))
+            HeadDropout(problem, block.first_row(problem, head))
                 .factors_transposed(factors, query + n * 8, key + m * kFragmentRows);
           }
         }
@@ -336,10 +337,10 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim>::kThread
   float factors[kFragments][2], ones[kFragments][2];
 #pragma unroll
   for (int m = 0; m < kFragments; ++m) factors[m][0] = factors[m][1] = problem.scale, ones[m][0] = ones[m][1] = 1.0f;
-  store_rows(row_pointer<T>(p.grad_value, block.batch, block.key_head, key) + value_column, p.grad_value.row, warp_rows,
-             problem.value_dim - value_column, ones, value_sums);
-  store_rows(row_pointer<T>(p.grad_key, block.batch, block.key_head, key) + key_column, p.grad_key.row, warp_rows,
-             problem.key_dim - key_column, factors, key_sums);
+  store_rows(row_pointer<T>(p.grad_value, block.batch(problem), block.key_head, key) + value_column, p.grad_value.row,
+             warp_rows, problem.value_dim - value_column, ones, value_sums);
+  store_rows(row_pointer<T>(p.grad_key, block.batch(problem), block.key_head, key) + key_column, p.grad_key.row,
+             warp_rows, problem.key_dim - key_column, factors, key_sums);
 }
 
 }  // namespace fastgen::attention

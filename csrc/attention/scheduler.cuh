@@ -27,11 +27,15 @@ __device__ __forceinline__ float* row_pointer(const RowResult& result, unsigned 
   return result.data + batch * result.batch + head * result.head + row * result.row;
 }
 
-// Rows of a packed sequence, ``own`` and the other operand's, and the first row of a tile in it. Positions are clipped,
-// so that none of them leads out of an operand.
+// Rows of a packed sequence. Positions are clipped, so that none of them leads out of an operand.
+__device__ __forceinline__ Range sequence_rows(const int32_t* begins, int sequence, int rows) {
+  return clipped(begins[sequence], begins[sequence + 1], rows);
+}
+
+// The tile's sequence, its rows, ``own`` and the other operand's, and the first row of the tile in it.
 struct SequenceTile {
   Range own, other;
-  int first;
+  int number, first;
 
   __device__ __forceinline__ SequenceTile(int count, const int32_t* own_begins, int own_rows,
                                           const int32_t* other_begins, int other_rows, int size, int tile) {
@@ -44,8 +48,9 @@ struct SequenceTile {
         last = middle - 1;
       }
     }
-    own = clipped(own_begins[sequence], own_begins[sequence + 1], own_rows);
-    other = clipped(other_begins[sequence], other_begins[sequence + 1], other_rows);
+    number = sequence;
+    own = sequence_rows(own_begins, sequence, own_rows);
+    other = sequence_rows(other_begins, sequence, other_rows);
     const int tile_in_sequence = tile - own_begins[sequence] / size - sequence;
     first = tile_in_sequence < 0 ? 0 : tile_in_sequence * size;
   }
@@ -131,33 +136,44 @@ struct KeyTiles {
   }
 };
 
-// BLOCK_N keys of one key head. There may be none in packed sequences.
+// BLOCK_N keys of one key head. There may be none in packed sequences. What their positions give is read again where it
+// is needed: kernels have no registers for it.
+template <bool kMayPack>
 struct KeyBlock {
-  int batch, query_batch, key_head;
+  int place;  // the batch entry, or the sequence
+  int key_head;
   Range keys;
-  int all_queries;  // of the sequence
 
-  template <bool kMayPack>
-  __device__ __forceinline__ KeyBlock(const Problem& p, int64_t index, int block_n, MayPack<kMayPack>) {
+  __device__ __forceinline__ KeyBlock(const Problem& p, int64_t index, int block_n) {
     const int blocks = static_cast<int>(tiles_of_head(p.keys, block_n, kMayPack ? p.sequences.count : 0));
     const int batch_head = static_cast<int>(index / blocks), tile = static_cast<int>(index % blocks);
-    batch = query_batch = batch_head / p.key_heads, key_head = batch_head % p.key_heads;
+    place = batch_head / p.key_heads, key_head = batch_head % p.key_heads;
     int first = tile * block_n, all = p.keys;
-    all_queries = p.queries;
-    if (kMayPack && p.sequences.count > 0) {
+    if (is_packed(p)) {
       const SequenceTile sequence(p.sequences.count, p.sequences.keys, p.keys, p.sequences.queries, p.queries, block_n,
                                   tile);
-      batch = sequence.own.begin, query_batch = sequence.other.begin;
-      first = sequence.first, all = sequence.own.end - sequence.own.begin;
-      all_queries = sequence.other.end - sequence.other.begin;
+      place = sequence.number, first = sequence.first, all = sequence.own.end - sequence.own.begin;
     }
     keys = {first, first + block_n < all ? first + block_n : all};
   }
+  __device__ __forceinline__ static bool is_packed(const Problem& p) { return kMayPack && p.sequences.count > 0; }
+  // The batch index of key, value and their gradients, and that of query, dO and rows; of packed ones their first row.
+  __device__ __forceinline__ int batch(const Problem& p) const {
+    return is_packed(p) ? sequence_rows(p.sequences.keys, place, p.keys).begin : place;
+  }
+  __device__ __forceinline__ int query_batch(const Problem& p) const {
+    return is_packed(p) ? sequence_rows(p.sequences.queries, place, p.queries).begin : place;
+  }
+  // The queries of the sequence.
+  __device__ __forceinline__ int all_queries(const Problem& p) const {
+    if (!is_packed(p)) return p.queries;
+    const Range rows = sequence_rows(p.sequences.queries, place, p.queries);
+    return rows.end - rows.begin;
+  }
   // Index of the first query of a head among all (batch, head, query).
-  template <bool kMayPack>
   __device__ __forceinline__ int64_t first_row(const Problem& p, int head) const {
-    if (kMayPack && p.sequences.count > 0) return query_batch + static_cast<int64_t>(head) * p.queries;
-    return (static_cast<int64_t>(batch) * p.heads + head) * p.queries;
+    if (is_packed(p)) return query_batch(p) + static_cast<int64_t>(head) * p.queries;
+    return (static_cast<int64_t>(place) * p.heads + head) * p.queries;
   }
 };
 
@@ -168,18 +184,18 @@ struct QueryTiles {
   int first_tile, tiles_per_head, group_size, first_head, count;
 
   // kBlockN: the maximum number of keys of the block. Called by whole warps.
-  template <typename T, int kBlockN, bool kPlain>
-  static __device__ __forceinline__ QueryTiles make(const Problem& p, const KeyBlock& block) {
+  template <typename T, int kBlockN, bool kPlain, bool kMayPack>
+  static __device__ __forceinline__ QueryTiles make(const Problem& p, const KeyBlock<kMayPack>& block) {
     QueryTiles tiles;
     tiles.group_size = p.heads / p.key_heads;
-    const Range queries = queries_in_window(p, block.keys, block.all_queries);
+    const Range queries = queries_in_window(p, block.keys, block.all_queries(p));
     tiles.first_head = block.key_head * tiles.group_size;
     tiles.first_tile = queries.begin / BLOCK_M;
     tiles.tiles_per_head = queries.empty() ? 0 : (queries.end + BLOCK_M - 1) / BLOCK_M - tiles.first_tile;
     tiles.count = tiles.tiles_per_head * tiles.group_size;
     if constexpr (!kPlain) {
       // None if the mask excludes all keys of the block for all queries.
-      const HeadMask<T> mask(p.mask, block.batch, tiles.first_head);
+      const HeadMask<T> mask(p.mask, block.batch(p), tiles.first_head);
       const bool shared_by_heads = tiles.group_size == 1 || p.mask.head == 0;
       if (shared_by_heads && mask.template live<kBlockN, false>(block.keys, block.keys.begin) == 0) tiles.count = 0;
     }
@@ -192,14 +208,17 @@ struct QueryTiles {
 
   __device__ __forceinline__ int head(Index index) const { return first_head + index / tiles_per_head; }
   __device__ __forceinline__ int query(Index index) const { return (first_tile + index % tiles_per_head) * BLOCK_M; }
-  __device__ __forceinline__ Range queries(const KeyBlock& block, Index index) const {
-    const int first = query(index);
-    return {first, first + BLOCK_M < block.all_queries ? first + BLOCK_M : block.all_queries};
+  template <bool kMayPack>
+  __device__ __forceinline__ Range queries(const Problem& p, const KeyBlock<kMayPack>& block, Index index) const {
+    const int first = query(index), all = block.all_queries(p);
+    return {first, first + BLOCK_M < all ? first + BLOCK_M : all};
   }
 
   // Whether every query of a full tile attends to each of ``block_n`` keys, as far as the window is concerned.
-  __device__ __forceinline__ bool is_unmasked(const Problem& p, const KeyBlock& block, Index index, int block_n) const {
-    const Range tile = queries(block, index);
+  template <bool kMayPack>
+  __device__ __forceinline__ bool is_unmasked(const Problem& p, const KeyBlock<kMayPack>& block, Index index,
+                                              int block_n) const {
+    const Range tile = queries(p, block, index);
     return tile.end - tile.begin == BLOCK_M && block.keys.end - block.keys.begin == block_n &&
            window_covers(p, tile, block.keys);
   }

@@ -215,19 +215,19 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
   const Problem& problem = p.first.problem;
   const Keys keys = Layout::template owned<Keys>();
   const int warp_row = static_cast<int>(threadIdx.x / 32) * kFragmentRows;
-  const KeyBlock block(problem, blockIdx.x, keys.rows, MayPack<true>{});
+  const KeyBlock<true> block(problem, blockIdx.x, keys.rows);
   if (block.keys.empty()) return;
   const int key = block.keys.begin + warp_row, warp_rows = block.keys.end - key;
   const Tiles tiles = Tiles::template make<T, Layout::kMaxKeys, false>(problem, block);
 
   const auto load_queries = [&](int tile, int /*i*/) {
     const int head = tiles.head(tile), query = tiles.query(tile);
-    const auto is_valid = [&](int row) { return query + row < block.all_queries; };
+    const auto is_valid = [&](int row) { return query + row < block.all_queries(problem); };
     const Queries queries = Layout::template iterated<Keys, Queries>(tile);
-    copy_tile(queries, p.first, p.tangents, block.query_batch, head, query, is_valid);
-    const int64_t first = block.first_row<true>(problem, head) + query;
-    const float* lse = row_pointer(p.first.lse, block.query_batch, head, query);
-    const float* mean = row_pointer(p.tangent_lse, block.query_batch, head, query);
+    copy_tile(queries, p.first, p.tangents, block.query_batch(problem), head, query, is_valid);
+    const int64_t first = block.first_row(problem, head) + query;
+    const float* lse = row_pointer(p.first.lse, block.query_batch(problem), head, query);
+    const float* mean = row_pointer(p.tangent_lse, block.query_batch(problem), head, query);
     for (int row = threadIdx.x; row < BLOCK_M; row += blockDim.x) {
       float* extra = queries.query().row_extra(row);
       const int bytes = is_valid(row) ? 4 : 0;
@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
       device::async_copy<4>(extra + 3, p.second_delta + first + row, bytes);
     }
   };
-  copy_tile(keys, p.first, p.tangents, block.batch, block.key_head, block.keys.begin, 0,
+  copy_tile(keys, p.first, p.tangents, block.batch(problem), block.key_head, block.keys.begin, 0,
             [&](int row) { return block.keys.begin + row < block.keys.end; });
   if (tiles.has_first()) load_queries(tiles.first(), 0);
   device::async_copy_commit();
@@ -247,11 +247,12 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
   const int value_column = static_cast<int>(blockIdx.y) * kValueColumns;
   pipeline<kShape.stages>(tiles, tiles.first(), load_queries, [&](int tile, int /*i*/) {
     const int head = tiles.head(tile), query = tiles.query(tile);
-    const HeadMask<T> mask(problem.mask, block.batch, head), mask_tangent(p.tangents.mask, block.batch, head);
+    const HeadMask<T> mask(problem.mask, block.batch(problem), head),
+        mask_tangent(p.tangents.mask, block.batch(problem), head);
     const bool unmasked = tiles.is_unmasked(problem, block, tile, keys.rows) && mask.kind == MaskKind::kNone;
     Visible<1, kTiles> visible;
     if (!unmasked) {
-      const auto live = mask.template live<BLOCK_M, true>(tiles.queries(block, tile), query);
+      const auto live = mask.template live<BLOCK_M, true>(tiles.queries(problem, block, tile), query);
       visible = visible_scores<false, true, 1, kTiles>(problem, mask, key, warp_rows, query, live);
     }
     if (warp_rows <= 0 || !(unmasked || device::any_lane(visible.bits != 0))) return;
@@ -273,7 +274,7 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
     for (int n = 0; n < kTiles; ++n) {
       float factors[4] = {1.0f, 1.0f, 1.0f, 1.0f};
       if (problem.dropout.seeds != nullptr) {
-        HeadDropout(problem, block.first_row<true>(problem, head)).factors_transposed(factors, query + n * 8, key);
+        HeadDropout(problem, block.first_row(problem, head)).factors_transposed(factors, query + n * 8, key);
       }
       SecondOrderRow rows[2];
 #pragma unroll
@@ -309,10 +310,10 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
 
   // epilogue
   const float factors[1][2] = {{problem.scale, problem.scale}}, ones[1][2] = {{1.0f, 1.0f}};
-  store_rows(row_pointer<T>(p.first.grad_value, block.batch, block.key_head, key) + value_column,
+  store_rows(row_pointer<T>(p.first.grad_value, block.batch(problem), block.key_head, key) + value_column,
              p.first.grad_value.row, warp_rows, problem.value_dim - value_column, ones, value_sums);
-  store_rows(row_pointer<T>(p.first.grad_key, block.batch, block.key_head, key) + key_column, p.first.grad_key.row,
-             warp_rows, problem.key_dim - key_column, factors, key_sums);
+  store_rows(row_pointer<T>(p.first.grad_key, block.batch(problem), block.key_head, key) + key_column,
+             p.first.grad_key.row, warp_rows, problem.key_dim - key_column, factors, key_sums);
 }
 
 }  // namespace fastgen::attention

@@ -123,7 +123,7 @@ def test_a_large_softcap_changes_nothing(attention_place, dtype):
     found = [(*call, *torch.autograd.grad([c.float().sum() for c in call], tensors)) for call in called]
     for capped in found[1:]:
         for a, b in zip(capped, found[0], strict=True):
-            torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+            torch.testing.assert_close(a, b, rtol=12 * torch.finfo(dtype).eps, atol=12 * torch.finfo(dtype).eps)
 
 
 def test_scores_far_beyond_the_softcap_give_equal_weights(attention_place):
