@@ -158,6 +158,7 @@ def packed_attention(
     window_left: int | None = None,
     window_right: int | None = None,
     scale: float | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """``attention`` of each sequence alone: s has queries ``cu_queries[s]`` to ``cu_queries[s + 1]``, keys alike.
 
@@ -175,7 +176,7 @@ def packed_attention(
         q = query[first_query:last_query].transpose(0, 1)[None]
         k, v = (t[first_key:last_key].transpose(0, 1)[None] for t in (key, value))
         kept = None if keep is None else keep[None, :, first_query:last_query, :keys]
-        out, lse = attention(q, k, v, mask[None, None], kept, scale=scale)
+        out, lse = attention(q, k, v, mask[None, None], kept, scale=scale, softcap=softcap)
         parts.append((out[0].transpose(0, 1), lse[0]))
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], -1)
 

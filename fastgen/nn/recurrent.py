@@ -133,18 +133,15 @@ def _forward(layer: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any]:
 def _is_torchs(layer: torch.nn.RNNBase, input: Any, states: tuple[Any, ...]) -> bool:
     """Whether torch's forward computes a call, at less overhead: plain CPU tensors of one dtype, outside of compilation
     and transforms. On CPU it is differentiable to any order."""
+    if is_dynamo_compiling():
+        return False
     if type(input) not in PLAIN or implementation.accelerated(input.device) or input.dim() != 3 or 0 in input.shape:
         return False
     dtype = input.dtype
     for state in states:
         if type(state) not in PLAIN or state.dtype != dtype or not state.is_cpu:
             return False
-    return (
-        is_common()
-        and not is_dynamo_compiling()
-        and not transforms_active()
-        and not (layer.training and layer.dropout > 0)
-    )
+    return is_common() and not transforms_active() and not (layer.training and layer.dropout > 0)
 
 
 class LSTM(torch.nn.LSTM):

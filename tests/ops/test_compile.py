@@ -14,6 +14,7 @@ from fastgen.functional import (
     reparameterize,
     reparameterize_kl,
     scaled_dot_product_attention,
+    varlen_attention,
 )
 
 
@@ -21,10 +22,15 @@ def leaf(*shape):
     return torch.randn(*shape, requires_grad=True)
 
 
+BEGINS = torch.tensor([0, 4, 4, 9])
 FUNCTIONS = {
     "scaled_dot_product_attention": lambda: (
         lambda q, k, v, m: scaled_dot_product_attention(q, k, v, m, dropout_p=0.1, window=(3, 1), return_lse=True),
         (leaf(2, 4, 5, 8), leaf(2, 4, 6, 8), leaf(2, 4, 6, 3), leaf(4, 1, 6)),
+    ),
+    "varlen_attention": lambda: (
+        lambda q, k, v: varlen_attention(q, k, v, BEGINS, is_causal=True, enable_gqa=True, return_lse=True),
+        (leaf(9, 4, 8), leaf(9, 2, 8), leaf(9, 2, 3)),
     ),
     "multi_head_projection": lambda: (
         lambda x, w: multi_head_projection(x, w, num_heads=2),

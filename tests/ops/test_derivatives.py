@@ -243,6 +243,19 @@ def attention_case(mask=None, **kwargs):
     return (*both("attention", **kwargs), tensors)
 
 
+def packed_case():
+    """Three sequences, one of them empty."""
+    begins = [0, 2, 2, 5]
+
+    def ours(*t):
+        return functional.varlen_attention(*t, torch.tensor(begins), is_causal=True, return_lse=True)
+
+    def formula(query, key, value):
+        return reference.packed_attention(query, key, value, begins, begins, window_right=0)
+
+    return ours, formula, [normal(5, H, D), normal(5, H, D), normal(5, H, 3)]
+
+
 class Formula(torch.nn.Module):
     """``plain(layer, *inputs)``, with the layer's parameters."""
 
@@ -332,6 +345,7 @@ CASES = {
     "scaled_dot_product_attention, causal": lambda: attention_case(is_causal=True),
     "scaled_dot_product_attention, window": lambda: attention_case(window=(1, 1)),
     "scaled_dot_product_attention, bias": lambda: attention_case(mask=(H, 1, N)),
+    "varlen_attention": packed_case,
     "scaled_dot_product_attention, softcap": lambda: attention_case(mask=(H, 1, N), softcap=0.7),
     "scaled_dot_product_attention, dropout": lambda: attention_case(dropout_p=0.4),
     "multi_head_projection": lambda: (
@@ -609,6 +623,7 @@ WAYS = {
 }
 RANDOM = ("scaled_dot_product_attention, dropout", "reparameterize", "reparameterize_kl", "GaussianLatent")
 ATTENTION = (
+    "varlen_attention",
     "scaled_dot_product_attention",
     "AttentionBlock2d",
     "MultiheadAttention",
@@ -638,6 +653,8 @@ def refusal(name, way):
         return "torch_dynamo_resume_in"
     if way == "hessian" and name in RANDOM:
         return "vmap: called random operation while in randomness error mode"
+    if name == "varlen_attention" and way == "forward of compiled":  # reads where sequences begin
+        return "when making fake tensor call"
     if name.startswith(ATTENTION):
         if way == "forward over forward":
             return "attention: forward mode over forward mode is not supported"

@@ -175,6 +175,19 @@ def test_packed_equals_padded_with_a_mask():
         torch.testing.assert_close(part, expected[i, : lengths[i]])
 
 
+def test_softcap():
+    lengths = ((3, 0, 5), (4, 2, 5))
+    ends, tensors = [positions(own) for own in lengths], problem(lengths)
+
+    def ours(*t):
+        return varlen_attention(*t, *ends, is_causal=True, softcap=0.7, return_lse=True)
+
+    def right(*t):
+        return reference.packed_attention(*t, *(e.tolist() for e in ends), window_right=0, softcap=0.7)
+
+    assert_same(ours, right, tensors)
+
+
 def test_sinks_scale_and_strided_inputs():
     lengths = LENGTHS["cross"]
     queries, keys = map(positions, lengths)
