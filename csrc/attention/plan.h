@@ -25,8 +25,8 @@ struct Sizes {
 };
 
 inline Sizes sizes_of(const Problem& p, int element_size) {
-  const bool plain = p.mask.kind == MaskKind::kNone && p.dropout.seeds == nullptr && p.softcap == 0.0f &&
-                     p.sequences.count == 0;
+  const bool plain =
+      p.mask.kind == MaskKind::kNone && p.dropout.seeds == nullptr && p.softcap == 0.0f && p.sequences.count == 0;
   return {p.batch,   p.heads,     p.key_heads,  p.queries, p.keys,
           p.key_dim, p.value_dim, element_size, plain,     p.sequences.count};
 }
