@@ -174,10 +174,10 @@ def _scores(query: Tensor, key: Tensor, is_causal: bool, scale: float | None) ->
 
 
 def _out(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None) -> Tensor:
-    """The formula; its jvp is differentiable in reverse mode, unlike that of torch's softmax, which works in place."""
-    scores = _scores(query, key, is_causal, scale)
-    weights = (scores - scores.detach().amax(-1, keepdim=True)).exp()
-    return weights @ value / weights.sum(-1, keepdim=True)
+    """The formula with a jvp that reverse mode differentiates: that of torch's softmax works in place."""
+    if not _grad_enabled():
+        return _formula(query, key, value, None, 0.0, is_causal, None, scale=scale)[0]  # type: ignore[no-any-return]
+    return _scores(query, key, is_causal, scale).log_softmax(-1).exp() @ value
 
 
 def _gradients(
