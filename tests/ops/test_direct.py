@@ -298,3 +298,11 @@ def test_a_tangent_of_few_scores_is_differentiable_in_reverse():
         results.append(torch.autograd.grad(tangent.sin().sum(), leaves))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_merged_heads_that_are_not_common_are_not_copied_first(monkeypatch):
+    """On a GPU, or with a forced backend, the direct path costs its checks and no copy of the tokens."""
+    monkeypatch.setattr(projection_module.direct, "is_common", lambda: False)
+    with torch.profiler.profile() as profile:
+        assert projection_module.direct.from_heads(torch.randn(2, 3, 5, 4), torch.randn(6, 12), None, None) is None
+    assert not {"aten::clone", "aten::reshape", "aten::copy_"} & {event.key for event in profile.key_averages()}

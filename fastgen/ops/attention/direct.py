@@ -92,10 +92,10 @@ def attend(
             or not query.stride(3) == key.stride(3) == value.stride(3) == 1
         ):
             return None
-        mask = mask if mask is None else additive(mask, dtype)
-        scale = query.size(3) ** -0.5 if scale is None else scale
         if torch._C._is_tracing():  # the general path says what torch.jit.trace does not record
             return None
+        mask = mask if mask is None else additive(mask, dtype)
+        scale = query.size(3) ** -0.5 if scale is None else scale
         out = _Attention.apply(query, key, value, mask, is_causal, scale)  # type: ignore[no-untyped-call]
     else:
         try:
@@ -108,7 +108,7 @@ def attend(
 
 
 def has_few_scores(query: Tensor, key: Tensor) -> bool:
-    """Whether the scores take at most the memory of query, key and value twice, and fit a processor's cache."""
+    """Whether the scores take at most twice the memory of query and key, and fit a processor's cache."""
     queries, keys = query.size(2), key.size(2)
     return queries * keys <= min(2 * (queries + keys) * query.size(3), _FEW)
 

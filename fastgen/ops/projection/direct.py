@@ -27,7 +27,6 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and type(bias) in _OPTIONAL
         and x.is_cpu
         and x.dtype in _DTYPES
-        and x.is_contiguous()
         and is_common()
     )
 
@@ -39,7 +38,7 @@ def to_heads(
 
     Without ``head_dims`` there is one part, and D follows from the weight.
     """
-    if not _takes(x, weight, bias) or type(heads) not in _SEQUENCES or not heads:
+    if not _takes(x, weight, bias) or not x.is_contiguous() or type(heads) not in _SEQUENCES or not heads:
         return None
     shape, rows = x.shape, weight.shape
     count, parts = heads[0], len(heads)
@@ -73,18 +72,24 @@ def to_heads(
 
 def from_heads(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor | None:
     """(B, H, N, D) to (B, N, E); None where the function's other path has to serve."""
-    if type(x) not in PLAIN or type(residual) not in _OPTIONAL or x.dim() != 4:
+    if not _takes(x, weight, bias) or type(residual) not in _OPTIONAL or x.dim() != 4:
         return None
     batch, heads, length, dim = x.shape
-    if not batch or not length:
+    rows = weight.shape
+    if (
+        not batch
+        or not length
+        or len(rows) != 2
+        or rows[1] != heads * dim
+        or (bias is not None and bias.shape != rows[:1])
+    ):
+        return None
+    if residual is not None and (
+        residual.dtype != x.dtype or residual.shape != (batch, length, rows[0]) or not residual.is_cpu
+    ):
         return None
     tokens = x.transpose(1, 2).reshape(batch, length, heads * dim)
-    if not _takes(tokens, weight, bias):
-        return None
-    rows = weight.shape
-    if len(rows) != 2 or rows[1] != heads * dim or (bias is not None and bias.shape != rows[:1]):
-        return None
-    if residual is not None and (residual.dtype != x.dtype or residual.shape != (batch, length, rows[0])):
+    if not tokens.is_contiguous():
         return None
     try:
         y = linear(tokens, weight, bias)
