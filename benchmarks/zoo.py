@@ -4,7 +4,8 @@ usage: python benchmarks/zoo.py [NAME ...] [--render]
 
 Each entry runs the commands of a user: ``fastgen train``, ``evaluate`` and ``sample``. The results are written to
 benchmarks/results/zoo.json, one record per entry, with commit and machine; records of other entries are kept.
---render writes the page from the records and trains nothing.
+--render writes the page from the records and trains nothing. Entries named "mnist ..." and "emoji ..." read data/mnist
+and data/emoji, which are not part of the project: docs/data.md says how to get them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 import wave
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "benchmarks" / "results" / "zoo.json"
@@ -54,7 +56,61 @@ class Entry:
 DISTANCES = ("Frechet distance", "precision", "recall")
 CLASSES = (*DISTANCES, "class agreement")
 BOUNDS = ("ELBO", "importance-weighted bound", "bits per dimension", *DISTANCES)
-ENTRIES = (
+TRANSLATED = (
+    *("absolute error", "absolute error, input as it is"),
+    *("structural similarity", "structural similarity, input as it is"),
+)
+
+
+def on(data: str, model: str, *train: str, name: str = "", **rest: Any) -> Entry:
+    """An entry of a model on ``data/<data>``."""
+    words = ("--data", f"data/{data}", *train)
+    return Entry(model, words, name=f"{data.partition('/')[0]} {name or model}", **rest)
+
+
+MNIST = (
+    on("mnist", "vae", show=BOUNDS),
+    on("mnist", "conv-vae", show=BOUNDS),
+    on("mnist", "cvae", sample=("--n", "80"), show=(*BOUNDS, "class agreement")),
+    on("mnist", "flow-vae", show=BOUNDS),
+    on("mnist", "vq-vae", show=("ELBO", "bits per dimension", *DISTANCES)),
+    on("mnist", "gan", show=DISTANCES),
+    on("mnist", "dcgan", show=DISTANCES),
+    on("mnist", "cdcgan", sample=("--n", "80"), show=CLASSES),
+    on("mnist", "sagan", sample=("--n", "80"), show=CLASSES),
+    on("mnist", "image-transformer", show=("negative log-likelihood", "bits per dimension", *DISTANCES)),
+    on(
+        *("mnist", "image-transformer", "--model.codebook-size", "64"),
+        name="image-transformer, codes",
+        show=("bits per dimension", *DISTANCES),
+    ),
+)
+EMOJI = (
+    on("emoji/google", "dcgan", show=DISTANCES),
+    on("emoji/google", "sagan", sample=("--n", "72"), show=CLASSES),
+    on("emoji/google", "stylegan", show=DISTANCES),
+    on("emoji/google", "transgan", show=DISTANCES),
+    on("emoji/google", "vq-vae", show=("ELBO", "bits per dimension", *DISTANCES)),
+    on(
+        *("emoji/google", "image-transformer", "--model.codebook-size", "256", "--model.captions"),
+        name="image-transformer, captions",
+        show=("bits per dimension", *DISTANCES),
+    ),
+    on(
+        "emoji",
+        "pix2pix",
+        show=TRANSLATED,
+        folder="translations",
+        note="Groups of three rows of held-out emoji: input, translation, target.",
+    ),
+    on(
+        "emoji",
+        "cyclegan",
+        show=("cycle error", "Frechet distance, a to b", "Frechet distance, a to b, not translated"),
+        folder="a-b-a",
+    ),
+)
+BUNDLED = (
     Entry("gan", show=DISTANCES),
     Entry("dcgan", show=DISTANCES),
     Entry("cgan", sample=("--n", "80"), show=CLASSES),
@@ -84,10 +140,7 @@ ENTRIES = (
     ),
     Entry(
         "pix2pix",
-        show=(
-            *("absolute error", "absolute error, input as it is"),
-            *("structural similarity", "structural similarity, input as it is"),
-        ),
+        show=TRANSLATED,
         folder="translations",
         note="Groups of three rows of held-out patches: input, translation, target.",
     ),
@@ -128,6 +181,26 @@ ENTRIES = (
         " decay at once: not good yet.",
     ),
 )
+GROUPS = (
+    (
+        "MNIST: digits of 28x28",
+        "10,000 of MNIST's digits in `data/mnist` ([how to get them](data.md#data-that-others-use)), 8,000 of them to"
+        " train on, the rest held out; pixels have 256 levels.",
+        MNIST,
+    ),
+    (
+        "Emoji: color images of 64x64",
+        "1,906 emoji in two styles in `data/emoji` ([how to get them](data.md#data-that-others-use)), in nine classes,"
+        " with captions; one in five is held out.",
+        EMOJI,
+    ),
+    (
+        "Bundled data: tests of a minute",
+        "Digits of 8x8, patches of two photographs, text and tones, which need no files.",
+        BUNDLED,
+    ),
+)
+ENTRIES = tuple(entry for _, _, entries in GROUPS for entry in entries)
 
 
 def fastgen(*words: str) -> tuple[str, float]:
@@ -228,20 +301,32 @@ def minutes(record: dict) -> str:
 
 def page(records: dict[str, dict]) -> str:
     """docs/models.md."""
-    entries = [(entry, records[entry.key]) for entry in ENTRIES if entry.key in records]
-    lines = [HEAD, "| model | parameters | CPU minutes | metrics on held-out items |", "|---|---|---|---|"]
-    for entry, record in entries:
+    lines = [HEAD]
+    for title, about, entries in GROUPS:
+        lines += [f"## {title}", "", about, "", *table(entries, records)]
+        missing = [entry.key for entry in entries if entry.key not in records]
+        if missing:
+            lines += ["", f"Not measured yet: {', '.join(missing)}."]
+        for entry in entries:
+            if entry.key in records:
+                lines += ["", f"### {slug(entry.key)}", "", *section(records[entry.key])]
+                lines += ["", entry.note] if entry.note else []
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def table(entries: tuple[Entry, ...], records: dict[str, dict]) -> list[str]:
+    rows = ["| model | parameters | CPU minutes | metrics on held-out items |", "|---|---|---|---|"]
+    for entry in entries:
+        if entry.key not in records:
+            continue
+        record = records[entry.key]
         found = {metric["name"]: metric for metric in record["figures"]}
         chosen = [found[name] for name in entry.show if name in found] or list(found.values())
         floor = found.get("Frechet distance, real against real")
         cell = "; ".join(formatted(metric, floor) for metric in chosen)
-        lines.append(f"| [{entry.key}](#{slug(entry.key)}) | {record['parameters']:,} | {minutes(record)} | {cell} |")
-    for entry, record in entries:
-        lines += ["", f"## {slug(entry.key)}", "", *section(record), *(["", entry.note] if entry.note else [])]
-    missing = [entry.key for entry in ENTRIES if entry.key not in records]
-    if missing:
-        lines += ["", f"Not measured yet: {', '.join(missing)}."]
-    return "\n".join(lines) + "\n"
+        rows.append(f"| [{entry.key}](#{slug(entry.key)}) | {record['parameters']:,} | {minutes(record)} | {cell} |")
+    return rows if len(rows) > 2 else []
 
 
 def section(record: dict) -> list[str]:
@@ -275,7 +360,7 @@ def section(record: dict) -> list[str]:
 
 HEAD = """# Results of the model zoo
 
-Every model with its defaults on its default data, one seed, trained by the commands below; nothing is downloaded.
+Models with their defaults, one seed, trained by the commands below; nothing is downloaded.
 `python benchmarks/zoo.py` writes this page, and the same numbers into `benchmarks/results/zoo.json`. The models
 themselves are described in [The model zoo](zoo.md).
 
