@@ -50,6 +50,10 @@ OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "Storage size calcula
 
 PLAIN = ("info", "bench")
 
+TRAINING = ("train", "sample", "evaluate")
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""Variables of OpenMP's runtimes: what a thread does while it waits for the others."""
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -123,7 +127,19 @@ def _run(argv: list[str]) -> None:
     given = parser.parse_args(argv)
     if given.command not in PLAIN:
         _require_extras(given.command)
+    if given.command in TRAINING:
+        _wait_passively()
     importlib.import_module(f"fastgen.cli._{given.command}").run(given.argv)
+
+
+def _wait_passively() -> None:
+    """Lets waiting OpenMP threads sleep instead of spinning, unless the user has chosen.
+
+    A thread that spins takes the core that the thread it waits for could have: beside other processes training becomes
+    several times slower. OpenMP reads the variables once, when torch is imported.
+    """
+    if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 def _require_extras(command: str) -> None:

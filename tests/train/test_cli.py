@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from fastgen.cli import EXTRAS, main
+from fastgen.cli import EXTRAS, WAITING, main
 
 Main = Callable[..., int]
 ROOT = Path(__file__).resolve().parents[2]
@@ -213,6 +214,29 @@ def test_help_version_and_info_need_no_extras() -> None:
     assert done.stderr == ""
     assert "train MODEL" in done.stdout
     assert "fastgen 0." in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "expected"),
+    [
+        ("sample", {}, "passive"),
+        ("sample", {"OMP_WAIT_POLICY": "active"}, "active"),
+        ("sample", {"GOMP_SPINCOUNT": "1000"}, "None"),
+        ("info", {}, "None"),
+    ],
+)
+def test_threads_of_training_commands_sleep_while_they_wait_unless_the_user_chose(
+    command: str, given: dict[str, str], expected: str
+) -> None:
+    code = (
+        "import os, sys; sys.argv = ['fastgen']\n"  # else torch is imported first
+        "from fastgen.cli import main\n"
+        f"main([{command!r}, '--help'])\n"
+        "print('policy', os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    inherited = {name: value for name, value in os.environ.items() if name not in WAITING}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=inherited | given)
+    assert done.stdout.splitlines()[-1:] == [f"policy {expected}"], done.stderr
 
 
 def test_train_help_lists_the_options_of_loop_and_model(capsys: pytest.CaptureFixture[str]) -> None:
