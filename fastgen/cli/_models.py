@@ -14,6 +14,8 @@ from fastgen.cli._config import nearest
 from fastgen.cli._errors import USAGE, CommandError
 from fastgen.cli._options import options_parser, parse
 from fastgen.models import MODELS, GenerativeModel, list_models
+from fastgen.models.sizes import USUAL_ITEMS, DataSize
+from fastgen.train.presets import PRESETS
 
 WIDTH = 118
 
@@ -27,6 +29,8 @@ def run(argv: list[str]) -> None:
         for name in list_models():
             model = MODELS[name]
             print(f"{name:<{width}}  {model.summary} (data: {_kinds(model)}, by default {model.default_data})")
+        print("\npresets, for fastgen train MODEL --preset NAME:")
+        print("\n".join(f"  {name:<{width}}{preset.about}" for name, preset in PRESETS.items()))
         return
     print(_about(name, model_class("models", name)))
 
@@ -127,12 +131,24 @@ def _about(name: str, model: type[GenerativeModel]) -> str:
         blocks.append(
             "training defaults: " + ", ".join(f"--{_dashed(n)} {_shown(v)}" for n, v in model.train_defaults.items())
         )
+    if model.sizes:
+        blocks.append(f"for more and larger data (--dry-run shows what is chosen):\n{_sizes(model)}")
     blocks.append(
         f"fastgen train {name} --data {default or 'PATH'} --out runs/{model.name}\n"
         f"fastgen sample runs/{model.name}{'' if name in MODELS else f' --model {name}'}\n"
         f"fastgen train {name} --help   lists the training options, too"
     )
     return "\n\n".join(blocks)
+
+
+def _sizes(model: type[GenerativeModel]) -> str:
+    """Options for 10,000 images of usual sizes."""
+    rows = []
+    for size in (28, 64):
+        options = model.suggested(DataSize("images", USUAL_ITEMS, size, 1))
+        words = " ".join(f"--{_dashed(name)} {_shown(value)}" for name, value in options.items())
+        rows.append(textwrap.fill(f"  images of {size}x{size}: {words}", WIDTH, subsequent_indent="    "))
+    return "\n".join(rows)
 
 
 def _place(kind: type) -> str:

@@ -8,6 +8,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from fastgen.batch import current_names
 from fastgen.cli._errors import INTERRUPTED, USAGE, CommandError
 from fastgen.cli._models import model_class
@@ -17,10 +19,13 @@ from fastgen.models import MODELS, GenerativeModel, from_data, list_models
 from fastgen.train.config import FREE_ON_RESUME, TrainConfig
 from fastgen.train.errors import StoppedError, UsageError
 from fastgen.train.folder import RunFolder
-from fastgen.train.run import Result, first_process, train
-from fastgen.train.settings import Request, command
+from fastgen.train.presets import GPU, PRESETS
+from fastgen.train.run import Result, first_process, plan, train
+from fastgen.train.settings import Request, command, settings
 
 ABOUT = "Train a model and write the run to a folder. With several processes: torchrun -m fastgen train ..."
+
+PRESET_NAMES = ", ".join(name for name in PRESETS if not name.endswith(GPU)) + f" ({GPU} at the end: for a GPU)"
 
 HELP = f"""\
 usage: fastgen train MODEL [options]
@@ -32,6 +37,8 @@ or a class of your own, as path/to/file.py:MyModel.
 
 fastgen train MODEL --help lists the options of training, data and the model; fastgen models MODEL describes it.
 Options may be given in a file (--config); the command line overrides it.
+--dry-run prints the options, the memory and the time of a run, and trains nothing.
+--preset NAME takes options for data like: {PRESET_NAMES}.
 --resume continues a run; these options may then change: {", ".join(FREE_ON_RESUME)}."""
 
 RESUME = (
@@ -47,8 +54,11 @@ def run(argv: list[str]) -> None:
         return
     if not argv:
         raise CommandError(f"train: expected a model, one of {', '.join(list_models())}, got nothing", USAGE)
-    request = _request(argv[0], argv[1:])
+    request, dry = _request(argv[0], argv[1:])
     folder = request.folder
+    if dry:
+        _dry_run(request)
+        return
     try:
         result = train(request)
     except UsageError as error:
@@ -65,27 +75,48 @@ def run(argv: list[str]) -> None:
         print(_summary(request.model, folder, result))
 
 
-def _request(name: str, argv: list[str]) -> Request:
+def _dry_run(request: Request) -> None:
+    """Print the options as a file for --config, with parameters, memory and time in comments."""
+    try:
+        header, chosen, found = plan(request)
+    except UsageError as error:
+        raise CommandError(str(error), USAGE) from error
+    lines = [f"fastgen train {request.model}", *str(found).splitlines(), *([str(chosen)] if chosen.options else [])]
+    options = settings(header, request.model_class)
+    print("\n".join(f"# {line}" for line in lines))
+    print(yaml.safe_dump(options, sort_keys=False, allow_unicode=True), end="")
+
+
+def _request(name: str, argv: list[str]) -> tuple[Request, bool]:
+    """The request, and whether it is a dry run."""
     model = model_class("train", name)
     parser = options_parser(f"fastgen train {name}", ABOUT)
     parser.add_argument(
         "--data", type=str, default=getattr(model, "default_data", ""), help="a bundled dataset, a path, or hf:NAME"
     )
     parser.add_argument("--out", type=str, default=f"runs/{model.name}", help="folder of the run")
+    parser.add_argument(
+        "--preset", type=str, default="", help=f"options for data like: {PRESET_NAMES}; other options override them"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print options, memory and an estimate of the time, and train nothing"
+    )
     parser.add_argument("--resume", action="store_true", help=RESUME)
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
     add_fields(parser, DataConfig, without=["source"])
     add_fields(parser, TrainConfig, defaults=model.train_defaults)
     add_fields(parser, model.config_class, prefix="model.", without=from_data(model.config_class))
-    given = parse(parser, argv, defaults=False, refused=("out", "resume", "overwrite"))
+    given = parse(parser, argv, defaults=False, refused=("out", "resume", "overwrite", "dry_run"))
     data_names = {field.name for field in dataclasses.fields(DataConfig)}
     data_options = {name: given.pop(name) for name in data_names & given.keys()}
     if "data" in given:
         data_options["source"] = given.pop("data")
-    return Request(
+    dry = given.pop("dry_run", False)
+    request = Request(
         model=name,
         folder=RunFolder(Path(given.pop("out", f"runs/{model.name}"))),
         data_options=data_options,
+        preset=given.pop("preset", ""),
         resume=given.pop("resume", False),
         overwrite=given.pop("overwrite", False),
         model_options=_model_options(model, given),
@@ -93,6 +124,7 @@ def _request(name: str, argv: list[str]) -> Request:
         model_class=None if name in MODELS else model,
         command=shlex.join([*_program(), "train", name, *argv]),
     )
+    return request, dry
 
 
 def _model_options(model: type[GenerativeModel], given: dict[str, Any]) -> dict[str, Any]:

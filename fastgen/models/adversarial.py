@@ -12,7 +12,7 @@ Real and generated images are separate batches of D, so batch normalization norm
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
@@ -31,10 +31,12 @@ from fastgen.checks import (
 from fastgen.losses.adversarial import ADVERSARIAL_LOSSES
 from fastgen.models.augmentation import Augmentation, check_augment_options, parse_augment
 from fastgen.models.base import Batch, GenerativeModel, Phase, StepContext
+from fastgen.models.sizes import FEW_ITEMS, DataSize
 
 Penalty = Literal["none", "r1", "gradient", "dragan"]
 
 MAX_COARSE_SIZE = 7
+FEW_AUGMENT = "color,translation,cutout"
 
 
 def check_adversarial_options(config: Any) -> None:
@@ -159,6 +161,12 @@ class ImageGAN(GenerativeModel):
             self.augmentation = augmentation
         else:  # no submodule: the networks are the only ones
             object.__setattr__(self, "augmentation", augmentation)
+
+    @classmethod
+    def suggested(cls, data: DataSize, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """As ``GenerativeModel.suggested``; with few images, the input of the discriminator is augmented."""
+        few = data.scale != "small" and data.items < FEW_ITEMS
+        return super().suggested(data, given) | ({"model.augment": FEW_AUGMENT} if few else {})
 
     def phases(self) -> tuple[Phase, ...]:
         config = self.config

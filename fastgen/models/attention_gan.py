@@ -24,6 +24,7 @@ from fastgen.models.adversarial import ImageGAN
 from fastgen.models.base import Batch, Images, NoOptions, Samples, option
 from fastgen.models.dcgan import DCGAN, DCGANConfig, DCGANDiscriminator, init_weights
 from fastgen.models.registry import register_model
+from fastgen.models.sizes import LONG, SLOWER, Size
 from fastgen.nn import AttentionGate2d
 
 NUM_VISUALIZED, COLUMNS = 32, 16
@@ -91,7 +92,13 @@ class AttentionGAN(DCGAN):
     name = "attention-gan"
     summary = "DCGAN with attention gates in its generator"
     config_class = AttentionGANConfig
-    train_defaults: ClassVar = {"epochs": 100.0, "batch_size": 64, "average_decay": 0.998}
+    train_defaults: ClassVar = {"steps": 2246, "batch_size": 64, "average_decay": 0.998}
+    sizes: ClassVar = {
+        "medium": Size(10_000, train=LONG, model=SLOWER),
+        "large": Size(6_000, 32, train=LONG, model={"width": 16, **SLOWER}),
+        "medium, gpu": Size(40_000, 128, train=LONG, model={"width": 64, **SLOWER}),
+        "large, gpu": Size(60_000, 128, train=LONG, model={"width": 64, **SLOWER}),
+    }
     config: AttentionGANConfig
 
     def __init__(self, config: AttentionGANConfig) -> None:

@@ -35,6 +35,7 @@ from fastgen.batch import check_batch
 from fastgen.batch import from_data as from_data
 from fastgen.batch import option as option
 from fastgen.models.pretrained import Pretrained
+from fastgen.models.sizes import DataSize, Size
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,9 @@ class GenerativeModel(nn.Module, Pretrained):
     sampling_class: ClassVar[type] = NoOptions
     """Frozen dataclass with the options of ``draw``."""
     train_defaults: ClassVar[Mapping[str, Any]] = {}
-    """Defaults of ``TrainConfig`` that this model overrides: {"epochs": 50, ...}."""
+    """Defaults of ``TrainConfig`` that this model overrides: {"steps": 2000, ...}."""
+    sizes: ClassVar[Mapping[str, Size]] = {}
+    """Options for larger images, by ``DataSize.row``; all other defaults are for small ones."""
     averaged: ClassVar[tuple[str, ...]] = ()
     """Names of the submodules that are sampled with an exponential moving average of their weights. Empty: all."""
     blocks: ClassVar[tuple[str, ...]] = ()
@@ -167,6 +170,25 @@ class GenerativeModel(nn.Module, Pretrained):
     def device(self) -> torch.device:
         device: torch.device = next(self.parameters()).device
         return device
+
+    @classmethod
+    def suggested(cls, data: DataSize, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Defaults for data of a size, where they differ from the model's general ones.
+
+        Args:
+            data: kind, number and size of the training items.
+            given: the options that the user gives, which override all others, by the same names.
+
+        Returns:
+            Options as the command line names them: {"steps": 12000, "model.width": 32, ...}.
+        """
+        if data.row in cls.sizes:
+            return cls.sizes[data.row].options(data)
+        steps = cls.train_defaults.get("steps")
+        if data.kind != "images" or steps is None:
+            return {}
+        scaled = Size(steps).steps_for(data)
+        return {} if scaled == steps else {"steps": scaled}
 
     def phases(self) -> tuple[Phase, ...]:
         """The optimizer updates of one training step, in order."""

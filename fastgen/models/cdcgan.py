@@ -25,6 +25,7 @@ from fastgen.models.base import Batch, Images, StepContext, option, to_pixels
 from fastgen.models.conditioning import LabelOptions, check_labels, wanted_labels
 from fastgen.models.dcgan import INITIAL_STD, DCGANConfig, DCGANGenerator, discriminator_features, init_weights
 from fastgen.models.registry import register_model
+from fastgen.models.sizes import LONG, SLOWER, Size
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,13 @@ class CDCGAN(ImageGAN):
     name = "cdcgan"
     summary = "conditional DCGAN: generates images of a given class"
     config_class, sampling_class = CDCGANConfig, LabelOptions
-    train_defaults: ClassVar = {"epochs": 50.0, "batch_size": 64, "average_decay": 0.998}
+    train_defaults: ClassVar = {"steps": 1123, "batch_size": 64, "average_decay": 0.998}
+    sizes: ClassVar = {
+        "medium": Size(10_000, train=LONG, model=SLOWER),
+        "large": Size(5_000, 32, train=LONG, model={"width": 24, **SLOWER}),
+        "medium, gpu": Size(40_000, 128, train=LONG, model={"width": 64, **SLOWER}),
+        "large, gpu": Size(60_000, 128, train=LONG, model={"width": 64, "latent_dim": 128, **SLOWER}),
+    }
     config: CDCGANConfig
 
     def __init__(self, config: CDCGANConfig) -> None:

@@ -32,6 +32,7 @@ from fastgen.models.adversarial import (
 from fastgen.models.base import Batch, Images, StepContext, option, to_pixels
 from fastgen.models.conditioning import LabelOptions, check_labels, wanted_labels
 from fastgen.models.registry import register_model
+from fastgen.models.sizes import LONG, Size
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,13 @@ class CGAN(ImageGAN):
     name = "cgan"
     summary = "conditional GAN of linear layers: generates images of a given class"
     config_class, sampling_class = CGANConfig, LabelOptions
-    train_defaults: ClassVar = {"epochs": 150.0, "batch_size": 64, "average_decay": 0.998}
+    train_defaults: ClassVar = {"steps": 3368, "batch_size": 64, "average_decay": 0.998}
+    sizes: ClassVar = {
+        "medium": Size(20_000, train=LONG),
+        "large": Size(12_000, train=LONG),
+        "medium, gpu": Size(60_000, 128, train=LONG, model={"width": 512}),
+        "large, gpu": Size(60_000, 128, train=LONG, model={"width": 1024}),
+    }
     config: CGANConfig
 
     def __init__(self, config: CGANConfig) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from fastgen.checks import require_count, require_not_negative, require_positive
 from fastgen.models.base import Images, NoOptions, Phase, option, upcast
 from fastgen.models.registry import register_model
+from fastgen.models.sizes import DECAY, Size
 from fastgen.models.variational import (
     Bound,
     Likelihood,
@@ -154,7 +155,13 @@ class ConvVAE(VariationalAutoencoder):
     name = "conv-vae"
     summary = "convolutional variational autoencoder for images whose pixels are counts"
     config_class = ConvVAEConfig
-    train_defaults: ClassVar = {"epochs": 50.0, "batch_size": 64, "clip": 100.0, "average_decay": 0.998}
+    train_defaults: ClassVar = {"steps": 1123, "batch_size": 64, "clip": 100.0, "average_decay": 0.998}
+    sizes: ClassVar = {
+        "medium": Size(5_000, passes=200, train=DECAY, model={"latent_dim": 8, "width": 8}),
+        "large": Size(1_700, 32, passes=200, train=DECAY, model={"latent_dim": 16, "width": 8}),
+        "medium, gpu": Size(20_000, 128, passes=200, train=DECAY, model={"latent_dim": 16, "width": 32}),
+        "large, gpu": Size(30_000, 128, passes=200, train=DECAY, model={"latent_dim": 32, "width": 32}),
+    }
     config: ConvVAEConfig
 
     def __init__(self, config: ConvVAEConfig) -> None:

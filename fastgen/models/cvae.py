@@ -22,6 +22,7 @@ from fastgen.checks import require_count, require_not_negative, require_positive
 from fastgen.models.base import Batch, Images, Phase, Samples, option, upcast
 from fastgen.models.conditioning import LabelOptions, wanted_labels
 from fastgen.models.registry import register_model
+from fastgen.models.sizes import DECAY, Size
 from fastgen.models.vae import mlp
 from fastgen.models.variational import (
     Bound,
@@ -92,7 +93,13 @@ class CVAE(VariationalAutoencoder):
     name = "cvae"
     summary = "class-conditional variational autoencoder with fully connected layers"
     config_class, sampling_class = CVAEConfig, LabelOptions
-    train_defaults: ClassVar = {"epochs": 100.0, "batch_size": 64, "clip": 100.0, "average_decay": 0.998}
+    train_defaults: ClassVar = {"steps": 2246, "batch_size": 64, "clip": 100.0, "average_decay": 0.998}
+    sizes: ClassVar = {
+        "medium": Size(8_000, passes=200, train=DECAY, model={"latent_dim": 16, "width": 512}),
+        "large": Size(3_000, passes=200, train=DECAY, model={"latent_dim": 32}),
+        "medium, gpu": Size(20_000, 128, passes=200, train=DECAY, model={"latent_dim": 16, "width": 1024}),
+        "large, gpu": Size(20_000, 128, passes=200, train=DECAY, model={"latent_dim": 64, "width": 1024}),
+    }
     config: CVAEConfig
 
     def __init__(self, config: CVAEConfig) -> None:

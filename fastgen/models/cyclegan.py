@@ -50,6 +50,7 @@ from fastgen.models.pix2pix import (
     check_patches,
 )
 from fastgen.models.registry import register_model
+from fastgen.models.sizes import LONG, Size
 
 Direction = Literal["a-to-b", "b-to-a"]
 
@@ -209,7 +210,13 @@ class CycleGAN(GenerativeModel):
     name, summary, kind = "cyclegan", "translation between two domains of images, learned without pairs", "domains"
     default_data = "textures"
     config_class, sampling_class = CycleGANConfig, DirectionOptions
-    train_defaults: ClassVar = {"epochs": 2.0, "batch_size": 4, "schedule": "linear", "average_decay": 0.99}
+    train_defaults: ClassVar = {"steps": 800, "batch_size": 4, "schedule": "linear", "average_decay": 0.99}
+    sizes: ClassVar = {
+        "medium": Size(800, 4),
+        "large": Size(12_000, 1, train=LONG),
+        "medium, gpu": Size(20_000, 4, train=LONG, model={"width": 32, "num_downsamples": 2, "blocks": 6}),
+        "large, gpu": Size(100_000, 1, train=LONG, model={"width": 64, "num_downsamples": 2, "blocks": 6}),
+    }
     averaged = ("a_to_b", "b_to_a")
     stores = ("history_a", "history_b")
     config: CycleGANConfig

@@ -32,6 +32,7 @@ from fastgen.models.adversarial import (
 )
 from fastgen.models.base import Batch, Images, NoOptions, StepContext, option, to_pixels
 from fastgen.models.registry import register_model
+from fastgen.models.sizes import LONG, SLOWER, Size
 
 Norm = Literal["batch", "layer", "none"]
 
@@ -169,7 +170,13 @@ class DCGAN(ImageGAN):
     summary = "deep convolutional generative adversarial network"
     config_class = DCGANConfig
     sampling_class = NoOptions
-    train_defaults: ClassVar = {"epochs": 150.0, "batch_size": 64, "average_decay": 0.998}
+    train_defaults: ClassVar = {"steps": 3368, "batch_size": 64, "average_decay": 0.998}
+    sizes: ClassVar = {
+        "medium": Size(12_000, train=LONG, model={"width": 32, **SLOWER}),
+        "large": Size(5_000, 32, train=LONG, model={"width": 24, **SLOWER}),
+        "medium, gpu": Size(40_000, 128, train=LONG, model={"width": 64, **SLOWER}),
+        "large, gpu": Size(60_000, 128, train=LONG, model={"width": 64, "latent_dim": 128, **SLOWER}),
+    }
     config: DCGANConfig
 
     def __init__(self, config: DCGANConfig) -> None:

@@ -33,6 +33,7 @@ from fastgen.checks import (
 )
 from fastgen.models.base import Images, NoOptions, Phase, option, upcast
 from fastgen.models.registry import register_model
+from fastgen.models.sizes import DECAY, Size
 from fastgen.models.vae import mlp
 from fastgen.models.variational import (
     Bound,
@@ -185,7 +186,13 @@ class FlowVAE(VariationalAutoencoder):
     name = "flow-vae"
     summary = "variational autoencoder whose posterior is a normalizing flow"
     config_class = FlowVAEConfig
-    train_defaults: ClassVar = {"epochs": 150.0, "batch_size": 64, "clip": 100.0, "average_decay": 0.998}
+    train_defaults: ClassVar = {"steps": 3368, "batch_size": 64, "clip": 100.0, "average_decay": 0.998}
+    sizes: ClassVar = {
+        "medium": Size(8_000, passes=200, train=DECAY, model={"latent_dim": 20, "width": 512}),
+        "large": Size(3_000, passes=200, train=DECAY, model={"latent_dim": 32}),
+        "medium, gpu": Size(20_000, 128, passes=200, train=DECAY, model={"latent_dim": 20, "width": 1024}),
+        "large, gpu": Size(20_000, 128, passes=200, train=DECAY, model={"latent_dim": 64, "width": 1024}),
+    }
     config: FlowVAEConfig
 
     def __init__(self, config: FlowVAEConfig) -> None:

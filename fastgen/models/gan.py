@@ -31,6 +31,7 @@ from fastgen.models.adversarial import (
 from fastgen.models.base import Batch, Images, NoOptions, StepContext, option, to_pixels
 from fastgen.models.dcgan import DCGANConfig, DCGANDiscriminator, init_weights
 from fastgen.models.registry import register_model
+from fastgen.models.sizes import LONG, Size
 
 DiscriminatorKind = Literal["dense", "convolutional"]
 
@@ -144,7 +145,13 @@ class GAN(ImageGAN):
     name = "gan"
     summary = "generative adversarial network of linear layers"
     config_class, sampling_class = GANConfig, NoOptions
-    train_defaults: ClassVar = {"epochs": 150.0, "batch_size": 64, "average_decay": 0.998}
+    train_defaults: ClassVar = {"steps": 3368, "batch_size": 64, "average_decay": 0.998}
+    sizes: ClassVar = {
+        "medium": Size(20_000, train=LONG),
+        "large": Size(12_000, train=LONG),
+        "medium, gpu": Size(60_000, 128, train=LONG, model={"width": 512}),
+        "large, gpu": Size(60_000, 128, train=LONG, model={"width": 1024}),
+    }
     config: GANConfig
 
     def __init__(self, config: GANConfig) -> None:

@@ -22,8 +22,9 @@ In this file: config, network and loss, sampling. Blocks and KV caches are in ``
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,7 @@ from fastgen.models.base import Batch, GenerativeModel, Images, Phase, Samples, 
 from fastgen.models.conditioning import LabelOptions, check_labels, wanted_labels
 from fastgen.models.decoding import Chooser, generating
 from fastgen.models.registry import register_model
+from fastgen.models.sizes import LONG, DataSize, Size
 from fastgen.models.transformer_lm import EPS, CachedBlocks, LMBlock, init_weights
 from fastgen.models.variational import check_images
 from fastgen.models.vq_vae import Autoencoder, AutoencoderConfig
@@ -206,6 +208,31 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
         "clip": 1.0,
         "average_decay": 0.998,
     }
+    sizes: ClassVar = {
+        "medium": Size(4_000, 32, train=LONG, model={"codebook_size": 128, "num_downsamples": 2, "dropout": 0.0}),
+        "large": Size(
+            3_000, 16, train=LONG, model={"codebook_size": 256, "num_downsamples": 3, "width": 128, "dropout": 0.0}
+        ),
+        "medium, gpu": Size(
+            30_000,
+            64,
+            train=LONG,
+            model={"codebook_size": 256, "num_downsamples": 2, "width": 256, "depth": 8, "dropout": 0.0},
+        ),
+        "large, gpu": Size(
+            50_000,
+            64,
+            train=LONG,
+            model={"codebook_size": 512, "num_downsamples": 3, "width": 384, "depth": 8, "heads": 6, "dropout": 0.0},
+        ),
+    }
+    pixel_sizes: ClassVar[Mapping[str, Size]] = {
+        "medium": Size(1_500, 16, model={"dropout": 0.0}),
+        "large": Size(1_500, 4, model={"dropout": 0.0}),
+        "medium, gpu": Size(30_000, 64, train=LONG, model={"width": 256, "depth": 8, "dropout": 0.0}),
+        "large, gpu": Size(30_000, 32, train=LONG, model={"width": 256, "depth": 8, "dropout": 0.0}),
+    }
+    """As ``sizes``, for a model of raw pixels, which the user chooses by ``codebook_size`` 0."""
     blocks = ("LMBlock",)
     config: ImageTransformerConfig
     tone_of_level: Tensor
@@ -228,6 +255,17 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
         self.logits = nn.Linear(width, tones, bias=False)
         init_weights(self, width, config.depth)
         self._register_computed()
+
+    @classmethod
+    def suggested(cls, data: DataSize, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """As ``GenerativeModel.suggested``. Images of an even height above 16 are modelled as codes, others as pixels.
+
+        A ``codebook_size`` of 0 among the given options chooses pixels.
+        """
+        pixels = (given or {}).get("model.codebook_size") == 0 or data.image_size % 2
+        if pixels and data.row in cls.pixel_sizes:
+            return cls.pixel_sizes[data.row].options(data)
+        return super().suggested(data, given)
 
     def _computed(self) -> dict[str, Tensor]:
         if self.autoencoder is not None:

@@ -44,6 +44,7 @@ from fastgen.models.base import (
 )
 from fastgen.models.dcgan import init_weights
 from fastgen.models.registry import register_model
+from fastgen.models.sizes import LONG, Size
 
 Norm = Literal["batch", "instance"]
 PatchNorm = Literal["instance", "none"]
@@ -218,7 +219,13 @@ class Pix2Pix(GenerativeModel):
     name, summary, kind = "pix2pix", "image-to-image translation learned from pairs", "pairs"
     default_data = "photos"
     config_class, sampling_class = Pix2PixConfig, NoOptions
-    train_defaults: ClassVar = {"epochs": 3.0, "batch_size": 16, "schedule": "linear", "average_decay": 0.99}
+    train_defaults: ClassVar = {"steps": 600, "batch_size": 16, "schedule": "linear", "average_decay": 0.99}
+    sizes: ClassVar = {
+        "medium": Size(600, 16),
+        "large": Size(8_000, 8, train=LONG, model={"width": 24}),
+        "medium, gpu": Size(10_000, 16, train=LONG, model={"width": 64, "patch_width": 64}),
+        "large, gpu": Size(40_000, 16, train=LONG, model={"width": 64, "patch_width": 64}),
+    }
     averaged = ("generator",)
     config: Pix2PixConfig
 

@@ -49,6 +49,7 @@ from fastgen.models.base import (
 )
 from fastgen.models.decoding import TINY, tempered
 from fastgen.models.registry import register_model
+from fastgen.models.sizes import LONG, Size
 from fastgen.nn import GRU
 
 Penalty = Literal["none", "r1", "r1-r2", "gradient"]
@@ -366,6 +367,12 @@ class RecurrentGAN(GenerativeModel):
     default_data = "digits"
     config_class = RecurrentGANConfig
     train_defaults: ClassVar = {"steps": 2600, "batch_size": 64, "average_decay": 0.998}
+    sizes: ClassVar = {
+        "medium": Size(8_000, train=LONG),
+        "large": Size(4_000, 32),
+        "medium, gpu": Size(30_000, 128, train=LONG, model={"generator_width": 256, "critic_width": 128}),
+        "large, gpu": Size(30_000, 128, train=LONG, model={"generator_width": 512, "critic_width": 256}),
+    }
     averaged = ("generator",)
     config: RecurrentGANConfig
 

@@ -41,6 +41,7 @@ from fastgen.models.adversarial import (
 from fastgen.models.base import Batch, Images, StepContext, option, to_pixels
 from fastgen.models.conditioning import LabelOptions, check_labels, wanted_labels
 from fastgen.models.registry import register_model
+from fastgen.models.sizes import LONG, Size
 from fastgen.nn import SelfAttention2d
 from fastgen.nn._sublayers import is_fusible
 from fastgen.nn.averaging import settled
@@ -252,7 +253,13 @@ class SAGAN(ImageGAN):
     name = "sagan"
     summary = "GAN with self-attention and spectral normalization, with classes where there are any"
     config_class, sampling_class = SAGANConfig, LabelOptions
-    train_defaults: ClassVar = {"epochs": 50.0, "batch_size": 64, "average_decay": 0.998}
+    train_defaults: ClassVar = {"steps": 1123, "batch_size": 64, "average_decay": 0.998}
+    sizes: ClassVar = {
+        "medium": Size(4_000, model={"width": 8, "penalty_every": 4}),
+        "large": Size(3_500, 16, train=LONG, model={"width": 8, "penalty_every": 4, "attention_size": 32}),
+        "medium, gpu": Size(30_000, train=LONG, model={"width": 32, "penalty_every": 4}),
+        "large, gpu": Size(60_000, train=LONG, model={"width": 32, "penalty_every": 4, "attention_size": 32}),
+    }
     config: SAGANConfig
 
     def __init__(self, config: SAGANConfig) -> None:

@@ -46,6 +46,7 @@ from fastgen.models.adversarial import (
 )
 from fastgen.models.base import Batch, Images, Samples, StepContext, option, to_pixels, upcast
 from fastgen.models.registry import register_model
+from fastgen.models.sizes import LONG, Size
 from fastgen.nn._sublayers import is_fusible
 
 Output = Literal["skip", "residual"]
@@ -384,7 +385,13 @@ class StyleGAN(ImageGAN):
     name = "stylegan"
     summary = "style-based GAN: modulated convolutions, noise at every layer, path length penalty"
     config_class, sampling_class = StyleGANConfig, StyleOptions
-    train_defaults: ClassVar = {"epochs": 165.0, "batch_size": 64, "average_decay": 0.998}
+    train_defaults: ClassVar = {"steps": 3705, "batch_size": 64, "average_decay": 0.998}
+    sizes: ClassVar = {
+        "medium": Size(10_000, 32, train=LONG, model={"width": 8, "penalty_every": 8, "penalty_weight": 0.5}),
+        "large": Size(3_500, 16, train=LONG, model={"width": 8, "penalty_every": 8, "penalty_weight": 0.5}),
+        "medium, gpu": Size(40_000, train=LONG, model={"penalty_every": 16, "penalty_weight": 0.5}),
+        "large, gpu": Size(80_000, train=LONG, model={"penalty_every": 16, "penalty_weight": 0.5}),
+    }
     config: StyleGANConfig
     generator: StyleGANGenerator
     path_length_mean: Tensor

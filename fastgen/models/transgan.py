@@ -36,6 +36,7 @@ from fastgen.models.adversarial import (
 )
 from fastgen.models.base import Batch, Images, NoOptions, StepContext, option, to_pixels, upcast
 from fastgen.models.registry import register_model
+from fastgen.models.sizes import LONG, Size
 from fastgen.nn import TransformerEncoderLayer, WindowAttention2d
 
 Summary = Literal["token", "mean"]
@@ -230,7 +231,13 @@ class TransGAN(ImageGAN):
     name = "transgan"
     summary = "GAN of two Transformers: attention on grids of tokens, in windows where they are large"
     config_class, sampling_class = TransGANConfig, NoOptions
-    train_defaults: ClassVar = {"epochs": 100.0, "batch_size": 64, "average_decay": 0.998}
+    train_defaults: ClassVar = {"steps": 2246, "batch_size": 64, "average_decay": 0.998}
+    sizes: ClassVar = {
+        "medium": Size(5_000, 32, train=LONG, model={"width": 16, "discriminator_depth": 2, "patch_size": 4}),
+        "large": Size(3_000, 16, model={"width": 8, "discriminator_depth": 2, "patch_size": 8}),
+        "medium, gpu": Size(40_000, train=LONG, model={"patch_size": 4}),
+        "large, gpu": Size(60_000, train=LONG, model={"patch_size": 4}),
+    }
     config: TransGANConfig
 
     def __init__(self, config: TransGANConfig) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastgen.checks import require_count, require_not_negative, require_positive, require_positive_number
 from fastgen.models.base import Images, NoOptions, Phase, option, upcast
 from fastgen.models.registry import register_model
+from fastgen.models.sizes import DECAY, Size
 from fastgen.models.variational import (
     Bound,
     Likelihood,
@@ -90,7 +91,13 @@ class VAE(VariationalAutoencoder):
     name = "vae"
     summary = "variational autoencoder with fully connected layers"
     config_class = VAEConfig
-    train_defaults: ClassVar = {"epochs": 150.0, "batch_size": 64, "clip": 100.0, "average_decay": 0.998}
+    train_defaults: ClassVar = {"steps": 3368, "batch_size": 64, "clip": 100.0, "average_decay": 0.998}
+    sizes: ClassVar = {
+        "medium": Size(8_000, passes=200, train=DECAY, model={"latent_dim": 20, "width": 512}),
+        "large": Size(3_000, passes=200, train=DECAY, model={"latent_dim": 32}),
+        "medium, gpu": Size(20_000, 128, passes=200, train=DECAY, model={"latent_dim": 20, "width": 1024}),
+        "large, gpu": Size(20_000, 128, passes=200, train=DECAY, model={"latent_dim": 64, "width": 1024}),
+    }
     config: VAEConfig
 
     def __init__(self, config: VAEConfig) -> None:

@@ -31,6 +31,7 @@ from fastgen.models.base import Batch, GenerativeModel, Images, Phase, Samples, 
 from fastgen.models.conv_vae import ResidualBlock, downsampling, upsampling
 from fastgen.models.decoding import Chooser
 from fastgen.models.registry import register_model
+from fastgen.models.sizes import Size
 from fastgen.models.variational import (
     Bound,
     Likelihood,
@@ -358,7 +359,15 @@ class VQVAE(GenerativeModel):
     kind = "images"
     default_data = "digits"
     config_class, sampling_class = VQVAEConfig, CodeOptions
-    train_defaults: ClassVar = {"epochs": 50.0, "batch_size": 64, "schedule": "cosine", "average_decay": 0.99}
+    train_defaults: ClassVar = {"steps": 1123, "batch_size": 64, "schedule": "cosine", "average_decay": 0.99}
+    sizes: ClassVar = {
+        "medium": Size(3_500, passes=200, model={"width": 8, "codebook_size": 128}),
+        "large": Size(1_500, 32, passes=200, model={"width": 8, "num_downsamples": 3, "codebook_size": 256}),
+        "medium, gpu": Size(20_000, 128, passes=200, model={"width": 32, "codebook_size": 256, "prior_width": 512}),
+        "large, gpu": Size(
+            30_000, 128, passes=200, model={"width": 32, "num_downsamples": 3, "codebook_size": 512, "prior_width": 512}
+        ),
+    }
     config: VQVAEConfig
 
     def __init__(self, config: VQVAEConfig) -> None:

@@ -51,7 +51,7 @@ class TrainConfig:
         ValueError: an option out of range.
     """
 
-    epochs: float = option(50.0, "passes over the training data")
+    epochs: float = option(50.0, "passes over the training data; given, they replace a default number of steps")
     steps: int = option(0, "number of training steps; 0: as many as the epochs need")
     batch_size: int = option(64, "batch size, over all processes")
     accumulate: int = option(1, "gradient accumulation: micro-batches per process and step, to save memory")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from fastgen.batch import TRANSLATED
 from fastgen.data import Items
+from fastgen.models import Samples
 from fastgen.train.checkpoint import Header, save_checkpoint
 from fastgen.train.curves import read_rows, write_curves
 from fastgen.train.engine import Engine
 from fastgen.train.errors import StoppedError
+from fastgen.train.estimate import STEP, Costs
 from fastgen.train.evaluation import VISUALIZED, Thinned, first, mean_scores, scores
 from fastgen.train.files import inside
 from fastgen.train.folder import STEP_DIGITS, RunFolder
@@ -24,7 +28,16 @@ from fastgen.train.signals import StopRequest
 from fastgen.train.stream import Stream, batches, resident
 
 SAMPLES = {"images": 64, "pairs": 16, "domains": 16, "text": 4, "sequences": 8, "audio": 4}
-EVALUATED = 2048  # held-out items of an evaluation during training; ``fastgen evaluate`` uses all
+EVALUATED = 2048  # held-out items of an evaluation during training at most; ``fastgen evaluate`` uses all
+LEAST_EVALUATED = 64
+SHARE, FORWARD_SHARE = 0.05, 1 / 3
+"""Share of a run's work that its evaluations may take, and the share that the forward pass has in that of an item's
+training: how many items an evaluation takes follows from them, unless the interval of evaluations is given."""
+SHARE_OF_SAMPLES, QUICK = 0.1, 1.0
+"""Share of the time that samples may take, and seconds below which they are always made."""
+REHEARSED, REHEARSAL_SECONDS = 3, 5.0
+WORTH_AN_ESTIMATE = 20.0
+"""Steps and seconds after which the time of a run is estimated, and seconds of a run that is worth one."""
 SECONDS_BETWEEN_PAGES = 300.0  # curves and report take seconds
 
 
@@ -39,7 +52,6 @@ class Trainer:
         accelerator = engine.accelerator
         self.engine, self.config, self.folder, self.header = engine, config, folder, header
         self.train = resident(splits[0], engine.device)
-        self.held_out = Thinned(splits[1], EVALUATED)
         self.first_process = accelerator.is_main_process
         self.batches_per_step = max(phase.repeats for phase in engine.model.phases())
         self.stream = Stream(
@@ -53,9 +65,11 @@ class Trainer:
         )
         self.epoch_steps = len(self.train) / (config.batch_size * self.batches_per_step)
         self.saved = engine.step
-        self._evaluate_every, self._sample_every, self._save_every = (
-            config.every(what, engine.total) for what in ("evaluate", "sample", "checkpoint")
-        )
+        every = {what: config.every(what, engine.total) for what in ("evaluate", "sample", "checkpoint")}
+        self._evaluate_every, self._sample_every, self._save_every = every.values()
+        self.costs = Costs(engine.total, every)
+        self.held_out = Thinned(splits[1], self._items_to_evaluate())
+        self._sampling = 0.0  # seconds spent on samples
         self._began = time.perf_counter() - self._seconds_before()
         self._training = 0.0  # seconds spent in steps since the last line of metrics
         self._steps = 0
@@ -72,6 +86,7 @@ class Trainer:
         self.stream.first_step, self.stream.last_step = engine.step + 1, engine.total
         parts = batches(self.train, self.stream, engine.device, self.config.workers)
         engine.model.train()
+        begun, entered = engine.step, time.perf_counter()
         while engine.step < engine.total:
             started = time.perf_counter()
             engine.advance(parts, self.batches_per_step)
@@ -79,18 +94,86 @@ class Trainer:
             self._steps += 1
             progress.advance()
             step = engine.step
+            if step == begun + REHEARSED:
+                self._announce(time.perf_counter() - started)
             last = step == engine.total
             if step % self.config.log_every == 0 or last:
                 self._log(progress)
             if step % self._evaluate_every == 0 or last:
-                self._evaluate(progress)
-            if step % self._sample_every == 0 or last:
-                self.sample()
+                self._timed("evaluate", lambda: self._evaluate(progress))
+            due = step % self._sample_every == 0 and self._may_sample(time.perf_counter() - entered)
+            if due or last:
+                self._sampling += self._timed("sample", self.sample)
             if step % self._save_every == 0 or last:
-                self.save()
+                self._timed("checkpoint", self.save)
             if self._stop_requested(stop, step):
                 self.save()
                 raise StoppedError("interrupted", self.saved, interrupted=True)
+
+    def rehearse(self) -> None:
+        """Time a few steps, an evaluation and samples, and write nothing: the model has changed afterwards."""
+        engine = self.engine
+        self.stream.first_step, self.stream.last_step = engine.step + 1, engine.total
+        parts = batches(self.train, self.stream, engine.device, self.config.workers)
+        engine.model.train()
+        began, least = time.perf_counter(), float("inf")
+        for count in range(1, min(10, engine.total) + 1):
+            started = time.perf_counter()
+            engine.advance(parts, self.batches_per_step)
+            int(engine.skipped)  # synchronizes
+            least = min(least, time.perf_counter() - started)
+            if count >= REHEARSED and time.perf_counter() - began > REHEARSAL_SECONDS:
+                break
+        self.costs.seconds[STEP] = least
+        self._rehearse_others()
+
+    def _rehearse_others(self) -> None:
+        """Time one batch of an evaluation, and samples."""
+        engine = self.engine
+        size = min(self.config.batch_size, len(self.held_out))
+        started = time.perf_counter()
+        with engine.averaged() as module:
+            scores(module, Thinned(self.held_out, size), size, engine.accelerator)
+        seconds = time.perf_counter() - started
+        self.costs.seconds["evaluate"] = seconds * len(self.held_out) / size
+        self._timed("sample", self._samples)
+
+    def _announce(self, seconds: float) -> None:
+        """Print how long the run takes, if it takes long. Several processes would have to agree: they do without."""
+        engine = self.engine
+        if engine.accelerator.num_processes > 1:
+            return
+        started = time.perf_counter()
+        int(engine.skipped)  # synchronizes
+        seconds += time.perf_counter() - started
+        self.costs.seconds[STEP] = seconds
+        if seconds * (engine.total - engine.step) < WORTH_AN_ESTIMATE:
+            return
+        self._rehearse_others()
+        if self.first_process:
+            print(f"fastgen: {self.costs.sentence(engine.step)}", file=sys.stderr, flush=True)
+
+    def _items_to_evaluate(self) -> int:
+        """Held-out items of an evaluation: as many as take ``SHARE`` of the run, unless its interval is given."""
+        if self.config.evaluate_every:
+            return EVALUATED
+        trained_on = self.engine.total * self.batches_per_step * self.config.batch_size
+        most = SHARE / FORWARD_SHARE * trained_on / self.costs.due("evaluate", 0)
+        return max(LEAST_EVALUATED, min(EVALUATED, int(most)))
+
+    def _may_sample(self, seconds: float) -> bool:
+        """Whether the next samples keep to their share of the time, unless their interval is given."""
+        last = self.costs.seconds.get("sample", 0.0)
+        if self.config.sample_every or last < QUICK or self.engine.accelerator.num_processes > 1:
+            return True
+        return self._sampling + last <= SHARE_OF_SAMPLES * (seconds + last)
+
+    def _timed(self, part: str, work: Callable[[], Any]) -> float:
+        """Do a part of the run that is no step; the seconds that it took."""
+        started = time.perf_counter()
+        work()
+        self.costs.seconds[part] = time.perf_counter() - started
+        return self.costs.seconds[part]
 
     def _stop_requested(self, stop: StopRequest, step: int) -> bool:
         """Whether to stop here. Several processes agree on it by a reduction, in steps that are logged."""
@@ -111,10 +194,10 @@ class Trainer:
         seconds = time.perf_counter() - self._began
         row = {"values": progress.losses, "items_per_second": self._speed, "seconds": seconds}
         self._write("train", row | {"skipped": int(engine.skipped)})
-        per_step = self._training / self._steps
+        self.costs.seconds[STEP] = self._training / self._steps
         self._training, self._steps = 0.0, 0
         progress.speed = self._speed
-        progress.show(engine.step, per_step * (engine.total - engine.step))
+        progress.show(engine.step, sum(self.costs.left(engine.step).values()))
         if int(engine.in_a_row) >= self.config.nan_limit:
             raise StoppedError(
                 f"step {engine.step}: the gradient was NaN or infinite in the last {int(engine.in_a_row)} steps, which"
@@ -133,6 +216,11 @@ class Trainer:
 
     def sample(self) -> None:
         """Write samples, always from the same noise, and the model's ``visualize``."""
+        for name, each in self._samples().items():
+            if self.first_process:
+                save_samples(inside(self.folder.path, name), f"{self.engine.step:0{STEP_DIGITS}d}", each)
+
+    def _samples(self) -> Mapping[str, Samples]:
         engine, model = self.engine, self.engine.model
         generator = torch.Generator().manual_seed(0)
         count = SAMPLES[model.kind]
@@ -145,9 +233,7 @@ class Trainer:
                 samples = {"samples": module("draw", count, options, generator=generator)}
             items = Thinned(self.held_out, VISUALIZED)
             samples |= module("visualize", first(items, VISUALIZED, engine.device), generator=generator)
-        if self.first_process:
-            for name, each in samples.items():
-                save_samples(inside(self.folder.path, name), f"{engine.step:0{STEP_DIGITS}d}", each)
+        return samples
 
     def save(self) -> None:
         """Write the checkpoint of this step and, every few minutes, curves and report."""

@@ -20,14 +20,15 @@ from accelerate.tracking import get_available_trackers
 from torch import Tensor
 
 from fastgen import environment
-from fastgen.data import Items
+from fastgen.data import Dataset, Items
 from fastgen.models import GenerativeModel, settle
 from fastgen.train.card import write_card
-from fastgen.train.checkpoint import load_checkpoint
+from fastgen.train.checkpoint import Header, load_checkpoint
 from fastgen.train.config import TrainConfig
 from fastgen.train.curves import read_rows
 from fastgen.train.engine import Engine, find
 from fastgen.train.errors import StoppedError, UsageError
+from fastgen.train.estimate import Plan, peak_memory
 from fastgen.train.files import inside
 from fastgen.train.folder import RunFolder
 from fastgen.train.inspection import inspect
@@ -36,6 +37,7 @@ from fastgen.train.lock import locked
 from fastgen.train.loop import Trainer
 from fastgen.train.progress import Progress
 from fastgen.train.settings import (
+    Chosen,
     Request,
     changed,
     command,
@@ -86,21 +88,50 @@ def train(request: Request) -> Result:
         return _train_in_folder(request)
 
 
-def _train_in_folder(request: Request) -> Result:
-    started = time.perf_counter()
+def plan(request: Request) -> tuple[Header, Chosen, Plan]:
+    """What a new run would do, after a few timed steps; nothing is written.
+
+    Raises:
+        UsageError, ValueError, TypeError: options or data that do not fit.
+    """
+    header, data, chosen = new_settings(request)
+    prepared = _prepare(request, header, data)
+    accelerator, engine = prepared.accelerator, prepared.engine
+    try:
+        with limited_threads(engine.config, engine.model, prepared.splits[0]):
+            trainer = Trainer(engine, prepared.splits, request.folder, header)
+            trainer.rehearse()
+            found = Plan(
+                parameters=prepared.parameters,
+                steps=engine.total,
+                training_items=len(prepared.splits[0]),
+                held_out_items=len(prepared.splits[1]),
+                sentence=trainer.costs.sentence(0),
+                memory=peak_memory(accelerator.device),
+                device=str(accelerator.device),
+                threads=torch.get_num_threads(),
+            )
+        return header, chosen, found
+    finally:
+        leave(accelerator)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A run before its first step."""
+
+    engine: Engine
+    splits: tuple[Items, Items]
+    accelerator: Accelerator
+    trackers: list[str]
+    parameters: int
+
+
+def _prepare(request: Request, header: Header, data: Dataset, tensors: dict[str, Tensor] | None = None) -> _Prepared:
+    """The model, on its device, with its data. tensors: of the checkpoint to resume."""
     folder = request.folder
-    tensors: dict[str, Tensor] = {}
-    changes: dict[str, list[Any]] = {}
-    if request.resume:
-        saved, tensors = load_checkpoint(folder.checkpoint)
-        configs(folder.checkpoint, saved, request.model_class)
-        header, data = resumed_settings(request, saved)
-        changes = changed(saved, header, request.model_class)
-    else:
-        header, data = new_settings(request)
     model_class, model_config, config = configs(folder.checkpoint, header, request.model_class)
     splits = split(data, model_config)
-
     device = choose_device(config.device)
     trackers = _trackers(config)
     accelerator = make_accelerator(config, device, log_with=trackers or None, project_dir=str(folder.path))
@@ -110,28 +141,52 @@ def _train_in_folder(request: Request) -> Result:
         check_batch(config, splits[0], accelerator.num_processes, accelerator.device)
         torch.manual_seed(config.seed)
         model = model_class(model_config)
-        if config.init_from and not request.resume:
+        if config.init_from and tensors is None:
             _start_from(model, config.init_from)
         inspect(model, splits)
         parameters = sum(weight.numel() for weight in model.parameters())
         batches_per_step = max(phase.repeats for phase in model.phases())
         total = config.total_steps(len(splits[0]), batches_per_step)
         engine = Engine(model, config, total, accelerator)
-        if request.resume:
+        if tensors is not None:
             engine.restore(tensors)
-            del tensors
+            tensors.clear()
             if total < engine.step:
                 name = "steps" if config.steps else "epochs"
                 raise UsageError(f"{name}: expected at least the {engine.step} steps that are trained, got {total}")
+        return _Prepared(engine, splits, accelerator, trackers, parameters)
+    except BaseException:
+        leave(accelerator)
+        raise
+
+
+def _train_in_folder(request: Request) -> Result:
+    started = time.perf_counter()
+    folder = request.folder
+    tensors: dict[str, Tensor] | None = None
+    changes: dict[str, list[Any]] = {}
+    chosen = Chosen()
+    if request.resume:
+        saved, tensors = load_checkpoint(folder.checkpoint)
+        configs(folder.checkpoint, saved, request.model_class)
+        header, data = resumed_settings(request, saved)
+        changes = changed(saved, header, request.model_class)
+    else:
+        header, data, chosen = new_settings(request)
+    prepared = _prepare(request, header, data, tensors)
+    engine, splits, accelerator = prepared.engine, prepared.splits, prepared.accelerator
+    try:
         if first_process():
             for note in data.warnings:
                 print(f"fastgen: {data.name}: {note}", file=sys.stderr)
+            if chosen.options:
+                print(f"fastgen: {chosen}", file=sys.stderr)
             if not request.resume:
                 folder.clear()
             folder.begin(
                 {
                     "command": request.command,
-                    **_environment(accelerator, parameters),
+                    **_environment(accelerator, prepared.parameters),
                     "classes": list(data.classes),
                 },
                 settings(header, request.model_class),
@@ -140,13 +195,13 @@ def _train_in_folder(request: Request) -> Result:
             )
             folder.keep_metrics(engine.step)
         accelerator.wait_for_everyone()
-        _start_trackers(accelerator, trackers, folder, engine.step)
-        with limited_threads(config, model, splits[0]):
+        _start_trackers(accelerator, prepared.trackers, folder, engine.step)
+        with limited_threads(engine.config, engine.model, splits[0]):
             trainer = Trainer(engine, splits, folder, header)
             _train(trainer, accelerator)
         return Result(
             steps=engine.step,
-            parameters=parameters,
+            parameters=prepared.parameters,
             seconds=time.perf_counter() - started,
             held_out=_last_held_out(folder),
             held_out_items=len(trainer.held_out),

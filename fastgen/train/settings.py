@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from fastgen.batch import current_names
 from fastgen.data import BUNDLED, SOURCES, DataConfig, Dataset, Items, bundled_name, load_data
 from fastgen.models import MODELS, GenerativeModel, from_data
+from fastgen.models.sizes import DataSize
 from fastgen.train.checkpoint import Header, load_checkpoint
 from fastgen.train.config import FREE_ON_RESUME, TrainConfig
 from fastgen.train.errors import UsageError
 from fastgen.train.folder import RunFolder
 from fastgen.train.limits import check_sizes
+from fastgen.train.presets import KINDS, Preset, find_preset
 
 ModelClass = type[GenerativeModel]
 
@@ -31,6 +33,7 @@ class Request:
     data_options: Mapping[str, Any] = field(default_factory=dict)
     train_options: Mapping[str, Any] = field(default_factory=dict)
     model_options: Mapping[str, Any] = field(default_factory=dict)
+    preset: str = ""
     resume: bool = False
     overwrite: bool = False
     command: str = ""  # the command line, for the report
@@ -60,11 +63,18 @@ def same_model(name: str, other: str) -> bool:
     return name == other or (":" in name and ":" in other and name.rpartition(":")[2] == other.rpartition(":")[2])
 
 
-def new_settings(request: Request) -> tuple[Header, Dataset]:
-    """The header and the data of a new run."""
+def new_settings(request: Request) -> tuple[Header, Dataset, Chosen]:
+    """The header and the data of a new run, and what was chosen for the data.
+
+    Options that are given override those of a preset, these override what the model suggests for the data, and these
+    override its general defaults.
+    """
     model_class = find_class(request.model, request.model_class)
-    config = _checked(TrainConfig, {**model_class.train_defaults, **request.train_options})
-    data_config = _absolute(_checked(DataConfig, {"source": _default_source(model_class), **request.data_options}))
+    preset = _preset(request, model_class)
+    given = {**preset.train, **request.train_options}
+    _checked(TrainConfig, {**model_class.train_defaults, **given})  # before the data are loaded
+    source = {"source": _default_source(model_class), **preset.data, **request.data_options}
+    data_config = _absolute(_checked(DataConfig, source))
     data = load_data(data_config, *kinds_of(model_class))
     known = {**data.facts, "kind": data.kind}
     required = from_data(model_class.config_class)
@@ -73,13 +83,66 @@ def new_settings(request: Request) -> tuple[Header, Dataset]:
         raise UsageError(f"data: expected a dataset with {missing[0]}, for {request.model}, got {data.name}")
     facts = {name: known[name] for name in required if name in known}
     check_sizes(request.model_options)
-    options = dict(request.model_options)
-    if config.init_from:
-        config = replace(config, init_from=str(Path(config.init_from).resolve()))
-        options = _options_of(config.init_from, request, model_class, facts) | options
-    model_config = _checked(model_class.config_class, {**facts, **options}, prefix="model.")
+    options = _preset_options(preset, model_class) | dict(request.model_options)
+    chosen = _chosen(model_class, data, given, options, preset)
+    if given.get("init_from"):
+        given["init_from"] = str(Path(given["init_from"]).resolve())
+        options = _options_of(given["init_from"], request, model_class, facts) | options
+        chosen = Chosen(chosen.size, {name: v for name, v in chosen.options.items() if "." not in name})
+    suggested = {name.removeprefix(MODEL): v for name, v in chosen.options.items() if name.startswith(MODEL)}
+    model_config = _checked(model_class.config_class, {**facts, **suggested, **options}, prefix=MODEL)
+    train = {name: value for name, value in chosen.options.items() if not name.startswith(MODEL)}
+    config = _checked(TrainConfig, {**model_class.train_defaults, **_no_steps(given), **train, **given})
     kept = asdict(data_config) | {"source": data_config.source.removeprefix(BUNDLED)}
-    return Header(request.model, asdict(model_config), asdict(config), kept, data.fingerprint), data
+    return Header(request.model, asdict(model_config), asdict(config), kept, data.fingerprint), data, chosen
+
+
+MODEL = "model."  # begin of the names of a model's options
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Options that were chosen for the size of the data, where they differ from the model's general defaults."""
+
+    size: DataSize | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        words = [f"--{name.replace('_', '-')} {value}" for name, value in self.options.items()]
+        return f"chosen for {self.size}: {' '.join(words)}"
+
+
+def _chosen(
+    model_class: ModelClass, data: Dataset, given: Mapping[str, Any], options: Mapping[str, Any], preset: Preset
+) -> Chosen:
+    """What the model suggests for the data, without what the user or the preset gives."""
+    facts = data.facts
+    size = DataSize(data.kind, len(data.train), facts.get("image_size", 0), facts.get("channels", 0), preset.gpu)
+    given = {**given, **{MODEL + name: value for name, value in options.items()}}
+    suggested = model_class.suggested(size, given)
+    if "epochs" in given:
+        suggested.pop("steps", None)
+    return Chosen(size, {name: value for name, value in suggested.items() if name not in given})
+
+
+def _no_steps(given: Mapping[str, Any]) -> dict[str, int]:
+    """Epochs that are given replace a default number of steps."""
+    return {"steps": 0} if "epochs" in given else {}
+
+
+def _preset(request: Request, model_class: ModelClass) -> Preset:
+    try:
+        preset = find_preset(request.preset)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if request.preset and not set(kinds_of(model_class)) & set(KINDS):
+        raise UsageError(f"preset: expected none, as {request.model} takes no images, got {request.preset!r}")
+    return preset
+
+
+def _preset_options(preset: Preset, model_class: ModelClass) -> dict[str, Any]:
+    own = {each.name for each in fields(model_class.config_class)}
+    return {name: value for name, value in preset.model.items() if name in own}
 
 
 FREE_FACTS = frozenset(("caption_examples",))
@@ -119,6 +182,8 @@ def _default_source(model_class: ModelClass) -> str:
 
 def resumed_settings(request: Request, saved: Header) -> tuple[Header, Dataset]:
     """The run's own settings, with the changes that the request may make."""
+    if request.preset:
+        raise UsageError(f"preset: expected none with --resume, which keeps the run's options, got {request.preset!r}")
     _checked(TrainConfig, {**saved.train_config, **request.train_options})
     fixed = {name: value for name, value in request.train_options.items() if name not in FREE_ON_RESUME}
     if fixed.get("init_from"):

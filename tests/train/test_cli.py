@@ -101,7 +101,8 @@ def test_models_and_data_are_listed(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["models", "dcgan"]) == 0
     described = capsys.readouterr().out
     for text in ("Radford, Metz and Chintala", "by default digits", "--model.latent-dim", "(default 64)", "DCGANConfig",
-                 "least-squares", "fastgen train dcgan --data digits --out runs/dcgan", "--epochs 150.0"):  # fmt: skip
+                 "least-squares", "fastgen train dcgan --data digits --out runs/dcgan", 
+                 "--steps 3368", "images of 28x28: --steps 12000"):  # fmt: skip
         assert text in described
     assert "--model.image-size" not in described  # set by the data
     assert main(["data"]) == 0
