@@ -28,14 +28,14 @@ class Costs:
         self.seconds: dict[str, float] = {}
 
     def due(self, part: str, step: int) -> int:
-        """How often a part is still due after a step."""
+        """How often a part is still due after a step. Other parts than steps are counted with those of this step."""
         if part == STEP:
             return self.total - step
         every = self.every[part]
-        return -(-self.total // every) - step // every if step < self.total else 0
+        return -(-self.total // every) - max(0, step - 1) // every
 
     def left(self, step: int) -> dict[str, float]:
-        """Seconds that are left after a step, by part; parts that were not measured yet are left out."""
+        """Seconds that are left after a step, by part, as ``due``; parts that were not measured are left out."""
         return {part: self.due(part, step) * each for part, each in self.seconds.items()}
 
     def sentence(self, step: int) -> str:

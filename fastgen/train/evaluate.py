@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-import safetensors
-import safetensors.torch
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -17,22 +14,19 @@ from torch import Tensor
 from fastgen import metrics
 from fastgen.batch import TRANSLATED, option
 from fastgen.data import Items
-from fastgen.data._files import read_bytes
 from fastgen.models import Images, Sounds
-from fastgen.models.digest import KEY, UNSEALED, is_whole, seal
 from fastgen.train.card import write_card
 from fastgen.train.config import TrainConfig
-from fastgen.train.errors import UsageError
 from fastgen.train.evaluation import Thinned, scores
+from fastgen.train.feature_space import Space, feature_space
 from fastgen.train.files import write_whole
 from fastgen.train.folder import RunFolder
+from fastgen.train.progress import Stages
 from fastgen.train.report import write_report
 from fastgen.train.settings import ModelClass, data_of, split
 from fastgen.train.sharding import leave, make_accelerator
 from fastgen.train.trained import Trained, check_seed, joined, open_run
 
-Space = Literal["auto", "classifier", "rotations", "inception", "none"]
-FEATURES_FORMAT = "fastgen-features"
 MOST = 10_000  # items of a split that are evaluated
 MOST_EACH = 10**6  # upper limit of n, k, batch size, importance samples and resamples
 SOUNDS = 32  # sampled at most: each takes seconds
@@ -72,11 +66,14 @@ class EvaluateConfig:
         check_seed(self.seed)
 
 
-def evaluate(folder: RunFolder, config: EvaluateConfig, model_class: ModelClass | None = None) -> list[metrics.Figure]:
+def evaluate(
+    folder: RunFolder, config: EvaluateConfig, model_class: ModelClass | None = None, *, quiet: bool = True
+) -> list[metrics.Figure]:
     """All metrics of a run's model, also written to evaluation.json and the report.
 
     Args:
         model_class: the class of a model that is not registered.
+        quiet: print no progress.
 
     Raises:
         FileNotFoundError, ValueError: no run, or a checkpoint that does not fit. UsageError: options or data that do
@@ -86,14 +83,15 @@ def evaluate(folder: RunFolder, config: EvaluateConfig, model_class: ModelClass 
     data = data_of(trained.header, folder, type(trained.model))
     train, held_out = split(data, trained.model.config)
     accelerator = make_accelerator(TrainConfig(batch_size=1), trained.model.device)
+    stages = Stages("evaluate", quiet=quiet)
     try:
         with torch.no_grad():
-            results = _likelihoods(trained, held_out, config, accelerator)
+            results = _likelihoods(trained, held_out, config, accelerator, stages)
             if trained.model.kind in TRANSLATED or (trained.model.kind == "images" and config.features != "none"):
                 measure = {"images": _distances, "domains": _domains, "pairs": _pairs}[trained.model.kind]
-                results += measure(trained, data.name, train, held_out, config, folder)
+                results += measure(trained, data.name, train, held_out, config, folder, stages)
             if trained.model.kind == "audio":
-                results += _sounds(trained, held_out, config)
+                results += _sounds(trained, held_out, config, stages)
     finally:
         leave(accelerator)
     kept = {"step": trained.step, "settings": asdict(config), "figures": [asdict(result) for result in results]}
@@ -105,7 +103,7 @@ def evaluate(folder: RunFolder, config: EvaluateConfig, model_class: ModelClass 
 
 
 def _likelihoods(
-    trained: Trained, items: Items, config: EvaluateConfig, accelerator: Accelerator
+    trained: Trained, items: Items, config: EvaluateConfig, accelerator: Accelerator, stages: Stages
 ) -> list[metrics.Figure]:
     model = trained.model
 
@@ -115,11 +113,13 @@ def _likelihoods(
     def per_item(method: str, seed: int) -> dict[str, Tensor]:
         return scores(call, items, config.batch_size, accelerator, method, seed)
 
+    stages.begin("scores of the held-out items")
     values = per_item("score", config.seed)
     if not values:
         return []
     if hasattr(model, "log_weights") and config.importance:
-        log_weights = (per_item("log_weights", config.seed + k)["log_weights"] for k in range(config.importance))
+        draws = stages.over("importance-weighted bound", range(config.importance), config.importance)
+        log_weights = (per_item("log_weights", config.seed + k)["log_weights"] for k in draws)
         values["iwae"] = metrics.importance_weighted_bound(log_weights)
     has_bits = model.kind == "images" and not values.keys().isdisjoint(("iwae", "elbo", "nll"))
     dims = items.batch(torch.tensor([0]))["images"][0].numel() if has_bits else None
@@ -127,13 +127,21 @@ def _likelihoods(
 
 
 def _distances(
-    trained: Trained, name: str, train: Items, held_out: Items, config: EvaluateConfig, folder: RunFolder
+    trained: Trained,
+    name: str,
+    train: Items,
+    held_out: Items,
+    config: EvaluateConfig,
+    folder: RunFolder,
+    stages: Stages,
 ) -> list[metrics.Figure]:
     real, known = _all(held_out, config), _all(train, config)
-    space = _space(name, known, real, config, folder, trained)
+    space = feature_space(config.features, name, known, real, folder, trained, stages)
     generator = torch.Generator().manual_seed(config.seed)
-    generated = joined(list(trained.draw(config.n, trained.model.sampling_class(), generator)))
+    drawn = stages.over("samples", trained.draw(config.n, trained.model.sampling_class(), generator), None)
+    generated = joined(list(drawn))
     assert isinstance(generated, Images)
+    stages.begin("distances")
     pixels = generated.pixels.float().clamp(0, 1).cpu()
     results = metrics.evaluate_images(
         real["images"],
@@ -150,19 +158,25 @@ def _distances(
 
 
 def _domains(
-    trained: Trained, name: str, train: Items, held_out: Items, config: EvaluateConfig, folder: RunFolder
+    trained: Trained,
+    name: str,
+    train: Items,
+    held_out: Items,
+    config: EvaluateConfig,
+    folder: RunFolder,
+    stages: Stages,
 ) -> list[metrics.Figure]:
     """Distances in both directions; "auto" features come from a classifier of the two domains."""
     if config.features == "none":
         return []
     real, known = _all(held_out, config), _all(train, config)
-    space = _space(name, _as_classes(known), _as_classes(real), config, folder, trained)
+    space = feature_space(config.features, name, _as_classes(known), _as_classes(real), folder, trained, stages)
     results = []
     for source, target in (("a", "b"), ("b", "a")):
         options = trained.model.sampling_class(direction=f"{source}-to-{target}")
         results += metrics.evaluate_domains(
             real[target],
-            _translated(trained, held_out, options, config),
+            _translated(trained, held_out, options, config, stages),
             real[source],
             space,
             name=f"{source} to {target}",
@@ -175,14 +189,21 @@ def _domains(
 
 
 def _pairs(
-    trained: Trained, name: str, train: Items, held_out: Items, config: EvaluateConfig, folder: RunFolder
+    trained: Trained,
+    name: str,
+    train: Items,
+    held_out: Items,
+    config: EvaluateConfig,
+    folder: RunFolder,
+    stages: Stages,
 ) -> list[metrics.Figure]:
     """Errors against the targets, and distances from them."""
     real, known = _all(held_out, config), _all(train, config)
-    outputs = _translated(trained, held_out, trained.model.sampling_class(), config)
+    outputs = _translated(trained, held_out, trained.model.sampling_class(), config, stages)
     if config.features == "none":
         return metrics.evaluate_pairs(outputs, real["targets"], real["inputs"], seed=config.seed)
-    space = _space(name, {"images": known["targets"]}, {"images": real["targets"]}, config, folder, trained)
+    targets = ({"images": known["targets"]}, {"images": real["targets"]})
+    space = feature_space(config.features, name, *targets, folder, trained, stages)
     return metrics.evaluate_pairs(
         outputs,
         real["targets"],
@@ -194,12 +215,13 @@ def _pairs(
     )
 
 
-def _sounds(trained: Trained, held_out: Items, config: EvaluateConfig) -> list[metrics.Figure]:
+def _sounds(trained: Trained, held_out: Items, config: EvaluateConfig, stages: Stages) -> list[metrics.Figure]:
     """Harmonicity; none for sounds too short to measure it."""
     model_config: Any = trained.model.config
     if model_config.length < metrics.SHORTEST * model_config.sample_rate:
         return []
     generator = torch.Generator().manual_seed(config.seed)
+    stages.begin("samples")
     generated = joined(list(trained.draw(min(config.n, SOUNDS), trained.model.sampling_class(), generator)))
     assert isinstance(generated, Sounds)
     real = _all(Thinned(held_out, SOUNDS), config)["audio"]
@@ -214,10 +236,11 @@ def _as_classes(domains: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"images": torch.cat([domains["a"], domains["b"]]), "labels": labels}
 
 
-def _translated(trained: Trained, items: Items, options: Any, config: EvaluateConfig) -> Tensor:
+def _translated(trained: Trained, items: Items, options: Any, config: EvaluateConfig, stages: Stages) -> Tensor:
     """Translations of the items that ``_all`` returns, on the CPU."""
     generator = torch.Generator().manual_seed(config.seed)
-    generated = joined(list(trained.translate(Thinned(items, MOST), options, generator)))
+    translated = trained.translate(Thinned(items, MOST), options, generator)
+    generated = joined(list(stages.over("translations", translated, None)))
     assert isinstance(generated, Images)
     return generated.pixels.float().clamp(0, 1).cpu()
 
@@ -232,69 +255,3 @@ def _all(items: Items, config: EvaluateConfig) -> dict[str, Tensor]:
 
     found = list(blocks())
     return {name: torch.cat([block[name] for block in found]) for name in found[0]}
-
-
-def _space(
-    name: str,
-    known: dict[str, Tensor],
-    real: dict[str, Tensor],
-    config: EvaluateConfig,
-    folder: RunFolder,
-    trained: Trained,
-) -> metrics.FeatureSpace:
-    """The feature space, trained once per run and saved in its folder; on the model's device."""
-    kind, name = config.features, Path(name).name if Path(name).exists() else name
-    if kind == "auto":
-        kind = "classifier" if "labels" in known else "rotations"
-    if kind == "classifier" and "labels" not in known:
-        raise UsageError(f"features: expected rotations or inception for {name}, which has no classes, got classifier")
-    if kind == "inception":
-        return metrics.inception_features().to(trained.model.device)
-    expected = {"format": FEATURES_FORMAT, "kind": kind, "fingerprint": trained.header.fingerprint}
-    saved = _saved_space(folder, expected, known["images"], trained.model.device)
-    if saved is not None:
-        return saved
-    with torch.enable_grad():
-        if kind == "classifier":
-            held_out = (real["images"], real["labels"])
-            space = metrics.classifier_features(known["images"], known["labels"], held_out=held_out, data=name)
-        else:
-            space = metrics.rotation_features(known["images"], data=name)
-    tensors, meta = space.state()
-    data = safetensors.torch.save(tensors, {**expected, "meta": json.dumps(meta), **UNSEALED})
-    write_whole(folder.features, seal(data))
-    return space.to(trained.model.device)
-
-
-def _saved_space(
-    folder: RunFolder, expected: dict[str, str], images: Tensor, device: torch.device
-) -> metrics.FeatureSpace | None:
-    """The feature space of an earlier evaluation, if there is one for these data.
-
-    Args:
-        images: the images it was trained on.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    path = folder.features
-    if not path.exists():
-        return None
-    again = "remove it, and it is trained again"
-    data = read_bytes(path)
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            found = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-        if not is_whole(data):
-            raise ValueError("its digest differs")
-        if {name: found.get(name) for name in expected} != expected:
-            return None
-        space = metrics.FeatureSpace.from_state(tensors, json.loads(found["meta"])).to(device)
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: expected a feature space, got a damaged file ({error}); {again}") from error
-    if KEY not in found:  # saved by an earlier version: trained features have mean 0 and deviation 1
-        std, mean = torch.std_mean(space(images), dim=0)
-        if not (float((std - 1).abs().median()) < 0.1 and float(mean.abs().median()) < 0.1):
-            raise ValueError(f"{path}: expected features of mean 0 and deviation 1, got others: damaged? {again}")
-    return space

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
+from typing import TypeVar
 
 from tqdm import tqdm
 
+T = TypeVar("T")
+
 LINES = 20
 MOST_VALUES = 5
+SECONDS_BETWEEN_LINES = 10.0
 
 
 def short(values: Mapping[str, float]) -> str:
@@ -61,6 +66,45 @@ class Progress:
                 file=sys.stderr,
                 flush=True,
             )
+
+
+class Stages:
+    """Prints the stages of a command to stderr: bars on a terminal, elsewhere a line every few seconds.
+
+    Args:
+        name: of the command, first in each line.
+        quiet: print nothing.
+    """
+
+    def __init__(self, name: str, *, quiet: bool = False) -> None:
+        self.name, self.quiet = name, quiet
+        self.on_terminal = sys.stderr.isatty()
+        self.last_line = time.perf_counter()
+
+    def begin(self, stage: str) -> None:
+        """A stage that can't tell how far it is."""
+        if self.on_terminal:
+            self.note(stage)
+        else:
+            self._line(stage)
+
+    def note(self, text: str) -> None:
+        """Print a line in any case."""
+        if not self.quiet:
+            self.last_line = time.perf_counter()
+            print(f"fastgen: {self.name}: {text}", file=sys.stderr, flush=True)
+
+    def over(self, stage: str, parts: Iterable[T], total: int | None) -> Iterator[T]:
+        """The parts of a stage, as they are taken. total: their number, if it is known."""
+        bar = tqdm(parts, desc=stage, total=total, leave=False, disable=self.quiet or not self.on_terminal)
+        for number, part in enumerate(bar, start=1):
+            yield part
+            if not self.on_terminal:
+                self._line(f"{stage}, {number}{f' of {total}' if total else ''}")
+
+    def _line(self, text: str) -> None:
+        if time.perf_counter() - self.last_line >= SECONDS_BETWEEN_LINES:
+            self.note(text)
 
 
 def duration(seconds: float) -> str:

@@ -122,9 +122,9 @@ def test_every_preset_has_a_size_for_a_gpu_and_all_are_listed(capsys: pytest.Cap
 
 def test_the_time_that_is_left_counts_evaluations_samples_and_checkpoints() -> None:
     costs = Costs(100, {"evaluate": 30, "sample": 50, "checkpoint": 200})
-    assert [costs.due("evaluate", step) for step in (0, 29, 30, 90, 99, 100)] == [4, 4, 3, 1, 1, 0]
-    assert [costs.due("checkpoint", step) for step in (0, 99, 100)] == [1, 1, 0]
+    assert [costs.due("evaluate", step) for step in (0, 30, 31, 90, 99, 100)] == [4, 4, 3, 2, 1, 1]
+    assert [costs.due("checkpoint", step) for step in (0, 99, 100)] == [1, 1, 1]
     costs.seconds = {"step": 0.5, "evaluate": 3.0}
-    assert costs.left(90) == {"step": 5.0, "evaluate": 3.0}
+    assert costs.left(90) == {"step": 5.0, "evaluate": 6.0}
     costs.seconds["sample"] = 60.0
     assert costs.sentence(0) == "about 3 min 02 s: 100 steps of 500 ms, 4 evaluations 12 s, 2 samples 2 min 00 s"
