@@ -36,11 +36,11 @@ void check_mask_grad(const MaybeTensor& mask, bool wanted) {
 template <typename Launch>
 Tensor mask_gradient(const Problem& problem, const MaybeTensor& given, const MaybeTensor& read, const Tensor& query,
                      DType dtype, bool wanted, bool second_order, Launch&& launch) {
-  if (!wanted || !read.has_value()) return torch::stable::new_empty(query, {0});
+  if (!wanted || !read.has_value()) return empty<1>(query, {0}, query.scalar_type());
   const Tensor& mask = *read;
   MaskGradient gradient;
   for (int i = 0; i < 4; ++i) gradient.sizes[i] = static_cast<int>(mask.size(i));
-  Tensor grad = torch::stable::new_empty(mask, {mask.size(0), mask.size(1), mask.size(2), mask.size(3)});
+  Tensor grad = empty<4>(mask, {mask.size(0), mask.size(1), mask.size(2), mask.size(3)}, mask.scalar_type());
   std::optional<Tensor> parts;
   if (query.size(0) * query.size(1) * query.size(2) * problem.keys == 0) {
     torch::stable::zero_(grad);
@@ -48,7 +48,7 @@ Tensor mask_gradient(const Problem& problem, const MaybeTensor& given, const May
     gradient.data = grad.mutable_data_ptr(), gradient.kind = mask_kind(mask, query);
     gradient.splits = mask_splits(problem, gradient.sizes, dtype, second_order);
     if (gradient.splits > 1) {
-      parts = torch::stable::new_empty(query, {gradient.splits, grad.numel()}, ScalarType::Float);
+      parts = empty<2>(query, {gradient.splits, grad.numel()}, ScalarType::Float);
       gradient.parts = static_cast<float*>(parts->mutable_data_ptr());
     }
     launch(gradient);
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
   p.lse = row_input(lse, "lse", query);
   if (grad_lse.has_value()) p.grad_lse = row_input(*grad_lse, "grad_lse", query);
   const int64_t rows = lse.numel();
-  Tensor delta = torch::stable::new_empty(query, {rows}, ScalarType::Float);
+  Tensor delta = empty<1>(query, {rows}, ScalarType::Float);
   p.delta = static_cast<float*>(delta.mutable_data_ptr());
   Written grad_query = gradient_of(query), grad_key = gradient_of(key), grad_value = gradient_of(value);
   p.grad_query = grad_query.result(), p.grad_key = grad_key.result(), p.grad_value = grad_value.result();
@@ -174,7 +174,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> second_order(
   first.query = t.query, first.key = t.key, first.value = t.value, first.out = t.out, first.grad_out = d.operand();
   if (grad_lse.has_value()) first.grad_lse = row_input(*grad_lse, "grad_lse", query);
   const int64_t rows = lse.numel();
-  Tensor deltas = torch::stable::new_empty(query, {2 * rows}, ScalarType::Float);
+  Tensor deltas = empty<1>(query, {2 * rows}, ScalarType::Float);
   first.delta = static_cast<float*>(deltas.mutable_data_ptr()), p.second_delta = first.delta + rows;
   Written grad_query = gradient_of(query), grad_key = gradient_of(key), grad_value = gradient_of(value);
   first.grad_query = grad_query.result(), first.grad_key = grad_key.result(), first.grad_value = grad_value.result();

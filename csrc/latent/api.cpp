@@ -38,15 +38,15 @@ std::tuple<Tensor, Tensor> forward(const Tensor& mu, const Tensor& logvar, const
   p.prior_logvar = input(prior_logvar, "prior_logvar", mu);
   p.noise = noise(seed, mu);
   p.rows = mu.size(0), p.cols = mu.size(1);
-  Tensor z = torch::stable::new_empty(mu, {p.rows, p.cols});
-  Tensor kl = torch::stable::new_empty(mu, {with_kl ? p.rows : 0}, ScalarType::Float);
+  Tensor z = empty<2>(mu, {p.rows, p.cols}, mu.scalar_type());
+  Tensor kl = empty<1>(mu, {with_kl ? p.rows : 0}, ScalarType::Float);
   std::optional<Tensor> partial;
   p.z = z.mutable_data_ptr();
   if (with_kl) {
     p.kl = static_cast<float*>(kl.mutable_data_ptr());
     const Plan plan = make_plan(p.rows, p.cols, element_size(dtype), multiprocessors());
     if (plan.splits > 1) {
-      partial = torch::stable::new_empty(mu, {p.rows, plan.splits}, ScalarType::Float);
+      partial = empty<2>(mu, {p.rows, plan.splits}, ScalarType::Float);
       p.partial = static_cast<float*>(partial->mutable_data_ptr());
     }
   }
@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const MaybeTensor& grad_z, c
     p.grad_kl_stride = grad_kl->stride(0);
   }
   const auto like_mu = [&](bool wanted) {
-    return wanted ? torch::stable::new_empty(mu, {p.rows, p.cols}) : torch::stable::new_empty(mu, {0});
+    return wanted ? empty<2>(mu, {p.rows, p.cols}, mu.scalar_type()) : empty<1>(mu, {0}, mu.scalar_type());
   };
   Tensor grad_mu = like_mu(true), grad_logvar = like_mu(true);
   Tensor grad_prior_mu = like_mu(prior_mu.has_value()), grad_prior_logvar = like_mu(prior_logvar.has_value());

@@ -62,16 +62,21 @@ class WrittenFlat {
   Tensor tensor_, target_;
 };
 
-Tensor floats(const Tensor& like, std::vector<int64_t> sizes) {
-  return torch::stable::new_empty(like, sizes, ScalarType::Float);
+template <int kDims>
+Tensor floats(const Tensor& like, const int64_t (&sizes)[kDims]) {
+  return empty<kDims>(like, sizes, ScalarType::Float);
 }
 float* data(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+Tensor contiguous_of(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
 
 // A vector over channels, copied if it is not contiguous.
 Tensor dense(const Tensor& vector, const char* name, int64_t size, const Tensor& like) {
   check_operand(vector, name, 1, like);
   STD_TORCH_CHECK(vector.size(0) == size, name, ": expected ", size, " elements, got ", vector.size(0));
-  return torch::stable::contiguous(vector);
+  return contiguous_of(vector);
 }
 
 struct Tables {
@@ -86,7 +91,7 @@ struct Tables {
                           table.size(0) == of_cos->size(0) && table.size(2) == of_cos->size(2) && is_backed(table),
                       "cos, sin: expected float32 tables (1 or batch, length, half) on the device of x");
     }
-    cos = torch::stable::contiguous(*of_cos), sin = torch::stable::contiguous(*of_sin);
+    cos = contiguous_of(*of_cos), sin = contiguous_of(*of_sin);
   }
   void fill(HeadEpilogue& epilogue, int64_t rotated, bool interleaved) const {
     if (!cos.has_value()) return;
@@ -168,8 +173,8 @@ class WeightGradient {
  public:
   WeightGradient(const Tensor& weight, bool with_bias, const Matrix& grad, const Matrix& x, const Tokens& tokens,
                  bool exact, DType dtype, void* stream)
-      : grad_weight_(torch::stable::new_empty(weight, {weight.size(0), weight.size(1)})),
-        grad_bias_(torch::stable::new_empty(weight, {with_bias ? weight.size(0) : 0})) {
+      : grad_weight_(empty<2>(weight, {weight.size(0), weight.size(1)}, weight.scalar_type())),
+        grad_bias_(empty<1>(weight, {with_bias ? weight.size(0) : 0}, weight.scalar_type())) {
     const Plan plan =
         gradient_plan(tokens, grad.channels, x.channels, static_cast<int>(element_size(weight)), multiprocessors());
     parts_ = floats(weight, {plan.splits, weight.size(0), weight.size(1)});
@@ -268,7 +273,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> backward(const Tensors& grads, const
     Tensor sums = floats(x, {blocks, dim});
     p.norm_parts = data(sums);
     launch_heads_backward(p, dtype, scope.stream());
-    grad_norms.push_back(torch::stable::new_empty(x, {dim}));
+    grad_norms.push_back(empty<1>(x, {dim}, x.scalar_type()));
     launch_sum_rows(p.norm_parts, blocks, dim, grad_norms.back().mutable_data_ptr(), dtype, scope.stream());
   }
   const Matrix grad = packed(parts), of_x = flat_matrix(read_x.tensor(), channels_first);
@@ -358,8 +363,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_backward(const Tensor& grad, co
   if (bias.has_value()) dense_bias = dense(*bias, "bias", sizes.channels, x);
   Tensor grad_x = empty_heads(x, sizes.batch, x.size(1), sizes.length, x.size(3), false);
   const int64_t gates = gate.has_value() ? gate->numel() : 0;
-  Tensor grad_gate =
-      gate.has_value() ? torch::stable::new_empty(weight, {1, 1, gates}) : torch::stable::new_empty(weight, {0});
+  const ScalarType own = weight.scalar_type();
+  Tensor grad_gate = gate.has_value() ? empty<3>(weight, {1, 1, gates}, own) : empty<1>(weight, {0}, own);
   if (x.numel() == 0 || weight.numel() == 0) {
     torch::stable::zero_(grad_x), torch::stable::zero_(grad_gate);
     return {grad_x, zeros_like(weight), torch::stable::new_zeros(weight, {bias.has_value() ? weight.size(0) : 0}),
@@ -372,7 +377,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_backward(const Tensor& grad, co
   const int rows = checked_int(weight.size(0), "weight"), columns = checked_int(weight.size(1), "weight");
   MaybeTensor gated;
   if (gate.has_value()) {
-    gated = torch::stable::new_empty(weight, {rows, columns});
+    gated = empty<2>(weight, {rows, columns}, weight.scalar_type());
     launch_scale_rows(p.weight, p.weight_row, of_gate, gated->mutable_data_ptr(), rows, columns, dtype, scope.stream());
     p.weight = gated->const_data_ptr(), p.weight_row = columns;
   }

@@ -28,6 +28,7 @@ from fastgen.backend.registry import (
     operator,
     operators,
     outside_autocast,
+    overload,
     refuse_other_derivatives,
 )
 from fastgen.backend.selection import (
@@ -65,6 +66,7 @@ __all__ = [
     "operator",
     "operators",
     "outside_autocast",
+    "overload",
     "plans",
     "refuse_other_derivatives",
     "runs_on",

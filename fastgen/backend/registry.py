@@ -185,6 +185,17 @@ def operator(namespace: str, name: str) -> Callable[..., Any]:
     return getattr(getattr(torch.ops, namespace), name)  # type: ignore[no-any-return]
 
 
+_overloads: dict[tuple[str, str], Callable[..., Any]] = {}
+
+
+def overload(namespace: str, name: str) -> Callable[..., Any]:
+    """An operator's only overload: called without the search for one, which ``operator`` makes in each call."""
+    found = _overloads.get((namespace, name))
+    if found is None:
+        found = _overloads[namespace, name] = operator(namespace, name).default  # type: ignore[attr-defined]
+    return found
+
+
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Operators of both namespaces as a few of PyTorch's, for ``torch.export.ExportedProgram.run_decompositions``.
 
@@ -204,7 +215,7 @@ def call(namespace: str, name: str, *args: Any) -> Any:
 
     While ``torch.onnx.export`` traces a model, the operator's decomposition is called instead.
     """
-    function = getattr(getattr(torch.ops, namespace), name)
+    function = overload(namespace, name)
     if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
         function = _decompositions.get(name, function)
     with torch._C._AutoDispatchBelowADInplaceOrView():

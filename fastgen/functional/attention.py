@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from fastgen import checks as check
 from fastgen._dynamo import is_dynamo_compiling
 from fastgen.backend import may_use_tf32, select
+from fastgen.backend.selection import selection
 from fastgen.functional._attention_arguments import (
     attention_arguments,
     causal_bias,
@@ -23,7 +24,7 @@ from fastgen.functional._autocast import autocast_dtype, lower
 from fastgen.functional._overrides import handle_torch_function, overridden, relevant
 from fastgen.functional._seeds import sample_seed
 from fastgen.functional.packed import nested_attention
-from fastgen.ops.attention import direct
+from fastgen.ops.attention import direct, operator_path
 from fastgen.ops.attention.autograd import attention
 from fastgen.ops.attention.problem import Options, Problem, refused_heads
 
@@ -108,11 +109,20 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
             window=window, softcap=softcap, sinks=sinks, generator=generator, return_lse=return_lse,
         )  # fmt: skip
-    plain = window is None and softcap is None and sinks is None and not return_lse
-    if plain and dropout_p == 0.0 and not is_dynamo_compiling():
-        common = direct.attend(query, key, value, attn_mask, is_causal, scale)
-        if common is not None:
-            return common
+    if window is None and softcap is None and sinks is None and not is_dynamo_compiling():
+        if not getattr(query, "is_cpu", True) or selection.backend != "auto":
+            namespace = None
+            if type(dropout_p) is float and 0.0 <= dropout_p < 1.0:
+                tensors = query, key, value, attn_mask
+                namespace = operator_path.namespace_for(*tensors, is_causal, scale, enable_gqa)
+            if namespace is not None:
+                seed = None if dropout_p == 0.0 else sample_seed(query.device, generator)
+                both = operator_path.attend(namespace, *tensors, seed, dropout_p, is_causal, scale)
+                return both if return_lse else both[0]
+        elif dropout_p == 0.0 and not return_lse:
+            common = direct.attend(query, key, value, attn_mask, is_causal, scale)
+            if common is not None:
+                return common
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check.require_tensor(name, tensor)
     check.require_probability("dropout_p", dropout_p, certain=True)

@@ -15,6 +15,11 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack  # type: ignore[attr-define
 _autocast = torch._C._is_any_autocast_enabled  # type: ignore[attr-defined]
 
 
+def is_watched() -> bool:
+    """Whether a mode watches operators, such as that of fake tensors, or there is autocast."""
+    return bool(_dispatch_modes() or _autocast())
+
+
 def is_common() -> bool:
     """Whether no backend is forced, nothing watches operators, and there is no autocast."""
     return not (selection.backend != "auto" or _dispatch_modes() or _autocast())

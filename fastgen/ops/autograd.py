@@ -34,6 +34,18 @@ def choose(plain: type[Function], transformed: type[Function], *tensors: Tensor 
     return None
 
 
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+"""Whether a tensor belongs to a torch.func transform, or to one that has ended."""
+
+
+def apply_of(function: type[Function]) -> Callable[..., Any]:
+    """``function.apply`` without the search for transforms and for tensors of ended ones, which takes a third of it.
+
+    For calls outside of transforms, with no tensor that ``is_wrapped``.
+    """
+    return super(Function, function).apply  # type: ignore[no-any-return, misc]
+
+
 _TRACED = (
     "torch.jit.trace: expected a call without derivatives, got tensors that require grad; trace inside"
     " torch.no_grad(), or use torch.export or torch.compile, which record derivatives too"
