@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from fastgen import checks as check
+from fastgen._dynamo import is_dynamo_compiling
 from fastgen.backend import select
 from fastgen.functional._autocast import autocast_dtype
 from fastgen.functional._overrides import handle_torch_function, overridden, relevant
 from fastgen.functional._seeds import sample_seed
+from fastgen.ops.latent import operator_path
 from fastgen.ops.latent.autograd import gaussian_latent
 
 
@@ -29,6 +31,9 @@ def _latent(
     generator: torch.Generator | None,
     with_kl: bool,
 ) -> tuple[Tensor, Tensor]:
+    if prior_mu is None and prior_logvar is None and not is_dynamo_compiling() and operator_path.takes(mu, logvar):
+        seed = sample_seed(mu.device, generator)
+        return operator_path.gaussian_latent(mu, logvar, seed, with_kl, select("latent_forward", mu))
     tensors = {"mu": mu, "logvar": logvar, "prior_mu": prior_mu, "prior_logvar": prior_logvar}
     for name, tensor in tensors.items():
         check.require_tensor(name, tensor, optional=name.startswith("prior"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from fastgen import checks as check
 from fastgen._dynamo import is_dynamo_compiling
 from fastgen.backend import may_use_tf32, select
+from fastgen.backend.selection import selection
 from fastgen.functional._autocast import autocast_dtype, lower
 from fastgen.functional._overrides import handle_torch_function, items, overridden, overridden_heads, relevant
 from fastgen.functional._projection_arguments import (
@@ -21,7 +23,7 @@ from fastgen.functional._projection_arguments import (
     tokens_of,
     upcast_tables,
 )
-from fastgen.ops.projection import direct, epilogue, plan
+from fastgen.ops.projection import direct, epilogue, operator_path, plan
 from fastgen.ops.projection.autograd import projection
 from fastgen.ops.projection.epilogue import HeadEpilogue
 from fastgen.ops.projection.layout import Layout
@@ -72,7 +74,7 @@ def multi_head_projection(
             norm_eps=norm_eps, rotary=rotary, interleaved=interleaved,
         )  # fmt: skip
     if norm is None and rotary is None and channels_first is False and not is_dynamo_compiling():
-        common = direct.to_heads(x, weight, bias, (num_heads,), None)
+        common = _front_of(x).to_heads(x, weight, bias, (num_heads,), None)
         if common is not None:
             return common[0]
     check.require_positive("num_heads", num_heads)
@@ -189,7 +191,7 @@ def qkv_projection(
             norms=norms, norm_eps=norm_eps, rotary=rotary, rotated=rotated, interleaved=interleaved,
         )  # fmt: skip
     if rotary is None and channels_first is False and type(norms) is tuple and not norms and not is_dynamo_compiling():
-        common = direct.to_heads(x, weight, bias, heads, head_dims)
+        common = _front_of(x).to_heads(x, weight, bias, heads, head_dims)
         if common is not None:
             return common
     tokens = tokens_of(x, channels_first)
@@ -224,6 +226,11 @@ def qkv_projection(
         parts = projection(tokens, weight, bias, HeadEpilogue(), layout, namespace)
         return tuple(epilogue.apply(list(parts), after))
     return projection(tokens, weight, bias, after, layout, namespace)
+
+
+def _front_of(x: Tensor) -> Any:
+    """The module that serves common calls of tensors like this one."""
+    return direct if selection.backend == "auto" and getattr(x, "is_cpu", True) else operator_path
 
 
 def _select_for_heads(tokens: Tensor, layout: Layout, after: HeadEpilogue) -> str:
@@ -281,7 +288,7 @@ def merge_heads_projection(
             merge_heads_projection, own, x, weight, bias, residual=residual, gate=gate, channels_first=channels_first
         )
     if gate is None and channels_first is False and not is_dynamo_compiling():
-        common = direct.from_heads(x, weight, bias, residual)
+        common = _front_of(x).from_heads(x, weight, bias, residual)
         if common is not None:
             return common
     tensors = {"x": x, "weight": weight, "bias": bias, "residual": residual}

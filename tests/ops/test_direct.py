@@ -160,8 +160,8 @@ def test_transforms_autocast_and_forced_backends_take_the_general_path(only_dire
     def jvp_of_jvp():
         torch.func.jvp(lambda *t: torch.func.jvp(call, t, t)[1], tuple(tensors), tuple(tensors))
 
+    compiled()  # by the operators: test_operator_path.py
     for run in (
-        compiled,
         autocast,
         jvp_of_jvp,
         lambda: torch.vmap(call)(*tensors),

@@ -46,7 +46,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.set_materialize_grads(False)
 
 
-class _GaussianLatent(Function):
+class GaussianLatent(Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         output = _run(*inputs)
@@ -75,7 +75,7 @@ class _GaussianLatent(Function):
 class _TransformedGaussianLatent(Function):
     forward = staticmethod(_run)
     setup_context = staticmethod(_save)
-    backward = _GaussianLatent.backward
+    backward = GaussianLatent.backward
     generate_vmap_rule = True
 
     @staticmethod
@@ -104,7 +104,7 @@ def gaussian_latent(
 ) -> tuple[Tensor, Tensor]:
     """``latent_forward`` with derivatives of every order; straight to the operator where none is needed."""
     arguments = (mu, logvar, prior_mu, prior_logvar, seed, with_kl, namespace)
-    function = choose(_GaussianLatent, _TransformedGaussianLatent, mu, logvar, prior_mu, prior_logvar)
+    function = choose(GaussianLatent, _TransformedGaussianLatent, mu, logvar, prior_mu, prior_logvar)
     result = _run(*arguments) if function is None else function.apply(*arguments)
     return result[0], result[1]
 

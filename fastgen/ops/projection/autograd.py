@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgen.backend import COMPILED, COMPILED_DTYPES, call, helper
+from fastgen.backend import COMPILED, COMPILED_DTYPES, call, helper, overload
 from fastgen.ops.autograd import (
+    apply_of,
     choose,
     formula_of,
     in_graph,
@@ -193,6 +194,22 @@ def projection(
     if function is None:
         return _run_projection(x, weight, bias, layout, namespace)
     return tuple(function.apply(x, weight, bias, layout, namespace))
+
+
+_apply = apply_of(_Projection)
+
+
+def of_operator(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, namespace: str) -> tuple[Tensor, ...]:
+    """``projection`` without an epilogue, of plain tensors outside of transforms, where the operator has a kernel."""
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _apply(x, weight, bias, layout, namespace)  # type: ignore[no-any-return]
+    heads, head_dims, channels_first, tf32 = layout
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        run = overload(namespace, "projection_forward")
+        parts = run(x, weight, bias, [], None, None, heads, head_dims, channels_first, 0.0, 0, False, False, tf32)
+    return tuple(parts)
 
 
 # --------------------------------------------------------------------------------------------------

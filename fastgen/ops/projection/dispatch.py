@@ -26,6 +26,14 @@ def backward_operator(
 
 def by_pytorch(name: str, tokens: Tensor, namespace: str) -> bool:
     """Whether PyTorch's linear map serves, with its derivatives: there is no kernel, and it copies no tokens."""
-    if namespace not in (COMPILED, TORCH) or helper(namespace, name, tokens.device) is not None:
-        return False
+    return not has_kernel(name, namespace, tokens) and copies_nothing(tokens)
+
+
+def has_kernel(name: str, namespace: str, tensor: Tensor) -> bool:
+    """Whether the operator has a kernel for tensors like this one, in a library or in a namespace of its own."""
+    return namespace not in (COMPILED, TORCH) or helper(namespace, name, tensor.device) is not None
+
+
+def copies_nothing(tokens: Tensor) -> bool:
+    """Whether PyTorch's linear map reads the tokens where they are."""
     return tokens.is_contiguous() or tokens.size(0) == 1 or length_first(tokens)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastgen.backend import call
-from fastgen.ops.autograd import choose, formula_of, in_graph, only_wanted, record, tangent_formula
+from fastgen.backend import call, overload
+from fastgen.ops.autograd import apply_of, choose, formula_of, in_graph, only_wanted, record, tangent_formula
 from fastgen.ops.projection import merge_operators
-from fastgen.ops.projection.dispatch import backward_operator, by_pytorch
+from fastgen.ops.projection.dispatch import backward_operator, copies_nothing, has_kernel
 from fastgen.ops.projection.layout import join_heads, length_first, to_tokens
 
 
@@ -119,15 +119,35 @@ def merge_heads(
     namespace: str,
 ) -> Tensor:
     """``merge_heads_forward`` with derivatives of every order."""
-    tokens = join_heads(x)
-    if not channels_first and by_pytorch("merge_heads_forward", tokens, namespace):
-        return _in_pytorch(tokens, weight, bias, residual, gate)
+    if not channels_first and not has_kernel("merge_heads_forward", namespace, x):
+        tokens = join_heads(x)
+        if copies_nothing(tokens):
+            return _in_pytorch(tokens, weight, bias, residual, gate)
     arguments = (x, weight, bias, residual, gate, channels_first, allow_tf32, namespace)
     function = choose(_MergeHeads, _TransformedMergeHeads, x, weight, bias, residual, gate)
     if function is None:
         return _run_merge(*arguments)
     result: Tensor = function.apply(*arguments)
     return result
+
+
+_apply = apply_of(_MergeHeads)
+
+
+def of_operator(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, allow_tf32: bool, namespace: str
+) -> Tensor:
+    """``merge_heads`` of plain tensors outside of transforms, where the operator has a kernel."""
+    arguments = (x, weight, bias, residual, None, False, allow_tf32, namespace)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        return _apply(*arguments)  # type: ignore[no-any-return]
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return overload(namespace, "merge_heads_forward")(*arguments[:-1])  # type: ignore[no-any-return]
 
 
 def _recorded_merge(namespace: str, *args: Any) -> Tensor:
