@@ -8,6 +8,7 @@ differentiated. Where the scores are few, these, jvps and masks with a gradient 
 from __future__ import annotations
 
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -15,11 +16,11 @@ from torch.autograd import Function, forward_ad
 from torch.nn.functional import scaled_dot_product_attention as torch_attention
 
 from fastgen.backend import select
-from fastgen.ops._direct import PLAIN, is_common
+from fastgen.ops._direct import PLAIN, is_watched
 from fastgen.ops.attention.autograd import backward as any_backward
 from fastgen.ops.attention.fused import SHORTEST_VECTOR_FREE, additive
 from fastgen.ops.attention.problem import Options, Saved
-from fastgen.ops.autograd import must_be_differentiable, only_wanted, transforms_active
+from fastgen.ops.autograd import is_wrapped, must_be_differentiable, only_wanted, transforms_active
 
 _DTYPES = frozenset((torch.float32, torch.float64))
 _kernel = torch._scaled_dot_product_flash_attention_for_cpu  # type: ignore[attr-defined]
@@ -27,6 +28,10 @@ _kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_ba
 _formula = torch._scaled_dot_product_attention_math  # type: ignore[attr-defined]
 _interpreter = torch._C._functorch.peek_interpreter_stack
 _grad_enabled = torch.is_grad_enabled
+_saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_is_tracing = torch._C._is_tracing
+_task = torch._C._current_graph_task_id
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 _INFINITY = float("inf")
 
 
@@ -68,7 +73,7 @@ def attend(
         type(query) not in PLAIN
         or type(key) not in PLAIN
         or type(value) not in PLAIN
-        or not is_common()
+        or is_watched()
         or (is_causal is not False and is_causal is not True)
         or not (scale is None or (type(scale) is float and 0.0 < scale < _INFINITY))
         or not _takes(query, key, value, mask, is_causal)
@@ -88,14 +93,28 @@ def attend(
     elif _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         dtype = query.dtype
         if (
-            not (key.dtype == dtype == value.dtype and key.is_cpu and value.is_cpu and (mask is None or mask.is_cpu))
-            or not query.stride(3) == key.stride(3) == value.stride(3) == 1
+            not dtype == key.dtype == value.dtype
+            or not (key.is_cpu and value.is_cpu and (mask is None or mask.is_cpu))
+            or not query.stride()[3] == key.stride()[3] == value.stride()[3] == 1
+            or _is_tracing()  # the general path says what torch.jit.trace does not record
         ):
             return None
-        if torch._C._is_tracing():  # the general path says what torch.jit.trace does not record
-            return None
         mask = mask if mask is None else additive(mask, dtype)
-        scale = query.size(3) ** -0.5 if scale is None else scale
+        scale = query.shape[3] ** -0.5 if scale is None else scale
+        if (
+            has_few_scores(query, key)
+            and _saved_tensor_hooks(False) is None
+            and (mask is None or query.requires_grad)
+            and not (is_wrapped(query) or is_wrapped(key) or is_wrapped(value))
+        ):
+            out, lse = _kernel(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)
+            if mask is not None:
+                if _may_be_wrong(out.detach(), mask):
+                    return None
+            elif key.shape[2] < SHORTEST_VECTOR_FREE and not lse.all():
+                return None
+            _AnyOrder(query, key, value, mask, is_causal, scale).attach(out.grad_fn)
+            return out  # type: ignore[no-any-return]
         out = _Attention.apply(query, key, value, mask, is_causal, scale)  # type: ignore[no-untyped-call]
     else:
         try:
@@ -109,8 +128,10 @@ def attend(
 
 def has_few_scores(query: Tensor, key: Tensor) -> bool:
     """Whether the scores take at most twice the memory of query and key, and fit a processor's cache."""
-    queries, keys = query.size(2), key.size(2)
-    return queries * keys <= min(2 * (queries + keys) * query.size(3), _FEW)
+    _, _, queries, dim = query.shape
+    keys = key.shape[2]
+    scores = queries * keys
+    return scores <= _FEW and scores <= 2 * (queries + keys) * dim
 
 
 _FEW = 128 * 128
@@ -127,9 +148,57 @@ def _is_one_jvp() -> bool:
 def _may_be_wrong(out: Tensor, mask: Tensor | None) -> bool:
     """Whether a key that every query masks holds NaN, or the kernel may have lost a NaN in a row of few keys."""
     if mask is None:
-        return bool(out.count_nonzero().item() < out.numel())
+        return not out.all()
     total = out.sum().item()
     return total != total
+
+
+class _AnyOrder:
+    """Hooks on the backward of torch's kernel, for few scores: torch's gradients, but those of the formula where they
+    are to be differentiated, or where a key that every query masks holds NaN.
+
+    A function of Python costs as much as the kernel and its backward. The tensors are those that the node saves, and
+    are not kept alive beyond that.
+    """
+
+    __slots__ = ("given", "is_causal", "scale", "tensors")
+
+    def __init__(self, *arguments: Any) -> None:
+        *tensors, self.is_causal, self.scale = arguments
+        self.tensors = [None if tensor is None else ref(tensor) for tensor in tensors]
+        self.given: dict[int, Tensor] | None = None  # gradients of running backward passes that are differentiated
+
+    def attach(self, node: Any) -> None:
+        node.register_prehook(self.before)
+        node.register_hook(self.after)
+
+    def before(self, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
+        """Where the formula serves, keeps the gradient from the kernel, which takes no dual numbers and no batch."""
+        if not must_be_differentiable() or grads[0] is None:
+            return None
+        self.given = self.given or {}
+        self.given[_task()] = grads[0]
+        query = self._saved()[0]
+        return (torch.zeros(query.shape, dtype=query.dtype), *grads[1:])
+
+    def after(self, grads: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...]) -> Any:
+        grad_out = given[0] if self.given is None else self.given.pop(_task(), given[0])
+        if grad_out is None:
+            return None
+        if not must_be_differentiable():
+            first = None if self.tensors[3] is None else grads[0]
+            if first is None or _is_batched(grad_out) or not first.sum().isnan():
+                return None
+        query, key, value, mask = self._saved()
+        results = _gradients(grad_out, query, key, value, mask, self.is_causal, self.scale)
+        return tuple(None if old is None else new for old, new in zip(grads, results, strict=True))
+
+    def _saved(self) -> list[Any]:
+        found = [None if saved is None else saved() for saved in self.tensors]
+        for tensor in found:
+            if tensor is not None:
+                tensor._fix_weakref()
+        return found
 
 
 class _Attention(Function):
