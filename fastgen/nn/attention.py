@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastgen import functional
 from fastgen.checks import require_floating, require_probability, require_shape, require_tensor, shape_of
+from fastgen.nn import _fast_path
 from fastgen.nn._checks import require_divisible
 from fastgen.nn._sublayers import is_pointwise, merge_heads
 
@@ -117,6 +118,17 @@ class MultiheadAttention(nn.MultiheadAttention):
             TypeError: if an input is an integer tensor, a mask is neither boolean nor floating, or dtypes differ.
             ValueError: if shapes do not match, or ``is_causal`` is set without ``attn_mask``.
         """
+        if (
+            query is key
+            and key is value
+            and not need_weights
+            and attn_mask is key_padding_mask is residual is None
+            and not is_causal
+            and type(self) is MultiheadAttention
+        ):
+            out = _fast_path.self_attention(self, query)
+            if out is not None:
+                return out, None
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             require_tensor(name, tensor, nested=True)
         if query.is_nested or key.is_nested or value.is_nested:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.checks import require_probability, require_tensor
+from fastgen.nn import _fast_path
 from fastgen.nn._checks import require_divisible
 from fastgen.nn._nested import has_forward_hooks, unsupported_sublayer
 from fastgen.nn._norm import apply_norm
@@ -110,6 +111,18 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         masks = (src_mask, src_key_padding_mask, is_causal)
         x = src
+        if (
+            not self.training
+            and src_mask is src_key_padding_mask is None
+            and not is_causal
+            and type(self) is TransformerEncoderLayer
+            and type(self.self_attn) is MultiheadAttention
+            and _fast_path.takes(self.self_attn, x)
+            and unsupported_sublayer(self) is None
+        ):
+            out = _fast_path.encoder_layer(self, x)
+            if out is not None:
+                return out
         if self.norm_first:
             x = self._self_attention(x, apply_norm(self.norm1, x), masks)
             x = x + self._ff_block(apply_norm(self.norm2, x))
