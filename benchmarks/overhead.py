@@ -51,10 +51,15 @@ def attention_cases() -> list[Case]:
         "causal": {"is_causal": True},
         "boolean mask": {"attn_mask": boolean},
         "float mask": {"attn_mask": torch.zeros(1, 1, 4, 4)},
+        "dropout": {"dropout_p": 0.1},
+        "bfloat16": {},
+        "float16": {},
     }
     cases = []
     for name, chosen in options.items():
         inputs = query, key, value
+        if "float" in name and not chosen:
+            inputs = tuple(tensor.to(getattr(torch, name)) for tensor in inputs)
         leaves = [t.clone().requires_grad_() for t in inputs]
 
         def ours(inputs: Any = inputs, chosen: Any = chosen) -> Any:

@@ -109,6 +109,7 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
             window=window, softcap=softcap, sinks=sinks, generator=generator, return_lse=return_lse,
         )  # fmt: skip
+    seed = None
     if window is None and softcap is None and sinks is None and not is_dynamo_compiling():
         if not getattr(query, "is_cpu", True) or selection.backend != "auto":
             namespace = None
@@ -123,6 +124,13 @@ def scaled_dot_product_attention(
             common = direct.attend(query, key, value, attn_mask, is_causal, scale)
             if common is not None:
                 return common
+        elif type(dropout_p) is float and 0.0 < dropout_p < 1.0 and not return_lse:
+            tensors = query, key, value, attn_mask
+            if direct.takes_dropout(*tensors, is_causal, scale):
+                seed = sample_seed(query.device, generator)
+                common = direct.attend_with_dropout(*tensors, is_causal, scale, dropout_p, seed)
+                if common is not None:
+                    return common
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check.require_tensor(name, tensor)
     check.require_probability("dropout_p", dropout_p, certain=True)
@@ -142,7 +150,8 @@ def scaled_dot_product_attention(
     query, key, value, mask, rows = arguments
     # Without a head dim all scores are 0, whatever their factor.
     scale = max(query.size(-1), 1) ** -0.5 if scale is None else check.require_finite("scale", scale)
-    seed = sample_seed(query.device, generator) if dropout_p > 0 else None
+    if seed is None and dropout_p > 0:
+        seed = sample_seed(query.device, generator)
     options = Options(dropout_p, window_left, window_right, scale, cap, may_use_tf32(query))
     namespace = select("attention_forward", query, refused_heads(query, value))
     out, lse = attention(Problem(query, key, value, mask, seed, None, options, namespace))

@@ -49,6 +49,7 @@ def general(monkeypatch):
             for name in ("to_heads", "from_heads"):
                 patch.setattr(projection_module.direct, name, lambda *arguments: None)
             patch.setattr(module.direct, "attend", lambda *arguments: None)
+            patch.setattr(module.direct, "takes_dropout", lambda *arguments: False)
             return call()
 
     return run
@@ -168,7 +169,6 @@ def test_transforms_autocast_and_forced_backends_take_the_general_path(only_dire
         autocast,
         jvp_of_jvp,
         lambda: torch.vmap(call)(*tensors),
-        lambda: call(*(t.half() for t in tensors)),
     ):
         with pytest.raises(AssertionError, match="general path"):
             run()
@@ -409,3 +409,86 @@ def test_a_gradient_with_strides_of_zero():
         ]
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b)
+
+
+NARROW = [name for name in CALLS if name != "float"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", NARROW)
+def test_16_bits_are_direct_and_the_same(general, only_direct, name, dtype):
+    tensors, options = inputs(dtype, 5 if name == "causal" else 7), options_of(name, dtype)
+    leaves = [t.requires_grad_() for t in tensors]
+
+    def call():
+        with torch.no_grad():
+            plain = functional.scaled_dot_product_attention(*tensors, **options)
+        out = functional.scaled_dot_product_attention(*leaves, **options)
+        return [plain, out, *torch.autograd.grad(out.sin().sum(), leaves)]
+
+    direct = call()
+    only_direct()
+    for a, b in zip(direct, general(call), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_second_derivatives_in_16_bits_are_the_operators(general, dtype):
+    leaves = [t.requires_grad_() for t in inputs(dtype)]
+    for a, b in zip(derivatives(leaves, {}), general(lambda: derivatives(leaves, {})), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("keys", [7, 40])
+@pytest.mark.parametrize("value", [math.inf, math.nan, 3e4])
+def test_infinite_scores_in_16_bits_are_those_of_the_general_path(general, value, keys, grad):
+    query, key, values = inputs(torch.float16, keys)
+    query[0, 0, 1], key[0, 0, 2] = value, 3e4
+    for tensor in (query, key, values):
+        tensor.requires_grad_(grad)
+    out = functional.scaled_dot_product_attention(query, key, values, scale=1e4)
+    wanted = general(lambda: functional.scaled_dot_product_attention(query, key, values, scale=1e4))
+    torch.testing.assert_close(out, wanted, rtol=0, atol=0, equal_nan=True)
+    assert value == 3e4 or out[0, 0, 1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_dropout_of_few_scores_is_direct_with_the_mask_of_the_operators(general, only_direct, name, dtype):
+    tensors, options = inputs(dtype, 5 if name == "causal" else 7), options_of(name, dtype)
+    leaves = [t.requires_grad_() for t in tensors]
+    if name == "float":
+        leaves.append(options["attn_mask"].clone().requires_grad_())
+        options["attn_mask"] = leaves[3]
+
+    def call():
+        torch.manual_seed(5)
+        out = functional.scaled_dot_product_attention(*leaves[:3], **options, dropout_p=0.4)
+        first = torch.autograd.grad(out.sin().sum(), leaves, create_graph=True)
+        after = torch.rand(1, dtype=torch.float64)
+        return [out, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves), after]
+
+    direct = call()
+    only_direct()
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {}
+    for a, b in zip(direct, general(call), strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+    assert direct[0].eq(0).sum() == call()[0].eq(0).sum()
+
+
+def test_dropout_beside_masked_keys_with_nan_uses_one_seed():
+    tensors = inputs(torch.float64)
+    mask = (torch.arange(7) < 4).expand(2, 3, 5, 7).contiguous()
+    torch.manual_seed(1)
+    wanted = functional.scaled_dot_product_attention(*tensors, mask, dropout_p=0.4), torch.rand(1)
+    tensors[2][:, :, 5] = math.nan
+    torch.manual_seed(1)
+    found = functional.scaled_dot_product_attention(*tensors, mask, dropout_p=0.4), torch.rand(1)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_dropout_of_many_scores_takes_the_general_path(only_direct):
+    with pytest.raises(AssertionError, match="general path"):
+        functional.scaled_dot_product_attention(*(torch.randn(2, 2, 100, 8) for _ in range(3)), dropout_p=0.4)

@@ -1,12 +1,13 @@
 """The common call of attention on CPU at the cost of PyTorch's own: few checks, then torch's kernel and its backward.
 
-The work per call is counted in microseconds. What is not common (windows, dropout, grouped heads, most transforms,
-compilation, 16 bits) is left to ``autograd.attention``, which gives the same results; so are derivatives that are to be
+The work per call is counted in microseconds. What is not common (windows, grouped heads, most transforms,
+compilation) is left to ``autograd.attention``, which gives the same results; so are derivatives that are to be
 differentiated. Where the scores are few, these, jvps and masks with a gradient are plain PyTorch, which is faster then.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 from weakref import ref
 
@@ -15,12 +16,13 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.nn.functional import scaled_dot_product_attention as torch_attention
 
-from fastgen.backend import select
+from fastgen.backend import COMPILED, call, select
+from fastgen.ops._checks import FLOATS
 from fastgen.ops._direct import PLAIN, is_watched
 from fastgen.ops.attention.autograd import backward as any_backward
 from fastgen.ops.attention.fused import SHORTEST_VECTOR_FREE, additive
 from fastgen.ops.attention.problem import Options, Saved
-from fastgen.ops.autograd import is_wrapped, must_be_differentiable, only_wanted, transforms_active
+from fastgen.ops.autograd import apply_of, is_wrapped, must_be_differentiable, only_wanted, transforms_active
 
 _DTYPES = frozenset((torch.float32, torch.float64))
 _kernel = torch._scaled_dot_product_flash_attention_for_cpu  # type: ignore[attr-defined]
@@ -36,13 +38,13 @@ _INFINITY = float("inf")
 
 
 def _takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> bool:
-    """float32 or float64 on CPU, (B, H, N, D) all, without a key that every query masks; the mask boolean or like
+    """Floating and on CPU, (B, H, N, D) all, without a key that every query masks; the mask boolean or like
     query. PyTorch checks the rest."""
     shape, of_keys = query.shape, key.shape
     if (
         of_keys != value.shape
         or not query.is_cpu
-        or query.dtype not in _DTYPES
+        or query.dtype not in FLOATS
         or (shape != of_keys and (shape[:2] != of_keys[:2] or shape[3:] != of_keys[3:]))
         or len(shape) != 4
         or 0 in shape
@@ -79,6 +81,8 @@ def attend(
         or not _takes(query, key, value, mask, is_causal)
     ):
         return None
+    if query.dtype not in _DTYPES:
+        return _attend_in_16_bits(query, key, value, mask, is_causal, scale)
     if forward_ad._current_level >= 0 or _interpreter() is not None:
         if mask is not None or not has_few_scores(query, key) or not _is_one_jvp():
             return None
@@ -97,33 +101,73 @@ def attend(
             or not (key.is_cpu and value.is_cpu and (mask is None or mask.is_cpu))
             or not query.stride()[3] == key.stride()[3] == value.stride()[3] == 1
             or _is_tracing()  # the general path says what torch.jit.trace does not record
+            or is_wrapped(query)
+            or is_wrapped(key)
+            or is_wrapped(value)
         ):
             return None
         mask = mask if mask is None else additive(mask, dtype)
         scale = query.shape[3] ** -0.5 if scale is None else scale
-        if (
-            has_few_scores(query, key)
-            and _saved_tensor_hooks(False) is None
-            and (mask is None or query.requires_grad)
-            and not (is_wrapped(query) or is_wrapped(key) or is_wrapped(value))
-        ):
+        if has_few_scores(query, key) and _saved_tensor_hooks(False) is None and (mask is None or query.requires_grad):
             out, lse = _kernel(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)
             if mask is not None:
                 if _may_be_wrong(out.detach(), mask):
                     return None
-            elif key.shape[2] < SHORTEST_VECTOR_FREE and not lse.all():
+            elif key.shape[2] < SHORTEST_VECTOR_FREE and _has_zero(lse):
                 return None
             _AnyOrder(query, key, value, mask, is_causal, scale).attach(out.grad_fn)
             return out  # type: ignore[no-any-return]
-        out = _Attention.apply(query, key, value, mask, is_causal, scale)  # type: ignore[no-untyped-call]
+        out = _apply(query, key, value, mask, is_causal, scale)
     else:
         try:
             out = torch_attention(query, key, value, mask, 0.0, is_causal, scale=scale)
         except RuntimeError:  # two dtypes or devices: fastgen's checks name the argument
             return None
-    if mask is not None or key.size(2) < SHORTEST_VECTOR_FREE:
-        return None if _may_be_wrong(out.detach(), mask) else out
+    if mask is not None or key.shape[2] < SHORTEST_VECTOR_FREE:
+        return None if _may_be_wrong(out.detach() if out.requires_grad else out, mask) else out
     return out
+
+
+def _attend_in_16_bits(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+) -> Tensor | None:
+    """The same for bfloat16 and float16, whose second derivatives are those of the operators, in float32."""
+    dtype = query.dtype
+    if (
+        forward_ad._current_level >= 0
+        or _interpreter() is not None
+        or _is_tracing()
+        or (mask is not None and mask.dtype != torch.bool)
+        or not dtype == key.dtype == value.dtype
+        or not (key.is_cpu and value.is_cpu and (mask is None or mask.is_cpu))
+        or not query.stride()[3] == key.stride()[3] == value.stride()[3] == 1
+        or is_wrapped(query)
+        or is_wrapped(key)
+        or is_wrapped(value)
+    ):
+        return None
+    mask = mask if mask is None else additive(mask, dtype)
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    if _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        try:
+            out: Tensor = _apply(query, key, value, mask, is_causal, scale)
+        except _LostError:
+            return None
+    else:
+        out, lse = _kernel(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)
+        if _hides_nan(lse, mask):
+            return None
+    return None if mask is not None and _may_be_wrong(out.detach(), mask) else out
+
+
+class _LostError(Exception):
+    """The kernel may have lost a NaN."""
+
+
+def _hides_nan(lse: Tensor, mask: Tensor | None) -> bool:
+    """For 16 bits: whether a row has an infinite score, or there may be NaN in all scores of a row of few keys: the
+    kernel takes such rows for fully masked ones. Only they, and rows whose logsumexp happens to be 0, have one of 0."""
+    return not math.isfinite(lse.sum().item()) or (mask is None and _has_zero(lse))
 
 
 def has_few_scores(query: Tensor, key: Tensor) -> bool:
@@ -137,6 +181,56 @@ def has_few_scores(query: Tensor, key: Tensor) -> bool:
 _FEW = 128 * 128
 
 
+def takes_dropout(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+) -> bool:
+    """Whether ``attend_with_dropout`` may serve: few scores in all, outside of transforms."""
+    return (
+        type(query) in PLAIN
+        and type(key) in PLAIN
+        and type(value) in PLAIN
+        and not is_watched()
+        and (is_causal is False or is_causal is True)
+        and (scale is None or (type(scale) is float and 0.0 < scale < _INFINITY))
+        and forward_ad._current_level < 0
+        and _interpreter() is None
+        and not _is_tracing()
+        and query.dtype in _DTYPES
+        and _takes(query, key, value, mask, is_causal)
+        and query.dtype == key.dtype == value.dtype
+        and key.is_cpu
+        and value.is_cpu
+        and (mask is None or mask.is_cpu)
+        and query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] <= _FEW
+    )
+
+
+def attend_with_dropout(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    seed: Tensor,
+) -> Tensor | None:
+    """out by the formula, which autograd differentiates to any order, with the operators' dropout mask; None where
+    they have to serve, since a key that every query masks may hold NaN."""
+    batch, heads, queries, _ = query.shape
+    keys = key.shape[2]
+    sizes = (batch * heads * queries, 0, batch, heads, queries, 0, queries, keys, 0, keys)
+    keep = call(COMPILED, "cpu_dropout_keep", seed, *sizes, dropout_p)
+    if query.dtype == torch.float64:  # the factor too
+        keep = keep.sign().double().div_(1 - dropout_p)
+    scores = _scores(query, key, is_causal, scale)
+    if mask is None:
+        return scores.softmax(-1).mul(keep) @ value
+    weights = torch._safe_softmax(scores + additive(mask, query.dtype), -1)  # type: ignore[attr-defined]
+    out: Tensor = weights.mul(keep) @ value
+    return None if _may_be_wrong(out.detach(), mask) else out
+
+
 def _is_one_jvp() -> bool:
     """Whether dual numbers, or one ``torch.func.jvp``, are all that is active: no other transform around or inside."""
     stack = torch._C._functorch.get_interpreter_stack()
@@ -145,10 +239,14 @@ def _is_one_jvp() -> bool:
     return len(stack) == 1 and stack[0].key() == torch._C._functorch.TransformType.Jvp
 
 
+def _has_zero(tensor: Tensor) -> bool:
+    return bool(tensor.count_nonzero().item() < tensor.numel())
+
+
 def _may_be_wrong(out: Tensor, mask: Tensor | None) -> bool:
     """Whether a key that every query masks holds NaN, or the kernel may have lost a NaN in a row of few keys."""
     if mask is None:
-        return not out.all()
+        return _has_zero(out)
     total = out.sum().item()
     return total != total
 
@@ -207,6 +305,8 @@ class _Attention(Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
     ) -> Tensor:
         out, lse = _kernel(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)
+        if query.dtype not in _DTYPES and _hides_nan(lse, mask):
+            raise _LostError
         ctx.save_for_backward(query, key, value, out, lse, mask)
         ctx.options = is_causal, scale
         return out  # type: ignore[no-any-return]
@@ -221,7 +321,7 @@ class _Attention(Function):
             total = 0.0 if mask is None else grads[0].sum().item()
             if total == total:
                 return (*grads, None, None, None)
-        if has_few_scores(query, key) and not transforms_active():
+        if query.dtype in _DTYPES and has_few_scores(query, key) and not transforms_active():
             return (
                 *only_wanted(ctx, 0, *_gradients(grad_out, query, key, value, mask, is_causal, scale)),
                 *(None,) * 3,
@@ -232,6 +332,9 @@ class _Attention(Function):
         saved = Saved(query, key, value, out, lse, mask, None, None, options, select("attention_forward", query))
         grads = any_backward(grad_out, None, saved, False)
         return (*only_wanted(ctx, 0, *grads[:3]), None, None, None)
+
+
+_apply = apply_of(_Attention)
 
 
 def _scores(query: Tensor, key: Tensor, is_causal: bool, scale: float | None) -> Tensor:
