@@ -60,9 +60,9 @@ struct BackwardLayout {
   }
 };
 
-// Rows g and g + 8 of a fragment: logsumexp in units of log2, and delta.
+// Rows g and g + 8 of a fragment: what weight() subtracts, from the logsumexp, and delta.
 struct RowState {
-  float lse[2], delta[2];
+  float shift[2] = {INFINITY, INFINITY}, delta[2] = {0.0f, 0.0f};
 };
 
 // rowsum(a * b) of rows g and g + 8 from ``row`` on; 0 for rows from ``count`` on. The four lanes of a row share the
@@ -97,9 +97,8 @@ __device__ __forceinline__ RowState row_state(const BackwardParams& p, const Que
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int down = half * 8 + lane_row();
-    state.lse[half] = -INFINITY;
     if (down < count) {
-      state.lse[half] = kLog2e * *row_pointer(p.lse, block.batch, block.head, row + down);
+      state.shift[half] = weight_shift(kLog2e * *row_pointer(p.lse, block.batch, block.head, row + down));
       if (p.grad_lse.data != nullptr) {
         state.delta[half] -= *row_pointer(p.grad_lse, block.batch, block.head, row + down);
       }
@@ -108,33 +107,46 @@ __device__ __forceinline__ RowState row_state(const BackwardParams& p, const Que
   return state;
 }
 
-// dS = P (dP - delta), times the derivative of a softcap; 0 where P is 0, even if the others are inf or NaN.
-__device__ __forceinline__ float score_gradient(float weight, float grad, float delta, float derivative = 1.0f) {
-  return weight == 0.0f ? 0.0f : weight * (grad - delta) * derivative;
-}
-
-// scores = dS in place. ``grads``: dP.
+// scores = dS in place, from the results of mask_scores and their factor. ``grads``: dP, overwritten. Where something is
+// masked, dS is 0 where P is, even if the other factors are inf or NaN.
 template <bool kPlain, int kFragments, int kTiles>
-__device__ __forceinline__ void score_gradients(float (&scores)[kFragments][kTiles][4],
-                                                const float (&grads)[kFragments][kTiles][4],
+__device__ __forceinline__ void score_gradients(float (&scores)[kFragments][kTiles][4], float factor,
+                                                float (&grads)[kFragments][kTiles][4], bool masked,
                                                 const RowState (&state)[kFragments], const Problem& problem,
                                                 int64_t first_row, int query, int key) {
+  if constexpr (!kPlain) {
+    if (problem.dropout.seeds != nullptr) {
+      const HeadDropout dropout(problem, first_row);
+#pragma unroll
+      for (int m = 0; m < kFragments; ++m) {
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          float factors[4];
+          dropout.factors(factors, query + m * kFragmentRows, key + tile * 8);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) grads[m][tile][i] *= factors[i];
+        }
+      }
+    }
+  }
 #pragma unroll
   for (int m = 0; m < kFragments; ++m) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      float factors[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-      if constexpr (!kPlain) {
-        if (problem.dropout.seeds != nullptr) {
-          HeadDropout(problem, first_row).factors(factors, query + m * kFragmentRows, key + tile * 8);
-        }
-      }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        float& score = scores[m][tile][i];
-        score =
-            score_gradient(weight(score, state[m].lse[i / 2]), grads[m][tile][i] * factors[i], state[m].delta[i / 2]);
+        scores[m][tile][i] = weight(scores[m][tile][i], factor, state[m].shift[i / 2]);
+        grads[m][tile][i] -= state[m].delta[i / 2];
       }
+    }
+  }
+  if (masked) clear_where_zero(grads, scores);
+#pragma unroll
+  for (int m = 0; m < kFragments; ++m) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scores[m][tile][i] *= grads[m][tile][i];
     }
   }
 }
@@ -164,12 +176,15 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim>::kThread
               row_pointer<T>(p.grad_out, block.batch, block.head, block.queries.begin), p.grad_out.row,
               problem.value_dim, is_valid);
   };
+  const TileSource<T, kKeyDim, BLOCK_N, kShape.warps> keys(row_pointer<T>(p.key, block.key_batch, block.key_head, 0),
+                                                           p.key.row, problem.key_dim);
+  const TileSource<T, kValueDim, BLOCK_N, kShape.warps> values(
+      row_pointer<T>(p.value, block.key_batch, block.key_head, 0), p.value.row, problem.value_dim);
   const auto load_keys = [&](const typename Tiles::Index& tile, int i) {
     const auto is_live = [&](int row) { return tile.is_live(row); };
-    copy_rows(Layout::key_dim(i), BLOCK_N, row_pointer<T>(p.key, block.key_batch, block.key_head, tile.key()),
-              p.key.row, problem.key_dim, is_live);
-    copy_rows(Layout::value_dim(i), BLOCK_N, row_pointer<T>(p.value, block.key_batch, block.key_head, tile.key()),
-              p.value.row, problem.value_dim, is_live);
+    const auto key = static_cast<unsigned>(tile.key());
+    keys.copy(Layout::key_dim(i), key * p.key.row, tile.all_live(), is_live);
+    values.copy(Layout::value_dim(i), key * p.value.row, tile.all_live(), is_live);
   };
   const typename Tiles::Index first = tiles.first();
   load_queries();
@@ -189,26 +204,33 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim>::kThread
     }
   }
 
+  const Band window = Band::of<false>(problem, row);
   float sums[kFragments][kColumns / 8][4] = {};
   pipeline<kShape.stages>(tiles, first, load_keys, [&](const typename Tiles::Index& tile, int i) {
     const int key = tile.key();
-    const bool unmasked = tiles.is_unmasked(problem, block, tile);
+    const Band band = window.from(key);
+    if (warp_rows <= 0 || band.misses(Layout::kWarpRows, BLOCK_N)) return;
+    const bool masked = tiles.is_masked(tile, band, Layout::kWarpRows);
     Visible<kFragments, kTiles> visible;
-    if (!unmasked) {
-      visible = visible_scores<kPlain, false, kFragments, kTiles>(problem, tiles.mask, row, warp_rows, key, tile.live);
+    const auto find_visible = [&] {
+      visible = visible_scores<kPlain, false, kFragments, kTiles>(band, tiles.mask, row, warp_rows, key, tile.live);
+    };
+    if (!kPlain && masked) {
+      find_visible();
+      if (!device::any_lane(visible.any())) return;
     }
-    if (warp_rows <= 0 || !(unmasked || device::any_lane(visible.bits != 0))) return;
     // scores
     float scores[kFragments][kTiles][4] = {}, grads[kFragments][kTiles][4] = {};
     multiply_rows(scores, Layout::owned_key_dim(), warp_row, Layout::key_dim(i), problem.exact);
     multiply_rows(grads, Layout::owned_value_dim(), warp_row, Layout::value_dim(i), problem.exact);
+    if (kPlain && masked) find_visible();
     const float scale = cap_scores<kPlain, true>(scores, problem);
-    mask_scores<kPlain, false>(scores, scale, visible, tiles.mask, row, key);
+    const float factor = mask_scores<kPlain, false>(scores, scale, masked, visible, tiles.mask, row, key);
     // softmax
-    score_gradients<kPlain>(scores, grads, state, problem, block.first_row, row, key);
+    score_gradients<kPlain>(scores, factor, grads, masked, state, problem, block.first_row, row, key);
     // accumulate
-    const uint32_t live = kPlain || unmasked ? 0 : visible.columns();
-    multiply_weights<T>(sums, scores, Layout::key_dim(i), first_column, problem.exact, !kPlain && !unmasked, live);
+    const uint32_t live = kPlain || !masked ? 0 : visible.columns();
+    multiply_weights<T>(sums, scores, Layout::key_dim(i), first_column, problem.exact, !kPlain && masked, live);
   });
 
   // epilogue
@@ -245,19 +267,21 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim>::kThread
               row_pointer<T>(p.value, block.batch(problem), block.key_head, block.keys.begin), p.value.row,
               problem.value_dim, is_valid);
   };
-  const auto load_queries = [&](int tile, int /*i*/) {
-    const int head = tiles.head(tile), query = tiles.query(tile);
-    const auto is_valid = [&](int row) { return query + row < block.all_queries(problem); };
-    const auto queries = Layout::key_dim(tile);
-    copy_rows(queries, BLOCK_M, row_pointer<T>(p.query, block.query_batch(problem), head, query), p.query.row,
-              problem.key_dim, is_valid);
-    copy_rows(Layout::value_dim(tile), BLOCK_M, row_pointer<T>(p.grad_out, block.query_batch(problem), head, query),
-              p.grad_out.row, problem.value_dim, is_valid);
+  const TileSource<T, kKeyDim, BLOCK_M, kShape.warps> queries(
+      row_pointer<T>(p.query, block.query_batch(problem), tiles.first_head, 0), p.query.row, problem.key_dim);
+  const TileSource<T, kValueDim, BLOCK_M, kShape.warps> grad_outs(
+      row_pointer<T>(p.grad_out, block.query_batch(problem), tiles.first_head, 0), p.grad_out.row, problem.value_dim);
+  const auto load_queries = [&](const typename Tiles::Index& tile, int i) {
+    const int head = tiles.head(tile), query = tiles.query(tile), existing = block.all_queries(problem) - query;
+    const auto is_valid = [&](int row) { return row < existing; };
+    queries.copy(Layout::key_dim(i), tiles.offset(p.query, tile), existing >= BLOCK_M, is_valid);
+    grad_outs.copy(Layout::value_dim(i), tiles.offset(p.grad_out, tile), existing >= BLOCK_M, is_valid);
     const float* lse = row_pointer(p.lse, block.query_batch(problem), head, query);
     const float* delta = p.delta + block.first_row(problem, head) + query;
     for (int row = threadIdx.x; row < BLOCK_M; row += blockDim.x) {
-      device::async_copy<4>(queries.row_extra(row), lse + row * p.lse.row, is_valid(row) ? 4 : 0);
-      device::async_copy<4>(queries.row_extra(row) + 1, delta + row, is_valid(row) ? 4 : 0);
+      float* extra = Layout::key_dim(i).row_extra(row);
+      device::async_copy<4>(extra, lse + row * p.lse.row, is_valid(row) ? 4 : 0);
+      device::async_copy<4>(extra + 1, delta + row, is_valid(row) ? 4 : 0);
     }
   };
   load_keys();
@@ -267,69 +291,104 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim>::kThread
   float key_sums[kFragments][kKeyColumns / 8][4] = {}, value_sums[kFragments][kValueColumns / 8][4] = {};
   const int key_column = static_cast<int>(blockIdx.y) * kKeyColumns;
   const int value_column = static_cast<int>(blockIdx.y) * kValueColumns;
-  const float scale = problem.scale * kLog2e;
-  pipeline<kShape.stages>(tiles, tiles.first(), load_queries, [&](int tile, int /*i*/) {
+  const Band window = Band::of<true>(problem, key);
+  pipeline<kShape.stages>(tiles, tiles.first(), load_queries, [&](const typename Tiles::Index& tile, int i) {
     const int head = tiles.head(tile), query = tiles.query(tile);
+    const Band band = window.from(query);
+    if (warp_rows <= 0 || band.misses(Layout::kWarpRows, BLOCK_M)) return;
     const HeadMask<T> mask(problem.mask, block.batch(problem), head);
-    const bool unmasked = tiles.is_unmasked(problem, block, tile, block_n) && (kPlain || mask.kind == MaskKind::kNone);
+    const Range existing = tiles.queries(problem, block, tile);
+    const bool masked = existing.end - query < BLOCK_M || !band.covers(Layout::kWarpRows, BLOCK_M) ||
+                        (!kPlain && mask.kind != MaskKind::kNone);
     Visible<kFragments, kTiles> visible;
-    if (!unmasked) {
-      const auto live = mask.template live<BLOCK_M, true>(tiles.queries(problem, block, tile), query);
-      visible = visible_scores<kPlain, true, kFragments, kTiles>(problem, mask, key, warp_rows, query, live);
+    const auto find_visible = [&] {
+      const auto live = mask.template live<BLOCK_M, true>(existing, query);
+      visible = visible_scores<kPlain, true, kFragments, kTiles>(band, mask, key, warp_rows, query, live);
+    };
+    if (!kPlain && masked) {
+      find_visible();
+      if (!device::any_lane(visible.any())) return;
     }
-    if (warp_rows <= 0 || !(unmasked || device::any_lane(visible.bits != 0))) return;
     // scores
+    const auto queries = Layout::key_dim(i);
     float scores[kFragments][kTiles][4] = {}, grads[kFragments][kTiles][4] = {};
-    multiply_rows(scores, Layout::owned_key_dim(), warp_row, Layout::key_dim(tile), problem.exact);
-    multiply_rows(grads, Layout::owned_value_dim(), warp_row, Layout::value_dim(tile), problem.exact);
-    const bool capped =
-        !kPlain && is_capped(problem);  // capped and masked tile by tile, with the derivatives in registers
-    if (!capped) mask_scores<kPlain, true>(scores, scale, visible, mask, key, query);
+    multiply_rows(scores, Layout::owned_key_dim(), warp_row, queries, problem.exact);
+    multiply_rows(grads, Layout::owned_value_dim(), warp_row, Layout::value_dim(i), problem.exact);
+    if (kPlain && masked) find_visible();
     // softmax: scores = dropout(P)^T, grads = dS^T
+    const bool capped = !kPlain && is_capped(problem);
+    float factor = problem.scale * kLog2e;
+    if (!capped) factor = mask_scores<kPlain, true>(scores, factor, masked, visible, mask, key, query);
+    const auto shift_and_delta = [&](int n, float (&shift)[2], float (&delta)[2]) {
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      float lse[2], delta[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float* state = Layout::key_dim(tile).row_extra(n * 8 + lane_column() + i);
-        lse[i] = kLog2e * state[0], delta[i] = state[1];
+      for (int e = 0; e < 2; ++e) {
+        uint32_t state[2];
+        device::load_words(queries.row_extra(n * 8 + lane_column() + e), state);
+        shift[e] = weight_shift(kLog2e * bits_to_float(state[0])), delta[e] = bits_to_float(state[1]);
       }
+    };
+    if (!kPlain && (capped || problem.dropout.seeds != nullptr)) {
 #pragma unroll
-      for (int m = 0; m < kFragments; ++m) {
-        float factors[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-        if constexpr (!kPlain) {
+      for (int n = 0; n < kTiles; ++n) {
+        float shift[2], delta[2];
+        shift_and_delta(n, shift, delta);
+#pragma unroll
+        for (int m = 0; m < kFragments; ++m) {
+          float factors[4] = {1.0f, 1.0f, 1.0f, 1.0f}, derivatives[4] = {1.0f, 1.0f, 1.0f, 1.0f};
           if (problem.dropout.seeds != nullptr) {
             HeadDropout(problem, block.first_row(problem, head))
                 .factors_transposed(factors, query + n * 8, key + m * kFragmentRows);
           }
-        }
-        float derivatives[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-        if constexpr (!kPlain) {
-          if (capped) {
+          if (capped) {  // and masked here, with the derivatives in registers
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const CappedScore score(scores[m][n][i], problem);
-              derivatives[i] = score.derivative;
-              scores[m][n][i] = masked_score<false, true>(score.score(problem), visible, mask, m, n, i, key, query);
+            for (int e = 0; e < 4; ++e) {
+              const CappedScore score(scores[m][n][e], problem);
+              scores[m][n][e] = score.score(problem), derivatives[e] = score.derivative;
             }
+            factor = 1.0f;
+            if (masked) mask_fragment<true>(scores[m][n], visible, m, n, mask, key, query);
+          }
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float probability = weight(scores[m][n][e], factor, shift[e % 2]);
+            const float grad = (grads[m][n][e] * factors[e] - delta[e % 2]) * derivatives[e];
+            grads[m][n][e] = probability == 0.0f ? 0.0f : probability * grad;
+            scores[m][n][e] = probability * factors[e];
           }
         }
+      }
+    } else {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float probability = weight(scores[m][n][i], lse[i % 2]);
-          grads[m][n][i] = score_gradient(probability, grads[m][n][i] * factors[i], delta[i % 2], derivatives[i]);
-          scores[m][n][i] = probability * factors[i];
+      for (int n = 0; n < kTiles; ++n) {
+        float shift[2], delta[2];
+        shift_and_delta(n, shift, delta);
+#pragma unroll
+        for (int m = 0; m < kFragments; ++m) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            scores[m][n][e] = weight(scores[m][n][e], factor, shift[e % 2]);
+            grads[m][n][e] -= delta[e % 2];
+          }
+        }
+      }
+      if (masked) clear_where_zero(grads, scores);
+#pragma unroll
+      for (int m = 0; m < kFragments; ++m) {
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) grads[m][n][e] *= scores[m][n][e];
         }
       }
     }
     // accumulate
-    const uint32_t live = kPlain || unmasked ? 0 : visible.columns();
-    const bool masked = !kPlain && !unmasked;
+    const uint32_t live = kPlain || !masked ? 0 : visible.columns();
     if (value_column < kValueDim) {
-      multiply_weights<T>(value_sums, scores, Layout::value_dim(tile), value_column, problem.exact, masked, live);
+      multiply_weights<T>(value_sums, scores, Layout::value_dim(i), value_column, problem.exact, !kPlain && masked,
+                          live);
     }
     if (key_column < kKeyDim) {
-      multiply_weights<T>(key_sums, grads, Layout::key_dim(tile), key_column, problem.exact, masked, live);
+      multiply_weights<T>(key_sums, grads, queries, key_column, problem.exact, !kPlain && masked, live);
     }
   });
 

@@ -75,13 +75,20 @@ __global__ void __launch_bounds__(ForwardLayout<T, kKeyDim, kValueDim, kPlain>::
     copy_rows(Layout::query(i), block_m, row_pointer<T>(p.query, block.batch, block.head, block.queries.begin),
               p.query.row, problem.key_dim, [&](int row) { return row < block.rows(); });
   };
-  const auto load_keys = [&](const QueryBlock& block, const typename Tiles::Index& tile, int i) {
+  using Keys = TileSource<T, kKeyDim, BLOCK_N, kShape.warps>;
+  using Values = TileSource<T, kColumns, BLOCK_N, kShape.warps>;
+  const auto keys_of = [&](const QueryBlock& block) {
+    return Keys(row_pointer<T>(p.key, block.key_batch, block.key_head, 0), p.key.row, problem.key_dim);
+  };
+  const auto values_of = [&](const QueryBlock& block) {
+    return Values(row_pointer<T>(p.value, block.key_batch, block.key_head, 0) + first_column, p.value.row,
+                  problem.value_dim - first_column);
+  };
+  const auto load_keys = [&](const Keys& keys, const Values& values, const typename Tiles::Index& tile, int i) {
     const auto is_live = [&](int row) { return tile.is_live(row); };
-    copy_rows(Layout::key(i), BLOCK_N, row_pointer<T>(p.key, block.key_batch, block.key_head, tile.key()), p.key.row,
-              problem.key_dim, is_live);
-    copy_rows(Layout::value(i), BLOCK_N,
-              row_pointer<T>(p.value, block.key_batch, block.key_head, tile.key()) + first_column, p.value.row,
-              problem.value_dim - first_column, is_live);
+    const auto key = static_cast<unsigned>(tile.key());
+    keys.copy(Layout::key(i), key * p.key.row, tile.all_live(), is_live);
+    values.copy(Layout::value(i), key * p.value.row, tile.all_live(), is_live);
   };
 
   const int64_t all_tiles =
@@ -98,7 +105,7 @@ __global__ void __launch_bounds__(ForwardLayout<T, kKeyDim, kValueDim, kPlain>::
     const QueryBlock block(problem, first_tile + query_tile, block_m, may_pack);
     tile = Tiles(problem, block).first();
     load_queries(block, query_tile);
-    load_keys(block, tile, i);
+    load_keys(keys_of(block), values_of(block), tile, i);
   };
   if constexpr (!kPlain) {
     if (problem.sequences.count > 0 && QueryBlock(problem, first_tile, block_m, may_pack).rows() <= 0) return;
@@ -110,15 +117,18 @@ __global__ void __launch_bounds__(ForwardLayout<T, kKeyDim, kValueDim, kPlain>::
   for (int query_tile = 0; query_tile < query_tiles; ++query_tile) {
     const QueryBlock block(problem, first_tile + query_tile, block_m, may_pack);
     const Tiles tiles(problem, block);
+    const Keys keys = keys_of(block);
+    const Values values = values_of(block);
     const int row = block.queries.begin + warp_row, warp_rows = block.rows() - warp_row;
+    const Band window = Band::of<false>(problem, row);
     Softmax softmax[kFragments];
     float out[kFragments][kColumns / 8][4] = {};
 
-    const auto apply_softmax = [&](float (&scores)[kFragments][kTiles][4], int key) {
+    const auto apply_softmax = [&](float (&scores)[kFragments][kTiles][4], float factor, int key) {
 #pragma unroll
       for (int m = 0; m < kFragments; ++m) {
         float rescale[2];
-        softmax[m].update(scores[m], rescale);
+        softmax[m].update(scores[m], factor, rescale);
         // The factors are 1 once the row's maximum has been found. A wide output has no registers for the test.
         constexpr bool kAlways = kFragments * kColumns > 128;
         if (kAlways || device::any_lane(rescale[0] != 1.0f || rescale[1] != 1.0f)) {
@@ -147,20 +157,26 @@ __global__ void __launch_bounds__(ForwardLayout<T, kKeyDim, kValueDim, kPlain>::
     };
 
     const auto attend = [&](const typename Tiles::Index& current) {
-      const bool unmasked = tiles.is_unmasked(problem, block, current);
+      const int key = current.key();
+      const Band band = window.from(key);
+      if (warp_rows <= 0 || band.misses(Layout::kWarpRows, BLOCK_N)) return;
+      const bool masked = tiles.is_masked(current, band, Layout::kWarpRows);
       Visible<kFragments, kTiles> visible;
-      if (!unmasked) {
-        visible = visible_scores<kPlain, false, kFragments, kTiles>(problem, tiles.mask, row, warp_rows, current.key(),
-                                                                    current.live);
+      const auto find_visible = [&] {
+        visible = visible_scores<kPlain, false, kFragments, kTiles>(band, tiles.mask, row, warp_rows, key, current.live);
+      };
+      if (!kPlain && masked) {
+        find_visible();
+        if (!device::any_lane(visible.any())) return;
       }
-      if (warp_rows <= 0 || !(unmasked || device::any_lane(visible.bits != 0))) return;
       float scores[kFragments][kTiles][4] = {};
       multiply_rows(scores, Layout::query(query_tile), warp_row, Layout::key(i), problem.exact);
+      if (kPlain && masked) find_visible();
       const float scale = cap_scores<kPlain, false>(scores, problem);
-      mask_scores<kPlain, false>(scores, scale, visible, tiles.mask, row, current.key());
-      apply_softmax(scores, current.key());
-      const uint32_t live = kPlain || unmasked ? 0 : visible.columns();
-      multiply_weights<T>(out, scores, Layout::value(i), 0, problem.exact, !kPlain && !unmasked, live);
+      const float factor = mask_scores<kPlain, false>(scores, scale, masked, visible, tiles.mask, row, key);
+      apply_softmax(scores, factor, key);
+      const uint32_t live = kPlain || !masked ? 0 : visible.columns();
+      multiply_weights<T>(out, scores, Layout::value(i), 0, problem.exact, !kPlain && masked, live);
     };
 
     bool more = true;
@@ -171,7 +187,7 @@ __global__ void __launch_bounds__(ForwardLayout<T, kKeyDim, kValueDim, kPlain>::
       pipeline_step<kShape.stages>(
           [&] {
             if (more) {
-              load_keys(block, tile, i + 1);
+              load_keys(keys, values, tile, i + 1);
             } else if (query_tile + 1 < query_tiles) {
               load(query_tile + 1, i + 1);
             }

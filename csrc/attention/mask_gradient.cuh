@@ -117,16 +117,17 @@ struct FirstOrderScores {
     multiply_rows(scores, query(), warp_row, key(), problem.exact);
     multiply_rows(grads, grad_out(), warp_row, value(), problem.exact);
     const float scale = cap_scores<false, false>(scores, problem);
-    mask_scores<false, false>(scores, scale, visible, mask, row, tile.key);
+    const float factor = mask_scores<false, false>(scores, scale, true, visible, mask, row, tile.key);
     RowState state[1];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int down = half * 8 + lane_row();
-      const bool valid = down < warp_rows;
-      state[0].lse[half] = valid ? kLog2e * *row_pointer(p.lse, tile.batch, tile.head, row + down) : -INFINITY;
-      state[0].delta[half] = valid ? p.delta[first_row + row + down] : 0.0f;
+      if (down < warp_rows) {
+        state[0].shift[half] = weight_shift(kLog2e * *row_pointer(p.lse, tile.batch, tile.head, row + down));
+        state[0].delta[half] = p.delta[first_row + row + down];
+      }
     }
-    score_gradients<false>(scores, grads, state, problem, first_row, row, tile.key);
+    score_gradients<false>(scores, factor, grads, true, state, problem, first_row, row, tile.key);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
@@ -163,8 +164,9 @@ __device__ __forceinline__ void mask_gradient(const typename Scores::Params& p, 
     const int row = tile.query + warp_row;
     const HeadMask<T> mask(problem.mask, tile.batch, tile.head);
     const auto live = mask.template live<BLOCK_N, false>({0, problem.keys}, tile.key);
-    auto visible = visible_scores<false, false, 1, kTiles>(problem, mask, row, problem.queries - row, tile.key, live);
-    if (device::any_lane(visible.bits != 0)) Scores(block_m, i).accumulate(sums, p, tile, warp_row, visible, mask);
+    const Band band = Band::of<false>(problem, row).from(tile.key);
+    auto visible = visible_scores<false, false, 1, kTiles>(band, mask, row, problem.queries - row, tile.key, live);
+    if (device::any_lane(visible.any())) Scores(block_m, i).accumulate(sums, p, tile, warp_row, visible, mask);
   });
 
   // epilogue: sums over the rows or columns that the mask is broadcast over

@@ -39,17 +39,17 @@ struct SecondOrderScores {
     const int row = tile.query + warp_row, warp_rows = problem.queries - row;
     const int64_t first_row = tile.first_row(problem);
     const HeadMask<T> mask_tangent(p.tangents.mask, tile.batch, tile.head);
-    SecondOrderTile<T, kTiles> scores(p, queries, warp_row, keys, visible, mask, mask_tangent, row, tile.key);
-    SecondOrderRow rows[2] = {{-INFINITY, 0.0f, 0.0f, 0.0f}, {-INFINITY, 0.0f, 0.0f, 0.0f}};
+    SecondOrderTile<T, kTiles> scores(p, queries, warp_row, keys, true, visible, mask, mask_tangent, row, tile.key);
+    SecondOrderRow rows[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int at = row + half * 8 + lane_row();
       if (half * 8 + lane_row() < warp_rows) {
-        rows[half] = {kLog2e * *row_pointer(p.first.lse, tile.batch, tile.head, at), p.first.delta[first_row + at],
-                      *row_pointer(p.tangent_lse, tile.batch, tile.head, at), p.second_delta[first_row + at]};
+        rows[half] = {weight_shift(kLog2e * *row_pointer(p.first.lse, tile.batch, tile.head, at)),
+                      p.first.delta[first_row + at], *row_pointer(p.tangent_lse, tile.batch, tile.head, at), p.second_delta[first_row + at]};
       }
     }
-    scores.softmax(problem, first_row, rows, row, tile.key);
+    scores.softmax(problem, first_row, rows, true, row, tile.key);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll

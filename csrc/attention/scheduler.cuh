@@ -101,6 +101,7 @@ struct KeyTiles {
 
     __device__ __forceinline__ int key() const { return tile * BLOCK_N; }
     __device__ __forceinline__ bool is_live(int row) const { return (live >> row & 1) != 0; }
+    __device__ __forceinline__ bool all_live() const { return live == full<BLOCK_N>(); }
   };
   Range keys;
   HeadMask<T> mask;
@@ -119,10 +120,9 @@ struct KeyTiles {
   __device__ __forceinline__ Index next(const Index& index) const { return find(index.tile + 1); }
   __device__ __forceinline__ bool contains(const Index& index) const { return index.tile < end_tile; }
 
-  // Whether every query of the block attends to every key of the tile, so that no mask has to be applied.
-  __device__ __forceinline__ bool is_unmasked(const Problem& p, const QueryBlock& block, const Index& index) const {
-    return index.live == full<BLOCK_N>() && window_covers(p, block.queries, {index.key(), index.key() + BLOCK_N}) &&
-           (kPlain || mask.kind == MaskKind::kNone || (mask.kind == MaskKind::kBool && mask.is_per_key()));
+  // Whether something has to be masked in the scores of the tile with ``rows`` queries, which see ``band`` of it.
+  __device__ __forceinline__ bool is_masked(const Index& index, const Band& band, int rows) const {
+    return !index.all_live() || !band.covers(rows, BLOCK_N) || (!kPlain && mask.has_entries());
   }
 
  private:
@@ -180,8 +180,10 @@ struct KeyBlock {
 // The query tiles of a KeyBlock, BLOCK_M queries each, for each head of the group. There may be none.
 template <int BLOCK_M>
 struct QueryTiles {
-  using Index = int;
-  int first_tile, tiles_per_head, group_size, first_head, count;
+  struct Index {
+    int head, tile;  // of the group, of the head
+  };
+  int first_tile, tiles_per_head, group_size, first_head;
 
   // kBlockN: the maximum number of keys of the block. Called by whole warps.
   template <typename T, int kBlockN, bool kPlain, bool kMayPack>
@@ -192,35 +194,35 @@ struct QueryTiles {
     tiles.first_head = block.key_head * tiles.group_size;
     tiles.first_tile = queries.begin / BLOCK_M;
     tiles.tiles_per_head = queries.empty() ? 0 : (queries.end + BLOCK_M - 1) / BLOCK_M - tiles.first_tile;
-    tiles.count = tiles.tiles_per_head * tiles.group_size;
     if constexpr (!kPlain) {
       // None if the mask excludes all keys of the block for all queries.
       const HeadMask<T> mask(p.mask, block.batch(p), tiles.first_head);
       const bool shared_by_heads = tiles.group_size == 1 || p.mask.head == 0;
-      if (shared_by_heads && mask.template live<kBlockN, false>(block.keys, block.keys.begin) == 0) tiles.count = 0;
+      if (shared_by_heads && mask.template live<kBlockN, false>(block.keys, block.keys.begin) == 0) {
+        tiles.tiles_per_head = 0;
+      }
     }
     return tiles;
   }
-  __device__ __forceinline__ bool has_first() const { return count > 0; }
-  __device__ __forceinline__ Index first() const { return 0; }
-  __device__ __forceinline__ Index next(Index index) const { return index + 1; }
-  __device__ __forceinline__ bool contains(Index index) const { return index < count; }
+  __device__ __forceinline__ bool has_first() const { return tiles_per_head > 0 && group_size > 0; }
+  __device__ __forceinline__ Index first() const { return {0, 0}; }
+  __device__ __forceinline__ Index next(const Index& index) const {
+    const bool last = index.tile + 1 == tiles_per_head;
+    return {index.head + (last ? 1 : 0), last ? 0 : index.tile + 1};
+  }
+  __device__ __forceinline__ bool contains(const Index& index) const { return index.head < group_size; }
 
-  __device__ __forceinline__ int head(Index index) const { return first_head + index / tiles_per_head; }
-  __device__ __forceinline__ int query(Index index) const { return (first_tile + index % tiles_per_head) * BLOCK_M; }
+  __device__ __forceinline__ int head(const Index& index) const { return first_head + index.head; }
+  __device__ __forceinline__ int query(const Index& index) const { return (first_tile + index.tile) * BLOCK_M; }
+  // From row 0 of first_head to the tile's first row.
+  __device__ __forceinline__ int64_t offset(const Operand& operand, const Index& index) const {
+    return static_cast<unsigned>(index.head) * operand.head + static_cast<unsigned>(query(index)) * operand.row;
+  }
   template <bool kMayPack>
-  __device__ __forceinline__ Range queries(const Problem& p, const KeyBlock<kMayPack>& block, Index index) const {
+  __device__ __forceinline__ Range queries(const Problem& p, const KeyBlock<kMayPack>& block,
+                                         const Index& index) const {
     const int first = query(index), all = block.all_queries(p);
     return {first, first + BLOCK_M < all ? first + BLOCK_M : all};
-  }
-
-  // Whether every query of a full tile attends to each of ``block_n`` keys, as far as the window is concerned.
-  template <bool kMayPack>
-  __device__ __forceinline__ bool is_unmasked(const Problem& p, const KeyBlock<kMayPack>& block, Index index,
-                                              int block_n) const {
-    const Range tile = queries(p, block, index);
-    return tile.end - tile.begin == BLOCK_M && block.keys.end - block.keys.begin == block_n &&
-           window_covers(p, tile, block.keys);
   }
 };
 

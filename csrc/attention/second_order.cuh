@@ -50,34 +50,36 @@ struct SecondOrderLayout {
 
 // One query row.
 struct SecondOrderRow {
-  float lse;  // in units of log2
-  float delta, mean, second_delta;
+  float shift = INFINITY;  // from the logsumexp, see weight()
+  float delta = 0.0f, mean = 0.0f, second_delta = 0.0f;
 };
 
-// One score: Pt, dS and dS2 from S, W, dP and C before dropout.
-struct SecondOrderScore {
-  float tangent, first, second;
+// The factors that do not contain P, and P: S, W, dP and C (after dropout) become P, W - w, dP - delta and C - r.
+__device__ __forceinline__ void center(float& score, float factor, float& direction, float& grad, float& cross,
+                                       const SecondOrderRow& row) {
+  score = weight(score, factor, row.shift);
+  direction -= row.mean, grad -= row.delta, cross -= row.second_delta;
+}
 
-  __device__ __forceinline__ SecondOrderScore(float score, float direction, float grad, float cross, float factor,
-                                              const SecondOrderRow& row) {
-    const float probability = weight(score, row.lse);
-    const float centered = direction - row.mean;
-    first = score_gradient(probability, grad * factor, row.delta);
-    // 0 where P is 0, even if the other factors are inf or NaN.
-    second = probability == 0.0f ? 0.0f : centered * first + probability * (cross * factor - row.second_delta);
-    tangent = probability == 0.0f ? 0.0f : probability * centered * factor;
-  }
-};
+// From these: score = P (W - w) = Pt before dropout, grad = dS, direction = dS2.
+__device__ __forceinline__ void multiply(float& score, float& direction, float& grad, float cross) {
+  grad *= score;
+  const float second = direction * grad + score * cross;
+  score *= direction;
+  direction = second;
+}
 
 // The scores of a tile whose rows are queries: S, W, dP and C.
 template <typename T, int kTiles>
 struct SecondOrderTile {
   float scores[1][kTiles][4] = {}, direction[1][kTiles][4] = {}, grads[1][kTiles][4] = {}, cross[1][kTiles][4] = {};
+  float factor;  // of mask_scores
 
   template <typename Queries, typename Keys>
   __device__ __forceinline__ SecondOrderTile(const SecondOrderParams& p, const Queries& queries, int warp_row,
-                                             const Keys& keys, Visible<1, kTiles>& visible, const HeadMask<T>& mask,
-                                             const HeadMask<T>& mask_tangent, int row, int key) {
+                                             const Keys& keys, bool masked, Visible<1, kTiles>& visible,
+                                             const HeadMask<T>& mask, const HeadMask<T>& mask_tangent, int row,
+                                             int key) {
     const Problem& problem = p.first.problem;
     multiply_rows(scores, queries.query(), warp_row, keys.key(), problem.exact);
     multiply_direction(direction, queries, warp_row, keys, p.tangents, problem.exact);
@@ -87,24 +89,38 @@ struct SecondOrderTile {
     }
     float direction_scale;
     const float scale = cap_direction<false>(scores, direction, problem, direction_scale);
-    mask_scores<false, false>(scores, scale, visible, mask, row, key);
-    mask_direction<false>(direction, direction_scale, visible, mask_tangent, row, key);
+    factor = mask_scores<false, false>(scores, scale, masked, visible, mask, row, key);
+    mask_direction<false>(direction, direction_scale, masked, visible, mask_tangent, row, key);
   }
 
   // grads = dS and direction = dS2.
   __device__ __forceinline__ void softmax(const Problem& problem, int64_t first_row, const SecondOrderRow (&rows)[2],
-                                          int row, int key) {
+                                          bool masked, int row, int key) {
+    if (problem.dropout.seeds != nullptr) {
+      const HeadDropout dropout(problem, first_row);
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        float factors[4];
+        dropout.factors(factors, row, key + tile * 8);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) grads[0][tile][i] *= factors[i], cross[0][tile][i] *= factors[i];
+      }
+    }
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      float factors[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-      if (problem.dropout.seeds != nullptr) {
-        HeadDropout(problem, first_row).factors(factors, row, key + tile * 8);
-      }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const SecondOrderScore score(scores[0][tile][i], direction[0][tile][i], grads[0][tile][i], cross[0][tile][i],
-                                     factors[i], rows[i / 2]);
-        grads[0][tile][i] = score.first, direction[0][tile][i] = score.second;
+        center(scores[0][tile][i], factor, direction[0][tile][i], grads[0][tile][i], cross[0][tile][i], rows[i / 2]);
+      }
+    }
+    if (masked) {
+      clear_where_zero(direction, scores), clear_where_zero(grads, scores), clear_where_zero(cross, scores);
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        multiply(scores[0][tile][i], direction[0][tile][i], grads[0][tile][i], cross[0][tile][i]);
       }
     }
   }
@@ -142,9 +158,11 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
   const HeadMask<T> mask_tangent(p.tangents.mask, block.batch, block.head);
   const int row = block.queries.begin + warp_row, warp_rows = block.rows() - warp_row;
 
+  const KeyTangentSource<T, kKeyDim, kValueDim, BLOCK_N, kShape.warps> source(p.first, p.tangents, block.key_batch,
+                                                                              block.key_head, 0);
   const auto load_keys = [&](const typename Tiles::Index& tile, int i) {
-    copy_tile(Layout::template iterated<Queries, Keys>(i), p.first, p.tangents, block.key_batch, block.key_head,
-              tile.key(), 0, [&](int row) { return tile.is_live(row); });
+    source.copy(Layout::template iterated<Queries, Keys>(i), p.first, p.tangents, tile.key(), tile.all_live(),
+                [&](int row) { return tile.is_live(row); });
   };
   const typename Tiles::Index first = tiles.first();
   copy_tile(queries, p.first, p.tangents, block.batch, block.head, block.queries.begin,
@@ -161,7 +179,7 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
     for (int half = 0; half < 2; ++half) {
       const int down = half * 8 + lane_row();
       const bool valid = down < warp_rows;
-      rows[half] = {state.lse[half], state.delta[half],
+      rows[half] = {state.shift[half], state.delta[half],
                     valid ? *row_pointer(p.tangent_lse, block.batch, block.head, row + down) : 0.0f,
                     second_delta[half]};
       if (valid && lane_column() == 0 && blockIdx.y == 0) {
@@ -171,26 +189,29 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
     }
   }
 
+  const Band window = Band::of<false>(problem, row);
   float sums[1][kColumns / 8][4] = {};
   pipeline<kShape.stages>(tiles, first, load_keys, [&](const typename Tiles::Index& tile, int i) {
     const int key = tile.key();
-    const bool unmasked = tiles.is_unmasked(problem, block, tile);
+    const Band band = window.from(key);
+    if (warp_rows <= 0 || band.misses(kFragmentRows, BLOCK_N)) return;
+    const bool masked = tiles.is_masked(tile, band, kFragmentRows) || mask_tangent.kind != MaskKind::kNone;
     Visible<1, kTiles> visible;
-    if (!unmasked) {
-      visible = visible_scores<false, false, 1, kTiles>(problem, tiles.mask, row, warp_rows, key, tile.live);
+    if (masked) {
+      visible = visible_scores<false, false, 1, kTiles>(band, tiles.mask, row, warp_rows, key, tile.live);
+      if (!device::any_lane(visible.any())) return;
     }
-    if (warp_rows <= 0 || !(unmasked || device::any_lane(visible.bits != 0))) return;
     // scores
     const Keys keys = Layout::template iterated<Queries, Keys>(i);
-    SecondOrderTile<T, kTiles> scores(p, queries, warp_row, keys, visible, tiles.mask, mask_tangent, row, key);
+    SecondOrderTile<T, kTiles> scores(p, queries, warp_row, keys, masked, visible, tiles.mask, mask_tangent, row, key);
     // softmax
-    scores.softmax(problem, block.first_row, rows, row, key);
+    scores.softmax(problem, block.first_row, rows, masked, row, key);
     scores.uncap(p, queries, warp_row, keys);
     // accumulate
-    const uint32_t live = unmasked ? 0 : visible.columns();
-    multiply_weights<T>(sums, scores.direction, keys.key(), first_column, problem.exact, !unmasked, live);
+    const uint32_t live = masked ? visible.columns() : 0;
+    multiply_weights<T>(sums, scores.direction, keys.key(), first_column, problem.exact, masked, live);
     if (p.tangents.key.data != nullptr) {
-      multiply_weights<T>(sums, scores.grads, keys.tangent_key(), first_column, problem.exact, !unmasked, live);
+      multiply_weights<T>(sums, scores.grads, keys.tangent_key(), first_column, problem.exact, masked, live);
     }
   });
 
@@ -220,11 +241,13 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
   const int key = block.keys.begin + warp_row, warp_rows = block.keys.end - key;
   const Tiles tiles = Tiles::template make<T, Layout::kMaxKeys, false>(problem, block);
 
-  const auto load_queries = [&](int tile, int /*i*/) {
-    const int head = tiles.head(tile), query = tiles.query(tile);
-    const auto is_valid = [&](int row) { return query + row < block.all_queries(problem); };
-    const Queries queries = Layout::template iterated<Keys, Queries>(tile);
-    copy_tile(queries, p.first, p.tangents, block.query_batch(problem), head, query, is_valid);
+  const QueryTangentSource<T, kKeyDim, kValueDim, BLOCK_M, kShape.warps> source(
+      p.first, p.tangents, block.query_batch(problem), tiles.first_head);
+  const auto load_queries = [&](const typename Tiles::Index& tile, int i) {
+    const int head = tiles.head(tile), query = tiles.query(tile), existing = block.all_queries(problem) - query;
+    const auto is_valid = [&](int row) { return row < existing; };
+    const Queries queries = Layout::template iterated<Keys, Queries>(i);
+    source.copy(queries, p.first, p.tangents, tiles, tile, existing >= BLOCK_M, is_valid);
     const int64_t first = block.first_row(problem, head) + query;
     const float* lse = row_pointer(p.first.lse, block.query_batch(problem), head, query);
     const float* mean = row_pointer(p.tangent_lse, block.query_batch(problem), head, query);
@@ -245,19 +268,24 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
   float key_sums[1][kKeyColumns / 8][4] = {}, value_sums[1][kValueColumns / 8][4] = {};
   const int key_column = static_cast<int>(blockIdx.y) * kKeyColumns;
   const int value_column = static_cast<int>(blockIdx.y) * kValueColumns;
-  pipeline<kShape.stages>(tiles, tiles.first(), load_queries, [&](int tile, int /*i*/) {
+  const Band window = Band::of<true>(problem, key);
+  pipeline<kShape.stages>(tiles, tiles.first(), load_queries, [&](const typename Tiles::Index& tile, int i) {
     const int head = tiles.head(tile), query = tiles.query(tile);
+    const Band band = window.from(query);
+    if (warp_rows <= 0 || band.misses(kFragmentRows, BLOCK_M)) return;
     const HeadMask<T> mask(problem.mask, block.batch(problem), head),
         mask_tangent(p.tangents.mask, block.batch(problem), head);
-    const bool unmasked = tiles.is_unmasked(problem, block, tile, keys.rows) && mask.kind == MaskKind::kNone;
+    const Range existing = tiles.queries(problem, block, tile);
+    const bool masked = existing.end - query < BLOCK_M || !band.covers(kFragmentRows, BLOCK_M) ||
+                        mask.kind != MaskKind::kNone || mask_tangent.kind != MaskKind::kNone;
     Visible<1, kTiles> visible;
-    if (!unmasked) {
-      const auto live = mask.template live<BLOCK_M, true>(tiles.queries(problem, block, tile), query);
-      visible = visible_scores<false, true, 1, kTiles>(problem, mask, key, warp_rows, query, live);
+    if (masked) {
+      const auto live = mask.template live<BLOCK_M, true>(existing, query);
+      visible = visible_scores<false, true, 1, kTiles>(band, mask, key, warp_rows, query, live);
+      if (!device::any_lane(visible.any())) return;
     }
-    if (warp_rows <= 0 || !(unmasked || device::any_lane(visible.bits != 0))) return;
     // scores
-    const Queries queries = Layout::template iterated<Keys, Queries>(tile);
+    const Queries queries = Layout::template iterated<Keys, Queries>(i);
     float scores[1][kTiles][4] = {}, direction[1][kTiles][4] = {}, grads[1][kTiles][4] = {}, cross[1][kTiles][4] = {};
     multiply_rows(scores, keys.key(), warp_row, queries.query(), problem.exact);
     multiply_direction_transposed(direction, queries, keys, warp_row, p.tangents, problem.exact);
@@ -267,32 +295,58 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
     }
     float direction_scale;
     const float scale = cap_direction<false>(scores, direction, problem, direction_scale);
-    mask_scores<false, true>(scores, scale, visible, mask, key, query);
-    mask_direction<true>(direction, direction_scale, visible, mask_tangent, key, query);
+    const float factor = mask_scores<false, true>(scores, scale, masked, visible, mask, key, query);
+    mask_direction<true>(direction, direction_scale, masked, visible, mask_tangent, key, query);
     // softmax: scores = Pt^T, grads = dS^T, direction = dS2^T
+    uint32_t kept = 0;  // by dropout, one bit per score
+    static_assert(kTiles <= 8, "a word of bits");
+    if (problem.dropout.seeds != nullptr) {
+      const HeadDropout dropout(problem, block.first_row(problem, head));
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        float factors[4];
+        dropout.factors_transposed(factors, query + n * 8, key);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          grads[0][n][i] *= factors[i], cross[0][n][i] *= factors[i];
+          kept |= factors[i] != 0.0f ? 1u << (4 * n + i) : 0u;
+        }
+      }
+    }
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      float factors[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-      if (problem.dropout.seeds != nullptr) {
-        HeadDropout(problem, block.first_row(problem, head)).factors_transposed(factors, query + n * 8, key);
-      }
       SecondOrderRow rows[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float* extra = queries.query().row_extra(n * 8 + lane_column() + i);
-        rows[i] = {kLog2e * extra[0], extra[1], extra[2], extra[3]};
+        float extra[4];
+        device::load_vector(queries.query().row_extra(n * 8 + lane_column() + i), extra);
+        rows[i] = {weight_shift(kLog2e * extra[0]), extra[1], extra[2], extra[3]};
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const SecondOrderScore score(scores[0][n][i], direction[0][n][i], grads[0][n][i], cross[0][n][i], factors[i],
-                                     rows[i % 2]);
-        scores[0][n][i] = score.tangent, grads[0][n][i] = score.first, direction[0][n][i] = score.second;
+        center(scores[0][n][i], factor, direction[0][n][i], grads[0][n][i], cross[0][n][i], rows[i % 2]);
+      }
+    }
+    if (masked) {
+      clear_where_zero(direction, scores), clear_where_zero(grads, scores), clear_where_zero(cross, scores);
+    }
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) multiply(scores[0][n][i], direction[0][n][i], grads[0][n][i], cross[0][n][i]);
+    }
+    if (problem.dropout.seeds != nullptr) {
+      const float kept_factor = 1.0f / (1.0f - problem.dropout.p);
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[0][n][i] *= (kept >> (4 * n + i) & 1u) != 0 ? kept_factor : 0.0f;
       }
     }
     // accumulate
-    const uint32_t live = unmasked ? 0 : visible.columns();
+    const uint32_t live = masked ? visible.columns() : 0;
     if (value_column < kValueDim) {
-      multiply_weights<T>(value_sums, scores, queries.grad_out(), value_column, problem.exact, !unmasked, live);
+      multiply_weights<T>(value_sums, scores, queries.grad_out(), value_column, problem.exact, masked, live);
     }
     if (key_column < kKeyDim) {
       if (is_capped(problem)) {
@@ -301,9 +355,9 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
         multiply_direction_transposed(cross, queries, keys, warp_row, p.tangents, problem.exact);
         cap_gradients(grads, direction, scores, cross, problem);
       }
-      multiply_weights<T>(key_sums, direction, queries.query(), key_column, problem.exact, !unmasked, live);
+      multiply_weights<T>(key_sums, direction, queries.query(), key_column, problem.exact, masked, live);
       if (p.tangents.query.data != nullptr) {
-        multiply_weights<T>(key_sums, grads, queries.tangent(), key_column, problem.exact, !unmasked, live);
+        multiply_weights<T>(key_sums, grads, queries.tangent(), key_column, problem.exact, masked, live);
       }
     }
   });

@@ -60,9 +60,11 @@ __global__ void __launch_bounds__(TangentLayout<T, kKeyDim, kValueDim>::kThreads
   const HeadMask<T> mask_tangent(p.tangents.mask, block.batch, block.head);
   const int row = block.queries.begin + warp_row, warp_rows = block.rows() - warp_row;
 
+  const KeyTangentSource<T, kKeyDim, kColumns, BLOCK_N, Layout::kShape.warps> source(p, p.tangents, block.key_batch,
+                                                                                  block.key_head, first_column);
   const auto load_keys = [&](const typename Tiles::Index& tile, int i) {
-    copy_tile(Layout::keys(i), p, p.tangents, block.key_batch, block.key_head, tile.key(), first_column,
-              [&](int row) { return tile.is_live(row); });
+    source.copy(Layout::keys(i), p, p.tangents, tile.key(), tile.all_live(),
+                [&](int row) { return tile.is_live(row); });
   };
   const typename Tiles::Index first = tiles.first();
   copy_tile(queries, p, p.tangents, block.batch, block.head, block.queries.begin,
@@ -70,54 +72,72 @@ __global__ void __launch_bounds__(TangentLayout<T, kKeyDim, kValueDim>::kThreads
   load_keys(first, 0);
   device::async_copy_commit();
 
-  float lse[2];
+  const Band window = Band::of<false>(problem, row);
+  float shift[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int down = half * 8 + lane_row();
-    lse[half] = down < warp_rows ? kLog2e * *row_pointer(p.lse, block.batch, block.head, row + down) : -INFINITY;
+    const float lse =
+        down < warp_rows ? kLog2e * *row_pointer(p.lse, block.batch, block.head, row + down) : -INFINITY;
+    shift[half] = weight_shift(lse);
   }
   float sums[1][kColumns / 8][4] = {}, mean[2] = {0.0f, 0.0f};
   pipeline<Layout::kShape.stages>(tiles, first, load_keys, [&](const typename Tiles::Index& tile, int i) {
     const int key = tile.key();
-    const bool unmasked = tiles.is_unmasked(problem, block, tile);
+    const Band band = window.from(key);
+    if (warp_rows <= 0 || band.misses(kFragmentRows, BLOCK_N)) return;
+    const bool masked =
+        tiles.is_masked(tile, band, kFragmentRows) || mask_tangent.kind != MaskKind::kNone;
     Visible<1, kTiles> visible;
-    if (!unmasked) {
-      visible = visible_scores<kPlain, false, 1, kTiles>(problem, tiles.mask, row, warp_rows, key, tile.live);
+    const auto find_visible = [&] {
+      visible = visible_scores<kPlain, false, 1, kTiles>(band, tiles.mask, row, warp_rows, key, tile.live);
+    };
+    if (!kPlain && masked) {
+      find_visible();
+      if (!device::any_lane(visible.any())) return;
     }
-    if (warp_rows <= 0 || !(unmasked || device::any_lane(visible.bits != 0))) return;
     // scores
     const auto keys = Layout::keys(i);
     float scores[1][kTiles][4] = {}, direction[1][kTiles][4] = {};
     multiply_rows(scores, queries.query(), warp_row, keys.key(), problem.exact);
     multiply_direction(direction, queries, warp_row, keys, p.tangents, problem.exact);
+    if (kPlain && masked) find_visible();
     float direction_scale;
     const float scale = cap_direction<kPlain>(scores, direction, problem, direction_scale);
-    mask_scores<kPlain, false>(scores, scale, visible, tiles.mask, row, key);
-    mask_direction<false>(direction, direction_scale, visible, mask_tangent, row, key);
+    const float factor = mask_scores<kPlain, false>(scores, scale, masked, visible, tiles.mask, row, key);
+    mask_direction<false>(direction, direction_scale, masked, visible, mask_tangent, row, key);
     // softmax: scores = P M, direction = P W M
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      float factors[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-      if constexpr (!kPlain) {
-        if (problem.dropout.seeds != nullptr) {
-          HeadDropout(problem, block.first_row).factors(factors, row, key + n * 8);
-        }
-      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) scores[0][n][e] = weight(scores[0][n][e], factor, shift[e / 2]);
+    }
+    if (masked) clear_where_zero(direction, scores);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const float probability = weight(scores[0][n][e], lse[e / 2]);
-        const float product = probability == 0.0f ? 0.0f : probability * direction[0][n][e];
-        mean[e / 2] += product;
-        scores[0][n][e] = probability * factors[e];
-        direction[0][n][e] = product * factors[e];
+        direction[0][n][e] *= scores[0][n][e];
+        mean[e / 2] += direction[0][n][e];
+      }
+    }
+    if constexpr (!kPlain) {
+      if (problem.dropout.seeds != nullptr) {
+        const HeadDropout dropout(problem, block.first_row);
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          float factors[4];
+          dropout.factors(factors, row, key + n * 8);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) scores[0][n][e] *= factors[e], direction[0][n][e] *= factors[e];
+        }
       }
     }
     // accumulate
-    const uint32_t live = kPlain || unmasked ? 0 : visible.columns();
-    const bool masked = !kPlain && !unmasked;
-    multiply_weights<T>(sums, direction, keys.value(), 0, problem.exact, masked, live);
+    const uint32_t live = kPlain || !masked ? 0 : visible.columns();
+    multiply_weights<T>(sums, direction, keys.value(), 0, problem.exact, !kPlain && masked, live);
     if (p.tangents.value.data != nullptr) {
-      multiply_weights<T>(sums, scores, keys.tangent_value(), 0, problem.exact, masked, live);
+      multiply_weights<T>(sums, scores, keys.tangent_value(), 0, problem.exact, !kPlain && masked, live);
     }
   });
 

@@ -41,7 +41,8 @@ struct KeyTangentTile {
   }
 };
 
-// Start the asynchronous copy of the rows from ``row`` on. P: TangentParams or BackwardParams.
+// Starts the asynchronous copy of the rows of a query tile from ``row`` on, or of a key tile. P: TangentParams or
+// BackwardParams.
 template <typename T, int kKeyDim, int kValueDim, typename P, typename IsValid>
 __device__ __forceinline__ void copy_tile(const QueryTangentTile<T, kKeyDim, kValueDim>& tile, const P& p,
                                           const Tangents& tangents, unsigned batch, unsigned head, unsigned row,
@@ -77,6 +78,60 @@ __device__ __forceinline__ void copy_tile(const KeyTangentTile<T, kKeyDim, kColu
   }
 }
 
+// What a block copies tile by tile: keys, values and their tangents, see TileSource. Of tangents that are zero, the
+// address is never used.
+template <typename T, int kKeyDim, int kColumns, int kRows, int kWarps>
+struct KeyTangentSource {
+  TileSource<T, kKeyDim, kRows, kWarps> key, tangent_key;
+  TileSource<T, kColumns, kRows, kWarps> value, tangent_value;
+
+  template <typename P>
+  __device__ __forceinline__ KeyTangentSource(const P& p, const Tangents& tangents, unsigned batch, unsigned key_head,
+                                              int column)
+      : key(row_pointer<T>(p.key, batch, key_head, 0), p.key.row, p.problem.key_dim),
+        tangent_key(row_pointer<T>(tangents.key, batch, key_head, 0), tangents.key.row, p.problem.key_dim),
+        value(row_pointer<T>(p.value, batch, key_head, 0) + column, p.value.row, p.problem.value_dim - column),
+        tangent_value(row_pointer<T>(tangents.value, batch, key_head, 0) + column, tangents.value.row,
+                      p.problem.value_dim - column) {}
+
+  template <typename P, typename IsValid>
+  __device__ __forceinline__ void copy(const KeyTangentTile<T, kKeyDim, kColumns>& tile, const P& p,
+                                       const Tangents& tangents, unsigned row, bool all, IsValid&& is_valid) const {
+    key.copy(tile.key(), row * p.key.row, all, is_valid);
+    if (tangents.key.data != nullptr) {
+      tangent_key.copy(tile.tangent_key(), row * tangents.key.row, all, is_valid);
+    }
+    value.copy(tile.value(), row * p.value.row, all, is_valid);
+    if (tangents.value.data != nullptr) {
+      tangent_value.copy(tile.tangent_value(), row * tangents.value.row, all, is_valid);
+    }
+  }
+};
+
+// The same for queries of the heads of a group, with their tangents and dO.
+template <typename T, int kKeyDim, int kValueDim, int kRows, int kWarps>
+struct QueryTangentSource {
+  TileSource<T, kKeyDim, kRows, kWarps> query, tangent;
+  TileSource<T, kValueDim, kRows, kWarps> grad_out;
+
+  template <typename P>
+  __device__ __forceinline__ QueryTangentSource(const P& p, const Tangents& tangents, unsigned batch, unsigned head)
+      : query(row_pointer<T>(p.query, batch, head, 0), p.query.row, p.problem.key_dim),
+        tangent(row_pointer<T>(tangents.query, batch, head, 0), tangents.query.row, p.problem.key_dim),
+        grad_out(row_pointer<T>(p.grad_out, batch, head, 0), p.grad_out.row, p.problem.value_dim) {}
+
+  template <typename P, typename Tiles, typename IsValid>
+  __device__ __forceinline__ void copy(const QueryTangentTile<T, kKeyDim, kValueDim>& target, const P& p,
+                                       const Tangents& tangents, const Tiles& tiles, const typename Tiles::Index& tile,
+                                       bool all, IsValid&& is_valid) const {
+    query.copy(target.query(), tiles.offset(p.query, tile), all, is_valid);
+    if (tangents.query.data != nullptr) {
+      tangent.copy(target.tangent(), tiles.offset(tangents.query, tile), all, is_valid);
+    }
+    grad_out.copy(target.grad_out(), tiles.offset(p.grad_out, tile), all, is_valid);
+  }
+};
+
 // W += Gq K^T + Q Gk^T, for queries from ``row`` on.
 template <int kTiles, typename Queries, typename Keys>
 __device__ __forceinline__ void multiply_direction(float (&direction)[1][kTiles][4], const Queries& queries, int row,
@@ -94,30 +149,30 @@ __device__ __forceinline__ void multiply_direction_transposed(float (&direction)
   if (tangents.key.data != nullptr) multiply_rows(direction, keys.tangent_key(), row, queries.query(), exact);
 }
 
-// direction + Gb, 0 where the score is masked: element i of fragment [0][tile].
+// W = scale * W + Gb in place; 0 where the score is masked. ``masked``: as in mask_scores, and true if there is a Gb.
 template <bool kTransposed, int kTiles, typename T>
-__device__ __forceinline__ float masked_direction(float direction, const Visible<1, kTiles>& visible,
-                                                  const HeadMask<T>& tangent, int tile, int i, int row, int column) {
-  if (!visible.at(0, tile, i)) return 0.0f;
-  if (tangent.kind != MaskKind::kNone) {
-    const int down = row + i / 2 * 8 + lane_row(), across = column + tile * 8 + lane_column() + i % 2;
-    direction += kTransposed ? tangent.value(across, down) : tangent.value(down, across);
-  }
-  return direction;
-}
-
-// W = scale * W + Gb in place; 0 where the score is masked.
-template <bool kTransposed, int kTiles, typename T>
-__device__ __forceinline__ void mask_direction(float (&direction)[1][kTiles][4], float scale,
+__device__ __forceinline__ void mask_direction(float (&direction)[1][kTiles][4], float scale, bool masked,
                                                const Visible<1, kTiles>& visible, const HeadMask<T>& tangent, int row,
                                                int column) {
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      direction[0][tile][i] =
-          masked_direction<kTransposed>(direction[0][tile][i] * scale, visible, tangent, tile, i, row, column);
-    }
+    for (int i = 0; i < 4; ++i) direction[0][tile][i] *= scale;
+  }
+  if (tangent.kind != MaskKind::kNone) {
+    tangent.with_float_entries([&]<typename Entry>() {
+      for_entries<Entry, kTransposed, 1, kTiles>(tangent, row, column, [&](int, int tile, int i, const Entry* entry) {
+        Entry added = {};
+        if (visible.at(0, tile, i)) added = *entry;
+        direction[0][tile][i] += device::to_float(added);
+      });
+    });
+  }
+  if (!masked) return;
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) direction[0][tile][i] = visible.at(0, tile, i) ? direction[0][tile][i] : 0.0f;
   }
 }
 

@@ -8,27 +8,85 @@
 
 namespace fastgen::attention {
 
+// The 16-byte chunks of a tile's rows that a thread copies: columns ``column()`` + i * kSide * kChunk of the rows from
+// row() on in steps of step().
+template <typename T, int kWidth>
+struct Chunks {
+  static constexpr int kChunk = Tile<T, kWidth>::kChunk, kChunks = kWidth / kChunk;
+  // Lanes along a row: the largest power of two that divides its number of chunks.
+  static constexpr int kSide = (kChunks & -kChunks) < 32 ? kChunks & -kChunks : 32, kDown = 32 / kSide;
+
+  // Eight lanes write per phase, to different banks: along a row if they fill it, else down the rows.
+  static __device__ __forceinline__ int row() {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    return warp * kDown + (kSide >= 8 ? lane / kSide : lane % kDown);
+  }
+  static __device__ __forceinline__ int column() {
+    const int lane = threadIdx.x % 32;
+    return (kSide >= 8 ? lane % kSide : lane / kDown) * kChunk;
+  }
+  static __device__ __forceinline__ int step() { return static_cast<int>(blockDim.x / 32) * kDown; }
+
+  // The chunks of one row; ``target`` and ``source`` are at the first of them.
+  static __device__ __forceinline__ void copy(T* target, const T* source, bool valid, int columns) {
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; chunk += kSide) {
+      device::async_copy<16>(target + chunk * kChunk, source + chunk * kChunk,
+                             valid && column() + chunk * kChunk < columns ? 16 : 0);
+    }
+  }
+};
+
 // Starts the asynchronous copy of ``rows`` rows of ``columns`` elements, padded with zeros to kWidth; rows for which
 // is_valid(row) is false are zeros. Called by the whole block, which has to commit and wait.
 template <typename T, int kWidth, typename IsValid>
 __device__ __forceinline__ void copy_rows(const Tile<T, kWidth>& tile, int rows, const T* source, int64_t stride,
                                           int columns, IsValid&& is_valid) {
-  constexpr int kChunk = Tile<T, kWidth>::kChunk, kChunks = kWidth / kChunk;
-  // Lanes along a row: the largest power of two that divides its number of chunks.
-  constexpr int kSide = (kChunks & -kChunks) < 32 ? kChunks & -kChunks : 32, kDown = 32 / kSide;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  // Eight lanes write per phase, to different banks: along a row if they fill it, else down the rows.
-  const int down = kSide >= 8 ? lane / kSide : lane % kDown, side = kSide >= 8 ? lane % kSide : lane / kDown;
-  for (int row = warp * kDown + down; row < rows; row += warps * kDown) {
-    const bool valid = is_valid(row);
-    const T* from = source + row * stride;
-#pragma unroll
-    for (int chunk = 0; chunk < kChunks; chunk += kSide) {
-      const int column = (chunk + side) * kChunk;
-      device::async_copy<16>(tile.at(row, column), from + column, valid && column < columns ? 16 : 0);
-    }
+  using C = Chunks<T, kWidth>;
+  const int64_t advance = C::step() * stride;
+  const T* from = source + C::row() * stride + C::column();
+#pragma unroll 1
+  for (int row = C::row(); row < rows; row += C::step(), from += advance) {
+    C::copy(tile.at(row, C::column()), from, is_valid(row), columns);
   }
 }
+
+// An operand of which a block copies one tile of kRows rows after the other. A thread keeps the address of its first
+// chunk, so that a tile costs one product of row and stride, and a row one addition. kWarps: of the largest block.
+template <typename T, int kWidth, int kRows, int kWarps>
+struct TileSource {
+  using C = Chunks<T, kWidth>;
+  const T* first;
+  int64_t stride;
+  int columns;
+
+  // ``operand``: its row 0.
+  __device__ __forceinline__ TileSource(const T* operand, int64_t stride, int columns)
+      : first(operand + C::row() * stride + C::column()), stride(stride), columns(columns) {}
+
+  // copy_rows from row 0 + ``offset`` elements on. ``all``: whether is_valid is true for all rows.
+  template <typename IsValid>
+  __device__ __forceinline__ void copy(const Tile<T, kWidth>& tile, int64_t offset, bool all,
+                                       IsValid&& is_valid) const {
+    constexpr int kStep = kWarps * C::kDown;
+    const T* from = first + offset;
+    T* target = tile.at(C::row(), C::column());
+    if (all && blockDim.x == 32 * kWarps) {
+#pragma unroll
+      for (int down = 0; down < kRows; down += kStep, from += kStep * stride) {
+        if (kRows % kStep == 0 || C::row() + down < kRows) {
+          C::copy(target + down * Tile<T, kWidth>::kStride, from, true, columns);
+        }
+      }
+    } else {
+      const int64_t advance = C::step() * stride;
+#pragma unroll 1
+      for (int at = C::row(); at < kRows; at += C::step(), from += advance) {
+        C::copy(tile.at(at, C::column()), from, is_valid(at), columns);
+      }
+    }
+  }
+};
 
 // Unrolled further, the compiler would hoist so many fragment loads that it spills.
 template <int kFragments>

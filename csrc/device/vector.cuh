@@ -30,6 +30,12 @@ __device__ __forceinline__ void store_vector(T* target, const T (&elements)[kVec
   *reinterpret_cast<uint4*>(target) = raw;
 }
 
+// Two words from an 8-byte aligned address. PTX ISA, "ld" (.v2.b32).
+__device__ __forceinline__ void load_words(const void* source, uint32_t (&words)[2]) {
+  const uint2 raw = *static_cast<const uint2*>(source);
+  words[0] = raw.x, words[1] = raw.y;
+}
+
 // Two words to an 8-byte aligned address. PTX ISA, "st" (.v2.b32).
 __device__ __forceinline__ void store_words(void* target, const uint32_t (&words)[2]) {
   *static_cast<uint2*>(target) = {words[0], words[1]};

@@ -93,6 +93,14 @@ def test_coordinates(device):
 # Memory
 
 
+def test_shifts_by_a_word_or_more_give_zero(device):
+    words, threads = random_words(96), np.arange(96)
+    got = run(device, "shifts", [words], (96, 2), threads=(96, 1, 1))
+    distances = np.minimum(np.where(threads < 64, threads, 2**32), 32).astype(np.uint64)
+    wanted = np.stack([words << distances & 0xFFFFFFFF, words.astype(np.uint64) >> distances], 1)
+    np.testing.assert_array_equal(got, wanted.astype(np.uint32))
+
+
 def test_vectors_through_shared_memory(device):
     words = random_words(64, 4)
     got = run(device, "vectors", [words], (64, 4), threads=(64, 1, 1), shared=1024)

@@ -21,6 +21,10 @@ __forceinline__ void store_vector(T* target, const T (&elements)[kVectorElements
   emulator::store(target, elements, kVectorBytes);
 }
 
+__forceinline__ void load_words(const void* source, uint32_t (&words)[2]) {
+  emulator::load(words, source, sizeof(words));
+}
+
 __forceinline__ void store_words(void* target, const uint32_t (&words)[2]) {
   emulator::store(target, words, sizeof(words));
 }

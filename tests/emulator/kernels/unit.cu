@@ -2,6 +2,7 @@
 // memory.
 #include "device/atomic.cuh"
 #include "device/barrier.cuh"
+#include "device/bits.cuh"
 #include "device/copy.cuh"
 #include "device/math.cuh"
 #include "device/mbarrier.cuh"
@@ -59,6 +60,14 @@ __global__ void widenings(Arguments a) {
 }
 const Register kWidenings("widenings", widenings);
 
+// Distances of 0 ... 63 and near 2^32.
+__global__ void shifts(Arguments a) {
+  const uint32_t word = words(a)[threadIdx.x], bits = threadIdx.x < 64 ? threadIdx.x : 64 - threadIdx.x;
+  results(a)[2 * threadIdx.x] = device::shift_left(word, bits);
+  results(a)[2 * threadIdx.x + 1] = device::shift_right(word, bits);
+}
+const Register kShifts("shifts", shifts);
+
 // Every thread moves four words, through shared memory.
 __global__ void vectors(Arguments a) {
   auto* tile = reinterpret_cast<uint32_t*>(device::dynamic_shared());
@@ -68,8 +77,8 @@ __global__ void vectors(Arguments a) {
   device::store_vector(tile + at, moved);
   device::sync_block();
   const int from = 4 * (blockDim.x - 1 - threadIdx.x);
-  device::load_vector(tile + from, moved);
-  const uint32_t low[2] = {moved[0], moved[1]}, high[2] = {moved[2], moved[3]};
+  uint32_t low[2], high[2];
+  device::load_words(tile + from, low), device::load_words(tile + from + 2, high);
   device::store_words(results(a) + at, low), device::store_words(results(a) + at + 2, high);
 }
 const Register kVectors("vectors", vectors);
