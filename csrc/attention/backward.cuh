@@ -64,6 +64,10 @@ struct BackwardLayout {
 struct RowState {
   float shift[2] = {INFINITY, INFINITY}, delta[2] = {0.0f, 0.0f};
 };
+// The same of one row.
+struct RowValues {
+  float shift, delta;
+};
 
 // rowsum(a * b) of rows g and g + 8 from ``row`` on; 0 for rows from ``count`` on. The four lanes of a row share the
 // sum.
@@ -107,13 +111,11 @@ __device__ __forceinline__ RowState row_state(const BackwardParams& p, const Que
   return state;
 }
 
-// scores = dS in place, from the results of mask_scores and their factor. ``grads``: dP, overwritten. Where something is
-// masked, dS is 0 where P is, even if the other factors are inf or NaN.
+// grads = dP - delta, from dP before dropout.
 template <bool kPlain, int kFragments, int kTiles>
-__device__ __forceinline__ void score_gradients(float (&scores)[kFragments][kTiles][4], float factor,
-                                                float (&grads)[kFragments][kTiles][4], bool masked,
-                                                const RowState (&state)[kFragments], const Problem& problem,
-                                                int64_t first_row, int query, int key) {
+__device__ __forceinline__ void center_gradients(float (&grads)[kFragments][kTiles][4],
+                                                 const RowState (&state)[kFragments], const Problem& problem,
+                                                 int64_t first_row, int query, int key) {
   if constexpr (!kPlain) {
     if (problem.dropout.seeds != nullptr) {
       const HeadDropout dropout(problem, first_row);
@@ -134,21 +136,43 @@ __device__ __forceinline__ void score_gradients(float (&scores)[kFragments][kTil
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        scores[m][tile][i] = weight(scores[m][tile][i], factor, state[m].shift[i / 2]);
-        grads[m][tile][i] -= state[m].delta[i / 2];
-      }
+      for (int i = 0; i < 4; ++i) grads[m][tile][i] -= state[m].delta[i / 2];
     }
   }
-  if (masked) clear_where_zero(grads, scores);
+}
+
+// left *= right.
+template <int kFragments, int kTiles>
+__device__ __forceinline__ void multiply_scores(float (&left)[kFragments][kTiles][4],
+                                                const float (&right)[kFragments][kTiles][4]) {
 #pragma unroll
   for (int m = 0; m < kFragments; ++m) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) scores[m][tile][i] *= grads[m][tile][i];
+      for (int i = 0; i < 4; ++i) left[m][tile][i] *= right[m][tile][i];
     }
   }
+}
+
+// scores = dS in place, from the results of mask_scores and their factor. ``grads``: dP - delta, overwritten. Where
+// something is masked, dS is 0 where P is, even if the other factors are inf or NaN.
+template <int kFragments, int kTiles>
+__device__ __forceinline__ void score_gradients(float (&scores)[kFragments][kTiles][4], float factor,
+                                                float (&grads)[kFragments][kTiles][4], bool masked,
+                                                const RowState (&state)[kFragments]) {
+#pragma unroll
+  for (int m = 0; m < kFragments; ++m) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        scores[m][tile][i] = weight(scores[m][tile][i], factor, state[m].shift[i / 2]);
+      }
+    }
+  }
+  if (masked) clear_where_zero(grads, scores);
+  multiply_scores(scores, grads);
 }
 
 // gridDim = (query tiles of all heads, slices of the key dim).
@@ -224,12 +248,13 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim>::kThread
     multiply_rows(scores, Layout::owned_key_dim(), warp_row, Layout::key_dim(i), problem.exact);
     multiply_rows(grads, Layout::owned_value_dim(), warp_row, Layout::value_dim(i), problem.exact);
     if (kPlain && masked) find_visible();
-    const float scale = cap_scores<kPlain, true>(scores, problem);
+    center_gradients<kPlain>(grads, state, problem, block.first_row, row, key);
+    const float scale = cap_scores<kPlain>(scores, grads, problem);
     const float factor = mask_scores<kPlain, false>(scores, scale, masked, visible, tiles.mask, row, key);
     // softmax
-    score_gradients<kPlain>(scores, factor, grads, masked, state, problem, block.first_row, row, key);
+    score_gradients(scores, factor, grads, masked, state);
     // accumulate
-    const uint32_t live = kPlain || !masked ? 0 : visible.columns();
+    const uint32_t live = kPlain || !masked ? 0 : visible.columns(tile.live);
     multiply_weights<T>(sums, scores, Layout::key_dim(i), first_column, problem.exact, !kPlain && masked, live);
   });
 
@@ -300,9 +325,10 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim>::kThread
     const Range existing = tiles.queries(problem, block, tile);
     const bool masked = existing.end - query < BLOCK_M || !band.covers(Layout::kWarpRows, BLOCK_M) ||
                         (!kPlain && mask.kind != MaskKind::kNone);
+    LiveBits<BLOCK_M> live = 0;
     Visible<kFragments, kTiles> visible;
     const auto find_visible = [&] {
-      const auto live = mask.template live<BLOCK_M, true>(existing, query);
+      live = mask.template live<BLOCK_M, true>(existing, query);
       visible = visible_scores<kPlain, true, kFragments, kTiles>(band, mask, key, warp_rows, query, live);
     };
     if (!kPlain && masked) {
@@ -316,79 +342,61 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim>::kThread
     multiply_rows(grads, Layout::owned_value_dim(), warp_row, Layout::value_dim(i), problem.exact);
     if (kPlain && masked) find_visible();
     // softmax: scores = dropout(P)^T, grads = dS^T
-    const bool capped = !kPlain && is_capped(problem);
-    float factor = problem.scale * kLog2e;
-    if (!capped) factor = mask_scores<kPlain, true>(scores, factor, masked, visible, mask, key, query);
-    const auto shift_and_delta = [&](int n, float (&shift)[2], float (&delta)[2]) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        uint32_t state[2];
-        device::load_words(queries.row_extra(n * 8 + lane_column() + e), state);
-        shift[e] = weight_shift(kLog2e * bits_to_float(state[0])), delta[e] = bits_to_float(state[1]);
+    KeptScores<kFragments, kTiles> kept;
+    if constexpr (!kPlain) {
+      if (problem.dropout.seeds != nullptr) {
+        const HeadDropout dropout(problem, block.first_row(problem, head));
+        kept = dropout.template kept_transposed<kFragments, kTiles>(query, key);
+        kept.apply(grads);
       }
+    }
+    const auto row_state = [&](int query) {
+      uint32_t state[2];
+      device::load_words(queries.row_extra(query), state);
+      return RowValues{weight_shift(kLog2e * bits_to_float(state[0])), bits_to_float(state[1])};
     };
-    if (!kPlain && (capped || problem.dropout.seeds != nullptr)) {
+    const bool capped = !kPlain && is_capped(problem);
+    if (capped) {  // grads = (dP - delta) times the derivative
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-        float shift[2], delta[2];
-        shift_and_delta(n, shift, delta);
 #pragma unroll
-        for (int m = 0; m < kFragments; ++m) {
-          float factors[4] = {1.0f, 1.0f, 1.0f, 1.0f}, derivatives[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-          if (problem.dropout.seeds != nullptr) {
-            HeadDropout(problem, block.first_row(problem, head))
-                .factors_transposed(factors, query + n * 8, key + m * kFragmentRows);
-          }
-          if (capped) {  // and masked here, with the derivatives in registers
+        for (int e = 0; e < 4; ++e) {
+          const float delta = row_state(n * 8 + lane_column() + e % 2).delta;
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              const CappedScore score(scores[m][n][e], problem);
-              scores[m][n][e] = score.score(problem), derivatives[e] = score.derivative;
-            }
-            factor = 1.0f;
-            if (masked) mask_fragment<true>(scores[m][n], visible, m, n, mask, key, query);
-          }
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const float probability = weight(scores[m][n][e], factor, shift[e % 2]);
-            const float grad = (grads[m][n][e] * factors[e] - delta[e % 2]) * derivatives[e];
-            grads[m][n][e] = probability == 0.0f ? 0.0f : probability * grad;
-            scores[m][n][e] = probability * factors[e];
-          }
+          for (int m = 0; m < kFragments; ++m) grads[m][n][e] -= delta;
         }
       }
-    } else {
+    }
+    const float scale = cap_scores<kPlain>(scores, grads, problem);
+    const float factor = mask_scores<kPlain, true>(scores, scale, masked, visible, mask, key, query);
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        float shift[2], delta[2];
-        shift_and_delta(n, shift, delta);
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const RowValues values = row_state(n * 8 + lane_column() + i);
 #pragma unroll
         for (int m = 0; m < kFragments; ++m) {
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            scores[m][n][e] = weight(scores[m][n][e], factor, shift[e % 2]);
-            grads[m][n][e] -= delta[e % 2];
+          for (int e = i; e < 4; e += 2) {
+            scores[m][n][e] = weight(scores[m][n][e], factor, values.shift);
+            grads[m][n][e] -= capped ? 0.0f : values.delta;
           }
         }
       }
-      if (masked) clear_where_zero(grads, scores);
-#pragma unroll
-      for (int m = 0; m < kFragments; ++m) {
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) grads[m][n][e] *= scores[m][n][e];
-        }
-      }
+    }
+    if (masked) clear_where_zero(grads, scores);
+    multiply_scores(grads, scores);
+    if constexpr (!kPlain) {
+      if (problem.dropout.seeds != nullptr) kept.apply(scores);
     }
     // accumulate
-    const uint32_t live = kPlain || !masked ? 0 : visible.columns();
+    const uint32_t attended = kPlain || !masked ? 0 : visible.columns(live);
     if (value_column < kValueDim) {
       multiply_weights<T>(value_sums, scores, Layout::value_dim(i), value_column, problem.exact, !kPlain && masked,
-                          live);
+                          attended);
     }
     if (key_column < kKeyDim) {
-      multiply_weights<T>(key_sums, grads, queries, key_column, problem.exact, !kPlain && masked, live);
+      multiply_weights<T>(key_sums, grads, queries, key_column, problem.exact, !kPlain && masked, attended);
     }
   });
 

@@ -11,6 +11,32 @@
 
 namespace fastgen::attention {
 
+// Which scores of a lane are kept, one bit each. A pass that needs the factors twice keeps them so.
+template <int kFragments, int kTiles>
+struct KeptScores {
+  uint32_t bits[(kFragments * kTiles + 7) / 8] = {};
+  float factor = 0.0f;
+
+  __device__ __forceinline__ void set(int m, int tile, const float (&factors)[4]) {
+    const int first = (m * kTiles + tile) * 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) bits[first / 32] |= factors[i] != 0.0f ? 1u << (first % 32 + i) : 0u;
+  }
+  __device__ __forceinline__ void apply(float (&scores)[kFragments][kTiles][4]) const {
+#pragma unroll
+    for (int m = 0; m < kFragments; ++m) {
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const int first = (m * kTiles + tile) * 4;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          scores[m][tile][i] *= (bits[first / 32] & 1u << (first % 32 + i)) != 0 ? factor : 0.0f;
+        }
+      }
+    }
+  }
+};
+
 struct HeadDropout {
   uint64_t seed, first_group, groups_per_row;
   float p, factor;
@@ -53,6 +79,23 @@ struct HeadDropout {
     exchange(n.x[0], n.x[2], c / 2 != 0, 8), exchange(n.x[1], n.x[3], c / 2 != 0, 8);
 #pragma unroll
     for (int i = 0; i < 4; ++i) result[i] = factor_of(n.x[i]);
+  }
+
+  // The same for scores whose rows are keys from ``key`` on and whose columns are queries from ``query`` on.
+  template <int kFragments, int kTiles>
+  __device__ __forceinline__ KeptScores<kFragments, kTiles> kept_transposed(int query, int key) const {
+    KeptScores<kFragments, kTiles> kept;
+    kept.factor = factor;
+#pragma unroll
+    for (int m = 0; m < kFragments; ++m) {
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        float factors[4];
+        factors_transposed(factors, query + tile * 8, key + m * kFragmentRows);
+        kept.set(m, tile, factors);
+      }
+    }
+    return kept;
   }
 
  private:

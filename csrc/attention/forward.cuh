@@ -163,7 +163,8 @@ __global__ void __launch_bounds__(ForwardLayout<T, kKeyDim, kValueDim, kPlain>::
       const bool masked = tiles.is_masked(current, band, Layout::kWarpRows);
       Visible<kFragments, kTiles> visible;
       const auto find_visible = [&] {
-        visible = visible_scores<kPlain, false, kFragments, kTiles>(band, tiles.mask, row, warp_rows, key, current.live);
+        visible =
+            visible_scores<kPlain, false, kFragments, kTiles>(band, tiles.mask, row, warp_rows, key, current.live);
       };
       if (!kPlain && masked) {
         find_visible();
@@ -172,10 +173,10 @@ __global__ void __launch_bounds__(ForwardLayout<T, kKeyDim, kValueDim, kPlain>::
       float scores[kFragments][kTiles][4] = {};
       multiply_rows(scores, Layout::query(query_tile), warp_row, Layout::key(i), problem.exact);
       if (kPlain && masked) find_visible();
-      const float scale = cap_scores<kPlain, false>(scores, problem);
+      const float scale = cap_scores<kPlain>(scores, problem);
       const float factor = mask_scores<kPlain, false>(scores, scale, masked, visible, tiles.mask, row, key);
       apply_softmax(scores, factor, key);
-      const uint32_t live = kPlain || !masked ? 0 : visible.columns();
+      const uint32_t live = kPlain || !masked ? 0 : visible.columns(current.live);
       multiply_weights<T>(out, scores, Layout::value(i), 0, problem.exact, !kPlain && masked, live);
     };
 

@@ -38,7 +38,7 @@ __device__ __forceinline__ Range queries_in_window(const Problem& p, Range keys,
                  p.window_left == kUnbounded ? all : int64_t{keys.end} + p.window_left, all);
 }
 
-// The window as a fragment of scores sees it: row r contains the columns low + r ... high + r. Saturated, so that sums
+// The window in a fragment of scores: row r contains the columns low + r ... high + r. Saturated, so that sums
 // with rows and columns of a tile do not overflow: kMargin is more than either.
 struct Band {
   static constexpr int kMargin = 64;
@@ -95,7 +95,7 @@ struct HeadMask {
   // Whether there is more to apply to a score than the bits of live(): a float, or a bit of its own.
   __device__ __forceinline__ bool has_entries() const { return is_float() || (kind == MaskKind::kBool && query != 0); }
 
-  // Entries are Entry, the storage type of ``kind``.
+  // Entry: the storage type of ``kind``.
   template <typename Entry>
   __device__ __forceinline__ const Entry* entry(int at_query, int at_key) const {
     return reinterpret_cast<const Entry*>(data) + (at_query * query + at_key * key);
@@ -112,11 +112,11 @@ struct HeadMask {
     }
   }
 
-  // What a float mask adds to a score in units of log2. -inf only where the mask is -inf: the lowest finite floats,
-  // which are common in masks, must not overflow to it.
-  static __device__ __forceinline__ float term(float added) {
-    const float scaled = kLog2e * added;
-    return scaled == -INFINITY && added > -INFINITY ? -FLT_MAX : scaled;
+  // score + entry of a float mask, in units of log2. The lowest finite floats, which are common in masks, must not
+  // overflow to -inf: that is for entries that exclude a key.
+  static __device__ __forceinline__ float added(float score, float entry) {
+    constexpr float kLowest = static_cast<float>(-FLT_MAX / (1.000001 * kLog2e));
+    return fmaf(entry < kLowest ? kLowest : entry, kLog2e, score);
   }
   __device__ __forceinline__ bool excludes(int at_query, int at_key) const {
     if (kind == MaskKind::kBool) return *entry<unsigned char>(at_query, at_key) == 0;
@@ -162,7 +162,7 @@ struct Visible {
   __device__ __forceinline__ bool at(int m, int tile, int i) const {
     return (words[m][i / 2][tile / 4] & bit(tile, i)) != 0;
   }
-  __device__ __forceinline__ void clear(int m, int tile, int i, bool masked = true) {
+  __device__ __forceinline__ void clear(int m, int tile, int i, bool masked) {
     words[m][i / 2][tile / 4] &= ~(masked ? bit(tile, i) : 0u);
   }
 
@@ -176,12 +176,13 @@ struct Visible {
     return (found & kUsed) != 0;
   }
 
-  // Bits 2 tile and 2 tile + 1: whether any row of the warp attends to this lane's columns of the tile.
-  __device__ __forceinline__ uint32_t columns() const {
+  // Bits 2 tile and 2 tile + 1: whether any row of the warp attends to this lane's columns of the tile. Also set for
+  // columns that are not ``live``, which are zeros in shared memory.
+  __device__ __forceinline__ uint32_t columns(LiveBits<8 * kTiles> live) const {
     uint32_t found = 0;
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
-      uint32_t any_row = 0;
+      uint32_t any_row = ~(static_cast<uint32_t>(live >> (32 * word)) >> lane_column());
 #pragma unroll
       for (int m = 0; m < kFragments; ++m) any_row |= words[m][0][word] | words[m][1][word];
       any_row &= kUsed;
@@ -223,19 +224,21 @@ __device__ __forceinline__ Visible<kFragments, kTiles> visible_in(const Band& ba
 // mask, which may be out of bounds where the element is not visible.
 template <typename Entry, bool kTransposed, int kFragments, int kTiles, typename T, typename Body>
 __device__ __forceinline__ void for_entries(const HeadMask<T>& mask, int row, int column, Body&& body) {
-  const int64_t down = kTransposed ? mask.key : mask.query, across = kTransposed ? mask.query : mask.key;
-  const Entry* first = kTransposed ? mask.template entry<Entry>(column + lane_column(), row + lane_row())
-                                   : mask.template entry<Entry>(row + lane_row(), column + lane_column());
+  constexpr int kSize = sizeof(Entry);
+  const int64_t down = kSize * (kTransposed ? mask.key : mask.query);
+  const int64_t across = kSize * (kTransposed ? mask.query : mask.key);
+  const int first_row = row + lane_row(), first_column = column + lane_column();
+  const unsigned char* first = mask.data + first_row * down + first_column * across;
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const Entry* entry = first + i * across;
+      const unsigned char* entry = first + i * across;
 #pragma unroll
       for (int m = 0; m < kFragments; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          body(m, tile, 2 * half + i, entry);
+          body(m, tile, 2 * half + i, reinterpret_cast<const Entry*>(entry));
           entry += 8 * down;
         }
       }
@@ -288,33 +291,13 @@ __device__ __forceinline__ void add_mask(float (&scores)[kFragments][kTiles][4],
   mask.with_float_entries([&]<typename Entry>() {
     for_entries<Entry, kTransposed, kFragments, kTiles>(
         mask, row, column, [&](int m, int tile, int i, const Entry* entry) {
-          Entry added = {};
-          if (visible.at(m, tile, i)) added = *entry;
-          const float term = mask.term(device::to_float(added));
-          visible.clear(m, tile, i, term == -INFINITY);
-          scores[m][tile][i] += term;
+          Entry found = {};
+          if (visible.at(m, tile, i)) found = *entry;
+          const float added = device::to_float(found);
+          visible.clear(m, tile, i, added == -INFINITY);
+          scores[m][tile][i] = mask.added(scores[m][tile][i], added);
         });
   });
-}
-
-// The same for fragment [m][tile] of scores in units of log2, and hides what is masked.
-template <bool kTransposed, int kFragments, int kTiles, typename T>
-__device__ __forceinline__ void mask_fragment(float (&scores)[4], Visible<kFragments, kTiles>& visible, int m, int tile,
-                                              const HeadMask<T>& mask, int row, int column) {
-  if (mask.is_float()) {
-    mask.with_float_entries([&]<typename Entry>() {
-      for_entries<Entry, kTransposed, 1, 1>(
-          mask, row + m * kFragmentRows, column + tile * 8, [&](int, int, int i, const Entry* entry) {
-            Entry added = {};
-            if (visible.at(m, tile, i)) added = *entry;
-            const float term = mask.term(device::to_float(added));
-            visible.clear(m, tile, i, term == -INFINITY);
-            scores[i] += term;
-          });
-    });
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) scores[i] = visible.at(m, tile, i) ? scores[i] : -INFINITY;
 }
 
 // Masks the products q.k, where ``masked`` says that this has to be done, and adds a float mask. Returns the factor by

@@ -116,7 +116,7 @@ struct FirstOrderScores {
     float scores[1][kTiles][4] = {}, grads[1][kTiles][4] = {};
     multiply_rows(scores, query(), warp_row, key(), problem.exact);
     multiply_rows(grads, grad_out(), warp_row, value(), problem.exact);
-    const float scale = cap_scores<false, false>(scores, problem);
+    const float scale = cap_scores<false>(scores, problem);
     const float factor = mask_scores<false, false>(scores, scale, true, visible, mask, row, tile.key);
     RowState state[1];
 #pragma unroll
@@ -127,7 +127,8 @@ struct FirstOrderScores {
         state[0].delta[half] = p.delta[first_row + row + down];
       }
     }
-    score_gradients<false>(scores, factor, grads, true, state, problem, first_row, row, tile.key);
+    center_gradients<false>(grads, state, problem, first_row, row, tile.key);
+    score_gradients(scores, factor, grads, true, state);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll

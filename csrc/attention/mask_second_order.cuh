@@ -45,8 +45,9 @@ struct SecondOrderScores {
     for (int half = 0; half < 2; ++half) {
       const int at = row + half * 8 + lane_row();
       if (half * 8 + lane_row() < warp_rows) {
-        rows[half] = {weight_shift(kLog2e * *row_pointer(p.first.lse, tile.batch, tile.head, at)),
-                      p.first.delta[first_row + at], *row_pointer(p.tangent_lse, tile.batch, tile.head, at), p.second_delta[first_row + at]};
+        const float lse = kLog2e * *row_pointer(p.first.lse, tile.batch, tile.head, at);
+        rows[half] = {weight_shift(lse), p.first.delta[first_row + at],
+                      *row_pointer(p.tangent_lse, tile.batch, tile.head, at), p.second_delta[first_row + at]};
       }
     }
     scores.softmax(problem, first_row, rows, true, row, tile.key);

@@ -128,6 +128,7 @@ struct KeyTiles {
  private:
   // The first tile from ``tile`` on with a live key.
   __device__ __forceinline__ Index find(int tile) const {
+    if constexpr (kPlain) return {tile, mask.template live<BLOCK_N, true>(keys, tile * BLOCK_N)};  // all have one
     for (; tile < end_tile; ++tile) {
       const auto live = mask.template live<BLOCK_N, kPlain>(keys, tile * BLOCK_N);
       if (live != 0) return {tile, live};

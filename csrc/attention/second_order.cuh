@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
     scores.softmax(problem, block.first_row, rows, masked, row, key);
     scores.uncap(p, queries, warp_row, keys);
     // accumulate
-    const uint32_t live = masked ? visible.columns() : 0;
+    const uint32_t live = masked ? visible.columns(tile.live) : 0;
     multiply_weights<T>(sums, scores.direction, keys.key(), first_column, problem.exact, masked, live);
     if (p.tangents.key.data != nullptr) {
       multiply_weights<T>(sums, scores.grads, keys.tangent_key(), first_column, problem.exact, masked, live);
@@ -278,9 +278,10 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
     const Range existing = tiles.queries(problem, block, tile);
     const bool masked = existing.end - query < BLOCK_M || !band.covers(kFragmentRows, BLOCK_M) ||
                         mask.kind != MaskKind::kNone || mask_tangent.kind != MaskKind::kNone;
+    LiveBits<BLOCK_M> live = 0;
     Visible<1, kTiles> visible;
     if (masked) {
-      const auto live = mask.template live<BLOCK_M, true>(existing, query);
+      live = mask.template live<BLOCK_M, true>(existing, query);
       visible = visible_scores<false, true, 1, kTiles>(band, mask, key, warp_rows, query, live);
       if (!device::any_lane(visible.any())) return;
     }
@@ -298,20 +299,10 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
     const float factor = mask_scores<false, true>(scores, scale, masked, visible, mask, key, query);
     mask_direction<true>(direction, direction_scale, masked, visible, mask_tangent, key, query);
     // softmax: scores = Pt^T, grads = dS^T, direction = dS2^T
-    uint32_t kept = 0;  // by dropout, one bit per score
-    static_assert(kTiles <= 8, "a word of bits");
+    KeptScores<1, kTiles> kept;
     if (problem.dropout.seeds != nullptr) {
-      const HeadDropout dropout(problem, block.first_row(problem, head));
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        float factors[4];
-        dropout.factors_transposed(factors, query + n * 8, key);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          grads[0][n][i] *= factors[i], cross[0][n][i] *= factors[i];
-          kept |= factors[i] != 0.0f ? 1u << (4 * n + i) : 0u;
-        }
-      }
+      kept = HeadDropout(problem, block.first_row(problem, head)).template kept_transposed<1, kTiles>(query, key);
+      kept.apply(grads), kept.apply(cross);
     }
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
@@ -335,18 +326,11 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
 #pragma unroll
       for (int i = 0; i < 4; ++i) multiply(scores[0][n][i], direction[0][n][i], grads[0][n][i], cross[0][n][i]);
     }
-    if (problem.dropout.seeds != nullptr) {
-      const float kept_factor = 1.0f / (1.0f - problem.dropout.p);
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) scores[0][n][i] *= (kept >> (4 * n + i) & 1u) != 0 ? kept_factor : 0.0f;
-      }
-    }
+    if (problem.dropout.seeds != nullptr) kept.apply(scores);
     // accumulate
-    const uint32_t live = masked ? visible.columns() : 0;
+    const uint32_t attended = masked ? visible.columns(live) : 0;
     if (value_column < kValueDim) {
-      multiply_weights<T>(value_sums, scores, queries.grad_out(), value_column, problem.exact, masked, live);
+      multiply_weights<T>(value_sums, scores, queries.grad_out(), value_column, problem.exact, masked, attended);
     }
     if (key_column < kKeyDim) {
       if (is_capped(problem)) {
@@ -355,9 +339,9 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
         multiply_direction_transposed(cross, queries, keys, warp_row, p.tangents, problem.exact);
         cap_gradients(grads, direction, scores, cross, problem);
       }
-      multiply_weights<T>(key_sums, direction, queries.query(), key_column, problem.exact, masked, live);
+      multiply_weights<T>(key_sums, direction, queries.query(), key_column, problem.exact, masked, attended);
       if (p.tangents.query.data != nullptr) {
-        multiply_weights<T>(key_sums, grads, queries.tangent(), key_column, problem.exact, masked, live);
+        multiply_weights<T>(key_sums, grads, queries.tangent(), key_column, problem.exact, masked, attended);
       }
     }
   });

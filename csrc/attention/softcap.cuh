@@ -30,8 +30,7 @@ struct CappedScore {
 };
 
 // Caps the products q.k, if the problem has a softcap. Returns the factor by which mask_scores has to multiply them.
-// With kDerivative, the scores become y + log2 g, so that the weights become g P.
-template <bool kPlain, bool kDerivative, int kFragments, int kTiles>
+template <bool kPlain, int kFragments, int kTiles>
 __device__ __forceinline__ float cap_scores(float (&scores)[kFragments][kTiles][4], const Problem& p) {
   if constexpr (!kPlain) {
     if (is_capped(p)) {
@@ -40,9 +39,30 @@ __device__ __forceinline__ float cap_scores(float (&scores)[kFragments][kTiles][
 #pragma unroll
         for (auto& tile : rows) {
 #pragma unroll
-          for (float& score : tile) {
-            const CappedScore capped(score, p);
-            score = kDerivative ? capped.score(p) + log2f(capped.derivative) : capped.score(p);
+          for (float& score : tile) score = CappedScore(score, p).score(p);
+        }
+      }
+      return 1.0f;
+    }
+  }
+  return p.scale * kLog2e;
+}
+
+// The same, and multiplies ``grads`` by the derivatives.
+template <bool kPlain, int kFragments, int kTiles>
+__device__ __forceinline__ float cap_scores(float (&scores)[kFragments][kTiles][4],
+                                            float (&grads)[kFragments][kTiles][4], const Problem& p) {
+  if constexpr (!kPlain) {
+    if (is_capped(p)) {
+#pragma unroll
+      for (int m = 0; m < kFragments; ++m) {
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const CappedScore capped(scores[m][tile][i], p);
+            scores[m][tile][i] = capped.score(p);
+            grads[m][tile][i] *= capped.derivative;
           }
         }
       }

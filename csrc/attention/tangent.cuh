@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(TangentLayout<T, kKeyDim, kValueDim>::kThreads
       }
     }
     // accumulate
-    const uint32_t live = kPlain || !masked ? 0 : visible.columns();
+    const uint32_t live = kPlain || !masked ? 0 : visible.columns(tile.live);
     multiply_weights<T>(sums, direction, keys.value(), 0, problem.exact, !kPlain && masked, live);
     if (p.tangents.value.data != nullptr) {
       multiply_weights<T>(sums, scores, keys.tangent_value(), 0, problem.exact, !kPlain && masked, live);

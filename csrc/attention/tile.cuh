@@ -88,9 +88,8 @@ struct TileSource {
   }
 };
 
-// Unrolled further, the compiler would hoist so many fragment loads that it spills.
-template <int kFragments>
-constexpr int kDepthsUnrolled = kFragments == 1 ? 4 : 1;
+// Steps of a product that are unrolled.
+constexpr int kDepthsUnrolled = 4;
 
 // S += A B^T: kFragments * 16 rows of ``left`` starting at ``row``, 8 kTiles rows of ``right``.
 template <typename T, int kWidth, int kFragments, int kTiles>
@@ -99,7 +98,7 @@ __device__ __forceinline__ void multiply_rows(float (&scores)[kFragments][kTiles
   using P = Product<T>;
   constexpr int kStride = Tile<T, kWidth>::kStride;
   if constexpr (kTiles == 1) {
-#pragma unroll(kDepthsUnrolled<2>)
+#pragma unroll 1
     for (int k = 0; k < kWidth; k += 2 * P::kDepth) {
       uint32_t b[4];
       load_across_deep(b, right.at(0, k), kStride);
@@ -114,8 +113,9 @@ __device__ __forceinline__ void multiply_rows(float (&scores)[kFragments][kTiles
       }
     }
   } else {
-#pragma unroll(kDepthsUnrolled<kFragments>)
+#pragma unroll(kDepthsUnrolled)
     for (int k = 0; k < kWidth; k += P::kDepth) {
+      if (kFragments > 1) device::hold_loads();
       uint32_t a[kFragments][4];
 #pragma unroll
       for (int m = 0; m < kFragments; ++m) load_left(a[m], left.at(row + m * kFragmentRows, k), kStride);
@@ -133,6 +133,37 @@ __device__ __forceinline__ void multiply_rows(float (&scores)[kFragments][kTiles
   }
 }
 
+// The left operands of O += P V, from weights in registers.
+template <typename T, int kFragments, int kTiles>
+struct Weights {
+  static constexpr int kDepths = kTiles * 8 / Product<T>::kDepth;
+  uint32_t left[kDepths][kFragments][4];
+};
+
+// O += P V. With kSelected, rows of ``right`` whose bit in ``live`` is 0 are treated as zeros.
+template <bool kSelected, typename T, int kWidth, int kFragments, int kTiles, int kColumnTiles>
+__device__ __forceinline__ void multiply_rows_of(float (&sums)[kFragments][kColumnTiles][4],
+                                                 const Weights<T, kFragments, kTiles>& weights,
+                                                 const Tile<T, kWidth>& right, int column, bool exact, uint32_t live) {
+  using P = Product<T>;
+  constexpr int kStride = Tile<T, kWidth>::kStride, kDepths = Weights<T, kFragments, kTiles>::kDepths;
+#pragma unroll
+  for (int tile = 0; tile < kColumnTiles; tile += 2) {
+    if (kFragments * kColumnTiles > 16) device::hold_loads();
+#pragma unroll
+    for (int k = 0; k < kDepths; ++k) {
+      uint32_t b[4];
+      P::load_down(b, right.at(k * P::kDepth, column + tile * 8), kStride);
+      if constexpr (kSelected) P::keep_rows(b, live >> k * P::kDepth / 4);
+#pragma unroll
+      for (int m = 0; m < kFragments; ++m) {
+        P::multiply(sums[m][tile], weights.left[k][m], b, exact);
+        P::multiply(sums[m][tile + 1], weights.left[k][m], b + 2, exact);
+      }
+    }
+  }
+}
+
 // O += P V: weights in registers, columns of ``right`` starting at ``column``. With ``masked``, rows of ``right`` whose
 // bit in ``live`` is 0 are treated as zeros, because 0 * inf and 0 * NaN are not 0; bits 2 i and 2 i + 1 are those of
 // this lane's rows in the i-th group of eight.
@@ -142,27 +173,17 @@ __device__ __forceinline__ void multiply_weights(float (&sums)[kFragments][kColu
                                                  const Tile<T, kWidth>& right, int column, bool exact, bool masked,
                                                  uint32_t live) {
   using P = Product<T>;
-  constexpr int kStride = Tile<T, kWidth>::kStride, kDepths = kTiles * 8 / P::kDepth;
-  uint32_t a[kDepths][kFragments][4];
+  constexpr uint32_t kAll = ~0u >> (32 - 2 * kTiles);
+  Weights<T, kFragments, kTiles> left;
 #pragma unroll
-  for (int k = 0; k < kDepths; ++k) {
+  for (int k = 0; k < left.kDepths; ++k) {
 #pragma unroll
-    for (int m = 0; m < kFragments; ++m) P::from_scores(a[k][m], weights[m] + k * P::kDepth / 8);
+    for (int m = 0; m < kFragments; ++m) P::from_scores(left.left[k][m], weights[m] + k * P::kDepth / 8);
   }
-#pragma unroll
-  for (int tile = 0; tile < kColumnTiles; tile += 2) {
-    if (kFragments * kColumnTiles > 16) device::hold_loads();
-#pragma unroll
-    for (int k = 0; k < kDepths; ++k) {
-      uint32_t b[4];
-      P::load_down(b, right.at(k * P::kDepth, column + tile * 8), kStride);
-      if (masked) P::keep_rows(b, live >> k * P::kDepth / 4);
-#pragma unroll
-      for (int m = 0; m < kFragments; ++m) {
-        P::multiply(sums[m][tile], a[k][m], b, exact);
-        P::multiply(sums[m][tile + 1], a[k][m], b + 2, exact);
-      }
-    }
+  if (masked && device::any_lane((live & kAll) != kAll)) {
+    multiply_rows_of<true>(sums, left, right, column, exact, live);
+  } else {
+    multiply_rows_of<false>(sums, left, right, column, exact, live);
   }
 }
 
