@@ -6,6 +6,7 @@
 #include <sstream>
 #include <string>
 
+#include "attention/one_tile.h"
 #include "attention/plan.h"
 #include "common/exported.h"
 #include "latent/plan.h"
@@ -104,6 +105,8 @@ FASTGEN_EXPORTED const char* fastgen_attention_plan(int64_t batch, int64_t heads
   result.add("forward", describe(attention::forward_plan(sizes, multiprocessors)));
   result.add("query", describe(attention::backward_query_plan(sizes)));
   result.add("key_value", describe(attention::backward_key_value_plan(sizes), false));
+  const attention::OneTilePlan one_tile = attention::one_tile_plan(sizes, false);
+  if (one_tile.entry >= 0) result.add("one tile", describe(one_tile.plan));
   const bool second_order = attention::find_head_dims(attention::kSecondOrderHeadDims, dims) >= 0;
   if (second_order) {
     result.add("tangent", describe(attention::tangent_plan(sizes)));
@@ -112,6 +115,8 @@ FASTGEN_EXPORTED const char* fastgen_attention_plan(int64_t batch, int64_t heads
   }
   if (mask != nullptr) {
     const int sizes_of_mask[4] = {mask[0], mask[1], mask[2], mask[3]};
+    const auto with_mask = attention::one_tile_mask_plan(sizes, false, sizes_of_mask, multiprocessors);
+    if (with_mask.entry >= 0) result.add("one tile mask", describe(with_mask.plan));
     result.add("mask", describe(attention::mask_plan(sizes, sizes_of_mask, multiprocessors, false)));
     if (second_order) {
       result.add("second order mask", describe(attention::mask_plan(sizes, sizes_of_mask, multiprocessors, true)));

@@ -56,6 +56,14 @@ Tensor mask_gradient(const Problem& problem, const MaybeTensor& given, const May
   return grad.scalar_type() == given->scalar_type() ? grad : torch::stable::to(grad, given->scalar_type());
 }
 
+// Whether launch_mask_gradient computes all gradients.
+bool is_computed_with_mask(const Problem& problem, const MaybeTensor& mask, DType dtype, bool wanted) {
+  if (!wanted || !mask.has_value()) return false;
+  int sizes[4];
+  for (int i = 0; i < 4; ++i) sizes[i] = static_cast<int>(mask->size(i));
+  return takes_mask_gradient(problem, sizes, dtype);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const MaybeTensor& grad_lse,
                                                     const Tensor& query, const Tensor& key, const Tensor& value,
                                                     const Tensor& out, const Tensor& lse, const MaybeTensor& mask,
@@ -81,7 +89,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
   p.grad_query = grad_query.result(), p.grad_key = grad_key.result(), p.grad_value = grad_value.result();
   index_by_row(p.problem, p.query, p.key, p.value, p.out, p.grad_out, p.grad_query, p.grad_key, p.grad_value, p.lse,
                p.grad_lse);
-  if (rows > 0) launch_backward(p, dtype, scope.stream());
+  if (rows > 0 && !is_computed_with_mask(p.problem, read_mask, dtype, mask_grad)) {
+    launch_backward(p, dtype, scope.stream());
+  }
   Tensor grad_mask =
       mask_gradient(p.problem, mask, read_mask, query, dtype, mask_grad, false,
                     [&](const MaskGradient& gradient) { launch_mask_gradient(p, gradient, dtype, scope.stream()); });

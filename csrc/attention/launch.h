@@ -18,6 +18,12 @@ template <typename T>
 void launch_backward_key_value(const BackwardParams& params, void* stream);
 template <typename T>
 void launch_mask_gradient(const BackwardParams& params, const MaskGradient& gradient, void* stream);
+// The whole backward pass in one kernel; false, with nothing launched, if the scores of a head do not fit one tile.
+template <typename T>
+bool launch_one_tile(const BackwardParams& params, void* stream);
+// The same with the gradient of the mask, if one_tile_splits is not 0.
+template <typename T>
+void launch_one_tile_mask(const BackwardParams& params, const MaskGradient& gradient, void* stream);
 
 template <typename T>
 void launch_tangent(const TangentParams& params, void* stream);
@@ -31,6 +37,8 @@ void launch_mask_second_order(const SecondOrderParams& params, const MaskGradien
 template <typename T>
 int mask_splits(const Problem& problem, const int (&mask)[4]);
 template <typename T>
+int one_tile_splits(const Problem& problem, const int (&mask)[4]);
+template <typename T>
 int mask_second_order_splits(const Problem& problem, const int (&mask)[4]);
 
 inline void launch_forward(const ForwardParams& params, DType dtype, void* stream) {
@@ -38,13 +46,27 @@ inline void launch_forward(const ForwardParams& params, DType dtype, void* strea
 }
 inline void launch_backward(const BackwardParams& params, DType dtype, void* stream) {
   dispatch_dtype(dtype, [&]<typename T>(std::type_identity<T>) {
+    if (launch_one_tile<T>(params, stream)) return;
     launch_backward_query<T>(params, stream);
     launch_backward_key_value<T>(params, stream);
   });
 }
+// Whether one kernel computes the gradient of a mask of these sizes and all others.
+inline bool takes_mask_gradient(const Problem& problem, const int (&mask)[4], DType dtype) {
+  bool takes = false;
+  dispatch_dtype(dtype, [&]<typename T>(std::type_identity<T>) { takes = one_tile_splits<T>(problem, mask) > 0; });
+  return takes;
+}
+// Where takes_mask_gradient is true, in the place of launch_backward; else after it.
 inline void launch_mask_gradient(const BackwardParams& params, const MaskGradient& gradient, DType dtype,
                                  void* stream) {
-  dispatch_dtype(dtype, [&]<typename T>(std::type_identity<T>) { launch_mask_gradient<T>(params, gradient, stream); });
+  dispatch_dtype(dtype, [&]<typename T>(std::type_identity<T>) {
+    if (one_tile_splits<T>(params.problem, gradient.sizes) > 0) {
+      launch_one_tile_mask<T>(params, gradient, stream);
+    } else {
+      launch_mask_gradient<T>(params, gradient, stream);
+    }
+  });
 }
 inline void launch_tangent(const TangentParams& params, DType dtype, void* stream) {
   dispatch_dtype(dtype, [&]<typename T>(std::type_identity<T>) { launch_tangent<T>(params, stream); });
@@ -60,7 +82,8 @@ inline void launch_mask_second_order(const SecondOrderParams& params, const Mask
 inline int mask_splits(const Problem& problem, const int (&mask)[4], DType dtype, bool second_order) {
   int splits = 1;
   dispatch_dtype(dtype, [&]<typename T>(std::type_identity<T>) {
-    splits = second_order ? mask_second_order_splits<T>(problem, mask) : mask_splits<T>(problem, mask);
+    splits = second_order ? mask_second_order_splits<T>(problem, mask) : one_tile_splits<T>(problem, mask);
+    if (splits == 0) splits = mask_splits<T>(problem, mask);
   });
   return splits;
 }

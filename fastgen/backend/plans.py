@@ -57,6 +57,8 @@ def attention_plan(
 ) -> dict[str, dict[str, Any]]:
     """Launch plan of each attention kernel.
 
+    "one tile", where there is one, takes the place of "query" and "key_value", and "one tile mask" that of "mask" too.
+
     Args:
         plain: no mask, dropout or softcap.
         mask: sizes (B, H, N, M) of a mask that requires a gradient, 1 where it broadcasts.

@@ -1,0 +1,68 @@
+// The launcher of attention_backward_one_tile. Declared for launch.h.
+#pragma once
+
+#include "attention/launch.cuh"
+#include "attention/one_tile.cuh"
+
+namespace fastgen::attention {
+
+template <typename T>
+constexpr auto& one_tile_table() {
+  if constexpr (sizeof(T) == 4) {
+    return kOneTile32;
+  } else {
+    return kOneTile16;
+  }
+}
+
+template <typename T, OneTileKind kKind>
+void launch_one_tile(const OneTilePlan& found, const BackwardParams& p, const MaskGradient& gradient, void* stream) {
+  const auto one = [&]<size_t i>() {
+    constexpr OneTileShape kShape = one_tile_table<T>()[i];
+    if (found.entry != static_cast<int>(i)) return;
+    constexpr auto kernel = attention_backward_one_tile<T, kShape.dims.key, kShape.rows, kShape.blocks, kKind>;
+    device::launch("attention_backward_one_tile", +kernel, launch_config(found.plan, stream), p, gradient);
+  };
+  [&]<size_t... i>(std::index_sequence<i...>) {
+    (one.template operator()<i>(), ...);
+  }(std::make_index_sequence<length(one_tile_table<T>())>{});
+}
+
+template <typename T>
+bool launch_one_tile(const BackwardParams& p, void* stream) {
+  const Sizes sizes = sizes_of(p.problem, sizeof(T));
+  const OneTilePlan found = one_tile_plan(sizes, p.problem.softcap != 0.0f);
+  if (found.entry < 0) return false;
+  if (sizes.plain) {
+    launch_one_tile<T, OneTileKind::kPlain>(found, p, {}, stream);
+  } else {
+    launch_one_tile<T, OneTileKind::kMasked>(found, p, {}, stream);
+  }
+  return true;
+}
+
+template <typename T>
+OneTilePlan one_tile_mask_plan(const Problem& problem, const int (&mask)[4]) {
+  return one_tile_mask_plan(sizes_of(problem, sizeof(T)), problem.softcap != 0.0f, mask, device::multiprocessors());
+}
+
+template <typename T>
+int one_tile_splits(const Problem& problem, const int (&mask)[4]) {
+  const OneTilePlan found = one_tile_mask_plan<T>(problem, mask);
+  return found.entry < 0 ? 0 : found.plan.slices;
+}
+
+template <typename T>
+void launch_one_tile_mask(const BackwardParams& p, const MaskGradient& gradient, void* stream) {
+  OneTilePlan found = one_tile_mask_plan<T>(p.problem, gradient.sizes);
+  found.plan.slices = gradient.splits;
+  launch_one_tile<T, OneTileKind::kLearned>(found, p, gradient, stream);
+  if (gradient.splits > 1) {
+    const char* name = "attention_sum_parts";
+    const dim3 grid(device::grid_size(ceil_div(elements(gradient), kSumThreads), name));
+    device::launch(name, +attention_sum_parts<T>, {grid, dim3(kSumThreads), 0, static_cast<cudaStream_t>(stream)},
+                   gradient);
+  }
+}
+
+}  // namespace fastgen::attention
