@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from fastgen.batch import TRANSLATED
 from fastgen.cli._errors import USAGE, CommandError
 from fastgen.cli._models import add_model_option, given_model, model_class
 from fastgen.cli._options import add_fields, options_parser, parse, run_folder
-from fastgen.models import Texts
+from fastgen.models import Samples, Texts
 from fastgen.train.errors import UsageError
+from fastgen.train.folder import RunFolder
 from fastgen.train.run import choose_device
 from fastgen.train.trained import (
     SUFFIXES,
+    Trained,
+    check_seed,
     input_items,
     is_folder,
     open_run,
@@ -20,9 +24,24 @@ from fastgen.train.trained import (
     write_samples,
     write_single_samples,
 )
+from fastgen.train.views import (
+    COLUMNS,
+    HELD_OUT,
+    chosen_items,
+    interpolations,
+    reconstructions,
+    shown,
+    sweep,
+    write_history,
+    write_latents,
+)
 
 MOST_CLASSES = 20
-ABOUT = "Generate samples with a trained model, or translate images. RUN --help lists the model's own options."
+ABOUT = (
+    "Generate samples with a trained model, or translate images. RUN --help lists the model's own options. One of"
+    " --reconstruct, --encode, --interpolate, --sweep, --show and --history makes something else than samples."
+)
+VIEWS = ("reconstruct", "encode", "interpolate", "sweep", "show", "history")
 
 
 def run(argv: list[str]) -> None:
@@ -42,6 +61,7 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--device", type=str, default="auto", help="device: cpu, cuda, ...; auto: cuda if available")
     add_model_option(parser)
+    _add_views(parser)
     if not named:
         parse(parser, argv, defaults=True)
         return
@@ -56,6 +76,10 @@ def run(argv: list[str]) -> None:
         add_fields(parser, trained.model.sampling_class)
         given = parse(parser, _numbered_label(argv[1:], folder.classes()), defaults=True)
         del given["model"]
+        views = {name: given.pop(name) for name in VIEWS}
+        asked = [name for name in VIEWS if views[name]]
+        if len(asked) > 1:
+            raise CommandError(f"{', '.join(asked)}: expected one of them, got {len(asked)}", USAGE)
         items = input_items(trained, folder, given.pop("input", ""))
         n, out, seed, device = (given.pop(name) for name in ("n", "out", "seed", "device"))
         single = is_folder(out)
@@ -66,6 +90,9 @@ def run(argv: list[str]) -> None:
         except (TypeError, ValueError) as error:
             raise CommandError(str(error), USAGE) from error
         trained.model.to(choose_device(device))
+        if asked:
+            print(_view(asked[0], views[asked[0]], trained, folder, options, n=n, seed=seed, out=out))
+            return
         samples = sample(trained, n, options, seed, items)
         if isinstance(samples, Texts) and not out:
             print("\n\n".join(samples.texts))
@@ -78,6 +105,64 @@ def run(argv: list[str]) -> None:
     except UsageError as error:
         raise CommandError(str(error), USAGE) from error
     print(path)
+
+
+def _add_views(parser: Any) -> None:
+    parser.add_argument(
+        "--reconstruct",
+        type=str,
+        default="",
+        help=f"image, folder of images or {HELD_OUT}: rows of them above reconstructions",
+    )
+    parser.add_argument(
+        "--encode",
+        type=str,
+        default="",
+        help=f"image, folder of images or {HELD_OUT}, whose latents are written to .npz",
+    )
+    parser.add_argument(
+        "--interpolate", action="store_true", help=f"rows of {COLUMNS} images between two random latents"
+    )
+    parser.add_argument(
+        "--sweep",
+        type=str,
+        default="",
+        help="OPTION=VALUE,VALUE,...: the same noise with each value, such as temperature=0.5,1",
+    )
+    parser.add_argument(
+        "--show", type=str, default="", help="picture of held-out items by name: attention, completions, styles, ..."
+    )
+    parser.add_argument(
+        "--history", action="store_true", help="animation (.gif) of the samples that were saved during training"
+    )
+
+
+def _view(
+    view: str, value: str, trained: Trained, folder: RunFolder, options: Any, *, n: int, seed: int, out: str
+) -> Path:
+    """Make something else than samples; the path of its file."""
+    if view in ("encode", "history"):
+        path = Path(out or {"encode": "latents.npz", "history": "samples.gif"}[view])
+        if view == "history":
+            write_history(folder, "samples", path)
+        else:
+            write_latents(trained, chosen_items(trained, folder, value), options, path)
+        return path
+    if n < 1:
+        raise UsageError(f"n: expected a positive number of samples, got {n}")
+    check_seed(seed)
+    samples: Samples
+    if view == "reconstruct":
+        samples = reconstructions(trained, chosen_items(trained, folder, value), n, options)
+    elif view == "interpolate":
+        samples = interpolations(trained, n, options, seed)
+    elif view == "sweep":
+        samples = sweep(trained, n, value, options, seed)
+    else:
+        samples = shown(trained, folder, value, seed)
+    path = Path(out or view + SUFFIXES[type(samples)])
+    write_samples(samples, path)
+    return path
 
 
 def _numbered_label(argv: list[str], classes: list[str]) -> list[str]:

@@ -30,8 +30,10 @@ from fastgen.checks import (
 )
 from fastgen.losses.adversarial import ADVERSARIAL_LOSSES
 from fastgen.models.augmentation import Augmentation, check_augment_options, parse_augment
-from fastgen.models.base import Batch, GenerativeModel, Phase, StepContext
+from fastgen.models.base import Batch, GenerativeModel, Images, Phase, StepContext, to_pixels
+from fastgen.models.interpolation import great_circles, row_labels
 from fastgen.models.sizes import FEW_ITEMS, DataSize
+from fastgen.nn.averaging import settled
 
 Penalty = Literal["none", "r1", "gradient", "dragan"]
 
@@ -197,6 +199,17 @@ class ImageGAN(GenerativeModel):
         weight = next(self.generator.parameters())
         device = weight.device if generator is None else generator.device
         return torch.randn(n, dim, generator=generator, device=device).to(weight)
+
+    @torch.no_grad()
+    def interpolate(self, rows: int, columns: int, options: Any, *, generator: torch.Generator | None = None) -> Images:
+        """As ``GenerativeModel.interpolate``, from noise z to noise z."""
+        require_positive("rows", rows)
+        z = great_circles(self.noise(2 * rows, self.config.latent_dim, generator), columns)
+        classes = int(getattr(self.config, "num_classes", getattr(self.config, "classes", 0)))
+        labels = row_labels(rows, columns, options.label, classes) if classes else None
+        with eval_mode(self.generator), settled(self.generator):
+            images = self.generator(z) if labels is None else self.generator(z, labels.to(self.device))
+        return Images(to_pixels(images), columns, labels)
 
     def checked_images(self, batch: Batch) -> Tensor:
         """The batch's images (B, C, S, S) in [0, 1].

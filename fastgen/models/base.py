@@ -262,6 +262,18 @@ class GenerativeModel(nn.Module, Pretrained):
         """The translation of each image of a batch, which needs to hold the inputs only."""
         raise NotImplementedError
 
+    def interpolate(self, rows: int, columns: int, options: Any, *, generator: torch.Generator | None = None) -> Images:
+        """Rows of images, each from one random latent to another in ``columns`` steps.
+
+        Args:
+            options: a ``sampling_class``. With classes, the rows are of all classes in turn, or of the class ``label``.
+            generator: as of ``draw``.
+
+        Raises:
+            TypeError: the model has no continuous latent.
+        """
+        raise TypeError(f"{self.name}: expected a model with a continuous latent, for interpolation, got one without")
+
     def visualize(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Samples]:
         """Further samples by name, computed from held-out items: reconstructions, completions, ..."""
         return {}

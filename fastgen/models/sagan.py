@@ -38,13 +38,15 @@ from fastgen.models.adversarial import (
     feature_sizes,
     generator_objective,
 )
-from fastgen.models.base import Batch, Images, StepContext, option, to_pixels
+from fastgen.models.base import Batch, Images, Samples, StepContext, option, to_pixels
 from fastgen.models.conditioning import LabelOptions, check_labels, wanted_labels
 from fastgen.models.registry import register_model
 from fastgen.models.sizes import LONG, Size
 from fastgen.nn import SelfAttention2d
 from fastgen.nn._sublayers import is_fusible
 from fastgen.nn.averaging import settled
+
+NUM_ATTENTION, NUM_PLACES = 8, 6
 
 
 @dataclass(frozen=True)
@@ -310,6 +312,46 @@ class SAGAN(ImageGAN):
             z = self.noise(n, self.config.latent_dim, generator)
             images = self.generator(z, None if labels is None else labels.to(self.device))
         return Images(to_pixels(images), columns, labels)
+
+    @torch.no_grad()
+    def visualize(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Samples]:
+        """Attention: each row is a sample, then the places that a place of it attends to (white is the most), for
+        places on its diagonal, each of which is marked in its copy of the sample below."""
+        attention = self.generator.attention
+        recorded: list[Tensor] = []
+        handle = attention.register_forward_pre_hook(lambda module, inputs: recorded.append(inputs[0]))
+        try:
+            pixels = self.draw(NUM_ATTENTION, LabelOptions(), generator=generator).pixels
+        finally:
+            handle.remove()
+        with eval_mode(self.generator), settled(self.generator):
+            maps, places = attention_maps(attention, recorded[0], NUM_PLACES)
+        size = pixels.size(-1)
+        shown = F.interpolate(maps.flatten(0, 1).unsqueeze(1), (size, size)).unflatten(0, (-1, NUM_PLACES))
+        shown = shown.expand(-1, -1, pixels.size(1), -1, -1)
+        copies = pixels.unsqueeze(1).repeat(1, NUM_PLACES, 1, 1, 1)
+        scale = size // recorded[0].size(-1)
+        for i, place in enumerate(places):
+            here = slice(place * scale, (place + 1) * scale)
+            copies[:, i, :, here, here] = 1.0
+        blank = torch.zeros_like(pixels).unsqueeze(1)
+        rows = torch.stack([torch.cat([pixels.unsqueeze(1), shown], 1), torch.cat([blank, copies], 1)], 1)
+        return {"attention": Images(rows.flatten(0, 2), NUM_PLACES + 1)}
+
+
+def attention_maps(layer: SelfAttention2d, x: Tensor, places: int) -> tuple[Tensor, list[int]]:
+    """What places on the diagonal of a feature map attend to, x (B, C, H, W) being the layer's input.
+
+    Returns:
+        Softmax weights of the keys, each divided by its maximum, (B, places, H, W), of the first head and without
+        pooling; and the rows, which are also the columns, of the places.
+    """
+    query, key = (part(x).unflatten(1, (layer.num_heads, -1))[:, 0].flatten(2) for part in (layer.query, layer.key))
+    size = x.size(-1)
+    rows = [round((i + 0.5) * size / places - 0.5) for i in range(places)]
+    chosen = query[:, :, [row * size + row for row in rows]]  # (B, D, places)
+    weights = (layer.scale * chosen.transpose(1, 2) @ key).float().softmax(dim=2)
+    return (weights / weights.amax(dim=2, keepdim=True)).unflatten(2, (size, size)), rows
 
 
 # --------------------------------------------------------------------------------------------------

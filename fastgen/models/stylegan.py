@@ -45,6 +45,7 @@ from fastgen.models.adversarial import (
     generator_objective,
 )
 from fastgen.models.base import Batch, Images, Samples, StepContext, option, to_pixels, upcast
+from fastgen.models.interpolation import great_circles
 from fastgen.models.registry import register_model
 from fastgen.models.sizes import LONG, Size
 from fastgen.nn._sublayers import is_fusible
@@ -457,6 +458,18 @@ class StyleGAN(ImageGAN):
         with eval_mode(self.generator):
             images = self.generator(*self.latents(n, generator), truncation)
         return Images(to_pixels(images))
+
+    @torch.no_grad()
+    def interpolate(
+        self, rows: int, columns: int, options: StyleOptions, *, generator: torch.Generator | None = None
+    ) -> Images:
+        """As ``GenerativeModel.interpolate``, from z to z; the noise of a row stays the same."""
+        require_positive("rows", rows)
+        z, noise = self.latents(2 * rows, generator)
+        truncation = torch.tensor(options.truncation) if options.truncation < 1 else None
+        with eval_mode(self.generator):
+            images = self.generator(great_circles(z, columns), noise[::2].repeat_interleave(columns, 0), truncation)
+        return Images(to_pixels(images), columns)
 
     @torch.no_grad()
     def visualize(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Samples]:

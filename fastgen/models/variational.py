@@ -31,7 +31,8 @@ from torch import Tensor
 from fastgen import functional
 from fastgen.batch import SLACK, readable, require_images
 from fastgen.checks import require_choice, require_count, require_positive, require_shape
-from fastgen.models.base import Batch, GenerativeModel, Samples, StepContext, image_rows, upcast
+from fastgen.models.base import Batch, GenerativeModel, Images, Samples, StepContext, image_rows, upcast
+from fastgen.models.interpolation import great_circles, row_labels
 
 Likelihood = Literal["beta-binomial", "binomial", "bernoulli", "gaussian"]
 
@@ -117,6 +118,17 @@ class VariationalAutoencoder(GenerativeModel):
         """Rows of held-out images, each above the row of its reconstructions."""
         images = batch["images"]
         return {"reconstructions": image_rows(images, self.reconstruct(images, *self.conditions(batch)))}
+
+    @torch.no_grad()
+    def interpolate(self, rows: int, columns: int, options: Any, *, generator: torch.Generator | None = None) -> Images:
+        """As ``GenerativeModel.interpolate``: expected pixels, from a latent of the prior to another."""
+        require_positive("rows", rows)
+        ends = normal_noise((2 * rows, self.config.latent_dim), next(self.parameters()), generator)
+        z, label = great_circles(ends, columns), getattr(options, "label", None)
+        if label is None:
+            return Images(self.decode(z), columns)
+        labels = row_labels(rows, columns, label, self.config.classes)
+        return Images(self.decode(z, labels.to(z.device)), columns, labels)
 
     def log_likelihood(self, parameters: Tensor, images: Tensor) -> Tensor:
         """(B,) log p(images | z) in nats; ``parameters`` as in ``pixels_log_prob``."""
