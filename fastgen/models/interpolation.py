@@ -33,7 +33,8 @@ def great_circles(ends: Tensor, columns: int) -> Tensor:
     sine = torch.where(curved, sine, 1.0)
     begin = torch.where(curved, ((1 - t) * angle).sin() / sine, 1 - t)
     end = torch.where(curved, (t * angle).sin() / sine, t)
-    return (begin[..., None] * first[:, None] + end[..., None] * last[:, None]).flatten(0, 1)
+    path: Tensor = begin[..., None] * first[:, None] + end[..., None] * last[:, None]
+    return path.flatten(0, 1)
 
 
 def row_labels(rows: int, columns: int, label: int, classes: int) -> Tensor:

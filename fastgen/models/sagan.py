@@ -317,7 +317,7 @@ class SAGAN(ImageGAN):
     def visualize(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Samples]:
         """Attention: each row is a sample, then the places that a place of it attends to (white is the most), for
         places on its diagonal, each of which is marked in its copy of the sample below."""
-        attention = self.generator.attention
+        attention = cast(SelfAttention2d, self.generator.attention)
         recorded: list[Tensor] = []
         handle = attention.register_forward_pre_hook(lambda module, inputs: recorded.append(inputs[0]))
         try:

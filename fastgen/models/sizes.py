@@ -105,8 +105,8 @@ class Size:
 
 def two_digits(value: float) -> int:
     """The number rounded to two significant digits."""
-    unit = 10 ** max(0, math.floor(math.log10(value)) - 1)
-    return round(value / unit) * unit
+    digits = 1 - math.floor(math.log10(value))
+    return int(round(value, min(0, digits)))
 
 
 def downsamplings(size: int) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from fastgen.batch import TRANSLATED
 from fastgen.data import Items
-from fastgen.models import Samples
+from fastgen.models import Images, Samples
 from fastgen.train.checkpoint import Header, save_checkpoint
 from fastgen.train.curves import read_rows, write_curves
 from fastgen.train.engine import Engine
@@ -24,6 +24,7 @@ from fastgen.train.lock import check_held
 from fastgen.train.progress import Progress
 from fastgen.train.report import write_report
 from fastgen.train.sample_files import save_samples
+from fastgen.train.sample_history import REAL
 from fastgen.train.signals import StopRequest
 from fastgen.train.stream import Stream, batches, resident
 
@@ -219,6 +220,15 @@ class Trainer:
         for name, each in self._samples().items():
             if self.first_process:
                 save_samples(inside(self.folder.path, name), f"{self.engine.step:0{STEP_DIGITS}d}", each)
+        if self.first_process and self.engine.model.kind == "images":
+            self._save_real_images()
+
+    def _save_real_images(self) -> None:
+        """Write training images, once, for comparison."""
+        folder, stem = inside(self.folder.path, REAL), "0" * STEP_DIGITS
+        if not (folder / f"{stem}.png").exists():
+            count = SAMPLES["images"]
+            save_samples(folder, stem, Images(first(Thinned(self.train, count), count, torch.device("cpu"))["images"]))
 
     def _samples(self) -> Mapping[str, Samples]:
         engine, model = self.engine, self.engine.model

@@ -21,6 +21,7 @@ from fastgen.train.sample_history import data_uri, read_samples
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 HEADLINES = 3
+REAL_AGAINST_REAL = ", real against real"  # end of the names of metrics that compare training with held-out data
 DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 SLIDER = """\
@@ -215,7 +216,10 @@ def _tiles(
     if metrics:
         of_model = [metric for metric in metrics if not _compares_data(metric)]
         shown = [_metric(metric) for metric in of_model[:HEADLINES]]
-        return tiles + [Tile(each["name"], each["value"], _joined(each["unit"], each["interval"])) for each in shown]
+        baseline = {
+            str(metric.get("name")): _value(metric.get("value")) for metric in metrics if _compares_data(metric)
+        }
+        return tiles + [_metric_tile(each, baseline.get(each["name"] + REAL_AGAINST_REAL, "")) for each in shown]
     last: dict[str, tuple[Any, Any]] = {}
     for row in rows:
         if row.get("part") == HELD_OUT:
@@ -224,6 +228,12 @@ def _tiles(
         Tile(f"held-out {name}", _value(value), _joined(UNITS.get(name, ""), f"at step {_value(step)}"))
         for name, (value, step) in list(last.items())[:HEADLINES]
     ]
+
+
+def _metric_tile(metric: Mapping[str, str], baseline: str) -> Tile:
+    """baseline: the same of real images, against other real images."""
+    real = f"real images {baseline}" if baseline else ""
+    return Tile(metric["name"], metric["value"], _joined(metric["unit"], metric["interval"], real))
 
 
 def _metric(metric: Mapping[str, Any]) -> dict[str, str]:

@@ -12,6 +12,9 @@ from pathlib import Path
 
 from fastgen.train.sample_files import TEXT_SEPARATOR
 
+REAL = "real"
+"""Name of the training images that are shown beside samples; their step is 0."""
+
 MOST_STEPS = 24
 PAGE_BYTES = 9_000_000
 """Total size of the files of a page, before base64 adds a third."""
@@ -46,7 +49,8 @@ class SampleHistory:
 
 
 def read_samples(folder: Path) -> list[SampleHistory]:
-    """The samples of a run's folder, "samples" first; subfolders and files that are links are left out."""
+    """The samples of a run's folder, "samples" and real images first; subfolders and files that are links are left
+    out."""
     found: dict[str, dict[int, dict[str, Path]]] = {}
     for place in sorted(folder.iterdir()):
         if place.is_symlink() or not place.is_dir():
@@ -56,7 +60,7 @@ def read_samples(folder: Path) -> list[SampleHistory]:
             if match and file.is_file() and not file.is_symlink():
                 found.setdefault(place.name, {}).setdefault(int(match[1]), {})[match[2]] = file
     allowance = PAGE_BYTES // max(1, len(found))
-    order = sorted(found, key=lambda name: (name != "samples", name))
+    order = sorted(found, key=lambda name: (name != "samples", name != REAL, name))
     return [SampleHistory(name, _frames(found[name], allowance), len(found[name])) for name in order]
 
 

@@ -89,13 +89,15 @@ def test_the_summary_and_the_table_list_metrics_and_settings(tmp_path: Path) -> 
     n = {"generated": 1000, "held-out": 359}
     metric = {"name": "Frechet distance", "value": 3.25, "low": 2.5, "high": 4.0, "space": "pixels", "n": n}
     floor = {"name": "the floor", "value": 0.25, "space": "pixels", "n": {"training": 1000, "held-out": 359}}
-    (tmp_path / "evaluation.json").write_text(json.dumps({"step": 4, "figures": [floor, metric]}))
+    same = {**floor, "name": "Frechet distance, real against real", "value": 0.125}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"step": 4, "figures": [floor, metric, same]}))
     (tmp_path / "environment.json").write_text(
         json.dumps({"parameters": 1234567, "devices": ["cpu", "cuda"], "torch": {"version": "2.13"}, "command": "go"})
     )
     text = Page(write_report(tmp_path)).text
     assert (
-        "steps 4 epoch 0.4 training 8 s 80 items per second parameters 1,234,567 Frechet distance 3.25 2.5 to 4" in text
+        "steps 4 epoch 0.4 training 8 s 80 items per second parameters 1,234,567"
+        " Frechet distance 3.25 2.5 to 4, real images 0.125" in text
     )
     table = text[text.index("Evaluation at step 4") :]
     assert "Frechet distance 3.25 2.5 to 4 pixels 1,000 generated, 359 held-out" in table
@@ -163,6 +165,15 @@ def test_samples_over_time_are_thinned_and_the_page_is_self_contained(
     assert all(address.startswith("data:") for address in addresses)
     assert "url(" not in path.read_text(encoding="utf-8")
     assert "@import" not in path.read_text(encoding="utf-8")
+
+
+def test_real_images_are_beside_the_samples_without_a_step(tmp_path: Path) -> None:
+    for name, step in (("samples", 100), ("attention", 100), ("real", 0)):
+        show_images(tmp_path / name, step)
+    page = Page(write_report(tmp_path))
+    names = [image["alt"] for image in page.all("img")]
+    assert names == ["samples at step 100", "real", "attention at step 100"]
+    assert "step 0" not in page.text
 
 
 def test_large_images_and_sounds_do_not_make_a_large_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 from fastgen.cli import main
@@ -63,6 +64,19 @@ def test_samples_that_take_long_are_left_out_but_for_the_last(
     monkeypatch.setattr(loop, "SHARE_OF_SAMPLES", 0.0)
     assert images("slow") == ["000010", "000030"]
     assert images("given", "--sample-every", "10") == ["000010", "000020", "000030"]
+
+
+def test_a_run_of_images_keeps_some_of_its_training_images(fit: Main, tmp_path: Path) -> None:
+    assert fit(steps=1) == 0
+    (picture,) = (tmp_path / "run" / "real").iterdir()
+    assert picture.name == "000000.png"
+    before = picture.stat().st_mtime_ns
+    assert fit("--resume", steps=2) == 0
+    assert picture.stat().st_mtime_ns == before
+    with Image.open(picture) as real, Image.open(tmp_path / "run" / "samples" / "000001.png") as samples:
+        assert real.size == samples.size
+    assert fit("--overwrite", model="cyclegan", steps=1) == 0  # its pictures have their inputs
+    assert not (tmp_path / "run" / "real").exists()
 
 
 def test_a_long_run_starts_with_an_estimate_that_changes_nothing(
