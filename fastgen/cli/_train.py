@@ -54,9 +54,9 @@ def run(argv: list[str]) -> None:
         return
     if not argv:
         raise CommandError(f"train: expected a model, one of {', '.join(list_models())}, got nothing", USAGE)
-    request, dry = _request(argv[0], argv[1:])
+    request = _request(argv[0], argv[1:])
     folder = request.folder
-    if dry:
+    if request.dry_run:
         _dry_run(request)
         return
     try:
@@ -87,8 +87,7 @@ def _dry_run(request: Request) -> None:
     print(yaml.safe_dump(options, sort_keys=False, allow_unicode=True), end="")
 
 
-def _request(name: str, argv: list[str]) -> tuple[Request, bool]:
-    """The request, and whether it is a dry run."""
+def _request(name: str, argv: list[str]) -> Request:
     model = model_class("train", name)
     parser = options_parser(f"fastgen train {name}", ABOUT)
     parser.add_argument(
@@ -111,12 +110,12 @@ def _request(name: str, argv: list[str]) -> tuple[Request, bool]:
     data_options = {name: given.pop(name) for name in data_names & given.keys()}
     if "data" in given:
         data_options["source"] = given.pop("data")
-    dry = given.pop("dry_run", False)
-    request = Request(
+    return Request(
         model=name,
         folder=RunFolder(Path(given.pop("out", f"runs/{model.name}"))),
         data_options=data_options,
         preset=given.pop("preset", ""),
+        dry_run=given.pop("dry_run", False),
         resume=given.pop("resume", False),
         overwrite=given.pop("overwrite", False),
         model_options=_model_options(model, given),
@@ -124,7 +123,6 @@ def _request(name: str, argv: list[str]) -> tuple[Request, bool]:
         model_class=None if name in MODELS else model,
         command=shlex.join([*_program(), "train", name, *argv]),
     )
-    return request, dry
 
 
 def _model_options(model: type[GenerativeModel], given: dict[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class Request:
     train_options: Mapping[str, Any] = field(default_factory=dict)
     model_options: Mapping[str, Any] = field(default_factory=dict)
     preset: str = ""
+    dry_run: bool = False  # for ``run.plan``
     resume: bool = False
     overwrite: bool = False
     command: str = ""  # the command line, for the report
