@@ -94,6 +94,8 @@ def plan(request: Request) -> tuple[Header, Chosen, Plan]:
     Raises:
         UsageError, ValueError, TypeError: options or data that do not fit.
     """
+    if request.resume or request.overwrite:
+        raise UsageError(f"dry_run: expected no --{'resume' if request.resume else 'overwrite'} with it, got one")
     header, data, chosen = new_settings(request)
     prepared = _prepare(request, header, data)
     accelerator, engine = prepared.accelerator, prepared.engine

@@ -106,7 +106,7 @@ def test_presets_are_overridden_by_options_and_override_the_rest(
         ),
     ],
 )
-def test_a_preset_that_does_not_fit_is_refused(
+def test_a_preset_or_a_dry_run_that_does_not_fit_is_refused(
     options: list[str], message: str, error_line: Callable[[], str], tmp_path: Path
 ) -> None:
     assert main(["train", *options, "--out", str(tmp_path / "run")]) == 2
