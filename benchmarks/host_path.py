@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -31,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import fastgen  # noqa: E402
+from benchmarks.overhead import machine  # noqa: E402
 from fastgen import backend, functional  # noqa: E402
 from tests.emulator import build as emulator  # noqa: E402
 
@@ -179,8 +179,7 @@ def main() -> None:
             limit = "" if case.limit is None else f"{case.limit:.0f}{missed}"
             print(f"| {case.name} | {took:.1f} | {limit} |", flush=True)
     if given.json is not None:
-        machine = {"cpu": platform.processor(), "capability": torch.backends.cpu.get_cpu_capability()}
-        found = {"machine": machine, "torch": torch.__version__, "fastgen": fastgen.__version__, "rows": rows}
+        found = {"machine": machine(), "torch": torch.__version__, "fastgen": fastgen.__version__, "rows": rows}
         given.json.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -12,6 +12,7 @@ import argparse
 import copy
 import json
 import platform
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, whatever is installed
 
 import fastgen
 from fastgen import functional, nn
@@ -183,6 +186,14 @@ def measure(case: Case, rounds: int = 40, calls: int = 50) -> tuple[float, float
     return median(times[0]), median(times[1])
 
 
+def machine() -> dict[str, str]:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return {"cpu": name, "capability": torch.backends.cpu.get_cpu_capability()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="measure the rows whose name contains this text")
@@ -201,8 +212,7 @@ def main() -> None:
                 f"| {case.name} | {ours:.1f} | {theirs:.1f} | {ours / theirs:.2f} | {case.limit}{short} |", flush=True
             )
     if given.json is not None:
-        machine = {"cpu": platform.processor(), "capability": torch.backends.cpu.get_cpu_capability()}
-        found = {"machine": machine, "torch": torch.__version__, "fastgen": fastgen.__version__, "rows": rows}
+        found = {"machine": machine(), "torch": torch.__version__, "fastgen": fastgen.__version__, "rows": rows}
         given.json.write_text(json.dumps(found, indent=1) + "\n")
 
 

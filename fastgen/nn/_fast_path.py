@@ -28,6 +28,7 @@ def takes(attention: nn.MultiheadAttention, x: Tensor) -> bool:
         type(x) not in PLAIN
         or is_dynamo_compiling()
         or not x.is_cpu
+        or x.is_nested
         or x.dtype not in _DTYPES
         or not is_common()
         or has_torch_function_unary(x)

@@ -294,3 +294,19 @@ def test_latents_take_the_operators_and_give_the_general_results(place, general,
     with fastgen.use_backend(backend.current_backend()):
         for a, b in zip(found, general(run), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend_name", ["auto", "torch"])
+@pytest.mark.parametrize("position", [1, 2])
+def test_nested_tensors_of_the_old_layout_are_named(position, backend_name):
+    tensors = [torch.randn(2, 3, 5, 8) for _ in range(3)]
+    name = ("query", "key", "value")[position]
+    tensors[position] = torch.nested.nested_tensor([torch.randn(3, n, 8) for n in (5, 4)])
+    with fastgen.use_backend(backend_name):
+        with pytest.raises(TypeError, match=f"{name}: expected a dense"):
+            functional.scaled_dot_product_attention(*tensors)
+        nested = torch.nested.nested_tensor([torch.randn(n, 8) for n in (5, 4)])
+        with pytest.raises(TypeError, match="x: expected a dense"):
+            functional.qkv_projection(nested, torch.randn(24, 8), heads=(1, 1, 1), head_dims=(8, 8, 8))
+        with pytest.raises(TypeError, match="mu: expected a dense"):
+            functional.reparameterize_kl(nested, nested)

@@ -40,6 +40,8 @@ _INFINITY = float("inf")
 def _takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> bool:
     """Floating and on CPU, (B, H, N, D) all, without a key that every query masks; the mask boolean or like
     query. PyTorch checks the rest."""
+    if key.is_nested or value.is_nested:
+        return False
     shape, of_keys = query.shape, key.shape
     if (
         of_keys != value.shape

@@ -52,6 +52,9 @@ def namespace_for(
         or forward_ad._current_level >= 0
         or _interpreter() is not None
         or _is_tracing()
+        or query.is_nested
+        or key.is_nested
+        or value.is_nested
     ):
         return None
     shape, dtype, device, of_values = query.shape, query.dtype, query.device, value.shape

@@ -29,6 +29,8 @@ def takes(mu: Tensor, logvar: Tensor) -> bool:
         and forward_ad._current_level < 0
         and _interpreter() is None
         and not torch._C._is_tracing()
+        and not mu.is_nested
+        and not logvar.is_nested
         and mu.layout == logvar.layout == STRIDED
         and len(mu.shape) == 2
         and mu.shape == logvar.shape

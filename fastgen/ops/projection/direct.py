@@ -26,6 +26,8 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and type(weight) in PLAIN
         and type(bias) in _OPTIONAL
         and x.is_cpu
+        and not x.is_nested
+        and not weight.is_nested
         and x.dtype in _DTYPES
         and is_common()
     )

@@ -37,6 +37,8 @@ def _takes(x: Tensor, dims: int, weight: Tensor, bias: Tensor | None) -> bool:
         or forward_ad._current_level >= 0
         or _interpreter() is not None
         or _is_tracing()
+        or x.is_nested
+        or weight.is_nested
     ):
         return False
     dtype, device = x.dtype, x.device
