@@ -48,6 +48,8 @@ Object describe(const fastgen::attention::Plan& plan, bool owns_queries = true) 
       .add("blocks", plan.blocks)
       .add("slices", plan.slices)
       .add("shared_bytes", plan.shared_bytes);
+  if (plan.splits > 1) result.add("splits", plan.splits);
+  if (plan.stages > 0) result.add("stages", plan.stages);
   return result;
 }
 
@@ -91,20 +93,25 @@ FASTGEN_EXPORTED const char* fastgen_attention_tiles(bool second_order) {
 }
 
 // Plan of each attention kernel. plain: no mask, dropout or softcap; mask: the four sizes of a mask that requires a
-// gradient, or null.
+// gradient, or null; shared_limit: the GPU's maximum of a block, in bytes.
 FASTGEN_EXPORTED const char* fastgen_attention_plan(int64_t batch, int64_t heads, int64_t key_heads, int64_t queries,
                                                     int64_t keys, int key_dim, int value_dim, int element_size,
-                                                    int multiprocessors, bool plain, const int* mask) {
+                                                    int multiprocessors, int shared_limit, bool plain,
+                                                    const int* mask) {
   namespace attention = fastgen::attention;
   const attention::Dims dims = {key_dim, value_dim};
   if (attention::find_head_dims(attention::kHeadDims, dims) < 0) {
     return R"({"error": "key_dim, value_dim: larger than every compiled tile"})";
   }
   const attention::Sizes sizes = {batch, heads, key_heads, queries, keys, key_dim, value_dim, element_size, plain};
+  const attention::Gpu gpu = {multiprocessors, shared_limit};
+  if (shared_limit < fastgen::kSharedLimit) {
+    return R"({"error": "shared_limit: less than every GPU from sm_80 on has"})";
+  }
   Object result;
-  result.add("forward", describe(attention::forward_plan(sizes, multiprocessors)));
-  result.add("query", describe(attention::backward_query_plan(sizes)));
-  result.add("key_value", describe(attention::backward_key_value_plan(sizes), false));
+  result.add("forward", describe(attention::forward_plan(sizes, gpu)));
+  result.add("query", describe(attention::backward_query_plan(sizes, gpu)));
+  result.add("key_value", describe(attention::backward_key_value_plan(sizes, gpu), false));
   const attention::OneTilePlan one_tile = attention::one_tile_plan(sizes, false);
   if (one_tile.entry >= 0) result.add("one tile", describe(one_tile.plan));
   const bool second_order = attention::find_head_dims(attention::kSecondOrderHeadDims, dims) >= 0;

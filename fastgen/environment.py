@@ -122,10 +122,13 @@ def _attention_plans(sizes: Sequence[int], dtype: torch.dtype) -> dict[str, dict
     batch, heads, queries, keys, key_dim, value_dim = sizes
     if max(key_dim, value_dim) > WIDEST_HEAD:
         raise ValueError(f"attention: expected head dims up to {WIDEST_HEAD}, got {key_dim} and {value_dim}")
-    count = H200_MULTIPROCESSORS
+    count, shared_limit = H200_MULTIPROCESSORS, plans.SHARED_LIMITS["sm_90"]
     if torch.cuda.is_available():
-        count = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-    found = plans.attention_plan(batch, heads, heads, queries, keys, key_dim, value_dim, dtype.itemsize, count)
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        count, shared_limit = properties.multi_processor_count, properties.shared_memory_per_block_optin
+    found = plans.attention_plan(
+        batch, heads, heads, queries, keys, key_dim, value_dim, dtype.itemsize, count, shared_limit=shared_limit
+    )
     return {f"attention {name}": launch for name, launch in found.items()}
 
 

@@ -27,6 +27,11 @@ BUDGETS = {
     # launch_bounds(128): accumulators and scores are in registers, two blocks per multiprocessor; no spills.
     # Shared memory is dynamic: csrc/attention/tiles.h.
     "attention_forward": Budget(registers=255),
+    "attention_forward_wide": Budget(registers=255),
+    # launch_bounds(256): 64 registers keep 4 blocks.
+    "attention_forward_wide_combine": Budget(registers=64),
+    "attention_backward_query_wide": Budget(registers=255),
+    "attention_backward_key_value_wide": Budget(registers=255),
     "attention_backward_query": Budget(registers=255),
     "attention_backward_key_value": Budget(registers=255),
     # Shared: one float per column and warp, 64 x 4.

@@ -23,6 +23,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   Tensor lse = empty_rows(query);
   p.out = out.result(), p.lse = row_result(lse);
   index_by_row(p.problem, p.query, p.key, p.value, p.out, p.lse);
+  std::optional<Tensor> parts;
+  if (const int64_t floats = lse.numel() > 0 ? forward_workspace(p.problem, dtype) : 0; floats > 0) {
+    parts = torch::stable::new_empty(query, {floats}, ScalarType::Float);
+    p.parts = static_cast<float*>(parts->mutable_data_ptr());
+  }
   if (lse.numel() > 0) launch_forward(p, dtype, scope.stream());
   return {out.finish(), lse};
 }

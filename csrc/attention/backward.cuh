@@ -52,7 +52,7 @@ struct BackwardLayout {
     return {reinterpret_cast<T*>(device::dynamic_shared() + owned_rows() * kKeyRow)};
   }
   static __device__ __forceinline__ unsigned char* stage(int i) {
-    return device::dynamic_shared() + (owned_rows() + i % kShape.stages * kShape.iterated) * (kKeyRow + kValueRow);
+    return device::dynamic_shared() + (owned_rows() + i * kShape.iterated) * (kKeyRow + kValueRow);
   }
   static __device__ __forceinline__ KeyDim key_dim(int i) { return {reinterpret_cast<T*>(stage(i))}; }
   static __device__ __forceinline__ ValueDim value_dim(int i) {
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim>::kThread
 
   const Band window = Band::of<false>(problem, row);
   float sums[kFragments][kColumns / 8][4] = {};
-  pipeline<kShape.stages>(tiles, first, load_keys, [&](const typename Tiles::Index& tile, int i) {
+  pipeline(p.stages, tiles, first, load_keys, [&](const typename Tiles::Index& tile, int i) {
     const int key = tile.key();
     const Band band = window.from(key);
     if (warp_rows <= 0 || band.misses(Layout::kWarpRows, BLOCK_N)) return;
@@ -317,7 +317,7 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim>::kThread
   const int key_column = static_cast<int>(blockIdx.y) * kKeyColumns;
   const int value_column = static_cast<int>(blockIdx.y) * kValueColumns;
   const Band window = Band::of<true>(problem, key);
-  pipeline<kShape.stages>(tiles, tiles.first(), load_queries, [&](const typename Tiles::Index& tile, int i) {
+  pipeline(p.stages, tiles, tiles.first(), load_queries, [&](const typename Tiles::Index& tile, int i) {
     const int head = tiles.head(tile), query = tiles.query(tile);
     const Band band = window.from(query);
     if (warp_rows <= 0 || band.misses(Layout::kWarpRows, BLOCK_M)) return;

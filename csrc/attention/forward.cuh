@@ -28,7 +28,7 @@
 
 namespace fastgen::attention {
 
-// Shared memory: kBuffers query tiles, then kStages of (K, V).
+// Shared memory: query_buffers query tiles, then the stages of (K, V).
 template <typename T, int kKeyDim, int kValueDim, bool kPlain>
 struct ForwardLayout {
   static constexpr Dims kDims = {kKeyDim, kValueDim};
@@ -36,7 +36,7 @@ struct ForwardLayout {
   static constexpr int BLOCK_N = kShape.iterated;
   static constexpr int kThreads = 32 * kShape.warps, kWarpRows = kShape.fragments * kFragmentRows;
   static constexpr int kColumns = smaller(kValueDim, kShape.columns);
-  static constexpr int kBuffers = query_buffers(kDims, sizeof(T), kPlain);
+  static constexpr bool kTwoBuffers = query_buffers(kDims, sizeof(T), kPlain) == 2;  // at most
   using Query = Tile<T, kKeyDim>;
   using Key = Tile<T, kKeyDim>;
   using Value = Tile<T, kColumns>;
@@ -45,16 +45,20 @@ struct ForwardLayout {
 
   static __device__ __forceinline__ int block_m() { return static_cast<int>(blockDim.x / 32) * kWarpRows; }
   // i: the number of the query tile, or of the key tile, in the order of their copies.
-  static __device__ __forceinline__ Query query(int i) {
-    const int bytes = block_m() * row_bytes(kKeyDim, sizeof(T));
-    return {reinterpret_cast<T*>(device::dynamic_shared() + i % kBuffers * bytes)};
+  static __device__ __forceinline__ Query query(const ForwardParams& p, int i) {
+    const int bytes = block_m() * row_bytes(kKeyDim, sizeof(T)), buffer = kTwoBuffers ? i & (p.query_buffers - 1) : 0;
+    return {reinterpret_cast<T*>(device::dynamic_shared() + buffer * bytes)};
   }
-  static __device__ __forceinline__ unsigned char* stage(int i) {
-    const int queries = kBuffers * block_m() * row_bytes(kKeyDim, sizeof(T));
-    return device::dynamic_shared() + queries + i % kShape.stages * kStageBytes;
+  static __device__ __forceinline__ unsigned char* stage(const ForwardParams& p, int i) {
+    const int queries = (kTwoBuffers ? p.query_buffers : 1) * block_m() * row_bytes(kKeyDim, sizeof(T));
+    return device::dynamic_shared() + queries + (i & (p.stages - 1)) * kStageBytes;
   }
-  static __device__ __forceinline__ Key key(int i) { return {reinterpret_cast<T*>(stage(i))}; }
-  static __device__ __forceinline__ Value value(int i) { return {reinterpret_cast<T*>(stage(i) + kKeyBytes)}; }
+  static __device__ __forceinline__ Key key(const ForwardParams& p, int i) {
+    return {reinterpret_cast<T*>(stage(p, i))};
+  }
+  static __device__ __forceinline__ Value value(const ForwardParams& p, int i) {
+    return {reinterpret_cast<T*>(stage(p, i) + kKeyBytes)};
+  }
 };
 
 // kPlain: no mask, dropout, softcap or packed sequences.
@@ -72,7 +76,7 @@ __global__ void __launch_bounds__(ForwardLayout<T, kKeyDim, kValueDim, kPlain>::
   constexpr MayPack<!kPlain> may_pack;
 
   const auto load_queries = [&](const QueryBlock& block, int i) {
-    copy_rows(Layout::query(i), block_m, row_pointer<T>(p.query, block.batch, block.head, block.queries.begin),
+    copy_rows(Layout::query(p, i), block_m, row_pointer<T>(p.query, block.batch, block.head, block.queries.begin),
               p.query.row, problem.key_dim, [&](int row) { return row < block.rows(); });
   };
   using Keys = TileSource<T, kKeyDim, BLOCK_N, kShape.warps>;
@@ -87,15 +91,15 @@ __global__ void __launch_bounds__(ForwardLayout<T, kKeyDim, kValueDim, kPlain>::
   const auto load_keys = [&](const Keys& keys, const Values& values, const typename Tiles::Index& tile, int i) {
     const auto is_live = [&](int row) { return tile.is_live(row); };
     const auto key = static_cast<unsigned>(tile.key());
-    keys.copy(Layout::key(i), key * p.key.row, tile.all_live(), is_live);
-    values.copy(Layout::value(i), key * p.value.row, tile.all_live(), is_live);
+    keys.copy(Layout::key(p, i), key * p.key.row, tile.all_live(), is_live);
+    values.copy(Layout::value(p, i), key * p.value.row, tile.all_live(), is_live);
   };
 
   const int64_t all_tiles =
       tiles_of_head(problem.queries, block_m, kPlain ? 0 : problem.sequences.count) * problem.batch * problem.heads;
-  const int64_t first_tile = static_cast<int64_t>(blockIdx.x) * (Layout::kBuffers == 1 ? 1 : p.tiles_per_block);
+  const int64_t first_tile = static_cast<int64_t>(blockIdx.x) * (Layout::kTwoBuffers ? p.tiles_per_block : 1);
   int query_tiles = 1;
-  if (Layout::kBuffers > 1) {
+  if (Layout::kTwoBuffers) {
     query_tiles =
         static_cast<int>(all_tiles - first_tile < p.tiles_per_block ? all_tiles - first_tile : p.tiles_per_block);
   }
@@ -171,13 +175,13 @@ __global__ void __launch_bounds__(ForwardLayout<T, kKeyDim, kValueDim, kPlain>::
         if (!device::any_lane(visible.any())) return;
       }
       float scores[kFragments][kTiles][4] = {};
-      multiply_rows(scores, Layout::query(query_tile), warp_row, Layout::key(i), problem.exact);
+      multiply_rows(scores, Layout::query(p, query_tile), warp_row, Layout::key(p, i), problem.exact);
       if (kPlain && masked) find_visible();
       const float scale = cap_scores<kPlain>(scores, problem);
       const float factor = mask_scores<kPlain, false>(scores, scale, masked, visible, tiles.mask, row, key);
       apply_softmax(scores, factor, key);
       const uint32_t live = kPlain || !masked ? 0 : visible.columns(current.live);
-      multiply_weights<T>(out, scores, Layout::value(i), 0, problem.exact, !kPlain && masked, live);
+      multiply_weights<T>(out, scores, Layout::value(p, i), 0, problem.exact, !kPlain && masked, live);
     };
 
     bool more = true;
@@ -185,10 +189,13 @@ __global__ void __launch_bounds__(ForwardLayout<T, kKeyDim, kValueDim, kPlain>::
       const typename Tiles::Index current = tile;
       tile = tiles.next(current);
       more = tiles.contains(tile);
-      pipeline_step<kShape.stages>(
-          [&] {
-            if (more) {
-              load_keys(keys, values, tile, i + 1);
+      pipeline_step(
+          p.stages, i,
+          [&](bool ahead) {
+            if (more || !ahead) {
+              typename Tiles::Index copied = current;
+              if (ahead) copied = tile;
+              load_keys(keys, values, copied, ahead ? i + 1 : i);
             } else if (query_tile + 1 < query_tiles) {
               load(query_tile + 1, i + 1);
             }

@@ -1,44 +1,26 @@
 // Launchers of one storage type: plan, choose the instantiation, launch. Declared for api.cpp in launch.h.
 #pragma once
 
-#include <utility>
-
 #include "attention/backward.cuh"
 #include "attention/forward.cuh"
+#include "attention/launching.cuh"
 #include "attention/mask_gradient.cuh"
 #include "attention/mask_second_order.cuh"
-#include "attention/plan.h"
 #include "attention/second_order.cuh"
 #include "attention/tangent.cuh"
-#include "common/dispatch.h"
 #include "common/error.h"
 #include "device/launch.cuh"
 
 namespace fastgen::attention {
 
-// Calls body.operator()<key_dim, value_dim>() for the entry of kTable that equals ``dims``.
-template <const auto& kTable, typename Body>
-void dispatch_head_dims(Dims dims, Body&& body) {
-  const auto one = [&]<size_t i>() {
-    constexpr Dims kDims = kTable[i];
-    if (dims.key == kDims.key && dims.value == kDims.value) body.template operator()<kDims.key, kDims.value>();
-  };
-  [&]<size_t... i>(std::index_sequence<i...>) {
-    (one.template operator()<i>(), ...);
-  }(std::make_index_sequence<length(kTable)>{});
-}
-
-inline device::Launch launch_config(const Plan& plan, void* stream) {
-  return {dim3(device::grid_size(plan.blocks, "attention"), device::grid_size(plan.slices, "attention", UINT16_MAX)),
-          dim3(static_cast<unsigned>(32 * plan.warps)), static_cast<size_t>(plan.shared_bytes),
-          static_cast<cudaStream_t>(stream)};
-}
-
 template <typename T>
 void launch_forward(ForwardParams p, void* stream) {
   const Sizes sizes = sizes_of(p.problem, sizeof(T));
-  const Plan plan = forward_plan(sizes, device::multiprocessors());
-  p.tiles_per_block = plan.tiles_per_block;
+  const Plan plan = forward_plan(sizes, current_gpu());
+  if constexpr (sizeof(T) == 2) {
+    if (plan.wide) return launch_forward_wide<T>(p, stream);
+  }
+  p.tiles_per_block = plan.tiles_per_block, p.stages = plan.stages, p.query_buffers = plan.query_buffers;
   dispatch_head_dims<kHeadDims>(plan.dims, [&]<int kKeyDim, int kValueDim>() {
     dispatch_bool(sizes.plain, [&](auto plain) {
       constexpr auto kernel = attention_forward<T, kKeyDim, kValueDim, decltype(plain)::value>;
@@ -48,9 +30,13 @@ void launch_forward(ForwardParams p, void* stream) {
 }
 
 template <typename T>
-void launch_backward_query(const BackwardParams& p, void* stream) {
+void launch_backward_query(BackwardParams p, void* stream) {
   const Sizes sizes = sizes_of(p.problem, sizeof(T));
-  const Plan plan = backward_query_plan(sizes);
+  const Plan plan = backward_query_plan(sizes, current_gpu());
+  if constexpr (sizeof(T) == 2) {
+    if (plan.wide) return launch_backward_query_wide<T>(p, stream);
+  }
+  p.stages = plan.stages;
   dispatch_head_dims<kHeadDims>(plan.dims, [&]<int kKeyDim, int kValueDim>() {
     dispatch_bool(sizes.plain, [&](auto plain) {
       constexpr auto kernel = attention_backward_query<T, kKeyDim, kValueDim, decltype(plain)::value>;
@@ -60,10 +46,14 @@ void launch_backward_query(const BackwardParams& p, void* stream) {
 }
 
 template <typename T>
-void launch_backward_key_value(const BackwardParams& p, void* stream) {
+void launch_backward_key_value(BackwardParams p, void* stream) {
   const Sizes sizes = sizes_of(p.problem, sizeof(T));
   if (sizes.keys == 0) return;
-  const Plan plan = backward_key_value_plan(sizes);
+  const Plan plan = backward_key_value_plan(sizes, current_gpu());
+  if constexpr (sizeof(T) == 2) {
+    if (plan.wide) return launch_backward_key_value_wide<T>(p, stream);
+  }
+  p.stages = plan.stages;
   dispatch_head_dims<kHeadDims>(plan.dims, [&]<int kKeyDim, int kValueDim>() {
     dispatch_bool(sizes.plain, [&](auto plain) {
       constexpr auto kernel = attention_backward_key_value<T, kKeyDim, kValueDim, decltype(plain)::value>;

@@ -10,12 +10,21 @@ namespace fastgen::attention {
 // ``stream`` is a cudaStream_t. Launchers do not synchronize. Queries and heads must not be empty; keys may be.
 template <typename T>
 void launch_forward(ForwardParams params, void* stream);
+// Of problems whose plan is wide. Half and BFloat16.
+template <typename T>
+void launch_forward_wide(ForwardParams params, void* stream);
+template <typename T>
+int64_t wide_forward_workspace(const Problem& problem);
+template <typename T>
+void launch_backward_query_wide(BackwardParams params, void* stream);
+template <typename T>
+void launch_backward_key_value_wide(BackwardParams params, void* stream);
 // Two halves of the backward pass, in this order: the first one writes delta, which the second one reads, as does
 // launch_mask_gradient.
 template <typename T>
-void launch_backward_query(const BackwardParams& params, void* stream);
+void launch_backward_query(BackwardParams params, void* stream);
 template <typename T>
-void launch_backward_key_value(const BackwardParams& params, void* stream);
+void launch_backward_key_value(BackwardParams params, void* stream);
 template <typename T>
 void launch_mask_gradient(const BackwardParams& params, const MaskGradient& gradient, void* stream);
 // The whole backward pass in one kernel; false, with nothing launched, if the scores of a head do not fit one tile.
@@ -43,6 +52,14 @@ int mask_second_order_splits(const Problem& problem, const int (&mask)[4]);
 
 inline void launch_forward(const ForwardParams& params, DType dtype, void* stream) {
   dispatch_dtype(dtype, [&]<typename T>(std::type_identity<T>) { launch_forward<T>(params, stream); });
+}
+// The floats of ForwardParams::parts; 0: none.
+inline int64_t forward_workspace(const Problem& problem, DType dtype) {
+  int64_t floats = 0;
+  dispatch_dtype(dtype, [&]<typename T>(std::type_identity<T>) {
+    if constexpr (sizeof(T) == 2) floats = wide_forward_workspace<T>(problem);
+  });
+  return floats;
 }
 inline void launch_backward(const BackwardParams& params, DType dtype, void* stream) {
   dispatch_dtype(dtype, [&]<typename T>(std::type_identity<T>) {

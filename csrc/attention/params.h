@@ -76,7 +76,12 @@ struct ForwardParams {
   Operand query, key, value;
   Result out;
   RowResult lse;
-  int tiles_per_block = 1;  // query tiles that a block processes in sequence
+  int tiles_per_block = 1;  // query tiles that a block processes in sequence; 1 if there is one query buffer
+  int stages = 1, query_buffers = 1;
+  // Parts of the keys, and their workspace: sums (splits, batch, heads, queries, value_dim), then a maximum and a sum
+  // of weights (splits, batch, heads, queries, 2).
+  int splits = 1;
+  float* parts = nullptr;
 };
 
 struct BackwardParams {
@@ -86,6 +91,7 @@ struct BackwardParams {
   RowInput lse;
   RowInput grad_lse;       // optional
   float* delta = nullptr;  // workspace (batch, heads, queries), contiguous: rowsum(grad_out * out) - grad_lse
+  int stages = 1;          // of attention_backward_query and attention_backward_key_value
 };
 
 // Tangents of the arguments; null data: zero. The mask's is a float mask.

@@ -40,6 +40,9 @@ struct Plan {
   int64_t blocks;
   int slices;
   int shared_bytes;
+  int stages = 0, query_buffers = 1;  // 0 stages: of the tile table
+  bool wide = false;                  // a kernel of wide heads
+  int splits = 1;                     // of the keys
 };
 
 // A block processes several query tiles if each has few key tiles and the grid is much larger than the GPU.
@@ -61,33 +64,106 @@ constexpr Plan plan_rows(Dims dims, const TileShape& shape, int64_t rows, int64_
   return {dims, warps, owned, shape.iterated, 1, heads * tiles_of_head(rows, owned, sequences), slices, 0};
 }
 
-constexpr Plan forward_plan(const Sizes& sizes, int multiprocessors) {
+// Chooses stages and query buffers, and sets the shared memory: bytes(warps, buffers).
+template <typename Bytes>
+constexpr void set_buffers(Plan& plan, Buffers most, const Gpu& gpu, Bytes&& bytes) {
+  const auto of_plan = [&](Buffers buffers) { return bytes(plan.warps, buffers); };
+  const Buffers buffers = choose_buffers(most, plan.blocks * plan.slices, gpu, of_plan);
+  plan.stages = buffers.stages, plan.query_buffers = buffers.queries;
+  plan.shared_bytes = of_plan(buffers);
+}
+
+// The kernels of wide heads: wide.cuh, wide_backward.cuh. ``rows``: owned, of all sequences; ``bytes`` by stages. A
+// problem with few rows is left to the other kernels, which take a warp for 16 of them.
+template <typename Bytes>
+constexpr Plan wide_plan(const Sizes& sizes, const Gpu& gpu, const WideShape& shape, int64_t rows, int64_t heads,
+                         Bytes&& bytes) {
   const Dims dims = sizes.head_dims();
+  Plan plan = {dims, kWideWarps, shape.owned, shape.iterated, 1, 0, 1, 0};
+  plan.blocks = heads * tiles_of_head(rows, plan.owned, sizes.sequences);
+  plan.stages = bytes(dims, 2) <= gpu.shared_limit ? 2 : 1;
+  plan.shared_bytes = bytes(dims, plan.stages);
+  plan.wide = sizes.element_size == 2 && is_wide(dims) && rows > kFragmentRows && plan.shared_bytes <= gpu.shared_limit;
+  return plan;
+}
+
+// Splits of the keys, where there are fewer blocks than multiprocessors: the smallest number of splits that leaves the
+// multiprocessors almost as little idle as the best one. Each split adds a row of sums to write and to read for a
+// query.
+constexpr int kMaxWideSplits = 4;
+constexpr int kWideSplitKeys = 128;  // of a split, at least
+
+constexpr int wide_splits(int64_t blocks, int64_t keys, int multiprocessors) {
+  if (blocks >= multiprocessors) return 1;
+  const auto busy = [&](int64_t splits) {  // in 1 / 1024
+    return 1024 * blocks * splits / (ceil_div(blocks * splits, multiprocessors) * multiprocessors);
+  };
+  const int64_t by_keys = keys / kWideSplitKeys, most = by_keys < kMaxWideSplits ? by_keys : kMaxWideSplits;
+  int64_t best = 1;
+  for (int64_t splits = 2; splits <= most; ++splits) {
+    if (9 * busy(splits) > 10 * busy(best)) best = splits;
+  }
+  return static_cast<int>(best);
+}
+
+constexpr Plan wide_forward_plan(const Sizes& sizes, const Gpu& gpu) {
+  Plan plan = wide_plan(sizes, gpu, kWideForward, sizes.queries, sizes.batch * sizes.heads,
+                        [&](Dims dims, int stages) { return wide_forward_bytes(dims, sizes.element_size, stages); });
+  if (plan.wide && sizes.sequences == 0) plan.splits = wide_splits(plan.blocks, sizes.keys, gpu.multiprocessors);
+  return plan;
+}
+// Floats of the workspace of splits.
+constexpr int64_t split_floats(const Sizes& sizes, const Plan& plan) {
+  const int64_t rows = sizes.batch * sizes.heads * sizes.queries;
+  return plan.splits == 1 ? 0 : plan.splits * rows * (int64_t{sizes.value_dim} + 2);
+}
+
+constexpr Plan wide_backward_query_plan(const Sizes& sizes, const Gpu& gpu) {
+  return wide_plan(sizes, gpu, kWideBackward, sizes.queries, sizes.batch * sizes.heads,
+                   [&](Dims dims, int stages) { return wide_backward_bytes(dims, sizes.element_size, stages); });
+}
+constexpr Plan wide_backward_key_value_plan(const Sizes& sizes, const Gpu& gpu) {
+  return wide_plan(sizes, gpu, kWideBackward, sizes.keys, sizes.batch * sizes.key_heads,
+                   [&](Dims dims, int stages) { return wide_backward_bytes(dims, sizes.element_size, stages); });
+}
+
+constexpr Plan forward_plan(const Sizes& sizes, const Gpu& gpu) {
+  const Dims dims = sizes.head_dims();
+  if (const Plan wide = wide_forward_plan(sizes, gpu); wide.wide) return wide;
   const TileShape shape = forward_shape(dims, sizes.element_size, sizes.plain);
   Plan plan = plan_rows(dims, shape, sizes.queries, sizes.batch * sizes.heads, dims.value, sizes.sequences);
-  plan.shared_bytes = forward_bytes(dims, sizes.element_size, sizes.plain, plan.warps);
-  if (sizes.sequences == 0 && query_buffers(dims, sizes.element_size, sizes.plain) == 2 &&
-      ceil_div(sizes.keys, shape.iterated) <= kFewKeyTiles) {
-    const int64_t tiles = plan.blocks / (int64_t{multiprocessors} * kBlocksPerMultiprocessor);
+  set_buffers(
+      plan, {shape.stages, query_buffers(dims, sizes.element_size, sizes.plain)}, gpu,
+      [&](int warps, Buffers buffers) { return forward_bytes(dims, sizes.element_size, sizes.plain, warps, buffers); });
+  if (sizes.sequences == 0 && plan.query_buffers == 2 && ceil_div(sizes.keys, shape.iterated) <= kFewKeyTiles) {
+    const int64_t tiles = plan.blocks / (int64_t{gpu.multiprocessors} * kBlocksPerMultiprocessor);
     plan.tiles_per_block = static_cast<int>(tiles < 1 ? 1 : tiles < kMaxTilesPerBlock ? tiles : kMaxTilesPerBlock);
     plan.blocks = ceil_div(plan.blocks, plan.tiles_per_block);
   }
   return plan;
 }
 
-constexpr Plan backward_query_plan(const Sizes& sizes) {
+constexpr void set_backward_buffers(Plan& plan, const Sizes& sizes, const TileShape& shape, const Gpu& gpu) {
+  set_buffers(plan, {shape.stages, 1}, gpu, [&](int warps, Buffers buffers) {
+    return backward_bytes(plan.dims, sizes.element_size, warps, buffers);
+  });
+}
+
+constexpr Plan backward_query_plan(const Sizes& sizes, const Gpu& gpu) {
   const Dims dims = sizes.head_dims();
+  if (const Plan wide = wide_backward_query_plan(sizes, gpu); wide.wide) return wide;
   const TileShape shape = backward_query_shape(dims, sizes.element_size);
   Plan plan = plan_rows(dims, shape, sizes.queries, sizes.batch * sizes.heads, dims.key, sizes.sequences);
-  plan.shared_bytes = backward_bytes(dims, sizes.element_size, plan.warps);
+  set_backward_buffers(plan, sizes, shape, gpu);
   return plan;
 }
 
-constexpr Plan backward_key_value_plan(const Sizes& sizes) {
+constexpr Plan backward_key_value_plan(const Sizes& sizes, const Gpu& gpu) {
   const Dims dims = sizes.head_dims();
+  if (const Plan wide = wide_backward_key_value_plan(sizes, gpu); wide.wide) return wide;
   const TileShape shape = backward_key_value_shape(dims, sizes.element_size);
   Plan plan = plan_rows(dims, shape, sizes.keys, sizes.batch * sizes.key_heads, widest(dims), sizes.sequences);
-  plan.shared_bytes = backward_bytes(dims, sizes.element_size, plan.warps);
+  set_backward_buffers(plan, sizes, shape, gpu);
   return plan;
 }
 

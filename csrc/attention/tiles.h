@@ -54,7 +54,8 @@ struct TileShape {
   int warps;      // maximum; problems with few rows launch fewer
   int fragments;  // of 16 rows, per warp
   int iterated;   // rows of an iterated tile: BLOCK_N keys, or BLOCK_M queries
-  int stages;     // 2: copies of the next tile overlap with the products of the current one
+  int stages;     // 2: copies of the next tile overlap with the products of the current one. The maximum, where the
+                  // launch plan chooses: choose_buffers
   int columns;    // of the output, accumulated in registers; wider outputs are split into slices, gridDim.y
 
   constexpr int owned(int of_warps) const { return of_warps * fragments * kFragmentRows; }
@@ -78,35 +79,35 @@ constexpr TileShape find_shape(const TileRow (&table)[kCount], Dims dims) {
 //                                   dims      warps frag BLOCK_N stages columns    regs, blocks: reason
 constexpr TileRow kForward16[] = {{{ 64,  64}, {4,   2,   64,     2,     256}},   // 239, 2: no room: rows
                                   {{128, 128}, {4,   2,   32,     2,     256}},   // 232, 2: no room: rows
-                                  {{256, 256}, {4,   1,   32,     2,     256}},   // 244, 1: no room: rows
-                                  {{512, 512}, {4,   1,   16,     1,     256}}};  // 196, 1: no room: stage 2
+                                  {{256, 256}, {4,   1,   32,     2,     256}},   // 244, 2: no room: rows
+                                  {{512, 512}, {4,   1,   16,     2,     256}}};  // 196, 1: no room: rows
 constexpr TileRow kForwardMasked16[] = {
                                   {{ 64,  64}, {4,   2,   32,     2,     256}},   // 255, 2: registers
                                   {{192, 192}, {4,   1,   32,     2,     256}},   // 226, 2: no room: rows
                                   {{256, 256}, {4,   1,   16,     2,     256}},   // 230, 2: registers
-                                  {{512, 512}, {4,   1,   16,     1,     256}}};  // 214, 1: no room: stage 2
-constexpr TileRow kForward32[] = {{{128, 128}, {4,   1,   32,     2,     256}},   // 150, 1: no room: rows
-                                  {{192, 192}, {4,   1,   16,     2,     256}},   // 170, 1: no room: rows
-                                  {{256, 256}, {4,   1,   16,     1,     256}},   // 201, 1: no room: stage 2
-                                  {{512, 512}, {2,   1,   8,      1,     256}}};  // 194, 1: no room: stage 2
+                                  {{512, 512}, {4,   1,   16,     2,     256}}};  // 214, 1: no room: rows
+constexpr TileRow kForward32[] = {{{128, 128}, {4,   1,   32,     2,     256}},   // 150, 2: no room: rows
+                                  {{192, 192}, {4,   1,   16,     2,     256}},   // 170, 2: no room: rows
+                                  {{256, 256}, {4,   1,   16,     2,     256}},   // 201, 1: no room: rows
+                                  {{512, 512}, {2,   1,   8,      2,     256}}};  // 194, 1: no room: rows
 constexpr TileRow kForwardMasked32[] = {
                                   {{ 32,  32}, {4,   1,   32,     2,     256}},   // 160, 2: registers
-                                  {{192, 192}, {4,   1,   16,     2,     256}},   // 200, 1: no room: rows
-                                  {{256, 256}, {4,   1,   16,     1,     256}},   // 236, 1: no room: stage 2
-                                  {{512, 512}, {2,   1,   8,      1,     128}}};  // 167, 1: no room: stage 2
+                                  {{192, 192}, {4,   1,   16,     2,     256}},   // 200, 2: no room: rows
+                                  {{256, 256}, {4,   1,   16,     2,     256}},   // 236, 1: no room: rows
+                                  {{512, 512}, {2,   1,   8,      2,     128}}};  // 167, 1: no room: rows
 
 // Backward, both kernels: P and dP of a tile are in registers at the same time. The columns are those of dQ.
 //                                    dims      warps frag iterated stages columns    regs, blocks: reason
 constexpr TileRow kBackward16[] = {{{ 64,  64}, {4,   1,   64,      2,     256}},   // 238, 2: registers
                                    {{128, 128}, {4,   1,   32,      2,     256}},   // 244, 2: no room: rows
-                                   {{192, 192}, {4,   1,   32,      1,     256}},   // 221, 2: no room: stage 2
+                                   {{192, 192}, {4,   1,   32,      2,     256}},   // 221, 2: no room: rows
                                    {{256, 256}, {4,   1,   16,      2,     256}},   // 226, 1: no room: rows
-                                   {{512, 512}, {2,   1,   16,      1,     256}}};  // 234, 1: no room: stage 2
+                                   {{512, 512}, {2,   1,   16,      2,     256}}};  // 234, 1: no room: rows
 constexpr TileRow kBackward32[] = {{{ 64,  64}, {4,   1,   32,      2,     256}},   // 192, 2: no room: rows
                                    {{128, 128}, {4,   1,   16,      2,     256}},   // 213, 1: no room: rows
-                                   {{192, 192}, {2,   1,   16,      2,     256}},   // 194, 1: no room: rows
-                                   {{256, 256}, {2,   1,   16,      1,     256}},   // 222, 1: no room: stage 2
-                                   {{512, 512}, {1,   1,   8,       1,     256}}};  // 207, 1: no room: stage 2
+                                   {{192, 192}, {2,   1,   16,      2,     256}},   // 194, 2: no room: rows
+                                   {{256, 256}, {2,   1,   16,      2,     256}},   // 222, 1: no room: rows
+                                   {{512, 512}, {1,   1,   8,       2,     256}}};  // 207, 1: no room: rows
 
 // Tangent: the operands and their tangents are in shared memory.
 //                                   dims      warps frag BLOCK_N stages columns    regs, blocks: reason
@@ -130,6 +131,22 @@ constexpr TileRow kSecondOrder32[] = {{{ 16,  32}, {4,   1,   32,      2,     12
                                       {{128, 128}, {2,   1,   16,      1,     128}},   // 237, 1: no room: stage 2
                                       {{256, 256}, {1,   1,   8,       1,     128}}};  // 225, 1: no room: stage 2
 // clang-format on
+
+// Wide heads, of 16 bits: eight warps share a tile of BLOCK_M queries and BLOCK_N keys (wide.cuh). GPUs whose blocks
+// may not have that much shared memory take the kernels above.
+struct WideShape {
+  int owned, iterated;
+};
+constexpr int kWideWarps = 8;
+constexpr Dims kWideHeadDims[] = {{512, 512}};
+constexpr bool is_wide(Dims compiled) {
+  for (const Dims dims : kWideHeadDims) {
+    if (dims.key == compiled.key && dims.value == compiled.value) return true;
+  }
+  return false;
+}
+constexpr WideShape kWideForward = {64, 32};
+constexpr WideShape kWideBackward = {32, 32};  // of both kernels
 
 constexpr TileShape forward_shape(Dims dims, int element_size, bool plain) {
   if (element_size == 4) return plain ? find_shape(kForward32, dims) : find_shape(kForwardMasked32, dims);
@@ -169,24 +186,74 @@ constexpr TileShape mask_second_order_shape(Dims dims, int element_size) {
 }
 
 // Dynamic shared memory.
+//
+// Forward and backward: as many stages and query tiles as leave room for two blocks per multiprocessor, because the
+// four warps of one block, one for each scheduler, cannot hide the latencies of copies and softmax; if there is no room
+// for two blocks in any case, or the grid has no more blocks than the GPU multiprocessors, as many as one block may
+// have. So sm_86, sm_89 and sm_120, with 100 KiB, have fewer than sm_80 with 164 KiB and sm_90 with 228 KiB.
+struct Buffers {
+  int stages;
+  int queries;  // tiles of BLOCK_M queries
+};
 
-// Query tiles in shared memory. 2: the next query tile of the block is copied during the last key tile of the current
-// one.
+struct Gpu {
+  int multiprocessors;
+  int shared_limit;  // maximum of a block, in bytes
+};
+
+// ``blocks``: of the grid. bytes(buffers): of a block.
+template <typename Bytes>
+constexpr Buffers choose_buffers(Buffers most, int64_t blocks, const Gpu& gpu, Bytes&& bytes) {
+  for (const int resident : {2, 1}) {
+    if (resident == 2 && blocks <= gpu.multiprocessors) continue;
+    for (const Buffers buffers : {most, Buffers{most.stages, 1}, Buffers{1, 1}}) {
+      if (blocks_by_shared_memory(bytes(buffers), gpu.shared_limit) >= resident) return buffers;
+    }
+  }
+  return {1, 1};
+}
+
+// Query tiles in shared memory, at most. 2: the next query tile of the block is copied during the last key tile of the
+// current one.
 constexpr int query_buffers(Dims dims, int element_size, bool plain) {
   return widest(dims) <= 64 && forward_shape(dims, element_size, plain).stages == 2 ? 2 : 1;
 }
 
-constexpr int forward_bytes(Dims dims, int element_size, bool plain, int warps) {
+constexpr int forward_bytes(Dims dims, int element_size, bool plain, int warps, Buffers buffers) {
   const TileShape shape = forward_shape(dims, element_size, plain);
   const int query = shape.owned(warps) * row_bytes(dims.key, element_size);
   const int key_value = row_bytes(dims.key, element_size) + row_bytes(smaller(dims.value, shape.columns), element_size);
-  return query_buffers(dims, element_size, plain) * query + shape.stages * shape.iterated * key_value;
+  return buffers.queries * query + buffers.stages * shape.iterated * key_value;
 }
 
-constexpr int backward_bytes(Dims dims, int element_size, int warps) {
+// Weights of a tile, with floats per row in the padding, partial scores, and live keys: a word per warp and lane of a
+// row.
+constexpr int wide_forward_state_bytes(Dims dims, int element_size) {
+  return kWideForward.owned * (row_bytes(dims.key, element_size) + row_bytes(kWideForward.iterated, element_size) +
+                               kWideForward.iterated * static_cast<int>(sizeof(float))) +
+         kWideWarps * 4 * static_cast<int>(sizeof(uint32_t));
+}
+constexpr int wide_forward_bytes(Dims dims, int element_size, int stages) {
+  return wide_forward_state_bytes(dims, element_size) +
+         stages * kWideForward.iterated * (row_bytes(dims.key, element_size) + row_bytes(dims.value, element_size));
+}
+
+constexpr int backward_bytes(Dims dims, int element_size, int warps, Buffers buffers) {
   const TileShape shape = backward_query_shape(dims, element_size);
-  return (shape.owned(warps) + shape.stages * shape.iterated) *
+  return (shape.owned(warps) + buffers.stages * shape.iterated) *
          (row_bytes(dims.key, element_size) + row_bytes(dims.value, element_size));
+}
+
+// P and dS of a tile, dP in float32, and live columns.
+constexpr int wide_backward_state_bytes(Dims dims, int element_size) {
+  return kWideBackward.owned * (row_bytes(dims.key, element_size) + row_bytes(dims.value, element_size) +
+                                2 * row_bytes(kWideBackward.iterated, element_size) +
+                                kWideBackward.iterated * static_cast<int>(sizeof(float))) +
+         kWideWarps / 2 * 4 * static_cast<int>(sizeof(uint32_t));
+}
+constexpr int wide_backward_bytes(Dims dims, int element_size, int stages) {
+  return wide_backward_state_bytes(dims, element_size) +
+         stages * kWideBackward.iterated * (row_bytes(dims.key, element_size) + row_bytes(dims.value, element_size));
 }
 
 constexpr int mask_gradient_bytes(Dims dims, int element_size, int warps) {
@@ -232,16 +299,18 @@ constexpr int mask_static_bytes(const TileShape& shape) {
   return (bytes + kAlignment - 1) / kAlignment * kAlignment;
 }
 
+// The launch plan adds stages and query buffers only where they fit.
 constexpr bool all_fit() {
   for (const int size : {2, 4}) {
     for (const Dims dims : kHeadDims) {
       for (const bool plain : {false, true}) {
-        if (forward_bytes(dims, size, plain, forward_shape(dims, size, plain).warps) > kSharedLimit) return false;
+        const int warps = forward_shape(dims, size, plain).warps;
+        if (forward_bytes(dims, size, plain, warps, {1, 1}) > kSharedLimit) return false;
       }
       const int warps = backward_query_shape(dims, size).warps;
       const int mask_bytes =
           mask_gradient_bytes(dims, size, warps) + mask_static_bytes(mask_gradient_shape(dims, size));
-      if (backward_bytes(dims, size, warps) > kSharedLimit || mask_bytes > kSharedLimit) return false;
+      if (backward_bytes(dims, size, warps, {1, 1}) > kSharedLimit || mask_bytes > kSharedLimit) return false;
     }
     for (const Dims dims : kSecondOrderHeadDims) {
       const int warps = second_order_shape(dims, size).warps;
@@ -257,6 +326,17 @@ constexpr bool all_fit() {
   return true;
 }
 static_assert(all_fit(), "the shared memory of every tile fits every GPU from sm_80 on");
+
+constexpr bool all_wide_fit() {
+  for (const Dims dims : kWideHeadDims) {
+    for (const int stages : {1, 2}) {
+      const int limit = stages == 1 ? kSharedLimit80 : kSharedLimit90;
+      if (wide_forward_bytes(dims, 2, stages) > limit || wide_backward_bytes(dims, 2, stages) > limit) return false;
+    }
+  }
+  return true;
+}
+static_assert(all_wide_fit(), "sm_80 has room for one stage of wide heads, sm_90 for two");
 
 constexpr bool is_sliced(Dims dims, const TileShape& shape) {
   return (dims.key <= shape.columns || dims.key % shape.columns == 0) &&

@@ -49,4 +49,12 @@ inline int multiprocessors() {
   return count;
 }
 
+// Shared memory that a block of the current device may have, in bytes.
+inline int shared_limit() {
+  int device = 0, bytes = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+  return bytes;
+}
+
 }  // namespace fastgen::device

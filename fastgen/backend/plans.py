@@ -14,8 +14,16 @@ _INT, _INT64, _BOOL, _SIZES = ctypes.c_int, ctypes.c_int64, ctypes.c_bool, ctype
 _ARGUMENTS: dict[str, list[Any]] = {
     "latent_plan": [_INT64, _INT64, _INT, _INT],
     "attention_tiles": [_BOOL],
-    "attention_plan": [*[_INT64] * 5, *[_INT] * 4, _BOOL, _SIZES],
+    "attention_plan": [*[_INT64] * 5, *[_INT] * 5, _BOOL, _SIZES],
     "projection_plan": [_INT] * 7,
+}
+
+
+# Bytes of shared memory that a block may have, by architecture.
+SHARED_LIMITS = {
+    **dict.fromkeys(("sm_80", "sm_87"), 163 * 1024),
+    **dict.fromkeys(("sm_86", "sm_89", "sm_120", "sm_121"), 99 * 1024),
+    **dict.fromkeys(("sm_90", "sm_100", "sm_103", "sm_110"), 227 * 1024),
 }
 
 
@@ -54,21 +62,26 @@ def attention_plan(
     multiprocessors: int,
     plain: bool = True,
     mask: Sequence[int] | None = None,
+    shared_limit: int = SHARED_LIMITS["sm_90"],
 ) -> dict[str, dict[str, Any]]:
     """Launch plan of each attention kernel.
 
     "one tile", where there is one, takes the place of "query" and "key_value", and "one tile mask" that of "mask" too.
 
     Args:
+        shared_limit: maximum of shared memory of a block, in bytes: one of ``SHARED_LIMITS``, or
+            ``shared_memory_per_block_optin`` of the properties of a CUDA device. A multiprocessor has 1 KiB more, and
+            each of its blocks takes 1 KiB besides its own.
         plain: no mask, dropout or softcap.
         mask: sizes (B, H, N, M) of a mask that requires a gradient, 1 where it broadcasts.
 
     Raises:
-        ValueError: head dims larger than every tile, or a mask without four sizes.
+        ValueError: head dims larger than every tile, a mask without four sizes, or a limit below 99 KiB.
     """
     sizes = {
         "batch": batch, "heads": heads, "key_heads": key_heads, "queries": queries, "keys": keys, "key_dim": key_dim,
         "value_dim": value_dim, "element_size": element_size, "multiprocessors": multiprocessors,
+        "shared_limit": shared_limit,
     }  # fmt: skip
     of_mask = None
     if mask is not None:

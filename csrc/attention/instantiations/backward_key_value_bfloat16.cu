@@ -2,6 +2,6 @@
 
 namespace fastgen::attention {
 
-template void launch_backward_key_value<BFloat16>(const BackwardParams&, void*);
+template void launch_backward_key_value<BFloat16>(BackwardParams, void*);
 
 }  // namespace fastgen::attention

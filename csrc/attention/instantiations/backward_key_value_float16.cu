@@ -2,6 +2,6 @@
 
 namespace fastgen::attention {
 
-template void launch_backward_key_value<Half>(const BackwardParams&, void*);
+template void launch_backward_key_value<Half>(BackwardParams, void*);
 
 }  // namespace fastgen::attention

@@ -2,6 +2,6 @@
 
 namespace fastgen::attention {
 
-template void launch_backward_key_value<float>(const BackwardParams&, void*);
+template void launch_backward_key_value<float>(BackwardParams, void*);
 
 }  // namespace fastgen::attention

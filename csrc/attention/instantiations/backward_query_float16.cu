@@ -2,6 +2,6 @@
 
 namespace fastgen::attention {
 
-template void launch_backward_query<Half>(const BackwardParams&, void*);
+template void launch_backward_query<Half>(BackwardParams, void*);
 
 }  // namespace fastgen::attention

@@ -2,6 +2,6 @@
 
 namespace fastgen::attention {
 
-template void launch_backward_query<float>(const BackwardParams&, void*);
+template void launch_backward_query<float>(BackwardParams, void*);
 
 }  // namespace fastgen::attention

@@ -28,6 +28,8 @@ void configure(const Options& options) {
   check_accesses(options.checks);
 }
 
+size_t shared_limit() { return Engine::get().options.shared_limit; }
+
 std::vector<std::string> sites() {
   const std::lock_guard lock(Engine::get().mutex);
   return Engine::get().sites_seen;

@@ -37,6 +37,9 @@ int launch_bound(const void* kernel);
 // Runs a grid. Throws Finding, or std::runtime_error if CUDA would reject the launch.
 void run_grid(const char* name, const LaunchRequest& request);
 
+// Shared memory that a block may have, in bytes.
+size_t shared_limit();
+
 // Threads of a warp.
 enum class Shuffle { kXor, kUp, kDown, kIndex };
 uint32_t shuffle(Shuffle mode, uint32_t mask, uint32_t value, int operand, Where where);

@@ -38,4 +38,7 @@ void launch(const char* name, void (*kernel)(Args...), const Launch& config, Arg
 // Few, so that small tests cover splits and tiles_per_block > 1.
 inline int multiprocessors() { return 3; }
 
+// configure(shared_limit=...)
+inline int shared_limit() { return static_cast<int>(emulator::shared_limit()); }
+
 }  // namespace fastgen::device
