@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import fastgen
-from fastgen.backend import why_not_compiled
+from fastgen.backend import plans, why_not_compiled
 from fastgen.ops.attention import direct
 from tests.emulator import build
 
@@ -78,14 +78,18 @@ def fresh_compiler():
 
 @pytest.fixture
 def emulator(request):
-    """The emulator's module, with a schedule seeded by the test; it tracks tensors that the test allocates."""
+    """The emulator's module, with a schedule and an architecture's shared memory seeded by the test.
+
+    It tracks tensors that the test allocates.
+    """
     reason = build.why_not()
     if reason is not None:
         pytest.skip(reason)
     module = build.module()
     given = os.environ.get("FASTGEN_EMULATOR_SEED")
     seed = int(given) if given else zlib.crc32(request.node.nodeid.encode())
-    module.configure(seed=seed)
+    limits = sorted(set(plans.SHARED_LIMITS.values()))
+    module.configure(seed=seed, shared_limit=limits[seed % len(limits)])
     print(f"FASTGEN_EMULATOR_SEED={seed}")  # shown where the test fails
     build.track_tensors(True)
     yield module

@@ -26,6 +26,7 @@ from tests.ops.attention_cases import DIMS, DROPOUT, DTYPES, HEADS, LAYOUTS, MAS
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 
 PLAIN = Options(0.0, -1, -1, 0.3)
+SHARED_LIMITS = sorted(set(backend.plans.SHARED_LIMITS.values()))
 OPTIONS = [PLAIN, Options(0.3, 20, 5, 0.3), PLAIN._replace(softcap=0.7)]
 
 
@@ -65,7 +66,7 @@ def cases(draw):
 
 
 def property_holds(emulator, case, schedule):
-    emulator.configure(seed=schedule)
+    emulator.configure(seed=schedule, shared_limit=SHARED_LIMITS[schedule % len(SHARED_LIMITS)])
     with fastgen.use_backend("emulated"):
         check(case, torch.device("cpu"), schedule % 1000)
 
@@ -98,15 +99,16 @@ def test_every_schedule_gives_the_same_bits(emulator, emulated, options):
     assert all(torch.equal(result, results[0]) for result in results[1:])
 
 
-def assert_no_site_can_be_left_out(emulator, call, kernel, seeds=2):
-    emulator.configure()
+def assert_no_site_can_be_left_out(emulator, call, kernel, seeds=2, pattern=None, **options):
+    """``pattern``: of the sites; ``options``: of the emulator."""
+    emulator.configure(**options)
     call()
-    pattern = rf"(sync_block|async_copy_wait) csrc/attention/\S+ in {kernel}"
+    pattern = rf"{pattern or r'(sync_block|async_copy_wait) csrc/attention/'}\S* in {kernel}"
     sites = [site for site in emulator.sites() if re.match(pattern, site)]
     assert len(sites) >= 2
     for site in sites:
         for seed in range(seeds):
-            emulator.configure(seed=seed, leave_out=site)
+            emulator.configure(seed=seed, leave_out=site, **options)
             with pytest.raises(RuntimeError, match="emulator: "):
                 call()
 
@@ -144,13 +146,14 @@ needs_module = pytest.mark.skipif(backend.plans.why_not() is not None, reason="t
 @needs_module
 @pytest.mark.parametrize("element_size", [2, 4])
 @pytest.mark.parametrize("name", ATTENTION_SHAPES)
-def test_every_named_shape_has_a_plan_for_every_gpu(name, element_size):
+@pytest.mark.parametrize("limit", SHARED_LIMITS)
+def test_every_named_shape_has_a_plan_for_every_gpu(name, element_size, limit):
     shape = ATTENTION_SHAPES[name]
-    for kernel, chosen in plan(shape, element_size=element_size).items():
+    for kernel, chosen in plan(shape, element_size=element_size, shared_limit=limit).items():
         key_dim, value_dim = chosen["tile"]
         assert key_dim >= shape.key_dim, kernel
         assert value_dim >= shape.value_dim, kernel
-        assert chosen["shared_bytes"] <= 99 * 1024, kernel
+        assert chosen["shared_bytes"] <= limit, kernel
         rows, owned = (shape.keys, chosen["block_n"]) if "key_value" in kernel else (shape.queries, chosen["block_m"])
         heads = shape.batch * shape.heads
         covered = chosen["blocks"] * chosen["tiles_per_block"] * owned
