@@ -11,6 +11,13 @@
 
 namespace fastgen::attention {
 
+// What is subtracted from the scores of a row whose maximum is ``top``, both in units of log2. 0 if the row has no
+// unmasked key yet: -inf - -inf is NaN. An infinite maximum is NaN, also where the product with the factor overflows, and
+// the multiply-add would not.
+__device__ __forceinline__ float softmax_shift(float top) {
+  return top == -INFINITY ? 0.0f : top == INFINITY ? NAN : top;
+}
+
 struct Softmax {
   float row_max[2] = {-INFINITY, -INFINITY};
   float row_sum[2] = {0.0f, 0.0f};  // over this lane's keys; finalize() reduces over the row
@@ -29,9 +36,7 @@ struct Softmax {
       top = fmaxf(top, device::shuffle_xor(top, 1));
       top = fmaxf(top, device::shuffle_xor(top, 2));
       top = fmaxf(row_max[half], factor * top);
-      // -inf if the row has no unmasked key yet, and -inf - -inf is NaN. An infinite maximum is NaN, also where the
-      // product with the factor overflows, and the multiply-add would not.
-      const float shift = top == -INFINITY ? 0.0f : top == INFINITY ? NAN : top;
+      const float shift = softmax_shift(top);
       rescale[half] = device::exp2_approx(row_max[half] - shift);
       row_max[half] = top;
       float sum = row_sum[half] * rescale[half];

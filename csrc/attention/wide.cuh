@@ -27,6 +27,7 @@
 #include "attention/dropout.cuh"
 #include "attention/scheduler.cuh"
 #include "attention/softcap.cuh"
+#include "attention/softmax.cuh"
 #include "attention/store.cuh"
 #include "attention/wide_tile.cuh"
 #include "common/math.h"
@@ -91,15 +92,14 @@ struct SharedSoftmax {
     }
   }
 
-  // scores = exp2(scores - row_max), with the maximum updated by ``top``, of both warps. ``rescale``: the factor for
-  // earlier weights and sums.
+  // scores = exp2(factor * scores - row_max), with the maximum updated by ``top``, the maximum of the scores of both
+  // warps. ``rescale``: the factor for earlier weights and sums.
   template <int kTiles>
-  __device__ __forceinline__ void update(float (&scores)[kTiles][4], const float (&top)[2], float (&rescale)[2]) {
+  __device__ __forceinline__ void update(float (&scores)[kTiles][4], float factor, const float (&top)[2],
+                                         float (&rescale)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float largest = fmaxf(row_max[half], top[half]);
-      // -inf if the row has no unmasked key yet, and -inf - -inf is NaN.
-      const float shift = largest == -INFINITY ? 0.0f : largest;
+      const float largest = fmaxf(row_max[half], factor * top[half]), shift = softmax_shift(largest);
       rescale[half] = device::exp2_approx(row_max[half] - shift);
       row_max[half] = largest;
       float sum = row_sum[half] * rescale[half];
@@ -107,7 +107,7 @@ struct SharedSoftmax {
       for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          scores[tile][i] = device::exp2_approx(scores[tile][i] - shift);
+          scores[tile][i] = device::exp2_approx(fmaf(scores[tile][i], factor, -shift));
           sum += scores[tile][i];
         }
       }
@@ -138,6 +138,8 @@ __global__ void __launch_bounds__(WideForwardLayout<T, kKeyDim, kValueDim>::kThr
     tiles.end_tile = smaller(tiles.end_tile, tiles.first_tile + tiles_each);
   }
   const int row = block.queries.begin + warp_row, warp_rows = block.rows() - warp_row;
+  // The window as the rows of the warp see it, and as those of the block do.
+  const Band window = Band::of<false>(problem, row), block_window = Band::of<false>(problem, block.queries.begin);
 
   const auto load_keys = [&](const typename Tiles::Index& tile, int stage) {
     copy_rows(Layout::key(stage), BLOCK_N, row_pointer<T>(p.key, block.key_batch, block.key_head, tile.key()),
@@ -174,20 +176,20 @@ __global__ void __launch_bounds__(WideForwardLayout<T, kKeyDim, kValueDim>::kThr
 
     // scores
     const int key = current.key() + warp_key;
-    const bool unmasked = tiles.is_unmasked(problem, block, current);
+    const bool masked = tiles.is_masked(current, block_window.from(current.key()), BLOCK_M);
+    const auto live = static_cast<LiveBits<8 * kTiles>>(current.live >> warp_key) & full<8 * kTiles>();
     Visible<1, kTiles> visible;
-    if (!unmasked) {
-      const auto live = static_cast<LiveBits<8 * kTiles>>(current.live >> warp_key) & full<8 * kTiles>();
-      visible = visible_scores<kPlain, false, 1, kTiles>(problem, tiles.mask, row, warp_rows, key, live);
+    if (masked) {
+      visible =
+          visible_scores<kPlain, false, 1, kTiles>(window.from(key), tiles.mask, row, warp_rows, key, live);
     }
     float scores[1][kTiles][4], parts[2][kTiles][4] = {};
     multiply_depth<kKeyDim / 2>(parts, Layout::query(), warp_row - half_depth * kFragmentRows, Layout::key(stage),
                                 warp_key, half_depth * (kKeyDim / 2));
     exchange_halves(scores, parts, half_depth, Layout::partial_scores(warp), Layout::partial_scores(warp ^ 1),
                     1 + kFragments + warp / 2);
-    if (warp_rows <= 0) visible.bits = 0;
-    const float scale = cap_scores<kPlain, false>(scores, problem);
-    mask_scores<kPlain, false>(scores, scale, visible, tiles.mask, row, key);
+    const float scale = cap_scores<kPlain>(scores, problem);
+    const float factor = mask_scores<kPlain, false>(scores, scale, masked, visible, tiles.mask, row, key);
 
     // softmax
     float top[2], rescale[2];
@@ -201,7 +203,7 @@ __global__ void __launch_bounds__(WideForwardLayout<T, kKeyDim, kValueDim>::kThr
     for (int half = 0; half < 2; ++half) {
       top[half] = fmaxf(top[half], Layout::state(warp_row + half * 8 + lane_row())[1 - part]);
     }
-    softmax.update(scores[0], top, rescale);
+    softmax.update(scores[0], factor, top, rescale);
 
     // weights
     if constexpr (!kPlain) {
@@ -215,9 +217,7 @@ __global__ void __launch_bounds__(WideForwardLayout<T, kKeyDim, kValueDim>::kThr
           for (int e = 0; e < 4; ++e) scores[0][n][e] *= factors[e];
         }
       }
-      if (!unmasked) {
-        store_live(Layout::live(), warp, visible.columns());
-      }
+      if (masked) store_live(Layout::live(), warp, visible.columns(live));
     }
     if (part == 0 && lane_column() == 0) {
 #pragma unroll
@@ -247,8 +247,8 @@ __global__ void __launch_bounds__(WideForwardLayout<T, kKeyDim, kValueDim>::kThr
           }
         }
       }
-      const uint32_t live = kPlain || unmasked ? 0 : load_live<kFragments, Layout::kKeyParts>(Layout::live());
-      multiply_shared_weights(out, Layout::weights(), Layout::value(stage), first_column, !kPlain && !unmasked, live);
+      const uint32_t attended = kPlain || !masked ? 0 : load_live<kFragments, Layout::kKeyParts>(Layout::live());
+      multiply_shared_weights(out, Layout::weights(), Layout::value(stage), first_column, !kPlain && masked, attended);
     }
   }
 

@@ -140,36 +140,40 @@ __global__ void __launch_bounds__(WideBackwardLayout<T, kKeyDim, kValueDim>::kTh
     }
   }
 
+  // The window as the rows of the warp see it, and as those of the block do.
+  const Band window = Band::of<false>(problem, row), block_window = Band::of<false>(problem, block.queries.begin);
   float sums[kFragments][kColumns / 8][4] = {};
   pipeline(p.stages, tiles, first, load_keys, [&](const typename Tiles::Index& tile, int stage) {
-    const bool unmasked = tiles.is_unmasked(problem, block, tile);
+    const bool masked = tiles.is_masked(tile, block_window.from(tile.key()), BLOCK_M);
     if (!part.has_scores) {
       Layout::send_grads(part, stage, problem.exact);
     } else {
       // scores
       const int key = tile.key() + part.column;
+      const auto live = static_cast<LiveBits<8 * kTiles>>(tile.live >> part.column) & full<8 * kTiles>();
       Visible<1, kTiles> visible;
-      if (!unmasked) {
-        const auto live = static_cast<LiveBits<8 * kTiles>>(tile.live >> part.column) & full<8 * kTiles>();
-        visible = visible_scores<kPlain, false, 1, kTiles>(problem, tiles.mask, row, part_rows, key, live);
+      if (masked) {
+        visible =
+            visible_scores<kPlain, false, 1, kTiles>(window.from(key), tiles.mask, row, part_rows, key, live);
       }
       float scores[1][kTiles][4] = {}, grads[1][kTiles][4];
       const typename Layout::KeyDim keys = {Layout::key_dim(stage).at(part.column, 0)};
       multiply_rows(scores, Layout::owned_key_dim(), part.row, keys, problem.exact);
-      const float scale = cap_scores<kPlain, true>(scores, problem);
-      mask_scores<kPlain, false>(scores, scale, visible, tiles.mask, row, key);
-      // softmax
       Layout::receive_grads(part, grads);
-      score_gradients<kPlain>(scores, grads, state, problem, block.first_row, row, key);
+      center_gradients<kPlain>(grads, state, problem, block.first_row, row, key);
+      const float scale = cap_scores<kPlain>(scores, grads, problem);
+      const float factor = mask_scores<kPlain, false>(scores, scale, masked, visible, tiles.mask, row, key);
+      // softmax
+      score_gradients(scores, factor, grads, masked, state);
       store_weights(Layout::weights(0), part.row, part.column, scores);
-      if (!kPlain && !unmasked) store_live(Layout::live(), part.number, visible.columns());
+      if (!kPlain && masked) store_live(Layout::live(), part.number, visible.columns(live));
     }
     device::sync_block();
     // accumulate
-    const uint32_t live = kPlain || unmasked ? 0 : load_live<kFragments, Layout::kParts>(Layout::live());
+    const uint32_t attended = kPlain || !masked ? 0 : load_live<kFragments, Layout::kParts>(Layout::live());
     if (first_column < problem.key_dim) {
-      multiply_shared_weights(sums, Layout::weights(0), Layout::key_dim(stage), first_column, !kPlain && !unmasked,
-                              live);
+      multiply_shared_weights(sums, Layout::weights(0), Layout::key_dim(stage), first_column, !kPlain && masked,
+                              attended);
     }
   });
 
@@ -206,7 +210,7 @@ __global__ void __launch_bounds__(WideBackwardLayout<T, kKeyDim, kValueDim>::kTh
   copy_rows(Layout::owned_value_dim(), BLOCK_N,
             row_pointer<T>(p.value, block.batch(problem), block.key_head, block.keys.begin), p.value.row,
             problem.value_dim, is_key);
-  const auto load_queries = [&](int tile, int i) {
+  const auto load_queries = [&](const typename Tiles::Index& tile, int i) {
     const int head = tiles.head(tile), query = tiles.query(tile);
     const auto is_valid = [&](int row) { return query + row < block.all_queries(problem); };
     const auto queries = Layout::key_dim(i);
@@ -225,74 +229,71 @@ __global__ void __launch_bounds__(WideBackwardLayout<T, kKeyDim, kValueDim>::kTh
   device::async_copy_commit();
 
   float key_sums[kFragments][kKeyColumns / 8][4] = {}, value_sums[kFragments][kValueColumns / 8][4] = {};
-  pipeline(p.stages, tiles, tiles.first(), load_queries, [&](int tile, int stage) {
-    const int head = tiles.head(tile), query = tiles.query(tile) + part.column;
+  const Band window = Band::of<true>(problem, key), block_window = Band::of<true>(problem, block.keys.begin);
+  pipeline(p.stages, tiles, tiles.first(), load_queries, [&](const typename Tiles::Index& tile, int stage) {
+    const int head = tiles.head(tile), first_query = tiles.query(tile), query = first_query + part.column;
     const HeadMask<T> mask(problem.mask, block.batch(problem), head);
-    const bool unmasked = tiles.is_unmasked(problem, block, tile, BLOCK_N) && (kPlain || mask.kind == MaskKind::kNone);
+    const Range existing = tiles.queries(problem, block, tile);
+    const bool masked = existing.end - first_query < BLOCK_M ||
+                        !block_window.from(first_query).covers(BLOCK_N, BLOCK_M) ||
+                        (!kPlain && mask.kind != MaskKind::kNone);
     if (!part.has_scores) {
       Layout::send_grads(part, stage, problem.exact);
     } else {
       // scores
+      const auto live = mask.template live<8 * kTiles, true>(existing, query);
       Visible<1, kTiles> visible;
-      if (!unmasked) {
-        const auto live = mask.template live<8 * kTiles, true>(tiles.queries(problem, block, tile), query);
-        visible = visible_scores<kPlain, true, 1, kTiles>(problem, mask, key, part_rows, query, live);
+      if (masked) {
+        visible = visible_scores<kPlain, true, 1, kTiles>(window.from(query), mask, key, part_rows, query, live);
       }
       float scores[1][kTiles][4] = {}, grads[1][kTiles][4];
       const typename Layout::KeyDim queries = {Layout::key_dim(stage).at(part.column, 0)};
       multiply_rows(scores, Layout::owned_key_dim(), part.row, queries, problem.exact);
-      float derivatives[kTiles][4];
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) derivatives[n][i] = 1.0f;
-      }
-      float scale = problem.scale * kLog2e;
-      if constexpr (!kPlain) {
-        if (is_capped(problem)) {
-          scale = 1.0f;
-#pragma unroll
-          for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const CappedScore score(scores[0][n][i], problem);
-              scores[0][n][i] = score.score(problem), derivatives[n][i] = score.derivative;
-            }
-          }
-        }
-      }
-      mask_scores<kPlain, true>(scores, scale, visible, mask, key, query);
       // softmax: scores = dropout(P)^T, grads = dS^T
       Layout::receive_grads(part, grads);
+      KeptScores<1, kTiles> kept;
+      if constexpr (!kPlain) {
+        if (problem.dropout.seeds != nullptr) {
+          kept = HeadDropout(problem, block.first_row(problem, head)).template kept_transposed<1, kTiles>(query, key);
+          kept.apply(grads);
+        }
+      }
+      float shifts[kTiles][2];
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-        float factors[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-        if constexpr (!kPlain) {
-          if (problem.dropout.seeds != nullptr) {
-            HeadDropout(problem, block.first_row(problem, head)).factors_transposed(factors, query + n * 8, key);
-          }
-        }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float* state = queries.row_extra(n * 8 + lane_column() + i % 2);
-          const float probability = weight(scores[0][n][i], kLog2e * state[0]);
-          grads[0][n][i] = score_gradient(probability, grads[0][n][i] * factors[i], state[1], derivatives[n][i]);
-          scores[0][n][i] = probability * factors[i];
+        for (int i = 0; i < 2; ++i) {
+          const float* state = queries.row_extra(n * 8 + lane_column() + i);
+          shifts[n][i] = weight_shift(kLog2e * state[0]);
+          grads[0][n][i] -= state[1], grads[0][n][i + 2] -= state[1];
         }
+      }
+      const float scale = cap_scores<kPlain>(scores, grads, problem);
+      const float factor = mask_scores<kPlain, true>(scores, scale, masked, visible, mask, key, query);
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[0][n][i] = weight(scores[0][n][i], factor, shifts[n][i % 2]);
+      }
+      if (masked) clear_where_zero(grads, scores);
+      multiply_scores(grads, scores);
+      if constexpr (!kPlain) {
+        if (problem.dropout.seeds != nullptr) kept.apply(scores);
       }
       store_weights(Layout::weights(0), part.row, part.column, grads);
       store_weights(Layout::weights(1), part.row, part.column, scores);
-      if (!kPlain && !unmasked) store_live(Layout::live(), part.number, visible.columns());
+      if (!kPlain && masked) store_live(Layout::live(), part.number, visible.columns(live));
     }
     device::sync_block();
     // accumulate
-    const uint32_t live = kPlain || unmasked ? 0 : load_live<kFragments, Layout::kParts>(Layout::live());
-    const bool masked = !kPlain && !unmasked;
+    const uint32_t attended = kPlain || !masked ? 0 : load_live<kFragments, Layout::kParts>(Layout::live());
     if (value_column < problem.value_dim) {
-      multiply_shared_weights(value_sums, Layout::weights(1), Layout::value_dim(stage), value_column, masked, live);
+      multiply_shared_weights(value_sums, Layout::weights(1), Layout::value_dim(stage), value_column,
+                              !kPlain && masked, attended);
     }
     if (key_column < problem.key_dim) {
-      multiply_shared_weights(key_sums, Layout::weights(0), Layout::key_dim(stage), key_column, masked, live);
+      multiply_shared_weights(key_sums, Layout::weights(0), Layout::key_dim(stage), key_column, !kPlain && masked,
+                              attended);
     }
   });
 
