@@ -10,31 +10,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from benchmarks.model.chips import Chip, chip_of
 from benchmarks.shapes import ATTENTION_SHAPES, AttentionShape
 from fastgen.backend import plans
 
-
-class Chip(NamedTuple):
-    """Peak rates of a GPU: dense bfloat16 FLOP/s, memory bandwidth in bytes/s, multiprocessors, boost clock in Hz."""
-
-    name: str
-    flops: float
-    bandwidth: float
-    multiprocessors: int
-    clock: float
-
-    @property
-    def exponentials(self) -> float:
-        return 16 * self.multiprocessors * self.clock
-
-
-CHIPS = [Chip("H200", 989e12, 4.8e12, 132, 1.98e9), Chip("A100 80GB", 312e12, 2.04e12, 108, 1.41e9)]
-
-
-def chip_of(device_name: str) -> Chip | None:
-    """Chip of a device name such as "NVIDIA H200", or None."""
-    return next((chip for chip in CHIPS if chip.name.split(" ")[0] in device_name), None)
-
+CHIPS = [chip for name in ("H200", "A100") if (chip := chip_of(name)) is not None]
+"""The chips of the tables."""
 
 ELEMENT = 2  # bytes of bfloat16
 

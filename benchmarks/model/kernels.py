@@ -1,0 +1,52 @@
+"""Compiles the attention kernels for the static model, one cubin for each source and architecture, and reads them."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from benchmarks.model import loops, sass
+from benchmarks.model.predict import Kernel
+from tests import compile_check
+
+SOURCES = ("forward", "backward_query", "backward_key_value", "tangent", "second_order")
+
+
+def compiler_version(nvcc: str) -> str:
+    """nvcc's version, such as "13.0.88"."""
+    text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+    return text.rpartition(", V")[2].split()[0]
+
+
+def compiled(arch: str, folder: Path) -> list[Kernel]:
+    """The bfloat16 attention kernels for an architecture such as "90a".
+
+    Cubins are kept in ``folder``, and compiled again if a source in csrc/ is newer.
+
+    Raises:
+        RuntimeError: nvcc or nvdisasm was not found.
+        subprocess.CalledProcessError: a source does not compile.
+        ValueError: the main loop of a kernel was not found.
+    """
+    nvcc = compile_check.find_nvcc()
+    nvdisasm = compile_check.find_nvdisasm(nvcc) if nvcc else None
+    if nvcc is None or nvdisasm is None:
+        raise RuntimeError("nvcc or nvdisasm was not found; see tests/compile_check.py")
+    folder.mkdir(parents=True, exist_ok=True)
+    csrc = compile_check.ROOT / "csrc"
+    newest = max(path.stat().st_mtime for path in csrc.rglob("*") if path.is_file())
+    kernels = []
+    for source in SOURCES:
+        cubin, log = folder / f"{source}_{arch}.cubin", folder / f"{source}_{arch}.log"
+        if not cubin.is_file() or cubin.stat().st_mtime < newest:
+            path = csrc / "attention" / "instantiations" / f"{source}_bfloat16.cu"
+            command = [nvcc, "-std=c++20", "-O3", "-Xptxas", "-v", f"-I{csrc}", f"-arch=sm_{arch}", "-cubin"]
+            done = subprocess.run([*command, str(path), "-o", str(cubin)], capture_output=True, text=True, check=True)
+            log.write_text(done.stderr)
+        listing = sass.parse(compile_check.disassemble(nvdisasm, cubin))
+        for found in compile_check.parse_ptxas(source, arch, log.read_text()):
+            name = loops.name_of(found.name)
+            if name is not None:
+                iteration = loops.attention_iteration(listing[found.symbol], name)
+                kernels.append(Kernel(name, arch, found.registers, found.shared_bytes, iteration))
+    return kernels
