@@ -91,15 +91,15 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Compiles every CUDA source for each architecture; prints what each kernel uses, and on sm_80 and sm_90a fails on a
-# spill or on a kernel over its budget (tests/kernel_budgets.py). The kernels of the last architecture are those of a wheel
-# that is built. Without nvcc the compiler comes from PyPI. make cuda-check SASS=1 adds the disassembler, and counts
-# instructions instead of building a wheel.
+# spill, on a kernel over its budget (tests/kernel_budgets.py) and on a main loop with too many instructions. The kernels
+# of the last architecture are those of a wheel that is built. Without nvcc the compiler comes from PyPI, and so does the
+# disassembler. make cuda-check SASS=1 counts the instructions of all kernels instead of building a wheel.
 CUDA_ARCH ?= 80 90a 120
 CUDA_WHEELS := cuda-toolkit[nvcc,nvvm,crt,cudart,cccl]==13.0.2
 SASS_WHEEL := nvidia-cuda-nvdisasm==13.5.37
 cuda-check: $(VENV)/.dev
 	command -v nvcc >/dev/null || $(PIP) install --quiet '$(CUDA_WHEELS)'
-	test "$(SASS)" != 1 || $(PIP) install --quiet '$(SASS_WHEEL)'
+	$(PIP) install --quiet '$(SASS_WHEEL)'
 	$(BIN)/python tests/compile_check.py $(addprefix --arch ,$(CUDA_ARCH)) $(if $(SASS),,--wheel $(lastword $(CUDA_ARCH)))
 
 # The wheels of a release that this machine can build, checked: into dist/. On two cores nvcc compiles cu130 in about 25

@@ -1,9 +1,10 @@
 """Compiles every CUDA source and reports the resources of each kernel; fails on spills and exceeded budgets.
 
-usage: python tests/compile_check.py [--arch 80 --arch 90a] [--wheel 90a] [--json FILE] [SOURCE ...]
-The first table is the report of ptxas, the second one counts instructions. Budgets: tests/kernel_budgets.py. Requires
-nvcc (CUDA_HOME, PATH, or PyPI's cuda-toolkit), but no GPU; the second table requires nvdisasm (next to nvcc, PATH, or
-PyPI's nvidia-cuda-nvdisasm).
+usage: python tests/compile_check.py [--arch 80 --arch 90a] [--wheel 90a] [--json FILE] [--tighten] [SOURCE ...]
+The first table is the report of ptxas, the second one counts instructions, the third one those of main loops. Budgets:
+tests/kernel_budgets.py, and tests/loop_budgets.json, which --tighten writes. Requires nvcc (CUDA_HOME, PATH, or PyPI's
+cuda-toolkit), but no GPU; instructions require nvdisasm (next to nvcc, PATH, or PyPI's nvidia-cuda-nvdisasm), and of a
+wheel cuobjdump (the same, or PyPI's nvidia-cuda-cuobjdump).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -20,7 +22,7 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +32,11 @@ if TYPE_CHECKING:
     from tests.kernel_budgets import Budget
 
 ROOT = Path(__file__).resolve().parents[1]
+if __package__ in (None, ""):  # run as a script
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks.model import sass  # noqa: E402
+
 # Unit kernels of the device layer and samples of the emulator: they must compile without spills, and have no budget.
 UNIT_KERNELS = ROOT / "tests" / "emulator" / "kernels"
 INCLUDES = (ROOT / "csrc", UNIT_KERNELS.parent / "cuda", UNIT_KERNELS.parent)
@@ -39,7 +46,21 @@ WITH_BUDGETS = ["80", "90a"]
 SPILLS_ELSEWHERE = 128  # bytes, stored and loaded
 INSTRUCTIONS = ["HMMA", "HGMMA", "LDSM", "STSM", "MUFU.EX2", "LDL", "STL", "BAR", "SHFL"]
 GLOBAL_ACCESSES = ["LDG", "STG", "LDGSTS"]  # counted by width
+SLACK = 1.03  # of the budgets of main loops, so that a new version of nvcc does not fail the check
+LOOP_BUDGETS = ROOT / "tests" / "loop_budgets.json"
+LoopBudgets = dict[str, dict[str, dict[str, float]]]  # by architecture and short name
 WIDTHS = ["U8", "S8", "U16", "S16", "32", "64", "128", "256"]
+
+
+class LoopCount(NamedTuple):
+    """Instructions of a kernel's main loop.
+
+    per_score: executed by a thread for each score of a tile of which everything is visible; of kernels without scores,
+    by a warp for each matrix instruction.
+    """
+
+    loop: int
+    per_score: float
 
 
 class Kernel(NamedTuple):
@@ -52,6 +73,7 @@ class Kernel(NamedTuple):
     stack_bytes: int
     spill_bytes: int
     instructions: dict[str, int] | None = None  # None: not counted
+    loop: LoopCount | None = None  # None: not counted, or not among LOOP_KERNELS
 
 
 def load(path: str) -> ModuleType:
@@ -68,16 +90,26 @@ def find_nvcc() -> str | None:
     return load("tools/build_libraries.py").find_nvcc()
 
 
-def find_nvdisasm(nvcc: str) -> str | None:
-    candidates = [Path(nvcc).with_name("nvdisasm"), *(Path(found) for found in [shutil.which("nvdisasm")] if found)]
-    candidates += [path for entry in sys.path for path in Path(entry).glob("nvidia/*/bin/nvdisasm")]
+def find_tool(nvcc: str, name: str) -> str | None:
+    """nvdisasm or cuobjdump: next to nvcc, in PATH, or a package of PyPI."""
+    candidates = [Path(nvcc).with_name(name), *(Path(found) for found in [shutil.which(name)] if found)]
+    candidates += [path for entry in sys.path for path in Path(entry).glob(f"nvidia/*/bin/{name}")]
     return next((str(path) for path in candidates if path.is_file()), None)
+
+
+def find_nvdisasm(nvcc: str) -> str | None:
+    return find_tool(nvcc, "nvdisasm")
 
 
 def demangle(symbols: list[str]) -> list[str]:
     """Names with template arguments, without parameters."""
     done = subprocess.run(["c++filt", "-p"], input="\n".join(symbols), check=True, capture_output=True, text=True)
     return [name.replace("(bool)1", "true").replace("(bool)0", "false") for name in done.stdout.splitlines()]
+
+
+def short_name(name: str) -> str:
+    """A demangled name without return type and namespaces, with template arguments: "scale<float, true>"."""
+    return re.sub(r"(?:\(anonymous namespace\)|\w+)::", "", name).removeprefix("void ")
 
 
 def bare_name(name: str) -> str:
@@ -129,8 +161,50 @@ def parse_sass(listing: str) -> dict[str, Counter[str]]:
     return counts
 
 
-def compile_one(nvcc: str, nvdisasm: str | None, source: Path, arch: str) -> tuple[list[Kernel], str]:
-    """The kernels of one source, and the error message, if any."""
+def count_loops(kernels: list[Kernel], listing: str, names: Collection[str]) -> list[Kernel]:
+    """The kernels, with the main loops of those in ``names`` counted.
+
+    Raises:
+        ValueError: a main loop was not found, or is not that of the launch plan.
+    """
+    wanted = {kernel.symbol for kernel in kernels if short_name(kernel.name) in names}
+    if not wanted:
+        return kernels
+    code = sass.parse(listing, wanted)
+    return [
+        kernel._replace(loop=count_loop(kernel, code[kernel.symbol])) if kernel.symbol in code else kernel
+        for kernel in kernels
+    ]
+
+
+def count_loop(kernel: Kernel, code: sass.Listing) -> LoopCount:
+    """The main loop of one kernel."""
+    from benchmarks.model import loops
+
+    name = loops.name_of(kernel.name)
+    if name is not None:
+        iteration = loops.attention_iteration(code, name)
+        return LoopCount(iteration.whole, iteration.per_score)
+    main = sass.main_loop(code)
+    if main is None:
+        raise ValueError(f"{kernel.name}: no loop with matrix instructions and a barrier")
+    path = main.paths[max(main.paths)]
+    return LoopCount(main.whole, sum(1 for _ in path.instructions()) / path.total("matrix"))
+
+
+def disassemble(nvdisasm: str, cubin: Path) -> str:
+    """The listing of a cubin.
+
+    Raises:
+        subprocess.CalledProcessError: nvdisasm failed; its message is in ``stderr``.
+    """
+    return subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+
+
+def compile_one(
+    nvcc: str, nvdisasm: str | None, source: Path, arch: str, loops: Collection[str] = ()
+) -> tuple[list[Kernel], str]:
+    """The kernels of one source, and the error message, if any. loops: kernels whose main loop is counted."""
     name = str(source.relative_to(ROOT)) if source.is_relative_to(ROOT) else str(source)
     number = arch.removeprefix("sm_")
     with tempfile.TemporaryDirectory() as folder:
@@ -144,11 +218,16 @@ def compile_one(nvcc: str, nvdisasm: str | None, source: Path, arch: str) -> tup
         if nvdisasm is None or not kernels:
             return kernels, ""
         (cubin,) = Path(folder).glob("*.cubin")
-        done = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        return kernels, f"nvdisasm on {name} for sm_{number}:\n{done.stderr}"
-    counts = parse_sass(done.stdout)
-    return [kernel._replace(instructions=dict(counts[kernel.symbol])) for kernel in kernels], ""
+        try:
+            listing = disassemble(nvdisasm, cubin)
+        except subprocess.CalledProcessError as error:
+            return kernels, f"nvdisasm on {name} for sm_{number}:\n{error.stderr}"
+    counts = parse_sass(listing)
+    kernels = [kernel._replace(instructions=dict(counts[kernel.symbol])) for kernel in kernels]
+    try:
+        return count_loops(kernels, listing, loops), ""
+    except (ValueError, RuntimeError) as error:
+        return kernels, f"main loops for sm_{number}: {error}"
 
 
 def parse_build(arch: str, log: str) -> list[Kernel]:
@@ -158,10 +237,37 @@ def parse_build(arch: str, log: str) -> list[Kernel]:
     return [kernel for kernels in found for kernel in kernels]
 
 
-def compile_wheel(arch: str) -> tuple[list[Kernel], str]:
+def count_library_loops(
+    kernels: list[Kernel], library: Path, nvcc: str, names: Collection[str]
+) -> tuple[list[Kernel], str]:
+    """The kernels, with the main loops of those in ``names`` counted from a shared library; and the error, if any."""
+    nvdisasm, cuobjdump = find_tool(nvcc, "nvdisasm"), find_tool(nvcc, "cuobjdump")
+    symbols = [kernel.symbol.encode() for kernel in kernels if short_name(kernel.name) in names]
+    if nvdisasm is None or cuobjdump is None or not symbols:
+        return kernels, ""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [cuobjdump, "-xelf", "all", str(library)], cwd=folder, capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            return kernels, f"cuobjdump on {library.name}:\n{done.stderr}"
+        for cubin in sorted(Path(folder).glob("*.cubin")):
+            content = cubin.read_bytes()
+            if any(symbol in content for symbol in symbols):
+                try:
+                    kernels = count_loops(kernels, disassemble(nvdisasm, cubin), names)
+                except subprocess.CalledProcessError as error:
+                    return kernels, f"nvdisasm on {cubin.name}:\n{error.stderr}"
+                except (ValueError, RuntimeError) as error:
+                    return kernels, f"main loops of {library.name}: {error}"
+    return kernels, ""
+
+
+def compile_wheel(arch: str, nvcc: str, loops: Collection[str] = ()) -> tuple[list[Kernel], str]:
     """The kernels of a wheel that pip builds of a copy of the project, without a GPU, and the error message, if any.
 
-    One compilation serves two checks: that the package builds, and what its kernels use.
+    One compilation serves two checks: that the package builds, and what its kernels use. loops: kernels whose main loop
+    is counted.
     """
     number, letter = re.fullmatch(r"(?:sm_)?(\d+)([a-z]?)", arch).groups()  # type: ignore[union-attr]
     environment = {"FASTGEN_BUILD": "cuda", "NVCC_APPEND_FLAGS": "-Xptxas -v"}
@@ -192,9 +298,11 @@ def compile_wheel(arch: str) -> tuple[list[Kernel], str]:
         )
         wheels = list(Path(folder).glob("*.whl"))
         names = zipfile.ZipFile(wheels[0]).namelist() if wheels else []
-    if done.returncode != 0 or not {"fastgen/_cpu.so", "fastgen/_cuda.so"} <= set(names):
-        return [], f"the wheel for sm_{number}{letter}:\n{done.stdout[-3000:]}"
-    return parse_build(f"{number}{letter}", done.stdout), ""
+        if done.returncode != 0 or not {"fastgen/_cpu.so", "fastgen/_cuda.so"} <= set(names):
+            return [], f"the wheel for sm_{number}{letter}:\n{done.stdout[-3000:]}"
+        kernels = parse_build(f"{number}{letter}", done.stdout)
+        library = Path(zipfile.ZipFile(wheels[0]).extract("fastgen/_cuda.so", folder))
+        return count_library_loops(kernels, library, nvcc, loops)
 
 
 def excesses(kernel: Kernel, budget: Budget) -> list[str]:
@@ -228,6 +336,53 @@ def compare(kernels: list[Kernel], budgets: Mapping[str, Budget], everything: bo
     return problems + [f"tests/kernel_budgets.py: no kernel is called {name}" for name in unused]
 
 
+def compare_loops(kernels: list[Kernel], budgets: LoopBudgets, names: Collection[str], everything: bool) -> list[str]:
+    """Problems with main loops. everything: the list has all kernels, so that kernels not counted are reported."""
+    problems, counted = [], set()
+    for kernel in kernels:
+        if kernel.loop is None or kernel.arch not in WITH_BUDGETS:
+            continue
+        name = short_name(kernel.name)
+        counted.add((kernel.arch, name))
+        budget = budgets.get(kernel.arch, {}).get(name)
+        if budget is None:
+            problems.append(f"{name} for sm_{kernel.arch}: no budget of its main loop; --tighten writes one")
+            continue
+        problems += [
+            f"{name} for sm_{kernel.arch}: {used:.2f} instructions of the main loop ({field}), budget"
+            f" {budget[field]:.2f}"
+            for field, used in kernel.loop._asdict().items()
+            if used > budget[field]
+        ]
+    compiled = {kernel.arch for kernel in kernels} & set(WITH_BUDGETS)
+    expected = {(arch, name) for arch in compiled for name in names} if everything else set()
+    return problems + [
+        f"{name} for sm_{arch}: its main loop was not counted (no such kernel, or no nvdisasm or cuobjdump)"
+        for arch, name in sorted(expected - counted)
+    ]
+
+
+def tightened(kernels: list[Kernel], budgets: LoopBudgets) -> LoopBudgets:
+    """The budgets, with those of the counted kernels set to SLACK above what they use."""
+    found = {arch: dict(table) for arch, table in budgets.items()}
+    for kernel in kernels:
+        if kernel.loop is not None and kernel.arch in WITH_BUDGETS:
+            count = {
+                "loop": math.ceil(kernel.loop.loop * SLACK),
+                "per_score": math.ceil(kernel.loop.per_score * SLACK * 10) / 10,
+            }
+            found.setdefault(kernel.arch, {})[short_name(kernel.name)] = count
+    return {arch: dict(sorted(table.items())) for arch, table in sorted(found.items())}
+
+
+def print_loops(kernels: list[Kernel]) -> None:
+    counted = [(kernel, kernel.loop) for kernel in kernels if kernel.loop is not None]
+    if counted:
+        print(f"\n{'arch':<6}{'loop':>7}{'per score':>11}  main loop of")
+    for kernel, loop in counted:
+        print(f"{kernel.arch:<6}{loop.loop:>7}{loop.per_score:>11.2f}  {short_name(kernel.name)}")
+
+
 def print_tables(kernels: list[Kernel]) -> None:
     print(f"{'arch':<6}{'regs':>5}{'smem':>7}{'stack':>7}{'spills':>7}  kernel")
     for kernel in kernels:
@@ -256,12 +411,18 @@ def all_jobs(architectures: list[str], wheel: str | None) -> list[tuple[Path, st
     return [(path, arch) for arch in architectures for path in (library if arch != wheel else []) + unit_kernels(arch)]
 
 
-def main(argv: list[str] | None = None, budgets: Mapping[str, Budget] | None = None) -> int:
+def main(
+    argv: list[str] | None = None,
+    budgets: Mapping[str, Budget] | None = None,
+    loop_kernels: Collection[str] | None = None,
+    loop_file: Path = LOOP_BUDGETS,
+) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sources", nargs="*", type=Path, metavar="SOURCE", help="default: all of csrc")
     parser.add_argument("--arch", action="append", help="for example 80 or 90a (the default); may be given repeatedly")
     parser.add_argument("--wheel", help="build a wheel for this architecture, and check the kernels in it")
     parser.add_argument("--json", type=Path, help="write the tables there too")
+    parser.add_argument("--tighten", action="store_true", help="write the budgets of main loops from what is compiled")
     arguments = parser.parse_args(argv)
     nvcc = find_nvcc()
     if nvcc is None:
@@ -271,14 +432,17 @@ def main(argv: list[str] | None = None, budgets: Mapping[str, Budget] | None = N
         print("compile check: c++filt was not found (binutils)")
         return 1
     nvdisasm = find_nvdisasm(nvcc)
+    table = load("tests/kernel_budgets.py")
+    loops = table.LOOP_KERNELS if loop_kernels is None else loop_kernels
+    loop_budgets = json.loads(loop_file.read_text()) if loop_file.is_file() else {}
     architectures = arguments.arch or ARCHITECTURES
     jobs = [(path.resolve(), arch) for arch in architectures for path in arguments.sources]
     jobs = jobs or all_jobs(architectures, arguments.wheel)
     start = time.perf_counter()
     with ThreadPoolExecutor(max_workers=2) as pool:
-        results = list(pool.map(lambda job: compile_one(nvcc, nvdisasm, *job), jobs))
+        results = list(pool.map(lambda job: compile_one(nvcc, nvdisasm, *job, loops), jobs))
     if arguments.wheel:
-        results.append(compile_wheel(arguments.wheel))
+        results.append(compile_wheel(arguments.wheel, nvcc, loops))
     seconds = time.perf_counter() - start
     found = [kernel for kernels, _ in results for kernel in kernels]
     units = [kernel for kernel in found if Path(ROOT, kernel.source).is_relative_to(UNIT_KERNELS)]
@@ -288,8 +452,13 @@ def main(argv: list[str] | None = None, budgets: Mapping[str, Budget] | None = N
         f"{unit.name} for sm_{unit.arch}: {unit.spill_bytes} bytes of spills" for unit in units if unit.spill_bytes
     ]
     everything = not problems and not arguments.sources
-    problems += compare(kernels, load("tests/kernel_budgets.py").BUDGETS if budgets is None else budgets, everything)
+    problems += compare(kernels, table.BUDGETS if budgets is None else budgets, everything)
+    if arguments.tighten:
+        loop_budgets = tightened(kernels, loop_budgets)
+        loop_file.write_text(json.dumps(loop_budgets, indent=1) + "\n")
+    problems += compare_loops(kernels, loop_budgets, loops, everything)
     print_tables(kernels)
+    print_loops(kernels)
     if nvdisasm is None:
         print("instructions were not counted: nvdisasm was not found (pip install nvidia-cuda-nvdisasm)")
     if arguments.json:

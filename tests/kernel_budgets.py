@@ -53,3 +53,25 @@ BUDGETS = {
     # One warp per head: 80 registers keep 3 blocks.
     "projection_heads_backward": Budget(registers=80),
 }
+
+LOOP_KERNELS = [
+    "attention_forward<BFloat16, 64, 64, true>",
+    "attention_forward<BFloat16, 64, 64, false>",
+    "attention_forward<BFloat16, 128, 128, true>",
+    "attention_forward<BFloat16, 128, 128, false>",
+    "attention_forward<BFloat16, 256, 256, true>",
+    "attention_forward<BFloat16, 256, 256, false>",
+    "attention_backward_query<BFloat16, 64, 64, true>",
+    "attention_backward_query<BFloat16, 128, 128, true>",
+    "attention_backward_key_value<BFloat16, 64, 64, true>",
+    "attention_backward_key_value<BFloat16, 128, 128, true>",
+    "attention_tangent<BFloat16, 64, 64, true>",
+    "attention_second_order_query<BFloat16, 64, 64>",
+    "attention_second_order_key_value<BFloat16, 64, 64>",
+    "projection_project<BFloat16, 1, false, false>",
+]
+"""Kernels whose main loop has a budget in tests/loop_budgets.json: instructions in the loop, and those that a thread
+executes for each score of a tile of which everything is visible (of a warp for each matrix instruction, where there are
+no scores). ``python tests/compile_check.py --arch 80 --wheel 90a --tighten`` sets the budgets to 3% above what kernels
+use.
+"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 
 import pytest
 
@@ -200,3 +201,113 @@ def test_a_builds_log_has_the_kernels_of_its_sources():
     kernels = compile_check.parse_build("90a", log)
     assert kernels == compile_check.parse_ptxas("csrc/b.cu", "90a", REPORT)
     assert len(kernels) == 3
+
+
+LOOP = """\
+.text.loop:
+.L_x_1:
+        /*0000*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0010*/                   LDGSTS.E.BYPASS.128 [R0+0x400], desc[UR6][R4.64] ;
+        /*0020*/              @!P0 BRA `(.L_x_2) ;
+        /*0030*/                   FSEL R1, R1, R2, P1 ;
+.L_x_2:
+        /*0040*/                   HMMA.16816.F32 R4, R8, R12, R4 ;
+        /*0050*/                   HMMA.16816.F32 R4, R8, R12, R4 ;
+GROWN        /*0060*/              @!P0 BRA `(.L_x_1) ;
+        /*0070*/                   EXIT ;
+"""
+ADDED = "        /*0058*/                   FADD R1, R1, R2 ;\n"
+
+
+def counted(grown=""):
+    kernel = Kernel("a.cu", "90a", "loop", "void k::product<k::Half>", 64, 0, 0, 0)
+    return compile_check.count_loops([kernel, KERNEL], LOOP.replace("GROWN", grown), ["product<Half>"])
+
+
+def test_main_loops_of_the_chosen_kernels_are_counted():
+    first, second = counted()
+    # The branch around FSEL is taken: 6 of 7 instructions, for 2 products.
+    assert first.loop == (7, 3.0)
+    assert second.loop is None
+
+
+def test_a_main_loop_that_grows_fails():
+    budgets = compile_check.tightened(counted(), {})
+    assert budgets == {"90a": {"product<Half>": {"loop": 8, "per_score": 3.1}}}
+    check = {"budgets": budgets, "names": ["product<Half>"], "everything": True}
+    assert compile_check.compare_loops(counted()[:1], **check) == []
+    assert compile_check.compare_loops(counted(ADDED)[:1], **check) == [
+        "product<Half> for sm_90a: 3.50 instructions of the main loop (per_score), budget 3.10"
+    ]
+    assert compile_check.compare_loops(counted(2 * ADDED)[:1], **check) == [
+        "product<Half> for sm_90a: 9.00 instructions of the main loop (loop), budget 8.00",
+        "product<Half> for sm_90a: 4.00 instructions of the main loop (per_score), budget 3.10",
+    ]
+
+
+def test_a_main_loop_without_a_count_or_a_budget_is_reported():
+    check = {"names": ["product<Half>", "gone"], "everything": True}
+    assert compile_check.compare_loops(counted()[:1], budgets={}, **check) == [
+        "product<Half> for sm_90a: no budget of its main loop; --tighten writes one",
+        "gone for sm_90a: its main loop was not counted (no such kernel, or no nvdisasm or cuobjdump)",
+    ]
+    assert compile_check.compare_loops([], budgets={}, names=["gone"], everything=False) == []
+
+
+def test_every_kernel_with_a_loop_budget_has_one_for_both_architectures():
+    table = compile_check.load("tests/kernel_budgets.py")
+    budgets = json.loads(compile_check.LOOP_BUDGETS.read_text())
+    assert {arch: sorted(found) for arch, found in budgets.items()} == {
+        arch: sorted(table.LOOP_KERNELS) for arch in compile_check.WITH_BUDGETS
+    }
+
+
+PRODUCTS = """
+namespace k {
+template <int kRows>
+__global__ void product(float* p, const unsigned* a, int count) {
+  float c[4] = {};
+  for (int i = 0; i < count; ++i) {
+    __syncthreads();
+    const unsigned* b = a + i * 6;
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(b[4]), "r"(b[5]));
+  }
+  for (int i = 0; i < 4; ++i) p[i] = c[i];
+}
+template __global__ void product<1>(float*, const unsigned*, int);
+}  // namespace k
+"""  # noqa: E501
+NVCC = compile_check.find_nvcc()
+TOOLS = [NVCC and compile_check.find_tool(NVCC, name) for name in ("nvdisasm", "cuobjdump")]
+
+
+@pytest.mark.skipif(not all(TOOLS), reason="no nvcc, nvdisasm or cuobjdump")
+@demangles
+def test_main_loops_are_counted_in_sources_and_in_libraries(tmp_path, capsys):
+    source, library, budgets = tmp_path / "product.cu", tmp_path / "product.so", tmp_path / "budgets.json"
+    source.write_text(PRODUCTS)
+    check = {"budgets": {"product": Budget(255)}, "loop_kernels": ["product<1>"], "loop_file": budgets}
+    assert compile_check.main(["--arch", "90a", str(source)], **check) == 1
+    assert "no budget of its main loop; --tighten writes one" in capsys.readouterr().err
+    assert compile_check.main(["--arch", "90a", "--tighten", str(source)], **check) == 0
+    allowed = json.loads(budgets.read_text())["90a"]["product<1>"]
+    assert allowed["loop"] > 0
+
+    command = [
+        NVCC,
+        "-std=c++20",
+        "-O3",
+        "-shared",
+        "-Xcompiler",
+        "-fPIC",
+        "-arch=sm_90a",
+        str(source),
+        "-o",
+        str(library),
+    ]
+    subprocess.run(command, check=True)
+    kernel = Kernel("product.cu", "90a", "_ZN1k7productILi1EEEvPfPKji", "void k::product<1>", 32, 0, 0, 0)
+    (found,), error = compile_check.count_library_loops([kernel], library, NVCC, ["product<1>"])
+    assert error == ""
+    assert allowed["loop"] / compile_check.SLACK**2 <= found.loop.loop <= allowed["loop"]
