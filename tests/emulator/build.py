@@ -18,6 +18,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -209,34 +210,44 @@ def why_not_cuda() -> str | None:
 
 
 def compile_for_cuda(architecture: str, library: Path) -> None:
-    """The same kernels and bindings, by nvcc, as a Python module for "80" or "90a"."""
+    """The same kernels and bindings, by nvcc, as a Python module for "80" or "90a"; each source in a process."""
     import pybind11
 
     sources = [HERE / "bindings.cpp", *compile_check.unit_kernels(architecture)]
     folders = [*compile_check.INCLUDES, pybind11.get_include(), sysconfig.get_paths()["include"]]
-    command = [
-        str(compile_check.find_nvcc()),
-        "-std=c++20",
-        "-O3",
-        "-shared",
-        "-Xcompiler",
-        "-fPIC,-fvisibility=hidden",
-        "-x",
-        "cu",
+    command = [str(compile_check.find_nvcc()), "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
+    options = [*(f"-I{one}" for one in folders), f"-DFASTGEN_KERNELS_MODULE={library.stem}"]
+
+    def compiled(source: Path) -> str:
+        target = library.with_name(f"{library.stem}-{source.stem}.o")
+        subprocess.run([*command, *options, "-x", "cu", "-c", str(source), "-o", str(target)], check=True)
+        return str(target)
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, sources))
+    subprocess.run([*command, "-shared", *objects, "-o", str(library)], check=True)
+
+
+def newest_source() -> float:
+    """Time of the newest source of the unit kernels."""
+    files = [
+        path for folder in (CSRC, HERE) for path in folder.rglob("*") if path.suffix in (".h", ".cu", ".cuh", ".cpp")
     ]
-    command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}", *(f"-I{one}" for one in folders)]
-    command += [f"-DFASTGEN_KERNELS_MODULE={library.stem}", *map(str, sources), "-o", str(library)]
-    subprocess.run(command, check=True)
+    return max(path.stat().st_mtime for path in files)
 
 
 @cache
 def cuda_module() -> ModuleType:
-    """The unit kernels and samples on the GPU."""
+    """The unit kernels and samples on the GPU; compiled if a source is newer than what an earlier process compiled."""
     major, minor = torch.cuda.get_device_capability()
     architecture = f"{major}{minor}" + ("a" if major >= 9 else "")
+    library = OUT / f"cuda_kernels_{architecture}" / "cuda_kernels.so"
     with alone():
-        compile_for_cuda(architecture, OUT / "cuda_kernels.so")
-        return load(OUT / "cuda_kernels.so")
+        library.parent.mkdir(exist_ok=True)
+        if not library.is_file() or library.stat().st_mtime < newest_source():
+            compile_for_cuda(architecture, library)
+        return load(library)
 
 
 @cache
