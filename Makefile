@@ -100,7 +100,7 @@ SASS_WHEEL := nvidia-cuda-nvdisasm==13.5.37
 cuda-check: $(VENV)/.dev
 	command -v nvcc >/dev/null || $(PIP) install --quiet '$(CUDA_WHEELS)'
 	$(PIP) install --quiet '$(SASS_WHEEL)'
-	$(BIN)/python tests/compile_check.py $(addprefix --arch ,$(CUDA_ARCH)) $(if $(SASS),,--wheel $(lastword $(CUDA_ARCH)))
+	$(BIN)/python tests/compile_check.py $(addprefix --arch ,$(CUDA_ARCH)) $(if $(SASS),--sass,--wheel $(lastword $(CUDA_ARCH)))
 
 # The wheels of a release that this machine can build, checked: into dist/. On two cores nvcc compiles cu130 in about 25
 # minutes and cu12-smoke in 10; make wheels WHEELS=cpu takes two. PYTHON has to be 3.11 or newer.

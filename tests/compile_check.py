@@ -1,6 +1,6 @@
 """Compiles every CUDA source and reports the resources of each kernel; fails on spills and exceeded budgets.
 
-usage: python tests/compile_check.py [--arch 80 --arch 90a] [--wheel 90a] [--json FILE] [--tighten] [SOURCE ...]
+usage: python tests/compile_check.py [--arch 80] [--wheel 90a] [--json FILE] [--sass] [--tighten] [SOURCE ...]
 The first table is the report of ptxas, the second one counts instructions, the third one those of main loops. Budgets:
 tests/kernel_budgets.py, and tests/loop_budgets.json, which --tighten writes. Requires nvcc (CUDA_HOME, PATH, or PyPI's
 cuda-toolkit), but no GPU; instructions require nvdisasm (next to nvcc, PATH, or PyPI's nvidia-cuda-nvdisasm), and of a
@@ -202,9 +202,13 @@ def disassemble(nvdisasm: str, cubin: Path) -> str:
 
 
 def compile_one(
-    nvcc: str, nvdisasm: str | None, source: Path, arch: str, loops: Collection[str] = ()
+    nvcc: str, nvdisasm: str | None, source: Path, arch: str, loops: Collection[str] = (), everything: bool = True
 ) -> tuple[list[Kernel], str]:
-    """The kernels of one source, and the error message, if any. loops: kernels whose main loop is counted."""
+    """The kernels of one source, and the error message, if any.
+
+    loops: kernels whose main loop is counted. everything: instructions are counted in all kernels, not only where the
+    source has one of those.
+    """
     name = str(source.relative_to(ROOT)) if source.is_relative_to(ROOT) else str(source)
     number = arch.removeprefix("sm_")
     with tempfile.TemporaryDirectory() as folder:
@@ -215,7 +219,8 @@ def compile_one(
         if done.returncode != 0:
             return [], f"{name} for sm_{number}:\n{done.stderr}"
         kernels = parse_ptxas(name, number, done.stderr)
-        if nvdisasm is None or not kernels:
+        wanted = everything or any(short_name(kernel.name) in loops for kernel in kernels)
+        if nvdisasm is None or not kernels or not wanted:
             return kernels, ""
         (cubin,) = Path(folder).glob("*.cubin")
         try:
@@ -422,6 +427,7 @@ def main(
     parser.add_argument("--arch", action="append", help="for example 80 or 90a (the default); may be given repeatedly")
     parser.add_argument("--wheel", help="build a wheel for this architecture, and check the kernels in it")
     parser.add_argument("--json", type=Path, help="write the tables there too")
+    parser.add_argument("--sass", action="store_true", help="count the instructions of all kernels; so with SOURCE")
     parser.add_argument("--tighten", action="store_true", help="write the budgets of main loops from what is compiled")
     arguments = parser.parse_args(argv)
     nvcc = find_nvcc()
@@ -438,9 +444,10 @@ def main(
     architectures = arguments.arch or ARCHITECTURES
     jobs = [(path.resolve(), arch) for arch in architectures for path in arguments.sources]
     jobs = jobs or all_jobs(architectures, arguments.wheel)
+    everywhere = arguments.sass or bool(arguments.sources)
     start = time.perf_counter()
     with ThreadPoolExecutor(max_workers=2) as pool:
-        results = list(pool.map(lambda job: compile_one(nvcc, nvdisasm, *job, loops), jobs))
+        results = list(pool.map(lambda job: compile_one(nvcc, nvdisasm, *job, loops, everywhere), jobs))
     if arguments.wheel:
         results.append(compile_wheel(arguments.wheel, nvcc, loops))
     seconds = time.perf_counter() - start
