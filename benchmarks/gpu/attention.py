@@ -29,14 +29,17 @@ ORDER = (
     "image-lm", "sagan-64", "long-causal", "dit-xl", "transgan-window", "char-lm", "swin-window", "long", "sagan-256",
     "vae-mid", "seq2seq", "decode",
 )  # fmt: skip
-COMPILED = ("image-lm", "dit-xl", "sagan-64")  # shapes with torch.compile as a peer, forward only
+COMPILED = ("image-lm", "dit-xl", "sagan-64")  # shapes with torch.compile as a peer
 PASSES = {
     "forward": (roofline.FORWARD,),
     "backward": (roofline.BACKWARD,),
     "tangent": (roofline.FORWARD, roofline.TANGENT),
     "second order": (roofline.FORWARD, roofline.BACKWARD, roofline.TANGENT, roofline.SECOND_ORDER),
+    "forward, compiled": (roofline.FORWARD,),
 }
-"""What is timed. Backward: the gradients alone. Tangent: jvp with the output. Second order: a step of an R1 penalty."""
+"""What is timed. Backward: the gradients alone. Tangent: jvp with the output. Second order: a step of an R1 penalty.
+"forward, compiled" is forward against torch.compile, whose compilation takes long.
+"""
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -82,7 +85,7 @@ def call_of(function: Function, what: str, shape: AttentionShape) -> Callable[[]
 
     def make() -> Call:
         operands, kwargs = tensors(shape)
-        if what == "forward":
+        if what.startswith("forward"):
 
             def forward() -> Tensor:
                 with torch.no_grad():
@@ -125,6 +128,8 @@ def forced(backend: SDPBackend) -> Function:
 def peers(shape: AttentionShape, what: str) -> dict[str, Function]:
     """The implementations to compare with."""
     stored = shape.batch * shape.heads * shape.queries * shape.keys
+    if what == "forward, compiled":
+        return {"torch.compile": torch.compile(formula)}
     found: dict[str, Function] = {}
     if what in ("forward", "backward"):
         found = {name: forced(backend) for name, backend in BACKENDS.items() if name != "math"}
@@ -132,8 +137,6 @@ def peers(shape: AttentionShape, what: str) -> dict[str, Function]:
         found["math" if what != "tangent" else "eager"] = forced(SDPBackend.MATH) if what != "tangent" else formula
         if what == "forward":
             found["eager"] = formula
-            if shape.name in COMPILED:
-                found["torch.compile"] = torch.compile(formula)
     return found
 
 
@@ -199,6 +202,7 @@ def main() -> int:
     work += [
         (name, what) for what in ("tangent", "second order") for name in ("sagan-64", "image-lm", "dit-xl", "char-lm")
     ]
+    work += [(name, "forward, compiled") for name in COMPILED]
     for place, (name, what) in enumerate(work):
         if session.left < 8:
             session.write("left out", call="attention", what=[f"{what} {name}" for name, what in work[place:]])
