@@ -68,7 +68,8 @@ def multi_head_projection(
         >>> multi_head_projection(torch.randn(2, 5, 6), torch.randn(8, 6), num_heads=4).shape
         torch.Size([2, 4, 5, 2])
     """
-    if overridden_heads(x, weight, bias, (norm,), rotary) and (own := relevant(x, weight, bias, norm, *items(rotary))):
+    norms = () if norm is None else (norm,)
+    if overridden_heads(x, weight, bias, norms, rotary) and (own := relevant(x, weight, bias, norm, *items(rotary))):
         return handle_torch_function(  # type: ignore[no-any-return]
             multi_head_projection, own, x, weight, bias, num_heads=num_heads, channels_first=channels_first, norm=norm,
             norm_eps=norm_eps, rotary=rotary, interleaved=interleaved,
@@ -93,7 +94,7 @@ def multi_head_projection(
         heads=(num_heads,),
         head_dims=(head_dim,),
         channels_first=channels_first,
-        norms=() if norm is None else (norm,),
+        norms=norms,
         norm_eps=norm_eps,
         rotary=rotary,
         rotated=1,

@@ -274,7 +274,10 @@ class _AnyOrder:
 
     def before(self, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
         """Where the formula serves, keeps the gradient from the kernel, which takes no dual numbers and no batch."""
-        if not must_be_differentiable() or grads[0] is None:
+        # must_be_differentiable, without its calls: this runs in every backward pass.
+        if not _grad_enabled() and forward_ad._current_level < 0 and _interpreter() is None:
+            return None
+        if grads[0] is None:
             return None
         self.given = self.given or {}
         self.given[_task()] = grads[0]
@@ -282,13 +285,14 @@ class _AnyOrder:
         return (torch.zeros(query.shape, dtype=query.dtype), *grads[1:])
 
     def after(self, grads: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...]) -> Any:
+        if not _grad_enabled() and forward_ad._current_level < 0 and _interpreter() is None:
+            # Of the gradients of query and key, either shows a NaN of the scores' gradient.
+            first = None if self.tensors[3] is None else grads[1] if grads[0] is None else grads[0]
+            if first is None or _is_batched(first) or (total := first.sum().item()) == total:
+                return None
         grad_out = given[0] if self.given is None else self.given.pop(_task(), given[0])
         if grad_out is None:
             return None
-        if not must_be_differentiable():
-            first = None if self.tensors[3] is None else grads[0]
-            if first is None or _is_batched(grad_out) or not first.sum().isnan():
-                return None
         query, key, value, mask = self._saved()
         results = _gradients(grad_out, query, key, value, mask, self.is_causal, self.scale)
         return tuple(None if old is None else new for old, new in zip(grads, results, strict=True))
