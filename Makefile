@@ -85,6 +85,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m pytest benchmarks/suites/bench_*.py --benchmark-only -q --benchmark-json=.benchmarks/latest.json
 	$(BIN)/python benchmarks/report.py .benchmarks/latest.json
 	PYTHONPATH=. $(BIN)/python benchmarks/overhead.py
+	PYTHONPATH=. $(BIN)/python benchmarks/host_path.py
 
 # The documentation, into site/. Fails on a warning. (The variable silences an advertisement of the theme.)
 docs: $(VENV)/.docs
