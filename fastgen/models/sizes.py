@@ -42,7 +42,7 @@ class DataSize:
     Attributes:
         kind: kind of the data.
         items: number of training items.
-        image_size, channels: of images; 0 for other kinds.
+        image_size, channels, levels: of images; 0 for other kinds.
         gpu: whether the options are for a GPU.
     """
 
@@ -50,6 +50,7 @@ class DataSize:
     items: int
     image_size: int = 0
     channels: int = 0
+    levels: int = 0
     gpu: bool = False
 
     @property

@@ -19,7 +19,7 @@ In this file: config, block, network and loss, sampling with KV caches.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast, get_args
 
@@ -42,6 +42,7 @@ from fastgen.models import decoding
 from fastgen.models.base import Batch, GenerativeModel, Phase, StepContext, Texts, option, upcast
 from fastgen.models.decoding import Chooser, Noise, generating, require_top_p
 from fastgen.models.registry import register_model
+from fastgen.models.sizes import DataSize, two_digits
 from fastgen.nn import KVCache, RotaryEmbedding
 from fastgen.nn._buffers import ComputedBuffers
 from fastgen.nn._sublayers import embed, is_fusible, is_pointwise, is_unhooked, merge_heads, project_heads
@@ -52,6 +53,7 @@ Tables = tuple[Tensor, Tensor]
 
 PRINTABLE = "\n" + "".join(map(chr, range(32, 127)))
 EPS = 1e-6
+USUAL_TOKENS, MOST_LONGER = 1_000_000, 3.0
 MIN_ROOM = 64  # slots of a bounded cache beyond what is attended to, so that its contents seldom move
 
 
@@ -249,6 +251,13 @@ class TransformerLM(ComputedBuffers, GenerativeModel):
     blocks = ("LMBlock",)
     config: TransformerLMConfig
     lengths: Tensor
+
+    @classmethod
+    def suggested(cls, data: DataSize, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """More steps for texts of more than a million tokens: as the square root of their length, at most threefold."""
+        steps = int(cls.train_defaults["steps"])
+        longer = min(MOST_LONGER, math.sqrt(data.items / USUAL_TOKENS))
+        return {"steps": two_digits(steps * longer)} if longer > 1 else {}
 
     def __init__(self, config: TransformerLMConfig) -> None:
         super().__init__(config)

@@ -21,7 +21,7 @@ over the counts, so that -log p(x), in nats, is comparable between models and li
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
@@ -33,6 +33,7 @@ from fastgen.batch import SLACK, readable, require_images
 from fastgen.checks import require_choice, require_count, require_positive, require_shape
 from fastgen.models.base import Batch, GenerativeModel, Images, Samples, StepContext, image_rows, upcast
 from fastgen.models.interpolation import great_circles, row_labels
+from fastgen.models.sizes import DataSize
 
 Likelihood = Literal["beta-binomial", "binomial", "bernoulli", "gaussian"]
 
@@ -70,6 +71,12 @@ class VariationalAutoencoder(GenerativeModel):
     decode: Callable[..., Tensor]
     reconstruct: Callable[..., Tensor]
     log_weight: Callable[..., Tensor]
+
+    @classmethod
+    def suggested(cls, data: DataSize, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """As ``GenerativeModel.suggested``; pixels of two levels have the Bernoulli likelihood, which costs less."""
+        black_and_white = data.scale != "small" and data.levels == 2
+        return super().suggested(data, given) | ({"model.likelihood": "bernoulli"} if black_and_white else {})
 
     def conditions(self, batch: Batch) -> tuple[Tensor, ...]:
         """The tensors of a batch that the networks receive besides the images."""

@@ -65,7 +65,7 @@ class Plan:
     threads: int
 
     def __str__(self) -> str:
-        on = f"{self.device}, {self.threads} threads" if self.device == "cpu" else self.device
+        on = f"{self.device}, {self.threads} thread{'s' * (self.threads != 1)}" if self.device == "cpu" else self.device
         return "\n".join(
             (
                 f"parameters  {self.parameters:,}",

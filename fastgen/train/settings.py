@@ -118,7 +118,8 @@ def _chosen(
 ) -> Chosen:
     """What the model suggests for the data, without what the user or the preset gives."""
     facts = data.facts
-    size = DataSize(data.kind, len(data.train), facts.get("image_size", 0), facts.get("channels", 0), preset.gpu)
+    image = (facts.get(name, 0) for name in ("image_size", "channels", "levels"))
+    size = DataSize(data.kind, len(data.train), *image, gpu=preset.gpu)
     given = {**given, **{MODEL + name: value for name, value in options.items()}}
     suggested = model_class.suggested(size, given)
     if "epochs" in given:

@@ -41,7 +41,7 @@ def test_small_images_keep_the_defaults(name: str) -> None:
 @pytest.mark.parametrize("name", OF_IMAGES)
 def test_suggestions_are_options_that_fit_the_model(name: str, size: tuple[int, int], gpu: bool) -> None:
     model = MODELS[name]
-    data = DataSize("images", 8000, *size, gpu)
+    data = DataSize("images", 8000, *size, gpu=gpu)
     options = model.suggested(data)
     assert options["steps"] > 0
     known = {f"model.{field.name}" for field in fields(model.config_class)} | TRAINING
@@ -69,6 +69,20 @@ def test_steps_grow_with_the_items_and_autoencoders_stop_after_some_passes() -> 
     assert [steps(n, 10) for n in (10, 2000, 10_000)] == [200, 400, 2000]
     many_digits = DataSize("images", 40_000, 8, 1)
     assert MODELS["dcgan"].suggested(many_digits) == {"steps": 6700}  # twice 3368
+
+
+def test_vaes_of_black_and_white_pixels_are_bernoulli() -> None:
+    for name in ("vae", "conv-vae", "cvae", "flow-vae"):
+        two, many = (MODELS[name].suggested(DataSize("images", 8000, 28, 1, levels)) for levels in (2, 256))
+        assert two == many | {"model.likelihood": "bernoulli"}
+    assert MODELS["vae"].suggested(DataSize("images", 1437, 8, 1, 2)) == {}
+
+
+def test_long_texts_are_trained_longer() -> None:
+    model = MODELS["transformer-lm"]
+    assert model.suggested(DataSize("text", 1_000_000)) == {}
+    assert model.suggested(DataSize("text", 4_000_000)) == {"steps": 4800}
+    assert model.suggested(DataSize("text", 10**9)) == {"steps": 7200}
 
 
 def test_downsamplings_divide_the_image() -> None:
