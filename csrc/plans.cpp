@@ -6,6 +6,7 @@
 #include <sstream>
 #include <string>
 
+#include "attention/decode_plan.h"
 #include "attention/one_tile.h"
 #include "attention/plan.h"
 #include "common/exported.h"
@@ -110,6 +111,9 @@ FASTGEN_EXPORTED const char* fastgen_attention_plan(int64_t batch, int64_t heads
   }
   Object result;
   result.add("forward", describe(attention::forward_plan(sizes, gpu)));
+  if (attention::is_decode(sizes, false)) {
+    result.add("decode", describe(attention::decode_plan(sizes, multiprocessors)));
+  }
   result.add("query", describe(attention::backward_query_plan(sizes, gpu)));
   result.add("key_value", describe(attention::backward_key_value_plan(sizes, gpu), false));
   const attention::OneTilePlan one_tile = attention::one_tile_plan(sizes, false);

@@ -32,6 +32,10 @@ BUDGETS = {
     "attention_forward_wide_combine": Budget(registers=64),
     "attention_backward_query_wide": Budget(registers=255),
     "attention_backward_key_value_wide": Budget(registers=255),
+    # launch_bounds(128), or 64 for head dims above 128. Up to 128 it needs 159 registers, which keep three blocks.
+    "attention_decode": Budget(registers=255),
+    # launch_bounds(128): 80 registers keep 6 blocks. Shared: a row of floats per warp.
+    "attention_decode_combine": Budget(registers=80, shared_bytes=4096),
     "attention_backward_query": Budget(registers=255),
     "attention_backward_key_value": Budget(registers=255),
     # Shared: one float per column and warp, 64 x 4.
@@ -41,8 +45,8 @@ BUDGETS = {
     "attention_second_order_query": Budget(registers=255),
     "attention_second_order_key_value": Budget(registers=255),
     "attention_mask_second_order": Budget(registers=255, shared_bytes=1024),
-    # launch_bounds(256), as latent_sum_parts, plus the conversion to the stored dtype.
-    "attention_sum_parts": Budget(registers=40),
+    # launch_bounds(256): 32 registers keep 8 blocks. Shared: a float per thread.
+    "attention_sum_parts": Budget(registers=32, shared_bytes=1024),
     # 128 x 128 tiles have 256 threads: 128 registers keep two blocks of 16-bit products; 3xTF32 keeps one.
     "projection_project": Budget(registers=192),
     "projection_weight_gradient": Budget(registers=192),

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/backward.cuh"
+#include "attention/decode_plan.h"
 #include "attention/forward.cuh"
 #include "attention/launching.cuh"
 #include "attention/mask_gradient.cuh"
@@ -13,8 +14,13 @@
 
 namespace fastgen::attention {
 
+// In decode_launch.cuh, instantiated in files of its own.
+template <typename T>
+void launch_decode(ForwardParams p, void* stream);
+
 template <typename T>
 void launch_forward(ForwardParams p, void* stream) {
+  if (is_decode(p.problem)) return launch_decode<T>(p, stream);
   const Sizes sizes = sizes_of(p.problem, sizeof(T));
   const Plan plan = forward_plan(sizes, current_gpu());
   if constexpr (sizeof(T) == 2) {
@@ -105,9 +111,10 @@ void launch_mask(const char* name, void (*kernel)(Params, MaskGradient), Plan pl
   const device::Launch config = launch_config(plan, stream);
   device::launch(name, kernel, config, p, gradient);
   if (gradient.splits > 1) {
-    const dim3 grid(device::grid_size(ceil_div(elements(gradient), kSumThreads), name));
+    const int team = sum_team(elements(gradient), gradient.splits);
+    const dim3 grid(device::grid_size(ceil_div(elements(gradient), kSumThreads / team), name));
     device::launch("attention_sum_parts", +attention_sum_parts<T>, {grid, dim3(kSumThreads), 0, config.stream},
-                   gradient);
+                   gradient, team);
   }
 }
 

@@ -2,6 +2,7 @@
 // in instantiations/ (a file for each launcher and type, which compile in parallel), and their dispatch by dtype.
 #pragma once
 
+#include "attention/decode_plan.h"
 #include "attention/params.h"
 #include "common/dispatch.h"
 
@@ -19,6 +20,11 @@ template <typename T>
 void launch_backward_query_wide(BackwardParams params, void* stream);
 template <typename T>
 void launch_backward_key_value_wide(BackwardParams params, void* stream);
+// The part of launch_forward for few queries against many keys, and the floats of ForwardParams::parts that it needs.
+template <typename T>
+void launch_decode(ForwardParams params, void* stream);
+template <typename T>
+int64_t decode_workspace(const Problem& problem);
 // Two halves of the backward pass, in this order: the first one writes delta, which the second one reads, as does
 // launch_mask_gradient.
 template <typename T>
@@ -57,7 +63,11 @@ inline void launch_forward(const ForwardParams& params, DType dtype, void* strea
 inline int64_t forward_workspace(const Problem& problem, DType dtype) {
   int64_t floats = 0;
   dispatch_dtype(dtype, [&]<typename T>(std::type_identity<T>) {
-    if constexpr (sizeof(T) == 2) floats = wide_forward_workspace<T>(problem);
+    if (is_decode(problem)) {
+      floats = decode_workspace<T>(problem);
+    } else if constexpr (sizeof(T) == 2) {
+      floats = wide_forward_workspace<T>(problem);
+    }
   });
   return floats;
 }

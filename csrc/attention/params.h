@@ -78,8 +78,8 @@ struct ForwardParams {
   RowResult lse;
   int tiles_per_block = 1;  // query tiles that a block processes in sequence; 1 if there is one query buffer
   int stages = 1, query_buffers = 1;
-  // Parts of the keys, and their workspace: sums (splits, batch, heads, queries, value_dim), then a maximum and a sum
-  // of weights (splits, batch, heads, queries, 2).
+  // Of decode and wide: parts of the keys, and their workspace: sums (splits, batch, heads, queries, value_dim), then a
+  // maximum and a sum of weights (splits, batch, heads, queries, 2).
   int splits = 1;
   float* parts = nullptr;
 };

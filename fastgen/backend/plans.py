@@ -67,6 +67,7 @@ def attention_plan(
     """Launch plan of each attention kernel.
 
     "one tile", where there is one, takes the place of "query" and "key_value", and "one tile mask" that of "mask" too.
+    "decode" takes the place of "forward" where it is given, unless there is dropout; its slices are parts of the keys.
 
     Args:
         shared_limit: maximum of shared memory of a block, in bytes: one of ``SHARED_LIMITS``, or

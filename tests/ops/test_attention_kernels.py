@@ -99,11 +99,11 @@ def test_every_schedule_gives_the_same_bits(emulator, emulated, options):
     assert all(torch.equal(result, results[0]) for result in results[1:])
 
 
-def assert_no_site_can_be_left_out(emulator, call, kernel, seeds=2, pattern=None, **options):
-    """``pattern``: of the sites; ``options``: of the emulator."""
+def assert_no_site_can_be_left_out(emulator, call, kernel, seeds=2, waits="sync_block|async_copy_wait", **options):
+    """``waits``: the functions of the sites; ``options``: of the emulator."""
     emulator.configure(**options)
     call()
-    pattern = rf"{pattern or r'(sync_block|async_copy_wait) csrc/attention/'}\S* in {kernel}"
+    pattern = rf"({waits}) csrc/attention/\S* in {kernel}"
     sites = [site for site in emulator.sites() if re.match(pattern, site)]
     assert len(sites) >= 2
     for site in sites:
@@ -129,6 +129,22 @@ def test_no_barrier_of_the_mask_gradient_can_be_left_out(emulator, emulated, dim
     tensors = operands(batch=64, heads=1, queries=17, keys=20, dims=dims)
     call = lambda: gradients(emulated, tensors, torch.ones(sizes))  # noqa: E731
     assert_no_site_can_be_left_out(emulator, call, "attention_mask_gradient", seeds=1)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 1, 17, 20), (1, 4, 17, 20)], ids=str)
+def test_the_threads_that_add_the_parts_of_a_mask_gradient_wait_for_each_other(emulator, emulated, sizes):
+    """8 threads for one element, 8 and 2 for each of many."""
+    tensors, mask = operands(batch=16, heads=4, queries=17, keys=20, dims=(8, 8)), torch.randn(sizes)
+    call = lambda: gradients(emulated, tensors, mask)  # noqa: E731
+    emulator.configure()
+    got = call()[-1]
+    exact = gradients(torch.ops.fastgen_torch, [t.double() for t in tensors], mask.double())[-1]
+    assert largest_error(got, exact) < 0.01 * float(exact.abs().max() + 1)
+    sites = [site for site in emulator.sites() if re.match(r"sync_block .* in attention_sum_parts", site)]
+    assert len(sites) == 1
+    emulator.configure(leave_out=sites[0])
+    with pytest.raises(RuntimeError, match="emulator: "):
+        call()
 
 
 # --------------------------------------------------------------------------------------------------
