@@ -192,18 +192,14 @@ __global__ void __launch_bounds__(DecodeLayout<T, kKeyDim, kValueDim>::kThreads,
     if (!unmasked && !device::any_lane(visible != 0)) return;
     float scores[1][kTiles][4] = {};
     multiply_rows(scores, Layout::query(), 0, Layout::key(warp, stage), problem.exact);
-    const float scale = cap_scores<kPlain, false>(scores, problem);
-    if (unmasked) {
-#pragma unroll
-      for (auto& tile : scores[0]) {
-#pragma unroll
-        for (float& score : tile) score *= scale;
-      }
-    } else {
-      mask.apply(problem.mask, scores, scale, visible, current.key());
+    float factor = cap_scores<kPlain>(scores, problem);
+    if (!unmasked || !(factor > 0.0f)) {
+      if (unmasked) visible = ~0u;
+      mask.apply(problem.mask, scores, factor, visible, current.key(), !unmasked);
+      factor = 1.0f;
     }
     float rescale[2];
-    softmax.update(scores[0], rescale);
+    softmax.update(scores[0], factor, rescale);
     if (device::any_lane(rescale[0] != 1.0f || rescale[1] != 1.0f)) {
 #pragma unroll
       for (auto& sums : out[0]) {

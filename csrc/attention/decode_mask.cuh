@@ -73,10 +73,11 @@ struct PackedMask {
     return bits;
   }
 
-  // scores = scale * scores + float mask, -inf where masked. An entry of -inf clears the bit as well.
-  __device__ __forceinline__ void apply(const Mask& mask, Scores& scores, float scale, uint32_t& visible,
-                                        int key) const {
-    const bool has_entries = !kPlain && is_float(mask);
+  // scores = scale * scores + float mask, -inf where masked. An entry of -inf clears the bit as well. ``masked``:
+  // whether there is a float mask to be read, if the call has one.
+  __device__ __forceinline__ void apply(const Mask& mask, Scores& scores, float scale, uint32_t& visible, int key,
+                                        bool masked) const {
+    const bool has_entries = !kPlain && masked && is_float(mask);
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
