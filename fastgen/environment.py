@@ -125,7 +125,9 @@ def _attention_plans(sizes: Sequence[int], dtype: torch.dtype) -> dict[str, dict
     count, shared_limit = H200_MULTIPROCESSORS, plans.SHARED_LIMITS["sm_90"]
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        count, shared_limit = properties.multi_processor_count, properties.shared_memory_per_block_optin
+        count = properties.multi_processor_count
+        architecture = f"sm_{properties.major}{properties.minor}"
+        shared_limit = plans.SHARED_LIMITS.get(architecture, min(plans.SHARED_LIMITS.values()))
     found = plans.attention_plan(
         batch, heads, heads, queries, keys, key_dim, value_dim, dtype.itemsize, count, shared_limit=shared_limit
     )

@@ -17,7 +17,7 @@
 //          +------+------+        | 0 | 1 | 2 |     | 7 |
 //               S, P              +---+---+---+-----+---+
 //
-// The products of S are shared out once more: warps w and w ^ 1 multiply one half of the depth each, for the rows of
+// The products of S are divided once more: warps w and w ^ 1 multiply one half of the depth each, for the rows of
 // both, and exchange partial sums, which takes a quarter fewer loads of operands.
 //
 // With one stage, K and V are copied while the other one is in use: V of tile i during its scores, K of tile i + 1

@@ -70,9 +70,8 @@ def attention_plan(
     "decode" takes the place of "forward" where it is given, unless there is dropout; its slices are parts of the keys.
 
     Args:
-        shared_limit: maximum of shared memory of a block, in bytes: one of ``SHARED_LIMITS``, or
-            ``shared_memory_per_block_optin`` of the properties of a CUDA device. A multiprocessor has 1 KiB more, and
-            each of its blocks takes 1 KiB besides its own.
+        shared_limit: maximum of shared memory of a block, in bytes: one of ``SHARED_LIMITS``. A multiprocessor has
+            1 KiB more, and each of its blocks takes 1 KiB besides its own.
         plain: no mask, dropout or softcap.
         mask: sizes (B, H, N, M) of a mask that requires a gradient, 1 where it broadcasts.
 

@@ -10,7 +10,10 @@ import torch
 import fastgen
 from benchmarks.shapes import ATTENTION_SHAPES
 from fastgen import backend
+from fastgen.functional import varlen_attention
+from fastgen.testing import assert_accurate
 from tests.emulator import build
+from tests.ops import test_packed
 from tests.ops.attention_cases import Case, check
 from tests.ops.test_attention_kernels import (
     PLAIN,
@@ -92,7 +95,7 @@ def test_keys_of_wide_heads_are_split_where_blocks_are_fewer_than_multiprocessor
 
 
 @pytest.mark.parametrize("dims", [(24, 40), (128, 128)])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_architecture_gives_the_same_bits(emulator, emulated, dims, dtype):
     """With a mask, whose tiles are smaller, and without; several blocks, so that the plans differ."""
     tensors = operands(batch=2, queries=130, keys=140, dims=dims, dtype=dtype)
@@ -150,6 +153,25 @@ def test_wide_heads(emulator, emulated, case, limit):
 def launches(emulator):
     kernels = ("forward_wide", "forward_wide_combine", "backward_query_wide", "backward_key_value_wide")
     return [emulator.statistics().get(f"attention_{kernel}", {"launches": 0})["launches"] for kernel in kernels]
+
+
+@pytest.mark.parametrize("window", [(None, None), (20, -3)], ids=str)
+def test_packed_sequences_of_wide_heads(emulator, emulated, window):
+    emulator.configure(seed=3, shared_limit=AMPERE)
+    before = launches(emulator)
+    tensors = test_packed.problem(test_packed.LONG, (2, 1), (512, 264), torch.bfloat16)
+    queries, keys = map(test_packed.positions, test_packed.LONG)
+    options = {"window": window, "enable_gqa": True, "return_lse": True}
+    first_order = test_packed.derivatives_of_first_order
+    with fastgen.use_backend("emulated"):
+        ours = first_order(lambda *t: varlen_attention(*t, queries, keys, **options), tensors)
+    right, wide = test_packed.formula(test_packed.LONG, window), [t.detach().double().requires_grad_() for t in tensors]
+    for i, (mine, plain, exact) in enumerate(
+        zip(ours, first_order(right, tensors), first_order(right, wide), strict=True)
+    ):
+        size = float(exact.detach()[exact.isfinite()].abs().max())
+        assert_accurate(mine, plain, exact, f"result {i}", 0 if i < 2 else 4 * torch.finfo(torch.bfloat16).eps * size)
+    assert [now - then for now, then in zip(launches(emulator), before, strict=True)] == [1, 0, 1, 1]
 
 
 @pytest.mark.parametrize("limit", [AMPERE, HOPPER])
