@@ -8,6 +8,7 @@ import torch
 import fastgen
 from fastgen import backend, reference
 from fastgen.functional import scaled_dot_product_attention as attention
+from fastgen.nn import KVCache
 from fastgen.testing import largest_error
 
 REASON = (
@@ -82,6 +83,34 @@ def test_cuda_graphs_capture_forward_and_backward(options, step):
     else:
         assert all(torch.equal(a, b) for a, b in zip(first, captured, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(first, step(tensors, kwargs), strict=True))
+
+
+def test_cuda_a_graph_replays_a_step_of_generation():
+    """With the whole buffers of the cache and a mask, against a cache whose shapes grow."""
+    static, growing = (KVCache(2, 2, 512, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    query, key, value = (torch.empty(2, heads, 1, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
+
+    def step():
+        keys, values, mask = static.update(key, value)
+        return attention(query, keys, values, mask, enable_gqa=True)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for tensor in (query, key, value):
+            tensor.normal_()
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    static.reset()
+    for _ in range(200):
+        for tensor in (query, key, value):
+            tensor.normal_()
+        graph.replay()
+        wanted = attention(query, *growing.append(key, value), enable_gqa=True)
+        torch.testing.assert_close(captured, wanted, rtol=0, atol=2e-2)
 
 
 def test_cuda_under_compile_it_is_the_same_kernel():
