@@ -98,7 +98,7 @@ def measure(
             if not REHEARSAL:
                 torch.cuda.empty_cache()
     times: dict[str, list[float]] = {name: [] for name in timed}
-    for index in range(2 if REHEARSAL else rounds):
+    for index in range(3 if REHEARSAL else rounds):
         names = list(timed) if index % 2 == 0 else list(reversed(timed))
         for name in names:
             finish = timed[name].once()
@@ -106,7 +106,7 @@ def measure(
                 stream.synchronize()
             times[name].append(finish())
     for name, seconds in times.items():
-        low, _, high = quantiles(seconds, n=4)
+        low, _, high = quantiles(seconds, n=4, method="inclusive")
         rows[name] = {
             "median_us": round(median(seconds) * 1e6, 2),
             "quartiles_us": [round(low * 1e6, 2), round(high * 1e6, 2)],
