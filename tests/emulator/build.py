@@ -206,7 +206,12 @@ def why_not_cuda() -> str | None:
     """None where the unit kernels can be built and run on a GPU, else the reason."""
     if not torch.cuda.is_available():
         return "no CUDA device"
-    return "nvcc was not found" if compile_check.find_nvcc() is None else None
+    if compile_check.find_nvcc() is None:
+        return "nvcc was not found"
+    missing = (
+        importlib.util.find_spec("pybind11") is None or not Path(sysconfig.get_paths()["include"], "Python.h").is_file()
+    )
+    return "pybind11 or Python.h was not found" if missing else None
 
 
 def compile_for_cuda(architecture: str, library: Path) -> None:
