@@ -74,8 +74,12 @@ LOOP_KERNELS = [
     "attention_second_order_key_value<BFloat16, 64, 64>",
     "projection_project<BFloat16, 1, false, false>",
 ]
-"""Kernels whose main loop has a budget in tests/loop_budgets.json: instructions in the loop, and those that a thread
+r"""Kernels whose main loop has a budget in tests/loop_budgets.json: instructions in the loop, and those that a thread
 executes for each score of a tile of which everything is visible (of a warp for each matrix instruction, where there are
-no scores). ``python tests/compile_check.py --arch 80 --wheel 90a --tighten`` sets the budgets to 3% above what kernels
-use.
+no scores). ``--tighten`` sets the budgets to 3% above what the compiled kernels use; these sources have all of them:
+
+    python tests/compile_check.py --arch 80 --arch 90a --tighten csrc/projection/instantiations/bfloat16.cu \
+        csrc/attention/instantiations/{forward,backward_query,backward_key_value,tangent,second_order}_bfloat16.cu
+
+The CPU library has to be of the same sources: launch plans say how large tiles are.
 """
