@@ -130,6 +130,7 @@ def test_other_calls_do_not_take_it(kernels, name):
     assert run(layer, x).requires_grad
     with torch.no_grad():
         run(layer, torch.randn(1, 40, 16))  # long: the kernel would write all scores
+        run(layer, torch.randn(129, 8, 16))  # many
         run(layer, x[0])
         torch.func.jvp(lambda x: run(layer, x), (x,), (x,))
         with torch.autocast("cpu"):

@@ -492,3 +492,16 @@ def test_dropout_beside_masked_keys_with_nan_uses_one_seed():
 def test_dropout_of_many_scores_takes_the_general_path(only_direct):
     with pytest.raises(AssertionError, match="general path"):
         functional.scaled_dot_product_attention(*(torch.randn(2, 2, 100, 8) for _ in range(3)), dropout_p=0.4)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rows_with_an_infinite_score_in_16_bits_are_nan(dtype, masked, grad):
+    query, key, value = inputs(dtype, 40)
+    key[0, 0, 2, 0] = math.inf
+    mask = torch.ones(1, 1, 5, 40, dtype=torch.bool) if masked else None
+    for tensor in (query, key, value):
+        tensor.requires_grad_(grad)
+    out = functional.scaled_dot_product_attention(query, key, value, mask)
+    torch.testing.assert_close(out[0, 0].isnan().any(-1), query[0, 0, :, 0] > 0)
