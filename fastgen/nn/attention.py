@@ -24,8 +24,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     - A fully masked query has attention output 0 and weights 0, so that its output is the bias of ``out_proj``. Some
       of torch's implementations return NaN.
     - ``need_weights=False`` never materializes the (L, S) weights, except in inference on CPU for few short sequences,
-      where torch's kernel is called. ``need_weights=True``, the default as in torch,
-      computes the weights and the output in plain PyTorch.
+      where torch's kernel is called. ``need_weights=True``, the default as in torch, computes the weights and the
+      output in plain PyTorch.
     - Masks are broadcast, never expanded: a padding mask is not copied for each head and query.
     - ``key_padding_mask`` and ``attn_mask`` may have different dtypes; they are combined into one floating mask.
     - ``out_proj`` is called if it has hooks or is not a plain ``nn.Linear`` (an adapter, for example). torch never
