@@ -388,10 +388,10 @@ class StyleGAN(ImageGAN):
     config_class, sampling_class = StyleGANConfig, StyleOptions
     train_defaults: ClassVar = {"steps": 3705, "batch_size": 64, "average_decay": 0.998}
     sizes: ClassVar = {
-        "medium": Size(10_000, 32, train=LONG, model={"width": 8}),
-        "large": Size(3_000, 16, train=LONG, model={"width": 8}),
-        "medium, gpu": Size(40_000, train=LONG),
-        "large, gpu": Size(80_000, train=LONG),
+        "medium": Size(10_000, 32, train=LONG, model={"width": 8, "generator_learning_rate": 1e-3}),
+        "large": Size(3_000, 16, train=LONG, model={"width": 8, "generator_learning_rate": 1e-3}),
+        "medium, gpu": Size(40_000, train=LONG, model={"generator_learning_rate": 1e-3}),
+        "large, gpu": Size(80_000, train=LONG, model={"generator_learning_rate": 1e-3}),
     }
     config: StyleGANConfig
     generator: StyleGANGenerator

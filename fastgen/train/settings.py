@@ -118,8 +118,8 @@ def _chosen(
 ) -> Chosen:
     """What the model suggests for the data, without what the user or the preset gives."""
     facts = data.facts
-    image = (facts.get(name, 0) for name in ("image_size", "channels", "levels"))
-    size = DataSize(data.kind, len(data.train), *image, gpu=preset.gpu)
+    image = {name: facts.get(name, 0) for name in ("image_size", "channels", "levels")}
+    size = DataSize(data.kind, len(data.train), **image, gpu=preset.gpu)
     given = {**given, **{MODEL + name: value for name, value in options.items()}}
     suggested = model_class.suggested(size, given)
     if "epochs" in given:
