@@ -6,6 +6,7 @@
 //   query, grad_out   block_m rows of the head dim     block_m: queries in multiples of 16
 //   key, value        block_n rows of the head dim     block_n: keys in multiples of 32
 //   or, after the last use of those, P and dS: block_m rows of ``rows`` columns each
+//   with the gradient of a mask: block_m rows of ``rows`` floats, the mask
 #pragma once
 
 #include "attention/plan.h"
@@ -16,32 +17,38 @@ struct OneTileShape {
   Dims dims;   // compiled head dims, equal
   int rows;    // maximum of queries and of keys
   int blocks;  // per multiprocessor, as far as registers are concerned: the launch bounds
+  int blocks_with_mask;  // the same with the gradient of a mask; 0: attention_mask_gradient computes that
 };
 
 // In order of preference. A problem takes the first entry that holds it.
 // clang-format off
-//                                         dims      rows blocks
-constexpr OneTileShape kOneTile16[] = {{{ 32,  32},  64,  4},
-                                       {{ 64,  64},  64,  3},
-                                       {{128, 128},  64,  2},
-                                       {{ 32,  32},  96,  2},
-                                       {{ 64,  64},  96,  2}};
-constexpr OneTileShape kOneTile32[] = {{{ 32,  32},  64,  2},
-                                       {{ 64,  64},  64,  2}};
+//                                         dims      rows blocks, with mask   regs of each kind, on sm_80 and sm_90a
+constexpr OneTileShape kOneTile16[] = {{{ 32,  32},  64,  4,      2},
+                                       {{ 64,  64},  64,  3,      2},
+                                       {{128, 128},  64,  2,      0},         // no registers with mask
+                                       {{ 32,  32},  96,  2,      0},         // no registers with mask
+                                       {{ 64,  64},  96,  1,      0}};        // no room: bias
+constexpr OneTileShape kOneTile32[] = {{{ 32,  32},  64,  2,      1},
+                                       {{ 64,  64},  64,  2,      1}};
 // clang-format on
 
 constexpr int kOneTileChunk = 32;  // keys whose scores are computed at a time
 
-constexpr int one_tile_bytes(const OneTileShape& shape, int element_size, int block_m, int block_n) {
+// Of a row of the bias: 16 lanes read 8 bytes each of 4 rows, without bank conflicts.
+FASTGEN_HOST_DEVICE constexpr int one_tile_bias_columns(int rows) { return rows + 8; }
+
+constexpr int one_tile_bytes(const OneTileShape& shape, int element_size, int block_m, int block_n, bool with_mask) {
   const int row = row_bytes(shape.dims.key, element_size), score_row = row_bytes(shape.rows, element_size);
-  return 2 * block_m * row + larger(2 * block_n * row, 2 * block_m * score_row);
+  const int bias = with_mask ? block_m * one_tile_bias_columns(shape.rows) * static_cast<int>(sizeof(float)) : 0;
+  return 2 * block_m * row + larger(2 * block_n * row, 2 * block_m * score_row) + bias;
 }
 
 template <int kCount>
 constexpr bool all_one_tiles_fit(const OneTileShape (&table)[kCount], int element_size) {
   for (const OneTileShape& shape : table) {
     if (shape.dims.key != shape.dims.value || shape.rows % kOneTileChunk != 0) return false;
-    if (one_tile_bytes(shape, element_size, shape.rows, shape.rows) > kSharedLimit) return false;
+    const bool with_mask = shape.blocks_with_mask > 0;
+    if (one_tile_bytes(shape, element_size, shape.rows, shape.rows, with_mask) > kSharedLimit) return false;
   }
   return true;
 }
@@ -66,31 +73,39 @@ struct OneTilePlan {
 // Not taken are grouped heads, where several blocks would add to the same gradient, packed sequences, whose lengths are
 // in device memory, and a softcap (``capped``), because there are no registers for its derivatives.
 constexpr OneTilePlan one_tile_plan(const Sizes& sizes, bool capped) {
-  if (capped || sizes.heads != sizes.key_heads || sizes.sequences > 0 || sizes.queries == 0 || sizes.keys == 0) return {};
+  if (capped || sizes.heads != sizes.key_heads || sizes.sequences > 0 || sizes.queries == 0 || sizes.keys == 0) {
+    return {};
+  }
   const bool wide = sizes.element_size == 4;
   const int entry = wide ? find_one_tile(kOneTile32, sizes) : find_one_tile(kOneTile16, sizes);
   if (entry < 0) return {};
   const OneTileShape& shape = wide ? kOneTile32[entry] : kOneTile16[entry];
-  const int64_t query_tiles = ceil_div(sizes.queries, kFragmentRows), key_tiles = ceil_div(sizes.keys, kFragmentRows);
-  const int warps = static_cast<int>(query_tiles > key_tiles ? query_tiles : key_tiles);
-  const int block_m = static_cast<int>(query_tiles) * kFragmentRows;
-  const int block_n = static_cast<int>(ceil_div(sizes.keys, kOneTileChunk)) * kOneTileChunk;
-  const int bytes = one_tile_bytes(shape, sizes.element_size, block_m, block_n);
+  const int query_tiles = static_cast<int>(ceil_div(sizes.queries, kFragmentRows));
+  const int key_chunks = static_cast<int>(ceil_div(sizes.keys, kOneTileChunk));
+  // A warp has 16 queries, then 32 keys of dK or of dV.
+  const int warps = larger(query_tiles, 2 * key_chunks);
+  const int block_m = query_tiles * kFragmentRows, block_n = key_chunks * kOneTileChunk;
+  const int bytes = one_tile_bytes(shape, sizes.element_size, block_m, block_n, false);
   return {entry, {shape.dims, warps, block_m, block_n, 1, sizes.batch * sizes.heads, 1, bytes}};
 }
 
 // The same with the gradient of a mask that is broadcast over no queries and no keys: a block owns one (batch, head) of
 // the mask and iterates over those that it is broadcast to. If there are few, ``slices`` blocks share one, as many as
-// run at the same time, and attention_sum_parts adds their partial sums in order.
-constexpr OneTilePlan one_tile_mask_plan(const Sizes& sizes, bool capped, const int (&mask)[4], int multiprocessors) {
-  OneTilePlan found = one_tile_plan(sizes, capped);
+// run at the same time, and attention_sum_parts adds their partial sums in order. ``extras``: a softcap or dropout,
+// which this kernel does not have.
+constexpr OneTilePlan one_tile_mask_plan(const Sizes& sizes, bool extras, const int (&mask)[4], int multiprocessors) {
+  OneTilePlan found = one_tile_plan(sizes, extras);
   if (found.entry < 0 || mask[2] != sizes.queries || mask[3] != sizes.keys) return {};
-  const int blocks = (sizes.element_size == 4 ? kOneTile32 : kOneTile16)[found.entry].blocks;
-  found.plan.blocks = int64_t{mask[0]} * mask[1];
-  const int64_t each = found.plan.blocks > 0 ? sizes.batch * sizes.heads / found.plan.blocks : 1;
-  const int64_t wanted = found.plan.blocks > 0 ? int64_t{multiprocessors} * blocks / found.plan.blocks : 1;
+  const OneTileShape& shape = sizes.element_size == 4 ? kOneTile32[found.entry] : kOneTile16[found.entry];
+  if (shape.blocks_with_mask == 0) return {};
+  Plan& plan = found.plan;
+  plan.shared_bytes = one_tile_bytes(shape, sizes.element_size, plan.owned, plan.iterated, true);
+  plan.blocks = int64_t{mask[0]} * mask[1];
+  if (plan.blocks == 0) return {};
+  const int64_t each = sizes.batch * sizes.heads / plan.blocks;
+  const int64_t wanted = int64_t{multiprocessors} * shape.blocks_with_mask / plan.blocks;
   const int64_t slices = wanted < each ? wanted : each;
-  found.plan.slices = static_cast<int>(slices < 1 ? 1 : slices);
+  plan.slices = static_cast<int>(slices < 1 ? 1 : slices);
   return found;
 }
 

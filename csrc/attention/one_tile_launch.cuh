@@ -19,9 +19,12 @@ template <typename T, OneTileKind kKind>
 void launch_one_tile(const OneTilePlan& found, const BackwardParams& p, const MaskGradient& gradient, void* stream) {
   const auto one = [&]<size_t i>() {
     constexpr OneTileShape kShape = one_tile_table<T>()[i];
-    if (found.entry != static_cast<int>(i)) return;
-    constexpr auto kernel = attention_backward_one_tile<T, kShape.dims.key, kShape.rows, kShape.blocks, kKind>;
-    device::launch("attention_backward_one_tile", +kernel, launch_config(found.plan, stream), p, gradient);
+    constexpr int kBlocks = kKind == OneTileKind::kLearned ? kShape.blocks_with_mask : kShape.blocks;
+    if constexpr (kBlocks > 0) {
+      if (found.entry != static_cast<int>(i)) return;
+      constexpr auto kernel = attention_backward_one_tile<T, kShape.dims.key, kShape.rows, kBlocks, kKind>;
+      device::launch("attention_backward_one_tile", +kernel, launch_config(found.plan, stream), p, gradient);
+    }
   };
   [&]<size_t... i>(std::index_sequence<i...>) {
     (one.template operator()<i>(), ...);
@@ -43,7 +46,8 @@ bool launch_one_tile(const BackwardParams& p, void* stream) {
 
 template <typename T>
 OneTilePlan one_tile_mask_plan(const Problem& problem, const int (&mask)[4]) {
-  return one_tile_mask_plan(sizes_of(problem, sizeof(T)), problem.softcap != 0.0f, mask, device::multiprocessors());
+  const bool extras = problem.softcap != 0.0f || problem.dropout.seeds != nullptr;
+  return one_tile_mask_plan(sizes_of(problem, sizeof(T)), extras, mask, device::multiprocessors());
 }
 
 template <typename T>

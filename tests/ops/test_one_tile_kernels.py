@@ -83,9 +83,11 @@ def takes_one_kernel(emulator, case, schedule):
     found = launches(emulator, call)
     assert found[KERNEL] == 1
     assert not found.keys() & set(GENERAL)
+    # A learned bias, too, where there are registers and shared memory for its gradient.
     rows, columns = case.queries > 1, case.keys > 1
     reduced = {"float per key": rows, "float per row": columns, "one float": rows or columns}
-    assert (OF_MASK in found) == reduced.get(case.mask, False)
+    large = max(case.queries, case.keys) > 64 or max(case.dims) > 64 or case.dropout > 0
+    assert (OF_MASK in found) == ("float" in case.mask and (large or reduced.get(case.mask, False)))
 
 
 ANY = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
@@ -104,7 +106,10 @@ def test_very_many_problems_that_fit_under_any_schedule(emulated, emulator, case
     takes_one_kernel(emulator, case, schedule)
 
 
-EDGES = [(1, 1), (1, 64), (64, 1), (15, 17), (16, 32), (17, 33), (31, 63), (49, 49), (64, 64), (65, 64), (64, 80), (96, 96)]
+EDGES = [
+    *((1, 1), (1, 64), (64, 1), (15, 17), (16, 32), (17, 33), (31, 63)),
+    *((48, 20), (64, 64), (65, 64), (64, 80), (96, 96)),
+]
 
 
 @pytest.mark.parametrize("sizes", EDGES, ids=str)
@@ -216,7 +221,7 @@ def test_no_barrier_and_no_wait_can_be_left_out(emulator, emulated, kind):
     gradients(emulated, tensors, mask)
     pattern = rf"(sync_block|async_copy_wait) csrc/attention/\S+ in {KERNEL}"
     sites = [site for site in emulator.sites() if re.match(pattern, site)]
-    assert len(sites) == (5 if kind == "bias" else 4)
+    assert len(sites) == (6 if kind == "bias" else 4)
     for site in sites:
         emulator.configure(leave_out=site)
         with pytest.raises(RuntimeError, match="emulator: "):
@@ -242,13 +247,12 @@ def test_five_products_and_every_operand_read_once(emulator, emulated, dims, mas
 
 
 def test_what_a_mask_rules_out_is_not_computed(emulator, emulated):
-    """16 keys of 64 are left."""
+    """32 keys of 64 are left."""
     tensors, mask = operands(queries=64, keys=64), torch.zeros(1, 1, 1, 64, dtype=torch.bool)
-    mask[..., :16] = True
+    mask[..., :32] = True
     full = work(emulator, lambda: gradients(emulated, tensors, torch.ones_like(mask)))["matrix_products"]
     left = work(emulator, lambda: gradients(emulated, tensors, mask))["matrix_products"]
-    # S, dP and dQ by 32 keys, dK and dV by 16.
-    assert left == full * (3 / 5 * 1 / 2 + 2 / 5 * 1 / 4)
+    assert left == full / 2
 
 
 # --------------------------------------------------------------------------------------------------
@@ -271,7 +275,7 @@ def test_named_windows_take_it():
     swin = plan(2048, 4, 4, 49, 49, 32, 32, plain=False, mask=(1, 4, 49, 49))["one tile mask"]
     assert (swin["blocks"], swin["block_m"], swin["block_n"], swin["warps"]) == (4, 64, 64, 4)
     # As many blocks as run at the same time, so that there are few partial sums.
-    assert 2 * 132 <= swin["blocks"] * swin["slices"] <= 4 * 132
+    assert swin["blocks"] * swin["slices"] == 2 * 132
 
 
 @needs_module
