@@ -38,6 +38,8 @@ BUDGETS = {
     "attention_decode_combine": Budget(registers=80, shared_bytes=4096),
     "attention_backward_query": Budget(registers=255),
     "attention_backward_key_value": Budget(registers=255),
+    # launch_bounds and blocks: csrc/attention/one_tile.h.
+    "attention_backward_one_tile": Budget(registers=255),
     # Shared: one float per column and warp, 64 x 4.
     "attention_mask_gradient": Budget(registers=255, shared_bytes=1024),
     # Twice as many score tiles as forward and backward, with smaller BLOCK_M and BLOCK_N accordingly.

@@ -7,11 +7,11 @@
 //     S = Q K^T, dP = dO V^T, P, delta = rowsum(P * dP) - dlse     a warp has 16 queries and all keys in registers
 //     dS = P (dP - delta);  bias gradient += dS;  dQ = dS K
 //     P, dS to shared memory, in the place of K and V
-//     dV = P^T dO, dK = dS^T Q                                     a warp has 16 keys
+//     dV = P^T dO, dK = dS^T Q                                     a warp has 32 keys of one of the two
 //
-// P and dS are exchanged in the storage type, in which they enter the products anyway; 32 stores of 4 bytes and 8
-// ldmatrix per warp and 64 x 64 tile of two bytes, where S^T and dP^T would take 32 mma and 20 ldmatrix (head dim 32),
-// and the exponentials again. delta needs no O: all of a row is in registers.
+// P and dS are exchanged in the storage type, in which they enter the products anyway. Counted per warp, for 64 x 64
+// scores of two bytes and head dim 32: 32 stores of 4 bytes and 8 ldmatrix, where S^T and dP^T would take 32 mma, 20
+// ldmatrix and the exponentials again. delta needs no O: all of a row is in registers.
 //
 // Every output is accumulated by one block in a fixed order, without atomics: results do not depend on the schedule.
 #pragma once
@@ -25,8 +25,8 @@ namespace fastgen::attention {
 // registers over the loop.
 __device__ __forceinline__ int uniform_warp() { return device::shuffle(static_cast<int>(threadIdx.x / 32), 0); }
 
-// The heads that a block processes, as indices among all (batch, head): one, or those that its part of a mask's gradient
-// is the sum over.
+// The heads that a block processes, as indices among all (batch, head): one, or those that its part of a mask's
+// gradient is the sum over.
 struct OneTileHeads {
   int first, end, step;
 
@@ -42,7 +42,8 @@ struct OneTileHeads {
   }
 };
 
-// Starts the copies of ``rows`` rows of two tensors, of which ``count`` exist; a head's first row is at ``a`` and ``b``.
+// Starts the copies of ``rows`` rows of two tensors, of which ``count`` exist; the head's first row is at ``a`` and
+// ``b``.
 template <typename T, int kDim>
 __device__ __forceinline__ void copy_two(const Tile<T, kDim>& to_a, const Tile<T, kDim>& to_b, int warp, int rows,
                                          int count, const T* a, const T* b, int64_t stride_a, int64_t stride_b,
@@ -96,7 +97,8 @@ __device__ __forceinline__ void multiply_columns(float (&sums)[2][kDim / 8][4],
       uint32_t a[2][4];
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
-        load_left_down(a[m], left.at(query + depth, chunk * kOneTileChunk + m * kFragmentRows), Tile<T, kRows>::kStride);
+        const int key = chunk * kOneTileChunk + m * kFragmentRows;
+        load_left_down(a[m], left.at(query + depth, key), Tile<T, kRows>::kStride);
       }
 #pragma unroll
       for (int tile = 0; tile < kDim / 8; tile += 2) {

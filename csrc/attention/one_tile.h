@@ -22,12 +22,13 @@ struct OneTileShape {
 
 // In order of preference. A problem takes the first entry that holds it.
 // clang-format off
-//                                         dims      rows blocks, with mask   regs of each kind, on sm_80 and sm_90a
-constexpr OneTileShape kOneTile16[] = {{{ 32,  32},  64,  4,      2},
-                                       {{ 64,  64},  64,  3,      2},
-                                       {{128, 128},  64,  2,      0},         // no registers with mask
-                                       {{ 32,  32},  96,  2,      0},         // no registers with mask
-                                       {{ 64,  64},  96,  1,      0}};        // no room: bias
+//                                         dims      rows blocks, with mask   regs: plain, masked, with mask (the more
+//                                                                            of sm_80 and sm_90a)
+constexpr OneTileShape kOneTile16[] = {{{ 32,  32},  64,  4,      2},      // 128, 128, 186
+                                       {{ 64,  64},  64,  3,      2},      // 168, 164, 218
+                                       {{128, 128},  64,  2,      0},      // 255, 239, no registers for the bias
+                                       {{ 32,  32},  96,  2,      0},      // 168, 168, no registers for the bias
+                                       {{ 64,  64},  96,  1,      0}};     // 235, 209, no room for the bias
 constexpr OneTileShape kOneTile32[] = {{{ 32,  32},  64,  2,      1},
                                        {{ 64,  64},  64,  2,      1}};
 // clang-format on

@@ -91,7 +91,8 @@ struct OneTileRows {
     return masked;
   }
 
-  // What multiply_weights and multiply_columns need to know of a chunk. ``seen``: by rows g and g + 8, see OneTileLayout.
+  // What multiply_weights and multiply_columns need to know of a chunk. ``seen``: by rows g and g + 8, see
+  // OneTileLayout.
   __device__ __forceinline__ void note_visible(uint32_t (&seen)[2], const Visible<1, kTiles>& visible, bool masked,
                                                const Problem& problem, int c) {
     uint32_t columns = kAllLive, rows = 3;
@@ -154,7 +155,8 @@ struct OneTileRows {
     store_seen(seen, problem, tiles, row);
   }
 
-  // P and dP, and delta = rowsum(P * dP). ``row``: the warp's first query; ``shift``: of weight(), for rows g and g + 8.
+  // P and dP, and delta = rowsum(P * dP). ``row``: the warp's first query; ``shift``: of weight(), for rows g and
+  // g + 8.
   __device__ __forceinline__ void compute(const Problem& problem, const Layout& tiles, const HeadMask<T>& mask,
                                           int64_t first_row, int row, const float (&shift)[2]) {
     uint32_t seen[2] = {};

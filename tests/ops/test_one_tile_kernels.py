@@ -126,7 +126,7 @@ def test_a_window_of_each_dtype(emulator, emulated):
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 3), (40, 1), (40, 3)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_the_gradient_of_a_bias_that_is_broadcast_over_batch_or_heads(emulator, emulated, sizes, dtype):
-    """40 x 3 heads: the emulator's GPU has so few multiprocessors that blocks take several, and their parts are added."""
+    """40 x 3 heads: blocks take several on the emulator's GPU, which has few multiprocessors, and parts are added."""
     tensors = operands(batch=40, heads=3, queries=17, keys=20, dims=(8, 8))
     bias = torch.randn(*sizes, 17, 20).to(dtype)
     found = {}
@@ -150,9 +150,7 @@ def test_a_bias_without_a_gradient_and_one_beside_dropout(emulator, emulated):
     options = PLAIN._replace(dropout_p=0.3)
     for learned in (False, True):
         grads = gradients(emulated, tensors, bias, seed, options, learned)
-        exact = gradients(
-            torch.ops.fastgen_torch, [t.double() for t in tensors], bias.double(), seed, options, learned
-        )
+        exact = gradients(torch.ops.fastgen_torch, [t.double() for t in tensors], bias.double(), seed, options, learned)
         assert grads[3].numel() == (bias.numel() if learned else 0)
         for grad, of in zip(grads, exact, strict=True):
             if grad.numel():
@@ -163,16 +161,19 @@ def test_a_bias_without_a_gradient_and_one_beside_dropout(emulator, emulated):
 # inf and NaN
 
 
+@pytest.mark.parametrize("kind", ["bool", "float", "bias"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("place", range(3), ids=["query", "key", "value"])
-def test_what_is_masked_may_be_anything(emulated, place, bad):
+def test_what_is_masked_may_be_anything(emulated, place, bad, kind):
     """Keys 40 and up are masked for all queries, queries 20 and up for all keys."""
     mask = torch.ones(2, 1, 49, 49, dtype=torch.bool)
     mask[..., 40:], mask[:, :, 20:] = False, False
+    if kind != "bool":
+        mask = torch.randn(2, 1, 49, 49).masked_fill(~mask, -math.inf)
     tensors = operands()
-    clean = gradients(emulated, tensors, mask)
+    clean = gradients(emulated, tensors, mask, learned=kind == "bias")
     tensors[place][:, :, 20 if place == 0 else 40 :] = bad
-    for got, wanted in zip(gradients(emulated, tensors, mask), clean, strict=True):
+    for got, wanted in zip(gradients(emulated, tensors, mask, learned=kind == "bias"), clean, strict=True):
         assert torch.equal(got, wanted)
 
 
