@@ -61,12 +61,7 @@ void launch_one_tile_mask(const BackwardParams& p, const MaskGradient& gradient,
   OneTilePlan found = one_tile_mask_plan<T>(p.problem, gradient.sizes);
   found.plan.slices = gradient.splits;
   launch_one_tile<T, OneTileKind::kLearned>(found, p, gradient, stream);
-  if (gradient.splits > 1) {
-    const char* name = "attention_sum_parts";
-    const dim3 grid(device::grid_size(ceil_div(elements(gradient), kSumThreads), name));
-    device::launch(name, +attention_sum_parts<T>, {grid, dim3(kSumThreads), 0, static_cast<cudaStream_t>(stream)},
-                   gradient);
-  }
+  launch_sum_parts<T>(gradient, stream);
 }
 
 }  // namespace fastgen::attention

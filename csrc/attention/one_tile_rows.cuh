@@ -97,14 +97,10 @@ struct OneTileRows {
                                                const Problem& problem, int c) {
     uint32_t columns = kAllLive, rows = 3;
     if (masked) {
-      columns = visible.columns(), rows = 0;
+      const int keys = problem.keys - c * kOneTileChunk;
+      columns = visible.columns(full<kOneTileChunk>() >> (keys < kOneTileChunk ? kOneTileChunk - keys : 0)), rows = 0;
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const bool exists = c * kOneTileChunk + n * 8 + lane_column() + i < problem.keys;
-          columns |= exists ? 0u : 1u << (2 * n + i);
-        }
 #pragma unroll
         for (int i = 0; i < 4; ++i) rows |= visible.at(0, n, i) ? 1u << i / 2 : 0u;
       }
