@@ -1,4 +1,4 @@
-// Launchers of one storage type: plan, choose the instantiation, launch. Declared for api.cpp in launch.h.
+// Launchers of one storage type: plan, choose the instantiation, launch. Declared in launchers.h.
 #pragma once
 
 #include "attention/backward.cuh"
@@ -13,10 +13,6 @@
 #include "device/launch.cuh"
 
 namespace fastgen::attention {
-
-// In decode_launch.cuh, instantiated in files of its own.
-template <typename T>
-void launch_decode(ForwardParams p, void* stream);
 
 template <typename T>
 void launch_forward(ForwardParams p, void* stream) {

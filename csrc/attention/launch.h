@@ -1,60 +1,11 @@
-// The interface between api.cpp and the kernels: launchers of one storage type, defined in launch.cuh and instantiated
-// in instantiations/ (a file for each launcher and type, which compile in parallel), and their dispatch by dtype.
+// The interface between api.cpp and the kernels: the launchers of launchers.h, dispatched by dtype. For api.cpp alone.
 #pragma once
 
 #include "attention/decode_plan.h"
-#include "attention/params.h"
+#include "attention/launchers.h"
 #include "common/dispatch.h"
 
 namespace fastgen::attention {
-
-// ``stream`` is a cudaStream_t. Launchers do not synchronize. Queries and heads must not be empty; keys may be.
-template <typename T>
-void launch_forward(ForwardParams params, void* stream);
-// Of problems whose plan is wide. Half and BFloat16.
-template <typename T>
-void launch_forward_wide(ForwardParams params, void* stream);
-template <typename T>
-int64_t wide_forward_workspace(const Problem& problem);
-template <typename T>
-void launch_backward_query_wide(BackwardParams params, void* stream);
-template <typename T>
-void launch_backward_key_value_wide(BackwardParams params, void* stream);
-// The part of launch_forward for few queries against many keys, and the floats of ForwardParams::parts that it needs.
-template <typename T>
-void launch_decode(ForwardParams params, void* stream);
-template <typename T>
-int64_t decode_workspace(const Problem& problem);
-// Two halves of the backward pass, in this order: the first one writes delta, which the second one reads, as does
-// launch_mask_gradient.
-template <typename T>
-void launch_backward_query(BackwardParams params, void* stream);
-template <typename T>
-void launch_backward_key_value(BackwardParams params, void* stream);
-template <typename T>
-void launch_mask_gradient(const BackwardParams& params, const MaskGradient& gradient, void* stream);
-// The whole backward pass in one kernel; false, with nothing launched, if the scores of a head do not fit one tile.
-template <typename T>
-bool launch_one_tile(const BackwardParams& params, void* stream);
-// The same with the gradient of the mask, if one_tile_splits is not 0.
-template <typename T>
-void launch_one_tile_mask(const BackwardParams& params, const MaskGradient& gradient, void* stream);
-
-template <typename T>
-void launch_tangent(const TangentParams& params, void* stream);
-template <typename T>
-void launch_second_order(const SecondOrderParams& params, void* stream);
-// Reads the deltas that launch_second_order writes.
-template <typename T>
-void launch_mask_second_order(const SecondOrderParams& params, const MaskGradient& gradient, void* stream);
-
-// The number of partial sums of the gradient of a mask.
-template <typename T>
-int mask_splits(const Problem& problem, const int (&mask)[4]);
-template <typename T>
-int one_tile_splits(const Problem& problem, const int (&mask)[4]);
-template <typename T>
-int mask_second_order_splits(const Problem& problem, const int (&mask)[4]);
 
 inline void launch_forward(const ForwardParams& params, DType dtype, void* stream) {
   dispatch_dtype(dtype, [&]<typename T>(std::type_identity<T>) { launch_forward<T>(params, stream); });

@@ -3,7 +3,7 @@
 
 #include <utility>
 
-#include "attention/launch.h"
+#include "attention/launchers.h"
 #include "attention/plan.h"
 #include "common/dispatch.h"
 #include "common/error.h"

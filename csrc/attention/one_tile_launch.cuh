@@ -1,4 +1,4 @@
-// The launcher of attention_backward_one_tile. Declared for launch.h.
+// The launcher of attention_backward_one_tile. Declared in launchers.h.
 #pragma once
 
 #include "attention/launch.cuh"
