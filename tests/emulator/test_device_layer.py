@@ -94,11 +94,12 @@ def test_coordinates(device):
 
 
 def test_shifts_by_a_word_or_more_give_zero(device):
-    words, threads = random_words(96), np.arange(96)
+    """By 0 ... 63 bits, and by nearly 2^32."""
+    words, threads = random_words(96), range(96)
     got = run(device, "shifts", [words], (96, 2), threads=(96, 1, 1))
-    distances = np.minimum(np.where(threads < 64, threads, 2**32), 32).astype(np.uint64)
-    wanted = np.stack([words << distances & 0xFFFFFFFF, words.astype(np.uint64) >> distances], 1)
-    np.testing.assert_array_equal(got, wanted.astype(np.uint32))
+    distances = [min(thread if thread < 64 else (64 - thread) % 2**32, 32) for thread in threads]
+    wanted = [[(int(w) << d) % 2**32, int(w) >> d] for w, d in zip(words, distances, strict=True)]
+    np.testing.assert_array_equal(got, np.array(wanted, np.uint32))
 
 
 def test_vectors_through_shared_memory(device):
