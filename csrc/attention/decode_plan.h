@@ -50,7 +50,10 @@ constexpr Plan decode_plan(const Sizes& sizes, int multiprocessors) {
   const int splits = decode_splits(blocks, sizes.keys, multiprocessors);
   const int64_t tiles = ceil_div(ceil_div(sizes.keys, shape.keys), splits);
   const int warps = static_cast<int>(tiles < shape.warps ? tiles : shape.warps);
-  return {dims, warps, kDecodeRows, shape.keys, 1, blocks, splits, decode_bytes(dims, sizes.element_size, warps)};
+  Plan plan = {};
+  plan.dims = dims, plan.warps = warps, plan.owned = kDecodeRows, plan.iterated = shape.keys, plan.tiles_per_block = 1;
+  plan.blocks = blocks, plan.slices = splits, plan.shared_bytes = decode_bytes(dims, sizes.element_size, warps);
+  return plan;
 }
 
 // Floats of the workspace of splits: sums, then a maximum and a sum of weights, for each query of each head.
