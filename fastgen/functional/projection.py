@@ -75,7 +75,7 @@ def multi_head_projection(
             norm_eps=norm_eps, rotary=rotary, interleaved=interleaved,
         )  # fmt: skip
     if norm is None and rotary is None and channels_first is False and not is_dynamo_compiling():
-        common = _front_of(x).to_heads(x, weight, bias, (num_heads,), None)
+        common: tuple[Tensor, ...] | None = _front_of(x).to_heads(x, weight, bias, (num_heads,), None)
         if common is not None:
             return common[0]
     check.require_positive("num_heads", num_heads)
@@ -192,7 +192,7 @@ def qkv_projection(
             norms=norms, norm_eps=norm_eps, rotary=rotary, rotated=rotated, interleaved=interleaved,
         )  # fmt: skip
     if rotary is None and channels_first is False and type(norms) is tuple and not norms and not is_dynamo_compiling():
-        common = _front_of(x).to_heads(x, weight, bias, heads, head_dims)
+        common: tuple[Tensor, ...] | None = _front_of(x).to_heads(x, weight, bias, heads, head_dims)
         if common is not None:
             return common
     tokens = tokens_of(x, channels_first)
@@ -289,7 +289,7 @@ def merge_heads_projection(
             merge_heads_projection, own, x, weight, bias, residual=residual, gate=gate, channels_first=channels_first
         )
     if gate is None and channels_first is False and not is_dynamo_compiling():
-        common = _front_of(x).from_heads(x, weight, bias, residual)
+        common: Tensor | None = _front_of(x).from_heads(x, weight, bias, residual)
         if common is not None:
             return common
     tensors = {"x": x, "weight": weight, "bias": bias, "residual": residual}

@@ -7,6 +7,8 @@ a query that attends to no key.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.overrides import has_torch_function_unary
@@ -82,9 +84,8 @@ def self_attention(attention: nn.MultiheadAttention, x: Tensor) -> Tensor | None
     if not _fit(x, tensors):
         return None
     width, heads = attention.embed_dim, attention.num_heads
-    out: Tensor = torch._native_multi_head_attention(  # type: ignore[attr-defined]
-        x, x, x, width, heads, *tensors, None, False, True, None
-    )[0]
+    kernel: Any = torch._native_multi_head_attention
+    out: Tensor = kernel(x, x, x, width, heads, *tensors, None, False, True, None)[0]
     return out
 
 
@@ -95,13 +96,14 @@ def encoder_layer(layer: nn.TransformerEncoderLayer, x: Tensor) -> Tensor | None
     if norm1.eps != norm2.eps:
         return None
     linear1, linear2 = layer.linear1, layer.linear2
-    rest = (norm1.weight, norm1.bias, norm2.weight, norm2.bias)
-    rest += (linear1.weight, linear1.bias, linear2.weight, linear2.bias)
+    rest = (
+        *(norm1.weight, norm1.bias, norm2.weight, norm2.bias),
+        *(linear1.weight, linear1.bias, linear2.weight, linear2.bias),
+    )
     tensors = _tensors(attention)
     if not _fit(x, tensors + rest):
         return None
     width, heads, gelu = attention.embed_dim, attention.num_heads, layer.activation_relu_or_gelu == 2
-    out: Tensor = torch._transformer_encoder_layer_fwd(  # type: ignore[attr-defined]
-        x, width, heads, *tensors, gelu, layer.norm_first, norm1.eps, *rest, None, None
-    )
+    kernel: Any = torch._transformer_encoder_layer_fwd
+    out: Tensor = kernel(x, width, heads, *tensors, gelu, layer.norm_first, norm1.eps, *rest, None, None)
     return out

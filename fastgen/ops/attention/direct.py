@@ -228,7 +228,8 @@ def attend_with_dropout(
     scores = _scores(query, key, is_causal, scale)
     if mask is None:
         return scores.softmax(-1).mul(keep) @ value
-    weights = torch._safe_softmax(scores + additive(mask, query.dtype), -1)  # type: ignore[attr-defined]
+    added: Any = additive(mask, query.dtype)
+    weights = torch._safe_softmax(scores + added, -1)  # type: ignore[attr-defined]
     out: Tensor = weights.mul(keep) @ value
     return None if _may_be_wrong(out.detach(), mask) else out
 

@@ -113,7 +113,7 @@ def attend(
     ):
         if is_wrapped(query) or is_wrapped(key) or is_wrapped(value):
             return _Attention.apply(query, key, value, mask, seed, options, namespace)  # type: ignore[no-untyped-call, no-any-return]
-        return _apply(query, key, value, mask, seed, options, namespace)
+        return _apply(query, key, value, mask, seed, options, namespace)  # type: ignore[no-any-return]
     with _BelowAutograd():
         return overload(namespace, "attention_forward")(query, key, value, mask, seed, None, *options)  # type: ignore[no-any-return]
 
@@ -148,7 +148,7 @@ class _Attention(Function):
         elif grad_out.stride(3) != 1:
             grad_out = grad_out.contiguous()
         if must_be_differentiable() or grad_out.layout != STRIDED:
-            saved = Saved(*tensors, None, Options._make(ctx.options), ctx.namespace)
+            saved = Saved._make((*tensors, None, Options._make(ctx.options), ctx.namespace))
             grads = any_backward(grad_out, grad_lse, saved, mask_grad)
         else:
             with _BelowAutograd():
