@@ -44,6 +44,7 @@ def _manifest() -> str:
     stable = f"-DFASTGEN_NAMESPACE={NAMESPACE} -DFASTGEN_DISPATCH_KEY=CPU -DTORCH_TARGET_VERSION=0x020a000000000000"
     torch_flags = f"-isystem {torch_root}/include -isystem {torch_root}/include/torch/csrc/api/include"
     lines = [
+        "builddir = build/host_path",
         f"flags = -std=c++20 -O3 -fPIC -w {includes} {torch_flags} {stable}",
         "rule cc",
         f"  command = {emulator.compiler()} $flags -MMD -MF $out.d -x c++ -c $in -o $out",
