@@ -26,8 +26,8 @@ FILES = {"environment.json", "config.yaml", "metrics.jsonl", "checkpoint.safeten
 @pytest.mark.parametrize(
     ("model", "steps", "score", "samples"),
     [
-        ("conv-vae", 40, "loss", {"samples/000040.png", "reconstructions/000040.png"}),
-        ("dcgan", 12, "discriminator/loss", {"samples/000012.png"}),
+        ("conv-vae", 40, "loss", {"samples/000040.png", "real/000000.png", "reconstructions/000040.png"}),
+        ("dcgan", 12, "discriminator/loss", {"samples/000012.png", "real/000000.png"}),
         ("transformer-lm", 40, "loss", {"samples/000040.txt"}),
     ],
 )
