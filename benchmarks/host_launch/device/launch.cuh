@@ -31,6 +31,8 @@ __attribute__((always_inline)) inline void launch(const char*, void (*)(Args...)
   ++launches;
 }
 
+// Of an H200.
 inline int multiprocessors() { return 132; }
+inline int shared_limit() { return 227 * 1024; }
 
 }  // namespace fastgen::device
