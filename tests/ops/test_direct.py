@@ -335,6 +335,15 @@ def test_few_scores_keep_nothing_alive_that_the_node_released():
     assert out is not None
 
 
+def test_a_second_backward_pass_of_released_temporaries_is_refused_by_name():
+    leaves = [t.requires_grad_() for t in inputs(torch.float64)]
+    out = functional.scaled_dot_product_attention(*(t * 1.0 for t in leaves)).sum()
+    torch.autograd.grad(out, leaves)
+    gc.collect()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(out, leaves, create_graph=True)
+
+
 @pytest.mark.parametrize("name", ["plain", "boolean", "float"])
 def test_second_derivatives_of_temporaries_are_right(name):
     """Only the graph holds the tensors between the forward and the backward pass."""

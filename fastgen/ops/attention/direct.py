@@ -278,11 +278,11 @@ class _AnyOrder:
         # must_be_differentiable, without its calls: this runs in every backward pass.
         if not _grad_enabled() and forward_ad._current_level < 0 and _interpreter() is None:
             return None
-        if grads[0] is None:
+        query = self._saved()[0]
+        if grads[0] is None or query is None:  # None: released by a backward pass before, which the node reports
             return None
         self.given = self.given or {}
         self.given[_task()] = grads[0]
-        query = self._saved()[0]
         return (torch.zeros(query.shape, dtype=query.dtype), *grads[1:])
 
     def after(self, grads: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...]) -> Any:
