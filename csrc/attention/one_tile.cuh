@@ -42,20 +42,21 @@ struct OneTileHeads {
   }
 };
 
-// Starts the copies of ``rows`` rows of two tensors, of which ``count`` exist; the head's first row is at ``a`` and
-// ``b``.
+// Starts the copies of ``rows`` rows of two tensors, with zeros for those that are not ``valid``; a head's first row is
+// at ``a`` and ``b``.
 template <typename T, int kDim>
 __device__ __forceinline__ void copy_two(const Tile<T, kDim>& to_a, const Tile<T, kDim>& to_b, int warp, int rows,
-                                         int count, const T* a, const T* b, int64_t stride_a, int64_t stride_b,
-                                         int columns_a, int columns_b) {
+                                         const Range& valid, const T* a, const T* b, int64_t stride_a,
+                                         int64_t stride_b, int columns_a, int columns_b) {
   using C = Chunks<T, kDim>;
   const int64_t advance_a = C::step() * stride_a, advance_b = C::step() * stride_b;
   const int first = warp * C::kDown + C::row() % C::kDown;
   a += first * stride_a + C::column(), b += first * stride_b + C::column();
 #pragma unroll 1
   for (int row = first; row < rows; row += C::step(), a += advance_a, b += advance_b) {
-    C::copy(to_a.at(row, C::column()), a, row < count, columns_a);
-    C::copy(to_b.at(row, C::column()), b, row < count, columns_b);
+    const bool is_valid = row >= valid.begin && row < valid.end;
+    C::copy(to_a.at(row, C::column()), a, is_valid, columns_a);
+    C::copy(to_b.at(row, C::column()), b, is_valid, columns_b);
   }
 }
 
@@ -151,9 +152,17 @@ __global__ void __launch_bounds__(32 * kRows / kFragmentRows, kBlocks)
     const unsigned batch = static_cast<unsigned>(index) / all_heads, head = static_cast<unsigned>(index) % all_heads;
     const int64_t first_row = int64_t{index} * problem.queries;
     const auto corner = [&](const Operand& operand) { return row_pointer<T>(operand, batch, head, 0); };
-    copy_two(tiles.query(), tiles.grad_out(), warp, tiles.block_m, problem.queries, corner(p.query), corner(p.grad_out),
+    // Rows outside of every window may contain inf or NaN. Where there may be a mask, products leave out what nothing
+    // attends to; elsewhere such rows are zeros.
+    Range queries = {0, problem.queries}, keys = {0, problem.keys};
+    if constexpr (kPlain) {
+      const Range all_queries = queries, all_keys = keys;
+      queries = queries_in_window(problem, all_keys, problem.queries);
+      keys = keys_in_window(problem, all_queries, problem.keys);
+    }
+    copy_two(tiles.query(), tiles.grad_out(), warp, tiles.block_m, queries, corner(p.query), corner(p.grad_out),
              p.query.row, p.grad_out.row, problem.key_dim, problem.value_dim);
-    copy_two(tiles.key(), tiles.value(), warp, tiles.block_n, problem.keys, corner(p.key), corner(p.value), p.key.row,
+    copy_two(tiles.key(), tiles.value(), warp, tiles.block_n, keys, corner(p.key), corner(p.value), p.key.row,
              p.value.row, problem.key_dim, problem.value_dim);
     device::async_copy_commit();
     float shift[2] = {INFINITY, INFINITY};

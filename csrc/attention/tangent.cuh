@@ -60,11 +60,15 @@ __global__ void __launch_bounds__(TangentLayout<T, kKeyDim, kValueDim>::kThreads
   const HeadMask<T> mask_tangent(p.tangents.mask, block.batch, block.head);
   const int row = block.queries.begin + warp_row, warp_rows = block.rows() - warp_row;
 
-  const KeyTangentSource<T, kKeyDim, kColumns, BLOCK_N, Layout::kShape.warps> source(p, p.tangents, block.key_batch,
-                                                                                  block.key_head, first_column);
+  using Source = KeyTangentSource<T, kKeyDim, kColumns, BLOCK_N, Layout::kShape.warps>;
+  const Source source(p, p.tangents, block.key_batch, block.key_head, first_column);
   const auto load_keys = [&](const typename Tiles::Index& tile, int i) {
-    source.copy(Layout::keys(i), p, p.tangents, tile.key(), tile.all_live(),
-                [&](int row) { return tile.is_live(row); });
+    const auto is_live = [&](int row) { return tile.is_live(row); };
+    if constexpr (kColumns <= 128) {
+      source.copy(Layout::keys(i), p, p.tangents, tile.key(), tile.all_live(), is_live);
+    } else {  // no registers for the addresses of four operands beside a wide output
+      copy_tile(Layout::keys(i), p, p.tangents, block.key_batch, block.key_head, tile.key(), first_column, is_live);
+    }
   };
   const typename Tiles::Index first = tiles.first();
   copy_tile(queries, p, p.tangents, block.batch, block.head, block.queries.begin,

@@ -77,59 +77,59 @@ constexpr TileShape find_shape(const TileRow (&table)[kCount], Dims dims) {
 // Forward. Plain: no mask, dropout or softcap, whose state needs registers.
 // clang-format off
 //                                   dims      warps frag BLOCK_N stages columns    regs, blocks: reason
-constexpr TileRow kForward16[] = {{{ 64,  64}, {4,   2,   64,     2,     256}},   // 239, 2: no room: rows
-                                  {{128, 128}, {4,   2,   32,     2,     256}},   // 232, 2: no room: rows
-                                  {{256, 256}, {4,   1,   32,     2,     256}},   // 244, 2: no room: rows
-                                  {{512, 512}, {4,   1,   16,     2,     256}}};  // 196, 1: no room: rows
+constexpr TileRow kForward16[] = {{{ 64,  64}, {4,   2,   64,     2,     256}},   // 248, 2: no room: rows
+                                  {{128, 128}, {4,   2,   32,     2,     256}},   // 255, 2: no room: rows
+                                  {{256, 256}, {4,   1,   32,     2,     256}},   // 236, 2: no room: rows
+                                  {{512, 512}, {4,   1,   16,     2,     256}}};  // 201, 1: no room: rows
 constexpr TileRow kForwardMasked16[] = {
-                                  {{ 64,  64}, {4,   2,   32,     2,     256}},   // 255, 2: registers
-                                  {{192, 192}, {4,   1,   32,     2,     256}},   // 226, 2: no room: rows
-                                  {{256, 256}, {4,   1,   16,     2,     256}},   // 230, 2: registers
-                                  {{512, 512}, {4,   1,   16,     2,     256}}};  // 214, 1: no room: rows
-constexpr TileRow kForward32[] = {{{128, 128}, {4,   1,   32,     2,     256}},   // 150, 2: no room: rows
-                                  {{192, 192}, {4,   1,   16,     2,     256}},   // 170, 2: no room: rows
-                                  {{256, 256}, {4,   1,   16,     2,     256}},   // 201, 1: no room: rows
-                                  {{512, 512}, {2,   1,   8,      2,     256}}};  // 194, 1: no room: rows
+                                  {{ 64,  64}, {4,   2,   32,     2,     256}},   // 248, 2: registers
+                                  {{192, 192}, {4,   1,   32,     2,     256}},   // 242, 2: no room: rows
+                                  {{256, 256}, {4,   1,   16,     2,     256}},   // 244, 2: registers
+                                  {{512, 512}, {4,   1,   16,     2,     256}}};  // 244, 1: no room: rows
+constexpr TileRow kForward32[] = {{{128, 128}, {4,   1,   32,     2,     256}},   // 152, 2: no room: rows
+                                  {{192, 192}, {4,   1,   16,     2,     256}},   // 174, 2: no room: rows
+                                  {{256, 256}, {4,   1,   16,     2,     256}},   // 204, 1: no room: rows
+                                  {{512, 512}, {2,   1,   8,      2,     256}}};  // 193, 1: no room: rows
 constexpr TileRow kForwardMasked32[] = {
-                                  {{ 32,  32}, {4,   1,   32,     2,     256}},   // 160, 2: registers
-                                  {{192, 192}, {4,   1,   16,     2,     256}},   // 200, 2: no room: rows
-                                  {{256, 256}, {4,   1,   16,     2,     256}},   // 236, 1: no room: rows
-                                  {{512, 512}, {2,   1,   8,      2,     128}}};  // 167, 1: no room: rows
+                                  {{ 32,  32}, {4,   1,   32,     2,     256}},   // 164, 2: registers
+                                  {{192, 192}, {4,   1,   16,     2,     256}},   // 210, 2: no room: rows
+                                  {{256, 256}, {4,   1,   16,     2,     256}},   // 234, 1: no room: rows
+                                  {{512, 512}, {2,   1,   8,      2,     128}}};  // 147, 1: no room: rows
 
 // Backward, both kernels: P and dP of a tile are in registers at the same time. The columns are those of dQ.
 //                                    dims      warps frag iterated stages columns    regs, blocks: reason
-constexpr TileRow kBackward16[] = {{{ 64,  64}, {4,   1,   64,      2,     256}},   // 238, 2: registers
-                                   {{128, 128}, {4,   1,   32,      2,     256}},   // 244, 2: no room: rows
-                                   {{192, 192}, {4,   1,   32,      2,     256}},   // 221, 2: no room: rows
-                                   {{256, 256}, {4,   1,   16,      2,     256}},   // 226, 1: no room: rows
-                                   {{512, 512}, {2,   1,   16,      2,     256}}};  // 234, 1: no room: rows
-constexpr TileRow kBackward32[] = {{{ 64,  64}, {4,   1,   32,      2,     256}},   // 192, 2: no room: rows
-                                   {{128, 128}, {4,   1,   16,      2,     256}},   // 213, 1: no room: rows
-                                   {{192, 192}, {2,   1,   16,      2,     256}},   // 194, 2: no room: rows
-                                   {{256, 256}, {2,   1,   16,      2,     256}},   // 222, 1: no room: rows
-                                   {{512, 512}, {1,   1,   8,       2,     256}}};  // 207, 1: no room: rows
+constexpr TileRow kBackward16[] = {{{ 64,  64}, {4,   1,   64,      2,     256}},   // 249, 2: registers
+                                   {{128, 128}, {4,   1,   32,      2,     256}},   // 252, 2: no room: rows
+                                   {{192, 192}, {4,   1,   32,      2,     256}},   // 239, 2: no room: rows
+                                   {{256, 256}, {4,   1,   16,      2,     256}},   // 244, 1: no room: rows
+                                   {{512, 512}, {2,   1,   16,      2,     256}}};  // 244, 1: no room: rows
+constexpr TileRow kBackward32[] = {{{ 64,  64}, {4,   1,   32,      2,     256}},   // 202, 2: no room: rows
+                                   {{128, 128}, {4,   1,   16,      2,     256}},   // 232, 1: no room: rows
+                                   {{192, 192}, {2,   1,   16,      2,     256}},   // 212, 2: no room: rows
+                                   {{256, 256}, {2,   1,   16,      2,     256}},   // 240, 1: no room: rows
+                                   {{512, 512}, {1,   1,   8,       2,     256}}};  // 213, 1: no room: rows
 
 // Tangent: the operands and their tangents are in shared memory.
 //                                   dims      warps frag BLOCK_N stages columns    regs, blocks: reason
-constexpr TileRow kTangent16[] = {{{ 16,  32}, {4,   1,   64,     2,     256}},   // 216, 2: registers
-                                  {{ 96, 128}, {4,   1,   32,     2,     256}},   // 199, 2: no room: rows
-                                  {{128, 128}, {4,   1,   32,     1,     256}},   // 196, 2: no room: stage 2
-                                  {{256, 256}, {4,   1,   16,     1,     256}}};  // 245, 1: no room: stage 2
-constexpr TileRow kTangent32[] = {{{ 64,  64}, {4,   1,   16,     2,     128}},   // 147, 2: no room: rows
-                                  {{ 32, 128}, {4,   1,   16,     2,     128}},   // 167, 2: no room: rows
-                                  {{128, 128}, {4,   1,   16,     1,     128}},   // 173, 1: no room: stage 2
-                                  {{256, 256}, {2,   1,   8,      1,     128}}};  // 161, 1: no room: stage 2
+constexpr TileRow kTangent16[] = {{{ 16,  32}, {4,   1,   64,     2,     256}},   // 241, 2: registers
+                                  {{ 96, 128}, {4,   1,   32,     2,     256}},   // 223, 2: no room: rows
+                                  {{128, 128}, {4,   1,   32,     1,     256}},   // 232, 2: no room: stage 2
+                                  {{256, 256}, {4,   1,   16,     1,     256}}};  // 255, 1: no room: stage 2
+constexpr TileRow kTangent32[] = {{{ 64,  64}, {4,   1,   16,     2,     128}},   // 154, 2: no room: rows
+                                  {{ 32, 128}, {4,   1,   16,     2,     128}},   // 174, 2: no room: rows
+                                  {{128, 128}, {4,   1,   16,     1,     128}},   // 184, 1: no room: stage 2
+                                  {{256, 256}, {2,   1,   8,      1,     128}}};  // 165, 1: no room: stage 2
 
 // Second order, both kernels: four tiles of scores (S, W, dP, dO Gv^T) are in registers at the same time.
 //                                       dims      warps frag iterated stages columns    regs, blocks: reason
-constexpr TileRow kSecondOrder16[] = {{{ 96, 128}, {4,   1,   32,      2,     128}},   // 251, 1: no room: rows
-                                      {{128, 128}, {4,   1,   16,      2,     128}},   // 234, 1: no room: rows
-                                      {{256, 256}, {2,   1,   16,      1,     128}}};  // 228, 1: no room: stage 2
-constexpr TileRow kSecondOrder32[] = {{{ 16,  32}, {4,   1,   32,      2,     128}},   // 198, 2: registers
-                                      {{ 64,  64}, {4,   1,   16,      2,     128}},   // 196, 1: no room: rows
-                                      {{ 96, 128}, {2,   1,   16,      2,     128}},   // 217, 1: no room: rows
-                                      {{128, 128}, {2,   1,   16,      1,     128}},   // 237, 1: no room: stage 2
-                                      {{256, 256}, {1,   1,   8,       1,     128}}};  // 225, 1: no room: stage 2
+constexpr TileRow kSecondOrder16[] = {{{ 96, 128}, {4,   1,   32,      2,     128}},   // 250, 1: no room: rows
+                                      {{128, 128}, {4,   1,   16,      2,     128}},   // 252, 1: no room: rows
+                                      {{256, 256}, {2,   1,   16,      1,     128}}};  // 252, 1: no room: stage 2
+constexpr TileRow kSecondOrder32[] = {{{ 16,  32}, {4,   1,   32,      2,     128}},   // 214, 2: registers
+                                      {{ 64,  64}, {4,   1,   16,      2,     128}},   // 212, 1: no room: rows
+                                      {{ 96, 128}, {2,   1,   16,      2,     128}},   // 242, 1: no room: rows
+                                      {{128, 128}, {2,   1,   16,      1,     128}},   // 254, 1: no room: stage 2
+                                      {{256, 256}, {1,   1,   8,       1,     128}}};  // 221, 1: no room: stage 2
 // clang-format on
 
 // Wide heads, of 16 bits: eight warps share a tile of BLOCK_M queries and BLOCK_N keys (wide.cuh). GPUs whose blocks

@@ -32,7 +32,7 @@ def has_sharded(args: Sequence[Any]) -> bool:
     return module is not None and any(isinstance(tensor, module.DTensor) for tensor in _tensors(args))
 
 
-def retry(operator: Any, name: str, args: tuple[Any, ...], error: Exception) -> Any:
+def retry(overload: Any, name: str, args: tuple[Any, ...], error: Exception) -> Any:
     """The result of an operator whose call with a ``DTensor`` raised ``error``, once its rule is registered.
 
     Raises:
@@ -43,14 +43,13 @@ def retry(operator: Any, name: str, args: tuple[Any, ...], error: Exception) -> 
 
     if not all(isinstance(tensor, DTensor) for tensor in _tensors(args)):
         _refuse(name, "expected each tensor to be a DTensor, or none (the seed of dropout is none)", error)
-    overload = operator.default
     if name not in _rules:
         _refuse(name, "expected plain tensors, got DTensors, for which it has no sharding", error)
     if overload in _registered:
         raise error
     register_sharding(overload)(_rules[name])
     _registered.add(overload)
-    return operator(*args)
+    return overload(*args)
 
 
 def _refuse(name: str, text: str, error: Exception) -> NoReturn:

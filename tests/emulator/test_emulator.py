@@ -221,6 +221,7 @@ def test_the_operators_run_in_the_emulator_and_not_in_pytorch(emulator):
     ],
 )
 def test_a_launch_over_the_limits_is_refused_as_by_cuda(emulator, grid, block, shared, text):
+    emulator.configure(shared_limit=99 * 1024)
     with pytest.raises(RuntimeError, match="coordinates: " + text):
         emulator.run("coordinates", grid, block, shared, [], np.zeros(4, np.uint32), False, [])
 

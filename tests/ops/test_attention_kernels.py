@@ -133,7 +133,7 @@ def test_no_barrier_of_the_mask_gradient_can_be_left_out(emulator, emulated, dim
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 1, 17, 20), (1, 4, 17, 20)], ids=str)
 def test_the_threads_that_add_the_parts_of_a_mask_gradient_wait_for_each_other(emulator, emulated, sizes):
-    """8 threads for one element, 8 and 2 for each of many. With a softcap: else there is one kernel with fewer parts."""
+    """8 threads for one element, 8 and 2 for each of many. With a softcap: else one kernel has fewer parts."""
     tensors, mask = operands(batch=16, heads=4, queries=17, keys=20, dims=(8, 8)), torch.randn(sizes)
     options = PLAIN._replace(softcap=20.0)
     call = lambda: gradients(emulated, tensors, mask, options=options)  # noqa: E731

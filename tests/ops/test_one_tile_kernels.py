@@ -177,6 +177,23 @@ def test_what_is_masked_may_be_anything(emulated, place, bad, kind):
         assert torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("place", range(3), ids=["query", "key", "value"])
+@pytest.mark.parametrize(("queries", "keys"), [(20, 60), (60, 20)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_is_outside_of_every_window_may_be_anything(emulated, queries, keys, place, bad, masked):
+    """With more keys than queries the last keys of a causal call, with more queries the last ones of a window of 4."""
+    mask = torch.ones(2, 1, queries, keys, dtype=torch.bool) if masked else None
+    options = PLAIN._replace(window_right=0) if keys > queries else PLAIN._replace(window_left=4, window_right=4)
+    tensors = operands(queries=queries, keys=keys)
+    clean = gradients(emulated, tensors, mask, options=options)
+    first = 24 if queries > keys else 20
+    if tensors[place].size(2) > first:
+        tensors[place][:, :, first:] = bad
+    for got, wanted in zip(gradients(emulated, tensors, mask, options=options)[:3], clean[:3], strict=True):
+        assert torch.equal(got, wanted)
+
+
 def test_nan_in_a_visible_key_reaches_what_attends_to_it(emulated):
     tensors = operands()
     tensors[1][0, 0, 7] = math.nan

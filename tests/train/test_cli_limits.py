@@ -51,7 +51,7 @@ class Began(Exception):
 def ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """The line in which a command ends that is refused before training begins; "" where it began."""
 
-    def began(*rest: object) -> None:
+    def began(*rest: object, **options: object) -> None:
         raise Began
 
     monkeypatch.setattr("fastgen.train.run.Engine", began)
