@@ -177,13 +177,19 @@ def cpu_library(torch: Torch, version: str) -> Library:
     return Library("_cpu", sources, link)
 
 
+def host_compiler(cxx: str) -> str:
+    """The compiler in CXX without a launcher before it, such as in "ccache g++", which nvcc does not take."""
+    words = [word for word in shlex.split(cxx) if Path(word).name not in ("ccache", "sccache", "distcc")]
+    return next(iter(words), "c++")
+
+
 def cuda_library(torch: Torch, version: str, nvcc: str, architectures: list[str]) -> Library:
     """The CUDA kernels, with a static CUDA runtime."""
     home = cuda_home(nvcc)
     flags = f"{_cxx_flags('CUDA', torch)} -isystem {shlex.quote(home)}/include"
     # Line numbers for profilers would triple the machine code: NVCC_APPEND_FLAGS=-lineinfo adds them.
     device = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc"]
-    device += [f"-ccbin={shlex.split(os.environ['CXX'])[0]}"] if os.environ.get("CXX") else []
+    device += [f"-ccbin={host_compiler(os.environ['CXX'])}"] if os.environ.get("CXX") else []
     device += [_generate(name) for name in architectures]
     files = dict.fromkeys(_sources("csrc/*/api.cpp", "csrc/common/*.cpp"), flags)
     info = {"CUDA_VERSION": cuda_release(nvcc), "CUDA_ARCHITECTURES": " ".join(architectures)}

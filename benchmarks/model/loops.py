@@ -239,20 +239,24 @@ def _is_rare(block: Iterable[Instruction]) -> bool:
 
 def _chosen(loop: MainLoop, matrix: int, copies: float, operands: int) -> tuple[Path, float, float] | None:
     """The path of :func:`iteration_of`, and how often its inner loops of products and of copies run."""
-    for product_count in sorted({key[0] for key in loop.paths}, reverse=True):
-        copy_counts = sorted(key[1] for key in loop.paths if key[0] == product_count and key[1] >= operands)
-        # Exactly as many copies as expected; else, those that are not in a loop and of which some are left out.
-        for exact in (True, False):
-            for copy_count in copy_counts:
-                path = loop.paths[product_count, copy_count]
-                of_matrix, of_copies = (
-                    _trips(path.matrix, product_count, matrix),
-                    _trips(path.copies, copy_count, copies),
-                )
-                if not exact and path.copies == copy_count:
-                    of_copies = 1.0
-                if of_matrix is not None and of_matrix == int(of_matrix) and of_copies is not None:
-                    return path, of_matrix, of_copies
+    # Of products a whole number of times; else, an unrolled loop that is left in its middle.
+    for whole in (True, False):
+        for product_count in sorted({key[0] for key in loop.paths}, reverse=True):
+            copy_counts = sorted(key[1] for key in loop.paths if key[0] == product_count and key[1] >= operands)
+            # Exactly as many copies as expected; else, those that are not in a loop and of which some are left out.
+            for exact in (True, False):
+                for copy_count in copy_counts:
+                    path = loop.paths[product_count, copy_count]
+                    of_matrix, of_copies = (
+                        _trips(path.matrix, product_count, matrix),
+                        _trips(path.copies, copy_count, copies),
+                    )
+                    if not exact and path.copies == copy_count:
+                        of_copies = 1.0
+                    if of_matrix is None or of_copies is None:
+                        continue
+                    if of_matrix == int(of_matrix) if whole else of_matrix > 1:
+                        return path, of_matrix, of_copies
     return None
 
 

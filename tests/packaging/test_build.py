@@ -219,6 +219,13 @@ def test_a_build_without_torch_keeps_the_libraries_of_a_checkout(project, withou
     assert not library.exists()
 
 
+@pytest.mark.parametrize(
+    ("cxx", "compiler"), [("g++", "g++"), ("ccache g++ -m64", "g++"), ("/opt/bin/sccache clang++", "clang++")]
+)
+def test_nvcc_takes_the_compiler_behind_a_launcher(cxx, compiler):
+    assert build_libraries.host_compiler(cxx) == compiler
+
+
 def test_a_changed_header_compiles_its_dependents_again(project):
     facts, torch = setup.gather_facts(), build_libraries.find_torch()
     libraries = [build_libraries.cpu_library(torch, "1")]
