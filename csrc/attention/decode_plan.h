@@ -7,10 +7,10 @@
 
 namespace fastgen::attention {
 
-constexpr int kDecodeQueries = 16;                // per head, at most
-constexpr int kDecodeKeys = 64;                   // at least
+constexpr int kDecodeQueries = 16;                 // per head, at most
+constexpr int kDecodeKeys = 64;                    // at least
 constexpr int kDecodeBlocksPerMultiprocessor = 2;  // so that one computes while the other's loads are in flight
-constexpr int kSplitKeys = 128;                   // of a split, at least
+constexpr int kSplitKeys = 128;                    // of a split, at least
 constexpr int kMaxSplits = 64;
 
 // Dropout and packed sequences take the forward kernel.

@@ -13,7 +13,7 @@ namespace fastgen::attention {
 // Up to kDecodeRows rows of one key head.
 struct DecodeBlock {
   unsigned batch, key_head;
-  int group;      // heads that share the key head
+  int group;  // heads that share the key head
   int first, rows;
 
   __device__ __forceinline__ DecodeBlock(const Problem& p, unsigned index) {

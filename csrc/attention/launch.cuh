@@ -106,8 +106,8 @@ void launch_sum_parts(const MaskGradient& gradient, void* stream) {
   const char* name = "attention_sum_parts";
   const int team = sum_team(elements(gradient), gradient.splits);
   const dim3 grid(device::grid_size(ceil_div(elements(gradient), kSumThreads / team), name));
-  device::launch(name, +attention_sum_parts<T>, {grid, dim3(kSumThreads), 0, static_cast<cudaStream_t>(stream)}, gradient,
-                 team);
+  device::launch(name, +attention_sum_parts<T>, {grid, dim3(kSumThreads), 0, static_cast<cudaStream_t>(stream)},
+                 gradient, team);
 }
 
 // ``kernel``, and the reduction of its partial sums.

@@ -61,9 +61,7 @@ struct Band {
 
  private:
   static __device__ __forceinline__ int saturated(int64_t bound) {
-    return static_cast<int>(bound < -kMargin                ? -kMargin
-                            : bound > INT32_MAX - kMargin ? INT32_MAX - kMargin
-                                                            : bound);
+    return static_cast<int>(bound < -kMargin ? -kMargin : bound > INT32_MAX - kMargin ? INT32_MAX - kMargin : bound);
   }
 };
 
@@ -120,8 +118,8 @@ struct HeadMask {
   }
   __device__ __forceinline__ bool excludes(int at_query, int at_key) const {
     if (kind == MaskKind::kBool) return *entry<unsigned char>(at_query, at_key) == 0;
-    const float added = kind == MaskKind::kFloat32 ? *entry<float>(at_query, at_key)
-                                                   : device::to_float(*entry<T>(at_query, at_key));
+    const float added =
+        kind == MaskKind::kFloat32 ? *entry<float>(at_query, at_key) : device::to_float(*entry<T>(at_query, at_key));
     return added == -INFINITY;
   }
 
@@ -212,7 +210,7 @@ __device__ __forceinline__ Visible<kFragments, kTiles> visible_in(const Band& ba
         const int down = m * kFragmentRows + half * 8, before = low + down - 32 * word;
         const int after = 31 - (high + down - 32 * word);
         const uint32_t bits = columns & device::shift_left(~0u, static_cast<uint32_t>(before > 0 ? before : 0)) &
-                        device::shift_right(~0u, static_cast<uint32_t>(after > 0 ? after : 0));
+                              device::shift_right(~0u, static_cast<uint32_t>(after > 0 ? after : 0));
         result.words[m][half][word] = down + lane_row() < rows ? bits : 0u;
       }
     }
@@ -289,14 +287,14 @@ template <bool kTransposed, int kFragments, int kTiles, typename T>
 __device__ __forceinline__ void add_mask(float (&scores)[kFragments][kTiles][4], Visible<kFragments, kTiles>& visible,
                                          const HeadMask<T>& mask, int row, int column) {
   mask.with_float_entries([&]<typename Entry>() {
-    for_entries<Entry, kTransposed, kFragments, kTiles>(
-        mask, row, column, [&](int m, int tile, int i, const Entry* entry) {
-          Entry found = {};
-          if (visible.at(m, tile, i)) found = *entry;
-          const float added = device::to_float(found);
-          visible.clear(m, tile, i, added == -INFINITY);
-          scores[m][tile][i] = mask.added(scores[m][tile][i], added);
-        });
+    for_entries<Entry, kTransposed, kFragments, kTiles>(mask, row, column,
+                                                        [&](int m, int tile, int i, const Entry* entry) {
+                                                          Entry found = {};
+                                                          if (visible.at(m, tile, i)) found = *entry;
+                                                          const float added = device::to_float(found);
+                                                          visible.clear(m, tile, i, added == -INFINITY);
+                                                          scores[m][tile][i] = mask.added(scores[m][tile][i], added);
+                                                        });
   });
 }
 

@@ -46,8 +46,8 @@ struct OneTileHeads {
 // at ``a`` and ``b``.
 template <typename T, int kDim>
 __device__ __forceinline__ void copy_two(const Tile<T, kDim>& to_a, const Tile<T, kDim>& to_b, int warp, int rows,
-                                         const Range& valid, const T* a, const T* b, int64_t stride_a,
-                                         int64_t stride_b, int columns_a, int columns_b) {
+                                         const Range& valid, const T* a, const T* b, int64_t stride_a, int64_t stride_b,
+                                         int columns_a, int columns_b) {
   using C = Chunks<T, kDim>;
   const int64_t advance_a = C::step() * stride_a, advance_b = C::step() * stride_b;
   const int first = warp * C::kDown + C::row() % C::kDown;
@@ -77,9 +77,8 @@ __device__ __forceinline__ void load_left_down(uint32_t (&left)[4], const T* cor
 // 32 keys times the head dim of dV = P^T dO or dK = dS^T Q: sums += left^T right.
 template <bool kPlain, typename T, int kDim, int kRows>
 __device__ __forceinline__ void multiply_columns(float (&sums)[2][kDim / 8][4],
-                                                 const OneTileLayout<T, kDim, kRows>& tiles,
-                                                 const Tile<T, kRows>& left, const Tile<T, kDim>& right, int chunk,
-                                                 bool exact) {
+                                                 const OneTileLayout<T, kDim, kRows>& tiles, const Tile<T, kRows>& left,
+                                                 const Tile<T, kDim>& right, int chunk, bool exact) {
   using P = Product<T>;
 #pragma unroll kDim <= 64 ? 2 : 1
   for (int query = 0; query < tiles.block_m; query += kFragmentRows) {

@@ -14,9 +14,9 @@
 namespace fastgen::attention {
 
 struct OneTileShape {
-  Dims dims;   // compiled head dims, equal
-  int rows;    // maximum of queries and of keys
-  int blocks;  // per multiprocessor, as far as registers are concerned: the launch bounds
+  Dims dims;             // compiled head dims, equal
+  int rows;              // maximum of queries and of keys
+  int blocks;            // per multiprocessor, as far as registers are concerned: the launch bounds
   int blocks_with_mask;  // the same with the gradient of a mask; 0: attention_mask_gradient computes that
 };
 

@@ -221,7 +221,7 @@ struct QueryTiles {
   }
   template <bool kMayPack>
   __device__ __forceinline__ Range queries(const Problem& p, const KeyBlock<kMayPack>& block,
-                                         const Index& index) const {
+                                           const Index& index) const {
     const int first = query(index), all = block.all_queries(p);
     return {first, first + BLOCK_M < all ? first + BLOCK_M : all};
   }

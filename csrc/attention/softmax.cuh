@@ -12,8 +12,8 @@
 namespace fastgen::attention {
 
 // What is subtracted from the scores of a row whose maximum is ``top``, both in units of log2. 0 if the row has no
-// unmasked key yet: -inf - -inf is NaN. An infinite maximum is NaN, also where the product with the factor overflows, and
-// the multiply-add would not.
+// unmasked key yet: -inf - -inf is NaN. An infinite maximum is NaN, also where the product with the factor overflows,
+// and the multiply-add would not.
 __device__ __forceinline__ float softmax_shift(float top) {
   return top == -INFINITY ? 0.0f : top == INFINITY ? NAN : top;
 }

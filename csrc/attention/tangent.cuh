@@ -81,8 +81,7 @@ __global__ void __launch_bounds__(TangentLayout<T, kKeyDim, kValueDim>::kThreads
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int down = half * 8 + lane_row();
-    const float lse =
-        down < warp_rows ? kLog2e * *row_pointer(p.lse, block.batch, block.head, row + down) : -INFINITY;
+    const float lse = down < warp_rows ? kLog2e * *row_pointer(p.lse, block.batch, block.head, row + down) : -INFINITY;
     shift[half] = weight_shift(lse);
   }
   float sums[1][kColumns / 8][4] = {}, mean[2] = {0.0f, 0.0f};
@@ -90,8 +89,7 @@ __global__ void __launch_bounds__(TangentLayout<T, kKeyDim, kValueDim>::kThreads
     const int key = tile.key();
     const Band band = window.from(key);
     if (warp_rows <= 0 || band.misses(kFragmentRows, BLOCK_N)) return;
-    const bool masked =
-        tiles.is_masked(tile, band, kFragmentRows) || mask_tangent.kind != MaskKind::kNone;
+    const bool masked = tiles.is_masked(tile, band, kFragmentRows) || mask_tangent.kind != MaskKind::kNone;
     Visible<1, kTiles> visible;
     const auto find_visible = [&] {
       visible = visible_scores<kPlain, false, 1, kTiles>(band, tiles.mask, row, warp_rows, key, tile.live);

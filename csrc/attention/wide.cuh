@@ -180,8 +180,7 @@ __global__ void __launch_bounds__(WideForwardLayout<T, kKeyDim, kValueDim>::kThr
     const auto live = static_cast<LiveBits<8 * kTiles>>(current.live >> warp_key) & full<8 * kTiles>();
     Visible<1, kTiles> visible;
     if (masked) {
-      visible =
-          visible_scores<kPlain, false, 1, kTiles>(window.from(key), tiles.mask, row, warp_rows, key, live);
+      visible = visible_scores<kPlain, false, 1, kTiles>(window.from(key), tiles.mask, row, warp_rows, key, live);
     }
     float scores[1][kTiles][4], parts[2][kTiles][4] = {};
     multiply_depth<kKeyDim / 2>(parts, Layout::query(), warp_row - half_depth * kFragmentRows, Layout::key(stage),

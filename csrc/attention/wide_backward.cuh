@@ -153,8 +153,7 @@ __global__ void __launch_bounds__(WideBackwardLayout<T, kKeyDim, kValueDim>::kTh
       const auto live = static_cast<LiveBits<8 * kTiles>>(tile.live >> part.column) & full<8 * kTiles>();
       Visible<1, kTiles> visible;
       if (masked) {
-        visible =
-            visible_scores<kPlain, false, 1, kTiles>(window.from(key), tiles.mask, row, part_rows, key, live);
+        visible = visible_scores<kPlain, false, 1, kTiles>(window.from(key), tiles.mask, row, part_rows, key, live);
       }
       float scores[1][kTiles][4] = {}, grads[1][kTiles][4];
       const typename Layout::KeyDim keys = {Layout::key_dim(stage).at(part.column, 0)};
@@ -288,8 +287,8 @@ __global__ void __launch_bounds__(WideBackwardLayout<T, kKeyDim, kValueDim>::kTh
     // accumulate
     const uint32_t attended = kPlain || !masked ? 0 : load_live<kFragments, Layout::kParts>(Layout::live());
     if (value_column < problem.value_dim) {
-      multiply_shared_weights(value_sums, Layout::weights(1), Layout::value_dim(stage), value_column,
-                              !kPlain && masked, attended);
+      multiply_shared_weights(value_sums, Layout::weights(1), Layout::value_dim(stage), value_column, !kPlain && masked,
+                              attended);
     }
     if (key_column < problem.key_dim) {
       multiply_shared_weights(key_sums, Layout::weights(0), Layout::key_dim(stage), key_column, !kPlain && masked,
