@@ -78,8 +78,9 @@ def tiles_of(name: Name) -> Tiles:
     """The tiles of a kernel where a block has all its warps, from the launch plan of a large problem."""
     products, size = PRODUCTS[name.bare], STORED[name.dtype]
     plan = plans.attention_plan(
-        1, 1, 1, 4096, 4096, *name.dims, element_size=size, multiprocessors=132, plain=name.plain
-    )[products.plan]
+        1, 1, 1, 4096, 4096, *name.dims, element_size=size, multiprocessors=132, plain=name.plain,
+        shared_limit=min(plans.SHARED_LIMITS.values()),  # with more, wide heads take other kernels
+    )[products.plan]  # fmt: skip
     if plan["tile"] != name.dims:
         raise ValueError(f"{name}: the launch plan takes the tile {plan['tile']}; is the CPU library of these sources?")
     owns_keys = products.plan.endswith("key_value")

@@ -114,15 +114,28 @@ class Prediction(NamedTuple):
     share: float  # of the limiting pipe's time in that of the loop
 
 
+def plans_of(shape: AttentionShape, chip: Chip, plain: bool) -> dict[str, dict[str, Any]]:
+    """The launch plans of a shape on a chip."""
+    return plans.attention_plan(
+        shape.batch, shape.heads, shape.heads, shape.queries, shape.keys, shape.key_dim, shape.value_dim,
+        element_size=2, multiprocessors=chip.multiprocessors, plain=plain, shared_limit=chip.shared_memory - 1024,
+    )  # fmt: skip
+
+
+def takes_another_kernel(bare: str, shape: AttentionShape, chip: Chip) -> bool:
+    """Whether the launcher takes a kernel that this model does not read: decode, one tile, or wide heads."""
+    found, plan = plans_of(shape, chip, shape.mask in ("", "causal")), PRODUCTS[bare].plan
+    if (plan == "forward" and "decode" in found) or (plan in ("query", "key_value") and "one tile" in found):
+        return True
+    return max(shape.key_dim, shape.value_dim) > 256 and plan in found and found[plan]["warps"] == 8
+
+
 def predict(
     kernel: Kernel, shape: AttentionShape, chip: Chip, bytes_moved: float, overlap: float | None = None
 ) -> Prediction:
     """The time of one kernel."""
     products = PRODUCTS[kernel.name.bare]
-    plan = plans.attention_plan(
-        shape.batch, shape.heads, shape.heads, shape.queries, shape.keys, shape.key_dim, shape.value_dim,
-        element_size=2, multiprocessors=chip.multiprocessors, plain=kernel.name.plain,
-    )[products.plan]  # fmt: skip
+    plan = plans_of(shape, chip, kernel.name.plain)[products.plan]
     work = work_of(shape, plan, products.plan.endswith("key_value"))
     resident = resident_blocks(chip, kernel.registers, plan["shared_bytes"] + kernel.static_shared, plan["warps"])
     if resident == 0:

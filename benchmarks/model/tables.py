@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from benchmarks.model.chips import CHIPS, Chip
-from benchmarks.model.predict import Kernel, Prediction, predict
+from benchmarks.model.predict import Kernel, Prediction, predict, takes_another_kernel
 from benchmarks.roofline import BACKWARD, FORWARD, SECOND_ORDER, TANGENT, Pass, cost
 from benchmarks.shapes import ATTENTION_SHAPES, AttentionShape
 from fastgen.backend import plans
@@ -33,8 +33,10 @@ def kernel_for(kernels: list[Kernel], bare: str, shape: AttentionShape) -> Kerne
 
 
 def predict_pass(kernels: list[Kernel], name: str, shape: AttentionShape, chip: Chip) -> list[Prediction] | None:
-    """The kernels of a pass, or None if one of them is missing."""
+    """The kernels of a pass, or None if one of them is missing, or another one takes the shape."""
     work, names = PASSES[name]
+    if any(takes_another_kernel(bare, shape, chip) for bare in names):
+        return None
     bytes_each = cost(shape, work).bytes / len(names)
     chosen = [kernel_for(kernels, bare, shape) for bare in names]
     if any(kernel is None for kernel in chosen):
@@ -113,6 +115,8 @@ NOTES = """
   dropout, softcaps and divisions. That is an upper estimate, which is high for `swin-window` and `seq2seq`.
 - Backward and second order are two kernels each; the gradient of a learned bias is not included. The limit is that of
   the slower one. *latency*: too few warps to fill a pipe. *memory*: the minimal traffic takes longer than the loop.
+- Shapes that take kernels of their own are left out, because the model does not read those: the forward pass of
+  `decode`, the backward pass of `swin-window` and `seq2seq`, and `vae-mid` where eight warps share a tile.
 - "of roofline": the minimum time of [roofline.md](../roofline.md) by the predicted time. TFLOP/s count the necessary
   products (5 in the backward pass).
 """
