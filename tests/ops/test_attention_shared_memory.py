@@ -94,7 +94,7 @@ def test_keys_of_wide_heads_are_split_where_blocks_are_fewer_than_multiprocessor
     assert found["blocks"] == batch * 64
 
 
-@pytest.mark.parametrize("dims", [(24, 40), (128, 128)])
+@pytest.mark.parametrize("dims", [(24, 40), pytest.param((128, 128), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_architecture_gives_the_same_bits(emulator, emulated, dims, dtype):
     """With a mask, whose tiles are smaller, and without; several blocks, so that the plans differ."""
