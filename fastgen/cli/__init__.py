@@ -128,18 +128,18 @@ def _run(argv: list[str]) -> None:
     if given.command not in PLAIN:
         _require_extras(given.command)
     if given.command in TRAINING:
-        _wait_passively()
+        _spin_briefly()
     importlib.import_module(f"fastgen.cli._{given.command}").run(given.argv)
 
 
-def _wait_passively() -> None:
-    """Lets waiting OpenMP threads sleep instead of spinning, unless the user has chosen.
+def _spin_briefly() -> None:
+    """Lets waiting OpenMP threads of GNU's runtime, which PyTorch has on Linux, sleep soon, unless the user has chosen.
 
     A thread that spins takes the core that the thread it waits for could have: beside other processes training becomes
     several times slower. OpenMP reads the variables once, when torch is imported.
     """
     if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
-        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.environ["GOMP_SPINCOUNT"] = "2000"
 
 
 def _require_extras(command: str) -> None:

@@ -220,9 +220,9 @@ def test_help_version_and_info_need_no_extras() -> None:
 @pytest.mark.parametrize(
     ("command", "given", "expected"),
     [
-        ("sample", {}, "passive"),
-        ("sample", {"OMP_WAIT_POLICY": "active"}, "active"),
-        ("sample", {"GOMP_SPINCOUNT": "1000"}, "None"),
+        ("sample", {}, "2000"),
+        ("sample", {"OMP_WAIT_POLICY": "active"}, "None"),
+        ("sample", {"GOMP_SPINCOUNT": "1000"}, "1000"),
         ("info", {}, "None"),
     ],
 )
@@ -233,7 +233,7 @@ def test_threads_of_training_commands_sleep_while_they_wait_unless_the_user_chos
         "import os, sys; sys.argv = ['fastgen']\n"  # else torch is imported first
         "from fastgen.cli import main\n"
         f"main([{command!r}, '--help'])\n"
-        "print('policy', os.environ.get('OMP_WAIT_POLICY'))"
+        "print('policy', os.environ.get('GOMP_SPINCOUNT'))"
     )
     inherited = {name: value for name, value in os.environ.items() if name not in WAITING}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=inherited | given)
