@@ -28,14 +28,12 @@ BUDGETS = {
     # Shared memory is dynamic: csrc/attention/tiles.h.
     "attention_forward": Budget(registers=255),
     "attention_forward_wide": Budget(registers=255),
-    # launch_bounds(256): 64 registers keep 4 blocks.
-    "attention_forward_wide_combine": Budget(registers=64),
     "attention_backward_query_wide": Budget(registers=255),
     "attention_backward_key_value_wide": Budget(registers=255),
     # launch_bounds(128), or 64 for head dims above 128. Up to 128 it needs 159 registers, which keep three blocks.
     "attention_decode": Budget(registers=255),
-    # launch_bounds(128): 80 registers keep 6 blocks. Shared: a row of floats per warp.
-    "attention_decode_combine": Budget(registers=80, shared_bytes=4096),
+    # launch_bounds(128): 128 registers keep 4 blocks. Shared: a row of floats per warp, up to 512.
+    "attention_combine": Budget(registers=128, shared_bytes=8192),
     "attention_backward_query": Budget(registers=255),
     "attention_backward_key_value": Budget(registers=255),
     # launch_bounds and blocks: csrc/attention/one_tile.h.

@@ -6,7 +6,7 @@
 //     S = scale * Q K^T + mask, online softmax, O += P V    as in forward.cuh
 //   m = max of the warps' maxima, O = sum of 2^(m_w - m) O_w, l = sum of 2^(m_w - m) l_w, in the order of the warps
 //   one split:      out = O / l, lse = m + log l
-//   several:        O, m, l to the workspace; attention_decode_combine does the same once more, over splits
+//   several:        O, m, l to the workspace; attention_combine does the same once more, over splits
 //
 //                    keys -> tiles of warp 0, 1, ... of split 0, of split 1, ..., and over again
 //                  +----+----+----+----+----
@@ -16,6 +16,7 @@
 // gridDim = (row tiles of all key heads, splits).
 #pragma once
 
+#include "attention/combine.cuh"
 #include "attention/decode_mask.cuh"
 #include "attention/decode_scheduler.cuh"
 #include "attention/softcap.cuh"
@@ -79,20 +80,6 @@ __device__ __forceinline__ void copy_rows_by_warp(const Tile<T, kWidth>& tile, c
     }
     source += kDown * stride;
   }
-}
-
-// The factor of sums whose maximum is ``own``, where that of all is ``all``.
-__device__ __forceinline__ float rescaled(float own, float all) {
-  return device::exp2_approx(own - (all == -INFINITY ? 0.0f : all));
-}
-
-__device__ __forceinline__ void store_four(float* target, const float (&values)[4]) {
-  device::store_vector(target, values);
-}
-template <typename T>
-__device__ __forceinline__ void store_four(T* target, const float (&values)[4]) {
-  const uint32_t words[2] = {device::pack<T>(values[0], values[1]), device::pack<T>(values[2], values[3])};
-  device::store_words(target, words);
 }
 
 // Writes a row of sums and its state: to out and lse, or if there are several splits to the workspace.

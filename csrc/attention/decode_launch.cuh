@@ -1,16 +1,17 @@
 // Launchers of decode, apart from launch.cuh because launch_forward, which calls them, is instantiated in other files.
 #pragma once
 
+#include "attention/combine_launch.cuh"
 #include "attention/decode.cuh"
-#include "attention/decode_combine.cuh"
-#include "attention/launch.cuh"
+#include "attention/decode_plan.h"
+#include "attention/launching.cuh"
 
 namespace fastgen::attention {
 
 template <typename T>
 int64_t decode_workspace(const Problem& problem) {
   const Sizes sizes = sizes_of(problem, sizeof(T));
-  return decode_floats(sizes, decode_plan(sizes, device::multiprocessors()).slices);
+  return split_floats(sizes, decode_plan(sizes, device::multiprocessors()).slices);
 }
 
 template <typename T>
@@ -19,18 +20,13 @@ void launch_decode(ForwardParams p, void* stream) {
   const Plan plan = decode_plan(sizes, device::multiprocessors());
   p.splits = plan.slices;
   if (p.splits > 1 && p.parts == nullptr) throw Error("attention_decode", "split keys need a workspace");
-  const device::Launch config = launch_config(plan, stream);
   dispatch_head_dims<kDecodeHeadDims>(plan.dims, [&]<int kKeyDim, int kValueDim>() {
     dispatch_bool(sizes.plain, [&](auto plain) {
       constexpr auto kernel = attention_decode<T, kKeyDim, kValueDim, decltype(plain)::value>;
-      device::launch("attention_decode", +kernel, config, p);
+      device::launch("attention_decode", +kernel, launch_config(plan, stream), p);
     });
   });
-  if (p.splits > 1) {
-    const dim3 grid(device::grid_size(sizes.batch * sizes.heads * sizes.queries, "attention_decode_combine"));
-    device::launch("attention_decode_combine", +attention_decode_combine<T>,
-                   {grid, dim3(kCombineThreads), 0, config.stream}, p);
-  }
+  launch_combine<T, kDecodeHeadDims[length(kDecodeHeadDims) - 1].value>(p, sizes, stream);
 }
 
 }  // namespace fastgen::attention

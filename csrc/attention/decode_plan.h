@@ -11,7 +11,6 @@ constexpr int kDecodeQueries = 16;                 // per head, at most
 constexpr int kDecodeKeys = 64;                    // at least
 constexpr int kDecodeBlocksPerMultiprocessor = 2;  // so that one computes while the other's loads are in flight
 constexpr int kSplitKeys = 128;                    // of a split, at least
-constexpr int kMaxSplits = 64;
 
 // Dropout and packed sequences take the forward kernel.
 constexpr bool is_decode(const Sizes& sizes, bool has_dropout) {
@@ -54,11 +53,6 @@ constexpr Plan decode_plan(const Sizes& sizes, int multiprocessors) {
   plan.dims = dims, plan.warps = warps, plan.owned = kDecodeRows, plan.iterated = shape.keys, plan.tiles_per_block = 1;
   plan.blocks = blocks, plan.slices = splits, plan.shared_bytes = decode_bytes(dims, sizes.element_size, warps);
   return plan;
-}
-
-// Floats of the workspace of splits: sums, then a maximum and a sum of weights, for each query of each head.
-constexpr int64_t decode_floats(const Sizes& sizes, int splits) {
-  return splits == 1 ? 0 : splits * sizes.batch * sizes.heads * sizes.queries * (int64_t{sizes.value_dim} + 2);
 }
 
 }  // namespace fastgen::attention

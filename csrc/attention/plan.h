@@ -73,6 +73,13 @@ constexpr void set_buffers(Plan& plan, Buffers most, const Gpu& gpu, Bytes&& byt
   plan.shared_bytes = of_plan(buffers);
 }
 
+// Parts of the keys whose results attention_combine adds, and the floats of their workspace: sums, then a maximum and a
+// sum of weights, for each query of each head.
+constexpr int kMaxSplits = 64;
+constexpr int64_t split_floats(const Sizes& sizes, int splits) {
+  return splits == 1 ? 0 : splits * sizes.batch * sizes.heads * sizes.queries * (int64_t{sizes.value_dim} + 2);
+}
+
 // The kernels of wide heads: wide.cuh, wide_backward.cuh. ``rows``: owned, of all sequences; ``bytes`` by stages. A
 // problem with few rows is left to the other kernels, which take a warp for 16 of them.
 template <typename Bytes>
@@ -111,11 +118,6 @@ constexpr Plan wide_forward_plan(const Sizes& sizes, const Gpu& gpu) {
                         [&](Dims dims, int stages) { return wide_forward_bytes(dims, sizes.element_size, stages); });
   if (plan.wide && sizes.sequences == 0) plan.splits = wide_splits(plan.blocks, sizes.keys, gpu.multiprocessors);
   return plan;
-}
-// Floats of the workspace of splits.
-constexpr int64_t split_floats(const Sizes& sizes, const Plan& plan) {
-  const int64_t rows = sizes.batch * sizes.heads * sizes.queries;
-  return plan.splits == 1 ? 0 : plan.splits * rows * (int64_t{sizes.value_dim} + 2);
 }
 
 constexpr Plan wide_backward_query_plan(const Sizes& sizes, const Gpu& gpu) {

@@ -1,17 +1,18 @@
 // Launchers of the kernels of wide heads, of one storage type.
 #pragma once
 
+#include "attention/combine_launch.cuh"
 #include "attention/launching.cuh"
 #include "attention/wide.cuh"
 #include "attention/wide_backward.cuh"
-#include "attention/wide_combine.cuh"
 
 namespace fastgen::attention {
 
 template <typename T>
 int64_t wide_forward_workspace(const Problem& problem) {
   const Sizes sizes = sizes_of(problem, sizeof(T));
-  return split_floats(sizes, wide_forward_plan(sizes, current_gpu()));
+  if (!is_wide(sizes.head_dims())) return 0;  // most calls: without a question to the device
+  return split_floats(sizes, wide_forward_plan(sizes, current_gpu()).splits);
 }
 
 template <typename T>
@@ -28,12 +29,7 @@ void launch_forward_wide(ForwardParams p, void* stream) {
       device::launch("attention_forward_wide", +kernel, config, p);
     });
   });
-  if (p.splits > 1) {
-    const int64_t rows = sizes.batch * sizes.heads * sizes.queries;
-    const dim3 grid(device::grid_size(ceil_div(rows, kWideCombineRows), "attention_forward_wide_combine"));
-    device::launch("attention_forward_wide_combine", +attention_forward_wide_combine<T>,
-                   {grid, dim3(32 * kWideCombineRows), 0, config.stream}, p);
-  }
+  launch_combine<T, kWideHeadDims[length(kWideHeadDims) - 1].value>(p, sizes, stream);
 }
 
 template <typename T>

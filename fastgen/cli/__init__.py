@@ -133,10 +133,10 @@ def _run(argv: list[str]) -> None:
 
 
 def _spin_briefly() -> None:
-    """Lets waiting OpenMP threads of GNU's runtime, which PyTorch has on Linux, sleep soon, unless the user has chosen.
+    """Makes OpenMP threads spin for a short time only before they sleep, unless the user has set how they wait.
 
-    A thread that spins takes the core that the thread it waits for could have: beside other processes training becomes
-    several times slower. OpenMP reads the variables once, when torch is imported.
+    A spinning thread occupies a core that other threads need: beside other processes, training becomes several times
+    slower. The variable is read by libgomp, PyTorch's OpenMP runtime on Linux, when torch is imported.
     """
     if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
         os.environ["GOMP_SPINCOUNT"] = "2000"

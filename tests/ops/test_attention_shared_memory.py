@@ -151,7 +151,7 @@ def test_wide_heads(emulator, emulated, case, limit):
 
 
 def launches(emulator):
-    kernels = ("forward_wide", "forward_wide_combine", "backward_query_wide", "backward_key_value_wide")
+    kernels = ("forward_wide", "combine", "backward_query_wide", "backward_key_value_wide")
     return [emulator.statistics().get(f"attention_{kernel}", {"launches": 0})["launches"] for kernel in kernels]
 
 

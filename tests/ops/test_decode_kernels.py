@@ -87,9 +87,9 @@ def test_every_pair_of_settings(emulator, emulated, case):
 @pytest.mark.parametrize("heads", [(1, 1), (4, 1)], ids=str)
 def test_a_long_cache(emulator, emulated, dtype, heads):
     """As long as that of the shape ``decode``, in 6 splits."""
-    before = launches(emulator, "attention_decode_combine")
+    before = launches(emulator, "attention_combine")
     check_forward(Case(dtype, (64, 64), 1, 2048, "none", 0.0, heads, "BHND", 1))
-    assert launches(emulator, "attention_decode_combine") == before + 1
+    assert launches(emulator, "attention_combine") == before + 1
 
 
 @pytest.mark.parametrize("keys", [0, 1, 63, 64, 65])
@@ -232,7 +232,7 @@ def test_every_schedule_gives_the_same_bits(emulator, emulated, name):
 def test_no_barrier_and_no_wait_can_be_left_out(emulator, emulated, name):
     tensors = operands(*PROBLEMS[name])
     waits = "sync_block|sync_warp|async_copy_wait"
-    assert_no_site_can_be_left_out(emulator, lambda: both(emulated, tensors), "attention_decode", waits=waits)
+    assert_no_site_can_be_left_out(emulator, lambda: both(emulated, tensors), "attention_(decode|combine)", waits=waits)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

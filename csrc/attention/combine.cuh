@@ -1,4 +1,5 @@
-// Adds the parts of a split attention: with (O_s, m_s, l_s) from each split s and m the maximum of m_s,
+// Adds the parts of attention whose keys are split over blocks (decode.cuh, wide.cuh): with (O_s, m_s, l_s) from each
+// split s and m the maximum of m_s,
 //
 //   out = sum of 2^(m_s - m) O_s / l        l = sum of 2^(m_s - m) l_s        lse = m ln 2 + log l
 //
@@ -8,24 +9,45 @@
 // gridDim = batch * heads * queries.
 #pragma once
 
-#include "attention/decode.cuh"
-#include "attention/decode_plan.h"
+#include "attention/plan.h"
+#include "attention/scheduler.cuh"
+#include "attention/softmax.cuh"
 #include "common/reduce.cuh"
+#include "device/barrier.cuh"
+#include "device/math.cuh"
+#include "device/shared.cuh"
+#include "device/vector.cuh"
 
 namespace fastgen::attention {
 
 constexpr int kCombineWarps = 4, kCombineThreads = 32 * kCombineWarps;
-constexpr int kCombineColumns = kDecodeHeadDims[length(kDecodeHeadDims) - 1].value;
 constexpr int kCombineInFlight = 4;  // splits whose parts a warp reads together
 
+// The factor of sums whose maximum is ``own``, where that of all is ``all``.
+__device__ __forceinline__ float rescaled(float own, float all) {
+  return device::exp2_approx(own - (all == -INFINITY ? 0.0f : all));
+}
+
+__device__ __forceinline__ void store_four(float* target, const float (&values)[4]) {
+  device::store_vector(target, values);
+}
+template <typename T>
+__device__ __forceinline__ void store_four(T* target, const float (&values)[4]) {
+  const uint32_t words[2] = {device::pack<T>(values[0], values[1]), device::pack<T>(values[2], values[3])};
+  device::store_words(target, words);
+}
+
+template <int kColumns>
 struct alignas(16) CombinedParts {
-  float of[kCombineWarps][kCombineColumns];
+  float of[kCombineWarps][kColumns];
 };
 
-template <typename T>
-__global__ void __launch_bounds__(kCombineThreads) attention_decode_combine(ForwardParams p) {
+// kColumns: at least value_dim.
+template <typename T, int kColumns>
+__global__ void __launch_bounds__(kCombineThreads) attention_combine(ForwardParams p) {
+  static_assert(kColumns % (4 * device::kWarpSize) == 0 && kColumns <= 4 * kCombineThreads, "four columns of a thread");
   static_assert(kMaxSplits == 2 * device::kWarpSize, "a lane holds the states of two splits");
-  constexpr int kFours = kCombineColumns / (4 * device::kWarpSize);  // of a lane
+  constexpr int kFours = kColumns / (4 * device::kWarpSize);  // of a lane
   const Problem& problem = p.problem;
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32), splits = p.splits;
   const int64_t rows = int64_t{problem.batch} * problem.heads * problem.queries, row = blockIdx.x;
@@ -78,7 +100,7 @@ __global__ void __launch_bounds__(kCombineThreads) attention_decode_combine(Forw
       }
     }
   }
-  CombinedParts& shared = device::shared_variable<CombinedParts>();
+  auto& shared = device::shared_variable<CombinedParts<kColumns>>();
 #pragma unroll
   for (int four = 0; four < kFours; ++four) {
     device::store_vector(shared.of[warp] + (four * device::kWarpSize + lane) * 4, sums[four]);
