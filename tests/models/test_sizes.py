@@ -14,7 +14,7 @@ from fastgen.models.sizes import DataSize, Size
 DIGITS = DataSize("images", 1437, 8, 1)
 CLASSES = ("cgan", "cdcgan", "cvae", "sagan")
 OF_IMAGES = [name for name, model in MODELS.items() if model.sizes]
-TRAINING = {"steps", "batch_size", "average_decay", "schedule"}
+TRAINING = {"steps", "batch_size", "average_decay", "schedule", "learning_rate"}
 
 
 def config_of(model: type[GenerativeModel], size: DataSize, options: Mapping[str, Any]) -> Any:

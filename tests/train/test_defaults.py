@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,24 @@ def test_a_run_prints_and_stores_what_was_chosen_for_its_data(
     assert kept["model"]["augment"] == "color,translation,cutout"
     assert main(["train", "dcgan", "--out", str(tmp_path / "run"), "--resume", "--steps", "2"]) == 0
     assert "chosen for" not in capsys.readouterr().err
+
+
+def test_conv_vae_does_not_diverge_on_color_images_of_64_pixels(tmp_path: Path) -> None:
+    """The learning rate of small images makes the KL infinite in the first steps."""
+    path = tmp_path / "pictures.npz"
+    random = np.random.default_rng(0)
+    images = np.full((40, 64, 64, 3), 255, np.uint8)  # discs on white
+    for image in images:
+        x, y, radius = random.integers(16, 48, 3)
+        rows, columns = np.mgrid[:64, :64]
+        image[(rows - x) ** 2 + (columns - y) ** 2 < radius**2 / 4] = random.integers(0, 256, 3)
+    np.savez(path, images=images)
+    words = ["--steps", "12", "--log-every", "1", "--sample-every", "100", "--evaluate-every", "100"]
+    assert main(["train", "conv-vae", "--data", str(path), "--out", str(tmp_path / "run"), *words]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    kls = [line["values"]["kl"] for line in lines if line["part"] == "train"]
+    assert len(kls) == 12
+    assert all(kl is not None and kl < 1e5 for kl in kls)  # None: not finite
 
 
 def test_small_images_keep_the_general_defaults_and_epochs_replace_steps(
