@@ -1,10 +1,11 @@
 """Trains the models of the zoo with their defaults, evaluates them, and writes docs/models.md.
 
-usage: python benchmarks/zoo.py [NAME ...] [--render]
+usage: python benchmarks/zoo.py [NAME ...] [--render | --pictures]
 
 Each entry runs the commands of a user: ``fastgen train``, ``evaluate`` and ``sample``. The results are written to
 benchmarks/results/zoo.json, one record per entry, with commit and machine; records of other entries are kept.
---render writes the page from the records and trains nothing. Entries named "mnist ..." and "emoji ..." read data/mnist
+--render writes the page from the records and trains nothing; --pictures first makes the pictures again, of runs that
+are still there. Entries named "mnist ..." and "emoji ..." read data/mnist
 and data/emoji, which are not part of the project: docs/data.md says how to get them.
 """
 
@@ -37,7 +38,8 @@ class Entry:
     """A model and how it is trained for the page.
 
     show: metrics of ``fastgen evaluate``, in order of importance. folder: folder of the run whose last image is on the
-    page, instead of one from ``fastgen sample``. note: a reference for the metrics.
+    page, instead of one from ``fastgen sample``. views: further pictures, a caption and options of ``fastgen sample``.
+    note: a reference for the metrics.
     """
 
     model: str
@@ -46,6 +48,7 @@ class Entry:
     show: tuple[str, ...] = ()
     name: str = ""
     folder: str = ""
+    views: tuple[tuple[str, tuple[str, ...]], ...] = ()
     note: str = ""
 
     @property
@@ -53,13 +56,28 @@ class Entry:
         return self.name or self.model
 
 
-DISTANCES = ("Frechet distance", "precision", "recall")
+DISTANCES = ("Frechet distance", "precision", "recall", "closer to training data than held-out images")
 CLASSES = (*DISTANCES, "class agreement")
+CODES = ("ELBO", "bits per dimension", *DISTANCES)
+PIXELS = ("negative log-likelihood", "bits per dimension", *DISTANCES)
 BOUNDS = ("ELBO", "importance-weighted bound", "bits per dimension", *DISTANCES)
 TRANSLATED = (
     *("absolute error", "absolute error, input as it is"),
     *("structural similarity", "structural similarity, input as it is"),
 )
+
+
+COPIES = (
+    "Samples (upper rows) above the training images nearest to them, in pixels",
+    ("--nearest", "--n", "32"),
+)
+BETWEEN = ("From one random latent to another, in rows", ("--interpolate", "--n", "64"))
+RECONSTRUCTED = (
+    "Held-out images (upper rows) above their reconstructions",
+    ("--reconstruct", "held-out", "--n", "32"),
+)
+COMPLETED = ("The upper halves of held-out images (upper rows), completed", ("--show", "completions"))
+ATTENDED = ("Where the attention of a generator's pixel goes", ("--show", "attention"))
 
 
 def on(data: str, model: str, *train: str, name: str = "", **rest: Any) -> Entry:
@@ -69,32 +87,34 @@ def on(data: str, model: str, *train: str, name: str = "", **rest: Any) -> Entry
 
 
 MNIST = (
-    on("mnist", "vae", show=BOUNDS),
-    on("mnist", "conv-vae", show=BOUNDS),
-    on("mnist", "cvae", sample=("--n", "80"), show=(*BOUNDS, "class agreement")),
-    on("mnist", "flow-vae", show=BOUNDS),
-    on("mnist", "vq-vae", show=("ELBO", "bits per dimension", *DISTANCES)),
-    on("mnist", "gan", show=DISTANCES),
-    on("mnist", "dcgan", show=DISTANCES),
-    on("mnist", "cdcgan", sample=("--n", "80"), show=CLASSES),
-    on("mnist", "sagan", sample=("--n", "80"), show=CLASSES),
-    on("mnist", "image-transformer", show=("negative log-likelihood", "bits per dimension", *DISTANCES)),
+    on("mnist", "vae", show=BOUNDS, views=(BETWEEN, RECONSTRUCTED)),
+    on("mnist", "conv-vae", show=BOUNDS, views=(BETWEEN, RECONSTRUCTED)),
+    on("mnist", "cvae", sample=("--n", "80"), show=(*BOUNDS, "class agreement"), views=(RECONSTRUCTED,)),
+    on("mnist", "flow-vae", show=BOUNDS, views=(BETWEEN,)),
+    on("mnist", "vq-vae", show=CODES, views=(RECONSTRUCTED,)),
+    on("mnist", "gan", show=DISTANCES, views=(BETWEEN, COPIES)),
+    on("mnist", "dcgan", show=DISTANCES, views=(BETWEEN, COPIES)),
+    on("mnist", "cdcgan", sample=("--n", "80"), show=CLASSES, views=(COPIES,)),
+    on("mnist", "sagan", sample=("--n", "80"), show=CLASSES, views=(COPIES, ATTENDED)),
+    on("mnist", "image-transformer", show=PIXELS, views=(COMPLETED, COPIES)),
     on(
-        *("mnist", "image-transformer", "--model.codebook-size", "64"),
-        name="image-transformer, codes",
-        show=("bits per dimension", *DISTANCES),
+        *("mnist", "image-transformer", "--model.codebook-size", "0"),
+        name="image-transformer, pixels",
+        show=PIXELS,
+        views=(COMPLETED,),
     ),
 )
 EMOJI = (
-    on("emoji/google", "dcgan", show=DISTANCES),
-    on("emoji/google", "sagan", sample=("--n", "72"), show=CLASSES),
-    on("emoji/google", "stylegan", show=DISTANCES),
-    on("emoji/google", "transgan", show=DISTANCES),
-    on("emoji/google", "vq-vae", show=("ELBO", "bits per dimension", *DISTANCES)),
+    on("emoji/google", "dcgan", show=DISTANCES, views=(BETWEEN, COPIES)),
+    on("emoji/google", "sagan", sample=("--n", "72"), show=CLASSES, views=(COPIES, ATTENDED)),
+    on("emoji/google", "stylegan", show=DISTANCES, views=(BETWEEN, COPIES)),
+    on("emoji/google", "transgan", show=DISTANCES, views=(COPIES,)),
+    on("emoji/google", "vq-vae", show=CODES, views=(RECONSTRUCTED,)),
     on(
-        *("emoji/google", "image-transformer", "--model.codebook-size", "256", "--model.captions"),
+        *("emoji/google", "image-transformer", "--model.captions"),
         name="image-transformer, captions",
-        show=("bits per dimension", *DISTANCES),
+        show=PIXELS,
+        views=(COMPLETED, COPIES),
     ),
     on(
         "emoji",
@@ -148,7 +168,7 @@ BUNDLED = (
     Entry("conv-vae", show=BOUNDS),
     Entry("cvae", sample=("--n", "80"), show=(*BOUNDS, "class agreement")),
     Entry("flow-vae", show=BOUNDS),
-    Entry("vq-vae", show=("ELBO", "bits per dimension", *DISTANCES)),
+    Entry("vq-vae", show=CODES),
     Entry(
         "transformer-lm",
         sample=("--n", "1"),
@@ -158,7 +178,7 @@ BUNDLED = (
     ),
     Entry("seq2seq", sample=("--n", "12"), show=("exact",), name="seq2seq, reversal"),
     Entry("seq2seq", ("--data", "sums"), ("--n", "1", "--source", "128+345"), show=("exact",), name="seq2seq, sums"),
-    Entry("image-transformer", show=("negative log-likelihood", "bits per dimension", *DISTANCES)),
+    Entry("image-transformer", show=PIXELS),
     Entry(
         "image-transformer",
         ("--model.conditional",),
@@ -240,8 +260,17 @@ def run(entry: Entry) -> dict:
     }
     environment = json.loads((folder / "environment.json").read_text())
     record |= {"parameters": environment["parameters"], "torch": environment["torch"]}
-    record |= samples(entry, folder)
-    return record
+    return record | pictures(entry, folder)
+
+
+def pictures(entry: Entry, folder: Path) -> dict:
+    """Samples and further pictures in docs/models: what a record says about them."""
+    shown, views = str(folder.relative_to(ROOT)), []
+    for number, (caption, words) in enumerate(entry.views, 2):
+        image = IMAGES / f"{slug(entry.key)}-{number}.png"
+        fastgen("sample", shown, *words, "--out", str(image))
+        views.append({"caption": caption, "sample": " ".join(words), "picture": image.name})
+    return samples(entry, folder) | ({"views": views} if views else {})
 
 
 def samples(entry: Entry, folder: Path) -> dict:
@@ -341,11 +370,14 @@ def section(record: dict) -> list[str]:
         record["command"],
         f"fastgen evaluate {out}",
         f"fastgen sample {out} {record['sample']}",
+        *(f"fastgen sample {out} {view['sample']}" for view in record.get("views", [])),
         "```",
         "",
     ]
     if "picture" in record:
         lines += [f"![Samples](models/{record['picture']})", ""]
+        for view in record.get("views", []):
+            lines += [f"{view['caption']}:", "", f"![{view['caption']}](models/{view['picture']})", ""]
     else:
         lines += ["```text", *(line.rstrip() for line in record["excerpt"].splitlines()), "```", ""]
     lines += [f"- {Figure(**metric)}" for metric in record["figures"]]
@@ -375,20 +407,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="entries; default: those that have no record yet")
     parser.add_argument("--render", action="store_true", help="only write the page")
+    parser.add_argument("--pictures", action="store_true", help="make the pictures of runs that are there again")
     given = parser.parse_args()
     known = {entry.key: entry for entry in ENTRIES}
     unknown = sorted(set(given.names) - set(known))
     if unknown:
         parser.error(f"names: expected some of {'; '.join(known)}, got {'; '.join(unknown)}")
     records = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
-    names = [] if given.render else given.names or [name for name in known if name not in records]
-    for name in names:
-        record = run(known[name])
+    names = given.names or [name for name in known if (name in records) == given.pictures]
+    for name in [] if given.render else names:
+        folder = RUNS / slug(name)
+        if given.pictures and not folder.is_dir():
+            continue
+        record = records[name] | pictures(known[name], folder) if given.pictures else run(known[name])
         records = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
         records[name] = record
         ordered = {key: records[key] for key in known if key in records}
         RECORDS.write_text(json.dumps(ordered, indent=1) + "\n")
-        print(f"{name}: {record['cpu_minutes']} CPU minutes", flush=True)
+        print(f"{name}: {record['cpu_minutes']} CPU minutes of training", flush=True)
     PAGE.write_text(page(records))
 
 

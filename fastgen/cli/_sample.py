@@ -29,6 +29,7 @@ from fastgen.train.views import (
     HELD_OUT,
     chosen_items,
     interpolations,
+    nearest_neighbors,
     reconstructions,
     shown,
     sweep,
@@ -39,9 +40,10 @@ from fastgen.train.views import (
 MOST_CLASSES = 20
 ABOUT = (
     "Generate samples with a trained model, or translate images. RUN --help lists the model's own options. One of"
-    " --reconstruct, --encode, --interpolate, --sweep, --show and --history makes something else than samples."
+    " --reconstruct, --encode, --interpolate, --nearest, --sweep, --show and --history makes something else than"
+    " samples."
 )
-VIEWS = ("reconstruct", "encode", "interpolate", "sweep", "show", "history")
+VIEWS = ("reconstruct", "encode", "interpolate", "nearest", "sweep", "show", "history")
 
 
 def run(argv: list[str]) -> None:
@@ -124,6 +126,9 @@ def _add_views(parser: Any) -> None:
         "--interpolate", action="store_true", help=f"rows of {COLUMNS} images between two random latents"
     )
     parser.add_argument(
+        "--nearest", action="store_true", help="rows of samples above the training images nearest to them, in pixels"
+    )
+    parser.add_argument(
         "--sweep",
         type=str,
         default="",
@@ -156,6 +161,8 @@ def _view(
         samples = reconstructions(trained, chosen_items(trained, folder, value), n, options)
     elif view == "interpolate":
         samples = interpolations(trained, n, options, seed)
+    elif view == "nearest":
+        samples = nearest_neighbors(trained, folder, n, options, seed)
     elif view == "sweep":
         samples = sweep(trained, n, value, options, seed)
     else:

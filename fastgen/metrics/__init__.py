@@ -10,6 +10,7 @@ Functions take tensors and modules. They are independent of fastgen's models, fi
 from __future__ import annotations
 
 from fastgen.metrics.bootstrap import Interval, bootstrap_interval, bootstrap_sets, proportion_interval
+from fastgen.metrics.copies import closer_than_held_out, nearest_training
 from fastgen.metrics.distances import Neighbourhoods, frechet_distance, kernel_distance, neighbourhoods
 from fastgen.metrics.features import FeatureSpace, classifier_features, inception_features, rotation_features
 from fastgen.metrics.images import class_agreement, evaluate_images
@@ -34,6 +35,7 @@ __all__ = [
     "bootstrap_sets",
     "class_agreement",
     "classifier_features",
+    "closer_than_held_out",
     "evaluate_domains",
     "evaluate_images",
     "evaluate_pairs",
@@ -43,6 +45,7 @@ __all__ = [
     "importance_weighted_bound",
     "inception_features",
     "kernel_distance",
+    "nearest_training",
     "neighbourhoods",
     "perplexity",
     "proportion_interval",

@@ -194,6 +194,14 @@ def neighbourhoods(real: Tensor, generated: Tensor, *, k: int = 5) -> Neighbourh
     return Neighbourhoods((count > 0).cpu(), recalled.cpu(), (count.double() / k).cpu(), covered.cpu())
 
 
+def nearest(items: Tensor, others: Tensor) -> Tensor:
+    """Index (N,) of the nearest row of others (M, D) to each row of items (N, D)."""
+    mean = others.float().mean(0)  # centering reduces rounding errors of distances
+    others = others.float() - mean
+    blocks = (items.float() - mean).split(_block_size(len(others)))
+    return torch.cat([_squared_distances(rows, others).argmin(1) for rows in blocks])
+
+
 def _radii(features: Tensor, k: int) -> Tensor:
     """Squared distance (N,) of each item to its k-th nearest neighbor."""
     radii = []

@@ -154,6 +154,11 @@ def _distances(
     )
     if generated.labels is not None and space.kind == "classifier":
         results.append(metrics.class_agreement(pixels, generated.labels, space))
+    results.append(
+        metrics.closer_than_held_out(
+            real["images"], pixels, known["images"], resamples=config.resamples, seed=config.seed
+        )
+    )
     return results
 
 

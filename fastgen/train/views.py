@@ -1,4 +1,5 @@
-"""Views of a trained model beside plain samples: reconstructions, latents, interpolations, sweeps, its own pictures."""
+"""Views of a trained model beside plain samples: reconstructions, latents, interpolations, nearest training images,
+sweeps, its own pictures."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastgen.data import Items, TensorItems, read_images
+from fastgen.metrics import nearest_training
 from fastgen.models import Images, Samples, Texts
 from fastgen.models.base import image_rows
 from fastgen.train.errors import UsageError
@@ -26,6 +28,7 @@ from fastgen.train.trained import BATCH, Trained, joined, sample
 HELD_OUT = "held-out"
 COLUMNS = 8
 MOST_SWEPT = 8
+SEARCHED = 1024  # training images in memory at once
 MOST_FRAMES, FRAME_MS, LAST_FRAME_MS = 60, 150, 3000
 WIDEST_FRAME = 760
 
@@ -111,6 +114,27 @@ def interpolations(trained: Trained, n: int, options: Any, seed: int) -> Images:
         )
     except (TypeError, ValueError) as error:
         raise UsageError(f"interpolate: {error}") from error
+
+
+def nearest_neighbors(trained: Trained, folder: RunFolder, n: int, options: Any, seed: int) -> Images:
+    """Rows of n samples, each above the row of the training images nearest to them in pixels.
+
+    Raises:
+        UsageError: no images from noise, or the data of the run have changed.
+    """
+    if trained.model.kind != "images":
+        raise UsageError(f"nearest: expected a model of images, got {trained.model.name}")
+    train = split(data_of(trained.header, folder, type(trained.model)), trained.model.config)[0]
+    samples = sample(trained, n, options, seed)
+    assert isinstance(samples, Images)
+    pixels = samples.pixels.float().clamp(0, 1).cpu()
+    closest, neighbors = torch.full((len(pixels),), torch.inf, dtype=torch.float64), torch.zeros_like(pixels)
+    for indices in torch.arange(len(train)).split(SEARCHED):
+        block = train.batch(indices)["images"].cpu()
+        found, distances = nearest_training(pixels, block)
+        closer = distances < closest
+        closest[closer], neighbors[closer] = distances[closer], block[found[closer]]
+    return image_rows(pixels, neighbors)
 
 
 def sweep(trained: Trained, n: int, option: str, options: Any, seed: int) -> Samples:

@@ -1,4 +1,5 @@
-"""``fastgen sample`` with --reconstruct, --encode, --interpolate, --sweep, --show and --history."""
+"""``fastgen sample`` with --reconstruct, --encode, --interpolate, --nearest, --sweep, --show and
+--history."""
 
 from __future__ import annotations
 
@@ -41,6 +42,20 @@ def test_reconstructions_of_held_out_items_and_of_the_users_images(run: Path, tm
     assert cells(out) == (1, 2)
     with Image.open(out) as image:
         assert image.getpixel((10, 10)) in (255, (255, 255, 255))
+
+
+def test_samples_above_their_nearest_training_images(
+    run: Path, tmp_path: Path, fit: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.png"
+    whole = tmp_path / "whole.png"
+    assert main(["sample", str(run), "--nearest", "--n", "20", "--out", str(whole)]) == 0
+    monkeypatch.setattr("fastgen.train.views.SEARCHED", 7)
+    assert main(["sample", str(run), "--nearest", "--n", "20", "--out", str(out)]) == 0
+    assert cells(out) == (16, 2)
+    assert out.read_bytes() == whole.read_bytes()
+    assert fit(model="transformer-lm", steps=1, name="lm") == 0
+    assert main(["sample", str(tmp_path / "lm"), "--nearest"]) == 2
 
 
 def test_latents_are_written_as_arrays(run: Path, tmp_path: Path, fit: Main) -> None:
