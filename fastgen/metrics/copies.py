@@ -65,9 +65,9 @@ def closer_than_held_out(
     farther = len(real) - torch.searchsorted(real, made, right=True)
     equal = torch.searchsorted(real, made, right=True) - torch.searchsorted(real, made)
     wins = (farther + equal / 2).double() / len(real)
-    n = {"generated": len(made), "held-out": len(real), "training": len(training)}
-    name, note = "closer to training data than held-out images", "0.5: as far as they"
+    name, n = "closer to training data than held-out images", {"generated": len(made)}
+    note = "distances of pixels; 0.5: as far as held-out images"
     if not resamples:
-        return Metric(name, float(wins.mean()), space="pixels", n=n, note=note)
+        return Metric(name, float(wins.mean()), n=n, note=note)
     interval = bootstrap_interval(wins, resamples=resamples, seed=seed)
-    return Metric(name, interval.estimate, interval.low, interval.high, space="pixels", n=n, note=note)
+    return Metric(name, interval.estimate, interval.low, interval.high, n=n, note=note)

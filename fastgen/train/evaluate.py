@@ -89,7 +89,7 @@ def evaluate(
             results = _likelihoods(trained, held_out, config, accelerator, stages)
             if trained.model.kind in TRANSLATED or (trained.model.kind == "images" and config.features != "none"):
                 measure = {"images": _distances, "domains": _domains, "pairs": _pairs}[trained.model.kind]
-                results += measure(trained, data.name, train, held_out, config, folder, stages)
+                results += measure(_Evaluation(trained, data.name, train, held_out, config, folder, stages))
             if trained.model.kind == "audio":
                 results += _sounds(trained, held_out, config, stages)
     finally:
@@ -100,6 +100,35 @@ def evaluate(
     if folder.pretrained.is_dir():
         write_card(folder, trained.model)
     return results
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """A trained model, its data by name and split, and where and how it is evaluated."""
+
+    trained: Trained
+    data: str
+    train: Items
+    held_out: Items
+    config: EvaluateConfig
+    folder: RunFolder
+    stages: Stages
+
+    def images(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Held-out and training items on the CPU."""
+        return _all(self.held_out, self.config), _all(self.train, self.config)
+
+    def space(self, known: dict[str, Tensor], real: dict[str, Tensor]) -> metrics.FeatureSpace:
+        """The feature space of the data, trained on known items if it is a network of its own."""
+        return feature_space(self.config.features, self.data, known, real, self.folder, self.trained, self.stages)
+
+    def translated(self, options: Any) -> Tensor:
+        """Translations of the held-out items that ``images`` returns, on the CPU."""
+        generator = torch.Generator().manual_seed(self.config.seed)
+        translated = self.trained.translate(Thinned(self.held_out, MOST), options, generator)
+        generated = joined(list(self.stages.over("translations", translated, None)))
+        assert isinstance(generated, Images)
+        return generated.pixels.float().clamp(0, 1).cpu()
 
 
 def _likelihoods(
@@ -126,22 +155,16 @@ def _likelihoods(
     return metrics.summarise(values, dims, seed=config.seed)
 
 
-def _distances(
-    trained: Trained,
-    name: str,
-    train: Items,
-    held_out: Items,
-    config: EvaluateConfig,
-    folder: RunFolder,
-    stages: Stages,
-) -> list[metrics.Figure]:
-    real, known = _all(held_out, config), _all(train, config)
-    space = feature_space(config.features, name, known, real, folder, trained, stages)
+def _distances(of: _Evaluation) -> list[metrics.Figure]:
+    """Distances of samples from held-out images, class agreement, and whether samples copy training images."""
+    config, trained = of.config, of.trained
+    real, known = of.images()
+    space = of.space(known, real)
     generator = torch.Generator().manual_seed(config.seed)
-    drawn = stages.over("samples", trained.draw(config.n, trained.model.sampling_class(), generator), None)
+    drawn = of.stages.over("samples", trained.draw(config.n, trained.model.sampling_class(), generator), None)
     generated = joined(list(drawn))
     assert isinstance(generated, Images)
-    stages.begin("distances")
+    of.stages.begin("distances")
     pixels = generated.pixels.float().clamp(0, 1).cpu()
     results = metrics.evaluate_images(
         real["images"],
@@ -162,26 +185,18 @@ def _distances(
     return results
 
 
-def _domains(
-    trained: Trained,
-    name: str,
-    train: Items,
-    held_out: Items,
-    config: EvaluateConfig,
-    folder: RunFolder,
-    stages: Stages,
-) -> list[metrics.Figure]:
+def _domains(of: _Evaluation) -> list[metrics.Figure]:
     """Distances in both directions; "auto" features come from a classifier of the two domains."""
+    config = of.config
     if config.features == "none":
         return []
-    real, known = _all(held_out, config), _all(train, config)
-    space = feature_space(config.features, name, _as_classes(known), _as_classes(real), folder, trained, stages)
+    real, known = of.images()
+    space = of.space(_as_classes(known), _as_classes(real))
     results = []
     for source, target in (("a", "b"), ("b", "a")):
-        options = trained.model.sampling_class(direction=f"{source}-to-{target}")
         results += metrics.evaluate_domains(
             real[target],
-            _translated(trained, held_out, options, config, stages),
+            of.translated(of.trained.model.sampling_class(direction=f"{source}-to-{target}")),
             real[source],
             space,
             name=f"{source} to {target}",
@@ -193,27 +208,18 @@ def _domains(
     return results
 
 
-def _pairs(
-    trained: Trained,
-    name: str,
-    train: Items,
-    held_out: Items,
-    config: EvaluateConfig,
-    folder: RunFolder,
-    stages: Stages,
-) -> list[metrics.Figure]:
+def _pairs(of: _Evaluation) -> list[metrics.Figure]:
     """Errors against the targets, and distances from them."""
-    real, known = _all(held_out, config), _all(train, config)
-    outputs = _translated(trained, held_out, trained.model.sampling_class(), config, stages)
+    config = of.config
+    real, known = of.images()
+    outputs = of.translated(of.trained.model.sampling_class())
     if config.features == "none":
         return metrics.evaluate_pairs(outputs, real["targets"], real["inputs"], seed=config.seed)
-    targets = ({"images": known["targets"]}, {"images": real["targets"]})
-    space = feature_space(config.features, name, *targets, folder, trained, stages)
     return metrics.evaluate_pairs(
         outputs,
         real["targets"],
         real["inputs"],
-        space,
+        of.space({"images": known["targets"]}, {"images": real["targets"]}),
         training=known["targets"],
         resamples=config.resamples,
         seed=config.seed,
@@ -239,15 +245,6 @@ def _as_classes(domains: dict[str, Tensor]) -> dict[str, Tensor]:
     """Images of both domains, a as class 0."""
     labels = torch.arange(2).repeat_interleave(torch.tensor([len(domains["a"]), len(domains["b"])]))
     return {"images": torch.cat([domains["a"], domains["b"]]), "labels": labels}
-
-
-def _translated(trained: Trained, items: Items, options: Any, config: EvaluateConfig, stages: Stages) -> Tensor:
-    """Translations of the items that ``_all`` returns, on the CPU."""
-    generator = torch.Generator().manual_seed(config.seed)
-    translated = trained.translate(Thinned(items, MOST), options, generator)
-    generated = joined(list(stages.over("translations", translated, None)))
-    assert isinstance(generated, Images)
-    return generated.pixels.float().clamp(0, 1).cpu()
 
 
 def _all(items: Items, config: EvaluateConfig) -> dict[str, Tensor]:
