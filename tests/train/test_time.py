@@ -161,8 +161,10 @@ def test_evaluate_names_the_feature_space_once(
     kept = json.loads((tmp_path / "run" / "evaluation.json").read_text())["figures"]
     (space,) = {figure["space"] for figure in kept} - {""}
     assert [line for line in lines if space in line] == [f"in the feature space {space}:"]
-    below = lines[lines.index(f"in the feature space {space}:") + 1 : -1]
-    assert all(line.startswith("  ") and " in " not in line for line in below)
+    rest = lines[lines.index(f"in the feature space {space}:") + 1 : -1]
+    below = [line for line in rest if line.startswith("  ")]
+    assert rest[: len(below)] == below
+    assert all(" in " not in line for line in below)
     assert len(below) == len([figure for figure in kept if figure["space"]])
 
 
