@@ -80,8 +80,17 @@ def _state(library: backend.CompiledLibrary) -> str:
     return library.problem or ("loaded" if problem is None else f"loaded, but {problem}")
 
 
+def _cpu_level() -> str:
+    """The instruction set level of the compiled kernels, with the others that this CPU has."""
+    level = backend.cpu_level()
+    if level is None:
+        return ""
+    others = [name for name in backend.cpu_levels() if name != level]
+    return f", kernels for {level}" + (f" (FASTGEN_CPU: {', '.join(others)})" if others else "")
+
+
 def _devices() -> list[str]:
-    found = [f"cpu: {platform.machine()}, {torch.get_num_threads()} threads"]
+    found = [f"cpu: {platform.machine()}, {torch.get_num_threads()} threads{_cpu_level()}"]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)

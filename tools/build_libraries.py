@@ -164,7 +164,8 @@ def _with_info(sources: dict[str, str], **values: str) -> dict[str, str]:
 
 def cpu_library(torch: Torch, version: str) -> Library:
     """The CPU kernels, and the launch plans of every kernel."""
-    vectorized = "-fopenmp-simd -fno-math-errno -fno-trapping-math"
+    # No vector crosses a call: its ABI, which depends on the instruction set, does not matter.
+    vectorized = "-fopenmp-simd -fno-math-errno -fno-trapping-math -Wno-psabi"
     link = f"-L{shlex.quote(str(torch.folder / 'lib'))} -ltorch_cpu"
     # FASTGEN_SANITIZE=address,undefined: for tests/fuzz. The library aborts where it reads out of bounds.
     sanitizers = os.environ.get("FASTGEN_SANITIZE", "")

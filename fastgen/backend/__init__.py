@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastgen.backend import plans
+from fastgen.backend.cpu_levels import CPU_LEVELS, choose_cpu_level, cpu_level, cpu_levels, use_cpu_level
 from fastgen.backend.drivers import runs_on, version_name
 from fastgen.backend.libraries import (
     COMPILED_DTYPES,
@@ -45,13 +46,17 @@ __all__ = [
     "BACKENDS",
     "COMPILED",
     "COMPILED_DTYPES",
+    "CPU_LEVELS",
     "TORCH",
     "CompiledLibrary",
     "add_backend",
     "call",
+    "choose_cpu_level",
     "compiled_architectures",
     "compiled_libraries",
     "compiled_parts",
+    "cpu_level",
+    "cpu_levels",
     "current_backend",
     "decompositions",
     "define",
@@ -73,6 +78,7 @@ __all__ = [
     "select",
     "shard",
     "use_backend",
+    "use_cpu_level",
     "version_name",
     "why_not_compiled",
 ]

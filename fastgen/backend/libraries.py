@@ -61,7 +61,8 @@ class CompiledLibrary:
         except Exception as error:
             cause = error.__cause__ or error
             return f"{self.path.name} does not load: {str(cause).splitlines()[0].rpartition('/')[2]}"
-        if not hasattr(handle, "fastgen_build_info"):
+        needed = ["fastgen_build_info"] + (["fastgen_use_cpu_level"] if self.device == "cpu" else [])
+        if not all(hasattr(handle, name) for name in needed):
             return f"{self.path.name} is of another version of fastgen: build or install fastgen again"
         self.handle = handle
         return None

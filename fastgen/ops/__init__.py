@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastgen.backend import load_compiled, refuse_other_derivatives
+from fastgen.backend import choose_cpu_level, load_compiled, refuse_other_derivatives
 from fastgen.ops import attention, flops, latent, projection
 
 __all__ = ["attention", "latent", "projection"]
@@ -10,3 +10,4 @@ __all__ = ["attention", "latent", "projection"]
 refuse_other_derivatives()
 flops.register()
 load_compiled()  # now that the operators, for which the libraries have kernels, have their schemas
+choose_cpu_level()

@@ -18,7 +18,7 @@
 #include <memory>
 
 #include "attention/cpu/forward.h"
-#include "common/cpu/clones.h"
+#include "common/cpu/levels.h"
 #include "common/cpu/sums.h"
 #include "common/cpu/vector.h"
 #include "common/math.h"
@@ -224,38 +224,8 @@ FASTGEN_HOST_DEVICE void run_part(const Shared& shared, Workspace& w, int64_t ba
   }
 }
 
-using Part = void (*)(const Shared&, Workspace&, int64_t, int64_t, int64_t);
-
-void run_generic(const Shared& shared, Workspace& w, int64_t batch, int64_t key_head, int64_t part) {
-  run_part<4, 6>(shared, w, batch, key_head, part);
-}
-
-#if defined(__x86_64__) && defined(__GNUC__)
-
-// Register tiles: 12 x 2 accumulators of 16 floats use 24 of 32 registers, 6 x 2 of 8 floats use 12 of 16.
-__attribute__((target("avx512f,avx512dq,avx512vl,fma"))) void run_avx512(const Shared& shared, Workspace& w,
-                                                                         int64_t batch, int64_t key_head,
-                                                                         int64_t part) {
-  run_part<16, 12>(shared, w, batch, key_head, part);
-}
-
-__attribute__((target("avx2,fma"))) void run_avx2(const Shared& shared, Workspace& w, int64_t batch, int64_t key_head,
-                                                  int64_t part) {
-  run_part<8, 6>(shared, w, batch, key_head, part);
-}
-
-#endif
-
-Part best_part() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return run_avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return run_avx2;
-#endif
-  return run_generic;
-}
-
 // lse and delta = rowsum(dO * O) - dlse of one row. A fully masked row has lse -inf; +inf makes its weights 0.
-FASTGEN_CLONES void prepare_row(const Shared& shared, int64_t batch, int64_t head, int64_t row) {
+FASTGEN_HOST_DEVICE void prepare_row(const Shared& shared, int64_t batch, int64_t head, int64_t row) {
   const AttentionBackwardParams& p = shared.p;
   const float* out = p.out + batch * p.out_strides[0] + head * p.out_strides[1] + row * p.out_strides[2];
   const float* grad =
@@ -296,7 +266,9 @@ void for_each_row(const AttentionBackwardParams& p, Work work) {
 }  // namespace
 
 void attention_backward(const AttentionBackwardParams& p) {
-  static const Part run = best_part();
+  // Register tiles: 12 x 2 accumulators of 16 floats use 24 of 32 registers, 6 x 2 of 8 or 4 floats use 12 of 16.
+  const auto run = for_level<run_part<4, 6>, run_part<8, 6>, run_part<16, 12>>();
+  const auto prepare = for_level<prepare_row>();
   const int64_t heads = p.batch * p.heads, key_heads = p.batch * p.key_heads, rows = round_up(p.queries, kTile);
   if (key_heads == 0) return;
   const int64_t width = round_up(p.key_dim, kWidest);
@@ -305,7 +277,7 @@ void attention_backward(const AttentionBackwardParams& p) {
   const std::unique_ptr<float[]> of_rows(new float[2 * heads * rows]);
   const std::unique_ptr<float[]> grad_queries(new float[heads * parts * rows * width]);
   const Shared shared{p, of_rows.get(), of_rows.get() + heads * rows, grad_queries.get(), rows, width, parts};
-  for_each_row(p, [&](int64_t batch, int64_t head, int64_t row) { prepare_row(shared, batch, head, row); });
+  for_each_row(p, [&](int64_t batch, int64_t head, int64_t row) { prepare(shared, batch, head, row); });
   torch::stable::parallel_for(0, key_heads * parts, 1, [&](int64_t begin, int64_t end) {
     static thread_local Workspace workspace;
     for (int64_t item = begin; item < end; ++item) {

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "common/cpu/levels.h"
 #include "common/cpu/vector.h"
 #include "common/math.h"
 
@@ -176,39 +177,11 @@ FASTGEN_HOST_DEVICE void run_task(const AttentionParams& p, Workspace& w, int64_
   }
 }
 
-using Task = void (*)(const AttentionParams&, Workspace&, int64_t, int64_t, int64_t);
-
-void run_generic(const AttentionParams& p, Workspace& w, int64_t batch, int64_t head, int64_t first) {
-  run_task<4, 2>(p, w, batch, head, first);
-}
-
-#if defined(__x86_64__) && defined(__GNUC__)
-
-// Register tiles: 6 x 4 accumulators of 16 floats use 24 of 32 registers, 6 x 2 of 8 floats use 12 of 16.
-__attribute__((target("avx512f,avx512dq,avx512vl,fma"))) void run_avx512(const AttentionParams& p, Workspace& w,
-                                                                         int64_t batch, int64_t head, int64_t first) {
-  run_task<16, 4>(p, w, batch, head, first);
-}
-
-__attribute__((target("avx2,fma"))) void run_avx2(const AttentionParams& p, Workspace& w, int64_t batch, int64_t head,
-                                                  int64_t first) {
-  run_task<8, 2>(p, w, batch, head, first);
-}
-
-#endif
-
-Task best_task() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return run_avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return run_avx2;
-#endif
-  return run_generic;
-}
-
 }  // namespace
 
 void attention_forward(const AttentionParams& p) {
-  static const Task task = best_task();
+  // Register tiles: 6 x 4 accumulators of 16 floats use 24 of 32 registers, 6 x 2 of 8 or 4 floats use 12 of 16.
+  const auto task = for_level<run_task<4, 2>, run_task<8, 2>, run_task<16, 4>>();
   const int64_t blocks = ceil_div(p.queries, kRows);
   torch::stable::parallel_for(0, p.batch * p.heads * blocks, 1, [&](int64_t begin, int64_t end) {
     static thread_local Workspace workspace;

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "common/cpu/clones.h"
+#include "common/cpu/levels.h"
 #include "common/cpu/sums.h"
 #include "common/math.h"
 
@@ -42,12 +42,12 @@ FASTGEN_HOST_DEVICE void backward_row(const SoftmaxParams& p, int64_t index) {
   }
 }
 
-FASTGEN_CLONES void forward(const SoftmaxParams& p, int64_t begin, int64_t end) {
+FASTGEN_HOST_DEVICE void forward(const SoftmaxParams& p, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row)
     p.keep == nullptr ? forward_row<false>(p, row) : forward_row<true>(p, row);
 }
 
-FASTGEN_CLONES void backward(const SoftmaxParams& p, int64_t begin, int64_t end) {
+FASTGEN_HOST_DEVICE void backward(const SoftmaxParams& p, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     p.keep == nullptr ? backward_row<false>(p, row) : backward_row<true>(p, row);
   }
@@ -62,11 +62,13 @@ void for_rows(const SoftmaxParams& p, Body&& body) {
 }  // namespace
 
 void attention_softmax(const SoftmaxParams& p) {
-  for_rows(p, [&](int64_t begin, int64_t end) { forward(p, begin, end); });
+  const auto run = for_level<forward>();
+  for_rows(p, [&](int64_t begin, int64_t end) { run(p, begin, end); });
 }
 
 void attention_softmax_backward(const SoftmaxParams& p) {
-  for_rows(p, [&](int64_t begin, int64_t end) { backward(p, begin, end); });
+  const auto run = for_level<backward>();
+  for_rows(p, [&](int64_t begin, int64_t end) { run(p, begin, end); });
 }
 
 }  // namespace fastgen::cpu

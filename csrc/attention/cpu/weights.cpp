@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "common/cpu/clones.h"
+#include "common/cpu/levels.h"
 #include "common/cpu/sums.h"
 #include "common/math.h"
 
@@ -65,7 +65,7 @@ FASTGEN_HOST_DEVICE void weigh_rows(const WeightsParams& p, int64_t begin, int64
   for (int64_t row = begin; row < end; ++row) weigh_row<kKeep, kGrads, kCross>(p, row);
 }
 
-FASTGEN_CLONES void run(const WeightsParams& p, int64_t begin, int64_t end) {
+FASTGEN_HOST_DEVICE void weigh(const WeightsParams& p, int64_t begin, int64_t end) {
   if (p.grads == nullptr) {
     p.keep == nullptr ? weigh_rows<false, false, false>(p, begin, end) : weigh_rows<true, false, false>(p, begin, end);
   } else if (p.cross == nullptr) {
@@ -79,6 +79,7 @@ FASTGEN_CLONES void run(const WeightsParams& p, int64_t begin, int64_t end) {
 
 void attention_weights(const WeightsParams& p) {
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, p.keys));
+  const auto run = for_level<weigh>();
   torch::stable::parallel_for(0, p.rows, grain, [&](int64_t begin, int64_t end) { run(p, begin, end); });
 }
 

@@ -4,9 +4,10 @@
 // value until the end, and a round takes 2 products, 2 shifts and 4 exclusive ors.
 #include "common/cpu/philox.h"
 
+#include "common/cpu/levels.h"
 #include "common/philox.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if FASTGEN_X86_LEVELS
 #include <immintrin.h>
 #endif
 
@@ -20,15 +21,15 @@ void philox_scalar(uint64_t seed, uint64_t first, int64_t groups, uint32_t strea
   }
 }
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if FASTGEN_X86_LEVELS
 
 // The high 32 bits of each 64-bit lane, in the low half. A shuffle, because products and shifts share a port.
-__attribute__((target("avx512f"))) inline __m512i high_half(__m512i product) {
+FASTGEN_TARGET_AVX512 inline __m512i high_half(__m512i product) {
   return _mm512_shuffle_epi32(product, static_cast<_MM_PERM_ENUM>(0xF5));
 }
 
-__attribute__((target("avx512f"))) void philox_avx512(uint64_t seed, uint64_t first, int64_t groups, uint32_t stream,
-                                                      uint32_t* const* bits) {
+FASTGEN_TARGET_AVX512 void philox_avx512(uint64_t seed, uint64_t first, int64_t groups, uint32_t stream,
+                                         uint32_t* const* bits) {
   constexpr int kLanes = 8;
   const __m512i multiplier0 = _mm512_set1_epi64(kPhiloxMultiplier0);
   const __m512i multiplier1 = _mm512_set1_epi64(kPhiloxMultiplier1);
@@ -54,15 +55,15 @@ __attribute__((target("avx512f"))) void philox_avx512(uint64_t seed, uint64_t fi
   philox_scalar(seed, first + static_cast<uint64_t>(g), groups - g, stream, rest);
 }
 
-__attribute__((target("avx2"))) inline void store_low_halves(__m256i even, __m256i odd, uint32_t* target) {
+FASTGEN_TARGET_AVX2 inline void store_low_halves(__m256i even, __m256i odd, uint32_t* target) {
   // even: lanes 0..3, odd: lanes 4..7, each in the low half of 64 bits.
   const __m256i packed = _mm256_castps_si256(
       _mm256_shuffle_ps(_mm256_castsi256_ps(even), _mm256_castsi256_ps(odd), _MM_SHUFFLE(2, 0, 2, 0)));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm256_permute4x64_epi64(packed, _MM_SHUFFLE(3, 1, 2, 0)));
 }
 
-__attribute__((target("avx2"))) void philox_avx2(uint64_t seed, uint64_t first, int64_t groups, uint32_t stream,
-                                                 uint32_t* const* bits) {
+FASTGEN_TARGET_AVX2 void philox_avx2(uint64_t seed, uint64_t first, int64_t groups, uint32_t stream,
+                                     uint32_t* const* bits) {
   constexpr int kLanes = 8;  // two vectors of four
   const __m256i multiplier0 = _mm256_set1_epi64x(kPhiloxMultiplier0);
   const __m256i multiplier1 = _mm256_set1_epi64x(kPhiloxMultiplier1);
@@ -99,21 +100,14 @@ __attribute__((target("avx2"))) void philox_avx2(uint64_t seed, uint64_t first, 
 
 #endif
 
-using PhiloxFunction = void (*)(uint64_t, uint64_t, int64_t, uint32_t, uint32_t* const*);
-
-PhiloxFunction best_philox() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  if (__builtin_cpu_supports("avx512f")) return philox_avx512;
-  if (__builtin_cpu_supports("avx2")) return philox_avx2;
-#endif
-  return philox_scalar;
-}
-
 }  // namespace
 
 void philox_bits(uint64_t seed, uint64_t first, int64_t groups, uint32_t stream, uint32_t* const* bits) {
-  static const PhiloxFunction best = best_philox();
-  best(seed, first, groups, stream, bits);
+#if FASTGEN_X86_LEVELS
+  pick(philox_scalar, philox_avx2, philox_avx512)(seed, first, groups, stream, bits);
+#else
+  philox_scalar(seed, first, groups, stream, bits);
+#endif
 }
 
 }  // namespace fastgen::cpu

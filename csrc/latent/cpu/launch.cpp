@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "common/cpu/clones.h"
 #include "common/cpu/convert.h"
+#include "common/cpu/levels.h"
 #include "common/cpu/pages.h"
 #include "common/cpu/philox.h"
 #include "common/dispatch.h"
@@ -104,10 +104,7 @@ FASTGEN_HOST_DEVICE void backward_block(const BackwardBlock<T>& b) {
   }
 }
 
-}  // namespace
-
-// Compiled for each instruction set; target_clones requires non-template functions.
-FASTGEN_CLONES void normals(const uint32_t* const* bits, int64_t groups, float* noise) {
+FASTGEN_HOST_DEVICE void normals(const uint32_t* const* bits, int64_t groups, float* noise) {
   const uint32_t *x0 = bits[0], *x1 = bits[1], *x2 = bits[2], *x3 = bits[3];
 #pragma omp simd
   for (int64_t g = 0; g < groups; ++g) {
@@ -115,28 +112,13 @@ FASTGEN_CLONES void normals(const uint32_t* const* bits, int64_t groups, float* 
     box_muller(to_uniform(x2[g]), to_uniform(x3[g]), noise[4 * g + 2], noise[4 * g + 3]);
   }
 }
-FASTGEN_CLONES float run_block(const ForwardBlock<float>& b) { return forward_block(b); }
-FASTGEN_CLONES float run_block_half(const ForwardBlock<Half>& b) { return forward_block(b); }
-FASTGEN_CLONES float run_block_bfloat16(const ForwardBlock<BFloat16>& b) { return forward_block(b); }
-FASTGEN_CLONES void run_grads(const BackwardBlock<float>& b) { backward_block(b); }
-FASTGEN_CLONES void run_grads_half(const BackwardBlock<Half>& b) { backward_block(b); }
-FASTGEN_CLONES void run_grads_bfloat16(const BackwardBlock<BFloat16>& b) { backward_block(b); }
-
-namespace {
 
 void make_noise(uint64_t seed, uint64_t first_group, int64_t groups, float* noise) {
   alignas(64) uint32_t bits[kGroup][kGroups];
   uint32_t* const parts[kGroup] = {bits[0], bits[1], bits[2], bits[3]};
   cpu::philox_bits(seed, first_group, groups, kNoiseStream, parts);
-  normals(parts, groups, noise);
+  cpu::for_level<normals>()(parts, groups, noise);
 }
-
-inline float run(const ForwardBlock<float>& b) { return run_block(b); }
-inline float run(const ForwardBlock<Half>& b) { return run_block_half(b); }
-inline float run(const ForwardBlock<BFloat16>& b) { return run_block_bfloat16(b); }
-inline void run(const BackwardBlock<float>& b) { run_grads(b); }
-inline void run(const BackwardBlock<Half>& b) { run_grads_half(b); }
-inline void run(const BackwardBlock<BFloat16>& b) { run_grads_bfloat16(b); }
 
 template <typename T>
 const T* at_row(const Input& input, int64_t row, int64_t col) {
@@ -193,6 +175,7 @@ void forward(const ForwardParams& p) {
   const int64_t blocks = std::max<int64_t>(1, ceil_div(p.cols, kBlock));
   const bool prior = p.prior_mu.data != nullptr || p.prior_logvar.data != nullptr;
   std::vector<float> parts(blocks > 1 && p.kl != nullptr ? p.rows * blocks : 0);
+  const auto run = cpu::for_level<forward_block<T>>();
   for_each_block(p.rows, p.cols, p.noise, true, [&](int64_t row, int64_t col, int64_t count, const float* noise) {
     const float kl = run(ForwardBlock<T>{at_row<T>(p.mu, row, col), at_row<T>(p.logvar, row, col),
                                          prior ? at_row_or_zeros<T>(p.prior_mu, row, col) : nullptr,
@@ -219,6 +202,7 @@ void backward(const BackwardParams& p) {
   }
   const bool with_noise = p.grad_z.data != nullptr;
   const bool prior = p.prior_mu.data != nullptr || p.prior_logvar.data != nullptr;
+  const auto run = cpu::for_level<backward_block<T>>();
   for_each_block(p.rows, p.cols, p.noise, with_noise, [&](int64_t row, int64_t col, int64_t count, const float* noise) {
     alignas(64) T unread[2][kBlock];
     run(BackwardBlock<T>{at_row_or_zeros<T>(p.grad_z, row, col), at_row<T>(p.mu, row, col),

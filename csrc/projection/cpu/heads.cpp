@@ -6,8 +6,8 @@
 #include <cmath>
 #include <vector>
 
-#include "common/cpu/clones.h"
 #include "common/cpu/convert.h"
+#include "common/cpu/levels.h"
 #include "common/cpu/sums.h"
 
 namespace fastgen::cpu {
@@ -94,7 +94,7 @@ FASTGEN_HOST_DEVICE void backward_rows(const HeadsParams& p, int64_t begin, int6
   }
 }
 
-FASTGEN_CLONES void forward(const HeadsParams& p, DType dtype, int64_t begin, int64_t end) {
+FASTGEN_HOST_DEVICE void forward(const HeadsParams& p, DType dtype, int64_t begin, int64_t end) {
   switch (dtype) {
     case DType::kFloat32: return forward_rows<float>(p, begin, end);
     case DType::kFloat16: return forward_rows<Half>(p, begin, end);
@@ -102,7 +102,7 @@ FASTGEN_CLONES void forward(const HeadsParams& p, DType dtype, int64_t begin, in
   }
 }
 
-FASTGEN_CLONES void backward(const HeadsParams& p, DType dtype, int64_t begin, int64_t end, float* grad_norm) {
+FASTGEN_HOST_DEVICE void backward(const HeadsParams& p, DType dtype, int64_t begin, int64_t end, float* grad_norm) {
   switch (dtype) {
     case DType::kFloat32: return backward_rows<float>(p, begin, end, grad_norm);
     case DType::kFloat16: return backward_rows<Half>(p, begin, end, grad_norm);
@@ -114,17 +114,19 @@ FASTGEN_CLONES void backward(const HeadsParams& p, DType dtype, int64_t begin, i
 
 void heads_epilogue(const HeadsParams& p, DType dtype) {
   const int64_t rows = p.batch * p.tokens * p.heads, grain = std::max<int64_t>(1, kGrain / p.dim);
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { forward(p, dtype, begin, end); });
+  const auto run = for_level<forward>();
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { run(p, dtype, begin, end); });
 }
 
 void heads_epilogue_backward(const HeadsParams& p, DType dtype) {
   // The norm's gradient is summed over fixed pieces, so that it does not depend on the number of threads.
   const int64_t rows = p.batch * p.tokens * p.heads, piece = std::max<int64_t>(1, kGrain / p.dim);
   const int64_t pieces = ceil_div(rows, piece), dim = p.dim;
+  const auto run = for_level<backward>();
   std::vector<float> sums(p.norm == nullptr ? 0 : static_cast<size_t>(pieces * dim));
   torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      backward(p, dtype, i * piece, std::min(rows, (i + 1) * piece), p.norm == nullptr ? nullptr : &sums[i * dim]);
+      run(p, dtype, i * piece, std::min(rows, (i + 1) * piece), p.norm == nullptr ? nullptr : &sums[i * dim]);
     }
   });
   if (p.norm == nullptr) return;
