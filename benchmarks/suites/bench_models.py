@@ -19,6 +19,7 @@ from fastgen.train.run import split
 
 CASES = {
     "vae": ("vae", {}, {}, 20),
+    "conv-vae": ("conv-vae", {}, {}, 4),
     "dcgan": ("dcgan", {}, {}, 4),
     "sagan": ("sagan", {}, {}, 2),
     "sagan 32x32": ("sagan", {"image_size": 32}, {}, 1),

@@ -20,7 +20,7 @@ from tests.fuzz.draw import Draw
 from tests.fuzz.operators import VALID
 
 KERNELS = sorted(name for name in VALID if name.startswith(("cpu_", "latent_")))
-CALLS = 16
+CALLS = 40
 needs_levels = pytest.mark.skipif(len(backend.cpu_levels()) < 2, reason="kernels of one level only")
 
 # Of the largest magnitude of a tensor, or of 1: levels differ in fused products and in the order of sums.

@@ -20,13 +20,12 @@ from fastgen.backend import COMPILED, call, select
 from fastgen.ops._checks import FLOATS
 from fastgen.ops._direct import PLAIN, is_watched
 from fastgen.ops.attention.autograd import backward as any_backward
-from fastgen.ops.attention.fused import SHORTEST_VECTOR_FREE, additive
+from fastgen.ops.attention.fused import SHORTEST_VECTOR_FREE, additive, flash, flash_backward
 from fastgen.ops.attention.problem import Options, Saved
 from fastgen.ops.autograd import apply_of, is_wrapped, must_be_differentiable, only_wanted, transforms_active
 
 _DTYPES = frozenset((torch.float32, torch.float64))
 _kernel = torch._scaled_dot_product_flash_attention_for_cpu  # type: ignore[attr-defined]
-_kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _formula = torch._scaled_dot_product_attention_math  # type: ignore[attr-defined]
 _interpreter = torch._C._functorch.peek_interpreter_stack
 _grad_enabled = torch.is_grad_enabled
@@ -156,7 +155,7 @@ def _attend_in_16_bits(
         except _LostError:
             return None
     else:
-        out, lse = _kernel(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)
+        out, lse = flash(query, key, value, mask, is_causal, scale)
         if _hides_nan(lse, mask):
             return None
     return None if mask is not None and _may_be_wrong(out.detach(), mask) else out
@@ -311,12 +310,15 @@ class _Attention(Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
     ) -> Tensor:
-        out, lse = _kernel(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)
-        if query.dtype not in _DTYPES and _hides_nan(lse, mask):
-            raise _LostError
+        if query.dtype in _DTYPES:
+            out, lse = _kernel(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)
+        else:
+            out, lse = flash(query, key, value, mask, is_causal, scale)
+            if _hides_nan(lse, mask):
+                raise _LostError
         ctx.save_for_backward(query, key, value, out, lse, mask)
         ctx.options = is_causal, scale
-        return out  # type: ignore[no-any-return]
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -324,7 +326,7 @@ class _Attention(Function):
         is_causal, scale = ctx.options
         grad_out = grad_out if grad_out.stride(3) == 1 else grad_out.contiguous()
         if not must_be_differentiable():
-            grads = _kernel_backward(grad_out, query, key, value, out, lse, 0.0, is_causal, attn_mask=mask, scale=scale)
+            grads = flash_backward(grad_out, query, key, value, out, lse, mask, is_causal, scale)
             total = 0.0 if mask is None else grads[0].sum().item()
             if total == total:
                 return (*grads, None, None, None)
@@ -337,8 +339,8 @@ class _Attention(Function):
             lse = lse.masked_fill(mask.amax(-1) == -_INFINITY, -_INFINITY)
         options = Options(dropout_p=0.0, window_left=-1, window_right=0 if is_causal else -1, scale=scale)
         saved = Saved(query, key, value, out, lse, mask, None, None, options, select("attention_forward", query))
-        grads = any_backward(grad_out, None, saved, False)
-        return (*only_wanted(ctx, 0, *grads[:3]), None, None, None)
+        any_order = any_backward(grad_out, None, saved, False)
+        return (*only_wanted(ctx, 0, *any_order[:3]), None, None, None)
 
 
 _apply = apply_of(_Attention)

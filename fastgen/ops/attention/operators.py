@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastgen.backend import TORCH, define, helper
+from fastgen.backend import COMPILED_DTYPES, TORCH, define, helper
 from fastgen.ops.attention import blocked, checks, decomposition, fused, packed, tangent
 from fastgen.ops.attention.batching import vmap_rule
 from fastgen.ops.attention.blocked import allocate_grad, allocate_lse, allocate_out
@@ -76,22 +76,24 @@ def _forward(namespace: str, *args: Any) -> tuple[Tensor, Tensor]:
 def _run_forward(problem: Problem, tangents: Tangents) -> tuple[Tensor, Tensor]:
     kernel = _narrow_heads_kernel(problem, "cpu_attention_forward")
     if kernel is not None:
-        options = problem.options
-        out, lse = kernel(problem.query, problem.key, problem.value, options.window_right == 0, options.scale)
-        return out, lse
+        options, query = problem.options, problem.query
+        tensors = (tensor.float() for tensor in problem[:3])
+        out, lse = kernel(*tensors, options.window_right == 0, options.scale)
+        return out if out.dtype == query.dtype else allocate_out(query, out.size(-1)).copy_(out), lse
     results = fused.forward(problem) if fused.takes(problem) else None
     return blocked.forward(problem) if results is None else results
 
 
 def _narrow_heads_kernel(problem: Problem | Saved, name: str) -> Callable[..., Any] | None:
-    """fastgen's CPU kernel ``name`` where it takes the problem and padding queries to the values would cost more."""
+    """fastgen's CPU kernel ``name``, of float32 operands, where it takes the problem and padding queries to the values
+    would cost more."""
     query, key_dim, value_dim = problem.query, problem.query.size(-1), problem.value.size(-1)
     if 2 * key_dim > value_dim:
         return None
     takes = (
         key_dim <= 64
         and problem.mask is None
-        and query.dtype == torch.float32
+        and query.dtype in COMPILED_DTYPES
         and value_dim <= 256
         and value_dim % 16 == 0
         and fused.takes(problem)
@@ -124,7 +126,11 @@ def _backward(
         options, empty = saved.options, saved.query.new_empty(0)
         kernel = _narrow_heads_kernel(saved, "cpu_attention_backward")
         if kernel is not None:
-            return *kernel(grad_out, grad_lse, *saved[:5], options.window_right == 0, options.scale), empty
+            tensors = (None if tensor is None else tensor.float() for tensor in (grad_out, grad_lse, *saved[:5]))
+            grads = kernel(*tensors, options.window_right == 0, options.scale)
+            if saved.query.dtype != torch.float32:
+                grads = tuple(allocate_grad(like).copy_(grad) for like, grad in zip(saved[:3], grads, strict=True))
+            return *grads, empty
         if not mask_grad and fused.takes(saved) and not blocked.lse_is_coarse(saved.lse, saved.mask):
             return *fused.backward(grad_out, grad_lse, saved), empty
         grad_query, grad_key, grad_value, grad_mask = blocked.backward(grad_out, grad_lse, saved, mask_grad)
@@ -199,7 +205,7 @@ def _second_order_fake(
 # Schemas
 
 
-_NARROW = "float32 query heads at most half as wide as value heads, without mask, window and dropout, causal or not"
+_NARROW = "query heads at most half as wide as value heads, without mask, window and dropout, causal or not"
 _KEEP = {"cpu_dropout_keep": "dropout masks"}
 _WEIGHTS = {"cpu_attention_weights": "the float32 arithmetic between the products of a tile", **_KEEP}
 _FORWARD_PARTS = {"cpu_attention_forward": _NARROW, "cpu_attention_softmax": "the softmax of a float32 tile", **_KEEP}
