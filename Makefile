@@ -8,11 +8,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f) setup.py tools/build_libraries.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test integrations pytorch-tests examples fuzz lint bench docs wheels cuda-check clean
+.PHONY: help demo test integrations pytorch-tests examples fuzz lint bench bench-suites docs wheels cuda-check clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
-	@echo "make lint | docs | integrations | pytorch-tests | examples | fuzz | bench | wheels | cuda-check | clean"
+	@echo "make lint | docs | integrations | pytorch-tests | examples | fuzz | bench | bench-suites | wheels | cuda-check | clean"
 
 # Three stamps: the package with what training needs; what tests, lint and benchmarks add; what the site needs.
 $(BIN)/python:
@@ -80,11 +80,16 @@ lint: $(VENV)/.dev
 	$(BIN)/python -m tests.test_option_helps
 	git ls-files -z '*.h' '*.cpp' '*.cu' '*.cuh' | xargs -0 $(BIN)/clang-format --dry-run --Werror
 
+# One table of what fastgen should reach against PyTorch on this CPU, in about six minutes, on an idle machine. Also
+# writes benchmarks/results/CPU-CORES-DATE-LEVEL.json. FASTGEN_CPU=avx2 make bench holds both to AVX2.
+# make bench-suites measures everything else: other shapes, memory, layers, models, the host's time before a launch.
 bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.targets --save
+
+bench-suites: $(VENV)/.dev
 	mkdir -p .benchmarks
 	$(BIN)/python -m pytest benchmarks/suites/bench_*.py --benchmark-only -q --benchmark-json=.benchmarks/latest.json
 	$(BIN)/python benchmarks/report.py .benchmarks/latest.json
-	PYTHONPATH=. $(BIN)/python benchmarks/overhead.py
 	PYTHONPATH=. $(BIN)/python benchmarks/host_path.py
 
 # The documentation, into site/. Fails on a warning. (The variable silences an advertisement of the theme.)

@@ -14,8 +14,10 @@ from fastgen.testing import median_ratio
 
 Call = Callable[[], Any]
 
-SECONDS = 0.6  # of measured calls for a row
+SECONDS = 1.5  # of measured calls for a row
 FEWEST, MOST = 5, 25  # rounds
+NOISE = 0.03
+"""What the times of two calls of one kernel differ by: PyTorch's own kernel serves some rows, whose target is 1."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,10 @@ class Row:
     peer: str
     target: float
     make: Callable[[], tuple[Call, Call]]
+
+
+def is_short(ratio: float, target: float) -> bool:
+    return ratio < target * (1 - NOISE)
 
 
 def measure(row: Row, threads: int) -> dict[str, Any]:
@@ -57,4 +63,4 @@ def measure(row: Row, threads: int) -> dict[str, Any]:
         low, _, high = quantiles(measured, n=4)
         found[f"{who}_ms"] = median(measured) * 1e3
         found[f"{who}_quartiles_ms"] = [low * 1e3, high * 1e3]
-    return found | {"rounds": len(times[0]), "ratio": ratio, "target": row.target, "short": ratio < row.target}
+    return found | {"rounds": len(times[0]), "ratio": ratio, "target": row.target, "short": is_short(ratio, row.target)}
