@@ -266,8 +266,8 @@ void for_each_row(const AttentionBackwardParams& p, Work work) {
 }  // namespace
 
 void attention_backward(const AttentionBackwardParams& p) {
-  // Register tiles: 12 x 2 accumulators of 16 floats use 24 of 32 registers, 6 x 2 of 8 or 4 floats use 12 of 16.
-  const auto run = for_level<run_part<4, 6>, run_part<8, 6>, run_part<16, 12>>();
+  // Register tiles: 12 x 2 accumulators use 24 of 32 registers (AVX-512, NEON), 6 x 2 use 12 of 16.
+  const auto run = for_level<run_part<4, kGenericRegisters * 3 / 8>, run_part<8, 6>, run_part<16, 12>>();
   const auto prepare = for_level<prepare_row>();
   const int64_t heads = p.batch * p.heads, key_heads = p.batch * p.key_heads, rows = round_up(p.queries, kTile);
   if (key_heads == 0) return;

@@ -29,6 +29,13 @@ enum class Level { kGeneric, kAvx2, kAvx512 };
 
 Level current_level();
 
+// Vector registers of the generic level, of 4 floats each.
+#if defined(__aarch64__)
+constexpr int kGenericRegisters = 32;
+#else
+constexpr int kGenericRegisters = 16;
+#endif
+
 // A function for each level; without levels, on other architectures, generic.
 template <typename Function>
 Function* pick(Function* generic, [[maybe_unused]] Function* avx2, [[maybe_unused]] Function* avx512) {
