@@ -14,42 +14,11 @@
 namespace fastgen::cpu {
 namespace {
 
-// One group at a time, for what is left of a vector.
 void philox_scalar(uint64_t seed, uint64_t first, int64_t groups, uint32_t stream, uint32_t* const* bits) {
   for (int64_t g = 0; g < groups; ++g) {
     const Philox4 group = philox(seed, first + static_cast<uint64_t>(g), stream);
     for (int i = 0; i < kGroup; ++i) bits[i][g] = group.x[i];
   }
-}
-
-// Loops that compilers vectorize with the 32 x 32 -> 64 bit products of NEON and SSE2.
-void philox_generic(uint64_t seed, uint64_t first, int64_t groups, uint32_t stream, uint32_t* const* bits) {
-  constexpr int kLanes = 8;
-  int64_t g = 0;
-  for (; g + kLanes <= groups; g += kLanes) {
-    uint32_t c0[kLanes], c1[kLanes], c2[kLanes], c3[kLanes];
-    for (int i = 0; i < kLanes; ++i) {
-      const uint64_t index = first + static_cast<uint64_t>(g + i);
-      c0[i] = static_cast<uint32_t>(index), c1[i] = static_cast<uint32_t>(index >> 32);
-      c2[i] = stream, c3[i] = 0;
-    }
-    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < kPhiloxRounds; ++round) {
-#pragma omp simd
-      for (int i = 0; i < kLanes; ++i) {
-        const uint64_t product0 = uint64_t{c0[i]} * kPhiloxMultiplier0, product1 = uint64_t{c2[i]} * kPhiloxMultiplier1;
-        c0[i] = static_cast<uint32_t>(product1 >> 32) ^ c1[i] ^ key0;
-        c2[i] = static_cast<uint32_t>(product0 >> 32) ^ c3[i] ^ key1;
-        c1[i] = static_cast<uint32_t>(product1), c3[i] = static_cast<uint32_t>(product0);
-      }
-      key0 += kPhiloxIncrement0, key1 += kPhiloxIncrement1;
-    }
-    for (int i = 0; i < kLanes; ++i) {
-      bits[0][g + i] = c0[i], bits[1][g + i] = c1[i], bits[2][g + i] = c2[i], bits[3][g + i] = c3[i];
-    }
-  }
-  uint32_t* const rest[] = {bits[0] + g, bits[1] + g, bits[2] + g, bits[3] + g};
-  philox_scalar(seed, first + static_cast<uint64_t>(g), groups - g, stream, rest);
 }
 
 #if FASTGEN_X86_LEVELS
@@ -135,9 +104,9 @@ FASTGEN_TARGET_AVX2 void philox_avx2(uint64_t seed, uint64_t first, int64_t grou
 
 void philox_bits(uint64_t seed, uint64_t first, int64_t groups, uint32_t stream, uint32_t* const* bits) {
 #if FASTGEN_X86_LEVELS
-  pick(philox_generic, philox_avx2, philox_avx512)(seed, first, groups, stream, bits);
+  pick(philox_scalar, philox_avx2, philox_avx512)(seed, first, groups, stream, bits);
 #else
-  philox_generic(seed, first, groups, stream, bits);
+  philox_scalar(seed, first, groups, stream, bits);
 #endif
 }
 
