@@ -27,6 +27,8 @@ from fastgen.testing import assert_accurate, largest_error
 CPU_OPERATORS = [
     "cpu_attention_forward",
     "cpu_attention_backward",
+    "cpu_attention_tangent",
+    "cpu_attention_second_order",
     "cpu_attention_weights",
     "cpu_attention_softmax",
     "cpu_attention_softmax_backward",

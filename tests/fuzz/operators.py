@@ -124,18 +124,46 @@ class _Kernel(Attention):
         self.query = self.like_query(dim)
         self.key = draw.tensor(*self.keys, dim, dtype=self.dtype, rows=True)
         self.value = draw.tensor(*self.keys, value_dim, dtype=self.dtype, rows=True)
-        self.options = [draw.chance(0.5), scale(draw)]
+        kind = draw.one((torch.bool, torch.float32))
+        self.mask = mask(draw, *self.rows, self.keys[2], dtype=kind).contiguous() if draw.chance(0.5) else None
+        self.options = self.options[:4]
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        arguments = (self.query, self.key, self.value, self.mask, self.seed, *self.options)
+        out, lse = torch.ops.fastgen_torch.cpu_attention_forward(*arguments)
+        return out, lse
+
+    def mask_grad(self) -> bool:
+        full = self.mask is not None and self.mask.shape[2:] == (self.rows[2], self.keys[2])
+        return full and super().mask_grad()
+
+    def kernel_tangents(self) -> list[Tensor | None]:
+        *others, of_mask = self.tangents()
+        return [*others, None if of_mask is None else of_mask.float().contiguous()]
 
 
 def cpu_attention_forward(draw: Draw) -> Call:
     p = _Kernel(draw)
-    return Call([p.query, p.key, p.value, *p.options], p.shapes)
+    return Call([p.query, p.key, p.value, p.mask, p.seed, *p.options], p.shapes)
 
 
 def cpu_attention_backward(draw: Draw) -> Call:
     p = _Kernel(draw)
-    results = torch.ops.fastgen_torch.cpu_attention_forward(p.query, p.key, p.value, *p.options)
-    return Call([*p.upstream(), p.query, p.key, p.value, *results, *p.options], p.of_gradients)
+    wanted = p.mask_grad()
+    arguments = [*p.upstream(), p.query, p.key, p.value, *p.results(), p.mask, p.seed, *p.options, wanted]
+    return Call(arguments, [*p.of_gradients, tuple(p.mask.shape) if wanted and p.mask is not None else (0,)])
+
+
+def cpu_attention_tangent(draw: Draw) -> Call:
+    p = _Kernel(draw)
+    arguments = [p.query, p.key, p.value, p.results()[1], p.mask, p.seed, *p.kernel_tangents(), *p.options]
+    return Call(arguments, p.shapes)
+
+
+def cpu_attention_second_order(draw: Draw) -> Call:
+    p = _Kernel(draw)
+    middle = [p.query, p.key, p.value, *p.results(), p.mask, p.seed, *p.kernel_tangents()]
+    return Call([*p.upstream(), *middle, *p.options], [*p.shapes, *p.of_gradients])
 
 
 def _tile(draw: Draw) -> tuple[Callable[[], Tensor], Callable[[], Tensor], tuple[int, ...]]:
@@ -311,6 +339,8 @@ VALID: dict[str, Callable[[Draw], Call]] = {
         attention_second_order,
         cpu_attention_forward,
         cpu_attention_backward,
+        cpu_attention_tangent,
+        cpu_attention_second_order,
         cpu_attention_weights,
         cpu_attention_softmax,
         cpu_attention_softmax_backward,

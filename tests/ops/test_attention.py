@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import fastgen
 from benchmarks.shapes import ATTENTION_SHAPES
-from fastgen import backend, random, reference
+from fastgen import random, reference
 from fastgen.functional import scaled_dot_product_attention as attention
 from fastgen.ops.attention import blocked as _attention_blocked
 from fastgen.ops.attention import fused as _attention_fused
@@ -352,127 +352,6 @@ def test_no_buffer_of_the_size_of_the_scores(kwargs, monkeypatch):
         attention(query, key, value, **kwargs).sum().backward()
     largest = max(e.self_cpu_memory_usage for e in profile.events())
     assert largest < length * length * 4 / 4
-
-
-NARROW = [
-    # (B, H, Hk, N, M, Dk, Dv): rows and keys below, at and above the kernel's blocks of 96 and 128
-    (2, 4, 2, 5, 7, 8, 16),
-    (1, 1, 1, 97, 128, 8, 64),
-    (2, 2, 1, 200, 129, 3, 48),
-    (1, 3, 3, 1, 1, 1, 16),
-    (1, 2, 2, 192, 257, 32, 128),
-    (1, 1, 1, 130, 300, 64, 256),
-    (1, 1, 1, 10, 300, 8, 80),
-]
-
-
-def cpu_kernel(name):
-    reason = backend.why_not_compiled(name, torch.device("cpu"))
-    if reason is not None:
-        pytest.skip(reason)
-    return backend.operator("fastgen", name)
-
-
-def narrow_tensors(sizes, layout):
-    batch, heads, key_heads, queries, keys, key_dim, value_dim = sizes
-    shapes = [(heads, queries, key_dim), (key_heads, keys, key_dim), (key_heads, keys, value_dim)]
-    tensors = [torch.randn(batch, *shape) for shape in shapes]
-    return [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors] if layout == "BNHD" else tensors
-
-
-@pytest.mark.parametrize("layout", ["BHND", "BNHD"])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("sizes", NARROW, ids=str)
-def test_the_cpu_kernel_for_narrow_queries_is_as_accurate_as_the_plain_formula(sizes, causal, layout):
-    forward = cpu_kernel("cpu_attention_forward")
-    tensors = narrow_tensors(sizes, layout)
-    right = 0 if causal else -1
-    plain = reference.attention(*tensors, None, None, -1, right, 0.3)
-    exact = reference.attention(*(t.double() for t in tensors), None, None, -1, right, 0.3)
-    for a, b, c in zip(forward(*tensors, causal, 0.3), plain, exact, strict=True):
-        assert_accurate(a, b, c)
-
-
-@pytest.mark.parametrize("of_lse", [False, True], ids=["of out", "of out and lse"])
-@pytest.mark.parametrize("layout", ["BHND", "BNHD"])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("sizes", NARROW, ids=str)
-def test_gradients_of_that_kernel_are_as_accurate_as_those_of_the_plain_formula(sizes, causal, layout, of_lse):
-    backward = cpu_kernel("cpu_attention_backward")
-    tensors = narrow_tensors(sizes, layout)
-
-    def formula(leaves):
-        return reference.attention(*leaves, None, None, -1, 0 if causal else -1, 0.3)
-
-    upstream = [torch.randn_like(t) for t in formula(tensors)][: 1 + of_lse]
-
-    def gradients(dtype):
-        leaves = [t.to(dtype).requires_grad_() for t in tensors]
-        return torch.autograd.grad(formula(leaves)[: 1 + of_lse], leaves, [t.to(dtype) for t in upstream])
-
-    out, lse = (t.float() for t in formula([t.double() for t in tensors]))
-    ours = backward(upstream[0], upstream[1] if of_lse else None, *tensors, out, lse, causal, 0.3)
-    for name, a, b, c in zip("qkv", ours, gradients(torch.float32), gradients(torch.float64), strict=True):
-        # Rounding lse changes each weight by that much; and where there is one key, dP - delta is 0 in exact numbers.
-        allowance = float(torch.finfo(torch.float32).eps * lse.abs().max() * c.abs().max()) + 1e-6
-        assert_accurate(a, b, c, name, allowance)
-
-
-def test_a_row_without_weights_gives_the_cpu_kernel_no_gradients():
-    backward = cpu_kernel("cpu_attention_backward")
-    query, key, value = narrow_tensors((1, 1, 1, 5, 7, 8, 16), "BHND")
-    nothing, out = torch.full((1, 1, 5), -math.inf), torch.zeros(1, 1, 5, 16)
-    for grad in backward(torch.randn_like(out), torch.randn(1, 1, 5), query, key, value, out, nothing, False, 0.3):
-        torch.testing.assert_close(grad, torch.zeros_like(grad), rtol=0, atol=0)
-
-
-def test_masked_keys_do_not_reach_the_gradients_of_the_cpu_kernel():
-    query, key, value = narrow_tensors((1, 1, 1, 100, 200, 8, 32), "BHND")
-    wanted = with_gradients(lambda *t: attention(*t, is_causal=True), (query, key, value))
-    key[:, :, 100:], value[:, :, 100:] = math.nan, math.inf
-    found = with_gradients(lambda *t: attention(*t, is_causal=True), (query, key, value))
-    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 250, 1000, 16, 32), (3, 4, 2, 50, 100, 8, 16)], ids=str)
-def test_gradients_of_the_cpu_kernel_have_the_same_bits_on_any_number_of_threads(sizes):
-    backward = cpu_kernel("cpu_attention_backward")
-    tensors = narrow_tensors(sizes, "BHND")
-    out, lse = reference.attention(*tensors, None, None, -1, -1, 0.3)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            found.append(backward(torch.ones_like(out), None, *tensors, out, lse, False, 0.3))
-    finally:
-        torch.set_num_threads(threads)
-    for grads in found[1:]:
-        torch.testing.assert_close(grads, found[0], rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("key_dim", "kwargs", "taken"),
-    [(32, {}, True), (32, {"is_causal": True}, True), (128, {}, False), (32, {"attn_mask": torch.zeros(7)}, False)],
-    ids=str,
-)
-def test_the_cpu_kernel_serves_gradients_where_queries_are_narrow(key_dim, kwargs, taken):
-    cpu_kernel("cpu_attention_backward")
-    query, key, value = (torch.randn(1, 1, 7, dim, requires_grad=True) for dim in (key_dim, key_dim, 128))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        attention(query, key, value, **kwargs).sum().backward()
-    assert any(event.name == "fastgen::cpu_attention_backward" for event in profile.events()) == taken
-
-
-def test_the_cpu_kernel_survives_large_scores_and_passes_nan_on():
-    query, key, value = torch.randn(1, 1, 8, 8), torch.randn(1, 1, 200, 8), torch.randn(1, 1, 200, 16)
-    query[0, 0, 0] *= 1e4
-    query[0, 0, 1] = float("nan")
-    out, lse = attention(query, key, value, return_lse=True)
-    assert bool(out[0, 0, 1].isnan().all())
-    others = [0, *range(2, 8)]
-    wanted = formula(query.double(), key.double(), value.double())
-    torch.testing.assert_close(out[0, 0, others].double(), wanted[0, 0, others], rtol=1e-4, atol=1e-4)
-    assert bool(lse[0, 0, others].isfinite().all())
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -48,10 +48,21 @@ def cases():
         yield "attention_tangent", second_order_arguments(**options)[2:]
         yield "attention_second_order", (*second_order_arguments(**options), bool(options.get("masked")))
     narrow = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 16)
-    yield "cpu_attention_forward", (*narrow, True, 0.4)
-    rows = torch.ops.fastgen_torch.cpu_attention_forward(*narrow, True, 0.4)
-    yield "cpu_attention_backward", (torch.randn_like(rows[0]), torch.randn(2, 4, 5), *narrow, *rows, True, 0.4)
-    yield "cpu_attention_backward", (torch.randn_like(rows[0]), None, *narrow, *rows, False, 0.4)
+    causal, bias = (0.0, -1, 0, 0.4), torch.randn(1, 4, 5, 6)
+    yield "cpu_attention_forward", (*narrow, None, None, *causal)
+    yield "cpu_attention_forward", (*narrow, bias > 0, SEED, 0.3, 2, 1, 0.4)
+    rows = torch.ops.fastgen_torch.cpu_attention_forward(*narrow, None, None, *causal)
+    upstream = torch.randn_like(rows[0]), torch.randn(2, 4, 5)
+    yield "cpu_attention_backward", (*upstream, *narrow, *rows, None, None, *causal, False)
+    yield "cpu_attention_backward", (upstream[0], None, *narrow, *rows, bias, SEED, 0.3, -1, -1, 0.4, True)
+    directions = [torch.randn_like(t) for t in narrow]
+    yield "cpu_attention_tangent", (*narrow, rows[1], None, None, *directions, None, *causal)
+    yield "cpu_attention_tangent", (*narrow, rows[1], bias, SEED, None, *directions[1:], bias, 0.3, -1, -1, 0.4)
+    yield "cpu_attention_second_order", (*upstream, *narrow, *rows, None, None, *directions, None, *causal)
+    yield (
+        "cpu_attention_second_order",
+        (upstream[0], None, *narrow, *rows, bias, SEED, directions[0], None, None, bias, 0.3, 2, 1, 0.4),
+    )
     tile, row = lambda: torch.randn(2, 5, 7), torch.randn(2, 5, 1)
     yield "cpu_attention_weights", (tile(), tile(), row, None, None, None, None)
     yield "cpu_attention_weights", (tile(), tile(), row, tile(), tile(), row, tile())
@@ -127,4 +138,4 @@ def test_operators_called_by_name_are_differentiated_eagerly_and_compiled(case):
 def test_helper_operators_refuse_to_be_differentiated():
     query, value = (torch.randn(1, 1, 4, dim, requires_grad=True) for dim in (8, 16))
     with pytest.raises(RuntimeError, match="cpu_attention_forward: expected tensors that need no gradient"):
-        torch.ops.fastgen.cpu_attention_forward(query, query, value, False, 0.3)
+        torch.ops.fastgen.cpu_attention_forward(query, query, value, None, None, 0.0, -1, -1, 0.3)

@@ -46,10 +46,15 @@ def tangent(query=None, key=None, value=None, mask=None):
     return "attention_tangent", (QUERY, KEY, VALUE, OUT, LSE, None, None, None, query, key, value, mask, *PLAIN)
 
 
-def cpu_attention(key=None, value=None):
+def cpu_attention(key=None, value=None, mask=None):
     key = randn(2, 2, 6, 8) if key is None else key
     value = randn(2, 2, 6, 16) if value is None else value
-    return "cpu_attention_forward", (QUERY, key, value, False, 0.25)
+    return "cpu_attention_forward", (QUERY, key, value, mask, None, 0.0, -1, -1, 0.25)
+
+
+def cpu_tangent(tangent_key=None, tangent_mask=None):
+    tangents = None, tangent_key, None, tangent_mask
+    return "cpu_attention_tangent", (QUERY, KEY, VALUE, LSE, None, None, *tangents, 0.0, -1, -1, 0.25)
 
 
 def keep(rows_per_seed=60, batches=1, heads=3, length=20, queries=2, keys=9, last_key=8, p=0.3):
@@ -127,6 +132,10 @@ REFUSED = [
     (lambda: tangent(mask=torch.ones(1, 1, 5, 6) > 0), "tangent_mask: expected a floating tensor"),
     (lambda: cpu_attention(key=randn(2, 0, 6, 8), value=randn(2, 0, 6, 16)), "key: .*number of heads that divides"),
     (lambda: cpu_attention(value=randn(2, 2, 5, 16)), "value: expected shape"),
+    (lambda: cpu_attention(mask=randn(2, 3, 5, 6)), "mask: expected"),
+    (lambda: cpu_attention(mask=torch.ones(2, 4, 5, 7, dtype=torch.bool)), "mask: expected"),
+    (lambda: cpu_tangent(tangent_key=randn(2, 2, 6, 7)), "tangent_key: expected shape"),
+    (lambda: cpu_tangent(tangent_mask=torch.ones(1, 1, 5, 6, dtype=torch.bool)), "tangent_mask: expected"),
     (lambda: keep(heads=2**32, length=2**32), "batches: "),
     (lambda: keep(rows_per_seed=2**62, keys=2**20, last_key=4), "keys: "),
     (lambda: keep(queries=21), "first_query, queries: expected ranges within the problem"),
@@ -185,7 +194,7 @@ def test_keys_that_no_head_looks_at_have_a_gradient_of_zero(namespace):
     query, key, value, rows_of_query = randn(2, 0, 5, 8), randn(2, 2, 6, 8), randn(2, 2, 6, 16), randn(2, 0, 5)
     out = randn(2, 0, 5, 16)
     backward = backend.operator(namespace, "cpu_attention_backward")
-    grads = backward(out, None, query, key, value, out, rows_of_query, False, 0.3)
+    grads = backward(out, None, query, key, value, out, rows_of_query, None, None, 0.0, -1, -1, 0.3, False)[:3]
     assert [g.shape for g in grads] == [query.shape, key.shape, value.shape]
     assert all(bool((g == 0).all()) for g in grads)
 

@@ -22,7 +22,9 @@ FASTGEN_HOST_DEVICE void keep_groups(const uint32_t (&bits)[kGroup][kGroupsAtOnc
   }
 }
 
-void keep_row(const DropoutParams& p, int64_t row, float* out) {
+}  // namespace
+
+void dropout_keep_row(const DropoutParams& p, int64_t row, float* out) {
   const int64_t seed_index = row / p.rows_per_seed;
   const uint64_t seed = static_cast<uint64_t>(p.seeds[seed_index]);
   const int64_t row_groups = ceil_div(p.keys, kGroup), first_of_row = row % p.rows_per_seed * row_groups;
@@ -40,15 +42,13 @@ void keep_row(const DropoutParams& p, int64_t row, float* out) {
   }
 }
 
-}  // namespace
-
 void dropout_keep(const DropoutParams& p) {
   const int64_t columns = p.last_key - p.first_key, rows = p.batches * p.heads * p.queries;
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns));
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t head = p.first_batch * p.heads + i / p.queries;
-      keep_row(p, head * p.length + p.first_query + i % p.queries, p.keep + i * columns);
+      dropout_keep_row(p, head * p.length + p.first_query + i % p.queries, p.keep + i * columns);
     }
   });
 }

@@ -17,4 +17,7 @@ struct DropoutParams {
 
 void dropout_keep(const DropoutParams& params);
 
+// The factors of one row of the whole problem, ``last_key - first_key`` of them; reads the seeds, the keys and p.
+void dropout_keep_row(const DropoutParams& params, int64_t row, float* keep);
+
 }  // namespace fastgen::cpu

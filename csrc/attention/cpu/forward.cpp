@@ -1,193 +1,191 @@
-// out = softmax(scale Q K^T) V with online softmax (Milakov and Gimelshein, 2018), parallel over (head, kRows query
-// rows):
+// out = softmax(scale Q K^T) V with online softmax (Milakov and Gimelshein, 2018), parallel over (key head, part): a
+// part is every parts-th tile of the head's query rows.
 //
-//   for each block of kKeys keys            keys transposed into L1, values read in place
-//     for each group of kGroupRows rows
-//       scores      S = Q K^T               one row at a time, vectors along the keys
-//       softmax     P = e^(S - max)         returns the factor that rescales the running sums
-//       accumulate  O = O * factor + P V    kGroupRows x kVectors register tile; values are reused from L1
-//   epilogue: O / sum(P), lse
+//   K^T and V in Panels
+//   for each tile of kRows query rows
+//     for each kBlocks blocks of kTile keys
+//       scores      S = Q K^T, for each block
+//       softmax     P = e^(S - max) for each row; rescales O
+//       accumulate  O += P V, for each block
+//     epilogue: O / sum(P), lse
 #include "attention/cpu/forward.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <limits>
+#include <cmath>
 
+#include "attention/cpu/key_sums.h"
+#include "attention/cpu/memory.h"
+#include "attention/cpu/products.h"
+#include "attention/cpu/rows.h"
 #include "common/cpu/levels.h"
-#include "common/cpu/vector.h"
 #include "common/math.h"
 
 namespace fastgen::cpu {
 namespace {
 
-constexpr int kRows = 96;
-constexpr int kKeys = 128;
-constexpr int kGroupRows = 6;  // rows that share each load of a value
-static_assert(kRows % kGroupRows == 0, "a task is whole row groups");
-constexpr float kNone = -std::numeric_limits<float>::infinity();
+constexpr int64_t kRows = 48;   // of a tile
+constexpr int64_t kBlocks = 3;  // blocks of scores at a time; with kRows, they take 63 KiB
 
-template <int kWidth>
-using Lanes __attribute__((vector_size(kWidth * sizeof(int32_t)))) = int32_t;
-
-// Butterfly reduction over the lanes of a vector: log2(kWidth) steps.
-template <int kWidth, typename Combine>
-FASTGEN_HOST_DEVICE float fold_lanes(Vector<kWidth> value, Combine combine) {
-  Lanes<kWidth> lane;
-  for (int i = 0; i < kWidth; ++i) lane[i] = i;
-#pragma GCC unroll 8
-  for (int step = kWidth / 2; step > 0; step /= 2) {
-#if defined(__clang__)
-    Vector<kWidth> other;
-    for (int i = 0; i < kWidth; ++i) other[i] = value[lane[i] ^ step];
-#else
-    const Vector<kWidth> other = __builtin_shuffle(value, lane ^ step);
-#endif
-    value = combine(value, other);
-  }
-  return value[0];
-}
-
-// Workspace of one thread: about 50 KiB at value_dim 64.
-struct Workspace {
-  alignas(64) float query[kRows][kMaxKeyDim];  // times scale
-  alignas(64) float keys[kMaxKeyDim][kKeys];   // transposed; zeros beyond the last key
-  alignas(64) float weights[kGroupRows][kKeys];
-  alignas(64) float out[kRows][kMaxValueDim];
-  float row_max[kRows], row_sum[kRows];
+struct Shared {
+  const ForwardParams& p;
+  int64_t rows, tiles, parts;  // of queries: rows of a tile, tiles of a head; parts of a key head
+  int64_t padded_keys;         // whole blocks
 };
 
-// scores = query . keys, for one row and a block of keys.
-template <int kWidth>
-FASTGEN_HOST_DEVICE void score_row(const float* query, const Workspace& w, int64_t key_dim, float* scores) {
-  constexpr int kVectors = 128 / kWidth < 8 ? 128 / kWidth : 8;
-  for (int first = 0; first < kKeys; first += kVectors * kWidth) {
-    Vector<kWidth> sums[kVectors] = {};
-    for (int64_t d = 0; d < key_dim; ++d) {
-      const Vector<kWidth>* keys = reinterpret_cast<const Vector<kWidth>*>(&w.keys[d][first]);
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sums[v] += query[d] * keys[v];
-    }
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) reinterpret_cast<Vector<kWidth>*>(scores + first)[v] = sums[v];
-  }
-}
+// Memory of one thread.
+template <int kWidth, int kGroup>
+struct Workspace {
+  using Product = Products<kWidth, kGroup>;
+  float *keys_across, *values, *queries;  // K^T and V in Panels, Q in Groups
+  float* out;                             // in Panels
+  float* scores;                          // (kBlocks, rows, kTileRow)
+  float *row_max, *row_sum, *keep;
+  int64_t size;
 
-// Online softmax of one row: replaces scores by e^(score - row_max); returns the factor that rescales earlier sums.
-template <int kWidth>
-FASTGEN_HOST_DEVICE float softmax_row(float* scores, float& row_max, float& row_sum) {
-  Vector<kWidth> maxima = row_max - Vector<kWidth>{};
-  for (int j = 0; j < kKeys; j += kWidth) {
-    const Vector<kWidth> part = *reinterpret_cast<const Vector<kWidth>*>(scores + j);
-    maxima = part > maxima ? part : maxima;
+  FASTGEN_HOST_DEVICE Workspace(const Shared& s, float* memory) {
+    const Problem& p = s.p.problem;
+    Cutter cut(memory);
+    keys_across = cut.take(s.padded_keys * p.key_dim);
+    values = cut.take(Product::panels_size(s.padded_keys, p.value_dim));
+    queries = cut.take(s.rows * p.key_dim), out = cut.take(Product::panels_size(s.rows, p.value_dim));
+    scores = cut.take(kBlocks * s.rows * kTileRow);
+    row_max = cut.take(s.rows), row_sum = cut.take(s.rows), keep = cut.take(kBlocks * kTile);
+    size = cut.used();
   }
-  const auto larger = [](Vector<kWidth> a, Vector<kWidth> b) { return a > b ? a : b; };
-  const float new_max = fold_lanes<kWidth>(maxima, larger);
-  for (int j = 0; j < kKeys; ++j) scores[j] = exp_float(scores[j] - new_max);
-  Vector<kWidth> sums = {};
-  for (int j = 0; j < kKeys; j += kWidth) sums += *reinterpret_cast<const Vector<kWidth>*>(scores + j);
-  const auto plus = [](Vector<kWidth> a, Vector<kWidth> b) { return a + b; };
-  const float factor = exp_float(row_max - new_max);
-  row_sum = row_sum * factor + fold_lanes<kWidth>(sums, plus);
-  row_max = new_max;
+};
+
+// Blocks of scores of one row, ``stride`` apart.
+struct RowOfScores {
+  float* scores;
+  const float* keep;  // null: no dropout
+  int64_t blocks, stride, last_width;
+
+  FASTGEN_HOST_DEVICE int64_t width(int64_t block) const { return block + 1 < blocks ? kTile : last_width; }
+};
+
+// Online softmax: replaces scores by e^(score - row_max), without dropped ones; returns the factor that rescales
+// earlier sums.
+template <int kWidth>
+FASTGEN_HOST_DEVICE float softmax_row(const RowOfScores& t, float& row_max, float& row_sum) {
+  Maxima<kWidth> maxima(row_max);
+  for (int64_t b = 0; b < t.blocks; ++b) {
+    const float* scores = t.scores + b * t.stride;
+    for (int64_t j = 0; j < t.width(b); j += 2 * kWidth) {
+      maxima.add(maxima.even, vector_at<kWidth>(scores + j));
+      maxima.add(maxima.odd, vector_at<kWidth>(scores + j + kWidth));
+    }
+  }
+  const float new_max = maxima.result(), shift = new_max == -kInfinity ? 0.0f : new_max;  // -inf - -inf is NaN
+  Sums<kWidth> sums(0.0f);
+  for (int64_t b = 0; b < t.blocks; ++b) {
+    float* scores = t.scores + b * t.stride;
+    const float* keep = t.keep == nullptr ? nullptr : t.keep + b * kTile;
+    for (int64_t j = 0; j < t.width(b); j += 2 * kWidth) {
+      Vector<kWidth> even = vector_at<kWidth>(scores + j) - shift, odd = vector_at<kWidth>(scores + j + kWidth) - shift;
+      exp_vector<kWidth>(even), exp_vector<kWidth>(odd);
+      sums.add(sums.even, even), sums.add(sums.odd, odd);
+      if (keep != nullptr) even *= vector_at<kWidth>(keep + j), odd *= vector_at<kWidth>(keep + j + kWidth);
+      vector_at<kWidth>(scores + j) = even, vector_at<kWidth>(scores + j + kWidth) = odd;
+    }
+  }
+  const float factor = row_max == new_max ? 1.0f : exp_float(row_max - shift);
+  row_sum = row_sum * factor + sums.result(), row_max = new_max;
   return factor;
 }
 
-// out[row] = out[row] * factor[row] + weights[row] . values, for kGroupRows rows and kVectors * kWidth columns.
-template <int kWidth, int kVectors>
-FASTGEN_HOST_DEVICE void accumulate(Workspace& w, int first_row, int64_t col, const float* value, int64_t value_stride,
-                                    int64_t keys, const float* factor) {
-  Vector<kWidth> sums[kGroupRows][kVectors];
-#pragma GCC unroll 8
-  for (int r = 0; r < kGroupRows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      sums[r][v] = *reinterpret_cast<const Vector<kWidth>*>(&w.out[first_row + r][col + v * kWidth]) * factor[r];
-    }
-  }
-  for (int64_t j = 0; j < keys; ++j) {
-    Vector<kWidth> values[kVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      values[v] = *reinterpret_cast<const Vector<kWidth>*>(value + j * value_stride + col + v * kWidth);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kGroupRows; ++r) {
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sums[r][v] += w.weights[r][j] * values[v];
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kGroupRows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      *reinterpret_cast<Vector<kWidth>*>(&w.out[first_row + r][col + v * kWidth]) = sums[r][v];
-    }
+// Multiplies row i of Panels.
+template <int kPanel>
+FASTGEN_HOST_DEVICE void scale_row(float* panels, int64_t padded, int64_t i, int64_t dim, float factor) {
+  for (int64_t d = 0; d < dim; d += kPanel, panels += padded * kPanel) {
+    for (int c = 0; c < kPanel; ++c) panels[i * kPanel + c] *= factor;
   }
 }
 
-// The last key that a query row attends to.
-FASTGEN_HOST_DEVICE int64_t last_key(const AttentionParams& p, int64_t row) {
-  return p.is_causal ? std::min(row, p.keys - 1) : p.keys - 1;
+template <int kWidth, int kGroup>
+FASTGEN_HOST_DEVICE void run_tile(const Shared& s, const Workspace<kWidth, kGroup>& w, int64_t batch, int64_t head,
+                                  int64_t first) {
+  using Product = Products<kWidth, kGroup>;
+  constexpr int kPanel = Product::kPanel;
+  const Problem& p = s.p.problem;
+  const int64_t rows = std::min(s.rows, p.queries - first), padded = round_up(rows, kGroup);
+  const int64_t stride = s.rows * kTileRow, all = s.padded_keys * kPanel;
+  Product::pack_groups(p.query.at(batch, head, first), p.query.strides[2], rows, padded, p.key_dim, p.scale, w.queries,
+                       p.key_dim * kGroup);
+  std::fill_n(w.out, Product::panels_size(padded, p.value_dim), 0.0f);
+  std::fill_n(w.row_max, rows, -kInfinity), std::fill_n(w.row_sum, rows, 0.0f);
+  const int64_t last_block = ceil_div(p.end_key(first + rows - 1), kTile);
+  for (int64_t begin = p.first_key(first) / kTile; begin < last_block; begin += kBlocks) {
+    const int64_t blocks = std::min(kBlocks, last_block - begin);
+    const int64_t end_key = std::min(p.keys, (begin + blocks) * kTile),
+                  last_keys = end_key - (begin + blocks - 1) * kTile;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t keys = b + 1 < blocks ? kTile : last_keys;
+      Product::scores(w.queries, p.key_dim * kGroup, padded, w.keys_across + (begin + b) * kTile * p.key_dim,
+                      p.key_dim * kPanel, keys, p.key_dim, w.scores + b * stride);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t b = 0; b < blocks; ++b) {
+        p.mask_scores(batch, head, first + i, (begin + b) * kTile, w.scores + b * stride + i * kTileRow);
+      }
+      if (p.seeds != nullptr) {
+        p.keep_row(batch, head, first + i, begin * kTile, end_key, w.keep);
+        std::fill(w.keep + (end_key - begin * kTile), w.keep + blocks * kTile, 0.0f);
+      }
+      const RowOfScores row{w.scores + i * kTileRow, p.seeds == nullptr ? nullptr : w.keep, blocks, stride,
+                            written_width(last_keys)};
+      const float factor = softmax_row<kWidth>(row, w.row_max[i], w.row_sum[i]);
+      if (factor != 1.0f) scale_row<kPanel>(w.out, padded, i, p.value_dim, factor);
+    }
+    for (int64_t b = 0; b < blocks; ++b) {
+      float* scores = w.scores + b * stride;
+      std::fill(scores + rows * kTileRow, scores + padded * kTileRow, 0.0f);
+      Product::add_product(scores, padded, b + 1 < blocks ? kTile : last_keys, w.values + (begin + b) * kTile * kPanel,
+                           all, p.value_dim, w.out, padded * kPanel);
+    }
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    const bool empty = w.row_sum[i] == 0.0f;
+    scale_row<kPanel>(w.out, padded, i, p.value_dim, empty ? 0.0f : 1.0f / w.row_sum[i]);
+    *s.p.lse.at(batch, head, first + i) = empty ? -kInfinity : w.row_max[i] + std::log(w.row_sum[i]);
+  }
+  Product::unpack_panels(w.out, padded, rows, p.value_dim, 1.0f, s.p.out.at(batch, head, first), s.p.out.strides[2]);
 }
 
-// kWidth: floats per vector. kVectors * kWidth output columns are accumulated in one pass over the keys.
-template <int kWidth, int kVectors>
-FASTGEN_HOST_DEVICE void run_task(const AttentionParams& p, Workspace& w, int64_t batch, int64_t head, int64_t first) {
-  const int64_t rows = std::min<int64_t>(kRows, p.queries - first), key_head = head / (p.heads / p.key_heads);
-  const float* query = p.query + batch * p.query_strides[0] + head * p.query_strides[1] + first * p.query_strides[2];
-  const float* key = p.key + batch * p.key_strides[0] + key_head * p.key_strides[1];
-  const float* value = p.value + batch * p.value_strides[0] + key_head * p.value_strides[1];
-  for (int64_t r = 0; r < kRows; ++r) {
-    w.row_max[r] = kNone, w.row_sum[r] = 0.0f;
-    for (int64_t c = 0; c < p.value_dim; ++c) w.out[r][c] = 0.0f;
-    // Rows past the end are zeros and are not stored.
-    for (int64_t d = 0; d < p.key_dim; ++d)
-      w.query[r][d] = r < rows ? query[r * p.query_strides[2] + d] * p.scale : 0.0f;
-  }
-  for (int64_t start = 0; start <= last_key(p, first + rows - 1); start += kKeys) {
-    const int64_t keys = std::min<int64_t>(kKeys, p.keys - start);
-    for (int64_t d = 0; d < p.key_dim; ++d) {
-      for (int64_t j = 0; j < keys; ++j) w.keys[d][j] = key[(start + j) * p.key_strides[2] + d];
-      for (int64_t j = keys; j < kKeys; ++j) w.keys[d][j] = 0.0f;
-    }
-    for (int group = 0; group < rows; group += kGroupRows) {
-      float factor[kGroupRows];
-      for (int r = 0; r < kGroupRows; ++r) {
-        const int64_t row = first + group + r;
-        score_row<kWidth>(w.query[group + r], w, p.key_dim, w.weights[r]);
-        for (int64_t j = std::max<int64_t>(0, last_key(p, row) + 1 - start); j < kKeys; ++j) w.weights[r][j] = kNone;
-        factor[r] = softmax_row<kWidth>(w.weights[r], w.row_max[group + r], w.row_sum[group + r]);
-      }
-      int64_t col = 0;
-      for (; col + kVectors * kWidth <= p.value_dim; col += kVectors * kWidth) {
-        accumulate<kWidth, kVectors>(w, group, col, value + start * p.value_strides[2], p.value_strides[2], keys,
-                                     factor);
-      }
-      for (; col < p.value_dim; col += kWidth) {
-        accumulate<kWidth, 1>(w, group, col, value + start * p.value_strides[2], p.value_strides[2], keys, factor);
-      }
-    }
-  }
-  float* out = p.out + batch * p.out_strides[0] + head * p.out_strides[1] + first * p.out_strides[2];
-  float* lse = p.lse + (batch * p.queries + first) * p.heads + head;
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < p.value_dim; ++c) out[r * p.out_strides[2] + c] = w.out[r][c] / w.row_sum[r];
-    lse[r * p.heads] = w.row_max[r] + log_float(w.row_sum[r]);
+template <int kWidth, int kGroup>
+FASTGEN_HOST_DEVICE int64_t workspace_size(const Shared& s) {
+  return Workspace<kWidth, kGroup>(s, nullptr).size;
+}
+
+template <int kWidth, int kGroup>
+FASTGEN_HOST_DEVICE void run_part(const Shared& s, float* memory, int64_t batch, int64_t key_head, int64_t part) {
+  using Product = Products<kWidth, kGroup>;
+  const Problem& p = s.p.problem;
+  const Workspace<kWidth, kGroup> w(s, memory);
+  Product::pack_transposed(p.key.at(batch, key_head, 0), p.key.strides[2], p.keys, p.key_dim, w.keys_across,
+                           p.key_dim * Product::kPanel);
+  Product::pack_panels(p.value.at(batch, key_head, 0), p.value.strides[2], p.keys, p.keys, s.padded_keys, p.value_dim,
+                       1.0f, w.values);
+  const int64_t groups = p.heads / p.key_heads;
+  for (int64_t item = part; item < groups * s.tiles; item += s.parts) {
+    run_tile<kWidth, kGroup>(s, w, batch, key_head * groups + item / s.tiles, item % s.tiles * s.rows);
   }
 }
 
 }  // namespace
 
-void attention_forward(const AttentionParams& p) {
-  // Register tiles: 6 x 4 accumulators use 24 of 32 registers (AVX-512, NEON), 6 x 2 use 12 of 16.
-  const auto task = for_level<run_task<4, kGenericRegisters / 8>, run_task<8, 2>, run_task<16, 4>>();
-  const int64_t blocks = ceil_div(p.queries, kRows);
-  torch::stable::parallel_for(0, p.batch * p.heads * blocks, 1, [&](int64_t begin, int64_t end) {
-    static thread_local Workspace workspace;
+void attention_forward(const ForwardParams& params) {
+  const Problem& p = params.problem;
+  Shared s{params, p.tile_rows(kRows, kRowStep), 0, 0, round_up(p.keys, kTile)};
+  s.tiles = ceil_div(p.queries, s.rows), s.parts = parts_of(p, p.heads / p.key_heads * s.tiles);
+  const auto part = for_level<run_part<4, 6>, run_part<8, 6>, run_part<16, 12>>();
+  const int64_t workspace = for_level<workspace_size<4, 6>, workspace_size<8, 6>, workspace_size<16, 12>>()(s);
+  torch::stable::parallel_for(0, p.batch * p.key_heads * s.parts, 1, [&](int64_t begin, int64_t end) {
+    const Memory memory = allocate(workspace);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t head = item / blocks;
-      task(p, workspace, head / p.heads, head % p.heads, item % blocks * kRows);
+      const int64_t head = item / s.parts;
+      part(s, memory.get(), head / p.key_heads, head % p.key_heads, item % s.parts);
     }
   });
 }

@@ -9,8 +9,8 @@
 
 #include "common/cpu/convert.h"
 #include "common/cpu/levels.h"
+#include "common/cpu/normals.h"
 #include "common/cpu/pages.h"
-#include "common/cpu/philox.h"
 #include "common/dispatch.h"
 #include "common/philox.h"
 #include "latent/launch.h"
@@ -104,22 +104,6 @@ FASTGEN_HOST_DEVICE void backward_block(const BackwardBlock<T>& b) {
   }
 }
 
-FASTGEN_HOST_DEVICE void normals(const uint32_t* const* bits, int64_t groups, float* noise) {
-  const uint32_t *x0 = bits[0], *x1 = bits[1], *x2 = bits[2], *x3 = bits[3];
-#pragma omp simd
-  for (int64_t g = 0; g < groups; ++g) {
-    box_muller(to_uniform(x0[g]), to_uniform(x1[g]), noise[4 * g], noise[4 * g + 1]);
-    box_muller(to_uniform(x2[g]), to_uniform(x3[g]), noise[4 * g + 2], noise[4 * g + 3]);
-  }
-}
-
-void make_noise(uint64_t seed, uint64_t first_group, int64_t groups, float* noise) {
-  alignas(64) uint32_t bits[kGroup][kGroups];
-  uint32_t* const parts[kGroup] = {bits[0], bits[1], bits[2], bits[3]};
-  cpu::philox_bits(seed, first_group, groups, kNoiseStream, parts);
-  cpu::for_level<normals>()(parts, groups, noise);
-}
-
 template <typename T>
 const T* at_row(const Input& input, int64_t row, int64_t col) {
   return input.data == nullptr ? nullptr : static_cast<const T*>(input.data) + row * input.row_stride + col;
@@ -139,10 +123,21 @@ T* at_row(void* output, int64_t row, int64_t cols, int64_t col) {
   return output == nullptr ? nullptr : static_cast<T*>(output) + row * cols + col;
 }
 
+// Requests the cache lines of ``count`` elements of a row. Rows are short streams, often in pages of their own, which
+// the processor's prefetchers begin too late; here they load while noise is generated.
+template <typename T>
+FASTGEN_HOST_DEVICE void prefetch(const Input& input, int64_t row, int64_t col, int64_t count) {
+  if (input.data == nullptr) return;
+  const char* data = reinterpret_cast<const char*>(at_row<T>(input, row, col));
+  for (int64_t byte = 0; byte < count * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(data + byte);
+}
+
 // Calls body(row, col, count, noise) for every block of the matrix, in parallel, with the block's noise
 // (null where with_noise is false).
-template <typename Body>
-void for_each_block(int64_t rows, int64_t cols, const Noise& noise, bool with_noise, const Body& body) {
+// prefetch(row, col, count) is called for a later block before the noise of each block is generated.
+template <typename Prefetch, typename Body>
+void for_each_block(int64_t rows, int64_t cols, const Noise& noise, bool with_noise, const Prefetch& prefetch,
+                    const Body& body) {
   const int64_t row_groups = ceil_div(cols, kGroup);
   const int64_t blocks = std::max<int64_t>(1, ceil_div(cols, kBlock));
   const int64_t grain = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, std::min(cols, kBlock)));
@@ -152,6 +147,10 @@ void for_each_block(int64_t rows, int64_t cols, const Noise& noise, bool with_no
     int64_t cached_seed = -1, cached = 0, cached_end = 0;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t row = item / blocks, col = item % blocks * kBlock;
+      if (blocks > 1 && item + 1 < end) {
+        const int64_t next = (item + 1) % blocks * kBlock;
+        prefetch((item + 1) / blocks, next, std::min(kBlock, cols - next));
+      }
       const int64_t count = std::min(kBlock, cols - col);
       const int64_t seed_index = row / noise.rows_per_seed;
       const int64_t first = (row - seed_index * noise.rows_per_seed) * row_groups + col / kGroup;
@@ -161,7 +160,8 @@ void for_each_block(int64_t rows, int64_t cols, const Noise& noise, bool with_no
         const int64_t rows_left = std::min((end - item - 1) / blocks + 1, (seed_index + 1) * noise.rows_per_seed - row);
         const int64_t groups =
             blocks == 1 ? std::min(kGroups / std::max<int64_t>(1, needed), rows_left) * needed : needed;
-        make_noise(static_cast<uint64_t>(noise.seeds[seed_index]), static_cast<uint64_t>(first), groups, buffer);
+        cpu::standard_normals(static_cast<uint64_t>(noise.seeds[seed_index]), static_cast<uint64_t>(first), groups,
+                              buffer);
         cached_seed = seed_index, cached = first, cached_end = first + groups;
       }
       body(row, col, count, with_noise ? buffer + (first - cached) * kGroup : nullptr);
@@ -176,7 +176,10 @@ void forward(const ForwardParams& p) {
   const bool prior = p.prior_mu.data != nullptr || p.prior_logvar.data != nullptr;
   std::vector<float> parts(blocks > 1 && p.kl != nullptr ? p.rows * blocks : 0);
   const auto run = cpu::for_level<forward_block<T>>();
-  for_each_block(p.rows, p.cols, p.noise, true, [&](int64_t row, int64_t col, int64_t count, const float* noise) {
+  const auto load = [&](int64_t row, int64_t col, int64_t count) {
+    for (const Input* input : {&p.mu, &p.logvar, &p.prior_mu, &p.prior_logvar}) prefetch<T>(*input, row, col, count);
+  };
+  for_each_block(p.rows, p.cols, p.noise, true, load, [&](int64_t row, int64_t col, int64_t count, const float* noise) {
     const float kl = run(ForwardBlock<T>{at_row<T>(p.mu, row, col), at_row<T>(p.logvar, row, col),
                                          prior ? at_row_or_zeros<T>(p.prior_mu, row, col) : nullptr,
                                          prior ? at_row_or_zeros<T>(p.prior_logvar, row, col) : nullptr,
@@ -203,17 +206,24 @@ void backward(const BackwardParams& p) {
   const bool with_noise = p.grad_z.data != nullptr;
   const bool prior = p.prior_mu.data != nullptr || p.prior_logvar.data != nullptr;
   const auto run = cpu::for_level<backward_block<T>>();
-  for_each_block(p.rows, p.cols, p.noise, with_noise, [&](int64_t row, int64_t col, int64_t count, const float* noise) {
-    alignas(64) T unread[2][kBlock];
-    run(BackwardBlock<T>{at_row_or_zeros<T>(p.grad_z, row, col), at_row<T>(p.mu, row, col),
-                         at_row<T>(p.logvar, row, col), prior ? at_row_or_zeros<T>(p.prior_mu, row, col) : nullptr,
-                         prior ? at_row_or_zeros<T>(p.prior_logvar, row, col) : nullptr,
-                         at_row<T>(p.grad_mu, row, p.cols, col), at_row<T>(p.grad_logvar, row, p.cols, col),
-                         p.grad_prior_mu == nullptr ? unread[0] : at_row<T>(p.grad_prior_mu, row, p.cols, col),
-                         p.grad_prior_logvar == nullptr ? unread[1] : at_row<T>(p.grad_prior_logvar, row, p.cols, col),
-                         with_noise ? noise : kZeros<float>,
-                         p.grad_kl == nullptr ? 0.0f : p.grad_kl[row * p.grad_kl_stride], count});
-  });
+  const auto load = [&](int64_t row, int64_t col, int64_t count) {
+    for (const Input* input : {&p.grad_z, &p.mu, &p.logvar, &p.prior_mu, &p.prior_logvar}) {
+      prefetch<T>(*input, row, col, count);
+    }
+  };
+  for_each_block(p.rows, p.cols, p.noise, with_noise, load,
+                 [&](int64_t row, int64_t col, int64_t count, const float* noise) {
+                   alignas(64) T unread[2][kBlock];
+                   run(BackwardBlock<T>{
+                       at_row_or_zeros<T>(p.grad_z, row, col), at_row<T>(p.mu, row, col), at_row<T>(p.logvar, row, col),
+                       prior ? at_row_or_zeros<T>(p.prior_mu, row, col) : nullptr,
+                       prior ? at_row_or_zeros<T>(p.prior_logvar, row, col) : nullptr,
+                       at_row<T>(p.grad_mu, row, p.cols, col), at_row<T>(p.grad_logvar, row, p.cols, col),
+                       p.grad_prior_mu == nullptr ? unread[0] : at_row<T>(p.grad_prior_mu, row, p.cols, col),
+                       p.grad_prior_logvar == nullptr ? unread[1] : at_row<T>(p.grad_prior_logvar, row, p.cols, col),
+                       with_noise ? noise : kZeros<float>,
+                       p.grad_kl == nullptr ? 0.0f : p.grad_kl[row * p.grad_kl_stride], count});
+                 });
 }
 
 }  // namespace

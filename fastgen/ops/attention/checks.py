@@ -205,8 +205,10 @@ def attention_second_order(
     _require_tangents(query, key, value, (tangent_query, tangent_key, tangent_value, tangent_mask))
 
 
-def cpu_attention_forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> None:
-    _require_problem(query, key, value)
+def cpu_attention_forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seed: Tensor | None, *options: Any
+) -> None:
+    attention_forward(query, key, value, mask, seed, None, *options, 0.0)
 
 
 def cpu_attention_backward(
@@ -217,10 +219,50 @@ def cpu_attention_backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
     *options: Any,
 ) -> None:
-    _require_problem(query, key, value)
-    _require_results(query, value, lse, grad_lse, grad_out=grad_out, out=out)
+    *numbers, mask_grad = options
+    attention_backward(grad_out, grad_lse, query, key, value, out, lse, mask, seed, None, *numbers, 0.0, mask_grad)
+
+
+def cpu_attention_tangent(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    tangent_query: Tensor | None,
+    tangent_key: Tensor | None,
+    tangent_value: Tensor | None,
+    tangent_mask: Tensor | None,
+    *options: Any,
+) -> None:
+    attention_forward(query, key, value, mask, seed, None, *options, 0.0)
+    _require_results(query, value, lse, None)
+    _require_tangents(query, key, value, (tangent_query, tangent_key, tangent_value, tangent_mask))
+
+
+def cpu_attention_second_order(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    tangent_query: Tensor | None,
+    tangent_key: Tensor | None,
+    tangent_value: Tensor | None,
+    tangent_mask: Tensor | None,
+    *options: Any,
+) -> None:
+    attention_backward(grad_out, grad_lse, query, key, value, out, lse, mask, seed, None, *options, 0.0, False)
+    _require_tangents(query, key, value, (tangent_query, tangent_key, tangent_value, tangent_mask))
 
 
 # --------------------------------------------------------------------------------------------------

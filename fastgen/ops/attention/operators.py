@@ -6,10 +6,10 @@ there is dropout. Query i attends to keys i - window_left <= j <= i + window_rig
 causal is (-1, 0). sequences (2, S + 1) int32: where packed sequences begin, see ``Problem``. Outputs: out like
 query with Dv columns, lse (B, H, N) in float32 (float64 for float64).
 
-On CPU, torch's fused kernel (``fused``) serves what it takes, with heads padded to one size, and fastgen's own kernel
-where query heads are much narrower than value heads, in the forward and the backward pass. The blocked implementation
-(``blocked``) serves everything else: it holds one tile of scores at a time, never N x M. So do tangents and their
-gradients (``tangent``). Compiled helpers do the work between a tile's products in one pass over memory.
+On CPU, fastgen's own fused kernels (``native``) serve float32, and torch's fused kernel (``fused``) what it takes of
+the rest, with heads padded to one size. The blocked implementation (``blocked``) serves everything else: it holds one
+tile of scores at a time, never N x M. So do tangents and their gradients (``tangent``). Compiled helpers do the work
+between a tile's products in one pass over memory.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastgen.backend import COMPILED_DTYPES, TORCH, define, helper
-from fastgen.ops.attention import blocked, checks, decomposition, fused, packed, tangent
+from fastgen.backend import TORCH, define
+from fastgen.ops.attention import blocked, checks, decomposition, fused, native, packed, tangent
 from fastgen.ops.attention.batching import vmap_rule
 from fastgen.ops.attention.blocked import allocate_grad, allocate_lse, allocate_out
 from fastgen.ops.attention.masking import zero_masked_keys
@@ -74,40 +74,22 @@ def _forward(namespace: str, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _run_forward(problem: Problem, tangents: Tangents) -> tuple[Tensor, Tensor]:
-    kernel = _narrow_heads_kernel(problem, "cpu_attention_forward")
+    kernel = native.first_order_kernel(problem, "cpu_attention_forward")
     if kernel is not None:
-        options, query = problem.options, problem.query
+        query, options = problem.query, problem.options
         tensors = (tensor.float() for tensor in problem[:3])
-        out, lse = kernel(*tensors, options.window_right == 0, options.scale)
+        out, lse = kernel(*tensors, problem.mask, problem.seed, *options[:4])
         return out if out.dtype == query.dtype else allocate_out(query, out.size(-1)).copy_(out), lse
     results = fused.forward(problem) if fused.takes(problem) else None
     return blocked.forward(problem) if results is None else results
-
-
-def _narrow_heads_kernel(problem: Problem | Saved, name: str) -> Callable[..., Any] | None:
-    """fastgen's CPU kernel ``name``, of float32 operands, where it takes the problem and padding queries to the values
-    would cost more."""
-    query, key_dim, value_dim = problem.query, problem.query.size(-1), problem.value.size(-1)
-    if 2 * key_dim > value_dim:
-        return None
-    takes = (
-        key_dim <= 64
-        and problem.mask is None
-        and query.dtype in COMPILED_DTYPES
-        and value_dim <= 256
-        and value_dim % 16 == 0
-        and fused.takes(problem)
-    )
-    return helper(problem.namespace, name, query.device) if takes else None
 
 
 def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return allocate_out(query, value.size(-1)), allocate_lse(query)
 
 
-def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    options = Options(0.0, -1, 0 if is_causal else -1, scale)
-    return blocked.forward(Problem(query, key, value, None, None, None, options, TORCH))
+def _cpu_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    return blocked.forward(Problem(*args[:5], None, Options(*args[5:]), TORCH))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -124,14 +106,15 @@ def _backward(
 
     def run(saved: Saved, tangents: Tangents) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         options, empty = saved.options, saved.query.new_empty(0)
-        kernel = _narrow_heads_kernel(saved, "cpu_attention_backward")
+        coarse = blocked.lse_is_coarse(saved.lse, saved.mask)
+        kernel = None if coarse else native.first_order_kernel(saved, "cpu_attention_backward", mask_grad)
         if kernel is not None:
             tensors = (None if tensor is None else tensor.float() for tensor in (grad_out, grad_lse, *saved[:5]))
-            grads = kernel(*tensors, options.window_right == 0, options.scale)
+            *grads, grad_mask = kernel(*tensors, saved.mask, saved.seed, *options[:4], mask_grad)
             if saved.query.dtype != torch.float32:
-                grads = tuple(allocate_grad(like).copy_(grad) for like, grad in zip(saved[:3], grads, strict=True))
-            return *grads, empty
-        if not mask_grad and fused.takes(saved) and not blocked.lse_is_coarse(saved.lse, saved.mask):
+                grads = [allocate_grad(like).copy_(grad) for like, grad in zip(saved[:3], grads, strict=True)]
+            return grads[0], grads[1], grads[2], grad_mask
+        if not mask_grad and not coarse and fused.takes(saved):
             return *fused.backward(grad_out, grad_lse, saved), empty
         grad_query, grad_key, grad_value, grad_mask = blocked.backward(grad_out, grad_lse, saved, mask_grad)
         grad_key = allocate_grad(saved.key).copy_(grad_key)
@@ -149,21 +132,12 @@ def _backward_fake(
     return allocate_grad(query), allocate_grad(key), allocate_grad(value), grad_mask
 
 
-def _cpu_backward(grad_out: Tensor, grad_lse: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, is_causal, scale = args
-    options = Options(0.0, -1, 0 if is_causal else -1, scale)
-    saved = Saved._make((*tensors, None, None, None, options, TORCH))
-    grads = blocked.backward(grad_out, grad_lse, saved, False)[:3]
-    grad_query, grad_key, grad_value = (
-        allocate_grad(tensor).copy_(grad) for tensor, grad in zip(saved[:3], grads, strict=True)
-    )
-    return grad_query, grad_key, grad_value
-
-
-def _cpu_backward_fake(
-    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return allocate_grad(query), allocate_grad(key), allocate_grad(value)
+def _cpu_backward(grad_out: Tensor, grad_lse: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *tensors, dropout_p, window_left, window_right, scale, mask_grad = args
+    saved = Saved._make((*tensors, None, Options(dropout_p, window_left, window_right, scale), TORCH))
+    *grads, grad_mask = blocked.backward(grad_out, grad_lse, saved, mask_grad)
+    query, key, value = (allocate_grad(t).copy_(grad) for t, grad in zip(saved[:3], grads, strict=True))
+    return query, key, value, saved.query.new_empty(0) if grad_mask is None else grad_mask
 
 
 # --------------------------------------------------------------------------------------------------
@@ -174,7 +148,16 @@ def _tangent(namespace: str, *args: Any) -> tuple[Tensor, Tensor]:
     saved, tangents = Saved.of((*args[:8], *args[12:], namespace)), Tangents(*args[8:12])
     if saved.sequences is not None:
         return packed.tangent(_tangent, saved, tangents)
-    return _ignoring_masked_keys(tangent.tangent, saved, tangents)
+    return _ignoring_masked_keys(_run_tangent, saved, tangents)
+
+
+def _run_tangent(saved: Saved, tangents: Tangents) -> tuple[Tensor, Tensor]:
+    kernel = native.kernel(saved, "cpu_attention_tangent", tangents.mask)
+    if kernel is None:
+        return tangent.tangent(saved, tangents)
+    query, key, value, _, lse, mask, seed, _, options, _ = saved
+    results: tuple[Tensor, Tensor] = kernel(query, key, value, lse, mask, seed, *tangents, *options[:4])
+    return results
 
 
 def _second_order(
@@ -186,6 +169,11 @@ def _second_order(
         return packed.second_order(_second_order, grad_out, grad_lse, saved, tangents)
 
     def run(saved: Saved, tangents: Tangents) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        kernel = None if mask_grad else native.kernel(saved, "cpu_attention_second_order", tangents.mask)
+        if kernel is not None:
+            *tensors, options, _ = saved
+            results = kernel(grad_out, native.as_float32(grad_lse), *tensors[:7], *tangents, *options[:4])
+            return *results, saved.query.new_empty(0)
         *rows, grad_key, grad_value, grad_mask = tangent.second_order(grad_out, grad_lse, saved, tangents, mask_grad)
         grad_key = allocate_grad(saved.key).copy_(grad_key)
         grad_value = allocate_grad(saved.value).copy_(grad_value)
@@ -201,16 +189,40 @@ def _second_order_fake(
     return *_forward_fake(query, key, value), *_backward_fake(grad_out, grad_lse, query, key, value, *rest)
 
 
+def _cpu_tangent(
+    query: Tensor, key: Tensor, value: Tensor, lse: Tensor, mask: Tensor | None, seed: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    saved = Saved(query, key, value, query, lse, mask, seed, None, Options(*rest[4:]), TORCH)  # out is not read
+    return tangent.tangent(saved, Tangents(*rest[:4]))
+
+
+def _cpu_second_order(
+    grad_out: Tensor, grad_lse: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    saved, tangents = Saved._make((*args[:7], None, Options(*args[11:]), TORCH)), Tangents(*args[7:11])
+    out, lse, *grads, _ = tangent.second_order(grad_out, grad_lse, saved, tangents, False)
+    query, key, value = (allocate_grad(t).copy_(grad) for t, grad in zip(saved[:3], grads, strict=True))
+    return out, lse, query, key, value
+
+
+def _cpu_second_order_fake(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return *_forward_fake(query, key, value), allocate_grad(query), allocate_grad(key), allocate_grad(value)
+
+
 # --------------------------------------------------------------------------------------------------
 # Schemas
 
 
-_NARROW = "query heads at most half as wide as value heads, without mask, window and dropout, causal or not"
 _KEEP = {"cpu_dropout_keep": "dropout masks"}
 _WEIGHTS = {"cpu_attention_weights": "the float32 arithmetic between the products of a tile", **_KEEP}
-_FORWARD_PARTS = {"cpu_attention_forward": _NARROW, "cpu_attention_softmax": "the softmax of a float32 tile", **_KEEP}
+_FUSED = "float32 without softcap"
+_TANGENT_PARTS = {"cpu_attention_tangent": _FUSED, **_WEIGHTS}
+_SECOND_ORDER_PARTS = {"cpu_attention_second_order": f"{_FUSED}, and no gradient of the mask", **_WEIGHTS}
+_FORWARD_PARTS = {"cpu_attention_forward": _FUSED, "cpu_attention_softmax": "the softmax of a float32 tile", **_KEEP}
 _BACKWARD_PARTS = {
-    "cpu_attention_backward": _NARROW,
+    "cpu_attention_backward": f"{_FUSED}, and a gradient of a mask that has all queries and keys",
     "cpu_attention_softmax_backward": "the softmax gradient of a float32 tile",
     **_KEEP,
 }
@@ -248,7 +260,7 @@ define(
     _forward_fake,
     vmap_rule(query_at=0, mask_at=5, tangent_mask_at=11),
     check=checks.attention_tangent,
-    parts=_WEIGHTS,
+    parts=_TANGENT_PARTS,
     takes_namespace=True,
 )
 define(
@@ -260,12 +272,14 @@ define(
     _second_order_fake,
     vmap_rule(query_at=2, mask_at=7, tangent_mask_at=13, mask_grad=True),
     check=checks.attention_second_order,
-    parts=_WEIGHTS,
+    parts=_SECOND_ORDER_PARTS,
     takes_namespace=True,
 )
+_WINDOW = "float dropout_p, int window_left, int window_right, float scale"
 define(
     "helpers",
-    "cpu_attention_forward(Tensor query, Tensor key, Tensor value, bool is_causal, float scale) -> (Tensor, Tensor)",
+    f"cpu_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? seed, {_WINDOW}) "
+    "-> (Tensor, Tensor)",
     _cpu_forward,
     _forward_fake,
     check=checks.cpu_attention_forward,
@@ -273,10 +287,26 @@ define(
 define(
     "helpers",
     "cpu_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
-    "Tensor lse, bool is_causal, float scale) -> (Tensor, Tensor, Tensor)",
+    f"Tensor lse, Tensor? mask, Tensor? seed, {_WINDOW}, bool mask_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     _cpu_backward,
-    _cpu_backward_fake,
+    _backward_fake,
     check=checks.cpu_attention_backward,
+)
+define(
+    "helpers",
+    "cpu_attention_tangent(Tensor query, Tensor key, Tensor value, Tensor lse, Tensor? mask, Tensor? seed, "
+    f"{_TANGENTS}, {_WINDOW}) -> (Tensor, Tensor)",
+    _cpu_tangent,
+    _forward_fake,
+    check=checks.cpu_attention_tangent,
+)
+define(
+    "helpers",
+    "cpu_attention_second_order(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
+    f"Tensor lse, Tensor? mask, Tensor? seed, {_TANGENTS}, {_WINDOW}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _cpu_second_order,
+    _cpu_second_order_fake,
+    check=checks.cpu_attention_second_order,
 )
 define(
     "helpers",

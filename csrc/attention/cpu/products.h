@@ -1,0 +1,242 @@
+// Products of small matrices from registers, and the layouts that they read.
+//
+// Panels   columns in panels of kPanel:  element (k, j) at [j / kPanel][k][j % kPanel]
+// Groups   rows in groups of kGroup:     element (i, k) at [i / kGroup][k][i % kGroup]
+// Tile     kTile keys of scores:         element (i, j) at [i][j], rows kTileRow apart
+//
+// A product reads one column of a register tile's rows and one row of its columns per step, so both are contiguous
+// in Groups and Panels. Columns are padded with zeros to whole vectors, rows to whole groups.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "common/cpu/vector.h"
+#include "common/types.h"
+
+namespace fastgen::cpu {
+
+constexpr int kTile = 96;             // a multiple of every kPanel and kGroup
+constexpr int kTileRow = kTile + 16;  // an odd number of cache lines: a column is in all cache sets
+constexpr int kRowStep = 12;          // a multiple of every kGroup; memory is for a multiple of it
+static_assert(kTileRow / 16 % 2 == 1, "rows of a tile are an odd number of cache lines apart");
+
+FASTGEN_HOST_DEVICE constexpr int64_t round_up(int64_t count, int64_t step) { return ceil_div(count, step) * step; }
+
+// c[i][j] = (kAdd ? c[i][j] : 0) + sum over k of a[i * kARow + k * kAStep] * b[k * kBStep + j], for kRows rows and
+// kVectors vectors of columns.
+template <int kWidth, int kRows, int kVectors, int kARow, int kAStep, int kBStep, int kCRow, bool kAdd>
+FASTGEN_HOST_DEVICE void multiply_registers(const float* __restrict__ a, const float* __restrict__ b, int64_t steps,
+                                            float* __restrict__ c) {
+  static_assert(kRows <= 16 && kVectors <= 2, "the loops are unrolled");
+  Vector<kWidth> sums[kRows][kVectors] = {};
+  for (int64_t k = 0; k < steps; ++k) {
+    Vector<kWidth> row[kVectors];
+    FASTGEN_UNROLL
+    for (int v = 0; v < kVectors; ++v) row[v] = reinterpret_cast<const Vector<kWidth>*>(b + k * kBStep)[v];
+    FASTGEN_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const float factor = a[i * kARow + k * kAStep];
+      FASTGEN_UNROLL
+      for (int v = 0; v < kVectors; ++v) sums[i][v] += factor * row[v];
+    }
+  }
+  FASTGEN_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    FASTGEN_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      Vector<kWidth>& entry = reinterpret_cast<Vector<kWidth>*>(c + i * kCRow)[v];
+      entry = kAdd ? entry + sums[i][v] : sums[i][v];
+    }
+  }
+}
+
+// Columns of 8 floats of up to 8 rows: columns[c][i] = from[i * stride + c]. Elements of other rows are undefined.
+FASTGEN_HOST_DEVICE void load_columns(const float* from, int64_t stride, int rows, Vector<8> (&columns)[8]) {
+  Vector<8> a[8], b[8];
+  FASTGEN_UNROLL
+  for (int i = 0; i < 8; ++i) memcpy(&a[i], from + (i < rows ? i : 0) * stride, sizeof(a[i]));
+#if defined(__has_builtin) && !defined(__clang__)
+#if __has_builtin(__builtin_shufflevector)
+#define FASTGEN_SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#endif
+#endif
+#ifdef FASTGEN_SHUFFLE
+  FASTGEN_UNROLL
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = FASTGEN_SHUFFLE(a[i], a[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    b[i + 1] = FASTGEN_SHUFFLE(a[i], a[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  FASTGEN_UNROLL
+  for (int i = 0; i < 8; i += 4) {
+    for (int k = 0; k < 2; ++k) {
+      a[i + 2 * k] = FASTGEN_SHUFFLE(b[i + k], b[i + k + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      a[i + 2 * k + 1] = FASTGEN_SHUFFLE(b[i + k], b[i + k + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  }
+  FASTGEN_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    columns[i] = FASTGEN_SHUFFLE(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    columns[i + 4] = FASTGEN_SHUFFLE(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+#undef FASTGEN_SHUFFLE
+#else
+  for (int c = 0; c < 8; ++c) {
+    for (int i = 0; i < 8; ++i) columns[c][i] = a[i][c];
+  }
+  (void)b;
+#endif
+}
+
+// Register tiles: 12 x 2 accumulators of 16 floats use 24 of 32 registers, 6 x 2 of 8 or 4 floats use 12 of 16.
+template <int kWidth, int kGroup>
+struct Products {
+  static constexpr int kPanel = 2 * kWidth;
+  static_assert(kTile % kPanel == 0 && kRowStep % kGroup == 0 && kTile % kRowStep == 0, "no register tile is cut");
+
+  // Floats of ``count`` rows of Panels with ``dim`` columns.
+  static constexpr int64_t panels_size(int64_t count, int64_t dim) { return round_up(dim, kPanel) * count; }
+
+  // Tile = A B^T: A (rows, steps) in Groups ``a_group`` apart, B^T (steps, keys) in Panels ``b_panel`` apart.
+  FASTGEN_HOST_DEVICE static void scores(const float* a, int64_t a_group, int64_t rows, const float* b, int64_t b_panel,
+                                         int64_t keys, int64_t steps, float* tile) {
+    for (int64_t j = 0; j < keys; j += kPanel, b += b_panel) {
+      if (keys - j > kWidth) {
+        for (int64_t i = 0; i < rows; i += kGroup) {
+          multiply_registers<kWidth, kGroup, 2, 1, kGroup, kPanel, kTileRow, false>(a + i / kGroup * a_group, b, steps,
+                                                                                    tile + i * kTileRow + j);
+        }
+      } else {
+        for (int64_t i = 0; i < rows; i += kGroup) {
+          multiply_registers<kWidth, kGroup, 1, 1, kGroup, kPanel, kTileRow, false>(a + i / kGroup * a_group, b, steps,
+                                                                                    tile + i * kTileRow + j);
+        }
+      }
+    }
+  }
+
+  // C (rows, dim) += Tile B: B (keys, dim) and C in Panels.
+  FASTGEN_HOST_DEVICE static void add_product(const float* tile, int64_t rows, int64_t keys, const float* b,
+                                              int64_t b_panel, int64_t dim, float* c, int64_t c_panel) {
+    int64_t d = 0;
+    for (; d + kWidth < dim; d += kPanel, b += b_panel, c += c_panel) {
+      for (int64_t i = 0; i < rows; i += kGroup) {
+        multiply_registers<kWidth, kGroup, 2, kTileRow, 1, kPanel, kPanel, true>(tile + i * kTileRow, b, keys,
+                                                                                 c + i * kPanel);
+      }
+    }
+    if (d >= dim) return;
+    int64_t i = 0;
+    for (; i + kRowStep <= rows; i += kRowStep) {
+      multiply_registers<kWidth, kRowStep, 1, kTileRow, 1, kPanel, kPanel, true>(tile + i * kTileRow, b, keys,
+                                                                                 c + i * kPanel);
+    }
+    for (; i < rows; i += kGroup) {
+      multiply_registers<kWidth, kGroup, 1, kTileRow, 1, kPanel, kPanel, true>(tile + i * kTileRow, b, keys,
+                                                                               c + i * kPanel);
+    }
+  }
+
+  // C (keys, dim) += Tile^T B: B (rows, dim) and C in Panels. A few keys of the tile stay in L1 for all of B.
+  FASTGEN_HOST_DEVICE static void add_transposed(const float* tile, int64_t rows, int64_t keys, const float* b,
+                                                 int64_t b_panel, int64_t dim, float* c, int64_t c_panel) {
+    for (int64_t j = 0; j < keys; j += kRowStep, tile += kRowStep, c += kRowStep * kPanel) {
+      const float* panel = b;
+      float* target = c;
+      int64_t d = 0;
+      for (; d + kWidth < dim; d += kPanel, panel += b_panel, target += c_panel) {
+        for (int64_t i = 0; i < kRowStep && j + i < keys; i += kGroup) {
+          multiply_registers<kWidth, kGroup, 2, 1, kTileRow, kPanel, kPanel, true>(tile + i, panel, rows,
+                                                                                   target + i * kPanel);
+        }
+      }
+      if (d < dim) {
+        multiply_registers<kWidth, kRowStep, 1, 1, kTileRow, kPanel, kPanel, true>(tile, panel, rows, target);
+      }
+    }
+  }
+
+  // (rows, dim) times factor to Groups, with zeros up to ``padded`` rows; group g starts at to + g * to_group.
+  FASTGEN_HOST_DEVICE static void pack_groups(const float* from, int64_t stride, int64_t rows, int64_t padded,
+                                              int64_t dim, float factor, float* to, int64_t to_group) {
+    for (int64_t i = 0; i < padded; i += kGroup, from += kGroup * stride, to += to_group) {
+      const int64_t count = std::min<int64_t>(kGroup, rows - i);
+      int64_t d = 0;
+      for (; count == kGroup && d + 8 <= dim; d += 8) {
+        FASTGEN_UNROLL
+        for (int first = 0; first < kGroup; first += 8) {
+          constexpr int kMost = kGroup < 8 ? kGroup : 8;
+          Vector<8> columns[8];
+          load_columns(from + first * stride + d, stride, std::min(kMost, kGroup - first), columns);
+          FASTGEN_UNROLL
+          for (int c = 0; c < 8; ++c) {
+            columns[c] *= factor;
+            memcpy(to + (d + c) * kGroup + first, &columns[c],
+                   static_cast<size_t>(std::min(kMost, kGroup - first)) * sizeof(float));
+          }
+        }
+      }
+      for (; d < dim; ++d) {
+        for (int64_t r = 0; r < kGroup; ++r) to[d * kGroup + r] = r < count ? from[r * stride + d] * factor : 0.0f;
+      }
+    }
+  }
+
+  // (rows, dim) times factor to Panels of ``panel_rows`` rows, with zeros up to ``filled`` rows.
+  FASTGEN_HOST_DEVICE static void pack_panels(const float* from, int64_t stride, int64_t rows, int64_t filled,
+                                              int64_t panel_rows, int64_t dim, float factor, float* to) {
+    for (int64_t d = 0; d < dim; d += kPanel, to += panel_rows * kPanel) {
+      const int64_t width = std::min<int64_t>(kPanel, dim - d);
+      if (width == kPanel) {
+        for (int64_t i = 0; i < rows; ++i) {
+          FASTGEN_UNROLL
+          for (int v = 0; v < 2; ++v) {
+            reinterpret_cast<Vector<kWidth>*>(to + i * kPanel)[v] =
+                reinterpret_cast<const Vector<kWidth>*>(from + i * stride + d)[v] * factor;
+          }
+        }
+      } else {
+        for (int64_t i = 0; i < rows; ++i) {
+          for (int64_t c = 0; c < kPanel; ++c)
+            to[i * kPanel + c] = c < width ? from[i * stride + d + c] * factor : 0.0f;
+        }
+      }
+      std::fill(to + rows * kPanel, to + filled * kPanel, 0.0f);
+    }
+  }
+
+  // (rows, dim) transposed to Panels of (dim, rows), ``to_panel`` apart, with zeros in the last panel.
+  FASTGEN_HOST_DEVICE static void pack_transposed(const float* from, int64_t stride, int64_t rows, int64_t dim,
+                                                  float* to, int64_t to_panel) {
+    for (int64_t j = 0; j < rows; j += kPanel, to += to_panel) {
+      for (int64_t first = 0; first < kPanel; first += 8) {
+        int64_t d = 0;
+        for (; j + first + 8 <= rows && d + 8 <= dim; d += 8) {
+          Vector<8> columns[8];
+          load_columns(from + (j + first) * stride + d, stride, 8, columns);
+          FASTGEN_UNROLL
+          for (int c = 0; c < 8; ++c) memcpy(to + (d + c) * kPanel + first, &columns[c], sizeof(columns[c]));
+        }
+        for (; d < dim; ++d) {
+          for (int64_t i = first; i < first + 8; ++i) {
+            to[d * kPanel + i] = j + i < rows ? from[(j + i) * stride + d] : 0.0f;
+          }
+        }
+      }
+    }
+  }
+
+  // (rows, dim) of Panels of ``padded`` rows, times factor, to rows ``stride`` apart.
+  FASTGEN_HOST_DEVICE static void unpack_panels(const float* from, int64_t padded, int64_t rows, int64_t dim,
+                                                float factor, float* to, int64_t stride) {
+    for (int64_t d = 0; d < dim; d += kPanel, from += padded * kPanel) {
+      const int64_t width = std::min<int64_t>(kPanel, dim - d);
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t c = 0; c < width; ++c) to[i * stride + d + c] = from[i * kPanel + c] * factor;
+      }
+    }
+  }
+};
+
+}  // namespace fastgen::cpu

@@ -1,0 +1,111 @@
+// Arithmetic along the rows of tiles in vectors: exponentials, maxima and sums.
+#pragma once
+
+#include "attention/cpu/problem.h"
+#include "attention/cpu/products.h"
+#include "common/math.h"
+
+namespace fastgen::cpu {
+
+constexpr int kLanes = 32;  // columns at a time
+static_assert(kTile % kLanes == 0, "a tile is whole lanes, which are an even number of vectors");
+
+// The columns of a tile with ``keys`` keys that are written: products read whole groups of keys, rows whole lanes.
+FASTGEN_HOST_DEVICE constexpr int64_t written_width(int64_t keys) { return round_up(round_up(keys, kRowStep), kLanes); }
+
+template <int kWidth>
+using Ints __attribute__((vector_size(kWidth * sizeof(int32_t)))) = int32_t;
+
+template <int kWidth>
+FASTGEN_HOST_DEVICE Vector<kWidth>& vector_at(float* data) {
+  return *reinterpret_cast<Vector<kWidth>*>(data);
+}
+template <int kWidth>
+FASTGEN_HOST_DEVICE const Vector<kWidth>& vector_at(const float* data) {
+  return *reinterpret_cast<const Vector<kWidth>*>(data);
+}
+
+// x = e^x, as exp_float of common/math.h.
+template <int kWidth>
+FASTGEN_HOST_DEVICE void exp_vector(Vector<kWidth>& x) {
+  using Floats = Vector<kWidth>;
+  const Floats shifted = x * 1.44269504088896341f + kRound, n = shifted - kRound;
+  const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  Floats p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  Floats result = (Floats)((Ints<kWidth>)p + ((Ints<kWidth>)shifted << 23));
+  result = x > 88.7228394f ? kInfinity - Floats{} : result;
+  result = x < -87.3365479f ? Floats{} : result;
+  x = x == x ? result : x;
+}
+
+// other[i] = value[i ^ kStep].
+template <int kWidth, int kStep>
+FASTGEN_HOST_DEVICE void exchange(const Vector<kWidth>& value, Vector<kWidth>& other) {
+#if defined(__clang__)
+  for (int i = 0; i < kWidth; ++i) other[i] = value[i ^ kStep];
+#else
+  Ints<kWidth> lane;
+  for (int i = 0; i < kWidth; ++i) lane[i] = i ^ kStep;
+  other = __builtin_shuffle(value, lane);
+#endif
+}
+
+// The sum, or the largest, of the elements of a vector, in registers: log2(kWidth) steps.
+template <int kWidth, bool kSum, int kStep = kWidth / 2>
+FASTGEN_HOST_DEVICE float fold(Vector<kWidth>& value) {
+  if constexpr (kStep == 0) {
+    return value[0];
+  } else {
+    Vector<kWidth> other;
+    exchange<kWidth, kStep>(value, other);
+    value = kSum ? value + other : (other > value ? other : value);
+    return fold<kWidth, kSum, kStep / 2>(value);
+  }
+}
+
+// Two partial results of a row, which hides the latency of additions.
+template <int kWidth, bool kSum>
+struct Partials {
+  Vector<kWidth> even, odd;
+
+  FASTGEN_HOST_DEVICE explicit Partials(float value) : even(value - Vector<kWidth>{}), odd(even) {}
+  FASTGEN_HOST_DEVICE void add(Vector<kWidth>& partial, const Vector<kWidth>& term) {
+    partial = kSum ? partial + term : (term > partial ? term : partial);
+  }
+  FASTGEN_HOST_DEVICE float result() {
+    add(even, odd);
+    return fold<kWidth, kSum>(even);
+  }
+};
+template <int kWidth>
+using Sums = Partials<kWidth, true>;
+template <int kWidth>
+using Maxima = Partials<kWidth, false>;  // NaN is ignored
+
+// rowsum(dO * O) - dlse of one row. ``grad_lse`` may be absent.
+FASTGEN_HOST_DEVICE float row_delta(const Problem& p, const Operand& grad_out, const Operand& out,
+                                    const Operand& grad_lse, int64_t batch, int64_t head, int64_t row) {
+  const float *a = grad_out.at(batch, head, row), *b = out.at(batch, head, row);
+  constexpr int kSums = 8;
+  float sums[kSums] = {};
+  int64_t c = 0;
+  for (; c + kSums <= p.value_dim; c += kSums) {
+    for (int i = 0; i < kSums; ++i) sums[i] += a[c + i] * b[c + i];
+  }
+  for (int i = 0; c + i < p.value_dim; ++i) sums[i] += a[c + i] * b[c + i];
+  const float sum = ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
+  return sum - (grad_lse.data == nullptr ? 0.0f : *grad_lse.at(batch, head, row));
+}
+
+// lse of one row, +inf for a fully masked one: its weights e^(S - lse) are then 0.
+FASTGEN_HOST_DEVICE float row_lse(const Operand& lse, int64_t batch, int64_t head, int64_t row) {
+  const float value = *lse.at(batch, head, row);
+  return value == -kInfinity ? kInfinity : value;
+}
+
+}  // namespace fastgen::cpu

@@ -1,0 +1,396 @@
+// Parallel over (key head, part): a part is every parts-th tile of the head's query rows.
+//
+//   keys in Panels, for the products of both kinds; gradients of the part's keys = 0
+//   for each tile of query rows
+//     for each block of kTile keys      S = Q K^T, W = Gq K^T + Q Gk^T, dP = dO V^T, C = dO Gv^T
+//     for each row                      P, w = rowsum(P W), Pt = P (W - w), dS, r = rowsum(dO O'), dS2
+//     for each block of kTile keys      O' += Pt V + P Gv, dV += Pt^T dO,
+//                                       dK += dS2^T Q + dS^T Gq, dQ += dS2 K + dS Gk
+//   epilogue: dK, dV = sums over the parts, in a fixed order
+//
+// w and r are sums over all keys of a row, so the four matrices of a tile have all of them: a tile has as many rows as
+// keep these matrices in L2. The tangent alone has the matrices S and W and the product O'.
+#include "attention/cpu/second_order.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+
+#include "attention/cpu/key_sums.h"
+#include "attention/cpu/memory.h"
+#include "attention/cpu/products.h"
+#include "attention/cpu/rows.h"
+#include "common/cpu/levels.h"
+#include "common/math.h"
+
+namespace fastgen::cpu {
+namespace {
+
+constexpr int64_t kMatrixBytes = 768 * 1024;  // of a tile's matrices
+constexpr int64_t kMostRows = 96;
+
+// State shared by all tasks.
+struct Shared {
+  const SecondOrderParams& p;
+  bool grads, cross;    // second order; with a tangent of the value
+  int64_t rows, tiles;  // of queries: rows of a tile, tiles of a head
+  int64_t parts;        // of a key head
+  int64_t padded_keys;  // whole blocks
+  const KeySums* sums;  // of the second order
+
+  FASTGEN_HOST_DEVICE const Problem& problem() const { return p.problem; }
+  int64_t matrices() const { return grads ? (cross ? 4 : 3) : 2; }
+};
+
+// Memory of one thread.
+template <int kWidth, int kGroup>
+struct Workspace {
+  using Product = Products<kWidth, kGroup>;
+  // K^T and V^T, each followed by its tangent in every panel; K, V and their tangents.
+  float *keys_across, *values_across, *keys, *tangent_keys, *values, *tangent_values;
+  // Rows in Groups: tangent and query; grad_out. In Panels: query, tangent, grad_out.
+  float *row_groups, *grad_groups, *queries, *tangent_queries, *grad_out;
+  float *tangent_out, *grad_queries;          // in Panels
+  float *scores, *direction, *grads, *cross;  // a tile's matrices, (blocks, rows, kTileRow)
+  float *lse, *delta, *row, *keep;
+  int64_t size;
+
+  FASTGEN_HOST_DEVICE Workspace(const Shared& s, float* memory) {
+    const Problem& p = s.problem();
+    const int64_t key = Product::panels_size(1, p.key_dim), value = Product::panels_size(1, p.value_dim);
+    const int64_t keys_all = s.padded_keys, matrix = s.padded_keys / kTile * s.rows * kTileRow;
+    Cutter cut(memory);
+    keys_across = cut.take(keys_all * 2 * p.key_dim), values_across = cut.take(keys_all * 2 * p.value_dim);
+    keys = cut.take(keys_all * key), tangent_keys = cut.take(keys_all * key);
+    values = cut.take(keys_all * value), tangent_values = cut.take(keys_all * value);
+    row_groups = cut.take(s.rows * 2 * p.key_dim), grad_groups = cut.take(s.rows * p.value_dim);
+    queries = cut.take(s.rows * key), tangent_queries = cut.take(s.rows * key);
+    grad_out = cut.take(s.rows * value), tangent_out = cut.take(s.rows * value), grad_queries = cut.take(s.rows * key);
+    scores = cut.take(matrix), direction = cut.take(matrix);
+    grads = s.grads ? cut.take(matrix) : nullptr, cross = s.cross ? cut.take(matrix) : nullptr;
+    lse = cut.take(s.rows), delta = cut.take(s.rows), row = cut.take(s.rows), keep = cut.take(keys_all);
+    size = cut.used();
+  }
+};
+
+// One row of a tile: its block b of a matrix is kTile floats at ``matrix + b * stride``.
+struct RowOfTile {
+  float *scores, *direction, *grads, *cross;
+  const float* keep;  // kTile per block
+  int64_t blocks, stride, last_width;
+  float lse, delta;
+
+  FASTGEN_HOST_DEVICE int64_t width(int64_t block) const { return block + 1 < blocks ? kTile : last_width; }
+};
+
+// Everything between the products, for one row. Returns w; overwrites, as weights.h says, scores S with Pt keep,
+// direction W with P keep (dS2 with gradients and without cross), grads dO V^T with dS, cross dO Gv^T with dS2.
+template <int kWidth, bool kKeep, bool kGrads, bool kCross>
+FASTGEN_HOST_DEVICE float weigh_row(const RowOfTile& t) {
+  using Floats = Vector<kWidth>;
+  Sums<kWidth> totals(0.0f), means(0.0f), seconds(0.0f);
+  for (int64_t b = 0; b < t.blocks; ++b) {
+    float* scores = t.scores + b * t.stride;
+    const float* direction = t.direction + b * t.stride;
+    for (int64_t j = 0; j < t.width(b); j += 2 * kWidth) {
+      Floats even = vector_at<kWidth>(scores + j) - t.lse, odd = vector_at<kWidth>(scores + j + kWidth) - t.lse;
+      exp_vector<kWidth>(even), exp_vector<kWidth>(odd);
+      vector_at<kWidth>(scores + j) = even, vector_at<kWidth>(scores + j + kWidth) = odd;
+      totals.even += even, totals.odd += odd;
+      means.even += even * vector_at<kWidth>(direction + j),
+          means.odd += odd * vector_at<kWidth>(direction + j + kWidth);
+    }
+  }
+  // The logsumexp may be that of scores that were rounded otherwise: the weights are made to sum to 1.
+  const float total = totals.result(), inverse = total == 0.0f ? 0.0f : 1.0f / total, mean = means.result() * inverse;
+  for (int64_t b = 0; kGrads && b < t.blocks; ++b) {  // r = rowsum(dO * O')
+    const int64_t at = b * t.stride;
+    const auto term = [&](int64_t j, Floats& sum) __attribute__((always_inline)) {
+      Floats both = (vector_at<kWidth>(t.direction + at + j) - mean) * vector_at<kWidth>(t.grads + at + j);
+      if constexpr (kCross) both += vector_at<kWidth>(t.cross + at + j);
+      if constexpr (kKeep) both *= vector_at<kWidth>(t.keep + b * kTile + j);
+      sum += vector_at<kWidth>(t.scores + at + j) * both;
+    };
+    for (int64_t j = 0; j < t.width(b); j += 2 * kWidth) term(j, seconds.even), term(j + kWidth, seconds.odd);
+  }
+  const float second_row = kGrads ? seconds.result() * inverse : 0.0f;
+  for (int64_t b = 0; b < t.blocks; ++b) {
+    for (int64_t j = 0, at = b * t.stride; j < t.width(b); j += kWidth, at += kWidth) {
+      Floats &scores = vector_at<kWidth>(t.scores + at), &direction = vector_at<kWidth>(t.direction + at);
+      const Floats weight = scores * inverse, centred = direction - mean;
+      Floats dropped = weight, grad = {}, crossed = {};
+      if constexpr (kGrads) grad = vector_at<kWidth>(t.grads + at);
+      if constexpr (kCross) crossed = vector_at<kWidth>(t.cross + at);
+      if constexpr (kKeep) {
+        const Floats factor = vector_at<kWidth>(t.keep + b * kTile + j);
+        dropped *= factor, grad *= factor, crossed *= factor;
+      }
+      scores = dropped * centred;
+      if constexpr (kGrads) {
+        const Floats first = weight * (grad - t.delta), second = centred * first + weight * (crossed - second_row);
+        vector_at<kWidth>(t.grads + at) = first;
+        if constexpr (kCross) vector_at<kWidth>(t.cross + at) = second;
+        direction = kCross ? dropped : second;
+      } else {
+        direction = dropped;
+      }
+    }
+  }
+  return mean;
+}
+
+// One tile: ``rows`` query rows from ``first`` on, and all keys that they attend to.
+template <int kWidth, int kGroup>
+struct TileOfRows {
+  using Product = Products<kWidth, kGroup>;
+  static constexpr int kPanel = Product::kPanel;
+  const Shared& s;
+  const Workspace<kWidth, kGroup>& w;
+  int64_t batch, head, first, rows, padded, first_block, blocks, stride;
+
+  FASTGEN_HOST_DEVICE TileOfRows(const Shared& shared, const Workspace<kWidth, kGroup>& workspace, int64_t b, int64_t h,
+                                 int64_t start)
+      : s(shared), w(workspace), batch(b), head(h), first(start) {
+    const Problem& p = s.problem();
+    rows = std::min(s.rows, p.queries - first), padded = round_up(rows, kGroup), stride = s.rows * kTileRow;
+    const int64_t begin = p.first_key(first), end = p.end_key(first + rows - 1);
+    first_block = begin / kTile, blocks = std::max<int64_t>(0, ceil_div(end, kTile) - first_block);
+  }
+
+  FASTGEN_HOST_DEVICE int64_t keys_of(int64_t block) const {
+    return std::min<int64_t>(kTile, s.problem().keys - (first_block + block) * kTile);
+  }
+
+  FASTGEN_HOST_DEVICE void load_rows() const {
+    const Problem& p = s.problem();
+    const int64_t dim = p.key_dim, group = 2 * dim * kGroup;
+    const auto load = [&](const Operand& from, float* groups, float* panels) __attribute__((always_inline)) {
+      if (from.data == nullptr) return;
+      const float* data = from.at(batch, head, first);
+      Product::pack_groups(data, from.strides[2], rows, padded, dim, p.scale, groups, group);
+      if (s.grads) Product::pack_panels(data, from.strides[2], rows, padded, padded, dim, p.scale, panels);
+    };
+    load(s.p.tangent_query, w.row_groups, w.tangent_queries);
+    load(p.query, w.row_groups + dim * kGroup, w.queries);
+    std::fill_n(w.tangent_out, Product::panels_size(padded, p.value_dim), 0.0f);
+    for (int64_t i = 0; i < rows; ++i) w.lse[i] = row_lse(s.p.lse, batch, head, first + i);
+    if (!s.grads) return;
+    std::fill_n(w.grad_queries, Product::panels_size(padded, dim), 0.0f);
+    const Operand &grad = s.p.grad_out, &out = s.p.out;
+    Product::pack_groups(grad.at(batch, head, first), grad.strides[2], rows, padded, p.value_dim, 1.0f, w.grad_groups,
+                         p.value_dim * kGroup);
+    Product::pack_panels(grad.at(batch, head, first), grad.strides[2], rows, padded, padded, p.value_dim, 1.0f,
+                         w.grad_out);
+    for (int64_t i = 0; i < rows; ++i) {
+      w.delta[i] = row_delta(p, grad, out, s.p.grad_lse, batch, head, first + i);
+    }
+  }
+
+  FASTGEN_HOST_DEVICE void multiply_to_scores(int64_t block) const {
+    const Problem& p = s.problem();
+    const int64_t dim = p.key_dim, wide = p.value_dim, at = block * stride, key = (first_block + block) * kTile;
+    const bool of_query = s.p.tangent_query.data != nullptr, of_key = s.p.tangent_key.data != nullptr;
+    const float *across = w.keys_across + key * 2 * dim, *values = w.values_across + key * 2 * wide;
+    struct Scores {
+      const float *rows, *keys;     // in Groups and in Panels
+      int64_t group, panel, steps;  // steps: 0 without a direction; two products that are added are one
+      float* matrix;
+    };
+    const int64_t group = 2 * dim * kGroup, panel = 2 * dim * kPanel, wide_panel = 2 * wide * kPanel;
+    const int64_t first_part = of_query ? 0 : dim;
+    const Scores all[] = {
+        {w.row_groups + dim * kGroup, across, group, panel, dim, w.scores},
+        {w.row_groups + first_part * kGroup, across + first_part * kPanel, group, panel, (of_query + of_key) * dim,
+         w.direction},
+        {w.grad_groups, values, wide * kGroup, wide_panel, wide, w.grads},
+        {w.grad_groups, values + wide * kPanel, wide * kGroup, wide_panel, wide, w.cross},
+    };
+    for (const Scores& one : all) {  // a loop, since every product is inlined
+      if (one.matrix == nullptr) continue;
+      Product::scores(one.rows, one.group, padded, one.keys, one.panel, keys_of(block), one.steps, one.matrix + at);
+    }
+  }
+
+  // Masks the scores of row i. Elsewhere than at keys that it attends to, the other matrices are zeros.
+  FASTGEN_HOST_DEVICE void mask_row(int64_t i) const {
+    const Problem& p = s.problem();
+    const int64_t row = first + i, begin = p.first_key(row), end = p.end_key(row);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t key = (first_block + b) * kTile, at = b * stride + i * kTileRow;
+      const int64_t from = std::clamp<int64_t>(begin - key, 0, kTile), to = std::clamp<int64_t>(end - key, from, kTile);
+      if (p.mask) p.mask.apply(batch, head, row, key + from, to - from, w.scores + at + from);
+      if (s.p.tangent_mask) s.p.tangent_mask.apply(batch, head, row, key + from, to - from, w.direction + at + from);
+      if (from == 0 && to == kTile) continue;
+      const auto clear = [&](float* matrix, float value) __attribute__((always_inline)) {
+        if (matrix == nullptr) return;
+        std::fill_n(matrix + at, from, value);
+        std::fill(matrix + at + to, matrix + at + kTile, value);
+      };
+      clear(w.scores, -kInfinity), clear(w.direction, 0.0f), clear(w.grads, 0.0f), clear(w.cross, 0.0f);
+    }
+  }
+
+  FASTGEN_HOST_DEVICE void weigh() const {
+    const Problem& p = s.problem();
+    const bool keep = p.seeds != nullptr;
+    for (int64_t i = 0; i < rows; ++i) {
+      mask_row(i);
+      if (keep && blocks > 0) {
+        const int64_t begin = first_block * kTile, end = std::min(p.keys, (first_block + blocks) * kTile);
+        p.keep_row(batch, head, first + i, begin, end, w.keep);
+        std::fill(w.keep + (end - begin), w.keep + blocks * kTile, 0.0f);
+      }
+      const auto of = [&](float* matrix) { return matrix == nullptr ? nullptr : matrix + i * kTileRow; };
+      const RowOfTile row{of(w.scores), of(w.direction),
+                          of(w.grads),  of(w.cross),
+                          w.keep,       blocks,
+                          stride,       written_width(keys_of(blocks - 1)),
+                          w.lse[i],     s.grads ? w.delta[i] : 0.0f};
+      if (!s.grads) {
+        w.row[i] = keep ? weigh_row<kWidth, true, false, false>(row) : weigh_row<kWidth, false, false, false>(row);
+      } else if (!s.cross) {
+        w.row[i] = keep ? weigh_row<kWidth, true, true, false>(row) : weigh_row<kWidth, false, true, false>(row);
+      } else {
+        w.row[i] = keep ? weigh_row<kWidth, true, true, true>(row) : weigh_row<kWidth, false, true, true>(row);
+      }
+    }
+    for (float* matrix : {w.scores, w.direction, w.grads, w.cross}) {  // rows past the end
+      for (int64_t b = 0; matrix != nullptr && b < blocks; ++b) {
+        std::fill_n(matrix + b * stride + rows * kTileRow, (padded - rows) * kTileRow, 0.0f);
+      }
+    }
+  }
+
+  FASTGEN_HOST_DEVICE void multiply_from_scores(int64_t block, float* grad_keys, float* grad_values) const {
+    const Problem& p = s.problem();
+    const int64_t keys = keys_of(block), at = block * stride, key = (first_block + block) * kTile * kPanel;
+    const int64_t all = s.padded_keys * kPanel, tall = padded * kPanel, dim = p.key_dim, wide = p.value_dim;
+    const float *scores = w.scores + at, *direction = w.direction + at;
+    const float* grads = s.grads ? w.grads + at : nullptr;
+    const float* second = s.cross ? w.cross + at : direction;
+    const bool of_query = s.p.tangent_query.data != nullptr, of_key = s.p.tangent_key.data != nullptr;
+    struct Sum {
+      bool present;
+      const float *tile, *b;
+      float* c;
+      int64_t dim;
+    };
+    const Sum of_rows[] = {
+        {true, scores, w.values + key, w.tangent_out, wide},
+        {s.p.tangent_value.data != nullptr, direction, w.tangent_values + key, w.tangent_out, wide},
+        {s.grads, second, w.keys + key, w.grad_queries, dim},
+        {s.grads && of_key, grads, w.tangent_keys + key, w.grad_queries, dim},
+    };
+    for (const Sum& one : of_rows) {
+      if (one.present) Product::add_product(one.tile, padded, keys, one.b, all, one.dim, one.c, tall);
+    }
+    if (!s.grads) return;
+    const Sum of_keys[] = {
+        {true, scores, w.grad_out, grad_values + key, wide},
+        {true, second, w.queries, grad_keys + key, dim},
+        {of_query, grads, w.tangent_queries, grad_keys + key, dim},
+    };
+    for (const Sum& one : of_keys) {
+      if (one.present) Product::add_transposed(one.tile, padded, keys, one.b, tall, one.dim, one.c, all);
+    }
+  }
+
+  FASTGEN_HOST_DEVICE void store_rows() const {
+    const Problem& p = s.problem();
+    const Result &out = s.p.tangent_out, &grad = s.p.grad_query;
+    Product::unpack_panels(w.tangent_out, padded, rows, p.value_dim, 1.0f, out.at(batch, head, first), out.strides[2]);
+    for (int64_t i = 0; i < rows; ++i) *s.p.tangent_lse.at(batch, head, first + i) = w.row[i];
+    if (!s.grads) return;
+    Product::unpack_panels(w.grad_queries, padded, rows, p.key_dim, p.scale, grad.at(batch, head, first),
+                           grad.strides[2]);
+  }
+};
+
+template <int kWidth, int kGroup>
+FASTGEN_HOST_DEVICE void load_keys(const Shared& s, const Workspace<kWidth, kGroup>& w, int64_t batch, int64_t head) {
+  using Product = Products<kWidth, kGroup>;
+  constexpr int kPanel = Product::kPanel;
+  const Problem& p = s.problem();
+  const auto load = [&](const Operand& from, int64_t dim, float* across, float* along) __attribute__((always_inline)) {
+    if (from.data == nullptr) return;
+    const float* data = from.at(batch, head, 0);
+    if (across != nullptr) Product::pack_transposed(data, from.strides[2], p.keys, dim, across, 2 * dim * kPanel);
+    if (along != nullptr) Product::pack_panels(data, from.strides[2], p.keys, p.keys, s.padded_keys, dim, 1.0f, along);
+  };
+  load(p.key, p.key_dim, w.keys_across, s.grads ? w.keys : nullptr);
+  load(s.p.tangent_key, p.key_dim, w.keys_across + p.key_dim * kPanel, s.grads ? w.tangent_keys : nullptr);
+  load(p.value, p.value_dim, s.grads ? w.values_across : nullptr, w.values);
+  load(s.p.tangent_value, p.value_dim, s.grads ? w.values_across + p.value_dim * kPanel : nullptr, w.tangent_values);
+}
+
+template <int kWidth, int kGroup>
+FASTGEN_HOST_DEVICE int64_t workspace_size(const Shared& s) {
+  return Workspace<kWidth, kGroup>(s, nullptr).size;
+}
+
+template <int kWidth, int kGroup>
+FASTGEN_HOST_DEVICE void run_part(const Shared& s, float* memory, int64_t batch, int64_t key_head, int64_t part) {
+  const Problem& p = s.problem();
+  const Workspace<kWidth, kGroup> w(s, memory);
+  load_keys<kWidth, kGroup>(s, w, batch, key_head);
+  float *grad_keys = nullptr, *grad_values = nullptr;
+  if (s.grads) {
+    grad_keys = s.sums->of(batch, key_head, part);
+    grad_values = grad_keys + Products<kWidth, kGroup>::panels_size(s.padded_keys, p.key_dim);
+    std::fill_n(grad_keys, s.sums->size, 0.0f);
+  }
+  const int64_t groups = p.heads / p.key_heads;
+  for (int64_t item = part; item < groups * s.tiles; item += s.parts) {
+    const TileOfRows<kWidth, kGroup> tile(s, w, batch, key_head * groups + item / s.tiles, item % s.tiles * s.rows);
+    tile.load_rows();
+    for (int64_t block = 0; block < tile.blocks; ++block) tile.multiply_to_scores(block);
+    tile.weigh();
+    for (int64_t block = 0; block < tile.blocks; ++block) tile.multiply_from_scores(block, grad_keys, grad_values);
+    tile.store_rows();
+  }
+}
+
+template <int kWidth, int kGroup>
+FASTGEN_HOST_DEVICE void store_keys(const Shared& s, int64_t batch, int64_t key_head, int64_t first, int64_t rows) {
+  store_key_sums<Products<kWidth, kGroup>>(*s.sums, s.problem(), s.p.grad_key, s.p.grad_value, batch, key_head, first,
+                                           rows);
+}
+
+void run(const SecondOrderParams& params, bool grads) {
+  const Problem& p = params.problem;
+  const int64_t key_heads = p.batch * p.key_heads;
+  Shared s{params, grads, grads && params.tangent_value.data != nullptr, 0, 0, 0, round_up(p.keys, kTile), nullptr};
+  const int64_t row_bytes = s.matrices() * s.padded_keys / kTile * kTileRow * static_cast<int64_t>(sizeof(float));
+  const int64_t most = std::clamp<int64_t>(kMatrixBytes / row_bytes / kRowStep * kRowStep, kRowStep, kMostRows);
+  s.rows = p.tile_rows(most, kRowStep);
+  s.tiles = ceil_div(p.queries, s.rows);
+  s.parts = parts_of(p, p.heads / p.key_heads * s.tiles);
+  const auto part = for_level<run_part<4, 6>, run_part<8, 6>, run_part<16, 12>>();
+  const auto store = for_level<store_keys<4, 6>, store_keys<8, 6>, store_keys<16, 12>>();
+  const int64_t workspace = for_level<workspace_size<4, 6>, workspace_size<8, 6>, workspace_size<16, 12>>()(s);
+  std::optional<KeySums> sums;
+  if (grads) s.sums = &sums.emplace(p, s.parts);
+  torch::stable::parallel_for(0, key_heads * s.parts, 1, [&](int64_t begin, int64_t end) {
+    const Memory memory = allocate(workspace);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t head = item / s.parts;
+      part(s, memory.get(), head / p.key_heads, head % p.key_heads, item % s.parts);
+    }
+  });
+  if (!grads) return;
+  const int64_t blocks = s.padded_keys / kTile;
+  torch::stable::parallel_for(0, key_heads * blocks, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t head = item / blocks, first = item % blocks * kTile;
+      store(s, head / p.key_heads, head % p.key_heads, first, std::min<int64_t>(kTile, p.keys - first));
+    }
+  });
+}
+
+}  // namespace
+
+void attention_tangent(const SecondOrderParams& params) { run(params, false); }
+
+void attention_second_order(const SecondOrderParams& params) { run(params, true); }
+
+}  // namespace fastgen::cpu
