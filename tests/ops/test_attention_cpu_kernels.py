@@ -141,6 +141,19 @@ def test_the_kernels_of_second_order_are_as_accurate_as_the_plain_formula(case, 
     call.check(tangents, reference.attention_tangent, directions=directions, names=("out", "lse"))
 
 
+def test_directions_with_a_large_part_in_common_lose_no_more_digits_than_in_the_formula():
+    """w is of the size of that part, and what counts is the difference from it."""
+    call = Call((1, 2, 2, 50, 300, 16, 16))
+    call.directions[1] += 100.0
+    out, lse = call.results()
+    ours = cpu_kernel("cpu_attention_second_order")(
+        *call.upstream, *call.tensors, out, lse, None, None, *call.directions, None, *call.options
+    )
+    names = ("grad of grad_out", "grad of grad_lse", "query", "key", "value")
+    directions = [*call.directions, None]
+    call.check(ours, reference.attention_second_order, *call.upstream, directions=directions, names=names)
+
+
 def test_a_row_without_weights_gives_no_gradients():
     call = Call((1, 1, 1, 5, 7, 8, 16))
     nothing, out = torch.full((1, 1, 5), -math.inf), torch.zeros(1, 1, 5, 16)

@@ -25,8 +25,8 @@
 namespace fastgen::cpu {
 namespace {
 
-constexpr int64_t kRows = 48;   // of a tile
-constexpr int64_t kBlocks = 3;  // blocks of scores at a time; with kRows, they take 63 KiB
+constexpr int64_t kRows = 72;   // of a tile
+constexpr int64_t kBlocks = 2;  // blocks of scores at a time; with kRows, they take 63 KiB
 
 struct Shared {
   const ForwardParams& p;
@@ -67,7 +67,7 @@ struct RowOfScores {
 
 // Online softmax: replaces scores by e^(score - row_max), without dropped ones; returns the factor that rescales
 // earlier sums.
-template <int kWidth>
+template <int kWidth, bool kKeep>
 FASTGEN_HOST_DEVICE float softmax_row(const RowOfScores& t, float& row_max, float& row_sum) {
   Maxima<kWidth> maxima(row_max);
   for (int64_t b = 0; b < t.blocks; ++b) {
@@ -81,12 +81,12 @@ FASTGEN_HOST_DEVICE float softmax_row(const RowOfScores& t, float& row_max, floa
   Sums<kWidth> sums(0.0f);
   for (int64_t b = 0; b < t.blocks; ++b) {
     float* scores = t.scores + b * t.stride;
-    const float* keep = t.keep == nullptr ? nullptr : t.keep + b * kTile;
+    [[maybe_unused]] const float* keep = kKeep ? t.keep + b * kTile : nullptr;
     for (int64_t j = 0; j < t.width(b); j += 2 * kWidth) {
       Vector<kWidth> even = vector_at<kWidth>(scores + j) - shift, odd = vector_at<kWidth>(scores + j + kWidth) - shift;
       exp_vector<kWidth>(even), exp_vector<kWidth>(odd);
       sums.add(sums.even, even), sums.add(sums.odd, odd);
-      if (keep != nullptr) even *= vector_at<kWidth>(keep + j), odd *= vector_at<kWidth>(keep + j + kWidth);
+      if constexpr (kKeep) even *= vector_at<kWidth>(keep + j), odd *= vector_at<kWidth>(keep + j + kWidth);
       vector_at<kWidth>(scores + j) = even, vector_at<kWidth>(scores + j + kWidth) = odd;
     }
   }
@@ -135,7 +135,8 @@ FASTGEN_HOST_DEVICE void run_tile(const Shared& s, const Workspace<kWidth, kGrou
       }
       const RowOfScores row{w.scores + i * kTileRow, p.seeds == nullptr ? nullptr : w.keep, blocks, stride,
                             written_width(last_keys)};
-      const float factor = softmax_row<kWidth>(row, w.row_max[i], w.row_sum[i]);
+      const float factor = row.keep == nullptr ? softmax_row<kWidth, false>(row, w.row_max[i], w.row_sum[i])
+                                               : softmax_row<kWidth, true>(row, w.row_max[i], w.row_sum[i]);
       if (factor != 1.0f) scale_row<kPanel>(w.out, padded, i, p.value_dim, factor);
     }
     for (int64_t b = 0; b < blocks; ++b) {

@@ -30,6 +30,12 @@ class Cutter {
     used_ += ceil_div(count, 16) * 16;
     return array;
   }
+  // The same for other types, which need no more than 64-byte alignment and no destructor.
+  template <typename T>
+  T* take_of(int64_t count) {
+    static_assert(alignof(T) <= 64 && sizeof(T) % sizeof(float) == 0, "cut from aligned floats");
+    return reinterpret_cast<T*>(take(count * static_cast<int64_t>(sizeof(T) / sizeof(float))));
+  }
   int64_t used() const { return used_; }
 
  private:

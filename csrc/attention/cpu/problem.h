@@ -48,8 +48,13 @@ struct Mask {
     } else if (strides[3] == 0) {
       if (!allowed[at]) std::fill_n(scores, count, -kInfinity);
     } else {
-      const bool* __restrict__ mask = allowed + at;
-      for (int64_t j = 0; j < count; ++j) scores[j] = mask[j] ? scores[j] : -kInfinity;
+      // Without a branch, which compilers do not vectorize here.
+      const uint8_t* __restrict__ mask = reinterpret_cast<const uint8_t*>(allowed + at);
+      constexpr uint32_t kMinusInfinity = 0xff800000u;
+      for (int64_t j = 0; j < count; ++j) {
+        const uint32_t kept = 0u - static_cast<uint32_t>(mask[j] != 0);
+        scores[j] = bits_to_float((float_to_bits(scores[j]) & kept) | (kMinusInfinity & ~kept));
+      }
     }
   }
 };

@@ -52,11 +52,13 @@ FASTGEN_HOST_DEVICE void multiply_registers(const float* __restrict__ a, const f
   }
 }
 
-// Columns of 8 floats of up to 8 rows: columns[c][i] = from[i * stride + c]. Elements of other rows are undefined.
-FASTGEN_HOST_DEVICE void load_columns(const float* from, int64_t stride, int rows, Vector<8> (&columns)[8]) {
+// Columns of 8 floats of kRows rows, at most 8: columns[c][i] = from[i * stride + c]. Elements of other rows are
+// undefined.
+template <int kRows>
+FASTGEN_HOST_DEVICE void load_columns(const float* from, int64_t stride, Vector<8> (&columns)[8]) {
   Vector<8> a[8], b[8];
   FASTGEN_UNROLL
-  for (int i = 0; i < 8; ++i) memcpy(&a[i], from + (i < rows ? i : 0) * stride, sizeof(a[i]));
+  for (int i = 0; i < 8; ++i) a[i] = *reinterpret_cast<const Vector<8>*>(from + (i < kRows ? i : 0) * stride);
 #if defined(__has_builtin) && !defined(__clang__)
 #if __has_builtin(__builtin_shufflevector)
 #define FASTGEN_SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
@@ -164,22 +166,25 @@ struct Products {
       const int64_t count = std::min<int64_t>(kGroup, rows - i);
       int64_t d = 0;
       for (; count == kGroup && d + 8 <= dim; d += 8) {
-        FASTGEN_UNROLL
-        for (int first = 0; first < kGroup; first += 8) {
-          constexpr int kMost = kGroup < 8 ? kGroup : 8;
-          Vector<8> columns[8];
-          load_columns(from + first * stride + d, stride, std::min(kMost, kGroup - first), columns);
-          FASTGEN_UNROLL
-          for (int c = 0; c < 8; ++c) {
-            columns[c] *= factor;
-            memcpy(to + (d + c) * kGroup + first, &columns[c],
-                   static_cast<size_t>(std::min(kMost, kGroup - first)) * sizeof(float));
-          }
-        }
+        constexpr int kFirst = kGroup < 8 ? kGroup : 8, kRest = kGroup - kFirst;
+        copy_columns<kFirst>(from + d, stride, factor, to + d * kGroup);
+        if constexpr (kRest > 0) copy_columns<kRest>(from + 8 * stride + d, stride, factor, to + d * kGroup + 8);
       }
       for (; d < dim; ++d) {
         for (int64_t r = 0; r < kGroup; ++r) to[d * kGroup + r] = r < count ? from[r * stride + d] * factor : 0.0f;
       }
+    }
+  }
+
+  // 8 columns of kRows rows, times factor, to columns kGroup apart.
+  template <int kRows>
+  FASTGEN_HOST_DEVICE static void copy_columns(const float* from, int64_t stride, float factor, float* to) {
+    Vector<8> columns[8];
+    load_columns<kRows>(from, stride, columns);
+    FASTGEN_UNROLL
+    for (int c = 0; c < 8; ++c) {
+      columns[c] *= factor;
+      memcpy(to + c * kGroup, &columns[c], kRows * sizeof(float));
     }
   }
 
@@ -210,18 +215,22 @@ struct Products {
   FASTGEN_HOST_DEVICE static void pack_transposed(const float* from, int64_t stride, int64_t rows, int64_t dim,
                                                   float* to, int64_t to_panel) {
     for (int64_t j = 0; j < rows; j += kPanel, to += to_panel) {
-      for (int64_t first = 0; first < kPanel; first += 8) {
+      // The second vector of a panel is read only if it has keys.
+      const int64_t end = rows - j > kWidth ? kPanel : round_up(kWidth, 8);
+      for (int64_t first = 0; first < end; first += 8) {
         int64_t d = 0;
         for (; j + first + 8 <= rows && d + 8 <= dim; d += 8) {
           Vector<8> columns[8];
-          load_columns(from + (j + first) * stride + d, stride, 8, columns);
+          load_columns<8>(from + (j + first) * stride + d, stride, columns);
           FASTGEN_UNROLL
-          for (int c = 0; c < 8; ++c) memcpy(to + (d + c) * kPanel + first, &columns[c], sizeof(columns[c]));
+          for (int c = 0; c < 8; ++c) *reinterpret_cast<Vector<8>*>(to + (d + c) * kPanel + first) = columns[c];
         }
+        if (d == dim) continue;
+        const int64_t count = std::clamp<int64_t>(rows - j - first, 0, 8);
         for (; d < dim; ++d) {
-          for (int64_t i = first; i < first + 8; ++i) {
-            to[d * kPanel + i] = j + i < rows ? from[(j + i) * stride + d] : 0.0f;
-          }
+          float* __restrict__ column = to + d * kPanel + first;
+          for (int64_t i = 0; i < count; ++i) column[i] = from[(j + first + i) * stride + d];
+          for (int64_t i = count; i < 8; ++i) column[i] = 0.0f;
         }
       }
     }

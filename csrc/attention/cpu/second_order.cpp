@@ -3,30 +3,34 @@
 //   keys in Panels, for the products of both kinds; gradients of the part's keys = 0
 //   for each tile of query rows
 //     for each block of kTile keys      S = Q K^T, W = Gq K^T + Q Gk^T, dP = dO V^T, C = dO Gv^T
-//     for each row                      P, w = rowsum(P W), Pt = P (W - w), dS, r = rowsum(dO O'), dS2
-//     for each block of kTile keys      O' += Pt V + P Gv, dV += Pt^T dO,
+//                                       P = e^(S - lse), sums of the rows
+//     for each row                      w = rowsum(P W), r = rowsum(dO O')
+//     for each block of kTile keys      Pt = P (W - w), dS = P (dP - delta), dS2 = (W - w) dS + P (C - r)
+//                                       O' += Pt V + P Gv, dV += Pt^T dO,
 //                                       dK += dS2^T Q + dS^T Gq, dQ += dS2 K + dS Gk
 //   epilogue: dK, dV = sums over the parts, in a fixed order
 //
 // w and r are sums over all keys of a row, so the four matrices of a tile have all of them: a tile has as many rows as
-// keep these matrices in L2. The tangent alone has the matrices S and W and the product O'.
+// keep these matrices in a core's share of the last cache. The tangent alone has the matrices S and W and the product
+// O'.
 #include "attention/cpu/second_order.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <optional>
+#include <type_traits>
 
 #include "attention/cpu/key_sums.h"
 #include "attention/cpu/memory.h"
 #include "attention/cpu/products.h"
-#include "attention/cpu/rows.h"
+#include "attention/cpu/second_order_rows.h"
 #include "common/cpu/levels.h"
 #include "common/math.h"
 
 namespace fastgen::cpu {
 namespace {
 
-constexpr int64_t kMatrixBytes = 768 * 1024;  // of a tile's matrices
+constexpr int64_t kMatrixBytes = 2 * 1024 * 1024;  // of a tile's matrices
 constexpr int64_t kMostRows = 96;
 
 // State shared by all tasks.
@@ -39,7 +43,7 @@ struct Shared {
   const KeySums* sums;  // of the second order
 
   FASTGEN_HOST_DEVICE const Problem& problem() const { return p.problem; }
-  int64_t matrices() const { return grads ? (cross ? 4 : 3) : 2; }
+  int64_t matrices() const { return (grads ? (cross ? 4 : 3) : 2) + (p.problem.seeds != nullptr); }
 };
 
 // Memory of one thread.
@@ -50,9 +54,11 @@ struct Workspace {
   float *keys_across, *values_across, *keys, *tangent_keys, *values, *tangent_values;
   // Rows in Groups: tangent and query; grad_out. In Panels: query, tangent, grad_out.
   float *row_groups, *grad_groups, *queries, *tangent_queries, *grad_out;
-  float *tangent_out, *grad_queries;          // in Panels
-  float *scores, *direction, *grads, *cross;  // a tile's matrices, (blocks, rows, kTileRow)
-  float *lse, *delta, *row, *keep;
+  float *tangent_out, *grad_queries;                 // in Panels
+  float *scores, *direction, *grads, *cross, *keep;  // a tile's matrices, (blocks, rows, kTileRow)
+  float *lse, *delta;
+  RowSums<kWidth>* sums;
+  RowResults* row;
   int64_t size;
 
   FASTGEN_HOST_DEVICE Workspace(const Shared& s, float* memory) {
@@ -68,76 +74,12 @@ struct Workspace {
     grad_out = cut.take(s.rows * value), tangent_out = cut.take(s.rows * value), grad_queries = cut.take(s.rows * key);
     scores = cut.take(matrix), direction = cut.take(matrix);
     grads = s.grads ? cut.take(matrix) : nullptr, cross = s.cross ? cut.take(matrix) : nullptr;
-    lse = cut.take(s.rows), delta = cut.take(s.rows), row = cut.take(s.rows), keep = cut.take(keys_all);
+    keep = p.seeds != nullptr ? cut.take(matrix) : nullptr;
+    lse = cut.take(s.rows), delta = cut.take(s.rows);
+    sums = cut.template take_of<RowSums<kWidth>>(s.rows), row = cut.template take_of<RowResults>(s.rows);
     size = cut.used();
   }
 };
-
-// One row of a tile: its block b of a matrix is kTile floats at ``matrix + b * stride``.
-struct RowOfTile {
-  float *scores, *direction, *grads, *cross;
-  const float* keep;  // kTile per block
-  int64_t blocks, stride, last_width;
-  float lse, delta;
-
-  FASTGEN_HOST_DEVICE int64_t width(int64_t block) const { return block + 1 < blocks ? kTile : last_width; }
-};
-
-// Everything between the products, for one row. Returns w; overwrites, as weights.h says, scores S with Pt keep,
-// direction W with P keep (dS2 with gradients and without cross), grads dO V^T with dS, cross dO Gv^T with dS2.
-template <int kWidth, bool kKeep, bool kGrads, bool kCross>
-FASTGEN_HOST_DEVICE float weigh_row(const RowOfTile& t) {
-  using Floats = Vector<kWidth>;
-  Sums<kWidth> totals(0.0f), means(0.0f), seconds(0.0f);
-  for (int64_t b = 0; b < t.blocks; ++b) {
-    float* scores = t.scores + b * t.stride;
-    const float* direction = t.direction + b * t.stride;
-    for (int64_t j = 0; j < t.width(b); j += 2 * kWidth) {
-      Floats even = vector_at<kWidth>(scores + j) - t.lse, odd = vector_at<kWidth>(scores + j + kWidth) - t.lse;
-      exp_vector<kWidth>(even), exp_vector<kWidth>(odd);
-      vector_at<kWidth>(scores + j) = even, vector_at<kWidth>(scores + j + kWidth) = odd;
-      totals.even += even, totals.odd += odd;
-      means.even += even * vector_at<kWidth>(direction + j),
-          means.odd += odd * vector_at<kWidth>(direction + j + kWidth);
-    }
-  }
-  // The logsumexp may be that of scores that were rounded otherwise: the weights are made to sum to 1.
-  const float total = totals.result(), inverse = total == 0.0f ? 0.0f : 1.0f / total, mean = means.result() * inverse;
-  for (int64_t b = 0; kGrads && b < t.blocks; ++b) {  // r = rowsum(dO * O')
-    const int64_t at = b * t.stride;
-    const auto term = [&](int64_t j, Floats& sum) __attribute__((always_inline)) {
-      Floats both = (vector_at<kWidth>(t.direction + at + j) - mean) * vector_at<kWidth>(t.grads + at + j);
-      if constexpr (kCross) both += vector_at<kWidth>(t.cross + at + j);
-      if constexpr (kKeep) both *= vector_at<kWidth>(t.keep + b * kTile + j);
-      sum += vector_at<kWidth>(t.scores + at + j) * both;
-    };
-    for (int64_t j = 0; j < t.width(b); j += 2 * kWidth) term(j, seconds.even), term(j + kWidth, seconds.odd);
-  }
-  const float second_row = kGrads ? seconds.result() * inverse : 0.0f;
-  for (int64_t b = 0; b < t.blocks; ++b) {
-    for (int64_t j = 0, at = b * t.stride; j < t.width(b); j += kWidth, at += kWidth) {
-      Floats &scores = vector_at<kWidth>(t.scores + at), &direction = vector_at<kWidth>(t.direction + at);
-      const Floats weight = scores * inverse, centred = direction - mean;
-      Floats dropped = weight, grad = {}, crossed = {};
-      if constexpr (kGrads) grad = vector_at<kWidth>(t.grads + at);
-      if constexpr (kCross) crossed = vector_at<kWidth>(t.cross + at);
-      if constexpr (kKeep) {
-        const Floats factor = vector_at<kWidth>(t.keep + b * kTile + j);
-        dropped *= factor, grad *= factor, crossed *= factor;
-      }
-      scores = dropped * centred;
-      if constexpr (kGrads) {
-        const Floats first = weight * (grad - t.delta), second = centred * first + weight * (crossed - second_row);
-        vector_at<kWidth>(t.grads + at) = first;
-        if constexpr (kCross) vector_at<kWidth>(t.cross + at) = second;
-        direction = kCross ? dropped : second;
-      } else {
-        direction = dropped;
-      }
-    }
-  }
-  return mean;
-}
 
 // One tile: ``rows`` query rows from ``first`` on, and all keys that they attend to.
 template <int kWidth, int kGroup>
@@ -211,53 +153,71 @@ struct TileOfRows {
     }
   }
 
-  // Masks the scores of row i. Elsewhere than at keys that it attends to, the other matrices are zeros.
-  FASTGEN_HOST_DEVICE void mask_row(int64_t i) const {
+  // Masks row i of a block. At keys that it does not attend to, the other matrices are zeros.
+  FASTGEN_HOST_DEVICE void mask_row(int64_t block, int64_t i) const {
     const Problem& p = s.problem();
-    const int64_t row = first + i, begin = p.first_key(row), end = p.end_key(row);
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t key = (first_block + b) * kTile, at = b * stride + i * kTileRow;
-      const int64_t from = std::clamp<int64_t>(begin - key, 0, kTile), to = std::clamp<int64_t>(end - key, from, kTile);
-      if (p.mask) p.mask.apply(batch, head, row, key + from, to - from, w.scores + at + from);
-      if (s.p.tangent_mask) s.p.tangent_mask.apply(batch, head, row, key + from, to - from, w.direction + at + from);
-      if (from == 0 && to == kTile) continue;
-      const auto clear = [&](float* matrix, float value) __attribute__((always_inline)) {
-        if (matrix == nullptr) return;
-        std::fill_n(matrix + at, from, value);
-        std::fill(matrix + at + to, matrix + at + kTile, value);
-      };
-      clear(w.scores, -kInfinity), clear(w.direction, 0.0f), clear(w.grads, 0.0f), clear(w.cross, 0.0f);
+    const int64_t row = first + i, key = (first_block + block) * kTile, at = block * stride + i * kTileRow;
+    const int64_t from = std::clamp<int64_t>(p.first_key(row) - key, 0, kTile);
+    const int64_t to = std::clamp<int64_t>(p.end_key(row) - key, from, kTile);
+    if (p.mask) p.mask.apply(batch, head, row, key + from, to - from, w.scores + at + from);
+    if (s.p.tangent_mask) s.p.tangent_mask.apply(batch, head, row, key + from, to - from, w.direction + at + from);
+    if (w.keep != nullptr) {
+      const int64_t keys = keys_of(block);
+      p.keep_row(batch, head, row, key, key + keys, w.keep + at);
+      std::fill(w.keep + at + keys, w.keep + at + kTile, 0.0f);
+    }
+    if (from == 0 && to == kTile) return;
+    const auto clear = [&](float* matrix, float value) __attribute__((always_inline)) {
+      if (matrix == nullptr) return;
+      std::fill_n(matrix + at, from, value);
+      std::fill(matrix + at + to, matrix + at + kTile, value);
+    };
+    clear(w.scores, -kInfinity), clear(w.direction, 0.0f), clear(w.grads, 0.0f), clear(w.cross, 0.0f);
+  }
+
+  FASTGEN_HOST_DEVICE RowOfBlock row_of(int64_t block, int64_t i) const {
+    const int64_t at = block * stride + i * kTileRow;
+    const auto of = [&](float* matrix) { return matrix == nullptr ? nullptr : matrix + at; };
+    return {of(w.scores), of(w.direction), of(w.grads), of(w.cross), of(w.keep), written_width(keys_of(block))};
+  }
+
+  // work(kKeep, kGrads, kCross), as types.
+  template <typename Work>
+  FASTGEN_HOST_DEVICE void dispatch(Work work) const {
+    constexpr std::true_type yes;
+    constexpr std::false_type no;
+    if (!s.grads) {
+      w.keep != nullptr ? work(yes, no, no) : work(no, no, no);
+    } else if (!s.cross) {
+      w.keep != nullptr ? work(yes, yes, no) : work(no, yes, no);
+    } else {
+      w.keep != nullptr ? work(yes, yes, yes) : work(no, yes, yes);
     }
   }
 
-  FASTGEN_HOST_DEVICE void weigh() const {
-    const Problem& p = s.problem();
-    const bool keep = p.seeds != nullptr;
-    for (int64_t i = 0; i < rows; ++i) {
-      mask_row(i);
-      if (keep && blocks > 0) {
-        const int64_t begin = first_block * kTile, end = std::min(p.keys, (first_block + blocks) * kTile);
-        p.keep_row(batch, head, first + i, begin, end, w.keep);
-        std::fill(w.keep + (end - begin), w.keep + blocks * kTile, 0.0f);
+  FASTGEN_HOST_DEVICE void begin_rows(int64_t block) const {
+    for (int64_t i = 0; i < rows; ++i) mask_row(block, i);
+    dispatch([&](auto keep, auto grads, auto cross) __attribute__((always_inline)) {
+      for (int64_t i = 0; i < rows; ++i) {
+        begin_row<kWidth, keep.value, grads.value, cross.value>(row_of(block, i), block == 0, w.lse[i], w.sums[i]);
       }
-      const auto of = [&](float* matrix) { return matrix == nullptr ? nullptr : matrix + i * kTileRow; };
-      const RowOfTile row{of(w.scores), of(w.direction),
-                          of(w.grads),  of(w.cross),
-                          w.keep,       blocks,
-                          stride,       written_width(keys_of(blocks - 1)),
-                          w.lse[i],     s.grads ? w.delta[i] : 0.0f};
-      if (!s.grads) {
-        w.row[i] = keep ? weigh_row<kWidth, true, false, false>(row) : weigh_row<kWidth, false, false, false>(row);
-      } else if (!s.cross) {
-        w.row[i] = keep ? weigh_row<kWidth, true, true, false>(row) : weigh_row<kWidth, false, true, false>(row);
-      } else {
-        w.row[i] = keep ? weigh_row<kWidth, true, true, true>(row) : weigh_row<kWidth, false, true, true>(row);
+    });
+  }
+
+  FASTGEN_HOST_DEVICE void finish_rows() const {
+    for (int64_t i = 0; i < rows; ++i) w.row[i] = blocks > 0 ? finish_row<kWidth>(w.sums[i]) : RowResults{};
+  }
+
+  FASTGEN_HOST_DEVICE void end_rows(int64_t block) const {
+    dispatch([&](auto keep, auto grads, auto cross) __attribute__((always_inline)) {
+      for (int64_t i = 0; i < rows; ++i) {
+        end_row<kWidth, keep.value, grads.value, cross.value>(row_of(block, i), w.row[i],
+                                                              grads.value ? w.delta[i] : 0.0f);
       }
-    }
+    });
     for (float* matrix : {w.scores, w.direction, w.grads, w.cross}) {  // rows past the end
-      for (int64_t b = 0; matrix != nullptr && b < blocks; ++b) {
-        std::fill_n(matrix + b * stride + rows * kTileRow, (padded - rows) * kTileRow, 0.0f);
-      }
+      if (matrix == nullptr) continue;
+      std::fill_n(matrix + block * stride + rows * kTileRow, (padded - rows) * kTileRow, 0.0f);
     }
   }
 
@@ -299,7 +259,7 @@ struct TileOfRows {
     const Problem& p = s.problem();
     const Result &out = s.p.tangent_out, &grad = s.p.grad_query;
     Product::unpack_panels(w.tangent_out, padded, rows, p.value_dim, 1.0f, out.at(batch, head, first), out.strides[2]);
-    for (int64_t i = 0; i < rows; ++i) *s.p.tangent_lse.at(batch, head, first + i) = w.row[i];
+    for (int64_t i = 0; i < rows; ++i) *s.p.tangent_lse.at(batch, head, first + i) = w.row[i].mean;
     if (!s.grads) return;
     Product::unpack_panels(w.grad_queries, padded, rows, p.key_dim, p.scale, grad.at(batch, head, first),
                            grad.strides[2]);
@@ -343,9 +303,15 @@ FASTGEN_HOST_DEVICE void run_part(const Shared& s, float* memory, int64_t batch,
   for (int64_t item = part; item < groups * s.tiles; item += s.parts) {
     const TileOfRows<kWidth, kGroup> tile(s, w, batch, key_head * groups + item / s.tiles, item % s.tiles * s.rows);
     tile.load_rows();
-    for (int64_t block = 0; block < tile.blocks; ++block) tile.multiply_to_scores(block);
-    tile.weigh();
-    for (int64_t block = 0; block < tile.blocks; ++block) tile.multiply_from_scores(block, grad_keys, grad_values);
+    for (int64_t block = 0; block < tile.blocks; ++block) {
+      tile.multiply_to_scores(block);
+      tile.begin_rows(block);
+    }
+    tile.finish_rows();
+    for (int64_t block = 0; block < tile.blocks; ++block) {
+      tile.end_rows(block);
+      tile.multiply_from_scores(block, grad_keys, grad_values);
+    }
     tile.store_rows();
   }
 }

@@ -89,7 +89,7 @@ def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tupl
 
 
 def _cpu_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    return blocked.forward(Problem(*args[:5], None, Options(*args[5:]), TORCH))
+    return blocked.forward(Problem._make((*args[:5], None, Options(*args[5:]), TORCH)))
 
 
 # --------------------------------------------------------------------------------------------------
