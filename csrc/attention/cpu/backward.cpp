@@ -194,9 +194,10 @@ void attention_backward(const BackwardParams& params) {
   const int64_t parts = parts_of(p, tiles), padded = round_up(p.keys, kTile);
   const KeySums sums(p, parts);
   const Shared s{params, sums, rows, tiles, parts};
-  const auto part = for_level<run_part<4, 6>, run_part<8, 6>, run_part<16, 12>>();
-  const auto store = for_level<store_keys<4, 6>, store_keys<8, 6>, store_keys<16, 12>>();
-  const int64_t workspace = for_level<workspace_size<4, 6>, workspace_size<8, 6>, workspace_size<16, 12>>()(s);
+  const auto part = for_level<run_part<4, kGenericGroup>, run_part<8, 6>, run_part<16, 12>>();
+  const auto store = for_level<store_keys<4, kGenericGroup>, store_keys<8, 6>, store_keys<16, 12>>();
+  const int64_t workspace =
+      for_level<workspace_size<4, kGenericGroup>, workspace_size<8, 6>, workspace_size<16, 12>>()(s);
   // Batches and heads that share the gradient of a mask are one task.
   const bool mask_grad = params.grad_mask != nullptr;
   const int64_t batches = mask_grad && params.grad_mask_strides[0] == 0 ? p.batch : 1;

@@ -180,8 +180,9 @@ void attention_forward(const ForwardParams& params) {
   const Problem& p = params.problem;
   Shared s{params, p.tile_rows(kRows, kRowStep), 0, 0, round_up(p.keys, kTile)};
   s.tiles = ceil_div(p.queries, s.rows), s.parts = parts_of(p, p.heads / p.key_heads * s.tiles);
-  const auto part = for_level<run_part<4, 6>, run_part<8, 6>, run_part<16, 12>>();
-  const int64_t workspace = for_level<workspace_size<4, 6>, workspace_size<8, 6>, workspace_size<16, 12>>()(s);
+  const auto part = for_level<run_part<4, kGenericGroup>, run_part<8, 6>, run_part<16, 12>>();
+  const int64_t workspace =
+      for_level<workspace_size<4, kGenericGroup>, workspace_size<8, 6>, workspace_size<16, 12>>()(s);
   torch::stable::parallel_for(0, p.batch * p.key_heads * s.parts, 1, [&](int64_t begin, int64_t end) {
     const Memory memory = allocate(workspace);
     for (int64_t item = begin; item < end; ++item) {

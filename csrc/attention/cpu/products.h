@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/cpu/levels.h"
 #include "common/cpu/vector.h"
 #include "common/types.h"
 
@@ -91,7 +92,9 @@ FASTGEN_HOST_DEVICE void load_columns(const float* from, int64_t stride, Vector<
 #endif
 }
 
-// Register tiles: 12 x 2 accumulators of 16 floats use 24 of 32 registers, 6 x 2 of 8 or 4 floats use 12 of 16.
+// Register tiles: 12 x 2 accumulators use 24 of 32 registers (AVX-512, NEON), 6 x 2 use 12 of 16.
+constexpr int kGenericGroup = kGenericRegisters * 3 / 8;
+
 template <int kWidth, int kGroup>
 struct Products {
   static constexpr int kPanel = 2 * kWidth;

@@ -331,9 +331,10 @@ void run(const SecondOrderParams& params, bool grads) {
   s.rows = p.tile_rows(most, kRowStep);
   s.tiles = ceil_div(p.queries, s.rows);
   s.parts = parts_of(p, p.heads / p.key_heads * s.tiles);
-  const auto part = for_level<run_part<4, 6>, run_part<8, 6>, run_part<16, 12>>();
-  const auto store = for_level<store_keys<4, 6>, store_keys<8, 6>, store_keys<16, 12>>();
-  const int64_t workspace = for_level<workspace_size<4, 6>, workspace_size<8, 6>, workspace_size<16, 12>>()(s);
+  const auto part = for_level<run_part<4, kGenericGroup>, run_part<8, 6>, run_part<16, 12>>();
+  const auto store = for_level<store_keys<4, kGenericGroup>, store_keys<8, 6>, store_keys<16, 12>>();
+  const int64_t workspace =
+      for_level<workspace_size<4, kGenericGroup>, workspace_size<8, 6>, workspace_size<16, 12>>()(s);
   std::optional<KeySums> sums;
   if (grads) s.sums = &sums.emplace(p, s.parts);
   torch::stable::parallel_for(0, key_heads * s.parts, 1, [&](int64_t begin, int64_t end) {
