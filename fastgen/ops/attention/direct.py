@@ -1,5 +1,4 @@
-"""The common call of attention on CPU at the cost of PyTorch's own: few checks, then torch's kernel and its backward,
-or fastgen's (``native``) where there is enough work for it.
+"""The common call of attention on CPU at the cost of PyTorch's own: few checks, then torch's kernel and its backward.
 
 The work per call is counted in microseconds. What is not common (windows, grouped heads, most transforms,
 compilation) is left to ``autograd.attention``, which gives the same results; so are derivatives that are to be
@@ -21,9 +20,7 @@ from fastgen.backend import COMPILED, call, select
 from fastgen.ops._checks import FLOATS
 from fastgen.ops._direct import PLAIN, is_watched
 from fastgen.ops.attention.autograd import backward as any_backward
-from fastgen.ops.attention.blocked import lse_is_coarse
 from fastgen.ops.attention.fused import SHORTEST_VECTOR_FREE, additive, flash, flash_backward
-from fastgen.ops.attention.native import FEWEST_QUERIES, MOST_KEYS, kernels
 from fastgen.ops.attention.problem import Options, Saved
 from fastgen.ops.autograd import apply_of, is_wrapped, must_be_differentiable, only_wanted, transforms_active
 
@@ -122,9 +119,6 @@ def attend(
             _AnyOrder(query, key, value, mask, is_causal, scale).attach(out.grad_fn)
             return out  # type: ignore[no-any-return]
         out = _apply(query, key, value, mask, is_causal, scale)
-    elif (own := _own_kernel(query, key, value, mask)) is not None:
-        scale = query.shape[3] ** -0.5 if scale is None else scale
-        out = own(query, key, value, mask, None, 0.0, -1, 0 if is_causal else -1, scale)[0]
     else:
         try:
             out = torch_attention(query, key, value, mask, 0.0, is_causal, scale=scale)
@@ -175,29 +169,6 @@ def _hides_nan(lse: Tensor, mask: Tensor | None) -> bool:
     """For 16 bits: whether a row has an infinite score, or there may be NaN in all scores of a row of few keys: the
     kernel takes such rows for fully masked ones. Only they, and rows whose logsumexp happens to be 0, have one of 0."""
     return not math.isfinite(lse.sum().item()) or (mask is None and _has_zero(lse))
-
-
-def _own_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Any:
-    """fastgen's kernel of the forward pass, where it takes the call and is worth its launch; else None."""
-    if (
-        not _has_much_work(query, key)
-        or not query.dtype == key.dtype == value.dtype == torch.float32
-        or not (key.is_cpu and value.is_cpu and (mask is None or mask.is_cpu))
-        or not query.stride()[3] == key.stride()[3] == value.stride()[3] == 1
-        or _is_tracing()
-    ):
-        return None
-    return kernels()[0]
-
-
-def _has_much_work(query: Tensor, key: Tensor) -> bool:
-    batch, heads, queries, dim = query.shape
-    keys = key.shape[2]
-    return batch * heads * queries * keys * dim >= _MUCH and queries >= FEWEST_QUERIES and keys <= MOST_KEYS
-
-
-_MUCH = 2**20
-"""Products of S, below which torch's kernel costs less than the checks of fastgen's."""
 
 
 def has_few_scores(query: Tensor, key: Tensor) -> bool:
@@ -339,31 +310,23 @@ class _Attention(Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
     ) -> Tensor:
-        own = _own_kernel(query, key, value, mask)
-        if own is not None:
-            out, lse = own(query, key, value, mask, None, 0.0, -1, 0 if is_causal else -1, scale)
-        elif query.dtype in _DTYPES:
+        if query.dtype in _DTYPES:
             out, lse = _kernel(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)
         else:
             out, lse = flash(query, key, value, mask, is_causal, scale)
             if _hides_nan(lse, mask):
                 raise _LostError
         ctx.save_for_backward(query, key, value, out, lse, mask)
-        ctx.options = is_causal, scale, own is not None
-        return out  # type: ignore[no-any-return]
+        ctx.options = is_causal, scale
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse, mask = ctx.saved_tensors
-        is_causal, scale, own = ctx.options
+        is_causal, scale = ctx.options
         grad_out = grad_out if grad_out.stride(3) == 1 else grad_out.contiguous()
         if not must_be_differentiable():
-            tensors = grad_out, query, key, value, out, lse
-            if own and (mask is None or not lse_is_coarse(lse, mask)):
-                window = (-1, 0 if is_causal else -1)
-                grads = kernels()[1](grad_out, None, *tensors[1:], mask, None, 0.0, *window, scale, False)[:3]
-            else:
-                grads = flash_backward(*tensors, mask, is_causal, scale)
+            grads = flash_backward(grad_out, query, key, value, out, lse, mask, is_causal, scale)
             total = 0.0 if mask is None else grads[0].sum().item()
             if total == total:
                 return (*grads, None, None, None)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgen.backend import COMPILED, COMPILED_DTYPES, call, has_kernel, helper
+from fastgen.backend import COMPILED_DTYPES, helper
+from fastgen.ops.attention import fused
 from fastgen.ops.attention.problem import Problem, Saved
 
 MOST_KEYS = 16384
@@ -39,36 +39,30 @@ def takes(problem: Problem | Saved, dtypes: tuple[torch.dtype, ...] = (torch.flo
     )
 
 
-def kernel(problem: Problem | Saved, name: str, tangent_mask: Tensor | None = None) -> Callable[..., Any] | None:
-    """The compiled kernel ``name`` where it takes the problem."""
+def kernel(
+    problem: Problem | Saved,
+    name: str,
+    tangent_mask: Tensor | None = None,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,),
+) -> Callable[..., Any] | None:
+    """The compiled kernel ``name`` where it takes the call."""
     keys = problem.key.size(2)
-    if not takes(problem) or keys > MOST_KEYS or (tangent_mask is not None and not _fits(tangent_mask)):
+    if not takes(problem, dtypes) or keys > MOST_KEYS or (tangent_mask is not None and not _fits(tangent_mask)):
         return None
     return helper(problem.namespace, name, problem.query.device)
 
 
 def first_order_kernel(problem: Problem | Saved, name: str, mask_grad: bool = False) -> Callable[..., Any] | None:
-    """The same, where it is faster than torch's fused kernel, which makes no copies, or the only one. The caller
-    converts 16 bits, which are taken where torch's kernel would pad queries to more than twice their size."""
+    """The same, where torch's fused kernel does not take the call, or would pad the narrower heads: at equal head dims
+    it is as fast. The caller converts 16 bits, which are taken where values are at least twice as wide as queries."""
     query, mask = problem.query, problem.mask
-    if query.size(2) < FEWEST_QUERIES:
+    dim, value_dim = query.size(3), problem.value.size(3)
+    if query.size(2) < FEWEST_QUERIES or (dim == value_dim and not mask_grad and fused.takes(problem)):
         return None
     if mask_grad and mask is not None and mask.shape[2:] != (query.size(2), problem.key.size(2)):
         return None
-    narrow = 2 * query.size(3) <= problem.value.size(3) and mask is None and problem.seed is None
-    return kernel(problem, name, dtypes=COMPILED_DTYPES if narrow else (torch.float32,))
-
-
-def kernels() -> tuple[Any, Any]:
-    """The compiled kernels of the forward and the backward pass, called below autograd; None without the library."""
-    if not _kernels:
-        names = "cpu_attention_forward", "cpu_attention_backward"
-        compiled = has_kernel(names[0], torch.device("cpu"))
-        _kernels.extend(partial(call, COMPILED, name) if compiled else None for name in names)
-    return _kernels[0], _kernels[1]
-
-
-_kernels: list[Any] = []
+    narrow = 2 * dim <= value_dim and mask is None and problem.seed is None
+    return kernel(problem, name, dtypes=tuple(COMPILED_DTYPES) if narrow else (torch.float32,))
 
 
 def as_float32(tensor: Tensor | None) -> Tensor | None:

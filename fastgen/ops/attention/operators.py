@@ -6,10 +6,10 @@ there is dropout. Query i attends to keys i - window_left <= j <= i + window_rig
 causal is (-1, 0). sequences (2, S + 1) int32: where packed sequences begin, see ``Problem``. Outputs: out like
 query with Dv columns, lse (B, H, N) in float32 (float64 for float64).
 
-On CPU, fastgen's own fused kernels (``native``) serve float32, and torch's fused kernel (``fused``) what it takes of
-the rest, with heads padded to one size. The blocked implementation (``blocked``) serves everything else: it holds one
-tile of scores at a time, never N x M. So do tangents and their gradients (``tangent``). Compiled helpers do the work
-between a tile's products in one pass over memory.
+On CPU, torch's fused kernel (``fused``) serves equal head dims where it takes the call, and fastgen's own fused kernels
+(``native``) the rest of float32, with tangents and their gradients; beyond them torch's serves with heads padded to one
+size. The blocked implementation (``blocked``, ``tangent``) serves everything else: it holds one tile of scores at a
+time, never N x M. Compiled helpers do the work between a tile's products in one pass over memory.
 """
 
 from __future__ import annotations
