@@ -31,16 +31,16 @@
 
 namespace fastgen::attention {
 
-// Shared memory: the owned rows, then the stages of iterated rows: (Q, dO) and (K, V), or the other way round.
-template <typename T, int kKeyDim, int kValueDim>
+// Shared memory: the owned rows, then the stages of iterated rows: (Q, dO) and (K, V), or with kOwnsKeys the other way
+// round.
+template <typename T, int kKeyDim, int kValueDim, bool kOwnsKeys>
 struct BackwardLayout {
   static constexpr Dims kDims = {kKeyDim, kValueDim};
-  static constexpr TileShape kShape = backward_query_shape(kDims, sizeof(T));
-  static constexpr TileShape kKeyValueShape = backward_key_value_shape(kDims, sizeof(T));
-  static constexpr int kMaxKeys = kKeyValueShape.owned(kKeyValueShape.warps);  // of a KeyBlock
-  static constexpr int kQueryColumns = smaller(kKeyDim, kShape.columns);
-  static constexpr int kKeyColumns = smaller(kKeyDim, kKeyValueShape.columns);
-  static constexpr int kValueColumns = smaller(kValueDim, kKeyValueShape.columns);
+  static constexpr TileShape kShape =
+      kOwnsKeys ? backward_key_value_shape(kDims, sizeof(T)) : backward_query_shape(kDims, sizeof(T));
+  static constexpr int kMaxRows = kShape.owned(kShape.warps);
+  static constexpr int kKeyColumns = smaller(kKeyDim, kShape.columns);
+  static constexpr int kValueColumns = smaller(kValueDim, kShape.columns);
   static constexpr int kThreads = 32 * kShape.warps, kWarpRows = kShape.fragments * kFragmentRows;
   using KeyDim = Tile<T, kKeyDim>;
   using ValueDim = Tile<T, kValueDim>;
@@ -177,12 +177,12 @@ __device__ __forceinline__ void score_gradients(float (&scores)[kFragments][kTil
 
 // gridDim = (query tiles of all heads, slices of the key dim).
 template <typename T, int kKeyDim, int kValueDim, bool kPlain>
-__global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim>::kThreads, 1)
+__global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim, false>::kThreads, 1)
     attention_backward_query(BackwardParams p) {
-  using Layout = BackwardLayout<T, kKeyDim, kValueDim>;
+  using Layout = BackwardLayout<T, kKeyDim, kValueDim, false>;
   constexpr TileShape kShape = Layout::kShape;
   constexpr int BLOCK_N = kShape.iterated, kFragments = kShape.fragments, kTiles = BLOCK_N / 8;
-  constexpr int kColumns = Layout::kQueryColumns;
+  constexpr int kColumns = Layout::kKeyColumns;
   using Tiles = KeyTiles<T, BLOCK_N, kPlain>;
   const Problem& problem = p.problem;
   const int block_m = Layout::owned_rows(), warp_row = static_cast<int>(threadIdx.x / 32) * Layout::kWarpRows;
@@ -269,10 +269,10 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim>::kThread
 // Scores are transposed: rows are keys, columns are queries. gridDim = (key tiles of all key heads, slices of the
 // dims).
 template <typename T, int kKeyDim, int kValueDim, bool kPlain>
-__global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim>::kThreads, 1)
+__global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim, true>::kThreads, 1)
     attention_backward_key_value(BackwardParams p) {
-  using Layout = BackwardLayout<T, kKeyDim, kValueDim>;
-  constexpr TileShape kShape = Layout::kKeyValueShape;
+  using Layout = BackwardLayout<T, kKeyDim, kValueDim, true>;
+  constexpr TileShape kShape = Layout::kShape;
   constexpr int BLOCK_M = kShape.iterated, kFragments = kShape.fragments, kTiles = BLOCK_M / 8;
   constexpr int kKeyColumns = Layout::kKeyColumns, kValueColumns = Layout::kValueColumns;
   using Tiles = QueryTiles<BLOCK_M>;
@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim>::kThread
   const KeyBlock<!kPlain> block(problem, blockIdx.x, block_n);
   if (!kPlain && block.keys.empty()) return;
   const int key = block.keys.begin + warp_row, warp_rows = block.keys.end - key;
-  const Tiles tiles = Tiles::template make<T, Layout::kMaxKeys, kPlain>(problem, block);
+  const Tiles tiles = Tiles::template make<T, Layout::kMaxRows, kPlain>(problem, block);
 
   const auto load_keys = [&] {
     const auto is_valid = [&](int row) { return block.keys.begin + row < block.keys.end; };

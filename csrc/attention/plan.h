@@ -147,7 +147,7 @@ constexpr Plan forward_plan(const Sizes& sizes, const Gpu& gpu) {
 
 constexpr void set_backward_buffers(Plan& plan, const Sizes& sizes, const TileShape& shape, const Gpu& gpu) {
   set_buffers(plan, {shape.stages, 1}, gpu, [&](int warps, Buffers buffers) {
-    return backward_bytes(plan.dims, sizes.element_size, warps, buffers);
+    return backward_bytes(plan.dims, shape, sizes.element_size, warps, buffers);
   });
 }
 

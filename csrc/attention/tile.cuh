@@ -88,15 +88,13 @@ struct TileSource {
   }
 };
 
-// Steps of a product that are unrolled.
-constexpr int kDepthsUnrolled = 4;
-
 // S += A B^T: kFragments * 16 rows of ``left`` starting at ``row``, 8 kTiles rows of ``right``.
 template <typename T, int kWidth, int kFragments, int kTiles>
 __device__ __forceinline__ void multiply_rows(float (&scores)[kFragments][kTiles][4], const Tile<T, kWidth>& left,
                                               int row, const Tile<T, kWidth>& right, bool exact) {
   using P = Product<T>;
   constexpr int kStride = Tile<T, kWidth>::kStride;
+  constexpr int kDepths = kWidth / P::kDepth, kUnrolled = kDepths == 6 ? 6 : 4;  // six: no remainder
   if constexpr (kTiles == 1) {
 #pragma unroll 1
     for (int k = 0; k < kWidth; k += 2 * P::kDepth) {
@@ -113,7 +111,7 @@ __device__ __forceinline__ void multiply_rows(float (&scores)[kFragments][kTiles
       }
     }
   } else {
-#pragma unroll(kDepthsUnrolled)
+#pragma unroll(kUnrolled)
     for (int k = 0; k < kWidth; k += P::kDepth) {
       if (kFragments > 1) device::hold_loads();
       uint32_t a[kFragments][4];

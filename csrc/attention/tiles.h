@@ -96,7 +96,8 @@ constexpr TileRow kForwardMasked32[] = {
                                   {{256, 256}, {4,   1,   16,     2,     256}},   // 234, 1: no room: rows
                                   {{512, 512}, {2,   1,   8,      2,     128}}};  // 147, 1: no room: rows
 
-// Backward, both kernels: P and dP of a tile are in registers at the same time. The columns are those of dQ.
+// Backward, both kernels: P and dP of a tile are in registers at the same time. The columns are those of dQ. With two
+// fragments, a row of dQ loads two thirds as many operands from shared memory; dK and dV leave no registers for them.
 //                                    dims      warps frag iterated stages columns    regs, blocks: reason
 constexpr TileRow kBackward16[] = {{{ 64,  64}, {4,   1,   64,      2,     256}},   // 249, 2: registers
                                    {{128, 128}, {4,   1,   32,      2,     256}},   // 252, 2: no room: rows
@@ -108,6 +109,9 @@ constexpr TileRow kBackward32[] = {{{ 64,  64}, {4,   1,   32,      2,     256}}
                                    {{192, 192}, {2,   1,   16,      2,     256}},   // 212, 2: no room: rows
                                    {{256, 256}, {2,   1,   16,      2,     256}},   // 240, 1: no room: rows
                                    {{512, 512}, {1,   1,   8,       2,     256}}};  // 213, 1: no room: rows
+
+constexpr TileRow kBackwardQuery16[] = {
+                                    {{ 64,  64}, {4,   2,   32,      2,     256}}};  // 248, 2: registers; wider: above
 
 // Tangent: the operands and their tangents are in shared memory.
 //                                   dims      warps frag BLOCK_N stages columns    regs, blocks: reason
@@ -153,20 +157,25 @@ constexpr TileShape forward_shape(Dims dims, int element_size, bool plain) {
   return plain ? find_shape(kForward16, dims) : find_shape(kForwardMasked16, dims);
 }
 
-constexpr TileShape backward_query_shape(Dims dims, int element_size) {
+constexpr TileShape backward_shape(Dims dims, int element_size) {
   return element_size == 4 ? find_shape(kBackward32, dims) : find_shape(kBackward16, dims);
+}
+
+constexpr TileShape backward_query_shape(Dims dims, int element_size) {
+  const TileShape shape = element_size == 4 ? TileShape{} : find_shape(kBackwardQuery16, dims);
+  return shape.warps > 0 ? shape : backward_shape(dims, element_size);
 }
 
 // Two accumulators, dK and dV, so half the columns.
 constexpr TileShape backward_key_value_shape(Dims dims, int element_size) {
-  TileShape shape = backward_query_shape(dims, element_size);
+  TileShape shape = backward_shape(dims, element_size);
   shape.columns = widest(dims) == 192 ? 96 : 128;
   return shape;
 }
 
 // Both operands change from item to item, so two stages fit only for narrow heads.
 constexpr TileShape mask_gradient_shape(Dims dims, int element_size) {
-  TileShape shape = backward_query_shape(dims, element_size);
+  TileShape shape = backward_shape(dims, element_size);
   shape.stages = widest(dims) <= 64 && element_size == 2 ? 2 : 1;
   return shape;
 }
@@ -238,8 +247,8 @@ constexpr int wide_forward_bytes(Dims dims, int element_size, int stages) {
          stages * kWideForward.iterated * (row_bytes(dims.key, element_size) + row_bytes(dims.value, element_size));
 }
 
-constexpr int backward_bytes(Dims dims, int element_size, int warps, Buffers buffers) {
-  const TileShape shape = backward_query_shape(dims, element_size);
+// ``shape``: that of the kernel.
+constexpr int backward_bytes(Dims dims, const TileShape& shape, int element_size, int warps, Buffers buffers) {
   return (shape.owned(warps) + buffers.stages * shape.iterated) *
          (row_bytes(dims.key, element_size) + row_bytes(dims.value, element_size));
 }
@@ -307,10 +316,11 @@ constexpr bool all_fit() {
         const int warps = forward_shape(dims, size, plain).warps;
         if (forward_bytes(dims, size, plain, warps, {1, 1}) > kSharedLimit) return false;
       }
-      const int warps = backward_query_shape(dims, size).warps;
-      const int mask_bytes =
-          mask_gradient_bytes(dims, size, warps) + mask_static_bytes(mask_gradient_shape(dims, size));
-      if (backward_bytes(dims, size, warps, {1, 1}) > kSharedLimit || mask_bytes > kSharedLimit) return false;
+      for (const TileShape& shape : {backward_query_shape(dims, size), backward_key_value_shape(dims, size)}) {
+        if (backward_bytes(dims, shape, size, shape.warps, {1, 1}) > kSharedLimit) return false;
+      }
+      const TileShape mask = mask_gradient_shape(dims, size);
+      if (mask_gradient_bytes(dims, size, mask.warps) + mask_static_bytes(mask) > kSharedLimit) return false;
     }
     for (const Dims dims : kSecondOrderHeadDims) {
       const int warps = second_order_shape(dims, size).warps;
