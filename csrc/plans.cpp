@@ -7,6 +7,7 @@
 #include <string>
 
 #include "attention/decode_plan.h"
+#include "attention/one_head.h"
 #include "attention/one_tile.h"
 #include "attention/plan.h"
 #include "common/exported.h"
@@ -117,7 +118,9 @@ FASTGEN_EXPORTED const char* fastgen_attention_plan(int64_t batch, int64_t heads
   result.add("query", describe(attention::backward_query_plan(sizes, gpu)));
   result.add("key_value", describe(attention::backward_key_value_plan(sizes, gpu), false));
   const attention::OneTilePlan one_tile = attention::one_tile_plan(sizes, false);
+  const attention::OneHeadPlan one_head = attention::one_head_plan(sizes, gpu);
   if (one_tile.entry >= 0) result.add("one tile", describe(one_tile.plan));
+  if (one_head.taken && one_tile.entry < 0) result.add("one head", describe(one_head.plan, false));
   const bool second_order = attention::find_head_dims(attention::kSecondOrderHeadDims, dims) >= 0;
   if (second_order) {
     result.add("tangent", describe(attention::tangent_plan(sizes)));

@@ -39,6 +39,8 @@ BUDGETS = {
     # launch_bounds and blocks: csrc/attention/one_tile.h.
     "attention_backward_one_tile": Budget(registers=255),
     # Shared: one float per column and warp, 64 x 4.
+    # launch_bounds(256): one block.
+    "attention_backward_one_head": Budget(registers=255),
     "attention_mask_gradient": Budget(registers=255, shared_bytes=1024),
     # Twice as many score tiles as forward and backward, with smaller BLOCK_M and BLOCK_N accordingly.
     "attention_tangent": Budget(registers=255),
@@ -69,6 +71,7 @@ LOOP_KERNELS = [
     "attention_backward_query<BFloat16, 128, 128, true>",
     "attention_backward_key_value<BFloat16, 64, 64, true>",
     "attention_backward_key_value<BFloat16, 128, 128, true>",
+    "attention_backward_one_head<BFloat16, 64>",
     "attention_tangent<BFloat16, 64, 64, true>",
     "attention_second_order_query<BFloat16, 64, 64>",
     "attention_second_order_key_value<BFloat16, 64, 64>",
@@ -79,7 +82,8 @@ executes for each score of a tile of which everything is visible (of a warp for 
 no scores). ``--tighten`` sets the budgets to 3% above what the compiled kernels use; these sources have all of them:
 
     python tests/compile_check.py --arch 80 --arch 90a --tighten csrc/projection/instantiations/bfloat16.cu \
-        csrc/attention/instantiations/{forward,backward_query,backward_key_value,tangent,second_order}_bfloat16.cu
+        csrc/attention/instantiations/{forward,tangent,second_order}_bfloat16.cu \
+        csrc/attention/instantiations/backward_{query,key_value,one_tile}_bfloat16.cu
 
 The CPU library has to be of the same sources: launch plans say how large tiles are.
 """

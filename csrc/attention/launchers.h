@@ -32,7 +32,7 @@ template <typename T>
 void launch_backward_key_value(BackwardParams params, void* stream);
 template <typename T>
 void launch_mask_gradient(const BackwardParams& params, const MaskGradient& gradient, void* stream);
-// The whole backward pass in one kernel; false, with nothing launched, if the scores of a head do not fit one tile.
+// The whole backward pass in one kernel (one_tile.h, one_head.h); false, with nothing launched, if none takes it.
 template <typename T>
 bool launch_one_tile(const BackwardParams& params, void* stream);
 // The same with the gradient of the mask, if one_tile_splits is not 0.

@@ -1,7 +1,8 @@
-// The launcher of attention_backward_one_tile. Declared in launchers.h.
+// The launchers of attention_backward_one_tile and attention_backward_one_head. Declared in launchers.h.
 #pragma once
 
 #include "attention/launch.cuh"
+#include "attention/one_head.cuh"
 #include "attention/one_tile.cuh"
 
 namespace fastgen::attention {
@@ -32,10 +33,24 @@ void launch_one_tile(const OneTilePlan& found, const BackwardParams& p, const Ma
 }
 
 template <typename T>
+bool launch_one_head(const Sizes& sizes, const BackwardParams& p, void* stream) {
+  if constexpr (sizeof(T) == 2) {
+    if (!sizes.plain) return false;  // without a question to the device
+    const OneHeadPlan found = one_head_plan(sizes, current_gpu());
+    if (!found.taken) return false;
+    constexpr auto kernel = attention_backward_one_head<T, kOneHeadDims.key>;
+    device::launch("attention_backward_one_head", +kernel, launch_config(found.plan, stream), p);
+    return true;
+  } else {
+    return false;
+  }
+}
+
+template <typename T>
 bool launch_one_tile(const BackwardParams& p, void* stream) {
   const Sizes sizes = sizes_of(p.problem, sizeof(T));
   const OneTilePlan found = one_tile_plan(sizes, p.problem.softcap != 0.0f);
-  if (found.entry < 0) return false;
+  if (found.entry < 0) return launch_one_head<T>(sizes, p, stream);
   if (sizes.plain) {
     launch_one_tile<T, OneTileKind::kPlain>(found, p, {}, stream);
   } else {

@@ -66,7 +66,8 @@ def attention_plan(
 ) -> dict[str, dict[str, Any]]:
     """Launch plan of each attention kernel.
 
-    "one tile", where there is one, takes the place of "query" and "key_value", and "one tile mask" that of "mask" too.
+    "one tile" or "one head", where there is one, takes the place of "query" and "key_value", and "one tile mask" that
+    of "mask" too.
     "decode" takes the place of "forward" where it is given, unless there is dropout; its slices are parts of the keys.
 
     Args:

@@ -171,7 +171,8 @@ def test_every_named_shape_has_a_plan_for_every_gpu(name, element_size, limit):
         assert key_dim >= shape.key_dim, kernel
         assert value_dim >= shape.value_dim, kernel
         assert chosen["shared_bytes"] <= limit, kernel
-        rows, owned = (shape.keys, chosen["block_n"]) if "key_value" in kernel else (shape.queries, chosen["block_m"])
+        owns_keys = "key_value" in kernel or kernel == "one head"
+        rows, owned = (shape.keys, chosen["block_n"]) if owns_keys else (shape.queries, chosen["block_m"])
         heads = shape.batch * shape.heads
         covered = chosen["blocks"] * chosen["tiles_per_block"] * owned
         assert covered >= rows * heads, kernel
