@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.model import calibration, kernels, tables
+from benchmarks.model import calibration, estimates, kernels, tables
 from benchmarks.model.chips import CHIPS
 from tests import compile_check
 
@@ -49,6 +49,7 @@ def main() -> int:
         "calibration": calibration.rows(),
         "kernels": tables.kernel_rows(found),
         "predictions": tables.prediction_rows(found),
+        "estimates": estimates.rows(found),
     }
     (HERE / "predictions.json").write_text(tables.text_of(data))
     (HERE / "predictions.md").write_text("\n".join(tables.lines(data)) + "\n")

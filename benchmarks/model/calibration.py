@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.model import sass
 from benchmarks.model.chips import CHIPS
-from benchmarks.model.loops import Iteration, iteration_of
+from benchmarks.model.iteration import Iteration, Role, iteration_of
 from benchmarks.model.predict import clocks, pipe_clocks, resident_blocks
 
 SOURCES = """\
@@ -52,7 +52,7 @@ def read(listing: str, name: str, head_dim: int) -> Iteration:
     matrix = products * 2 * rows * columns * head_dim // 4096 // warps
     code = max(sass.parse(listing).values(), key=lambda one: len(one.instructions))
     copies = copied * head_dim * 2 * (1 if name == "forward" else 2) / 16 / (32 * warps)
-    return iteration_of(code, matrix, copies, 1, rows * columns / (32 * warps))
+    return iteration_of(code, [Role(matrix, copies, 1)], rows * columns / (32 * warps))
 
 
 _BACKWARD = {

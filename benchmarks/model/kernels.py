@@ -9,7 +9,9 @@ from benchmarks.model import loops, sass
 from benchmarks.model.predict import Kernel
 from tests import compile_check
 
-SOURCES = ("forward", "backward_query", "backward_key_value", "tangent", "second_order")
+SOURCES = (
+    "forward", "backward_query", "backward_key_value", "tangent", "second_order", "decode", "backward_one_tile", "wide",
+)  # fmt: skip
 
 
 def compiler_version(nvcc: str) -> str:
@@ -48,5 +50,7 @@ def compiled(arch: str, folder: Path) -> list[Kernel]:
             name = loops.name_of(found.name)
             if name is not None:
                 iteration = loops.attention_iteration(listing[found.symbol], name)
-                kernels.append(Kernel(name, arch, found.registers, found.shared_bytes, iteration))
+                kernels.append(
+                    Kernel(name, arch, found.registers, found.shared_bytes, iteration, listing[found.symbol])
+                )
     return kernels

@@ -1,7 +1,8 @@
 """Machine code of a kernel: the listing of nvdisasm, its basic blocks, its loops, and the path through the main loop.
 
 The main loop of a kernel is its innermost loop with matrix instructions and a barrier of the block: one iteration is
-one tile in shared memory. Kernels of the unit tests have none.
+one tile in shared memory. Where warps have tiles of their own, as in decoding, the loop has copies and no barrier. A
+kernel whose block has one tile is read as a whole where the compiler has left no loop.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ class Instruction(NamedTuple):
         """Whether it copies a piece of a tile: 16 bytes per thread."""
         return self.base in COPY and (self.base != "LDGSTS" or "128" in self.opcode.split("."))
 
+    @property
+    def is_exponential(self) -> bool:
+        return self.opcode.startswith("MUFU.EX2")
+
 
 @dataclass
 class Block:
@@ -51,6 +56,10 @@ class Block:
     @cached_property
     def copies(self) -> int:
         return sum(one.is_copy for one in self.instructions)
+
+    @cached_property
+    def exponentials(self) -> int:
+        return sum(one.is_exponential for one in self.instructions)
 
 
 class Listing(NamedTuple):
@@ -84,29 +93,35 @@ def parse(text: str, symbols: Container[str] | None = None) -> dict[str, Listing
 
 
 def blocks_of(listing: Listing) -> list[Block]:
-    """The basic blocks, in the order of their addresses. A call is an instruction like others."""
+    """The basic blocks, in the order of their addresses. A call is an instruction like others, unless it is a jump."""
     code, labels = listing
     targets = {}
     starts = {0} | {place for place in labels.values() if place < len(code)}
     for place, one in enumerate(code):
-        if one.base in _ENDS:
+        match = _TARGET.search(one.operands)
+        target = labels.get(match[1]) if match else None
+        if one.base in _ENDS or _is_jump(one, code, target):
             starts.add(place + 1)
-            match = _TARGET.search(one.operands)
-            if match and match[1] in labels:
-                targets[place] = labels[match[1]]
+            if target is not None:
+                targets[place] = target
     order = sorted(start for start in starts if start < len(code))
     number = {start: i for i, start in enumerate(order)}
     blocks = []
     for i, start in enumerate(order):
         end = order[i + 1] if i + 1 < len(order) else len(code)
         block, last = Block(code[start:end]), code[end - 1]
-        falls_through = last.base not in _ENDS or bool(_condition(last))
+        falls_through = (last.base not in _ENDS and end - 1 not in targets) or bool(_condition(last))
         if end - 1 in targets and targets[end - 1] in number:
             block.next.append(number[targets[end - 1]])
         if falls_through and i + 1 < len(order) and i + 1 not in block.next:
             block.next.append(i + 1)
         blocks.append(block)
     return blocks
+
+
+def _is_jump(one: Instruction, code: list[Instruction], target: int | None) -> bool:
+    """Whether a call is a branch of the same function: ptxas leaves some loops that way, to a NOP."""
+    return one.base == "CALL" and target is not None and target < len(code) and code[target].base == "NOP"
 
 
 def _condition(one: Instruction) -> str:
@@ -210,6 +225,10 @@ class Path(NamedTuple):
             yield from one.instructions()
 
 
+Key = tuple[int, int, int]
+"""What distinguishes paths: matrix instructions, copies and exponentials, of which the last are 0 if not counted."""
+
+
 @dataclass(frozen=True)
 class MainLoop:
     """The main loop of a kernel.
@@ -218,42 +237,69 @@ class MainLoop:
         whole: number of instructions in the loop, executed or not.
         branches: number of its branches.
         blocks: all its instructions, by basic block.
-        paths: for each number of (matrix instructions, copies) on a path from head to back edge, the shortest such
-            path. Inner loops count once.
+        paths: for each key of a path from head to back edge, the shortest such path. Inner loops count once.
     """
 
     whole: int
     branches: int
     blocks: tuple[tuple[Instruction, ...], ...]
-    paths: dict[tuple[int, int], Path]
+    paths: dict[Key, Path]
 
 
 CALL = 60  # instructions of a called division, which paths avoid
 
 
-def main_loop(listing: Listing) -> MainLoop | None:
-    """The main loop of a kernel, or None if it has no loop with matrix instructions and a barrier."""
+def main_loop(listing: Listing, exponentials: bool = False, barrier: bool = True) -> MainLoop | None:
+    """The main loop of a kernel, or None if it has no loop with matrix instructions and a barrier.
+
+    ``exponentials``: they distinguish paths, too. Without ``barrier``, the loop is the innermost one with matrix
+    instructions and copies, where each warp has tiles of its own.
+    """
     blocks = blocks_of(listing)
+    needed = {"BAR", "SYNCS"} if barrier else set(COPY)
     for loop in loops_of(blocks):  # from the smallest
         bases = {one.base for i in loop.members for one in blocks[i].instructions}
-        if bases & set(MATRIX) and bases & {"BAR", "SYNCS"}:
-            members = tuple(tuple(blocks[i].instructions) for i in sorted(loop.members))
-            branches = sum(one.base in ("BRA", "BRX") for block in members for one in block)
-            return MainLoop(sum(len(block) for block in members), branches, members, _paths(blocks, loop))
+        if bases & set(MATRIX) and bases & needed:
+            ends = {i for i in loop.members if loop.head in blocks[i].next}
+            return _main(blocks, loop, _paths(blocks, loop, ends, exponentials))
     return None
+
+
+def whole_kernel(listing: Listing) -> MainLoop:
+    """All of a kernel whose block has one tile, in the place of its main loop: paths from the entry to an exit.
+
+    Exponentials distinguish them, too.
+    """
+    blocks = blocks_of(listing)
+    loops = loops_of(blocks)
+    outermost = [loop for loop in loops if not any(loop in other.inner for other in loops)]
+    reached, waiting = {0}, [0]
+    while waiting:
+        following = set(blocks[waiting.pop()].next) - reached
+        reached |= following
+        waiting += following
+    everything = Loop(0, reached, [loop for loop in outermost if loop.head in reached])
+    ends = {i for i in reached if blocks[i].instructions[-1].base == "EXIT"}
+    return _main(blocks, everything, _paths(blocks, everything, ends, exponentials=True))
+
+
+def _main(blocks: list[Block], loop: Loop, paths: dict[Key, Path]) -> MainLoop:
+    members = tuple(tuple(blocks[i].instructions) for i in sorted(loop.members))
+    branches = sum(one.base in ("BRA", "BRX") for block in members for one in block)
+    return MainLoop(sum(map(len, members)), branches, members, paths)
 
 
 def _cost(instructions: Iterable[Instruction]) -> int:
     return sum(CALL if one.base == "CALL" else 1 for one in instructions)
 
 
-def _paths(blocks: list[Block], loop: Loop) -> dict[tuple[int, int], Path]:
-    """The shortest paths from the head to a back edge, by numbers of matrix instructions and copies."""
+def _paths(blocks: list[Block], loop: Loop, last: set[int], exponentials: bool) -> dict[Key, Path]:
+    """The shortest paths from the head to the end of one of the blocks ``last``, by key."""
     inside = {i: one for one in loop.inner for i in one.members}
-    choices: dict[int, dict[tuple[int, int], Path]] = {}
+    choices: dict[int, dict[Key, Path]] = {}
     for one in loop.inner:
-        found = _paths(blocks, one)
-        most = max(matrix for matrix, _ in found)
+        found = _paths(blocks, one, {i for i in one.members if one.head in blocks[i].next}, exponentials)
+        most = max(key[0] for key in found)
         # One path per inner loop and number of copies, with all matrix instructions.
         choices[one.head] = {key: Path((), (path,)) for key, path in found.items() if key[0] == most}
 
@@ -266,8 +312,12 @@ def _paths(blocks: list[Block], loop: Loop) -> dict[tuple[int, int], Path]:
         return {node(after) for after in leaving if after in loop.members and after != loop.head}
 
     def ends(i: int) -> bool:
-        members = inside[i].members if i in inside else {i}
-        return any(loop.head in blocks[member].next for member in members)
+        return not last.isdisjoint(inside[i].members if i in inside else {i})
+
+    def own(i: int) -> dict[Key, Path]:
+        block = blocks[i]
+        key = block.matrix, block.copies, block.exponentials if exponentials else 0
+        return choices.get(i) or {key: Path(tuple(block.instructions))}
 
     order: list[int] = []
     seen: set[int] = set()
@@ -280,21 +330,20 @@ def _paths(blocks: list[Block], loop: Loop) -> dict[tuple[int, int], Path]:
             seen.add(i)
             waiting.append((i, True))
             waiting += [(after, False) for after in following(i) if after not in seen]
-    # best[i]: shortest paths from i on, by (matrix, copies), as (cost, list of nodes with the choice in each).
-    Tail = tuple[int, tuple[tuple[int, tuple[int, int]], ...]]
-    best: dict[int, dict[tuple[int, int], Tail]] = {}
+    # best[i]: shortest paths from i on, by key, as (cost, list of nodes with the choice in each).
+    Tail = tuple[int, tuple[tuple[int, Key], ...]]
+    best: dict[int, dict[Key, Tail]] = {}
     for i in order:  # the last ones first
-        tails: dict[tuple[int, int], Tail] = {(0, 0): (0, ())} if ends(i) else {}
+        tails: dict[Key, Tail] = {(0, 0, 0): (0, ())} if ends(i) else {}
         for after in following(i):
             for key, tail in best.get(after, {}).items():
                 if key not in tails or tail[0] < tails[key][0]:
                     tails[key] = tail
-        own = choices.get(i) or {(blocks[i].matrix, blocks[i].copies): Path(tuple(blocks[i].instructions))}
         best[i] = {}
-        for mine, path in own.items():
+        for mine, path in own(i).items():
             cost = _cost(path.instructions())
             for key, tail in tails.items():
-                both = mine[0] + key[0], mine[1] + key[1]
+                both = mine[0] + key[0], mine[1] + key[1], mine[2] + key[2]
                 entry = cost + tail[0], ((i, mine), *tail[1])
                 if both not in best[i] or entry[0] < best[i][both][0]:
                     best[i][both] = entry
@@ -303,7 +352,7 @@ def _paths(blocks: list[Block], loop: Loop) -> dict[tuple[int, int], Path]:
         straight: list[Instruction] = []
         inner: list[Path] = []
         for i, mine in nodes:
-            part = choices[i][mine] if i in choices else Path(tuple(blocks[i].instructions))
+            part = own(i)[mine]
             straight += part.straight
             inner += part.inner
         found_paths[key] = Path(tuple(straight), tuple(inner))

@@ -6,10 +6,10 @@ import json
 from typing import Any
 
 from benchmarks.model.chips import CHIPS, Chip
-from benchmarks.model.predict import Kernel, Prediction, predict, takes_another_kernel
+from benchmarks.model.loops import PRODUCTS
+from benchmarks.model.predict import Kernel, Prediction, plans_of, predict
 from benchmarks.roofline import BACKWARD, FORWARD, SECOND_ORDER, TANGENT, Pass, cost
 from benchmarks.shapes import ATTENTION_SHAPES, AttentionShape
-from fastgen.backend import plans
 
 PASSES: dict[str, tuple[Pass, tuple[str, ...]]] = {
     "forward": (FORWARD, ("attention_forward",)),
@@ -17,28 +17,45 @@ PASSES: dict[str, tuple[Pass, tuple[str, ...]]] = {
     "tangent": (TANGENT, ("attention_tangent",)),
     "second order": (SECOND_ORDER, ("attention_second_order_query", "attention_second_order_key_value")),
 }
-"""Name of a pass: its minimum work, and its kernels, which run one after the other."""
+"""Name of a pass: its minimum work, and its kernels, which run one after the other; of most shapes."""
 
 
-def kernel_for(kernels: list[Kernel], bare: str, shape: AttentionShape) -> Kernel | None:
+def kernels_of(name: str, shape: AttentionShape, chip: Chip) -> tuple[str, ...]:
+    """The kernels that the launcher takes for a pass."""
+    plan = plans_of(shape, chip, shape.mask in ("", "causal"))
+    if name == "forward" and "decode" in plan:
+        return ("attention_decode",)
+    if name == "backward" and "one tile" in plan:
+        return ("attention_backward_one_tile",)
+    if name == "backward" and "one head" in plan:
+        return ("attention_backward_one_head",)
+    names = PASSES[name][1]
+
+    def is_wide(bare: str) -> bool:
+        found = plan.get(PRODUCTS[bare].plan)
+        return f"{bare}_wide" in PRODUCTS and found is not None and found["warps"] == 8
+
+    return tuple(f"{bare}_wide" if is_wide(bare) else bare for bare in names)
+
+
+def kernel_for(kernels: list[Kernel], bare: str, shape: AttentionShape, chip: Chip) -> Kernel | None:
     """The kernel that the launcher takes for a shape, or None if none holds its head dims."""
-    second_order = "tangent" in bare or "second_order" in bare
-    dims = next(
-        (one for one in plans.attention_tiles(second_order) if shape.key_dim <= one[0] and shape.value_dim <= one[1]),
-        None,
-    )
     plain = shape.mask in ("", "causal")
-    fitting = [one for one in kernels if one.name.bare == bare and one.name.dims == dims]
-    return next((one for one in fitting if one.name.plain == plain), fitting[0] if fitting else None)
+    plan = plans_of(shape, chip, plain).get(PRODUCTS[bare].plan)
+    if plan is None:
+        return None
+    rows = max(shape.queries, shape.keys)
+    fitting = [one for one in kernels if one.name.bare == bare and one.name.dims == plan["tile"]]
+    fitting = [one for one in fitting if one.name.rows == 0 or one.name.rows >= rows]
+    fitting.sort(key=lambda one: (one.name.plain != plain, one.name.rows))
+    return fitting[0] if fitting else None
 
 
 def predict_pass(kernels: list[Kernel], name: str, shape: AttentionShape, chip: Chip) -> list[Prediction] | None:
-    """The kernels of a pass, or None if one of them is missing, or another one takes the shape."""
-    work, names = PASSES[name]
-    if any(takes_another_kernel(bare, shape, chip) for bare in names):
-        return None
-    bytes_each = cost(shape, work).bytes / len(names)
-    chosen = [kernel_for(kernels, bare, shape) for bare in names]
+    """The kernels of a pass, or None if one of them is missing."""
+    names = kernels_of(name, shape, chip)
+    bytes_each = cost(shape, PASSES[name][0]).bytes / len(names)
+    chosen = [kernel_for(kernels, bare, shape, chip) for bare in names]
     if any(kernel is None for kernel in chosen):
         return None
     return [predict(kernel, shape, chip, bytes_each) for kernel in chosen if kernel is not None]
@@ -115,8 +132,12 @@ NOTES = """
   dropout, softcaps and divisions. That is an upper estimate, which is high for `swin-window` and `seq2seq`.
 - Backward and second order are two kernels each; the gradient of a learned bias is not included. The limit is that of
   the slower one. *latency*: too few warps to fill a pipe. *memory*: the minimal traffic takes longer than the loop.
-- Shapes that take kernels of their own are left out, because the model does not read those: the forward pass of
-  `decode`, the backward pass of `swin-window` and `seq2seq`, and `vae-mid` where eight warps share a tile.
+- `decode` forward, `swin-window` and `seq2seq` backward, and where a block may have 163 KiB `vae-mid` and the backward
+  pass of `transgan-window` and `char-lm`, take kernels of their own. In decoding each warp has tiles of its own, and a
+  copy takes at least a trip to memory. Where warps of a block differ, counts are their average, and the latency is that
+  of the longest path.
+- A block with one stage waits for each copy. Only other blocks of the multiprocessor fill that time.
+- `vae-mid` has no tangents and no second order: there are no kernels of head dim 512, see "Kernels that do not exist".
 - "of roofline": the minimum time of [roofline.md](../roofline.md) by the predicted time. TFLOP/s count the necessary
   products (5 in the backward pass).
 """
@@ -132,6 +153,44 @@ def text_of(data: dict[str, Any]) -> str:
         else:
             parts.append(f" {json.dumps(key)}: {json.dumps(value)}")
     return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+WIDE_SECOND_ORDER = """
+Tangents and second derivatives of head dims above 256 take the PyTorch path on a GPU. Its 15 products of `vae-mid`
+are 258 GFLOP in float32: 13 ms on an A100 and 4 ms on an H100 at the peak of their FP32 pipes, and its 32 tiles take
+about 45 launches each, 6 ms at 4 us. A kernel in which eight warps share a tile, as those of `vae-mid` do, would have
+tiles of 16 x 16 scores, because rows of Q, dO and the tangent of Q take 3 KiB and those of K, V and their tangents 4
+KiB: 117 KB, so that GPUs with 99 KiB would not have it. Counted by hand, a warp and tile take 56 (dK and dV: 72)
+matrix instructions and 44 KiB of shared memory, which is what limits it: 1.7 ms for both kernels on an H100, 3.3 ms
+on an A100. That is three to four times faster, for two more kernels per type, in one layer of autoencoders under a
+gradient penalty."""
+
+
+def estimate_lines(estimates: list[dict[str, Any]]) -> list[str]:
+    """The section about kernels that are not written."""
+    from benchmarks.model.estimates import DESIGNS
+
+    out = [
+        "",
+        "## Kernels that do not exist: estimated",
+        "",
+        "Times of the backward pass in us, from the iterations of the compiled kernels with what a design adds or",
+        "removes, counted by hand ([estimates.py](estimates.py)). Registers are assumed to suffice.",
+        "",
+        *(f"- **{name}**: {text}." for name, text in DESIGNS.items()),
+        "",
+        f"| GPU | shape | now, predicted | {' | '.join(DESIGNS)} |",
+        "|" + "---|" * (3 + len(DESIGNS)),
+    ]
+    cases = dict.fromkeys((one["chip"], one["shape"]) for one in estimates)
+    for chip, shape in cases:
+        found = {one["design"]: one for one in estimates if (one["chip"], one["shape"]) == (chip, shape)}
+        cells = [
+            f"{found[name]['then']:g} ({found[name]['now'] / found[name]['then']:.2f}x)" if name in found else "-"
+            for name in DESIGNS
+        ]
+        out.append(f"| {chip} | {shape} | {next(iter(found.values()))['now']:g} | {' | '.join(cells)} |")
+    return out + WIDE_SECOND_ORDER.splitlines()
 
 
 def lines(data: dict[str, Any]) -> list[str]:
@@ -160,6 +219,7 @@ def lines(data: dict[str, Any]) -> list[str]:
                     f" | {row['waves']:g} | {row['tflops']:g} | {row['of_roofline']:.0%} |"
                     for row in rows
                 ]
+    out += estimate_lines(data["estimates"])
     out += [
         "",
         "## Main loops",
