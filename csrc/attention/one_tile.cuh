@@ -94,22 +94,21 @@ __device__ __forceinline__ void multiply_columns(float (&sums)[2][kDim / 8][4],
     const bool masked = !kPlain && !device::all_lanes(live == 15);
 #pragma unroll
     for (int depth = 0; depth < kFragmentRows; depth += P::kDepth) {
-      uint32_t a[2][4];
+      uint32_t loaded[4];
+      Factor<T> a[2];
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
         const int key = chunk * kOneTileChunk + m * kFragmentRows;
-        load_left_down(a[m], left.at(query + depth, key), Tile<T, kRows>::kStride);
+        load_left_down(loaded, left.at(query + depth, key), Tile<T, kRows>::kStride);
+        a[m].set(loaded, exact);
       }
 #pragma unroll
       for (int tile = 0; tile < kDim / 8; tile += 2) {
-        uint32_t b[4];
-        P::load_down(b, right.at(query + depth, tile * 8), Tile<T, kDim>::kStride);
-        if (masked) P::keep_rows(b, live >> depth / 4);
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          P::multiply(sums[m][tile], a[m], b, exact);
-          P::multiply(sums[m][tile + 1], a[m], b + 2, exact);
-        }
+        P::load_down(loaded, right.at(query + depth, tile * 8), Tile<T, kDim>::kStride);
+        if (masked) P::keep_rows(loaded, live >> depth / 4);
+        Factor<T> b[1];
+        b[0].set(loaded, exact);
+        P::multiply(sums, tile, a, b, exact);
       }
     }
   }

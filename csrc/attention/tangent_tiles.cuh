@@ -133,20 +133,20 @@ struct QueryTangentSource {
 };
 
 // W += Gq K^T + Q Gk^T, for queries from ``row`` on.
-template <int kTiles, typename Queries, typename Keys>
+template <bool kRare = false, int kTiles, typename Queries, typename Keys>
 __device__ __forceinline__ void multiply_direction(float (&direction)[1][kTiles][4], const Queries& queries, int row,
                                                    const Keys& keys, const Tangents& tangents, bool exact) {
-  if (tangents.query.data != nullptr) multiply_rows(direction, queries.tangent(), row, keys.key(), exact);
-  if (tangents.key.data != nullptr) multiply_rows(direction, queries.query(), row, keys.tangent_key(), exact);
+  if (tangents.query.data != nullptr) multiply_rows<kRare>(direction, queries.tangent(), row, keys.key(), exact);
+  if (tangents.key.data != nullptr) multiply_rows<kRare>(direction, queries.query(), row, keys.tangent_key(), exact);
 }
 
 // W^T += K Gq^T + Gk Q^T, for keys from ``row`` on.
-template <int kTiles, typename Queries, typename Keys>
+template <bool kRare = false, int kTiles, typename Queries, typename Keys>
 __device__ __forceinline__ void multiply_direction_transposed(float (&direction)[1][kTiles][4], const Queries& queries,
                                                               const Keys& keys, int row, const Tangents& tangents,
                                                               bool exact) {
-  if (tangents.query.data != nullptr) multiply_rows(direction, keys.key(), row, queries.tangent(), exact);
-  if (tangents.key.data != nullptr) multiply_rows(direction, keys.tangent_key(), row, queries.query(), exact);
+  if (tangents.query.data != nullptr) multiply_rows<kRare>(direction, keys.key(), row, queries.tangent(), exact);
+  if (tangents.key.data != nullptr) multiply_rows<kRare>(direction, keys.tangent_key(), row, queries.query(), exact);
 }
 
 // W = scale * W + Gb in place; 0 where the score is masked. ``masked``: as in mask_scores, and true if there is a Gb.

@@ -88,44 +88,59 @@ struct TileSource {
   }
 };
 
+// Steps of a product that are unrolled: six without a remainder; fewer in float32, where a step has three times as many
+// matrix instructions; one in products that are rare, for the build time.
+template <typename T, bool kRare>
+constexpr int depths_unrolled(int depths) {
+  if (kRare) return 1;
+  if (sizeof(T) == 4) return 2;
+  return depths == 6 ? 6 : 4;
+}
+
 // S += A B^T: kFragments * 16 rows of ``left`` starting at ``row``, 8 kTiles rows of ``right``.
-template <typename T, int kWidth, int kFragments, int kTiles>
+template <bool kRare = false, typename T, int kWidth, int kFragments, int kTiles>
 __device__ __forceinline__ void multiply_rows(float (&scores)[kFragments][kTiles][4], const Tile<T, kWidth>& left,
                                               int row, const Tile<T, kWidth>& right, bool exact) {
   using P = Product<T>;
   constexpr int kStride = Tile<T, kWidth>::kStride;
-  constexpr int kDepths = kWidth / P::kDepth, kUnrolled = kDepths == 6 ? 6 : 4;  // six: no remainder
+  uint32_t loaded[4];
+  const auto load = [&](Factor<T>& a, int m, int k) {
+    load_left(loaded, left.at(row + m * kFragmentRows, k), kStride);
+    a.set(loaded, exact);
+  };
   if constexpr (kTiles == 1) {
 #pragma unroll 1
     for (int k = 0; k < kWidth; k += 2 * P::kDepth) {
-      uint32_t b[4];
-      load_across_deep(b, right.at(0, k), kStride);
+      Factor<T> b;
+      load_across_deep(loaded, right.at(0, k), kStride);
+      b.set(loaded, exact);
 #pragma unroll
       for (int m = 0; m < kFragments; ++m) {
 #pragma unroll
         for (int deep = 0; deep < 2; ++deep) {
-          uint32_t a[4];
-          load_left(a, left.at(row + m * kFragmentRows, k + deep * P::kDepth), kStride);
-          P::multiply(scores[m][0], a, b + 2 * deep, exact);
+          Factor<T> a;
+          load(a, m, k + deep * P::kDepth);
+          P::multiply(scores[m][0], a, b, deep, exact);
         }
       }
     }
   } else {
+    constexpr int kGroup = smaller(P::kGroup, kTiles), kUnrolled = depths_unrolled<T, kRare>(kWidth / P::kDepth);
 #pragma unroll(kUnrolled)
     for (int k = 0; k < kWidth; k += P::kDepth) {
       if (kFragments > 1) device::hold_loads();
-      uint32_t a[kFragments][4];
+      Factor<T> a[kFragments];
 #pragma unroll
-      for (int m = 0; m < kFragments; ++m) load_left(a[m], left.at(row + m * kFragmentRows, k), kStride);
+      for (int m = 0; m < kFragments; ++m) load(a[m], m, k);
 #pragma unroll
-      for (int tile = 0; tile < kTiles; tile += 2) {
-        uint32_t b[4];
-        load_across(b, right.at(tile * 8, k), kStride);
+      for (int tile = 0; tile < kTiles; tile += kGroup) {
+        Factor<T> b[kGroup / 2];
 #pragma unroll
-        for (int m = 0; m < kFragments; ++m) {
-          P::multiply(scores[m][tile], a[m], b, exact);
-          P::multiply(scores[m][tile + 1], a[m], b + 2, exact);
+        for (int i = 0; i < kGroup / 2; ++i) {
+          load_across(loaded, right.at((tile + 2 * i) * 8, k), kStride);
+          b[i].set(loaded, exact);
         }
+        P::multiply(scores, tile, a, b, exact);
       }
     }
   }
@@ -145,18 +160,42 @@ __device__ __forceinline__ void multiply_rows_of(float (&sums)[kFragments][kColu
                                                  const Tile<T, kWidth>& right, int column, bool exact, uint32_t live) {
   using P = Product<T>;
   constexpr int kStride = Tile<T, kWidth>::kStride, kDepths = Weights<T, kFragments, kTiles>::kDepths;
-#pragma unroll
-  for (int tile = 0; tile < kColumnTiles; tile += 2) {
-    if (kFragments * kColumnTiles > 16) device::hold_loads();
+  const auto load = [&](uint32_t (&b)[4], int k, int tile) {
+    P::load_down(b, right.at(k * P::kDepth, column + tile * 8), kStride);
+    if constexpr (kSelected) P::keep_rows(b, live >> k * P::kDepth / 4);
+  };
+  if constexpr (sizeof(T) == 4) {
+    constexpr int kGroup = smaller(P::kGroup, kColumnTiles);
 #pragma unroll
     for (int k = 0; k < kDepths; ++k) {
-      uint32_t b[4];
-      P::load_down(b, right.at(k * P::kDepth, column + tile * 8), kStride);
-      if constexpr (kSelected) P::keep_rows(b, live >> k * P::kDepth / 4);
+      Factor<T> a[kFragments];
 #pragma unroll
-      for (int m = 0; m < kFragments; ++m) {
-        P::multiply(sums[m][tile], weights.left[k][m], b, exact);
-        P::multiply(sums[m][tile + 1], weights.left[k][m], b + 2, exact);
+      for (int m = 0; m < kFragments; ++m) a[m].set(weights.left[k][m], exact);
+#pragma unroll
+      for (int tile = 0; tile < kColumnTiles; tile += kGroup) {
+        Factor<T> b[kGroup / 2];
+#pragma unroll
+        for (int i = 0; i < kGroup / 2; ++i) {
+          uint32_t loaded[4];
+          load(loaded, k, tile + 2 * i);
+          b[i].set(loaded, exact);
+        }
+        P::multiply(sums, tile, a, b, exact);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int tile = 0; tile < kColumnTiles; tile += 2) {
+      if (kFragments * kColumnTiles > 16) device::hold_loads();
+#pragma unroll
+      for (int k = 0; k < kDepths; ++k) {
+        uint32_t b[4];
+        load(b, k, tile);
+#pragma unroll
+        for (int m = 0; m < kFragments; ++m) {
+          P::multiply(sums[m][tile], weights.left[k][m], b, exact);
+          P::multiply(sums[m][tile + 1], weights.left[k][m], b + 2, exact);
+        }
       }
     }
   }
@@ -164,8 +203,8 @@ __device__ __forceinline__ void multiply_rows_of(float (&sums)[kFragments][kColu
 
 // O += P V: weights in registers, columns of ``right`` starting at ``column``. With ``masked``, rows of ``right`` whose
 // bit in ``live`` is 0 are treated as zeros, because 0 * inf and 0 * NaN are not 0; bits 2 i and 2 i + 1 are those of
-// this lane's rows in the i-th group of eight.
-template <typename T, int kWidth, int kFragments, int kTiles, int kColumnTiles>
+// this lane's rows in the i-th group of eight. kRare: in float32, one product for both cases, for the build time.
+template <typename T, bool kRare = false, int kWidth, int kFragments, int kTiles, int kColumnTiles>
 __device__ __forceinline__ void multiply_weights(float (&sums)[kFragments][kColumnTiles][4],
                                                  const float (&weights)[kFragments][kTiles][4],
                                                  const Tile<T, kWidth>& right, int column, bool exact, bool masked,
@@ -178,7 +217,9 @@ __device__ __forceinline__ void multiply_weights(float (&sums)[kFragments][kColu
 #pragma unroll
     for (int m = 0; m < kFragments; ++m) P::from_scores(left.left[k][m], weights[m] + k * P::kDepth / 8);
   }
-  if (masked && device::any_lane((live & kAll) != kAll)) {
+  if constexpr (kRare && sizeof(T) == 4) {
+    multiply_rows_of<true>(sums, left, right, column, exact, masked ? live : kAll);
+  } else if (masked && device::any_lane((live & kAll) != kAll)) {
     multiply_rows_of<true>(sums, left, right, column, exact, live);
   } else {
     multiply_rows_of<false>(sums, left, right, column, exact, live);

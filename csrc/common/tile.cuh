@@ -31,14 +31,45 @@ struct Tile {
   __device__ __forceinline__ float* row_extra(int row) const { return reinterpret_cast<float*>(at(row, kColumns)); }
 };
 
+// Four registers of an operand as products take them, made once for all products with the operand. ``exact``: see
+// Product<float>.
+template <typename T>
+struct Factor {
+  uint32_t bits[4];
+
+  __device__ __forceinline__ void set(const uint32_t (&loaded)[4], bool /*exact*/) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) bits[i] = loaded[i];
+  }
+};
+
 // The mma of a storage type: 16 x kDepth left operand (four registers) times kDepth x 8 right operand (two registers).
 //
 // Accumulator fragments are reused as left operands without shuffles; load_down permutes the rows of the right operand
 // accordingly.
 template <typename T>
 struct Product {
-  static constexpr int kDepth = 16;
+  static constexpr int kDepth = 16, kGroup = 2;  // kGroup: tiles of 8 columns that multiply() takes, at most
 
+  // sums[m][first + i] += left[m] * tile i of ``right``, of which each element has two.
+  template <int kFragments, int kTiles, int kPairs>
+  static __device__ __forceinline__ void multiply(float (&sums)[kFragments][kTiles][4], int first,
+                                                  const Factor<T> (&left)[kFragments], const Factor<T> (&right)[kPairs],
+                                                  bool exact) {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+#pragma unroll
+      for (int m = 0; m < kFragments; ++m) {
+        multiply(sums[m][first + 2 * i], left[m].bits, right[i].bits, exact);
+        multiply(sums[m][first + 2 * i + 1], left[m].bits, right[i].bits + 2, exact);
+      }
+    }
+  }
+  // One tile: the first one of ``right``, or the second one.
+  static __device__ __forceinline__ void multiply(float (&sum)[4], const Factor<T>& left, const Factor<T>& right,
+                                                  int second, bool exact) {
+    multiply(sum, left.bits, right.bits + 2 * second, exact);
+  }
   static __device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&left)[4], const uint32_t* right,
                                                   bool /*exact*/) {
     const uint32_t operand[2] = {right[0], right[1]};
@@ -65,47 +96,85 @@ struct Product {
   }
 };
 
-// float32 as high + low in tf32 (3xTF32): low * low is below float32 precision and omitted.
-//
-// The instruction truncates what it adds to the accumulator (Fasi, Higham, Mikaitis, Pranesh, 2021), always toward
-// zero, so that over a long sum the error grows with its length. Products of one step are therefore summed from zero,
-// and added to the accumulator by an addition that rounds to nearest.
+// float32 as high + low in tf32.
 template <>
-struct Product<float> {
-  static constexpr int kDepth = 8;
+struct Factor<float> {
+  uint32_t high[4], low[4];
 
   // high: to nearest, ties away from zero; low: the rest, of which the instruction ignores the last bit. Where high
   // would be infinite (inf, NaN, the largest floats) it is 2 with the sign of the value, and low has the value:
-  // inf - inf is NaN, and so would be 0 * inf in the product with the low part of the other operand.
-  static __device__ __forceinline__ void split(uint32_t bits, uint32_t& high, uint32_t& low) {
+  // inf - inf is NaN, and so would be 0 * inf in the product with the low part of the other operand. Without low, in
+  // tf32, high is the value.
+  __device__ __forceinline__ void set(const uint32_t (&loaded)[4], bool exact) {
     constexpr uint32_t kHalfUnit = 0x1000u, kTf32 = 0xffffe000u, kSignAndTwo = 0xc0000000u, kOverflows = 0x7f7ff000u;
-    const float value = bits_to_float(bits);
-    const uint32_t kept = fabsf(value) < bits_to_float(kOverflows) ? kTf32 : kSignAndTwo;
-    high = (bits + kHalfUnit) & kept;
-    low = float_to_bits(value - bits_to_float(high));
-  }
-  static __device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&left)[4], const uint32_t* right,
-                                                  bool exact) {
-    uint32_t left_high[4], right_high[2];
-    if (exact) {
-      uint32_t left_low[4], right_low[2];
+    const uint32_t kept = exact ? kSignAndTwo : ~0u;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) split(left[i], left_high[i], left_low[i]);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) split(right[i], right_high[i], right_low[i]);
-      float part[4] = {};
-      device::mma_m16n8k8_tf32(part, left_low, right_high);
-      device::mma_m16n8k8_tf32(part, left_high, right_low);
-      device::mma_m16n8k8_tf32(part, left_high, right_high);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sum[i] += part[i];
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) left_high[i] = device::to_tf32(bits_to_float(left[i]));
-#pragma unroll
-      for (int i = 0; i < 2; ++i) right_high[i] = device::to_tf32(bits_to_float(right[i]));
-      device::mma_m16n8k8_tf32(sum, left_high, right_high);
+    for (int i = 0; i < 4; ++i) {
+      const float value = bits_to_float(loaded[i]);
+      high[i] = (loaded[i] + kHalfUnit) & kTf32;
+      if (!(fabsf(value) < bits_to_float(kOverflows))) high[i] = loaded[i] & kept;
+      low[i] = float_to_bits(value - bits_to_float(high[i]));
     }
+  }
+};
+
+// ``exact``: products with float32 accuracy (3xTF32; low * low is below it and omitted), else in tf32.
+//
+// The instruction truncates what it adds to the accumulator (Fasi, Higham, Mikaitis, Pranesh, 2021), always toward
+// zero, so that over a long sum the error grows with its length. Exact products of one step are therefore summed from
+// zero, and added to the accumulator by an addition that rounds to nearest.
+//
+// There is one branch on ``exact`` for a group of products: with a branch in each product, the three instructions of
+// one, which wait for each other, would not overlap with those of another.
+template <>
+struct Product<float> {
+  static constexpr int kDepth = 8, kGroup = 4;
+
+  template <int kFragments, int kTiles, int kPairs>
+  static __device__ __forceinline__ void multiply(float (&sums)[kFragments][kTiles][4], int first,
+                                                  const Factor<float> (&left)[kFragments],
+                                                  const Factor<float> (&right)[kPairs], bool exact) {
+    using Registers = uint32_t (Factor<float>::*)[4];
+    constexpr Registers kHigh = &Factor<float>::high, kLow = &Factor<float>::low;
+    const auto for_all = [&](auto&& body) {
+#pragma unroll
+      for (int m = 0; m < kFragments; ++m) {
+#pragma unroll
+        for (int i = 0; i < 2 * kPairs; ++i) body(m, i);
+      }
+    };
+    const auto add = [&](float (&sum)[4], int m, int i, Registers of_left, Registers of_right) {
+      const uint32_t* b = right[i / 2].*of_right + i % 2 * 2;
+      const uint32_t operand[2] = {b[0], b[1]};
+      device::mma_m16n8k8_tf32(sum, left[m].*of_left, operand);
+    };
+    if (!exact) {
+      for_all([&](int m, int i) { add(sums[m][first + i], m, i, kHigh, kHigh); });
+      return;
+    }
+    float parts[kFragments][2 * kPairs][4] = {};
+    for_all([&](int m, int i) { add(parts[m][i], m, i, kLow, kHigh); });
+    for_all([&](int m, int i) { add(parts[m][i], m, i, kHigh, kLow); });
+    for_all([&](int m, int i) { add(parts[m][i], m, i, kHigh, kHigh); });
+    for_all([&](int m, int i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums[m][first + i][e] += parts[m][i][e];
+    });
+  }
+  static __device__ __forceinline__ void multiply(float (&sum)[4], const Factor<float>& left,
+                                                  const Factor<float>& right, int second, bool exact) {
+    const uint32_t high[2] = {right.high[2 * second], right.high[2 * second + 1]};
+    const uint32_t low[2] = {right.low[2 * second], right.low[2 * second + 1]};
+    if (!exact) {
+      device::mma_m16n8k8_tf32(sum, left.high, high);
+      return;
+    }
+    float part[4] = {};
+    device::mma_m16n8k8_tf32(part, left.low, high);
+    device::mma_m16n8k8_tf32(part, left.high, low);
+    device::mma_m16n8k8_tf32(part, left.high, high);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sum[e] += part[e];
   }
   // Columns 2t and 2t + 1 of the accumulator take the places of t and t + 4: load_down uses the same permutation.
   static __device__ __forceinline__ void from_scores(uint32_t (&left)[4], const float (*scores)[4]) {

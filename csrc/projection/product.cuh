@@ -133,21 +133,20 @@ struct TileProduct {
       const Right b = right(stage);
 #pragma unroll
       for (int k = 0; k < BLOCK_K; k += P::kDepth) {
-        uint32_t rows[kFragments][4];
+        uint32_t loaded[4];
+        Factor<T> rows[kFragments];
 #pragma unroll
         for (int m = 0; m < kFragments; ++m) {
-          a.load_left(rows[m], row + m * kFragmentRows, k);
+          a.load_left(loaded, row + m * kFragmentRows, k);
+          rows[m].set(loaded, exact);
           with_left(rows[m], m);
         }
 #pragma unroll
         for (int n = 0; n < kTiles; n += 2) {
-          uint32_t columns[4];
-          b.load_right(columns, column + n * 8, k);
-#pragma unroll
-          for (int m = 0; m < kFragments; ++m) {
-            P::multiply(sums[m][n], rows[m], columns, exact);
-            P::multiply(sums[m][n + 1], rows[m], columns + 2, exact);
-          }
+          Factor<T> columns[1];
+          b.load_right(loaded, column + n * 8, k);
+          columns[0].set(loaded, exact);
+          P::multiply(sums, n, rows, columns, exact);
         }
       }
       stage = stage + 1 < kStages ? stage + 1 : 0;

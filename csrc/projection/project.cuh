@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kTileShapes[kTileIndex].threads(), resident_bl
           return weight + row * p.weight_row + column;
         });
       },
-      [](uint32_t (&)[4], int) {});
+      [](const Factor<T>&, int) {});
 
   const bool tokens_across = p.out.channel != 1;
   const Staging staging(kShape, tokens_across);

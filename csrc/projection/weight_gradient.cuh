@@ -22,11 +22,13 @@ template <typename T, int kFragments>
 struct RowSums {
   float sums[kFragments][4] = {};
 
-  __device__ __forceinline__ void add(const uint32_t (&left)[4], int fragment, bool exact) {
+  __device__ __forceinline__ void add(const Factor<T>& left, int fragment, bool exact) {
     uint32_t one = float_to_bits(1.0f);
     if constexpr (sizeof(T) == 2) one = device::pack<T>(1.0f, 1.0f);
-    const uint32_t ones[2] = {one, one};
-    Product<T>::multiply(sums[fragment], left, ones, exact);
+    const uint32_t loaded[4] = {one, one, one, one};
+    Factor<T> ones;
+    ones.set(loaded, exact);
+    Product<T>::multiply(sums[fragment], left, ones, 0, exact);
   }
 };
 
@@ -57,7 +59,7 @@ __global__ void __launch_bounds__(kTileShapes[kTileIndex].threads(), resident_bl
           return j < columns && k < tokens ? address<const T>(p.x, batch, token + k, column + j) : nullptr;
         });
       },
-      [&](const uint32_t (&operand)[4], int fragment) {
+      [&](const Factor<T>& operand, int fragment) {
         if (with_bias) bias.add(operand, fragment, p.exact);
       });
 

@@ -177,6 +177,20 @@ def test_products_of_special_values_are_those_of_the_formula(emulated, name, oth
         assert_like_the_formula(out, a, b)
 
 
+@pytest.mark.parametrize("name", ["inf", "-inf", "nan", "nan of the device", "inf and -inf"])
+def test_products_in_tf32_keep_infinities_and_nan(emulated, monkeypatch, name):
+    """Without a low part, the high part has the value: the device's NaN would become -0 by rounding up."""
+    for operators in (fastgen.functional.projection, fastgen.ops.projection.operator_path):
+        monkeypatch.setattr(operators, "may_use_tf32", lambda _: True)
+    x, weight = torch.randn(16, 8), torch.randn(16, 8)
+    for i, value in enumerate(SPECIAL[name]):
+        x[3, 2 + i], weight[5, 2 + i] = value, value
+    out = multi_head_projection(x[None], weight, num_heads=1)[0, 0]
+    wanted = x @ weight.mT
+    assert not bool(torch.isfinite(wanted[3]).any() or torch.isfinite(wanted[:, 5]).any())
+    torch.testing.assert_close(out, wanted, rtol=0.01, atol=0.02, equal_nan=True)
+
+
 def test_infinite_keys_and_values_of_attention(emulated):
     """A score of -inf is a weight of 0; an infinite value reaches the rows that attend to it, in its column."""
     query, key, value = torch.ones(1, 1, 20, 16), torch.randn(1, 1, 40, 16), torch.randn(1, 1, 40, 16)
