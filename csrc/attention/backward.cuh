@@ -118,17 +118,7 @@ __device__ __forceinline__ void center_gradients(float (&grads)[kFragments][kTil
                                                  int64_t first_row, int query, int key) {
   if constexpr (!kPlain) {
     if (problem.dropout.seeds != nullptr) {
-      const HeadDropout dropout(problem, first_row);
-#pragma unroll
-      for (int m = 0; m < kFragments; ++m) {
-#pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-          float factors[4];
-          dropout.factors(factors, query + m * kFragmentRows, key + tile * 8);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) grads[m][tile][i] *= factors[i];
-        }
-      }
+      HeadDropout(problem, first_row).template kept<kFragments, kTiles>(query, key).apply(grads);
     }
   }
 #pragma unroll

@@ -95,17 +95,17 @@ __global__ void __launch_bounds__(ForwardLayout<T, kKeyDim, kValueDim, kPlain>::
     values.copy(Layout::value(p, i), key * p.value.row, tile.all_live(), is_live);
   };
 
-  const int64_t all_tiles =
-      tiles_of_head(problem.queries, block_m, kPlain ? 0 : problem.sequences.count) * problem.batch * problem.heads;
-  const int64_t first_tile = static_cast<int64_t>(blockIdx.x) * (Layout::kTwoBuffers ? p.tiles_per_block : 1);
-  int query_tiles = 1;
-  if (Layout::kTwoBuffers) {
-    query_tiles =
-        static_cast<int>(all_tiles - first_tile < p.tiles_per_block ? all_tiles - first_tile : p.tiles_per_block);
+  const unsigned first_tile = blockIdx.x * (Layout::kTwoBuffers ? static_cast<unsigned>(p.tiles_per_block) : 1u);
+  unsigned query_tiles = 1;
+  if constexpr (Layout::kTwoBuffers) {
+    const unsigned heads = static_cast<unsigned>(problem.batch) * static_cast<unsigned>(problem.heads);
+    const unsigned all = tiles_of_head_32(problem.queries, block_m, kPlain ? 0 : problem.sequences.count) * heads;
+    const unsigned left = all - first_tile, most = static_cast<unsigned>(p.tiles_per_block);
+    query_tiles = left < most ? left : most;
   }
   typename Tiles::Index tile;
   // The queries of a tile and its first keys, which are the i-th key tile of this block.
-  const auto load = [&](int query_tile, int i) {
+  const auto load = [&](unsigned query_tile, int i) {
     const QueryBlock block(problem, first_tile + query_tile, block_m, may_pack);
     tile = Tiles(problem, block).first();
     load_queries(block, query_tile);
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(ForwardLayout<T, kKeyDim, kValueDim, kPlain>::
   device::async_copy_commit();
 
   int i = 0;  // key tiles, counted through all query tiles
-  for (int query_tile = 0; query_tile < query_tiles; ++query_tile) {
+  for (unsigned query_tile = 0; query_tile < query_tiles; ++query_tile) {
     const QueryBlock block(problem, first_tile + query_tile, block_m, may_pack);
     const Tiles tiles(problem, block);
     const Keys keys = keys_of(block);
@@ -145,17 +145,7 @@ __global__ void __launch_bounds__(ForwardLayout<T, kKeyDim, kValueDim, kPlain>::
       }
       if constexpr (!kPlain) {
         if (problem.dropout.seeds != nullptr) {
-          const HeadDropout dropout(problem, block.first_row);
-#pragma unroll
-          for (int m = 0; m < kFragments; ++m) {
-#pragma unroll
-            for (int n = 0; n < kTiles; ++n) {
-              float factors[4];
-              dropout.factors(factors, row + m * kFragmentRows, key + n * 8);
-#pragma unroll
-              for (int e = 0; e < 4; ++e) scores[m][n][e] *= factors[e];
-            }
-          }
+          HeadDropout(problem, block.first_row).template kept<kFragments, kTiles>(row, key).apply(scores);
         }
       }
     };

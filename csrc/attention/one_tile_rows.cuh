@@ -279,17 +279,9 @@ struct OneTileRows {
   // Dropout of dP.
   __device__ __forceinline__ void drop(const Problem& problem, int c, int64_t first_row, int row) {
     const HeadDropout dropout(problem, first_row);
-    kept[c] = 0;
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      float factors[4];
-      dropout.factors(factors, row, c * kOneTileChunk + n * 8);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        grads[c][0][n][i] *= factors[i];
-        kept[c] |= factors[i] != 0.0f ? 1u << (4 * n + i) : 0u;
-      }
-    }
+    const auto found = dropout.template kept<1, kTiles>(row, c * kOneTileChunk);
+    found.apply(grads[c]);
+    kept[c] = found.bits[0];
   }
 };
 

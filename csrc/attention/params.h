@@ -58,6 +58,10 @@ constexpr int kUnbounded = INT32_MIN;
 FASTGEN_HOST_DEVICE constexpr int64_t tiles_of_head(int64_t rows, int tile, int sequences) {
   return sequences > 0 ? rows / tile + sequences : ceil_div(rows, tile);
 }
+FASTGEN_HOST_DEVICE constexpr unsigned tiles_of_head_32(int rows, int tile, int sequences) {
+  const auto all = static_cast<unsigned>(rows), each = static_cast<unsigned>(tile);
+  return sequences > 0 ? all / each + static_cast<unsigned>(sequences) : (all + each - 1) / each;
+}
 
 struct Problem {
   int batch = 0, heads = 0, key_heads = 0, queries = 0, keys = 0, key_dim = 0, value_dim = 0;

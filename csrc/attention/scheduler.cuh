@@ -68,11 +68,12 @@ struct QueryBlock {
   int all_keys;  // of the sequence
 
   // Blocks are numbered by head, then in descending order of rows: with a causal mask the last rows have the most keys.
+  // ``index`` has 32 bits: a division of 64 bits takes twice as many instructions.
   template <bool kMayPack>
-  __device__ __forceinline__ QueryBlock(const Problem& p, int64_t index, int block_m, MayPack<kMayPack>) {
-    const int blocks = static_cast<int>(tiles_of_head(p.queries, block_m, kMayPack ? p.sequences.count : 0));
-    const auto batch_head = static_cast<unsigned>(index / blocks);
-    const int tile = blocks - 1 - static_cast<int>(index % blocks);
+  __device__ __forceinline__ QueryBlock(const Problem& p, unsigned index, int block_m, MayPack<kMayPack>) {
+    const unsigned blocks = tiles_of_head_32(p.queries, block_m, kMayPack ? p.sequences.count : 0);
+    const unsigned batch_head = index / blocks;
+    const int tile = static_cast<int>(blocks - 1 - index % blocks);
     const auto heads = static_cast<unsigned>(p.heads);
     batch = key_batch = batch_head / heads, head = batch_head % heads;
     key_head = head / (heads / static_cast<unsigned>(p.key_heads));
@@ -145,10 +146,11 @@ struct KeyBlock {
   int key_head;
   Range keys;
 
-  __device__ __forceinline__ KeyBlock(const Problem& p, int64_t index, int block_n) {
-    const int blocks = static_cast<int>(tiles_of_head(p.keys, block_n, kMayPack ? p.sequences.count : 0));
-    const int batch_head = static_cast<int>(index / blocks), tile = static_cast<int>(index % blocks);
-    place = batch_head / p.key_heads, key_head = batch_head % p.key_heads;
+  __device__ __forceinline__ KeyBlock(const Problem& p, unsigned index, int block_n) {
+    const unsigned blocks = tiles_of_head_32(p.keys, block_n, kMayPack ? p.sequences.count : 0);
+    const unsigned batch_head = index / blocks, key_heads = static_cast<unsigned>(p.key_heads);
+    const int tile = static_cast<int>(index % blocks);
+    place = static_cast<int>(batch_head / key_heads), key_head = static_cast<int>(batch_head % key_heads);
     int first = tile * block_n, all = p.keys;
     if (is_packed(p)) {
       const SequenceTile sequence(p.sequences.count, p.sequences.keys, p.keys, p.sequences.queries, p.queries, block_n,

@@ -97,14 +97,8 @@ struct SecondOrderTile {
   __device__ __forceinline__ void softmax(const Problem& problem, int64_t first_row, const SecondOrderRow (&rows)[2],
                                           bool masked, int row, int key) {
     if (problem.dropout.seeds != nullptr) {
-      const HeadDropout dropout(problem, first_row);
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        float factors[4];
-        dropout.factors(factors, row, key + tile * 8);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) grads[0][tile][i] *= factors[i], cross[0][tile][i] *= factors[i];
-      }
+      const auto kept = HeadDropout(problem, first_row).template kept<1, kTiles>(row, key);
+      kept.apply(grads), kept.apply(cross);
     }
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -132,8 +126,8 @@ struct SecondOrderTile {
     const Problem& problem = p.first.problem;
     if (!is_capped(problem)) return;
     clear(scores), clear(cross);
-    multiply_rows(scores, queries.query(), warp_row, keys.key(), problem.exact);
-    multiply_direction(cross, queries, warp_row, keys, p.tangents, problem.exact);
+    multiply_rows<true>(scores, queries.query(), warp_row, keys.key(), problem.exact);
+    multiply_direction<true>(cross, queries, warp_row, keys, p.tangents, problem.exact);
     cap_gradients(grads, direction, scores, cross, problem);
   }
 };
@@ -209,9 +203,9 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
     scores.uncap(p, queries, warp_row, keys);
     // accumulate
     const uint32_t live = masked ? visible.columns(tile.live) : 0;
-    multiply_weights<T>(sums, scores.direction, keys.key(), first_column, problem.exact, masked, live);
+    multiply_weights<T, true>(sums, scores.direction, keys.key(), first_column, problem.exact, masked, live);
     if (p.tangents.key.data != nullptr) {
-      multiply_weights<T>(sums, scores.grads, keys.tangent_key(), first_column, problem.exact, masked, live);
+      multiply_weights<T, true>(sums, scores.grads, keys.tangent_key(), first_column, problem.exact, masked, live);
     }
   });
 
@@ -330,18 +324,18 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
     // accumulate
     const uint32_t attended = masked ? visible.columns(live) : 0;
     if (value_column < kValueDim) {
-      multiply_weights<T>(value_sums, scores, queries.grad_out(), value_column, problem.exact, masked, attended);
+      multiply_weights<T, true>(value_sums, scores, queries.grad_out(), value_column, problem.exact, masked, attended);
     }
     if (key_column < kKeyDim) {
       if (is_capped(problem)) {
         clear(scores), clear(cross);
-        multiply_rows(scores, keys.key(), warp_row, queries.query(), problem.exact);
-        multiply_direction_transposed(cross, queries, keys, warp_row, p.tangents, problem.exact);
+        multiply_rows<true>(scores, keys.key(), warp_row, queries.query(), problem.exact);
+        multiply_direction_transposed<true>(cross, queries, keys, warp_row, p.tangents, problem.exact);
         cap_gradients(grads, direction, scores, cross, problem);
       }
-      multiply_weights<T>(key_sums, direction, queries.query(), key_column, problem.exact, masked, attended);
+      multiply_weights<T, true>(key_sums, direction, queries.query(), key_column, problem.exact, masked, attended);
       if (p.tangents.query.data != nullptr) {
-        multiply_weights<T>(key_sums, grads, queries.tangent(), key_column, problem.exact, masked, attended);
+        multiply_weights<T, true>(key_sums, grads, queries.tangent(), key_column, problem.exact, masked, attended);
       }
     }
   });

@@ -125,14 +125,8 @@ __global__ void __launch_bounds__(TangentLayout<T, kKeyDim, kValueDim>::kThreads
     }
     if constexpr (!kPlain) {
       if (problem.dropout.seeds != nullptr) {
-        const HeadDropout dropout(problem, block.first_row);
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-          float factors[4];
-          dropout.factors(factors, row, key + n * 8);
-#pragma unroll
-          for (int e = 0; e < 4; ++e) scores[0][n][e] *= factors[e], direction[0][n][e] *= factors[e];
-        }
+        const auto kept = HeadDropout(problem, block.first_row).template kept<1, kTiles>(row, key);
+        kept.apply(scores), kept.apply(direction);
       }
     }
     // accumulate

@@ -207,14 +207,7 @@ __global__ void __launch_bounds__(WideForwardLayout<T, kKeyDim, kValueDim>::kThr
     // weights
     if constexpr (!kPlain) {
       if (problem.dropout.seeds != nullptr) {
-        const HeadDropout dropout(problem, block.first_row);
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-          float factors[4];
-          dropout.factors(factors, row, key + n * 8);
-#pragma unroll
-          for (int e = 0; e < 4; ++e) scores[0][n][e] *= factors[e];
-        }
+        HeadDropout(problem, block.first_row).template kept<1, kTiles>(row, key).apply(scores);
       }
       if (masked) store_live(Layout::live(), warp, visible.columns(live));
     }
