@@ -40,7 +40,7 @@ void launch_backward_query(BackwardParams p, void* stream) {
   }
   p.stages = plan.stages;
   dispatch_head_dims<kHeadDims>(plan.dims, [&]<int kKeyDim, int kValueDim>() {
-    dispatch_bool(sizes.plain, [&](auto plain) {
+    dispatch_plain<T, kKeyDim, kValueDim>(sizes.plain, [&](auto plain) {
       constexpr auto kernel = attention_backward_query<T, kKeyDim, kValueDim, decltype(plain)::value>;
       device::launch("attention_backward_query", +kernel, launch_config(plan, stream), p);
     });
@@ -57,7 +57,7 @@ void launch_backward_key_value(BackwardParams p, void* stream) {
   }
   p.stages = plan.stages;
   dispatch_head_dims<kHeadDims>(plan.dims, [&]<int kKeyDim, int kValueDim>() {
-    dispatch_bool(sizes.plain, [&](auto plain) {
+    dispatch_plain<T, kKeyDim, kValueDim>(sizes.plain, [&](auto plain) {
       constexpr auto kernel = attention_backward_key_value<T, kKeyDim, kValueDim, decltype(plain)::value>;
       device::launch("attention_backward_key_value", +kernel, launch_config(plan, stream), p);
     });
@@ -69,7 +69,7 @@ void launch_tangent(const TangentParams& p, void* stream) {
   const Sizes sizes = sizes_of(p.problem, sizeof(T));
   const Plan plan = tangent_plan(sizes);
   dispatch_head_dims<kSecondOrderHeadDims>(plan.dims, [&]<int kKeyDim, int kValueDim>() {
-    dispatch_bool(sizes.plain, [&](auto plain) {
+    dispatch_plain<T, kKeyDim, kValueDim>(sizes.plain, [&](auto plain) {
       constexpr auto kernel = attention_tangent<T, kKeyDim, kValueDim, decltype(plain)::value>;
       device::launch("attention_tangent", +kernel, launch_config(plan, stream), p);
     });

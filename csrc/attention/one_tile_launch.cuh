@@ -51,11 +51,13 @@ bool launch_one_tile(const BackwardParams& p, void* stream) {
   const Sizes sizes = sizes_of(p.problem, sizeof(T));
   const OneTilePlan found = one_tile_plan(sizes, p.problem.softcap != 0.0f);
   if (found.entry < 0) return launch_one_head<T>(sizes, p, stream);
-  if (sizes.plain) {
-    launch_one_tile<T, OneTileKind::kPlain>(found, p, {}, stream);
-  } else {
-    launch_one_tile<T, OneTileKind::kMasked>(found, p, {}, stream);
+  if constexpr (sizeof(T) == 2) {  // as dispatch_plain
+    if (sizes.plain) {
+      launch_one_tile<T, OneTileKind::kPlain>(found, p, {}, stream);
+      return true;
+    }
   }
+  launch_one_tile<T, OneTileKind::kMasked>(found, p, {}, stream);
   return true;
 }
 

@@ -60,16 +60,23 @@ void weight_gradient(WeightGradientParams p, cudaStream_t stream) {
   const dim3 grid(checked_blocks(plan.column_tiles, INT32_MAX), checked_blocks(plan.row_tiles, UINT16_MAX),
                   checked_blocks(plan.splits, UINT16_MAX));
   const TileShape& shape = kTileShapes[plan.tile];
-  dispatch_tile(plan.tile, [&](auto index) {
-    dispatch_bool(p.grad.channel != 1, [&](auto grad_across) {
-      dispatch_bool(p.x.channel != 1, [&](auto across) {
-        constexpr auto kernel = projection_weight_gradient<T, decltype(index)::value, decltype(grad_across)::value,
-                                                           decltype(across)::value>;
-        const int bytes = pipeline_bytes(shape, sizeof(T), !decltype(grad_across)::value, !decltype(across)::value);
-        device::launch("projection_weight_gradient", +kernel,
-                       {grid, dim3(shape.threads()), static_cast<size_t>(bytes), stream}, p);
-      });
-    });
+  const auto launch = [&]<int kTile, bool kGradAcross, bool kAcross>() {
+    constexpr auto kernel = projection_weight_gradient<T, kTile, kGradAcross, kAcross>;
+    const int bytes = pipeline_bytes(shape, sizeof(T), !kGradAcross, !kAcross);
+    device::launch("projection_weight_gradient", +kernel,
+                   {grid, dim3(shape.threads()), static_cast<size_t>(bytes), stream}, p);
+  };
+  const bool grad_across = p.grad.channel != 1, across = p.x.channel != 1;
+  if (grad_across && across)
+    throw Error("projection", "the gradient or the input has contiguous channels, as heads do");
+  dispatch_tile(plan.tile, [&]<int kTile>(std::integral_constant<int, kTile>) {
+    if (grad_across) {
+      launch.template operator()<kTile, true, false>();
+    } else if (across) {
+      launch.template operator()<kTile, false, true>();
+    } else {
+      launch.template operator()<kTile, false, false>();
+    }
   });
 }
 
