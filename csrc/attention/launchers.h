@@ -1,6 +1,6 @@
-// The launchers of one storage type: defined in *launch.cuh, instantiated in instantiations/ (a file for each launcher
-// and type, which compile in parallel). Declarations only: an inline function that calls them, where their definitions
-// are seen, would instantiate every kernel of every type in every file.
+// The launchers of one storage type: defined in *launch.cuh, instantiated in instantiations/, in files that compile in
+// parallel. Declarations only: an inline function that calls them, where their definitions are seen, would instantiate
+// every kernel of every type in every file.
 #pragma once
 
 #include "attention/params.h"

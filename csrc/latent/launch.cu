@@ -3,16 +3,11 @@
 
 #include "common/dispatch.h"
 #include "device/launch.cuh"
+#include "latent/launch.cuh"
 #include "latent/plan.h"
 #include "latent/sum_parts.cuh"
 
 namespace fastgen::latent {
-
-// Defined in instantiations/.
-template <typename T>
-Plan forward(const ForwardParams& params, cudaStream_t stream);
-template <typename T>
-void backward(const BackwardParams& params, cudaStream_t stream);
 
 int multiprocessors() { return device::multiprocessors(); }
 

@@ -1,4 +1,4 @@
-// Launchers of one storage type, instantiated in instantiations/.
+// Launchers of one storage type.
 #pragma once
 
 #include <initializer_list>

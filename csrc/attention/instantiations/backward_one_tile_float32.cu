@@ -3,5 +3,7 @@
 namespace fastgen::attention {
 
 template bool launch_one_tile<float>(const BackwardParams&, void*);
+template void launch_one_tile_mask<float>(const BackwardParams&, const MaskGradient&, void*);
+template int one_tile_splits<float>(const Problem&, const int (&)[4]);
 
 }  // namespace fastgen::attention

@@ -1,8 +1,0 @@
-#include "attention/one_tile_launch.cuh"
-
-namespace fastgen::attention {
-
-template void launch_one_tile_mask<float>(const BackwardParams&, const MaskGradient&, void*);
-template int one_tile_splits<float>(const Problem&, const int (&)[4]);
-
-}  // namespace fastgen::attention

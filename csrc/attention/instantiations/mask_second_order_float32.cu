@@ -1,8 +1,0 @@
-#include "attention/launch.cuh"
-
-namespace fastgen::attention {
-
-template void launch_mask_second_order<float>(const SecondOrderParams&, const MaskGradient&, void*);
-template int mask_second_order_splits<float>(const Problem&, const int (&)[4]);
-
-}  // namespace fastgen::attention
