@@ -1,10 +1,11 @@
 """Compiles every CUDA source and reports the resources of each kernel; fails on spills and exceeded budgets.
 
 usage: python tests/compile_check.py [--arch 80] [--wheel 90a] [--json FILE] [--sass] [--tighten] [SOURCE ...]
-The first table is the report of ptxas, the second one counts instructions, the third one those of main loops. Budgets:
-tests/kernel_budgets.py, and tests/loop_budgets.json, which --tighten writes. Requires nvcc (CUDA_HOME, PATH, or PyPI's
-cuda-toolkit), but no GPU; instructions require nvdisasm (next to nvcc, PATH, or PyPI's nvidia-cuda-nvdisasm), and of a
-wheel cuobjdump (the same, or PyPI's nvidia-cuda-cuobjdump).
+The first table is the report of ptxas, the second one counts instructions, the third one those of main loops, the last
+one has the CPU time of each source of csrc, which may not exceed MOST_SECONDS. Budgets: tests/kernel_budgets.py, and
+tests/loop_budgets.json, which --tighten writes. Requires nvcc (CUDA_HOME, PATH, or PyPI's cuda-toolkit), but no GPU;
+instructions require nvdisasm (next to nvcc, PATH, or PyPI's nvidia-cuda-nvdisasm), and of a wheel cuobjdump (the same,
+or PyPI's nvidia-cuda-cuobjdump).
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ WITH_BUDGETS = ["80", "90a"]
 SPILLS_ELSEWHERE = 128  # bytes, stored and loaded
 INSTRUCTIONS = ["HMMA", "HGMMA", "LDSM", "STSM", "MUFU.EX2", "LDL", "STL", "BAR", "SHFL"]
 GLOBAL_ACCESSES = ["LDG", "STG", "LDGSTS"]  # counted by width
+MOST_SECONDS = 30.0  # of CPU time for a source and an architecture, so that a build in parallel does not wait for one
 SLACK = 1.03  # of the budgets of main loops, so that a new version of nvcc does not fail the check
 LOOP_BUDGETS = ROOT / "tests" / "loop_budgets.json"
 LoopBudgets = dict[str, dict[str, dict[str, float]]]  # by architecture and short name
@@ -61,6 +63,17 @@ class LoopCount(NamedTuple):
 
     loop: int
     per_score: float
+
+
+class Compiled(NamedTuple):
+    """What a compilation printed, and its CPU time in seconds, that of the processes it started included."""
+
+    returncode: int
+    output: str
+    seconds: float
+
+
+Times = dict[tuple[str, str], float]  # CPU seconds by (source, architecture)
 
 
 class Kernel(NamedTuple):
@@ -201,13 +214,28 @@ def disassemble(nvdisasm: str, cubin: Path) -> str:
     return subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
 
 
+def run_compiler(command: list[str], report: Path) -> Compiled:
+    """Runs a compiler, with its output in ``report``."""
+    with report.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return Compiled(process.returncode, report.read_text(), usage.ru_utime + usage.ru_stime)
+
+
 def compile_one(
-    nvcc: str, nvdisasm: str | None, source: Path, arch: str, loops: Collection[str] = (), everything: bool = True
+    nvcc: str,
+    nvdisasm: str | None,
+    source: Path,
+    arch: str,
+    loops: Collection[str] = (),
+    everything: bool = True,
+    times: Times | None = None,
 ) -> tuple[list[Kernel], str]:
     """The kernels of one source, and the error message, if any.
 
     loops: kernels whose main loop is counted. everything: instructions are counted in all kernels, not only where the
-    source has one of those.
+    source has one of those. times: takes the CPU time of the source.
     """
     name = str(source.relative_to(ROOT)) if source.is_relative_to(ROOT) else str(source)
     number = arch.removeprefix("sm_")
@@ -215,10 +243,12 @@ def compile_one(
         command = [nvcc, "-std=c++20", "-O3", "-Xptxas", "-v", *(f"-I{folder}" for folder in INCLUDES)]
         command += ["-gencode", f"arch=compute_{number},code=sm_{number}", "--keep", "--keep-dir", folder]
         command += ["-c", str(source), "-o", str(Path(folder, "out.o"))]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = run_compiler(command, Path(folder, "report.txt"))
         if done.returncode != 0:
-            return [], f"{name} for sm_{number}:\n{done.stderr}"
-        kernels = parse_ptxas(name, number, done.stderr)
+            return [], f"{name} for sm_{number}:\n{done.output}"
+        if times is not None:
+            times[name, number] = done.seconds
+        kernels = parse_ptxas(name, number, done.output)
         wanted = everything or any(short_name(kernel.name) in loops for kernel in kernels)
         if nvdisasm is None or not kernels or not wanted:
             return kernels, ""
@@ -388,6 +418,25 @@ def print_loops(kernels: list[Kernel]) -> None:
         print(f"{kernel.arch:<6}{loop.loop:>7}{loop.per_score:>11.2f}  {short_name(kernel.name)}")
 
 
+def slow_sources(times: Times) -> list[str]:
+    """Sources that take longer than MOST_SECONDS."""
+    return [
+        f"{source} for sm_{arch}: {seconds:.0f} CPU seconds, at most {MOST_SECONDS:.0f}; split it by launcher or dtype"
+        for (source, arch), seconds in times.items()
+        if seconds > MOST_SECONDS
+    ]
+
+
+def print_times(times: Times) -> None:
+    if not times:
+        return
+    print(f"\n{'arch':<6}{'CPU s':>7}  source")
+    for (source, arch), seconds in sorted(times.items(), key=lambda item: -item[1]):
+        print(f"{arch:<6}{seconds:>7.1f}  {source}")
+    for arch in sorted({arch for _, arch in times}):
+        print(f"{arch:<6}{sum(seconds for (_, own), seconds in times.items() if own == arch):>7.1f}  all")
+
+
 def print_tables(kernels: list[Kernel]) -> None:
     print(f"{'arch':<6}{'regs':>5}{'smem':>7}{'stack':>7}{'spills':>7}  kernel")
     for kernel in kernels:
@@ -446,8 +495,10 @@ def main(
     jobs = jobs or all_jobs(architectures, arguments.wheel)
     everywhere = arguments.sass or bool(arguments.sources)
     start = time.perf_counter()
+    times: Times = {}
     with ThreadPoolExecutor(max_workers=2) as pool:
-        results = list(pool.map(lambda job: compile_one(nvcc, nvdisasm, *job, loops, everywhere), jobs))
+        results = list(pool.map(lambda job: compile_one(nvcc, nvdisasm, *job, loops, everywhere, times), jobs))
+    times = {key: seconds for key, seconds in times.items() if Path(ROOT, key[0]).is_relative_to(ROOT / "csrc")}
     if arguments.wheel:
         results.append(compile_wheel(arguments.wheel, nvcc, loops))
     seconds = time.perf_counter() - start
@@ -459,6 +510,7 @@ def main(
         f"{unit.name} for sm_{unit.arch}: {unit.spill_bytes} bytes of spills" for unit in units if unit.spill_bytes
     ]
     everything = not problems and not arguments.sources
+    problems += slow_sources(times)
     problems += compare(kernels, table.BUDGETS if budgets is None else budgets, everything)
     if arguments.tighten:
         loop_budgets = tightened(kernels, loop_budgets)
@@ -466,6 +518,7 @@ def main(
     problems += compare_loops(kernels, loop_budgets, loops, everything)
     print_tables(kernels)
     print_loops(kernels)
+    print_times(times)
     if nvdisasm is None:
         print("instructions were not counted: nvdisasm was not found (pip install nvidia-cuda-nvdisasm)")
     if arguments.json:
