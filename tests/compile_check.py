@@ -455,14 +455,29 @@ def print_tables(kernels: list[Kernel]) -> None:
 def unit_kernels(arch: str) -> list[Path]:
     """The sources of UNIT_KERNELS for "80" or "sm_90a", without planted bugs."""
     has_sm90 = int(re.findall(r"\d+", arch)[0]) >= 90
+    missing = [*([] if has_sm90 else ["_sm90"]), *([] if is_sm90a(arch) else ["_sm90a"])]
     sources = [path for path in sorted(UNIT_KERNELS.glob("*.cu")) if path.stem != "planted"]
-    return [path for path in sources if has_sm90 or not path.stem.endswith("_sm90")]
+    return [path for path in sources if not path.stem.endswith(tuple(missing))]
+
+
+def is_sm90a(arch: str) -> bool:
+    """Whether it has the instructions of sm_90a, which no other architecture has."""
+    return arch.removeprefix("sm_") == "90a"
+
+
+def library_sources(arch: str) -> list[Path]:
+    """The library's .cu files for an architecture. Those in folders called sm90 are for sm_90a alone."""
+    sources = sorted((ROOT / "csrc").rglob("*.cu"))
+    return [path for path in sources if is_sm90a(arch) or "sm90" not in path.parts]
 
 
 def all_jobs(architectures: list[str], wheel: str | None) -> list[tuple[Path, str]]:
     """Every source for every architecture that supports its instructions; the library's not where a wheel has them."""
-    library = sorted((ROOT / "csrc").rglob("*.cu"))
-    return [(path, arch) for arch in architectures for path in (library if arch != wheel else []) + unit_kernels(arch)]
+    return [
+        (path, arch)
+        for arch in architectures
+        for path in (library_sources(arch) if arch != wheel else []) + unit_kernels(arch)
+    ]
 
 
 def main(

@@ -22,11 +22,25 @@ using Three = std::array<unsigned, 3>;
 
 dim3 to_dim3(const Three& size) { return dim3(size[0], size[1], size[2]); }
 
+// registry.h
+device::TensorMap map_of(const py::array& input, const void* data, int box_rows) {
+  device::TensorLayout layout;
+  layout.data = data;
+  layout.box[0] = device::kSwizzleBytes / 2, layout.box[1] = static_cast<uint32_t>(box_rows);
+  uint64_t stride = 2;
+  for (int dim = 0; dim < device::kTensorDims; ++dim) {
+    layout.sizes[dim] = dim < input.ndim() ? input.shape(input.ndim() - 1 - dim) : 1;
+    stride *= layout.sizes[dim];
+    if (dim < device::kTensorDims - 1) layout.strides[dim] = stride;
+  }
+  return device::tensor_map<Half>(layout);
+}
+
 // Runs a kernel; the result has the shape and dtype of ``out``, and is initialized with ``initial`` if given.
-py::array run(const std::string& name, Kernel kernel, const Three& grid, const Three& block, size_t shared_bytes,
-              const std::vector<py::array>& inputs, const py::array& out, bool initial,
+py::array run(const std::string& name, Kernel kernel, MappedKernel mapped, const Three& grid, const Three& block,
+              size_t shared_bytes, const std::vector<py::array>& inputs, const py::array& out, bool initial,
               const std::vector<int>& numbers) {
-  Arguments arguments;
+  MappedArguments arguments;
   if (inputs.size() > std::size(arguments.in) || numbers.size() > std::size(arguments.n)) {
     throw py::value_error("run: at most 3 inputs and 4 numbers");
   }
@@ -41,7 +55,15 @@ py::array run(const std::string& name, Kernel kernel, const Three& grid, const T
   DeviceMemory target(initial ? start.data() : nullptr, result.nbytes(), false);
   arguments.out = target.data();
   for (size_t i = 0; i < numbers.size(); ++i) arguments.n[i] = numbers[i];
-  device::launch(name.c_str(), kernel, {to_dim3(grid), to_dim3(block), shared_bytes, nullptr}, arguments);
+  const device::Launch config = {to_dim3(grid), to_dim3(block), shared_bytes, nullptr};
+  if (mapped == nullptr) {
+    device::launch(name.c_str(), kernel, config, static_cast<Arguments>(arguments));
+  } else {
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      if (inputs[i].itemsize() == 2) arguments.maps[i] = map_of(inputs[i], arguments.in[i], arguments.n[1 + i]);
+    }
+    device::launch(name.c_str(), mapped, config, arguments);
+  }
   target.read(result.mutable_data());
   return result;
 }
@@ -50,16 +72,21 @@ py::array run_kernel(const std::string& name, const Three& grid, const Three& bl
                      const std::vector<py::array>& inputs, const py::array& out, bool initial,
                      const std::vector<int>& numbers) {
   const auto found = kernels().find(name);
-  if (found == kernels().end()) throw py::key_error("no kernel is called " + name);
-  return run(name, found->second, grid, block, shared_bytes, inputs, out, initial, numbers);
+  const auto mapped = mapped_kernels().find(name);
+  if (found == kernels().end() && mapped == mapped_kernels().end()) {
+    throw py::key_error("no kernel is called " + name);
+  }
+  return run(name, found == kernels().end() ? nullptr : found->second,
+             mapped == mapped_kernels().end() ? nullptr : mapped->second, grid, block, shared_bytes, inputs, out,
+             initial, numbers);
 }
 
 py::array run_planted(size_t index, const Three& grid, const Three& block, size_t shared_bytes,
                       const std::vector<py::array>& inputs, const py::array& out, bool initial,
                       const std::vector<int>& numbers) {
   const Planted& one = planted().at(index);
-  return run(one.sample + " (" + one.mistake + ")", one.kernel, grid, block, shared_bytes, inputs, out, initial,
-             numbers);
+  return run(one.sample + " (" + one.mistake + ")", one.kernel, one.mapped, grid, block, shared_bytes, inputs, out,
+             initial, numbers);
 }
 
 }  // namespace
@@ -70,6 +97,7 @@ PYBIND11_MODULE(FASTGEN_KERNELS_MODULE, m) {
   m.def("kernels", [] {
     std::vector<std::string> names;
     for (const auto& [name, kernel] : kernels()) names.push_back(name);
+    for (const auto& [name, kernel] : mapped_kernels()) names.push_back(name);
     return names;
   });
   m.def("planted", [] {

@@ -92,6 +92,17 @@ def attention(keys: int = 512) -> Call:
     return Call(1, 128, bits, wanted, (keys,), shared_bytes=5 * 64 * 144, tolerance=4e-3)
 
 
+def chain() -> Call:
+    """Small integers, so that halves hold the scores; values of no key are NaN."""
+    rng, keys, rows = np.random.default_rng(9), 150, 160
+    query, key = (rng.integers(-1, 2, (n, 64)).astype(np.float16) for n in (64, rows))
+    value = rng.integers(-2, 3, (rows, 64)).astype(np.float16)
+    value[keys:] = np.nan
+    query64, key64, value64 = (one.astype(np.float64) for one in (query, key, value))
+    wanted = (query64 @ key64[:keys].T @ value64[:keys]).astype(np.float32)
+    return Call(1, 256, [query, key, value], wanted, (keys, 64, 64, 64), shared_bytes=5 * 64 * 128)
+
+
 SAMPLES = {
     "reverse": reverse,
     "exchange": exchange,
@@ -103,6 +114,7 @@ SAMPLES = {
     "copy_ring": ring,
     "pitfalls": pitfalls,
     "attention": attention,
+    "chain": chain,
 }
 
 # The kernels of tricky.cu: blocks, and the block's two dims.

@@ -90,6 +90,8 @@ def test_every_kind_of_finding_is_planted():
         "read of uninitialized memory",
         "race",
         "unfinished asynchronous copy",
+        "unfinished matrix product",
+        "missing proxy fence",
         "divergence",
         "deadlock",
         "exited thread",

@@ -68,8 +68,9 @@ Stamp Engine::stamp(Site site) {
 
 Before Engine::before() const {
   const Thread& thread = *threads[current_index];
-  return {thread.knowledge == nullptr ? nullptr : thread.knowledge->data(), thread.index,
-          block_number % Stamp::kBlocks};
+  const bool none = thread.knowledge == nullptr;
+  return {none ? nullptr : thread.knowledge->data(), thread.index, block_number % Stamp::kBlocks,
+          none ? 0 : thread.knowledge->size()};
 }
 
 std::string Engine::accessed_by(Stamp stamp) const {
@@ -96,7 +97,11 @@ size_t Engine::shared_offset(const void* address, size_t bytes, const char* what
 
 void Engine::access_shared(size_t offset, size_t bytes, Touch touch, Site site) {
   if (!options.checks) return;
-  const Conflict conflict = touch_cells(shared.cells(offset), bytes, touch, stamp(site), readers_, before());
+  access_shared(offset, bytes, touch, stamp(site), before(), site);
+}
+
+void Engine::access_shared(size_t offset, size_t bytes, Touch touch, Stamp now, const Before& ordered, Site site) {
+  const Conflict conflict = touch_cells(shared.cells(offset), bytes, touch, now, readers_, ordered);
   if (conflict.kind == Conflict::kNone) return;
   const std::string what =
       std::string(verb(touch)) + " " + bytes_at(bytes, shared.describe(offset)) +
@@ -104,6 +109,11 @@ void Engine::access_shared(size_t offset, size_t bytes, Touch touch, Site site) 
   switch (conflict.kind) {
     case Conflict::kUnwritten: fail(kind::kUnwritten, what, site);
     case Conflict::kInFlight: {
+      if ((conflict.other.index() & kTensorCopyMark) != 0) {
+        const TensorCopy& copy = tensor_copies[conflict.other.index() & ~kTensorCopyMark];
+        fail(kind::kAsyncCopy, what + ", which a tensor copy is still writing", site,
+             "started by " + name_of(copy.owner) + " at " + source_of(copy.site) + ", with no wait since");
+      }
       if (conflict.other.index() >= copies.size()) {
         fail(kind::kMisuse, what + ", where an mbarrier lies", site);
       }
@@ -111,7 +121,14 @@ void Engine::access_shared(size_t offset, size_t bytes, Touch touch, Site site) 
       fail(kind::kAsyncCopy, what + ", which a copy is still writing", site,
            "copied by " + name_of(copy.owner) + " at " + source_of(copy.site) + ", with no wait since");
     }
+    case Conflict::kUnfenced:
+      fail(kind::kProxy, what + " by the asynchronous proxy", site,
+           "written by " + accessed_by(conflict.other) + ", with no fence_async_proxy between");
     default:
+      if (conflict.other_wrote && conflict.other.thread() >= thread_count + warp_count) {  // it has landed, by chance
+        fail(kind::kAsyncCopy, what + ", which a tensor copy writes", site,
+             "started at " + source_of(sites_[conflict.other.site()]) + ", with no wait for its mbarrier since");
+      }
       fail(kind::kRace, what, site,
            std::string(conflict.other_wrote ? "written" : "read") + " by " + accessed_by(conflict.other) +
                ", with no barrier between");

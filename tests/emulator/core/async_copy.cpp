@@ -55,6 +55,8 @@ void Engine::land(size_t index) {
 void Engine::land_some() {
   if (!flying.empty() && chance(4)) land(flying[random_() % flying.size()]);
   if (!events.empty() && chance(16)) happen(random_() % events.size());
+  land_some_tensor_pieces();
+  run_some_products();
 }
 
 void Engine::forget_copies() {
@@ -83,6 +85,7 @@ void Engine::make_visible(const std::vector<size_t>& indices, int owner, uint32_
 }
 
 void Engine::check_source_not_in_flight(uintptr_t address, size_t bytes, Site site) {
+  check_tensor_not_in_flight(address, bytes, site);
   if (address >= sources_end || address + bytes <= sources_begin) return;
   for (const size_t index : flying) {
     const Copy& copy = copies[index];

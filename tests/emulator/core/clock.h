@@ -15,16 +15,18 @@ using Knowledge = std::shared_ptr<const std::vector<uint32_t>>;
 class Gathering {
  public:
   void add(const Knowledge& knowledge, int threads, int thread, uint32_t epoch) {
-    if (epochs_.empty()) epochs_.assign(threads, 0);
+    grow(std::max(threads, thread + 1));
     if (knowledge != nullptr && knowledge != last_) {
-      for (int i = 0; i < threads; ++i) epochs_[i] = std::max(epochs_[i], (*knowledge)[i]);
+      add(*knowledge);
       last_ = knowledge;
     }
     epochs_[thread] = std::max(epochs_[thread], epoch);
   }
-  void add(const Gathering& other) {
-    if (epochs_.empty()) epochs_.assign(other.epochs_.size(), 0);
-    for (size_t i = 0; i < other.epochs_.size(); ++i) epochs_[i] = std::max(epochs_[i], other.epochs_[i]);
+  void add(const Gathering& other) { add(other.epochs_); }
+  // Of threads, and of what else kernels that use the asynchronous proxy keep (proxies.h), which have longer vectors.
+  void add(const std::vector<uint32_t>& epochs) {
+    grow(epochs.size());
+    for (size_t i = 0; i < epochs.size(); ++i) epochs_[i] = std::max(epochs_[i], epochs[i]);
   }
   bool empty() const { return epochs_.empty(); }
   Knowledge share() const { return std::make_shared<const std::vector<uint32_t>>(epochs_); }
@@ -34,6 +36,10 @@ class Gathering {
   }
 
  private:
+  void grow(size_t size) {
+    if (epochs_.size() < size) epochs_.resize(size, 0);
+  }
+
   std::vector<uint32_t> epochs_;
   Knowledge last_;  // added already; held, so that its address is not used again
 };

@@ -87,4 +87,33 @@ void store_matrices(void* row, const uint32_t* registers, int matrices, bool tra
 enum class Element { kFloat16, kBFloat16, kTFloat32 };
 void multiply(Element element, float* d, const uint32_t* a, const uint32_t* b, Where where);
 
+// sm_90: fences between proxies, tensor copies, products of warpgroups, registers.
+void fence_async_proxy(Where where);
+void fence_mbarrier_init(Where where);
+
+// A tensor of 16-bit elements, dims from the innermost one; strides in bytes, of dims 1, 2 and 3.
+struct TensorMap {
+  uintptr_t data = 0;
+  uint64_t sizes[4] = {}, strides[3] = {};
+  uint32_t box[4] = {};
+};
+void tensor_load(void* target, const TensorMap& map, const int* at, const void* mbarrier, Where where);
+
+// The address field of a matrix descriptor.
+uint64_t tile_address(const void* tile, Where where);
+struct ProductRequest {
+  Element element;
+  int tiles;          // of 8 columns
+  float* d;           // [tiles][4]
+  const uint32_t* a;  // [4]; null: a_tile
+  uint64_t a_tile, b_tile;
+  bool transposed, add;
+};
+void wgmma(const ProductRequest& request, Where where);
+void wgmma_fence(Where where);
+void wgmma_commit(Where where);
+void wgmma_wait(int groups_left, Where where);
+
+void set_registers(int count, bool increase, Where where);
+
 }  // namespace fastgen::emulator

@@ -18,6 +18,7 @@
 #include "core/emulator.h"
 #include "core/fiber.h"
 #include "core/memory.h"
+#include "core/proxies.h"
 #include "core/report.h"
 
 namespace fastgen::emulator {
@@ -44,6 +45,12 @@ struct Thread {
   std::deque<std::vector<size_t>> groups;
   bool polled = false;  // suspended after an unsuccessful poll
   uintptr_t last_looked_at = 0;
+  // Local variables as registers of wgmma: those of unfinished products; whether there was a fence in this block, and
+  // fences in all; at which of them each word of the stack was written last.
+  std::vector<RegistersInFlight> in_flight;
+  bool fenced = false;
+  uint32_t fences = 0;
+  std::unique_ptr<uint32_t[], FreeMemory> written;  // null before the first fence
 };
 
 struct Meeting;
@@ -81,6 +88,7 @@ struct Mbarrier {
   uint64_t phase = 0;
   Gathering current, completed;
   std::vector<int> waiting, polling;
+  int copier = -1;  // the number that stands for its tensor copies in clocks
 };
 
 struct Copy {
@@ -153,6 +161,7 @@ class Engine {
   // Accesses to shared memory by offset, on behalf of a thread.
   size_t shared_offset(const void* address, size_t bytes, const char* what, Site site);
   void access_shared(size_t offset, size_t bytes, Touch touch, Site site);
+  void access_shared(size_t offset, size_t bytes, Touch touch, Stamp now, const Before& ordered, Site site);
 
   // --- warp.cpp
   // Waits for the lanes of the mask, then the last of them runs the instruction for all.
@@ -178,6 +187,28 @@ class Engine {
   void forget_copies();
   void happen(size_t event);
   void check_source_not_in_flight(uintptr_t address, size_t bytes, Site site);
+
+  // --- proxies.cpp
+  size_t clock_section() const { return static_cast<size_t>(thread_count + warp_count) + kMostCopiers; }
+  void fence_between_proxies(bool mbarriers_only);
+  Before before_asynchronous(const std::vector<uint32_t>& known) const;
+
+  // --- tensor_copy.cpp
+  void tensor_load(char* target, const TensorMap& map, const int* at, const void* barrier, Site site);
+  void land_tensor_piece(size_t piece);
+  void land_some_tensor_pieces();
+  void check_tensor_not_in_flight(uintptr_t address, size_t bytes, Site site);
+
+  // --- wgmma.cpp
+  void access_registers(const void* address, size_t bytes, Touch touch, Site site);
+  void start_product(Product& product, const std::vector<Thread*>& lanes, const Where& where);
+  void run_products(int warp, uint32_t last_group);
+  void run_some_products();
+
+  // --- setmaxnreg.cpp
+  void grant_registers();
+
+  void check_asynchronous_work_is_done();  // at the end of a block
 
   Thread& self() { return *threads[current_index]; }
   uint32_t lanes_of(int warp) const;  // all existing lanes of the warp
@@ -205,6 +236,13 @@ class Engine {
   std::vector<size_t> flying;                              // copies not visible yet
   uintptr_t sources_begin = UINTPTR_MAX, sources_end = 0;  // bounds of their sources
   std::vector<Event> events;
+  std::vector<TensorCopy> tensor_copies;
+  std::vector<TensorPiece> tensor_pieces;  // under way
+  int copiers = 0;                         // mbarriers with tensor copies
+  std::vector<WarpProducts> products;      // by warp
+  std::vector<WarpgroupLog> warpgroups;
+  std::vector<RegisterShare> register_shares;  // by warp
+  int free_registers = 0;
   std::vector<int> polling;  // threads suspended after an unsuccessful poll
   uint32_t exited[32] = {};
   BankCounter banks;

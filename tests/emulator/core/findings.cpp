@@ -22,6 +22,8 @@ std::string ranges(const std::vector<int>& numbers) {
 }
 
 std::string Engine::name_of(int thread) const {
+  if (thread >= thread_count + warp_count) return "a tensor copy";
+  if (thread >= thread_count) return "a matrix product of warp " + std::to_string(thread - thread_count);
   return "thread " + std::to_string(thread) + " (warp " + std::to_string(thread / 32) + ", lane " +
          std::to_string(thread % 32) + ")";
 }

@@ -38,7 +38,10 @@ struct OutOfBounds {
 
 inline __attribute__((always_inline)) void hook(void* address, size_t bytes, Touch touch, size_t alignment) {
   if (running == nullptr || !checking) return;
-  if (reinterpret_cast<uintptr_t>(address) - running->fiber.stack_begin() < Fiber::kStackBytes) return;
+  if (reinterpret_cast<uintptr_t>(address) - running->fiber.stack_begin() < Fiber::kStackBytes) {
+    if (running->written == nullptr) return;
+    return Engine::get().access_registers(address, bytes, touch, reinterpret_cast<Site>(__builtin_return_address(0)));
+  }
   Engine::get().access(address, bytes, touch, reinterpret_cast<Site>(__builtin_return_address(0)), alignment);
 }
 

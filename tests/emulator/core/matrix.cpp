@@ -10,12 +10,13 @@
 
 #include "common/cpu/convert.h"
 #include "core/engine.h"
+#include "core/matrix.h"
 
 namespace fastgen::emulator {
 
 namespace {
 
-constexpr int kM = 16, kN = 8, kRows = 8, kRowBytes = 16;
+constexpr int kM = kFragmentRows, kN = kFragmentColumns, kMostK = kFragmentDepth, kRows = 8, kRowBytes = 16;
 
 struct Position {
   int row, column;
@@ -67,13 +68,10 @@ float element_of(const uint32_t* registers, int i) {
   if constexpr (kElement == Element::kTFloat32) {
     return bits_to_float(registers[i] & 0xffffe000u);  // the low 13 bits are ignored
   } else {
-    const auto bits = static_cast<uint16_t>(registers[i / 2] >> 16 * (i % 2));
-    if constexpr (kElement == Element::kFloat16) return cpu::to_float(Half{bits});
-    return cpu::to_float(BFloat16{bits});
+    return to_float(kElement, static_cast<uint16_t>(registers[i / 2] >> 16 * (i % 2)));
   }
 }
 
-constexpr int kMostK = 16;
 constexpr int kFraction = 23;  // bits of a float's significand after the first
 
 // d += a b, column by column, with one rounding to nearest at the end.
@@ -130,6 +128,22 @@ void add_truncated(double (&d)[kN], const float (&a)[kMostK], const float (&b)[k
   }
 }
 
+template <int kK>
+void add_fragments(double (&d)[kM][kN], const float (&a)[kM][kMostK], const float (&b)[kMostK][kN]) {
+  MatrixRounding rounding = Engine::get().options.rounding;
+  if (kK == 8 && rounding.width > 4) rounding.width /= 2;  // tf32: blocks of as many bytes
+  int order[kMostK];
+  std::iota(order, order + kMostK, 0);
+  if (rounding.order != 0) std::shuffle(order, order + kK, std::minstd_rand(rounding.order));
+  for (int row = 0; row < kM; ++row) {
+    if (rounding.width == 0) {
+      add_exact<kK>(d[row], a[row], b);
+    } else {
+      add_truncated(d[row], a[row], b, order, kK, rounding);
+    }
+  }
+}
+
 template <Element kElement>
 void run_multiply(Meeting& meeting) {
   constexpr bool kTf32 = kElement == Element::kTFloat32;
@@ -148,18 +162,7 @@ void run_multiply(Meeting& meeting) {
     }
     for (int i = 0; i < 4; ++i) d[d_float(lane, i).row][d_float(lane, i).column] = mine.d[i];
   }
-  MatrixRounding rounding = Engine::get().options.rounding;
-  if (kTf32 && rounding.width > 4) rounding.width /= 2;  // blocks of as many bytes
-  int order[kMostK];
-  std::iota(order, order + kMostK, 0);
-  if (rounding.order != 0) std::shuffle(order, order + kK, std::minstd_rand(rounding.order));
-  for (int row = 0; row < kM; ++row) {
-    if (rounding.width == 0) {
-      add_exact<kK>(d[row], a[row], b);
-    } else {
-      add_truncated(d[row], a[row], b, order, kK, rounding);
-    }
-  }
+  add_fragments<kK>(d, a, b);
   for (int lane = 0; lane < 32; ++lane) {
     const auto& mine = *static_cast<const MultiplyLane*>(meeting.lanes[lane]);
     for (int i = 0; i < 4; ++i) {
@@ -198,6 +201,14 @@ void move(const WarpInstruction& instruction, Touch touch, void* row, uint32_t* 
 }
 
 }  // namespace
+
+float to_float(Element element, uint16_t bits) {
+  return element == Element::kFloat16 ? cpu::to_float(Half{bits}) : cpu::to_float(BFloat16{bits});
+}
+
+void add_products(double (&d)[kM][kN], const float (&a)[kM][kMostK], const float (&b)[kMostK][kN]) {
+  add_fragments<kMostK>(d, a, b);
+}
 
 void load_matrices(uint32_t* registers, const void* row, int matrices, bool transposed, Where where) {
   const auto site = reinterpret_cast<Site>(__builtin_return_address(0));

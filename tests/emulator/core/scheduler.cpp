@@ -137,6 +137,11 @@ void Engine::reset_block() {
   for (auto& of_warp : meetings) of_warp.clear();
   for (Barrier& barrier : barriers) barrier = {};
   forget_copies();
+  tensor_copies.clear(), tensor_pieces.clear(), copiers = 0;
+  products.assign(warp_count, {});
+  warpgroups.assign((warp_count + 3) / 4, {});
+  register_shares.assign(warp_count, {launch_registers(warp_count)});
+  free_registers = 0;
   mbarriers.clear(), events.clear(), polling.clear(), banks.clear();
   std::fill(std::begin(exited), std::end(exited), 0);
   std::fill(std::begin(ready_), std::end(ready_), 0);
@@ -148,6 +153,7 @@ void Engine::reset_block() {
     thread.position = dim3(x, y, z);
     thread.knowledge = nullptr, thread.epoch = 1;
     thread.open_copies.clear(), thread.groups.clear(), thread.polled = false;
+    thread.in_flight.clear(), thread.fenced = false, ++thread.fences;
     thread.fiber.start([] { get().thread_main(); });
     wake(i);
   }
@@ -176,6 +182,8 @@ void Engine::run_block(uint64_t number) {
     if (ready_warps_ == 0) {
       if (!events.empty()) {
         happen(random_() % events.size());
+      } else if (!tensor_pieces.empty()) {
+        land_tensor_piece(random_() % tensor_pieces.size());
       } else if (!polling.empty() && ++futile_polls < kMostFutilePolls) {
         wake_pollers(polling);
       } else {
@@ -197,6 +205,7 @@ void Engine::run_block(uint64_t number) {
   }
   // Outstanding asynchronous work completes before the block's memory is reused.
   while (!events.empty()) happen(0);
+  check_asynchronous_work_is_done();
   if (options.count_banks) banks.finish(*counters);
 }
 

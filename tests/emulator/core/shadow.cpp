@@ -82,6 +82,7 @@ Conflict touch_cells(Cell* cells, size_t count, Touch touch, Stamp now, Readers&
     if (touch != Touch::kWrite && cell.write.none()) return {Conflict::kUnwritten, i, {}, false};
     const bool both_atomic = touch == Touch::kAtomic && cell.write.atomic();
     if (!cell.write.none() && !both_atomic && !before(cell.write)) return {Conflict::kRace, i, cell.write, true};
+    if (!cell.write.none() && !before.reaches(cell.write)) return {Conflict::kUnfenced, i, cell.write, true};
     if (touch == Touch::kRead) {
       cell.read = readers.with(cell.read, now, before);
     } else {

@@ -20,13 +20,25 @@ struct Cell {
 // barriers order them. Blocks are unordered; accesses before the launch (epoch 0) come before everything.
 struct Before {
   const uint32_t* known = nullptr;  // epochs of the block's threads; null: unordered
-  int thread = 0;
+  int thread = 0;                   // -1: none, ``known`` has all
   uint64_t block = 0;
+  size_t known_count = 0;
+  // Of accesses by the asynchronous proxy: the threads, and the epochs up to which their accesses come before a fence
+  // between the proxies that comes before this access (proxies.h).
+  bool asynchronous = false;
+  int threads = 0;
+  const uint32_t* fenced = nullptr;  // null: none
 
   bool operator()(Stamp stamp) const {
     if (stamp.epoch() == 0) return true;
     if (stamp.block() != block) return false;
-    return stamp.thread() == thread || (known != nullptr && known[stamp.thread()] >= stamp.epoch());
+    const auto index = static_cast<size_t>(stamp.thread());
+    return stamp.thread() == thread || (index < known_count && known[index] >= stamp.epoch());
+  }
+  // Whether a write that comes before is also visible to the proxy of this access.
+  bool reaches(Stamp write) const {
+    if (!asynchronous || write.epoch() == 0 || write.block() != block || write.thread() >= threads) return true;
+    return fenced != nullptr && fenced[write.thread()] >= write.epoch();
   }
 };
 
@@ -65,7 +77,7 @@ enum class Touch { kRead, kWrite, kAtomic };
 
 // What is wrong with an access, and the other access that makes it so.
 struct Conflict {
-  enum Kind { kNone, kUnwritten, kRace, kInFlight } kind = kNone;
+  enum Kind { kNone, kUnwritten, kRace, kInFlight, kUnfenced } kind = kNone;
   size_t offset = 0;  // of the first such byte
   Stamp other;
   bool other_wrote = false;

@@ -41,4 +41,10 @@ inline int multiprocessors() { return 3; }
 // configure(shared_limit=...)
 inline int shared_limit() { return static_cast<int>(emulator::shared_limit()); }
 
+// Of the GPUs with this much: sm_80 or sm_90.
+inline int architecture() {
+  constexpr size_t kShared90 = 227 * 1024;
+  return emulator::shared_limit() >= kShared90 ? 90 : 80;
+}
+
 }  // namespace fastgen::device

@@ -1,4 +1,5 @@
 // The sample kernels with one planted bug each, and the expected finding. Run by the emulator only.
+#include "kernels/chain.cuh"
 #include "kernels/exchange.cuh"
 #include "kernels/pitfalls.cuh"
 #include "kernels/rings.cuh"
@@ -10,9 +11,9 @@ namespace {
 // The first line of a report.
 constexpr const char kOutOfBounds[] = "out of bounds", kMisaligned[] = "misaligned",
                      kUnwritten[] = "read of uninitialized memory", kRace[] = "race",
-                     kAsyncCopy[] = "unfinished asynchronous copy", kDivergence[] = "divergence",
-                     kDeadlock[] = "deadlock", kExited[] = "exited thread", kMisuse[] = "misuse",
-                     kWrongResult[] = "wrong result";
+                     kAsyncCopy[] = "unfinished asynchronous copy", kProduct[] = "unfinished matrix product",
+                     kProxy[] = "missing proxy fence", kDivergence[] = "divergence", kDeadlock[] = "deadlock",
+                     kExited[] = "exited thread", kMisuse[] = "misuse", kWrongResult[] = "wrong result";
 
 #define FASTGEN_PLANT(sample, mistake, finding) {#sample, #mistake, finding, sample::kernel<sample::mistake>}
 
@@ -111,6 +112,50 @@ const Register kPlanted[] = {
     FASTGEN_PLANT(copy_ring, kNoArrival, kDeadlock),
     FASTGEN_PLANT(copy_ring, kNoWaitForEmpty, kAsyncCopy),
     FASTGEN_PLANT(copy_ring, kNoWaitForFull, kAsyncCopy),
+    FASTGEN_PLANT(chain, kNoInit, kUnwritten),
+    FASTGEN_PLANT(chain, kNoMbarrierFence, kProxy),
+    FASTGEN_PLANT(chain, kNoBarrierAfterInit, kRace),
+    FASTGEN_PLANT(chain, kNoExpect, kAsyncCopy),
+    FASTGEN_PLANT(chain, kExpectsTooFew, kAsyncCopy),
+    FASTGEN_PLANT(chain, kExpectsTooMany, kDeadlock),
+    FASTGEN_PLANT(chain, kTwoProducers, kAsyncCopy),
+    FASTGEN_PLANT(chain, kConsumerPhase, kAsyncCopy),
+    FASTGEN_PLANT(chain, kProducerPhase, kDeadlock),
+    FASTGEN_PLANT(chain, kNoWaitForFull, kAsyncCopy),
+    FASTGEN_PLANT(chain, kNoWaitForEmpty, kAsyncCopy),
+    FASTGEN_PLANT(chain, kLeavesEarly, kRace),
+    FASTGEN_PLANT(chain, kOneWarpLeaves, kDeadlock),
+    FASTGEN_PLANT(chain, kMisalignedTarget, kMisaligned),
+    FASTGEN_PLANT(chain, kThirdStage, kOutOfBounds),
+    FASTGEN_PLANT(chain, kSwapsCoordinates, kWrongResult),
+    FASTGEN_PLANT(chain, kReadsTargetEarly, kAsyncCopy),
+    FASTGEN_PLANT(chain, kWritesTargetBefore, kProxy),
+    FASTGEN_PLANT(chain, kEndsBeforeCopy, kAsyncCopy),
+    FASTGEN_PLANT(chain, kNoFence, kProduct),
+    FASTGEN_PLANT(chain, kNoFenceAfterPacking, kProduct),
+    FASTGEN_PLANT(chain, kNoCommit, kProduct),
+    FASTGEN_PLANT(chain, kNoWait, kProduct),
+    FASTGEN_PLANT(chain, kWaitsForTooFew, kProduct),
+    FASTGEN_PLANT(chain, kReadsEarly, kProduct),
+    FASTGEN_PLANT(chain, kOverwritesLeft, kProduct),
+    FASTGEN_PLANT(chain, kOtherShape, kProduct),
+    FASTGEN_PLANT(chain, kUnwrittenSum, kUnwritten),
+    FASTGEN_PLANT(chain, kUnwrittenTile, kUnwritten),
+    FASTGEN_PLANT(chain, kPastSharedMemory, kOutOfBounds),
+    FASTGEN_PLANT(chain, kNoProxyFence, kProxy),
+    FASTGEN_PLANT(chain, kProxyFenceTooEarly, kProxy),
+    FASTGEN_PLANT(chain, kNoBarrierAfterClear, kRace),
+    FASTGEN_PLANT(chain, kUnswizzledWrite, kWrongResult),
+    FASTGEN_PLANT(chain, kWrongStep, kWrongResult),
+    FASTGEN_PLANT(chain, kWrongRows, kWrongResult),
+    FASTGEN_PLANT(chain, kMisalignedTile, kMisaligned),
+    FASTGEN_PLANT(chain, kWarpLeavesOneOut, kDivergence),
+    FASTGEN_PLANT(chain, kWarpsDiffer, kDivergence),
+    FASTGEN_PLANT(chain, kHalfWarp, kDivergence),
+    FASTGEN_PLANT(chain, kNoLastWait, kProduct),
+    FASTGEN_PLANT(chain, kNoDecrease, kDeadlock),
+    FASTGEN_PLANT(chain, kIncreasesToFewer, kMisuse),
+    FASTGEN_PLANT(chain, kOneWarpDecreases, kDivergence),
 };
 
 }  // namespace

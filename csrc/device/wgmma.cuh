@@ -1,0 +1,179 @@
+// Matrix products of a warpgroup, four warps of which the first is a multiple of four: wgmma. sm_90a.
+//
+// A product is asynchronous. From its start until a wait covers it, its accumulators and its left operand in registers
+// must not be accessed, and its tiles in shared memory must not be written:
+//
+//   wgmma_fence(d, a)       registers written before are seen by the products after it; not needed between products
+//                           that add to the same accumulators
+//   wgmma(d, a, b)          starts d += a b
+//   wgmma_commit()          closes the group of the products started since the last
+//   wgmma_wait<n>(d, a)     waits for all but the newest n groups; d and a: registers of those that are complete
+//
+// Shared memory is read by the asynchronous proxy: what threads have written needs fence_async_proxy (fence.cuh), what
+// tensor_load has copied does not. All threads of the warpgroup must execute the same calls with the same tiles.
+//
+// Fragments: warp w of the warpgroup has rows 16 w ... 16 w + 15 of d and a, as in mma.cuh; d[i] are columns 8 i ... 8
+// i +
+// 7. PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions".
+#pragma once
+
+#include <type_traits>
+
+#include "common/types.h"
+#include "device/shared.cuh"
+
+namespace fastgen::device {
+
+constexpr int kWarpgroupSize = 128;
+constexpr int kWgmmaRows = 64, kWgmmaDepth = 16;
+constexpr int kPanelColumns = 64;          // of 16 bits: 128 bytes
+constexpr int kSwizzleRepeatBytes = 1024;  // eight rows of 128 bytes
+
+// How the 128-byte rows of a tile lie in an operand.
+enum class Rows {
+  kOuter,  // a row is one row of a, or one column of b, of 64 steps of the depth: "K-major"
+  kDepth,  // a row is one step of the depth, of 64 rows of a or columns of b: "MN-major"
+};
+
+// An operand in shared memory, with the 128-byte swizzle (tensor_copy.cuh). PTX ISA, "Matrix Descriptor Format".
+template <Rows kRows>
+struct MatrixTile {
+  uint64_t descriptor;
+
+  // The same tile ``bytes`` further, a multiple of 16. In a tile with Rows::kOuter the next 16 steps of the depth are
+  // 32 bytes further, with Rows::kDepth 2048.
+  __device__ __forceinline__ MatrixTile<kRows> from(int bytes) const {
+    return {descriptor + static_cast<uint64_t>(static_cast<uint32_t>(bytes) >> 4)};
+  }
+};
+
+// ``tile``: a multiple of 1024 bytes. ``panel_bytes``: distance of the panels of 64 columns, of Rows::kDepth, a
+// multiple of 1024.
+template <Rows kRows>
+__device__ __forceinline__ MatrixTile<kRows> matrix_tile(const void* tile, int panel_bytes = kSwizzleRepeatBytes) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  constexpr uint64_t kStride = uint64_t{kSwizzleRepeatBytes >> 4} << 32;
+  const uint64_t start = (shared_address(tile) & 0x3ffffu) >> 4;
+  const uint64_t leading = static_cast<uint64_t>(kRows == Rows::kDepth ? panel_bytes >> 4 : 1) << 16;
+  return {start | leading | kStride | kSwizzle128};
+}
+
+// Keeps the compiler from moving accesses of registers over this point.
+template <int kTiles>
+__device__ __forceinline__ void hold_registers(float (&registers)[kTiles][4]) {
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(registers[tile][i])::"memory");
+  }
+}
+template <int kTiles>
+__device__ __forceinline__ void hold_registers(uint32_t (&registers)[kTiles][4]) {
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(registers[tile][i])::"memory");
+  }
+}
+
+// PTX ISA, "wgmma.fence". ``registers``: of the following products.
+template <typename... Registers>
+__device__ __forceinline__ void wgmma_fence(Registers&... registers) {
+  (hold_registers(registers), ...);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+// PTX ISA, "wgmma.commit_group".
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// PTX ISA, "wgmma.wait_group". ``registers``: of the groups that are complete then.
+template <int kGroups, typename... Registers>
+__device__ __forceinline__ void wgmma_wait(Registers&... registers) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
+  (hold_registers(registers), ...);
+}
+
+// The operands of the instructions below: accumulators, in groups of eight columns.
+#define FASTGEN_D(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define FASTGEN_D8(i)                                                                                     \
+  FASTGEN_D(i), FASTGEN_D(i + 1), FASTGEN_D(i + 2), FASTGEN_D(i + 3), FASTGEN_D(i + 4), FASTGEN_D(i + 5), \
+      FASTGEN_D(i + 6), FASTGEN_D(i + 7)
+#define FASTGEN_REGISTERS_64                                               \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FASTGEN_REGISTERS_128                                                        \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+// Operands after the accumulators of N columns: left operand, right operand, whether to add, transpositions.
+#define FASTGEN_WGMMA_SHARED_64(type)                                                                             \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type \
+               " {" FASTGEN_REGISTERS_64 "}, %32, %33, p, 1, 1, 0, %35; }"                                        \
+               : FASTGEN_D8(0)                                                                                    \
+               : "l"(a.descriptor), "l"(b.descriptor), "r"(static_cast<int>(add)), "n"(kTransposed))
+#define FASTGEN_WGMMA_REGISTERS_64(type)                                                                          \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type \
+               " {" FASTGEN_REGISTERS_64 "}, {%32, %33, %34, %35}, %36, p, 1, 1, %38; }"                          \
+               : FASTGEN_D8(0)                                                                                    \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor), "r"(static_cast<int>(add)),       \
+                 "n"(kTransposed))
+#define FASTGEN_WGMMA_SHARED_128(type)                                                                             \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type \
+               " {" FASTGEN_REGISTERS_128 "}, %64, %65, p, 1, 1, 0, %67; }"                                        \
+               : FASTGEN_D8(0), FASTGEN_D8(8)                                                                      \
+               : "l"(a.descriptor), "l"(b.descriptor), "r"(static_cast<int>(add)), "n"(kTransposed))
+#define FASTGEN_WGMMA_REGISTERS_128(type)                                                                          \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type \
+               " {" FASTGEN_REGISTERS_128 "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70; }"                          \
+               : FASTGEN_D8(0), FASTGEN_D8(8)                                                                      \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor), "r"(static_cast<int>(add)),        \
+                 "n"(kTransposed))
+
+// d += a b, or d = a b without ``add``: 64 rows, 8 kTiles columns, depth 16; summed in float32. T: Half or BFloat16.
+// The left operand is a tile or in registers. PTX ISA, "wgmma.mma_async" (.m64nNk16).
+template <typename T, int kTiles, Rows kRows>
+__device__ __forceinline__ void wgmma(float (&d)[kTiles][4], const MatrixTile<Rows::kOuter>& a,
+                                      const MatrixTile<kRows>& b, bool add = true) {
+  static_assert(kTiles == 8 || kTiles == 16, "64 or 128 columns");
+  constexpr int kTransposed = kRows == Rows::kDepth ? 1 : 0;
+  if constexpr (kTiles == 8 && std::is_same_v<T, Half>) {
+    FASTGEN_WGMMA_SHARED_64("f16");
+  } else if constexpr (kTiles == 8) {
+    static_assert(std::is_same_v<T, BFloat16>, "16-bit elements");
+    FASTGEN_WGMMA_SHARED_64("bf16");
+  } else if constexpr (std::is_same_v<T, Half>) {
+    FASTGEN_WGMMA_SHARED_128("f16");
+  } else {
+    static_assert(std::is_same_v<T, BFloat16>, "16-bit elements");
+    FASTGEN_WGMMA_SHARED_128("bf16");
+  }
+}
+template <typename T, int kTiles, Rows kRows>
+__device__ __forceinline__ void wgmma(float (&d)[kTiles][4], const uint32_t (&a)[4], const MatrixTile<kRows>& b,
+                                      bool add = true) {
+  static_assert(kTiles == 8 || kTiles == 16, "64 or 128 columns");
+  constexpr int kTransposed = kRows == Rows::kDepth ? 1 : 0;
+  if constexpr (kTiles == 8 && std::is_same_v<T, Half>) {
+    FASTGEN_WGMMA_REGISTERS_64("f16");
+  } else if constexpr (kTiles == 8) {
+    static_assert(std::is_same_v<T, BFloat16>, "16-bit elements");
+    FASTGEN_WGMMA_REGISTERS_64("bf16");
+  } else if constexpr (std::is_same_v<T, Half>) {
+    FASTGEN_WGMMA_REGISTERS_128("f16");
+  } else {
+    static_assert(std::is_same_v<T, BFloat16>, "16-bit elements");
+    FASTGEN_WGMMA_REGISTERS_128("bf16");
+  }
+}
+
+#undef FASTGEN_D
+#undef FASTGEN_D8
+#undef FASTGEN_REGISTERS_64
+#undef FASTGEN_REGISTERS_128
+#undef FASTGEN_WGMMA_SHARED_64
+#undef FASTGEN_WGMMA_SHARED_128
+#undef FASTGEN_WGMMA_REGISTERS_64
+#undef FASTGEN_WGMMA_REGISTERS_128
+
+}  // namespace fastgen::device

@@ -1,0 +1,76 @@
+"""The instructions of csrc/device/ that came with sm_90a: tensor copies, products of warpgroups, registers.
+
+As in test_device_layer.py, the same kernels run in the emulator and, where there is one, on a GPU.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.emulator.samples import from_bfloat16, to_bfloat16
+from tests.emulator.test_device_layer import device, random_words, run
+
+__all__ = ["device"]  # the fixture
+
+WARPGROUP = (128, 1, 1)
+
+
+def swizzled(rows):
+    """Rows of 64 elements as they lie in shared memory: the chunks of 16 bytes of row r, permuted by r % 8."""
+    chunks = rows.reshape(-1, 8, 8)
+    chunk = np.arange(8)
+    return np.stack([one[chunk ^ (row % 8)] for row, one in enumerate(chunks)]).reshape(rows.shape)
+
+
+@pytest.mark.parametrize(
+    "at",
+    [(0, 0, 0, 0), (64, 8, 1, 2), (16, 33, 0, 1), (-8, -3, 1, 1), (48, 30, 2, 2), (96, 40, 0, 0), (0, -16, 0, 0)],
+    ids=str,
+)
+def test_tensor_copies_swizzle_rows_and_fill_with_zeros(device, at):
+    tensor = np.random.default_rng(1).integers(1, 2**16, (3, 3, 40, 88)).astype(np.uint16)  # batch, head, row, column
+    rows, margin = 16, 96
+    padded = np.pad(tensor[at[3], at[2]], margin)
+    box = padded[margin + at[1] :, margin + at[0] :][:rows, :64]
+    coordinates = np.array(at, np.int32).view(np.uint32)
+    shared = rows * 128
+    got = run(device, "tensor_load", [tensor, coordinates], rows * 32, (0, rows), WARPGROUP, shared)
+    np.testing.assert_array_equal(got.view(np.uint16).reshape(rows, 64), swizzled(box))
+
+
+def test_a_tensor_without_a_map_is_refused(device):
+    """A row of 12 bytes."""
+    with pytest.raises(RuntimeError, match="cuTensorMapEncodeTiled: the tensor has no tensor map"):
+        run(device, "tensor_load", [np.zeros((4, 6), np.uint16), random_words(4)], 32, (0, 1), WARPGROUP, 128)
+
+
+@pytest.mark.parametrize("values", ["integers", "normal"])
+@pytest.mark.parametrize("left", ["tile", "registers"])
+@pytest.mark.parametrize("rows", ["outer", "depth"])
+@pytest.mark.parametrize("columns", [64, 128])
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_products_of_a_warpgroup(device, kind, columns, rows, left, values):
+    rng = np.random.default_rng(2)
+    draw = rng.standard_normal if values == "normal" else lambda shape: rng.integers(-8, 9, shape)
+    a, b = (draw(shape).astype(np.float32) for shape in ((64, 64), (columns, 64)))
+    if kind == "f16":
+        bits = [one.astype(np.float16).view(np.uint16) for one in (a, b)]
+        a, b = (one.view(np.float16).astype(np.float64) for one in bits)
+    else:
+        bits = [to_bfloat16(one) for one in (a, b)]
+        a, b = (from_bfloat16(one).astype(np.float64) for one in bits)
+    operands = [bits[0], bits[1] if rows == "outer" else np.ascontiguousarray(bits[1].T)]
+    box = columns if rows == "outer" else 64
+    shared = 64 * 128 + columns * 128
+    name = f"wgmma {kind} {columns} {left} {rows}"
+    got = run(device, name, operands, (64, columns), (0, 64, box), WARPGROUP, shared).view(np.float32)
+    if values == "integers":
+        np.testing.assert_array_equal(got, (a @ b.T).astype(np.float32))
+    else:
+        np.testing.assert_allclose(got, a @ b.T, rtol=0, atol=1e-4)
+
+
+def test_warpgroups_exchange_registers(device):
+    got = run(device, "registers", [], 256, threads=(256, 1, 1))
+    np.testing.assert_array_equal(got, np.arange(256))
