@@ -10,6 +10,7 @@
 #include "attention/one_head.h"
 #include "attention/one_tile.h"
 #include "attention/plan.h"
+#include "attention/sm90/plan.h"
 #include "common/exported.h"
 #include "latent/plan.h"
 #include "projection/plan.h"
@@ -114,6 +115,9 @@ FASTGEN_EXPORTED const char* fastgen_attention_plan(int64_t batch, int64_t heads
   result.add("forward", describe(attention::forward_plan(sizes, gpu)));
   if (attention::is_decode(sizes, false)) {
     result.add("decode", describe(attention::decode_plan(sizes, multiprocessors)));
+  }
+  if (attention::sm90::refusal(sizes) == nullptr && shared_limit >= fastgen::kSharedLimit90) {
+    result.add("forward sm90", describe(attention::sm90::forward_plan(sizes, multiprocessors)));
   }
   result.add("query", describe(attention::backward_query_plan(sizes, gpu)));
   result.add("key_value", describe(attention::backward_key_value_plan(sizes, gpu), false));

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -108,7 +109,17 @@ def _served_by(name: str, device: torch.device) -> str:
     compiled = f"compiled for {dtypes}; PyTorch for other dtypes"
     if name.startswith(("projection", "merge_heads")) and device.type == "cuda":
         compiled += ", and where cuBLAS is expected to be faster (fastgen info --projection)"
-    return compiled
+    return compiled + _for_hopper(name, device)
+
+
+def _for_hopper(name: str, device: torch.device) -> str:
+    """What the kernels for sm_90a serve, where the library has them for the device."""
+    has_them = name == "attention_forward" and device.type == "cuda" and "90a" in backend.compiled_architectures()
+    if not has_them or torch.cuda.get_device_capability(device) != (9, 0):
+        return ""
+    if os.environ.get("FASTGEN_SM90") != "1":
+        return "; FASTGEN_SM90=1 takes those for sm_90a, which have not been measured"
+    return "; of 16 bits, plain or with a window, with head dims 40 to 128, by the kernels for sm_90a"
 
 
 def _pytorch(name: str, device: torch.device) -> str:

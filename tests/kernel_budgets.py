@@ -27,6 +27,9 @@ BUDGETS = {
     # launch_bounds(128): accumulators and scores are in registers, two blocks per multiprocessor; no spills.
     # Shared memory is dynamic: csrc/attention/tiles.h.
     "attention_forward": Budget(registers=255),
+    # 384 threads: 168 registers at the launch, of which the consumers have 240 and the producer 24 later on. Shared:
+    # mbarriers, aligned like dynamic shared memory.
+    "attention_forward_sm90": Budget(registers=168, shared_bytes=1024),
     "attention_forward_wide": Budget(registers=255),
     "attention_backward_query_wide": Budget(registers=255),
     "attention_backward_key_value_wide": Budget(registers=255),
@@ -59,6 +62,9 @@ BUDGETS = {
     # One warp per head: 80 registers keep 3 blocks.
     "projection_heads_backward": Budget(registers=80),
 }
+
+# Instructions that a kernel must have (true) or must not have.
+REQUIRED_INSTRUCTIONS = {"attention_forward_sm90": {"HGMMA": True, "UTMALDG": True, "HMMA": False}}
 
 LOOP_KERNELS = [
     "attention_forward<BFloat16, 64, 64, true>",

@@ -331,3 +331,57 @@ def test_main_loops_are_counted_in_sources_and_in_libraries(tmp_path, capsys):
     (found,), error = compile_check.count_library_loops([kernel], library, NVCC, ["product<1>"])
     assert error == ""
     assert allowed["loop"] / compile_check.SLACK**2 <= found.loop.loop <= allowed["loop"]
+
+
+def test_serialized_products_and_ignored_register_counts_fail_the_check():
+    """Messages of ptxas, which exits with 0."""
+    report = (
+        "ptxas info    : (C7520) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ...\n"
+        "ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored; ...\n"
+    )
+    found = compile_check.serializations(REPORT + report)
+    assert [line[:7] for line in found] == ["(C7520)", "(C7508)"]
+    assert compile_check.serializations(REPORT) == []
+
+
+def test_instructions_that_a_kernel_must_have_or_must_not_have():
+    required = {"HGMMA": True, "HMMA": False}
+    kernel = Kernel("a.cu", "90a", "k", "n::k", 168, 0, 0, 0, instructions={"HGMMA": 3})
+    assert compile_check.compare_instructions(kernel, required) == []
+    assert compile_check.compare_instructions(kernel._replace(instructions=None), required) == []
+    wrong = compile_check.compare_instructions(kernel._replace(instructions={"HMMA": 1}), required)
+    assert wrong == ["n::k for sm_90a: no HGMMA", "n::k for sm_90a: has HMMA"]
+
+
+def test_sources_for_sm_90a_are_compiled_for_it_alone():
+    special = {path for path in compile_check.library_sources("90a") if "sm90" in path.parts}
+    assert special
+    for arch in ("80", "100", "120", "sm_80"):
+        assert set(compile_check.library_sources(arch)) == set(compile_check.library_sources("90a")) - special
+    assert {path.stem for path in compile_check.unit_kernels("sm_90a")} > {"unit_sm90", "unit_sm90a"}
+    assert "unit_sm90a" not in {path.stem for path in compile_check.unit_kernels("120")}
+    assert "unit_sm90" not in {path.stem for path in compile_check.unit_kernels("80")}
+
+
+def test_a_library_has_the_kernels_for_sm_90a_only_with_that_architecture(monkeypatch):
+    builder = compile_check.load("tools/build_libraries.py")
+    monkeypatch.setattr(builder, "cuda_home", lambda _: "/cuda")
+    monkeypatch.setattr(builder, "cuda_release", lambda _: "13.0")
+    torch = builder.Torch(compile_check.ROOT, "2.13.0", None)
+
+    def flags(*architectures):
+        library = builder.cuda_library(torch, "1.0", "nvcc", list(architectures))
+        return {source: flags for source, flags in library.sources.items() if "/sm90/" in source}
+
+    assert not flags("80", "120")
+    for found in flags("80", "90a", "90", "120+PTX").values():
+        assert found.count("-gencode") == 1
+        assert "code=sm_90a" in found
+
+
+def test_a_budget_of_a_kernel_for_sm_90a_is_unused_only_where_that_was_compiled():
+    budgets = {"k": Budget(32), "forward_sm90": Budget(168)}
+    kernel = Kernel("a.cu", "80", "k", "n::k", 32, 0, 0, 0)
+    assert compile_check.compare([kernel], budgets, everything=True) == []
+    (problem,) = compile_check.compare([kernel._replace(arch="90a")], budgets, everything=True)
+    assert "no kernel is called forward_sm90" in problem

@@ -191,11 +191,14 @@ def cuda_library(torch: Torch, version: str, nvcc: str, architectures: list[str]
     # Line numbers for profilers would triple the machine code: NVCC_APPEND_FLAGS=-lineinfo adds them.
     device = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc"]
     device += [f"-ccbin={host_compiler(os.environ['CXX'])}"] if os.environ.get("CXX") else []
-    device += [_generate(name) for name in architectures]
     files = dict.fromkeys(_sources("csrc/*/api.cpp", "csrc/common/*.cpp"), flags)
     info = {"CUDA_VERSION": cuda_release(nvcc), "CUDA_ARCHITECTURES": " ".join(architectures)}
     sources = _with_info(files, VERSION=version, TORCH_VERSION=torch.version, **info)
-    sources |= dict.fromkeys(_sources("csrc/**/*.cu"), " ".join(device))
+    for source in _sources("csrc/**/*.cu"):
+        # Folders called sm90 have the instructions of sm_90a, which no other architecture has.
+        names = [name for name in architectures if name == "90a"] if "/sm90/" in source else architectures
+        if names:
+            sources[source] = " ".join([*device, *(_generate(name) for name in names)])
     # libtorch brings libtorch_cuda, wherever the torch that loads this has it.
     link = [f"-L{shlex.quote(str(torch.folder / 'lib'))}", "-Wl,--no-as-needed -ltorch"]
     link += [f"-L{shlex.quote(home)}/{folder}" for folder in ("lib64", "lib")]

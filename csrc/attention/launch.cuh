@@ -8,6 +8,7 @@
 #include "attention/mask_gradient.cuh"
 #include "attention/mask_second_order.cuh"
 #include "attention/second_order.cuh"
+#include "attention/sm90/launcher.h"
 #include "attention/tangent.cuh"
 #include "common/error.h"
 #include "device/launch.cuh"
@@ -17,6 +18,10 @@ namespace fastgen::attention {
 template <typename T>
 void launch_forward(ForwardParams p, void* stream) {
   if (is_decode(p.problem)) return launch_decode<T>(p, stream);
+  if constexpr (sizeof(T) == 2) {
+    const sm90::ForwardLauncher launcher = sm90::forward_launcher<T>;
+    if (launcher != nullptr && sm90::is_wanted() && launcher(p, stream)) return;
+  }
   const Sizes sizes = sizes_of(p.problem, sizeof(T));
   const Plan plan = forward_plan(sizes, current_gpu());
   if constexpr (sizeof(T) == 2) {

@@ -8,6 +8,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/check.h"
 #include "common/types.h"
@@ -51,7 +52,7 @@ TensorMap tensor_map(const TensorLayout& layout) {
   const cuuint64_t sizes[] = {layout.sizes[0], layout.sizes[1], layout.sizes[2], layout.sizes[3]};
   const cuuint64_t strides[] = {layout.strides[0], layout.strides[1], layout.strides[2]};
   const cuuint32_t box[] = {layout.box[0], layout.box[1], layout.box[2], layout.box[3]}, steps[] = {1, 1, 1, 1};
-  constexpr bool kIsHalf = sizeof(T) == sizeof(Half) && __is_same(T, Half);
+  constexpr bool kIsHalf = std::is_same_v<T, Half>;
   TensorMap map;
   const CUresult status =
       encode(&map.map, kIsHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kTensorDims,

@@ -76,6 +76,12 @@ __device__ __forceinline__ void hold_registers(uint32_t (&registers)[kTiles][4])
   }
 }
 
+// A scheduling hint without semantics: what computes ``value``, which must not be negative, stays before the following
+// wait. ptxas moves waits up past arithmetic, which would then not run beside the products.
+__device__ __forceinline__ void compute_before_wait(float value) {
+  asm volatile("{ .reg .pred p; setp.lt.f32 p, %0, 0f00000000; @p nanosleep.u32 0; }" ::"f"(value) : "memory");
+}
+
 // PTX ISA, "wgmma.fence". ``registers``: of the following products.
 template <typename... Registers>
 __device__ __forceinline__ void wgmma_fence(Registers&... registers) {

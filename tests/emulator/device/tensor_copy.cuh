@@ -18,7 +18,7 @@ struct TensorLayout {
   uint32_t box[kTensorDims] = {1, 1, 1, 1};
 };
 
-struct alignas(64) TensorMap {
+struct TensorMap {
   emulator::TensorMap map;
 };
 

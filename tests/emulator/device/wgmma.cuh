@@ -34,6 +34,8 @@ __forceinline__ MatrixTile<kRows> matrix_tile(const void* tile, int panel_bytes 
 template <typename Registers>
 __forceinline__ void hold_registers(Registers&) {}
 
+__forceinline__ void compute_before_wait(float) {}
+
 // The location of the call cannot follow a pack of arguments.
 template <typename Registers>
 __forceinline__ void wgmma_fence(Registers&, FASTGEN_WHERE) {

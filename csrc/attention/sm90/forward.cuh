@@ -1,0 +1,311 @@
+// Forward pass for sm_90a (Shah, Bikshandi, Zhang, Thakkar, Ramani, Dao, "FlashAttention-3", 2024): the mathematics of
+// ../forward.cuh with products of warpgroups and tiles copied by the tensor memory accelerator.
+//
+//   producer, one thread      consumers, one warpgroup for 64 queries each; for each query tile of the block
+//   for each query tile         S_0 = Q K_0^T                        softmax: P_0
+//     copy Q                    for each further key tile i
+//     for each key tile i         S_i = Q K_i^T   O += P_i-1 V_i-1   both in flight; softmax of S_i beside the second
+//       copy K_i, V_i             O *= 2^(m - m'), P_i
+//                               O += P_n V_n                         out = O / l, lse = m + log l
+//
+// The consumers take turns at starting products: the softmax of one runs beside the products of the other.
+//
+// Key tiles that the window excludes for the whole query tile are neither copied nor computed. gridDim = blocks of a
+// persistent grid.
+#pragma once
+
+#include "attention/scheduler.cuh"
+#include "attention/sm90/maps.cuh"
+#include "attention/sm90/pipeline.cuh"
+#include "attention/softmax.cuh"
+#include "attention/store.cuh"
+#include "device/barrier.cuh"
+#include "device/registers.cuh"
+#include "device/vector.cuh"
+#include "device/wgmma.cuh"
+
+namespace fastgen::attention::sm90 {
+
+struct Schedule {
+  int64_t tiles = 0;      // of queries, of all heads
+  int heads_in_turn = 1;  // plan.h
+};
+
+// A query tile and its keys.
+struct Work {
+  QueryBlock block;
+  Range keys;
+  int first_tile, end_tile;
+
+  __device__ __forceinline__ Work(const Problem& p, const Schedule& schedule, int64_t i)
+      : block(p, in_turn(p, schedule, i), BLOCK_M, MayPack<false>()),
+        keys(keys_in_window(p, block.queries, p.keys)),
+        first_tile(keys.begin / BLOCK_N),
+        end_tile(keys.empty() ? first_tile : (keys.end + BLOCK_N - 1) / BLOCK_N) {}
+  // Whether all rows of a key tile are keys that a query of the block may see.
+  __device__ __forceinline__ bool is_whole(int tile) const {
+    return tile * BLOCK_N >= keys.begin && (tile + 1) * BLOCK_N <= keys.end;
+  }
+
+ private:
+  // The i-th tile as a QueryBlock's index: of each group of heads first the last tile of each head, which has most keys
+  // under a causal mask, then the last but one.
+  static __device__ __forceinline__ int64_t in_turn(const Problem& p, const Schedule& schedule, int64_t i) {
+    const int of_head = (p.queries + BLOCK_M - 1) / BLOCK_M, all = p.batch * p.heads;
+    const int64_t of_group = static_cast<int64_t>(of_head) * schedule.heads_in_turn;
+    const int group = static_cast<int>(i / of_group), first_head = group * schedule.heads_in_turn;
+    const int heads = smaller(schedule.heads_in_turn, all - first_head), at = static_cast<int>(i - group * of_group);
+    return static_cast<int64_t>(first_head + at % heads) * of_head + at / heads;
+  }
+};
+
+template <int kDim>
+struct ForwardTiles {
+  static constexpr int kStages = stages(kDim), kPanels = kDim / kPanelDim;
+  static constexpr int kQueryBytes = tile_bytes(BLOCK_M, kDim), kKeyBytes = tile_bytes(BLOCK_N, kDim);
+
+  static __device__ __forceinline__ unsigned char* query() { return device::dynamic_shared(); }
+  static __device__ __forceinline__ unsigned char* key(int stage) { return query() + kQueryBytes + stage * kKeyBytes; }
+  static __device__ __forceinline__ unsigned char* value(int stage) { return key(kStages + stage); }
+};
+
+// The copies of all tiles of the block, by one thread.
+template <int kDim>
+__device__ __forceinline__ void produce(const ForwardMaps& maps, const Problem& problem, const Schedule& schedule,
+                                        Barriers& barriers) {
+  using Tiles = ForwardTiles<kDim>;
+  const auto copy = [](unsigned char* tile, const device::TensorMap& map, int rows, int row, unsigned head,
+                       unsigned batch, device::Mbarrier* full) {
+#pragma unroll
+    for (int panel = 0; panel < Tiles::kPanels; ++panel) {
+      const int at[] = {panel * kPanelDim, row, static_cast<int>(head), static_cast<int>(batch)};
+      device::tensor_load(tile + panel * panel_bytes(rows), map, at, full);
+    }
+  };
+  Position<Tiles::kStages> position;
+  int parity = 0;  // of the query tile
+  for (int64_t i = blockIdx.x; i < schedule.tiles; i += gridDim.x) {
+    const Work work(problem, schedule, i);
+    const QueryBlock& block = work.block;
+    if (work.first_tile == work.end_tile) continue;
+    device::mbarrier_wait(&barriers.query_empty, parity ^ 1);
+    device::mbarrier_arrive_expect(&barriers.query_full, Tiles::kQueryBytes);
+    copy(Tiles::query(), maps.query, BLOCK_M, block.queries.begin, block.head, block.batch, &barriers.query_full);
+    parity ^= 1;
+    for (int tile = work.first_tile; tile < work.end_tile; ++tile) {
+      const int stage = position.stage, row = tile * BLOCK_N;
+      device::mbarrier_wait(&barriers.key_empty[stage], position.parity ^ 1);
+      device::mbarrier_arrive_expect(&barriers.key_full[stage], Tiles::kKeyBytes);
+      copy(Tiles::key(stage), maps.key, BLOCK_N, row, block.key_head, block.key_batch, &barriers.key_full[stage]);
+      device::mbarrier_wait(&barriers.value_empty[stage], position.parity ^ 1);
+      device::mbarrier_arrive_expect(&barriers.value_full[stage], Tiles::kKeyBytes);
+      copy(Tiles::value(stage), maps.value, BLOCK_N, row, block.key_head, block.key_batch, &barriers.value_full[stage]);
+      position.advance();
+    }
+  }
+}
+
+// Named barriers; 0 is sync_block's.
+constexpr int kTurnBarrier = 1;                           // and the next, one for each consumer
+constexpr int kClearBarrier = kTurnBarrier + kConsumers;  // of all consumers
+constexpr int kConsumerThreads = kConsumers * kGroupThreads;
+
+// Values that no query of the block sees are zeros: 0 * inf and 0 * NaN are not 0. Called by all consumers. (Rows past
+// the end of the tensor are zeros already.)
+template <int kDim>
+__device__ __forceinline__ void clear_unseen_values(unsigned char* values, const Work& work, int tile) {
+  const int chunks = kPanelRowBytes / device::kVectorBytes;
+  const int first = static_cast<int>(threadIdx.x) - kGroupThreads;
+  for (int chunk = first; chunk < BLOCK_N * chunks; chunk += kConsumerThreads) {
+    const int row = chunk / chunks, key = tile * BLOCK_N + row;
+    if (key >= work.keys.begin && key < work.keys.end) continue;
+#pragma unroll
+    for (int panel = 0; panel < kDim / kPanelDim; ++panel) {
+      constexpr uint32_t kZeros[4] = {};
+      device::store_vector(
+          reinterpret_cast<uint32_t*>(values + panel * panel_bytes(BLOCK_N) + chunk * device::kVectorBytes), kZeros);
+    }
+  }
+  device::fence_async_proxy();
+  device::sync_named(kClearBarrier, kConsumerThreads);
+}
+
+// Masks the products q.k of a warp's 16 rows: columns count from ``first``, and those outside ``keys`` do not exist.
+// Returns the factor, which is positive, by which the results have to be multiplied to be scores in units of log2.
+template <int kTiles>
+__device__ __forceinline__ float mask_scores(float (&scores)[kTiles][4], float scale, bool masked, const Band& band,
+                                             Range keys, int first) {
+  if (!(scale > 0.0f)) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scores[tile][i] *= scale;
+    }
+    scale = 1.0f;
+  }
+  if (masked) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = lane_row() + 8 * half;
+      const int low = larger(band.low + row, keys.begin - first) - lane_column();
+      const int high = smaller(band.high + row, keys.end - 1 - first) - lane_column();
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int column = 8 * tile + i;
+          float& score = scores[tile][2 * half + i];
+          score = column >= low && column <= high ? score : -INFINITY;
+        }
+      }
+    }
+  }
+  return scale;
+}
+
+template <typename T, int kDim>
+__device__ __forceinline__ void consume(const ForwardParams& p, const Schedule& schedule, Barriers& barriers) {
+  using Tiles = ForwardTiles<kDim>;
+  using device::MatrixTile;
+  using device::Rows;
+  constexpr int kTiles = BLOCK_N / 8, kDepths = BLOCK_N / device::kWgmmaDepth;
+  const Problem& problem = p.problem;
+  const int group = static_cast<int>(threadIdx.x) / kGroupThreads - 1;
+  const int warp_row = group * kGroupRows + static_cast<int>(threadIdx.x % kGroupThreads) / 32 * kFragmentRows;
+
+  float scores[kTiles][4];       // of the newest key tile
+  uint32_t weights[kDepths][4];  // P of the one before
+  float out[1][kDim / 8][4];
+  Position<Tiles::kStages> position;  // of the newest key tile
+  int parity = 0;                     // of the query tile
+
+  const auto multiply_keys = [&](int stage) {
+    const auto query = device::matrix_tile<Rows::kOuter>(Tiles::query() + group * panel_bytes(kGroupRows));
+    const auto key = device::matrix_tile<Rows::kOuter>(Tiles::key(stage));
+#pragma unroll
+    for (int k = 0; k < kDim; k += device::kWgmmaDepth) {
+      const int panel = k / kPanelDim, across = k % kPanelDim * static_cast<int>(sizeof(T));
+      device::wgmma<T>(scores, query.from(panel * panel_bytes(BLOCK_M) + across),
+                       key.from(panel * panel_bytes(BLOCK_N) + across), k > 0);
+    }
+    device::wgmma_commit();
+  };
+  const auto multiply_values = [&](int stage) {
+    const auto value = device::matrix_tile<Rows::kDepth>(Tiles::value(stage), panel_bytes(BLOCK_N));
+#pragma unroll
+    for (int k = 0; k < kDepths; ++k) {
+      device::wgmma<T>(out[0], weights[k], value.from(k * device::kWgmmaDepth * kPanelRowBytes));
+    }
+    device::wgmma_commit();
+  };
+  const auto take_turn = [&] { device::sync_named(kTurnBarrier + group, kConsumerThreads); };
+  const auto pass_turn = [&] { device::arrive_named(kTurnBarrier + (group + 1) % kConsumers, kConsumerThreads); };
+  if (group == kConsumers - 1) pass_turn();
+
+  for (int64_t i = blockIdx.x; i < schedule.tiles; i += gridDim.x) {
+    const Work work(problem, schedule, i);
+    const QueryBlock& block = work.block;
+    const int row = block.queries.begin + warp_row, warp_rows = block.rows() - warp_row;
+    const Band window = Band::of<false>(problem, row);
+    Softmax softmax;
+#pragma unroll
+    for (int columns = 0; columns < kDim / 8; ++columns) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) out[0][columns][e] = 0.0f;
+    }
+
+    // The weights of the scores of a key tile, and the factors for earlier sums.
+    const auto apply_softmax = [&](int tile, float (&rescale)[2]) {
+      const int first = tile * BLOCK_N;
+      const Band band = window.from(first);
+      const bool masked = !work.is_whole(tile) || !band.covers(kFragmentRows, BLOCK_N);
+      const float factor = mask_scores(scores, problem.scale * kLog2e, masked, band, work.keys, first);
+      softmax.update(scores, factor, rescale);
+    };
+    const auto pack_weights = [&] {
+#pragma unroll
+      for (int k = 0; k < kDepths; ++k) Product<T>::from_scores(weights[k], scores + 2 * k);
+    };
+    const auto wait_for_values = [&](const Position<Tiles::kStages>& at, int tile) {
+      device::mbarrier_wait(&barriers.value_full[at.stage], at.parity);
+      if (!work.is_whole(tile)) clear_unseen_values<kDim>(Tiles::value(at.stage), work, tile);
+    };
+
+    if (work.first_tile < work.end_tile) {
+      device::mbarrier_wait(&barriers.query_full, parity);
+      parity ^= 1;
+      device::mbarrier_wait(&barriers.key_full[position.stage], position.parity);
+      take_turn();
+      device::wgmma_fence(scores);
+      multiply_keys(position.stage);
+      pass_turn();
+      device::wgmma_wait<0>(scores);
+      leave(&barriers.key_empty[position.stage]);
+      float rescale[2];
+      apply_softmax(work.first_tile, rescale);
+      pack_weights();
+
+      for (int tile = work.first_tile + 1; tile < work.end_tile; ++tile) {
+        const Position<Tiles::kStages> last = position;
+        position.advance();
+        wait_for_values(last, tile - 1);
+        device::mbarrier_wait(&barriers.key_full[position.stage], position.parity);
+        take_turn();
+        device::wgmma_fence(scores, out[0], weights);
+        multiply_keys(position.stage);
+        multiply_values(last.stage);
+        pass_turn();
+        device::wgmma_wait<1>(scores);
+        leave(&barriers.key_empty[position.stage]);
+        apply_softmax(tile, rescale);
+        device::hold_registers(scores);
+        device::compute_before_wait(softmax.row_sum[0] + softmax.row_sum[1]);
+        device::wgmma_wait<0>(out[0], weights);
+        leave(&barriers.value_empty[last.stage]);
+#pragma unroll
+        for (int columns = 0; columns < kDim / 8; ++columns) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) out[0][columns][e] *= rescale[e / 2];
+        }
+        pack_weights();
+      }
+      leave(&barriers.query_empty);
+      wait_for_values(position, work.end_tile - 1);
+      device::wgmma_fence(out[0], weights);
+      multiply_values(position.stage);
+      device::wgmma_wait<0>(out[0], weights);
+      leave(&barriers.value_empty[position.stage]);
+      position.advance();
+    }
+
+    softmax.finalize();
+    const float inverse[1][2] = {{softmax.inverse(0), softmax.inverse(1)}};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int down = half * 8 + lane_row();
+      if (down < warp_rows && lane_column() == 0) {
+        *row_pointer(p.lse, block.batch, block.head, row + down) = softmax.lse(half);
+      }
+    }
+    store_rows(row_pointer<T>(p.out, block.batch, block.head, row), p.out.row, warp_rows, problem.value_dim, inverse,
+               out);
+  }
+}
+
+template <typename T, int kDim>
+__global__ void __launch_bounds__(kThreads, 1)
+    attention_forward_sm90(const __grid_constant__ ForwardMaps maps, const __grid_constant__ ForwardParams p,
+                           Schedule schedule) {
+  Barriers& barriers = device::shared_variable<Barriers>();
+  if (threadIdx.x == 0) initialize(barriers, ForwardTiles<kDim>::kStages);
+  device::sync_block();
+  if (threadIdx.x < kGroupThreads) {
+    device::decrease_registers<kProducerRegisters>();
+    if (threadIdx.x == 0) produce<kDim>(maps, p.problem, schedule, barriers);
+  } else {
+    device::increase_registers<kConsumerRegisters>();
+    consume<T, kDim>(p, schedule, barriers);
+  }
+}
+
+}  // namespace fastgen::attention::sm90

@@ -1,0 +1,259 @@
+"""The attention kernels for sm_90a, run on the host: what they serve, accuracy, schedules, synchronization."""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+
+import pytest
+import torch
+
+import fastgen
+from fastgen import backend, environment
+from fastgen.testing import assert_accurate
+from tests.covering import covering
+from tests.emulator import build
+from tests.ops.attention_cases import HEADS, LAYOUTS, Case, problem_of
+from tests.ops.test_attention_kernels import PLAIN, assert_no_site_can_be_left_out, needs_module, plan
+
+pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
+
+KERNEL = "attention_forward_sm90"
+HOPPER = {"shared_limit": backend.plans.SHARED_LIMITS["sm_90"]}
+MASKS = ("none", "causal", "window", "causal window")
+AXES = [
+    [(64, 64), (40, 64), (72, 72), (128, 96), (128, 128)],
+    (17, 64, 128, 203, 257),
+    (3, 64, 129, 257, 600),
+    MASKS,
+    (torch.bfloat16, torch.float16),
+    HEADS,
+    LAYOUTS,
+]
+CASES = [
+    Case(dtype, dims, queries, keys, mask, heads=heads, layout=layout, batch=1 + (keys < 129))
+    for dims, queries, keys, mask, dtype, heads, layout in covering(AXES, lambda point: True)
+]
+
+
+@pytest.fixture
+def emulated(emulator, monkeypatch):
+    build.register()
+    monkeypatch.setenv("FASTGEN_SM90", "1")
+    emulator.configure(**HOPPER)
+    return torch.ops.fastgen_emulated
+
+
+def launches(emulator):
+    return emulator.statistics().get(KERNEL, {"launches": 0})["launches"]
+
+
+def operands(heads=2, queries=200, keys=300, dims=(64, 64), dtype=torch.bfloat16):
+    shapes = ((heads, queries, dims[0]), (heads, keys, dims[0]), (heads, keys, dims[1]))
+    return [torch.randn(1, *shape).to(dtype) for shape in shapes]
+
+
+# --------------------------------------------------------------------------------------------------
+# Results
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_pair_of_settings(case, emulated, emulator):
+    seed = zlib.crc32(str(case).encode())
+    emulator.configure(seed=seed, **HOPPER)
+    problem = problem_of(case, seed)
+    before = launches(emulator)
+    options = PLAIN._replace(window_left=problem.sides[0], window_right=problem.sides[1], scale=case.dims[0] ** -0.5)
+    got = emulated.attention_forward(*problem.leaves, None, None, None, *options)
+    assert launches(emulator) == before + 1, "another kernel served it"
+    plain, exact = (
+        problem.formula([leaf.to(dtype) for leaf in problem.leaves]) for dtype in (case.dtype, torch.float64)
+    )
+    for name, ours, a, b in zip(("out", "lse"), got, plain, exact, strict=True):
+        hidden = b == -math.inf
+        assert torch.equal(ours == -math.inf, hidden), name
+        assert_accurate(*(t.masked_fill(hidden, 0) for t in (ours, a, b)), name)
+
+
+@pytest.mark.parametrize("scale", [0.3, -0.3, 0.0])
+def test_any_scale(emulated, scale):
+    tensors = operands(queries=70, keys=150)
+    got = emulated.attention_forward(*tensors, None, None, None, *PLAIN._replace(scale=scale))
+    exact = torch.ops.fastgen_torch.attention_forward(
+        *(t.double() for t in tensors), None, None, None, *PLAIN._replace(scale=scale)
+    )
+    torch.testing.assert_close(got[0].double(), exact[0], rtol=0, atol=0.02)
+    torch.testing.assert_close(got[1].double(), exact[1].double(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128)], ids=str)
+def test_keys_and_values_that_no_query_attends_to_may_be_anything(emulated, dims, bad):
+    """Behind the last query of a causal mask, and before the window of the first."""
+    query, key, value = operands(heads=1, queries=100, keys=400, dims=dims)
+    for options, hidden in [
+        (PLAIN._replace(window_left=-1, window_right=0), slice(100, None)),
+        (PLAIN._replace(window_left=10, window_right=30), slice(130, None)),
+    ]:
+        got = []
+        for filler in (0.0, bad):
+            k, v = key.clone(), value.clone()
+            k[:, :, hidden], v[:, :, hidden] = filler, filler
+            got.append(emulated.attention_forward(query, k, v, None, None, None, *options))
+        assert torch.equal(got[0][0], got[1][0])
+        assert torch.equal(got[0][1], got[1][1])
+
+
+def test_the_values_before_every_window_may_be_anything(emulated):
+    """The second query tile of a block begins in the middle of a key tile."""
+    query, key, value = operands(heads=1, queries=256, keys=256)
+    options = PLAIN._replace(window_left=3, window_right=0)
+    wanted = emulated.attention_forward(query, key, value, None, None, None, *options)
+    key[:, :, :100], value[:, :, :100] = math.nan, math.nan
+    got = emulated.attention_forward(query, key, value, None, None, None, *options)
+    assert torch.equal(got[0][:, :, 128:], wanted[0][:, :, 128:])
+
+
+def test_a_row_without_keys_gives_zero(emulated):
+    """Queries far behind the keys: whole tiles have none."""
+    tensors = operands(heads=1, queries=300, keys=40)
+    out, lse = emulated.attention_forward(*tensors, None, None, None, *PLAIN._replace(window_left=5, window_right=0))
+    assert bool((out[:, :, 45:] == 0).all())
+    assert bool((lse[:, :, 45:] == -math.inf).all())
+    assert bool(lse[:, :, :45].isfinite().all())
+
+
+# --------------------------------------------------------------------------------------------------
+# Schedules
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128)], ids=str)
+def test_every_schedule_gives_the_same_bits(emulator, emulated, dims):
+    """Of more query tiles than there are blocks."""
+    tensors, options = operands(heads=3, queries=300, keys=420, dims=dims), PLAIN._replace(window_right=0)
+    results = []
+    for seed in range(4):
+        emulator.configure(seed=seed, **HOPPER)
+        results.append(emulated.attention_forward(*tensors, None, None, None, *options))
+    for out, lse in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(lse, results[0][1])
+
+
+SYNCHRONIZING = (
+    "sync_block|sync_named|arrive_named|mbarrier_init|mbarrier_wait|mbarrier_arrive|fence_mbarrier_init"
+    "|fence_async_proxy|wgmma_fence|wgmma_commit|wgmma_wait"
+)
+
+
+@pytest.mark.parametrize(("dims", "keys"), [((64, 64), 720), ((128, 128), 400)], ids=str)
+def test_no_barrier_fence_or_wait_can_be_left_out(emulator, emulated, dims, keys):
+    """More key tiles than stages, and a last one that is not full."""
+    tensors = operands(queries=200, keys=keys, dims=dims)
+    call = lambda: emulated.attention_forward(*tensors, None, None, None, *PLAIN)  # noqa: E731
+    assert_no_site_can_be_left_out(emulator, call, KERNEL, waits=SYNCHRONIZING, **HOPPER)
+    emulator.configure(**HOPPER)
+    call()
+    assert {site.split()[0] for site in emulator.sites()} == {*SYNCHRONIZING.split("|")}
+
+
+def test_tiles_outside_the_window_are_neither_copied_nor_computed(emulator, emulated):
+    tensors = operands(heads=1, queries=512, keys=512)
+
+    def work(options):
+        before = emulator.statistics().get(KERNEL, {"matrix_products": 0, "async_copies": 0})
+        emulated.attention_forward(*tensors, None, None, None, *options)
+        return [emulator.statistics()[KERNEL][what] - before[what] for what in ("matrix_products", "async_copies")]
+
+    full, causal = work(PLAIN), work(PLAIN._replace(window_right=0))
+    window = work(PLAIN._replace(window_left=100, window_right=0))
+    assert causal[0] == full[0] * 10 // 16
+    assert window[0] == full[0] * 7 // 16
+    assert (full[1], causal[1], window[1]) == (4 + 2 * 16, 4 + 2 * 10, 4 + 2 * 7)
+
+
+# --------------------------------------------------------------------------------------------------
+# What they serve
+
+OTHERS = {
+    "float32": lambda: (operands(dtype=torch.float32), PLAIN, None),
+    "a softcap": lambda: (operands(), PLAIN._replace(softcap=0.7), None),
+    "a mask": lambda: (operands(), PLAIN, torch.ones(1, 1, 1, 300, dtype=torch.bool)),
+    "narrow heads": lambda: (operands(dims=(32, 64)), PLAIN, None),
+    "heads of different width": lambda: (operands(dims=(64, 128)), PLAIN, None),
+    "wide heads": lambda: (operands(queries=20, keys=30, dims=(192, 192)), PLAIN, None),
+    "few queries": lambda: (operands(queries=1), PLAIN, None),
+    "expanded keys": lambda: ([t[:, :1].expand(-1, 2, -1, -1) for t in operands()], PLAIN, None),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_other_problems_take_the_other_kernels(emulator, emulated, what):
+    tensors, options, mask = OTHERS[what]()
+    before = launches(emulator)
+    out, _ = emulated.attention_forward(*tensors, mask, None, None, *options)
+    assert launches(emulator) == before
+    exact, _ = torch.ops.fastgen_torch.attention_forward(*(t.double() for t in tensors), mask, None, None, *options)
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize(("given", "limit"), [(None, "sm_90"), ("0", "sm_90"), ("1", "sm_80")])
+def test_they_are_taken_on_sm_90_where_they_are_asked_for(emulator, emulated, monkeypatch, given, limit):
+    monkeypatch.delenv("FASTGEN_SM90")
+    if given is not None:
+        monkeypatch.setenv("FASTGEN_SM90", given)
+    emulator.configure(shared_limit=backend.plans.SHARED_LIMITS[limit])
+    before = launches(emulator)
+    emulated.attention_forward(*operands(heads=1, queries=20, keys=20), None, None, None, *PLAIN)
+    assert launches(emulator) == before
+
+
+def test_gradients_are_those_of_the_other_kernels(emulated):
+    tensors = operands(heads=1, queries=70, keys=90)
+    with fastgen.use_backend("emulated"):
+        leaves = [t.requires_grad_() for t in tensors]
+        out = fastgen.functional.scaled_dot_product_attention(*leaves, is_causal=True)
+        got = torch.autograd.grad(out.float().square().sum(), leaves)
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    exact = fastgen.functional.scaled_dot_product_attention(*wide, is_causal=True)
+    for a, b in zip(got, torch.autograd.grad(exact.square().sum(), wide), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0.02, atol=0.05)
+
+
+@needs_module
+def test_the_plan_says_what_they_serve():
+    from benchmarks.shapes import ATTENTION_SHAPES
+
+    chosen = plan(ATTENTION_SHAPES["long"])["forward sm90"]
+    assert chosen == {
+        "tile": (128, 128), "warps": 12, "block_m": 128, "block_n": 128, "tiles_per_block": 16, "blocks": 132,
+        "slices": 1, "shared_bytes": (128 + 2 * 2 * 128) * 256, "stages": 2,
+    }  # fmt: skip
+    assert "forward sm90" not in plan(ATTENTION_SHAPES["long"], shared_limit=backend.plans.SHARED_LIMITS["sm_80"])
+    assert "forward sm90" not in plan(ATTENTION_SHAPES["long"], element_size=4)
+    assert "forward sm90" not in plan(ATTENTION_SHAPES["long"], plain=False)
+    served = {name for name, shape in ATTENTION_SHAPES.items() if "forward sm90" in plan(shape)}
+    assert {"transgan-window", "dit-xl", "image-lm", "long"} <= served
+    assert not {"sagan-64", "sagan-256", "swin-window", "vae-mid"} & served
+
+
+@pytest.mark.parametrize(("given", "text"), [("1", "the kernels for sm_90a"), ("", "FASTGEN_SM90=1 takes")])
+def test_info_says_whether_they_are_taken(monkeypatch, given, text):
+    monkeypatch.setenv("FASTGEN_SM90", given)
+    monkeypatch.setattr(backend, "compiled_architectures", lambda: ["80", "90a"])
+    monkeypatch.setattr(backend, "why_not_compiled", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    assert text in environment._served_by("attention_forward", torch.device("cuda", 0))
+    assert "sm_90a" not in environment._served_by("attention_backward", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (10, 0))
+    assert "sm_90a" not in environment._served_by("attention_forward", torch.device("cuda", 0))
+
+
+def test_a_tensor_map_is_a_parameter_that_stays_in_place():
+    """A kernel that took it by value would give the hardware an address of local memory."""
+    sources = "".join(path.read_text() for path in (build.CSRC / "attention" / "sm90").glob("*.cuh"))
+    kernels = re.findall(r"__global__[^{]*\{", sources)
+    assert kernels
+    for kernel in kernels:
+        assert re.search(r"const __grid_constant__ \w*Maps", kernel)
