@@ -119,7 +119,7 @@ def _for_hopper(name: str, device: torch.device) -> str:
         return ""
     if os.environ.get("FASTGEN_SM90") != "1":
         return "; FASTGEN_SM90=1 takes those for sm_90a, which have not been measured"
-    return "; of 16 bits, plain or with a window, with head dims 40 to 128, by the kernels for sm_90a"
+    return "; of 16 bits, with no mask but a window or padding, with head dims 40 to 128, by the kernels for sm_90a"
 
 
 def _pytorch(name: str, device: torch.device) -> str:

@@ -3,7 +3,7 @@
 // A product is asynchronous. From its start until a wait covers it, its accumulators and its left operand in registers
 // must not be accessed, and its tiles in shared memory must not be written:
 //
-//   wgmma_fence(d, a)       registers written before are seen by the products after it; not needed between products
+//   wgmma_fence(d, a)       registers written before reach the products after it; not needed between products
 //                           that add to the same accumulators
 //   wgmma(d, a, b)          starts d += a b
 //   wgmma_commit()          closes the group of the products started since the last

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.wh
 
 KERNEL = "attention_forward_sm90"
 HOPPER = {"shared_limit": backend.plans.SHARED_LIMITS["sm_90"]}
-MASKS = ("none", "causal", "window", "causal window")
+MASKS = ("none", "causal", "window", "causal window", "bool per key")
 AXES = [
     [(64, 64), (40, 64), (72, 72), (128, 96), (128, 128)],
     (17, 64, 128, 203, 257),
@@ -65,7 +65,7 @@ def test_every_pair_of_settings(case, emulated, emulator):
     problem = problem_of(case, seed)
     before = launches(emulator)
     options = PLAIN._replace(window_left=problem.sides[0], window_right=problem.sides[1], scale=case.dims[0] ** -0.5)
-    got = emulated.attention_forward(*problem.leaves, None, None, None, *options)
+    got = emulated.attention_forward(*problem.leaves, problem.mask, None, None, *options)
     assert launches(emulator) == before + 1, "another kernel served it"
     plain, exact = (
         problem.formula([leaf.to(dtype) for leaf in problem.leaves]) for dtype in (case.dtype, torch.float64)
@@ -115,6 +115,34 @@ def test_the_values_before_every_window_may_be_anything(emulated):
     assert torch.equal(got[0][:, :, 128:], wanted[0][:, :, 128:])
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128)], ids=str)
+def test_masked_keys_and_values_may_be_anything(emulated, dims, bad):
+    """Single keys, a whole tile of them, and the end of the last tile."""
+    query, key, value = operands(queries=140, keys=500, dims=dims)
+    mask = torch.rand(2, 1, 500) > 0.3
+    mask[:, :, 128:256], mask[:, :, 490:] = False, False
+    got = []
+    for filler in (0.0, bad):
+        k, v = (torch.where(mask.mT, t, torch.tensor(filler).to(t)) for t in (key, value))
+        got.append(emulated.attention_forward(query, k, v, mask[None], None, None, *PLAIN._replace(window_right=20)))
+    assert torch.equal(got[0][0], got[1][0])
+    assert torch.equal(got[0][1], got[1][1])
+
+
+def test_a_batch_entry_without_unmasked_keys_gives_zero(emulated):
+    query, key, value = (torch.cat([t, t, t]) for t in operands(queries=20, keys=140))
+    mask = torch.ones(3, 1, 1, 140, dtype=torch.bool)
+    mask[1] = False
+    out, lse = emulated.attention_forward(query, key, value, mask, None, None, *PLAIN)
+    plain, plain_lse = emulated.attention_forward(query[:1], key[:1], value[:1], None, None, None, *PLAIN)
+    assert bool((out[1] == 0).all())
+    assert bool((lse[1] == -math.inf).all())
+    for entry in (0, 2):
+        assert torch.equal(out[entry], plain[0])
+        assert torch.equal(lse[entry], plain_lse[0])
+
+
 def test_a_row_without_keys_gives_zero(emulated):
     """Queries far behind the keys: whole tiles have none."""
     tensors = operands(heads=1, queries=300, keys=40)
@@ -147,11 +175,15 @@ SYNCHRONIZING = (
 )
 
 
-@pytest.mark.parametrize(("dims", "keys"), [((64, 64), 720), ((128, 128), 400)], ids=str)
-def test_no_barrier_fence_or_wait_can_be_left_out(emulator, emulated, dims, keys):
+@pytest.mark.parametrize(
+    ("dims", "keys", "padded"), [((64, 64), 720, False), ((128, 128), 400, False), ((128, 128), 400, True)], ids=str
+)
+def test_no_barrier_fence_or_wait_can_be_left_out(emulator, emulated, dims, keys, padded):
     """More key tiles than stages, and a last one that is not full."""
     tensors = operands(queries=200, keys=keys, dims=dims)
-    call = lambda: emulated.attention_forward(*tensors, None, None, None, *PLAIN)  # noqa: E731
+    mask = torch.arange(keys)[None, None, None] < keys - 3 if padded else None
+    mask = None if mask is None else mask.clone()
+    call = lambda: emulated.attention_forward(*tensors, mask, None, None, *PLAIN)  # noqa: E731
     assert_no_site_can_be_left_out(emulator, call, KERNEL, waits=SYNCHRONIZING, **HOPPER)
     emulator.configure(**HOPPER)
     call()
@@ -161,9 +193,9 @@ def test_no_barrier_fence_or_wait_can_be_left_out(emulator, emulated, dims, keys
 def test_tiles_outside_the_window_are_neither_copied_nor_computed(emulator, emulated):
     tensors = operands(heads=1, queries=512, keys=512)
 
-    def work(options):
+    def work(options, mask=None):
         before = emulator.statistics().get(KERNEL, {"matrix_products": 0, "async_copies": 0})
-        emulated.attention_forward(*tensors, None, None, None, *options)
+        emulated.attention_forward(*tensors, mask, None, None, *options)
         return [emulator.statistics()[KERNEL][what] - before[what] for what in ("matrix_products", "async_copies")]
 
     full, causal = work(PLAIN), work(PLAIN._replace(window_right=0))
@@ -171,6 +203,9 @@ def test_tiles_outside_the_window_are_neither_copied_nor_computed(emulator, emul
     assert causal[0] == full[0] * 10 // 16
     assert window[0] == full[0] * 7 // 16
     assert (full[1], causal[1], window[1]) == (4 + 2 * 16, 4 + 2 * 10, 4 + 2 * 7)
+    mask = torch.ones(1, 1, 1, 512, dtype=torch.bool)
+    mask[..., 128:384] = False
+    assert work(PLAIN, mask) == [full[0] // 2, 4 + 2 * 8]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -179,7 +214,8 @@ def test_tiles_outside_the_window_are_neither_copied_nor_computed(emulator, emul
 OTHERS = {
     "float32": lambda: (operands(dtype=torch.float32), PLAIN, None),
     "a softcap": lambda: (operands(), PLAIN._replace(softcap=0.7), None),
-    "a mask": lambda: (operands(), PLAIN, torch.ones(1, 1, 1, 300, dtype=torch.bool)),
+    "a mask of scores": lambda: (operands(), PLAIN, torch.ones(1, 1, 200, 300, dtype=torch.bool)),
+    "a float mask of keys": lambda: (operands(), PLAIN, torch.zeros(1, 1, 1, 300)),
     "narrow heads": lambda: (operands(dims=(32, 64)), PLAIN, None),
     "heads of different width": lambda: (operands(dims=(64, 128)), PLAIN, None),
     "wide heads": lambda: (operands(queries=20, keys=30, dims=(192, 192)), PLAIN, None),

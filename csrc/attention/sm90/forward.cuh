@@ -10,8 +10,8 @@
 //
 // The consumers take turns at starting products: the softmax of one runs beside the products of the other.
 //
-// Key tiles that the window excludes for the whole query tile are neither copied nor computed. gridDim = blocks of a
-// persistent grid.
+// Key tiles that the window or the padding excludes for the whole query tile are neither copied nor computed. gridDim =
+// blocks of a persistent grid.
 #pragma once
 
 #include "attention/scheduler.cuh"
@@ -31,23 +31,73 @@ struct Schedule {
   int heads_in_turn = 1;  // plan.h
 };
 
-// A query tile and its keys.
+// A tile of keys. With padding, one bit for each that is in the range and that the mask does not exclude.
+constexpr int kLiveWords = BLOCK_N / 64;
+static_assert(kLiveWords == 2, "is_live and is_whole read two words");
+template <bool kPadded>
+struct KeyTile {
+  int index;
+
+  __device__ __forceinline__ int key() const { return index * BLOCK_N; }
+};
+template <>
+struct KeyTile<true> : KeyTile<false> {
+  uint64_t live[kLiveWords];
+};
+
+// A query tile and its keys. kPadded: with a boolean mask of keys. Then the functions are called by whole warps.
+template <typename T, bool kPadded>
 struct Work {
+  using Tile = KeyTile<kPadded>;
   QueryBlock block;
   Range keys;
+  HeadMask<T> mask;
   int first_tile, end_tile;
 
   __device__ __forceinline__ Work(const Problem& p, const Schedule& schedule, int64_t i)
       : block(p, in_turn(p, schedule, i), BLOCK_M, MayPack<false>()),
         keys(keys_in_window(p, block.queries, p.keys)),
+        mask(p.mask, block.batch, block.head),
         first_tile(keys.begin / BLOCK_N),
         end_tile(keys.empty() ? first_tile : (keys.end + BLOCK_N - 1) / BLOCK_N) {}
-  // Whether all rows of a key tile are keys that a query of the block may see.
-  __device__ __forceinline__ bool is_whole(int tile) const {
-    return tile * BLOCK_N >= keys.begin && (tile + 1) * BLOCK_N <= keys.end;
+  __device__ __forceinline__ Tile first() const { return find(first_tile); }
+  __device__ __forceinline__ Tile next(const Tile& tile) const { return find(tile.index + 1); }
+  __device__ __forceinline__ bool contains(const Tile& tile) const { return tile.index < end_tile; }
+
+  // Whether a key is one that a query of the block may attend to, and whether all of a tile are.
+  __device__ __forceinline__ bool is_live(const Tile& tile, int row) const {
+    if constexpr (kPadded) {
+      const uint64_t word = row < 64 ? tile.live[0] : tile.live[1];  // an index would put them into local memory
+      return (word >> (row % 64) & 1) != 0;
+    } else {
+      return tile.key() + row >= keys.begin && tile.key() + row < keys.end;
+    }
+  }
+  __device__ __forceinline__ bool is_whole(const Tile& tile) const {
+    if constexpr (kPadded) {
+      return (tile.live[0] & tile.live[1]) == full<64>();
+    } else {
+      return tile.key() >= keys.begin && tile.key() + BLOCK_N <= keys.end;
+    }
   }
 
  private:
+  // The first tile from ``index`` on with a live key.
+  __device__ __forceinline__ Tile find(int index) const {
+    if constexpr (kPadded) {
+      Tile tile = {{index}, {}};
+      for (; tile.index < end_tile; ++tile.index) {
+#pragma unroll
+        for (int word = 0; word < kLiveWords; ++word) {
+          tile.live[word] = mask.template live<64, false>(keys, tile.key() + 64 * word);
+        }
+        if ((tile.live[0] | tile.live[1]) != 0) break;
+      }
+      return tile;
+    } else {
+      return {index};
+    }
+  }
   // The i-th tile as a QueryBlock's index: of each group of heads first the last tile of each head, which has most keys
   // under a causal mask, then the last but one.
   static __device__ __forceinline__ int64_t in_turn(const Problem& p, const Schedule& schedule, int64_t i) {
@@ -69,8 +119,8 @@ struct ForwardTiles {
   static __device__ __forceinline__ unsigned char* value(int stage) { return key(kStages + stage); }
 };
 
-// The copies of all tiles of the block, by one thread.
-template <int kDim>
+// The copies of all tiles of the block, by one thread; with padding its whole warp finds them.
+template <typename T, int kDim, bool kPadded>
 __device__ __forceinline__ void produce(const ForwardMaps& maps, const Problem& problem, const Schedule& schedule,
                                         Barriers& barriers) {
   using Tiles = ForwardTiles<kDim>;
@@ -85,22 +135,25 @@ __device__ __forceinline__ void produce(const ForwardMaps& maps, const Problem& 
   Position<Tiles::kStages> position;
   int parity = 0;  // of the query tile
   for (int64_t i = blockIdx.x; i < schedule.tiles; i += gridDim.x) {
-    const Work work(problem, schedule, i);
+    const Work<T, kPadded> work(problem, schedule, i);
     const QueryBlock& block = work.block;
-    if (work.first_tile == work.end_tile) continue;
-    device::mbarrier_wait(&barriers.query_empty, parity ^ 1);
-    device::mbarrier_arrive_expect(&barriers.query_full, Tiles::kQueryBytes);
-    copy(Tiles::query(), maps.query, BLOCK_M, block.queries.begin, block.head, block.batch, &barriers.query_full);
+    KeyTile<kPadded> tile = work.first();
+    if (!work.contains(tile)) continue;
+    if (threadIdx.x == 0) {
+      device::mbarrier_wait(&barriers.query_empty, parity ^ 1);
+      device::mbarrier_arrive_expect(&barriers.query_full, Tiles::kQueryBytes);
+      copy(Tiles::query(), maps.query, BLOCK_M, block.queries.begin, block.head, block.batch, &barriers.query_full);
+    }
     parity ^= 1;
-    for (int tile = work.first_tile; tile < work.end_tile; ++tile) {
-      const int stage = position.stage, row = tile * BLOCK_N;
+    for (; work.contains(tile); tile = work.next(tile), position.advance()) {
+      if (threadIdx.x != 0) continue;
+      const int stage = position.stage, row = tile.key();
       device::mbarrier_wait(&barriers.key_empty[stage], position.parity ^ 1);
       device::mbarrier_arrive_expect(&barriers.key_full[stage], Tiles::kKeyBytes);
       copy(Tiles::key(stage), maps.key, BLOCK_N, row, block.key_head, block.key_batch, &barriers.key_full[stage]);
       device::mbarrier_wait(&barriers.value_empty[stage], position.parity ^ 1);
       device::mbarrier_arrive_expect(&barriers.value_full[stage], Tiles::kKeyBytes);
       copy(Tiles::value(stage), maps.value, BLOCK_N, row, block.key_head, block.key_batch, &barriers.value_full[stage]);
-      position.advance();
     }
   }
 }
@@ -110,15 +163,15 @@ constexpr int kTurnBarrier = 1;                           // and the next, one f
 constexpr int kClearBarrier = kTurnBarrier + kConsumers;  // of all consumers
 constexpr int kConsumerThreads = kConsumers * kGroupThreads;
 
-// Values that no query of the block sees are zeros: 0 * inf and 0 * NaN are not 0. Called by all consumers. (Rows past
-// the end of the tensor are zeros already.)
-template <int kDim>
-__device__ __forceinline__ void clear_unseen_values(unsigned char* values, const Work& work, int tile) {
+// Values that no query of the block attends to become zeros: 0 * inf and 0 * NaN are not 0. Called by all consumers.
+// (Rows past the end of the tensor are zeros already.)
+template <int kDim, typename T, bool kPadded>
+__device__ __forceinline__ void clear_unused_values(unsigned char* values, const Work<T, kPadded>& work,
+                                                    const KeyTile<kPadded>& tile) {
   const int chunks = kPanelRowBytes / device::kVectorBytes;
   const int first = static_cast<int>(threadIdx.x) - kGroupThreads;
   for (int chunk = first; chunk < BLOCK_N * chunks; chunk += kConsumerThreads) {
-    const int row = chunk / chunks, key = tile * BLOCK_N + row;
-    if (key >= work.keys.begin && key < work.keys.end) continue;
+    if (work.is_live(tile, chunk / chunks)) continue;
 #pragma unroll
     for (int panel = 0; panel < kDim / kPanelDim; ++panel) {
       constexpr uint32_t kZeros[4] = {};
@@ -130,11 +183,11 @@ __device__ __forceinline__ void clear_unseen_values(unsigned char* values, const
   device::sync_named(kClearBarrier, kConsumerThreads);
 }
 
-// Masks the products q.k of a warp's 16 rows: columns count from ``first``, and those outside ``keys`` do not exist.
+// Masks the products q.k of a warp's 16 rows and the keys of a tile, where ``masked`` says that this has to be done.
 // Returns the factor, which is positive, by which the results have to be multiplied to be scores in units of log2.
-template <int kTiles>
+template <int kTiles, typename T, bool kPadded>
 __device__ __forceinline__ float mask_scores(float (&scores)[kTiles][4], float scale, bool masked, const Band& band,
-                                             Range keys, int first) {
+                                             const Work<T, kPadded>& work, const KeyTile<kPadded>& key_tile) {
   if (!(scale > 0.0f)) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -144,18 +197,26 @@ __device__ __forceinline__ float mask_scores(float (&scores)[kTiles][4], float s
     scale = 1.0f;
   }
   if (masked) {
+    uint32_t live[BLOCK_N / 32] = {};  // from this lane's first column on
+    if constexpr (kPadded) {
+#pragma unroll
+      for (int word = 0; word < BLOCK_N / 32; ++word) {
+        live[word] = static_cast<uint32_t>(key_tile.live[word / 2] >> (word % 2 * 32)) >> lane_column();
+      }
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = lane_row() + 8 * half;
-      const int low = larger(band.low + row, keys.begin - first) - lane_column();
-      const int high = smaller(band.high + row, keys.end - 1 - first) - lane_column();
+      const int low = larger(band.low + row, work.keys.begin - key_tile.key()) - lane_column();
+      const int high = smaller(band.high + row, work.keys.end - 1 - key_tile.key()) - lane_column();
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int column = 8 * tile + i;
           float& score = scores[tile][2 * half + i];
-          score = column >= low && column <= high ? score : -INFINITY;
+          const bool hidden = kPadded && (live[tile / 4] >> (8 * (tile % 4) + i) & 1) == 0;
+          score = column >= low && column <= high && !hidden ? score : -INFINITY;
         }
       }
     }
@@ -163,7 +224,7 @@ __device__ __forceinline__ float mask_scores(float (&scores)[kTiles][4], float s
   return scale;
 }
 
-template <typename T, int kDim>
+template <typename T, int kDim, bool kPadded>
 __device__ __forceinline__ void consume(const ForwardParams& p, const Schedule& schedule, Barriers& barriers) {
   using Tiles = ForwardTiles<kDim>;
   using device::MatrixTile;
@@ -203,7 +264,7 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const Schedule& 
   if (group == kConsumers - 1) pass_turn();
 
   for (int64_t i = blockIdx.x; i < schedule.tiles; i += gridDim.x) {
-    const Work work(problem, schedule, i);
+    const Work<T, kPadded> work(problem, schedule, i);
     const QueryBlock& block = work.block;
     const int row = block.queries.begin + warp_row, warp_rows = block.rows() - warp_row;
     const Band window = Band::of<false>(problem, row);
@@ -215,23 +276,23 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const Schedule& 
     }
 
     // The weights of the scores of a key tile, and the factors for earlier sums.
-    const auto apply_softmax = [&](int tile, float (&rescale)[2]) {
-      const int first = tile * BLOCK_N;
-      const Band band = window.from(first);
+    const auto apply_softmax = [&](const KeyTile<kPadded>& tile, float (&rescale)[2]) {
+      const Band band = window.from(tile.key());
       const bool masked = !work.is_whole(tile) || !band.covers(kFragmentRows, BLOCK_N);
-      const float factor = mask_scores(scores, problem.scale * kLog2e, masked, band, work.keys, first);
+      const float factor = mask_scores(scores, problem.scale * kLog2e, masked, band, work, tile);
       softmax.update(scores, factor, rescale);
     };
     const auto pack_weights = [&] {
 #pragma unroll
       for (int k = 0; k < kDepths; ++k) Product<T>::from_scores(weights[k], scores + 2 * k);
     };
-    const auto wait_for_values = [&](const Position<Tiles::kStages>& at, int tile) {
+    const auto wait_for_values = [&](const Position<Tiles::kStages>& at, const KeyTile<kPadded>& tile) {
       device::mbarrier_wait(&barriers.value_full[at.stage], at.parity);
-      if (!work.is_whole(tile)) clear_unseen_values<kDim>(Tiles::value(at.stage), work, tile);
+      if (!work.is_whole(tile)) clear_unused_values<kDim>(Tiles::value(at.stage), work, tile);
     };
 
-    if (work.first_tile < work.end_tile) {
+    KeyTile<kPadded> tile = work.first();
+    if (work.contains(tile)) {
       device::mbarrier_wait(&barriers.query_full, parity);
       parity ^= 1;
       device::mbarrier_wait(&barriers.key_full[position.stage], position.parity);
@@ -242,13 +303,14 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const Schedule& 
       device::wgmma_wait<0>(scores);
       leave(&barriers.key_empty[position.stage]);
       float rescale[2];
-      apply_softmax(work.first_tile, rescale);
+      apply_softmax(tile, rescale);
       pack_weights();
 
-      for (int tile = work.first_tile + 1; tile < work.end_tile; ++tile) {
+      for (KeyTile<kPadded> next = work.next(tile); work.contains(next); next = work.next(tile)) {
         const Position<Tiles::kStages> last = position;
         position.advance();
-        wait_for_values(last, tile - 1);
+        wait_for_values(last, tile);
+        tile = next;
         device::mbarrier_wait(&barriers.key_full[position.stage], position.parity);
         take_turn();
         device::wgmma_fence(scores, out[0], weights);
@@ -270,7 +332,7 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const Schedule& 
         pack_weights();
       }
       leave(&barriers.query_empty);
-      wait_for_values(position, work.end_tile - 1);
+      wait_for_values(position, tile);
       device::wgmma_fence(out[0], weights);
       multiply_values(position.stage);
       device::wgmma_wait<0>(out[0], weights);
@@ -292,19 +354,21 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const Schedule& 
   }
 }
 
-template <typename T, int kDim>
+// kPadded: with a boolean mask of keys.
+template <typename T, int kDim, bool kPadded>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_forward_sm90(const __grid_constant__ ForwardMaps maps, const __grid_constant__ ForwardParams p,
                            Schedule schedule) {
   Barriers& barriers = device::shared_variable<Barriers>();
   if (threadIdx.x == 0) initialize(barriers, ForwardTiles<kDim>::kStages);
   device::sync_block();
+  constexpr Registers kRegisters = kPadded ? kPaddedRegisters : kPlainRegisters;
   if (threadIdx.x < kGroupThreads) {
-    device::decrease_registers<kProducerRegisters>();
-    if (threadIdx.x == 0) produce<kDim>(maps, p.problem, schedule, barriers);
+    device::decrease_registers<kRegisters.producer>();
+    if (threadIdx.x < (kPadded ? 32 : 1)) produce<T, kDim, kPadded>(maps, p.problem, schedule, barriers);
   } else {
-    device::increase_registers<kConsumerRegisters>();
-    consume<T, kDim>(p, schedule, barriers);
+    device::increase_registers<kRegisters.consumer>();
+    consume<T, kDim, kPadded>(p, schedule, barriers);
   }
 }
 

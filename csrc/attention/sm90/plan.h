@@ -15,9 +15,15 @@ constexpr int kThreads = (1 + kConsumers) * kGroupThreads;
 
 // Registers per thread. At the launch each thread has as many as 65536 allow for 384 threads, in steps of 8.
 constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
-constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
-static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * kLaunchRegisters,
-              "what consumers gain is what the producer gives up");
+struct Registers {
+  int producer, consumer;
+};
+// With padding the producer reads the mask.
+constexpr Registers kPlainRegisters = {24, 240}, kPaddedRegisters = {40, 232};
+constexpr bool add_up(Registers each) {
+  return each.producer + kConsumers * each.consumer <= (1 + kConsumers) * kLaunchRegisters;
+}
+static_assert(add_up(kPlainRegisters) && add_up(kPaddedRegisters), "what consumers gain is what the producer gives up");
 
 // Head dims, of keys and values alike; narrower heads are padded with zeros. The others are left to the other kernels.
 constexpr int kHeadDims90[] = {64, 128};
@@ -48,10 +54,10 @@ constexpr int head_dim_of(const Sizes& sizes) {
   return 0;
 }
 
-// Why the problem is not served, or null. Windows are, key padding is not.
+// Why the problem is not served, or null. ``plain`` may be true of problems with a boolean mask of keys too.
 constexpr const char* refusal(const Sizes& sizes) {
   if (sizes.element_size != 2) return "float32";
-  if (!sizes.plain) return "a mask, dropout, softcap or packed sequences";
+  if (!sizes.plain) return "a mask of scores, dropout, softcap or packed sequences";
   if (head_dim_of(sizes) == 0) return "head dims: key and value both in 40 ... 64 or 72 ... 128";
   if (sizes.queries == 0 || sizes.keys == 0) return "no queries or no keys";
   return nullptr;
