@@ -46,6 +46,7 @@ ARCHITECTURES = ["80", "90a", "120"]
 WITH_BUDGETS = ["80", "90a"]
 SPILLS_ELSEWHERE = 128  # bytes, stored and loaded
 INSTRUCTIONS = ["HMMA", "HGMMA", "UTMALDG", "LDSM", "STSM", "MUFU.EX2", "LDL", "STL", "BAR", "SHFL"]
+BESIDE_PRODUCTS = "MUFU.EX2 beside products"
 GLOBAL_ACCESSES = ["LDG", "STG", "LDGSTS"]  # counted by width
 MOST_SECONDS = 30.0  # of CPU time for a source and an architecture, so that a build in parallel does not wait for one
 SLACK = 1.03  # of the budgets of main loops, so that a new version of nvcc does not fail the check
@@ -168,14 +169,27 @@ def classify(opcode: str) -> str | None:
 
 
 def parse_sass(listing: str) -> dict[str, Counter[str]]:
-    """The number of instructions of each column, for each symbol of ``nvdisasm -c``."""
+    """The number of instructions of each column, for each symbol of ``nvdisasm -c``.
+
+    BESIDE_PRODUCTS: the most exponentials between two waits for products of a warpgroup with no product between: those
+    that run while the product that the second one waits for does.
+    """
     counts: dict[str, Counter[str]] = {}
+    waits, exponentials = False, 0
     pattern = re.compile(r"^\.text\.(\S+):|^\s*/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
     for symbol, opcode in pattern.findall(listing):
         if symbol:
             current = counts.setdefault(symbol, Counter())
-        elif column := classify(opcode):
+            waits = False
+            continue
+        if column := classify(opcode):
             current[column] += 1
+        if opcode.startswith("WARPGROUP.DEPBAR"):
+            if waits and exponentials:
+                current[BESIDE_PRODUCTS] = max(current[BESIDE_PRODUCTS], exponentials)
+            waits, exponentials = True, 0
+        waits = waits and column != "HGMMA"
+        exponentials += column == "MUFU.EX2"
     return counts
 
 

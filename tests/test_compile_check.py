@@ -344,6 +344,20 @@ def test_serialized_products_and_ignored_register_counts_fail_the_check():
     assert compile_check.serializations(REPORT) == []
 
 
+def test_exponentials_between_the_waits_for_two_products_are_counted():
+    """Not those before a product, nor those after the last wait."""
+    one, product = "MUFU.EX2 R1, R2", "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], R24"
+    wait = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+
+    def count(*code):
+        lines = [f"        /*{16 * i:04x}*/                   {line} ;" for i, line in enumerate(code)]
+        return compile_check.parse_sass("\n".join([".text.k:", *lines]))["k"][compile_check.BESIDE_PRODUCTS]
+
+    assert count(one, product, product, wait, one, one, wait, one, one, one) == 2
+    assert count(product, wait, one, one, product, wait, one) == 0
+    assert count(product, product, wait, wait, one, one) == 0
+
+
 def test_instructions_that_a_kernel_must_have_or_must_not_have():
     required = {"HGMMA": True, "HMMA": False}
     kernel = Kernel("a.cu", "90a", "k", "n::k", 168, 0, 0, 0, instructions={"HGMMA": 3})
