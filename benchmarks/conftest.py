@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from statistics import median, quantiles
 from typing import Any
@@ -27,7 +28,7 @@ def against(benchmark, device) -> Callable[..., dict[str, float]]:
 
     pytest-benchmark times ``ours``; the ratios are measured in interleaved rounds and stored in ``extra_info``. With
     ``bytes_moved``, ``flops`` or ``cost``, throughput is stored too; with ``cost`` also the fraction of the roofline on
-    chips that roofline.py lists.
+    chips that roofline.py lists. With ``clock=time.process_time`` it is CPU time that is compared.
     """
 
     def run(
@@ -37,9 +38,10 @@ def against(benchmark, device) -> Callable[..., dict[str, float]]:
         flops: int = 0,
         cost: Cost | None = None,
         rounds: int = 15,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> dict[str, float]:
         synchronize = device.type == "cuda"
-        times = interleaved_times({"ours": ours, **peers}, rounds=rounds, synchronize=synchronize)
+        times = interleaved_times({"ours": ours, **peers}, rounds=rounds, synchronize=synchronize, clock=clock)
         ratios = {name: median_ratio(times[name], times["ours"]) for name in peers}
         rows = {}
         for name, seconds in times.items():

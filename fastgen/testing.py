@@ -72,7 +72,11 @@ def assert_accurate(actual: Tensor, plain: Tensor, exact: Tensor, name: str = "r
 
 
 def interleaved_times(
-    calls: dict[str, Callable[[], Any]], rounds: int = 15, warmup: int = 2, synchronize: bool = False
+    calls: dict[str, Callable[[], Any]],
+    rounds: int = 15,
+    warmup: int = 2,
+    synchronize: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Times calls alternately, so that changes of the machine's speed affect all calls equally.
 
@@ -83,6 +87,8 @@ def interleaved_times(
         rounds: number of timed rounds.
         warmup: number of untimed calls of each function.
         synchronize: whether to synchronize with the CUDA device before and after each call.
+        clock: what measures the time, in seconds; ``time.process_time`` measures CPU time of all threads together,
+            which other processes disturb less.
 
     Returns:
         Maps names to the times of all rounds, in seconds.
@@ -95,11 +101,11 @@ def interleaved_times(
     def once(call: Callable[[], Any]) -> float:
         if synchronize:
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = clock()
         call()
         if synchronize:
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return clock() - start
 
     for call in calls.values():
         for _ in range(warmup):

@@ -7,6 +7,7 @@ It is one file, reads no fastgen, checks no arguments and keeps the options of t
 from benchmarks.baselines.conv_vae import ConvVAETwin
 from benchmarks.baselines.dcgan import DCGANTwin
 from benchmarks.baselines.sagan import SAGANTwin
+from benchmarks.baselines.stylegan import StyleGANTwin
 from benchmarks.baselines.transformer_lm import TransformerLMTwin
 from benchmarks.baselines.vae import VAETwin
 
@@ -15,8 +16,9 @@ TWINS = {
     "conv-vae": ConvVAETwin,
     "dcgan": DCGANTwin,
     "sagan": SAGANTwin,
+    "stylegan": StyleGANTwin,
     "transformer-lm": TransformerLMTwin,
 }
 """By the name of the model; built from its config."""
 
-__all__ = ["TWINS", "ConvVAETwin", "DCGANTwin", "SAGANTwin", "TransformerLMTwin", "VAETwin"]
+__all__ = ["TWINS", "ConvVAETwin", "DCGANTwin", "SAGANTwin", "StyleGANTwin", "TransformerLMTwin", "VAETwin"]

@@ -17,9 +17,12 @@ class GANTwin(nn.Module):
     def labels(self, batch) -> tuple[Tensor, ...]:
         return ()
 
+    def noise_dim(self) -> int:
+        return self.config.latent_dim
+
     def loss(self, phase, batch, context) -> dict[str, Tensor]:
         images, labels, config = batch["images"], self.labels(batch), self.config
-        hinge, noise = config.loss == "hinge", torch.randn(len(images), config.latent_dim, device=images.device)
+        hinge, noise = config.loss == "hinge", torch.randn(len(images), self.noise_dim(), device=images.device)
         if phase == "generator":
             scores = self.discriminator(self.generator(noise, *labels), *labels)
             return {"loss": -scores.mean() if hinge else F.softplus(-scores).mean(), "fake": scores.detach().mean()}

@@ -18,6 +18,18 @@ def dense(inputs, width, depth, outputs) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(width, outputs))
 
 
+def counts_log_prob(logits: Tensor, spread: Tensor, images: Tensor, trials: int) -> Tensor:
+    """log probability of each pixel's count, beta-binomial."""
+    total = F.softplus(spread + 3).clamp(max=MAX_CONCENTRATION)
+    alpha, beta = total * torch.sigmoid(logits) + 1e-6, total * torch.sigmoid(-logits) + 1e-6
+    counts = (images * trials).round()
+    return (
+        math.lgamma(trials + 1) - torch.lgamma(counts + 1) - torch.lgamma(trials - counts + 1)
+        + torch.lgamma(counts + alpha) + torch.lgamma(trials - counts + beta) - torch.lgamma(trials + alpha + beta)
+        + torch.lgamma(alpha + beta) - torch.lgamma(alpha) - torch.lgamma(beta)
+    )  # fmt: skip
+
+
 class VAETwin(nn.Module):
     def __init__(self, config) -> None:
         super().__init__()
@@ -37,14 +49,7 @@ class VAETwin(nn.Module):
 
         parameters = self.decoder(z).view(len(images), -1, *images.shape[2:])
         logits, spread = parameters.chunk(2, dim=1)
-        total = F.softplus(spread + 3).clamp(max=MAX_CONCENTRATION)
-        alpha, beta = total * torch.sigmoid(logits) + 1e-6, total * torch.sigmoid(-logits) + 1e-6
-        counts = (images * trials).round()
-        log_prob = (
-            math.lgamma(trials + 1) - torch.lgamma(counts + 1) - torch.lgamma(trials - counts + 1)
-            + torch.lgamma(counts + alpha) + torch.lgamma(trials - counts + beta) - torch.lgamma(trials + alpha + beta)
-            + torch.lgamma(alpha + beta) - torch.lgamma(alpha) - torch.lgamma(beta)
-        )  # fmt: skip
+        log_prob = counts_log_prob(logits, spread, images, trials)
         nll = -log_prob.flatten(1).sum(1)
         warm = self.config.beta * min(1.0, context.step / max(1, self.config.kl_warmup))
         return {"loss": nll.mean() + warm * kl.mean(), "nll": nll.mean(), "kl": kl.mean()}

@@ -1,20 +1,27 @@
 """Training steps of zoo models against plain PyTorch implementations (baselines/) with the same weights and batches.
 
-A step runs all phases of the model: loss, gradients of the weights of the phase, fused AdamW. Configurations and data
-are the defaults. bench_training.py measures the training loop.
+A step runs all phases of the model: loss, gradients of the weights of the phase, fused AdamW. Configurations are the
+defaults, with the data of their defaults or with random images of 28x28 and 64x64. With one thread CPU time is
+compared. Sampling of the image-transformer is compared with the same network without its cache. bench_training.py
+measures the training loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.baselines import TWINS
 from fastgen.data import DataConfig, load_data
 from fastgen.models import MODELS, Batch, GenerativeModel, StepContext, from_data
+from fastgen.models.image_transformer import ImageTransformer, ImageTransformerConfig
+from fastgen.models.sizes import DataSize
 from fastgen.train.run import split
 
 CASES = {
@@ -28,20 +35,44 @@ CASES = {
 }
 """Model, options of the data, options of the config, steps in a round."""
 
+SIZES = {"28x28": (28, 1), "64x64": (64, 3)}
+SIZED = [f"{model} {size}" for size in SIZES for model in ("conv-vae", "dcgan", "sagan", "stylegan")]
+"""A step each, with the defaults for 10,000 images of that size and random pixels."""
 
-def make(name: str) -> tuple[GenerativeModel, nn.Module, Batch]:
-    """fastgen's model, the baseline with the same weights, and a batch."""
-    model, data_options, options, _ = CASES[name]
+SAMPLED = {"8x8": 4, "16x16": 1}
+"""Images of the image-transformer with its defaults, and how many are drawn at a time."""
+
+
+def make(name: str) -> tuple[GenerativeModel, nn.Module, Batch, int]:
+    """fastgen's model, the baseline with the same weights, a batch, and the steps in a round."""
+    if name in SIZED:
+        return make_sized(*name.split())
+    model, data_options, options, steps = CASES[name]
     model_class = MODELS[model]
     data = load_data(DataConfig(model_class.default_data, **data_options), model_class.kind)
     facts = {fact: data.facts[fact] for fact in from_data(model_class.config_class)}
     config = model_class.config_class(**facts, **options)
-    torch.manual_seed(0)
-    ours = model_class(config)
-    twin = TWINS[model](config)
-    twin.load_state_dict(ours.state_dict())
     items, _ = split(data, config)
-    return ours, twin, items.batch(torch.arange(model_class.train_defaults["batch_size"]))
+    batch = items.batch(torch.arange(model_class.train_defaults["batch_size"]))
+    return *same(model_class, config), batch, steps
+
+
+def make_sized(model: str, size: str) -> tuple[GenerativeModel, nn.Module, Batch, int]:
+    model_class, (pixels, channels) = MODELS[model], SIZES[size]
+    chosen = model_class.suggested(DataSize("images", 10_000, pixels, channels, 256))
+    facts = {"image_size": pixels, "channels": channels, "levels": 256}
+    facts = {fact: facts[fact] for fact in from_data(model_class.config_class) if fact in facts}
+    options = {option.removeprefix("model."): value for option, value in chosen.items() if option.startswith("model.")}
+    images = torch.randint(256, (chosen["batch_size"], channels, pixels, pixels)) / 255
+    return *same(model_class, model_class.config_class(**facts, **options)), {"images": images}, 1
+
+
+def same(model_class: type[GenerativeModel], config: Any) -> tuple[GenerativeModel, nn.Module]:
+    """A model, and the baseline with its weights."""
+    torch.manual_seed(0)
+    ours, twin = model_class(config), TWINS[model_class.name](config)
+    twin.load_state_dict(ours.state_dict())
+    return ours, twin
 
 
 def trainer(module: nn.Module, like: GenerativeModel, batch: Batch, steps: int) -> Callable[[], None]:
@@ -76,16 +107,42 @@ def trainer(module: nn.Module, like: GenerativeModel, batch: Batch, steps: int) 
     return run
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("name", CASES)
-def test_training_step(against, device, name, threads):
-    ours, twin, batch = make(name)
-    ours, twin = ours.to(device), twin.to(device)
-    batch = {key: value.to(device) for key, value in batch.items()}
-    steps = CASES[name][3]
+@contextmanager
+def threads_of(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(count)
     try:
-        against(trainer(ours, ours, batch, steps), {"torch": trainer(twin, ours, batch, steps)}, rounds=11)
+        yield
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", [*CASES, *SIZED])
+def test_training_step(against, device, name, threads):
+    ours, twin, batch, steps = make(name)
+    ours, twin = ours.to(device), twin.to(device)
+    batch = {key: value.to(device) for key, value in batch.items()}
+    clock = time.process_time if device.type == "cpu" and threads == 1 else time.perf_counter
+    with threads_of(threads):
+        against(trainer(ours, ours, batch, steps), {"torch": trainer(twin, ours, batch, steps)}, rounds=11, clock=clock)
+
+
+@torch.no_grad()
+def draw_without_cache(model: ImageTransformer, n: int) -> Tensor:
+    """Tokens (n, length): a forward of all tokens so far for each new one."""
+    tokens = torch.zeros(n, 0, dtype=torch.int64, device=model.device)
+    for _ in range(model.config.length):
+        probability = model(tokens)[:, -1].softmax(-1)
+        tokens = torch.cat([tokens, torch.multinomial(probability, 1)], dim=1)
+    return tokens
+
+
+@pytest.mark.parametrize("size", SAMPLED)
+def test_sampling_of_pixels(against, device, size):
+    """The cache against a forward of all tokens for each new one, of the same model."""
+    model = ImageTransformer(ImageTransformerConfig(image_size=int(size.split("x")[0]))).to(device).eval()
+    n = SAMPLED[size]
+    none = torch.zeros(n, 0, dtype=torch.int64, device=device)
+    with threads_of(1):
+        against(lambda: model.complete(none), {"no cache": lambda: draw_without_cache(model, n)}, rounds=3)

@@ -13,8 +13,9 @@ from fastgen.models import MODELS, StepContext
 STEPS = 6
 CASES = {
     "vae": ("vae", {"image_size": 8, "width": 16, "latent_dim": 3}),
-    "conv-vae": ("conv-vae", {"image_size": 16, "width": 4, "latent_dim": 3}),
+    "conv-vae": ("conv-vae", {"image_size": 16, "width": 4, "latent_dim": 3, "hidden_dim": 16}),
     "dcgan": ("dcgan", {"image_size": 16, "width": 8, "latent_dim": 4}),
+    "stylegan": ("stylegan", {"image_size": 16, "width": 4, "latent_dim": 4, "style_dim": 8}),
     "sagan": ("sagan", {"image_size": 16, "width": 8, "latent_dim": 4}),
     "sagan with classes": ("sagan", {"image_size": 8, "width": 8, "latent_dim": 4, "classes": 3}),
     "transformer-lm": ("transformer-lm", {"vocabulary": "abcd", "context": 12, "width": 16, "heads": 2, "depth": 2}),
