@@ -320,9 +320,13 @@ def gaussian_log_prob(logits: Tensor, log_std: Tensor, counts: Tensor, levels: i
 
 
 def _log_binomial_coefficient(trials: int, counts: Tensor) -> Tensor:
-    """In float64 where the device has it: the terms are large, and their errors would be the same in every image."""
-    exact = _to_float64(counts)
-    return (math.lgamma(trials + 1) - torch.lgamma(exact + 1) - torch.lgamma(trials - exact + 1)).to(counts.dtype)
+    """In float64 where the device has it: the terms are large, and their errors would be the same in every image.
+
+    Computed once for each count; NaN gives NaN.
+    """
+    every = _to_float64(torch.arange(trials + 1, device=counts.device, dtype=counts.dtype))
+    table = (math.lgamma(trials + 1) - torch.lgamma(every + 1) - torch.lgamma(trials - every + 1)).to(counts.dtype)
+    return table[counts.nan_to_num(0).long()] + 0 * counts
 
 
 def _to_float64(x: Tensor) -> Tensor:
