@@ -54,6 +54,7 @@ Output = Literal["skip", "residual"]
 
 AVERAGE_STEP = 0.005
 STD_GROUP_SIZE = 4
+GAIN = math.sqrt(2)  # of LeakyReLU, which then keeps the variance of its input
 NUM_VISUALIZED = 8
 
 
@@ -138,9 +139,13 @@ class StyleOptions:
             raise ValueError(f"truncation: expected a number in [0, 1], got {self.truncation}")
 
 
+def leaky_relu(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, 0.2)
+
+
 def scaled_leaky_relu(x: Tensor) -> Tensor:
     """LeakyReLU that keeps the variance of its input."""
-    return F.leaky_relu(x, 0.2) * math.sqrt(2)
+    return leaky_relu(x) * GAIN
 
 
 def upsample(x: Tensor) -> Tensor:
@@ -176,6 +181,14 @@ class ScaledConv2d(nn.Module):
         return F.conv2d(x, self.weight * self.scale, self.bias, padding=self.padding)
 
 
+def convolved(x: Tensor, convolution: nn.Module, gain: float) -> Tensor:
+    """gain * convolution(x), with the factor on the weights where these may be read: they are fewer than the pixels."""
+    if not isinstance(convolution, ScaledConv2d) or not is_fusible(convolution, ScaledConv2d.forward):
+        return cast(Tensor, convolution(x)) * gain
+    weight, bias = convolution.weight * (convolution.scale * gain), convolution.bias
+    return F.conv2d(x, weight, None if bias is None else bias * gain, padding=convolution.padding)
+
+
 class ModulatedConv2d(nn.Module):
     """Convolution whose input channels are scaled by a style: x (B, in_channels, H, W) -> (B, out_channels, H, W).
 
@@ -190,8 +203,11 @@ class ModulatedConv2d(nn.Module):
         self.style = ScaledLinear(style_dim, in_channels, bias=1.0)
         self.demodulate = demodulate
 
-    def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        """Scales the maps before and after one convolution, which equals a convolution with weights per image."""
+    def forward(self, x: Tensor, style: Tensor, gain: float = 1.0) -> Tensor:
+        """Scales the maps before and after one convolution, which equals a convolution with weights per image.
+
+        gain: a factor of the output, if it is demodulated.
+        """
         scale = self.style(style)
         scaled, convolution = x * scale[:, :, None, None], self.convolution
         if not self.demodulate:
@@ -210,7 +226,7 @@ class ModulatedConv2d(nn.Module):
                 weight = convolution.weight * convolution.scale
         with without_autocast(x.device):
             squares = upcast(weight).square().sum(dim=(2, 3))
-            norm = torch.rsqrt(F.linear(upcast(scale).square(), squares) + 1e-8)
+            norm = gain * torch.rsqrt(F.linear(upcast(scale).square(), squares) + 1e-8)
         return y * norm.to(y.dtype)[:, :, None, None]
 
 
@@ -225,8 +241,9 @@ class StyledLayer(nn.Module):
         self.upsamples = upsample
 
     def forward(self, x: Tensor, style: Tensor, noise: Tensor) -> Tensor:
-        x = self.convolution(upsample(x) if self.upsamples else x, style)
-        return scaled_leaky_relu(x + self.strength * noise.view(-1, 1, *x.shape[2:]) + self.bias[:, None, None])
+        x = self.convolution(upsample(x) if self.upsamples else x, style, GAIN)
+        noise = (GAIN * self.strength) * noise.view(-1, 1, *x.shape[2:])
+        return leaky_relu(x + noise + (GAIN * self.bias)[:, None, None])
 
 
 class Mapping(nn.Module):
@@ -326,9 +343,9 @@ class StyleGANDiscriminatorBlock(nn.Module):
         self.shortcut = ScaledConv2d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.avg_pool2d(scaled_leaky_relu(self.conv2(scaled_leaky_relu(self.conv1(x)))), 2)
-        out: Tensor = (y + self.shortcut(F.avg_pool2d(x, 2))) * math.sqrt(0.5)
-        return out
+        """(shortcut + convolutions) / sqrt(2); the last LeakyReLU has this factor and its own gain, together 1."""
+        y = leaky_relu(convolved(leaky_relu(convolved(x, self.conv1, GAIN)), self.conv2, 1.0))
+        return F.avg_pool2d(y, 2) + convolved(F.avg_pool2d(x, 2), self.shortcut, 1 / GAIN)
 
 
 class StyleGANDiscriminator(nn.Module):
@@ -347,12 +364,12 @@ class StyleGANDiscriminator(nn.Module):
         self.score = ScaledLinear(widths[-1], 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = scaled_leaky_relu(self.first(images))
+        x = leaky_relu(convolved(images, self.first, GAIN))
         for block in self.blocks:
             x = block(x)
         if self.minibatch_std:
             x = torch.cat([x, minibatch_std_map(x)], dim=1)
-        x = scaled_leaky_relu(self.last(x)).flatten(1)
+        x = leaky_relu(convolved(x, self.last, GAIN)).flatten(1)
         scores: Tensor = self.score(scaled_leaky_relu(self.hidden(x)))[:, 0]
         return scores
 
