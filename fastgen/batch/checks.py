@@ -131,3 +131,5 @@ def check_batch(kind: str, config: Any, batch: Mapping[str, Tensor]) -> None:
             require_tokens(name, batch[name], FIRST + len(fact("vocabulary")), shape, f"(B, {name}_length)")
     if kind == "audio" and fact("length"):
         require_audio("audio", batch["audio"], fact("length"))
+        if fact("classes") and fact("conditional") is not False and "labels" in batch:
+            require_labels("labels", batch["labels"], len(batch["audio"]), fact("classes"))

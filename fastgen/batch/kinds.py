@@ -21,7 +21,7 @@ pairs: inputs (B, Cin, S, S) and targets (B, C, S, S), in [0, 1].
 domains: a and b (B, C, S, S) in [0, 1], unpaired.
 text: tokens (B, length) int64, numbered by the vocabulary. The config's ``data_options`` gives the length.
 sequences: source (B, S) and target (B, T) int64, ``START``, characters from ``FIRST`` on, ``END``, then ``PADDING``.
-audio: audio (B, length) in [-1, 1].
+audio: audio (B, length) in [-1, 1]; labels (B,) int64 where there are classes.
 """
 
 FACTS: Mapping[str, tuple[str, ...]] = {
@@ -38,7 +38,7 @@ FACTS: Mapping[str, tuple[str, ...]] = {
     "domains": ("image_size", "channels", "levels"),
     "text": ("vocabulary",),
     "sequences": ("vocabulary", "source_length", "target_length"),
-    "audio": ("sample_rate", "length"),
+    "audio": ("sample_rate", "length", "classes"),
 }
 """The facts that every dataset of a kind has; config fields declared with ``option(..., from_data=True)`` take them.
 

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,19 +43,45 @@ INSTRUMENTS = (
     Instrument((1.0, 0.05, 0.6, 0.05, 0.4, 0.05, 0.2, 0.05), (0.0, 0.2, 0.5, 0.4, 0.0, 0.1, 0.5, 0.3), *PIPE),
 )
 """Two strings, of which the second has strong even harmonics, a flute, and a reed whose harmonics are odd."""
+INSTRUMENT_NAMES = ("string", "bright-string", "flute", "reed")
+NOTES = ("A", "A#", "B", "C", "C#", "D", "D#", "E", "F", "F#", "G", "G#")
+PITCHES = 24
 
 
-def audio_dataset(name: str, waves: Tensor, rate: int, train: Tensor, held: Tensor, scale: float | None) -> Dataset:
-    """Kind audio: waves (N, length), divided by ``scale`` where they are integers."""
+def audio_dataset(
+    name: str,
+    waves: Tensor,
+    rate: int,
+    train: Tensor,
+    held: Tensor,
+    scale: float | None,
+    labels: Tensor | None = None,
+    class_names: Sequence[str] = (),
+) -> Dataset:
+    """Kind audio: waves (N, length), divided by ``scale`` where they are integers; labels (N,) int64."""
     scales = {} if scale is None else {"audio": scale}
     facts = {"sample_rate": rate, "length": waves.shape[1]}
+    tensors = {"audio": waves} if labels is None else {"audio": waves, "labels": labels}
+    counts = [] if labels is None else labels.bincount(minlength=len(class_names)).tolist()
 
-    train_items, held_out = (TensorItems({"audio": waves[part]}, scales) for part in (train, held))
-    return Dataset(name, "audio", facts, digest("audio", facts, scale, waves, held), train_items, held_out)
+    train_items, held_out = (
+        TensorItems({key: tensor[part] for key, tensor in tensors.items()}, scales) for part in (train, held)
+    )
+    return Dataset(
+        name,
+        "audio",
+        {**facts, "classes": len(counts)},
+        digest("audio", facts, scale, waves, held, *([] if labels is None else [labels])),
+        train_items,
+        held_out,
+        dict(zip(class_names, counts, strict=True)),
+    )
 
 
 def tones(items: int, every: int, seconds: float) -> Dataset:
     """Tones of four instruments and 24 pitches from 110 Hz up, a semitone apart, 8000 samples a second.
+
+    Labels are those of the instrument and the pitch: ``string-A2``, ``string-A#2``, ..., ``reed-G#4``.
 
     A tone is the sum of up to eight harmonics, those below 4000 Hz. ``INSTRUMENTS`` gives their strengths and phases,
     so that there are timbres to learn; each strength varies by a tenth, and the sound begins anywhere in the period.
@@ -72,7 +99,7 @@ def tones(items: int, every: int, seconds: float) -> Dataset:
         low, high = torch.tensor(ranges, dtype=torch.float64)[instrument].split(1, 1)
         return torch.lerp(low, high, uniform(0, 1, n, 1))
 
-    semitone, instrument = (torch.randint(0, many, (n,), generator=generator) for many in (24, len(INSTRUMENTS)))
+    semitone, instrument = (torch.randint(0, many, (n,), generator=generator) for many in (PITCHES, len(INSTRUMENTS)))
     rise, fall = within([found.rise for found in INSTRUMENTS]), within([found.fall for found in INSTRUMENTS])
     loudness, harmonic = uniform(0.4, 0.9, n, 1), torch.arange(1, 9)
     strength = torch.tensor([found.strengths for found in INSTRUMENTS], dtype=torch.float64)[instrument]
@@ -84,7 +111,7 @@ def tones(items: int, every: int, seconds: float) -> Dataset:
     step = torch.arange(BLOCK, dtype=torch.float64) / TONE_RATE
     time = (start + step).flatten()[:length]
     waves = torch.empty(n, length, dtype=torch.int16)
-    for pitch in range(24):
+    for pitch in range(PITCHES):
         part = (semitone == pitch).nonzero()[:, 0]
         frequency = 2 * math.pi * 110 * 2 ** (pitch / 12) * harmonic  # radians per second
         frequency = frequency[frequency < math.pi * TONE_RATE]
@@ -97,7 +124,14 @@ def tones(items: int, every: int, seconds: float) -> Dataset:
         sound[:, :risen] *= (time[:risen] / rise[part]).clamp(max=1)
         sound *= 32767 * loudness[part] / sound.abs().amax(1, keepdim=True).clamp(min=1e-6)
         waves[part] = sound.round_().short()  # coarser than what machines' sines differ by
-    return audio_dataset("tones", waves, TONE_RATE, *hold_out(n, every), scale=32767.0)
+    names = [f"{name}-{note(pitch)}" for name in INSTRUMENT_NAMES for pitch in range(PITCHES)]
+    labels = instrument * PITCHES + semitone
+    return audio_dataset("tones", waves, TONE_RATE, *hold_out(n, every), 32767.0, labels, names)
+
+
+def note(semitone: int) -> str:
+    """Name of a pitch, in semitones above 110 Hz, A2; octaves begin at C."""
+    return f"{NOTES[semitone % 12]}{2 + (semitone + 9) // 12}"
 
 
 class Recordings(Source):

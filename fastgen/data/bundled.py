@@ -34,7 +34,7 @@ SOURCES: Mapping[str, str] = {
     "prose": "text: the documentation of Python's language (standard library)",
     "reversal": "sequences: random strings, reversed",
     "sums": 'sequences: "12+345" to "357"',
-    "tones": "audio: plucked and blown tones, 8000 samples per second",
+    "tones": "audio: plucked and blown tones, 8000 samples per second, 96 classes",
 }
 """Names of the bundled datasets: their kinds and contents."""
 

@@ -32,7 +32,8 @@ class LabelOptions:
 def check_labels(batch: Batch, classes: int) -> Tensor:
     """The batch's labels. Raises TypeError, ValueError unless they are (B,) int64, from 0 to classes - 1."""
     labels = batch.get("labels")
-    require_labels("labels", labels, len(batch["images"]), classes)
+    items = batch["audio" if "audio" in batch else "images"]
+    require_labels("labels", labels, len(items), classes)
     return cast(Tensor, labels)
 
 

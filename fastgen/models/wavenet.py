@@ -9,26 +9,33 @@ distribution depends on the samples before it through causal convolutions. Their
 The outputs are 256 logits, or the parameters of a mixture of logistics that is integrated over each level's interval.
 The mean of the mixture is a linear prediction from the last samples, whose coefficients are among the outputs (Hwang et
 al., "LP-WaveNet: linear prediction-based WaveNet speech synthesis", 2018): those of a stationary sound are constant.
-Coefficients and weights of the first convolution are learned as their cosine transforms: neighbouring samples are so
+Coefficients and weights of the first convolution are learned as their cosine transforms: neighboring samples are so
 correlated that gradient steps on the samples' own weights would hardly distinguish pitches.
+
+With ``predictors``, coefficients are constant: the mean is a weighted sum of that many learned linear predictions, each
+of which starts as that of a harmonic sound of one pitch. A prediction weighs the more, the smaller its errors were in
+the last samples; the network adjusts weights and widths of the mixture. A tone then keeps the pitch of one prediction,
+while coefficients that the network computes anew for each sample let the pitch drift. Weighting experts by their past
+errors: Vovk, "Aggregating strategies" (1990).
 
 Samples before the first one are zeros, in every layer. The loss is the cross-entropy of the levels, in nats per sample.
 
-In this file: config, mu-law and mixture, layers, network and loss, sampling with one small step per sample.
+In this file: config, network, loss, sampling. Levels and their probabilities are in ``audio_levels.py``, the layers in
+``gated_layers.py``, which also computes them for one sample at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen.batch import NEVER_IGNORED, require_audio, require_tokens
+from fastgen.batch import NEVER_IGNORED, require_audio, require_labels, require_tokens
 from fastgen.checks import (
     require_choice,
     require_count,
@@ -37,17 +44,32 @@ from fastgen.checks import (
     require_probability,
 )
 from fastgen.functional._autocast import without_autocast
+from fastgen.models.audio_levels import (
+    LEVELS,
+    companded,
+    inverse_mu_law,
+    level_borders,
+    logistics_level_logits,
+    logistics_log_prob,
+    mu_law,
+)
 from fastgen.models.base import Batch, GenerativeModel, Phase, Sounds, StepContext, option, upcast
+from fastgen.models.conditioning import LabelOptions, check_labels, wanted_labels
 from fastgen.models.decoding import Chooser
+from fastgen.models.gated_layers import CalledLayerSteps, GatedLayer, GatedLayers, LayerSteps, may_be_fused
+from fastgen.models.linear_prediction import cosine_transform, harmonic_predictors
 from fastgen.models.registry import register_model
+from fastgen.models.sizes import DataSize
 from fastgen.nn._buffers import ComputedBuffers
-from fastgen.nn._sublayers import is_pointwise, is_unhooked, weight_and_bias
+from fastgen.nn._sublayers import is_pointwise
 
 Output = Literal["logistics", "levels"]
-LEVELS = 256
 MIN_LOG_SCALE, MAX_LOG_SCALE = -10.0, 3.0  # of a logistic; the narrowest levels are 2e-4 wide
 SCORE_CHUNK = 1 << 16  # samples that are scored at once: their logits are 64 MiB
 COEFFICIENT = 0.1  # coefficient of the linear prediction for an output of 1
+PREDICTOR = 0.3  # the same for a weight of 1 of ``predictors``
+SMALLEST = 1e-8  # mean squared error that counts as none
+SUGGESTED: Mapping[str, Any] = {"steps": 2000, "model.predictors": 64, "model.cycle": 8, "model.onset": 0.5}
 
 
 @dataclass(frozen=True)
@@ -60,6 +82,8 @@ class WaveNetConfig:
 
     sample_rate: int = option(8000, "samples per second", from_data=True)
     length: int = option(8000, "number of samples of a sound", from_data=True)
+    classes: int = option(0, "number of classes; 0 for data without labels", from_data=True)
+    conditional: bool = option(False, "condition on class labels")
     channels: int = option(32, "number of residual channels")
     skip_channels: int = option(64, "number of skip channels")
     cycle: int = option(10, "number of layers per cycle of dilations 1, 2, 4, ...")
@@ -67,7 +91,11 @@ class WaveNetConfig:
     reach: int = option(80, "number of samples in the first convolution and the linear prediction")
     output: Output = option("logistics", "output distribution: a mixture of logistics, or 256 logits")
     components: int = option(4, "number of mixture components")
+    predictors: int = option(0, "number of learned linear predictions; 0: coefficients from the network")
     crop: int = option(1000, "number of predicted samples of each sound per training step; 0: all")
+    onset: float = option(
+        0.0, "share of training steps that are of the beginnings of sounds, in addition to random ones"
+    )
     learning_rate: float = option(4e-3, "AdamW learning rate")
     beta1: float = option(0.9, "AdamW beta1")
     beta2: float = option(0.99, "AdamW beta2")
@@ -81,7 +109,14 @@ class WaveNetConfig:
         require_choice("output", self.output, get_args(Output))
         if self.cycle > 16:
             raise ValueError(f"cycle: expected at most 16, dilations up to 32768, got {self.cycle}")
-        require_count("crop", self.crop, 0)
+        for name in ("crop", "predictors", "classes"):
+            require_count(name, getattr(self, name), 0)
+        if self.conditional and self.classes < 2:
+            raise ValueError(f"conditional: expected false, as the data has {self.classes} classes, got true")
+        if not 0 <= self.onset <= 1:
+            raise ValueError(f"onset: expected a share from 0 to 1, got {self.onset}")
+        if self.predictors and self.output != "logistics":
+            raise ValueError(f"predictors: expected 0 with output {self.output!r}, got {self.predictors}")
         for name in ("beta1", "beta2"):
             require_probability(name, getattr(self, name))
         require_positive_number(learning_rate=self.learning_rate)
@@ -93,11 +128,16 @@ class WaveNetConfig:
     @property
     def field(self) -> int:
         """Receptive field: number of samples that a prediction depends on."""
-        return self.reach + sum(self.dilations)
+        return self.reach + (self.error_window if self.predictors else 0) + sum(self.dilations)
+
+    @property
+    def error_window(self) -> int:
+        """Number of samples over which the errors of the predictors are averaged."""
+        return (self.reach + 1) // 2
 
 
 @dataclass(frozen=True)
-class SoundOptions:
+class SoundOptions(LabelOptions):
     """Sampling options of a ``WaveNet``.
 
     Raises:
@@ -108,117 +148,10 @@ class SoundOptions:
     temperature: float = option(1.0, "sampling temperature; 0: greedy")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("seconds", "temperature"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a finite number >= 0, got {getattr(self, name)}")
-
-
-# --------------------------------------------------------------------------------------------------
-# Levels and their probabilities
-
-
-def mu_law(audio: Tensor) -> Tensor:
-    """Samples in [-1, 1] -> levels, int64 in 0 .. 255, uniform in sign(x) log(1 + 255 |x|) / log 256 (ITU-T G.711)."""
-    mu = LEVELS - 1
-    audio = audio.clamp(-1, 1)
-    compressed = audio.sign() * torch.log1p(mu * audio.abs()) / math.log1p(mu)
-    return ((compressed + 1) * (0.5 * mu) + 0.5).floor().long()
-
-
-def companded(levels: Tensor) -> Tensor:
-    """Levels -> companded samples in [-1, 1], float32: 2 level / 255 - 1."""
-    return 2 * levels.float() / (LEVELS - 1) - 1
-
-
-def inverse_mu_law(levels: Tensor) -> Tensor:
-    """Levels, or positions between levels -> samples in [-1, 1], float32."""
-    mu = LEVELS - 1
-    compressed = companded(levels)
-    return compressed.sign() * torch.expm1(compressed.abs() * math.log1p(mu)) / mu
-
-
-def level_borders() -> Tensor:
-    """Borders of the levels' intervals, (257,) float32; the first and last stand for -inf and inf."""
-    between = inverse_mu_law(torch.arange(LEVELS - 1) + 0.5)
-    return torch.cat((torch.tensor([-1e6]), between, torch.tensor([1e6])))
-
-
-def logistics_log_prob(centre: Tensor, log_scale: Tensor, weight: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """log P(low < sample < high) of a mixture of logistics.
-
-    Salimans et al., "PixelCNN++: improving the PixelCNN with discretized logistic mixture likelihood" (2017). The
-    identity sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(a - b)) is accurate in both tails.
-
-    Args:
-        centre, log_scale, weight: means, log scales and logits of the components, (..., components).
-        low, high: ends of the interval, (...).
-    """
-    precision = torch.exp(-log_scale)
-    below, above = (low[..., None] - centre) * precision, (high[..., None] - centre) * precision
-    # Not from above - below, which is 0 in floating point if the centre is far away.
-    width = torch.log(-torch.expm1((low - high)[..., None] * precision))
-    log_prob = F.logsigmoid(above) + F.logsigmoid(-below) + width
-    return torch.logsumexp(log_prob + weight.log_softmax(-1), -1)
-
-
-def logistics_level_logits(centre: Tensor, log_scale: Tensor, weight: Tensor, borders: Tensor) -> Tensor:
-    """``logistics_log_prob`` of all levels, (..., 256), with one sigmoid per border."""
-    precision = torch.exp(-log_scale)[..., None, :]
-    places = (borders[:, None] - centre[..., None, :]) * precision
-    width = torch.log(-torch.expm1((borders[:-1] - borders[1:])[:, None] * precision))
-    tail = F.logsigmoid(places)
-    log_prob = tail[..., 1:, :] + (tail - places)[..., :-1, :] + width
-    return torch.logsumexp(log_prob + weight.log_softmax(-1)[..., None, :], -1)
-
-
-def cosine_transform(n: int) -> Tensor:
-    """The orthonormal DCT-II, (n, n); row k has k half waves."""
-    angle = math.pi / n * torch.outer(torch.arange(n), torch.arange(n) + 0.5)
-    scale = torch.full((n, 1), math.sqrt(2 / n))
-    scale[0] = math.sqrt(1 / n)
-    return scale * angle.cos()
-
-
-# --------------------------------------------------------------------------------------------------
-# Layers
-
-
-class GatedLayer(nn.Module):
-    """Gated dilated causal convolution of two taps, with residual and skip outputs.
-
-    Args:
-        config: channels and skip_channels.
-        dilation: distance of the taps, in samples.
-        last: whether this is the last layer, which has no residual output.
-    """
-
-    def __init__(self, config: Any, dilation: int, last: bool) -> None:
-        super().__init__()
-        self.dilation, self.channels = dilation, 0 if last else config.channels
-        self.taps = nn.Linear(2 * config.channels, 2 * config.channels)
-        self.out = nn.Linear(config.channels, self.channels + config.skip_channels)
-
-    def forward(self, x: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """x (B, N, channels) -> output (B, length, channels) and skip (B, length, skip_channels) of the last samples.
-
-        x is padded with zeros on the left if it is shorter than length + dilation.
-        """
-        missing = max(0, length + self.dilation - x.size(1))
-        past = F.pad(x, (0, 0, missing, 0)) if missing else x
-        past = past[:, -length - self.dilation : -self.dilation]
-        return self.step(past, x[:, -length:])
-
-    def step(self, past: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
-        """Output and skip for samples ``now`` (..., channels) and those ``dilation`` before, ``past``."""
-        filtered, gate = self.taps(torch.cat((past, now), -1)).chunk(2, -1)
-        out: Tensor = self.out(filtered.tanh() * gate.sigmoid())
-        change, skip = out.split((self.channels, out.size(-1) - self.channels), -1)
-        return now + change if self.channels else now, skip
-
-
-class _Layers(nn.ModuleList):
-    def __iter__(self) -> Iterator[GatedLayer]:  # type: ignore[override]
-        return cast(Iterator[GatedLayer], super().__iter__())
 
 
 @register_model
@@ -250,16 +183,32 @@ class WaveNet(ComputedBuffers, GenerativeModel):
     borders: Tensor
     cosines: Tensor
 
+    @classmethod
+    def suggested(cls, data: DataSize, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """As ``GenerativeModel.suggested``: predictors, for a mixture of logistics, and a shorter receptive field.
+
+        The defaults of the config are those of models that were trained before there were predictors.
+        """
+        levels = (given or {}).get("model.output", "logistics") != "logistics"
+        return {} if levels else dict(SUGGESTED)
+
     def __init__(self, config: WaveNetConfig) -> None:
         super().__init__(config)
         dilations = config.dilations
         self.embedding = nn.Embedding(LEVELS, config.channels)
         self.front = nn.Linear(config.reach, config.channels, bias=False)
         last = len(dilations) - 1
-        self.layers = _Layers(GatedLayer(config, dilation, i == last) for i, dilation in enumerate(dilations))
+        self.layers = GatedLayers(GatedLayer(config, dilation, i == last) for i, dilation in enumerate(dilations))
         self.hidden = nn.Linear(config.skip_channels, config.skip_channels)
         mixture = config.output == "logistics"
-        self.numbers = nn.Linear(config.skip_channels, config.reach + 3 * config.components if mixture else LEVELS)
+        means = config.predictors or config.reach
+        self.numbers = nn.Linear(config.skip_channels, means + 3 * config.components if mixture else LEVELS)
+        if config.predictors:
+            self.predictors = nn.Parameter(torch.empty(config.predictors, config.reach))
+            self.errors = nn.Linear(config.predictors + 1, config.channels, bias=False)
+            self.sharpness = nn.Parameter(torch.tensor(4.0))
+        if config.conditional:
+            self.label = nn.Embedding(config.classes, config.channels + config.skip_channels)
         self._register_computed()
         self._init_weights()
 
@@ -270,24 +219,32 @@ class WaveNet(ComputedBuffers, GenerativeModel):
         """Small embeddings; mixtures start around the previous sample."""
         config, numbers = self.config, self.numbers
         nn.init.normal_(self.embedding.weight, std=0.05)
+        if config.conditional:
+            nn.init.normal_(self.label.weight, std=0.05)
         if config.output == "logistics":
             with torch.no_grad():
                 numbers.weight.mul_(0.1)
                 numbers.bias.zero_()
                 _, offset, log_scale, _ = self._split(numbers.bias)
                 offset.copy_(torch.linspace(-1, 1, config.components))
-                log_scale.fill_(-4.0)
+                log_scale.fill_(-0.6 if config.predictors else -4.0)
+        if config.predictors:
+            with torch.no_grad(), torch.device("cpu"):
+                change = harmonic_predictors(config.predictors, config.reach)
+                change[:, -1] -= 1
+                self.predictors.copy_(change @ cosine_transform(config.reach).t() / PREDICTOR)
 
     def phases(self) -> tuple[Phase, ...]:
         config = self.config
         return (Phase("sound", (), config.learning_rate, (config.beta1, config.beta2)),)
 
-    def forward(self, levels: Tensor, length: int | None = None) -> Tensor:
+    def forward(self, levels: Tensor, length: int | None = None, labels: Tensor | None = None) -> Tensor:
         """Logits (B, length, 256) of the last ``length`` samples (default: all), each given the ones before it.
 
         Args:
             levels: (B, N) int64, from 0 to 255. The first sample is taken for the beginning of the sound, which matters
                 for predictions of the first ``config.field`` samples.
+            labels: (B,) int64, for a conditional model; others ignore them.
 
         Raises:
             TypeError: levels are not an int64 tensor. ValueError: they are not (B, N), or N is less than length.
@@ -296,29 +253,41 @@ class WaveNet(ComputedBuffers, GenerativeModel):
         length = levels.size(-1) if length is None else length
         if levels.dim() != 2 or not 1 <= length <= levels.size(1):
             raise ValueError(f"levels: expected (B, N) with N at least length = {length}, got {tuple(levels.shape)}")
-        outputs = self._outputs(levels, length)
+        outputs, guesses, errors = self._outputs(levels, length, labels)
         if self.config.output == "levels":
             return outputs
-        mixture = self._mixture(outputs, self._before(inverse_mu_law(levels), length))
-        return logistics_level_logits(*mixture, self.borders)
+        return logistics_level_logits(*self._mixture(outputs, guesses, errors), self.borders)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """As ``nn.Module.compile``, of the outputs that ``loss`` uses: ``forward`` turns them into 256 logits."""
         self._outputs = torch.compile(self._outputs, *args, **kwargs)  # type: ignore[method-assign]
 
-    def _outputs(self, levels: Tensor, length: int) -> Tensor:
-        """Outputs (B, length, .) for the last samples."""
+    def _outputs(self, levels: Tensor, length: int, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Outputs (B, length, .) for the last samples; what ``_guesses`` and ``_errors`` return for them."""
+        first, last = self._of_labels(labels)
+        total_length = levels.size(1)
         x = F.pad(self.embedding(levels[:, :-1]), (0, 0, 1, 0))  # the sample before each
-        x = x + self.front(self._before(companded(levels), levels.size(1)) @ self.cosines.t())
+        x = x + self.front(self._before(companded(levels), total_length) @ self.cosines.t())
+        samples, errors = inverse_mu_law(levels), None
+        guesses = self._guesses(self._before(samples, total_length if self.config.predictors else length))
+        if self.config.predictors:
+            with torch.no_grad():
+                squares = (samples.to(guesses.dtype)[..., None] - guesses).square()
+                window = self.config.error_window
+                squares = F.pad(squares[:, :-1].transpose(1, 2), (window, 0))
+                errors = self._errors(F.avg_pool1d(squares, window, 1).transpose(1, 2))
+            x = x + self._of_errors(errors)
+            guesses, errors = guesses[:, -length:], errors[:, -length:]
+        x = x if first is None else x + first[:, None]
         reach = sum(self.config.dilations)
-        total: Tensor | None = None
+        total = None if last is None else last[:, None]
         for layer in self.layers:
             reach -= layer.dilation
             x, skip = layer(x, min(x.size(1), length + reach))
             skip = skip[:, -length:]
             total = skip if total is None else total + skip
         assert total is not None
-        return self._head(total)
+        return self._head(total), guesses, errors
 
     def _before(self, samples: Tensor, length: int) -> Tensor:
         """The ``reach`` samples before each of the last ``length`` ones, (B, length, reach), padded with zeros."""
@@ -330,49 +299,97 @@ class WaveNet(ComputedBuffers, GenerativeModel):
         outputs: Tensor = self.numbers(self.hidden(total.relu()).relu())
         return upcast(outputs)  # under autocast, too
 
+    def _of_labels(self, labels: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """What a conditional model adds to the input of the first layer, (B, channels), and to the skips."""
+        if not self.config.conditional:
+            return None, None
+        if labels is None:
+            raise ValueError("labels: expected (B,) int64, as the model is conditional, got None")
+        require_labels("labels", labels, len(labels), self.config.classes)
+        first, last = self.label(labels).split((self.config.channels, self.config.skip_channels), 1)
+        return first, last
+
+    def _guesses(self, before: Tensor) -> Tensor:
+        """What the predictors expect after the samples before, (..., predictors); without predictors those samples."""
+        if not self.config.predictors:
+            return before
+        with without_autocast(before.device):  # bfloat16 is too coarse for a prediction
+            coefficients = PREDICTOR * (self.predictors @ self.cosines.to(self.predictors.dtype))
+            return before[..., -1:] + before @ coefficients.t()
+
+    @staticmethod
+    def _errors(mean_squares: Tensor) -> Tensor:
+        """Logarithms of the mean squared errors (..., predictors) over the last ``error_window`` samples."""
+        return (mean_squares + SMALLEST).log()
+
+    def _of_errors(self, errors: Tensor) -> Tensor:
+        """What the errors add to the input of the first layer, (..., channels)."""
+        mean = errors.mean(-1, keepdim=True)
+        added: Tensor = self.errors(torch.cat((errors - mean, mean / math.log(1 / SMALLEST)), -1))
+        return added
+
     def _split(self, outputs: Tensor) -> tuple[Tensor, ...]:
-        """Coefficients of the linear prediction; offset, log scale and logit of each component."""
-        parts: tuple[Tensor, ...] = outputs.split((self.config.reach, *(self.config.components,) * 3), -1)
+        """Coefficients or choice of the linear prediction; offset, log scale and logit of each component."""
+        config = self.config
+        parts: tuple[Tensor, ...] = outputs.split((config.predictors or config.reach, *(config.components,) * 3), -1)
         return parts
 
-    def _mixture(self, outputs: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Means, log scales and logits of the components, given the samples before. Offsets are multiples of scales."""
+    def _mixture(self, outputs: Tensor, guesses: Tensor, errors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Means, log scales and logits of the components, given ``_guesses`` and ``_errors``.
+
+        Offsets are multiples of scales, which are relative to the errors, if there are predictors.
+        """
         coefficients, offset, log_scale, weight = self._split(outputs)
+        if errors is not None:
+            choice = (coefficients - self.sharpness * errors).softmax(-1)
+            prediction = (choice * guesses).sum(-1, keepdim=True)
+            log_scale = log_scale + 0.5 * (choice * errors.exp()).sum(-1, keepdim=True).log()
+        else:
+            with without_autocast(outputs.device):
+                coefficients = COEFFICIENT * (coefficients @ self.cosines.to(coefficients.dtype))
+            prediction = guesses[..., -1:] + (coefficients * guesses).sum(-1, keepdim=True)
         log_scale = log_scale.clamp(MIN_LOG_SCALE, MAX_LOG_SCALE)
-        with without_autocast(outputs.device):  # bfloat16 is too coarse for a prediction
-            coefficients = COEFFICIENT * (coefficients @ self.cosines.to(coefficients.dtype))
-        prediction = before[..., -1:] + (coefficients * before).sum(-1, keepdim=True)
         return prediction + offset * log_scale.exp(), log_scale, weight
 
-    def _nll(self, levels: Tensor, length: int) -> Tensor:
+    def _nll(self, levels: Tensor, length: int, labels: Tensor | None) -> Tensor:
         """-log p of the last samples, (B, length), in float32 at least."""
-        outputs, target = self._outputs(levels, length), levels[:, -length:]
+        outputs, guesses, errors = self._outputs(levels, length, labels)
+        target = levels[:, -length:]
         if self.config.output == "levels":
             nll = F.cross_entropy(outputs.flatten(0, 1), target.flatten(), reduction="none", ignore_index=NEVER_IGNORED)
             return nll.view(-1, length)
-        mixture = self._mixture(outputs, self._before(inverse_mu_law(levels), length))
+        mixture = self._mixture(outputs, guesses, errors)
         low, high = self.borders[target], self.borders[target + 1]
         return -logistics_log_prob(*mixture, low, high)
 
     def loss(self, phase: str, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         """loss: nats per sample, over a random crop of ``crop`` samples, the same in all sounds.
 
-        Crops that would start before the sound start with it, so that its first samples are trained as often as others.
+        Crops that would start before the sound start with it, so that its first samples are trained as often as others;
+        with ``onset``, more often: the first samples decide on pitch and loudness of all others that are sampled.
         """
         audio = self._checked(batch["audio"])
         crop, total = self.config.crop or self.config.length, self.config.length
         start = max(0, int(torch.randint(min(0, 1 - crop), max(1, total - crop + 1), ())))
+        if self.config.onset and torch.rand(()).item() < self.config.onset:
+            start = 0
         window = audio[:, max(0, start - self.config.field) : start + crop]
         levels, flaw = self._read(window)
-        return {"loss": (self._nll(levels, min(crop, total)) + flaw[:, None]).mean()}
+        nll = self._nll(levels, min(crop, total), self._labels(batch))
+        return {"loss": (nll + flaw[:, None]).mean()}
+
+    def _labels(self, batch: Batch) -> Tensor | None:
+        return check_labels(batch, self.config.classes) if self.config.conditional else None
 
     @torch.no_grad()
     def score(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """nll (B,): nats of a sound, in 256 levels. tokens (B,): its number of samples."""
         levels, flaw = self._read(self._checked(batch["audio"]))
         length = self.config.length
-        parts = levels.split(max(1, SCORE_CHUNK // length))
-        nll = torch.cat([self._nll(part, length).double().sum(1) for part in parts])
+        labels, size = self._labels(batch), max(1, SCORE_CHUNK // length)
+        parts = [slice(start, start + size) for start in range(0, len(levels), size)]
+        found = [self._nll(levels[part], length, None if labels is None else labels[part]) for part in parts]
+        nll = torch.cat([part.double().sum(1) for part in found])
         return {"nll": nll + flaw, "tokens": torch.full_like(nll, length)}
 
     @torch.no_grad()
@@ -384,11 +401,24 @@ class WaveNet(ComputedBuffers, GenerativeModel):
         """
         require_positive("n", n)
         length = max(1, round(options.seconds * self.config.sample_rate)) if options.seconds else self.config.length
+        labels = self._wanted(n, options.label)
         with without_autocast(self.device):
-            levels = self._sample(n, length, options.temperature, generator)
+            levels = self._sample(n, length, labels, options.temperature, generator)
         return Sounds(inverse_mu_law(levels), self.config.sample_rate)
 
-    def _sample(self, n: int, length: int, temperature: float, generator: torch.Generator | None) -> Tensor:
+    def _wanted(self, n: int, label: int) -> Tensor | None:
+        """Labels (n,) to sample, of a conditional model: all classes in turn, or some of them, evenly spaced."""
+        classes = self.config.classes
+        if not self.config.conditional:
+            if label >= 0:
+                raise ValueError(f"label: expected -1, as the model is not conditional, got {label}")
+            return None
+        labels, _ = wanted_labels(n, label, classes)
+        return (torch.arange(n) * classes // n if label < 0 and n < classes else labels).to(self.device)
+
+    def _sample(
+        self, n: int, length: int, labels: Tensor | None, temperature: float, generator: torch.Generator | None
+    ) -> Tensor:
         """(n, length) int64."""
         config, weight = self.config, next(self.parameters())
         layers = list(self.layers)
@@ -399,20 +429,29 @@ class WaveNet(ComputedBuffers, GenerativeModel):
         front: Tensor | None = None
         if is_pointwise(self.front) and self.front.bias is None:
             front = (self.front.weight @ self.cosines).t().contiguous()
+        to_first, to_last = self._of_labels(labels)
         x = weight.new_zeros(n, config.channels)
         levels = torch.empty(n, length, dtype=torch.int64, device=weight.device)
         chooser = Chooser(temperature, generator)
+        errors: Tensor | None = None
+        squares = weight.new_zeros(config.error_window, n, config.predictors)
         for time in range(length):
             now = time + config.reach
             before = inputs[:, time:now]
             first = x + self.front(before @ self.cosines.t()) if front is None else torch.addmm(x, before, front)
-            logits = self._head(steps.step(first))
+            guesses = self._guesses(samples[:, time:now])
+            if config.predictors:
+                errors = self._errors(squares.mean(0))
+                first = first + self._of_errors(errors)
+            total = steps.step(first if to_first is None else first + to_first)
+            logits = self._head(total if to_last is None else total + to_last)
             if config.output == "logistics":
-                mixture = self._mixture(logits, samples[:, time:now])
-                logits = logistics_level_logits(*mixture, self.borders)
+                logits = logistics_level_logits(*self._mixture(logits, guesses, errors), self.borders)
             level = chooser(logits)
             levels[:, time], inputs[:, now], samples[:, now] = level, companded_of[level], sample_of[level]
             x = self.embedding(level)
+            if config.predictors:
+                squares[time % config.error_window] = (samples[:, now, None] - guesses).square()
         chooser.check()
         return levels
 
@@ -424,102 +463,3 @@ class WaveNet(ComputedBuffers, GenerativeModel):
     def _checked(self, audio: Tensor) -> Tensor:
         require_audio("audio", audio, self.config.length)
         return audio
-
-
-# --------------------------------------------------------------------------------------------------
-# Layers for one sample at a time
-
-
-class LayerSteps:
-    """All layers one sample at a time, for ``batch`` sounds that begin with zeros.
-
-    Each layer keeps its last ``dilation`` inputs in a ring buffer (Le Paine et al., "Fast WaveNet generation
-    algorithm", 2016). Calls of this size cost more than their arithmetic, so there are few: one batched product for the
-    past taps of all layers, two products per layer, one for all skips. The gate is tanh(f) * sigmoid(g) =
-    tanh(f) * (1 + tanh(g / 2)) / 2, its constants folded into the weights; biases multiply a column of ones.
-    """
-
-    def __init__(self, layers: Sequence[GatedLayer], batch: int) -> None:
-        of_taps, of_out = ([weight_and_bias(part) for part in parts] for parts in _parts(layers))
-        weight = of_taps[0][0]
-        depth, channels = len(layers), weight.size(1) // 2
-        half = torch.cat((weight.new_ones(channels), weight.new_full((channels,), 0.5)))  # g / 2 of the gate
-        taps = [weight.detach() * half[:, None] for weight, _ in of_taps]
-        self.past_weight = torch.stack([tap[:, :channels].t() for tap in taps])
-        self.bias = torch.stack([(_required(bias).detach() * half)[None] for _, bias in of_taps])
-        self.now_weights = [tap[:, channels:].t().contiguous() for tap in taps]
-        out = [torch.cat((0.5 * weight.detach().t(), _required(bias).detach()[None])) for weight, bias in of_out]
-        self.changes = [whole[:, : layer.channels].contiguous() for whole, layer in zip(out, layers, strict=True)]
-        self.skips = torch.cat([whole[:, layer.channels :] for whole, layer in zip(out, layers, strict=True)])
-
-        dilations = torch.tensor([layer.dilation for layer in layers])
-        self.period = int(dilations.max())  # all are powers of two
-        first = dilations.cumsum(0) - dilations
-        self.places = (first + torch.arange(self.period)[:, None] % dilations).to(weight.device)
-        self.ring = weight.new_zeros(int(dilations.sum()), batch, channels)
-
-        self.states = weight.new_empty(depth, batch, channels)
-        self.gates = weight.new_empty(depth, batch, 2 * channels)
-        self.gated = weight.new_ones(batch, depth * (channels + 1))
-        self.state = list(self.states.unbind(0))
-        self.gate = list(self.gates.unbind(0))
-        self.halves = [gate.chunk(2, 1) for gate in self.gate]
-        with_ones = self.gated.view(batch, depth, channels + 1)
-        self.value = list(with_ones[..., :channels].unbind(1))
-        self.value_and_one = list(with_ones.unbind(1))
-        self.time = 0
-
-    def step(self, x: Tensor) -> Tensor:
-        """Input of the first layer (batch, channels) -> sum of the skips (batch, skip_channels)."""
-        places = self.places[self.time % self.period]
-        torch.baddbmm(self.bias, self.ring.index_select(0, places), self.past_weight, out=self.gates)
-        self.state[0].copy_(x)
-        last = len(self.state) - 1
-        for i, gate in enumerate(self.gate):
-            gate.addmm_(self.state[i], self.now_weights[i]).tanh_()
-            filtered, opened = self.halves[i]
-            torch.addcmul(filtered, filtered, opened, out=self.value[i])
-            if i < last:
-                torch.addmm(self.state[i], self.value_and_one[i], self.changes[i], out=self.state[i + 1])
-        self.ring.index_copy_(0, places, self.states)
-        self.time += 1
-        return self.gated @ self.skips
-
-
-def _parts(layers: Sequence[GatedLayer]) -> tuple[list[nn.Linear], list[nn.Linear]]:
-    return [layer.taps for layer in layers], [layer.out for layer in layers]
-
-
-def _required(bias: Tensor | None) -> Tensor:
-    assert bias is not None
-    return bias
-
-
-def may_be_fused(layers: Sequence[GatedLayer]) -> bool:
-    """Whether ``LayerSteps`` may read the layers' weights: calling them would compute nothing else."""
-    parts = [part for kind in _parts(layers) for part in kind]
-    return all(is_unhooked(layer) for layer in layers) and all(
-        is_pointwise(part) and part.bias is not None for part in parts
-    )
-
-
-class CalledLayerSteps:
-    """``LayerSteps`` by a call of each layer for each sample, for layers with hooks, adapters or quantized weights."""
-
-    def __init__(self, layers: Sequence[GatedLayer]) -> None:
-        self.layers = layers
-        self.past: list[Tensor] = []
-
-    def step(self, x: Tensor) -> Tensor:
-        """Input of the first layer (batch, channels) -> sum of the skips (batch, skip_channels)."""
-        if not self.past:
-            self.past = [x.new_zeros(len(x), layer.dilation, x.size(1)) for layer in self.layers]
-        total: Tensor | None = None
-        for i, layer in enumerate(self.layers):
-            samples = torch.cat((self.past[i], x.unsqueeze(1)), 1)
-            self.past[i] = samples[:, 1:]
-            out, skip = layer(samples, 1)
-            x = out.squeeze(1)
-            total = skip.squeeze(1) if total is None else total + skip.squeeze(1)
-        assert total is not None
-        return total

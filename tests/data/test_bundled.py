@@ -25,7 +25,7 @@ SERVED = [
     ("prose", "text", {}),
     ("reversal", "sequences", {"source_length": 14, "target_length": 14}),
     ("sums", "sequences", {"vocabulary": "+0123456789", "source_length": 9, "target_length": 6}),
-    ("tones", "audio", {"sample_rate": 8000, "length": 8000}),
+    ("tones", "audio", {"sample_rate": 8000, "length": 8000, "classes": 96}),
 ]
 SMALL = {source: {"items": 60} for source in ("textures", "photos", "reversal", "sums", "tones")}
 
@@ -305,8 +305,9 @@ def test_descriptions_count_classes() -> None:
 
 
 def test_bundled_tones_have_pitches_a_semitone_apart_and_four_timbres() -> None:
-    waves = load_data(DataConfig(source="tones", items=300), "audio").splits()[0]
-    audio = waves.batch(torch.arange(len(waves)))["audio"].double()
+    data = load_data(DataConfig(source="tones", items=300), "audio")
+    batch = everything(data.train)
+    audio, labels = batch["audio"].double(), batch["labels"]
     assert (harmonicity(audio, 8000) > 0.99).all()
     peak = audio.abs().amax(1)
     assert 0.39 < peak.min() < 0.45
@@ -323,3 +324,8 @@ def test_bundled_tones_have_pitches_a_semitone_apart_and_four_timbres() -> None:
     distance = ((ratios[:, None] - timbres).abs() / timbres).amax(-1)
     assert (distance.amin(1) < 0.25).all()  # 1.1 / 0.9
     assert set(distance.argmin(1).tolist()) == {0, 1, 2, 3}
+    assert torch.equal(labels, distance.argmin(1) * 24 + pitch[:, 0])
+    names = list(data.classes)
+    assert names[:4] == ["string-A2", "string-A#2", "string-B2", "string-C3"]
+    assert (names[24], names[95]) == ("bright-string-A2", "reed-G#4")
+    assert sum(data.classes.values()) == 300

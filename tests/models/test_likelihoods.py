@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.likelihoods import OncePerImage, bounds
 from fastgen import functional
+from fastgen.metrics import importance_weighted_bound
+from fastgen.models.audio_levels import level_borders, logistics_level_logits, logistics_log_prob
 from fastgen.models.conv_vae import ConvVAE, ConvVAEConfig
-from fastgen.models.flow_vae import planar
+from fastgen.models.flow_vae import FlowVAE, FlowVAEConfig, planar
+from fastgen.models.vae import VAE, VAEConfig
 from fastgen.models.variational import (
     beta_binomial_log_prob,
     binomial_log_prob,
@@ -18,7 +22,6 @@ from fastgen.models.variational import (
     log_normal,
     sample_and_log_prob,
 )
-from fastgen.models.wavenet import level_borders, logistics_level_logits, logistics_log_prob
 
 LIKELIHOODS = {
     "beta-binomial": lambda logits, spread, counts, levels: beta_binomial_log_prob(logits, spread, counts, levels - 1),
@@ -113,3 +116,35 @@ def test_importance_weights_under_autocast_are_close_to_those_in_float32() -> No
         low = weights()
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, weights(), rtol=0, atol=6.0)
+
+
+QUADRATURE = {
+    "vae": lambda: VAE(VAEConfig(image_size=3, levels=2, likelihood="bernoulli", latent_dim=2, width=8)),
+    "flow-vae": lambda: FlowVAE(
+        FlowVAEConfig(image_size=3, levels=2, likelihood="bernoulli", latent_dim=2, width=8, flow_width=8, flows=2)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", QUADRATURE)
+def test_the_importance_weighted_bound_approaches_the_integral_over_the_latents(name: str) -> None:
+    """log p(x) = log of the integral of N(z; 0, 1) p(x | z), on a grid of z, by torch.distributions."""
+    torch.manual_seed(0)
+    model = QUADRATURE[name]().double()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    images = torch.randint(2, (4, 1, 3, 3)).double()
+    axis = torch.linspace(-6, 6, 121, dtype=torch.float64)
+    z = torch.cartesian_prod(axis, axis)
+    prior = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(1)
+    with torch.no_grad():
+        pixels = torch.distributions.Bernoulli(probs=model.decode(z))
+        joint = torch.stack([prior + pixels.log_prob(image).flatten(1).sum(1) for image in images])
+    exact = joint.logsumexp(1) + 2 * math.log(float(axis[1] - axis[0]))
+    assert (model.elbo(images, generator=torch.Generator().manual_seed(1)) - exact).abs().max() > 0.05
+    with torch.no_grad():
+        weights = model.log_weight(images.repeat(20_000, 1, 1, 1)).view(-1, len(images))
+    torch.testing.assert_close(importance_weighted_bound(weights), exact, rtol=0, atol=0.03)
+    model.encoder = OncePerImage(model.encoder)
+    torch.testing.assert_close(bounds(model.log_weight, images, 20_000), exact, rtol=0, atol=0.03)

@@ -11,18 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.models import wavenet
-from fastgen.models.base import Sounds, StepContext, from_data
-from fastgen.models.decoding import choose
-from fastgen.models.wavenet import (
-    SoundOptions,
-    WaveNet,
-    WaveNetConfig,
+from fastgen.models.audio_levels import (
     inverse_mu_law,
     level_borders,
     logistics_level_logits,
     logistics_log_prob,
     mu_law,
 )
+from fastgen.models.base import Sounds, StepContext, from_data
+from fastgen.models.decoding import choose
+from fastgen.models.sizes import DataSize
+from fastgen.models.wavenet import SoundOptions, WaveNet, WaveNetConfig
 
 NOW = StepContext(1, 10)
 VARIANTS = {
@@ -30,6 +29,8 @@ VARIANTS = {
     "levels": {"output": "levels"},
     "odd sizes": {"channels": 3, "skip_channels": 7, "cycle": 4, "cycles": 1, "length": 37, "components": 1},
     "one layer": {"cycle": 1, "cycles": 1, "reach": 1},
+    "predictors": {"predictors": 7},
+    "conditional": {"classes": 3, "conditional": True, "predictors": 2, "reach": 3},
 }
 
 
@@ -77,15 +78,29 @@ def test_a_prediction_depends_on_the_samples_of_its_field_and_no_others() -> Non
         assert torch.equal(model(changed)[0, 30], before) == (not 30 - field <= place < 30), place
 
 
+def test_with_predictors_it_depends_on_the_samples_of_their_errors_too() -> None:
+    model = small_model(predictors=3).double()
+    with torch.no_grad():
+        model.errors.weight.add_(0.3)
+    field = model.config.field
+    assert field == 14 + 5 + 3
+    levels = random_levels(1, 40)
+    before = model(levels)[0, 30]
+    for place in range(40):
+        changed = levels.clone()
+        changed[0, place] = 255 - changed[0, place]
+        assert torch.equal(model(changed)[0, 30], before) == (not 30 - field <= place < 30), place
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("last", [1, 7, 20])
 def test_the_last_predictions_alone_are_those_of_all(variant: str, last: int) -> None:
     """From all samples, and from just those that they depend on."""
     model = small_model(**VARIANTS[variant]).double()
-    levels = random_levels(2, 37)
-    wanted = model(levels)[:, -last:]
-    torch.testing.assert_close(model(levels, last), wanted)
-    torch.testing.assert_close(model(levels[:, -last - model.config.field :], last), wanted)
+    levels, labels = random_levels(2, 37), torch.tensor([2, 0])
+    wanted = model(levels, labels=labels)[:, -last:]
+    torch.testing.assert_close(model(levels, last, labels), wanted)
+    torch.testing.assert_close(model(levels[:, -last - model.config.field :], last, labels), wanted)
 
 
 def test_a_layer_is_a_dilated_causal_convolution_with_a_gate() -> None:
@@ -129,6 +144,17 @@ def test_a_crop_s_loss_depends_on_the_samples_before_it() -> None:
         torch.testing.assert_close(loss, nll[:, start : start + 10].mean())
     assert 0 in starts
     assert max(starts) > 10
+
+
+def test_the_beginning_of_a_sound_is_trained_more_often_with_onset() -> None:
+    """With a share of 1, always."""
+    model = small_model(crop=10, onset=1.0).double()
+    audio = waves(2, model).double()
+    levels = mu_law(audio)
+    nll = -model(levels).log_softmax(2).gather(2, levels[..., None])[..., 0]
+    for seed in range(4):
+        torch.manual_seed(seed)
+        torch.testing.assert_close(model.loss("sound", {"audio": audio}, NOW)["loss"], nll[:, :10].mean())
 
 
 @pytest.mark.parametrize("output", ["logistics", "levels"])
@@ -191,9 +217,9 @@ def test_cached_sampling_equals_full_forwards(variant: str, temperature: float) 
     assert isinstance(sampled, Sounds)
     assert sampled.sample_rate == 100
     generator = seeded(5)
-    levels = torch.zeros(3, 0, dtype=torch.int64)
+    levels, labels = torch.zeros(3, 0, dtype=torch.int64), torch.arange(3)
     for _ in range(model.config.length):
-        logits = model(F.pad(levels, (0, 1)), 1)[:, 0]
+        logits = model(F.pad(levels, (0, 1)), 1, labels)[:, 0]
         levels = torch.cat((levels, choose(logits, temperature, generator)[:, None]), 1)
     assert torch.equal(mu_law(sampled.waves), levels)
     assert len(levels.unique()) > 1
@@ -201,6 +227,69 @@ def test_cached_sampling_equals_full_forwards(variant: str, temperature: float) 
 
 def test_seconds_set_the_length_of_a_sound() -> None:
     assert small_model().draw(1, SoundOptions(seconds=0.7)).waves.shape == (1, 70)
+
+
+def test_predictors_start_as_those_of_harmonic_sounds() -> None:
+    """Of all harmonics of a pitch between rate / reach and eight times that, to a few percent."""
+    model = WaveNet(WaveNetConfig(predictors=64))
+    time, errors = torch.arange(2000) / 8000, []
+    for pitch in (125.0, 220.0, 391.0, 700.0):
+        harmonic = torch.arange(1, int(4000 / pitch))[:, None]
+        wave = (torch.sin(2 * math.pi * pitch * harmonic * time + harmonic) / harmonic).sum(0, keepdim=True)
+        wave = 0.3 * wave / wave.abs().max()
+        with torch.no_grad():
+            guesses = model._guesses(model._before(wave, 2000))
+        error = (guesses - wave[..., None])[0, 200:].square().mean(0).sqrt()
+        nearest = round(63 * math.log(pitch / 100, 8))
+        errors.append(float(error[nearest] / wave.square().mean().sqrt()))
+    assert max(errors) < 0.35
+    assert sum(errors) < 4 * 0.2
+    last = (wave - model._before(wave, 2000)[..., -1])[0, 200:].square().mean().sqrt()
+    assert float(last / wave.square().mean().sqrt()) > 0.5  # of predicting the sample before
+
+
+def test_the_prediction_with_the_smallest_errors_decides() -> None:
+    model = small_model(predictors=3, components=1)
+    with torch.no_grad():
+        model.numbers.weight.zero_()
+        model.numbers.bias.zero_()
+        model.predictors.copy_(torch.randn(3, 5, generator=seeded(6)))
+    guesses, errors = torch.tensor([[0.1, 0.2, 0.3]]), torch.tensor([[1e-3, 1e-6, 1e-2]]).log()
+    mean, log_scale, _ = model._mixture(model.numbers.bias[None], guesses, errors)
+    torch.testing.assert_close(mean, torch.tensor([[0.2]]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(log_scale, torch.tensor([[math.log(1e-3)]]), atol=1e-3, rtol=0)
+
+
+def test_labels_decide_what_a_conditional_model_predicts_and_samples() -> None:
+    model = small_model(classes=6, conditional=True, predictors=2)
+    with torch.no_grad():
+        model.label.weight.mul_(20)
+        model.numbers.weight.mul_(20)
+    levels = random_levels(2, 20)
+    assert not torch.equal(*(model(levels, 5, torch.full((2,), label)) for label in (0, 1)))
+    audio = waves(2, model)
+    scores = [model.score({"audio": audio, "labels": torch.tensor(labels)})["nll"] for labels in ([0, 1], [1, 1])]
+    assert scores[0][0] != scores[1][0]
+    assert scores[0][1] == scores[1][1]
+    same = model.draw(2, SoundOptions(label=3), generator=seeded(7)).waves
+    found = [model._wanted(*wanted) for wanted in ((2, -1), (3, -1), (8, -1), (2, 3))]
+    assert [each.tolist() for each in found if each is not None] == [
+        [0, 3], [0, 2, 4], [0, 1, 2, 3, 4, 5, 0, 1], [3, 3]
+    ]  # fmt: skip
+    assert not torch.equal(model.draw(2, SoundOptions(), generator=seeded(7)).waves[0], same[0])
+    with pytest.raises(ValueError, match=r"^label: expected -1 or a class below 6, got 6$"):
+        model.draw(1, SoundOptions(label=6))
+    with pytest.raises(ValueError, match=r"^labels: expected \(B,\) int64, got a batch without labels$"):
+        model.score({"audio": audio})
+    with pytest.raises(ValueError, match=r"^label: expected -1, as the model is not conditional, got 0$"):
+        small_model().draw(1, SoundOptions(label=0))
+
+
+def test_predictors_are_suggested_unless_levels_are_the_output() -> None:
+    size = DataSize("audio", 100)
+    assert WaveNet.suggested(size)["model.predictors"] == 64
+    assert WaveNet.suggested(size, {"model.output": "levels"}) == {}
+    assert WaveNetConfig().predictors == 0  # models that were saved before
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -216,6 +305,15 @@ CONFIG_ERRORS = {
     "no sound": ({"length": 0}, "length: expected a positive integer, got 0"),
     "a long cycle": ({"cycle": 17}, "cycle: expected at most 16, dilations up to 32768, got 17"),
     "no reach": ({"reach": 0}, "reach: expected a positive integer, got 0"),
+    "predictors of levels": (
+        {"predictors": 3, "output": "levels"},
+        "predictors: expected 0 with output 'levels', got 3",
+    ),
+    "conditional without classes": (
+        {"conditional": True},
+        "conditional: expected false, as the data has 0 classes, got true",
+    ),
+    "an onset of 2": ({"onset": 2.0}, "onset: expected a share from 0 to 1, got 2.0"),
     "an unknown output": ({"output": "bits"}, "output: expected one of logistics, levels, got 'bits'"),
     "a negative crop": ({"crop": -1}, "crop: expected an integer >= 0, got -1"),
     "a beta of 1": ({"beta1": 1.0}, r"beta1: expected a probability in \[0, 1\), got 1.0"),
@@ -266,7 +364,7 @@ def test_invalid_arguments_raise_an_error_that_names_the_argument(mistake: str) 
 
 
 def test_rate_and_length_come_from_the_data() -> None:
-    assert from_data(WaveNetConfig) == ["sample_rate", "length"]
+    assert from_data(WaveNetConfig) == ["sample_rate", "length", "classes"]
 
 
 def test_examples_in_docstrings_run() -> None:

@@ -13,11 +13,11 @@ from torch.nn.utils import parametrize, prune
 
 from fastgen import accelerate
 from fastgen.models.flow_vae import InverseAutoregressiveFlow
+from fastgen.models.gated_layers import GatedLayer
 from fastgen.models.sagan import SAGANDiscriminatorBlock, SAGANGeneratorBlock
 from fastgen.models.seq2seq import DecoderBlock, EncoderBlock
 from fastgen.models.stylegan import ModulatedConv2d
 from fastgen.models.transformer_lm import LMBlock
-from fastgen.models.wavenet import GatedLayer
 from fastgen.nn import (
     AttentionBlock2d,
     MultiheadAttention,
