@@ -99,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=1024, help="size of the learned vocabulary")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--order", type=int, default=5, help="of the n-gram")
+    parser.add_argument("--order", type=int, default=5, help="order of the n-gram")
     given = parser.parse_args()
     text = standard_library()
     path = ROOT / TEXT
