@@ -32,4 +32,5 @@ def harmonic_predictors(count: int, reach: int) -> Tensor:
     place = torch.arange(reach)
     matrix = covariance[:, (place[:, None] - place).abs()]
     matrix = matrix + 1e-3 * covariance[:, 0, None, None] * torch.eye(reach, dtype=torch.float64)
-    return torch.linalg.solve(matrix, covariance[:, reach - place]).float()
+    predictors: Tensor = torch.linalg.solve(matrix, covariance[:, reach - place])
+    return predictors.float()
