@@ -123,18 +123,14 @@ def has_products(dtype: torch.dtype) -> bool:
     return bool(supports())
 
 
-def _widened(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.float() for tensor in tensors]
-
-
 def flash(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """out, lse of torch's kernel for heads of one width; ``mask`` as ``additive`` gives it."""
     if widens(query, backward=False):
-        query, key, value, mask = _widened(query, key, value, mask)  # type: ignore[assignment]
-        out, lse = flash(query, key, value, mask, is_causal, scale)
-        return out.to(torch.float16), lse
+        mask = None if mask is None else mask.float()
+        out, lse = flash(query.float(), key.float(), value.float(), mask, is_causal, scale)
+        return out.to(query.dtype), lse
     results: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
     )
@@ -156,7 +152,8 @@ def flash_backward(
     tensors: Any = (grad_out, query, key, value, out)
     wide = widens(query, backward=True)
     if wide:
-        *tensors, mask = _widened(*tensors, mask)
+        tensors = tuple(tensor.float() for tensor in tensors)
+        mask = None if mask is None else mask.float()
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *tensors, lse, 0.0, is_causal, attn_mask=mask, scale=scale
     )
