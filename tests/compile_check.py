@@ -37,6 +37,7 @@ if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.model import sass  # noqa: E402
+from tests.compile_times import Times, print_times, run_compiler, slow_sources  # noqa: E402
 
 # Unit kernels of the device layer and samples of the emulator: they must compile without spills, and have no budget.
 UNIT_KERNELS = ROOT / "tests" / "emulator" / "kernels"
@@ -48,7 +49,6 @@ SPILLS_ELSEWHERE = 128  # bytes, stored and loaded
 INSTRUCTIONS = ["HMMA", "HGMMA", "UTMALDG", "LDSM", "STSM", "MUFU.EX2", "LDL", "STL", "BAR", "SHFL"]
 BESIDE_PRODUCTS = "MUFU.EX2 beside products"
 GLOBAL_ACCESSES = ["LDG", "STG", "LDGSTS"]  # counted by width
-MOST_SECONDS = 30.0  # of CPU time for a source and an architecture, so that a build in parallel does not wait for one
 SLACK = 1.03  # of the budgets of main loops, so that a new version of nvcc does not fail the check
 LOOP_BUDGETS = ROOT / "tests" / "loop_budgets.json"
 LoopBudgets = dict[str, dict[str, dict[str, float]]]  # by architecture and short name
@@ -64,17 +64,6 @@ class LoopCount(NamedTuple):
 
     loop: int
     per_score: float
-
-
-class Compiled(NamedTuple):
-    """What a compilation printed, and its CPU time in seconds, that of the processes it started included."""
-
-    returncode: int
-    output: str
-    seconds: float
-
-
-Times = dict[tuple[str, str], float]  # CPU seconds by (source, architecture)
 
 
 class Kernel(NamedTuple):
@@ -231,15 +220,6 @@ def disassemble(nvdisasm: str, cubin: Path) -> str:
         subprocess.CalledProcessError: nvdisasm failed; its message is in ``stderr``.
     """
     return subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
-
-
-def run_compiler(command: list[str], report: Path) -> Compiled:
-    """Runs a compiler, with its output in ``report``."""
-    with report.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return Compiled(process.returncode, report.read_text(), usage.ru_utime + usage.ru_stime)
 
 
 def compile_one(
@@ -456,25 +436,6 @@ def print_loops(kernels: list[Kernel]) -> None:
         print(f"\n{'arch':<6}{'loop':>7}{'per score':>11}  main loop of")
     for kernel, loop in counted:
         print(f"{kernel.arch:<6}{loop.loop:>7}{loop.per_score:>11.2f}  {short_name(kernel.name)}")
-
-
-def slow_sources(times: Times) -> list[str]:
-    """Sources that take longer than MOST_SECONDS."""
-    return [
-        f"{source} for sm_{arch}: {seconds:.0f} CPU seconds, at most {MOST_SECONDS:.0f}; split it by launcher or dtype"
-        for (source, arch), seconds in times.items()
-        if seconds > MOST_SECONDS
-    ]
-
-
-def print_times(times: Times) -> None:
-    if not times:
-        return
-    print(f"\n{'arch':<6}{'CPU s':>7}  source")
-    for (source, arch), seconds in sorted(times.items(), key=lambda item: -item[1]):
-        print(f"{arch:<6}{seconds:>7.1f}  {source}")
-    for arch in sorted({arch for _, arch in times}):
-        print(f"{arch:<6}{sum(seconds for (_, own), seconds in times.items() if own == arch):>7.1f}  all")
 
 
 def print_tables(kernels: list[Kernel]) -> None:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests import compile_check
+from tests import compile_check, compile_times
 from tests.compile_check import Kernel
 from tests.kernel_budgets import Budget
 
@@ -200,19 +200,19 @@ def test_spills_and_kernels_over_their_budget_fail_the_check(tmp_path, capsys):
 def test_cpu_time_includes_the_processes_that_a_compiler_starts(tmp_path):
     spin = "import time\nend = time.process_time() + 0.2\nwhile time.process_time() < end: pass"
     start = f"import subprocess, sys\nprint('started', flush=True)\nsubprocess.run([sys.executable, '-c', {spin!r}])"
-    done = compile_check.run_compiler([sys.executable, "-c", start], tmp_path / "report")
+    done = compile_times.run_compiler([sys.executable, "-c", start], tmp_path / "report")
     assert done.returncode == 0
     assert done.output == "started\n"
     assert done.seconds > 0.2
     failing = [sys.executable, "-c", "raise SystemExit(3)"]
-    assert compile_check.run_compiler(failing, tmp_path / "report").returncode == 3
+    assert compile_times.run_compiler(failing, tmp_path / "report").returncode == 3
 
 
 def test_a_source_that_takes_too_long_fails(capsys):
     times = {("csrc/a.cu", "90a"): 31.0, ("csrc/b.cu", "90a"): 29.0, ("csrc/b.cu", "80"): 2.5}
-    (problem,) = compile_check.slow_sources(times)
+    (problem,) = compile_times.slow_sources(times)
     assert problem.startswith("csrc/a.cu for sm_90a: 31 CPU seconds, at most 30")
-    compile_check.print_times(times)
+    compile_times.print_times(times)
     assert "90a      60.0  all" in capsys.readouterr().out
 
 
