@@ -268,7 +268,8 @@ class WaveNet(ComputedBuffers, GenerativeModel):
         total_length = levels.size(1)
         x = F.pad(self.embedding(levels[:, :-1]), (0, 0, 1, 0))  # the sample before each
         x = x + self.front(self._before(companded(levels), total_length) @ self.cosines.t())
-        samples, errors = inverse_mu_law(levels), None
+        samples = inverse_mu_law(levels)
+        errors: Tensor | None = None
         guesses = self._guesses(self._before(samples, total_length if self.config.predictors else length))
         if self.config.predictors:
             with torch.no_grad():
