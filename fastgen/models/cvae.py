@@ -95,7 +95,7 @@ class CVAE(VariationalAutoencoder):
     config_class, sampling_class = CVAEConfig, LabelOptions
     train_defaults: ClassVar = {"steps": 2246, "batch_size": 64, "clip": 100.0, "average_decay": 0.998}
     sizes: ClassVar = {
-        "medium": Size(8_000, passes=200, train=DECAY, model={"latent_dim": 16, "width": 512}),
+        "medium": Size(8_000, passes=200, train=DECAY, model={"width": 512}),
         "large": Size(3_000, passes=200, train=DECAY, model={"latent_dim": 32}),
         "medium, gpu": Size(20_000, 128, passes=200, train=DECAY, model={"latent_dim": 16, "width": 1024}),
         "large, gpu": Size(20_000, 128, passes=200, train=DECAY, model={"latent_dim": 64, "width": 1024}),
