@@ -22,12 +22,11 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections import Counter
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tests.kernel_budgets import Budget
@@ -37,6 +36,18 @@ if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.model import sass  # noqa: E402
+from tests.compile_report import (  # noqa: E402
+    GLOBAL_ACCESSES,
+    INSTRUCTIONS,
+    WIDTHS,
+    Kernel,
+    LoopCount,
+    bare_name,
+    parse_ptxas,
+    parse_sass,
+    serializations,
+    short_name,
+)
 from tests.compile_times import Times, print_times, run_compiler, slow_sources  # noqa: E402
 
 # Unit kernels of the device layer and samples of the emulator: they must compile without spills, and have no budget.
@@ -46,37 +57,9 @@ ARCHITECTURES = ["80", "90a", "120"]
 # Other architectures must compile, with at most a few words of spills: their instruction scheduling differs.
 WITH_BUDGETS = ["80", "90a"]
 SPILLS_ELSEWHERE = 128  # bytes, stored and loaded
-INSTRUCTIONS = ["HMMA", "HGMMA", "UTMALDG", "LDSM", "STSM", "MUFU.EX2", "LDL", "STL", "BAR", "SHFL"]
-BESIDE_PRODUCTS = "MUFU.EX2 beside products"
-GLOBAL_ACCESSES = ["LDG", "STG", "LDGSTS"]  # counted by width
 SLACK = 1.03  # of the budgets of main loops, so that a new version of nvcc does not fail the check
 LOOP_BUDGETS = ROOT / "tests" / "loop_budgets.json"
 LoopBudgets = dict[str, dict[str, dict[str, float]]]  # by architecture and short name
-WIDTHS = ["U8", "S8", "U16", "S16", "32", "64", "128", "256"]
-
-
-class LoopCount(NamedTuple):
-    """Instructions of a kernel's main loop.
-
-    per_score: executed by a thread for each score of a tile of which everything is visible; of kernels without scores,
-    by a warp for each matrix instruction.
-    """
-
-    loop: int
-    per_score: float
-
-
-class Kernel(NamedTuple):
-    source: str
-    arch: str
-    symbol: str
-    name: str
-    registers: int
-    shared_bytes: int
-    stack_bytes: int
-    spill_bytes: int
-    instructions: dict[str, int] | None = None  # None: not counted
-    loop: LoopCount | None = None  # None: not counted, or not among LOOP_KERNELS
 
 
 def load(path: str) -> ModuleType:
@@ -102,84 +85,6 @@ def find_tool(nvcc: str, name: str) -> str | None:
 
 def find_nvdisasm(nvcc: str) -> str | None:
     return find_tool(nvcc, "nvdisasm")
-
-
-def demangle(symbols: list[str]) -> list[str]:
-    """Names with template arguments, without parameters."""
-    done = subprocess.run(["c++filt", "-p"], input="\n".join(symbols), check=True, capture_output=True, text=True)
-    return [name.replace("(bool)1", "true").replace("(bool)0", "false") for name in done.stdout.splitlines()]
-
-
-def short_name(name: str) -> str:
-    """A demangled name without return type and namespaces, with template arguments: "scale<float, true>"."""
-    return re.sub(r"(?:\(anonymous namespace\)|\w+)::", "", name).removeprefix("void ")
-
-
-def bare_name(name: str) -> str:
-    """A demangled name without namespaces and template arguments."""
-    shorter = re.sub(r"<[^<>]*>", "", name)
-    return name.rpartition("::")[2] if shorter == name else bare_name(shorter)
-
-
-def parse_ptxas(source: str, arch: str, report: str) -> list[Kernel]:
-    """The kernels of one ``ptxas -v`` report; the resources of called functions are included."""
-    _, *entries = report.split("Compiling entry function '")
-    symbols = [entry.partition("'")[0] for entry in entries]
-
-    def most(entry: str, pattern: str) -> int:
-        return max((int(number) for number in re.findall(pattern, entry)), default=0)
-
-    return [
-        Kernel(
-            source,
-            arch,
-            symbol,
-            name,
-            registers=int(re.findall(r"Used (\d+) registers", entry)[0]),
-            shared_bytes=most(entry, r"(\d+) bytes smem"),
-            stack_bytes=most(entry, r"(\d+) bytes (?:stack frame|cumulative stack size)"),
-            spill_bytes=sum(int(number) for number in re.findall(r"(\d+) bytes spill (?:stores|loads)", entry)),
-        )
-        for symbol, name, entry in zip(symbols, demangle(symbols), entries, strict=True)
-    ]
-
-
-def serializations(report: str) -> list[str]:
-    """What ptxas reports as lost performance: products of a warpgroup that wait for each other, ignored setmaxnreg."""
-    return re.findall(r"\(C75\d\d\)[^\n]*", report)
-
-
-def classify(opcode: str) -> str | None:
-    """The column that counts an instruction, if any: "LDG.E.128.CONSTANT" -> "LDG.128"."""
-    base, *modifiers = opcode.split(".")
-    if base in GLOBAL_ACCESSES:
-        return f"{base}.{next((modifier for modifier in modifiers if modifier in WIDTHS), '32')}"
-    return next((name for name in INSTRUCTIONS if f"{opcode}.".startswith(f"{name}.")), None)
-
-
-def parse_sass(listing: str) -> dict[str, Counter[str]]:
-    """The number of instructions of each column, for each symbol of ``nvdisasm -c``.
-
-    BESIDE_PRODUCTS: the most exponentials between two waits for products of a warpgroup with no product between: those
-    that run while the product that the second one waits for does.
-    """
-    counts: dict[str, Counter[str]] = {}
-    waits, exponentials = False, 0
-    pattern = re.compile(r"^\.text\.(\S+):|^\s*/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
-    for symbol, opcode in pattern.findall(listing):
-        if symbol:
-            current = counts.setdefault(symbol, Counter())
-            waits = False
-            continue
-        if column := classify(opcode):
-            current[column] += 1
-        if opcode.startswith("WARPGROUP.DEPBAR"):
-            if waits and exponentials:
-                current[BESIDE_PRODUCTS] = max(current[BESIDE_PRODUCTS], exponentials)
-            waits, exponentials = True, 0
-        waits = waits and column != "HGMMA"
-        exponentials += column == "MUFU.EX2"
-    return counts
 
 
 def count_loops(kernels: list[Kernel], listing: str, names: Collection[str]) -> list[Kernel]:

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from tests import compile_check, compile_times
-from tests.compile_check import Kernel
+from tests import compile_check, compile_report, compile_times
+from tests.compile_report import Kernel
 from tests.kernel_budgets import Budget
 
 SCALE, SUM = "_ZN1k5scaleIfLb1EEEvPT_", "_ZN1k36_GLOBAL__N__c2de202b_4_a_cu_91af215a3sumEPf"
@@ -72,7 +72,7 @@ demangles = pytest.mark.skipif(shutil.which("c++filt") is None, reason="no c++fi
 
 @demangles
 def test_a_ptxas_report_is_parsed_into_kernels():
-    assert compile_check.parse_ptxas("a.cu", "90a", REPORT) == [
+    assert compile_report.parse_ptxas("a.cu", "90a", REPORT) == [
         Kernel("a.cu", "90a", SCALE, "k::scale<float, true>", 32, 400, 1448, 1412 + 1604),
         # Spills and stack of a called function are included.
         Kernel("a.cu", "90a", SUM, "k::(anonymous namespace)::sum", 14, 0, 256, 12),
@@ -82,12 +82,12 @@ def test_a_ptxas_report_is_parsed_into_kernels():
 
 @demangles
 def test_a_report_without_kernels_is_empty():
-    assert compile_check.parse_ptxas("a.cu", "90a", "ptxas info    : 0 bytes gmem\n") == []
+    assert compile_report.parse_ptxas("a.cu", "90a", "ptxas info    : 0 bytes gmem\n") == []
 
 
 def test_instructions_are_counted_for_each_kernel():
     once = ["LDG.128", "LDG.64", "LDG.32", "LDG.U16", "LDGSTS.128", "STG.128", "LDSM", "HMMA", "MUFU.EX2", "STL"]
-    assert compile_check.parse_sass(LISTING) == {SCALE: dict.fromkeys([*once, "BAR", "SHFL"], 1), SUM: {"STG.32": 2}}
+    assert compile_report.parse_sass(LISTING) == {SCALE: dict.fromkeys([*once, "BAR", "SHFL"], 1), SUM: {"STG.32": 2}}
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_instructions_are_counted_for_each_kernel():
     ],
 )
 def test_a_budget_is_found_by_the_bare_name(name, bare):
-    assert compile_check.bare_name(name) == bare
+    assert compile_report.bare_name(name) == bare
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_a_source_that_takes_too_long_fails(capsys):
 def test_a_builds_log_has_the_kernels_of_its_sources():
     log = f"  fastgen: ninja\n  [1/3] csrc/a.cpp\n  [2/3] csrc/b.cu\n{REPORT}  [3/3] build/_cuda.so\n"
     kernels = compile_check.parse_build("90a", log)
-    assert kernels == compile_check.parse_ptxas("csrc/b.cu", "90a", REPORT)
+    assert kernels == compile_report.parse_ptxas("csrc/b.cu", "90a", REPORT)
     assert len(kernels) == 3
 
 
@@ -339,9 +339,9 @@ def test_serialized_products_and_ignored_register_counts_fail_the_check():
         "ptxas info    : (C7520) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ...\n"
         "ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored; ...\n"
     )
-    found = compile_check.serializations(REPORT + report)
+    found = compile_report.serializations(REPORT + report)
     assert [line[:7] for line in found] == ["(C7520)", "(C7508)"]
-    assert compile_check.serializations(REPORT) == []
+    assert compile_report.serializations(REPORT) == []
 
 
 def test_exponentials_between_the_waits_for_two_products_are_counted():
@@ -351,7 +351,7 @@ def test_exponentials_between_the_waits_for_two_products_are_counted():
 
     def count(*code):
         lines = [f"        /*{16 * i:04x}*/                   {line} ;" for i, line in enumerate(code)]
-        return compile_check.parse_sass("\n".join([".text.k:", *lines]))["k"][compile_check.BESIDE_PRODUCTS]
+        return compile_report.parse_sass("\n".join([".text.k:", *lines]))["k"][compile_report.BESIDE_PRODUCTS]
 
     assert count(one, product, product, wait, one, one, wait, one, one, one) == 2
     assert count(product, wait, one, one, product, wait, one) == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.model import loops, sass
 from benchmarks.model.predict import Kernel
-from tests import compile_check
+from tests import compile_check, compile_report
 
 SOURCES = (
     "forward", "backward_query", "backward_key_value", "tangent", "second_order", "decode", "backward_one_tile", "wide",
@@ -46,7 +46,7 @@ def compiled(arch: str, folder: Path) -> list[Kernel]:
             done = subprocess.run([*command, str(path), "-o", str(cubin)], capture_output=True, text=True, check=True)
             log.write_text(done.stderr)
         listing = sass.parse(compile_check.disassemble(nvdisasm, cubin))
-        for found in compile_check.parse_ptxas(source, arch, log.read_text()):
+        for found in compile_report.parse_ptxas(source, arch, log.read_text()):
             name = loops.name_of(found.name)
             if name is not None:
                 iteration = loops.attention_iteration(listing[found.symbol], name)
