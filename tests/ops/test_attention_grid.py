@@ -86,7 +86,9 @@ def test_every_pair_of_settings_in_second_order(case, attention_place):
 
 @pytest.mark.parametrize("case", SECOND_ORDER_PAIRS, ids=str)
 def test_every_pair_of_settings_in_second_order_with_the_helper_of_the_cpu(case):
-    check_second_order(case, torch.device("cpu"), zlib.crc32(str(case).encode()))
+    # With the gradient of a mask, second order is computed in PyTorch's tiles and tangents by a float32 kernel.
+    tolerance = 2e-5 if case.dtype == torch.float32 else 0.0
+    check_second_order(case, torch.device("cpu"), zlib.crc32(str(case).encode()), tolerance)
 
 
 def share() -> list[Case]:

@@ -112,9 +112,10 @@ def test_integer_options_of_data_at_their_extremes(capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize("model", ["conv-vae", "transformer-lm", "cgan", "seq2seq", "wavenet", "stylegan"])
 def test_a_mistake_in_an_option_of_sampling_is_one_of_usage(
-    fit: Main, tmp_path: Path, error_line: Callable[[], str], model: str
+    fit: Main, tmp_path: Path, error_line: Callable[[], str], capsys: pytest.CaptureFixture[str], model: str
 ) -> None:
     assert fit(model=model, steps=1) == 0
+    capsys.readouterr()  # what was chosen for the data
     wrong = {
         "conv-vae": [("--n", "0"), ("--n", "1000000000"), ("--n", str(10**30)), ("--seed", "-1"), ("--device", "meta")],
         "transformer-lm": [
