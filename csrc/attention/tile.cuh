@@ -90,12 +90,11 @@ struct TileSource {
 
 // Steps of a product that are unrolled: six without a remainder; fewer in float32, where a step has three times as many
 // matrix instructions; one in products that are rare, for the build time.
-template <typename T, bool kRare>
-constexpr int depths_unrolled(int depths) {
-  if (kRare) return 1;
-  if (sizeof(T) == 4) return 2;
-  return depths == 6 ? 6 : 4;
-}
+template <typename T, bool kRare, int kDepths>
+constexpr int kDepthsUnrolled = kRare            ? 1
+                                : sizeof(T) == 4 ? 2
+                                : kDepths == 6   ? 6
+                                                 : 4;
 
 // S += A B^T: kFragments * 16 rows of ``left`` starting at ``row``, 8 kTiles rows of ``right``.
 template <bool kRare = false, typename T, int kWidth, int kFragments, int kTiles>
@@ -125,7 +124,7 @@ __device__ __forceinline__ void multiply_rows(float (&scores)[kFragments][kTiles
       }
     }
   } else {
-    constexpr int kGroup = smaller(P::kGroup, kTiles), kUnrolled = depths_unrolled<T, kRare>(kWidth / P::kDepth);
+    constexpr int kGroup = smaller(P::kGroup, kTiles), kUnrolled = kDepthsUnrolled<T, kRare, kWidth / P::kDepth>;
 #pragma unroll(kUnrolled)
     for (int k = 0; k < kWidth; k += P::kDepth) {
       if (kFragments > 1) device::hold_loads();
