@@ -61,6 +61,7 @@ CLASSES = (*DISTANCES, "class agreement")
 CODES = ("ELBO", "bits per dimension", *DISTANCES)
 PIXELS = ("negative log-likelihood", "bits per dimension", *DISTANCES)
 BOUNDS = ("ELBO", "importance-weighted bound", "bits per dimension", *DISTANCES)
+SOUNDS = ("nats per token", "energy at harmonics", "energy at harmonics, held-out sounds")
 TRANSLATED = (
     *("absolute error", "absolute error, input as it is"),
     *("structural similarity", "structural similarity, input as it is"),
@@ -76,7 +77,7 @@ RECONSTRUCTED = (
     "Held-out images (upper rows) above their reconstructions",
     ("--reconstruct", "held-out", "--n", "32"),
 )
-COMPLETED = ("The upper halves of held-out images (upper rows), completed", ("--show", "completions"))
+COMPLETED = ("Held-out images, their upper halves, and completions of these", ("--show", "completions"))
 ATTENDED = ("Where the attention of a generator's pixel goes", ("--show", "attention"))
 
 
@@ -193,12 +194,14 @@ BUNDLED = (
         show=("negative log-likelihood", "bits per dimension", *CLASSES),
         name="image-transformer, captions",
     ),
+    Entry("wavenet", sample=("--n", "4"), show=SOUNDS, note="Spectrogram of four sounds, one after the other."),
     Entry(
         "wavenet",
+        ("--model.conditional",),
         sample=("--n", "4"),
-        show=("nats per token", "energy at harmonics", "energy at harmonics, held-out sounds"),
-        note="Spectrogram of four sounds, one after the other. They have harmonics, but their pitch drifts, and some"
-        " decay at once: not good yet.",
+        show=SOUNDS,
+        name="wavenet, conditional",
+        note="Spectrogram of four sounds of different classes, an instrument and a pitch, one after the other.",
     ),
 )
 GROUPS = (
