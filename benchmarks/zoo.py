@@ -97,7 +97,7 @@ MNIST = (
     on("mnist", "dcgan", show=DISTANCES, views=(BETWEEN, COPIES)),
     on("mnist", "cdcgan", sample=("--n", "80"), show=CLASSES, views=(COPIES,)),
     on("mnist", "sagan", sample=("--n", "80"), show=CLASSES, views=(COPIES, ATTENDED)),
-    on("mnist", "image-transformer", show=PIXELS, views=(COMPLETED, COPIES)),
+    on("mnist", "image-transformer", show=CODES, views=(COMPLETED, COPIES)),
     on(
         *("mnist", "image-transformer", "--model.codebook-size", "0"),
         name="image-transformer, pixels",
