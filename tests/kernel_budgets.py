@@ -54,7 +54,7 @@ BUDGETS = {
     "attention_sum_parts": Budget(registers=32, shared_bytes=1024),
     # 128 x 128 tiles have 256 threads: 128 registers keep two blocks of 16-bit products; 3xTF32 keeps one.
     "projection_project": Budget(registers=192),
-    "projection_weight_gradient": Budget(registers=192),
+    "projection_weight_gradient": Budget(registers=200),
     # launch_bounds(256), each one pass over memory. Static shared memory: block_sum's, aligned like dynamic.
     "projection_reduce": Budget(registers=40, shared_bytes=1024),
     "projection_sum_rows": Budget(registers=32, shared_bytes=1024),
