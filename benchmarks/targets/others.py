@@ -119,11 +119,12 @@ def layer_rows() -> list[Row]:
 
 def model_rows() -> list[Row]:
     rows = []
-    for name, steps in (("conv-vae", 2), ("dcgan", 2)):
+    for name in ("conv-vae", "dcgan", "conv-vae 28x28", "dcgan 28x28"):
 
-        def make(name: str = name, steps: int = steps) -> tuple[Call, Call]:
-            ours, twin, batch = make_models(name)
+        def make(name: str = name) -> tuple[Call, Call]:
+            ours, twin, batch, steps = make_models(name)
             return trainer(ours, ours, batch, steps), trainer(twin, ours, batch, steps)
 
-        rows.append(Row(f"{name}, {steps} training steps", "defaults", "plain PyTorch", 1.0, make))
+        model, _, size = name.partition(" ")
+        rows.append(Row(f"{model}, training", size or "defaults, 8x8", "plain PyTorch", 1.0, make))
     return rows
