@@ -162,6 +162,10 @@ class GenerativeModel(nn.Module, Pretrained):
     """Names of the submodules whose buffers (N, ...) hold items: with several processes, each keeps its share of the
     rows, while other buffers, which hold statistics, are averaged."""
 
+    channels_last: ClassVar[bool] = False
+    """Whether training on a CPU keeps the weights of convolutions in the channels-last format: oneDNN then reads and
+    writes feature maps as they are, without a copy into its own layout and back."""
+
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config

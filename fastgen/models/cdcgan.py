@@ -103,10 +103,11 @@ class CDCGAN(ImageGAN):
     name = "cdcgan"
     summary = "conditional DCGAN: generates images of a given class"
     config_class, sampling_class = CDCGANConfig, LabelOptions
+    channels_last = True
     train_defaults: ClassVar = {"steps": 1123, "batch_size": 64, "average_decay": 0.998}
     sizes: ClassVar = {
         "medium": Size(10_000, train=LONG, model=SLOWER),
-        "large": Size(5_000, 32, train=LONG, model={"width": 24, **SLOWER}),
+        "large": Size(8_000, 32, train=LONG, model={"width": 24, "penalty_every": 4, **SLOWER}),
         "medium, gpu": Size(40_000, 128, train=LONG, model={"width": 64, **SLOWER}),
         "large, gpu": Size(60_000, 128, train=LONG, model={"width": 64, "latent_dim": 128, **SLOWER}),
     }

@@ -169,11 +169,12 @@ class DCGAN(ImageGAN):
     name = "dcgan"
     summary = "deep convolutional generative adversarial network"
     config_class = DCGANConfig
+    channels_last = True
     sampling_class = NoOptions
     train_defaults: ClassVar = {"steps": 3368, "batch_size": 64, "average_decay": 0.998}
     sizes: ClassVar = {
         "medium": Size(12_000, train=LONG, model={"width": 32, **SLOWER}),
-        "large": Size(5_000, 32, train=LONG, model={"width": 24, **SLOWER}),
+        "large": Size(8_000, 32, train=LONG, model={"width": 24, "penalty_every": 4, **SLOWER}),
         "medium, gpu": Size(40_000, 128, train=LONG, model={"width": 64, **SLOWER}),
         "large, gpu": Size(60_000, 128, train=LONG, model={"width": 64, "latent_dim": 128, **SLOWER}),
     }

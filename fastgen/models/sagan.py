@@ -258,7 +258,7 @@ class SAGAN(ImageGAN):
     train_defaults: ClassVar = {"steps": 1123, "batch_size": 64, "average_decay": 0.998}
     sizes: ClassVar = {
         "medium": Size(4_000, model={"width": 8}),
-        "large": Size(3_000, 16, train=LONG, model={"width": 8, "attention_size": 32}),
+        "large": Size(3_000, 16, train=LONG, model={"width": 8, "attention_size": 32, "penalty_every": 4}),
         "medium, gpu": Size(30_000, train=LONG, model={"width": 32}),
         "large, gpu": Size(60_000, train=LONG, model={"width": 32, "attention_size": 32}),
     }

@@ -403,6 +403,7 @@ class StyleGAN(ImageGAN):
     name = "stylegan"
     summary = "style-based GAN: modulated convolutions, noise at every layer, path length penalty"
     config_class, sampling_class = StyleGANConfig, StyleOptions
+    channels_last = True
     train_defaults: ClassVar = {"steps": 3705, "batch_size": 64, "average_decay": 0.998}
     sizes: ClassVar = {
         "medium": Size(10_000, 32, train=LONG, model={"width": 8, "generator_learning_rate": 1e-3}),

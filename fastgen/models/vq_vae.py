@@ -359,6 +359,7 @@ class VQVAE(GenerativeModel):
     kind = "images"
     default_data = "digits"
     config_class, sampling_class = VQVAEConfig, CodeOptions
+    channels_last = True
     train_defaults: ClassVar = {"steps": 1123, "batch_size": 64, "schedule": "cosine", "average_decay": 0.99}
     sizes: ClassVar = {
         "medium": Size(3_500, passes=200, model={"width": 8, "codebook_size": 128}),

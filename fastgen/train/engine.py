@@ -69,6 +69,8 @@ class Engine:
         self.model, self.config, self.total, self.accelerator = model, config, total, accelerator
         self.device = accelerator.device
         model.to(self.device)
+        if model.channels_last and self.device.type == "cpu":
+            model.to(memory_format=torch.channels_last)
         self.updaters = [_Updater(model, phase, config, accelerator) for phase in model.phases()]
         self.step = 0
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)

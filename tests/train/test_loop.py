@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from fastgen.data import TensorItems
-from fastgen.models import Batch, GenerativeModel, NoOptions, Phase, StepContext
+from fastgen.models import MODELS, Batch, GenerativeModel, NoOptions, Phase, StepContext
 from fastgen.train.checkpoint import Header, load_checkpoint, save_checkpoint
 from fastgen.train.config import TrainConfig
 from fastgen.train.engine import Engine
@@ -326,3 +326,26 @@ def test_ten_thousand_steps_neither_slow_down_nor_grow(engine_of: Any) -> None:
     print([f"{value:.2f}" for value in seconds], [f"{value / 2**20:.1f}" for value in memory])
     assert sorted(seconds[10:])[5] < 1.2 * sorted(seconds[2:10])[4]
     assert memory[-1] - memory[4] < 2**21  # two MiB
+
+
+@pytest.mark.parametrize("name", ["dcgan", "cdcgan", "stylegan", "vq-vae"])
+def test_channels_last_weights_give_the_same_losses(name: str, engine_of: Any) -> None:
+    """On a CPU the engine changes the memory format of these models, not what they compute."""
+    cls = MODELS[name]
+    assert cls.channels_last
+    options = {"image_size": 8, "channels": 3, "width": 8} | ({"classes": 2} if name == "cdcgan" else {})
+    torch.manual_seed(0)
+    plain = cls(cls.config_class(**options))
+    model = copy.deepcopy(plain)
+    engine_of(model)
+    formats = [
+        weight.is_contiguous(memory_format=torch.channels_last) for weight in model.parameters() if weight.dim() == 4
+    ]
+    assert all(formats)
+    batch = {"images": torch.rand(4, 3, 8, 8), "labels": torch.tensor([0, 1, 0, 1])}
+    for phase in model.phases():
+        losses = []
+        for each in (plain, model):
+            torch.manual_seed(1)
+            losses.append(each.loss(phase.name, batch, StepContext(1, 2))["loss"])
+        torch.testing.assert_close(losses[1], losses[0])
