@@ -56,6 +56,7 @@ AVERAGE_STEP = 0.005
 STD_GROUP_SIZE = 4
 GAIN = math.sqrt(2)  # of LeakyReLU, which then keeps the variance of its input
 NUM_VISUALIZED = 8
+FAST = {"generator_learning_rate": 4e-3, "discriminator_learning_rate": 3e-3, "noise_rate": 0.03, "penalty_weight": 0.1}
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class StyleGANConfig:
     style_dim: int = option(64, "dimension of the style w")
     mapping_depth: int = option(2, "number of layers of the mapping network")
     mapping_rate: float = option(0.1, "learning rate multiplier of the mapping network")
+    noise_rate: float = option(1.0, "learning rate multiplier of the strength of the noise")
     output: Output = option("skip", "skip: sum of images of all resolutions; residual: image of the last feature map")
     style_mixing: float = option(0.0, "probability of style mixing: a second style from a random layer on")
     path_length_weight: float = option(0.0, "weight of the path length penalty, 2 in the paper; 0: none")
@@ -101,7 +103,7 @@ class StyleGANConfig:
             require_positive(name, getattr(self, name))
         feature_sizes(self.image_size)
         require_choice("output", self.output, get_args(Output))
-        require_positive_number(mapping_rate=self.mapping_rate)
+        require_positive_number(mapping_rate=self.mapping_rate, noise_rate=self.noise_rate)
         if not 0 <= self.style_mixing <= 1:
             raise ValueError(f"style_mixing: expected a probability in [0, 1], got {self.style_mixing}")
         require_not_negative(path_length_weight=self.path_length_weight)
@@ -233,16 +235,16 @@ class ModulatedConv2d(nn.Module):
 class StyledLayer(nn.Module):
     """Modulated 3x3 convolution, after upsampling if requested, then noise (B, H W) and LeakyReLU."""
 
-    def __init__(self, in_channels: int, out_channels: int, style_dim: int, *, upsample: bool) -> None:
+    def __init__(self, in_channels: int, out_channels: int, config: StyleGANConfig, *, upsample: bool) -> None:
         super().__init__()
-        self.convolution = ModulatedConv2d(in_channels, out_channels, 3, style_dim)
+        self.convolution = ModulatedConv2d(in_channels, out_channels, 3, config.style_dim)
         self.strength = nn.Parameter(torch.zeros(()))
         self.bias = nn.Parameter(torch.zeros(out_channels))
-        self.upsamples = upsample
+        self.upsamples, self.noise_gain = upsample, GAIN * config.noise_rate
 
     def forward(self, x: Tensor, style: Tensor, noise: Tensor) -> Tensor:
         x = self.convolution(upsample(x) if self.upsamples else x, style, GAIN)
-        noise = (GAIN * self.strength) * noise.view(-1, 1, *x.shape[2:])
+        noise = (self.noise_gain * self.strength) * noise.view(-1, 1, *x.shape[2:])
         return leaky_relu(x + noise + (GAIN * self.bias)[:, None, None])
 
 
@@ -278,10 +280,10 @@ class Synthesis(nn.Module):
         self.noise_dims = config.noise_dims
         self.residual = config.output == "residual"
         self.constant = nn.Parameter(torch.randn(widths[0], sizes[0], sizes[0]))
-        self.layers = nn.ModuleList([StyledLayer(widths[0], widths[0], style_dim, upsample=False)])
+        self.layers = nn.ModuleList([StyledLayer(widths[0], widths[0], config, upsample=False)])
         for before, after in itertools.pairwise(widths):
-            self.layers.append(StyledLayer(before, after, style_dim, upsample=True))
-            self.layers.append(StyledLayer(after, after, style_dim, upsample=False))
+            self.layers.append(StyledLayer(before, after, config, upsample=True))
+            self.layers.append(StyledLayer(after, after, config, upsample=False))
         self.images = nn.ModuleList(
             ModulatedConv2d(width, config.channels, 1, style_dim, demodulate=False)
             for width in (widths[-1:] if self.residual else widths)
@@ -407,7 +409,7 @@ class StyleGAN(ImageGAN):
     train_defaults: ClassVar = {"steps": 3705, "batch_size": 64, "average_decay": 0.998}
     sizes: ClassVar = {
         "medium": Size(10_000, 32, train=LONG, model={"width": 8, "generator_learning_rate": 1e-3}),
-        "large": Size(3_000, 16, train=LONG, model={"width": 8, "generator_learning_rate": 1e-3}),
+        "large": Size(9_000, 8, train=LONG, model={"width": 8, "penalty_every": 4, **FAST}),
         "medium, gpu": Size(40_000, train=LONG, model={"generator_learning_rate": 1e-3}),
         "large, gpu": Size(80_000, train=LONG, model={"generator_learning_rate": 1e-3}),
     }
@@ -496,6 +498,5 @@ class StyleGAN(ImageGAN):
         z, noise = self.latents(n, generator)
         with eval_mode(self.generator):
             w = self.generator.styles(z)
-        rows, columns = w.repeat_interleave(n, 0), w.repeat(n, 1, 1)
-        styles = torch.cat([rows[:, :coarse], columns[:, coarse:]], dim=1)
+        styles = torch.cat([w.repeat_interleave(n, 0)[:, :coarse], w.repeat(n, 1, 1)[:, coarse:]], dim=1)
         return {"styles": Images(to_pixels(self.generator.synthesis(styles, noise.repeat_interleave(n, 0))), n)}

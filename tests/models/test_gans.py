@@ -141,6 +141,7 @@ CONFIG_ERRORS = {
     "stylegan: style": ({"style_dim": 0}, "style_dim: expected a positive integer, got 0"),
     "stylegan: output": ({"output": "sum"}, "output: expected one of skip, residual, got 'sum'"),
     "stylegan: rate": ({"mapping_rate": 0.0}, "mapping_rate: expected a positive number, got 0.0"),
+    "stylegan: noise": ({"noise_rate": 0.0}, "noise_rate: expected a positive number, got 0.0"),
     "stylegan: mixing": ({"style_mixing": 2.0}, r"style_mixing: expected a probability in \[0, 1\], got 2.0"),
     "stylegan: path": ({"path_length_weight": -1.0}, "path_length_weight: expected a number >= 0, got -1.0"),
     "transgan: heads": ({"num_heads": 3}, "num_heads: expected a divisor of width, 8, got 3"),
