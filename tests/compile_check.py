@@ -136,19 +136,21 @@ def compile_one(
     instructions: Collection[str] = (),
     everything: bool = True,
     times: Times | None = None,
+    host: bool = True,
 ) -> tuple[list[Kernel], str]:
     """The kernels of one source, and the error message, if any.
 
     loops: kernels whose main loop is counted. instructions: kernels whose instructions are checked. everything:
     instructions are counted in all kernels, not only where the source has one of those. times: takes the CPU time of
-    the source.
+    the source. host: code for the host is compiled, too.
     """
     name = str(source.relative_to(ROOT)) if source.is_relative_to(ROOT) else str(source)
     number = arch.removeprefix("sm_")
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc, "-std=c++20", "-O3", "-Xptxas", "-v", *(f"-I{folder}" for folder in INCLUDES)]
         command += ["-gencode", f"arch=compute_{number},code=sm_{number}", "--keep", "--keep-dir", folder]
-        command += ["-c", str(source), "-o", str(Path(folder, "out.o"))]
+        what, output = ("-c", "out.o") if host else ("-cubin", "out.cubin")
+        command += [what, str(source), "-o", str(Path(folder, output))]
         done = run_compiler(command, Path(folder, "report.txt"))
         if done.returncode != 0:
             return [], f"{name} for sm_{number}:\n{done.output}"
@@ -221,6 +223,10 @@ def compile_wheel(arch: str, nvcc: str, loops: Collection[str] = ()) -> tuple[li
     skipped = shutil.ignore_patterns(".*", "build", "dist", "runs", "site", "*.egg-info", "__pycache__", "*.so")
     with tempfile.TemporaryDirectory() as folder:
         project = shutil.copytree(ROOT, Path(folder, "project"), ignore=skipped)
+        # Objects of the CPU kernels come along with their times, and are not compiled again.
+        objects = ROOT / "build" / "libraries"
+        if objects.is_dir():
+            shutil.copytree(objects, project / "build" / "libraries", ignore=shutil.ignore_patterns("_cuda*"))
         command = [
             sys.executable,
             "-m",
@@ -417,12 +423,18 @@ def main(
     everywhere = arguments.sass or bool(arguments.sources)
     start = time.perf_counter()
     times: Times = {}
+    checked = table.REQUIRED_INSTRUCTIONS
+
+    def compile_job(job: tuple[Path, str]) -> tuple[list[Kernel], str]:
+        # The host's code, which is the same for each architecture, is compiled in the wheel and for its architecture.
+        host = arguments.wheel in (None, job[1])
+        return compile_one(nvcc, nvdisasm, *job, loops, checked, everywhere, times, host)
+
     with ThreadPoolExecutor(max_workers=2) as pool:
-        checked = table.REQUIRED_INSTRUCTIONS
-        results = list(pool.map(lambda job: compile_one(nvcc, nvdisasm, *job, loops, checked, everywhere, times), jobs))
+        wheel = pool.submit(compile_wheel, arguments.wheel, nvcc, loops) if arguments.wheel else None
+        results = list(pool.map(compile_job, jobs))
+        results += [wheel.result()] if wheel else []
     times = {key: seconds for key, seconds in times.items() if Path(ROOT, key[0]).is_relative_to(ROOT / "csrc")}
-    if arguments.wheel:
-        results.append(compile_wheel(arguments.wheel, nvcc, loops))
     seconds = time.perf_counter() - start
     found = [kernel for kernels, _ in results for kernel in kernels]
     units = [kernel for kernel in found if Path(ROOT, kernel.source).is_relative_to(UNIT_KERNELS)]

@@ -42,9 +42,9 @@ from fastgen.checks import (
 from fastgen.models.base import Batch, GenerativeModel, Images, Phase, Samples, StepContext, image_rows, option, upcast
 from fastgen.models.conditioning import LabelOptions, check_labels, wanted_labels
 from fastgen.models.decoding import Chooser, generating
+from fastgen.models.lm_blocks import EPS, CachedBlocks, LMBlock, init_weights
 from fastgen.models.registry import register_model
 from fastgen.models.sizes import LONG, DataSize, Size
-from fastgen.models.transformer_lm import EPS, CachedBlocks, LMBlock, init_weights
 from fastgen.models.variational import check_images
 from fastgen.models.vq_vae import Autoencoder, AutoencoderConfig
 from fastgen.nn import RotaryEmbedding

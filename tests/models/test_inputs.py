@@ -12,8 +12,8 @@ from torch import Tensor
 from fastgen.data import TensorItems
 from fastgen.metrics.translations import evaluate_pairs, structural_similarity
 from fastgen.models import MODELS, GenerativeModel, StepContext, to_pixels
+from fastgen.models.lm_blocks import _rms_norm
 from fastgen.models.stylegan import ModulatedConv2d, minibatch_std_map
-from fastgen.models.transformer_lm import _rms_norm
 from fastgen.models.transgan import TokenNorm
 from fastgen.models.variational import pixels_log_prob
 from fastgen.train.errors import UsageError
