@@ -3,75 +3,37 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import pickle
 import warnings
 import weakref
 
 import pytest
 import torch
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 from torch.utils.checkpoint import checkpoint
 
 from fastgen import losses, nn
 from fastgen.ops.recurrent import autograd as implementation
 from fastgen.testing import assert_accurate
-
-T, B, C, H = 4, 3, 3, 5
-BOTH = ["LSTM", "GRU"]
-OPTIONS = [
-    {"num_layers": layers, "bias": bias, "batch_first": batch_first, "bidirectional": bidirectional}
-    for layers, bias, batch_first, bidirectional in itertools.product((1, 2), *[(True, False)] * 3)
-]
-GRID = [(name, options, given) for name in BOTH for options in OPTIONS for given in {False, options["num_layers"] == 2}]
-GRID += [("LSTM", {**options, "proj_size": 2}, options["num_layers"] == 2) for options in OPTIONS]
-
-
-class _SimulatedCudnn(torch.autograd.Function):
-    """Has cuDNN's restrictions: one backward pass, in training mode only, all inputs cast under autocast."""
-
-    @staticmethod
-    def forward(ctx, stack, batch_sizes, train, *tensors):
-        low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-            ctx.leaves = [t.detach().requires_grad_() for t in tensors]
-            lowered = [t if low is None else t.to(low) for t in ctx.leaves]
-            arguments = implementation._arguments(stack, batch_sizes, lowered)
-            ctx.results = ORIGINAL["torch_recurrence"](stack, *arguments, 0.0, train)
-        ctx.train = train
-        ctx.save_for_backward(*tensors)
-        return tuple(result.detach() for result in ctx.results)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        if not ctx.train:
-            raise RuntimeError("cudnn RNN backward can only be called in training mode")
-        if ctx.saved_tensors:
-            CALLS.append("backward")
-        gradients = torch.autograd.grad(ctx.results, ctx.leaves, grads, retain_graph=True, materialize_grads=True)
-        return None, None, None, *gradients
-
-
-def _simulated_cudnn(stack, data, batch_sizes, states, weights, probability=0.0, train=True):
-    CALLS.append("forward")
-    if torch.is_grad_enabled():
-        assert not (probability and train), "the dropout mask would be lost"
-    return _SimulatedCudnn.apply(stack, batch_sizes, train, data, *states, *weights)
-
-
-ORIGINAL = {"torch_recurrence": implementation.torch_recurrence}
-CALLS: list[str] = []
-
-
-def simulate_cudnn(monkeypatch):
-    CALLS.clear()
-    monkeypatch.setattr(implementation, "accelerated", lambda device: True)
-    monkeypatch.setattr("fastgen.functional.recurrent.accelerated", lambda device: True)
-    monkeypatch.setattr(implementation, "torch_recurrence", _simulated_cudnn)
+from tests.nn.recurrent_cases import (
+    BOTH,
+    CALLS,
+    GRID,
+    OPTIONS,
+    B,
+    C,
+    H,
+    T,
+    assert_all_close,
+    derivatives,
+    flat,
+    normal,
+    pair,
+    scalar,
+    simulate_cudnn,
+    states_of,
+)
 
 
 @pytest.fixture
@@ -88,57 +50,6 @@ def device(request, monkeypatch):
     if request.param == "simulated cuDNN":
         simulate_cudnn(monkeypatch)
     return torch.device("cuda" if request.param == "cuda" else "cpu")
-
-
-def normal(*shape, device="cpu"):
-    return torch.randn(*shape, dtype=torch.float64, device=device)
-
-
-def pair(name, device="cpu", dtype=torch.float64, **options):
-    """torch's and fastgen's layer with the same state dict."""
-    theirs = getattr(torch.nn, name)(C, H, **options).to(device, dtype)
-    ours = getattr(nn, name)(C, H, **options).to(device, dtype)
-    assert not any(ours.load_state_dict(theirs.state_dict()))
-    return theirs, ours
-
-
-def flat(results):
-    """List of tensors of (output, h) or (output, (h, c)); packed outputs as rows."""
-    output, last = results
-    output = output.data if isinstance(output, PackedSequence) else output
-    return [output, *(last if isinstance(last, tuple) else (last,))]
-
-
-def states_of(layer, batch, device="cpu"):
-    rows = layer.num_layers * (2 if layer.bidirectional else 1)
-    h = normal(rows, batch, layer.proj_size or H, device=device)
-    return (h, normal(rows, batch, H, device=device)) if layer.mode == "LSTM" else h
-
-
-def scalar(tensors):
-    return sum((t.sin() * torch.linspace(0.5, 1.5, t.numel()).to(t).reshape(t.shape)).sum() for t in tensors)
-
-
-def derivatives(layer, x, hx=None):
-    """Results, gradients of a scalar of the results, and gradients of the squared gradients."""
-    x = x.detach().clone().requires_grad_()
-    hx = (
-        ()
-        if hx is None
-        else tuple(t.detach().clone().requires_grad_() for t in (hx if isinstance(hx, tuple) else [hx]))
-    )
-    given = None if not hx else hx if layer.mode == "LSTM" else hx[0]
-    results = flat(layer(x, given))
-    inputs = [x, *hx, *layer.parameters()]
-    plain = torch.autograd.grad(scalar(results), inputs, retain_graph=True)
-    first = torch.autograd.grad(scalar(results), inputs, create_graph=True)
-    second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
-    return [*results, *plain, *first, *second]
-
-
-def assert_all_close(results, expected):
-    for a, b in zip(results, expected, strict=True):
-        torch.testing.assert_close(a, b)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -200,126 +111,6 @@ def test_cpu_results_are_bitwise_equal_to_torch_including_dropout(name):
         torch.manual_seed(1)
         for a, b in zip(flat(ours.train(train)(x)), expected, strict=True):
             assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("name", BOTH)
-def test_attributes_match_torch_and_copies_work(name):
-    theirs, ours = pair(name, num_layers=2, dropout=0.1)
-    assert vars(theirs).keys() == vars(ours).keys()
-    assert isinstance(ours, getattr(torch.nn, name))
-    assert str(theirs) == str(ours)
-    x, expected = normal(T, B, C), None
-    for layer in (ours.eval(), copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-        assert type(layer) is getattr(nn, name)
-        results = flat(layer(x))
-        expected = expected or results
-        assert_all_close(results, expected)
-
-
-@pytest.mark.parametrize(
-    ("name", "input", "hx", "error", "text"),
-    [
-        ("LSTM", None, None, TypeError, "input: expected a tensor, got NoneType"),
-        ("LSTM", torch.zeros(T, B, 4), None, ValueError, r"input: expected \(T, B, 3\) or \(T, 3\), got \(4, 3, 4\)"),
-        ("GRU", torch.zeros(4), None, ValueError, r"input: expected \(T, B, 3\) or \(T, 3\), got \(4,\)"),
-        ("GRU", torch.zeros(1, T, B, C), None, ValueError, r"input: expected .* got \(1, 4, 3, 3\)"),
-        ("GRU", pack_sequence([torch.zeros(2, 4)]), None, ValueError, r"input: expected \(rows, 3\), got \(2, 4\)"),
-        (
-            "LSTM",
-            torch.zeros(T, B, C).double(),
-            None,
-            TypeError,
-            "input: expected the dtype of the weights, torch.float32",
-        ),
-        ("LSTM", torch.zeros(0, B, C), None, ValueError, r"input: expected at least one time step, got \(0, 3, 3\)"),
-        ("GRU", torch.zeros(0, B, C), None, ValueError, r"input: expected at least one time step, got \(0, 3, 3\)"),
-        (
-            "GRU",
-            torch.zeros(T, B, C),
-            torch.zeros(1, H),
-            ValueError,
-            r"hx: expected shape .* = \(1, 3, 5\), got \(1, 5\)",
-        ),
-        (
-            "GRU",
-            torch.zeros(T, C),
-            torch.zeros(1, 1, H),
-            ValueError,
-            r"hx: expected shape .* = \(1, 5\), got \(1, 1, 5\)",
-        ),
-        ("GRU", torch.zeros(T, B, C), torch.zeros(1, 4, H), ValueError, r"hx: expected shape .* = \(1, 3, 5\), got"),
-        ("GRU", torch.zeros(T, B, C), (torch.zeros(1, B, H),) * 2, TypeError, "hx: expected a tensor, got tuple"),
-        (
-            "LSTM",
-            torch.zeros(T, B, C),
-            (torch.zeros(1, B, H), torch.zeros(1, B, 2)),
-            ValueError,
-            r"hx\[1\]: expected shape",
-        ),
-        ("LSTM", torch.zeros(T, B, C), torch.zeros(1, B, H), TypeError, r"hx: expected a pair \(h, c\), got Tensor"),
-        ("GRU", pack_sequence([torch.zeros(2, C)]), torch.zeros(1, 2, H), ValueError, r"hx: .* = \(1, 1, 5\), got"),
-        ("GRU", torch.zeros(T, B, C).long(), None, TypeError, "input: expected a floating-point tensor"),
-        (
-            "GRU",
-            torch.zeros(T, B, C),
-            torch.zeros(1, B, H).double(),
-            TypeError,
-            "hx: expected the dtype of the weights",
-        ),
-        (
-            "LSTM",
-            torch.zeros(T, B, C),
-            (torch.zeros(1, B, H), torch.zeros(1, B, H).half()),
-            TypeError,
-            r"hx\[1\]: expected the dtype of the weights, torch.float32, got torch.float16",
-        ),
-        (
-            "GRU",
-            torch.zeros(T, B, C),
-            torch.zeros(1, B, H, device="meta"),
-            ValueError,
-            "hx: expected the device of the weights, cpu, got meta",
-        ),
-        ("GRU", PackedSequence(torch.zeros(5, C), torch.tensor([3, 1])), None, ValueError, r"5 rows, got \[3, 1\]"),
-        ("GRU", PackedSequence(torch.zeros(5, C), torch.tensor([2, 3])), None, ValueError, r"5 rows, got \[2, 3\]"),
-        ("LSTM", PackedSequence(torch.zeros(3, C), torch.tensor([2, 1, 0])), None, ValueError, r"got \[2, 1, 0\]"),
-        ("LSTM", PackedSequence(torch.zeros(0, C), torch.tensor([]).long()), None, ValueError, r"0 rows, got \[\]"),
-    ],
-)
-def test_invalid_inputs_raise(name, input, hx, error, text):
-    with pytest.raises(error, match=text):
-        getattr(nn, name)(C, H)(input, hx)
-
-
-@pytest.mark.parametrize("name", BOTH)
-def test_autocast_rejects_float64_and_integer_inputs(name):
-    layer = getattr(nn, name)(C, H)
-    states = torch.zeros(1, B, H).double()
-    with torch.autocast("cpu", torch.bfloat16):
-        with pytest.raises(TypeError, match="input: expected the dtype of the weights"):
-            layer(torch.zeros(T, B, C).double())
-        with pytest.raises(TypeError, match="input: expected a floating-point tensor"):
-            layer(torch.zeros(T, B, C).long())
-        with pytest.raises(TypeError, match=r"hx(\[0\])?: expected the dtype of the weights"):
-            layer(torch.zeros(T, B, C), (states, states) if name == "LSTM" else states)
-
-
-@pytest.mark.parametrize("name", BOTH)
-def test_meta_tensors_have_shapes_and_derivatives(name):
-    theirs, ours = pair(name, num_layers=2)
-    wanted = derivatives(theirs, normal(T, B, C))
-    for a, b in zip(derivatives(ours.to("meta"), normal(T, B, C, device="meta")), wanted, strict=True):
-        assert a.device.type == "meta"
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
-
-
-def test_invalid_constructor_arguments_raise_as_in_torch():
-    with pytest.raises(ValueError, match="proj_size has to be smaller than hidden_size"):
-        nn.LSTM(C, H, proj_size=H)
-    with pytest.raises(ValueError, match="dropout should be a number in range"):
-        nn.GRU(C, H, 2, dropout=1.5)
-    with pytest.raises(ValueError, match="proj_size argument is only supported for LSTM"):
-        nn.GRU(C, H, proj_size=2)
 
 
 @pytest.mark.parametrize("name", BOTH)

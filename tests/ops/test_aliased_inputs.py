@@ -13,8 +13,9 @@ from torch.func import functional_call
 import fastgen
 from fastgen import functional, nn, reference
 from fastgen.ops.recurrent import autograd as implementation
-from tests.ops import test_derivatives as table
-from tests.ops.test_derivatives import CASES, WAYS, normal, scalar
+from tests.ops.derivative_cases import CASES, PENALTIES, normal, plain_recurrent, scalar
+from tests.ops.derivative_ways import WAYS
+from tests.ops.test_derivatives import refusal
 
 B, N, D = 2, 3, 4
 
@@ -99,9 +100,7 @@ def cells(names):
 
 
 SEVERAL = [
-    name
-    for name in CASES
-    if name not in (*table.PENALTIES, "ConvVAE", "DCGAN", "TransformerLM", "KVCache", "GaussianLatent")
+    name for name in CASES if name not in (*PENALTIES, "ConvVAE", "DCGAN", "TransformerLM", "KVCache", "GaussianLatent")
 ]
 """Those of several arguments; a penalty's are detached, and a cache is written in place."""
 
@@ -110,7 +109,7 @@ SEVERAL = [
 def test_arguments_computed_from_one_another(name, way):
     torch.manual_seed(2)
     ours, plain, x = CASES[name]()
-    refused = table.refusal(name, way)
+    refused = refusal(name, way)
     assert_right(way, one_from_another(ours), one_from_another(plain), x, refused)
 
 
@@ -126,7 +125,7 @@ def test_one_tensor_for_several_arguments(name, way):
     ours, plain, x = CASES[name]()
     shapes = [t.shape for t in x]
     distinct = [x[shapes.index(shape)] for shape in dict.fromkeys(shapes)]
-    refused = table.refusal(name, way)
+    refused = refusal(name, way)
     assert_right(way, one_for_all(ours, shapes), one_for_all(plain, shapes), distinct, refused)
 
 
@@ -217,8 +216,8 @@ def test_recurrent_layers_that_share_weights_and_states(monkeypatch, name, as_on
 
     def plain(x, *weights):
         x, start = computed(x, weights[0])
-        below = table.plain_recurrent(x, *weights, start=start)
-        above = table.plain_recurrent(below[0], *weights, start=start)
+        below = plain_recurrent(x, *weights, start=start)
+        above = plain_recurrent(below[0], *weights, start=start)
         return above[0], *(torch.stack(pair) for pair in zip(below[1:], above[1:], strict=True))
 
     assert_right(way, ours, plain, [normal(N, B, D), *(layer.get_parameter(key).detach() for key in names)])
