@@ -77,11 +77,16 @@ class Projection(NamedTuple):
         return " ".join([*words, *(["bias"] if self.bias else []), self.epilogue, f"B{self.batch}"])
 
 
-def affordable(point: Any) -> bool:
+def products(point: Any) -> int:
+    """What the emulator computes for one item of the batch."""
     dtype, parts, _, length, channels, *_ = point
     heads, dims = PARTS[parts]
     rows = sum(h * d for h, d in zip(heads, dims, strict=True))
-    return rows * channels * length * (3 if dtype == torch.float32 else 1) <= 3_000_000
+    return rows * channels * length * (3 if dtype == torch.float32 else 1)
+
+
+def affordable(point: Any) -> bool:
+    return products(point) <= 3_000_000
 
 
 AXES = [
@@ -94,7 +99,7 @@ AXES = [
     ["plain", "norms", "rotary", "both", "interleaved", "batched"],
     [1, 3],
 ]
-PROJECTIONS = [Projection(*point) for point in covering(AXES, affordable)]
+PROJECTIONS = [Projection(*point) for point in covering(AXES, affordable, lambda p: products(p) * p[-1])]
 
 
 @pytest.mark.parametrize("case", PROJECTIONS, ids=str)
@@ -157,9 +162,13 @@ class Merge(NamedTuple):
         return " ".join([*words, f"{self.length}x{self.channels}", *flags, f"gate {self.gate}", f"B{self.batch}"])
 
 
-def merge_affordable(point: Any) -> bool:
+def merge_products(point: Any) -> int:
     dtype, (heads, dim), _, length, channels, *_ = point
-    return heads * dim * channels * length * (3 if dtype == torch.float32 else 1) <= 3_000_000
+    return heads * dim * channels * length * (3 if dtype == torch.float32 else 1)
+
+
+def merge_affordable(point: Any) -> bool:
+    return merge_products(point) <= 3_000_000
 
 
 MERGE_AXES = [
@@ -173,7 +182,7 @@ MERGE_AXES = [
     ["none", "scalar", "channel", "batch"],
     [1, 3],
 ]
-MERGES = [Merge(*point) for point in covering(MERGE_AXES, merge_affordable)]
+MERGES = [Merge(*point) for point in covering(MERGE_AXES, merge_affordable, lambda p: merge_products(p) * p[-1])]
 
 
 @pytest.mark.parametrize("case", MERGES, ids=str)
