@@ -41,13 +41,20 @@ def operands(batch=1, heads=2, queries=70, keys=90, dims=(24, 40), dtype=torch.b
     return [torch.randn(batch, *shape).to(dtype) for shape in shapes]
 
 
-def gradients(emulated, tensors, mask=None, seed=None, options=PLAIN):
-    """Everything that the two operators give."""
-    out, lse = emulated.attention_forward(*tensors, mask, seed, None, *options)
+def passes(emulated, tensors, mask=None, seed=None, options=PLAIN):
+    """Calls of the two operators. The forward pass has run before the backward pass is called."""
+    forward = lambda: emulated.attention_forward(*tensors, mask, seed, None, *options)  # noqa: E731
+    out, lse = forward()
     learned = mask is not None and mask.is_floating_point()
     upstream = torch.ones_like(out), torch.ones_like(lse)
-    grads = emulated.attention_backward(*upstream, *tensors, out, lse, mask, seed, None, *options, learned)
-    return [out, lse, *grads]
+    return forward, lambda: emulated.attention_backward(
+        *upstream, *tensors, out, lse, mask, seed, None, *options, learned
+    )
+
+
+def gradients(emulated, tensors, mask=None, seed=None, options=PLAIN):
+    """Everything that the two operators give."""
+    return [result for call in passes(emulated, tensors, mask, seed, options) for result in call()]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -119,7 +126,8 @@ def test_no_barrier_and_no_wait_can_be_left_out(emulator, emulated, dims):
         tensors = operands(heads=1, queries=97, dims=dims)
     else:
         tensors = operands(heads=1, queries=20, keys=40, dims=dims, dtype=torch.float32)
-    assert_no_site_can_be_left_out(emulator, lambda: gradients(emulated, tensors), "attention_")
+    for call in passes(emulated, tensors):
+        assert_no_site_can_be_left_out(emulator, call, "attention_")
 
 
 @pytest.mark.parametrize("dims", [(8, 8), (8, 128)], ids=["two stages", "one stage"])
@@ -127,7 +135,7 @@ def test_no_barrier_and_no_wait_can_be_left_out(emulator, emulated, dims):
 def test_no_barrier_of_the_mask_gradient_can_be_left_out(emulator, emulated, dims, sizes):
     """So many heads that a block takes several."""
     tensors = operands(batch=64, heads=1, queries=17, keys=20, dims=dims)
-    call = lambda: gradients(emulated, tensors, torch.ones(sizes))  # noqa: E731
+    _, call = passes(emulated, tensors, torch.ones(sizes))
     assert_no_site_can_be_left_out(emulator, call, "attention_mask_gradient", seeds=1)
 
 

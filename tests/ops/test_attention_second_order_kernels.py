@@ -44,19 +44,23 @@ pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.wh
 KERNELS = ("attention_tangent", "attention_second_order_query", "attention_second_order_key_value")
 
 
-def second_order(operators, tensors, mask=None, seed=None, options=PLAIN, absent=()):
-    """What the two operators give; tangents and gradients are made from the tensors."""
+def second_passes(operators, tensors, mask=None, seed=None, options=PLAIN, absent=()):
+    """Calls of the two operators, by name; tangents and gradients are made from the tensors."""
     out, lse = operators.attention_forward(*tensors, mask, seed, None, *options)
     learned = mask is not None and mask.is_floating_point()
     directions = [t.flip(-2) for t in tensors] + [mask.flip(-1) if learned else None]
     directions = [None if i in absent else t for i, t in enumerate(directions)]
     upstream = torch.ones_like(out), torch.ones_like(lse)
-    return [
-        *operators.attention_tangent(*tensors, out, lse, mask, seed, None, *directions, *options),
-        *operators.attention_second_order(
-            *upstream, *tensors, out, lse, mask, seed, None, *directions, *options, learned
-        ),
-    ]  # fmt: skip
+    rest = (*tensors, out, lse, mask, seed, None, *directions, *options)
+    return {
+        "attention_tangent": lambda: operators.attention_tangent(*rest),
+        "attention_second_order": lambda: operators.attention_second_order(*upstream, *rest, learned),
+    }
+
+
+def second_order(*arguments, **options):
+    """What the two operators give."""
+    return [result for call in second_passes(*arguments, **options).values() for result in call()]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -113,14 +117,14 @@ def test_every_schedule_gives_the_same_bits(emulator, emulated, options):  # noq
 def test_no_barrier_and_no_wait_can_be_left_out(emulator, emulated, dims, dtype, kernel):  # noqa: F811
     tensors = operands(heads=1, queries=20, keys=40 if dtype == torch.float32 else 70, dims=dims, dtype=dtype)
     seeds = 2 if dtype == torch.bfloat16 else 1
-    assert_no_site_can_be_left_out(emulator, lambda: second_order(emulated, tensors), kernel, seeds)
+    assert_no_site_can_be_left_out(emulator, second_passes(emulated, tensors)[kernel], kernel, seeds)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 20), (1, 1, 17, 1)], ids=["per key", "per row"])
 def test_no_barrier_of_the_mask_gradient_can_be_left_out(emulator, emulated, sizes):  # noqa: F811
     """So many heads that a block takes several. First order is taken with a mask that has no gradient."""
     tensors, mask = operands(batch=64, heads=1, queries=17, keys=20, dims=(8, 8)), torch.ones(sizes)
-    call = lambda: second_order(emulated, tensors, mask)  # noqa: E731
+    call = second_passes(emulated, tensors, mask)["attention_second_order"]
     assert_no_site_can_be_left_out(emulator, call, "attention_mask_second_order", seeds=1)
 
 

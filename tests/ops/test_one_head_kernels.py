@@ -10,16 +10,13 @@ import torch
 
 import fastgen
 from benchmarks.shapes import ATTENTION_SHAPES
-from fastgen import backend
-from fastgen.ops.attention.problem import Options
 from tests.emulator import build
 from tests.ops.attention_cases import Case, check
-from tests.ops.test_one_tile_kernels import GENERAL, gradients, launches, operands
+from tests.ops.backward_kernels import GENERAL, PLAIN, backward, gradients, launches, needs_module, operands, plan
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 
 KERNEL = "attention_backward_one_head"
-PLAIN = Options(0.0, -1, -1, 0.3)
 
 
 @pytest.fixture
@@ -83,7 +80,8 @@ def test_every_schedule_gives_the_same_bits(emulator, emulated):
 
 def test_no_barrier_and_no_wait_can_be_left_out(emulator, emulated):
     tensors = operands(batch=3, heads=1, queries=65, keys=200, dims=(40, 40))
-    gradients(emulated, tensors)
+    call = backward(emulated, tensors)
+    call()
     pattern = rf"(sync_block|async_copy_wait) csrc/attention/\S+ in {KERNEL}"
     # Of delta, of dS, and of the pipeline: its waits and barriers for one stage are not reached.
     sites = [site for site in emulator.sites() if re.match(pattern, site)]
@@ -91,7 +89,7 @@ def test_no_barrier_and_no_wait_can_be_left_out(emulator, emulated):
     for site in sites:
         emulator.configure(leave_out=site, shared_limit=163 * 1024)
         with pytest.raises(RuntimeError, match="emulator: "):
-            gradients(emulated, tensors)
+            call()
 
 
 def test_five_products_and_every_operand_read_once(emulator, emulated):
@@ -112,14 +110,6 @@ def test_five_products_and_every_operand_read_once(emulator, emulated):
 
 # --------------------------------------------------------------------------------------------------
 # Which problems take it
-
-
-needs_module = pytest.mark.skipif(backend.plans.why_not() is not None, reason="the CPU library is not loaded")
-
-
-def plan(batch, heads, key_heads, queries, keys, key_dim, value_dim, element_size=2, **kwargs):
-    sizes = (batch, heads, key_heads, queries, keys, key_dim, value_dim, element_size)
-    return backend.plans.attention_plan(*sizes, **{"multiprocessors": 132, **kwargs})
 
 
 @needs_module

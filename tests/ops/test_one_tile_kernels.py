@@ -12,17 +12,15 @@ from hypothesis import strategies as st
 
 import fastgen
 from benchmarks.shapes import ATTENTION_SHAPES
-from fastgen import backend
 from fastgen.ops.attention.problem import Options
 from tests.emulator import build
 from tests.ops.attention_cases import DROPOUT, DTYPES, LAYOUTS, MASKS, Case, check
+from tests.ops.backward_kernels import GENERAL, PLAIN, backward, gradients, launches, needs_module, operands, plan
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 
 KERNEL = "attention_backward_one_tile"
-GENERAL = ("attention_backward_query", "attention_backward_key_value")
 OF_MASK = "attention_mask_gradient"
-PLAIN = Options(0.0, -1, -1, 0.3)
 DIMS = [(8, 8), (5, 3), (32, 32), (40, 24), (64, 64), (72, 72), (128, 128)]
 
 
@@ -30,32 +28,6 @@ DIMS = [(8, 8), (5, 3), (32, 32), (40, 24), (64, 64), (72, 72), (128, 128)]
 def emulated(emulator):
     build.register()
     return torch.ops.fastgen_emulated
-
-
-def launches(emulator, call):
-    """How often each kernel was launched by ``call``."""
-    before = {name: kernel["launches"] for name, kernel in emulator.statistics().items()}
-    call()
-    return {
-        name: kernel["launches"] - before.get(name, 0)
-        for name, kernel in emulator.statistics().items()
-        if kernel["launches"] > before.get(name, 0)
-    }
-
-
-def operands(batch=2, heads=2, queries=49, keys=49, dims=(32, 32), dtype=torch.bfloat16):
-    shapes = ((heads, queries, dims[0]), (heads, keys, dims[0]), (heads, keys, dims[1]))
-    return [torch.randn(batch, *shape).to(dtype) for shape in shapes]
-
-
-def gradients(emulated, tensors, mask=None, seed=None, options=PLAIN, learned=None):
-    """Gradients of query, key, value and a float mask, with upstream gradients of out and lse."""
-    out, lse = emulated.attention_forward(*tensors, mask, seed, None, *options)
-    if learned is None:
-        learned = mask is not None and mask.is_floating_point()
-    torch.manual_seed(5)
-    upstream = torch.randn(out.shape).to(out.dtype), torch.randn(lse.shape)
-    return emulated.attention_backward(*upstream, *tensors, out, lse, mask, seed, None, *options, learned)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -236,14 +208,15 @@ def test_no_barrier_and_no_wait_can_be_left_out(emulator, emulated, kind):
     tensors = operands(batch=40, heads=1, queries=33, keys=33, dims=(8, 8)) if kind == "bias" else operands(1, 1)
     mask = torch.randn(1, 1, 33, 33) if kind == "bias" else None
     emulator.configure()
-    gradients(emulated, tensors, mask)
+    call = backward(emulated, tensors, mask)
+    call()
     pattern = rf"(sync_block|async_copy_wait) csrc/attention/\S+ in {KERNEL}"
     sites = [site for site in emulator.sites() if re.match(pattern, site)]
     assert len(sites) == (6 if kind == "bias" else 4)
     for site in sites:
         emulator.configure(leave_out=site)
         with pytest.raises(RuntimeError, match="emulator: "):
-            gradients(emulated, tensors, mask)
+            call()
 
 
 def work(emulator, call):
@@ -275,14 +248,6 @@ def test_what_a_mask_rules_out_is_not_computed(emulator, emulated):
 
 # --------------------------------------------------------------------------------------------------
 # Which problems take it
-
-
-needs_module = pytest.mark.skipif(backend.plans.why_not() is not None, reason="the CPU library is not loaded")
-
-
-def plan(batch, heads, key_heads, queries, keys, key_dim, value_dim, element_size=2, **kwargs):
-    sizes = (batch, heads, key_heads, queries, keys, key_dim, value_dim, element_size)
-    return backend.plans.attention_plan(*sizes, **{"multiprocessors": 132, **kwargs})
 
 
 @needs_module
