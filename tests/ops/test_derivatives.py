@@ -68,14 +68,40 @@ def refusal(name, way):
     return None
 
 
-# Compiled one by one, these cost minutes, and are made of layers that stand in the table themselves.
+COMPILED = [way for way in WAYS if "compiled" in way]
+"""They take a second each, the others a fiftieth."""
 STACKS = ("TransformerEncoder", "TransformerDecoder", "Transformer", "TransformerLM")
+EVERY_COMPILED_WAY = (
+    "scaled_dot_product_attention",
+    "varlen_attention",
+    "qkv_projection",
+    "qkv_projection, norms and rotary",
+    "rotary_embedding",
+    "merge_heads_projection",
+    "reparameterize_kl",
+    "discriminator_loss",
+    "gradient_penalty",
+)
+"""What is compiled elsewhere in the table consists of these functions, with other options."""
+
+
+def quick_ways(name):
+    """The compiled ways in the quick run: of layers and models one, of functions that resemble another one two in turn.
+
+    Of stacks, none: compiled one by one they cost minutes, and they are made of layers that stand in the table.
+    """
+    if name in EVERY_COMPILED_WAY:
+        return COMPILED
+    if name in STACKS:
+        return []
+    if name.split(",")[0] in (*nn.__all__, "ConvVAE", "DCGAN"):
+        return ["compiled with AOTAutograd"]
+    first = 2 * list(CASES).index(name)
+    return [COMPILED[(first + i) % len(COMPILED)] for i in range(2)]
 
 
 def cell(name, way):
-    """Of layers one compiled way is in the quick run: the functions they call stand in the table with every one."""
-    layer = name.split(",")[0] in nn.__all__ and way != "compiled with AOTAutograd"
-    slow = "compiled" in way and (layer or name in STACKS)
+    slow = way in COMPILED and way not in quick_ways(name)
     return pytest.param(name, way, id=f"{name}-{way}", marks=[pytest.mark.slow] if slow else [])
 
 
