@@ -91,8 +91,6 @@ def manifest(own: Path | None = None) -> str:
         instrument += "".join(f" -mllvm -tsan-{option}" for option in options) + " -mllvm -disable-loop-idiom-all"
     else:
         instrument += " --param tsan-instrument-func-entry-exit=0"
-        # A source allocates 0.4 GiB in all: no garbage collection, which takes 7 % of the time.
-        instrument += " --param ggc-min-expand=300 --param ggc-min-heapsize=1000000"
     # Registers that are read before they are written hold a pattern, which results and checks show.
     unwritten = "-ftrivial-auto-var-init=pattern"
     if accepts(unwritten):
