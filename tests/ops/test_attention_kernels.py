@@ -62,13 +62,14 @@ def gradients(emulated, tensors, mask=None, seed=None, options=PLAIN):
 
 
 @st.composite
-def cases(draw):
+def cases(draw, longest):
+    """Of 16 bits and up to 64 dims, lengths up to ``longest``."""
     dtype, dims = draw(st.sampled_from(DTYPES)), draw(st.sampled_from([d for d in DIMS if max(d) <= 136]))
-    most = 150 if dtype != torch.float32 and max(dims) <= 64 else 70
+    most = longest if dtype != torch.float32 and max(dims) <= 64 else 70
     lengths = st.integers(1, most)
     choices = (MASKS, DROPOUT, HEADS, LAYOUTS)
     rest = [draw(st.sampled_from(axis)) for axis in choices]
-    batch, softcap = draw(st.integers(1, 2)), draw(st.sampled_from(SOFTCAPS))
+    batch, softcap = 1 if rest[2][0] > 2 else draw(st.integers(1, 2)), draw(st.sampled_from(SOFTCAPS))
     return Case(dtype, dims, draw(lengths), draw(lengths), *rest, batch=batch, softcap=softcap)
 
 
@@ -82,14 +83,14 @@ ANY = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomiz
 
 
 @settings(max_examples=100, **ANY)
-@given(case=cases(), schedule=st.integers(0, 2**32 - 1))
+@given(case=cases(130), schedule=st.integers(0, 2**32 - 1))
 def test_any_problem_under_any_schedule(emulated, emulator, case, schedule):
     property_holds(emulator, case, schedule)
 
 
 @pytest.mark.slow
 @settings(max_examples=2000, **{**ANY, "derandomize": False})
-@given(case=cases(), schedule=st.integers(0, 2**32 - 1))
+@given(case=cases(150), schedule=st.integers(0, 2**32 - 1))
 def test_very_many_problems_under_any_schedule(emulated, emulator, case, schedule):
     property_holds(emulator, case, schedule)
 
@@ -133,8 +134,8 @@ def test_no_barrier_and_no_wait_can_be_left_out(emulator, emulated, dims):
 @pytest.mark.parametrize("dims", [(8, 8), (8, 128)], ids=["two stages", "one stage"])
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 20), (1, 1, 17, 1)], ids=["per key", "per row"])
 def test_no_barrier_of_the_mask_gradient_can_be_left_out(emulator, emulated, dims, sizes):
-    """So many heads that a block takes several."""
-    tensors = operands(batch=64, heads=1, queries=17, keys=20, dims=dims)
+    """More heads than blocks on the emulator's GPU, so that a block takes two."""
+    tensors = operands(batch=49, heads=1, queries=17, keys=20, dims=dims)
     _, call = passes(emulated, tensors, torch.ones(sizes))
     assert_no_site_can_be_left_out(emulator, call, "attention_mask_gradient", seeds=1)
 

@@ -68,12 +68,13 @@ def second_order(*arguments, **options):
 
 
 @st.composite
-def cases(draw):
+def cases(draw, longest):
+    """Of 16 bits and up to 64 dims, lengths up to ``longest``."""
     dtype, dims = draw(st.sampled_from(DTYPES)), draw(st.sampled_from([d for d in DIMS if max(d) <= 136]))
-    most = 100 if dtype != torch.float32 and max(dims) <= 64 else 40
+    most = longest if dtype != torch.float32 and max(dims) <= 64 else 40
     lengths = st.integers(1, most)
     rest = [draw(st.sampled_from(axis)) for axis in (MASKS, DROPOUT, HEADS, LAYOUTS)]
-    batch, softcap = draw(st.integers(1, 2)), draw(st.sampled_from(SOFTCAPS))
+    batch, softcap = 1 if rest[2][0] > 2 else draw(st.integers(1, 2)), draw(st.sampled_from(SOFTCAPS))
     return Case(dtype, dims, draw(lengths), draw(lengths), *rest, batch=batch, softcap=softcap)
 
 
@@ -87,14 +88,14 @@ ANY = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomiz
 
 
 @settings(max_examples=30, **ANY)
-@given(case=cases(), schedule=st.integers(0, 2**32 - 1))
+@given(case=cases(70), schedule=st.integers(0, 2**32 - 1))
 def test_any_problem_under_any_schedule(emulated, emulator, case, schedule):  # noqa: F811
     property_holds(emulator, case, schedule)
 
 
 @pytest.mark.slow
 @settings(max_examples=1000, **{**ANY, "derandomize": False})
-@given(case=cases(), schedule=st.integers(0, 2**32 - 1))
+@given(case=cases(100), schedule=st.integers(0, 2**32 - 1))
 def test_very_many_problems_under_any_schedule(emulated, emulator, case, schedule):  # noqa: F811
     property_holds(emulator, case, schedule)
 
@@ -122,8 +123,8 @@ def test_no_barrier_and_no_wait_can_be_left_out(emulator, emulated, dims, dtype,
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 20), (1, 1, 17, 1)], ids=["per key", "per row"])
 def test_no_barrier_of_the_mask_gradient_can_be_left_out(emulator, emulated, sizes):  # noqa: F811
-    """So many heads that a block takes several. First order is taken with a mask that has no gradient."""
-    tensors, mask = operands(batch=64, heads=1, queries=17, keys=20, dims=(8, 8)), torch.ones(sizes)
+    """More heads than blocks on the emulator's GPU, so that a block takes two."""
+    tensors, mask = operands(batch=49, heads=1, queries=17, keys=20, dims=(8, 8)), torch.ones(sizes)
     call = second_passes(emulated, tensors, mask)["attention_second_order"]
     assert_no_site_can_be_left_out(emulator, call, "attention_mask_second_order", seeds=1)
 
