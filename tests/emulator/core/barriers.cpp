@@ -27,6 +27,8 @@ void Engine::check_alignment_of_warp(const char* what, const Where& where, Site 
     const Thread& neighbor = *threads[other];
     if (other == thread.index || neighbor.state != Thread::kWaiting || !neighbor.waiting.aligned) continue;
     const Waiting& waiting = neighbor.waiting;
+    // One that waits in this very call was compared with the others.
+    if (waiting.what == what && waiting.site == site && site != 0) return;
     if (waiting.what != what || !same_place(waiting.where, waiting.site, where, site)) {
       fail(kind::kDivergence, std::string("threads of one warp are in different instructions: ") + what, site,
            name_of(other) + " is in " + waiting.what + " at " + source_of(waiting.site));

@@ -1,4 +1,6 @@
 // Warp instructions: lanes wait for each other.
+#include <cstring>
+
 #include "core/engine.h"
 
 namespace fastgen::emulator {
@@ -15,10 +17,9 @@ std::string mask_text(uint32_t mask) {
 
 // The compiler may have made several copies of one call: then the lines agree all the way out to the kernel.
 bool Engine::same_place(const Where& where, Site site, const Where& other, Site other_site) {
-  if (where.line() != other.line() || where.column() != other.column() ||
-      std::string_view(where.file_name()) != other.file_name()) {
-    return false;
-  }
+  if (where.line() != other.line() || where.column() != other.column()) return false;
+  const char *file = where.file_name(), *other_file = other.file_name();
+  if (file != other_file && std::strcmp(file, other_file) != 0) return false;
   if (site == other_site) return true;
   const bool known = place_of(site).find(" in ") != std::string::npos;
   return !known || place_of(site) == place_of(other_site);
@@ -28,16 +29,16 @@ void Engine::meet(const WarpInstruction& instruction, uint64_t operands, uint32_
                   Site site) {
   Thread& thread = self();
   const uint32_t bit = 1u << thread.lane;
-  const std::string name = instruction.name;
+  const auto name = [&] { return std::string(instruction.name); };  // where it fails: lanes come here all the time
   if ((mask & bit) == 0) {
-    fail(kind::kMisuse, name + ": the mask " + mask_text(mask) + " does not name the calling lane", where);
+    fail(kind::kMisuse, name() + ": the mask " + mask_text(mask) + " does not name the calling lane", where);
   }
   if ((mask & ~lanes_of(thread.warp)) != 0) {
-    fail(kind::kMisuse, name + ": the mask " + mask_text(mask) + " names lanes the warp does not have", where);
+    fail(kind::kMisuse, name() + ": the mask " + mask_text(mask) + " names lanes the warp does not have", where);
   }
   if (instruction.needs_all && (mask & exited[thread.warp]) != 0) {
     const int gone = thread.warp * 32 + __builtin_ctz(mask & exited[thread.warp]);
-    fail(kind::kExited, name + " waits for " + name_of(gone) + ", which has returned", where);
+    fail(kind::kExited, name() + " waits for " + name_of(gone) + ", which has returned", where);
   }
   if (instruction.aligned) check_alignment_of_warp(instruction.name, where, site);
   auto& here = meetings[thread.warp];
