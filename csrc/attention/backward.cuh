@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim, false>::
   constexpr int kColumns = Layout::kKeyColumns;
   using Tiles = KeyTiles<T, BLOCK_N, kPlain>;
   const Problem& problem = p.problem;
-  const int block_m = Layout::owned_rows(), warp_row = static_cast<int>(threadIdx.x / 32) * Layout::kWarpRows;
+  const int block_m = Layout::owned_rows(), warp_row = uniform_warp() * Layout::kWarpRows;
   const int first_column = static_cast<int>(blockIdx.y) * kColumns;
   const QueryBlock block(problem, blockIdx.x, block_m, MayPack<!kPlain>{});
   if (!kPlain && block.rows() <= 0) return;
@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim, true>::k
   constexpr int kKeyColumns = Layout::kKeyColumns, kValueColumns = Layout::kValueColumns;
   using Tiles = QueryTiles<BLOCK_M>;
   const Problem& problem = p.problem;
-  const int block_n = Layout::owned_rows(), warp_row = static_cast<int>(threadIdx.x / 32) * Layout::kWarpRows;
+  const int block_n = Layout::owned_rows(), warp_row = uniform_warp() * Layout::kWarpRows;
   const KeyBlock<!kPlain> block(problem, blockIdx.x, block_n);
   if (!kPlain && block.keys.empty()) return;
   const int key = block.keys.begin + warp_row, warp_rows = block.keys.end - key;
@@ -293,7 +293,10 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim, true>::k
     grad_outs.copy(Layout::value_dim(i), tiles.offset(p.grad_out, tile), existing >= BLOCK_M, is_valid);
     const float* lse = row_pointer(p.lse, block.query_batch(problem), head, query);
     const float* delta = p.delta + block.first_row(problem, head) + query;
-    for (int row = threadIdx.x; row < BLOCK_M; row += blockDim.x) {
+#pragma unroll 1
+    for (int first = 0; first < BLOCK_M; first += blockDim.x) {  // the same number of steps for all threads: tile.cuh
+      const int row = first + static_cast<int>(threadIdx.x);
+      if (row >= BLOCK_M) continue;
       float* extra = Layout::key_dim(i).row_extra(row);
       device::async_copy<4>(extra, lse + row * p.lse.row, is_valid(row) ? 4 : 0);
       device::async_copy<4>(extra + 1, delta + row, is_valid(row) ? 4 : 0);

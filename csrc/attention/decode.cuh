@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(DecodeLayout<T, kKeyDim, kValueDim>::kThreads,
   using Tiles = WarpTiles<T, BLOCK_N, kPlain>;
   using Index = typename Tiles::Index;
   const Problem& problem = p.problem;
-  const int warp = static_cast<int>(threadIdx.x / 32), warps = static_cast<int>(blockDim.x / 32);
+  const int warp = uniform_warp(), warps = static_cast<int>(blockDim.x / 32);
   const DecodeBlock block(problem, blockIdx.x);
 
   const auto load_queries = [&] {

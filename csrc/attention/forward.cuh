@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(ForwardLayout<T, kKeyDim, kValueDim, kPlain>::
   constexpr int kFragments = kShape.fragments, kTiles = BLOCK_N / 8, kColumns = Layout::kColumns;
   using Tiles = KeyTiles<T, BLOCK_N, kPlain>;
   const Problem& problem = p.problem;
-  const int block_m = Layout::block_m(), warp_row = static_cast<int>(threadIdx.x / 32) * Layout::kWarpRows;
+  const int block_m = Layout::block_m(), warp_row = uniform_warp() * Layout::kWarpRows;
   const int first_column = static_cast<int>(blockIdx.y) * kColumns;
   constexpr MayPack<!kPlain> may_pack;
 

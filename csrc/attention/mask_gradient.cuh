@@ -151,7 +151,7 @@ __device__ __forceinline__ void mask_gradient(const typename Scores::Params& p, 
   constexpr int BLOCK_N = kShape.iterated, kTiles = BLOCK_N / 8;
   static_assert(kShape.fragments == 1, "a warp owns 16 rows");
   const Problem& problem = Scores::problem(p);
-  const int block_m = static_cast<int>(blockDim.x / 32) * kFragmentRows, warp = static_cast<int>(threadIdx.x / 32);
+  const int block_m = static_cast<int>(blockDim.x / 32) * kFragmentRows, warp = uniform_warp();
   const int warp_row = warp * kFragmentRows;
   const ScoreTiles tiles(problem, gradient, block_m, BLOCK_N);
 

@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(OneHeadLayout<T, kDim>::kThreads, 1) attention
   using Tiles = HeadTiles<BLOCK_M>;
   const Problem& problem = p.problem;
   const Layout layout(problem);
-  const int warp = static_cast<int>(threadIdx.x / 32);
+  const int warp = uniform_warp();
   const KeyBlock<false> block(problem, blockIdx.x, layout.block_n);
   const int key = warp * kOneHeadKeys;
   const Tiles tiles = {problem};

@@ -21,10 +21,6 @@
 
 namespace fastgen::attention {
 
-// From one lane, so that the compiler knows that branches on it do not diverge, and does not keep what depends on it in
-// registers over the loop.
-__device__ __forceinline__ int uniform_warp() { return device::shuffle(static_cast<int>(threadIdx.x / 32), 0); }
-
 // The heads that a block processes, as indices among all (batch, head): one, or those that its part of a mask's
 // gradient is the sum over.
 struct OneTileHeads {

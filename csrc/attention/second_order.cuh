@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
   using Tiles = KeyTiles<T, BLOCK_N, false>;
   const Problem& problem = p.first.problem;
   const Queries queries = Layout::template owned<Queries>();
-  const int warp_row = static_cast<int>(threadIdx.x / 32) * kFragmentRows;
+  const int warp_row = uniform_warp() * kFragmentRows;
   const int first_column = static_cast<int>(blockIdx.y) * kColumns;
   const QueryBlock block(problem, blockIdx.x, queries.rows, MayPack<true>{});
   if (block.rows() <= 0) return;
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
   using Tiles = QueryTiles<BLOCK_M>;
   const Problem& problem = p.first.problem;
   const Keys keys = Layout::template owned<Keys>();
-  const int warp_row = static_cast<int>(threadIdx.x / 32) * kFragmentRows;
+  const int warp_row = uniform_warp() * kFragmentRows;
   const KeyBlock<true> block(problem, blockIdx.x, keys.rows);
   if (block.keys.empty()) return;
   const int key = block.keys.begin + warp_row, warp_rows = block.keys.end - key;
@@ -245,7 +245,10 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
     const int64_t first = block.first_row(problem, head) + query;
     const float* lse = row_pointer(p.first.lse, block.query_batch(problem), head, query);
     const float* mean = row_pointer(p.tangent_lse, block.query_batch(problem), head, query);
-    for (int row = threadIdx.x; row < BLOCK_M; row += blockDim.x) {
+#pragma unroll 1
+    for (int start = 0; start < BLOCK_M; start += blockDim.x) {  // the same number of steps for all threads: tile.cuh
+      const int row = start + static_cast<int>(threadIdx.x);
+      if (row >= BLOCK_M) continue;
       float* extra = queries.query().row_extra(row);
       const int bytes = is_valid(row) ? 4 : 0;
       device::async_copy<4>(extra, lse + row * p.first.lse.row, bytes);

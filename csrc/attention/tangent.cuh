@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(TangentLayout<T, kKeyDim, kValueDim>::kThreads
   using Tiles = KeyTiles<T, BLOCK_N, kPlain>;
   const Problem& problem = p.problem;
   const auto queries = Layout::queries();
-  const int warp_row = static_cast<int>(threadIdx.x / 32) * kFragmentRows;
+  const int warp_row = uniform_warp() * kFragmentRows;
   const int first_column = static_cast<int>(blockIdx.y) * kColumns;
   const QueryBlock block(problem, blockIdx.x, queries.rows, MayPack<!kPlain>{});
   if (!kPlain && block.rows() <= 0) return;

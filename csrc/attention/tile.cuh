@@ -8,6 +8,10 @@
 
 namespace fastgen::attention {
 
+// The index of the warp, from one lane: the compiler knows then that branches on it do not diverge, and does not keep
+// what depends on it in registers over a loop.
+__device__ __forceinline__ int uniform_warp() { return device::shuffle(static_cast<int>(threadIdx.x / 32), 0); }
+
 // The 16-byte chunks of a tile's rows that a thread copies: columns ``column()`` + i * kSide * kChunk of the rows from
 // row() on in steps of step().
 template <typename T, int kWidth>
@@ -39,6 +43,10 @@ struct Chunks {
 
 // Starts the asynchronous copy of ``rows`` rows of ``columns`` elements, padded with zeros to kWidth; rows for which
 // is_valid(row) is false are zeros. Called by the whole block, which has to commit and wait.
+//
+// All threads make the same number of steps here and in TileSource. Where a thread's own row ended the loop, ptxas took
+// warps for divergent in the rest of the kernel: shuffles and barriers got a second, divergent version, a third of all
+// instructions.
 template <typename T, int kWidth, typename IsValid>
 __device__ __forceinline__ void copy_rows(const Tile<T, kWidth>& tile, int rows, const T* source, int64_t stride,
                                           int columns, IsValid&& is_valid) {
@@ -46,8 +54,9 @@ __device__ __forceinline__ void copy_rows(const Tile<T, kWidth>& tile, int rows,
   const int64_t advance = C::step() * stride;
   const T* from = source + C::row() * stride + C::column();
 #pragma unroll 1
-  for (int row = C::row(); row < rows; row += C::step(), from += advance) {
-    C::copy(tile.at(row, C::column()), from, is_valid(row), columns);
+  for (int first = 0; first < rows; first += C::step(), from += advance) {
+    const int row = first + C::row();
+    if (row < rows) C::copy(tile.at(row, C::column()), from, is_valid(row), columns);
   }
 }
 
@@ -81,8 +90,9 @@ struct TileSource {
     } else {
       const int64_t advance = C::step() * stride;
 #pragma unroll 1
-      for (int at = C::row(); at < kRows; at += C::step(), from += advance) {
-        C::copy(tile.at(at, C::column()), from, is_valid(at), columns);
+      for (int first_row = 0; first_row < kRows; first_row += C::step(), from += advance) {
+        const int at = first_row + C::row();
+        if (at < kRows) C::copy(tile.at(at, C::column()), from, is_valid(at), columns);
       }
     }
   }
