@@ -127,9 +127,9 @@ FASTGEN_EXPORTED const char* fastgen_attention_plan(int64_t batch, int64_t heads
   if (one_head.taken && one_tile.entry < 0) result.add("one head", describe(one_head.plan, false));
   const bool second_order = attention::find_head_dims(attention::kSecondOrderHeadDims, dims) >= 0;
   if (second_order) {
-    result.add("tangent", describe(attention::tangent_plan(sizes)));
-    result.add("second order query", describe(attention::second_order_query_plan(sizes)));
-    result.add("second order key_value", describe(attention::second_order_key_value_plan(sizes), false));
+    result.add("tangent", describe(attention::tangent_plan(sizes, gpu)));
+    result.add("second order query", describe(attention::second_order_query_plan(sizes, gpu)));
+    result.add("second order key_value", describe(attention::second_order_key_value_plan(sizes, gpu), false));
   }
   if (mask != nullptr) {
     const int sizes_of_mask[4] = {mask[0], mask[1], mask[2], mask[3]};

@@ -40,6 +40,26 @@ DESIGNS = {
     ),
 }
 
+REJECTED = """\
+## Occupancy: counted, and not built
+
+- **Launch bounds.** Blocks of 128 threads have at most 255 registers per thread, so registers leave room for two in
+  every kernel. Where a table above shows one block, shared memory is the limit, and a second argument of
+  `__launch_bounds__` changes nothing. Tangents and second order therefore choose their stages as the other passes do.
+- **`long` forward with 100 KiB per multiprocessor**: one block of 4 warps with two fragments each, 69,632 bytes. With 8
+  warps of one fragment (iteration of the masked kernel) 1000 scores take 720 instead of 997 clocks on an L40S, 1126
+  instead of 1497 on an RTX 4090: another kernel per type, and tile tables with a column for the architecture. Two
+  blocks of 3 warps and one stage, without another kernel: 803 clocks on an L40S; but six warps are two on some quarters
+  of a multiprocessor and one on others, which leaves 1.06x of an RTX 4090.
+- **dK and dV of second order, head dim 64, with 100 KiB**: a block with one stage has 50,688 bytes, and two blocks may
+  have 50,176 each. Head dim 96 (`dit-xl`): tangents 53,248 with one stage.
+- **Float32 forward, head dim 128, two fragments per warp**: 186 instead of 194 instructions per score and 252 instead of
+  162 registers, but 84,480 bytes with one stage: one block instead of two on sm_80. Up to head dim 96 they are taken
+  (head dim 64: 95 instead of 103 instructions per score, 205 registers, no spills).
+- **One float32 forward kernel for calls with and without a mask**: at head dim 64 the masked kernel has 130 instructions
+  per score, that without masks 95.
+"""
+
 
 class Estimate(NamedTuple):
     design: str

@@ -195,7 +195,7 @@ def estimate_lines(estimates: list[dict[str, Any]]) -> list[str]:
 
 def lines(data: dict[str, Any]) -> list[str]:
     """predictions.md."""
-    from benchmarks.model import calibration, predict
+    from benchmarks.model import calibration, estimates, predict
 
     out = HEADER.format(overlap=predict.OVERLAP, **data).splitlines()
     for one in data["calibration"]:
@@ -220,6 +220,7 @@ def lines(data: dict[str, Any]) -> list[str]:
                     for row in rows
                 ]
     out += estimate_lines(data["estimates"])
+    out += ["", *estimates.REJECTED.splitlines()]
     out += [
         "",
         "## Main loops",

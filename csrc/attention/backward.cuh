@@ -245,7 +245,8 @@ __global__ void __launch_bounds__(BackwardLayout<T, kKeyDim, kValueDim, false>::
     score_gradients(scores, factor, grads, masked, state);
     // accumulate
     const uint32_t live = kPlain || !masked ? 0 : visible.columns(tile.live);
-    multiply_weights<T>(sums, scores, Layout::key_dim(i), first_column, problem.exact, !kPlain && masked, live);
+    multiply_weights<T, (kColumns > 128)>(sums, scores, Layout::key_dim(i), first_column, problem.exact,
+                                          !kPlain && masked, live);
   });
 
   // epilogue

@@ -116,13 +116,14 @@ struct DecodeResult {
   }
 };
 
-// kPlain: no mask and no softcap.
-template <typename T, int kKeyDim, int kValueDim, bool kPlain>
+// Compiled once: reading keys and values takes the time, and without a mask a tile takes as many instructions as in a
+// kernel that has none.
+template <typename T, int kKeyDim, int kValueDim>
 __global__ void __launch_bounds__(DecodeLayout<T, kKeyDim, kValueDim>::kThreads, 1) attention_decode(ForwardParams p) {
   using Layout = DecodeLayout<T, kKeyDim, kValueDim>;
   constexpr int BLOCK_N = Layout::BLOCK_N, kStages = Layout::kShape.stages;
   constexpr int kTiles = BLOCK_N / 8, kColumnTiles = kValueDim / 8;
-  using Tiles = WarpTiles<T, BLOCK_N, kPlain>;
+  using Tiles = WarpTiles<T, BLOCK_N>;
   using Index = typename Tiles::Index;
   const Problem& problem = p.problem;
   const int warp = uniform_warp(), warps = static_cast<int>(blockDim.x / 32);
@@ -166,7 +167,7 @@ __global__ void __launch_bounds__(DecodeLayout<T, kKeyDim, kValueDim>::kThreads,
     return keys_in_window(problem, {row.query, row.query + 1}, problem.keys);
   };
   const PackedRow upper(problem, block, lane_row()), lower(problem, block, lane_row() + 8);
-  const PackedMask<T, BLOCK_N, kPlain> mask = {{mask_row(upper), mask_row(lower)}, {window(upper), window(lower)}};
+  const PackedMask<T, BLOCK_N> mask = {{mask_row(upper), mask_row(lower)}, {window(upper), window(lower)}};
   device::async_copy_wait<kStages - 1>();
   device::sync_block();  // the queries
 
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(DecodeLayout<T, kKeyDim, kValueDim>::kThreads,
     if (!unmasked && !device::any_lane(visible != 0)) return;
     float scores[1][kTiles][4] = {};
     multiply_rows(scores, Layout::query(), 0, Layout::key(warp, stage), problem.exact);
-    float factor = cap_scores<kPlain>(scores, problem);
+    float factor = cap_scores<false>(scores, problem);
     if (!unmasked || !(factor > 0.0f)) {
       if (unmasked) visible = ~0u;
       mask.apply(problem.mask, scores, factor, visible, current.key(), !unmasked);

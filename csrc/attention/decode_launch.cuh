@@ -21,10 +21,7 @@ void launch_decode(ForwardParams p, void* stream) {
   p.splits = plan.slices;
   if (p.splits > 1 && p.parts == nullptr) throw Error("attention_decode", "split keys need a workspace");
   dispatch_head_dims<kDecodeHeadDims>(plan.dims, [&]<int kKeyDim, int kValueDim>() {
-    dispatch_plain<T, kKeyDim, kValueDim>(sizes.plain, [&](auto plain) {
-      constexpr auto kernel = attention_decode<T, kKeyDim, kValueDim, decltype(plain)::value>;
-      device::launch("attention_decode", +kernel, launch_config(plan, stream), p);
-    });
+    device::launch("attention_decode", +attention_decode<T, kKeyDim, kValueDim>, launch_config(plan, stream), p);
   });
   launch_combine<T, kDecodeHeadDims[length(kDecodeHeadDims) - 1].value>(p, sizes, stream);
 }

@@ -45,7 +45,7 @@ __device__ __forceinline__ uint32_t bits_of(Range keys, int first) {
 }
 
 // The two rows of a lane.
-template <typename T, int BLOCK_N, bool kPlain>
+template <typename T, int BLOCK_N>
 struct PackedMask {
   static constexpr int kTiles = BLOCK_N / 8;
   using Scores = float[1][kTiles][4];
@@ -56,7 +56,7 @@ struct PackedMask {
   // Boolean masks are applied here unless ``is_applied``, float masks in ``apply``.
   __device__ __forceinline__ uint32_t visible(const Mask& mask, int key, uint32_t live, bool is_applied) const {
     const uint32_t of_rows[2] = {live & bits_of<BLOCK_N>(windows[0], key), live & bits_of<BLOCK_N>(windows[1], key)};
-    const bool has_entries = !kPlain && mask.kind == MaskKind::kBool && !is_applied;
+    const bool has_entries = mask.kind == MaskKind::kBool && !is_applied;
     uint32_t bits = 0;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -64,9 +64,7 @@ struct PackedMask {
       for (int i = 0; i < 4; ++i) {
         const int across = tile * 8 + lane_column() + i % 2;
         bool is_visible = (of_rows[i / 2] >> across & 1) != 0;
-        if constexpr (!kPlain) {
-          if (has_entries && is_visible) is_visible = rows[i / 2].allows(mask, key + across);
-        }
+        if (has_entries && is_visible) is_visible = rows[i / 2].allows(mask, key + across);
         bits |= (is_visible ? 1u : 0u) << (tile * 4 + i);
       }
     }
@@ -77,18 +75,16 @@ struct PackedMask {
   // whether there is a float mask to be read, if the call has one.
   __device__ __forceinline__ void apply(const Mask& mask, Scores& scores, float scale, uint32_t& visible, int key,
                                         bool masked) const {
-    const bool has_entries = !kPlain && masked && is_float(mask);
+    const bool has_entries = masked && is_float(mask);
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const uint32_t bit = 1u << (tile * 4 + i);
         float term = (visible & bit) != 0 ? 0.0f : -INFINITY;
-        if constexpr (!kPlain) {
-          if (has_entries && term == 0.0f) {
-            term = rows[i / 2].term(mask, key + tile * 8 + lane_column() + i % 2);
-            if (term == -INFINITY) visible &= ~bit;
-          }
+        if (has_entries && term == 0.0f) {
+          term = rows[i / 2].term(mask, key + tile * 8 + lane_column() + i % 2);
+          if (term == -INFINITY) visible &= ~bit;
         }
         float& score = scores[0][tile][i];
         score = term == -INFINITY ? -INFINITY : score * scale + term;

@@ -42,7 +42,7 @@ struct PackedRow {
 
 // The tiles of a warp, BLOCK_N keys each, in ascending order; those without a live key are left out. Called by whole
 // warps.
-template <typename T, int BLOCK_N, bool kPlain>
+template <typename T, int BLOCK_N>
 class WarpTiles {
  public:
   struct Index {
@@ -59,8 +59,7 @@ class WarpTiles {
         covered_{keys_in_window(p, {p.queries - 1, p.queries}, p.keys).begin, keys_in_window(p, {0, 1}, p.keys).end},
         mask_(p.mask),
         row_(p.mask, block.batch, block.key_head * block.group, 0),
-        is_shared_(!kPlain && mask_.kind != MaskKind::kNone && mask_.query == 0 &&
-                   (block.group == 1 || mask_.head == 0)),
+        is_shared_(mask_.kind != MaskKind::kNone && mask_.query == 0 && (block.group == 1 || mask_.head == 0)),
         first_(keys_.begin / BLOCK_N + unit),
         end_(keys_.empty() ? 0 : (keys_.end - 1) / BLOCK_N + 1),
         step_(units) {
@@ -72,7 +71,7 @@ class WarpTiles {
   // Whether every row attends to every key of a tile, so that no mask has to be applied.
   __device__ __forceinline__ bool is_unmasked(const Index& index) const {
     return index.live == full<BLOCK_N>() && index.key() >= covered_.begin && index.key() + BLOCK_N <= covered_.end &&
-           (kPlain || mask_.kind == MaskKind::kNone || is_mask_applied());
+           (mask_.kind == MaskKind::kNone || is_mask_applied());
   }
 
   __device__ __forceinline__ Index next() {
@@ -90,19 +89,17 @@ class WarpTiles {
 
  private:
   static_assert(BLOCK_N <= 32, "the live keys of a tile are the bits of a word, and a mask's entries a lane each");
-  static constexpr int kBatch = kPlain ? 32 : 8;  // tiles whose masks are read together, so that the loads overlap
+  static constexpr int kBatch = 8;  // tiles whose masks are read together, so that the loads overlap
 
   // Bits of the tiles of the next batch, in its first lanes.
   __device__ __forceinline__ void find_live() {
     const int lane = threadIdx.x % 32, tile = first_ + lane * step_;
     at_ = 0;
     live_ = lane < kBatch && tile < end_ ? bits_of<BLOCK_N>(keys_, tile * BLOCK_N) : 0;
-    if constexpr (!kPlain) {
-      if (is_mask_applied()) {
-        exclude([&](int key) { return !row_.allows(mask_, key); });
-      } else if (is_shared_) {
-        exclude([&](int key) { return row_.term(mask_, key) == -INFINITY; });
-      }
+    if (is_mask_applied()) {
+      exclude([&](int key) { return !row_.allows(mask_, key); });
+    } else if (is_shared_) {
+      exclude([&](int key) { return row_.term(mask_, key) == -INFINITY; });
     }
   }
   template <typename IsExcluded>

@@ -171,7 +171,8 @@ __global__ void __launch_bounds__(ForwardLayout<T, kKeyDim, kValueDim, kPlain>::
       const float factor = mask_scores<kPlain, false>(scores, scale, masked, visible, tiles.mask, row, key);
       apply_softmax(scores, factor, key);
       const uint32_t live = kPlain || !masked ? 0 : visible.columns(current.live);
-      multiply_weights<T>(out, scores, Layout::value(p, i), 0, problem.exact, !kPlain && masked, live);
+      multiply_weights<T, (kColumns > 128)>(out, scores, Layout::value(p, i), 0, problem.exact, !kPlain && masked,
+                                            live);
     };
 
     bool more = true;

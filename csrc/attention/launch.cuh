@@ -70,9 +70,10 @@ void launch_backward_key_value(BackwardParams p, void* stream) {
 }
 
 template <typename T>
-void launch_tangent(const TangentParams& p, void* stream) {
+void launch_tangent(TangentParams p, void* stream) {
   const Sizes sizes = sizes_of(p.problem, sizeof(T));
-  const Plan plan = tangent_plan(sizes);
+  const Plan plan = tangent_plan(sizes, current_gpu());
+  p.stages = plan.stages;
   dispatch_head_dims<kSecondOrderHeadDims>(plan.dims, [&]<int kKeyDim, int kValueDim>() {
     dispatch_plain<T, kKeyDim, kValueDim>(sizes.plain, [&](auto plain) {
       constexpr auto kernel = attention_tangent<T, kKeyDim, kValueDim, decltype(plain)::value>;
@@ -82,13 +83,16 @@ void launch_tangent(const TangentParams& p, void* stream) {
 }
 
 template <typename T>
-void launch_second_order(const SecondOrderParams& p, void* stream) {
+void launch_second_order(SecondOrderParams p, void* stream) {
   const Sizes sizes = sizes_of(p.first.problem, sizeof(T));
-  const Plan query_plan = second_order_query_plan(sizes), key_value_plan = second_order_key_value_plan(sizes);
+  const Gpu gpu = current_gpu();
+  const Plan query_plan = second_order_query_plan(sizes, gpu), key_value_plan = second_order_key_value_plan(sizes, gpu);
   dispatch_head_dims<kSecondOrderHeadDims>(query_plan.dims, [&]<int kKeyDim, int kValueDim>() {
+    p.first.stages = query_plan.stages;
     device::launch("attention_second_order_query", +attention_second_order_query<T, kKeyDim, kValueDim>,
                    launch_config(query_plan, stream), p);
     if (p.first.problem.keys > 0) {
+      p.first.stages = key_value_plan.stages;
       device::launch("attention_second_order_key_value", +attention_second_order_key_value<T, kKeyDim, kValueDim>,
                      launch_config(key_value_plan, stream), p);
     }
@@ -127,7 +131,7 @@ void launch_mask(const char* name, void (*kernel)(Params, MaskGradient), Plan pl
 template <typename T>
 void launch_mask_gradient(const BackwardParams& p, const MaskGradient& gradient, void* stream) {
   const Plan plan = mask_plan(sizes_of(p.problem, sizeof(T)), gradient.sizes, device::multiprocessors(), false);
-  dispatch_head_dims<kHeadDims>(plan.dims, [&]<int kKeyDim, int kValueDim>() {
+  dispatch_head_dims<kMaskHeadDims>(plan.dims, [&]<int kKeyDim, int kValueDim>() {
     launch_mask<T>("attention_mask_gradient", +attention_mask_gradient<T, kKeyDim, kValueDim>, plan, p, gradient,
                    stream);
   });
@@ -136,7 +140,7 @@ void launch_mask_gradient(const BackwardParams& p, const MaskGradient& gradient,
 template <typename T>
 void launch_mask_second_order(const SecondOrderParams& p, const MaskGradient& gradient, void* stream) {
   const Plan plan = mask_plan(sizes_of(p.first.problem, sizeof(T)), gradient.sizes, device::multiprocessors(), true);
-  dispatch_head_dims<kSecondOrderHeadDims>(plan.dims, [&]<int kKeyDim, int kValueDim>() {
+  dispatch_head_dims<kMaskSecondOrderHeadDims>(plan.dims, [&]<int kKeyDim, int kValueDim>() {
     launch_mask<T>("attention_mask_second_order", +attention_mask_second_order<T, kKeyDim, kValueDim>, plan, p,
                    gradient, stream);
   });

@@ -40,9 +40,9 @@ template <typename T>
 void launch_one_tile_mask(const BackwardParams& params, const MaskGradient& gradient, void* stream);
 
 template <typename T>
-void launch_tangent(const TangentParams& params, void* stream);
+void launch_tangent(TangentParams params, void* stream);
 template <typename T>
-void launch_second_order(const SecondOrderParams& params, void* stream);
+void launch_second_order(SecondOrderParams params, void* stream);
 // Reads the deltas that launch_second_order writes.
 template <typename T>
 void launch_mask_second_order(const SecondOrderParams& params, const MaskGradient& gradient, void* stream);

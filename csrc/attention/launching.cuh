@@ -28,7 +28,7 @@ void dispatch_head_dims(Dims dims, Body&& body) {
 // pays for its build time: not in float32, where products take most of the time, and not for head dims that are rare.
 template <typename T, int kKeyDim, int kValueDim, typename Body>
 void dispatch_plain(bool plain, Body&& body) {
-  constexpr bool kRare = (kKeyDim == 16 && kValueDim == 16) || kKeyDim == 192;
+  constexpr bool kRare = kKeyDim == 192;
   if constexpr (sizeof(T) == 2 && !kRare) {
     if (plain) return body(std::true_type{});
   }

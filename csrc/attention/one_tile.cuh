@@ -76,7 +76,8 @@ __device__ __forceinline__ void multiply_columns(float (&sums)[2][kDim / 8][4],
                                                  const OneTileLayout<T, kDim, kRows>& tiles, const Tile<T, kRows>& left,
                                                  const Tile<T, kDim>& right, int chunk, bool exact) {
   using P = Product<T>;
-#pragma unroll kDim <= 64 ? 2 : 1
+  constexpr int kUnrolled = sizeof(T) == 2 && kDim <= 64 ? 2 : 1;
+#pragma unroll(kUnrolled)
   for (int query = 0; query < tiles.block_m; query += kFragmentRows) {
     uint32_t live = 0;  // this lane's queries that attend to any of the keys; others count as zeros
     if constexpr (!kPlain) {
@@ -192,8 +193,8 @@ __global__ void __launch_bounds__(32 * kRows / kFragmentRows, kBlocks)
         }
         const uint32_t live = kPlain ? 0 : scores.live_columns(c);
         const bool masked = !kPlain && !device::all_lanes(live == Scores::kAllLive);
-        multiply_weights<T>(sums, scores.grads[c], tiles.keys(tiles.key(), c * kOneTileChunk), 0, problem.exact, masked,
-                            live);
+        multiply_weights<T, true>(sums, scores.grads[c], tiles.keys(tiles.key(), c * kOneTileChunk), 0, problem.exact,
+                                  masked, live);
       }
       const float factors[1][2] = {{problem.scale, problem.scale}};
       store_rows(row_pointer<T>(p.grad_query, batch, head, row), p.grad_query.row, problem.queries - row,

@@ -27,7 +27,6 @@ struct OneTileShape {
 constexpr OneTileShape kOneTile16[] = {{{ 32,  32},  64,  4,      2},      // 128, 128, 186
                                        {{ 64,  64},  64,  3,      2},      // 168, 164, 218
                                        {{128, 128},  64,  2,      0},      // 255, 239, no registers for the bias
-                                       {{ 32,  32},  96,  2,      0},      // 168, 168, no registers for the bias
                                        {{ 64,  64},  96,  1,      0}};     // 235, 209, no room for the bias
 constexpr OneTileShape kOneTile32[] = {{{ 32,  32},  64,  2,      1},
                                        {{ 64,  64},  64,  2,      1}};

@@ -62,6 +62,7 @@ struct OneTileRows {
   static constexpr int kChunks = kRows / kOneTileChunk, kTiles = kOneTileChunk / 8;
   static constexpr int kDepth = Product<T>::kDepth, kDepths = kOneTileChunk / kDepth;
   static constexpr int kColumnBits = 2 * kTiles;  // of a lane and chunk, see multiply_weights
+  static constexpr bool kRare = sizeof(T) == 4;   // products in float32, for the build time
   static constexpr uint32_t kAllLive = (1u << kColumnBits) - 1;
   using Layout = OneTileLayout<T, kDim, kRows>;
   using Chunk = float[1][kTiles][4];
@@ -165,8 +166,8 @@ struct OneTileRows {
       bool masked = false;
       if constexpr (!kLearned) masked = find_visible(visible, problem, mask, row, c);
       if (!active[c]) continue;
-      multiply_rows(weights[c], tiles.query(), row, tiles.keys(tiles.key(), key), problem.exact);
-      multiply_rows(grads[c], tiles.grad_out(), row, tiles.keys(tiles.value(), key), problem.exact);
+      multiply_rows<kRare>(weights[c], tiles.query(), row, tiles.keys(tiles.key(), key), problem.exact);
+      multiply_rows<kRare>(grads[c], tiles.grad_out(), row, tiles.keys(tiles.value(), key), problem.exact);
       float factor = problem.scale * kLog2e;
       if constexpr (kLearned) {
         add_bias(tiles, c, row, factor);

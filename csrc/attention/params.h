@@ -95,7 +95,7 @@ struct BackwardParams {
   RowInput lse;
   RowInput grad_lse;       // optional
   float* delta = nullptr;  // workspace (batch, heads, queries), contiguous: rowsum(grad_out * out) - grad_lse
-  int stages = 1;          // of attention_backward_query and attention_backward_key_value
+  int stages = 1;          // of each kernel: tiles.h
 };
 
 // Tangents of the arguments; null data: zero. The mask's is a float mask.
@@ -111,6 +111,7 @@ struct TangentParams {
   Tangents tangents;
   Result tangent_out;
   RowResult tangent_lse;
+  int stages = 1;
 };
 
 // Gradients of <grad_out, tangent_out> + <grad_lse, tangent_lse>. ``first``: the arguments of the first backward, and

@@ -14,13 +14,11 @@ struct Sizes {
   bool plain;         // no mask, dropout, softcap or packed sequences
   int sequences = 0;  // packed ones
 
-  constexpr Dims head_dims() const {
+  constexpr Dims head_dims() const { return head_dims_of(kHeadDims, {key_dim, value_dim}); }
+  constexpr Dims second_order_head_dims() const { return head_dims_of(kSecondOrderHeadDims, {key_dim, value_dim}); }
+  constexpr Dims mask_head_dims(bool second_order) const {
     const Dims dims = {key_dim, value_dim};
-    return kHeadDims[find_head_dims(kHeadDims, dims)];
-  }
-  constexpr Dims second_order_head_dims() const {
-    const Dims dims = {key_dim, value_dim};
-    return kSecondOrderHeadDims[find_head_dims(kSecondOrderHeadDims, dims)];
+    return second_order ? head_dims_of(kMaskSecondOrderHeadDims, dims) : head_dims_of(kMaskHeadDims, dims);
   }
 };
 
@@ -169,27 +167,35 @@ constexpr Plan backward_key_value_plan(const Sizes& sizes, const Gpu& gpu) {
   return plan;
 }
 
-constexpr Plan tangent_plan(const Sizes& sizes) {
+constexpr Plan tangent_plan(const Sizes& sizes, const Gpu& gpu) {
   const Dims dims = sizes.second_order_head_dims();
   const TileShape shape = tangent_shape(dims, sizes.element_size);
   Plan plan = plan_rows(dims, shape, sizes.queries, sizes.batch * sizes.heads, dims.value, sizes.sequences);
-  plan.shared_bytes = tangent_bytes(dims, sizes.element_size, plan.warps);
+  set_buffers(plan, {shape.stages, 1}, gpu,
+              [&](int warps, Buffers buffers) { return tangent_bytes(dims, sizes.element_size, warps, buffers); });
   return plan;
 }
 
-constexpr Plan second_order_query_plan(const Sizes& sizes) {
+constexpr void set_second_order_buffers(Plan& plan, const Sizes& sizes, const TileShape& shape, const Gpu& gpu,
+                                        bool owns_queries) {
+  set_buffers(plan, {shape.stages, 1}, gpu, [&](int warps, Buffers buffers) {
+    return second_order_bytes(plan.dims, sizes.element_size, warps, buffers, owns_queries);
+  });
+}
+
+constexpr Plan second_order_query_plan(const Sizes& sizes, const Gpu& gpu) {
   const Dims dims = sizes.second_order_head_dims();
   const TileShape shape = second_order_shape(dims, sizes.element_size);
   Plan plan = plan_rows(dims, shape, sizes.queries, sizes.batch * sizes.heads, dims.key, sizes.sequences);
-  plan.shared_bytes = second_order_bytes(dims, sizes.element_size, plan.warps, true);
+  set_second_order_buffers(plan, sizes, shape, gpu, true);
   return plan;
 }
 
-constexpr Plan second_order_key_value_plan(const Sizes& sizes) {
+constexpr Plan second_order_key_value_plan(const Sizes& sizes, const Gpu& gpu) {
   const Dims dims = sizes.second_order_head_dims();
   const TileShape shape = second_order_shape(dims, sizes.element_size);
   Plan plan = plan_rows(dims, shape, sizes.keys, sizes.batch * sizes.key_heads, widest(dims), sizes.sequences);
-  plan.shared_bytes = second_order_bytes(dims, sizes.element_size, plan.warps, false);
+  set_second_order_buffers(plan, sizes, shape, gpu, false);
   return plan;
 }
 
@@ -197,7 +203,7 @@ constexpr Plan second_order_key_value_plan(const Sizes& sizes) {
 // few tiles, ``slices`` blocks share one, and their partial sums are added in order by attention_sum_parts.
 constexpr Plan mask_plan(const Sizes& sizes, const int (&mask)[4], int multiprocessors, bool second_order) {
   const int size = sizes.element_size;
-  const Dims dims = second_order ? sizes.second_order_head_dims() : sizes.head_dims();
+  const Dims dims = sizes.mask_head_dims(second_order);
   const TileShape shape = second_order ? mask_second_order_shape(dims, size) : mask_gradient_shape(dims, size);
   Plan plan = plan_rows(dims, shape, sizes.queries, 1, dims.key);
   plan.shared_bytes =

@@ -43,7 +43,7 @@ struct SecondOrderLayout {
   }
   template <typename Owned, typename Iterated>
   static __device__ __forceinline__ Iterated iterated(int i) {
-    const int stage = i % kShape.stages * kShape.iterated * Iterated::kBytes;
+    const int stage = i * kShape.iterated * Iterated::kBytes;
     return {device::dynamic_shared() + owned<Owned>().rows * Owned::kBytes + stage, kShape.iterated};
   }
 };
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
 
   const Band window = Band::of<false>(problem, row);
   float sums[1][kColumns / 8][4] = {};
-  pipeline<kShape.stages>(tiles, first, load_keys, [&](const typename Tiles::Index& tile, int i) {
+  pipeline(p.first.stages, tiles, first, load_keys, [&](const typename Tiles::Index& tile, int i) {
     const int key = tile.key();
     const Band band = window.from(key);
     if (warp_rows <= 0 || band.misses(kFragmentRows, BLOCK_N)) return;
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
   const int key_column = static_cast<int>(blockIdx.y) * kKeyColumns;
   const int value_column = static_cast<int>(blockIdx.y) * kValueColumns;
   const Band window = Band::of<true>(problem, key);
-  pipeline<kShape.stages>(tiles, tiles.first(), load_queries, [&](const typename Tiles::Index& tile, int i) {
+  pipeline(p.first.stages, tiles, tiles.first(), load_queries, [&](const typename Tiles::Index& tile, int i) {
     const int head = tiles.head(tile), query = tiles.query(tile);
     const Band band = window.from(query);
     if (warp_rows <= 0 || band.misses(kFragmentRows, BLOCK_M)) return;

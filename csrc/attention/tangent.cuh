@@ -39,7 +39,7 @@ struct TangentLayout {
     return {device::dynamic_shared(), static_cast<int>(blockDim.x / 32) * kFragmentRows};
   }
   static __device__ __forceinline__ Keys keys(int i) {
-    const int stage = i % kShape.stages * BLOCK_N * Keys::kBytes;
+    const int stage = i * BLOCK_N * Keys::kBytes;
     return {device::dynamic_shared() + queries().rows * Queries::kBytes + stage, BLOCK_N};
   }
 };
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(TangentLayout<T, kKeyDim, kValueDim>::kThreads
     shift[half] = weight_shift(lse);
   }
   float sums[1][kColumns / 8][4] = {}, mean[2] = {0.0f, 0.0f};
-  pipeline<Layout::kShape.stages>(tiles, first, load_keys, [&](const typename Tiles::Index& tile, int i) {
+  pipeline(p.stages, tiles, first, load_keys, [&](const typename Tiles::Index& tile, int i) {
     const int key = tile.key();
     const Band band = window.from(key);
     if (warp_rows <= 0 || band.misses(kFragmentRows, BLOCK_N)) return;

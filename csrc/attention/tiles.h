@@ -29,10 +29,14 @@ struct Dims {
 };
 
 // Compiled head dims, in order of arithmetic. A problem takes the first pair that holds it, padded with zeros.
-constexpr Dims kHeadDims[] = {{16, 16}, {16, 32},   {32, 32},   {64, 64},   {32, 128},
-                              {96, 96}, {128, 128}, {192, 192}, {256, 256}, {512, 512}};
+constexpr Dims kHeadDims[] = {{16, 32},   {32, 32},   {64, 64},   {32, 128}, {96, 96},
+                              {128, 128}, {192, 192}, {256, 256}, {512, 512}};
 // The same for tangents and second derivatives, which hold about twice as much per row.
 constexpr Dims kSecondOrderHeadDims[] = {{16, 32}, {64, 64}, {32, 128}, {96, 96}, {128, 128}, {256, 256}};
+// The same for the gradients of masks, which few problems have, and of those the ones with short rows have kernels of
+// their own (one_tile.h): fewer, for the build time.
+constexpr Dims kMaskHeadDims[] = {{32, 32}, {64, 64}, {128, 128}, {256, 256}, {512, 512}};
+constexpr Dims kMaskSecondOrderHeadDims[] = {{64, 64}, {128, 128}, {256, 256}};
 
 constexpr Dims kLargestHeadDims = kHeadDims[length(kHeadDims) - 1];
 constexpr Dims kLargestSecondOrderHeadDims = kSecondOrderHeadDims[length(kSecondOrderHeadDims) - 1];
@@ -46,6 +50,12 @@ constexpr int find_head_dims(const Dims (&compiled)[kCount], Dims dims) {
     if (holds(compiled[i], dims)) return i;
   }
   return -1;
+}
+
+// The compiled head dims of a problem that they hold.
+template <int kCount>
+constexpr Dims head_dims_of(const Dims (&compiled)[kCount], Dims dims) {
+  return compiled[find_head_dims(compiled, dims)];
 }
 
 constexpr int widest(Dims dims) { return larger(dims.key, dims.value); }
@@ -86,7 +96,8 @@ constexpr TileRow kForwardMasked16[] = {
                                   {{192, 192}, {4,   1,   32,     2,     256}},   // 242, 2: no room: rows
                                   {{256, 256}, {4,   1,   16,     2,     256}},   // 244, 2: registers
                                   {{512, 512}, {4,   1,   16,     2,     256}}};  // 244, 1: no room: rows
-constexpr TileRow kForward32[] = {{{128, 128}, {4,   1,   32,     2,     256}},   // 152, 2: no room: rows
+constexpr TileRow kForward32[] = {{{ 96, 128}, {4,   2,   16,     2,     256}},   // 254, 2: registers
+                                  {{128, 128}, {4,   1,   32,     2,     256}},   // 162, 2: no room: rows
                                   {{192, 192}, {4,   1,   16,     2,     256}},   // 174, 2: no room: rows
                                   {{256, 256}, {4,   1,   16,     2,     256}},   // 204, 1: no room: rows
                                   {{512, 512}, {2,   1,   8,      2,     256}}};  // 193, 1: no room: rows
@@ -196,7 +207,7 @@ constexpr TileShape mask_second_order_shape(Dims dims, int element_size) {
 
 // Dynamic shared memory.
 //
-// Forward and backward: as many stages and query tiles as leave room for two blocks per multiprocessor, because the
+// As many stages and, in the forward pass, query tiles as leave room for two blocks per multiprocessor, because the
 // four warps of one block, one for each scheduler, cannot hide the latencies of copies and softmax; if there is no room
 // for two blocks in any case, or the grid has no more blocks than the GPU multiprocessors, as many as one block may
 // have. So sm_86, sm_89 and sm_120, with 100 KiB, have fewer than sm_80 with 164 KiB and sm_90 with 228 KiB.
@@ -280,17 +291,17 @@ constexpr int key_tangent_bytes(Dims dims, int element_size) {
   return 2 * (row_bytes(dims.key, element_size) + row_bytes(dims.value, element_size));
 }
 
-constexpr int tangent_bytes(Dims dims, int element_size, int warps) {
+constexpr int tangent_bytes(Dims dims, int element_size, int warps, Buffers buffers) {
   const TileShape shape = tangent_shape(dims, element_size);
   const Dims slice = {dims.key, smaller(dims.value, shape.columns)};
   return shape.owned(warps) * query_tangent_bytes(dims, element_size, false) +
-         shape.stages * shape.iterated * key_tangent_bytes(slice, element_size);
+         buffers.stages * shape.iterated * key_tangent_bytes(slice, element_size);
 }
 
-constexpr int second_order_bytes(Dims dims, int element_size, int warps, bool owns_queries) {
+constexpr int second_order_bytes(Dims dims, int element_size, int warps, Buffers buffers, bool owns_queries) {
   const TileShape shape = second_order_shape(dims, element_size);
   const int query = query_tangent_bytes(dims, element_size, true), key = key_tangent_bytes(dims, element_size);
-  const int iterated = shape.stages * shape.iterated;
+  const int iterated = buffers.stages * shape.iterated;
   return owns_queries ? shape.owned(warps) * query + iterated * key : shape.owned(warps) * key + iterated * query;
 }
 
@@ -324,9 +335,9 @@ constexpr bool all_fit() {
     }
     for (const Dims dims : kSecondOrderHeadDims) {
       const int warps = second_order_shape(dims, size).warps;
-      if (tangent_bytes(dims, size, tangent_shape(dims, size).warps) > kSharedLimit ||
-          second_order_bytes(dims, size, warps, true) > kSharedLimit ||
-          second_order_bytes(dims, size, warps, false) > kSharedLimit ||
+      if (tangent_bytes(dims, size, tangent_shape(dims, size).warps, {1, 1}) > kSharedLimit ||
+          second_order_bytes(dims, size, warps, {1, 1}, true) > kSharedLimit ||
+          second_order_bytes(dims, size, warps, {1, 1}, false) > kSharedLimit ||
           mask_second_order_bytes(dims, size, warps) + mask_static_bytes(mask_second_order_shape(dims, size)) >
               kSharedLimit) {
         return false;

@@ -25,6 +25,7 @@ from tests.ops.test_attention_kernels import (
     passes,
     plan,
 )
+from tests.ops.test_attention_second_order_kernels import second_order
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 SMALL, AMPERE, HOPPER = SHARED_LIMITS
@@ -64,6 +65,22 @@ def test_stages_and_query_buffers_are_as_many_as_leave_room_for_two_blocks():
     assert [plan(shape, shared_limit=limit)["query"]["stages"] for limit in SHARED_LIMITS] == [1, 2, 2]
     with pytest.raises(ValueError, match="shared_limit: less than every GPU from sm_80 on has"):
         plan(shape, shared_limit=SMALL - 1)
+
+
+@needs_module
+def test_tangents_and_second_order_have_one_stage_where_two_leave_no_room_for_a_second_block():
+    kernels = ("tangent", "second order query", "second order key_value")
+
+    def stages_and_blocks(name, limit):
+        found = plan(ATTENTION_SHAPES[name], shared_limit=limit)
+        return [(found[kernel]["stages"], resident(found[kernel], limit)) for kernel in kernels]
+
+    # The rows that a block of dK and dV owns are too many for two blocks; then it has two stages.
+    assert stages_and_blocks("image-lm", SMALL) == [(1, 2), (1, 2), (2, 1)]
+    assert stages_and_blocks("image-lm", AMPERE) == [(2, 2)] * 3
+    assert stages_and_blocks("dit-xl", AMPERE) == [(2, 2), (1, 2), (1, 2)]
+    assert stages_and_blocks("long", AMPERE) == [(1, 2)] * 3
+    assert stages_and_blocks("long", HOPPER) == [(1, 3), (2, 2), (2, 2)]
 
 
 @needs_module
@@ -107,6 +124,22 @@ def test_every_architecture_gives_the_same_bits(emulator, emulated, dims, dtype)
             results.append(gradients(emulated, tensors, mask))
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
+def test_every_architecture_gives_the_same_bits_in_second_order(emulator, emulated, dtype):
+    """Several blocks and tiles; the smallest GPU has one stage where the others have two."""
+    tensors = operands(batch=2, heads=2, queries=70, keys=80, dims=(64, 64), dtype=dtype)
+    stages, results = [], []
+    for limit in SHARED_LIMITS:
+        emulator.configure(shared_limit=limit)
+        results.append(second_order(emulated, tensors, torch.ones(1, 1, 1, 80)))
+        size = tensors[0].element_size()
+        found = backend.plans.attention_plan(2, 2, 2, 70, 80, 64, 64, size, 3, plain=False, shared_limit=limit)
+        stages.append(found["tangent"]["stages"])
+    assert stages == [1, 2, 2]
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_no_barrier_and_no_wait_of_one_stage_can_be_left_out(emulator, emulated):

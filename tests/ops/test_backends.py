@@ -206,7 +206,7 @@ def test_launch_plans_refuse_bad_sizes(name, sizes, text):
 @needs_plans
 def test_launch_plans_have_tuples_and_the_plan_of_a_mask():
     plans = backend.plans.attention_plan(2, 4, 4, 64, 64, 8, 8, 2, 132, plain=False, mask=[1, 1, 64, 64])
-    assert plans["forward"]["tile"] == (16, 16)
+    assert plans["forward"]["tile"] == (16, 32)
     assert {"mask", "second order mask", "tangent"} <= plans.keys()
     assert "mask" not in backend.plans.attention_plan(2, 4, 4, 64, 64, 8, 8, 2, 132)
 

@@ -2,6 +2,6 @@
 
 namespace fastgen::attention {
 
-template void launch_second_order<float>(const SecondOrderParams&, void*);
+template void launch_second_order<float>(SecondOrderParams, void*);
 
 }  // namespace fastgen::attention

@@ -2,6 +2,6 @@
 
 namespace fastgen::attention {
 
-template void launch_tangent<BFloat16>(const TangentParams&, void*);
+template void launch_tangent<BFloat16>(TangentParams, void*);
 
 }  // namespace fastgen::attention

@@ -2,6 +2,6 @@
 
 namespace fastgen::attention {
 
-template void launch_tangent<Half>(const TangentParams&, void*);
+template void launch_tangent<Half>(TangentParams, void*);
 
 }  // namespace fastgen::attention

@@ -2,6 +2,6 @@
 
 namespace fastgen::attention {
 
-template void launch_tangent<float>(const TangentParams&, void*);
+template void launch_tangent<float>(TangentParams, void*);
 
 }  // namespace fastgen::attention
