@@ -66,10 +66,13 @@ Object describe(const fastgen::projection::Plan& plan) {
   return result;
 }
 
-template <typename Table>
-std::string pairs(const Table& table) {
+template <typename... Tables>
+std::string pairs(const Tables&... tables) {
   std::string text;
-  for (const auto& dims : table) text += (text.empty() ? "[" : ", ") + Object::pair(dims.key, dims.value);
+  const auto add = [&](const auto& table) {
+    for (const auto& dims : table) text += (text.empty() ? "[" : ", ") + Object::pair(dims.key, dims.value);
+  };
+  (add(tables), ...);
   return text + "]";
 }
 
@@ -91,7 +94,9 @@ FASTGEN_EXPORTED const char* fastgen_latent_plan(int64_t rows, int64_t cols, int
 // Head dims (key, value) of the compiled attention kernels; second_order: of tangents and second derivatives.
 FASTGEN_EXPORTED const char* fastgen_attention_tiles(bool second_order) {
   thread_local std::string text;
-  text = second_order ? pairs(fastgen::attention::kSecondOrderHeadDims) : pairs(fastgen::attention::kHeadDims);
+  namespace attention = fastgen::attention;
+  text = second_order ? pairs(attention::kSecondOrderHeadDims, attention::kWideSecondOrderHeadDims)
+                      : pairs(attention::kHeadDims);
   return text.c_str();
 }
 
@@ -125,20 +130,15 @@ FASTGEN_EXPORTED const char* fastgen_attention_plan(int64_t batch, int64_t heads
   const attention::OneHeadPlan one_head = attention::one_head_plan(sizes, gpu);
   if (one_tile.entry >= 0) result.add("one tile", describe(one_tile.plan));
   if (one_head.taken && one_tile.entry < 0) result.add("one head", describe(one_head.plan, false));
-  const bool second_order = attention::find_head_dims(attention::kSecondOrderHeadDims, dims) >= 0;
-  if (second_order) {
-    result.add("tangent", describe(attention::tangent_plan(sizes, gpu)));
-    result.add("second order query", describe(attention::second_order_query_plan(sizes, gpu)));
-    result.add("second order key_value", describe(attention::second_order_key_value_plan(sizes, gpu), false));
-  }
+  result.add("tangent", describe(attention::tangent_plan(sizes, gpu)));
+  result.add("second order query", describe(attention::second_order_query_plan(sizes, gpu)));
+  result.add("second order key_value", describe(attention::second_order_key_value_plan(sizes, gpu), false));
   if (mask != nullptr) {
     const int sizes_of_mask[4] = {mask[0], mask[1], mask[2], mask[3]};
     const auto with_mask = attention::one_tile_mask_plan(sizes, false, sizes_of_mask, multiprocessors);
     if (with_mask.entry >= 0) result.add("one tile mask", describe(with_mask.plan));
     result.add("mask", describe(attention::mask_plan(sizes, sizes_of_mask, multiprocessors, false)));
-    if (second_order) {
-      result.add("second order mask", describe(attention::mask_plan(sizes, sizes_of_mask, multiprocessors, true)));
-    }
+    result.add("second order mask", describe(attention::mask_plan(sizes, sizes_of_mask, multiprocessors, true)));
   }
   thread_local std::string text;
   text = result.text();

@@ -49,6 +49,11 @@ BUDGETS = {
     "attention_tangent": Budget(registers=255),
     "attention_second_order_query": Budget(registers=255),
     "attention_second_order_key_value": Budget(registers=255),
+    # launch_bounds(256): one block. In 16 bits at most 208.
+    "attention_tangent_wide": Budget(registers=255),
+    "attention_second_order_query_wide": Budget(registers=255),
+    "attention_second_order_key_value_wide": Budget(registers=255),
+    "attention_mask_second_order_wide": Budget(registers=255),
     "attention_mask_second_order": Budget(registers=255, shared_bytes=1024),
     # launch_bounds(256): 32 registers keep 8 blocks. Shared: a float per thread.
     "attention_sum_parts": Budget(registers=32, shared_bytes=1024),
@@ -84,6 +89,9 @@ LOOP_KERNELS = [
     "attention_tangent<BFloat16, 64, 64, true>",
     "attention_second_order_query<BFloat16, 64, 64>",
     "attention_second_order_key_value<BFloat16, 64, 64>",
+    "attention_tangent_wide<BFloat16, 512, 512>",
+    "attention_second_order_query_wide<BFloat16, 512, 512>",
+    "attention_second_order_key_value_wide<BFloat16, 512, 512>",
     "projection_project<BFloat16, 1, false, false>",
 ]
 r"""Kernels whose main loop has a budget in tests/loop_budgets.json: instructions in the loop, and those that a thread
@@ -91,7 +99,7 @@ executes for each score of a tile of which everything is visible (of a warp for 
 no scores). ``--tighten`` sets the budgets to 3% above what the compiled kernels use; these sources have all of them:
 
     python tests/compile_check.py --arch 80 --arch 90a --tighten csrc/projection/instantiations/bfloat16.cu \
-        csrc/attention/instantiations/{forward,tangent,second_order}_bfloat16.cu \
+        csrc/attention/instantiations/{forward,tangent,second_order,wide_second_order}_bfloat16.cu \
         csrc/attention/instantiations/backward_{query,key_value,one_tile}_bfloat16.cu
 
 The CPU library has to be of the same sources: launch plans say how large tiles are.

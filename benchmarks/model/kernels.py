@@ -11,6 +11,7 @@ from tests import compile_check, compile_report
 
 SOURCES = (
     "forward", "backward_query", "backward_key_value", "tangent", "second_order", "decode", "backward_one_tile", "wide",
+    "wide_second_order",
 )  # fmt: skip
 
 

@@ -29,17 +29,23 @@ class Products(NamedTuple):
 FORWARD = Products("forward", "k", "v", "kv")
 QUERY = Products("query", "kv", "k", "kv")
 KEY_VALUE = Products("key_value", "kv", "vk", "kv")
+TANGENT = Products("tangent", "kkk", "vv", "kkvv")
+SECOND_ORDER_QUERY = Products("second order query", "kkkvv", "kk", "kkvv")
+SECOND_ORDER_KEY_VALUE = Products("second order key_value", "kkkvv", "vkk", "kkv")
 PRODUCTS = {
     "attention_forward": FORWARD,
     "attention_backward_query": QUERY,
     "attention_backward_key_value": KEY_VALUE,
-    "attention_tangent": Products("tangent", "kkk", "vv", "kkvv"),
-    "attention_second_order_query": Products("second order query", "kkkvv", "kk", "kkvv"),
-    "attention_second_order_key_value": Products("second order key_value", "kkkvv", "vkk", "kkv"),
+    "attention_tangent": TANGENT,
+    "attention_second_order_query": SECOND_ORDER_QUERY,
+    "attention_second_order_key_value": SECOND_ORDER_KEY_VALUE,
     "attention_decode": FORWARD._replace(plan="decode"),
     "attention_forward_wide": FORWARD,
     "attention_backward_query_wide": QUERY,
     "attention_backward_key_value_wide": KEY_VALUE,
+    "attention_tangent_wide": TANGENT,
+    "attention_second_order_query_wide": SECOND_ORDER_QUERY,
+    "attention_second_order_key_value_wide": SECOND_ORDER_KEY_VALUE,
     "attention_backward_one_head": KEY_VALUE._replace(plan="one head"),
     "attention_backward_one_tile": Products("one tile", "kv", "kvk", "kkvv"),
 }
@@ -179,7 +185,7 @@ def roles_of(name: Name, tiles: Tiles) -> list[Role]:
     if name.rows:
         return _one_tile_roles(name, tiles)
     products, copies = PRODUCTS[name.bare], copied_pieces(name, tiles)
-    if not name.is_wide or products.plan == "forward":
+    if not (name.is_wide and products in (QUERY, KEY_VALUE)):
         matrix = matrix_instructions(name, tiles)
         if name.is_one_head:  # dQ: all queries of the tile, all keys
             matrix += _weight_instructions(name, tiles.iterated, tiles.owned, [name.dims[0]]) // tiles.warps

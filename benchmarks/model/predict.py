@@ -86,6 +86,9 @@ def waits_of(name: Name, iteration: Iteration, plan: dict[str, Any]) -> float:
     """Clocks in which a warp waits in one iteration."""
     if name.is_decode:  # for a copy that was started one iteration earlier, at least
         return MEMORY_LATENCY
+    if name.is_wide and PRODUCTS[name.bare].plan not in ("forward", "query", "key_value"):
+        # Of tangents and second order; with one stage, another barrier after the copy.
+        return LATENCY * iteration.barriers + (0 if plan["stages"] == 2 else LATENCY + MEMORY_LATENCY)
     if name.is_wide or name.is_one_head or name.rows:  # their copies overlap with products, or come before everything
         return LATENCY * iteration.barriers
     # Two stages, or one: chosen by the launch plan, which the shortest path does not show, or at compile time.

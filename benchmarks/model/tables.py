@@ -132,12 +132,11 @@ NOTES = """
   dropout, softcaps and divisions. That is an upper estimate, which is high for `swin-window` and `seq2seq`.
 - Backward and second order are two kernels each; the gradient of a learned bias is not included. The limit is that of
   the slower one. *latency*: too few warps to fill a pipe. *memory*: the minimal traffic takes longer than the loop.
-- `decode` forward, `swin-window` and `seq2seq` backward, and where a block may have 163 KiB `vae-mid` and the backward
-  pass of `transgan-window` and `char-lm`, take kernels of their own. In decoding each warp has tiles of its own, and a
-  copy takes at least a trip to memory. Where warps of a block differ, counts are their average, and the latency is that
-  of the longest path.
+- `decode` forward, `swin-window` and `seq2seq` backward, and `vae-mid` take kernels of their own, the latter's forward
+  and backward pass where a block may have 163 KiB; so does the backward pass of `transgan-window` and `char-lm` there.
+  In decoding each warp has tiles of its own, and a copy takes at least a trip to memory. Where warps of a block differ,
+  counts are their average, and the latency is that of the longest path.
 - A block with one stage waits for each copy. Only other blocks of the multiprocessor fill that time.
-- `vae-mid` has no tangents and no second order: there are no kernels of head dim 512, see "Kernels that do not exist".
 - "of roofline": the minimum time of [roofline.md](../roofline.md) by the predicted time. TFLOP/s count the necessary
   products (5 in the backward pass).
 """
@@ -153,17 +152,6 @@ def text_of(data: dict[str, Any]) -> str:
         else:
             parts.append(f" {json.dumps(key)}: {json.dumps(value)}")
     return "{\n" + ",\n".join(parts) + "\n}\n"
-
-
-WIDE_SECOND_ORDER = """
-Tangents and second derivatives of head dims above 256 take the PyTorch path on a GPU. Its 15 products of `vae-mid`
-are 258 GFLOP in float32: 13 ms on an A100 and 4 ms on an H100 at the peak of their FP32 pipes, and its 32 tiles take
-about 45 launches each, 6 ms at 4 us. A kernel in which eight warps share a tile, as those of `vae-mid` do, would have
-tiles of 16 x 16 scores, because rows of Q, dO and the tangent of Q take 3 KiB and those of K, V and their tangents 4
-KiB: 117 KB, so that GPUs with 99 KiB would not have it. Counted by hand, a warp and tile take 56 (dK and dV: 72)
-matrix instructions and 44 KiB of shared memory, which is what limits it: 1.7 ms for both kernels on an H100, 3.3 ms
-on an A100. That is three to four times faster, for two more kernels per type, in one layer of autoencoders under a
-gradient penalty."""
 
 
 def estimate_lines(estimates: list[dict[str, Any]]) -> list[str]:
@@ -190,7 +178,7 @@ def estimate_lines(estimates: list[dict[str, Any]]) -> list[str]:
             for name in DESIGNS
         ]
         out.append(f"| {chip} | {shape} | {next(iter(found.values()))['now']:g} | {' | '.join(cells)} |")
-    return out + WIDE_SECOND_ORDER.splitlines()
+    return out
 
 
 def lines(data: dict[str, Any]) -> list[str]:

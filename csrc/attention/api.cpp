@@ -146,9 +146,8 @@ std::tuple<Tensor, Tensor> tangent(const Tensor& query, const Tensor& key, const
   TangentParams p;
   p.query = q.operand(), p.key = k.operand(), p.value = v.operand(), p.out = o.operand();
   p.tangents = given.tangents();
-  p.problem =
-      problem_of(query, key, value, q.dim(), v.dim(), read_mask, seed, sequences,
-                 {dropout_p, window_left, window_right, scale, softcap, allow_tf32}, kLargestSecondOrderHeadDims);
+  p.problem = problem_of(query, key, value, q.dim(), v.dim(), read_mask, seed, sequences,
+                         {dropout_p, window_left, window_right, scale, softcap, allow_tf32});
   p.lse = row_input(lse, "lse", query);
   Written tangent_out(query, value.size(3), rows_first(query));
   Tensor tangent_lse = empty_rows(query);
@@ -174,9 +173,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> second_order(
   TangentParams t;
   t.query = q.operand(), t.key = k.operand(), t.value = v.operand(), t.out = o.operand();
   t.tangents = given.tangents();
-  t.problem =
-      problem_of(query, key, value, q.dim(), v.dim(), read_mask, seed, sequences,
-                 {dropout_p, window_left, window_right, scale, softcap, allow_tf32}, kLargestSecondOrderHeadDims);
+  t.problem = problem_of(query, key, value, q.dim(), v.dim(), read_mask, seed, sequences,
+                         {dropout_p, window_left, window_right, scale, softcap, allow_tf32});
   t.lse = row_input(lse, "lse", query);
   Written tangent_out(query, value.size(3), rows_first(query));
   Tensor tangent_lse = empty_rows(query);

@@ -80,6 +80,13 @@ struct HeadDropout {
     return result;
   }
 
+  // Of one weight.
+  __device__ __forceinline__ float factor_of(int query, int key) const {
+    const Philox4 four = numbers(query, key / kGroup * kGroup);
+    const uint32_t low = key % 2 == 0 ? four.x[0] : four.x[1], high = key % 2 == 0 ? four.x[2] : four.x[3];
+    return to_uniform(key % kGroup < 2 ? low : high) >= p ? factor : 0.0f;
+  }
+
  private:
   __device__ __forceinline__ uint32_t bits_of(uint32_t a, uint32_t b, uint32_t c, uint32_t d) const {
     const auto bit = [&](uint32_t number, int i) { return to_uniform(number) >= p ? 1u << i : 0u; };

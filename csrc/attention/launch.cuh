@@ -5,7 +5,7 @@
 #include "attention/decode_plan.h"
 #include "attention/forward.cuh"
 #include "attention/launching.cuh"
-#include "attention/mask_gradient.cuh"
+#include "attention/mask_launch.cuh"
 #include "attention/mask_second_order.cuh"
 #include "attention/second_order.cuh"
 #include "attention/sm90/launcher.h"
@@ -72,6 +72,7 @@ void launch_backward_key_value(BackwardParams p, void* stream) {
 template <typename T>
 void launch_tangent(TangentParams p, void* stream) {
   const Sizes sizes = sizes_of(p.problem, sizeof(T));
+  if (sizes.is_wide_second_order()) return launch_tangent_wide<T>(p, stream);
   const Plan plan = tangent_plan(sizes, current_gpu());
   p.stages = plan.stages;
   dispatch_head_dims<kSecondOrderHeadDims>(plan.dims, [&]<int kKeyDim, int kValueDim>() {
@@ -85,6 +86,7 @@ void launch_tangent(TangentParams p, void* stream) {
 template <typename T>
 void launch_second_order(SecondOrderParams p, void* stream) {
   const Sizes sizes = sizes_of(p.first.problem, sizeof(T));
+  if (sizes.is_wide_second_order()) return launch_second_order_wide<T>(p, stream);
   const Gpu gpu = current_gpu();
   const Plan query_plan = second_order_query_plan(sizes, gpu), key_value_plan = second_order_key_value_plan(sizes, gpu);
   dispatch_head_dims<kSecondOrderHeadDims>(query_plan.dims, [&]<int kKeyDim, int kValueDim>() {
@@ -108,26 +110,6 @@ int mask_second_order_splits(const Problem& problem, const int (&mask)[4]) {
   return mask_plan(sizes_of(problem, sizeof(T)), mask, device::multiprocessors(), true).slices;
 }
 
-// Adds the partial sums of a mask's gradient, if there are any.
-template <typename T>
-void launch_sum_parts(const MaskGradient& gradient, void* stream) {
-  if (gradient.splits <= 1) return;
-  const char* name = "attention_sum_parts";
-  const int team = sum_team(elements(gradient), gradient.splits);
-  const dim3 grid(device::grid_size(ceil_div(elements(gradient), kSumThreads / team), name));
-  device::launch(name, +attention_sum_parts<T>, {grid, dim3(kSumThreads), 0, static_cast<cudaStream_t>(stream)},
-                 gradient, team);
-}
-
-// ``kernel``, and the reduction of its partial sums.
-template <typename T, typename Params>
-void launch_mask(const char* name, void (*kernel)(Params, MaskGradient), Plan plan, const Params& p,
-                 const MaskGradient& gradient, void* stream) {
-  plan.slices = gradient.splits;
-  device::launch(name, kernel, launch_config(plan, stream), p, gradient);
-  launch_sum_parts<T>(gradient, stream);
-}
-
 template <typename T>
 void launch_mask_gradient(const BackwardParams& p, const MaskGradient& gradient, void* stream) {
   const Plan plan = mask_plan(sizes_of(p.problem, sizeof(T)), gradient.sizes, device::multiprocessors(), false);
@@ -139,7 +121,9 @@ void launch_mask_gradient(const BackwardParams& p, const MaskGradient& gradient,
 
 template <typename T>
 void launch_mask_second_order(const SecondOrderParams& p, const MaskGradient& gradient, void* stream) {
-  const Plan plan = mask_plan(sizes_of(p.first.problem, sizeof(T)), gradient.sizes, device::multiprocessors(), true);
+  const Sizes sizes = sizes_of(p.first.problem, sizeof(T));
+  if (sizes.is_wide_second_order()) return launch_mask_second_order_wide<T>(p, gradient, stream);
+  const Plan plan = mask_plan(sizes, gradient.sizes, device::multiprocessors(), true);
   dispatch_head_dims<kMaskSecondOrderHeadDims>(plan.dims, [&]<int kKeyDim, int kValueDim>() {
     launch_mask<T>("attention_mask_second_order", +attention_mask_second_order<T, kKeyDim, kValueDim>, plan, p,
                    gradient, stream);

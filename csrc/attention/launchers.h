@@ -41,6 +41,13 @@ void launch_one_tile_mask(const BackwardParams& params, const MaskGradient& grad
 
 template <typename T>
 void launch_tangent(TangentParams params, void* stream);
+// The parts of launch_tangent, launch_second_order and launch_mask_second_order for wide heads.
+template <typename T>
+void launch_tangent_wide(TangentParams params, void* stream);
+template <typename T>
+void launch_second_order_wide(SecondOrderParams params, void* stream);
+template <typename T>
+void launch_mask_second_order_wide(SecondOrderParams params, const MaskGradient& gradient, void* stream);
 template <typename T>
 void launch_second_order(SecondOrderParams params, void* stream);
 // Reads the deltas that launch_second_order writes.

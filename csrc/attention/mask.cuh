@@ -57,6 +57,9 @@ struct Band {
   __device__ __forceinline__ bool covers(int rows, int columns) const {
     return low + rows - 1 <= 0 && high >= columns - 1;
   }
+  __device__ __forceinline__ bool contains(int row, int column) const {
+    return column >= low + row && column <= high + row;
+  }
   __device__ __forceinline__ bool misses(int rows, int columns) const { return low >= columns || high + rows - 1 < 0; }
 
  private:

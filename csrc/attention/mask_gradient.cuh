@@ -65,6 +65,19 @@ struct ScoreTiles {
     return {iterated[0] > 1 ? part[0] : owned[0], iterated[1] > 1 ? part[1] : owned[1],
             (iterated[2] > 1 ? part[2] : owned[2]) * block_m, (iterated[3] > 1 ? part[3] : owned[3]) * block_n};
   }
+
+  // Stores an entry of the owned head's gradient, or of this block's part of it. T: the query's storage type.
+  template <typename T>
+  __device__ __forceinline__ void store(const MaskGradient& gradient, int row, int column, float value) const {
+    if (row >= gradient.sizes[2] || column >= gradient.sizes[3]) return;
+    const int64_t head = int64_t{owned[0]} * gradient.sizes[1] + owned[1];
+    const int64_t at = (head * gradient.sizes[2] + row) * gradient.sizes[3] + column;
+    if (gradient.parts != nullptr) {
+      gradient.parts[blockIdx.y * elements(gradient) + at] = value;
+    } else {
+      store_gradient<T>(gradient, at, value);
+    }
+  }
 };
 
 // First order: dS of a tile. Shared memory: stages of (K, V, Q, dO).
@@ -199,16 +212,7 @@ __device__ __forceinline__ void mask_gradient(const typename Scores::Params& p, 
     device::sync_block();
   }
 
-  const auto store = [&](int row, int column, float value) {
-    if (row >= gradient.sizes[2] || column >= gradient.sizes[3]) return;
-    const int64_t head = int64_t{tiles.owned[0]} * gradient.sizes[1] + tiles.owned[1];
-    const int64_t at = (head * gradient.sizes[2] + row) * gradient.sizes[3] + column;
-    if (gradient.parts != nullptr) {
-      gradient.parts[blockIdx.y * elements(gradient) + at] = value;
-    } else {
-      store_gradient<T>(gradient, at, value);
-    }
-  };
+  const auto store = [&](int row, int column, float value) { tiles.store<T>(gradient, row, column, value); };
   const int first_row = tiles.owned[2] * block_m, first_column = tiles.owned[3] * BLOCK_N;
   if (one_row) {
     for (int column = threadIdx.x; column < (one_column ? 1 : BLOCK_N); column += blockDim.x) {

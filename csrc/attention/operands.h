@@ -179,12 +179,13 @@ void index_by_row(const Problem& problem, Operands&... operands) {
 
 inline Problem problem_of(const Tensor& query, const Tensor& key, const Tensor& value, int64_t key_dim,
                           int64_t value_dim, const MaybeTensor& mask, const MaybeTensor& seed,
-                          const MaybeTensor& sequences, const Options& options, Dims largest = kLargestHeadDims) {
+                          const MaybeTensor& sequences, const Options& options) {
   STD_TORCH_CHECK(key.size(0) == query.size(0) && key.size(3) == query.size(3) && value.size(0) == query.size(0) &&
                       value.size(1) == key.size(1) && value.size(2) == key.size(2),
                   "key, value: expected shapes that fit the query");
   STD_TORCH_CHECK(key.size(1) > 0 ? query.size(1) % key.size(1) == 0 : query.size(1) == 0,
                   "key: expected a number of heads that divides the query's");
+  constexpr Dims largest = kLargestHeadDims;
   STD_TORCH_CHECK(key_dim <= largest.key && value_dim <= largest.value,
                   "query, value: kernels are compiled for head dims up to ", largest.key, " and ", largest.value,
                   ", got ", query.size(3), " and ", value.size(3));

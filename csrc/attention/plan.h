@@ -15,9 +15,16 @@ struct Sizes {
   int sequences = 0;  // packed ones
 
   constexpr Dims head_dims() const { return head_dims_of(kHeadDims, {key_dim, value_dim}); }
-  constexpr Dims second_order_head_dims() const { return head_dims_of(kSecondOrderHeadDims, {key_dim, value_dim}); }
+  // Of tangents and second derivatives: whether they take the kernels of wide heads.
+  constexpr bool is_wide_second_order() const { return find_head_dims(kSecondOrderHeadDims, {key_dim, value_dim}) < 0; }
+  constexpr Dims second_order_head_dims() const {
+    const Dims dims = {key_dim, value_dim};
+    return is_wide_second_order() ? head_dims_of(kWideSecondOrderHeadDims, dims)
+                                  : head_dims_of(kSecondOrderHeadDims, dims);
+  }
   constexpr Dims mask_head_dims(bool second_order) const {
     const Dims dims = {key_dim, value_dim};
+    if (second_order && is_wide_second_order()) return second_order_head_dims();
     return second_order ? head_dims_of(kMaskSecondOrderHeadDims, dims) : head_dims_of(kMaskHeadDims, dims);
   }
 };
@@ -167,7 +174,24 @@ constexpr Plan backward_key_value_plan(const Sizes& sizes, const Gpu& gpu) {
   return plan;
 }
 
+// Tangents and second order of wide heads. ``rows``: owned, of all sequences; ``bytes`` by stages.
+template <typename Bytes>
+constexpr Plan wide_second_order_plan(const Sizes& sizes, const Gpu& gpu, int64_t rows, int64_t heads, Bytes&& bytes) {
+  const Dims dims = sizes.second_order_head_dims();
+  Plan plan = {dims, kWideWarps, kWideOwned, wide_iterated(sizes.element_size), 1, 0, 1, 0};
+  plan.blocks = heads * tiles_of_head(rows, plan.owned, sizes.sequences);
+  plan.stages = bytes(dims, 2) <= gpu.shared_limit ? 2 : 1;
+  plan.shared_bytes = bytes(dims, plan.stages);
+  plan.wide = true;
+  return plan;
+}
+
 constexpr Plan tangent_plan(const Sizes& sizes, const Gpu& gpu) {
+  if (sizes.is_wide_second_order()) {
+    return wide_second_order_plan(sizes, gpu, sizes.queries, sizes.batch * sizes.heads, [&](Dims dims, int stages) {
+      return wide_tangent_bytes(dims, sizes.element_size, stages);
+    });
+  }
   const Dims dims = sizes.second_order_head_dims();
   const TileShape shape = tangent_shape(dims, sizes.element_size);
   Plan plan = plan_rows(dims, shape, sizes.queries, sizes.batch * sizes.heads, dims.value, sizes.sequences);
@@ -184,6 +208,11 @@ constexpr void set_second_order_buffers(Plan& plan, const Sizes& sizes, const Ti
 }
 
 constexpr Plan second_order_query_plan(const Sizes& sizes, const Gpu& gpu) {
+  if (sizes.is_wide_second_order()) {
+    return wide_second_order_plan(sizes, gpu, sizes.queries, sizes.batch * sizes.heads, [&](Dims dims, int stages) {
+      return wide_second_order_bytes(dims, sizes.element_size, stages, true);
+    });
+  }
   const Dims dims = sizes.second_order_head_dims();
   const TileShape shape = second_order_shape(dims, sizes.element_size);
   Plan plan = plan_rows(dims, shape, sizes.queries, sizes.batch * sizes.heads, dims.key, sizes.sequences);
@@ -192,6 +221,11 @@ constexpr Plan second_order_query_plan(const Sizes& sizes, const Gpu& gpu) {
 }
 
 constexpr Plan second_order_key_value_plan(const Sizes& sizes, const Gpu& gpu) {
+  if (sizes.is_wide_second_order()) {
+    return wide_second_order_plan(sizes, gpu, sizes.keys, sizes.batch * sizes.key_heads, [&](Dims dims, int stages) {
+      return wide_second_order_bytes(dims, sizes.element_size, stages, false);
+    });
+  }
   const Dims dims = sizes.second_order_head_dims();
   const TileShape shape = second_order_shape(dims, sizes.element_size);
   Plan plan = plan_rows(dims, shape, sizes.keys, sizes.batch * sizes.key_heads, widest(dims), sizes.sequences);
@@ -204,11 +238,17 @@ constexpr Plan second_order_key_value_plan(const Sizes& sizes, const Gpu& gpu) {
 constexpr Plan mask_plan(const Sizes& sizes, const int (&mask)[4], int multiprocessors, bool second_order) {
   const int size = sizes.element_size;
   const Dims dims = sizes.mask_head_dims(second_order);
-  const TileShape shape = second_order ? mask_second_order_shape(dims, size) : mask_gradient_shape(dims, size);
-  Plan plan = plan_rows(dims, shape, sizes.queries, 1, dims.key);
-  plan.shared_bytes =
-      second_order ? mask_second_order_bytes(dims, size, plan.warps) : mask_gradient_bytes(dims, size, plan.warps);
-  const int64_t query_tiles = plan.blocks, key_tiles = ceil_div(sizes.keys, shape.iterated);
+  Plan plan = {};
+  if (second_order && sizes.is_wide_second_order()) {
+    plan = {dims, kWideWarps, kWideOwned, wide_iterated(size), 1, ceil_div(sizes.queries, kWideOwned), 1, 0};
+    plan.shared_bytes = wide_second_order_bytes(dims, size, 1, true);
+  } else {
+    const TileShape shape = second_order ? mask_second_order_shape(dims, size) : mask_gradient_shape(dims, size);
+    plan = plan_rows(dims, shape, sizes.queries, 1, dims.key);
+    plan.shared_bytes =
+        second_order ? mask_second_order_bytes(dims, size, plan.warps) : mask_gradient_bytes(dims, size, plan.warps);
+  }
+  const int64_t query_tiles = plan.blocks, key_tiles = ceil_div(sizes.keys, plan.iterated);
   const int64_t all = sizes.batch * sizes.heads * query_tiles * key_tiles;
   plan.blocks = int64_t{mask[0]} * mask[1] * (mask[2] == 1 ? 1 : query_tiles) * (mask[3] == 1 ? 1 : key_tiles);
   const int64_t tiles_each = plan.blocks > 0 ? all / plan.blocks : 1;

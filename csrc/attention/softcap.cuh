@@ -95,9 +95,18 @@ __device__ __forceinline__ float cap_direction(float (&scores)[1][kTiles][4], fl
   return p.scale * kLog2e;
 }
 
-// From the first and second order gradients of y to those of x, in place. ``products`` and their ``tangents`` are
-// computed once more for it: kernels have no registers for the derivatives beside the scores. A gradient of 0 stays 0,
-// even if a masked key contains inf or NaN.
+// From the first and second order gradients of y to those of x, in place, of one score. A gradient of 0 stays 0, even
+// if a masked key contains inf or NaN.
+__device__ __forceinline__ void cap_gradient(float& first, float& second, float product, float tangent,
+                                             const Problem& p) {
+  if (first == 0.0f && second == 0.0f) return;
+  const CappedScore capped(product, p);
+  second = capped.derivative * second + capped.curvature(tangent, p) * first;
+  first *= capped.derivative;
+}
+
+// The same for a tile. ``products`` and their ``tangents`` are computed once more for it: kernels have no registers for
+// the derivatives beside the scores.
 template <int kTiles>
 __device__ __forceinline__ void cap_gradients(float (&first)[1][kTiles][4], float (&second)[1][kTiles][4],
                                               const float (&products)[1][kTiles][4],
@@ -106,11 +115,7 @@ __device__ __forceinline__ void cap_gradients(float (&first)[1][kTiles][4], floa
   for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const CappedScore capped(products[0][tile][i], p);
-      float &of_first = first[0][tile][i], &of_second = second[0][tile][i];
-      if (of_first == 0.0f && of_second == 0.0f) continue;
-      of_second = capped.derivative * of_second + capped.curvature(tangents[0][tile][i], p) * of_first;
-      of_first *= capped.derivative;
+      cap_gradient(first[0][tile][i], second[0][tile][i], products[0][tile][i], tangents[0][tile][i], p);
     }
   }
 }

@@ -38,10 +38,14 @@ constexpr Dims kSecondOrderHeadDims[] = {{16, 32}, {64, 64}, {32, 128}, {96, 96}
 constexpr Dims kMaskHeadDims[] = {{32, 32}, {64, 64}, {128, 128}, {256, 256}, {512, 512}};
 constexpr Dims kMaskSecondOrderHeadDims[] = {{64, 64}, {128, 128}, {256, 256}};
 
+// Beyond these, of kernels in which eight warps share a tile: wide_depth.cuh.
+constexpr Dims kWideSecondOrderHeadDims[] = {{512, 512}};
+
 constexpr Dims kLargestHeadDims = kHeadDims[length(kHeadDims) - 1];
-constexpr Dims kLargestSecondOrderHeadDims = kSecondOrderHeadDims[length(kSecondOrderHeadDims) - 1];
 
 constexpr bool holds(Dims compiled, Dims dims) { return dims.key <= compiled.key && dims.value <= compiled.value; }
+static_assert(holds(kWideSecondOrderHeadDims[length(kWideSecondOrderHeadDims) - 1], kLargestHeadDims),
+              "every problem with a kernel has one for its tangents and second derivatives");
 
 // The index of the compiled head dims of a problem; -1 if it is too large.
 template <int kCount>
@@ -162,6 +166,13 @@ constexpr bool is_wide(Dims compiled) {
 }
 constexpr WideShape kWideForward = {64, 32};
 constexpr WideShape kWideBackward = {32, 32};  // of both kernels
+
+// Tangents and second order of wide heads (wide_depth.cuh): owned rows of a block, and rows of a tile. A tile of second
+// order has 16 rows of 4 KiB in 16 bits, 8 rows of 8 KiB in float32: 99 KiB have room for one stage.
+constexpr int kWideOwned = 16;
+constexpr int wide_iterated(int element_size) { return element_size == 4 ? 8 : 16; }
+template <typename T>
+constexpr int kWideIterated = wide_iterated(sizeof(T));
 
 constexpr TileShape forward_shape(Dims dims, int element_size, bool plain) {
   if (element_size == 4) return plain ? find_shape(kForward32, dims) : find_shape(kForwardMasked32, dims);
@@ -305,6 +316,21 @@ constexpr int second_order_bytes(Dims dims, int element_size, int warps, Buffers
   return owns_queries ? shape.owned(warps) * query + iterated * key : shape.owned(warps) * key + iterated * query;
 }
 
+// Partial sums of each of eight warps for ``kinds`` products, and a word per warp.
+constexpr int wide_exchange_bytes(int kinds, int element_size) {
+  const int scores = kWideOwned * wide_iterated(element_size);
+  return kWideWarps * (kinds * scores + 1) * static_cast<int>(sizeof(float));
+}
+constexpr int wide_tangent_bytes(Dims dims, int element_size, int stages) {
+  return wide_exchange_bytes(2, element_size) +
+         stages * wide_iterated(element_size) * key_tangent_bytes(dims, element_size);
+}
+
+constexpr int wide_second_order_bytes(Dims dims, int element_size, int stages, bool owns_queries) {
+  const int query = query_tangent_bytes(dims, element_size, true), key = key_tangent_bytes(dims, element_size);
+  return wide_exchange_bytes(4, element_size) + stages * wide_iterated(element_size) * (owns_queries ? key : query);
+}
+
 constexpr int mask_second_order_bytes(Dims dims, int element_size, int warps) {
   const TileShape shape = mask_second_order_shape(dims, element_size);
   return shape.owned(warps) * query_tangent_bytes(dims, element_size, true) +
@@ -357,6 +383,22 @@ constexpr bool all_wide_fit() {
   }
   return true;
 }
+constexpr bool all_wide_second_order_fit() {
+  for (const Dims dims : kWideSecondOrderHeadDims) {
+    for (const int size : {2, 4}) {
+      for (const int stages : {1, 2}) {
+        const int limit = stages == 1 ? kSharedLimit : kSharedLimit80;
+        if (wide_tangent_bytes(dims, size, stages) > limit ||
+            wide_second_order_bytes(dims, size, stages, true) > limit ||
+            wide_second_order_bytes(dims, size, stages, false) > limit) {
+          return false;
+        }
+      }
+    }
+  }
+  return true;
+}
+static_assert(all_wide_second_order_fit(), "every GPU has room for one stage of wide heads, sm_80 for two");
 static_assert(all_wide_fit(), "sm_80 has room for one stage of wide heads, sm_90 for two");
 
 constexpr bool is_sliced(Dims dims, const TileShape& shape) {

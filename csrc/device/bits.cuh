@@ -19,4 +19,11 @@ __device__ __forceinline__ uint32_t shift_right(uint32_t word, uint32_t bits) {
   return result;
 }
 
+// ``word``, without the compiler's knowledge of where it comes from: what a loop computes from it is not moved out of
+// the loop, where it would take registers.
+__device__ __forceinline__ uint32_t opaque(uint32_t word) {
+  asm volatile("" : "+r"(word));
+  return word;
+}
+
 }  // namespace fastgen::device

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from fastgen.ops.attention.problem import WIDEST_HEAD_SECOND_ORDER
 from tests.covering import covering
 from tests.ops.attention_cases import (
     DIMS,
@@ -108,8 +107,6 @@ def share() -> list[Case]:
 def test_the_full_product(attention_place, order):
     """All failures of the share at the end, each with its name."""
     cases, failures = share(), []
-    if order == 2:
-        cases = [case for case in cases if max(case.dims) <= WIDEST_HEAD_SECOND_ORDER]
     for case in cases:
         try:
             (check, check_second_order)[order - 1](case, attention_place, zlib.crc32(str(case).encode()))

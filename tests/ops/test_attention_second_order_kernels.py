@@ -13,7 +13,7 @@ from benchmarks.shapes import ATTENTION_SHAPES
 from fastgen import backend
 from fastgen.backend import libraries, selection
 from fastgen.functional import scaled_dot_product_attention as attention
-from fastgen.ops.attention.problem import WIDEST_HEAD_SECOND_ORDER
+from fastgen.ops.attention.problem import WIDEST_HEAD
 from fastgen.testing import largest_error
 from tests.emulator import build
 from tests.ops.attention_cases import (
@@ -135,7 +135,7 @@ def test_no_barrier_of_the_mask_gradient_can_be_left_out(emulator, emulated, siz
 
 @needs_module
 @pytest.mark.parametrize("element_size", [2, 4])
-@pytest.mark.parametrize("name", [n for n, s in ATTENTION_SHAPES.items() if s.key_dim <= WIDEST_HEAD_SECOND_ORDER])
+@pytest.mark.parametrize("name", ATTENTION_SHAPES)
 def test_every_named_shape_has_a_plan_for_every_gpu(name, element_size):
     shape = ATTENTION_SHAPES[name]
     plans = plan(shape, element_size=element_size, plain=False, mask=(1, 1, shape.queries, shape.keys))
@@ -150,8 +150,7 @@ def test_every_named_shape_has_a_plan_for_every_gpu(name, element_size):
 def test_small_heads_have_a_tile_of_their_own():
     tiles = backend.plans.attention_tiles(second_order=True)
     assert plan(ATTENTION_SHAPES["sagan-64"])["tangent"]["tile"] == (16, 32)
-    assert max(tiles) == (WIDEST_HEAD_SECOND_ORDER, WIDEST_HEAD_SECOND_ORDER)
-    assert "tangent" not in plan(ATTENTION_SHAPES["vae-mid"])
+    assert max(tiles) == (WIDEST_HEAD, WIDEST_HEAD)
 
 
 @pytest.mark.parametrize("kind", KEPT)
@@ -238,7 +237,7 @@ def test_tf32_is_taken_only_where_it_is_allowed(emulated):  # noqa: F811
 def test_bad_operands_are_refused_by_name(emulated):  # noqa: F811
     query, key, value = operands()
     out, lse = emulated.attention_forward(query, key, value, None, None, None, *PLAIN)
-    wide = [torch.zeros(1, 2, 70, 300).to(query)] * 3
+    wide = [torch.zeros(1, 2, 70, 600).to(query)] * 3
     for tensors, directions, text in [
         ((query, key, value, out), (query[:, :1], None, None, None), "tangent_query: expected the shape of what it is"),
         ((query, key, value, out), (None, key.float(), None, None), "tangent_key: expected the dtype of query"),
@@ -246,7 +245,7 @@ def test_bad_operands_are_refused_by_name(emulated):  # noqa: F811
         ((query, key, value, out), (None, None, None, torch.ones(1, 1, 1, 90) > 0), "tangent_mask: expected a float"),
         ((query, key, value, out), (None, None, None, torch.ones(1, 1, 1, 91)), "tangent_mask: expected dim 3 to be 1"),
         ((query, key, value, query), (None,) * 4, "out: expected the dims of query, and value's last"),
-        ((*wide, wide[0]), (None,) * 4, "head dims up to 256 and 256, got 300 and 300"),
+        ((*wide, wide[0]), (None,) * 4, "head dims up to 512 and 512, got 600 and 600"),
     ]:
         rest = (lse, None, None, None, *directions, *PLAIN)
         with pytest.raises(RuntimeError, match=text):
@@ -257,13 +256,13 @@ def test_bad_operands_are_refused_by_name(emulated):  # noqa: F811
 
 def test_heads_too_wide_for_these_kernels_take_pytorch_or_raise(monkeypatch):
     """As on a GPU: where there is a kernel, but not for these heads."""
-    tensors = [torch.randn(1, 1, 4, 300) for _ in range(3)]
+    tensors = [torch.randn(1, 1, 4, 600) for _ in range(3)]
     monkeypatch.setattr(selection, "_place", lambda *arguments: (backend.COMPILED, None))
     has_kernel = libraries.has_kernel
     names = ("attention_tangent", "attention_second_order")
     monkeypatch.setattr(libraries, "has_kernel", lambda name, device: name in names or has_kernel(name, device))
     directions = tuple(t.flip(-1) for t in tensors)
-    with fastgen.use_backend("compiled"), pytest.raises(RuntimeError, match="head dims up to 256, not for 300 and 300"):
+    with fastgen.use_backend("compiled"), pytest.raises(RuntimeError, match="head dims up to 512, not for 600 and 600"):
         torch.func.jvp(attention, tuple(tensors), directions)
     formula = torch.nn.functional.scaled_dot_product_attention
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):

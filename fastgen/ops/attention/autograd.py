@@ -21,7 +21,7 @@ from torch.autograd import Function
 from fastgen import checks as check
 from fastgen.backend import call, differentiate, select
 from fastgen.ops.attention import operators as operators  # defines the operators that are differentiated here
-from fastgen.ops.attention.problem import Options, Problem, Saved, Tangents, refused_heads_second_order
+from fastgen.ops.attention.problem import Options, Problem, Saved, Tangents, refused_heads
 from fastgen.ops.autograd import choose, in_graph, only_wanted, transforms_active
 
 _ANY_ORDER = (
@@ -72,7 +72,7 @@ def _run_second_order(
 
 
 def _second_order_namespace(name: str, saved: Saved) -> str:
-    return select(name, saved.query, refused_heads_second_order(saved.query, saved.value), forward=saved.namespace)
+    return select(name, saved.query, refused_heads(saved.query, saved.value), forward=saved.namespace)
 
 
 # --------------------------------------------------------------------------------------------------

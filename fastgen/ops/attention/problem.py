@@ -88,22 +88,10 @@ class Tangents(NamedTuple):
 WIDEST_HEAD = 512
 """The largest head dim of the CUDA kernels (csrc/attention/tiles.h)."""
 
-WIDEST_HEAD_SECOND_ORDER = 256
-"""The same for tangents and second derivatives, which hold twice as many tiles."""
-
 
 def refused_heads(query: Tensor, value: Tensor) -> str | None:
     """Why no CUDA kernel takes these head dims; None where one does."""
-    return _refused(query, value, WIDEST_HEAD, "attention has")
-
-
-def refused_heads_second_order(query: Tensor, value: Tensor) -> str | None:
-    """The same for tangents and second derivatives."""
-    return _refused(query, value, WIDEST_HEAD_SECOND_ORDER, "tangents and second derivatives of attention have")
-
-
-def _refused(query: Tensor, value: Tensor, widest: int, who: str) -> str | None:
     dims = query.size(-1), value.size(-1)
-    if min(dims) > 0 and max(dims) <= widest:
+    if min(dims) > 0 and max(dims) <= WIDEST_HEAD:
         return None
-    return f"{who} CUDA kernels for head dims up to {widest}, not for {dims[0]} and {dims[1]}"
+    return f"attention has CUDA kernels for head dims up to {WIDEST_HEAD}, not for {dims[0]} and {dims[1]}"
