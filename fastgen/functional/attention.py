@@ -99,6 +99,19 @@ def scaled_dot_product_attention(
         >>> scaled_dot_product_attention(q, k, v, is_causal=True).shape
         torch.Size([2, 4, 16, 32])
     """
+    if (
+        window is None
+        and softcap is None
+        and sinks is None
+        and dropout_p == 0.0
+        and not return_lse
+        and selection.backend == "auto"
+        and not is_dynamo_compiling()
+        and not overridden(query)  # attend checks the types of the tensors: this is for modes
+    ):
+        common = direct.attend(query, key, value, attn_mask, is_causal, scale)
+        if common is not None:
+            return common
     if overridden(query, key, value, attn_mask, sinks) and (own := relevant(query, key, value, attn_mask, sinks)):
         return handle_torch_function(  # type: ignore[no-any-return]
             scaled_dot_product_attention, own, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
@@ -120,10 +133,6 @@ def scaled_dot_product_attention(
                 seed = None if dropout_p == 0.0 else sample_seed(query.device, generator)
                 both = operator_path.attend(namespace, *tensors, seed, dropout_p, is_causal, scale)
                 return both if return_lse else both[0]
-        elif dropout_p == 0.0 and not return_lse:
-            common = direct.attend(query, key, value, attn_mask, is_causal, scale)
-            if common is not None:
-                return common
         elif type(dropout_p) is float and 0.0 < dropout_p < 1.0 and not return_lse:
             tensors = query, key, value, attn_mask
             if direct.takes_dropout(*tensors, is_causal, scale):

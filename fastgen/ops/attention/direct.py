@@ -7,9 +7,7 @@ differentiated. Where the scores are few, these, jvps and masks with a gradient 
 
 from __future__ import annotations
 
-import math
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor
@@ -18,9 +16,12 @@ from torch.nn.functional import scaled_dot_product_attention as torch_attention
 
 from fastgen.backend import COMPILED, call, select
 from fastgen.ops._checks import FLOATS
+from fastgen.ops._contents import NAN, NOT_FINITE, ZERO, contents
 from fastgen.ops._direct import PLAIN, is_watched
+from fastgen.ops._direct import _autocast as _autocast
+from fastgen.ops._direct import _dispatch_modes as _dispatch_modes
 from fastgen.ops.attention.autograd import backward as any_backward
-from fastgen.ops.attention.fused import SHORTEST_VECTOR_FREE, additive, flash, flash_backward
+from fastgen.ops.attention.fused import SHORTEST_VECTOR_FREE, additive, flash, flash_backward, widens
 from fastgen.ops.attention.problem import Options, Saved
 from fastgen.ops.autograd import apply_of, is_wrapped, must_be_differentiable, only_wanted, transforms_active
 
@@ -32,35 +33,20 @@ _grad_enabled = torch.is_grad_enabled
 _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _is_tracing = torch._C._is_tracing
 _task = torch._C._current_graph_task_id
+_current_node = torch._C._current_autograd_node
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _INFINITY = float("inf")
 
 
-def _takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> bool:
-    """Floating and on CPU, (B, H, N, D) all, without a key that every query masks; the mask boolean or like
-    query. PyTorch checks the rest."""
-    if key.is_nested or value.is_nested:
-        return False
-    shape, of_keys = query.shape, key.shape
-    if (
-        of_keys != value.shape
-        or not query.is_cpu
-        or query.dtype not in FLOATS
-        or (shape != of_keys and (shape[:2] != of_keys[:2] or shape[3:] != of_keys[3:]))
-        or len(shape) != 4
-        or 0 in shape
-        or 0 in of_keys
-    ):
-        return False
-    if mask is None:
-        return not is_causal or of_keys[2] <= shape[2]
+def _reads(mask: Tensor, shape: torch.Size, keys: int, dtype: torch.dtype) -> bool:
+    """Whether PyTorch's kernel takes the mask as it is: (B, H, N, M), boolean or like query. ``shape``: query's."""
     own = mask.shape
     return (
-        not is_causal
-        and (mask.dtype == torch.bool or mask.dtype == query.dtype)
-        and type(mask) in PLAIN
+        type(mask) in PLAIN
+        and (mask.dtype == torch.bool or mask.dtype == dtype)
+        and mask.is_cpu
         and len(own) == 4
-        and own[3] == of_keys[2]
+        and own[3] == keys
         and (own[2] == 1 or own[2] == shape[2])
         and (own[1] == 1 or own[1] == shape[1])
         and (own[0] == 1 or own[0] == shape[0])
@@ -71,62 +57,102 @@ def _takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_ca
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> Tensor | None:
-    """out, (B, H, N, D); None where ``autograd.attention`` has to serve, for any other arguments too."""
+    """out, (B, H, N, D); None where ``autograd.attention`` has to serve, for any other arguments too.
+
+    One function, because a call of Python takes a tenth of what PyTorch's function takes.
+    """
     if (
         type(query) not in PLAIN
         or type(key) not in PLAIN
         or type(value) not in PLAIN
-        or is_watched()
+        or _dispatch_modes()
+        or _autocast()
         or (is_causal is not False and is_causal is not True)
         or not (scale is None or (type(scale) is float and 0.0 < scale < _INFINITY))
-        or not _takes(query, key, value, mask, is_causal)
     ):
         return None
-    if query.dtype not in _DTYPES:
+    try:
+        shape, of_keys = query.shape, key.shape
+        if of_keys != value.shape:
+            return None
+    except RuntimeError:  # nested tensors have no shape
+        return None
+    dtype = query.dtype
+    if 0 in of_keys or len(shape) != 4 or not query.is_cpu or dtype not in FLOATS:
+        return None
+    if shape != of_keys and (
+        shape[:2] != of_keys[:2]
+        or shape[3] != of_keys[3]
+        or shape[2] == 0
+        or (is_causal and of_keys[2] > shape[2])  # every query masks the last keys
+    ):
+        return None
+    if mask is not None and (is_causal or not _reads(mask, shape, of_keys[2], dtype)):
+        return None
+    if dtype not in _DTYPES:
         return _attend_in_16_bits(query, key, value, mask, is_causal, scale)
     if forward_ad._current_level >= 0 or _interpreter() is not None:
         if mask is not None or not has_few_scores(query, key) or not _is_one_jvp():
             return None
         return _out(query, key, value, is_causal, scale)
-    if mask is not None and mask.requires_grad and _grad_enabled():
-        if not has_few_scores(query, key):
-            return None
-        try:
-            out = _formula(query, key, value, mask, 0.0, False, None, scale=scale)[0]
-        except RuntimeError:
-            return None
-    elif _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        dtype = query.dtype
-        if (
-            not dtype == key.dtype == value.dtype
-            or not (key.is_cpu and value.is_cpu and (mask is None or mask.is_cpu))
-            or not query.stride()[3] == key.stride()[3] == value.stride()[3] == 1
-            or _is_tracing()  # the general path says what torch.jit.trace does not record
-            or is_wrapped(query)
-            or is_wrapped(key)
-            or is_wrapped(value)
-        ):
-            return None
-        mask = mask if mask is None else additive(mask, dtype)
-        scale = query.shape[3] ** -0.5 if scale is None else scale
-        if has_few_scores(query, key) and _saved_tensor_hooks(False) is None and (mask is None or query.requires_grad):
-            out, lse = _kernel(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)
-            if mask is not None:
-                if _may_be_wrong(out.detach(), mask):
-                    return None
-            elif key.shape[2] < SHORTEST_VECTOR_FREE and _has_zero(lse):
+    recorded = False
+    if _grad_enabled():
+        if mask is not None and mask.requires_grad:
+            return _with_learned_bias(query, key, value, mask, scale)
+        if query.requires_grad or key.requires_grad or value.requires_grad:
+            recorded = True
+            if _is_tracing():  # the general path says what torch.jit.trace does not record
                 return None
-            _AnyOrder(query, key, value, mask, is_causal, scale).attach(out.grad_fn)
-            return out  # type: ignore[no-any-return]
-        out = _apply(query, key, value, mask, is_causal, scale)
-    else:
-        try:
+            if (
+                not has_few_scores(query, key)
+                or _saved_tensor_hooks(False) is not None
+                or (mask is not None and not query.requires_grad)
+            ):
+                return _attend_to_many(query, key, value, mask, is_causal, scale)
+    try:
+        if scale is None:
+            out = torch_attention(query, key, value, mask, 0.0, is_causal)
+        else:
             out = torch_attention(query, key, value, mask, 0.0, is_causal, scale=scale)
-        except RuntimeError:  # two dtypes or devices: fastgen's checks name the argument
+    except RuntimeError:  # two dtypes or devices: fastgen's checks name the argument
+        return None
+    if mask is not None:
+        if contents(out, NAN) & NAN:
             return None
-    if mask is not None or key.shape[2] < SHORTEST_VECTOR_FREE:
-        return None if _may_be_wrong(out.detach() if out.requires_grad else out, mask) else out
+    elif of_keys[2] < SHORTEST_VECTOR_FREE and contents(out, ZERO) & ZERO:
+        return None
+    if recorded and not _let_differentiate(out.grad_fn) and mask is not None:
+        return None  # the formula's gradients are NaN where a key that every query masks is infinite
     return out
+
+
+def _with_learned_bias(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor | None:
+    if not has_few_scores(query, key):
+        return None
+    try:
+        out: Tensor = _formula(query, key, value, mask, 0.0, False, None, scale=scale)[0]
+    except RuntimeError:
+        return None
+    return None if contents(out, NAN) & NAN else out
+
+
+def _attend_to_many(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+) -> Tensor | None:
+    """The same where derivatives are wanted and the formula would take too much memory for that of a gradient."""
+    dtype = query.dtype
+    if (
+        not dtype == key.dtype == value.dtype
+        or not (key.is_cpu and value.is_cpu)
+        or not query.stride()[3] == key.stride()[3] == value.stride()[3] == 1
+        or is_wrapped(query)
+        or is_wrapped(key)
+        or is_wrapped(value)
+    ):
+        return None
+    mask = mask if mask is None else additive(mask, dtype)
+    out: Tensor = _apply(query, key, value, mask, is_causal, query.shape[3] ** -0.5 if scale is None else scale)
+    return None if _may_be_wrong(out, key, mask) else out
 
 
 def _attend_in_16_bits(
@@ -140,7 +166,7 @@ def _attend_in_16_bits(
         or _is_tracing()
         or (mask is not None and mask.dtype != torch.bool)
         or not dtype == key.dtype == value.dtype
-        or not (key.is_cpu and value.is_cpu and (mask is None or mask.is_cpu))
+        or not (key.is_cpu and value.is_cpu)
         or not query.stride()[3] == key.stride()[3] == value.stride()[3] == 1
         or is_wrapped(query)
         or is_wrapped(key)
@@ -148,17 +174,27 @@ def _attend_in_16_bits(
     ):
         return None
     mask = mask if mask is None else additive(mask, dtype)
-    scale = query.shape[3] ** -0.5 if scale is None else scale
-    if _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+    node_wanted = _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if node_wanted and (
+        not has_few_scores(query, key)
+        or widens(query, backward=True)
+        or _saved_tensor_hooks(False) is not None
+        or not (mask is None or query.requires_grad)
+    ):
         try:
-            out: Tensor = _apply(query, key, value, mask, is_causal, scale)
+            out: Tensor = _apply(query, key, value, mask, is_causal, query.shape[3] ** -0.5 if scale is None else scale)
         except _LostError:
             return None
     else:
-        out, lse = flash(query, key, value, mask, is_causal, scale)
+        if not node_wanted and widens(query, backward=False):
+            out, lse = flash(query, key, value, mask, is_causal, query.shape[3] ** -0.5 if scale is None else scale)
+        else:
+            out, lse = _kernel(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)
         if _hides_nan(lse, mask):
             return None
-    return None if mask is not None and _may_be_wrong(out.detach(), mask) else out
+        if node_wanted:
+            _let_differentiate(out.grad_fn)
+    return None if mask is not None and contents(out, NAN) & NAN else out
 
 
 class _LostError(Exception):
@@ -168,7 +204,15 @@ class _LostError(Exception):
 def _hides_nan(lse: Tensor, mask: Tensor | None) -> bool:
     """For 16 bits: whether a row has an infinite score, or there may be NaN in all scores of a row of few keys: the
     kernel takes such rows for fully masked ones. Only they, and rows whose logsumexp happens to be 0, have one of 0."""
-    return not math.isfinite(lse.sum().item()) or (mask is None and _has_zero(lse))
+    wanted = NOT_FINITE | (ZERO if mask is None else 0)
+    return bool(contents(lse, wanted) & wanted)
+
+
+def _may_be_wrong(out: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+    """Whether a key that every query masks holds NaN, or the kernel may have lost a NaN in a row of few keys."""
+    if mask is None:
+        return key.shape[2] < SHORTEST_VECTOR_FREE and bool(contents(out, ZERO) & ZERO)
+    return bool(contents(out, NAN) & NAN)
 
 
 def has_few_scores(query: Tensor, key: Tensor) -> bool:
@@ -186,23 +230,33 @@ def takes_dropout(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> bool:
     """Whether ``attend_with_dropout`` may serve: few scores in all, outside of transforms."""
+    if (
+        type(query) not in PLAIN
+        or type(key) not in PLAIN
+        or type(value) not in PLAIN
+        or is_watched()
+        or (is_causal is not False and is_causal is not True)
+        or not (scale is None or (type(scale) is float and 0.0 < scale < _INFINITY))
+        or forward_ad._current_level >= 0
+        or _interpreter() is not None
+        or _is_tracing()
+        or query.dtype not in _DTYPES
+        or not query.dtype == key.dtype == value.dtype
+        or not (query.is_cpu and key.is_cpu and value.is_cpu)
+        or key.is_nested
+        or value.is_nested
+    ):
+        return False
+    shape, of_keys = query.shape, key.shape
     return (
-        type(query) in PLAIN
-        and type(key) in PLAIN
-        and type(value) in PLAIN
-        and not is_watched()
-        and (is_causal is False or is_causal is True)
-        and (scale is None or (type(scale) is float and 0.0 < scale < _INFINITY))
-        and forward_ad._current_level < 0
-        and _interpreter() is None
-        and not _is_tracing()
-        and query.dtype in _DTYPES
-        and _takes(query, key, value, mask, is_causal)
-        and query.dtype == key.dtype == value.dtype
-        and key.is_cpu
-        and value.is_cpu
-        and (mask is None or mask.is_cpu)
-        and query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] <= _FEW
+        of_keys == value.shape
+        and len(shape) == len(of_keys) == 4
+        and shape[:2] == of_keys[:2]
+        and shape[3] == of_keys[3]
+        and 0 < shape[0] * shape[1] * shape[2] * of_keys[2] <= _FEW
+        and shape[3] > 0
+        and not (is_causal and (mask is not None or of_keys[2] > shape[2]))
+        and (mask is None or _reads(mask, shape, of_keys[2], query.dtype))
     )
 
 
@@ -230,7 +284,7 @@ def attend_with_dropout(
     added: Any = additive(mask, query.dtype)
     weights = torch._safe_softmax(scores + added, -1)  # type: ignore[attr-defined]
     out: Tensor = weights.mul(keep) @ value
-    return None if _may_be_wrong(out.detach(), mask) else out
+    return None if contents(out, NAN) & NAN else out
 
 
 def _is_one_jvp() -> bool:
@@ -241,68 +295,80 @@ def _is_one_jvp() -> bool:
     return len(stack) == 1 and stack[0].key() == torch._C._functorch.TransformType.Jvp
 
 
-def _has_zero(tensor: Tensor) -> bool:
-    return bool(tensor.count_nonzero().item() < tensor.numel())
-
-
-def _may_be_wrong(out: Tensor, mask: Tensor | None) -> bool:
-    """Whether a key that every query masks holds NaN, or the kernel may have lost a NaN in a row of few keys."""
-    if mask is None:
-        return _has_zero(out)
-    total = out.sum().item()
-    return total != total
-
-
-class _AnyOrder:
+class _Backward:
     """Hooks on the backward of torch's kernel, for few scores: torch's gradients, but those of the formula where they
     are to be differentiated, or where a key that every query masks holds NaN.
 
-    A function of Python costs as much as the kernel and its backward. The tensors are those that the node saves, and
-    are not kept alive beyond that.
+    A function of Python costs as much as the kernel and its backward. The hooks hold no tensor: they read those that
+    the node saved.
     """
 
-    __slots__ = ("given", "is_causal", "scale", "tensors")
-
-    def __init__(self, *arguments: Any) -> None:
-        *tensors, self.is_causal, self.scale = arguments
-        self.tensors = [None if tensor is None else ref(tensor) for tensor in tensors]
-        self.given: dict[int, Tensor] | None = None  # gradients of running backward passes that are differentiated
-
-    def attach(self, node: Any) -> None:
-        node.register_prehook(self.before)
-        node.register_hook(self.after)
-
-    def before(self, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
+    @staticmethod
+    def before(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
         """Where the formula serves, keeps the gradient from the kernel, which takes no dual numbers and no batch."""
         # must_be_differentiable, without its calls: this runs in every backward pass.
         if not _grad_enabled() and forward_ad._current_level < 0 and _interpreter() is None:
             return None
-        query = self._saved()[0]
-        if grads[0] is None or query is None:  # None: released by a backward pass before, which the node reports
+        if grads[0] is None:
             return None
-        self.given = self.given or {}
-        self.given[_task()] = grads[0]
+        node = _current_node()
+        query = node._saved_query
+        node.metadata[_KEPT, _task()] = grads[0]
         return (torch.zeros(query.shape, dtype=query.dtype), *grads[1:])
 
-    def after(self, grads: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...]) -> Any:
+    @staticmethod
+    def after(grads: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...]) -> Any:
         if not _grad_enabled() and forward_ad._current_level < 0 and _interpreter() is None:
             # Of the gradients of query and key, either shows a NaN of the scores' gradient.
-            first = None if self.tensors[3] is None else grads[1] if grads[0] is None else grads[0]
-            if first is None or _is_batched(first) or (total := first.sum().item()) == total:
+            first = grads[1] if grads[0] is None else grads[0]
+            if first is None or (node := _current_node()) is None or node._saved_attn_mask is None:
                 return None
-        grad_out = given[0] if self.given is None else self.given.pop(_task(), given[0])
+            if _is_batched(first) or not contents(first, NAN) & NAN:
+                return None
+        else:
+            node = _current_node()
+        grad_out = node.metadata.pop((_KEPT, _task()), given[0])
         if grad_out is None:
             return None
-        query, key, value, mask = self._saved()
-        results = _gradients(grad_out, query, key, value, mask, self.is_causal, self.scale)
-        return tuple(None if old is None else new for old, new in zip(grads, results, strict=True))
+        results = _any_order(grad_out, node)
+        return tuple(None if old is None else new for old, new in zip(grads, results, strict=False))
 
-    def _saved(self) -> list[Any]:
-        found = [None if saved is None else saved() for saved in self.tensors]
-        for tensor in found:
-            if tensor is not None:
-                tensor._fix_weakref()
-        return found
+
+_KEPT = "fastgen: gradient of out"
+_before, _after = _Backward.before, _Backward.after
+
+
+def _let_differentiate(node: Any) -> bool:
+    """Hooks for the node of torch's kernel. False for any other node, which PyTorch differentiates itself."""
+    if type(node).__name__ != _NODE:
+        return False
+    node.register_prehook(_before)
+    node.register_hook(_after)
+    return True
+
+
+_NODE = "ScaledDotProductFlashAttentionForCpuBackward0"
+
+
+def _any_order(grad_out: Tensor, node: Any) -> tuple[Tensor, ...]:
+    """Gradients of query, key and value that autograd differentiates."""
+    query, key, value, mask = node._saved_query, node._saved_key, node._saved_value, node._saved_attn_mask
+    scale = query.size(3) ** -0.5 if node._saved_scale is None else node._saved_scale
+    if query.dtype in _DTYPES:
+        return _gradients(grad_out, query, key, value, mask, node._saved_is_causal, scale)
+    out, lse = node._saved_output, node._saved_logsumexp
+    return _by_operators(grad_out, (query, key, value, out, lse), mask, node._saved_is_causal, scale)
+
+
+def _by_operators(
+    grad_out: Tensor, tensors: tuple[Tensor, ...], mask: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, ...]:
+    query, key, value, out, lse = tensors
+    if mask is not None:
+        lse = lse.masked_fill(mask.amax(-1) == -_INFINITY, -_INFINITY)
+    options = Options(dropout_p=0.0, window_left=-1, window_right=0 if is_causal else -1, scale=scale)
+    saved = Saved(query, key, value, out, lse, mask, None, None, options, select("attention_forward", query))
+    return any_backward(grad_out, None, saved, False)[:3]
 
 
 class _Attention(Function):
@@ -327,20 +393,15 @@ class _Attention(Function):
         grad_out = grad_out if grad_out.stride(3) == 1 else grad_out.contiguous()
         if not must_be_differentiable():
             grads = flash_backward(grad_out, query, key, value, out, lse, mask, is_causal, scale)
-            total = 0.0 if mask is None else grads[0].sum().item()
-            if total == total:
+            if mask is None or not contents(grads[0], NAN) & NAN:
                 return (*grads, None, None, None)
         if query.dtype in _DTYPES and has_few_scores(query, key) and not transforms_active():
             return (
                 *only_wanted(ctx, 0, *_gradients(grad_out, query, key, value, mask, is_causal, scale)),
                 *(None,) * 3,
             )
-        if mask is not None:
-            lse = lse.masked_fill(mask.amax(-1) == -_INFINITY, -_INFINITY)
-        options = Options(dropout_p=0.0, window_left=-1, window_right=0 if is_causal else -1, scale=scale)
-        saved = Saved(query, key, value, out, lse, mask, None, None, options, select("attention_forward", query))
-        any_order = any_backward(grad_out, None, saved, False)
-        return (*only_wanted(ctx, 0, *any_order[:3]), None, None, None)
+        any_order = _by_operators(grad_out, (query, key, value, out, lse), mask, is_causal, scale)
+        return (*only_wanted(ctx, 0, *any_order), None, None, None)
 
 
 _apply = apply_of(_Attention)
