@@ -2,8 +2,9 @@
 
 usage: python benchmarks/overhead.py [--only TEXT] [--json FILE]
 
-Each row is the median time of interleaved blocks of calls on one thread (CPU time of the thread; on a GPU the host's
-time before the launch is not told from the kernel's, so the script measures CPU tensors only).
+Each row is the median time of short interleaved blocks of calls on one thread: a block that another process interrupts
+counts for nothing. (The clock of a thread's CPU time is too coarse for them. On a GPU the host's time before the launch
+is not told from the kernel's, so the script measures CPU tensors only.)
 """
 
 from __future__ import annotations
@@ -174,16 +175,24 @@ def all_cases() -> list[Case]:
     return attention_cases() + projection_cases() + latent_cases() + layer_cases()
 
 
-def measure(case: Case, rounds: int = 200, calls: int = 10) -> tuple[float, float]:
-    """Median microseconds of a call, ours and theirs."""
+def measure(case: Case, seconds: float = 0.3, block: float = 3e-4) -> tuple[float, float]:
+    """Median microseconds of a call, ours and theirs, over blocks of ``block`` seconds for ``seconds`` each."""
+    both, counts = (case.ours, case.theirs), []
     times: tuple[list[float], list[float]] = [], []
-    for _ in range(rounds):
-        for run, kept in zip((case.ours, case.theirs), times, strict=True):
-            begin = time.thread_time()
-            for _ in range(calls):
-                run()
-            kept.append((time.thread_time() - begin) / calls * 1e6)
+    for run in both:
+        once = min(_seconds(run, 1) for _ in range(20))
+        counts.append(max(1, int(block / once)))
+    for _ in range(int(seconds / block)):
+        for run, count, kept in zip(both, counts, times, strict=True):
+            kept.append(_seconds(run, count) / count * 1e6)
     return median(times[0]), median(times[1])
+
+
+def _seconds(run: Callable[[], Any], calls: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return time.perf_counter() - begin
 
 
 def machine() -> dict[str, str]:

@@ -54,7 +54,7 @@ def _forced(request, operator: str):
 @pytest.fixture
 def second_order_operators(monkeypatch):
     """Second derivatives, jvps and learned biases of few scores take the operators, as those of many do."""
-    monkeypatch.setattr(direct, "has_few_scores", lambda query, key: False)
+    monkeypatch.setattr(direct, "_is_small", lambda shape, of_keys: False)
 
 
 @pytest.fixture(params=PLACES, ids=lambda place: "-".join(place))

@@ -13,29 +13,29 @@ from fastgen.backend import library_for
 ZERO, NAN, NOT_FINITE = 1, 2, 4
 """Bits of ``contents``: an element is 0, is NaN, is infinite or NaN."""
 
-_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-
 _FEW = 2**16
 """Elements, up to which one thread that holds the interpreter's lock is no slower than PyTorch's reductions."""
 
 
-def _compiled_scan() -> Callable[[int, int, int], int] | None:
-    path = library_for("cpu").path
-    if path is None or not library_for("cpu").loaded:
-        return None
-    scan = ctypes.PyDLL(str(path)).fastgen_scan  # keeps the lock: releasing it takes as long as the call
-    scan.restype, scan.argtypes = ctypes.c_int, [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
-    return scan
+def _compiled_scans() -> dict[torch.dtype, Callable[[int, int], int]]:
+    library, scans = library_for("cpu"), {}
+    if library.loaded:
+        functions = ctypes.PyDLL(str(library.path))  # keeps the lock: releasing it takes as long as the call
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            scan = functions[f"fastgen_scan_{str(dtype).removeprefix('torch.')}"]
+            scan.restype, scan.argtypes = ctypes.c_int, [ctypes.c_void_p, ctypes.c_int64]
+            scans[dtype] = scan
+    return scans
 
 
-_scan = _compiled_scan()
+_scans = _compiled_scans()
 
 
 def contents(tensor: Tensor, wanted: int) -> int:
     """Those bits of ``wanted`` that hold for a floating CPU tensor, (B, H, N, D) or (B, H, N); maybe others too."""
     count = tensor.numel()
-    if _scan is not None and count <= _FEW and type(tensor) is Tensor and (tensor.is_contiguous() or _is_dense(tensor)):
-        return _scan(tensor.data_ptr(), count, _TYPES[tensor.dtype])
+    if count <= _FEW and _scans and type(tensor) is Tensor and (tensor.is_contiguous() or _is_dense(tensor)):
+        return _scans[tensor.dtype](tensor.data_ptr(), count)
     tensor, found = tensor.detach(), 0
     if wanted & ZERO and tensor.count_nonzero().item() < count:
         found = ZERO

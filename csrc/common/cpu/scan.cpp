@@ -24,13 +24,16 @@ int scan(const void* data, int64_t count) {
 
 }  // namespace
 
-// ``type``: 0 float32, 1 float64, 2 bfloat16, 3 float16. Returns the sum of 1: some element is 0, 2: NaN, 4: infinite
-// or NaN.
-FASTGEN_EXPORTED int fastgen_scan(const void* data, int64_t count, int type) {
-  switch (type) {
-    case 0: return scan<uint32_t, 0x7f800000u>(data, count);
-    case 1: return scan<uint64_t, 0x7ff0000000000000u>(data, count);
-    case 2: return scan<uint16_t, 0x7f80u>(data, count);
-    default: return scan<uint16_t, 0x7c00u>(data, count);
-  }
+// The sum of 1: some element is 0, 2: NaN, 4: infinite or NaN.
+FASTGEN_EXPORTED int fastgen_scan_float32(const void* data, int64_t count) {
+  return scan<uint32_t, 0x7f800000u>(data, count);
+}
+FASTGEN_EXPORTED int fastgen_scan_float64(const void* data, int64_t count) {
+  return scan<uint64_t, 0x7ff0000000000000u>(data, count);
+}
+FASTGEN_EXPORTED int fastgen_scan_bfloat16(const void* data, int64_t count) {
+  return scan<uint16_t, 0x7f80u>(data, count);
+}
+FASTGEN_EXPORTED int fastgen_scan_float16(const void* data, int64_t count) {
+  return scan<uint16_t, 0x7c00u>(data, count);
 }

@@ -21,7 +21,7 @@ from fastgen.ops._direct import PLAIN, is_watched
 from fastgen.ops._direct import _autocast as _autocast
 from fastgen.ops._direct import _dispatch_modes as _dispatch_modes
 from fastgen.ops.attention.autograd import backward as any_backward
-from fastgen.ops.attention.fused import SHORTEST_VECTOR_FREE, additive, flash, flash_backward, widens
+from fastgen.ops.attention.fused import FEW_ELEMENTS, SHORTEST_VECTOR_FREE, additive, flash, flash_backward, widens
 from fastgen.ops.attention.problem import Options, Saved
 from fastgen.ops.autograd import apply_of, is_wrapped, must_be_differentiable, only_wanted, transforms_active
 
@@ -89,10 +89,11 @@ def attend(
         return None
     if mask is not None and (is_causal or not _reads(mask, shape, of_keys[2], dtype)):
         return None
-    if dtype not in _DTYPES:
+    narrow = dtype not in _DTYPES
+    if narrow and (mask is not None or query.numel() >= FEW_ELEMENTS or not _is_small(shape, of_keys)):
         return _attend_in_16_bits(query, key, value, mask, is_causal, scale)
     if forward_ad._current_level >= 0 or _interpreter() is not None:
-        if mask is not None or not has_few_scores(query, key) or not _is_one_jvp():
+        if mask is not None or narrow or not has_few_scores(query, key) or not _is_one_jvp():
             return None
         return _out(query, key, value, is_causal, scale)
     recorded = False
@@ -104,11 +105,12 @@ def attend(
             if _is_tracing():  # the general path says what torch.jit.trace does not record
                 return None
             if (
-                not has_few_scores(query, key)
+                not _is_small(shape, of_keys)
                 or _saved_tensor_hooks(False) is not None
                 or (mask is not None and not query.requires_grad)
             ):
-                return _attend_to_many(query, key, value, mask, is_causal, scale)
+                attend_to_many = _attend_in_16_bits if narrow else _attend_to_many
+                return attend_to_many(query, key, value, mask, is_causal, scale)
     try:
         if scale is None:
             out = torch_attention(query, key, value, mask, 0.0, is_causal)
@@ -119,9 +121,9 @@ def attend(
     if mask is not None:
         if contents(out, NAN) & NAN:
             return None
-    elif of_keys[2] < SHORTEST_VECTOR_FREE and contents(out, ZERO) & ZERO:
-        return None
-    if recorded and not _let_differentiate(out.grad_fn) and mask is not None:
+    elif (narrow or of_keys[2] < SHORTEST_VECTOR_FREE) and contents(out, ZERO) & ZERO:
+        return None  # the kernel may have lost a NaN, or in 16 bits an infinite score: such a row is 0
+    if recorded and not _let_differentiate(out.grad_fn, mask is not None) and mask is not None:
         return None  # the formula's gradients are NaN where a key that every query masks is infinite
     return out
 
@@ -193,7 +195,7 @@ def _attend_in_16_bits(
         if _hides_nan(lse, mask):
             return None
         if node_wanted:
-            _let_differentiate(out.grad_fn)
+            _let_differentiate(out.grad_fn, mask is not None)
     return None if mask is not None and contents(out, NAN) & NAN else out
 
 
@@ -217,10 +219,13 @@ def _may_be_wrong(out: Tensor, key: Tensor, mask: Tensor | None) -> bool:
 
 def has_few_scores(query: Tensor, key: Tensor) -> bool:
     """Whether the scores take at most twice the memory of query and key, and fit a processor's cache."""
-    _, _, queries, dim = query.shape
-    keys = key.shape[2]
+    return _is_small(query.shape, key.shape)
+
+
+def _is_small(shape: torch.Size, of_keys: torch.Size) -> bool:
+    queries, keys = shape[2], of_keys[2]
     scores = queries * keys
-    return scores <= _FEW and scores <= 2 * (queries + keys) * dim
+    return scores <= _FEW and scores <= 2 * (queries + keys) * shape[3]
 
 
 _FEW = 128 * 128
@@ -319,38 +324,44 @@ class _Backward:
     @staticmethod
     def after(grads: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...]) -> Any:
         if not _grad_enabled() and forward_ad._current_level < 0 and _interpreter() is None:
+            return None
+        return _any_order(grads, given)
+
+    @staticmethod
+    def after_mask(grads: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...]) -> Any:
+        if not _grad_enabled() and forward_ad._current_level < 0 and _interpreter() is None:
             # Of the gradients of query and key, either shows a NaN of the scores' gradient.
             first = grads[1] if grads[0] is None else grads[0]
-            if first is None or (node := _current_node()) is None or node._saved_attn_mask is None:
+            if first is None or _is_batched(first) or not contents(first, NAN) & NAN:
                 return None
-            if _is_batched(first) or not contents(first, NAN) & NAN:
-                return None
-        else:
-            node = _current_node()
-        grad_out = node.metadata.pop((_KEPT, _task()), given[0])
-        if grad_out is None:
-            return None
-        results = _any_order(grad_out, node)
-        return tuple(None if old is None else new for old, new in zip(grads, results, strict=False))
+        return _any_order(grads, given)
 
 
 _KEPT = "fastgen: gradient of out"
-_before, _after = _Backward.before, _Backward.after
+_before, _after, _after_mask = _Backward.before, _Backward.after, _Backward.after_mask
+_nodes: set[type] = set()
 
 
-def _let_differentiate(node: Any) -> bool:
+def _let_differentiate(node: Any, masked: bool) -> bool:
     """Hooks for the node of torch's kernel. False for any other node, which PyTorch differentiates itself."""
-    if type(node).__name__ != _NODE:
-        return False
+    if type(node) not in _nodes:
+        if type(node).__name__ != "ScaledDotProductFlashAttentionForCpuBackward0":
+            return False
+        _nodes.add(type(node))
     node.register_prehook(_before)
-    node.register_hook(_after)
+    node.register_hook(_after_mask if masked else _after)
     return True
 
 
-_NODE = "ScaledDotProductFlashAttentionForCpuBackward0"
+def _any_order(grads: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...]) -> Any:
+    node = _current_node()
+    grad_out = node.metadata.pop((_KEPT, _task()), given[0])
+    if grad_out is None:
+        return None
+    return tuple(None if old is None else new for old, new in zip(grads, _differentiable(grad_out, node), strict=False))
 
 
-def _any_order(grad_out: Tensor, node: Any) -> tuple[Tensor, ...]:
+def _differentiable(grad_out: Tensor, node: Any) -> tuple[Tensor, ...]:
     """Gradients of query, key and value that autograd differentiates."""
     query, key, value, mask = node._saved_query, node._saved_key, node._saved_value, node._saved_attn_mask
     scale = query.size(3) ** -0.5 if node._saved_scale is None else node._saved_scale
