@@ -117,6 +117,8 @@ def softmax_lse(scores: Tensor) -> tuple[Tensor, Tensor]:
     empty = total == 0
     total = total.masked_fill(empty, 1)
     lse = (top + total.log()).masked_fill(empty, -math.inf)
+    infinite = top == math.inf  # without a NaN beside it: P is NaN, and l infinite
+    lse = torch.where(infinite, scores.masked_fill(~infinite, 0).logsumexp(-1, keepdim=True), lse)
     return weights / total, lse.squeeze(-1)
 
 

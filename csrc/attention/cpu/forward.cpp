@@ -65,6 +65,15 @@ struct RowOfScores {
   FASTGEN_HOST_DEVICE int64_t width(int64_t block) const { return block + 1 < blocks ? kTile : last_width; }
 };
 
+// Whether a score is NaN, where one is infinite.
+FASTGEN_HOST_DEVICE bool has_nan(const RowOfScores& t) {
+  bool found = false;
+  for (int64_t b = 0; b < t.blocks; ++b) {
+    for (int64_t j = 0; j < t.width(b); ++j) found |= t.scores[b * t.stride + j] != t.scores[b * t.stride + j];
+  }
+  return found;
+}
+
 // Online softmax: replaces scores by e^(score - row_max), without dropped ones; returns the factor that rescales
 // earlier sums.
 template <int kWidth, bool kKeep>
@@ -77,7 +86,10 @@ FASTGEN_HOST_DEVICE float softmax_row(const RowOfScores& t, float& row_max, floa
       maxima.add(maxima.odd, vector_at<kWidth>(scores + j + kWidth));
     }
   }
-  const float new_max = maxima.result(), shift = new_max == -kInfinity ? 0.0f : new_max;  // -inf - -inf is NaN
+  float new_max = maxima.result();
+  // The maximum ignores NaN. It becomes NaN beside an infinite one: the row's logsumexp is NaN then, and else infinite.
+  if (new_max == kInfinity && (has_nan(t) || (row_max != kInfinity && row_sum != row_sum))) new_max = kNan;
+  const float shift = new_max == -kInfinity ? 0.0f : new_max;  // -inf - -inf is NaN
   Sums<kWidth> sums(0.0f);
   for (int64_t b = 0; b < t.blocks; ++b) {
     float* scores = t.scores + b * t.stride;
@@ -149,7 +161,9 @@ FASTGEN_HOST_DEVICE void run_tile(const Shared& s, const Workspace<kWidth, kGrou
   for (int64_t i = 0; i < rows; ++i) {
     const bool empty = w.row_sum[i] == 0.0f;
     scale_row<kPanel>(w.out, padded, i, p.value_dim, empty ? 0.0f : 1.0f / w.row_sum[i]);
-    *s.p.lse.at(batch, head, first + i) = empty ? -kInfinity : w.row_max[i] + std::log(w.row_sum[i]);
+    *s.p.lse.at(batch, head, first + i) = empty                       ? -kInfinity
+                                          : w.row_max[i] == kInfinity ? kInfinity
+                                                                      : w.row_max[i] + std::log(w.row_sum[i]);
   }
   Product::unpack_panels(w.out, padded, rows, p.value_dim, 1.0f, s.p.out.at(batch, head, first), s.p.out.strides[2]);
 }

@@ -12,6 +12,7 @@
 namespace fastgen::cpu {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 // (B, H, rows, D) with a contiguous last dim, or (B, H, rows). Strides of batch, head and row, in elements.
 template <typename T>

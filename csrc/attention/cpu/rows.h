@@ -102,10 +102,11 @@ FASTGEN_HOST_DEVICE float row_delta(const Problem& p, const Operand& grad_out, c
   return sum - (grad_lse.data == nullptr ? 0.0f : *grad_lse.at(batch, head, row));
 }
 
-// lse of one row, +inf for a fully masked one: its weights e^(S - lse) are then 0.
+// lse of one row, +inf for a fully masked one: its weights e^(S - lse) are then 0. NaN for one with an infinite score,
+// whose weights are NaN by the formula.
 FASTGEN_HOST_DEVICE float row_lse(const Operand& lse, int64_t batch, int64_t head, int64_t row) {
   const float value = *lse.at(batch, head, row);
-  return value == -kInfinity ? kInfinity : value;
+  return value == kInfinity ? kNan : value == -kInfinity ? kInfinity : value;
 }
 
 }  // namespace fastgen::cpu

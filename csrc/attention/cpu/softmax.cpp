@@ -21,11 +21,13 @@ FASTGEN_HOST_DEVICE void forward_row(const SoftmaxParams& p, int64_t index) {
   const float* __restrict__ keep = kKeep ? p.keep + at : nullptr;
   const float row_max = largest<kLanes>(keys, [=](int64_t j) { return scores[j]; });
   const float shift = row_max == -INFINITY ? 0.0f : row_max;  // -inf - -inf is NaN
+  // largest ignores NaN, which the logsumexp does not.
+  const bool infinite = row_max == INFINITY && std::none_of(scores, scores + keys, [](float x) { return x != x; });
   for (int64_t j = 0; j < keys; ++j) scores[j] = exp_float(scores[j] - shift);
   const float total = sum_row<kLanes>(keys, [=](int64_t j) { return scores[j]; });
   const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
   for (int64_t j = 0; j < keys; ++j) scores[j] *= kKeep ? inverse * keep[j] : inverse;
-  p.lse[index] = total == 0.0f ? -INFINITY : shift + std::log(total);
+  p.lse[index] = infinite ? INFINITY : total == 0.0f ? -INFINITY : shift + std::log(total);
 }
 
 template <bool kKeep>
@@ -34,7 +36,8 @@ FASTGEN_HOST_DEVICE void backward_row(const SoftmaxParams& p, int64_t index) {
   float* __restrict__ scores = p.scores + at;
   float* __restrict__ grads = p.grads + at;
   const float* __restrict__ keep = kKeep ? p.keep + at : nullptr;
-  const float shift = p.lse[index] == -INFINITY ? 0.0f : p.lse[index], delta = p.delta[index];
+  const float lse = p.lse[index], delta = p.delta[index];
+  const float shift = lse == -INFINITY ? 0.0f : lse == INFINITY ? NAN : lse;  // an infinite score: NaN by the formula
   for (int64_t j = 0; j < keys; ++j) {
     const float weight = exp_float(scores[j] - shift), factor = kKeep ? keep[j] : 1.0f;
     scores[j] = weight * factor;

@@ -244,6 +244,7 @@ def softmax_of_tile(scores: Tensor, keep: Tensor | None, lse: Tensor) -> None:
         lse.fill_(-math.inf)
         return
     top = scores.amax(-1, keepdim=True)
+    infinite = top == math.inf  # not where there is NaN beside it
     top.masked_fill_(top == -math.inf, 0)
     scores.sub_(top).exp_()
     total = scores.sum(-1, keepdim=True)
@@ -252,7 +253,13 @@ def softmax_of_tile(scores: Tensor, keep: Tensor | None, lse: Tensor) -> None:
     scores.div_(total)
     if keep is not None:
         scores.mul_(keep)
-    lse.copy_(top.add_(total.log_()).masked_fill_(empty, -math.inf).reshape(lse.shape))
+    lse.copy_(top.add_(total.log_()).masked_fill_(empty, -math.inf).masked_fill_(infinite, math.inf).reshape(lse.shape))
+
+
+def shift_of(lse: Tensor) -> Tensor:
+    """What e^(S - shift) needs in place of lse: 0 for fully masked rows, whose weights are then 0 and not NaN, and NaN
+    for rows with an infinite score, whose weights are NaN by the formula."""
+    return lse.masked_fill(lse == -math.inf, 0).masked_fill_(lse == math.inf, math.nan)
 
 
 COARSE_LSE = 256.0
@@ -279,7 +286,7 @@ def softmax_backward_of_tile(scores: Tensor, grads: Tensor, keep: Tensor | None,
 
     lse and delta (..., 1): the logsumexp, and rowsum(dO * O) - dlse.
     """
-    weights = scores.sub_(lse.masked_fill(lse == -math.inf, 0)).exp_()
+    weights = scores.sub_(shift_of(lse)).exp_()
     if keep is not None:
         grads.mul_(keep)
     grads.sub_(delta).mul_(weights)

@@ -62,7 +62,8 @@ def softmax_lse(scores: Tensor) -> tuple[Tensor, Tensor]:
     total = weights.sum(-1, keepdim=True)
     empty = total == 0
     total = total.masked_fill(empty, 1)
-    return weights / total, (top + total.log()).masked_fill(empty, -math.inf).squeeze(-1)
+    lse = (top + total.log()).masked_fill(empty, -math.inf).masked_fill(top == math.inf, math.inf)
+    return weights / total, lse.squeeze(-1)
 
 
 def _expand_heads(tensor: Tensor, heads: int) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.ops.attention.blocked import allocate, rows_first, strides, wide
+from fastgen.ops._contents import NOT_FINITE, ZERO, contents
+from fastgen.ops.attention.blocked import allocate, rows_first, shift_of, strides, wide
 from fastgen.ops.attention.problem import Problem, Saved
 
 
@@ -77,15 +78,14 @@ SHORTEST_VECTOR_FREE = 16
 
 
 def _hides_nan(lse: Tensor, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> bool:
-    """Whether a result may be 0 where the formula gives NaN.
+    """Whether a result may be 0 where the formula gives NaN, or lse NaN where it gives infinity.
 
     The kernel takes a row whose scores are all NaN for a fully masked one (out and lse 0) where a row has few keys,
-    and in 16 bits a row with an infinite score.
+    and in 16 bits a row with an infinite score. ``lse``: the kernel's, 0 for fully masked rows.
     """
     keys = min(query.size(2), key.size(2)) if is_causal else key.size(2)
-    if mask is None and keys < SHORTEST_VECTOR_FREE and int(lse.count_nonzero()) < lse.numel():
-        return True
-    return query.dtype.itemsize == 2 and bool(lse.amax() == math.inf)
+    wanted = NOT_FINITE | (ZERO if mask is None and keys < SHORTEST_VECTOR_FREE else 0)
+    return bool(contents(lse, wanted) & wanted)
 
 
 FEW_ELEMENTS = 2**14
@@ -149,6 +149,8 @@ def flash_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value by torch's kernel."""
+    if contents(lse, NOT_FINITE) & NOT_FINITE:
+        lse = shift_of(lse)
     tensors: Any = (grad_out, query, key, value, out)
     wide = widens(query, backward=True)
     if wide:
@@ -176,10 +178,10 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor] | None:
         is_causal,
         options.scale,
     )
-    if added is not None:
-        lse.masked_fill_(added.amax(-1) == -math.inf, -math.inf)
     if _hides_nan(lse, query, key, mask, is_causal):
         return None
+    if added is not None:
+        lse.masked_fill_(added.amax(-1) == -math.inf, -math.inf)
     return in_layout(out[..., : value.size(-1)], rows_first(query)), lse
 
 
@@ -200,7 +202,7 @@ def backward(grad_out: Tensor, grad_lse: Tensor | None, saved: Saved) -> tuple[T
         _expand_heads(_pad_heads(key, dim), heads),
         _expand_heads(_pad_heads(value, dim), heads),
         _pad_heads(out, dim, 0.0 if grad_lse is None else -1.0),
-        lse if mask is None else lse.masked_fill(lse == -math.inf, 0),
+        lse,
         additive(mask, query.dtype),
         options.window_right == 0,
         options.scale,

@@ -6,7 +6,6 @@ A tile has all keys that its rows attend to: the sums over a row are complete be
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgen.backend import helper
-from fastgen.ops.attention.blocked import Tile, allocate_grad, allocate_lse, allocate_out, tiles, wide
+from fastgen.ops.attention.blocked import Tile, allocate_grad, allocate_lse, allocate_out, shift_of, tiles, wide
 from fastgen.ops.attention.problem import Saved, Tangents
 
 TILE_BYTES = 2**21
@@ -71,9 +70,8 @@ def _weigh(saved: Saved) -> Callable[..., Any]:
 
 
 def _finite_lse(tile: Tile, lse: Tensor) -> Tensor:
-    """The rows' logsumexp; 0 for fully masked rows, whose weights are then 0 and not NaN."""
-    of_rows = tile.row_vector(lse)
-    return of_rows.masked_fill(of_rows == -math.inf, 0).contiguous()
+    """The rows' logsumexp, as ``shift_of`` gives it."""
+    return shift_of(tile.row_vector(lse)).contiguous()
 
 
 def _direction(tile: Tile, tangents: Tangents, derivative: Tensor | None, curvature: Tensor | None = None) -> Tensor:
