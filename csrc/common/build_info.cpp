@@ -31,6 +31,11 @@ std::string describe_build() {
 
 }  // namespace
 
+#ifdef __ELF__
+// The version in a section of its own, which Python reads from the file: loading the library registers its operators.
+__attribute__((section("fastgen_version"), used)) static const char kVersion[] = FASTGEN_VERSION;
+#endif
+
 // Keys: version (of fastgen), torch, cuda (of nvcc; null without CUDA), architectures, compiler.
 FASTGEN_EXPORTED const char* fastgen_build_info() {
   static const std::string text = describe_build();

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastgen.backend._shared_objects import why_incomplete
+from fastgen.backend._shared_objects import why_incomplete, why_of_another_version
 from fastgen.backend.drivers import (
     CudaVersions,
     compiles_ptx,
@@ -55,13 +55,17 @@ class CompiledLibrary:
         missing = why_incomplete(self.path)
         if missing is not None:
             return f"{self.path.name} was cut short: {missing}"
+        other = why_of_another_version(self.path)
+        if other is not None:
+            return other
         try:
             torch.ops.load_library(str(self.path))
             handle = ctypes.CDLL(str(self.path))
         except Exception as error:
             cause = error.__cause__ or error
             return f"{self.path.name} does not load: {str(cause).splitlines()[0].rpartition('/')[2]}"
-        needed = ["fastgen_build_info"] + (["fastgen_use_cpu_level"] if self.device == "cpu" else [])
+        needed = ["fastgen_build_info"]
+        needed += ["fastgen_use_cpu_level", "fastgen_scan_float32"] if self.device == "cpu" else []
         if not all(hasattr(handle, name) for name in needed):
             return f"{self.path.name} is of another version of fastgen: build or install fastgen again"
         self.handle = handle

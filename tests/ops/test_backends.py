@@ -222,8 +222,29 @@ def test_a_library_of_another_version_is_not_used(monkeypatch):
     library = backend.CompiledLibrary("_cpu", "cpu")
     monkeypatch.setattr(libraries, "_built", lambda name: Path(sys.executable).resolve())
     monkeypatch.setattr(libraries, "why_incomplete", lambda path: None)
+    monkeypatch.setattr(libraries, "why_of_another_version", lambda path: None)
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
     monkeypatch.setattr(libraries.ctypes, "CDLL", lambda path: SimpleNamespace())
     library.load()
     assert "is of another version of fastgen: build or install fastgen again" in library.problem
     assert library.build_info() == {}
+
+
+@pytest.mark.parametrize("version", ["0.0.9", None])
+def test_a_library_of_another_version_is_refused_before_it_registers_operators(tmp_path, monkeypatch, version):
+    whole = Path(backend.compiled_libraries()[0].path or pytest.skip("no library was built")).read_bytes()
+    name = b"fastgen_version\0"
+    if version is None:  # a library of a version without the section
+        old = whole.replace(name, b"another_section\0")
+    else:
+        old = whole.replace(fastgen.__version__.encode() + b"\0", version.encode() + b"\0")
+    assert old != whole
+    file = tmp_path / "_cpu.so"
+    file.write_bytes(old)
+    library = backend.CompiledLibrary("_cpu", "cpu")
+    monkeypatch.setattr(libraries, "_built", lambda name: file)
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail("the library was loaded"))
+    library.load()
+    expected = "_cpu.so is of another version of fastgen" if version is None else f"of fastgen {version}, and this is"
+    assert expected in (library.problem or "")
+    assert "build or install fastgen again" in (library.problem or "")
