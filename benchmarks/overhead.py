@@ -175,7 +175,7 @@ def all_cases() -> list[Case]:
     return attention_cases() + projection_cases() + latent_cases() + layer_cases()
 
 
-def measure(case: Case, seconds: float = 0.3, block: float = 3e-4) -> tuple[float, float]:
+def measure(case: Case, seconds: float = 0.15, block: float = 3e-4) -> tuple[float, float]:
     """Median microseconds of a call, ours and theirs, over blocks of ``block`` seconds for ``seconds`` each."""
     both, counts = (case.ours, case.theirs), []
     times: tuple[list[float], list[float]] = [], []

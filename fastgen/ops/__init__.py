@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastgen.backend import choose_cpu_level, load_compiled, refuse_other_derivatives
-from fastgen.ops import attention, flops, latent, projection
+from fastgen.ops import _contents, attention, flops, latent, projection
 
 __all__ = ["attention", "latent", "projection"]
 
@@ -11,3 +11,4 @@ refuse_other_derivatives()
 flops.register()
 load_compiled()  # now that the operators, for which the libraries have kernels, have their schemas
 choose_cpu_level()
+_contents.use_compiled()

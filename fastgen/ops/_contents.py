@@ -17,18 +17,19 @@ _FEW = 2**16
 """Elements, up to which one thread that holds the interpreter's lock is no slower than PyTorch's reductions."""
 
 
-def _compiled_scans() -> dict[torch.dtype, Callable[[int, int], int]]:
-    library, scans = library_for("cpu"), {}
-    if library.loaded:
-        functions = ctypes.PyDLL(str(library.path))  # keeps the lock: releasing it takes as long as the call
-        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            scan = functions[f"fastgen_scan_{str(dtype).removeprefix('torch.')}"]
-            scan.restype, scan.argtypes = ctypes.c_int, [ctypes.c_void_p, ctypes.c_int64]
-            scans[dtype] = scan
-    return scans
+_scans: dict[torch.dtype, Callable[[int, int], int]] = {}
 
 
-_scans = _compiled_scans()
+def use_compiled() -> None:
+    """Takes the functions of the compiled library, which is loaded after the operators are defined."""
+    library = library_for("cpu")
+    if not library.loaded:
+        return
+    functions = ctypes.PyDLL(str(library.path))  # keeps the lock: releasing it takes as long as the call
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        scan = functions[f"fastgen_scan_{str(dtype).removeprefix('torch.')}"]
+        scan.restype, scan.argtypes = ctypes.c_int, [ctypes.c_void_p, ctypes.c_int64]
+        _scans[dtype] = scan
 
 
 def contents(tensor: Tensor, wanted: int) -> int:
