@@ -14,8 +14,6 @@ from fastgen import functional, reference
 from fastgen.functional import attention as module
 from fastgen.functional import projection as projection_module
 from tests.ops.direct_cases import CALLS, derivatives, inputs, options_of
-from fastgen.ops import _contents
-from fastgen.ops._contents import NAN, NOT_FINITE, ZERO
 
 
 @pytest.fixture
@@ -328,16 +326,3 @@ def test_rows_with_an_infinite_score_in_16_bits_are_nan(dtype, masked, grad):
         tensor.requires_grad_(grad)
     out = functional.scaled_dot_product_attention(query, key, value, mask)
     torch.testing.assert_close(out[0, 0].isnan().any(-1), query[0, 0, :, 0] > 0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_zeros_and_nan_of_results_are_found_with_and_without_the_library(monkeypatch, dtype):
-    values = {1.0: 0, 0.0: ZERO, -0.0: ZERO, math.nan: NAN | NOT_FINITE, -math.inf: NOT_FINITE}
-    assert bool(_contents._scans) == fastgen.backend.library_for("cpu").loaded
-    for _ in range(2):
-        for value, bits in values.items():
-            tensor = torch.ones(1, 2, 3, 4, dtype=dtype)
-            tensor[0, 1, 2, 3] = value
-            for view in (tensor, tensor.transpose(1, 2), tensor.expand(2, 2, 3, 4)):
-                assert _contents.contents(view, ZERO | NAN | NOT_FINITE) == bits
-        monkeypatch.setattr(_contents, "_scans", {})

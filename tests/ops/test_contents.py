@@ -1,0 +1,31 @@
+"""Zeros and NaN in results of PyTorch's kernels, as the compiled library and as PyTorch find them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import fastgen
+from fastgen.ops import _contents
+from fastgen.ops._contents import NAN, NOT_FINITE, ZERO
+
+VALUES = [(1.0, 0), (0.0, ZERO), (-0.0, ZERO), (math.nan, NAN | NOT_FINITE), (-math.inf, NOT_FINITE)]
+
+
+def test_the_library_is_used_where_it_is_loaded():
+    assert bool(_contents._scans) == fastgen.backend.library_for("cpu").loaded
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_zeros_and_nan_are_found(monkeypatch, dtype, compiled):
+    if not compiled:
+        monkeypatch.setattr(_contents, "_scans", {})
+    for value, bits in VALUES:
+        tensor = torch.ones(1, 2, 3, 4, dtype=dtype)
+        tensor[0, 1, 2, 3] = value
+        for view in (tensor, tensor.transpose(1, 2), tensor.expand(2, 2, 3, 4), tensor[..., :3]):
+            expected = bits if view.shape[-1] == 4 else 0
+            assert _contents.contents(view, ZERO | NAN | NOT_FINITE) == expected
