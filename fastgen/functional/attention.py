@@ -106,6 +106,7 @@ def scaled_dot_product_attention(
         and dropout_p == 0.0
         and not return_lse
         and selection.backend == "auto"
+        and getattr(query, "is_cpu", False)
         and not is_dynamo_compiling()
         and not overridden(query)  # attend checks the types of the tensors: this is for modes
     ):

@@ -57,7 +57,7 @@ def _reads(mask: Tensor, shape: torch.Size, keys: int, dtype: torch.dtype) -> bo
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> Tensor | None:
-    """out, (B, H, N, D); None where ``autograd.attention`` has to serve, for any other arguments too.
+    """out, (B, H, N, D); None where ``autograd.attention`` has to serve, for any other arguments too. ``query`` is on CPU.
 
     One function, because a call of Python takes a tenth of what PyTorch's function takes.
     """
@@ -78,7 +78,7 @@ def attend(
     except RuntimeError:  # nested tensors have no shape
         return None
     dtype = query.dtype
-    if 0 in of_keys or len(shape) != 4 or not query.is_cpu or dtype not in FLOATS:
+    if 0 in of_keys or len(shape) != 4 or dtype not in FLOATS:
         return None
     if shape != of_keys and (
         shape[:2] != of_keys[:2]
