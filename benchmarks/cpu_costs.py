@@ -67,7 +67,8 @@ def attention_rows(unit: dict[str, float], shape: tuple[int, ...]) -> list[str]:
 
     def penalty() -> Any:
         grads = torch.autograd.grad(forward().sum(), leaves, create_graph=True)
-        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), leaves)
+        total: Any = sum(grad.square().sum() for grad in grads)
+        return torch.autograd.grad(total, leaves)
 
     d, v = dim, value_dim
     parts = {  # multiply-adds and exponentials a score

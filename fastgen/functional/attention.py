@@ -100,7 +100,8 @@ def scaled_dot_product_attention(
         torch.Size([2, 4, 16, 32])
     """
     if (
-        window is None
+        not overridden(query)  # attend checks the types of the others
+        and window is None
         and softcap is None
         and sinks is None
         and dropout_p == 0.0
@@ -108,7 +109,6 @@ def scaled_dot_product_attention(
         and selection.backend == "auto"
         and getattr(query, "is_cpu", False)
         and not is_dynamo_compiling()
-        and not overridden(query)  # attend checks the types of the tensors: this is for modes
     ):
         common = direct.attend(query, key, value, attn_mask, is_causal, scale)
         if common is not None:

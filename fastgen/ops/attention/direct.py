@@ -33,7 +33,7 @@ _grad_enabled = torch.is_grad_enabled
 _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _is_tracing = torch._C._is_tracing
 _task = torch._C._current_graph_task_id
-_current_node = torch._C._current_autograd_node
+_current_node: Any = torch._C._current_autograd_node
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _INFINITY = float("inf")
 
@@ -57,7 +57,8 @@ def _reads(mask: Tensor, shape: torch.Size, keys: int, dtype: torch.dtype) -> bo
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> Tensor | None:
-    """out, (B, H, N, D); None where ``autograd.attention`` has to serve, for any other arguments too. ``query`` is on CPU.
+    """out, (B, H, N, D); None where ``autograd.attention`` has to serve, for any other arguments
+    too. ``query`` is on CPU.
 
     One function, because a call of Python takes a tenth of what PyTorch's function takes.
     """
@@ -361,7 +362,7 @@ def _any_order(grads: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...
     return tuple(None if old is None else new for old, new in zip(grads, _differentiable(grad_out, node), strict=False))
 
 
-def _differentiable(grad_out: Tensor, node: Any) -> tuple[Tensor, ...]:
+def _differentiable(grad_out: Tensor, node: Any) -> tuple[Any, ...]:
     """Gradients of query, key and value that autograd differentiates."""
     query, key, value, mask = node._saved_query, node._saved_key, node._saved_value, node._saved_attn_mask
     scale = query.size(3) ** -0.5 if node._saved_scale is None else node._saved_scale
@@ -373,7 +374,7 @@ def _differentiable(grad_out: Tensor, node: Any) -> tuple[Tensor, ...]:
 
 def _by_operators(
     grad_out: Tensor, tensors: tuple[Tensor, ...], mask: Tensor | None, is_causal: bool, scale: float
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
     query, key, value, out, lse = tensors
     if mask is not None:
         lse = lse.masked_fill(mask.amax(-1) == -_INFINITY, -_INFINITY)
