@@ -53,11 +53,11 @@ REJECTED = """\
   of a multiprocessor and one on others, which leaves 1.06x of an RTX 4090.
 - **dK and dV of second order, head dim 64, with 100 KiB**: a block with one stage has 50,688 bytes, and two blocks may
   have 50,176 each. Head dim 96 (`dit-xl`): tangents 53,248 with one stage.
-- **Float32 forward, head dim 128, two fragments per warp**: 186 instead of 194 instructions per score and 252 instead of
-  162 registers, but 84,480 bytes with one stage: one block instead of two on sm_80. Up to head dim 96 they are taken
+- **Float32 forward, head dim 128, two fragments per warp**: 186 instead of 194 instructions per score and 252 instead
+  of 162 registers, but 84,480 bytes with one stage: one block instead of two on sm_80. Up to head dim 96 they are taken
   (head dim 64: 95 instead of 103 instructions per score, 205 registers, no spills).
-- **One float32 forward kernel for calls with and without a mask**: at head dim 64 the masked kernel has 130 instructions
-  per score, that without masks 95.
+- **One float32 forward kernel for calls with and without a mask**: at head dim 64 the masked kernel has 130
+  instructions per score, that without masks 95.
 """
 
 

@@ -185,7 +185,8 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
 
   const Band window = Band::of<false>(problem, row);
   float sums[1][kColumns / 8][4] = {};
-  pipeline(p.first.stages, tiles, first, load_keys, [&](const typename Tiles::Index& tile, int i) {
+  const int stages = kShape.stages == 1 ? 1 : p.first.stages;
+  pipeline(stages, tiles, first, load_keys, [&](const typename Tiles::Index& tile, int i) {
     const int key = tile.key();
     const Band band = window.from(key);
     if (warp_rows <= 0 || band.misses(kFragmentRows, BLOCK_N)) return;
@@ -266,7 +267,8 @@ __global__ void __launch_bounds__(SecondOrderLayout<T, kKeyDim, kValueDim>::kThr
   const int key_column = static_cast<int>(blockIdx.y) * kKeyColumns;
   const int value_column = static_cast<int>(blockIdx.y) * kValueColumns;
   const Band window = Band::of<true>(problem, key);
-  pipeline(p.first.stages, tiles, tiles.first(), load_queries, [&](const typename Tiles::Index& tile, int i) {
+  const int stages = kShape.stages == 1 ? 1 : p.first.stages;
+  pipeline(stages, tiles, tiles.first(), load_queries, [&](const typename Tiles::Index& tile, int i) {
     const int head = tiles.head(tile), query = tiles.query(tile);
     const Band band = window.from(query);
     if (warp_rows <= 0 || band.misses(kFragmentRows, BLOCK_M)) return;

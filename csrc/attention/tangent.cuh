@@ -52,7 +52,8 @@ __global__ void __launch_bounds__(TangentLayout<T, kKeyDim, kValueDim>::kThreads
   using Tiles = KeyTiles<T, BLOCK_N, kPlain>;
   const Problem& problem = p.problem;
   const auto queries = Layout::queries();
-  const int warp_row = uniform_warp() * kFragmentRows;
+  // Beside a wide output there is no register for it.
+  const int warp_row = (kColumns > 128 ? static_cast<int>(threadIdx.x / 32) : uniform_warp()) * kFragmentRows;
   const int first_column = static_cast<int>(blockIdx.y) * kColumns;
   const QueryBlock block(problem, blockIdx.x, queries.rows, MayPack<!kPlain>{});
   if (!kPlain && block.rows() <= 0) return;
@@ -85,7 +86,8 @@ __global__ void __launch_bounds__(TangentLayout<T, kKeyDim, kValueDim>::kThreads
     shift[half] = weight_shift(lse);
   }
   float sums[1][kColumns / 8][4] = {}, mean[2] = {0.0f, 0.0f};
-  pipeline(p.stages, tiles, first, load_keys, [&](const typename Tiles::Index& tile, int i) {
+  const int stages = Layout::kShape.stages == 1 ? 1 : p.stages;
+  pipeline(stages, tiles, first, load_keys, [&](const typename Tiles::Index& tile, int i) {
     const int key = tile.key();
     const Band band = window.from(key);
     if (warp_rows <= 0 || band.misses(kFragmentRows, BLOCK_N)) return;

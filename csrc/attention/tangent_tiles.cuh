@@ -47,15 +47,15 @@ template <typename T, int kKeyDim, int kValueDim, typename P, typename IsValid>
 __device__ __forceinline__ void copy_tile(const QueryTangentTile<T, kKeyDim, kValueDim>& tile, const P& p,
                                           const Tangents& tangents, unsigned batch, unsigned head, unsigned row,
                                           IsValid&& is_valid) {
-  copy_rows(tile.query(), tile.rows, row_pointer<T>(p.query, batch, head, row), p.query.row, p.problem.key_dim,
-            is_valid);
+  copy_rows<(kKeyDim > 128)>(tile.query(), tile.rows, row_pointer<T>(p.query, batch, head, row), p.query.row,
+                             p.problem.key_dim, is_valid);
   if (tangents.query.data != nullptr) {
-    copy_rows(tile.tangent(), tile.rows, row_pointer<T>(tangents.query, batch, head, row), tangents.query.row,
-              p.problem.key_dim, is_valid);
+    copy_rows<(kKeyDim > 128)>(tile.tangent(), tile.rows, row_pointer<T>(tangents.query, batch, head, row),
+                               tangents.query.row, p.problem.key_dim, is_valid);
   }
   if constexpr (kValueDim > 0) {
-    copy_rows(tile.grad_out(), tile.rows, row_pointer<T>(p.grad_out, batch, head, row), p.grad_out.row,
-              p.problem.value_dim, is_valid);
+    copy_rows<(kKeyDim > 128)>(tile.grad_out(), tile.rows, row_pointer<T>(p.grad_out, batch, head, row), p.grad_out.row,
+                               p.problem.value_dim, is_valid);
   }
 }
 
@@ -65,16 +65,18 @@ __device__ __forceinline__ void copy_tile(const KeyTangentTile<T, kKeyDim, kColu
                                           const Tangents& tangents, unsigned batch, unsigned key_head, unsigned row,
                                           int column, IsValid&& is_valid) {
   const int columns = p.problem.value_dim - column;
-  copy_rows(tile.key(), tile.rows, row_pointer<T>(p.key, batch, key_head, row), p.key.row, p.problem.key_dim, is_valid);
+  copy_rows<(kKeyDim > 128)>(tile.key(), tile.rows, row_pointer<T>(p.key, batch, key_head, row), p.key.row,
+                             p.problem.key_dim, is_valid);
   if (tangents.key.data != nullptr) {
-    copy_rows(tile.tangent_key(), tile.rows, row_pointer<T>(tangents.key, batch, key_head, row), tangents.key.row,
-              p.problem.key_dim, is_valid);
+    copy_rows<(kKeyDim > 128)>(tile.tangent_key(), tile.rows, row_pointer<T>(tangents.key, batch, key_head, row),
+                               tangents.key.row, p.problem.key_dim, is_valid);
   }
-  copy_rows(tile.value(), tile.rows, row_pointer<T>(p.value, batch, key_head, row) + column, p.value.row, columns,
-            is_valid);
+  copy_rows<(kKeyDim > 128)>(tile.value(), tile.rows, row_pointer<T>(p.value, batch, key_head, row) + column,
+                             p.value.row, columns, is_valid);
   if (tangents.value.data != nullptr) {
-    copy_rows(tile.tangent_value(), tile.rows, row_pointer<T>(tangents.value, batch, key_head, row) + column,
-              tangents.value.row, columns, is_valid);
+    copy_rows<(kKeyDim > 128)>(tile.tangent_value(), tile.rows,
+                               row_pointer<T>(tangents.value, batch, key_head, row) + column, tangents.value.row,
+                               columns, is_valid);
   }
 }
 

@@ -47,12 +47,20 @@ struct Chunks {
 // All threads make the same number of steps here and in TileSource. Where a thread's own row ended the loop, ptxas took
 // warps for divergent in the rest of the kernel: shuffles and barriers got a second, divergent version, a third of all
 // instructions.
-template <typename T, int kWidth, typename IsValid>
+// kOwnSteps: each thread has its own number of steps all the same, which takes a register less.
+template <bool kOwnSteps = false, typename T, int kWidth, typename IsValid>
 __device__ __forceinline__ void copy_rows(const Tile<T, kWidth>& tile, int rows, const T* source, int64_t stride,
                                           int columns, IsValid&& is_valid) {
   using C = Chunks<T, kWidth>;
   const int64_t advance = C::step() * stride;
   const T* from = source + C::row() * stride + C::column();
+  if constexpr (kOwnSteps) {
+#pragma unroll 1
+    for (int row = C::row(); row < rows; row += C::step(), from += advance) {
+      C::copy(tile.at(row, C::column()), from, is_valid(row), columns);
+    }
+    return;
+  }
 #pragma unroll 1
   for (int first = 0; first < rows; first += C::step(), from += advance) {
     const int row = first + C::row();

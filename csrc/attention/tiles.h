@@ -91,25 +91,25 @@ constexpr TileShape find_shape(const TileRow (&table)[kCount], Dims dims) {
 // Forward. Plain: no mask, dropout or softcap, whose state needs registers.
 // clang-format off
 //                                   dims      warps frag BLOCK_N stages columns    regs, blocks: reason
-constexpr TileRow kForward16[] = {{{ 64,  64}, {4,   2,   64,     2,     256}},   // 248, 2: no room: rows
+constexpr TileRow kForward16[] = {{{ 64,  64}, {4,   2,   64,     2,     256}},   // 246, 2: no room: rows
                                   {{128, 128}, {4,   2,   32,     2,     256}},   // 255, 2: no room: rows
                                   {{256, 256}, {4,   1,   32,     2,     256}},   // 236, 2: no room: rows
-                                  {{512, 512}, {4,   1,   16,     2,     256}}};  // 201, 1: no room: rows
+                                  {{512, 512}, {4,   1,   16,     2,     256}}};  // 200, 1: no room: rows
 constexpr TileRow kForwardMasked16[] = {
-                                  {{ 64,  64}, {4,   2,   32,     2,     256}},   // 248, 2: registers
-                                  {{192, 192}, {4,   1,   32,     2,     256}},   // 242, 2: no room: rows
+                                  {{ 64,  64}, {4,   2,   32,     2,     256}},   // 250, 2: registers
+                                  {{192, 192}, {4,   1,   32,     2,     256}},   // 240, 2: no room: rows
                                   {{256, 256}, {4,   1,   16,     2,     256}},   // 244, 2: registers
                                   {{512, 512}, {4,   1,   16,     2,     256}}};  // 244, 1: no room: rows
 constexpr TileRow kForward32[] = {{{ 96, 128}, {4,   2,   16,     2,     256}},   // 254, 2: registers
                                   {{128, 128}, {4,   1,   32,     2,     256}},   // 162, 2: no room: rows
-                                  {{192, 192}, {4,   1,   16,     2,     256}},   // 174, 2: no room: rows
-                                  {{256, 256}, {4,   1,   16,     2,     256}},   // 204, 1: no room: rows
-                                  {{512, 512}, {2,   1,   8,      2,     256}}};  // 193, 1: no room: rows
+                                  {{192, 192}, {4,   1,   16,     2,     256}},   // 184, 2: no room: rows
+                                  {{256, 256}, {4,   1,   16,     2,     256}},   // 216, 1: no room: rows
+                                  {{512, 512}, {2,   1,   8,      2,     256}}};  // 210, 1: no room: rows
 constexpr TileRow kForwardMasked32[] = {
-                                  {{ 32,  32}, {4,   1,   32,     2,     256}},   // 164, 2: registers
-                                  {{192, 192}, {4,   1,   16,     2,     256}},   // 210, 2: no room: rows
-                                  {{256, 256}, {4,   1,   16,     2,     256}},   // 234, 1: no room: rows
-                                  {{512, 512}, {2,   1,   8,      2,     128}}};  // 147, 1: no room: rows
+                                  {{ 32,  32}, {4,   1,   32,     2,     256}},   // 155, 2: registers
+                                  {{192, 192}, {4,   1,   16,     2,     256}},   // 199, 2: no room: rows
+                                  {{256, 256}, {4,   1,   16,     2,     256}},   // 232, 1: no room: rows
+                                  {{512, 512}, {2,   1,   8,      2,     128}}};  // 162, 1: no room: rows
 
 // Backward, both kernels: P and dP of a tile are in registers at the same time. The columns are those of dQ. With two
 // fragments, a row of dQ loads two thirds as many operands from shared memory; dK and dV leave no registers for them.
@@ -119,20 +119,20 @@ constexpr TileRow kBackward16[] = {{{ 64,  64}, {4,   1,   64,      2,     256}}
                                    {{192, 192}, {4,   1,   32,      2,     256}},   // 239, 2: no room: rows
                                    {{256, 256}, {4,   1,   16,      2,     256}},   // 244, 1: no room: rows
                                    {{512, 512}, {2,   1,   16,      2,     256}}};  // 244, 1: no room: rows
-constexpr TileRow kBackward32[] = {{{ 64,  64}, {4,   1,   32,      2,     256}},   // 202, 2: no room: rows
-                                   {{128, 128}, {4,   1,   16,      2,     256}},   // 232, 1: no room: rows
-                                   {{192, 192}, {2,   1,   16,      2,     256}},   // 212, 2: no room: rows
-                                   {{256, 256}, {2,   1,   16,      2,     256}},   // 240, 1: no room: rows
-                                   {{512, 512}, {1,   1,   8,       2,     256}}};  // 213, 1: no room: rows
+constexpr TileRow kBackward32[] = {{{ 64,  64}, {4,   1,   32,      2,     256}},   // 192, 2: no room: rows
+                                   {{128, 128}, {4,   1,   16,      2,     256}},   // 213, 1: no room: rows
+                                   {{192, 192}, {2,   1,   16,      2,     256}},   // 199, 2: no room: rows
+                                   {{256, 256}, {2,   1,   16,      2,     256}},   // 223, 1: no room: rows
+                                   {{512, 512}, {1,   1,   8,       2,     256}}};  // 223, 1: no room: rows
 
 constexpr TileRow kBackwardQuery16[] = {
                                     {{ 64,  64}, {4,   2,   32,      2,     256}}};  // 248, 2: registers; wider: above
 
 // Tangent: the operands and their tangents are in shared memory.
 //                                   dims      warps frag BLOCK_N stages columns    regs, blocks: reason
-constexpr TileRow kTangent16[] = {{{ 16,  32}, {4,   1,   64,     2,     256}},   // 241, 2: registers
-                                  {{ 96, 128}, {4,   1,   32,     2,     256}},   // 223, 2: no room: rows
-                                  {{128, 128}, {4,   1,   32,     1,     256}},   // 232, 2: no room: stage 2
+constexpr TileRow kTangent16[] = {{{ 16,  32}, {4,   1,   64,     2,     256}},   // 219, 2: registers
+                                  {{ 96, 128}, {4,   1,   32,     2,     256}},   // 224, 2: no room: rows
+                                  {{128, 128}, {4,   1,   32,     1,     256}},   // 220, 2: no room: stage 2
                                   {{256, 256}, {4,   1,   16,     1,     256}}};  // 255, 1: no room: stage 2
 constexpr TileRow kTangent32[] = {{{ 64,  64}, {4,   1,   16,     2,     128}},   // 154, 2: no room: rows
                                   {{ 32, 128}, {4,   1,   16,     2,     128}},   // 174, 2: no room: rows
