@@ -115,7 +115,7 @@ def test_float_masks_and_their_tangents(emulated, dtype):  # noqa: F811
         assert_like_the_formula(emulated, tensors, [*(t.flip(-2) for t in tensors), torch.randn(sizes)], mask)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_packed_sequences(emulated, dtype):  # noqa: F811
     tensors = operands(queries=25, keys=28, dims=(264, 8), dtype=dtype)
     sequences = torch.tensor([[0, 18, 18, 25], [0, 9, 17, 28]], dtype=torch.int32)
@@ -136,7 +136,7 @@ def test_an_absent_tangent_costs_nothing_and_means_zero(emulator, emulated):  # 
         assert products(absent) < full
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_the_same_bits_under_every_schedule_and_on_every_architecture(emulator, emulated, dtype):  # noqa: F811
     lengths = {"queries": 33, "keys": 34} if dtype == torch.float16 else {"queries": 17, "keys": 9}
     tensors, seed = operands(heads=1, dims=(512, 264), dtype=dtype, **lengths), torch.tensor([5])
@@ -149,15 +149,22 @@ def test_the_same_bits_under_every_schedule_and_on_every_architecture(emulator, 
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("limit", [SMALL, HOPPER], ids=["one stage", "two stages"])
-@pytest.mark.parametrize("kernel", ["tangent", "second_order"])
+@pytest.mark.parametrize(
+    ("kernel", "limit"),
+    [
+        ("tangent", SMALL),
+        ("tangent", HOPPER),
+        ("second_order", SMALL),
+        pytest.param("second_order", HOPPER, marks=pytest.mark.slow),
+    ],
+)
 def test_no_barrier_and_no_wait_can_be_left_out(emulator, emulated, limit, kernel):  # noqa: F811
     tensors, waits = operands(heads=1, queries=17, keys=33, dims=(72, 264)), "sync_block|sync_warp|async_copy_wait"
     call = lambda: second_order(emulated, tensors)  # noqa: E731
     assert_no_site_can_be_left_out(emulator, call, rf"attention_{kernel}\S*_wide", 1, waits, shared_limit=limit)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_what_is_masked_does_not_matter_even_if_it_is_nan(emulated, dtype):  # noqa: F811
     """A window leaves out the last keys. The last query attends to keys of the second tile alone."""
     tensors = operands(heads=1, queries=20, keys=30, dims=(264, 8), dtype=dtype)
@@ -202,6 +209,7 @@ def test_the_gradient_of_a_mask(emulated, dtype):  # noqa: F811
         assert largest_error(ours, exact) <= share * max(1.0, float(exact.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 17), (1, 1, 5, 1)], ids=["per key", "per row"])
 def test_no_barrier_of_the_mask_gradient_can_be_left_out(emulator, emulated, sizes):  # noqa: F811
     """So many heads that a block takes several."""
