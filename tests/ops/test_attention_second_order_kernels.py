@@ -138,7 +138,8 @@ def test_no_barrier_of_the_mask_gradient_can_be_left_out(emulator, emulated, siz
 @pytest.mark.parametrize("name", ATTENTION_SHAPES)
 def test_every_named_shape_has_a_plan_for_every_gpu(name, element_size):
     shape = ATTENTION_SHAPES[name]
-    plans = plan(shape, element_size=element_size, plain=False, mask=(1, 1, shape.queries, shape.keys))
+    mask = (1, 1, shape.queries, shape.keys)
+    plans = plan(shape, element_size=element_size, plain=False, mask=mask, shared_limit=99 * 1024)
     for kernel in ("tangent", "second order query", "second order key_value", "second order mask"):
         chosen = plans[kernel]
         assert chosen["tile"][0] >= shape.key_dim, kernel

@@ -213,7 +213,7 @@ def test_the_gradient_of_a_mask(emulated, dtype):  # noqa: F811
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 17), (1, 1, 5, 1)], ids=["per key", "per row"])
 def test_no_barrier_of_the_mask_gradient_can_be_left_out(emulator, emulated, sizes):  # noqa: F811
     """So many heads that a block takes several."""
-    tensors, mask = operands(batch=64, heads=1, queries=5, keys=17, dims=(264, 8)), torch.ones(sizes)
+    tensors, mask = operands(batch=26, heads=1, queries=5, keys=17, dims=(264, 8)), torch.ones(sizes)
     call = lambda: second_order(emulated, tensors, [None] * 4, mask, mask_grad=True)  # noqa: E731
     assert_no_site_can_be_left_out(emulator, call, "attention_mask_second_order_wide", seeds=1)
 
