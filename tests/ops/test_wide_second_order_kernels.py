@@ -73,8 +73,8 @@ def doubles(tensors):
     return [t if t is None else t.double() for t in tensors]
 
 
-def assert_like_the_formula(emulated, tensors, directions=None, mask=None, options=OPTIONS, sequences=None):  # noqa: F811
-    ours = second_order(emulated, tensors, directions, mask, None, options, False, sequences)
+def assert_like_the_formula(operators, tensors, directions=None, mask=None, options=OPTIONS, sequences=None):
+    ours = second_order(operators, tensors, directions, mask, None, options, False, sequences)
     exact = second_order(
         torch.ops.fastgen_torch, doubles(tensors), directions and doubles(directions),
         mask if mask is None else mask.double(), None, options, False, sequences,
