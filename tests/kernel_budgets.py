@@ -27,8 +27,8 @@ BUDGETS = {
     # launch_bounds(128): accumulators and scores are in registers, two blocks per multiprocessor; no spills.
     # Shared memory is dynamic: csrc/attention/tiles.h.
     "attention_forward": Budget(registers=255),
-    # 384 threads: 168 registers at the launch, of which the consumers have 240 and the producer 24 later on. Shared:
-    # mbarriers, aligned like dynamic shared memory.
+    # 384 threads: 168 registers at the launch, of which the consumers have 240 and the producer 24 later on; 512: 128,
+    # 160 and 32. Shared: mbarriers, aligned like dynamic shared memory.
     "attention_forward_sm90": Budget(registers=168, shared_bytes=1024),
     "attention_forward_wide": Budget(registers=255),
     "attention_backward_query_wide": Budget(registers=255),
@@ -81,6 +81,13 @@ LOOP_KERNELS = [
     "attention_forward<BFloat16, 128, 128, false>",
     "attention_forward<BFloat16, 256, 256, true>",
     "attention_forward<BFloat16, 256, 256, false>",
+    "attention_forward_sm90<BFloat16, 64, 2, 128, false>",
+    "attention_forward_sm90<BFloat16, 64, 3, 128, false>",
+    "attention_forward_sm90<BFloat16, 128, 2, 128, false>",
+    "attention_forward_sm90<BFloat16, 128, 2, 160, false>",
+    "attention_forward_sm90<BFloat16, 128, 2, 128, true>",
+    "attention_forward_sm90<BFloat16, 192, 2, 96, false>",
+    "attention_forward_sm90<BFloat16, 256, 2, 80, false>",
     "attention_backward_query<BFloat16, 64, 64, true>",
     "attention_backward_query<BFloat16, 128, 128, true>",
     "attention_backward_key_value<BFloat16, 64, 64, true>",
@@ -101,6 +108,7 @@ no scores). ``--tighten`` sets the budgets to 3% above what the compiled kernels
     python tests/compile_check.py --arch 80 --arch 90a --tighten csrc/projection/instantiations/bfloat16.cu \
         csrc/attention/instantiations/{forward,tangent,second_order,wide_second_order}_bfloat16.cu \
         csrc/attention/instantiations/backward_{query,key_value,one_tile}_bfloat16.cu
+    python tests/compile_check.py --arch 90a --tighten csrc/attention/sm90/instantiations/forward_bfloat16.cu
 
 The CPU library has to be of the same sources: launch plans say how large tiles are.
 """

@@ -278,7 +278,8 @@ def test_every_kernel_with_a_loop_budget_has_one_for_both_architectures():
     table = compile_check.load("tests/kernel_budgets.py")
     budgets = json.loads(compile_check.LOOP_BUDGETS.read_text())
     assert {arch: sorted(found) for arch, found in budgets.items()} == {
-        arch: sorted(table.LOOP_KERNELS) for arch in compile_check.WITH_BUDGETS
+        arch: sorted(name for name in table.LOOP_KERNELS if arch == "90a" or "_sm90<" not in name)
+        for arch in compile_check.WITH_BUDGETS
     }
 
 

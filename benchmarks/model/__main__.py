@@ -1,18 +1,19 @@
 """Writes the predicted times of the attention kernels. Predicted, not measured.
 
-usage: python -m benchmarks.model [--arch 90a ...] [--cubins FOLDER]
+usage: python -m benchmarks.model [--arch 90a ...] [--cubins FOLDER] [--hopper]
 Compiles the bfloat16 kernels for each architecture (about two CPU minutes each), and writes predictions.json and
-predictions.md beside this file. No GPU is needed.
+predictions.md beside this file. No GPU is needed. --hopper: only csrc/attention/sm90; the rest stays as it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.model import calibration, estimates, kernels, tables
+from benchmarks.model import calibration, estimates, hopper, kernels, tables
 from benchmarks.model.chips import CHIPS
 from tests import compile_check
 
@@ -32,26 +33,32 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", action="append", help="for example 90a; may be given repeatedly. Default: all")
     parser.add_argument("--cubins", type=Path, default=compile_check.ROOT / "build" / "model", help="kept between runs")
+    parser.add_argument("--hopper", action="store_true", help="only the kernels of csrc/attention/sm90")
     arguments = parser.parse_args()
     nvcc = compile_check.find_nvcc()
     if nvcc is None:
         print("nvcc was not found (CUDA_HOME, PATH, or pip install cuda-toolkit[nvcc,...])", file=sys.stderr)
         return 1
-    found = {}
-    for arch in arguments.arch or sorted({chip.arch for chip in CHIPS}):
-        found[arch] = kernels.compiled(arch, arguments.cubins)
-        print(f"sm_{arch}: {len(found[arch])} kernels", file=sys.stderr)
-    data = {
-        "what": "predicted, not measured",
-        "nvcc": kernels.compiler_version(nvcc),
-        "commit": commit(),
-        "dtype": "bfloat16",
-        "calibration": calibration.rows(),
-        "kernels": tables.kernel_rows(found),
-        "predictions": tables.prediction_rows(found),
-        "estimates": estimates.rows(found),
-    }
-    (HERE / "predictions.json").write_text(tables.text_of(data))
+    path = HERE / "predictions.json"
+    if arguments.hopper:
+        data = json.loads(path.read_text())
+    else:
+        found = {}
+        for arch in arguments.arch or sorted({chip.arch for chip in CHIPS}):
+            found[arch] = kernels.compiled(arch, arguments.cubins)
+            print(f"sm_{arch}: {len(found[arch])} kernels", file=sys.stderr)
+        data = {
+            "what": "predicted, not measured",
+            "nvcc": kernels.compiler_version(nvcc),
+            "commit": commit(),
+            "dtype": "bfloat16",
+            "calibration": calibration.rows(),
+            "kernels": tables.kernel_rows(found),
+            "predictions": tables.prediction_rows(found),
+            "estimates": estimates.rows(found),
+        }
+    data |= hopper.rows(kernels.compiled_hopper(arguments.cubins))
+    path.write_text(tables.text_of(data))
     (HERE / "predictions.md").write_text("\n".join(tables.lines(data)) + "\n")
     return 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from benchmarks.model import loops, sass
+from benchmarks.model import hopper, loops, sass
 from benchmarks.model.predict import Kernel
 from tests import compile_check, compile_report
 
@@ -31,6 +31,29 @@ def compiled(arch: str, folder: Path) -> list[Kernel]:
         subprocess.CalledProcessError: a source does not compile.
         ValueError: the main loop of a kernel was not found.
     """
+    kernels = []
+    for source in SOURCES:
+        for found, listing in _compiled(source, arch, folder, "instantiations"):
+            name = loops.name_of(found.name)
+            if name is not None:
+                iteration = loops.attention_iteration(listing, name)
+                kernels.append(Kernel(name, arch, found.registers, found.shared_bytes, iteration, listing))
+    return kernels
+
+
+def compiled_hopper(folder: Path) -> list[hopper.Kernel]:
+    """The bfloat16 forward kernels of csrc/attention/sm90; otherwise as :func:`compiled`."""
+    kernels = [
+        hopper.kernel_of(found.name, found.registers, listing)
+        for found, listing in _compiled("forward", "90a", folder, "sm90/instantiations")
+    ]
+    return sorted(
+        (one for one in kernels if one is not None), key=lambda one: (one.padded, one.dim, one.consumers, one.keys)
+    )
+
+
+def _compiled(source: str, arch: str, folder: Path, place: str) -> list[tuple[compile_report.Kernel, sass.Listing]]:
+    """The kernels of a source."""
     nvcc = compile_check.find_nvcc()
     nvdisasm = compile_check.find_nvdisasm(nvcc) if nvcc else None
     if nvcc is None or nvdisasm is None:
@@ -38,20 +61,12 @@ def compiled(arch: str, folder: Path) -> list[Kernel]:
     folder.mkdir(parents=True, exist_ok=True)
     csrc = compile_check.ROOT / "csrc"
     newest = max(path.stat().st_mtime for path in csrc.rglob("*") if path.is_file())
-    kernels = []
-    for source in SOURCES:
-        cubin, log = folder / f"{source}_{arch}.cubin", folder / f"{source}_{arch}.log"
-        if not cubin.is_file() or cubin.stat().st_mtime < newest:
-            path = csrc / "attention" / "instantiations" / f"{source}_bfloat16.cu"
-            command = [nvcc, "-std=c++20", "-O3", "-Xptxas", "-v", f"-I{csrc}", f"-arch=sm_{arch}", "-cubin"]
-            done = subprocess.run([*command, str(path), "-o", str(cubin)], capture_output=True, text=True, check=True)
-            log.write_text(done.stderr)
-        listing = sass.parse(compile_check.disassemble(nvdisasm, cubin))
-        for found in compile_report.parse_ptxas(source, arch, log.read_text()):
-            name = loops.name_of(found.name)
-            if name is not None:
-                iteration = loops.attention_iteration(listing[found.symbol], name)
-                kernels.append(
-                    Kernel(name, arch, found.registers, found.shared_bytes, iteration, listing[found.symbol])
-                )
-    return kernels
+    stem = f"{'sm90_' if place.startswith('sm90') else ''}{source}_{arch}"
+    cubin, log = folder / f"{stem}.cubin", folder / f"{stem}.log"
+    if not cubin.is_file() or cubin.stat().st_mtime < newest:
+        path = csrc / "attention" / place / f"{source}_bfloat16.cu"
+        command = [nvcc, "-std=c++20", "-O3", "-Xptxas", "-v", f"-I{csrc}", f"-arch=sm_{arch}", "-cubin"]
+        done = subprocess.run([*command, str(path), "-o", str(cubin)], capture_output=True, text=True, check=True)
+        log.write_text(done.stderr)
+    listing = sass.parse(compile_check.disassemble(nvdisasm, cubin))
+    return [(found, listing[found.symbol]) for found in compile_report.parse_ptxas(source, arch, log.read_text())]

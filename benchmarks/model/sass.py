@@ -289,6 +289,11 @@ def _main(blocks: list[Block], loop: Loop, paths: dict[Key, Path]) -> MainLoop:
     return MainLoop(sum(map(len, members)), branches, members, paths)
 
 
+def paths_of(blocks: list[Block], loop: Loop) -> dict[Key, Path]:
+    """The shortest paths through a loop, by key; exponentials distinguish them."""
+    return _paths(blocks, loop, {i for i in loop.members if loop.head in blocks[i].next}, True)
+
+
 def _cost(instructions: Iterable[Instruction]) -> int:
     return sum(CALL if one.base == "CALL" else 1 for one in instructions)
 

@@ -183,7 +183,7 @@ def estimate_lines(estimates: list[dict[str, Any]]) -> list[str]:
 
 def lines(data: dict[str, Any]) -> list[str]:
     """predictions.md."""
-    from benchmarks.model import calibration, estimates, predict
+    from benchmarks.model import calibration, estimates, hopper, predict
 
     out = HEADER.format(overlap=predict.OVERLAP, **data).splitlines()
     for one in data["calibration"]:
@@ -207,6 +207,7 @@ def lines(data: dict[str, Any]) -> list[str]:
                     f" | {row['waves']:g} | {row['tflops']:g} | {row['of_roofline']:.0%} |"
                     for row in rows
                 ]
+    out += hopper.lines(data)
     out += estimate_lines(data["estimates"])
     out += ["", *estimates.REJECTED.splitlines()]
     out += [

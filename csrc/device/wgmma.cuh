@@ -12,9 +12,8 @@
 // Shared memory is read by the asynchronous proxy: what threads have written needs fence_async_proxy (fence.cuh), what
 // tensor_load has copied does not. All threads of the warpgroup must execute the same calls with the same tiles.
 //
-// Fragments: warp w of the warpgroup has rows 16 w ... 16 w + 15 of d and a, as in mma.cuh; d[i] are columns 8 i ... 8
-// i +
-// 7. PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions".
+// Fragments: warp w of the warpgroup has rows 16 w ... 16 w + 15 of d and a, as in mma.cuh; d[i] are columns
+// 8 i ... 8 i + 7. PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions".
 #pragma once
 
 #include <type_traits>
@@ -67,6 +66,14 @@ __device__ __forceinline__ void hold_registers(float (&registers)[kTiles][4]) {
     for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(registers[tile][i])::"memory");
   }
 }
+template <int kParts, int kFragments, int kTiles>
+__device__ __forceinline__ void hold_registers(float (&registers)[kParts][kFragments][kTiles][4]) {
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+    for (int fragment = 0; fragment < kFragments; ++fragment) hold_registers(registers[part][fragment]);
+  }
+}
 template <int kTiles>
 __device__ __forceinline__ void hold_registers(uint32_t (&registers)[kTiles][4]) {
 #pragma unroll
@@ -101,58 +108,81 @@ __device__ __forceinline__ void wgmma_wait(Registers&... registers) {
 
 // The operands of the instructions below: accumulators, in groups of eight columns.
 #define FASTGEN_D(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define FASTGEN_D2(i) FASTGEN_D(i), FASTGEN_D(i + 1)
 #define FASTGEN_D8(i)                                                                                     \
   FASTGEN_D(i), FASTGEN_D(i + 1), FASTGEN_D(i + 2), FASTGEN_D(i + 3), FASTGEN_D(i + 4), FASTGEN_D(i + 5), \
       FASTGEN_D(i + 6), FASTGEN_D(i + 7)
 #define FASTGEN_REGISTERS_64                                               \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FASTGEN_REGISTERS_80                                                         \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39"
+#define FASTGEN_REGISTERS_96                                                         \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define FASTGEN_REGISTERS_128                                                        \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-// Operands after the accumulators of N columns: left operand, right operand, whether to add, transpositions.
-#define FASTGEN_WGMMA_SHARED_64(type)                                                                             \
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type \
-               " {" FASTGEN_REGISTERS_64 "}, %32, %33, p, 1, 1, 0, %35; }"                                        \
-               : FASTGEN_D8(0)                                                                                    \
+#define FASTGEN_REGISTERS_160                                                        \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+// Numbers of the operands after the accumulators of the columns: left and right operand, whether to add,
+// transpositions.
+#define FASTGEN_WGMMA_SHARED(type, columns, a_, b_, add_, transposed_, ...)                                   \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #add_ ", 0; wgmma.mma_async.sync.aligned.m64n" #columns     \
+               "k16.f32." type "." type " {" FASTGEN_REGISTERS_##columns "}, %" #a_ ", %" #b_                 \
+                                                                         ", p, 1, 1, 0, %" #transposed_ "; }" \
+               : __VA_ARGS__                                                                                  \
                : "l"(a.descriptor), "l"(b.descriptor), "r"(static_cast<int>(add)), "n"(kTransposed))
-#define FASTGEN_WGMMA_REGISTERS_64(type)                                                                          \
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type \
-               " {" FASTGEN_REGISTERS_64 "}, {%32, %33, %34, %35}, %36, p, 1, 1, %38; }"                          \
-               : FASTGEN_D8(0)                                                                                    \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor), "r"(static_cast<int>(add)),       \
+#define FASTGEN_WGMMA_REGISTERS(type, columns, a0_, a1_, a2_, a3_, b_, add_, transposed_, ...)                         \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #add_ ", 0; wgmma.mma_async.sync.aligned.m64n" #columns              \
+               "k16.f32." type "." type " {" FASTGEN_REGISTERS_##columns "}, {%" #a0_ ", %" #a1_ ", %" #a2_ ", %" #a3_ \
+                                                                         "}, %" #b_ ", p, 1, 1, %" #transposed_ "; }"  \
+               : __VA_ARGS__                                                                                           \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor), "r"(static_cast<int>(add)),            \
                  "n"(kTransposed))
-#define FASTGEN_WGMMA_SHARED_128(type)                                                                             \
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type \
-               " {" FASTGEN_REGISTERS_128 "}, %64, %65, p, 1, 1, 0, %67; }"                                        \
-               : FASTGEN_D8(0), FASTGEN_D8(8)                                                                      \
-               : "l"(a.descriptor), "l"(b.descriptor), "r"(static_cast<int>(add)), "n"(kTransposed))
-#define FASTGEN_WGMMA_REGISTERS_128(type)                                                                          \
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type \
-               " {" FASTGEN_REGISTERS_128 "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70; }"                          \
-               : FASTGEN_D8(0), FASTGEN_D8(8)                                                                      \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor), "r"(static_cast<int>(add)),        \
-                 "n"(kTransposed))
+// Of 64, 80, 96, 128 or 160 columns.
+#define FASTGEN_WGMMA_SHARED_OF(type)                                                                              \
+  if constexpr (kTiles == 8) {                                                                                     \
+    FASTGEN_WGMMA_SHARED(type, 64, 32, 33, 34, 35, FASTGEN_D8(0));                                                 \
+  } else if constexpr (kTiles == 10) {                                                                             \
+    FASTGEN_WGMMA_SHARED(type, 80, 40, 41, 42, 43, FASTGEN_D8(0), FASTGEN_D2(8));                                  \
+  } else if constexpr (kTiles == 12) {                                                                             \
+    FASTGEN_WGMMA_SHARED(type, 96, 48, 49, 50, 51, FASTGEN_D8(0), FASTGEN_D2(8), FASTGEN_D2(10));                  \
+  } else if constexpr (kTiles == 20) {                                                                             \
+    FASTGEN_WGMMA_SHARED(type, 160, 80, 81, 82, 83, FASTGEN_D8(0), FASTGEN_D8(8), FASTGEN_D2(16), FASTGEN_D2(18)); \
+  } else {                                                                                                         \
+    FASTGEN_WGMMA_SHARED(type, 128, 64, 65, 66, 67, FASTGEN_D8(0), FASTGEN_D8(8));                                 \
+  }
+#define FASTGEN_WGMMA_REGISTERS_OF(type)                                                          \
+  if constexpr (kTiles == 8) {                                                                    \
+    FASTGEN_WGMMA_REGISTERS(type, 64, 32, 33, 34, 35, 36, 37, 38, FASTGEN_D8(0));                 \
+  } else {                                                                                        \
+    FASTGEN_WGMMA_REGISTERS(type, 128, 64, 65, 66, 67, 68, 69, 70, FASTGEN_D8(0), FASTGEN_D8(8)); \
+  }
 
 // d += a b, or d = a b without ``add``: 64 rows, 8 kTiles columns, depth 16; summed in float32. T: Half or BFloat16.
 // The left operand is a tile or in registers. PTX ISA, "wgmma.mma_async" (.m64nNk16).
 template <typename T, int kTiles, Rows kRows>
 __device__ __forceinline__ void wgmma(float (&d)[kTiles][4], const MatrixTile<Rows::kOuter>& a,
                                       const MatrixTile<kRows>& b, bool add = true) {
-  static_assert(kTiles == 8 || kTiles == 16, "64 or 128 columns");
+  static_assert(kTiles == 8 || kTiles == 10 || kTiles == 12 || kTiles == 16 || kTiles == 20,
+                "64, 80, 96, 128 or 160 columns");
+  static_assert(kRows == Rows::kOuter || kTiles % 8 == 0, "columns of whole panels");
   constexpr int kTransposed = kRows == Rows::kDepth ? 1 : 0;
-  if constexpr (kTiles == 8 && std::is_same_v<T, Half>) {
-    FASTGEN_WGMMA_SHARED_64("f16");
-  } else if constexpr (kTiles == 8) {
-    static_assert(std::is_same_v<T, BFloat16>, "16-bit elements");
-    FASTGEN_WGMMA_SHARED_64("bf16");
-  } else if constexpr (std::is_same_v<T, Half>) {
-    FASTGEN_WGMMA_SHARED_128("f16");
+  if constexpr (std::is_same_v<T, Half>) {
+    FASTGEN_WGMMA_SHARED_OF("f16")
   } else {
     static_assert(std::is_same_v<T, BFloat16>, "16-bit elements");
-    FASTGEN_WGMMA_SHARED_128("bf16");
+    FASTGEN_WGMMA_SHARED_OF("bf16")
   }
 }
 template <typename T, int kTiles, Rows kRows>
@@ -160,26 +190,25 @@ __device__ __forceinline__ void wgmma(float (&d)[kTiles][4], const uint32_t (&a)
                                       bool add = true) {
   static_assert(kTiles == 8 || kTiles == 16, "64 or 128 columns");
   constexpr int kTransposed = kRows == Rows::kDepth ? 1 : 0;
-  if constexpr (kTiles == 8 && std::is_same_v<T, Half>) {
-    FASTGEN_WGMMA_REGISTERS_64("f16");
-  } else if constexpr (kTiles == 8) {
-    static_assert(std::is_same_v<T, BFloat16>, "16-bit elements");
-    FASTGEN_WGMMA_REGISTERS_64("bf16");
-  } else if constexpr (std::is_same_v<T, Half>) {
-    FASTGEN_WGMMA_REGISTERS_128("f16");
+  if constexpr (std::is_same_v<T, Half>) {
+    FASTGEN_WGMMA_REGISTERS_OF("f16")
   } else {
     static_assert(std::is_same_v<T, BFloat16>, "16-bit elements");
-    FASTGEN_WGMMA_REGISTERS_128("bf16");
+    FASTGEN_WGMMA_REGISTERS_OF("bf16")
   }
 }
 
 #undef FASTGEN_D
+#undef FASTGEN_D2
 #undef FASTGEN_D8
 #undef FASTGEN_REGISTERS_64
+#undef FASTGEN_REGISTERS_80
+#undef FASTGEN_REGISTERS_96
 #undef FASTGEN_REGISTERS_128
-#undef FASTGEN_WGMMA_SHARED_64
-#undef FASTGEN_WGMMA_SHARED_128
-#undef FASTGEN_WGMMA_REGISTERS_64
-#undef FASTGEN_WGMMA_REGISTERS_128
+#undef FASTGEN_REGISTERS_160
+#undef FASTGEN_WGMMA_SHARED
+#undef FASTGEN_WGMMA_REGISTERS
+#undef FASTGEN_WGMMA_SHARED_OF
+#undef FASTGEN_WGMMA_REGISTERS_OF
 
 }  // namespace fastgen::device

@@ -70,8 +70,9 @@ def attention_plan(
     of "mask" too.
     "decode" takes the place of "forward" where it is given, unless there is dropout; its slices are parts of the keys.
     "forward sm90" takes it on sm_90 with ``FASTGEN_SM90=1`` in the environment, and not otherwise: it has not been
-    measured. It is given for head dims of keys and values both in 40 ... 64 or 72 ... 128, of 16 bits; of windows only
-    those of positions. Expanded tensors, with a stride of 0, are left to "forward".
+    measured. It is given for head dims of keys and values both in 40 ... 64, 72 ... 128, 136 ... 192 or 200 ... 256, of
+    16 bits; of windows only those of positions. Expanded tensors, with a stride of 0, which the plan does not know, are
+    left to "forward". Windows and masks of keys take it too, some with smaller tiles.
 
     Args:
         shared_limit: maximum of shared memory of a block, in bytes: one of ``SHARED_LIMITS``. A multiprocessor has

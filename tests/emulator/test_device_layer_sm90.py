@@ -46,9 +46,18 @@ def test_a_tensor_without_a_map_is_refused(device):
 
 
 @pytest.mark.parametrize("values", ["integers", "normal"])
-@pytest.mark.parametrize("left", ["tile", "registers"])
-@pytest.mark.parametrize("rows", ["outer", "depth"])
-@pytest.mark.parametrize("columns", [64, 128])
+@pytest.mark.parametrize(
+    ("columns", "left", "rows"),
+    [
+        *(
+            (columns, left, rows)
+            for columns in (64, 128)
+            for left in ("tile", "registers")
+            for rows in ("outer", "depth")
+        ),
+        *((columns, "tile", "outer") for columns in (80, 96, 160)),
+    ],
+)
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
 def test_products_of_a_warpgroup(device, kind, columns, rows, left, values):
     rng = np.random.default_rng(2)

@@ -23,7 +23,7 @@ KERNEL = "attention_forward_sm90"
 HOPPER = {"shared_limit": backend.plans.SHARED_LIMITS["sm_90"]}
 MASKS = ("none", "causal", "window", "causal window", "bool per key")
 AXES = [
-    [(64, 64), (40, 64), (72, 72), (128, 96), (128, 128)],
+    [(64, 64), (40, 64), (72, 72), (128, 96), (128, 128), (192, 136), (208, 256)],
     (17, 64, 128, 203, 257),
     (3, 64, 129, 257, 600),
     MASKS,
@@ -88,7 +88,7 @@ def test_any_scale(emulated, scale):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("dims", [(64, 64), (128, 128)], ids=str)
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256)], ids=str)
 def test_keys_and_values_that_no_query_attends_to_may_be_anything(emulated, dims, bad):
     """Behind the last query of a causal mask, and before the window of the first."""
     query, key, value = operands(heads=1, queries=100, keys=400, dims=dims)
@@ -116,7 +116,7 @@ def test_the_values_before_every_window_may_be_anything(emulated):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("dims", [(64, 64), (128, 128)], ids=str)
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 192), (256, 256)], ids=str)
 def test_masked_keys_and_values_may_be_anything(emulated, dims, bad):
     """Single keys, a whole tile of them, and the end of the last tile."""
     query, key, value = operands(queries=140, keys=500, dims=dims)
@@ -156,10 +156,15 @@ def test_a_row_without_keys_gives_zero(emulated):
 # Schedules
 
 
-@pytest.mark.parametrize("dims", [(64, 64), (128, 128)], ids=str)
-def test_every_schedule_gives_the_same_bits(emulator, emulated, dims):
-    """Of more query tiles than there are blocks."""
-    tensors, options = operands(heads=3, queries=300, keys=420, dims=dims), PLAIN._replace(window_right=0)
+@pytest.mark.parametrize(
+    ("dims", "queries"),
+    [((64, 64), 300), ((64, 64), 200), ((128, 128), 300), ((192, 192), 140), ((256, 256), 140)],
+    ids=str,
+)
+def test_every_schedule_gives_the_same_bits(emulator, emulated, dims, queries):
+    """Of more query tiles than there are blocks. 300 queries of three heads have three consumers with head dim 64."""
+    keys = 420 if dims[0] <= 128 else 260
+    tensors, options = operands(heads=3, queries=queries, keys=keys, dims=dims), PLAIN._replace(window_right=0)
     results = []
     for seed in range(4):
         emulator.configure(seed=seed, **HOPPER)
@@ -175,23 +180,59 @@ SYNCHRONIZING = (
 )
 
 
+QUERY_WAIT = "mbarrier_wait(&barriers.query_empty"
+
+
+def site_of(text: str) -> str:
+    """The site of a wait in the forward kernel, as a pattern."""
+    lines = (build.CSRC / "attention" / "sm90" / "forward.cuh").read_text().splitlines()
+    (number,) = [number for number, line in enumerate(lines, 1) if text in line]
+    return rf"mbarrier_wait csrc/attention/sm90/forward\.cuh:{number} "
+
+
 @pytest.mark.parametrize(
-    ("dims", "keys", "padded"), [((64, 64), 720, False), ((128, 128), 400, False), ((128, 128), 400, True)], ids=str
+    ("dims", "heads", "queries", "keys", "padded"),
+    [
+        ((64, 64), 4, 200, 330, False),
+        ((64, 64), 7, 150, 330, False),  # three consumers
+        ((128, 128), 4, 200, 310, False),  # tiles of 160 keys
+        ((128, 128), 4, 200, 330, True),
+        pytest.param((192, 192), 2, 200, 290, False, marks=pytest.mark.slow),
+        pytest.param((256, 256), 2, 200, 250, False, marks=pytest.mark.slow),
+        pytest.param((256, 256), 2, 200, 250, True, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
-def test_no_barrier_fence_or_wait_can_be_left_out(emulator, emulated, dims, keys, padded):
-    """More key tiles than stages, and a last one that is not full."""
-    tensors = operands(queries=200, keys=keys, dims=dims)
+def test_no_barrier_fence_or_wait_can_be_left_out(emulator, emulated, dims, heads, queries, keys, padded):
+    """More key tiles than stages, a last one that is not full, and more query tiles of a block than it has buffers."""
+    # With two buffers for queries, keys that wait for a stage wait for the queries before too: see the next test.
+    waits = SYNCHRONIZING if dims[0] > 128 else f"(?!{site_of(QUERY_WAIT)})(?:{SYNCHRONIZING})"
+    tensors = operands(heads=heads, queries=queries, keys=keys, dims=dims)
     mask = torch.arange(keys)[None, None, None] < keys - 3 if padded else None
     mask = None if mask is None else mask.clone()
     call = lambda: emulated.attention_forward(*tensors, mask, None, None, *PLAIN)  # noqa: E731
-    assert_no_site_can_be_left_out(emulator, call, KERNEL, waits=SYNCHRONIZING, **HOPPER)
+    assert_no_site_can_be_left_out(emulator, call, KERNEL, waits=waits, **HOPPER)
     emulator.configure(**HOPPER)
     call()
     assert {site.split()[0] for site in emulator.sites()} == {*SYNCHRONIZING.split("|")}
 
 
+@pytest.mark.parametrize(("heads", "queries"), [(4, 200), (7, 150)], ids=["two consumers", "three consumers"])
+def test_queries_wait_for_their_buffer_where_each_tile_has_few_keys(emulator, emulated, heads, queries):
+    tensors = operands(heads=heads, queries=queries, keys=100)
+    call = lambda: emulated.attention_forward(*tensors, None, None, None, *PLAIN)  # noqa: E731
+    emulator.configure(**HOPPER)
+    call()
+    (site,) = [site for site in emulator.sites() if re.match(site_of(QUERY_WAIT), site)]
+    for seed in range(3):
+        emulator.configure(seed=seed, leave_out=site, **HOPPER)
+        with pytest.raises(RuntimeError, match="emulator: "):
+            call()
+
+
 def test_tiles_outside_the_window_are_neither_copied_nor_computed(emulator, emulated):
-    tensors = operands(heads=1, queries=512, keys=512)
+    """Three tiles of 128 queries, and of 128 keys."""
+    tensors = operands(heads=1, queries=384, keys=384)
 
     def work(options, mask=None):
         before = emulator.statistics().get(KERNEL, {"matrix_products": 0, "async_copies": 0})
@@ -200,12 +241,12 @@ def test_tiles_outside_the_window_are_neither_copied_nor_computed(emulator, emul
 
     full, causal = work(PLAIN), work(PLAIN._replace(window_right=0))
     window = work(PLAIN._replace(window_left=100, window_right=0))
-    assert causal[0] == full[0] * 10 // 16
-    assert window[0] == full[0] * 7 // 16
-    assert (full[1], causal[1], window[1]) == (4 + 2 * 16, 4 + 2 * 10, 4 + 2 * 7)
-    mask = torch.ones(1, 1, 1, 512, dtype=torch.bool)
-    mask[..., 128:384] = False
-    assert work(PLAIN, mask) == [full[0] // 2, 4 + 2 * 8]
+    assert causal[0] == full[0] * 6 // 9
+    assert window[0] == full[0] * 5 // 9
+    assert (full[1], causal[1], window[1]) == (3 + 2 * 9, 3 + 2 * 6, 3 + 2 * 5)
+    mask = torch.ones(1, 1, 1, 384, dtype=torch.bool)
+    mask[..., 128:256] = False
+    assert work(PLAIN, mask) == [full[0] * 6 // 9, 3 + 2 * 6]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -218,7 +259,8 @@ OTHERS = {
     "a float mask of keys": lambda: (operands(), PLAIN, torch.zeros(1, 1, 1, 300)),
     "narrow heads": lambda: (operands(dims=(32, 64)), PLAIN, None),
     "heads of different width": lambda: (operands(dims=(64, 128)), PLAIN, None),
-    "wide heads": lambda: (operands(queries=20, keys=30, dims=(192, 192)), PLAIN, None),
+    "keys much wider than values": lambda: (operands(queries=20, keys=30, dims=(192, 128)), PLAIN, None),
+    "wide heads": lambda: (operands(queries=20, keys=30, dims=(264, 264)), PLAIN, None),
     "few queries": lambda: (operands(queries=1), PLAIN, None),
     "expanded keys": lambda: ([t[:, :1].expand(-1, 2, -1, -1) for t in operands()], PLAIN, None),
 }
@@ -263,8 +305,8 @@ def test_the_plan_says_what_they_serve():
 
     chosen = plan(ATTENTION_SHAPES["long"])["forward sm90"]
     assert chosen == {
-        "tile": (128, 128), "warps": 12, "block_m": 128, "block_n": 128, "tiles_per_block": 16, "blocks": 132,
-        "slices": 1, "shared_bytes": (128 + 2 * 2 * 128) * 256, "stages": 2,
+        "tile": (128, 128), "warps": 12, "block_m": 128, "block_n": 160, "tiles_per_block": 16, "blocks": 132,
+        "slices": 1, "shared_bytes": (2 * 128 + 2 * 2 * 160) * 256, "stages": 2,
     }  # fmt: skip
     assert "forward sm90" not in plan(ATTENTION_SHAPES["long"], shared_limit=backend.plans.SHARED_LIMITS["sm_80"])
     assert "forward sm90" not in plan(ATTENTION_SHAPES["long"], element_size=4)
@@ -272,6 +314,23 @@ def test_the_plan_says_what_they_serve():
     served = {name for name, shape in ATTENTION_SHAPES.items() if "forward sm90" in plan(shape)}
     assert {"transgan-window", "dit-xl", "image-lm", "long"} <= served
     assert not {"sagan-64", "sagan-256", "swin-window", "vae-mid"} & served
+
+
+@needs_module
+@pytest.mark.parametrize(
+    ("dim", "queries", "rows", "keys"),
+    [
+        (64, 128, 128, 128), (64, 192, 192, 128), (64, 4096, 192, 128), (128, 4096, 128, 160), (128, 1024, 128, 128),
+        (192, 4096, 128, 96), (256, 4096, 128, 80),
+    ],
+)  # fmt: skip
+def test_tiles_are_as_large_as_the_head_dim_allows(dim, queries, rows, keys):
+    """With head dim 64, three consumers where that saves a round of blocks."""
+    chosen = backend.plans.attention_plan(
+        8, 16, 16, queries, queries, dim, dim, element_size=2, multiprocessors=132, plain=True, **HOPPER
+    )["forward sm90"]
+    assert (chosen["block_m"], chosen["block_n"]) == (rows, keys)
+    assert chosen["shared_bytes"] + 1024 <= HOPPER["shared_limit"]
 
 
 @pytest.mark.parametrize(("given", "text"), [("1", "the kernels for sm_90a"), ("", "FASTGEN_SM90=1 takes")])

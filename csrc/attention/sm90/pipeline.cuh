@@ -11,24 +11,26 @@
 
 namespace fastgen::attention::sm90 {
 
-constexpr int kMostStages = 4;
+constexpr int kMostStages = 4, kMostQueryBuffers = 2;
 constexpr int kConsumerWarps = kConsumers * kGroupThreads / 32;
 
 struct Barriers {
-  device::Mbarrier query_full, query_empty;
+  device::Mbarrier query_full[kMostQueryBuffers], query_empty[kMostQueryBuffers];
   device::Mbarrier key_full[kMostStages], key_empty[kMostStages], value_full[kMostStages], value_empty[kMostStages];
 };
 static_assert(sizeof(Barriers) <= kMbarrierBytes, "the barriers have their place in static shared memory");
 
 // By one thread; the block has to synchronize after it.
-__device__ __forceinline__ void initialize(Barriers& barriers, int stages) {
-  device::mbarrier_init(&barriers.query_full, 1);
-  device::mbarrier_init(&barriers.query_empty, kConsumerWarps);
+__device__ __forceinline__ void initialize(Barriers& barriers, int query_buffers, int stages, int consumer_warps) {
+  for (int buffer = 0; buffer < query_buffers; ++buffer) {
+    device::mbarrier_init(&barriers.query_full[buffer], 1);
+    device::mbarrier_init(&barriers.query_empty[buffer], consumer_warps);
+  }
   for (int stage = 0; stage < stages; ++stage) {
     device::mbarrier_init(&barriers.key_full[stage], 1);
     device::mbarrier_init(&barriers.value_full[stage], 1);
-    device::mbarrier_init(&barriers.key_empty[stage], kConsumerWarps);
-    device::mbarrier_init(&barriers.value_empty[stage], kConsumerWarps);
+    device::mbarrier_init(&barriers.key_empty[stage], consumer_warps);
+    device::mbarrier_init(&barriers.value_empty[stage], consumer_warps);
   }
   device::fence_mbarrier_init();
 }

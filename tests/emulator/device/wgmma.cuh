@@ -64,7 +64,9 @@ __forceinline__ void wgmma_wait(First&, Second&, FASTGEN_WHERE) {
 template <typename T, int kTiles, Rows kRows>
 __forceinline__ void wgmma(float (&d)[kTiles][4], const MatrixTile<Rows::kOuter>& a, const MatrixTile<kRows>& b,
                            bool add = true, FASTGEN_WHERE) {
-  static_assert(kTiles == 8 || kTiles == 16, "64 or 128 columns");
+  static_assert(kTiles == 8 || kTiles == 10 || kTiles == 12 || kTiles == 16 || kTiles == 20,
+                "64, 80, 96, 128 or 160 columns");
+  static_assert(kRows == Rows::kOuter || kTiles % 8 == 0, "columns of whole panels");
   emulator::wgmma({kElement<T>, kTiles, d[0], nullptr, a.descriptor, b.descriptor, kRows == Rows::kDepth, add}, where);
 }
 template <typename T, int kTiles, Rows kRows>

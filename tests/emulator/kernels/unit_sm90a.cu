@@ -110,8 +110,16 @@ using device::Rows;
       {"wgmma " name " registers outer", products<type, tiles, Rows::kOuter, true>}, { \
     "wgmma " name " registers depth", products<type, tiles, Rows::kDepth, true>        \
   }
-const Register kProducts[] = {FASTGEN_PRODUCTS(Half, "f16 64", 8), FASTGEN_PRODUCTS(Half, "f16 128", 16),
-                              FASTGEN_PRODUCTS(BFloat16, "bf16 64", 8), FASTGEN_PRODUCTS(BFloat16, "bf16 128", 16)};
+const Register kProducts[] = {FASTGEN_PRODUCTS(Half, "f16 64", 8),
+                              FASTGEN_PRODUCTS(Half, "f16 128", 16),
+                              FASTGEN_PRODUCTS(BFloat16, "bf16 64", 8),
+                              FASTGEN_PRODUCTS(BFloat16, "bf16 128", 16),
+                              {"wgmma f16 80 tile outer", products<Half, 10, Rows::kOuter, false>},
+                              {"wgmma f16 96 tile outer", products<Half, 12, Rows::kOuter, false>},
+                              {"wgmma f16 160 tile outer", products<Half, 20, Rows::kOuter, false>},
+                              {"wgmma bf16 160 tile outer", products<BFloat16, 20, Rows::kOuter, false>},
+                              {"wgmma bf16 80 tile outer", products<BFloat16, 10, Rows::kOuter, false>},
+                              {"wgmma bf16 96 tile outer", products<BFloat16, 12, Rows::kOuter, false>}};
 
 // Two warpgroups; out: the number of each thread.
 __global__ void __launch_bounds__(256, 1) register_shares(Arguments a) {
