@@ -10,6 +10,7 @@
 #include "attention/one_head.h"
 #include "attention/one_tile.h"
 #include "attention/plan.h"
+#include "attention/sm90/backward_plan.h"
 #include "attention/sm90/plan.h"
 #include "common/exported.h"
 #include "latent/plan.h"
@@ -123,6 +124,10 @@ FASTGEN_EXPORTED const char* fastgen_attention_plan(int64_t batch, int64_t heads
   }
   if (attention::sm90::refusal(sizes) == nullptr && shared_limit >= fastgen::kSharedLimit90) {
     result.add("forward sm90", describe(attention::sm90::forward_plan(sizes, multiprocessors)));
+  }
+  if (attention::sm90::backward_refusal(sizes) == nullptr && shared_limit >= fastgen::kSharedLimit90) {
+    result.add("query sm90", describe(attention::sm90::backward_plan(sizes, false, multiprocessors)));
+    result.add("key_value sm90", describe(attention::sm90::backward_plan(sizes, true, multiprocessors), false));
   }
   result.add("query", describe(attention::backward_query_plan(sizes, gpu)));
   result.add("key_value", describe(attention::backward_key_value_plan(sizes, gpu), false));

@@ -114,12 +114,14 @@ def _served_by(name: str, device: torch.device) -> str:
 
 def _for_hopper(name: str, device: torch.device) -> str:
     """What the kernels for sm_90a serve, where the library has them for the device."""
-    has_them = name == "attention_forward" and device.type == "cuda" and "90a" in backend.compiled_architectures()
+    widest = {"attention_forward": 256, "attention_backward": 128}.get(name)
+    has_them = widest is not None and device.type == "cuda" and "90a" in backend.compiled_architectures()
     if not has_them or torch.cuda.get_device_capability(device) != (9, 0):
         return ""
     if os.environ.get("FASTGEN_SM90") != "1":
         return "; FASTGEN_SM90=1 takes those for sm_90a, which have not been measured"
-    return "; of 16 bits, with no mask but a window or padding, with head dims 40 to 128, by the kernels for sm_90a"
+    served = f"of 16 bits, with no mask but a window or padding, with head dims 40 to {widest}"
+    return f"; {served}, by the kernels for sm_90a"
 
 
 def _pytorch(name: str, device: torch.device) -> str:

@@ -30,6 +30,10 @@ BUDGETS = {
     # 384 threads: 168 registers at the launch, of which the consumers have 240 and the producer 24 later on; 512: 128,
     # 160 and 32. Shared: mbarriers, aligned like dynamic shared memory.
     "attention_forward_sm90": Budget(registers=168, shared_bytes=1024),
+    # The same; the consumers have 240, or 232 with padding, in the first and 224 in the second, whose producer reads
+    # logsumexp and delta.
+    "attention_backward_query_sm90": Budget(registers=168, shared_bytes=1024),
+    "attention_backward_key_value_sm90": Budget(registers=168, shared_bytes=1024),
     "attention_forward_wide": Budget(registers=255),
     "attention_backward_query_wide": Budget(registers=255),
     "attention_backward_key_value_wide": Budget(registers=255),
@@ -71,7 +75,9 @@ BUDGETS = {
 # Instructions that a kernel must have (true) or must not have.
 REQUIRED_INSTRUCTIONS = {
     # The softmax of a tile runs beside a product: compute_before_wait in csrc/device/wgmma.cuh.
-    "attention_forward_sm90": {"HGMMA": True, "UTMALDG": True, "MUFU.EX2 beside products": True, "HMMA": False}
+    "attention_forward_sm90": {"HGMMA": True, "UTMALDG": True, "MUFU.EX2 beside products": True, "HMMA": False},
+    "attention_backward_query_sm90": {"HGMMA": True, "UTMALDG": True, "HMMA": False},
+    "attention_backward_key_value_sm90": {"HGMMA": True, "UTMALDG": True, "HMMA": False},
 }
 
 LOOP_KERNELS = [

@@ -3,6 +3,7 @@
 
 #include "attention/decode_plan.h"
 #include "attention/launchers.h"
+#include "attention/sm90/launcher.h"
 #include "common/dispatch.h"
 
 namespace fastgen::attention {
@@ -24,6 +25,10 @@ inline int64_t forward_workspace(const Problem& problem, DType dtype) {
 }
 inline void launch_backward(const BackwardParams& params, DType dtype, void* stream) {
   dispatch_dtype(dtype, [&]<typename T>(std::type_identity<T>) {
+    if constexpr (sizeof(T) == 2) {
+      const sm90::BackwardLauncher launcher = sm90::backward_launcher<T>;
+      if (launcher != nullptr && sm90::is_wanted() && launcher(params, stream)) return;
+    }
     if (launch_one_tile<T>(params, stream)) return;
     launch_backward_query<T>(params, stream);
     launch_backward_key_value<T>(params, stream);

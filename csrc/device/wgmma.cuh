@@ -96,6 +96,13 @@ __device__ __forceinline__ void wgmma_fence(Registers&... registers) {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
+// A hint without semantics: wgmma.fence where the registers of the following products were not written since the last
+// one. ptxas wants it where they were read, after a wait, and otherwise inserts it with a warning (C7519).
+template <typename... Registers>
+__device__ __forceinline__ void fence_after_wait(Registers&... registers) {
+  wgmma_fence(registers...);
+}
+
 // PTX ISA, "wgmma.commit_group".
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 

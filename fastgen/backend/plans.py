@@ -73,6 +73,8 @@ def attention_plan(
     measured. It is given for head dims of keys and values both in 40 ... 64, 72 ... 128, 136 ... 192 or 200 ... 256, of
     16 bits; of windows only those of positions. Expanded tensors, with a stride of 0, which the plan does not know, are
     left to "forward". Windows and masks of keys take it too, some with smaller tiles.
+    "query sm90" and "key_value sm90", where they are given, take the place of the other kernels of the backward pass in
+    the same way.
 
     Args:
         shared_limit: maximum of shared memory of a block, in bytes: one of ``SHARED_LIMITS``. A multiprocessor has

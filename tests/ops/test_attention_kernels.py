@@ -185,7 +185,7 @@ def test_every_named_shape_has_a_plan_for_every_gpu(name, element_size, limit):
         heads = shape.batch * shape.heads
         covered = chosen["blocks"] * chosen["tiles_per_block"] * owned
         assert covered >= rows * heads, kernel
-        if kernel == "forward sm90":  # a persistent grid
+        if kernel.endswith("sm90"):  # a persistent grid
             assert chosen["blocks"] <= 132
             continue
         assert covered < (rows + owned) * heads + chosen["tiles_per_block"] * owned, kernel

@@ -15,6 +15,12 @@ using ForwardLauncher = bool (*)(const ForwardParams&, void*);
 template <typename T>
 inline ForwardLauncher forward_launcher = nullptr;
 
+using BackwardLauncher = bool (*)(const BackwardParams&, void*);
+
+// The same for the whole backward pass, without the gradient of a mask.
+template <typename T>
+inline BackwardLauncher backward_launcher = nullptr;
+
 // Not taken by default until it has been measured: FASTGEN_SM90=1.
 inline bool is_wanted() {
   const char* given = std::getenv("FASTGEN_SM90");

@@ -43,6 +43,7 @@ struct Position {
   __device__ __forceinline__ void advance() {
     if (++stage == kStages) stage = 0, parity ^= 1;
   }
+  __device__ __forceinline__ int last_stage() const { return stage == 0 ? kStages - 1 : stage - 1; }
 };
 
 // The warp has left a stage: all of its products that read it are complete.

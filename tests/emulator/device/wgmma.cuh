@@ -36,6 +36,9 @@ __forceinline__ void hold_registers(Registers&) {}
 
 __forceinline__ void compute_before_wait(float) {}
 
+template <typename Registers>
+__forceinline__ void fence_after_wait(Registers&) {}
+
 // The location of the call cannot follow a pack of arguments.
 template <typename Registers>
 __forceinline__ void wgmma_fence(Registers&, FASTGEN_WHERE) {
@@ -58,6 +61,10 @@ __forceinline__ void wgmma_wait(Registers&, FASTGEN_WHERE) {
 }
 template <int kGroups, typename First, typename Second>
 __forceinline__ void wgmma_wait(First&, Second&, FASTGEN_WHERE) {
+  emulator::wgmma_wait(kGroups, where);
+}
+template <int kGroups, typename First, typename Second, typename Third>
+__forceinline__ void wgmma_wait(First&, Second&, Third&, FASTGEN_WHERE) {
   emulator::wgmma_wait(kGroups, where);
 }
 
