@@ -142,7 +142,12 @@ def package(tmp_path_factory):
     copy = tmp_path_factory.mktemp("driver") / "fastgen"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("_cuda*.so", "__pycache__"))
     version = re.search(r"release (\d+\.\d+)", subprocess.check_output([nvcc, "--version"], text=True))[1]
-    values = {"VERSION": fastgen.__version__, "TORCH_VERSION": "0", "CUDA_VERSION": version, "CUDA_ARCHITECTURES": "90a 120 120+PTX"}
+    values = {
+        "VERSION": fastgen.__version__,
+        "TORCH_VERSION": "0",
+        "CUDA_VERSION": version,
+        "CUDA_ARCHITECTURES": "90a 120 120+PTX",
+    }
     macros = [f'-DFASTGEN_{key}="{value}"' for key, value in values.items()]
     common = ROOT / "csrc" / "common"
     command = [nvcc, "-shared", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{common.parent}", *macros]
