@@ -70,7 +70,7 @@ class Engine:
         self.device = accelerator.device
         model.to(self.device)
         if model.channels_last and self.device.type == "cpu":
-            model.to(memory_format=torch.channels_last)
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.updaters = [_Updater(model, phase, config, accelerator) for phase in model.phases()]
         self.step = 0
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
