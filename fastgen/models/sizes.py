@@ -3,8 +3,8 @@
 Each model of images has a table ``sizes`` with a row for images of up to 32 pixels and one for larger ones, and two
 more for a GPU; its other defaults are for images of up to 16 pixels. The rows were chosen for two CPU cores and 10,000
 images of 28x28, or a few thousand of 64x64, from the times of single steps: about ten CPU minutes for autoencoders,
-twenty to thirty for GANs and Transformers. The results page has whole runs at 28x28; those of larger images and on a
-GPU have not been measured.
+twenty to thirty for GANs and Transformers. The results page has whole runs on a CPU; those on a GPU have not been
+measured.
 ``GenerativeModel.suggested`` turns a row into options; those that the user gives override them.
 """
 
