@@ -214,7 +214,7 @@ GROUPS = (
     (
         "Emoji: color images of 64x64",
         "1,906 emoji in two styles in `data/emoji` ([how to get them](data.md#data-that-others-use)), in nine classes,"
-        " with captions; one in five is held out.",
+        " with captions; one in five is held out. They are Noto Emoji (Apache 2.0) and Twemoji (CC BY 4.0).",
         EMOJI,
     ),
     (
