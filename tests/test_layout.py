@@ -13,7 +13,7 @@ FLOORS = [
     ("random", "checks", "version", "_dynamo"),
     ("reference",),
     ("backend",),
-    ("ops.transforms", "ops._batching", "ops._checks", "ops._direct"),
+    ("ops.transforms", "ops._batching", "ops._checks", "ops._contents", "ops._direct"),
     ("ops.autograd",),
     ("ops.attention", "ops.latent", "ops.projection", "ops.recurrent"),
     ("ops",),

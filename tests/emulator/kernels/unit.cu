@@ -63,7 +63,7 @@ const Register kWidenings("widenings", widenings);
 // Distances of 0 ... 63 and near 2^32.
 __global__ void shifts(Arguments a) {
   const uint32_t word = words(a)[threadIdx.x], bits = threadIdx.x < 64 ? threadIdx.x : 64 - threadIdx.x;
-  results(a)[2 * threadIdx.x] = device::shift_left(word, bits);
+  results(a)[2 * threadIdx.x] = device::shift_left(device::opaque(word), bits);
   results(a)[2 * threadIdx.x + 1] = device::shift_right(word, bits);
 }
 const Register kShifts("shifts", shifts);

@@ -94,6 +94,7 @@ __global__ void products(const __grid_constant__ MappedArguments a) {
   device::wgmma_commit();
   device::compute_before_wait(static_cast<float>(thread));
   device::wgmma_wait<0>(d, registers);
+  device::fence_after_wait(d);
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
