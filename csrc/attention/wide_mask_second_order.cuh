@@ -55,8 +55,8 @@ __global__ void __launch_bounds__(WideSecondOrderLayout<T, kKeyDim, kValueDim>::
     sum += WideGradients(score, Exchange::sum(2), Exchange::sum(3), factor, of_row).second;
   });
 
-  // epilogue: sums over the rows or columns that the mask is broadcast over, each in one order
-  device::sync_block();
+  // epilogue: sums over the rows or columns that the mask is broadcast over, each in one order. A thread overwrites a
+  // partial score that only it has read.
   float* const sums = Exchange::part(0, 0);
   if (place.exists()) sums[threadIdx.x] = sum;
   device::sync_block();
