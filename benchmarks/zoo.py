@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -78,6 +79,7 @@ RECONSTRUCTED = (
     ("--reconstruct", "held-out", "--n", "32"),
 )
 COMPLETED = ("Held-out images, their upper halves, and completions of these", ("--show", "completions"))
+CAPTIONED = ('From the caption "smiling cat face"', ("--caption", "smiling cat face", "--n", "32"))
 ATTENDED = ("Where the attention of a generator's pixel goes", ("--show", "attention"))
 
 
@@ -115,7 +117,7 @@ EMOJI = (
         *("emoji/google", "image-transformer", "--model.captions"),
         name="image-transformer, captions",
         show=PIXELS,
-        views=(COMPLETED, COPIES),
+        views=(CAPTIONED, COMPLETED, COPIES),
     ),
     on(
         "emoji",
@@ -272,7 +274,7 @@ def pictures(entry: Entry, folder: Path) -> dict:
     for number, (caption, words) in enumerate(entry.views, 2):
         image = IMAGES / f"{slug(entry.key)}-{number}.png"
         fastgen("sample", shown, *words, "--out", str(image))
-        views.append({"caption": caption, "sample": " ".join(words), "picture": image.name})
+        views.append({"caption": caption, "sample": shlex.join(words), "picture": image.name})
     return samples(entry, folder) | ({"views": views} if views else {})
 
 
