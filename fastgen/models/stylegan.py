@@ -52,10 +52,8 @@ from fastgen.nn._sublayers import is_fusible
 
 Output = Literal["skip", "residual"]
 
-AVERAGE_STEP = 0.005
-STD_GROUP_SIZE = 4
+AVERAGE_STEP, STD_GROUP_SIZE, NUM_VISUALIZED = 0.005, 4, 8
 GAIN = math.sqrt(2)  # of LeakyReLU, which then keeps the variance of its input
-NUM_VISUALIZED = 8
 FAST = {"generator_learning_rate": 4e-3, "discriminator_learning_rate": 3e-3, "noise_rate": 0.03, "penalty_weight": 0.1}
 
 
