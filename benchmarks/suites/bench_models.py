@@ -63,6 +63,8 @@ def make_sized(model: str, size: str) -> tuple[GenerativeModel, nn.Module, Batch
     facts = {"image_size": pixels, "channels": channels, "levels": 256}
     facts = {fact: facts[fact] for fact in from_data(model_class.config_class) if fact in facts}
     options = {option.removeprefix("model."): value for option, value in chosen.items() if option.startswith("model.")}
+    if "penalty_every" in options:
+        options["penalty_every"] = 1  # as in the baselines
     images = torch.randint(256, (chosen["batch_size"], channels, pixels, pixels)) / 255
     return *same(model_class, model_class.config_class(**facts, **options)), {"images": images}, 1
 
@@ -122,6 +124,8 @@ def threads_of(count: int) -> Iterator[None]:
 def test_training_step(against, device, name, threads):
     ours, twin, batch, steps = make(name)
     ours, twin = ours.to(device), twin.to(device)
+    if ours.channels_last and device.type == "cpu":  # as in training
+        ours.to(memory_format=torch.channels_last)
     batch = {key: value.to(device) for key, value in batch.items()}
     clock = time.process_time if device.type == "cpu" and threads == 1 else time.perf_counter
     with threads_of(threads):
