@@ -2,9 +2,9 @@
 
 usage: python benchmarks/overhead.py [--only TEXT] [--json FILE]
 
-Each row is the median time of short interleaved blocks of calls on one thread: a block that another process interrupts
-counts for nothing. (The clock of a thread's CPU time is too coarse for them. On a GPU the host's time before the launch
-is not told from the kernel's, so the script measures CPU tensors only.)
+Each row is the median wall time of short interleaved blocks of calls on one thread, which a block that another process
+interrupts does not change. (The clock of a thread's CPU time is too coarse for such blocks. On a GPU the host's time
+before the launch can't be separated from the kernel's, so the script measures CPU tensors only.)
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ Output = Literal["skip", "residual"]
 
 AVERAGE_STEP, STD_GROUP_SIZE, NUM_VISUALIZED = 0.005, 4, 8
 GAIN = math.sqrt(2)  # of LeakyReLU, which then keeps the variance of its input
-FAST = {"generator_learning_rate": 4e-3, "discriminator_learning_rate": 3e-3, "noise_rate": 0.03, "penalty_weight": 0.1}
+RATES = {"generator_learning_rate": 4e-3, "discriminator_learning_rate": 3e-3, "noise_rate": 0.03}
 
 
 @dataclass(frozen=True)
@@ -407,7 +407,7 @@ class StyleGAN(ImageGAN):
     train_defaults: ClassVar = {"steps": 3705, "batch_size": 64, "average_decay": 0.998}
     sizes: ClassVar = {
         "medium": Size(10_000, 32, train=LONG, model={"width": 8, "generator_learning_rate": 1e-3}),
-        "large": Size(9_000, 8, train=LONG, model={"width": 8, "penalty_every": 4, **FAST}),
+        "large": Size(9_000, 8, train=LONG, model={"width": 8, "penalty_weight": 0.1, "penalty_every": 4, **RATES}),
         "medium, gpu": Size(40_000, train=LONG, model={"generator_learning_rate": 1e-3}),
         "large, gpu": Size(80_000, train=LONG, model={"generator_learning_rate": 1e-3}),
     }

@@ -44,8 +44,8 @@ Summary = Literal["token", "mean"]
 POSITION_STD = 0.1
 """Standard deviation of initial position embeddings. The discriminator learns slowly with the usual 0.02."""
 
-SLOWER = {"generator_learning_rate": 4e-4, "discriminator_learning_rate": 2e-4}
-"""Of large images: at 1e-3 the discriminator diverged."""
+RATES = {"generator_learning_rate": 4e-4, "discriminator_learning_rate": 2e-4}
+"""Learning rates for images above 32 pixels on a CPU: with 1e-3 the discriminator diverged."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ class TransGAN(ImageGAN):
     train_defaults: ClassVar = {"steps": 2246, "batch_size": 64, "average_decay": 0.998}
     sizes: ClassVar = {
         "medium": Size(5_000, 32, train=LONG, model={"width": 16, "discriminator_depth": 2, "patch_size": 4}),
-        "large": Size(3_000, 16, train=LONG, model={"width": 8, "discriminator_depth": 2, "patch_size": 8, **SLOWER}),
+        "large": Size(3_000, 16, train=LONG, model={"width": 8, "discriminator_depth": 2, "patch_size": 8, **RATES}),
         "medium, gpu": Size(40_000, train=LONG, model={"patch_size": 4}),
         "large, gpu": Size(60_000, train=LONG, model={"patch_size": 4}),
     }

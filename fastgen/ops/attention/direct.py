@@ -139,19 +139,23 @@ def _with_learned_bias(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, 
     return None if contents(out, NAN) & NAN else out
 
 
+def _are_alike(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Plain CPU tensors of one dtype whose last dims are contiguous, as torch's kernel takes them."""
+    return (
+        query.dtype == key.dtype == value.dtype
+        and key.is_cpu
+        and value.is_cpu
+        and query.stride()[3] == key.stride()[3] == value.stride()[3] == 1
+        and not (is_wrapped(query) or is_wrapped(key) or is_wrapped(value))
+    )
+
+
 def _attend_to_many(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> Tensor | None:
     """The same where derivatives are wanted and the formula would take too much memory for that of a gradient."""
     dtype = query.dtype
-    if (
-        not dtype == key.dtype == value.dtype
-        or not (key.is_cpu and value.is_cpu)
-        or not query.stride()[3] == key.stride()[3] == value.stride()[3] == 1
-        or is_wrapped(query)
-        or is_wrapped(key)
-        or is_wrapped(value)
-    ):
+    if not _are_alike(query, key, value):
         return None
     mask = mask if mask is None else additive(mask, dtype)
     out: Tensor = _apply(query, key, value, mask, is_causal, query.shape[3] ** -0.5 if scale is None else scale)
@@ -168,12 +172,7 @@ def _attend_in_16_bits(
         or _interpreter() is not None
         or _is_tracing()
         or (mask is not None and mask.dtype != torch.bool)
-        or not dtype == key.dtype == value.dtype
-        or not (key.is_cpu and value.is_cpu)
-        or not query.stride()[3] == key.stride()[3] == value.stride()[3] == 1
-        or is_wrapped(query)
-        or is_wrapped(key)
-        or is_wrapped(value)
+        or not _are_alike(query, key, value)
     ):
         return None
     mask = mask if mask is None else additive(mask, dtype)
