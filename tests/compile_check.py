@@ -2,10 +2,10 @@
 
 usage: python tests/compile_check.py [--arch 80] [--wheel 90a] [--json FILE] [--sass] [--tighten] [SOURCE ...]
 The first table is the report of ptxas, the second one counts instructions, the third one those of main loops, the last
-one has the CPU time of each source of csrc, which may not exceed MOST_SECONDS. Budgets: tests/kernel_budgets.py, and
-tests/loop_budgets.json, which --tighten writes. Requires nvcc (CUDA_HOME, PATH, or PyPI's cuda-toolkit), but no GPU;
-instructions require nvdisasm (next to nvcc, PATH, or PyPI's nvidia-cuda-nvdisasm), and of a wheel cuobjdump (the same,
-or PyPI's nvidia-cuda-cuobjdump).
+one has the CPU time of each source of csrc and its machine code, at most MOST_KIB. Budgets: tests/kernel_budgets.py,
+and tests/loop_budgets.json, which --tighten writes. Requires nvcc (CUDA_HOME, PATH, or PyPI's cuda-toolkit), but no
+GPU; instructions require nvdisasm (next to nvcc, PATH, or PyPI's nvidia-cuda-nvdisasm), and of a wheel cuobjdump (the
+same, or PyPI's nvidia-cuda-cuobjdump).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.model import sass  # noqa: E402
+from tests.compile_costs import Cost, Costs, large_sources, print_costs, run_compiler  # noqa: E402
 from tests.compile_report import (  # noqa: E402
     GLOBAL_ACCESSES,
     INSTRUCTIONS,
@@ -48,7 +49,6 @@ from tests.compile_report import (  # noqa: E402
     serializations,
     short_name,
 )
-from tests.compile_times import Times, print_times, run_compiler, slow_sources  # noqa: E402
 
 # Unit kernels of the device layer and samples of the emulator: they must compile without spills, and have no budget.
 UNIT_KERNELS = ROOT / "tests" / "emulator" / "kernels"
@@ -138,14 +138,14 @@ def compile_one(
     loops: Collection[str] = (),
     instructions: Collection[str] = (),
     everything: bool = True,
-    times: Times | None = None,
+    costs: Costs | None = None,
     host: bool = True,
 ) -> tuple[list[Kernel], str]:
     """The kernels of one source, and the error message, if any.
 
     loops: kernels whose main loop is counted. instructions: kernels whose instructions are checked. everything:
-    instructions are counted in all kernels, not only where the source has one of those. times: takes the CPU time of
-    the source. host: code for the host is compiled, too.
+    instructions are counted in all kernels, not only where the source has one of those. costs: takes the cost of the
+    source. host: code for the host is compiled, too.
     """
     name = str(source.relative_to(ROOT)) if source.is_relative_to(ROOT) else str(source)
     number = arch.removeprefix("sm_")
@@ -157,8 +157,9 @@ def compile_one(
         done = run_compiler(command, Path(folder, "report.txt"))
         if done.returncode != 0:
             return [], f"{name} for sm_{number}:\n{done.output}"
-        if times is not None:
-            times[name, number] = done.seconds
+        (cubin,) = Path(folder).glob("*.cubin")
+        if costs is not None:
+            costs[name, number] = Cost(done.seconds, cubin.stat().st_size / 1024)
         kernels = parse_ptxas(name, number, done.output)
         lost = serializations(done.output)
         if lost:
@@ -168,7 +169,6 @@ def compile_one(
         )
         if nvdisasm is None or not kernels or not wanted:
             return kernels, ""
-        (cubin,) = Path(folder).glob("*.cubin")
         try:
             listing = disassemble(nvdisasm, cubin)
         except subprocess.CalledProcessError as error:
@@ -426,19 +426,19 @@ def main(
     jobs = jobs or all_jobs(architectures, arguments.wheel)
     everywhere = arguments.sass or bool(arguments.sources)
     start = time.perf_counter()
-    times: Times = {}
+    costs: Costs = {}
     checked = table.REQUIRED_INSTRUCTIONS
 
     def compile_job(job: tuple[Path, str]) -> tuple[list[Kernel], str]:
         # The host's code, which is the same for each architecture, is compiled in the wheel and for its architecture.
         host = arguments.wheel in (None, job[1])
-        return compile_one(nvcc, nvdisasm, *job, loops, checked, everywhere, times, host)
+        return compile_one(nvcc, nvdisasm, *job, loops, checked, everywhere, costs, host)
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         wheel = pool.submit(compile_wheel, arguments.wheel, nvcc, loops) if arguments.wheel else None
         results = list(pool.map(compile_job, jobs))
         results += [wheel.result()] if wheel else []
-    times = {key: seconds for key, seconds in times.items() if Path(ROOT, key[0]).is_relative_to(ROOT / "csrc")}
+    costs = {key: cost for key, cost in costs.items() if Path(ROOT, key[0]).is_relative_to(ROOT / "csrc")}
     seconds = time.perf_counter() - start
     found = [kernel for kernels, _ in results for kernel in kernels]
     units = [kernel for kernel in found if Path(ROOT, kernel.source).is_relative_to(UNIT_KERNELS)]
@@ -448,7 +448,7 @@ def main(
         f"{unit.name} for sm_{unit.arch}: {unit.spill_bytes} bytes of spills" for unit in units if unit.spill_bytes
     ]
     everything = not problems and not arguments.sources
-    problems += slow_sources(times)
+    problems += large_sources(costs)
     problems += compare(kernels, table.BUDGETS if budgets is None else budgets, everything)
     if arguments.tighten:
         loop_budgets = tightened(kernels, loop_budgets)
@@ -458,7 +458,7 @@ def main(
     problems += compare_loops(kernels, loop_budgets, loops, everything)
     print_tables(kernels)
     print_loops(kernels)
-    print_times(times)
+    print_costs(costs)
     if nvdisasm is None:
         print("instructions were not counted: nvdisasm was not found (pip install nvidia-cuda-nvdisasm)")
     if arguments.json:

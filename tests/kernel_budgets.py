@@ -112,7 +112,8 @@ executes for each score of a tile of which everything is visible (of a warp for 
 no scores). ``--tighten`` sets the budgets to 3% above what the compiled kernels use; these sources have all of them:
 
     python tests/compile_check.py --arch 80 --arch 90a --tighten csrc/projection/instantiations/bfloat16.cu \
-        csrc/attention/instantiations/{forward,tangent,second_order,wide_second_order}_bfloat16.cu \
+        csrc/attention/instantiations/{forward,tangent,wide_second_order}_bfloat16.cu \
+        csrc/attention/instantiations/second_order_{query,key_value}_bfloat16.cu \
         csrc/attention/instantiations/backward_{query,key_value,one_tile}_bfloat16.cu
     python tests/compile_check.py --arch 90a --tighten csrc/attention/sm90/instantiations/forward_bfloat16.cu
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests import compile_check, compile_report, compile_times
+from tests import compile_check, compile_costs, compile_report
 from tests.compile_report import Kernel
 from tests.kernel_budgets import Budget
 
@@ -200,20 +200,25 @@ def test_spills_and_kernels_over_their_budget_fail_the_check(tmp_path, capsys):
 def test_cpu_time_includes_the_processes_that_a_compiler_starts(tmp_path):
     spin = "import time\nend = time.process_time() + 0.2\nwhile time.process_time() < end: pass"
     start = f"import subprocess, sys\nprint('started', flush=True)\nsubprocess.run([sys.executable, '-c', {spin!r}])"
-    done = compile_times.run_compiler([sys.executable, "-c", start], tmp_path / "report")
+    done = compile_costs.run_compiler([sys.executable, "-c", start], tmp_path / "report")
     assert done.returncode == 0
     assert done.output == "started\n"
     assert done.seconds > 0.2
     failing = [sys.executable, "-c", "raise SystemExit(3)"]
-    assert compile_times.run_compiler(failing, tmp_path / "report").returncode == 3
+    assert compile_costs.run_compiler(failing, tmp_path / "report").returncode == 3
 
 
-def test_a_source_that_takes_too_long_fails(capsys):
-    times = {("csrc/a.cu", "90a"): 31.0, ("csrc/b.cu", "90a"): 29.0, ("csrc/b.cu", "80"): 2.5}
-    (problem,) = compile_times.slow_sources(times)
-    assert problem.startswith("csrc/a.cu for sm_90a: 31 CPU seconds, at most 30")
-    compile_times.print_times(times)
-    assert "90a      60.0  all" in capsys.readouterr().out
+def test_a_source_with_too_much_machine_code_fails(capsys):
+    kib = compile_costs.MOST_KIB
+    costs = {
+        ("csrc/a.cu", "90a"): compile_costs.Cost(31.0, kib + 1),
+        ("csrc/b.cu", "90a"): compile_costs.Cost(29.0, kib - 1),
+        ("csrc/b.cu", "80"): compile_costs.Cost(2.5, 40.0),
+    }
+    (problem,) = compile_costs.large_sources(costs)
+    assert problem.startswith(f"csrc/a.cu for sm_90a: {kib + 1} KiB of machine code, at most {kib}")
+    compile_costs.print_costs(costs)
+    assert f"90a      60.0{2 * kib:>7}  all" in capsys.readouterr().out
 
 
 def test_a_builds_log_has_the_kernels_of_its_sources():

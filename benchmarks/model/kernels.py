@@ -10,8 +10,8 @@ from benchmarks.model.predict import Kernel
 from tests import compile_check, compile_report
 
 SOURCES = (
-    "forward", "backward_query", "backward_key_value", "tangent", "second_order", "decode", "backward_one_tile", "wide",
-    "wide_second_order",
+    "forward", "backward_query", "backward_key_value", "tangent", "second_order_query", "second_order_key_value",
+    "decode", "backward_one_tile", "wide", "wide_second_order",
 )  # fmt: skip
 
 

@@ -84,20 +84,27 @@ void launch_tangent(TangentParams p, void* stream) {
 }
 
 template <typename T>
-void launch_second_order(SecondOrderParams p, void* stream) {
+void launch_second_order_query(SecondOrderParams p, void* stream) {
   const Sizes sizes = sizes_of(p.first.problem, sizeof(T));
-  if (sizes.is_wide_second_order()) return launch_second_order_wide<T>(p, stream);
-  const Gpu gpu = current_gpu();
-  const Plan query_plan = second_order_query_plan(sizes, gpu), key_value_plan = second_order_key_value_plan(sizes, gpu);
-  dispatch_head_dims<kSecondOrderHeadDims>(query_plan.dims, [&]<int kKeyDim, int kValueDim>() {
-    p.first.stages = query_plan.stages;
+  if (sizes.is_wide_second_order()) return launch_second_order_query_wide<T>(p, stream);
+  const Plan plan = second_order_query_plan(sizes, current_gpu());
+  p.first.stages = plan.stages;
+  dispatch_head_dims<kSecondOrderHeadDims>(plan.dims, [&]<int kKeyDim, int kValueDim>() {
     device::launch("attention_second_order_query", +attention_second_order_query<T, kKeyDim, kValueDim>,
-                   launch_config(query_plan, stream), p);
-    if (p.first.problem.keys > 0) {
-      p.first.stages = key_value_plan.stages;
-      device::launch("attention_second_order_key_value", +attention_second_order_key_value<T, kKeyDim, kValueDim>,
-                     launch_config(key_value_plan, stream), p);
-    }
+                   launch_config(plan, stream), p);
+  });
+}
+
+template <typename T>
+void launch_second_order_key_value(SecondOrderParams p, void* stream) {
+  const Sizes sizes = sizes_of(p.first.problem, sizeof(T));
+  if (sizes.keys == 0) return;
+  if (sizes.is_wide_second_order()) return launch_second_order_key_value_wide<T>(p, stream);
+  const Plan plan = second_order_key_value_plan(sizes, current_gpu());
+  p.first.stages = plan.stages;
+  dispatch_head_dims<kSecondOrderHeadDims>(plan.dims, [&]<int kKeyDim, int kValueDim>() {
+    device::launch("attention_second_order_key_value", +attention_second_order_key_value<T, kKeyDim, kValueDim>,
+                   launch_config(plan, stream), p);
   });
 }
 

@@ -55,7 +55,10 @@ inline void launch_tangent(const TangentParams& params, DType dtype, void* strea
   dispatch_dtype(dtype, [&]<typename T>(std::type_identity<T>) { launch_tangent<T>(params, stream); });
 }
 inline void launch_second_order(const SecondOrderParams& params, DType dtype, void* stream) {
-  dispatch_dtype(dtype, [&]<typename T>(std::type_identity<T>) { launch_second_order<T>(params, stream); });
+  dispatch_dtype(dtype, [&]<typename T>(std::type_identity<T>) {
+    launch_second_order_query<T>(params, stream);
+    launch_second_order_key_value<T>(params, stream);
+  });
 }
 inline void launch_mask_second_order(const SecondOrderParams& params, const MaskGradient& gradient, DType dtype,
                                      void* stream) {

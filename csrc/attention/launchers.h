@@ -41,16 +41,20 @@ void launch_one_tile_mask(const BackwardParams& params, const MaskGradient& grad
 
 template <typename T>
 void launch_tangent(TangentParams params, void* stream);
-// The parts of launch_tangent, launch_second_order and launch_mask_second_order for wide heads.
+// The parts of launch_tangent, launch_second_order_* and launch_mask_second_order for wide heads.
 template <typename T>
 void launch_tangent_wide(TangentParams params, void* stream);
 template <typename T>
-void launch_second_order_wide(SecondOrderParams params, void* stream);
+void launch_second_order_query_wide(SecondOrderParams params, void* stream);
+template <typename T>
+void launch_second_order_key_value_wide(SecondOrderParams params, void* stream);
 template <typename T>
 void launch_mask_second_order_wide(SecondOrderParams params, const MaskGradient& gradient, void* stream);
+// Two halves, in this order: the first one writes the deltas that the second one and launch_mask_second_order read.
 template <typename T>
-void launch_second_order(SecondOrderParams params, void* stream);
-// Reads the deltas that launch_second_order writes.
+void launch_second_order_query(SecondOrderParams params, void* stream);
+template <typename T>
+void launch_second_order_key_value(SecondOrderParams params, void* stream);
 template <typename T>
 void launch_mask_second_order(const SecondOrderParams& params, const MaskGradient& gradient, void* stream);
 

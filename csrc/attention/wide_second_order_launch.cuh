@@ -17,19 +17,22 @@ void launch_tangent_wide(TangentParams p, void* stream) {
 }
 
 template <typename T>
-void launch_second_order_wide(SecondOrderParams p, void* stream) {
-  const Sizes sizes = sizes_of(p.first.problem, sizeof(T));
-  const Plan query_plan = second_order_query_plan(sizes, current_gpu());
-  const Plan key_value_plan = second_order_key_value_plan(sizes, current_gpu());
-  dispatch_head_dims<kWideSecondOrderHeadDims>(query_plan.dims, [&]<int kKeyDim, int kValueDim>() {
-    p.first.stages = query_plan.stages;
+void launch_second_order_query_wide(SecondOrderParams p, void* stream) {
+  const Plan plan = second_order_query_plan(sizes_of(p.first.problem, sizeof(T)), current_gpu());
+  p.first.stages = plan.stages;
+  dispatch_head_dims<kWideSecondOrderHeadDims>(plan.dims, [&]<int kKeyDim, int kValueDim>() {
     device::launch("attention_second_order_query_wide", +attention_second_order_query_wide<T, kKeyDim, kValueDim>,
-                   launch_config(query_plan, stream), p);
-    if (sizes.keys == 0) return;
-    p.first.stages = key_value_plan.stages;
+                   launch_config(plan, stream), p);
+  });
+}
+
+template <typename T>
+void launch_second_order_key_value_wide(SecondOrderParams p, void* stream) {
+  const Plan plan = second_order_key_value_plan(sizes_of(p.first.problem, sizeof(T)), current_gpu());
+  p.first.stages = plan.stages;
+  dispatch_head_dims<kWideSecondOrderHeadDims>(plan.dims, [&]<int kKeyDim, int kValueDim>() {
     device::launch("attention_second_order_key_value_wide",
-                   +attention_second_order_key_value_wide<T, kKeyDim, kValueDim>, launch_config(key_value_plan, stream),
-                   p);
+                   +attention_second_order_key_value_wide<T, kKeyDim, kValueDim>, launch_config(plan, stream), p);
   });
 }
 

@@ -2,6 +2,6 @@
 
 namespace fastgen::attention {
 
-template void launch_second_order<Half>(SecondOrderParams, void*);
+template void launch_second_order_query<BFloat16>(SecondOrderParams, void*);
 
 }  // namespace fastgen::attention

@@ -2,6 +2,6 @@
 
 namespace fastgen::attention {
 
-template void launch_second_order<float>(SecondOrderParams, void*);
+template void launch_second_order_query<float>(SecondOrderParams, void*);
 
 }  // namespace fastgen::attention

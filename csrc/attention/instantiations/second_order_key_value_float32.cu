@@ -2,6 +2,6 @@
 
 namespace fastgen::attention {
 
-template void launch_second_order<BFloat16>(SecondOrderParams, void*);
+template void launch_second_order_key_value<float>(SecondOrderParams, void*);
 
 }  // namespace fastgen::attention

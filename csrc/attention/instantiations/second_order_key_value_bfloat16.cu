@@ -1,0 +1,7 @@
+#include "attention/launch.cuh"
+
+namespace fastgen::attention {
+
+template void launch_second_order_key_value<BFloat16>(SecondOrderParams, void*);
+
+}  // namespace fastgen::attention
