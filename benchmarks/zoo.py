@@ -116,7 +116,7 @@ EMOJI = (
     on(
         *("emoji/google", "image-transformer", "--model.captions"),
         name="image-transformer, captions",
-        show=PIXELS,
+        show=(*PIXELS, "caption agreement"),
         views=(CAPTIONED, COMPLETED, COPIES),
     ),
     on(
@@ -193,7 +193,7 @@ BUNDLED = (
         "image-transformer",
         ("--model.captions",),
         sample=("--n", "80"),
-        show=("negative log-likelihood", "bits per dimension", *CLASSES),
+        show=("negative log-likelihood", "bits per dimension", *CLASSES, "caption agreement"),
         name="image-transformer, captions",
     ),
     Entry("wavenet", sample=("--n", "4"), show=SOUNDS, note="Spectrogram of four sounds, one after the other."),

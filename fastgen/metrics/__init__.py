@@ -10,6 +10,7 @@ Functions take tensors and modules. They are independent of fastgen's models, fi
 from __future__ import annotations
 
 from fastgen.metrics.bootstrap import Interval, bootstrap_interval, bootstrap_sets, proportion_interval
+from fastgen.metrics.captions import caption_agreement
 from fastgen.metrics.copies import closer_than_held_out, nearest_training
 from fastgen.metrics.distances import Neighbourhoods, frechet_distance, kernel_distance, neighbourhoods
 from fastgen.metrics.features import FeatureSpace, classifier_features, inception_features, rotation_features
@@ -33,6 +34,7 @@ __all__ = [
     "bits_per_dim",
     "bootstrap_interval",
     "bootstrap_sets",
+    "caption_agreement",
     "class_agreement",
     "classifier_features",
     "closer_than_held_out",

@@ -56,6 +56,7 @@ Activation = Literal["gelu", "swiglu"]
 MAX_VALUES = 4096
 MAX_COMPLETIONS = 16
 AUTOENCODER_LEARNING_RATE = 2e-3
+WIDE: Mapping[str, Any] = {"width": 256, "depth": 8, "dropout": 0.0}
 
 
 @dataclass(frozen=True)
@@ -213,24 +214,16 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
         "large": Size(
             3_000, 16, train=LONG, model={"codebook_size": 256, "num_downsamples": 3, "width": 128, "dropout": 0.0}
         ),
-        "medium, gpu": Size(
-            30_000,
-            64,
-            train=LONG,
-            model={"codebook_size": 256, "num_downsamples": 2, "width": 256, "depth": 8, "dropout": 0.0},
-        ),
+        "medium, gpu": Size(30_000, 64, train=LONG, model={"codebook_size": 256, "num_downsamples": 2, **WIDE}),
         "large, gpu": Size(
-            50_000,
-            64,
-            train=LONG,
-            model={"codebook_size": 512, "num_downsamples": 3, "width": 384, "depth": 8, "heads": 6, "dropout": 0.0},
+            50_000, 64, train=LONG, model={**WIDE, "codebook_size": 512, "num_downsamples": 3, "width": 384, "heads": 6}
         ),
     }
     pixel_sizes: ClassVar[Mapping[str, Size]] = {
         "medium": Size(1_500, 16, model={"dropout": 0.0}),
         "large": Size(1_500, 4, model={"dropout": 0.0}),
-        "medium, gpu": Size(30_000, 64, train=LONG, model={"width": 256, "depth": 8, "dropout": 0.0}),
-        "large, gpu": Size(30_000, 32, train=LONG, model={"width": 256, "depth": 8, "dropout": 0.0}),
+        "medium, gpu": Size(30_000, 64, train=LONG, model=WIDE),
+        "large, gpu": Size(30_000, 32, train=LONG, model=WIDE),
     }
     """As ``sizes``, for a model of raw pixels, which the user chooses by ``codebook_size`` 0."""
     blocks = ("LMBlock",)
@@ -440,6 +433,19 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
         none = torch.zeros(n, 0, dtype=torch.int64, device=self.device)
         pixels = self.pixels(self.complete(none, labels, options.temperature, captions=captions, generator=generator))
         return Images(pixels, columns, labels)
+
+    @torch.no_grad()
+    def draw_captioned(
+        self, captions: Tensor, options: PixelOptions, *, generator: torch.Generator | None = None
+    ) -> Images:
+        """An image for each of the captions (N, caption_length) int64, for a model with captions."""
+        if not self.config.captions:
+            raise ValueError("captions: expected a model with captions, got one without")
+        captions = captions.to(self.device)
+        none = captions.new_zeros(len(captions), 0)
+        return Images(
+            self.pixels(self.complete(none, None, options.temperature, captions=captions, generator=generator))
+        )
 
     def complete(
         self,

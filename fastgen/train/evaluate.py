@@ -182,7 +182,26 @@ def _distances(of: _Evaluation) -> list[metrics.Figure]:
             real["images"], pixels, known["images"], resamples=config.resamples, seed=config.seed
         )
     )
-    return results
+    return results + _captions(of, real, space)
+
+
+def _captions(of: _Evaluation, real: dict[str, Tensor], space: metrics.FeatureSpace) -> list[metrics.Figure]:
+    """Agreement of samples from held-out captions with the images of these captions, at most n of them."""
+    model, config = of.trained.model, of.config
+    if not getattr(model.config, "captions", False):
+        return []
+    chosen = torch.arange(len(real["images"]))
+    if len(chosen) > config.n:
+        chosen = torch.linspace(0, len(chosen) - 1, config.n).round().long()
+    images, captions = real["images"][chosen], real["caption"][chosen]
+    if len(captions.unique(dim=0)) < 2:
+        return []
+    generator = torch.Generator().manual_seed(config.seed)
+    drawn = of.trained.draw_captioned(captions, model.sampling_class(), generator)
+    generated = joined(list(of.stages.over("samples of held-out captions", drawn, None)))
+    assert isinstance(generated, Images)
+    pixels = generated.pixels.float().clamp(0, 1).cpu()
+    return [metrics.caption_agreement(images, pixels, captions, space, resamples=config.resamples, seed=config.seed)]
 
 
 def _domains(of: _Evaluation) -> list[metrics.Figure]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastgen.batch import TRANSLATED
 from fastgen.data import Items, TensorItems, read_images
@@ -53,6 +54,13 @@ class Trained:
             for chosen in torch.arange(len(items)).split(BATCH):
                 batch = to_device(items.batch(chosen), self.model.device)
                 yield self.model.translate(batch, options, generator=generator)
+
+    def draw_captioned(self, captions: Tensor, options: Any, generator: torch.Generator) -> Iterator[Samples]:
+        """A sample for each of the captions (N, T), in batches; for models that have ``draw_captioned``."""
+        model: Any = self.model
+        with torch.no_grad():
+            for chosen in captions.split(BATCH):
+                yield model.draw_captioned(chosen, options, generator=generator)
 
 
 def open_run(folder: RunFolder, device: str = "auto", model_class: ModelClass | None = None) -> Trained:

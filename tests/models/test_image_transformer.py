@@ -185,6 +185,8 @@ def test_captions_condition_the_samples(variant: str) -> None:
         samples = model.draw(2, PixelOptions(caption=caption, temperature=0.0))
         torch.testing.assert_close(samples.pixels, wanted[i].expand(2, -1, -1, -1))
         assert samples.labels is None
+    backward = model.draw_captioned(batch["caption"].flip(0), PixelOptions(temperature=0.0))
+    torch.testing.assert_close(backward.pixels, wanted.flip(0))
     in_turn = model.draw(6, PixelOptions(temperature=0.0))
     assert in_turn.columns == 3
     torch.testing.assert_close(in_turn.pixels, wanted.repeat(2, 1, 1, 1))
@@ -199,6 +201,10 @@ def test_invalid_captions_raise_an_error() -> None:
         conditional.draw(2, PixelOptions(caption="abba"))
     with pytest.raises(ValueError, match=r"^caption: expected none, as the model has no captions, got 'a'$"):
         plain.draw(2, PixelOptions(caption="a"))
+    with pytest.raises(ValueError, match=r"^captions: expected a model with captions, got one without"):
+        plain.draw_captioned(torch.zeros(2, 3, dtype=torch.int64), PixelOptions())
+    with pytest.raises(ValueError, match=r"^caption: expected shape \(B, caption_length\) = \(1, 3\), got \(1, 2\)"):
+        conditional.draw_captioned(torch.zeros(1, 2, dtype=torch.int64), PixelOptions())
     with pytest.raises(ValueError, match=r"^caption: expected \(B, 3\) int64 with captions, got none"):
         conditional.score({"images": random_batch(2, conditional.config)["images"]})
     with pytest.raises(ValueError, match=r"^caption: expected shape \(B, caption_length\) = \(2, 3\), got \(2, 4\)"):

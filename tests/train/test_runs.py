@@ -103,20 +103,24 @@ def test_another_seed_gives_other_weights_and_one_seed_the_same_samples(
     assert len(more.pixels) == 300
 
 
-@pytest.mark.parametrize("model", ["conv-vae", "dcgan", "transformer-lm"])
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [("conv-vae", ()), ("dcgan", ()), ("transformer-lm", ()), ("image-transformer", ("--model.captions",))],
+)
 def test_evaluation_is_kept_with_its_feature_space(
     fit: Main,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     model: str,
+    options: tuple[str, ...],
 ) -> None:
     from fastgen.train import evaluate
 
     monkeypatch.setattr(evaluate, "write_report", lambda folder: None)
     briefly = functools.partial(evaluate.metrics.classifier_features, steps=20)
     monkeypatch.setattr(evaluate.metrics, "classifier_features", briefly)
-    assert fit(model=model, steps=2) == 0
+    assert fit(*options, model=model, steps=2) == 0
     capsys.readouterr()
     words = ["evaluate", str(tmp_path / "run"), "--n", "60", "--importance", "3", "--resamples", "0"]
     assert main(words) == 0
@@ -134,6 +138,7 @@ def test_evaluation_is_kept_with_its_feature_space(
             "closer to training data than held-out images",
         },
         "transformer-lm": {"nats per token", "perplexity"},
+        "image-transformer": {"negative log-likelihood", "class agreement", "caption agreement"},
     }
     assert expected[model] <= found.keys()
     for metric in found.values():
