@@ -5,7 +5,8 @@ networks are Transformer blocks on grids of tokens, one token per position of th
 between stages, by pixel shuffle in the generator and by average pooling in the discriminator, whose last stage has a
 class token for the score:
 
-    generator:      z (B, latent_dim) -> linear -> coarse grid -> [blocks, pixel shuffle] -> blocks -> linear, tanh
+    generator:      z (B, latent_dim) -> linear -> coarse grid -> [blocks, pixel shuffle] -> blocks -> linear, tanh:
+                    pixels, or patches of ``generator_patch_size``
     discriminator:  patch embedding of images -> [blocks, average pooling] -> class token and grid -> blocks -> score
 
 Attention is global on grids up to ``window`` and windowed on larger ones, shifted in every second block (Liu et al.,
@@ -44,8 +45,18 @@ Summary = Literal["token", "mean"]
 POSITION_STD = 0.1
 """Standard deviation of initial position embeddings. The discriminator learns slowly with the usual 0.02."""
 
-RATES = {"generator_learning_rate": 4e-4, "discriminator_learning_rate": 2e-4}
-"""Learning rates for images above 32 pixels on a CPU: with 1e-3 the discriminator diverged."""
+LARGE = {
+    "width": 16,
+    "patch_size": 4,
+    "generator_patch_size": 4,
+    "generator_depth": 2,
+    "discriminator_depth": 1,
+    "penalty_every": 16,
+    "generator_learning_rate": 2e-4,
+    "discriminator_learning_rate": 4e-4,
+}
+"""For images above 32 pixels on a CPU: patches in both networks, as tokens of single pixels leave time for a width of 8
+only; the discriminator diverges at a learning rate of 1e-3."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,7 @@ class TransGANConfig:
     mlp_ratio: int = option(2, "ratio of MLP width to token width")
     window: int = option(8, "height and width of the attention windows; smaller grids have global attention")
     patch_size: int = option(2, "height and width of the discriminator's patches in pixels")
+    generator_patch_size: int = option(1, "height and width of the patches that a token of the generator becomes")
     summary: Summary = option("token", "input of the discriminator's head: class token or mean of all tokens")
 
     def __post_init__(self) -> None:
@@ -93,11 +105,12 @@ class TransGANConfig:
         if self.width % self.num_heads:
             raise ValueError(f"num_heads: expected a divisor of width, {self.width}, got {self.num_heads}")
         patches = [self.image_size // size for size in reversed(self.sizes)]
-        if self.patch_size not in patches:
-            raise ValueError(
-                f"patch_size: expected {' or '.join(map(str, patches))} for images of {self.image_size}, got"
-                f" {self.patch_size}"
-            )
+        for name in ("patch_size", "generator_patch_size"):
+            if getattr(self, name) not in patches:
+                raise ValueError(
+                    f"{name}: expected {' or '.join(map(str, patches))} for images of {self.image_size}, got"
+                    f" {getattr(self, name)}"
+                )
 
     @property
     def sizes(self) -> list[int]:
@@ -108,6 +121,11 @@ class TransGANConfig:
     def widths(self) -> list[int]:
         """Token widths of the grids of ``sizes``."""
         return [self.width << i for i in reversed(range(len(self.sizes)))]
+
+    def grids(self, patch_size: int) -> list[tuple[int, int]]:
+        """(width, height) of the grids, from the coarsest up to that of patches."""
+        largest = self.image_size // patch_size
+        return [grid for grid in zip(self.widths, self.sizes, strict=True) if grid[1] <= largest]
 
 
 class TokenNorm(nn.Module):
@@ -159,15 +177,18 @@ class TransGANGenerator(nn.Sequential):
     """z (B, latent_dim) -> images (B, C, S, S) in [-1, 1]."""
 
     def __init__(self, config: TransGANConfig) -> None:
-        sizes, widths, depth = config.sizes, config.widths, config.generator_depth
+        depth, patch = config.generator_depth, config.generator_patch_size
+        grids = config.grids(patch)
+        (width, coarse), (last, _) = grids[0], grids[-1]
         layers: list[nn.Module] = [
-            nn.Linear(config.latent_dim, widths[0] * sizes[0] ** 2),
-            nn.Unflatten(1, (widths[0], sizes[0], sizes[0])),
-            *stage(config, widths[0], sizes[0], depth),
+            nn.Linear(config.latent_dim, width * coarse**2),
+            nn.Unflatten(1, (width, coarse, coarse)),
+            *stage(config, width, coarse, depth),
         ]
-        for (before, after), size in zip(itertools.pairwise(widths), sizes[1:], strict=True):
+        for (before, _), (after, size) in itertools.pairwise(grids):
             layers += [nn.Conv2d(before, 4 * after, 1), nn.PixelShuffle(2), *stage(config, after, size, depth)]
-        super().__init__(*layers, TokenNorm(widths[-1]), nn.Conv2d(widths[-1], config.channels, 1), nn.Tanh())
+        pixels = [nn.Conv2d(last, config.channels * patch**2, 1), nn.PixelShuffle(patch)]
+        super().__init__(*layers, TokenNorm(last), *(pixels if patch > 1 else pixels[:1]), nn.Tanh())
 
     def forward(self, z: Tensor) -> Tensor:
         for layer in self:
@@ -180,8 +201,7 @@ class TransGANDiscriminator(nn.Module):
 
     def __init__(self, config: TransGANConfig) -> None:
         super().__init__()
-        depth, largest = config.discriminator_depth, config.image_size // config.patch_size
-        grids = [grid for grid in zip(config.widths, config.sizes, strict=True) if grid[1] <= largest][::-1]
+        depth, grids = config.discriminator_depth, config.grids(config.patch_size)[::-1]
         width = grids[-1][0]
         layers: list[nn.Module] = [nn.Conv2d(config.channels, grids[0][0], config.patch_size, config.patch_size)]
         for (before, size), (after, _) in itertools.pairwise(grids):
@@ -237,7 +257,7 @@ class TransGAN(ImageGAN):
     train_defaults: ClassVar = {"steps": 2246, "batch_size": 64, "average_decay": 0.998}
     sizes: ClassVar = {
         "medium": Size(5_000, 32, train=LONG, model={"width": 16, "discriminator_depth": 2, "patch_size": 4}),
-        "large": Size(3_000, 16, train=LONG, model={"width": 8, "discriminator_depth": 2, "patch_size": 8, **RATES}),
+        "large": Size(3_000, 16, train=LONG, model=LARGE),
         "medium, gpu": Size(40_000, train=LONG, model={"patch_size": 4}),
         "large, gpu": Size(60_000, train=LONG, model={"patch_size": 4}),
     }

@@ -51,6 +51,7 @@ MODELS: dict[str, tuple[type[ImageGAN], dict[str, object]]] = {
         TransGAN,
         {"width": 8, "num_heads": 2, "window": 3, "patch_size": 2, "summary": "mean", "penalty_every": 1},
     ),
+    "transgan, patches": (TransGAN, {"width": 8, "num_heads": 2, "generator_patch_size": 2, "penalty_every": 1}),
 }
 CONDITIONAL = [name for name in MODELS if "classes" in MODELS[name][1] and "unconditional" not in name]
 
@@ -146,6 +147,10 @@ CONFIG_ERRORS = {
     "stylegan: path": ({"path_length_weight": -1.0}, "path_length_weight: expected a number >= 0, got -1.0"),
     "transgan: heads": ({"num_heads": 3}, "num_heads: expected a divisor of width, 8, got 3"),
     "transgan: patches": ({"patch_size": 4}, "patch_size: expected 1 or 2 for images of 8, got 4"),
+    "transgan: generated patches": (
+        {"generator_patch_size": 3},
+        "generator_patch_size: expected 1 or 2 for images of 8, got 3",
+    ),
     "transgan: summary": ({"summary": "all"}, "summary: expected one of token, mean, got 'all'"),
     "attention-gan: gate": ({"gate_stride": 0}, "gate_stride: expected a positive integer, got 0"),
 }

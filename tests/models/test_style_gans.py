@@ -208,3 +208,16 @@ def test_tokens_attend_within_their_window_and_beyond_it_in_shifted_blocks() -> 
         reached = gradient[0].abs().sum(dim=0) > 0
         assert reached[:8, :8].all()
         assert reached[8:, 8:].any() == beyond
+
+
+def test_a_token_of_the_generator_becomes_a_patch() -> None:
+    """After the last attention, a token reaches the pixels of its own patch only."""
+    torch.manual_seed(0)
+    model = TransGAN(TransGANConfig(image_size=16, channels=3, width=4, generator_patch_size=2, latent_dim=4))
+    assert model(torch.randn(2, 4, generator=seeded(0))).shape == (2, 3, 16, 16)
+    norm, linear, shuffle, tanh = list(model.generator)[-4:]
+    x = torch.randn(1, 8, 8, 8, generator=seeded(1)).requires_grad_()
+    out = tanh(shuffle(linear(norm(x))))
+    for row, column in ((0, 0), (5, 9), (15, 14)):
+        (gradient,) = torch.autograd.grad(out[0, :, row, column].sum(), x, retain_graph=True)
+        assert gradient[0].abs().sum(dim=0).nonzero().tolist() == [[row // 2, column // 2]]
