@@ -94,6 +94,14 @@ LOOP_KERNELS = [
     "attention_forward_sm90<BFloat16, 128, 2, 128, true>",
     "attention_forward_sm90<BFloat16, 192, 2, 96, false>",
     "attention_forward_sm90<BFloat16, 256, 2, 80, false>",
+    "attention_backward_query_sm90<BFloat16, 64, false>",
+    "attention_backward_query_sm90<BFloat16, 64, true>",
+    "attention_backward_query_sm90<BFloat16, 128, false>",
+    "attention_backward_query_sm90<BFloat16, 128, true>",
+    "attention_backward_key_value_sm90<BFloat16, 64, false>",
+    "attention_backward_key_value_sm90<BFloat16, 64, true>",
+    "attention_backward_key_value_sm90<BFloat16, 128, false>",
+    "attention_backward_key_value_sm90<BFloat16, 128, true>",
     "attention_backward_query<BFloat16, 64, 64, true>",
     "attention_backward_query<BFloat16, 128, 128, true>",
     "attention_backward_key_value<BFloat16, 64, 64, true>",
@@ -115,7 +123,7 @@ no scores). ``--tighten`` sets the budgets to 3% above what the compiled kernels
         csrc/attention/instantiations/{forward,tangent,wide_second_order}_bfloat16.cu \
         csrc/attention/instantiations/second_order_{query,key_value}_bfloat16.cu \
         csrc/attention/instantiations/backward_{query,key_value,one_tile}_bfloat16.cu
-    python tests/compile_check.py --arch 90a --tighten csrc/attention/sm90/instantiations/forward_bfloat16.cu
+    python tests/compile_check.py --arch 90a --tighten csrc/attention/sm90/instantiations/{forward,backward}_bfloat16.cu
 
 The CPU library has to be of the same sources: launch plans say how large tiles are.
 """

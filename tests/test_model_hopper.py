@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.model import hopper, sass, warpgroups
+from benchmarks.model import hopper, hopper_backward, sass, warpgroups
 from benchmarks.model.chips import CHIPS
 from benchmarks.shapes import ATTENTION_SHAPES, AttentionShape
 
@@ -40,6 +40,11 @@ def test_a_product_takes_as_long_as_its_columns_or_its_bytes(line, clocks, read)
     found = warpgroups.product_of(code(line)[0])
     assert (found.clocks, found.bytes) == (clocks, read)
     assert found.closes == ("gsb0" in line)
+
+
+def test_a_group_without_products_takes_no_time():
+    found = warpgroups.product_of(code("HGMMA.64 x8x16.F16 RZ, gdesc[URZ], RZ, !UPT, gsb0")[0])
+    assert (found.clocks, found.bytes, found.closes) == (0, 0, True)
 
 
 def test_another_product_is_refused():
@@ -118,8 +123,52 @@ def test_tiles_of_queries_have_the_keys_that_they_see(mask):
         assert found == [(4, 1)] * 8
 
 
+@pytest.mark.parametrize("mask", ["", "causal"])
+@pytest.mark.parametrize("name", hopper_backward.KERNELS)
+def test_owned_tiles_of_the_backward_pass_have_the_tiles_that_they_see(mask, name):
+    """400 keys are four tiles of 128; iterated ones have 64 rows, of which the seventh has 16."""
+    shape = AttentionShape("s", 1, 1, 400, 400, 64, 64, mask)
+    found = list(hopper_backward.tiles_of(shape, name, 64))
+    if not mask:
+        assert found == [(7, 1)] * 4
+    elif name == "backward_query":  # the last queries have most keys
+        assert found == [(7, 1), (6, 2), (4, 2), (2, 2)]
+    else:  # the first keys have most queries
+        assert found == [(7, 3), (5, 3), (3, 3), (1, 1)]
+
+
+def test_the_scores_of_a_kernel_are_the_products_of_two_operands_in_shared_memory():
+    name = "void fastgen::attention::sm90::attention_backward_query_sm90<fastgen::BFloat16, 64, false>"
+    with pytest.raises(ValueError, match="no main loop"):
+        hopper.kernel_of(name, 168, sass.Listing(code("EXIT"), {}))
+    path = tuple(code("HGMMA.64 x8x16.F16 RZ, gdesc[URZ], RZ, !UPT, gsb0", VALUES, SCORES.replace("x128", "x96")))
+    kernel = hopper.Kernel("backward_query", 128, 2, False, 168, path, 3, ())
+    assert kernel.keys == 96
+    assert kernel.least == 2 * (64 + 48)
+
+
 # --------------------------------------------------------------------------------------------------
 # The committed figures
+
+
+def test_every_backward_kernel_is_in_the_table():
+    found = {(row["name"], row["dim"], row["padded"]) for row in DATA["hopper_backward_kernels"]}
+    assert found == {(name, dim, padded) for name in hopper_backward.KERNELS for dim in (64, 128) for padded in (0, 1)}
+    for row in DATA["hopper_backward_kernels"]:
+        assert 0.7 < row["share"] <= 1
+        assert row["simulated"] >= 0.99 * row["least"]
+
+
+def test_the_backward_pass_of_long_sequences_reaches_60_percent_of_the_peak_in_the_model():
+    """Of at most 71%: 5 of 7 products are counted."""
+    shares = {(row["chip"], row["shape"]): row["share"] for row in DATA["hopper_backward_predictions"]}
+    assert max(shares.values()) <= 5 / 7
+    for chip in ("H100", "H200"):
+        assert shares[chip, "16k, d=128"] >= 0.6
+        assert shares[chip, "16k, d=64"] >= 0.55
+    text = "\n".join(hopper_backward.lines(DATA))
+    for one in hopper_backward.PUBLISHED:
+        assert f"{one.tflops:g} ({one.code})" in text
 
 
 def test_every_kernel_is_in_the_table():

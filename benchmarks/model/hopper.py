@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from benchmarks.shapes import ATTENTION_SHAPES, AttentionShape
 from fastgen.backend import plans
 
 GROUP_ROWS = 64
+CONSUMERS = 2  # of most kernels
 # csrc/attention/sm90/plan.h: bytes of K and V of the heads in turn, and the widest head whose next queries are copied
 # during the current ones.
 L2_KEPT, TWO_QUERY_BUFFERS = 32 << 20, 128
@@ -87,11 +88,13 @@ class Kernel(NamedTuple):
     """A compiled kernel.
 
     Attributes:
+        name: "forward", "backward_query" or "backward_key_value".
         path: instructions of a consumer's warp in one iteration, in order.
         whole: instructions in the loop, executed or not.
         outside: what a tile of queries takes besides its iterations: one key tile, and the output.
     """
 
+    name: str
     dim: int
     consumers: int
     padded: bool
@@ -102,12 +105,17 @@ class Kernel(NamedTuple):
 
     @property
     def keys(self) -> int:
-        """Of a tile: the columns of the scores."""
-        return columns_of(next(one for one in self.path if one.base == "HGMMA"))
+        """Of a tile: the columns of the scores, whose operands are both in shared memory. Queries, where the block has
+        keys."""
+        return columns_of(next(one for one in self.products if warpgroups.product_of(one).left < 0))
+
+    @property
+    def products(self) -> list[sass.Instruction]:
+        return [one for one in self.path if one.base == "HGMMA" and warpgroups.product_of(one).clocks > 0]
 
     @property
     def copied_bytes(self) -> int:
-        """Of the tiles of keys and values that the producer copies in one iteration."""
+        """Of the tiles of keys and values, or queries and dO, that the producer copies in one iteration."""
         return 2 * self.keys * self.dim * 2
 
     @property
@@ -118,7 +126,7 @@ class Kernel(NamedTuple):
     @property
     def least(self) -> float:
         """Clocks of an iteration at 4096 FLOP per clock."""
-        return self.consumers * sum(columns_of(one) / 2 for one in self.path if one.base == "HGMMA")
+        return self.consumers * sum(columns_of(one) / 2 for one in self.products)
 
 
 def columns_of(product: sass.Instruction) -> int:
@@ -134,7 +142,7 @@ def kernel_of(demangled: str, registers: int, listing: sass.Listing) -> Kernel |
     Raises:
         ValueError: it has no main loop.
     """
-    match = re.search(r"attention_forward_sm90<(?:\w+::)*BFloat16, (\d+), (\d), \d+, (true|false)>", demangled)
+    match = re.search(r"attention_(\w+)_sm90<(?:\w+::)*BFloat16, (\d+)(?:, (\d), \d+)?, (true|false)>", demangled)
     if match is None:
         return None
     blocks = sass.blocks_of(listing)
@@ -143,8 +151,8 @@ def kernel_of(demangled: str, registers: int, listing: sass.Listing) -> Kernel |
         raise ValueError(f"{demangled}: no main loop inside that of the tiles")
     inner, outer = loops[:2]
     whole = sum(len(blocks[i].instructions) for i in inner.members)
-    sizes = int(match[1]), int(match[2]), match[3] == "true"
-    return Kernel(*sizes, registers, _longest(blocks, inner), whole, _longest(blocks, outer))
+    sizes = int(match[2]), int(match[3] or CONSUMERS), match[4] == "true"
+    return Kernel(match[1], *sizes, registers, _longest(blocks, inner), whole, _longest(blocks, outer))
 
 
 def main() -> None:
@@ -152,7 +160,7 @@ def main() -> None:
     listing = max(sass.parse(Path(sys.argv[1]).read_text()).values(), key=lambda one: len(one.instructions))
     blocks = sass.blocks_of(listing)
     loop = next(loop for loop in sass.loops_of(blocks) if any(blocks[i].matrix for i in loop.members))
-    kernel = Kernel(0, consumers, False, 0, _longest(blocks, loop), 0, ())
+    kernel = Kernel("", 0, consumers, False, 0, _longest(blocks, loop), 0, ())
     chip = next(chip for chip in CHIPS if chip.name == "H100")
     clocks = {name: round(steady(kernel, chip, **assumed).clocks) for name, assumed in {"": {}, **OTHERWISE}.items()}
     print(f"{kernel.keys} keys, {len(kernel.path)} executed, least {kernel.least:g}, simulated {clocks}")
@@ -353,15 +361,22 @@ def lines(data: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in data["hopper_predictions"]:
-        published = [
-            f"{one.tflops:g} ({one.code})" for one in PUBLISHED if (one.chip, one.shape) == (row["chip"], row["shape"])
-        ]
-        factor = max((one for one in FLASH_ATTENTION if one.dim <= row["dim"]), default=FLASH_ATTENTION[0]).ratio
         out.append(
             f"| {row['chip']} | {row['shape']} | {row['consumers']} | {row['microseconds']:g} | {row['tflops']}"
-            f" | {row['share']:.0%} | {factor * row['tflops']:.0f} | {', '.join(published) or '-'} |"
+            f" | {row['share']:.0%} | {factor_of(row['dim']) * row['tflops']:.0f} | {published_text(PUBLISHED, row)} |"
         )
     return out
+
+
+def factor_of(dim: int) -> float:
+    """Of a published speed to that in the model."""
+    return max((one for one in FLASH_ATTENTION if one.dim <= dim), default=FLASH_ATTENTION[0]).ratio
+
+
+def published_text(published: Iterable[Published], row: dict[str, Any]) -> str:
+    """The published speeds on the chip and shape of a row."""
+    found = [one for one in published if (one.chip, one.shape) == (row["chip"], row["shape"])]
+    return ", ".join(f"{one.tflops:g} ({one.code})" for one in found) or "-"
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ SOURCES = (
     "forward", "backward_query", "backward_key_value", "tangent", "second_order_query", "second_order_key_value",
     "decode", "backward_one_tile", "wide", "wide_second_order",
 )  # fmt: skip
+HOPPER_SOURCES = "forward", "backward"
 
 
 def compiler_version(nvcc: str) -> str:
@@ -42,13 +43,14 @@ def compiled(arch: str, folder: Path) -> list[Kernel]:
 
 
 def compiled_hopper(folder: Path) -> list[hopper.Kernel]:
-    """The bfloat16 forward kernels of csrc/attention/sm90; otherwise as :func:`compiled`."""
+    """The bfloat16 kernels of csrc/attention/sm90; otherwise as :func:`compiled`."""
     kernels = [
         hopper.kernel_of(found.name, found.registers, listing)
-        for found, listing in _compiled("forward", "90a", folder, "sm90/instantiations")
+        for source in HOPPER_SOURCES
+        for found, listing in _compiled(source, "90a", folder, "sm90/instantiations")
     ]
     return sorted(
-        (one for one in kernels if one is not None), key=lambda one: (one.padded, one.dim, one.consumers, one.keys)
+        (one for one in kernels if one is not None), key=lambda one: (one.padded, *one[1:3], one.keys, one.name)
     )
 
 

@@ -80,9 +80,13 @@ class Product(NamedTuple):
 def product_of(one: Instruction) -> Product:
     """Of an instruction such as "HGMMA.64x128x16.F32.BF16 R24, R152, gdesc[UR16].tnspB, R24, gsb0".
 
+    A group without products is closed by one that writes to RZ and takes no time.
+
     Raises:
         ValueError: it is of another shape.
     """
+    if " RZ, gdesc" in f" {one.operands}":
+        return Product(0.0, 0.0, -1, "gsb0" in one.operands)
     match = re.match(r"\.?64 ?x(\d+)x16\S* R\d+, (?:R(\d+)|gdesc)", one.opcode.removeprefix("HGMMA") + one.operands)
     if match is None:
         raise ValueError(f"unknown product {one.opcode} {one.operands}")

@@ -1,0 +1,156 @@
+"""The backward pass on Hopper (csrc/attention/sm90/backward_*.cuh) in the model of :mod:`benchmarks.model.hopper`.
+
+Two kernels run one after the other: one for dQ, whose blocks own 128 queries and iterate tiles of keys, and one for dK
+and dV, whose blocks own 128 keys and iterate tiles of queries. Together they have 7 products per score, and TFLOP/s
+count the 5 that are necessary: the most is 71% of the peak. What is owned has one buffer, so its copy is counted as a
+trip to memory for each owned tile, and the dQ kernel takes another one for delta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.model import hopper, warpgroups
+from benchmarks.model.chips import CHIPS, Chip
+from benchmarks.model.predict import MEMORY_LATENCY
+from benchmarks.roofline import BACKWARD, cost
+from benchmarks.shapes import ATTENTION_SHAPES, AttentionShape
+from fastgen.backend import plans
+
+KERNELS = {"backward_query": "query sm90", "backward_key_value": "key_value sm90"}
+"""Names of the kernels and of their launch plans."""
+OWNED = hopper.CONSUMERS * hopper.GROUP_ROWS  # csrc/attention/sm90/backward_plan.h
+
+PUBLISHED = (
+    hopper.Published("H100", "16k, d=64", "FlashAttention-3", 474, "Shah et al., 2024, figure 6"),
+    hopper.Published("H100", "16k, d=128", "FlashAttention-3", 561, "Shah et al., 2024, figure 6"),
+    hopper.Published("H200", "16k, d=128", "cuDNN", 612, "as reported by its release notes"),
+)
+
+
+def plans_of(shape: AttentionShape, chip: Chip) -> dict[str, Any] | None:
+    """The launch plans of both kernels, by name, or None where another family serves the shape."""
+    if shape.mask not in ("", "causal"):
+        return None
+    found = plans.attention_plan(
+        shape.batch, shape.heads, shape.heads, shape.queries, shape.keys, shape.key_dim, shape.value_dim,
+        element_size=2, multiprocessors=chip.multiprocessors, plain=True, shared_limit=chip.shared_memory - 1024,
+    )  # fmt: skip
+    if not found.keys() >= set(KERNELS.values()):
+        return None
+    return {name: found[plan] for name, plan in KERNELS.items()}
+
+
+def tiles_of(shape: AttentionShape, name: str, iterated: int) -> Iterator[tuple[int, int]]:
+    """Iterations of each owned tile, in the order of the grid, and how many of them are masked."""
+    owns_keys = name == "backward_key_value"
+    if not owns_keys:
+        yield from hopper.tiles_of(shape, OWNED, iterated)
+        return
+    heads, of_head = shape.batch * shape.heads, -(-shape.keys // OWNED)
+    every, partial = -(-shape.queries // iterated), shape.queries % iterated != 0
+    if shape.mask != "causal":
+        yield from ((every, int(partial)) for _ in range(heads * of_head))
+        return
+    of_head_bytes = shape.queries * (shape.key_dim + shape.value_dim) * 2
+    together = max(1, min(heads, hopper.L2_KEPT // of_head_bytes))
+    for first_head in range(0, heads, together):
+        for tile in range(of_head):
+            first, last = tile * OWNED, min((tile + 1) * OWNED, shape.keys) - 1
+            visited = max(0, every - first // iterated)
+            full = sum(one * iterated >= last for one in range(every)) - partial
+            yield from ((visited, visited - max(0, full)) for _ in range(min(together, heads - first_head)))
+
+
+def edge_clocks(kernel: hopper.Kernel, chip: Chip) -> float:
+    """Of an owned tile, besides its iterations."""
+    trips = 2 if kernel.name == "backward_query" else 1
+    return trips * MEMORY_LATENCY + warpgroups.simulate(kernel.outside, kernel.consumers, chip).clocks
+
+
+def predict(
+    kernel: hopper.Kernel, shape: AttentionShape, chip: Chip, plan: dict[str, Any], simulated: float, edge: float
+) -> float:
+    """Seconds of one of the kernels."""
+    clocks, _ = hopper.iteration_clocks(kernel, simulated)
+    masked_more = (kernel.whole - len(kernel.path)) * kernel.consumers
+    blocks = [0.0] * plan["blocks"]
+    for number, (iterations, masked) in enumerate(tiles_of(shape, kernel.name, kernel.keys)):
+        blocks[number % len(blocks)] += iterations * clocks + masked * masked_more + edge
+    memory = cost(shape, BACKWARD).bytes / 2 / chip.bandwidth
+    return max(max(blocks) / chip.clock, memory) + chip.launch
+
+
+def prediction_rows(kernels: list[hopper.Kernel]) -> list[dict[str, Any]]:
+    """One row for each chip and shape that the kernels serve."""
+    rows = []
+    clocks: dict[int, tuple[float, float]] = {}  # of an iteration and of the rest; the chips have the same rates
+    for chip in CHIPS:
+        if chip.arch != "90a":
+            continue
+        for shape in (*ATTENTION_SHAPES.values(), *hopper.LONG.values()):
+            found = plans_of(shape, chip)
+            if found is None:
+                continue
+            seconds = []
+            for name, plan in found.items():
+                wanted = name, plan["tile"][0], False
+                place = next(i for i, one in enumerate(kernels) if (one.name, one.dim, one.padded) == wanted)
+                if place not in clocks:
+                    kernel = kernels[place]
+                    clocks[place] = hopper.steady(kernel, chip).clocks, edge_clocks(kernel, chip)
+                seconds.append(predict(kernels[place], shape, chip, plan, *clocks[place]))
+            flops, whole = cost(shape, BACKWARD).flops, sum(seconds)
+            rows.append({
+                "chip": chip.name, "shape": shape.name, "dim": found["backward_query"]["tile"][0],
+                "query": float(f"{seconds[0] * 1e6:.3g}"), "key_value": float(f"{seconds[1] * 1e6:.3g}"),
+                "tflops": round(flops / whole / 1e12), "share": round(flops / whole / chip.flops, 3),
+            })  # fmt: skip
+    return rows
+
+
+def rows(kernels: list[hopper.Kernel]) -> dict[str, Any]:
+    """What predictions.json has of them."""
+    chip = next(chip for chip in CHIPS if chip.name == "H100")
+    table = hopper.kernel_rows(kernels, chip)
+    for row, one in zip(table, kernels, strict=True):
+        row["name"], row["edge"] = one.name, round(edge_clocks(one, chip))
+    return {"hopper_backward_kernels": table, "hopper_backward_predictions": prediction_rows(kernels)}
+
+
+HEADER = """
+## Attention on Hopper, backward (`csrc/attention/sm90/`): predicted
+
+The same simulation. A kernel for dQ (3 products) runs before one for dK and dV (4 products); TFLOP/s count the 5
+products that are necessary, so that the most is 71% of the peak. "Iterated" are the keys, or queries, of a tile.
+"Expected" has the factors of the forward pass: backward kernels of others have not been simulated. By that figure
+FlashAttention-3 is faster with head dim 128, which adds dQ up with atomics and so needs 5 products, in no fixed order.
+
+| kernel | head dim | iterated | padding mask | executed | least | simulated | {otherwise} | shared memory | L2 | \
+exponentials | issue | edge | limit | share of peak |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
+
+MIDDLE = """
+| GPU | shape | dQ, us | dK and dV, us | TFLOP/s | share of peak | expected, TFLOP/s | published, TFLOP/s |
+|---|---|---|---|---|---|---|---|"""
+
+
+def lines(data: dict[str, Any]) -> list[str]:
+    """The section of predictions.md."""
+    out = HEADER.format(otherwise=" | ".join(hopper.OTHERWISE)).splitlines()
+    for row in data["hopper_backward_kernels"]:
+        name = "dQ" if row["name"] == "backward_query" else "dK and dV"
+        cells = [name, row["dim"], row["keys"], "yes" if row["padded"] else "no", row["executed"]]
+        cells += [f"{row['least']:g}", row["simulated"], *row["otherwise"].values(), row["shared"], row["l2"]]
+        cells += [f"{row['special']:.0%}", f"{row['issue']:.0%}", row["edge"], row["limit"], f"{row['share']:.0%}"]
+        out.append(f"| {' | '.join(map(str, cells))} |")
+    out += MIDDLE.splitlines()
+    for row in data["hopper_backward_predictions"]:
+        published = hopper.published_text(PUBLISHED, row)
+        factor = hopper.factor_of(row["dim"])
+        out.append(
+            f"| {row['chip']} | {row['shape']} | {row['query']:g} | {row['key_value']:g} | {row['tflops']}"
+            f" | {row['share']:.0%} | {factor * row['tflops']:.0f} | {published} |"
+        )
+    return out
