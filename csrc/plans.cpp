@@ -12,6 +12,7 @@
 #include "attention/plan.h"
 #include "attention/sm90/backward_plan.h"
 #include "attention/sm90/plan.h"
+#include "attention/sm90/tangent_plan.h"
 #include "common/exported.h"
 #include "latent/plan.h"
 #include "projection/plan.h"
@@ -136,6 +137,9 @@ FASTGEN_EXPORTED const char* fastgen_attention_plan(int64_t batch, int64_t heads
   if (one_tile.entry >= 0) result.add("one tile", describe(one_tile.plan));
   if (one_head.taken && one_tile.entry < 0) result.add("one head", describe(one_head.plan, false));
   result.add("tangent", describe(attention::tangent_plan(sizes, gpu)));
+  if (attention::sm90::tangent_refusal(sizes) == nullptr && shared_limit >= fastgen::kSharedLimit90) {
+    result.add("tangent sm90", describe(attention::sm90::tangent_plan90(sizes, multiprocessors)));
+  }
   result.add("second order query", describe(attention::second_order_query_plan(sizes, gpu)));
   result.add("second order key_value", describe(attention::second_order_key_value_plan(sizes, gpu), false));
   if (mask != nullptr) {

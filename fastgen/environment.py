@@ -114,7 +114,7 @@ def _served_by(name: str, device: torch.device) -> str:
 
 def _for_hopper(name: str, device: torch.device) -> str:
     """What the kernels for sm_90a serve, where the library has them for the device."""
-    widest = {"attention_forward": 256, "attention_backward": 128}.get(name)
+    widest = {"attention_forward": 256, "attention_backward": 128, "attention_tangent": 128}.get(name)
     has_them = widest is not None and device.type == "cuda" and "90a" in backend.compiled_architectures()
     if not has_them or torch.cuda.get_device_capability(device) != (9, 0):
         return ""

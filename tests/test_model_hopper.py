@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.model import hopper, hopper_backward, sass, warpgroups
+from benchmarks.model import hopper, hopper_derivatives, sass, warpgroups
 from benchmarks.model.chips import CHIPS
 from benchmarks.shapes import ATTENTION_SHAPES, AttentionShape
 
 CHIP = next(chip for chip in CHIPS if chip.name == "H100")
 DATA = json.loads((Path(hopper.__file__).parent / "predictions.json").read_text())
+BACKWARD = tuple(hopper_derivatives.KINDS["backward"].kernels)
 NO_LATENCY = warpgroups.Latencies().times(0)
 
 
@@ -124,11 +125,11 @@ def test_tiles_of_queries_have_the_keys_that_they_see(mask):
 
 
 @pytest.mark.parametrize("mask", ["", "causal"])
-@pytest.mark.parametrize("name", hopper_backward.KERNELS)
+@pytest.mark.parametrize("name", BACKWARD)
 def test_owned_tiles_of_the_backward_pass_have_the_tiles_that_they_see(mask, name):
     """400 keys are four tiles of 128; iterated ones have 64 rows, of which the seventh has 16."""
     shape = AttentionShape("s", 1, 1, 400, 400, 64, 64, mask)
-    found = list(hopper_backward.tiles_of(shape, name, 64))
+    found = list(hopper_derivatives.tiles_of(shape, name, 64))
     if not mask:
         assert found == [(7, 1)] * 4
     elif name == "backward_query":  # the last queries have most keys
@@ -153,7 +154,7 @@ def test_the_scores_of_a_kernel_are_the_products_of_two_operands_in_shared_memor
 
 def test_every_backward_kernel_is_in_the_table():
     found = {(row["name"], row["dim"], row["padded"]) for row in DATA["hopper_backward_kernels"]}
-    assert found == {(name, dim, padded) for name in hopper_backward.KERNELS for dim in (64, 128) for padded in (0, 1)}
+    assert found == {(name, dim, padded) for name in BACKWARD for dim in (64, 128) for padded in (0, 1)}
     for row in DATA["hopper_backward_kernels"]:
         assert 0.7 < row["share"] <= 1
         assert row["simulated"] >= 0.99 * row["least"]
@@ -166,8 +167,8 @@ def test_the_backward_pass_of_long_sequences_reaches_60_percent_of_the_peak_in_t
     for chip in ("H100", "H200"):
         assert shares[chip, "16k, d=128"] >= 0.6
         assert shares[chip, "16k, d=64"] >= 0.55
-    text = "\n".join(hopper_backward.lines(DATA))
-    for one in hopper_backward.PUBLISHED:
+    text = "\n".join(hopper_derivatives.lines(DATA))
+    for one in hopper_derivatives.PUBLISHED:
         assert f"{one.tflops:g} ({one.code})" in text
 
 
@@ -199,6 +200,16 @@ def test_published_figures_are_beside_the_predictions():
         assert f"{one.tflops:g} ({one.code})" in text
     assert "There is no measurement of this code" in text
     assert "expected, TFLOP/s" in text
+
+
+def test_the_tangent_reaches_80_percent_of_the_peak_in_the_model():
+    found = {(row["dim"], row["padded"], row["keys"]) for row in DATA["hopper_tangent_kernels"]}
+    assert found == {(64, False, 96), (64, True, 64), (128, False, 80), (128, True, 64)}
+    for row in DATA["hopper_tangent_kernels"]:
+        assert 0.8 < row["share"] <= 1.01
+    shares = {(row["chip"], row["shape"]): row["share"] for row in DATA["hopper_tangent_predictions"]}
+    assert max(shares.values()) <= 1
+    assert min(shares[chip, f"16k, d={dim}"] for chip in ("H100", "H200") for dim in (64, 128)) >= 0.8
 
 
 @pytest.mark.parametrize("one", hopper.FLASH_ATTENTION, ids=lambda one: str(one.dim))

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.model import calibration, estimates, hopper, hopper_backward, kernels, tables
+from benchmarks.model import calibration, estimates, hopper, hopper_derivatives, kernels, tables
 from benchmarks.model.chips import CHIPS
 from tests import compile_check
 
@@ -59,7 +59,7 @@ def main() -> int:
         }
     of_warpgroups = kernels.compiled_hopper(arguments.cubins)
     data |= hopper.rows([one for one in of_warpgroups if one.name == "forward"])
-    data |= hopper_backward.rows([one for one in of_warpgroups if one.name in hopper_backward.KERNELS])
+    data |= hopper_derivatives.rows(of_warpgroups)
     path.write_text(tables.text_of(data))
     (HERE / "predictions.md").write_text("\n".join(tables.lines(data)) + "\n")
     return 0

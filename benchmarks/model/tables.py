@@ -183,7 +183,7 @@ def estimate_lines(estimates: list[dict[str, Any]]) -> list[str]:
 
 def lines(data: dict[str, Any]) -> list[str]:
     """predictions.md."""
-    from benchmarks.model import calibration, estimates, hopper, hopper_backward, predict
+    from benchmarks.model import calibration, estimates, hopper, hopper_derivatives, predict
 
     out = HEADER.format(overlap=predict.OVERLAP, **data).splitlines()
     for one in data["calibration"]:
@@ -208,7 +208,7 @@ def lines(data: dict[str, Any]) -> list[str]:
                     for row in rows
                 ]
     out += hopper.lines(data)
-    out += hopper_backward.lines(data)
+    out += hopper_derivatives.lines(data)
     out += estimate_lines(data["estimates"])
     out += ["", *estimates.REJECTED.splitlines()]
     out += [

@@ -3,7 +3,7 @@
 
 #include "attention/decode_plan.h"
 #include "attention/launchers.h"
-#include "attention/sm90/launcher.h"
+#include "attention/sm90/tangent_launcher.h"
 #include "common/dispatch.h"
 
 namespace fastgen::attention {
@@ -52,7 +52,13 @@ inline void launch_mask_gradient(const BackwardParams& params, const MaskGradien
   });
 }
 inline void launch_tangent(const TangentParams& params, DType dtype, void* stream) {
-  dispatch_dtype(dtype, [&]<typename T>(std::type_identity<T>) { launch_tangent<T>(params, stream); });
+  dispatch_dtype(dtype, [&]<typename T>(std::type_identity<T>) {
+    if constexpr (sizeof(T) == 2) {
+      const sm90::TangentLauncher launcher = sm90::tangent_launcher<T>;
+      if (launcher != nullptr && sm90::is_wanted() && launcher(params, stream)) return;
+    }
+    launch_tangent<T>(params, stream);
+  });
 }
 inline void launch_second_order(const SecondOrderParams& params, DType dtype, void* stream) {
   dispatch_dtype(dtype, [&]<typename T>(std::type_identity<T>) {

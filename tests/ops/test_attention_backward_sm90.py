@@ -354,4 +354,4 @@ def test_info_says_whether_they_are_taken(monkeypatch, given, text):
     monkeypatch.setattr(backend, "why_not_compiled", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     assert text in environment._served_by("attention_backward", torch.device("cuda", 0))
-    assert "sm_90a" not in environment._served_by("attention_tangent", torch.device("cuda", 0))
+    assert "sm_90a" not in environment._served_by("attention_second_order", torch.device("cuda", 0))
