@@ -140,14 +140,15 @@ struct TileOfRows {
     const int64_t end = p.end_key(first + rows - 1);
     for (int64_t key = p.first_key(first) / kTile * kTile; key < end; key += kTile) {
       const int64_t keys = std::min<int64_t>(kTile, p.keys - key);
+      const bool ahead = key + kTile < end;
       Product::scores(w.query_groups, dim * kGroup, padded, w.keys_across + key * dim, dim * kPanel, keys, dim,
-                      w.weights);
+                      w.weights, ahead);
       Product::scores(w.grad_groups, wide * kGroup, padded, w.values_across + key * wide, wide * kPanel, keys, wide,
-                      w.grad_scores);
+                      w.grad_scores, ahead);
       softmax(key, keys);
-      Product::add_transposed(w.weights, padded, keys, w.grad_out, tall, wide, grad_values + key * kPanel, all);
-      Product::add_transposed(w.grad_scores, padded, keys, w.queries, tall, dim, grad_keys + key * kPanel, all);
-      Product::add_product(w.grad_scores, padded, keys, w.keys + key * kPanel, all, dim, w.grad_queries, tall);
+      Product::add_transposed(w.weights, padded, keys, w.grad_out, tall, wide, grad_values + key * kPanel, all, ahead);
+      Product::add_transposed(w.grad_scores, padded, keys, w.queries, tall, dim, grad_keys + key * kPanel, all, ahead);
+      Product::add_product(w.grad_scores, padded, keys, w.keys + key * kPanel, all, dim, w.grad_queries, tall, ahead);
     }
     Product::unpack_panels(w.grad_queries, padded, rows, dim, p.scale, s.p.grad_query.at(batch, head, first),
                            s.p.grad_query.strides[2]);

@@ -135,7 +135,7 @@ FASTGEN_HOST_DEVICE void run_tile(const Shared& s, const Workspace<kWidth, kGrou
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t keys = b + 1 < blocks ? kTile : last_keys;
       Product::scores(w.queries, p.key_dim * kGroup, padded, w.keys_across + (begin + b) * kTile * p.key_dim,
-                      p.key_dim * kPanel, keys, p.key_dim, w.scores + b * stride);
+                      p.key_dim * kPanel, keys, p.key_dim, w.scores + b * stride, begin + b + 1 < last_block);
     }
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t b = 0; b < blocks; ++b) {
@@ -155,7 +155,7 @@ FASTGEN_HOST_DEVICE void run_tile(const Shared& s, const Workspace<kWidth, kGrou
       float* scores = w.scores + b * stride;
       std::fill(scores + rows * kTileRow, scores + padded * kTileRow, 0.0f);
       Product::add_product(scores, padded, b + 1 < blocks ? kTile : last_keys, w.values + (begin + b) * kTile * kPanel,
-                           all, p.value_dim, w.out, padded * kPanel);
+                           all, p.value_dim, w.out, padded * kPanel, begin + b + 1 < last_block);
     }
   }
   for (int64_t i = 0; i < rows; ++i) {

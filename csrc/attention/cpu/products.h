@@ -6,6 +6,9 @@
 //
 // A product reads one column of a register tile's rows and one row of its columns per step, so both are contiguous
 // in Groups and Panels. Columns are padded with zeros to whole vectors, rows to whole groups.
+//
+// Keys and their gradients do not fit L2. A product with ``ahead`` prefetches what the same product reads of the next
+// block of keys: hardware prefetchers stop at the end of each panel.
 #pragma once
 
 #include <algorithm>
@@ -51,6 +54,12 @@ FASTGEN_HOST_DEVICE void multiply_registers(const float* __restrict__ a, const f
       entry = kAdd ? entry + sums[i][v] : sums[i][v];
     }
   }
+}
+
+// Requests [data, data + count) from L3 or memory into L2.
+FASTGEN_HOST_DEVICE void prefetch(const float* data, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(float);
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(data + i, 0, 2);
 }
 
 // Columns of 8 floats of kRows rows, at most 8: columns[c][i] = from[i * stride + c]. Elements of other rows are
@@ -103,12 +112,20 @@ struct Products {
   // Floats of ``count`` rows of Panels with ``dim`` columns.
   static constexpr int64_t panels_size(int64_t count, int64_t dim) { return round_up(dim, kPanel) * count; }
 
+  // Floats of a panel of ``size`` that each group of ``rows`` rows prefetches.
+  FASTGEN_HOST_DEVICE static int64_t share_of(int64_t size, int64_t rows, bool ahead) {
+    return ahead ? round_up(ceil_div(size * kGroup, rows), 16) : 0;
+  }
+
   // Tile = A B^T: A (rows, steps) in Groups ``a_group`` apart, B^T (steps, keys) in Panels ``b_panel`` apart.
   FASTGEN_HOST_DEVICE static void scores(const float* a, int64_t a_group, int64_t rows, const float* b, int64_t b_panel,
-                                         int64_t keys, int64_t steps, float* tile) {
+                                         int64_t keys, int64_t steps, float* tile, bool ahead) {
+    const int64_t share = share_of(steps * kPanel, rows, ahead);
     for (int64_t j = 0; j < keys; j += kPanel, b += b_panel) {
       if (keys - j > kWidth) {
-        for (int64_t i = 0; i < rows; i += kGroup) {
+        const float* next = b + kTile / kPanel * b_panel;
+        for (int64_t i = 0; i < rows; i += kGroup, next += share) {
+          prefetch(next, share);
           multiply_registers<kWidth, kGroup, 2, 1, kGroup, kPanel, kTileRow, false>(a + i / kGroup * a_group, b, steps,
                                                                                     tile + i * kTileRow + j);
         }
@@ -123,10 +140,13 @@ struct Products {
 
   // C (rows, dim) += Tile B: B (keys, dim) and C in Panels.
   FASTGEN_HOST_DEVICE static void add_product(const float* tile, int64_t rows, int64_t keys, const float* b,
-                                              int64_t b_panel, int64_t dim, float* c, int64_t c_panel) {
+                                              int64_t b_panel, int64_t dim, float* c, int64_t c_panel, bool ahead) {
+    const int64_t share = share_of(kTile * kPanel, rows, ahead);
     int64_t d = 0;
     for (; d + kWidth < dim; d += kPanel, b += b_panel, c += c_panel) {
-      for (int64_t i = 0; i < rows; i += kGroup) {
+      const float* next = b + kTile * kPanel;
+      for (int64_t i = 0; i < rows; i += kGroup, next += share) {
+        prefetch(next, share);
         multiply_registers<kWidth, kGroup, 2, kTileRow, 1, kPanel, kPanel, true>(tile + i * kTileRow, b, keys,
                                                                                  c + i * kPanel);
       }
@@ -145,12 +165,13 @@ struct Products {
 
   // C (keys, dim) += Tile^T B: B (rows, dim) and C in Panels. A few keys of the tile stay in L1 for all of B.
   FASTGEN_HOST_DEVICE static void add_transposed(const float* tile, int64_t rows, int64_t keys, const float* b,
-                                                 int64_t b_panel, int64_t dim, float* c, int64_t c_panel) {
+                                                 int64_t b_panel, int64_t dim, float* c, int64_t c_panel, bool ahead) {
     for (int64_t j = 0; j < keys; j += kRowStep, tile += kRowStep, c += kRowStep * kPanel) {
       const float* panel = b;
       float* target = c;
       int64_t d = 0;
       for (; d + kWidth < dim; d += kPanel, panel += b_panel, target += c_panel) {
+        if (ahead) prefetch(target + kTile * kPanel, kRowStep * kPanel);
         for (int64_t i = 0; i < kRowStep && j + i < keys; i += kGroup) {
           multiply_registers<kWidth, kGroup, 2, 1, kTileRow, kPanel, kPanel, true>(tile + i, panel, rows,
                                                                                    target + i * kPanel);

@@ -140,6 +140,7 @@ struct TileOfRows {
     };
     const int64_t group = 2 * dim * kGroup, panel = 2 * dim * kPanel, wide_panel = 2 * wide * kPanel;
     const int64_t first_part = of_query ? 0 : dim;
+    const bool ahead = block + 1 < blocks;
     const Scores all[] = {
         {w.row_groups + dim * kGroup, across, group, panel, dim, w.scores},
         {w.row_groups + first_part * kGroup, across + first_part * kPanel, group, panel, (of_query + of_key) * dim,
@@ -149,7 +150,8 @@ struct TileOfRows {
     };
     for (const Scores& one : all) {  // a loop, since every product is inlined
       if (one.matrix == nullptr) continue;
-      Product::scores(one.rows, one.group, padded, one.keys, one.panel, keys_of(block), one.steps, one.matrix + at);
+      Product::scores(one.rows, one.group, padded, one.keys, one.panel, keys_of(block), one.steps, one.matrix + at,
+                      ahead);
     }
   }
 
@@ -229,6 +231,7 @@ struct TileOfRows {
     const float* grads = s.grads ? w.grads + at : nullptr;
     const float* second = s.cross ? w.cross + at : direction;
     const bool of_query = s.p.tangent_query.data != nullptr, of_key = s.p.tangent_key.data != nullptr;
+    const bool ahead = block + 1 < blocks;
     struct Sum {
       bool present;
       const float *tile, *b;
@@ -242,7 +245,7 @@ struct TileOfRows {
         {s.grads && of_key, grads, w.tangent_keys + key, w.grad_queries, dim},
     };
     for (const Sum& one : of_rows) {
-      if (one.present) Product::add_product(one.tile, padded, keys, one.b, all, one.dim, one.c, tall);
+      if (one.present) Product::add_product(one.tile, padded, keys, one.b, all, one.dim, one.c, tall, ahead);
     }
     if (!s.grads) return;
     const Sum of_keys[] = {
@@ -251,7 +254,7 @@ struct TileOfRows {
         {of_query, grads, w.tangent_queries, grad_keys + key, dim},
     };
     for (const Sum& one : of_keys) {
-      if (one.present) Product::add_transposed(one.tile, padded, keys, one.b, tall, one.dim, one.c, all);
+      if (one.present) Product::add_transposed(one.tile, padded, keys, one.b, tall, one.dim, one.c, all, ahead);
     }
   }
 
