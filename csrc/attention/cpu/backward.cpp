@@ -160,16 +160,20 @@ FASTGEN_HOST_DEVICE int64_t workspace_size(const Shared& s) {
   return Workspace<kWidth, kGroup>(s, nullptr).size;
 }
 
+// ``load``: the memory does not hold the operands of these keys, which the parts of a head have in common.
 template <int kWidth, int kGroup>
-FASTGEN_HOST_DEVICE void run_part(const Shared& s, float* memory, int64_t batch, int64_t key_head, int64_t part) {
+FASTGEN_HOST_DEVICE void run_part(const Shared& s, float* memory, bool load, int64_t batch, int64_t key_head,
+                                  int64_t part) {
   using Product = Products<kWidth, kGroup>;
   const Problem& p = s.p.problem;
   const Workspace<kWidth, kGroup> w(s, memory);
-  const float *key = p.key.at(batch, key_head, 0), *value = p.value.at(batch, key_head, 0);
-  Product::pack_transposed(key, p.key.strides[2], p.keys, p.key_dim, w.keys_across, p.key_dim * Product::kPanel);
-  Product::pack_transposed(value, p.value.strides[2], p.keys, p.value_dim, w.values_across,
-                           p.value_dim * Product::kPanel);
-  Product::pack_panels(key, p.key.strides[2], p.keys, p.keys, s.sums.padded_keys, p.key_dim, 1.0f, w.keys);
+  if (load) {
+    const float *key = p.key.at(batch, key_head, 0), *value = p.value.at(batch, key_head, 0);
+    Product::pack_transposed(key, p.key.strides[2], p.keys, p.key_dim, w.keys_across, p.key_dim * Product::kPanel);
+    Product::pack_transposed(value, p.value.strides[2], p.keys, p.value_dim, w.values_across,
+                             p.value_dim * Product::kPanel);
+    Product::pack_panels(key, p.key.strides[2], p.keys, p.keys, s.sums.padded_keys, p.key_dim, 1.0f, w.keys);
+  }
   float* const grad_keys = s.sums.of(batch, key_head, part);
   float* const grad_values = grad_keys + Product::panels_size(s.sums.padded_keys, p.key_dim);
   std::fill_n(grad_keys, s.sums.size, 0.0f);
@@ -209,8 +213,9 @@ void attention_backward(const BackwardParams& params) {
         const Memory memory = allocate(workspace);
         for (int64_t item = begin; item < end; ++item) {
           const int64_t batch = item / parts / head_tasks * batches, head = item / parts % head_tasks * heads;
+          const bool load = item == begin || item % parts == 0 || batches * heads > 1;
           for (int64_t i = 0; i < batches * heads; ++i) {
-            part(s, memory.get(), batch + i / heads, head + i % heads, item % parts);
+            part(s, memory.get(), load, batch + i / heads, head + i % heads, item % parts);
           }
         }
       });

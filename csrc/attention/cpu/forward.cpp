@@ -173,15 +173,19 @@ FASTGEN_HOST_DEVICE int64_t workspace_size(const Shared& s) {
   return Workspace<kWidth, kGroup>(s, nullptr).size;
 }
 
+// ``load``: the memory does not hold the operands of these keys, which the parts of a head have in common.
 template <int kWidth, int kGroup>
-FASTGEN_HOST_DEVICE void run_part(const Shared& s, float* memory, int64_t batch, int64_t key_head, int64_t part) {
+FASTGEN_HOST_DEVICE void run_part(const Shared& s, float* memory, bool load, int64_t batch, int64_t key_head,
+                                  int64_t part) {
   using Product = Products<kWidth, kGroup>;
   const Problem& p = s.p.problem;
   const Workspace<kWidth, kGroup> w(s, memory);
-  Product::pack_transposed(p.key.at(batch, key_head, 0), p.key.strides[2], p.keys, p.key_dim, w.keys_across,
-                           p.key_dim * Product::kPanel);
-  Product::pack_panels(p.value.at(batch, key_head, 0), p.value.strides[2], p.keys, p.keys, s.padded_keys, p.value_dim,
-                       1.0f, w.values);
+  if (load) {
+    Product::pack_transposed(p.key.at(batch, key_head, 0), p.key.strides[2], p.keys, p.key_dim, w.keys_across,
+                             p.key_dim * Product::kPanel);
+    Product::pack_panels(p.value.at(batch, key_head, 0), p.value.strides[2], p.keys, p.keys, s.padded_keys, p.value_dim,
+                         1.0f, w.values);
+  }
   const int64_t groups = p.heads / p.key_heads;
   for (int64_t item = part; item < groups * s.tiles; item += s.parts) {
     run_tile<kWidth, kGroup>(s, w, batch, key_head * groups + item / s.tiles, item % s.tiles * s.rows);
@@ -201,7 +205,8 @@ void attention_forward(const ForwardParams& params) {
     const Memory memory = allocate(workspace);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / s.parts;
-      part(s, memory.get(), head / p.key_heads, head % p.key_heads, item % s.parts);
+      const bool load = item == begin || item % s.parts == 0;
+      part(s, memory.get(), load, head / p.key_heads, head % p.key_heads, item % s.parts);
     }
   });
 }

@@ -5,6 +5,7 @@
 #include <memory>
 #include <new>
 
+#include "common/cpu/pages.h"
 #include "common/types.h"
 
 namespace fastgen::cpu {
@@ -13,12 +14,14 @@ struct FreeAligned {
   void operator()(float* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
 };
 
-// 64-byte aligned floats.
+// 64-byte aligned floats, in large pages if they are many.
 using Memory = std::unique_ptr<float[], FreeAligned>;
 
 inline Memory allocate(int64_t count) {
-  return Memory(
-      static_cast<float*>(::operator new[](static_cast<size_t>(count) * sizeof(float), std::align_val_t(64))));
+  const size_t bytes = static_cast<size_t>(count) * sizeof(float);
+  Memory memory(static_cast<float*>(::operator new[](bytes, std::align_val_t(64))));
+  prefer_large_pages(memory.get(), bytes);
+  return memory;
 }
 
 // Cuts memory into 64-byte aligned arrays; without memory it only counts.

@@ -291,11 +291,13 @@ FASTGEN_HOST_DEVICE int64_t workspace_size(const Shared& s) {
   return Workspace<kWidth, kGroup>(s, nullptr).size;
 }
 
+// ``load``: the memory does not hold the operands of these keys, which the parts of a head have in common.
 template <int kWidth, int kGroup>
-FASTGEN_HOST_DEVICE void run_part(const Shared& s, float* memory, int64_t batch, int64_t key_head, int64_t part) {
+FASTGEN_HOST_DEVICE void run_part(const Shared& s, float* memory, bool load, int64_t batch, int64_t key_head,
+                                  int64_t part) {
   const Problem& p = s.problem();
   const Workspace<kWidth, kGroup> w(s, memory);
-  load_keys<kWidth, kGroup>(s, w, batch, key_head);
+  if (load) load_keys<kWidth, kGroup>(s, w, batch, key_head);
   float *grad_keys = nullptr, *grad_values = nullptr;
   if (s.grads) {
     grad_keys = s.sums->of(batch, key_head, part);
@@ -344,7 +346,8 @@ void run(const SecondOrderParams& params, bool grads) {
     const Memory memory = allocate(workspace);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / s.parts;
-      part(s, memory.get(), head / p.key_heads, head % p.key_heads, item % s.parts);
+      const bool load = item == begin || item % s.parts == 0;
+      part(s, memory.get(), load, head / p.key_heads, head % p.key_heads, item % s.parts);
     }
   });
   if (!grads) return;

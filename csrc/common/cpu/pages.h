@@ -1,4 +1,4 @@
-// Transparent huge pages for outputs.
+// Transparent huge pages for outputs and work memory.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,7 @@
 
 namespace fastgen::cpu {
 
-// A large output is usually memory that the process has not touched before: the first write to each 4 KiB page faults,
+// A large array is usually memory that the process has not touched before: the first write to each 4 KiB page faults,
 // and on a virtual machine the faults of a streaming kernel cost more than its arithmetic. Requests 2 MiB pages inside
 // [data, data + bytes). A hint: failure is ignored.
 inline void prefer_large_pages(void* data, size_t bytes) {
