@@ -103,6 +103,16 @@ def test_rows_begin_on_group_boundaries_so_that_a_longer_row_begins_alike():
     assert torch.equal(first, random.standard_normal(seed, 1, 1000)[:, :5])
 
 
+def test_a_number_has_the_same_bits_wherever_it_is_in_a_call(latent_place):
+    whole = torch.zeros(1, 1000, device=latent_place)
+    for seed in range(20):
+        samples = []
+        for part in (whole, whole[:, :28]):  # in whole vectors, and in what is left
+            torch.manual_seed(seed)
+            samples.append(reparameterize(part, part))
+        assert torch.equal(samples[0][:, :28], samples[1])
+
+
 def test_dropout_keeps_the_wanted_share_and_uses_its_own_stream():
     seed = torch.tensor([3])
     uniform = random.uniform_rows(seed, torch.arange(1000), 1000, 250, 0, 250)
@@ -129,6 +139,19 @@ def test_the_compiled_dropout_mask_has_the_same_bits(keys, p):
     groups = random.groups_per_row(keys)
     uniform = random.uniform_rows(seed, rows, 14, groups, 0, groups).reshape(4, 2, 7, -1)
     assert torch.equal(ours > 0, (uniform >= p)[1:, :, 2:6, first:last])
+
+
+@pytest.mark.skipif(
+    not backend.has_kernel("cpu_dropout_keep", torch.device("cpu")), reason="the CPU library was not built"
+)
+def test_the_compiled_dropout_mask_has_the_same_bits_where_the_counter_passes_32_bits():
+    keys = 12000
+    row = 2**32 // (keys // 4)  # some of its counters are below 2^32, and some not
+    sizes = (row + 1, 0, 1, 1, row + 1, row, 1, keys, 0, keys, 0.5)
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,))
+    assert torch.equal(
+        torch.ops.fastgen.cpu_dropout_keep(seed, *sizes), torch.ops.fastgen_torch.cpu_dropout_keep(seed, *sizes)
+    )
 
 
 @pytest.mark.skipif(

@@ -1,6 +1,9 @@
 // Box-Muller on the bits of Philox while they are in registers: the rounds of Philox wait for one another, and the
-// polynomials of the groups before fill the gaps.
+// polynomials of the groups before fill the gaps. Groups past the end are computed and dropped, so that a normal has
+// the same bits wherever its group is in a call.
 #include "common/cpu/normals.h"
+
+#include <cstring>
 
 #include "common/cpu/levels.h"
 #include "common/cpu/philox_vector.h"
@@ -34,68 +37,75 @@ template <int kWidth>
 using Floats __attribute__((vector_size(kWidth * 4))) = float;
 template <int kWidth>
 using Ints __attribute__((vector_size(kWidth * 4))) = int32_t;
-
-// Rounds as the conversion of the whole number does: both halves are exact, and their sum is rounded once.
 template <int kWidth>
-FASTGEN_HOST_DEVICE void to_uniforms(const Ints<kWidth>& bits, Floats<kWidth>& uniform) {
-  const Ints<kWidth> low = bits & 0xffff, high = bits >> 16 & 0xffff;
+using Unsigned __attribute__((vector_size(kWidth * 4))) = uint32_t;
+
+// scale * to_uniform(bits), rounded alike for a power of two. Both halves are exact, and their sum is rounded once, as
+// in the conversion of the whole number.
+template <int kWidth>
+FASTGEN_HOST_DEVICE void to_uniforms(const Ints<kWidth>& bits, float scale, Floats<kWidth>& uniform) {
+  const Ints<kWidth> low = bits & 0xffff, high = (Ints<kWidth>)((Unsigned<kWidth>)bits >> 16);
   const Floats<kWidth> whole =
       __builtin_convertvector(high, Floats<kWidth>) * 65536.0f + __builtin_convertvector(low, Floats<kWidth>);
-  uniform = whole * 0x1p-32f + 0x1p-33f;
+  uniform = whole * (scale * 0x1p-32f) + scale * 0x1p-33f;
 }
 
-// log_float of common/math.h.
+// -2 ln x for normal x > 0: e ln 2 + ln(1 + f) with 1 + f in [sqrt(1/2), sqrt(2)). Minimax polynomial of ln(1 + f) / f,
+// relative error 2.6e-8.
 template <int kWidth>
-FASTGEN_HOST_DEVICE void log_floats(const Floats<kWidth>& x, Floats<kWidth>& log) {
-  constexpr int32_t kSqrtHalf = 0x3f3504f3;
-  const Ints<kWidth> shifted = (Ints<kWidth>)x - kSqrtHalf;
-  const Floats<kWidth> e = __builtin_convertvector(shifted >> 23, Floats<kWidth>);
-  const Floats<kWidth> f = (Floats<kWidth>)((shifted & 0x007fffff) + kSqrtHalf) - 1.0f, z = f * f;
-  Floats<kWidth> p = 7.0376836292e-2f * f - 1.1514610310e-1f;
-  p = p * f + 1.1676998740e-1f;
-  p = p * f - 1.2420140846e-1f;
-  p = p * f + 1.4249322787e-1f;
-  p = p * f - 1.6668057665e-1f;
-  p = p * f + 2.0000714765e-1f;
-  p = p * f - 2.4999993993e-1f;
-  p = p * f + 3.3333331174e-1f;
-  p = p * f * z;
-  p = p - 0.5f * z;
-  log = (f + p) + 0.693147180559945f * e;
+FASTGEN_HOST_DEVICE void minus_two_logs(const Floats<kWidth>& x, Floats<kWidth>& log) {
+  constexpr int32_t kSqrtHalf = 0x3f3504f3, kExponent = -(1 << 23);
+  const Ints<kWidth> exponent = ((Ints<kWidth>)x - kSqrtHalf) & kExponent;  // e 2^23
+  const Floats<kWidth> e = __builtin_convertvector(exponent, Floats<kWidth>);
+  const Floats<kWidth> f = (Floats<kWidth>)((Ints<kWidth>)x - exponent) - 1.0f;
+  const Floats<kWidth> z = f * f;
+  Floats<kWidth> even = (-0.17444699f * z - 0.29904538f) * z - 0.39913666f,
+                 odd = (0.28733680f * z + 0.33124787f) * z + 0.50004148f;
+  even = (even * z - 0.66668373f) * z - 2.0f, odd = odd * z + 0.99999976f;
+  const Floats<kWidth> p = odd * f + even;
+  log = p * f + e * (-2.0f * 0.693147180559945f * 0x1p-23f);
 }
 
-// box_muller of common/philox.h. ``root``: the square root of a vector.
+// sin(pi v) for v in [-1/2, 1/2], relative error of the minimax polynomial 5.3e-9.
+template <int kWidth>
+FASTGEN_HOST_DEVICE void sines(const Floats<kWidth>& v, Floats<kWidth>& sine) {
+  const Floats<kWidth> z = v * v;
+  Floats<kWidth> p = 0.077560388f * z - 0.59824210f;
+  p = p * z + 2.5500698f;
+  p = p * z - 5.1677098f;
+  p = p * z + 3.1415927f;
+  sine = p * v;
+}
+
+// box_muller of common/philox.h to a few ulp, with fewer instructions: 2 u1 = n + v with v in [-1/2, 1/2] is exact, the
+// sine of the angle is (-1)^n sin(pi v), its cosine (-1)^n sin(pi (1/2 - |v|)). ``root``: the square root of a vector.
 template <int kWidth, typename Root>
 FASTGEN_HOST_DEVICE void box_mullers(const Ints<kWidth>& bits0, const Ints<kWidth>& bits1, Floats<kWidth>& n0,
                                      Floats<kWidth>& n1, Root root) {
-  Floats<kWidth> u0, u1, log;
-  to_uniforms<kWidth>(bits0, u0), to_uniforms<kWidth>(bits1, u1), log_floats<kWidth>(u0, log);
-  const Floats<kWidth> squared = -2.0f * log;
-  Floats<kWidth> radius;
+  Floats<kWidth> u0, angle, squared, radius, sine, cosine;
+  to_uniforms<kWidth>(bits0, 1.0f, u0), to_uniforms<kWidth>(bits1, 2.0f, angle);
+  minus_two_logs<kWidth>(u0, squared);
   root(squared, radius);
-  const Floats<kWidth> angle = 2.0f * u1, shifted = 2.0f * angle + kRound, rounded = shifted - kRound;
-  const Floats<kWidth> rest = 3.14159265358979324f * (angle - 0.5f * rounded), z = rest * rest;
-  const Floats<kWidth> odd_part = (-1.9515295891e-4f * z + 8.3321608736e-3f) * z - 1.6666654611e-1f;
-  const Floats<kWidth> sine = odd_part * z * rest + rest;
-  const Floats<kWidth> even_part = (2.443315711809948e-5f * z - 1.388731625493765e-3f) * z + 4.166664568298827e-2f;
-  const Floats<kWidth> cosine = even_part * z * z - 0.5f * z + 1.0f;
-  const Ints<kWidth> quadrant = (Ints<kWidth>)shifted, odd = -(quadrant & 1);
-  const Ints<kWidth> exchanged = ((Ints<kWidth>)sine ^ (Ints<kWidth>)cosine) & odd;
-  // cos is negative in quadrants 1 and 2, sin in 2 and 3.
-  const Ints<kWidth> cos_sign = ((quadrant + 1) & 2) << 30, sin_sign = (quadrant & 2) << 30;
-  n0 = radius * (Floats<kWidth>)((Ints<kWidth>)cosine ^ exchanged ^ cos_sign);
-  n1 = radius * (Floats<kWidth>)((Ints<kWidth>)sine ^ exchanged ^ sin_sign);
+  const Floats<kWidth> shifted = angle + kRound, v = angle - (shifted - kRound);
+  const Floats<kWidth> other = 0.5f - (Floats<kWidth>)((Ints<kWidth>)v & 0x7fffffff);
+  sines<kWidth>(v, sine), sines<kWidth>(other, cosine);
+  radius = (Floats<kWidth>)((Ints<kWidth>)radius ^ (Ints<kWidth>)shifted << 31);
+  n0 = radius * cosine, n1 = radius * sine;
 }
 
 FASTGEN_TARGET_AVX2 void normals_avx2(uint64_t seed, uint64_t first, int64_t groups, float* noise) {
-  const PhiloxAvx2 philox(seed, kNoiseStream);
+  if (const int64_t alike = PhiloxAvx2::alike(first, groups); alike < groups) {
+    normals_avx2(seed, first + static_cast<uint64_t>(alike), groups - alike, noise + alike * kGroup);
+    groups = alike;
+  }
+  const PhiloxAvx2 philox(seed, kNoiseStream, static_cast<uint32_t>(first >> 32));
   constexpr int kWidth = philox.kLanes;
   const auto root = [](const Floats<kWidth>& x, Floats<kWidth>& y)
                         FASTGEN_TARGET_AVX2 { y = (Floats<kWidth>)_mm256_sqrt_ps((__m256)x); };
-  int64_t g = 0;
-  for (; g + kWidth <= groups; g += kWidth) {
+  float last[kWidth * kGroup];
+  for (int64_t g = 0; g < groups; g += kWidth) {
     __m256i x[kGroup];
-    philox(first + static_cast<uint64_t>(g), x);
+    philox.generate<true>(static_cast<uint32_t>(first) + static_cast<uint32_t>(g), x);
     Floats<kWidth> n[kGroup];
     for (int i = 0; i < kGroup; i += 2) {
       box_mullers<kWidth>((Ints<kWidth>)x[i], (Ints<kWidth>)x[i + 1], n[i], n[i + 1], root);
@@ -103,15 +113,14 @@ FASTGEN_TARGET_AVX2 void normals_avx2(uint64_t seed, uint64_t first, int64_t gro
     // Four normals of one group are neighbors.
     const __m256 a = _mm256_unpacklo_ps(n[0], n[1]), b = _mm256_unpackhi_ps(n[0], n[1]);
     const __m256 c = _mm256_unpacklo_ps(n[2], n[3]), d = _mm256_unpackhi_ps(n[2], n[3]);
-    const __m256 rows[4] = {_mm256_shuffle_ps(a, c, 0x44), _mm256_shuffle_ps(a, c, 0xee), _mm256_shuffle_ps(b, d, 0x44),
-                            _mm256_shuffle_ps(b, d, 0xee)};
-    float* out = noise + g * kGroup;
-    _mm256_storeu_ps(out, _mm256_permute2f128_ps(rows[0], rows[1], 0x20));
-    _mm256_storeu_ps(out + 8, _mm256_permute2f128_ps(rows[2], rows[3], 0x20));
-    _mm256_storeu_ps(out + 16, _mm256_permute2f128_ps(rows[0], rows[1], 0x31));
-    _mm256_storeu_ps(out + 24, _mm256_permute2f128_ps(rows[2], rows[3], 0x31));
+    float* const out = g + kWidth <= groups ? noise + g * kGroup : last;
+    _mm256_storeu_ps(out, _mm256_shuffle_ps(a, c, 0x44));
+    _mm256_storeu_ps(out + 8, _mm256_shuffle_ps(a, c, 0xee));
+    _mm256_storeu_ps(out + 16, _mm256_shuffle_ps(b, d, 0x44));
+    _mm256_storeu_ps(out + 24, _mm256_shuffle_ps(b, d, 0xee));
   }
-  normals_generic(seed, first + static_cast<uint64_t>(g), groups - g, noise + g * kGroup);
+  const int64_t rest = groups % kWidth;
+  memcpy(noise + (groups - rest) * kGroup, last, static_cast<size_t>(rest * kGroup) * sizeof(float));
 }
 
 FASTGEN_TARGET_AVX512 void normals_avx512(uint64_t seed, uint64_t first, int64_t groups, float* noise) {
@@ -119,8 +128,8 @@ FASTGEN_TARGET_AVX512 void normals_avx512(uint64_t seed, uint64_t first, int64_t
   constexpr int kWidth = philox.kLanes;
   const auto root = [](const Floats<kWidth>& x, Floats<kWidth>& y)
                         FASTGEN_TARGET_AVX512 { y = (Floats<kWidth>)_mm512_sqrt_ps((__m512)x); };
-  int64_t g = 0;
-  for (; g + kWidth <= groups; g += kWidth) {
+  float last[kWidth * kGroup];
+  for (int64_t g = 0; g < groups; g += kWidth) {
     __m512i x[kGroup];
     philox(first + static_cast<uint64_t>(g), x);
     Floats<kWidth> n[kGroup];
@@ -135,13 +144,14 @@ FASTGEN_TARGET_AVX512 void normals_avx512(uint64_t seed, uint64_t first, int64_t
     const __m512 e = _mm512_shuffle_f32x4(rows[0], rows[1], 0x88), f = _mm512_shuffle_f32x4(rows[0], rows[1], 0xdd);
     const __m512 h = _mm512_shuffle_f32x4(rows[2], rows[3], 0x88), k = _mm512_shuffle_f32x4(rows[2], rows[3], 0xdd);
     // e: groups 0, 8, 1, 9; h: 2, 10, 3, 11; f: 4, 12, 5, 13; k: 6, 14, 7, 15.
-    float* out = noise + g * kGroup;
+    float* const out = g + kWidth <= groups ? noise + g * kGroup : last;
     _mm512_storeu_ps(out, _mm512_shuffle_f32x4(e, h, 0x88));
     _mm512_storeu_ps(out + 16, _mm512_shuffle_f32x4(f, k, 0x88));
     _mm512_storeu_ps(out + 32, _mm512_shuffle_f32x4(e, h, 0xdd));
     _mm512_storeu_ps(out + 48, _mm512_shuffle_f32x4(f, k, 0xdd));
   }
-  normals_generic(seed, first + static_cast<uint64_t>(g), groups - g, noise + g * kGroup);
+  const int64_t rest = groups % kWidth;
+  memcpy(noise + (groups - rest) * kGroup, last, static_cast<size_t>(rest * kGroup) * sizeof(float));
 }
 
 #endif
