@@ -13,8 +13,8 @@
 
 namespace fastgen::cpu {
 
-// All groups have the same high half of the index, ``high``. The stream number, and what comes of it, is then the same
-// in all of them for three rounds: these parts are computed once.
+// All groups have the same high half of the index, ``high``. The stream number and it enter three rounds alike in all
+// groups: these parts are computed once.
 class PhiloxAvx2 {
  public:
   static constexpr int kLanes = 8;
