@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import io
 import math
@@ -76,13 +77,21 @@ def read_npz(path: Path, image_size: int, column: str = "") -> Split:
     if not column and "x_train" in names:
         (images, labels), (test_images, test_labels) = TRAIN_AND_TEST
         train = _stack(path, image_size, images, arrays[images], arrays.get(labels))
+        train = _noted(train, {*names} - {*KERAS_NAMES})
         if test_images not in names:
             return train, None
         return train, _stack(path, image_size, test_images, arrays[test_images], arrays.get(test_labels))
     wanted = column or ("arr_0" if "arr_0" in names and "images" not in names else "images")
     if wanted not in names:
         raise ValueError(f"{path}: expected an array named {wanted!r}, got {', '.join(names) or 'no arrays'}")
-    return _stack(path, image_size, wanted, arrays[wanted], arrays.get("labels")), None
+    stack = _stack(path, image_size, wanted, arrays[wanted], arrays.get("labels"))
+    return _noted(stack, {*names} - {wanted, "labels"}), None
+
+
+def _noted(stack: ImageStack, unused: Set[str]) -> ImageStack:
+    if not unused:
+        return stack
+    return dataclasses.replace(stack, notes=(f"arrays that are not read: {', '.join(sorted(unused))}",))
 
 
 def read_npy(path: Path, image_size: int) -> Split:

@@ -57,6 +57,8 @@ class CaptionTable:
         for column in (FILE, TEXT):
             if column not in names:
                 raise ValueError(f"{self.place}: expected columns {FILE} and {TEXT}, got {', '.join(names)}")
+            if names.count(column) > 1:
+                raise ValueError(f"{self.place}: expected one column {column}, got {names.count(column)}")
         captions: dict[Path, str] = {}
         for number, row in rows:
             if len(row) != len(names):
@@ -107,10 +109,21 @@ def _rows(text: str, place: str, dialect: str) -> list[tuple[int, list[str]]]:
 
 
 def _json_rows(text: str, place: str) -> list[tuple[int, list[str]]]:
-    """A row of names, then the cells of each object."""
+    """A row of names, those of all objects, then the cells of each object.
+
+    Raises:
+        ValueError: a file name or a caption that is no string.
+    """
     objects = json_lines(text, place)
-    names = list(objects[0][1]) if objects else []
-    return [(0, names), *((number, [str(each.get(name, "")) for name in names]) for number, each in objects)]
+    names = list(dict.fromkeys(name for _, each in objects for name in each))
+    rows = [(0, names)]
+    for number, each in objects:
+        for name in (FILE, TEXT):
+            if TEXT in names and not isinstance(each.get(name, ""), str):
+                got = json.dumps(each[name])
+                raise ValueError(f"{place}: line {number}: expected a string as {name}, got {got}")
+        rows.append((number, [str(each.get(name, "")) for name in names]))
+    return rows
 
 
 def json_lines(text: str, place: str) -> list[tuple[int, dict[str, object]]]:

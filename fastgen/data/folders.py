@@ -27,7 +27,7 @@ ABOUT_FILES = re.compile(r"(readme|licen[sc]e|copying|notice|authors|changelog|c
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("test", "testing"), "test"),
-    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "val"),
 }
 DOMAIN_SPLIT = re.compile(r"(train|test|val)([AB])")
 """CycleGAN's folders: trainA, trainB, testA, testB."""
@@ -76,17 +76,12 @@ def image_folder(config: DataConfig, tree: Tree, files: Sequence[Path]) -> Image
         ValueError: images both in it and in subfolders, subfolders named like splits without train/, or a table of
             captions that does not fit.
     """
-    splits = _splits(files)
+    splits = _splits(tree.name, files)
     table = read_captions(tree)
     captions = table.captions(files) if table else {}
     used = {table.file} if table else set()
     if not splits:
-        names = {file.parts[0] for file in files if len(file.parts) > 1}
-        if len(names) > 1 and SPLITS.keys() >= {name.lower() for name in names}:
-            raise ValueError(
-                f"{tree.name}: expected subfolders that are classes, or train{os.sep} and test{os.sep} or "
-                f"val{os.sep}, got {', '.join(sorted(names))}: give one of them"
-            )
+        _refuse_misplaced_splits(tree.name, files)
         return ImageFolder(config, tree, {file: file for file in files}, captions, used=used)
     folders: dict[str, ImageFolder] = {}
     notes: list[str] = []
@@ -112,19 +107,49 @@ def image_folder(config: DataConfig, tree: Tree, files: Sequence[Path]) -> Image
     return train
 
 
-def _splits(files: Sequence[Path]) -> dict[str, dict[Path, Path]]:
-    """Split -> {path below the split's folder: file}; {} where the folders are no splits."""
+def _split_of(folder: str) -> str:
+    """The split that a folder is named like; "" for another name."""
+    match = DOMAIN_SPLIT.fullmatch(folder)
+    return match[1] if match else SPLITS.get(folder.lower(), "")
+
+
+def _refuse_misplaced_splits(name: str, files: Sequence[Path]) -> None:
+    """Raises ValueError where held-out images would be trained on: splits without train/, beside other folders, or
+    below the classes."""
+    names = {file.parts[0] for file in files if len(file.parts) > 1}
+    kinds = {*map(_split_of, names)}
+    if len(names) > 1 and ("" not in kinds or (len(kinds) > 2 and "train" in kinds)):
+        raise ValueError(
+            f"{name}: expected subfolders that are classes, or train{os.sep} and test{os.sep} or val{os.sep}, got "
+            f"{', '.join(sorted(names))}: give one of them"
+        )
+    below = {file.parts[1] for file in files if len(file.parts) > 2}
+    inside = {*map(_split_of, below)}
+    if len(inside) > 1 and "" not in inside and all(len(file.parts) > 2 for file in files):
+        raise ValueError(
+            f"{name}: expected train{os.sep} and test{os.sep} or val{os.sep} above the classes, got "
+            f"{', '.join(sorted(below))} below {', '.join(sorted(names))}"
+        )
+
+
+def _splits(name: str, files: Sequence[Path]) -> dict[str, dict[Path, Path]]:
+    """Split -> {path below the split's folder: file}; {} where the folders are no splits.
+
+    Raises:
+        ValueError: a file that two folders of one split have, such as val/0.png and valid/0.png.
+    """
     found: dict[str, dict[Path, Path]] = {}
     for file in files:
         if len(file.parts) == 1:
             return {}
-        split, below = SPLITS.get(file.parts[0].lower()), Path(*file.parts[1:])
-        match = DOMAIN_SPLIT.fullmatch(file.parts[0])
-        if match:
-            split, below = match[1], Path(match[2]) / below
-        if split is None:
+        split, below = _split_of(file.parts[0]), Path(*file.parts[1:])
+        if match := DOMAIN_SPLIT.fullmatch(file.parts[0]):
+            below = Path(match[2]) / below
+        if not split:
             return {}
-        found.setdefault(split, {})[below] = file
+        other = found.setdefault(split, {}).setdefault(below, file)
+        if other != file:
+            raise ValueError(f"{name}: expected one folder of the split {split}, got {other} and {file}")
     return found if "train" in found else {}
 
 
@@ -168,7 +193,7 @@ class ImageFolder(ImageSource):
         elif self.class_names == ["inputs", "targets"]:
             self.kinds = ("pairs", "images", "domains")
         elif len(self.class_names) == 2:
-            sides = [self._stems(name).keys() for name in self.class_names]
+            sides = [self._stems(name, unique=False).keys() for name in self.class_names]
             self.kinds = ("images", "domains", "pairs") if sides[0] == sides[1] else ("images", "domains")
         else:
             self.kinds = ("images",)
@@ -235,15 +260,15 @@ class ImageFolder(ImageSource):
         levels = count_levels(images.stack)
         return ImageStack(self.tree.name, images.stack, images.contents, *levels, notes=images.notes)
 
-    def _stems(self, side: str) -> dict[Path, Path]:
-        """Name without side and suffix -> path below the folder."""
+    def _stems(self, side: str, unique: bool = True) -> dict[Path, Path]:
+        """Name without side and suffix -> path below the folder. unique: two images of one name are an error."""
         found: dict[Path, Path] = {}
         for file in self.files:
             if file.parts[0] == side:
                 stem = file.relative_to(side).with_suffix("")
-                if stem in found and self.class_names == ["inputs", "targets"]:
-                    raise ValueError(f"{self.name}: expected one image {side}{os.sep}{stem}, got {found[stem]}, {file}")
-                found[stem] = file
+                other = found.setdefault(stem, file)
+                if other != file and unique:
+                    raise ValueError(f"{self.name}: expected one image {side}{os.sep}{stem}, got {other}, {file}")
         return found
 
     def _is_side_by_side(self) -> bool:

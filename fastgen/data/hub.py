@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ PREFIX = "hf:"
 CAPTION_COLUMNS = ("text", "caption")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 TEST_SPLITS = ("test", "validation")
+HELD_OUT_NAME = re.compile(r"(test|validation|valid(?![a-z])|val(?![a-z])|dev(?![a-z]))", re.IGNORECASE)
+"""Beginnings of the names of Parquet files of the test and the validation split."""
 BYTES = ("binary", "large_binary")
 
 
@@ -190,10 +193,8 @@ def _by_split(files: Sequence[Path]) -> dict[str, list[Path]]:
     """The files of each split, by the beginnings of their names or the names of their folders."""
     found: dict[str, list[Path]] = {}
     for file in files:
-        split = "train"
-        for name in TEST_SPLITS:
-            if file.name.lower().startswith(name) or file.parent.name.lower() == name:
-                split = name
+        held = HELD_OUT_NAME.match(file.name) or HELD_OUT_NAME.fullmatch(file.parent.name)
+        split = "train" if held is None else TEST_SPLITS[0 if held[1].lower() == "test" else 1]
         found.setdefault(split, []).append(file)
     return found
 

@@ -123,15 +123,15 @@ def check_labels(name: str, labels: Array, n: int) -> Tensor:
         raise TypeError(f"{name}: labels: expected integers, got {labels.dtype}")
     if labels.shape != (n,):
         raise ValueError(f"{name}: labels: expected shape ({n},), got {labels.shape}")
-    if n and int(labels.min()) < 0:
-        raise _bad_labels(name, n, torch.from_numpy(labels.astype(np.int64)))
+    if n and (int(labels.min()) < 0 or int(labels.max()) > np.iinfo(np.int64).max):
+        raise _bad_labels(name, n, int(labels.min()), int(labels.max()))
     return torch.from_numpy(labels.astype(np.int64))
 
 
-def _bad_labels(name: str, n: int, labels: Tensor) -> ValueError:
+def _bad_labels(name: str, n: int, lowest: int, highest: int) -> ValueError:
     return ValueError(
         f"{name}: labels: expected numbers from 0 to classes - 1, at most as many classes as images ({n}), "
-        f"got {int(labels.min())} to {int(labels.max())}"
+        f"got {lowest} to {highest}"
     )
 
 
@@ -181,7 +181,7 @@ class ImageSource(Source):
             n = len(images.stack)
             at_least(config.source, n, "images")
             if images.labels is not None and int(images.labels.max()) >= n:
-                raise _bad_labels(config.source, n, images.labels)
+                raise _bad_labels(config.source, n, int(images.labels.min()), int(images.labels.max()))
             test = _like(images, self.test.read(images), self.test) if self.test else None
             if kind == "domains":
                 data = domain_dataset(images, config.held_out, test)

@@ -35,6 +35,7 @@ MEMORY_LIMIT = 2 << 30
 """Bytes of pixels up to which images are decoded once, into memory; larger sets are decoded batch by batch."""
 
 GREY_MODES = frozenset(("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I"))
+PHOTOMETRIC = 262  # TIFF's PhotometricInterpretation
 WIDE_MODES = frozenset(("I;16", "I;16B", "I;16L", "I"))
 CHUNK = 4096  # files queued at once
 MOST_LISTED = 50  # broken files that a message names
@@ -121,6 +122,8 @@ def header(data: bytes, name: str, half: int | None = None) -> Header:
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         raise ValueError(f"{name}: expected pixels of 8 or 16 bits, got {image.format} of 32 bits")
     width, height = image.size
+    if image.format == "TIFF":  # some versions of Pillow give the size of it upright
+        width, height = image.tag_v2[256], image.tag_v2[257]
     try:
         rotated = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     except Exception:  # a broken EXIF block is ignored, as by every viewer
@@ -167,13 +170,14 @@ def decode(data: bytes, name: str, channels: int, size: int, half: int | None = 
     image = open_image(data, name)
     pil, ops = need("PIL.Image", "pillow", name), need("PIL.ImageOps", "pillow", name)
     try:
+        photometric = getattr(image, "tag_v2", {}).get(PHOTOMETRIC)
         image.load()
         try:
             image = ops.exif_transpose(image)
         except Exception:  # as in header: pixels without orientation are upright
             image = image.copy()
         if image.mode in WIDE_MODES:
-            image = pil.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+            image = pil.fromarray(_first_byte(image, photometric))
         if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = pil.alpha_composite(pil.new("RGBA", image.size, "white"), image)
@@ -185,6 +189,16 @@ def decode(data: bytes, name: str, channels: int, size: int, half: int | None = 
         raise ValueError(f"{name}: expected an image, got one that can't be decoded: {error}") from error
     pixels: Array = np.array(fit(image, size) if size else image)
     return pixels[None] if channels == 1 else np.ascontiguousarray(np.moveaxis(pixels, 2, 0))
+
+
+def _first_byte(image: Any, photometric: int | None) -> Array:
+    """(H, W) uint8, the higher byte of 16-bit grey pixels; 255 where they are transparent."""
+    wide: Array = np.asarray(image).astype(np.int64).clip(0, 65535)
+    high = (wide >> 8).astype(np.uint8)
+    if photometric == 0:  # white is 0; Pillow inverts 8 bits only
+        high = 255 - high
+    transparent = image.info.get("transparency")
+    return np.where(wide == transparent, 255, high).astype(np.uint8) if isinstance(transparent, int) else high
 
 
 def fit(image: Any, size: int) -> Any:

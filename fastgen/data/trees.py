@@ -76,17 +76,20 @@ class ZipTree(Tree):
 
 @dataclass(frozen=True)
 class TarTree(Tree):
-    """A tar archive. members: where a file begins in a plain one, and its size; the contents in a compressed one."""
+    """A tar archive. members: where a file begins in a plain one, and its size; the contents in a compressed one; the
+    target of a link to something that is not in it."""
 
     name: str
     path: Path
     files: Sequence[Path]
-    members: dict[Path, tuple[int, int] | bytes]
+    members: dict[Path, tuple[int, int] | bytes | str]
 
     def read(self, file: Path) -> bytes:
         found = self.members[file]
         if isinstance(found, bytes):
             return found
+        if isinstance(found, str):
+            raise ValueError(f"{self.place(file)}: expected a file, got a link to {found}, which is not in the archive")
         try:
             with open(self.path, "rb") as archive:
                 archive.seek(found[0])
@@ -125,13 +128,14 @@ def files_below(folder: Path) -> list[Path]:
     Raises:
         OSError: a folder that can't be read; names it.
     """
-    found, seen = [], set()
+    found: list[Path] = []
+    above: dict[str, frozenset[str]] = {}  # real paths of a folder and of those above it
     for here, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
-        real = os.path.realpath(here)
-        if real in seen:  # a link to a folder above itself
+        real, parents = os.path.realpath(here), above.get(os.path.dirname(here), frozenset())
+        if real in parents:  # a link to a folder above itself
             folders.clear()
             continue
-        seen.add(real)
+        above[here] = parents | {real}
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(here, name).relative_to(folder) for name in files if not _is_system_file(name)]
     return sorted(found, key=lambda path: path.parts)
@@ -166,18 +170,24 @@ def _zip_tree(path: Path) -> ZipTree:
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             if not entry.is_dir() and _is_listed(entry.filename):
-                members[Path(entry.filename)] = entry.filename
+                # Some programs for Windows write backslashes, which the format does not allow.
+                members[Path(entry.filename.replace("\\", "/"))] = entry.filename
     renamed = _without_common_folder(members)
     return ZipTree(str(path), path, sorted(renamed, key=lambda file: file.parts), renamed)
 
 
 def _tar_tree(path: Path) -> TarTree:
-    members: dict[Path, tuple[int, int] | bytes] = {}
+    members: dict[Path, tuple[int, int] | bytes | str] = {}
+    links: list[tarfile.TarInfo] = []
     total = 0
     plain = path.suffix.lower() == ".tar" and _is_plain_tar(path)
     with tarfile.open(path, "r:" if plain else "r:*") as archive:
         for entry in archive:
-            if not entry.isfile() or not _is_listed(entry.name):
+            is_link = entry.islnk() or entry.issym()
+            if not (entry.isfile() or is_link) or not _is_listed(entry.name):
+                continue
+            if is_link:
+                links.append(entry)
                 continue
             if plain:
                 members[Path(entry.name)] = (entry.offset_data, entry.size)
@@ -190,8 +200,35 @@ def _tar_tree(path: Path) -> TarTree:
                 )
             file = archive.extractfile(entry)
             members[Path(entry.name)] = file.read() if file else b""
+    _add_links(links, members)
     renamed = _without_common_folder(members)
     return TarTree(str(path), path, sorted(renamed, key=lambda file: file.parts), renamed)
+
+
+def _add_links(links: Sequence[tarfile.TarInfo], members: dict[Path, tuple[int, int] | bytes | str]) -> None:
+    """Adds what the hard and symbolic links of a tar archive stand for: files, or the files of a folder.
+
+    A link whose target is not in the archive is added with the target's name; reading it is an error.
+    """
+    targets = {}
+    for link in links:
+        folder = "" if link.islnk() else os.path.dirname(link.name)
+        targets[Path(link.name)] = Path(os.path.normpath(os.path.join(folder, link.linkname)))
+    for of_folder in (False, True):
+        for _ in range(len(targets)):  # a link may lead to another one
+            before = len(targets)
+            for name, target in list(targets.items()):
+                if target in members:
+                    members[name] = members[target]
+                    del targets[name]
+                elif of_folder and (inside := [file for file in members if file.is_relative_to(target)]):
+                    if not name.is_relative_to(target):  # a link to a folder above itself is left out, as on disk
+                        members |= {name / file.relative_to(target): members[file] for file in inside}
+                    del targets[name]
+            if len(targets) == before:
+                break
+    for name, target in targets.items():
+        members[name] = str(target)
 
 
 def _is_plain_tar(path: Path) -> bool:
