@@ -173,13 +173,13 @@ def _view(
 
 
 def _numbered_label(argv: list[str], classes: list[str]) -> list[str]:
-    """The arguments with the name of a class after --label as its number. A whole number is a number as it is."""
+    """The arguments with the name of a class after --label as its number; other whole numbers are numbers already."""
     out = list(argv)
     for i, word in enumerate(argv):
         value = word.removeprefix("--label=") if word.startswith("--label=") else None
         if word == "--label" and i + 1 < len(argv):
             value, i = argv[i + 1], i + 1
-        if value is None or value.lstrip("-").isdigit():
+        if value is None or (value not in classes and value.lstrip("-").isdigit()):
             continue
         if value not in classes:
             known = ", ".join(classes[:MOST_CLASSES]) + (", ..." if len(classes) > MOST_CLASSES else "")

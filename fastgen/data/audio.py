@@ -138,19 +138,23 @@ class Recordings(Source):
     """Recordings, cut into consecutive pieces of ``config.seconds``, channels averaged.
 
     They are resampled to ``config.sample_rate``, by default the rate that most of them have. The rest at the end of a
-    recording is dropped; a recording shorter than a piece is padded with silence. Of at least 2 ``held_out`` recordings
-    whole ones are held out; of fewer, the last pieces of each.
+    recording is dropped; a recording shorter than a piece is padded with silence. ``held`` are held out, if there are
+    any; else of at least 2 ``held_out`` recordings whole ones, and of fewer the last pieces of each.
     """
 
     kinds = ("audio",)
     options = frozenset(("seconds", "sample_rate"))
 
-    def __init__(self, config: DataConfig, paths: list[Path]) -> None:
-        self.config, self.paths = config, paths
+    def __init__(self, config: DataConfig, paths: list[Path], held: Sequence[Path] = ()) -> None:
+        self.config, self.paths, self.num_held = config, [*paths, *held], len(held)
 
     def load(self, kind: str) -> Dataset:
         """Raises ValueError for a file that is neither PCM nor floats nor FLAC, or truncated."""
         name, seconds, every = self.config.source, self.config.seconds, self.config.held_out
+        if self.num_held and every:
+            raise ValueError(
+                f"{name}: held_out: expected 0, as the data have a held-out split of their own, got {every}"
+            )
         pieces, owners = [], []
         recordings = [read_sound(path) for path in self.paths]
         for path, (_, own) in zip(self.paths, recordings, strict=True):
@@ -169,7 +173,11 @@ class Recordings(Source):
             owners += [number] * len(cut)
         waves, groups = torch.cat(pieces), torch.tensor(owners)
         at_least(name, len(waves), f"pieces of {seconds:g} s (--seconds)")
-        train, held = _split_recordings(groups, len(self.paths), every)
+        if self.num_held:
+            is_held = groups >= len(self.paths) - self.num_held
+            train, held = ((~is_held).nonzero()[:, 0], is_held.nonzero()[:, 0])
+        else:
+            train, held = _split_recordings(groups, len(self.paths), every)
         others = ", ".join(f"{n:,} of {own}" for own, n in sorted(rates.items()) if own != rate)
         notes = (f"recordings resampled to {rate} samples a second: {others}",) if others else ()
         return dataclasses.replace(audio_dataset(name, waves, rate, train, held, scale=None), warnings=notes)

@@ -133,13 +133,24 @@ def json_lines(text: str, place: str) -> list[tuple[int, dict[str, object]]]:
         if not line.strip():
             continue
         try:
-            found = json.loads(line)
+            found = json.loads(line, object_pairs_hook=_unique)
+            if "\\ud" in line.lower():  # an escape that may be half of a character
+                json.dumps(found, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{place}: line {number}: expected a JSON object, got one that fails: {error}") from error
         if not isinstance(found, dict):
             raise ValueError(f"{place}: line {number}: expected a JSON object, got {type(found).__name__}")
         objects.append((number, found))
     return objects
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object. ValueError: a name occurs twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} occurs twice")
+    return found
 
 
 def caption_examples(captions: Sequence[str]) -> tuple[str, ...]:

@@ -153,6 +153,21 @@ def _splits(name: str, files: Sequence[Path]) -> dict[str, dict[Path, Path]]:
     return found if "train" in found else {}
 
 
+def file_splits(name: str, files: Sequence[Path]) -> dict[str, list[Path]]:
+    """Texts or recordings by split: "train", and "test" for those held out, below test/ or else val/.
+
+    Raises:
+        ValueError: folders that would mix the splits.
+    """
+    splits = _splits(name, files)
+    if not splits:
+        _refuse_misplaced_splits(name, files)
+        return {"train": [*files]}
+    held = splits.get("test", splits.get("val", {}))
+    found = {"train": [*splits["train"].values()], "test": [*held.values()]}
+    return {split: chosen for split, chosen in found.items() if chosen}
+
+
 class ImageFolder(ImageSource):
     """Images directly in a folder (no classes), or in subfolders (each a class, in sorted order).
 

@@ -21,7 +21,7 @@ from fastgen.data.text import text_dataset
 PREFIX = "hf:"
 CAPTION_COLUMNS = ("text", "caption")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
-TEST_SPLITS = ("test", "validation")
+TEST_SPLITS = ("test", "validation", "valid", "val", "dev")
 HELD_OUT_NAME = re.compile(r"(test|validation|valid(?![a-z])|val(?![a-z])|dev(?![a-z]))", re.IGNORECASE)
 """Beginnings of the names of Parquet files of the test and the validation split."""
 BYTES = ("binary", "large_binary")
@@ -48,16 +48,20 @@ class Table(ImageSource):
 
     def __init__(self, config: DataConfig, shards: Sequence[Path] = (), rows: Any = None) -> None:
         self.config, self.name, self.column = config, config.source, config.column
+        self.splits: list[str] = []
+        self.held = ""
         self.parquet = [*shards] or ([Path(self.name)] if self.name.lower().endswith(".parquet") else [])
         if self.parquet:
             need("pyarrow.parquet", "pyarrow", self.name, extra="datasets")
         self.library = need("datasets", "datasets", self.name, extra="datasets")
         if rows is None:
             read = self._read()
-            held = next((read[name] for name in TEST_SPLITS if isinstance(read, dict) and name in read), None)
+            names = [*read] if isinstance(read, dict) else []
+            held = next((name for name in TEST_SPLITS if name in names), "")
             rows = self._one_split(read)
-            if held is not None and isinstance(read, dict) and "train" in read and not config.test_data:
-                self.test = Table(config, rows=held)
+            if held and "train" in names and not config.test_data:
+                self.test, self.held = Table(config, rows=read[held]), held
+            self.splits = names if "train" in names else []
         self.rows = rows
         if self.column and self.column not in self.rows.column_names:
             known = ", ".join(self.rows.column_names)
@@ -68,11 +72,21 @@ class Table(ImageSource):
         self.options |= {"tokens"} if "text" in self.kinds else set()
 
     def load(self, kind: str) -> Dataset:
-        return self._text() if kind == "text" else super().load(kind)
+        data = self._text() if kind == "text" else super().load(kind)
+        used, splits = [self._only(kind if kind == "text" else "images")], {"train"}
+        if kind != "text":
+            used += [name for name in (self._label_column(), self._caption_column()) if name]
+            splits.add(self.held)
+        left = {
+            "columns": [name for name in self.rows.column_names if name not in used],
+            "splits": [name for name in self.splits if name not in splits],
+        }
+        notes = [f"{what} that are not read: {', '.join(names)}" for what, names in left.items() if names]
+        return dataclasses.replace(data, warnings=(*notes, *data.warnings))
 
     def read(self, like: ImageStack | None = None) -> ImageStack:
         images, kept = self._images(channels=like.stack.shape[1] if like else 0)
-        column = next((name for name in self._columns("text") if name in CAPTION_COLUMNS), None)
+        column = self._caption_column()
         rows = self.rows[column][:] if column else []
         return dataclasses.replace(images, captions=[rows[i] or "" for i in kept] if column else ())
 
@@ -167,6 +181,9 @@ class Table(ImageSource):
         """The column of class labels: integers under one of the usual names."""
         types = {name: str(getattr(self.rows.features.get(name), "dtype", "")) for name in LABEL_COLUMNS}
         return next((name for name, dtype in types.items() if dtype.startswith(("int", "uint"))), None)
+
+    def _caption_column(self) -> str | None:
+        return next((name for name in self._columns("text") if name in CAPTION_COLUMNS), None)
 
     def _images(self, channels: int) -> tuple[ImageStack, list[int]]:
         """The images, and the rows that they are in."""

@@ -373,7 +373,7 @@ def _report_broken(name: str, files: EncodedImages, broken: dict[int, str]) -> t
 def _listed(name: str, files: EncodedImages, broken: dict[int, str]) -> str:
     """Names of the files with the reasons, "a.png (an empty file), b.png (something else)"."""
     shown = [
-        f"{files.name(i).removeprefix(name).lstrip(os.sep)} ({message.rpartition(', got ')[2]})"
+        f"{files.name(i).removeprefix(name).lstrip(os.sep + ': ')} ({message.rpartition(', got ')[2]})"
         for i, message in list(broken.items())[:MOST_LISTED]
     ]
     more = len(broken) - len(shown)

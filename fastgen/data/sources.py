@@ -28,7 +28,7 @@ from fastgen.data.arrays import (
 from fastgen.data.audio import SOUND_SUFFIXES, Recordings
 from fastgen.data.bundled import BUNDLED, SOURCES, BundledSource
 from fastgen.data.config import DataConfig
-from fastgen.data.folders import describe_suffixes, image_folder, outnumbering, with_suffix
+from fastgen.data.folders import describe_suffixes, file_splits, image_folder, outnumbering, with_suffix
 from fastgen.data.image_sets import ImageSource, ImageStack
 from fastgen.data.images import SUFFIXES
 from fastgen.data.json_lines import JsonLines
@@ -218,11 +218,16 @@ class Folder(Source):
             self.sources |= dict.fromkeys(folder.kinds, folder)
             self.used |= dict.fromkeys(folder.kinds, folder.used)
         if path and texts and "text" not in refused:
-            self.sources["text"] = TextFiles(config, [path / file for file in texts])
-            self.used["text"] = {*texts}
+            splits = file_splits(tree.name, texts)
+            read = {split: TextFiles(config, [path / file for file in files]) for split, files in splits.items()}
+            self.sources["text"] = read["train"]
+            read["train"].test = read.get("test")
+            self.used["text"] = {file for files in splits.values() for file in files}
         if path and waves and "audio" not in refused:
-            self.sources["audio"] = Recordings(config, [path / file for file in waves])
-            self.used["audio"] = {*waves}
+            splits = file_splits(tree.name, waves)
+            held = [path / file for file in splits.get("test", [])]
+            self.sources["audio"] = Recordings(config, [path / file for file in splits["train"]], held)
+            self.used["audio"] = {file for files in splits.values() for file in files}
         if not self.sources:
             expected = "images (.png, .jpg, ...), .txt or .wav files in it" if path else "images (.png, .jpg, ...)"
             got = describe_suffixes(self.found)

@@ -38,6 +38,11 @@ class TextFiles(Source):
         return "\n".join(read_text(path) for path in self.paths)
 
     def load(self, kind: str) -> Dataset:
+        if self.test and self.config.held_out:
+            raise ValueError(
+                f"{self.config.source}: held_out: expected 0, as the data have a held-out split of their own, "
+                f"got {self.config.held_out}"
+            )
         test = self.test.read() if self.test else ""
         return text_dataset(self.config.source, self.read(), self.config.held_out, self.config.tokens, test)
 

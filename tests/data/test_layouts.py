@@ -16,7 +16,8 @@ from PIL import Image
 
 from fastgen.data.hub import _by_split
 from fastgen.data.images import decode, header
-from tests.data.test_files import GREY, load, save_images
+from tests.data.test_bundled import everything
+from tests.data.test_files import GREY, load, save_images, save_wav
 
 TURNED = (5, 6, 7, 8)
 """Orientations that exchange width and height."""
@@ -112,6 +113,30 @@ def test_folders_that_would_mix_splits_are_refused(tmp_path: Path, folders: tupl
             load(tmp_path / "set")
 
 
+def test_recordings_below_test_are_held_out(tmp_path: Path) -> None:
+    for split, n in (("train", 10), ("test", 3)):
+        for i in range(n):
+            save_wav(tmp_path / split / f"{i}.wav", [1000 * (1 + (split == "test"))] * 8000)
+    data = load(tmp_path, "audio")
+    assert (len(data.train), len(data.held_out), data.warnings) == (10, 3, ())
+    assert everything(data.held_out)["audio"].min() > everything(data.train)["audio"].max()
+    with pytest.raises(ValueError, match="held_out: expected 0, as the data have a held-out split of their own, got 5"):
+        load(tmp_path, "audio", held_out=5)
+
+
+def test_texts_below_test_are_held_out(tmp_path: Path) -> None:
+    for split, letter in (("train", "a"), ("val", "b"), ("test", "c")):
+        for i in range(2):
+            (tmp_path / split).mkdir(exist_ok=True)
+            (tmp_path / split / f"{i}.txt").write_text(letter * 50)
+    data = load(tmp_path, "text")
+    assert data.facts["vocabulary"] == "\nac"
+    assert (len(data.train), len(data.held_out)) == (101, 101)
+    assert data.warnings == ("files of other types were left out: 2 .txt",)
+    with pytest.raises(ValueError, match="held_out: expected 0, as the data have a held-out split of their own, got 5"):
+        load(tmp_path, "text", held_out=5)
+
+
 def test_parquet_files_of_validation_data_are_not_trained_on() -> None:
     names = ["train-0", "test-0", "val-0", "valid_0", "validation-0", "dev", "value", "device", "a/val/0", "a/b/0"]
     splits = _by_split([Path(f"{name}.parquet") for name in names])
@@ -181,6 +206,29 @@ def test_labels_beyond_signed_integers_are_refused(tmp_path: Path, largest: int)
     np.savez(tmp_path / "a.npz", images=GREY, labels=labels)
     with pytest.raises(ValueError, match=f"labels: expected numbers from 0 to classes - 1, .* got 0 to {largest}"):
         load(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [(r'{"text": "\ud83d x"}', "surrogates not allowed"), ('{"text": "a", "text": "b"}', "text occurs twice")],
+)
+def test_json_lines_without_one_meaning_are_refused(tmp_path: Path, line: str, reason: str) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(['{"text": "\\ud83d\\ude00 is whole"}', line]))
+    with pytest.raises(ValueError, match=rf"a\.jsonl: line 2: expected a JSON object, got one that fails: .*{reason}"):
+        load(tmp_path / "a.jsonl", "text")
+
+
+@pytest.mark.parametrize("held", ["validation", "valid", "dev"])
+def test_columns_and_splits_of_hugging_face_that_are_not_read_are_named(tmp_path: Path, held: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    cells = [{"bytes": encode(Image.fromarray(grey), "PNG"), "path": None} for grey in GREY]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    rows = datasets.Dataset.from_dict({"image": cells, "label": ["a"] * 12}, features=features)
+    parts = {"train": rows, held: rows.select(range(3)), "extra": rows}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "set"))
+    data = load(tmp_path / "set")
+    assert (len(data.train), len(data.held_out)) == (12, 3)
+    assert data.warnings == ("columns that are not read: label", "splits that are not read: extra")
 
 
 # --------------------------------------------------------------------------------------------------

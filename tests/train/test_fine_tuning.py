@@ -14,6 +14,7 @@ from PIL import Image
 
 import fastgen
 from fastgen.cli import main
+from fastgen.cli._sample import _numbered_label
 from fastgen.data import DataConfig, load_data
 from fastgen.train.checkpoint import load_checkpoint
 from tests.train.conftest import TINY
@@ -126,6 +127,14 @@ def test_a_label_is_a_number_or_the_name_of_a_class(tmp_path: Path, error_line: 
     assert outs["--label 1"] == outs["--label dog"] == outs["--label=dog"] != outs["--label cat"]
     assert main(["sample", str(tmp_path / "run"), "--label", "owl"]) == 2
     assert "label: expected a class, cat, dog, got owl" in error_line()
+
+
+def test_the_name_of_a_class_precedes_its_number() -> None:
+    classes = sorted(map(str, range(12)))  # 0, 1, 10, 11, 2, ..., as folders are sorted
+    assert _numbered_label(["--label", "10"], classes) == ["--label", "2"]
+    assert _numbered_label(["--label=2"], classes) == ["--label=4"]
+    assert _numbered_label(["--label", "-1"], classes) == ["--label", "-1"]
+    assert _numbered_label(["--label", "2"], ["cat", "dog", "owl"]) == ["--label", "2"]
 
 
 @pytest.mark.parametrize("model", ["vae", "dcgan"])
