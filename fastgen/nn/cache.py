@@ -253,7 +253,8 @@ class KVCache(nn.Module):
             indices: (B,) integers.
 
         Raises:
-            TypeError: indices is not an integer tensor. ValueError: it has another shape or device.
+            TypeError: indices is not an integer tensor. ValueError: it has another shape or device, or an index is
+                negative or not below B, which on a GPU is a device-side error.
         """
         check.require_tensor("indices", indices)
         if indices.dtype not in (torch.int32, torch.int64):
@@ -261,7 +262,12 @@ class KVCache(nn.Module):
         check.require_shape("indices", indices, tuple(self.padding.shape), "(B,)")
         self._require_device("indices", indices)
         for buffer in (self.keys, self.values, self.padding):
-            buffer.copy_(buffer.index_select(0, indices))
+            try:
+                chosen = buffer.index_select(0, indices)
+            except IndexError as error:
+                got = f"{int(indices.min())} to {int(indices.max())}"
+                raise ValueError(f"indices: expected 0 to B - 1 = {buffer.size(0) - 1}, got {got}") from error
+            buffer.copy_(chosen)
 
     def _place(self, index: Tensor) -> Tensor:
         """Positions in their sequences of the tokens at ``index`` of the buffers: (N,), or (B, N) where padded."""

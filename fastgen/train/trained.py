@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from fastgen.train.checkpoint import Header, load_checkpoint
 from fastgen.train.engine import find
 from fastgen.train.errors import UsageError
 from fastgen.train.evaluation import Thinned
-from fastgen.train.files import make_folder, write_whole
+from fastgen.train.files import cannot_write, make_folder, write_whole
 from fastgen.train.folder import RunFolder
 from fastgen.train.run import choose_device, load_average
 from fastgen.train.sample_files import checked_waves, encode_png, encode_wav, save_samples
@@ -153,20 +154,32 @@ def write_single_samples(samples: Samples, out: Path) -> None:
     """Write each sample to a file of its own in a folder, which is made if it is missing: 000000.png, ...
 
     Raises:
-        FileExistsError: the folder has files.
+        FileExistsError: the folder has files. OSError: a file can't be written; names it, and leaves no part of it.
     """
     if out.is_dir() and any(out.iterdir()):
         raise FileExistsError(f"{out}: expected a new or an empty folder, got one with files")
-    make_folder(out)
     if isinstance(samples, Images):
         files = [encode_png(image) for image in _bytes(samples, out)]
     elif isinstance(samples, Texts):
         files = [(text + "\n").encode("utf-8", errors="replace") for text in samples.texts]
     else:
-        waves = checked_waves(samples)
+        waves = _finite_waves(samples, out)
         files = [encode_wav(wave[None], samples.sample_rate) for wave in waves]
+    make_folder(out)
     for number, data in enumerate(files):
-        (out / f"{number:06}{SUFFIXES[type(samples)]}").write_bytes(data)
+        _write_new(out / f"{number:06}{SUFFIXES[type(samples)]}", data)
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    """Writes a file that does not exist yet, all of it or nothing. OSError names it."""
+    try:
+        path.write_bytes(data)
+    except BaseException as error:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise cannot_write(path, error) from error
+        raise
 
 
 def _bytes(samples: Images, out: Path) -> torch.Tensor:
@@ -178,12 +191,20 @@ def _bytes(samples: Images, out: Path) -> torch.Tensor:
     return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
+def _finite_waves(samples: Sounds, out: Path) -> torch.Tensor:
+    """The waves (N, samples) in [-1, 1]. UsageError: some are not finite."""
+    broken = int((~samples.waves.isfinite()).any(1).sum())
+    if broken:
+        raise UsageError(f"{out}: expected finite samples, got {broken} of {len(samples.waves)} with NaN or infinity")
+    return checked_waves(samples)
+
+
 def write_arrays(samples: Samples, out: Path) -> None:
     """Write images to an .npz file as tools for Frechet distances read it: uint8 (N, H, W, C) as ``arr_0``, and
     ``labels`` where they are known; waves (N, samples) as float32.
 
     Raises:
-        UsageError: texts.
+        UsageError: texts, or values that are not finite.
     """
     if isinstance(samples, Texts):
         raise UsageError(f"out: expected a path that ends in .txt, got {out}")
@@ -192,7 +213,7 @@ def write_arrays(samples: Samples, out: Path) -> None:
         if samples.labels is not None:
             arrays["labels"] = samples.labels.cpu().numpy()
     else:
-        arrays = {"arr_0": checked_waves(samples).numpy()}
+        arrays = {"arr_0": _finite_waves(samples, out).numpy()}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     write_whole(out, buffer.getvalue())

@@ -282,6 +282,8 @@ ERRORS = [
     (lambda: empty().reset(torch.zeros(2)), TypeError, "padding: expected an integer tensor, got torch.float32"),
     (lambda: empty().reset([0, 1]), TypeError, "padding: expected a tensor or None, got list"),
     (lambda: empty().reorder(torch.zeros(3).long()), ValueError, r"indices: expected shape \(B,\) = \(2,\)"),
+    (lambda: empty().reorder(torch.tensor([0, B])), ValueError, "indices: expected 0 to B - 1 = 1, got 0 to 2"),
+    (lambda: empty().reorder(torch.tensor([-1, 0])), ValueError, "indices: expected 0 to B - 1 = 1, got -1 to 0"),
     (lambda: empty().reorder(torch.zeros(2)), TypeError, "indices: expected an integer tensor, .*got torch.float32"),
     (lambda: empty(segment=0), ValueError, "segment: expected a positive integer, got 0"),
     (lambda: empty(segment=2, window=3), ValueError, "window: expected None with segment = 2, got 3"),

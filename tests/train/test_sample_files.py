@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import wave
 from pathlib import Path
@@ -13,8 +14,10 @@ from PIL import Image
 
 from fastgen.models import Images, Samples, Sounds, Texts
 from fastgen.train.curves import read_rows, write_curves
+from fastgen.train.errors import UsageError
 from fastgen.train.files import inside
 from fastgen.train.sample_files import GAP, NOT_FINITE, SILENCE, TEXT_SEPARATOR, save_samples
+from fastgen.train.trained import write_arrays, write_single_samples
 
 RATE = 800
 NAN, INF = float("nan"), float("inf")
@@ -121,3 +124,29 @@ def test_lines_that_hold_no_row_are_left_out(tmp_path: Path) -> None:
     path.write_text(f'{good}\n[1]\n{{"step": "x", "values": {{}}}}\n{{"step": 2}}\n{"[" * 100000}\n{{"step": 3, "val')
     assert [row["step"] for row in read_rows(path)] == [1]
     assert read_rows(tmp_path / "nothing") == []
+
+
+@pytest.mark.parametrize("kind", ["images", "sounds"])
+def test_values_that_are_not_finite_are_no_arrays_or_single_files(tmp_path: Path, kind: str) -> None:
+    values = torch.zeros(3, 16)
+    values[1, 2] = NAN
+    samples: Samples = Sounds(values, RATE) if kind == "sounds" else Images(values.view(3, 1, 4, 4))
+    for write, out in ((write_arrays, tmp_path / "a.npz"), (write_single_samples, tmp_path / "a")):
+        with pytest.raises(UsageError, match=r"expected finite .*, got 1 of 3"):
+            write(samples, out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_single_file_is_written_whole_or_named_and_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        if path.name != "000001.txt":
+            return write(path, data)
+        write(path, data[:1])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"000001\.txt: expected to write it, got: No space left on device"):
+        write_single_samples(Texts(["one", "two", "three"]), tmp_path / "a")
+    assert [file.name for file in (tmp_path / "a").iterdir()] == ["000000.txt"]
