@@ -315,9 +315,13 @@ def read_images(path: Path, image_size: int, channels: int) -> Tensor:
         channels: 1 (grey) or 3.
 
     Raises:
-        FileNotFoundError: no such path. OSError: a file that can't be read. ValueError: no images, or one that can't be
-            decoded.
+        FileNotFoundError: no such path. OSError: a file that can't be read. ValueError: no images, one that can't be
+            decoded, or a size or number of channels out of range.
     """
+    if image_size < 1:
+        raise ValueError(f"image_size: expected 1 or more, got {image_size}")
+    if channels not in (1, 3):
+        raise ValueError(f"channels: expected 1 or 3, got {channels}")
     if not path.is_dir():
         check_file(path, "an image or a folder of images")
     files = [path / file for file in with_suffix(files_below(path), SUFFIXES)] if path.is_dir() else [path]

@@ -61,7 +61,8 @@ class Windows(Items):
         return (len(self.tokens) - self.length) // self.stride + 1
 
     def batch(self, indices: Tensor) -> dict[str, Tensor]:
-        starts = indices.to(self.tokens.device) * self.stride
+        indices = indices.to(self.tokens.device)
+        starts = torch.where(indices < 0, indices + len(self), indices) * self.stride  # -1: the last window
         within = torch.arange(self.length, device=self.tokens.device)
         return {"tokens": self.tokens[starts[:, None] + within].long()}
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from fastgen.data import read_images
 from fastgen.data.hub import _by_split
 from fastgen.data.images import decode, header
 from tests.data.test_bundled import everything
@@ -135,6 +137,21 @@ def test_texts_below_test_are_held_out(tmp_path: Path) -> None:
     assert data.warnings == ("files of other types were left out: 2 .txt",)
     with pytest.raises(ValueError, match="held_out: expected 0, as the data have a held-out split of their own, got 5"):
         load(tmp_path, "text", held_out=5)
+
+
+def test_windows_of_text_count_from_the_end_as_other_items_do(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("0123456789" * 60)
+    windows = load(tmp_path / "a.txt", "text").splits(16)[0]
+    last = windows.batch(torch.tensor([len(windows) - 1, len(windows) - 3]))["tokens"]
+    assert torch.equal(windows.batch(torch.tensor([-1, -3]))["tokens"], last)
+
+
+@pytest.mark.parametrize("argument", [{"image_size": 0}, {"channels": 2}])
+def test_a_size_or_depth_that_images_cannot_have_is_named(tmp_path: Path, argument: dict[str, int]) -> None:
+    save_images(tmp_path, GREY)
+    ((name, value),) = argument.items()
+    with pytest.raises(ValueError, match=f"^{name}: expected .*, got {value}$"):
+        read_images(tmp_path, **{"image_size": 8, "channels": 1, **argument})
 
 
 def test_parquet_files_of_validation_data_are_not_trained_on() -> None:
