@@ -364,7 +364,7 @@ def table(entries: tuple[Entry, ...], records: dict[str, dict]) -> list[str]:
 
 
 def section(record: dict) -> list[str]:
-    from fastgen.metrics import Figure
+    from fastgen.metrics import Metric
     from fastgen.models import MODELS
 
     out = record["command"].rpartition(" ")[2]
@@ -385,7 +385,7 @@ def section(record: dict) -> list[str]:
             lines += [f"{view['caption']}:", "", f"![{view['caption']}](models/{view['picture']})", ""]
     else:
         lines += ["```text", *(line.rstrip() for line in record["excerpt"].splitlines()), "```", ""]
-    lines += [f"- {Figure(**metric)}" for metric in record["figures"]]
+    lines += [f"- {Metric(**metric)}" for metric in record["figures"]]
     lines += [
         "",
         f"{record['step']:,} steps, {record['parameters']:,} parameters; minutes of CPU: {minutes(record)}"

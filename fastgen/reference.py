@@ -234,7 +234,7 @@ class _Tangent(NamedTuple):
     tangent_key: Tensor | None
     tangent_value: Tensor | None
     weights: Tensor
-    centred: Tensor  # W - w
+    centered: Tensor  # W - w
     lse: Tensor  # w, the tangent of the logsumexp, (B, H, N, 1)
     derivative: Tensor  # of the softcap
     curvature: Tensor  # the second derivative of the softcap times the tangent of a Q K^T
@@ -294,7 +294,7 @@ def attention_tangent(
     tangents = (tangent_query, tangent_key, tangent_value, tangent_mask)
     t = _tangent(query, key, value, mask, *tangents, window_left, window_right, scale, softcap)
     keep = torch.ones_like(t.weights) if keep is None else keep
-    out = (t.weights * t.centred * keep) @ t.value
+    out = (t.weights * t.centered * keep) @ t.value
     if t.tangent_value is not None:
         out = out + (t.weights * keep) @ t.tangent_value
     return out, t.lse.squeeze(-1)
@@ -332,7 +332,7 @@ def attention_second_order(
     tangents = (tangent_query, tangent_key, tangent_value, tangent_mask)
     t = _tangent(query, key, value, mask, *tangents, window_left, window_right, scale, softcap)
     keep = torch.ones_like(t.weights) if keep is None else keep
-    tangent_weights = t.weights * t.centred * keep
+    tangent_weights = t.weights * t.centered * keep
     tangent_out = tangent_weights @ t.value
     grad_weights = (grad_out @ t.value.transpose(-2, -1)) * keep
     row = (grad_weights * t.weights).sum(-1, keepdim=True)
@@ -344,7 +344,7 @@ def attention_second_order(
         tangent_out = tangent_out + (t.weights * keep) @ t.tangent_value
         cross = (grad_out @ t.tangent_value.transpose(-2, -1)) * keep
     second_row = (grad_out * tangent_out).sum(-1, keepdim=True)
-    second_scores = t.centred * grad_scores + t.weights * (cross - second_row)
+    second_scores = t.centered * grad_scores + t.weights * (cross - second_row)
 
     products, second_products = t.derivative * grad_scores, t.derivative * second_scores + t.curvature * grad_scores
     grad_query = second_products @ t.key

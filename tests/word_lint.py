@@ -53,6 +53,8 @@ PHRASES = {
     r"\bMoment\b|\bExhibit\b|\bWish\b": "StepContext, Samples, StopRequest",
     r"\bfastgen_reference\b": "fastgen_torch",
     r"\blearnt\b": "learned",
+    r"\w*(colour|neighbour|behaviour)\w*|(?<!blue )\bgrey\w*": "American spelling",
+    r"\w*(summar|normal|initial|synchron|quant|parametr|minim|maxim|optim)is(e|ing|ation)\w*": "American spelling",
 }
 RULES = [
     (re.compile(pattern, re.IGNORECASE if pattern.islower() else 0), instead) for pattern, instead in PHRASES.items()

@@ -28,9 +28,9 @@ from fastgen.data.splitting import HELD_OUT, at_least
 from fastgen.data.text import prose, text_dataset
 
 SOURCES: Mapping[str, str] = {
-    "digits": "images: 1797 handwritten digits, 8x8, grey, 10 classes (scikit-learn)",
-    "textures": "domains, images: patches of grass and gravel, grey (scikit-image)",
-    "photos": "images, pairs (grey to colour): patches of two photographs (scikit-learn)",
+    "digits": "images: 1797 handwritten digits, 8x8, grayscale, 10 classes (scikit-learn)",
+    "textures": "domains, images: patches of grass and gravel, grayscale (scikit-image)",
+    "photos": "images, pairs (grayscale to color): patches of two photographs (scikit-learn)",
     "prose": "text: the documentation of Python's language (standard library)",
     "reversal": "sequences: random strings, reversed",
     "sums": 'sequences: "12+345" to "357"',
@@ -72,7 +72,7 @@ def digits(config: DataConfig) -> Dataset:
 
 
 def textures(config: DataConfig) -> tuple[ImageStack, Tensor, Tensor]:
-    """Patches of two grey photographs of 512x512 pixels, grass (class 0) and gravel (class 1), and their split."""
+    """Patches of two grayscale photographs of 512x512 pixels, grass (class 0) and gravel (class 1), and their split."""
     data = need("skimage.data", "scikit-image", "textures")
     plates = [torch.from_numpy(np.array(plate, np.uint8))[None] for plate in (data.grass(), data.gravel())]
     return _patches(config, plates, ["grass", "gravel"])
@@ -95,7 +95,7 @@ def photo_images(config: DataConfig) -> Dataset:
 
 
 def photo_pairs(config: DataConfig) -> Dataset:
-    """The same patches: grey inputs (ITU-R 601 luma), targets in colour."""
+    """The same patches: grayscale inputs (ITU-R 601 luma), targets in color."""
     images, train, held = _patches(config, _photos(), ["china", "flower"])
     assert isinstance(images.stack, Tensor)
     targets, inputs = (
@@ -105,7 +105,7 @@ def photo_pairs(config: DataConfig) -> Dataset:
 
 
 def _photos() -> list[Tensor]:
-    """(4, H, W) uint8 each: red, green, blue and grey."""
+    """(4, H, W) uint8 each: red, green, blue and gray."""
     folder = Path(need("sklearn.datasets", "scikit-learn", "photos").__file__).parent / "images"
     plates = []
     for file in (folder / "china.jpg", folder / "flower.jpg"):

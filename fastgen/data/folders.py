@@ -312,7 +312,7 @@ def read_images(path: Path, image_size: int, channels: int) -> Tensor:
 
     Args:
         image_size: S; the shorter side is resized to it, the center cropped.
-        channels: 1 (grey) or 3.
+        channels: 1 (grayscale) or 3.
 
     Raises:
         FileNotFoundError: no such path. OSError: a file that can't be read. ValueError: no images, one that can't be

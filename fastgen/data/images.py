@@ -1,4 +1,4 @@
-"""Encoded image files: decoded by Pillow, upright, grey or colour, one size; in memory where they fit."""
+"""Encoded image files: decoded by Pillow, upright, grayscale or color, one size; in memory where they fit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "TGA", "AVIF", "J
 MEMORY_LIMIT = 2 << 30
 """Bytes of pixels up to which images are decoded once, into memory; larger sets are decoded batch by batch."""
 
-GREY_MODES = frozenset(("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I"))
+GRAY_MODES = frozenset(("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I"))
 PHOTOMETRIC = 262  # TIFF's PhotometricInterpretation
 WIDE_MODES = frozenset(("I;16", "I;16B", "I;16L", "I"))
 CHUNK = 4096  # files queued at once
@@ -77,7 +77,7 @@ class Header(NamedTuple):
 
     width: int
     height: int
-    grey: bool
+    gray: bool
     digest: bytes
 
 
@@ -128,9 +128,9 @@ def header(data: bytes, name: str, half: int | None = None) -> Header:
         rotated = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     except Exception:  # a broken EXIF block is ignored, as by every viewer
         rotated = False
-    grey = image.mode in GREY_MODES
+    gray = image.mode in GRAY_MODES
     if image.mode in ("P", "PA"):
-        grey = _grey_palette(image, name)
+        gray = _gray_palette(image, name)
     width, height = (height, width) if rotated else (width, height)
     if half is not None:
         if width != 2 * height:
@@ -138,10 +138,10 @@ def header(data: bytes, name: str, half: int | None = None) -> Header:
                 f"{name}: expected two square images side by side, twice as wide as high, got {width}x{height}"
             )
         width //= 2
-    return Header(width, height, grey, hashlib.sha256(data).digest())
+    return Header(width, height, gray, hashlib.sha256(data).digest())
 
 
-def _grey_palette(image: Any, name: str) -> bool:
+def _gray_palette(image: Any, name: str) -> bool:
     try:
         colors = np.frombuffer(bytes(image.getpalette()), np.uint8).reshape(-1, 3)
     except Exception as error:
@@ -160,7 +160,7 @@ def decode(data: bytes, name: str, channels: int, size: int, half: int | None = 
     """Pixels (channels, H, W) uint8 of an encoded image: its first frame, upright, on white where it is transparent.
 
     Args:
-        channels: 1 (grey: ITU-R 601 luma) or 3.
+        channels: 1 (grayscale: ITU-R 601 luma) or 3.
         size: see ``fit``; 0 leaves the size as it is.
         half: 0 or 1, the left or the right half of the image, before it is resized; None: all of it.
 
@@ -298,7 +298,7 @@ def read_stack(
 
     Args:
         skip_broken: leave out files that are no images, or truncated.
-        channels: 1 or 3; 0: grey where every file is grey, else color.
+        channels: 1 or 3; 0: gray where every file is gray, else color.
 
     Raises:
         ValueError: different sizes or not square, and no ``image_size``; files that can't be decoded, all of them in
@@ -309,7 +309,7 @@ def read_stack(
         try:
             name, data = files.name(i), files.read(i)
             found = header(data, name, files.half)
-            depth = channels or (1 if found.grey else 3)
+            depth = channels or (1 if found.gray else 3)
             pixels = image_size**2 or found.width * found.height
             fits = len(files) * depth * pixels <= MEMORY_LIMIT
             if not fits and is_complete(data):
@@ -339,7 +339,7 @@ def read_stack(
     elif enlarged := sum(min(each.width, each.height) < image_size for each in headers):
         notes += (f"{enlarged:,} of {len(headers):,} images are smaller than {image_size} and were enlarged",)
     size = image_size or first.width
-    colored = next((i for i, each in zip(kept, headers, strict=True) if not each.grey), None)
+    colored = next((i for i, each in zip(kept, headers, strict=True) if not each.gray), None)
     if channels == 1 and colored is not None:
         raise ValueError(f"{files.name(colored)}: expected a gray image, as the training images are, got one in color")
     depth = channels or (1 if colored is None else 3)
@@ -349,7 +349,7 @@ def read_stack(
         return ReadImages(lazy, contents, kept, notes)
     stack = torch.empty(len(kept), depth, size, size, dtype=torch.uint8)
     for target, pixels in zip(stack, decoded, strict=True):
-        target.copy_(torch.from_numpy(pixels))  # grey pixels fill all three channels
+        target.copy_(torch.from_numpy(pixels))  # gray pixels fill all three channels
     return ReadImages(stack, contents, kept, notes)
 
 

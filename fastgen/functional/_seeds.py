@@ -13,7 +13,7 @@ _SEEDS = "_fastgen_seeds"
 
 
 def sample_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """A one-element int64 seed on the device: no synchronisation, and a CUDA graph can replay it.
+    """A one-element int64 seed on the device: no synchronization, and a CUDA graph can replay it.
 
     Activation checkpointing restores only the global generators when it recomputes a function. A seed from
     ``generator`` is therefore stored with the checkpoint and reused in the recomputation.

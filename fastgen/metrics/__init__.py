@@ -12,25 +12,21 @@ from __future__ import annotations
 from fastgen.metrics.bootstrap import Interval, bootstrap_interval, bootstrap_sets, proportion_interval
 from fastgen.metrics.captions import caption_agreement
 from fastgen.metrics.copies import closer_than_held_out, nearest_training
-from fastgen.metrics.distances import Neighbourhoods, frechet_distance, kernel_distance, neighbourhoods
+from fastgen.metrics.distances import Neighborhoods, frechet_distance, kernel_distance, neighborhoods
 from fastgen.metrics.features import FeatureSpace, classifier_features, inception_features, rotation_features
 from fastgen.metrics.images import class_agreement, evaluate_images
 from fastgen.metrics.likelihood import ImportanceWeightedBound, bits_per_dim, importance_weighted_bound, perplexity
 from fastgen.metrics.sounds import SHORTEST, evaluate_sounds, harmonicity
-from fastgen.metrics.summary import Metric, summarise
+from fastgen.metrics.summary import Metric, summarize
 from fastgen.metrics.translations import evaluate_domains, evaluate_pairs, structural_similarity
-
-Figure = Metric
-"""Deprecated alias of ``Metric``."""
 
 __all__ = [
     "SHORTEST",
     "FeatureSpace",
-    "Figure",
     "ImportanceWeightedBound",
     "Interval",
     "Metric",
-    "Neighbourhoods",
+    "Neighborhoods",
     "bits_per_dim",
     "bootstrap_interval",
     "bootstrap_sets",
@@ -48,10 +44,10 @@ __all__ = [
     "inception_features",
     "kernel_distance",
     "nearest_training",
-    "neighbourhoods",
+    "neighborhoods",
     "perplexity",
     "proportion_interval",
     "rotation_features",
     "structural_similarity",
-    "summarise",
+    "summarize",
 ]

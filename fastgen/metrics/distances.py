@@ -114,8 +114,8 @@ def _kernel_sum(a: Tensor, b: Tensor, counts_a: Tensor, counts_b: Tensor) -> Ten
 
 
 @dataclass(frozen=True)
-class Neighbourhoods:
-    """Items inside the k-nearest-neighbor manifold of the other set; see ``neighbourhoods``.
+class Neighborhoods:
+    """Items inside the k-nearest-neighbor manifold of the other set; see ``neighborhoods``.
 
     The manifold of a set is the union of spheres around its items that reach to the k-th nearest neighbor.
 
@@ -152,7 +152,7 @@ class Neighbourhoods:
         return float(self.covered.double().mean())
 
 
-def neighbourhoods(real: Tensor, generated: Tensor, *, k: int = 5) -> Neighbourhoods:
+def neighborhoods(real: Tensor, generated: Tensor, *, k: int = 5) -> Neighborhoods:
     """Precision, recall, density and coverage from k-nearest-neighbor manifolds.
 
     Precision and recall: Kynkaanniemi et al., "Improved precision and recall metric for assessing generative models"
@@ -172,7 +172,7 @@ def neighbourhoods(real: Tensor, generated: Tensor, *, k: int = 5) -> Neighbourh
 
     Example:
         >>> real = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
-        >>> neighbourhoods(real, torch.tensor([[0.5], [20.0]]), k=1).precision
+        >>> neighborhoods(real, torch.tensor([[0.5], [20.0]]), k=1).precision
         0.5
     """
     if not isinstance(k, int) or k < 1:
@@ -191,7 +191,7 @@ def neighbourhoods(real: Tensor, generated: Tensor, *, k: int = 5) -> Neighbourh
         covered |= inside.any(0)
         recalled |= (distance <= radii[:, None]).any(0)
     count = torch.cat(spheres)
-    return Neighbourhoods((count > 0).cpu(), recalled.cpu(), (count.double() / k).cpu(), covered.cpu())
+    return Neighborhoods((count > 0).cpu(), recalled.cpu(), (count.double() / k).cpu(), covered.cpu())
 
 
 def nearest(items: Tensor, others: Tensor) -> Tensor:

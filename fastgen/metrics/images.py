@@ -14,7 +14,7 @@ from fastgen.metrics.bootstrap import bootstrap_interval, bootstrap_sets
 from fastgen.metrics.distances import (
     frechet_distance,
     kernel_distance,
-    neighbourhoods,
+    neighborhoods,
     resampled_frechet,
     resampled_kernel,
 )
@@ -78,7 +78,7 @@ def evaluate_images(
         floor_n = {"training": len(known), "held-out": len(features)}
         metrics.append(distance_metric(FLOOR, features, known, space, floor_n, resamples, seed))
     metrics.append(distance_metric(KERNEL, features, others, space, n, resamples, seed))
-    manifolds = neighbourhoods(features, others, k=k)
+    manifolds = neighborhoods(features, others, k=k)
     interval = bootstrap_interval(manifolds.spheres, seed=seed)
     density = Metric("density", interval.estimate, interval.low, interval.high, space=space.name, n=n, note=f"k = {k}")
     members = {"precision": manifolds.precise, "recall": manifolds.recalled, "coverage": manifolds.covered}

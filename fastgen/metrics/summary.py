@@ -63,7 +63,7 @@ class Metric:
         return "  ".join(parts) + (f" ({self.note})" if self.note else "")
 
 
-def summarise(
+def summarize(
     values: Mapping[str, Tensor],
     dims: int | None = None,
     tokens: int | Tensor | None = None,
@@ -95,7 +95,7 @@ def summarise(
             likelihood.
 
     Example:
-        >>> for metric in summarise({"nll": torch.tensor([8.0, 8.0])}, dims=4):
+        >>> for metric in summarize({"nll": torch.tensor([8.0, 8.0])}, dims=4):
         ...     print(metric)
         negative log-likelihood  8 [8, 8] nats  2 held-out items
         bits per dimension  2.885 [2.885, 2.885] bits/dim  2 held-out items

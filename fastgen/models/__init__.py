@@ -39,7 +39,7 @@ from fastgen.models.transgan import TransGAN, TransGANConfig
 from fastgen.models.vae import VAE, VAEConfig
 from fastgen.models.vq_vae import VQVAE, VQVAEConfig
 from fastgen.models.wavenet import WaveNet, WaveNetConfig
-from fastgen.nn.averaging import settle, settled
+from fastgen.nn.averaging import recompute_buffers, recomputed_buffers
 
 __all__ = [
     "CDCGAN",
@@ -100,8 +100,8 @@ __all__ = [
     "list_models",
     "load",
     "option",
+    "recompute_buffers",
+    "recomputed_buffers",
     "register_model",
-    "settle",
-    "settled",
     "to_pixels",
 ]

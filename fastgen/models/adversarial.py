@@ -33,7 +33,7 @@ from fastgen.models.augmentation import Augmentation, check_augment_options, par
 from fastgen.models.base import Batch, GenerativeModel, Images, Phase, StepContext, to_pixels
 from fastgen.models.interpolation import great_circles, row_labels
 from fastgen.models.sizes import FEW_ITEMS, DataSize
-from fastgen.nn.averaging import settled
+from fastgen.nn.averaging import recomputed_buffers
 
 Penalty = Literal["none", "r1", "gradient", "dragan"]
 
@@ -207,7 +207,7 @@ class ImageGAN(GenerativeModel):
         z = great_circles(self.noise(2 * rows, self.config.latent_dim, generator), columns)
         classes = int(getattr(self.config, "num_classes", getattr(self.config, "classes", 0)))
         labels = row_labels(rows, columns, options.label, classes) if classes else None
-        with eval_mode(self.generator), settled(self.generator):
+        with eval_mode(self.generator), recomputed_buffers(self.generator):
             images = self.generator(z) if labels is None else self.generator(z, labels.to(self.device))
         return Images(to_pixels(images), columns, labels)
 

@@ -37,28 +37,28 @@ def level_borders() -> Tensor:
     return torch.cat((torch.tensor([-1e6]), between, torch.tensor([1e6])))
 
 
-def logistics_log_prob(centre: Tensor, log_scale: Tensor, weight: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def logistics_log_prob(center: Tensor, log_scale: Tensor, weight: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """log P(low < sample < high) of a mixture of logistics.
 
     Salimans et al., "PixelCNN++: improving the PixelCNN with discretized logistic mixture likelihood" (2017). The
     identity sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(a - b)) is accurate in both tails.
 
     Args:
-        centre, log_scale, weight: means, log scales and logits of the components, (..., components).
+        center, log_scale, weight: means, log scales and logits of the components, (..., components).
         low, high: ends of the interval, (...).
     """
     precision = torch.exp(-log_scale)
-    below, above = (low[..., None] - centre) * precision, (high[..., None] - centre) * precision
-    # Not from above - below, which is 0 in floating point if the centre is far away.
+    below, above = (low[..., None] - center) * precision, (high[..., None] - center) * precision
+    # Not from above - below, which is 0 in floating point if the center is far away.
     width = torch.log(-torch.expm1((low - high)[..., None] * precision))
     log_prob = F.logsigmoid(above) + F.logsigmoid(-below) + width
     return torch.logsumexp(log_prob + weight.log_softmax(-1), -1)
 
 
-def logistics_level_logits(centre: Tensor, log_scale: Tensor, weight: Tensor, borders: Tensor) -> Tensor:
+def logistics_level_logits(center: Tensor, log_scale: Tensor, weight: Tensor, borders: Tensor) -> Tensor:
     """``logistics_log_prob`` of all levels, (..., 256), with one sigmoid per border."""
     precision = torch.exp(-log_scale)[..., None, :]
-    places = (borders[:, None] - centre[..., None, :]) * precision
+    places = (borders[:, None] - center[..., None, :]) * precision
     width = torch.log(-torch.expm1((borders[:-1] - borders[1:])[:, None] * precision))
     tail = F.logsigmoid(places)
     log_prob = tail[..., 1:, :] + (tail - places)[..., :-1, :] + width

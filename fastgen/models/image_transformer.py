@@ -13,7 +13,7 @@ of its own (van den Oord et al., 2017; see ``vq_vae``). The likelihood of an ima
 
     log p(image) >= log p(image | its codes) + log p(its codes)
 
-If the data has more levels than ``tones``, neighbouring levels share a tone and are equally probable within it, so that
+If the data has more levels than ``tones``, neighboring levels share a tone and are equally probable within it, so that
 the loss is still -log p(image) in nats of the original levels, which can be compared between models.
 
 In this file: config, network and loss, sampling. Blocks and KV caches are in ``transformer_lm``.
@@ -67,7 +67,11 @@ class ImageTransformerConfig:
         ValueError: an option out of range.
     """
 
-    renamed: ClassVar[dict[str, str]] = {"halvings": "num_downsamples"}  # word-lint: ok
+    renamed: ClassVar[Mapping[str, str]] = {
+        "halvings": "num_downsamples",  # word-lint: ok
+        "normalise_heads": "qk_norm",  # word-lint: ok
+    }
+
     image_size: int = option(8, "height and width of the images", from_data=True)
     channels: int = option(1, "number of image channels", from_data=True)
     levels: int = option(17, "number of pixel values: counts 0 .. levels - 1", from_data=True)
@@ -79,13 +83,13 @@ class ImageTransformerConfig:
     captions: bool = option(False, "condition on captions")
     codebook_size: int = option(0, "number of codebook entries of the VQ autoencoder; 0: model raw pixels")
     num_downsamples: int = option(2, "number of downsamplings of the VQ autoencoder")
-    tones: int = option(17, "number of pixel classes; neighbouring levels share one if there are more levels")
+    tones: int = option(17, "number of pixel classes; neighboring levels share one if there are more levels")
     width: int = option(64, "embedding dimension")
     depth: int = option(4, "number of blocks")
     heads: int = option(4, "number of attention heads")
     mlp_width: int = option(0, "hidden dimension of the MLP; 0: 4 times the width, 8/3 for swiglu")
     activation: Activation = option("gelu", "activation of the MLP")
-    normalise_heads: bool = option(True, "apply QK-norm (RMS) to queries and keys")
+    qk_norm: bool = option(True, "apply QK-norm (RMS) to queries and keys")
     dropout: float = option(0.1, "dropout probability, in attention and after each branch")
     learning_rate: float = option(3e-3, "AdamW learning rate")
     weight_decay: float = option(0.1, "AdamW weight decay, on all weights")
@@ -106,7 +110,7 @@ class ImageTransformerConfig:
             size = self.grid
             raise ValueError(
                 f"image_size: expected at most {MAX_VALUES} values in an image,"
-                f" got {self.colours} x {size} x {size} = {self.length}"
+                f" got {self.values_per_position} x {size} x {size} = {self.length}"
             )
         if self.captions and not (self.caption_length and self.caption_vocabulary and self.caption_examples):
             raise ValueError("captions: expected false, as the data has no captions, got true")
@@ -134,7 +138,7 @@ class ImageTransformerConfig:
         return self.image_size >> self.num_downsamples if self.codebook_size else self.image_size
 
     @property
-    def colours(self) -> int:
+    def values_per_position(self) -> int:
         """Number of values at one place of the map."""
         return 1 if self.codebook_size else self.channels
 
@@ -146,7 +150,7 @@ class ImageTransformerConfig:
     @property
     def length(self) -> int:
         """Number of values of an image."""
-        return self.colours * self.grid**2
+        return self.values_per_position * self.grid**2
 
     @property
     def prefix(self) -> int:
@@ -241,7 +245,7 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
         self.caption = nn.Embedding(1 + len(config.caption_vocabulary), width) if config.captions else None
         self.caption_place = nn.Embedding(config.prefix, width) if config.captions else None
         self.row, self.column = nn.Embedding(config.grid, width), nn.Embedding(config.grid, width)
-        self.colour = nn.Embedding(config.colours, width)
+        self.colour = nn.Embedding(config.values_per_position, width)  # a state-dict key; word-lint: ok
         self.rotary = RotaryEmbedding(config.head_dim)
         self.decoder = nn.ModuleList(LMBlock(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(width, eps=EPS)
@@ -251,7 +255,7 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
 
     @classmethod
     def suggested(cls, data: DataSize, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """As ``GenerativeModel.suggested``. Images of an even height above 16 are modelled as codes, others as pixels.
+        """As ``GenerativeModel.suggested``. Images of an even height above 16 are modeled as codes, others as pixels.
 
         A ``codebook_size`` of 0 among the given options chooses pixels.
         """
@@ -364,8 +368,8 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
         """Position embeddings (prefix + length, width): of the caption, then row + column + channel of each value."""
         config = self.config
         row, column = (embedding_table(part, config.grid, device) for part in (self.row, self.column))
-        colour = embedding_table(self.colour, config.colours, device)
-        values = (row[:, None, None] + column[:, None] + colour).flatten(0, 2)
+        channel = embedding_table(self.colour, config.values_per_position, device)  # word-lint: ok
+        values = (row[:, None, None] + column[:, None] + channel).flatten(0, 2)
         if self.caption_place is None:
             return values
         return torch.cat([embedding_table(self.caption_place, config.prefix, device), values])
@@ -492,7 +496,7 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
         """Completions: a row of held-out images, below it their upper halves, and the model's completions of these."""
         batch = {name: tensor[:MAX_COMPLETIONS] for name, tensor in batch.items()}
         tokens = self.tokens(batch["images"])
-        known = self.config.grid // 2 * self.config.grid * self.config.colours
+        known = self.config.grid // 2 * self.config.grid * self.config.values_per_position
         labels, captions = self._conditions(batch)
         halves = self.pixels(tokens)
         halves[:, :, self.config.image_size // 2 :] = 0.5

@@ -27,7 +27,7 @@ class LMBlock(nn.Module):
     """Pre-norm Transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
 
     Args:
-        config: width, heads, head_dim, hidden_dim, activation, normalise_heads and dropout.
+        config: width, heads, head_dim, hidden_dim, activation, qk_norm and dropout.
     """
 
     def __init__(self, config: Any) -> None:
@@ -37,8 +37,8 @@ class LMBlock(nn.Module):
         self.gated = config.activation == "swiglu"
         self.attention_norm = nn.RMSNorm(width, eps=EPS)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.query_norm = nn.Parameter(torch.ones(self.head_dim)) if config.normalise_heads else None
-        self.key_norm = nn.Parameter(torch.ones(self.head_dim)) if config.normalise_heads else None
+        self.query_norm = nn.Parameter(torch.ones(self.head_dim)) if config.qk_norm else None
+        self.key_norm = nn.Parameter(torch.ones(self.head_dim)) if config.qk_norm else None
         self.merge = nn.Linear(width, width, bias=False)
         self.mlp_norm = nn.RMSNorm(width, eps=EPS)
         self.mlp_in = nn.Linear(width, hidden * (2 if self.gated else 1), bias=False)

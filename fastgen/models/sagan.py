@@ -44,7 +44,7 @@ from fastgen.models.registry import register_model
 from fastgen.models.sizes import LONG, Size
 from fastgen.nn import SelfAttention2d
 from fastgen.nn._sublayers import is_fusible
-from fastgen.nn.averaging import settled
+from fastgen.nn.averaging import recomputed_buffers
 
 NUM_ATTENTION, NUM_PLACES = 8, 6
 
@@ -308,7 +308,7 @@ class SAGAN(ImageGAN):
             labels, columns = wanted_labels(n, options.label, self.config.num_classes)
         elif options.label >= 0:
             raise ValueError(f"label: expected -1 for an unconditional model, got {options.label}")
-        with eval_mode(self.generator), settled(self.generator):
+        with eval_mode(self.generator), recomputed_buffers(self.generator):
             z = self.noise(n, self.config.latent_dim, generator)
             images = self.generator(z, None if labels is None else labels.to(self.device))
         return Images(to_pixels(images), columns, labels)
@@ -324,7 +324,7 @@ class SAGAN(ImageGAN):
             pixels = self.draw(NUM_ATTENTION, LabelOptions(), generator=generator).pixels
         finally:
             handle.remove()
-        with eval_mode(self.generator), settled(self.generator):
+        with eval_mode(self.generator), recomputed_buffers(self.generator):
             maps, places = attention_maps(attention, recorded[0], NUM_PLACES)
         size = pixels.size(-1)
         shown = F.interpolate(maps.flatten(0, 1).unsqueeze(1), (size, size)).unflatten(0, (-1, NUM_PLACES))

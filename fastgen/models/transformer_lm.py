@@ -60,6 +60,8 @@ class TransformerLMConfig:
         ValueError: an option out of range.
     """
 
+    renamed: ClassVar[Mapping[str, str]] = {"normalise_heads": "qk_norm"}  # word-lint: ok
+
     vocabulary: Vocabulary = option(PRINTABLE, "characters, or strings; token i is item i", from_data=True)
     context: int = option(128, "number of tokens that a prediction may depend on")
     window: int = option(0, "number of tokens before its own that a token attends to; 0: all of the context")
@@ -69,7 +71,7 @@ class TransformerLMConfig:
     heads: int = option(5, "number of attention heads")
     mlp_width: int = option(0, "hidden dimension of the MLP; 0: 4 times the width, 8/3 for swiglu")
     activation: Activation = option("gelu", "activation of the MLP")
-    normalise_heads: bool = option(True, "apply QK-norm (RMS) to queries and keys")
+    qk_norm: bool = option(True, "apply QK-norm (RMS) to queries and keys")
     tied: bool = option(True, "share the weights of embedding and logits")
     dropout: float = option(0.0, "dropout probability, in attention and after each branch")
     learning_rate: float = option(3e-3, "AdamW learning rate")

@@ -44,7 +44,7 @@ class Derived(Protocol):
 
 
 @torch.no_grad()
-def settle(network: nn.Module) -> None:
+def recompute_buffers(network: nn.Module) -> None:
     """Recomputes the derived buffers of ``network`` in place. Call it after averaging weights.
 
     The largest singular value of each spectrally normalized weight is 1 afterwards. Synchronizes with the device.
@@ -54,7 +54,7 @@ def settle(network: nn.Module) -> None:
 
     Example:
         >>> network = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(4, 4))
-        >>> settle(network)
+        >>> recompute_buffers(network)
         >>> round(float(torch.linalg.matrix_norm(network.eval().weight, 2)), 4)
         1.0
     """
@@ -64,11 +64,11 @@ def settle(network: nn.Module) -> None:
 
 
 @contextmanager
-def settled(network: nn.Module) -> Iterator[None]:
-    """Context manager that applies ``settle`` to ``network`` and restores the buffers bitwise on exit."""
+def recomputed_buffers(network: nn.Module) -> Iterator[None]:
+    """Context manager that applies ``recompute_buffers`` to ``network`` and restores the buffers bitwise on exit."""
     saved = [(buffer, buffer.detach().clone()) for buffers, _ in _derived(network) for buffer in buffers]
     try:
-        settle(network)
+        recompute_buffers(network)
         yield
     finally:
         with torch.no_grad():

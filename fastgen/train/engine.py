@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from fastgen.models import Batch, GenerativeModel, Phase, StepContext, settled
+from fastgen.models import Batch, GenerativeModel, Phase, StepContext, recomputed_buffers
 from fastgen.models.augmentation import augment_batch, parse_augment
 from fastgen.train.config import TrainConfig
 from fastgen.train.sharding import assign, shard, whole
@@ -212,14 +212,14 @@ class Engine:
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
-        """The model in evaluation mode, with averaged weights and recomputed statistics (``fastgen.models.settled``).
+        """The model in evaluation mode, with averaged weights and ``fastgen.models.recomputed_buffers``.
 
         Yields a module that calls the model's methods on all processes.
         """
         self._swap()
         self.model.eval()
         try:
-            with settled(self.model), torch.no_grad(), self.accelerator.autocast():
+            with recomputed_buffers(self.model), torch.no_grad(), self.accelerator.autocast():
                 yield self.updaters[0].module
         finally:
             for updater in self.updaters:

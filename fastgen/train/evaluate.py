@@ -68,7 +68,7 @@ class EvaluateConfig:
 
 def evaluate(
     folder: RunFolder, config: EvaluateConfig, model_class: ModelClass | None = None, *, quiet: bool = True
-) -> list[metrics.Figure]:
+) -> list[metrics.Metric]:
     """All metrics of a run's model, also written to evaluation.json and the report.
 
     Args:
@@ -133,7 +133,7 @@ class _Evaluation:
 
 def _likelihoods(
     trained: Trained, items: Items, config: EvaluateConfig, accelerator: Accelerator, stages: Stages
-) -> list[metrics.Figure]:
+) -> list[metrics.Metric]:
     model = trained.model
 
     def call(method: str, *args: Any, **options: Any) -> Any:
@@ -152,10 +152,10 @@ def _likelihoods(
         values["iwae"] = metrics.importance_weighted_bound(log_weights)
     has_bits = model.kind == "images" and not values.keys().isdisjoint(("iwae", "elbo", "nll"))
     dims = items.batch(torch.tensor([0]))["images"][0].numel() if has_bits else None
-    return metrics.summarise(values, dims, seed=config.seed)
+    return metrics.summarize(values, dims, seed=config.seed)
 
 
-def _distances(of: _Evaluation) -> list[metrics.Figure]:
+def _distances(of: _Evaluation) -> list[metrics.Metric]:
     """Distances of samples from held-out images, class agreement, and whether samples copy training images."""
     config, trained = of.config, of.trained
     real, known = of.images()
@@ -204,7 +204,7 @@ def _captions(of: _Evaluation, real: dict[str, Tensor], space: metrics.FeatureSp
     return [metrics.caption_agreement(images, pixels, captions, space, resamples=config.resamples, seed=config.seed)]
 
 
-def _domains(of: _Evaluation) -> list[metrics.Figure]:
+def _domains(of: _Evaluation) -> list[metrics.Metric]:
     """Distances in both directions; "auto" features come from a classifier of the two domains."""
     config = of.config
     if config.features == "none":
@@ -227,7 +227,7 @@ def _domains(of: _Evaluation) -> list[metrics.Figure]:
     return results
 
 
-def _pairs(of: _Evaluation) -> list[metrics.Figure]:
+def _pairs(of: _Evaluation) -> list[metrics.Metric]:
     """Errors against the targets, and distances from them."""
     config = of.config
     real, known = of.images()
@@ -245,7 +245,7 @@ def _pairs(of: _Evaluation) -> list[metrics.Figure]:
     )
 
 
-def _sounds(trained: Trained, held_out: Items, config: EvaluateConfig, stages: Stages) -> list[metrics.Figure]:
+def _sounds(trained: Trained, held_out: Items, config: EvaluateConfig, stages: Stages) -> list[metrics.Metric]:
     """Harmonicity; none for sounds too short to measure it."""
     model_config: Any = trained.model.config
     if model_config.length < metrics.SHORTEST * model_config.sample_rate:

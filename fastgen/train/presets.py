@@ -32,7 +32,7 @@ class Preset:
 
 
 ON_CPUS: Mapping[str, Preset] = {
-    "mnist": Preset("handwritten digits or clothes, 28x28, grey", {"image_size": 28}),
+    "mnist": Preset("handwritten digits or clothes, 28x28, grayscale", {"image_size": 28}),
     "emoji-64": Preset(
         "a few thousand drawings, 64x64, augmented", {"image_size": 64}, model={"augment": "color,translation,cutout"}
     ),

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastgen import environment
 from fastgen.data import Dataset, Items
-from fastgen.models import GenerativeModel, settle
+from fastgen.models import GenerativeModel, recompute_buffers
 from fastgen.train.card import write_card
 from fastgen.train.checkpoint import Header, load_checkpoint
 from fastgen.train.config import TrainConfig
@@ -276,14 +276,14 @@ def _check_folder(request: Request) -> None:
 
 
 def load_average(model: GenerativeModel, tensors: Mapping[str, Tensor]) -> None:
-    """Load the averaged weights of a checkpoint, recompute statistics (``fastgen.models.settle``), and load all else.
+    """Load the averaged weights of a checkpoint and all else, and call ``fastgen.models.recompute_buffers``.
 
     On the device of training these are the weights that it was evaluated with, bit for bit.
     """
     for name, tensor in model.state_dict().items():
         averaged = f"average/{name}"
         tensor.copy_(find(tensors, averaged if averaged in tensors else f"model/{name}", tensor))
-    settle(model)
+    recompute_buffers(model)
 
 
 def _start_from(model: GenerativeModel, init_from: str) -> None:

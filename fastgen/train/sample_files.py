@@ -91,8 +91,8 @@ def _colored(cells: Tensor) -> Tensor:
     finite = cells.isfinite().all(dim=-3, keepdim=True)
     if bool(finite.all()):
         return cells
-    colour = cells.new_tensor(NOT_FINITE).view(3, 1, 1)
-    return torch.where(finite, cells.expand(*cells.shape[:-3], 3, *cells.shape[-2:]), colour)
+    color = cells.new_tensor(NOT_FINITE).view(3, 1, 1)
+    return torch.where(finite, cells.expand(*cells.shape[:-3], 3, *cells.shape[-2:]), color)
 
 
 def _sheet(cells: Tensor) -> Tensor:

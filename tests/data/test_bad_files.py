@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.test_files import COLOUR, GREY, load, save_images, save_wav
+from tests.data.test_files import COLOR, GRAY, load, save_images, save_wav
 
 
 def png(pixels: Any) -> bytes:
@@ -22,7 +22,7 @@ def png(pixels: Any) -> bytes:
 
 
 def folder(path: Path, *odd: bytes, name: str = "odd.png", good: int = 10) -> None:
-    save_images(path, GREY[:good])
+    save_images(path, GRAY[:good])
     for data in odd:
         (path / name).write_bytes(data)
 
@@ -55,37 +55,37 @@ def wavs(*rates: int, seconds: float = 3.0) -> Callable[[Path], None]:
 
 def mixed(path: Path) -> None:
     folder(path)
-    save_images(path / "more", GREY)
+    save_images(path / "more", GRAY)
 
 
 def two_sizes(path: Path) -> None:
-    folder(path, png(GREY[0][:4, :4]))
+    folder(path, png(GRAY[0][:4, :4]))
 
 
 def splits(path: Path) -> None:
     for name in ("val", "test"):
-        save_images(path / name, GREY)
+        save_images(path / name, GRAY)
 
 
 IDX = "images-idx3-ubyte"
 BAD: dict[str, tuple[str, str, Callable[[Path], Any], str]] = {
-    "array missing": ("a.npz", "images", npz(pictures=GREY), "expected an array named 'images', got pictures"),
-    "floats": ("a.npz", "images", npz(images=GREY + 0.5), "expected uint8 pixels from 0 to 255, got float64"),
-    "nan": ("a.npz", "images", npz(images=GREY * np.nan), "got float64, 768 of them NaN or infinite"),
+    "array missing": ("a.npz", "images", npz(pictures=GRAY), "expected an array named 'images', got pictures"),
+    "floats": ("a.npz", "images", npz(images=GRAY + 0.5), "expected uint8 pixels from 0 to 255, got float64"),
+    "nan": ("a.npz", "images", npz(images=GRAY * np.nan), "got float64, 768 of them NaN or infinite"),
     "objects": ("a.npz", "images", npz(images=np.array([{}] * 10)), "expected an .npz file of plain arrays"),
-    "dimensions": ("a.npz", "images", npz(images=GREY[0]), "expected shape (N, H, W), (N, C, H, W) or (N, H, W, C)"),
-    "channels": ("a.npz", "images", npz(images=GREY[:, :2, None]), "with C 1 or 3, got (12, 2, 1, 8)"),
-    "no images": ("a.npz", "images", npz(images=GREY[:0]), "got (0, 8, 8)"),
-    "too few": ("a.npz", "images", npz(images=GREY[:3]), "images: expected at least 10 of them, got 3"),
-    "not square": ("a.npz", "images", npz(images=GREY[:, :4]), "expected square ones, got height 4 and width 8"),
-    "labels": ("a.npz", "images", npz(images=GREY, labels=np.zeros(3, int)), "expected shape (12,), got (3,)"),
-    "float labels": ("a.npz", "images", npz(images=GREY, labels=np.zeros(12)), "expected integers, got float64"),
-    "large labels": ("a.npz", "images", npz(images=GREY, labels=np.arange(12) * 9), "got 0 to 99"),
-    "negative labels": ("a.npz", "images", npz(images=GREY, labels=np.arange(12) - 1), "got -1 to 10"),
+    "dimensions": ("a.npz", "images", npz(images=GRAY[0]), "expected shape (N, H, W), (N, C, H, W) or (N, H, W, C)"),
+    "channels": ("a.npz", "images", npz(images=GRAY[:, :2, None]), "with C 1 or 3, got (12, 2, 1, 8)"),
+    "no images": ("a.npz", "images", npz(images=GRAY[:0]), "got (0, 8, 8)"),
+    "too few": ("a.npz", "images", npz(images=GRAY[:3]), "images: expected at least 10 of them, got 3"),
+    "not square": ("a.npz", "images", npz(images=GRAY[:, :4]), "expected square ones, got height 4 and width 8"),
+    "labels": ("a.npz", "images", npz(images=GRAY, labels=np.zeros(3, int)), "expected shape (12,), got (3,)"),
+    "float labels": ("a.npz", "images", npz(images=GRAY, labels=np.zeros(12)), "expected integers, got float64"),
+    "large labels": ("a.npz", "images", npz(images=GRAY, labels=np.arange(12) * 9), "got 0 to 99"),
+    "negative labels": ("a.npz", "images", npz(images=GRAY, labels=np.arange(12) - 1), "got -1 to 10"),
     "no npz": ("a.npz", "images", written(b"hello"), "expected an .npz file of plain arrays, got one that fails"),
-    "one class for domains": ("a.npz", "domains", npz(images=GREY), "expected data of kind domains"),
+    "one class for domains": ("a.npz", "domains", npz(images=GRAY), "expected data of kind domains"),
     "a small domain": (
-        *("a.npz", "domains", npz(images=GREY, labels=np.arange(12) % 2)),
+        *("a.npz", "domains", npz(images=GRAY, labels=np.arange(12) % 2)),
         "images of domain a: expected at least 10 of them, got 6",
     ),
     "idx of labels": (IDX, "images", idx(2049, (12,), 12), "expected the magic number 2051 of IDX images, got 2049"),
@@ -97,13 +97,13 @@ BAD: dict[str, tuple[str, str, Callable[[Path], Any], str]] = {
     "empty folder": ("f", "images", Path.mkdir, "expected images (.png, .jpg, ...), .txt or .wav files in it, got no"),
     "other files": ("f", "images", lambda p: folder(p, b"", name="a.md", good=0), "files in it, got 1 .md"),
     "one image": ("f", "images", lambda p: folder(p, good=1), "images: expected at least 10 of them, got 1"),
-    "truncated": ("f", "images", lambda p: folder(p, png(COLOUR[0])[:90]), "odd.png: expected an image, got one that"),
+    "truncated": ("f", "images", lambda p: folder(p, png(COLOR[0])[:90]), "odd.png: expected an image, got one that"),
     "no image": ("f", "images", lambda p: folder(p, b"hello"), "odd.png: expected an image, got something else"),
     "empty image": ("f", "images", lambda p: folder(p, b""), "odd.png: expected an image, got an empty file"),
     "two sizes": ("f", "images", two_sizes, "expected images of one size, got 8x8 ("),
     "splits": ("f", "images", splits, "or train/ and test/ or val/, got test, val: give one of them"),
     "mixed": ("f", "images", mixed, "directly inside or in subfolders, one for each class, got both (00.png and more"),
-    "a single image": ("a.png", "images", written(png(GREY[0])), "expected a folder of images, got one file"),
+    "a single image": ("a.png", "images", written(png(GRAY[0])), "expected a folder of images, got one file"),
     "unknown file": (
         "a.docx",
         "text",

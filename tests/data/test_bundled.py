@@ -133,7 +133,7 @@ def test_held_out_patches_share_no_pixel_with_the_others() -> None:
     assert not pieces[0] & pieces[1]
 
 
-def test_grey_inputs_are_the_luma_of_their_targets() -> None:
+def test_grayscale_inputs_are_the_luma_of_their_targets() -> None:
     train, _ = load_data(DataConfig(source="photos", items=60), "pairs").splits()
     batch = everything(train)
     luma = (batch["targets"] * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)

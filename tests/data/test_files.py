@@ -19,8 +19,8 @@ from fastgen.data import DataConfig, Dataset, TensorItems, describe, load_data
 from tests.data.test_bundled import check_contract, everything
 
 RANDOM = np.random.RandomState(0)
-GREY = RANDOM.randint(0, 256, (12, 8, 8)).astype(np.uint8)
-COLOUR = RANDOM.randint(0, 256, (12, 8, 8, 3)).astype(np.uint8)
+GRAY = RANDOM.randint(0, 256, (12, 8, 8)).astype(np.uint8)
+COLOR = RANDOM.randint(0, 256, (12, 8, 8, 3)).astype(np.uint8)
 
 NO_CAPTIONS = {"caption_vocabulary": "", "caption_length": 0, "caption_examples": ()}
 
@@ -47,7 +47,7 @@ CAPTIONS = ["a red dog", "a dög", "two cats, one dog"] * 4
 
 @pytest.mark.parametrize("table", ["metadata.csv", "captions.tsv"])
 def test_a_table_beside_images_has_their_captions(tmp_path: Path, table: str) -> None:
-    save_images(tmp_path, GREY)
+    save_images(tmp_path, GRAY)
     without = load(tmp_path)
     assert without.facts == NO_CAPTIONS | {"image_size": 8, "channels": 1, "levels": 256, "classes": 0}
     if table == "metadata.csv":
@@ -65,7 +65,7 @@ def test_a_table_beside_images_has_their_captions(tmp_path: Path, table: str) ->
     for part in data.splits():
         batch = everything(part)
         for pixels, row in zip(batch["images"].mul(255).round().byte(), batch["caption"], strict=True):
-            (number,) = (i for i, grey in enumerate(GREY) if np.array_equal(grey, pixels[0].numpy()))
+            (number,) = (i for i, gray in enumerate(GRAY) if np.array_equal(gray, pixels[0].numpy()))
             assert "".join(vocabulary[i - 1] for i in row if i) == CAPTIONS[number]
     assert not describe(DataConfig(source=str(tmp_path))).warnings[1:]  # the table is not left out
 
@@ -83,7 +83,7 @@ def test_a_table_beside_images_has_their_captions(tmp_path: Path, table: str) ->
     ],
 )
 def test_a_mistake_in_a_table_of_captions_is_named(tmp_path: Path, rows: str, error: str) -> None:
-    save_images(tmp_path, GREY)
+    save_images(tmp_path, GRAY)
     (tmp_path / "captions.tsv").write_text(rows)
     with pytest.raises(ValueError, match=f"captions.tsv: .*{error}"):
         load(tmp_path)
@@ -119,7 +119,7 @@ def test_npz_layouts_become_channels_first(tmp_path: Path, shape: tuple[int, ...
 
 @pytest.mark.parametrize("white", [1, 255])
 def test_black_and_white_has_two_levels(tmp_path: Path, white: int) -> None:
-    np.savez(tmp_path / "a.npz", pictures=(GREY > 127).astype(np.uint8) * np.uint8(white))
+    np.savez(tmp_path / "a.npz", pictures=(GRAY > 127).astype(np.uint8) * np.uint8(white))
     data = load(tmp_path / "a.npz", column="pictures")
     assert data.facts["levels"] == 2
     assert all_images(data).unique().tolist() == [0, 255]
@@ -127,7 +127,7 @@ def test_black_and_white_has_two_levels(tmp_path: Path, white: int) -> None:
 
 
 def test_classes_of_one_image_leave_a_held_out_part(tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", images=GREY[:10], labels=np.arange(10))
+    np.savez(tmp_path / "a.npz", images=GRAY[:10], labels=np.arange(10))
     assert [len(part) for part in load(tmp_path / "a.npz").splits()] == [8, 2]
     assert "classes with fewer than 5 items: 0, 1, 2" in str(describe(DataConfig(str(tmp_path / "a.npz"))))
 
@@ -145,7 +145,7 @@ def test_arrays_of_two_classes_are_two_domains(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", ["", ".gz"])
 def test_idx_files_find_their_labels(tmp_path: Path, ending: str) -> None:
     labels = np.arange(12, dtype=np.uint8) % 3
-    save_idx(tmp_path / f"train-images-idx3-ubyte{ending}", GREY, 2051)
+    save_idx(tmp_path / f"train-images-idx3-ubyte{ending}", GRAY, 2051)
     assert load(tmp_path / f"train-images-idx3-ubyte{ending}").facts["classes"] == 0
     save_idx(tmp_path / "train-labels-idx1-ubyte.gz", labels, 2049)
     data = load(tmp_path / f"train-images-idx3-ubyte{ending}")
@@ -153,7 +153,7 @@ def test_idx_files_find_their_labels(tmp_path: Path, ending: str) -> None:
     shown = {
         (image.sum().item(), label) for part in data.splits() for image, label in zip(*pixels_of(part), strict=True)
     }
-    assert shown == {(int(image.sum()), label) for image, label in zip(GREY, labels.tolist(), strict=True)}
+    assert shown == {(int(image.sum()), label) for image, label in zip(GRAY, labels.tolist(), strict=True)}
 
 
 def pixels_of(part: Any) -> tuple[torch.Tensor, list[int]]:
@@ -162,17 +162,17 @@ def pixels_of(part: Any) -> tuple[torch.Tensor, list[int]]:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".bmp", ".webp", ".tif"])
-@pytest.mark.parametrize("images", [GREY, COLOUR], ids=["grey", "colour"])
+@pytest.mark.parametrize("images", [GRAY, COLOR], ids=["gray", "color"])
 def test_folders_of_images_are_read_as_they_are(tmp_path: Path, images: Any, suffix: str) -> None:
     options = {"lossless": True} if suffix == ".webp" else {}
     for i, pixels in enumerate(images):
         Image.fromarray(pixels).save(tmp_path / f"{i:02}{suffix}", **options)
     (tmp_path / ".hidden.png").write_text("no image")
     data = load(tmp_path)
-    channels = 3 if images.ndim == 4 or suffix == ".webp" else 1  # WebP has no grey
+    channels = 3 if images.ndim == 4 or suffix == ".webp" else 1  # WebP has no grayscale
     assert data.facts == NO_CAPTIONS | {"image_size": 8, "channels": channels, "levels": 256, "classes": 0}
-    grey = np.broadcast_to(images.reshape(12, 8, 8, -1), (12, 8, 8, channels))
-    assert sorted(all_images(data).sum((1, 2, 3)).tolist()) == sorted(grey.sum((1, 2, 3)).tolist())
+    gray = np.broadcast_to(images.reshape(12, 8, 8, -1), (12, 8, 8, channels))
+    assert sorted(all_images(data).sum((1, 2, 3)).tolist()) == sorted(gray.sum((1, 2, 3)).tolist())
 
 
 def test_subfolders_are_classes_and_links_are_followed(tmp_path: Path) -> None:
@@ -192,8 +192,8 @@ def test_subfolders_are_classes_and_links_are_followed(tmp_path: Path) -> None:
 
 
 def test_pairs_belong_together_by_name(tmp_path: Path) -> None:
-    save_images(tmp_path / "inputs", GREY)
-    save_images(tmp_path / "targets", np.stack([255 - GREY] * 3, -1), ".bmp")
+    save_images(tmp_path / "inputs", GRAY)
+    save_images(tmp_path / "targets", np.stack([255 - GRAY] * 3, -1), ".bmp")
     data = load(tmp_path, "pairs")
     assert data.facts == {"image_size": 8, "input_channels": 1, "channels": 3, "levels": 256}
     for part in map(everything, data.splits()):
@@ -204,8 +204,8 @@ def test_pairs_belong_together_by_name(tmp_path: Path) -> None:
 
 
 def test_one_color_image_makes_all_images_color(tmp_path: Path) -> None:
-    save_images(tmp_path, GREY)
-    Image.fromarray(COLOUR[0]).save(tmp_path / "colour.png")
+    save_images(tmp_path, GRAY)
+    Image.fromarray(COLOR[0]).save(tmp_path / "color.png")
     both = all_images(load(tmp_path))
     assert both.shape == (13, 3, 8, 8)
     assert (both == both[:, :1]).flatten(1).all(1).sum() == 12
@@ -219,11 +219,11 @@ MODES: dict[str, tuple[Callable[[], Image.Image], dict[str, Any], list[int]]] = 
     "transparent": (lambda: _rgba((255, 0, 0, 0)), {}, [255, 255, 255]),
     "half transparent": (lambda: _rgba((255, 0, 0, 128)), {}, [255, 127, 127]),
     "palette": (lambda: Image.new("RGB", (8, 8), (9, 90, 200)).quantize(4), {}, [9, 90, 200]),
-    "grey palette": (lambda: Image.new("L", (8, 8), 77).convert("P"), {}, [77]),
+    "gray palette": (lambda: Image.new("L", (8, 8), 77).convert("P"), {}, [77]),
     "transparent palette": (lambda: Image.new("RGB", (8, 8)).quantize(4), {"transparency": 0}, [255]),
     "16 bits": (lambda: Image.fromarray(np.full((8, 8), 300 * 256 // 2, np.uint16)), {}, [150]),
     "one bit": (lambda: Image.new("1", (8, 8), 1), {}, [255]),
-    "grey and alpha": (lambda: Image.new("LA", (8, 8), (40, 255)), {}, [40]),
+    "gray and alpha": (lambda: Image.new("LA", (8, 8), (40, 255)), {}, [40]),
 }
 
 
@@ -255,8 +255,8 @@ def test_images_are_rotated_upright_resized_and_cropped(tmp_path: Path) -> None:
 def test_images_beyond_the_memory_limit_are_decoded_batch_by_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_images(tmp_path / "a", COLOUR)
-    save_images(tmp_path / "b", COLOUR[:, ::-1])
+    save_images(tmp_path / "a", COLOR)
+    save_images(tmp_path / "b", COLOR[:, ::-1])
     eager = {kind: load(tmp_path, kind) for kind in ("images", "domains")}
     assert all(isinstance(part, TensorItems) for data in eager.values() for part in data.splits())
     monkeypatch.setattr("fastgen.data.images.MEMORY_LIMIT", 1000)
@@ -273,8 +273,8 @@ def test_images_beyond_the_memory_limit_are_decoded_batch_by_batch(
 
 @pytest.mark.parametrize("limit", [2 << 30, 1000], ids=["in memory", "lazy"])
 def test_each_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    save_images(tmp_path / "a", COLOUR)
-    save_images(tmp_path / "b", GREY)
+    save_images(tmp_path / "a", COLOR)
+    save_images(tmp_path / "b", GRAY)
     monkeypatch.setattr("fastgen.data.images.MEMORY_LIMIT", limit)
     counts: Counter[Path] = Counter()
     read = Path.read_bytes
@@ -349,7 +349,7 @@ def hugging_face() -> Any:
         "label": datasets.ClassLabel(names=["cat", "dog"]),
         "words": datasets.Value("string"),
     }
-    pictures = [Image.fromarray(pixels) for pixels in np.concatenate([GREY, GREY // 2])]
+    pictures = [Image.fromarray(pixels) for pixels in np.concatenate([GRAY, GRAY // 2])]
     rows = {
         "picture": pictures,
         "label": [i % 2 for i in range(24)],
@@ -378,7 +378,7 @@ def test_hugging_face_datasets_serve_images_and_text(
     seen = describe(DataConfig(source))
     assert seen.kinds == ("images", "domains", "text")
     assert seen.classes == {"cat": 12, "dog": 12}
-    assert all_images(load(source)).sum() == GREY.sum() + (GREY // 2).sum()
+    assert all_images(load(source)).sum() == GRAY.sum() + (GRAY // 2).sum()
     assert load(source, image_size=4, column="picture").facts["image_size"] == 4
     text = load_data(DataConfig(source, column="words"), "text")
     assert len(text.train) + len(text.held_out) == len("\n".join(f"line {i}" for i in range(23)))

@@ -14,7 +14,7 @@ import pytest
 from fastgen.data import DataConfig, describe
 from fastgen.data.captions import read_captions
 from fastgen.data.trees import folder_tree
-from tests.data.test_files import GREY, load, save_idx, save_images, save_wav
+from tests.data.test_files import GRAY, load, save_idx, save_images, save_wav
 
 UNICODE_LINE_ENDS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
 """What ``str.splitlines`` takes for line ends, and files do not."""
@@ -28,7 +28,7 @@ def test_only_the_line_ends_of_files_end_lines(tmp_path: Path, end: str) -> None
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + end.join([*lines, ""]).encode())
         return tmp_path / name
 
-    save_images(tmp_path / "images", GREY)
+    save_images(tmp_path / "images", GRAY)
     names = [Path(f"{i:02}.png") for i in range(12)]
     for table, mark in (("captions.tsv", "\t"), ("metadata.csv", ",")):
         write(f"images/{table}", f"file_name{mark}text", *(f"{name}{mark}{name}{odd}x" for name in names))
@@ -44,7 +44,7 @@ def test_only_the_line_ends_of_files_end_lines(tmp_path: Path, end: str) -> None
 
 
 def test_rows_of_a_table_are_counted_as_a_spreadsheet_counts_them(tmp_path: Path) -> None:
-    save_images(tmp_path, GREY)
+    save_images(tmp_path, GRAY)
     (tmp_path / "metadata.csv").write_text('file_name,text\n\n00.png,"one\ntwo"\n\n77.png,a\n')
     with pytest.raises(ValueError, match=r"metadata\.csv: row 5: .*got 77\.png"):
         load(tmp_path)
@@ -54,7 +54,7 @@ def test_rows_of_a_table_are_counted_as_a_spreadsheet_counts_them(tmp_path: Path
 
 
 def test_a_bundled_name_that_is_also_a_path_is_ambiguous(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_images(tmp_path / "digits", GREY)
+    save_images(tmp_path / "digits", GRAY)
     bundled = load("digits").fingerprint
     monkeypatch.chdir(tmp_path)
     mine = load(tmp_path / "digits").fingerprint
@@ -71,7 +71,7 @@ def test_a_bundled_name_that_is_also_a_path_is_ambiguous(tmp_path: Path, monkeyp
 
 
 def test_stray_files_beside_the_data_change_nothing(tmp_path: Path) -> None:
-    save_images(tmp_path / "images", GREY)
+    save_images(tmp_path / "images", GRAY)
     for i in range(12):
         save_wav(tmp_path / "sounds" / f"{i}.wav", [0] * 8000)
     (tmp_path / "texts").mkdir()
@@ -131,7 +131,7 @@ def test_unreadable_files_are_named_in_one_line(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(OSError, match="^" + re.escape(f"{tmp_path / name}: expected digits, ")) as caught:
             load(tmp_path / name, "text")
         assert error in str(caught.value)
-    save_images(tmp_path / "images", GREY)
+    save_images(tmp_path / "images", GRAY)
     (tmp_path / "images" / "link.png").symlink_to("../gone.png")
     with pytest.raises(
         FileNotFoundError, match=r"link\.png: expected a file that can be read, got a link to \.\./gone\.png"
@@ -139,8 +139,8 @@ def test_unreadable_files_are_named_in_one_line(tmp_path: Path, monkeypatch: pyt
         load(tmp_path / "images")
     (tmp_path / "images" / "link.png").unlink()
     save_wav(tmp_path / "a.wav", [0] * 800)
-    np.savez(tmp_path / "a.npz", images=GREY)
-    save_idx(tmp_path / "images-idx3-ubyte", GREY, 2051)
+    np.savez(tmp_path / "a.npz", images=GRAY)
+    save_idx(tmp_path / "images-idx3-ubyte", GRAY, 2051)
 
     def refuse(*args: Any, **options: Any) -> None:  # as root no file is out of reach
         raise PermissionError(errno.EACCES, "Permission denied", str(args[0]))

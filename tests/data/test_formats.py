@@ -23,7 +23,7 @@ from fastgen.data.image_sets import LazyItems
 from fastgen.data.images import LazyImages
 from fastgen.data.trees import _opened_zip
 from tests.data.test_bundled import everything
-from tests.data.test_files import COLOUR, GREY, load, save_idx, save_images
+from tests.data.test_files import COLOR, GRAY, load, save_idx, save_images
 
 LABELS = np.arange(12, dtype=np.uint8) % 3
 
@@ -35,7 +35,7 @@ def pixels(items: Any) -> torch.Tensor:
 def save_mnist(folder: Path, ending: str = "", test: bool = True) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for split, chosen in (("train", slice(12)), ("t10k", slice(4))) if test else (("train", slice(12)),):
-        save_idx(folder / f"{split}-images-idx3-ubyte{ending}", GREY[chosen] // (1 + (split == "t10k")), 2051)
+        save_idx(folder / f"{split}-images-idx3-ubyte{ending}", GRAY[chosen] // (1 + (split == "t10k")), 2051)
         save_idx(folder / f"{split}-labels-idx1-ubyte{ending}", LABELS[chosen], 2049)
 
 
@@ -52,8 +52,8 @@ def test_the_folder_of_mnists_files_is_read_with_t10k_held_out(tmp_path: Path, l
         pack(source, tmp_path / "set")
     data = load(source)
     assert (len(data.train), len(data.held_out)) == (12, 4)
-    assert np.array_equal(pixels(data.train)[:, 0], GREY)
-    assert np.array_equal(pixels(data.held_out)[:, 0], GREY[:4] // 2)
+    assert np.array_equal(pixels(data.train)[:, 0], GRAY)
+    assert np.array_equal(pixels(data.held_out)[:, 0], GRAY[:4] // 2)
     assert everything(data.train)["labels"].tolist() == LABELS.tolist()
     assert everything(data.held_out)["labels"].tolist() == LABELS[:4].tolist()
     assert not data.warnings
@@ -132,7 +132,7 @@ def test_cifars_pickles_are_refused_with_the_name_of_the_binary_version(tmp_path
 
 
 def test_keras_arrays_have_labels_and_a_test_split(tmp_path: Path) -> None:
-    arrays = {"x_train": GREY, "y_train": LABELS, "x_test": GREY[:3], "y_test": LABELS[:3]}
+    arrays = {"x_train": GRAY, "y_train": LABELS, "x_test": GRAY[:3], "y_test": LABELS[:3]}
     np.savez(tmp_path / "mnist.npz", **arrays)
     data = load(tmp_path / "mnist.npz")
     assert (len(data.train), len(data.held_out)) == (12, 3)
@@ -145,14 +145,14 @@ def test_keras_arrays_have_labels_and_a_test_split(tmp_path: Path) -> None:
 
 
 def test_npy_files_and_unnamed_arrays_are_images(tmp_path: Path) -> None:
-    np.save(tmp_path / "images.npy", COLOUR)
+    np.save(tmp_path / "images.npy", COLOR)
     assert load(tmp_path / "images.npy").facts["classes"] == 0
     np.save(tmp_path / "labels.npy", LABELS)
     data = load(tmp_path / "images.npy")
     assert (data.facts["channels"], data.facts["classes"]) == (3, 3)
-    np.savez(tmp_path / "others.npz", images=COLOUR, labels=LABELS, notes=np.array([{}]))
+    np.savez(tmp_path / "others.npz", images=COLOR, labels=LABELS, notes=np.array([{}]))
     assert load(tmp_path / "others.npz").fingerprint == data.fingerprint  # other arrays are not read
-    np.savez(tmp_path / "a.npz", COLOUR)
+    np.savez(tmp_path / "a.npz", COLOR)
     assert load(tmp_path / "a.npz").facts["classes"] == 0
     np.save(tmp_path / "objects.npy", np.array([{}] * 10))
     for name in ("objects.npy", "missing.npy"):
@@ -173,7 +173,7 @@ def pack(archive: Path, folder: Path) -> None:
 def test_an_archive_of_images_is_read_as_its_folder(
     tmp_path: Path, form: str, lazy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, images in (("cat", GREY), ("dog", 255 - GREY)):
+    for name, images in (("cat", GRAY), ("dog", 255 - GRAY)):
         save_images(tmp_path / "set" / name, images)
     rows = [f"{name}/{i:02}.png\ta {name}" for name in ("cat", "dog") for i in range(12)]
     (tmp_path / "set" / "captions.tsv").write_text("\n".join(rows))
@@ -196,7 +196,7 @@ def test_an_archive_of_images_is_read_as_its_folder(
 
 
 def test_damaged_archives_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_images(tmp_path / "set", GREY)
+    save_images(tmp_path / "set", GRAY)
     pack(tmp_path / "good.zip", tmp_path / "set")
     data = (tmp_path / "good.zip").read_bytes()
     (tmp_path / "a.zip").write_bytes(data[: len(data) // 2])
@@ -217,16 +217,16 @@ def test_damaged_archives_are_refused_in_one_line(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("held", ["test", "val", "validation"])
 def test_folders_named_like_splits_are_splits(tmp_path: Path, held: str) -> None:
-    for split, images in (("train", GREY), (held, 255 - GREY[:4])):
+    for split, images in (("train", GRAY), (held, 255 - GRAY[:4])):
         for label in (0, 1):
             save_images(tmp_path / split / "ab"[label], images[label::2])
     data = load(tmp_path)
     assert (len(data.train), len(data.held_out)) == (12, 4)
     assert data.classes == {"a": 8, "b": 8}
     assert everything(data.held_out)["labels"].tolist() == [0, 0, 1, 1]
-    assert np.array_equal(pixels(data.held_out)[:, 0], 255 - GREY[[0, 2, 1, 3]])
+    assert np.array_equal(pixels(data.held_out)[:, 0], 255 - GRAY[[0, 2, 1, 3]])
     if held == "val":
-        save_images(tmp_path / "test" / "b", GREY[:1])
+        save_images(tmp_path / "test" / "b", GRAY[:1])
         both = load(tmp_path)
         assert len(both.held_out) == 1
         assert both.warnings[0].startswith("4 images of the validation split were left out: the test split is held out")
@@ -236,7 +236,7 @@ def test_folders_named_like_splits_are_splits(tmp_path: Path, held: str) -> None
 
 
 def test_captions_of_splits_are_beside_them_or_above(tmp_path: Path) -> None:
-    for split, images in (("train", GREY), ("test", GREY[:3])):
+    for split, images in (("train", GRAY), ("test", GRAY[:3])):
         save_images(tmp_path / split, images)
         rows = [json.dumps({"file_name": f"{i:02}.png", "text": f"{split} {i}"}) for i in range(len(images))]
         (tmp_path / split / "metadata.jsonl").write_text("\r\n".join(rows))
@@ -251,18 +251,18 @@ def test_captions_of_splits_are_beside_them_or_above(tmp_path: Path) -> None:
 
 
 def test_held_out_images_have_the_channels_and_size_of_training(tmp_path: Path) -> None:
-    save_images(tmp_path / "a" / "train", COLOUR)
-    save_images(tmp_path / "a" / "test", GREY[:3])
+    save_images(tmp_path / "a" / "train", COLOR)
+    save_images(tmp_path / "a" / "test", GRAY[:3])
     held = load(tmp_path / "a").held_out
-    assert np.array_equal(pixels(held), np.repeat(GREY[:3, None], 3, 1))
-    save_images(tmp_path / "b" / "train", GREY)
-    save_images(tmp_path / "b" / "test", COLOUR[:3])
+    assert np.array_equal(pixels(held), np.repeat(GRAY[:3, None], 3, 1))
+    save_images(tmp_path / "b" / "train", GRAY)
+    save_images(tmp_path / "b" / "test", COLOR[:3])
     with pytest.raises(
         ValueError, match=r"00\.png: expected a gray image, as the training images are, got one in color"
     ):
         load(tmp_path / "b")
-    save_images(tmp_path / "c" / "train", GREY)
-    save_images(tmp_path / "c" / "test", GREY[:3, :4, :4])
+    save_images(tmp_path / "c" / "train", GRAY)
+    save_images(tmp_path / "c" / "test", GRAY[:3, :4, :4])
     with pytest.raises(ValueError, match="expected images of 8x8, as for training, got 4x4: --image-size"):
         load(tmp_path / "c")
     assert load(tmp_path / "c", image_size=4).facts["image_size"] == 4
@@ -273,12 +273,12 @@ def test_domains_of_splits(tmp_path: Path, layout: str) -> None:
     for split, n in (("train", 12), ("test", 4)):
         for domain in "AB":
             folder = f"{split}{domain}" if layout == "cyclegan" else f"{split}/{domain}"
-            save_images(tmp_path / folder, GREY[: n - (domain == "B")] // (1 + (domain == "B")))
+            save_images(tmp_path / folder, GRAY[: n - (domain == "B")] // (1 + (domain == "B")))
     data = load(tmp_path, "domains")
     assert (len(data.train), len(data.held_out)) == (12, 3)
     batch = everything(data.held_out)
-    assert np.array_equal(batch["a"].mul(255).round().byte()[:, 0], GREY[:3])
-    assert np.array_equal(batch["b"].mul(255).round().byte()[:, 0], GREY[:3] // 2)
+    assert np.array_equal(batch["a"].mul(255).round().byte()[:, 0], GRAY[:3])
+    assert np.array_equal(batch["b"].mul(255).round().byte()[:, 0], GRAY[:3] // 2)
 
 
 @pytest.mark.parametrize("lazy", [False, True])
@@ -288,21 +288,21 @@ def test_pairs_are_folders_with_the_same_names_or_images_side_by_side(
     if lazy:
         monkeypatch.setattr("fastgen.data.images.MEMORY_LIMIT", 100)
     for split, n in (("train", 12), ("test", 4)):
-        save_images(tmp_path / "beside" / split, np.concatenate([COLOUR[:n], 255 - COLOUR[:n]], 2))
-        for name, images in (("google", COLOUR[:n]), ("twitter", 255 - COLOUR[:n])):
+        save_images(tmp_path / "beside" / split, np.concatenate([COLOR[:n], 255 - COLOR[:n]], 2))
+        for name, images in (("google", COLOR[:n]), ("twitter", 255 - COLOR[:n])):
             save_images(tmp_path / "folders" / split / name / "faces", images)
     for layout in ("beside", "folders"):
         data = load(tmp_path / layout, "pairs")
         assert (len(data.train), len(data.held_out)) == (12, 4)
         batch = everything(data.train)
-        assert np.array_equal(batch["inputs"].mul(255).round().byte().permute(0, 2, 3, 1), COLOUR)
-        assert np.array_equal(batch["targets"].mul(255).round().byte().permute(0, 2, 3, 1), 255 - COLOUR)
+        assert np.array_equal(batch["inputs"].mul(255).round().byte().permute(0, 2, 3, 1), COLOR)
+        assert np.array_equal(batch["targets"].mul(255).round().byte().permute(0, 2, 3, 1), 255 - COLOR)
         exchanged = everything(load(tmp_path / layout, "pairs", direction="BtoA").train)
         assert torch.equal(exchanged["inputs"], batch["targets"])
         assert load(tmp_path / layout, "pairs", image_size=4).facts["image_size"] == 4
     assert describe(DataConfig(str(tmp_path / "beside"))).kinds == ("pairs", "images")
     assert len(load(tmp_path / "folders" / "train", "pairs").held_out) == 3
-    Image.fromarray(COLOUR[0]).save(tmp_path / "beside" / "train" / "99.png")
+    Image.fromarray(COLOR[0]).save(tmp_path / "beside" / "train" / "99.png")
     with pytest.raises(
         ValueError, match=r"99\.png: expected two square images side by side, .* got 8x8: --skip-broken"
     ):
@@ -322,7 +322,7 @@ def test_broken_images_are_listed_at_once_or_left_out(
     if lazy:
         monkeypatch.setattr("fastgen.data.images.MEMORY_LIMIT", 100)
     for name in ("cat", "dog"):
-        save_images(tmp_path / name, GREY)
+        save_images(tmp_path / name, GRAY)
     whole = (tmp_path / "cat" / "00.png").read_bytes()
     for name, data in {"cat/03.png": b"", "cat/08.png": b"hello", "dog/11.png": whole[:-30]}.items():
         (tmp_path / name).write_bytes(data)
@@ -338,12 +338,12 @@ def test_broken_images_are_listed_at_once_or_left_out(
     assert data.classes == {"cat": 10, "dog": 11}
     assert "3 files that can't be read were left out: cat/03.png" in data.warnings[0]
     shown = {tuple(image.flatten().tolist()) for items in data.splits() for image in pixels(items)}
-    assert shown == {tuple(image.flatten().tolist()) for image in GREY}
+    assert shown == {tuple(image.flatten().tolist()) for image in GRAY}
 
 
 def test_enlarged_images_are_warned_of(tmp_path: Path) -> None:
-    save_images(tmp_path, GREY)
-    Image.fromarray(np.tile(GREY[0], (4, 4))).save(tmp_path / "99.png")
+    save_images(tmp_path, GRAY)
+    Image.fromarray(np.tile(GRAY[0], (4, 4))).save(tmp_path / "99.png")
     assert (
         "12 of 13 images are smaller than 16 and were enlarged"
         in describe(DataConfig(str(tmp_path), image_size=16)).warnings
@@ -353,7 +353,7 @@ def test_enlarged_images_are_warned_of(tmp_path: Path) -> None:
 
 def test_captions_are_described_only_where_there_are_some(tmp_path: Path) -> None:
     for name in ("cat", "dog"):
-        save_images(tmp_path / name, GREY)
+        save_images(tmp_path / name, GRAY)
     assert "caption_" not in str(describe(DataConfig(str(tmp_path))))
     (tmp_path / "captions.tsv").write_text(
         "\n".join(f"{n}/{i:02}.png\tpet {i}" for n in ("cat", "dog") for i in range(12))
@@ -427,14 +427,14 @@ def test_a_folder_of_parquet_shards_is_one_dataset(tmp_path: Path, column: str) 
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    for name, part in (("train-00000-of-2", GREY[:6]), ("train-00001-of-2", GREY[6:]), ("test-00000-of-1", GREY[:3])):
+    for name, part in (("train-00000-of-2", GRAY[:6]), ("train-00001-of-2", GRAY[6:]), ("test-00000-of-1", GRAY[:3])):
         cells = [{"bytes": encoded(g), "path": None} if column == "struct" else encoded(g) for g in part]
         table = pa.table({"image": cells, "label": [i % 3 for i in range(len(part))]})
         (tmp_path / "data").mkdir(exist_ok=True)
         parquet.write_table(table, tmp_path / "data" / f"{name}.parquet")
     data = load(tmp_path)
     assert (len(data.train), len(data.held_out)) == (12, 3)
-    assert np.array_equal(pixels(data.train)[:, 0], GREY)
+    assert np.array_equal(pixels(data.train)[:, 0], GRAY)
     assert data.facts["classes"] == 3
 
 
@@ -468,7 +468,7 @@ def test_lazy_images_are_decoded_by_forked_workers(tmp_path: Path, monkeypatch: 
     """An open archive's position is shared with a forked process, which therefore opens its own."""
     from torch.utils.data import DataLoader
 
-    save_images(tmp_path / "set", GREY)
+    save_images(tmp_path / "set", GRAY)
     pack(tmp_path / "set.zip", tmp_path / "set")
     monkeypatch.setattr("fastgen.data.images.MEMORY_LIMIT", 100)
     data = load(tmp_path / "set.zip")

@@ -9,7 +9,10 @@ from tests import word_lint
 
 @pytest.mark.parametrize(
     "line",
-    ["learning rate of AdamW", "the game", "heads are turned", "differentiated twice", "num = halvings", "in the box"],
+    [
+        *("learning rate of AdamW", "the game", "heads are turned", "differentiated twice", "num = halvings"),
+        *("in the box", "def normalise_heads():", "Neighbourhoods", "colours", "grey pixels", "minimising"),
+    ],
 )
 def test_a_retired_phrase_is_found(line: str) -> None:
     assert list(word_lint.phrases(line))
@@ -17,7 +20,10 @@ def test_a_retired_phrase_is_found(line: str) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["AdamW beta1", "twice differentiable", "passed by value", "negative_slope=0.2", "halvings  # word-lint: ok"],
+    [
+        *("AdamW beta1", "twice differentiable", "passed by value", "negative_slope=0.2", "halvings  # word-lint: ok"),
+        *("raise", "noise", "promises", "normalizes", "primary: blue grey"),
+    ],
 )
 def test_the_field_s_own_terms_pass(line: str) -> None:
     assert not list(word_lint.phrases(line))

@@ -76,9 +76,9 @@ def test_resampling_counts_are_equivalent_to_repeated_items():
         assert float(kernel[r]) == pytest.approx(float(within[0] + within[1] - 2 * cross))
 
 
-def test_neighbourhoods_of_points_on_a_line():
+def test_neighborhoods_of_points_on_a_line():
     real = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
-    found = metrics.neighbourhoods(real, torch.tensor([[0.5], [20.0]]), k=1)
+    found = metrics.neighborhoods(real, torch.tensor([[0.5], [20.0]]), k=1)
     assert found.precise.tolist() == [True, False]  # 20 is beyond 11 + 1
     assert found.recalled.tolist() == [True] * 4  # all within 19.5 of 0.5
     assert found.covered.tolist() == [True, True, False, False]
@@ -86,14 +86,14 @@ def test_neighbourhoods_of_points_on_a_line():
     assert (found.precision, found.recall, found.density, found.coverage) == (0.5, 1, 1, 0.5)
 
 
-def test_neighbourhoods_match_full_distance_matrices_for_any_block_size(monkeypatch):
+def test_neighborhoods_match_full_distance_matrices_for_any_block_size(monkeypatch):
     real, generated = normal(40, 3, shift=100), normal(50, 3, 1, scale=0.8, shift=100)
     within, others, between = (torch.cdist(a, b) for a, b in ((real, real), (generated, generated), (generated, real)))
     radii, reach = within.sort(1).values[:, 5], others.sort(1).values[:, 5]
     inside = between <= radii
     for numbers in (2**22, 130):
         monkeypatch.setattr(distances, "MAX_ELEMENTS", numbers)
-        found = metrics.neighbourhoods(real, generated)
+        found = metrics.neighborhoods(real, generated)
         assert torch.equal(found.precise, inside.any(1))
         assert torch.equal(found.covered, inside.any(0))
         assert torch.equal(found.recalled, (between <= reach[:, None]).any(0))
@@ -104,26 +104,26 @@ def test_neighbourhoods_match_full_distance_matrices_for_any_block_size(monkeypa
 def test_equal_sets_have_precision_recall_and_coverage_one():
     real = normal(50, 16, shift=50)
     real[10:20] = real[0]  # more copies than k: a sphere of radius 0
-    found = metrics.neighbourhoods(real, real[torch.randperm(50, generator=seeded())])
+    found = metrics.neighborhoods(real, real[torch.randperm(50, generator=seeded())])
     assert (found.precision, found.recall, found.coverage) == (1, 1, 1)
 
 
 def test_points_on_a_sphere_are_inside_despite_rounding():
     real = normal(200, 64, shift=5)
-    assert metrics.neighbourhoods(real, real.flip(0)).density == pytest.approx(6 / 5)  # itself, and 5 on average
+    assert metrics.neighborhoods(real, real.flip(0)).density == pytest.approx(6 / 5)  # itself, and 5 on average
 
 
-def test_neighbourhoods_are_translation_invariant():
+def test_neighborhoods_are_translation_invariant():
     real, generated = normal(60, 8), normal(70, 8, 1)
-    near, far = metrics.neighbourhoods(real, generated), metrics.neighbourhoods(real + 1e6, generated + 1e6)
+    near, far = metrics.neighborhoods(real, generated), metrics.neighborhoods(real + 1e6, generated + 1e6)
     for name in ("precise", "recalled", "spheres", "covered"):
         assert torch.equal(getattr(near, name), getattr(far, name))
 
 
 def test_mode_dropping_lowers_recall_and_coverage_but_not_precision():
     modes = torch.cat([normal(100, 4), normal(100, 4, 1, shift=20)])
-    whole = metrics.neighbourhoods(modes, torch.cat([normal(100, 4, 2), normal(100, 4, 3, shift=20)]))
-    half = metrics.neighbourhoods(modes, normal(200, 4, 4))
+    whole = metrics.neighborhoods(modes, torch.cat([normal(100, 4, 2), normal(100, 4, 3, shift=20)]))
+    half = metrics.neighborhoods(modes, normal(200, 4, 4))
     assert half.precision > whole.precision - 0.05
     assert whole.recall > 0.9
     assert half.recall <= 0.5
@@ -133,7 +133,7 @@ def test_mode_dropping_lowers_recall_and_coverage_but_not_precision():
 
 def test_copies_of_one_real_item_have_low_recall_and_coverage():
     real = normal(100, 4)
-    found = metrics.neighbourhoods(real, real[:1].expand(60, -1))
+    found = metrics.neighborhoods(real, real[:1].expand(60, -1))
     assert found.precision == 1
     assert found.recalled.nonzero().tolist() == [[0]]
     assert found.coverage < 0.2

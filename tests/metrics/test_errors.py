@@ -42,7 +42,7 @@ ERRORS = {
     "one value": (lambda: metrics.bootstrap_interval(torch.zeros(1)), ValueError, r"at least 2, got \[1\]"),
     "values' shape": (lambda: metrics.bootstrap_interval(torch.zeros(2, 2)), ValueError, r"\(N,\), got \(2, 2\)"),
     "values of NaN": (
-        lambda: metrics.summarise({"elbo": torch.tensor([0.0, math.inf])}),
+        lambda: metrics.summarize({"elbo": torch.tensor([0.0, math.inf])}),
         ValueError,
         "elbo: values: expected finite numbers, got 1 of 2",
     ),
@@ -74,12 +74,12 @@ ERRORS = {
         ValueError,
         "real: expected at least 2 items, got 1",
     ),
-    "few neighbours": (
-        lambda: metrics.neighbourhoods(torch.zeros(9, 2), torch.zeros(5, 2)),
+    "few neighbors": (
+        lambda: metrics.neighborhoods(torch.zeros(9, 2), torch.zeros(5, 2)),
         ValueError,
         "generated: expected at least 6 items, got 5",
     ),
-    "k": (lambda: metrics.neighbourhoods(torch.zeros(9, 2), torch.zeros(9, 2), k=0), ValueError, "k: .*got 0"),
+    "k": (lambda: metrics.neighborhoods(torch.zeros(9, 2), torch.zeros(9, 2), k=0), ValueError, "k: .*got 0"),
     "few images": (
         lambda: metrics.evaluate_images(IMAGES[:5], IMAGES, PIXELS),
         ValueError,
@@ -148,12 +148,12 @@ ERRORS = {
         r"labels: expected \(50,\), one for each image, got \(3,\)",
     ),
     "tokens": (
-        lambda: metrics.summarise({"nll": torch.rand(3)}, tokens=0),
+        lambda: metrics.summarize({"nll": torch.rand(3)}, tokens=0),
         ValueError,
         "tokens: expected at least 1 in each item, got 0",
     ),
     "no likelihood": (
-        lambda: metrics.summarise({"error": torch.rand(3)}, dims=4),
+        lambda: metrics.summarize({"error": torch.rand(3)}, dims=4),
         ValueError,
         r"expected iwae, elbo or nll .*got \['error'\]",
     ),

@@ -87,24 +87,24 @@ def test_class_agreement(space, digits):
     assert space.name in str(right)
 
 
-def test_summarise_reports_likelihood_units():
+def test_summarize_reports_likelihood_units():
     nats = 64 * math.log(2) * torch.tensor([1.0, 2.0, 3.0])
-    found = {one.name: one for one in metrics.summarise({"elbo": -nats, "nll": nats / 2, "error": nats}, dims=64)}
+    found = {one.name: one for one in metrics.summarize({"elbo": -nats, "nll": nats / 2, "error": nats}, dims=64)}
     assert found["ELBO"].value == pytest.approx(-128 * math.log(2))
     assert found["error"].unit == ""
     assert found["bits per dimension"].value == pytest.approx(2)  # of the bound, not of the reconstruction term
     assert "at most" in found["bits per dimension"].note
 
-    lines = metrics.summarise({"nll": torch.tensor([10.0, 30.0]), "tokens": torch.tensor([10, 10])})
+    lines = metrics.summarize({"nll": torch.tensor([10.0, 30.0]), "tokens": torch.tensor([10, 10])})
     assert [one.name for one in lines] == ["negative log-likelihood", "nats per token", "perplexity"]
     assert [one.value for one in lines[1:]] == pytest.approx([2, math.exp(2)])
     assert lines[2].high == pytest.approx(math.exp(lines[1].high))
     assert str(lines[1]).endswith("nats/token  20 tokens of 2 held-out items")
     values = {"nll": [10.0, 30.0], "tokens": [10, 10], "characters": [30, 50]}
-    lines = metrics.summarise({name: torch.tensor(column) for name, column in values.items()})
+    lines = metrics.summarize({name: torch.tensor(column) for name, column in values.items()})
     assert lines[3].value == pytest.approx(0.5)
     assert str(lines[3]).endswith("nats/character  80 characters of 20 tokens of 2 held-out items")
-    weighted = metrics.summarise({"nll": torch.tensor([10.0, 30.0])}, tokens=torch.tensor([10, 90]))
+    weighted = metrics.summarize({"nll": torch.tensor([10.0, 30.0])}, tokens=torch.tensor([10, 90]))
     assert weighted[1].value == pytest.approx(0.4)
 
 

@@ -144,13 +144,13 @@ def losses_of(model: Any, batch: dict[str, Tensor]) -> dict[str, dict[str, float
 
 def record(case: str) -> dict[str, Any]:
     """What a model of the zoo computes: its config, its state dict's names and shapes, losses, scores, samples."""
-    from fastgen.models import MODELS, settle
+    from fastgen.models import MODELS, recompute_buffers
 
     config = config_of(*CASES[case])
     model = MODELS[CASES[case][0]](config)
     entry: dict[str, Any] = {"state": {name: list(t.shape) for name, t in model.state_dict().items()}}
     fill(model)
-    settle(model)
+    recompute_buffers(model)
     batch = batch_of(model.kind, config)
     model.eval()
     generator = torch.Generator().manual_seed(5)

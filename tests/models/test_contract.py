@@ -82,7 +82,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = CASES | {
     ),
     "vq-vae, binomial": ("vq-vae", {**VQ_VAE, "image_size": 16, "num_downsamples": 3, "likelihood": "binomial"}),
     "transformer-lm, untied": ("transformer-lm", {**LM, "activation": "swiglu", "tied": False, "dropout": 0.3}),
-    "transformer-lm, no norm of heads": ("transformer-lm", {**LM, "normalise_heads": False, "mlp_width": 12}),
+    "transformer-lm, no norm of heads": ("transformer-lm", {**LM, "qk_norm": False, "mlp_width": 12}),
     "transformer-lm, odd sizes": ("transformer-lm", {**LM, "width": 18, "heads": 3, "context": 7}),
     "transformer-lm, window": ("transformer-lm", {**LM, "window": 3}),
     "transformer-lm, longer tokens": ("transformer-lm", {**LM, "vocabulary": ("\n", *"abcde", "ab", "cde")}),
@@ -94,7 +94,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = CASES | {
     "image-transformer, color": ("image-transformer", {**PIXELS, "image_size": 3, "channels": 3}),
     "image-transformer, few tones": (
         "image-transformer",
-        {**PIXELS, "activation": "swiglu", "levels": 256, "tones": 5, "normalise_heads": False},
+        {**PIXELS, "activation": "swiglu", "levels": 256, "tones": 5, "qk_norm": False},
     ),
     "image-transformer, codes of captions": (
         "image-transformer",

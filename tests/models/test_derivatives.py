@@ -37,7 +37,7 @@ CASES = {
     "conv-vae": ({"image_size": 4, "width": 2, "hidden_dim": 4, "latent_dim": 2, "attention": True}, ""),
     "cvae": ({"width": 6, "latent_dim": 2, "classes": 2}, ""),
     "flow-vae": ({"width": 6, "latent_dim": 3, "flow_width": 4, "context_dim": 2, "flows": 2}, ""),
-    # The gradient passes straight through its quantiser: of the encoder it is none of the loss.
+    # The gradient passes straight through its quantizer: of the encoder it is none of the loss.
     "vq-vae": ({"width": 4}, "autoencoder.decoder"),
     "transformer-lm": ({"vocabulary": "abc", "context": 4, "width": 8, "heads": 2, "depth": 1}, ""),
     "seq2seq": ({"vocabulary": "ab", "source_length": 5, "target_length": 4, "width": 8, "heads": 2}, ""),

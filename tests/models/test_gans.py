@@ -18,7 +18,7 @@ from fastgen.models.cdcgan import CDCGAN
 from fastgen.models.cgan import CGAN
 from fastgen.models.conditioning import LabelOptions
 from fastgen.models.gan import GAN
-from fastgen.models.sagan import SAGAN, SAGANConfig, settled
+from fastgen.models.sagan import SAGAN, SAGANConfig, recomputed_buffers
 from fastgen.models.stylegan import StyleGAN
 from fastgen.models.transgan import TransGAN
 
@@ -267,7 +267,7 @@ def test_training_fits_the_images_of_each_class(name: str) -> None:
 
 
 def test_settled_spectral_norms_are_1() -> None:
-    """``settled`` recomputes the singular vectors: averaged ones do not belong to the averaged weights."""
+    """``recomputed_buffers`` recomputes the singular vectors: averaged ones do not belong to the averaged weights."""
     model = small_model("sagan")
     disturb(model)
     layers = [layer for layer in model.modules() if hasattr(layer, "parametrizations")]
@@ -279,7 +279,7 @@ def test_settled_spectral_norms_are_1() -> None:
         return max(abs(norm - 1) for norm in norms)
 
     stale = max_error()
-    with settled(model), torch.no_grad():
+    with recomputed_buffers(model), torch.no_grad():
         assert max_error() < min(1e-3, stale / 3)
     assert max_error() == stale
 

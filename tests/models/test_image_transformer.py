@@ -37,7 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "caption_length": 3,
         "caption_examples": ["a", "bc", "cab"],
     },
-    "swiglu, few tones": {"activation": "swiglu", "levels": 256, "tones": 5, "normalise_heads": False},
+    "swiglu, few tones": {"activation": "swiglu", "levels": 256, "tones": 5, "qk_norm": False},
 }
 
 

@@ -78,3 +78,8 @@ def test_renamed_options_are_accepted_in_saved_files_and_on_the_command_line(cap
         _request("pix2pix", [f"--model.{old}", "2", "--model.num-downsamples", "3"])
     assert main(["train", "pix2pix", "--help"]) == 0
     assert old not in capsys.readouterr().out
+
+    run, old = SAVED / "trained" / "transformer-lm", "normalise_heads"  # word-lint: ok
+    assert old in json.loads((run / "model" / "config.json").read_text())
+    assert GenerativeModel.from_pretrained(run / "model").config.qk_norm
+    assert not _request("transformer-lm", [f"--model.{old}", "false"]).model_options["qk_norm"]

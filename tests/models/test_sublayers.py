@@ -94,7 +94,7 @@ def test_a_wavenet_calls_a_hooked_part_once_for_each_sample(sublayer):
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_dynamically_quantised_models_draw(name):
+def test_dynamically_quantized_models_draw(name):
     make, draw = DRAWN[name]
     drawn = draw(torch.ao.quantization.quantize_dynamic(make(), {nn.Linear}, dtype=torch.qint8))
     assert isinstance(drawn, list) or drawn.isfinite().all()
@@ -122,7 +122,11 @@ EMBEDDED = {
         ("embedding",),
         lambda model: model(torch.full((1, model.config.source_length), 4), TOKENS),
     ),
-    "ImageTransformer": (image_model, ("row", "column", "colour", "start"), lambda model: model(TOKENS)),
+    "ImageTransformer": (
+        image_model,
+        ("row", "column", "colour", "start"),  # word-lint: ok
+        lambda model: model(TOKENS),
+    ),
     "VQVAE": (DRAWN["VQVAE"][0], ("prior.position",), lambda model: model.prior(torch.zeros(1, 4, dtype=torch.int64))),
 }
 
@@ -138,7 +142,7 @@ class Doubled(nn.Module):
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
-def test_adapters_parametrisations_and_hooks_of_embeddings(name):
+def test_adapters_parametrizations_and_hooks_of_embeddings(name):
     make, sublayers, run = EMBEDDED[name]
     for sublayer in sublayers:
         model, calls = make(), []

@@ -22,7 +22,7 @@ VOCABULARY = "\n abcde"
 VARIANTS = {
     "default": {},
     "swiglu, untied": {"activation": "swiglu", "tied": False},
-    "plain heads, one block": {"normalise_heads": False, "depth": 1, "mlp_width": 12},
+    "plain heads, one block": {"qk_norm": False, "depth": 1, "mlp_width": 12},
     "odd sizes": {"width": 18, "heads": 3, "context": 7},
     "window": {"window": 3},
     "segments": {"segments": 3, "context": 4},

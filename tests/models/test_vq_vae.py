@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgen.models import settle, settled, vq_vae
+from fastgen.models import recompute_buffers, recomputed_buffers, vq_vae
 from fastgen.models.base import Images, StepContext, from_data
 from fastgen.models.vq_vae import VQVAE, CodeOptions, VQVAEConfig
 
@@ -285,8 +285,8 @@ def test_averaged_codebooks_compute_their_entries_from_the_running_averages() ->
     book.sums.copy_(torch.tensor([[2.0, 4.0], [7.0, 7.0], [1.0, 1.5]]))
     before = book.words.clone()
     expected = torch.stack([torch.tensor([1.0, 2.0]), before[1], torch.tensor([2.0, 3.0])])  # one that is unused stays
-    with settled(book):
+    with recomputed_buffers(book):
         assert torch.equal(book.words, expected)
     assert torch.equal(book.words, before)
-    settle(book)
+    recompute_buffers(book)
     assert torch.equal(book.words, expected)

@@ -39,7 +39,7 @@ BLOCK = SimpleNamespace(
     hidden_dim=8,
     mlp_width=8,
     activation="gelu",
-    normalise_heads=True,
+    qk_norm=True,
     dropout=0.0,
 )
 

@@ -178,12 +178,12 @@ def cancellation_second_order(
     def direction(q: Tensor, k: Tensor, gq: Tensor, gk: Tensor, gm: list[Tensor]) -> Tensor:
         return derivative * scale * (gq @ k.mT + q @ gk.mT) + (gm[0] if gm else 0)
 
-    centred = direction(query, key, of_query, of_key, of_mask)
+    centered = direction(query, key, of_query, of_key, of_mask)
     curvature = second_derivative.abs() * scale * (of_query @ key.mT + query @ of_key.mT).abs()
-    mean = (weights * centred).sum(-1, keepdim=True)
-    centred = centred - mean
+    mean = (weights * centered).sum(-1, keepdim=True)
+    centered = centered - mean
     out = (weights * kept) @ value
-    tangent = (weights * centred * kept) @ value + (weights * kept) @ of_value
+    tangent = (weights * centered * kept) @ value + (weights * kept) @ of_value
     # Sums of absolute values, which float32 rounds.
     magnitude = direction(query.abs(), key.abs(), of_query.abs(), of_key.abs(), [m.abs() for m in of_mask])
     wide = magnitude + (weights * magnitude).sum(-1, keepdim=True)
@@ -195,7 +195,7 @@ def cancellation_second_order(
     of_delta = (grad_out * out).square().sum(-1, keepdim=True)
     of_second = (grad_out * tangent).square().sum(-1, keepdim=True) + mean.square() * of_delta
     variance = weights.square() * of_delta
-    second_variance = weights.square() * (centred.square() * of_delta + of_second)
+    second_variance = weights.square() * (centered.square() * of_delta + of_second)
 
     def propagated(
         of_mask: Tensor, second: Tensor, first: Tensor, q: Tensor, k: Tensor, gq: Tensor, gk: Tensor

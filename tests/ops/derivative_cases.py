@@ -131,7 +131,7 @@ def language_case():
 
 
 def plain_games(real, fake):
-    """What the discriminator minimises in each game."""
+    """What the discriminator minimizes in each game."""
     entropy = (1 + (-real).exp()).log().mean() + (1 + fake.exp()).log().mean()
     squares = 0.5 * (real - 1).square().mean() + 0.5 * fake.square().mean()
     margin = (1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()

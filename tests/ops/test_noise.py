@@ -81,7 +81,7 @@ def test_kolmogorov_smirnov_accepts_the_normal_distribution(noise):
 
 
 @pytest.mark.parametrize("lag", [1, 2, 3, 4, 5, 1001])
-def test_neighbours_are_not_correlated(noise, lag):
+def test_neighbors_are_not_correlated(noise, lag):
     flat = noise.flatten()
     assert abs(float((flat[lag:] * flat[:-lag]).mean())) < 4 / flat.numel() ** 0.5
     squares = flat.square() - 1

@@ -155,7 +155,7 @@ def fixed_batches() -> Iterator[Batch]:
         yield {"images": torch.randn(4, 3, generator=generator)}
 
 
-def test_phases_update_their_own_weights_by_their_own_optimisers(engine_of: Any) -> None:
+def test_phases_update_their_own_weights_by_their_own_optimizers(engine_of: Any) -> None:
     """Against the same by hand, and in the order of the phases, on one batch."""
     torch.manual_seed(0)
     model = Pair()
@@ -232,10 +232,10 @@ def test_averaged_weights_are_there_for_evaluation_and_gone_after(engine_of: Any
     assert not torch.equal(trained["left.weight"], average["left.weight"])
 
 
-class Normalised(GenerativeModel):
+class Normalized(GenerativeModel):
     """Spectral norms of both kinds, a weight norm and a weight with two names."""
 
-    name, summary, kind, default_data, config_class = "normalised", "", "images", "digits", PairConfig
+    name, summary, kind, default_data, config_class = "normalized", "", "images", "digits", PairConfig
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
@@ -267,13 +267,13 @@ def test_averaged_weights_are_spectrally_normalized_and_evaluation_does_not_affe
     engine_of: Any, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    model = Normalised()
+    model = Normalized()
     engine = engine_of(model, average_decay=0.9)
     stream = fixed_batches()
     for _ in range(4):
         engine.advance(stream, 1)
     before = {name: tensor.clone() for name, tensor in engine.tensors().items()}
-    loaded = Normalised()
+    loaded = Normalized()
     load_average(loaded, before)
     loaded.eval()
     with engine.averaged():
@@ -289,9 +289,9 @@ def test_averaged_weights_are_spectrally_normalized_and_evaluation_does_not_affe
     assert torch.equal(before["average/first.weight"], before["average/second.weight"])
     assert not torch.equal(average, model.first.weight)
 
-    save_checkpoint(tmp_path / "file", Header("normalised", {}, {}, {}, ""), after)
+    save_checkpoint(tmp_path / "file", Header("normalized", {}, {}, {}, ""), after)
     engine.advance(fixed_batches(), 1)
-    other = engine_of(Normalised(), average_decay=0.9)
+    other = engine_of(Normalized(), average_decay=0.9)
     other.restore(load_checkpoint(tmp_path / "file")[1])
     other.advance(fixed_batches(), 1)
     first, second = engine.tensors(), other.tensors()

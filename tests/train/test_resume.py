@@ -22,7 +22,7 @@ from fastgen.models import MODELS
 from fastgen.train.checkpoint import load_checkpoint
 from fastgen.train.engine import Engine
 from fastgen.train.loop import Trainer
-from tests.data.test_files import COLOUR, save_images
+from tests.data.test_files import COLOR, save_images
 
 Main = Callable[..., int]
 Metrics = Callable[..., list[dict[str, Any]]]
@@ -154,7 +154,7 @@ def test_a_signal_to_the_whole_process_group_keeps_the_step_although_workers_get
     words: Words, start: Start, tmp_path: Path, number: signal.Signals
 ) -> None:
     folder, never = tmp_path / "run", "1000000"
-    save_images(tmp_path / "images", COLOUR)
+    save_images(tmp_path / "images", COLOR)
     options = ["--data", str(tmp_path / "images"), "--workers", "2", "--checkpoint-every", never, "--evaluate-every"]
     options += [never, "--sample-every", never, "--log-every", "1"]
     process = start(words(*options, steps=1000000), lazy="yes")

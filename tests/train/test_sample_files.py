@@ -23,7 +23,7 @@ RATE = 800
 NAN, INF = float("nan"), float("inf")
 
 
-def test_pixels_are_clamped_and_those_that_are_not_finite_have_a_colour(tmp_path: Path) -> None:
+def test_pixels_are_clamped_and_those_that_are_not_finite_have_a_color(tmp_path: Path) -> None:
     pixels = torch.tensor([[-1.0, 0.5, 2.0, NAN], [INF, -INF, 0.0, 1.0]]).view(2, 1, 1, 4)
     path = save_samples(tmp_path / "samples", "000100", Images(pixels, columns=1))
     assert path == tmp_path / "samples" / "000100.png"

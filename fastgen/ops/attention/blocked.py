@@ -273,7 +273,7 @@ def lse_is_coarse(lse: Tensor, mask: Tensor | None) -> bool:
     return bool(lse.masked_fill(lse == -math.inf, 0).abs_().amax() > COARSE_LSE)
 
 
-def _recentred(scores: Tensor) -> Tensor:
+def _recentered(scores: Tensor) -> Tensor:
     """Moves the largest score of each row to 0, and returns the logsumexp of what they are now, (..., 1)."""
     if scores.size(-1) == 0:
         return scores.new_full((*scores.shape[:-1], 1), -math.inf)
@@ -312,7 +312,7 @@ def backward(
         row = (upstream * tile.rows(out)).sum(-1, keepdim=True)
         if grad_lse is not None:
             row = row - tile.row_vector(grad_lse)
-        tile_lse = _recentred(weights) if coarse else tile.row_vector(lse).contiguous()
+        tile_lse = _recentered(weights) if coarse else tile.row_vector(lse).contiguous()
         softmax_backward(weights, grad_scores, tile.keep(), tile_lse, row.contiguous())
         grad_value[batch, :, keys] += torch.matmul(weights.transpose(-2, -1), upstream)
         if grad_mask is not None:

@@ -39,9 +39,9 @@ def weigh(
     total = weights.sum(-1, keepdim=True)
     weights.div_(total.masked_fill_(total == 0, 1))
     row = (weights * direction).sum(-1, keepdim=True)
-    centred = direction.sub_(row)
+    centered = direction.sub_(row)
     dropped = weights.clone() if keep is None else weights * keep
-    tangent = dropped * centred
+    tangent = dropped * centered
     if grads is not None:
         assert delta is not None
         # r = rowsum(dO O') = rowsum(Pt keep dO V^T + P keep dO Gv^T)
@@ -50,12 +50,12 @@ def weigh(
             grads.mul_(keep)
         grads.sub_(delta).mul_(weights)
         if cross is None:
-            centred.mul_(grads).addcmul_(weights, second_row, value=-1)
+            centered.mul_(grads).addcmul_(weights, second_row, value=-1)
         else:
             second_row += (dropped * cross).sum(-1, keepdim=True)
             if keep is not None:
                 cross.mul_(keep)
-            cross.sub_(second_row).mul_(weights).addcmul_(centred, grads)
+            cross.sub_(second_row).mul_(weights).addcmul_(centered, grads)
     if grads is None or cross is not None:
         direction.copy_(dropped)
     scores.copy_(tangent)
