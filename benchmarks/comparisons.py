@@ -25,7 +25,7 @@ Models of the zoo beside other software, on the same data. `python benchmarks/co
 DIGITS = """
 ## Likelihoods of binarized MNIST
 
-8,000 of the 10,000 digits of 28x28 in `data/mnist` ([how to get them](data.md#data-that-others-use)) are trained on,
+8,000 of the 10,000 digits of 28x28 in `data/mnist` ([how to get them](data.md#mnist-and-emoji)) are trained on,
 {epochs} epochs of batches of 64, and the other 2,000 are held out: fewer than in published tables, so only the rows can
 be compared with each other. A pixel is black or white, with its value as probability. Binarization is drawn once
 (static) or in each step (dynamic); the held-out digits are the same. fastgen's models have the defaults of the data.

@@ -209,13 +209,13 @@ BUNDLED = (
 GROUPS = (
     (
         "MNIST: digits of 28x28",
-        "10,000 of MNIST's digits in `data/mnist` ([how to get them](data.md#data-that-others-use)), 8,000 of them to"
+        "10,000 of MNIST's digits in `data/mnist` ([how to get them](data.md#mnist-and-emoji)), 8,000 of them to"
         " train on, the rest held out; pixels have 256 levels.",
         MNIST,
     ),
     (
         "Emoji: color images of 64x64",
-        "1,906 emoji in two styles in `data/emoji` ([how to get them](data.md#data-that-others-use)), in nine classes,"
+        "1,906 emoji in two styles in `data/emoji` ([how to get them](data.md#mnist-and-emoji)), in nine classes,"
         " with captions; one in five is held out. They are Noto Emoji (Apache 2.0) and Twemoji (CC BY 4.0).",
         EMOJI,
     ),
@@ -397,9 +397,9 @@ def section(record: dict) -> list[str]:
 
 HEAD = """# Results of the model zoo
 
-Models with their defaults, one seed, trained by the commands below; nothing is downloaded.
-`python benchmarks/zoo.py` writes this page, and the same numbers into `benchmarks/results/zoo.json`. The models
-themselves are described in [The model zoo](zoo.md).
+Each model was trained once, with one seed, by the command shown with it; options that the command does not name have
+their defaults. Bundled datasets need no download. `python benchmarks/zoo.py` writes this page, and the same numbers
+into `benchmarks/results/zoo.json`. The models themselves are described in [The model zoo](zoo.md).
 
 CPU minutes are those of the training process, all threads together, on a shared machine; on two idle cores a training
 takes about half as long. Square brackets are 95 % intervals over held-out items or samples, not over trainings; some

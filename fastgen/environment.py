@@ -87,7 +87,7 @@ def _cpu_level() -> str:
     if level is None:
         return ""
     others = [name for name in backend.cpu_levels() if name != level]
-    return f", kernels for {level}" + (f" (FASTGEN_CPU: {', '.join(others)})" if others else "")
+    return f", kernels for {level}" + (f" (FASTGEN_CPU={' or '.join(others)} selects another)" if others else "")
 
 
 def _devices() -> list[str]:

@@ -9,7 +9,7 @@ import fastgen
 
 PACKAGE = Path(fastgen.__file__).parent
 
-FLOORS = [
+LAYERS = [
     ("random", "checks", "version", "_dynamo"),
     ("reference",),
     ("backend",),
@@ -37,8 +37,8 @@ def module_of(path: Path) -> str:
 
 
 def place(module: str) -> tuple[int, str] | None:
-    """The layer of a module, and the longest name in FLOORS that contains it."""
-    found = [(len(name), level, name) for level, names in enumerate(FLOORS) for name in names if within(module, name)]
+    """The layer of a module, and the longest name in LAYERS that contains it."""
+    found = [(len(name), level, name) for level, names in enumerate(LAYERS) for name in names if within(module, name)]
     return max(found)[1:] if found else None
 
 
@@ -70,7 +70,7 @@ def test_every_module_has_a_layer_and_imports_only_lower_ones() -> None:
     for path in sorted(PACKAGE.rglob("*.py")):
         module = module_of(path)
         here = place(module)
-        assert here is not None, f"{module} is in no layer of FLOORS"
+        assert here is not None, f"{module} is in no layer of LAYERS"
         for target in imported_modules(path) - {module}:
             there = place(target)
             assert there is not None, target

@@ -40,7 +40,7 @@ from fastgen.train.views import (
 MOST_CLASSES = 20
 ABOUT = (
     "Generate samples with a trained model, or translate images. RUN --help lists the model's own options. One of"
-    " --reconstruct, --encode, --interpolate, --nearest, --sweep, --show and --history makes something else than"
+    " --reconstruct, --encode, --interpolate, --nearest, --sweep, --show and --history produces something other than"
     " samples."
 )
 VIEWS = ("reconstruct", "encode", "interpolate", "nearest", "sweep", "show", "history")
@@ -135,7 +135,7 @@ def _add_views(parser: Any) -> None:
         help="OPTION=VALUE,VALUE,...: the same noise with each value, such as temperature=0.5,1",
     )
     parser.add_argument(
-        "--show", type=str, default="", help="picture of held-out items by name: attention, completions, styles, ..."
+        "--show", type=str, default="", help="visualization of held-out items: attention, completions, styles, ..."
     )
     parser.add_argument(
         "--history", action="store_true", help="animation (.gif) of the samples that were saved during training"
@@ -145,7 +145,7 @@ def _add_views(parser: Any) -> None:
 def _view(
     view: str, value: str, trained: Trained, folder: RunFolder, options: Any, *, n: int, seed: int, out: str
 ) -> Path:
-    """Make something else than samples; the path of its file."""
+    """Write something other than samples; return the path of its file."""
     if view in ("encode", "history"):
         path = Path(out or {"encode": "latents.npz", "history": "samples.gif"}[view])
         if view == "history":

@@ -62,7 +62,7 @@ def varlen_attention(
         max_seqlen_q: the longest sequence. Not needed, and not used: callers of other libraries have it at hand.
         max_seqlen_k: the same for keys.
         dropout_p: probability of dropping an attention weight, in [0, 1]; applied whenever it is above 0.
-        is_causal: query i of a sequence attends to its keys j <= i, both counted from the sequence's begin, as in
+        is_causal: query i of a sequence attends to its keys j <= i, both counted from the sequence's start, as in
             ``scaled_dot_product_attention`` (FlashAttention counts from the end where the lengths differ).
         scale: factor of the scores, a finite number; default ``1 / sqrt(Dk)``.
         enable_gqa: let several query heads share one key and value head.
@@ -92,8 +92,8 @@ def varlen_attention(
 
     Example:
         >>> q, k, v = (torch.randn(10, 4, d) for d in (8, 8, 32))
-        >>> begins = torch.tensor([0, 3, 3, 10])  # three sequences, of 3, 0 and 7 tokens
-        >>> varlen_attention(q, k, v, begins, is_causal=True).shape
+        >>> cu_seqlens = torch.tensor([0, 3, 3, 10])  # three sequences, of 3, 0 and 7 tokens
+        >>> varlen_attention(q, k, v, cu_seqlens, is_causal=True).shape
         torch.Size([10, 4, 32])
     """
     tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k, sinks)

@@ -49,7 +49,7 @@ def redirect_attention(model: nn.Module, *classes: type[nn.Module]) -> Accelerat
         the function, its ``forward`` is overridden on the instance, or a parametrization or FSDP changed its class.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``classes`` is empty or has something else than module classes.
+        TypeError: ``model`` is not a module, or ``classes`` is empty or contains something other than module classes.
 
     Example:
         >>> class Attend(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""Paths between latents of a standard normal distribution, for pictures of what a model has learned."""
+"""Paths between latents of a standard normal distribution, to visualize what a model has learned."""
 
 from __future__ import annotations
 

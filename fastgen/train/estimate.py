@@ -16,7 +16,7 @@ GIB = 2**30
 
 
 class Costs:
-    """Seconds of a step, an evaluation, a picture of samples and a checkpoint: the last one measured.
+    """Seconds of a step, an evaluation, drawing samples and a checkpoint: the last one measured.
 
     Args:
         total: number of steps of the run.

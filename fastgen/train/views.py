@@ -1,5 +1,5 @@
 """Views of a trained model beside plain samples: reconstructions, latents, interpolations, nearest training images,
-sweeps, its own pictures."""
+sweeps, the model's own visualizations."""
 
 from __future__ import annotations
 
@@ -171,10 +171,10 @@ def sweep(trained: Trained, n: int, option: str, options: Any, seed: int) -> Sam
 
 @torch.no_grad()
 def shown(trained: Trained, folder: RunFolder, name: str, seed: int) -> Samples:
-    """One of the pictures that the model makes of held-out items: "attention", "completions", ...
+    """One of the visualizations of held-out items by the model: "attention", "completions", ...
 
     Raises:
-        UsageError: no such picture, or the data of the run have changed.
+        UsageError: no such visualization, or the data of the run have changed.
     """
     model = trained.model
     held_out = chosen_items(trained, folder, HELD_OUT)
@@ -186,13 +186,13 @@ def shown(trained: Trained, folder: RunFolder, name: str, seed: int) -> Samples:
 
 
 def write_history(folder: RunFolder, name: str, out: Path) -> None:
-    """Write a GIF of the pictures of samples that were saved during training, which have the same noise.
+    """Write a GIF of the samples that were saved during training, which have the same noise.
 
     Args:
         name: of the samples: "samples", or another subfolder of the run.
 
     Raises:
-        UsageError: another suffix, or no such pictures.
+        UsageError: another suffix, or no saved samples.
     """
     if out.suffix.lower() != ".gif":
         raise UsageError(f"out: expected a path that ends in .gif, for a history, got {out}")
@@ -200,7 +200,7 @@ def write_history(folder: RunFolder, name: str, out: Path) -> None:
         (folder.path / name).glob("[0-9]*.png"), key=lambda file: int(file.stem) if file.stem.isdigit() else -1
     )
     if not files:
-        raise UsageError(f"history: expected pictures of samples in {folder.path / name}, got none")
+        raise UsageError(f"history: expected PNG files of samples in {folder.path / name}, got none")
     keep = torch.linspace(0, len(files) - 1, min(MOST_FRAMES, len(files))).round().long().tolist()
     frames = []
     for index in keep:

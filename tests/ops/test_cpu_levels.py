@@ -81,7 +81,7 @@ def test_the_environment_chooses_the_level_and_info_names_it(monkeypatch: pytest
     with backend.use_cpu_level("avx2"):  # to be undone at the end
         monkeypatch.setenv("FASTGEN_CPU", "generic")
         backend.choose_cpu_level()
-        assert ", kernels for generic (FASTGEN_CPU: avx2" in str(fastgen.info())
+        assert ", kernels for generic (FASTGEN_CPU=avx2" in str(fastgen.info())
         monkeypatch.setenv("FASTGEN_CPU", "")
         backend.choose_cpu_level()
         assert backend.cpu_level() == "generic"
