@@ -132,6 +132,14 @@ def image_rows(*stacks: Tensor, columns: int = 16) -> Images:
     return Images(torch.stack([images.unflatten(0, (-1, columns)) for images in same], dim=1).flatten(0, 2), columns)
 
 
+def require_options(name: str, given: Mapping[str, Any], options_class: type) -> None:
+    """Raises TypeError where a given option is not a field of ``options_class``. ``name`` begins the message."""
+    known = [field.name for field in dataclasses.fields(options_class)]
+    if unknown := sorted(given.keys() - set(known)):
+        expected = f"options among {', '.join(known)}" if known else "no options"
+        raise TypeError(f"{name}: expected {expected}, got {', '.join(unknown)}")
+
+
 class GenerativeModel(nn.Module, Pretrained):
     """Base class of all models.
 
@@ -252,10 +260,7 @@ class GenerativeModel(nn.Module, Pretrained):
         """
         if self.kind in TRANSLATED:
             raise TypeError(f"{self.name}: expected a model that samples; this one translates images: call translate")
-        known = [f.name for f in dataclasses.fields(self.sampling_class)]
-        unknown = sorted(options.keys() - set(known))
-        if unknown:
-            raise TypeError(f"{self.name}: expected options among {known}, got {', '.join(unknown)}")
+        require_options(self.name, options, self.sampling_class)
         with torch.no_grad():
             samples = self.draw(n, self.sampling_class(**options), generator=generator)
         if isinstance(samples, Images):

@@ -207,8 +207,8 @@ def _cell(value: Any) -> str:
 
 
 def _is_path(place: str) -> bool:
-    """Whether the string is a path rather than "name" or "owner/name"."""
-    return place.startswith((".", "/", "~")) or "\\" in place or place.count("/") > 1 or place.endswith("/")
+    """Whether the string is a path rather than "owner/name" on the Hub."""
+    return place.startswith((".", "/", "~")) or "\\" in place or place.count("/") != 1 or place.endswith("/")
 
 
 def _model_in(folder: Path) -> Path:

@@ -8,7 +8,9 @@ import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from fastgen.models.base import GenerativeModel
+from fastgen.batch import KINDS
+from fastgen.checks import require_choice
+from fastgen.models.base import GenerativeModel, require_options
 
 Model = TypeVar("Model", bound=type[GenerativeModel])
 
@@ -66,10 +68,15 @@ def list_models(pattern: str = "*", *, kind: str | None = None) -> list[str]:
         kind: only models of this kind of data: ``"images"``, ``"pairs"``, ``"domains"``, ``"text"``, ``"sequences"``
             or ``"audio"``.
 
+    Raises:
+        ValueError: ``kind`` is none of these.
+
     Example:
         >>> list_models("*vae*")
         ['conv-vae', 'cvae', 'flow-vae', 'vae', 'vq-vae']
     """
+    if kind is not None:
+        require_choice("kind", kind, KINDS)
     found = sorted(fnmatch.filter(MODELS, pattern))
     return [name for name in found if kind is None or kind in (MODELS[name].kinds or (MODELS[name].kind,))]
 
@@ -103,10 +110,7 @@ def create_model(name: str, **options: Any) -> GenerativeModel:
         torch.Size([2, 3, 64, 64])
     """
     model_class = find_model(name)
-    known = [field.name for field in dataclasses.fields(model_class.config_class)]
-    unknown = sorted(options.keys() - set(known))
-    if unknown:
-        raise TypeError(f"{name}: expected options among {', '.join(known)}, got {', '.join(unknown)}")
+    require_options(name, options, model_class.config_class)
     return model_class(model_class.config_class(**options))
 
 

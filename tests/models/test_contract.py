@@ -240,8 +240,8 @@ def test_samples_have_the_shape_of_the_data_and_depend_on_the_generator_alone(ca
     if model.kind not in TRANSLATED:
         with pytest.raises(ValueError, match=r"^n: expected a positive integer, got 0$"):
             model.sample(0)
-        with pytest.raises(TypeError, match=f"{model.name}: expected options among"):
-            model.sample(1, flavour=1)
+        with pytest.raises(TypeError, match=f"{model.name}: expected (options among .*|no options), got flavor"):
+            model.sample(1, flavor=1)
 
 
 @pytest.mark.parametrize("case", VARIANTS)

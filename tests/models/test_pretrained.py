@@ -80,6 +80,7 @@ def test_a_missing_folder_raises_an_error(tmp_path: Path) -> None:
         for place, message in (
             (tmp_path / "nowhere", "got a path where there is no folder"),
             (f"{tmp_path}/nowhere", "got a path where there is no folder"),
+            ("nowhere", "got a path where there is no folder"),
             ("./nowhere", "got a path where there is no folder"),
             ("runs/nowhere/model", "got a path where there is no folder"),
             (tmp_path / "file", "got a file"),
