@@ -40,10 +40,6 @@ def plain_attention(query, key, value, attn_mask=None, window=(-1, -1), dropout_
     return reference.attention(query, key, value, attn_mask, keep, *window, softcap=softcap)
 
 
-def plain_heads(x, weight, bias, heads, dims):
-    return torch.cat([part.sin().flatten(1) for part in reference.projection(x, weight, bias, heads, dims, False)], 1)
-
-
 def gradient_norm_formula(scores, samples):
     (gradient,) = torch.autograd.grad(scores.sum(), samples, create_graph=True)
     return gradient.flatten(1).square().sum(1)
