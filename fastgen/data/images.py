@@ -192,7 +192,7 @@ def decode(data: bytes, name: str, channels: int, size: int, half: int | None = 
 
 
 def _first_byte(image: Any, photometric: int | None) -> Array:
-    """(H, W) uint8, the higher byte of 16-bit grey pixels; 255 where they are transparent."""
+    """(H, W) uint8, the higher byte of 16-bit gray pixels; 255 where they are transparent."""
     wide: Array = np.asarray(image).astype(np.int64).clip(0, 65535)
     high = (wide >> 8).astype(np.uint8)
     if photometric == 0:  # white is 0; Pillow inverts 8 bits only

@@ -67,11 +67,7 @@ class ImageTransformerConfig:
         ValueError: an option out of range.
     """
 
-    renamed: ClassVar[Mapping[str, str]] = {
-        "halvings": "num_downsamples",  # word-lint: ok
-        "normalise_heads": "qk_norm",  # word-lint: ok
-    }
-
+    renamed: ClassVar = {"halvings": "num_downsamples", "normalise_heads": "qk_norm"}  # word-lint: ok
     image_size: int = option(8, "height and width of the images", from_data=True)
     channels: int = option(1, "number of image channels", from_data=True)
     levels: int = option(17, "number of pixel values: counts 0 .. levels - 1", from_data=True)
@@ -447,9 +443,8 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
             raise ValueError("captions: expected a model with captions, got one without")
         captions = captions.to(self.device)
         none = captions.new_zeros(len(captions), 0)
-        return Images(
-            self.pixels(self.complete(none, None, options.temperature, captions=captions, generator=generator))
-        )
+        tokens = self.complete(none, None, options.temperature, captions=captions, generator=generator)
+        return Images(self.pixels(tokens))
 
     def complete(
         self,

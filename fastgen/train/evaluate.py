@@ -185,7 +185,7 @@ def _distances(of: _Evaluation) -> list[metrics.Metric]:
     return results + _captions(of, real, space)
 
 
-def _captions(of: _Evaluation, real: dict[str, Tensor], space: metrics.FeatureSpace) -> list[metrics.Figure]:
+def _captions(of: _Evaluation, real: dict[str, Tensor], space: metrics.FeatureSpace) -> list[metrics.Metric]:
     """Agreement of samples from held-out captions with the images of these captions, at most n of them."""
     model, config = of.trained.model, of.config
     if not getattr(model.config, "captions", False):

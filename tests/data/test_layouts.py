@@ -19,7 +19,7 @@ from fastgen.data import read_images
 from fastgen.data.hub import _by_split
 from fastgen.data.images import decode, header
 from tests.data.test_bundled import everything
-from tests.data.test_files import GREY, load, save_images, save_wav
+from tests.data.test_files import GRAY, load, save_images, save_wav
 
 TURNED = (5, 6, 7, 8)
 """Orientations that exchange width and height."""
@@ -36,7 +36,7 @@ def encode(image: Image.Image, form: str, **options: Any) -> bytes:
 
 
 def test_two_links_to_one_folder_are_two_folders(tmp_path: Path) -> None:
-    save_images(tmp_path / "images", GREY)
+    save_images(tmp_path / "images", GRAY)
     (tmp_path / "set").mkdir()
     for name in ("a", "b"):
         os.symlink(tmp_path / "images", tmp_path / "set" / name)
@@ -48,7 +48,7 @@ def test_two_links_to_one_folder_are_two_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", [".tar", ".tar.gz"])
 @pytest.mark.parametrize("link", ["hard", "symbolic", "folder"])
 def test_links_in_an_archive_are_the_files_that_they_lead_to(tmp_path: Path, form: str, link: str) -> None:
-    save_images(tmp_path / "set" / "a", GREY)
+    save_images(tmp_path / "set" / "a", GRAY)
     if link == "folder":
         os.symlink("a", tmp_path / "set" / "b")
     else:
@@ -68,7 +68,7 @@ def test_links_in_an_archive_are_the_files_that_they_lead_to(tmp_path: Path, for
 
 @pytest.mark.parametrize("form", [".tar", ".tar.gz"])
 def test_a_link_to_a_file_beside_the_archive_is_named(tmp_path: Path, form: str) -> None:
-    save_images(tmp_path / "set", GREY)
+    save_images(tmp_path / "set", GRAY)
     os.symlink(tmp_path / "elsewhere.png", tmp_path / "set" / "99.png")
     archive = tmp_path / f"set{form}"
     with tarfile.open(archive, "w" if form == ".tar" else "w:gz") as file:
@@ -80,8 +80,8 @@ def test_a_link_to_a_file_beside_the_archive_is_named(tmp_path: Path, form: str)
 def test_backslashes_in_a_zip_separate_folders(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as file:
         for name in "ab":
-            for i, grey in enumerate(GREY):
-                file.writestr(zipfile.ZipInfo(f"{name}\\{i:02}.png"), encode(Image.fromarray(grey), "PNG"))
+            for i, gray in enumerate(GRAY):
+                file.writestr(zipfile.ZipInfo(f"{name}\\{i:02}.png"), encode(Image.fromarray(gray), "PNG"))
     assert load(tmp_path / "set.zip").classes == {"a": 12, "b": 12}
 
 
@@ -91,8 +91,8 @@ def test_backslashes_in_a_zip_separate_folders(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["dev", "eval"])
 def test_folders_of_development_data_are_held_out(tmp_path: Path, name: str) -> None:
-    save_images(tmp_path / "train", GREY)
-    save_images(tmp_path / name, GREY[:3])
+    save_images(tmp_path / "train", GRAY)
+    save_images(tmp_path / name, GRAY[:3])
     data = load(tmp_path)
     assert (len(data.train), len(data.held_out), data.facts["classes"]) == (12, 3, 0)
 
@@ -110,7 +110,7 @@ def test_folders_of_development_data_are_held_out(tmp_path: Path, name: str) -> 
 def test_folders_that_would_mix_splits_are_refused(tmp_path: Path, folders: tuple[str, ...], error: str) -> None:
     if (tmp_path / "x").mkdir() or not (tmp_path / "X").exists():  # not on a file system that ignores case
         for folder in folders:
-            save_images(tmp_path / "set" / folder, GREY)
+            save_images(tmp_path / "set" / folder, GRAY)
         with pytest.raises(ValueError, match=error):
             load(tmp_path / "set")
 
@@ -148,7 +148,7 @@ def test_windows_of_text_count_from_the_end_as_other_items_do(tmp_path: Path) ->
 
 @pytest.mark.parametrize("argument", [{"image_size": 0}, {"channels": 2}])
 def test_a_size_or_depth_that_images_cannot_have_is_named(tmp_path: Path, argument: dict[str, int]) -> None:
-    save_images(tmp_path, GREY)
+    save_images(tmp_path, GRAY)
     ((name, value),) = argument.items()
     with pytest.raises(ValueError, match=f"^{name}: expected .*, got {value}$"):
         read_images(tmp_path, **{"image_size": 8, "channels": 1, **argument})
@@ -167,8 +167,8 @@ def test_parquet_files_of_validation_data_are_not_trained_on() -> None:
 
 def test_two_images_of_one_name_are_no_pair(tmp_path: Path) -> None:
     for side in ("maps", "photos"):
-        save_images(tmp_path / side, GREY)
-    Image.fromarray(GREY[0]).save(tmp_path / "maps" / "03.jpg")
+        save_images(tmp_path / side, GRAY)
+    Image.fromarray(GRAY[0]).save(tmp_path / "maps" / "03.jpg")
     assert load(tmp_path, "domains").classes == {"maps": 13, "photos": 12}
     with pytest.raises(ValueError, match=r"expected one image maps/03, got maps/03\.jpg, maps/03\.png"):
         load(tmp_path, "pairs")
@@ -181,7 +181,7 @@ def test_two_images_of_one_name_are_no_pair(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [None, 3, ["a"], True])
 @pytest.mark.parametrize("field", ["text", "file_name"])
 def test_captions_that_are_no_strings_are_refused(tmp_path: Path, field: str, value: object) -> None:
-    save_images(tmp_path, GREY)
+    save_images(tmp_path, GRAY)
     rows: list[dict[str, object]] = [{"file_name": f"{i:02}.png", "text": "a"} for i in range(12)]
     rows[3][field] = value
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -191,7 +191,7 @@ def test_captions_that_are_no_strings_are_refused(tmp_path: Path, field: str, va
 
 
 def test_a_first_object_without_caption_is_refused(tmp_path: Path) -> None:
-    save_images(tmp_path, GREY)
+    save_images(tmp_path, GRAY)
     rows: list[dict[str, object]] = [{"file_name": f"{i:02}.png", "text": "a"} for i in range(12)]
     del rows[0]["text"]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -200,7 +200,7 @@ def test_a_first_object_without_caption_is_refused(tmp_path: Path) -> None:
 
 
 def test_two_columns_of_captions_are_refused(tmp_path: Path) -> None:
-    save_images(tmp_path, GREY)
+    save_images(tmp_path, GRAY)
     (tmp_path / "metadata.csv").write_text("file_name,text,text\n" + "\n".join(f"{i:02}.png,a,b" for i in range(12)))
     with pytest.raises(ValueError, match=r"metadata\.csv: expected one column text, got 2"):
         load(tmp_path)
@@ -208,11 +208,11 @@ def test_two_columns_of_captions_are_refused(tmp_path: Path) -> None:
 
 def test_arrays_that_are_not_read_are_named(tmp_path: Path) -> None:
     labels = np.arange(12) % 3
-    np.savez(tmp_path / "a.npz", images=GREY, label=labels)
+    np.savez(tmp_path / "a.npz", images=GRAY, label=labels)
     assert load(tmp_path / "a.npz").warnings == ("arrays that are not read: label",)
-    np.savez(tmp_path / "a.npz", images=GREY, labels=labels)
+    np.savez(tmp_path / "a.npz", images=GRAY, labels=labels)
     assert load(tmp_path / "a.npz").warnings == ()
-    np.savez(tmp_path / "a.npz", GREY, labels)
+    np.savez(tmp_path / "a.npz", GRAY, labels)
     assert load(tmp_path / "a.npz").warnings == ("arrays that are not read: arr_1",)
 
 
@@ -220,7 +220,7 @@ def test_arrays_that_are_not_read_are_named(tmp_path: Path) -> None:
 def test_labels_beyond_signed_integers_are_refused(tmp_path: Path, largest: int) -> None:
     labels = np.zeros(12, np.uint64)
     labels[3] = largest
-    np.savez(tmp_path / "a.npz", images=GREY, labels=labels)
+    np.savez(tmp_path / "a.npz", images=GRAY, labels=labels)
     with pytest.raises(ValueError, match=f"labels: expected numbers from 0 to classes - 1, .* got 0 to {largest}"):
         load(tmp_path / "a.npz")
 
@@ -238,7 +238,7 @@ def test_json_lines_without_one_meaning_are_refused(tmp_path: Path, line: str, r
 @pytest.mark.parametrize("held", ["validation", "valid", "dev"])
 def test_columns_and_splits_of_hugging_face_that_are_not_read_are_named(tmp_path: Path, held: str) -> None:
     datasets = pytest.importorskip("datasets")
-    cells = [{"bytes": encode(Image.fromarray(grey), "PNG"), "path": None} for grey in GREY]
+    cells = [{"bytes": encode(Image.fromarray(gray), "PNG"), "path": None} for gray in GRAY]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
     rows = datasets.Dataset.from_dict({"image": cells, "label": ["a"] * 12}, features=features)
     parts = {"train": rows, held: rows.select(range(3)), "extra": rows}
@@ -263,17 +263,17 @@ def test_a_header_has_the_size_of_the_upright_image(form: str, orientation: int)
     assert decode(data, "a", 3, 0).shape == (3, found.height, found.width)
 
 
-def test_grey_images_of_16_bits_are_decoded_as_those_of_8_bits() -> None:
-    grey = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+def test_gray_images_of_16_bits_are_decoded_as_those_of_8_bits() -> None:
+    gray = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
     white_is_zero = {262: 0}
-    for image in (Image.fromarray(grey), Image.fromarray(grey.astype(np.uint16) << 8)):
+    for image in (Image.fromarray(gray), Image.fromarray(gray.astype(np.uint16) << 8)):
         plain = decode(encode(image, "TIFF"), "a", 1, 0)[0]
-        assert np.array_equal(plain, grey)
+        assert np.array_equal(plain, gray)
         wide = image.mode != "L"  # Pillow inverts 8 bits when it writes them, too
         inverted = decode(encode(image, "TIFF", tiffinfo=white_is_zero), "a", 1, 0)[0]
-        assert np.array_equal(inverted, 255 - grey if wide else grey)
-    clear = int(grey[1, 2])
-    for image, value in ((Image.fromarray(grey), clear), (Image.fromarray(grey.astype(np.uint16) << 8), clear << 8)):
+        assert np.array_equal(inverted, 255 - gray if wide else gray)
+    clear = int(gray[1, 2])
+    for image, value in ((Image.fromarray(gray), clear), (Image.fromarray(gray.astype(np.uint16) << 8), clear << 8)):
         found = decode(encode(image, "PNG", transparency=value), "a", 1, 0)[0]
         assert found[1, 2] == 255
-        assert np.delete(found.flatten(), 10).tolist() == np.delete(grey.flatten(), 10).tolist()
+        assert np.delete(found.flatten(), 10).tolist() == np.delete(gray.flatten(), 10).tolist()
