@@ -13,6 +13,9 @@ Attention is global on grids up to ``window`` and windowed on larger ones, shift
 "Swin Transformer", 2021; the paper's windows are not shifted), with a learned relative position bias. Upsampling halves
 the token width by a linear map before the pixel shuffle; the paper quarters it. The paper's gradient penalty and
 differentiable augmentation are left out: the default penalty is R1 (see ``adversarial.py``).
+
+With the defaults for images above 32 pixels on a CPU it has not reached good samples yet: on 1,500 images of 64x64 the
+discriminator's scores fell to chance after 500 steps.
 """
 
 from __future__ import annotations
