@@ -326,8 +326,9 @@ def test_info_says_whether_they_are_taken(monkeypatch, given, text):
     monkeypatch.setattr(backend, "compiled_architectures", lambda: ["80", "90a"])
     monkeypatch.setattr(backend, "why_not_compiled", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    assert text in environment._served_by("attention_forward", torch.device("cuda", 0))
-    assert "sm_90a" not in environment._served_by("attention_tangent", torch.device("cuda", 0))
+    for operator in ("attention_forward", "attention_tangent"):
+        assert text in environment._served_by(operator, torch.device("cuda", 0))
+    assert "sm_90a" not in environment._served_by("attention_second_order", torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (10, 0))
     assert "sm_90a" not in environment._served_by("attention_forward", torch.device("cuda", 0))
 
