@@ -58,8 +58,7 @@ LARGE = {
     "generator_learning_rate": 2e-4,
     "discriminator_learning_rate": 4e-4,
 }
-"""For images above 32 pixels on a CPU: patches in both networks, as tokens of single pixels leave time for a width of 8
-only; the discriminator diverges at a learning rate of 1e-3."""
+"""For images above 32 pixels on a CPU. A token for each pixel would leave time for a width of 8 only."""
 
 
 @dataclass(frozen=True)

@@ -182,18 +182,16 @@ def _distances(of: _Evaluation) -> list[metrics.Metric]:
             real["images"], pixels, known["images"], resamples=config.resamples, seed=config.seed
         )
     )
-    return results + _captions(of, real, space)
+    return results + _captions(of, space)
 
 
-def _captions(of: _Evaluation, real: dict[str, Tensor], space: metrics.FeatureSpace) -> list[metrics.Metric]:
+def _captions(of: _Evaluation, space: metrics.FeatureSpace) -> list[metrics.Metric]:
     """Agreement of samples from held-out captions with the images of these captions, at most n of them."""
     model, config = of.trained.model, of.config
     if not getattr(model.config, "captions", False):
         return []
-    chosen = torch.arange(len(real["images"]))
-    if len(chosen) > config.n:
-        chosen = torch.linspace(0, len(chosen) - 1, config.n).round().long()
-    images, captions = real["images"][chosen], real["caption"][chosen]
+    real = _all(Thinned(of.held_out, config.n), config)
+    images, captions = real["images"], real["caption"]
     if len(captions.unique(dim=0)) < 2:
         return []
     generator = torch.Generator().manual_seed(config.seed)

@@ -171,7 +171,10 @@ def write_single_samples(samples: Samples, out: Path) -> None:
 
 
 def _write_new(path: Path, data: bytes) -> None:
-    """Writes a file that does not exist yet, all of it or nothing. OSError names it."""
+    """Writes a file that does not exist yet, all of it or nothing; OSError names it.
+
+    Not synced to disk as by ``write_whole``: there may be thousands of files.
+    """
     try:
         path.write_bytes(data)
     except BaseException as error:

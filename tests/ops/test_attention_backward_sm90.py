@@ -9,62 +9,48 @@ import pytest
 import torch
 
 import fastgen
-from fastgen import backend, environment
+from fastgen import backend
 from fastgen.testing import assert_accurate
-from tests.covering import covering
 from tests.emulator import build
-from tests.ops.attention_cases import LAYOUTS, NAMES, Case, cancellation, gradients, problem_of
+from tests.ops.attention_cases import NAMES, cancellation, gradients, problem_of
+from tests.ops.hopper_cases import (
+    CAUSAL,
+    HOPPER,
+    assert_equal_results,
+    assert_info_says,
+    derivative_cases,
+    emulated_hopper,
+    forward_of,
+    launches_of,
+    shapes_of,
+)
 from tests.ops.test_attention_kernels import PLAIN, assert_no_site_can_be_left_out, needs_module, plan
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 
 QUERY, KEY_VALUE = "attention_backward_query_sm90", "attention_backward_key_value_sm90"
-HOPPER = {"shared_limit": backend.plans.SHARED_LIMITS["sm_90"]}
-CAUSAL = PLAIN._replace(window_right=0)
-MASKS = ("none", "causal", "window", "causal window", "bool per key")
-DIMS = [(64, 40), (96, 72), (128, 128)]
-HEADS = ((2, 2), (2, 1))
-DTYPES = (torch.bfloat16, torch.float16)
-
-
-def covered(queries, keys):
-    axes = [DIMS, queries, keys, MASKS, DTYPES, HEADS, LAYOUTS]
-    return [
-        Case(dtype, dims, n, m, mask, heads=heads, layout=layout, batch=1 + (n * m < 60))
-        for dims, n, m, mask, dtype, heads, layout in covering(axes, lambda point: True)
-    ]
-
-
-FEW, MANY = covered((17, 65, 130), (3, 64, 150)), covered((64, 203, 257, 400), (129, 257, 300))
+FEW, MANY = derivative_cases((17, 65, 130), (3, 64, 150)), derivative_cases((64, 203, 257, 400), (129, 257, 300))
 
 
 @pytest.fixture
 def emulated(emulator, monkeypatch):
-    build.register()
-    monkeypatch.setenv("FASTGEN_SM90", "1")
-    emulator.configure(**HOPPER)
-    return torch.ops.fastgen_emulated
+    return emulated_hopper(emulator, monkeypatch)
 
 
 def launches(emulator):
-    statistics = emulator.statistics()
-    return [statistics.get(kernel, {"launches": 0})["launches"] for kernel in (QUERY, KEY_VALUE)]
+    return launches_of(emulator, QUERY, KEY_VALUE)
 
 
 def operands(heads=2, queries=200, keys=300, dims=(64, 64), dtype=torch.bfloat16, batch=1, key_heads=None):
     """query, key, value and the gradient of out."""
-    key_heads = key_heads or heads
-    shapes = ((heads, queries, dims[0]), (key_heads, keys, dims[0]), (key_heads, keys, dims[1]))
-    return [torch.randn(batch, *shape).to(dtype) for shape in (*shapes, (heads, queries, dims[1]))]
+    shapes = [*shapes_of(heads, queries, keys, dims, key_heads), (heads, queries, dims[1])]
+    return [torch.randn(batch, *shape).to(dtype) for shape in shapes]
 
 
 def backward(emulated, tensors, options=PLAIN, mask=None):
     """The gradients, from the out and logsumexp of PyTorch."""
     query, key, value, grad_out = tensors
-    wide = [t.double() for t in (query, key, value)]
-    wide[1:] = [t.nan_to_num(0, 0, 0).repeat_interleave(query.size(1) // key.size(1), 1) for t in wide[1:]]
-    out, lse = torch.ops.fastgen_torch.attention_forward(*wide, mask, None, None, *options)
-    out, lse = out.to(query.dtype), lse.to(torch.promote_types(query.dtype, torch.float32))
+    out, lse = forward_of(query, key, value, mask, options)
     arguments = (grad_out, torch.ones_like(lse), query, key, value, out, lse, mask, None, None, *options, False)
     return emulated.attention_backward(*arguments)[:3]
 
@@ -124,8 +110,7 @@ def assert_same_bits(emulated, tensors, options, hide, mask=None):
         query, key, value, grad_out = (t.clone() for t in tensors)
         hide(key, value, filler)
         results.append(backward(emulated, [query, key, value, grad_out], options, mask))
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+    assert_equal_results(results)
     return results[0]
 
 
@@ -224,8 +209,7 @@ def test_every_schedule_gives_the_same_bits(emulator, emulated, dims):
     for seed in range(3):
         emulator.configure(seed=seed, **HOPPER)
         results.append(backward(emulated, tensors, CAUSAL))
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+    assert_equal_results(results)
 
 
 SYNCHRONIZING = (
@@ -349,9 +333,4 @@ def test_the_plan_says_what_they_serve():
 
 @pytest.mark.parametrize(("given", "text"), [("1", "the kernels for sm_90a"), ("", "FASTGEN_SM90=1 takes")])
 def test_info_says_whether_they_are_taken(monkeypatch, given, text):
-    monkeypatch.setenv("FASTGEN_SM90", given)
-    monkeypatch.setattr(backend, "compiled_architectures", lambda: ["80", "90a"])
-    monkeypatch.setattr(backend, "why_not_compiled", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    assert text in environment._served_by("attention_backward", torch.device("cuda", 0))
-    assert "sm_90a" not in environment._served_by("attention_second_order", torch.device("cuda", 0))
+    assert_info_says(monkeypatch, "attention_backward", given, text)

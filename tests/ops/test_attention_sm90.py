@@ -14,19 +14,26 @@ from fastgen.testing import assert_accurate
 from tests.covering import covering
 from tests.emulator import build
 from tests.ops.attention_cases import HEADS, LAYOUTS, Case, problem_of
+from tests.ops.hopper_cases import (
+    DTYPES,
+    HOPPER,
+    MASKS,
+    assert_info_says,
+    emulated_hopper,
+    launches_of,
+    shapes_of,
+)
 from tests.ops.test_attention_kernels import PLAIN, assert_no_site_can_be_left_out, needs_module, plan
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 
 KERNEL = "attention_forward_sm90"
-HOPPER = {"shared_limit": backend.plans.SHARED_LIMITS["sm_90"]}
-MASKS = ("none", "causal", "window", "causal window", "bool per key")
 AXES = [
     [(64, 64), (40, 64), (72, 72), (128, 96), (128, 128), (192, 136), (208, 256)],
     (17, 64, 128, 203, 257),
     (3, 64, 129, 257, 600),
     MASKS,
-    (torch.bfloat16, torch.float16),
+    DTYPES,
     HEADS,
     LAYOUTS,
 ]
@@ -38,19 +45,15 @@ CASES = [
 
 @pytest.fixture
 def emulated(emulator, monkeypatch):
-    build.register()
-    monkeypatch.setenv("FASTGEN_SM90", "1")
-    emulator.configure(**HOPPER)
-    return torch.ops.fastgen_emulated
+    return emulated_hopper(emulator, monkeypatch)
 
 
 def launches(emulator):
-    return emulator.statistics().get(KERNEL, {"launches": 0})["launches"]
+    return launches_of(emulator, KERNEL)[0]
 
 
 def operands(heads=2, queries=200, keys=300, dims=(64, 64), dtype=torch.bfloat16):
-    shapes = ((heads, queries, dims[0]), (heads, keys, dims[0]), (heads, keys, dims[1]))
-    return [torch.randn(1, *shape).to(dtype) for shape in shapes]
+    return [torch.randn(1, *shape).to(dtype) for shape in shapes_of(heads, queries, keys, dims)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -322,13 +325,7 @@ def test_tiles_are_as_large_as_the_head_dim_allows(dim, queries, rows, keys):
 
 @pytest.mark.parametrize(("given", "text"), [("1", "the kernels for sm_90a"), ("", "FASTGEN_SM90=1 takes")])
 def test_info_says_whether_they_are_taken(monkeypatch, given, text):
-    monkeypatch.setenv("FASTGEN_SM90", given)
-    monkeypatch.setattr(backend, "compiled_architectures", lambda: ["80", "90a"])
-    monkeypatch.setattr(backend, "why_not_compiled", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    for operator in ("attention_forward", "attention_tangent"):
-        assert text in environment._served_by(operator, torch.device("cuda", 0))
-    assert "sm_90a" not in environment._served_by("attention_second_order", torch.device("cuda", 0))
+    assert_info_says(monkeypatch, "attention_forward", given, text)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (10, 0))
     assert "sm_90a" not in environment._served_by("attention_forward", torch.device("cuda", 0))
 
