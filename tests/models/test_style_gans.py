@@ -221,3 +221,5 @@ def test_a_token_of_the_generator_becomes_a_patch() -> None:
     for row, column in ((0, 0), (5, 9), (15, 14)):
         (gradient,) = torch.autograd.grad(out[0, :, row, column].sum(), x, retain_graph=True)
         assert gradient[0].abs().sum(dim=0).nonzero().tolist() == [[row // 2, column // 2]]
+    first, second = (torch.autograd.grad(out[0, :, 0, i].sum(), x, retain_graph=True)[0] for i in (0, 1))
+    assert not torch.allclose(first, second)  # pixels of one patch
