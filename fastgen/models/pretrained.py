@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -18,7 +20,7 @@ from fastgen.models.digest import UNSEALED, is_whole, seal_file
 if TYPE_CHECKING:
 
     class _HubMixin:
-        def save_pretrained(self, save_directory: str | Path, **options: Any) -> None: ...
+        def save_pretrained(self, save_directory: str | Path, **options: Any) -> Any: ...
         def _save_pretrained(self, save_directory: Path) -> None: ...
         @classmethod
         def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any: ...
@@ -41,7 +43,7 @@ else:
                 raise ImportError("from_pretrained needs huggingface_hub: pip install 'fastgen[train]'")
 
 
-CONFIG, WEIGHTS, MODEL_TYPE = "config.json", "model.safetensors", "model_type"
+CONFIG, WEIGHTS, CARD, MODEL_TYPE = "config.json", "model.safetensors", "README.md", "model_type"
 DRAWING = {
     "images": "model.sample(16)  # (16, channels, size, size), in [0, 1]",
     "text": "model.sample(4)  # a list of strings",
@@ -151,19 +153,41 @@ class Pretrained(_HubMixin):
         model.eval()
         return model
 
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> Any:
+        """Write config.json, model.safetensors and, if there is none yet, README.md.
+
+        The files are written beside the folder's own and then take their place: a saved model that is there is kept
+        where writing fails.
+
+        Args:
+            save_directory: the folder; made where there is none.
+            options: ``model_card_kwargs``, options of ``generate_model_card``; ``push_to_hub`` and ``repo_id`` ("owner/
+                name", default the folder's name), with further options of ``push_to_hub``.
+
+        Returns:
+            The address of the commit on the Hub with ``push_to_hub``, None without.
+
+        Raises:
+            ImportError: huggingface_hub is not installed.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _temporary(folder) as inside:
+            written = inside / folder.resolve().name  # the Hub's default name is that of the folder
+            result = super().save_pretrained(written, **options)
+            for file in sorted(written.iterdir()):
+                if file.name != CARD or not (folder / CARD).exists():
+                    file.replace(folder / file.name)
+        return result
+
     def _save_pretrained(self, save_directory: Path) -> None:
-        """Write the weights, atomically, with digests of weights and config in their metadata; and the config."""
+        """Write the weights, with digests of them and of the config in their metadata; and the config."""
         from safetensors.torch import save_model
 
         config = dataclasses.asdict(self.config)
         file = save_directory / WEIGHTS
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        try:
-            save_model(cast(nn.Module, self), str(temporary), {**UNSEALED, "config": _config_digest(config)})
-            seal_file(temporary)
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        save_model(cast(nn.Module, self), str(file), {**UNSEALED, "config": _config_digest(config)})
+        seal_file(file)
         text = json.dumps({MODEL_TYPE: self.name, **config}, sort_keys=True, indent=2) + "\n"
         (save_directory / CONFIG).write_text(text, encoding="utf-8")
 
@@ -189,6 +213,17 @@ class Pretrained(_HubMixin):
             f'model = {name}.from_pretrained("FOLDER")\n{DRAWING.get(self.kind, "")}\n```\n\n'
             f"## Config\n\n| option | value |\n|---|---|\n{rows}\n"
         )
+
+
+@contextlib.contextmanager
+def _temporary(folder: Path) -> Iterator[Path]:
+    """A folder in ``folder`` for files of a model that is being saved; runs remove those of processes that died."""
+    inside = folder / f".saving.{os.getpid()}.tmp"
+    shutil.rmtree(inside, ignore_errors=True)
+    try:
+        yield inside
+    finally:
+        shutil.rmtree(inside, ignore_errors=True)
 
 
 def _weights(model: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def temporary_name(path: Path) -> Path:
 
 
 def remove_leftovers(folder: Path, ours: Callable[[str], object]) -> None:
-    """Remove temporary files that processes left in a folder when they died.
+    """Remove temporary files, and folders of such, that processes left in a folder when they died.
 
     Args:
         ours: whether a file of this final name may be removed.
@@ -30,7 +31,7 @@ def remove_leftovers(folder: Path, ours: Callable[[str], object]) -> None:
             pid = int(match[2] or 0)
             if pid in (0, os.getpid()) or not psutil.pid_exists(pid):
                 with contextlib.suppress(OSError):
-                    file.unlink()
+                    shutil.rmtree(file) if file.is_dir() else file.unlink()
 
 
 def make_folder(path: Path) -> None:

@@ -104,7 +104,7 @@ class RunFolder:
         )
 
     def _remove_leftovers(self) -> None:
-        names = {file.name for file in self._files()}
+        names = {file.name for file in self._files()} | {"saving"}  # the last: save_pretrained
         for folder in (self.path, *self.path.iterdir()):
             if folder.is_dir() and not (folder.is_symlink() and folder != self.path):
                 remove_leftovers(folder, lambda name: name in names or SAMPLE_FILE.fullmatch(name))

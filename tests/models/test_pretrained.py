@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastgen
-from fastgen.models import CGAN, GAN, MODELS, VAE, GANConfig, GenerativeModel, VAEConfig
+from fastgen.models import CGAN, GAN, MODELS, VAE, GANConfig, GenerativeModel, VAEConfig, pretrained
 
 pytest.importorskip("huggingface_hub")
 
@@ -70,6 +70,28 @@ def test_a_user_class_loads_its_own_models(tmp_path: Path) -> None:
     assert type(Mine.from_pretrained(tmp_path)) is Mine
     with pytest.raises(ValueError, match=r"got model type 'mine'; a class of your own loads its models by its own"):
         GenerativeModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("broken", ["_config_digest", "seal_file", "json"])
+def test_a_saved_model_is_kept_where_saving_over_it_fails(
+    saved: Path, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+
+    class FullDisk:
+        def __call__(self, *args: object, **options: object) -> None:
+            raise OSError("No space left on device")
+
+        dumps = __call__
+
+    monkeypatch.setattr(pretrained, broken, FullDisk())
+    with pytest.raises(OSError, match="No space left"):
+        VAE(VAEConfig(image_size=4, width=8, depth=1)).save_pretrained(saved)
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+    monkeypatch.undo()
+    VAE(VAEConfig(image_size=4, width=8, depth=1)).save_pretrained(saved)
+    assert VAE.from_pretrained(saved).config.width == 8
+    assert sorted(file.name for file in saved.iterdir()) == sorted(before)
 
 
 def test_a_missing_folder_raises_an_error(tmp_path: Path) -> None:

@@ -208,6 +208,10 @@ def test_temporary_files_of_dead_processes_are_removed_and_nothing_else(run: Pat
     kept = [temporary(checkpoint, os.getppid()), run / ".notes.1.tmp"]
     for file in dead + kept:
         file.write_text("half")
+    saving = temporary(run / "model" / "saving", DEAD_PID)
+    saving.mkdir()
+    (saving / "config.json").write_text("half")
+    dead.append(saving)
     assert fit("--resume", steps=3) == 0
     assert [file.exists() for file in dead + kept] == [False] * len(dead) + [True] * len(kept)
 
