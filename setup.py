@@ -5,7 +5,8 @@ auto (default)  CUDA if torch has CUDA and nvcc is found, else CPU if a C++ comp
 none, cpu, cuda exactly that (cuda includes cpu), or an error with the reason.
 
 No GPU is needed, but a torch: the one that is importable, or that of the environment that is installed into.
-TORCH_CUDA_ARCH_LIST is honored. FASTGEN_LOCAL_VERSION=cu130 makes a wheel of version X+cu130.
+TORCH_CUDA_ARCH_LIST is honored. FASTGEN_DTYPES=bfloat16,float32 chooses the dtypes of the CUDA kernels, by default all.
+FASTGEN_LOCAL_VERSION=cu130 makes a wheel of version X+cu130.
 tools/build_libraries.py compiles.
 """
 
@@ -96,8 +97,8 @@ def make_commands(mode: str, targets: list[str], missing: dict[str, str]) -> dic
         if "cpu" in targets:
             libraries.append(build_libraries.cpu_library(torch, version()))
         if "cuda" in targets:
-            names = build_libraries.cuda_architectures()
-            libraries.append(build_libraries.cuda_library(torch, version(), facts.nvcc, names))
+            names, dtypes = build_libraries.cuda_architectures(), build_libraries.cuda_dtypes()
+            libraries.append(build_libraries.cuda_library(torch, version(), facts.nvcc, names, dtypes))
         sanitized = "sanitized-objects" if os.environ.get("FASTGEN_SANITIZE") else "libraries"
         built = {}
         for name, result in build_libraries.build(libraries, facts.nvcc, ROOT / "build" / sanitized).items():
@@ -179,6 +180,7 @@ def make_commands(mode: str, targets: list[str], missing: dict[str, str]) -> dic
 if __name__ == "__main__":
     os.chdir(ROOT)
     wanted = os.environ.get("FASTGEN_BUILD", "auto")
+    build_libraries.cuda_dtypes()  # raises for a name that is no dtype, whatever is built
     chosen, not_chosen = choose(wanted, gather_facts())
     setup(
         version=version(),

@@ -29,6 +29,7 @@ class Info:
     build: dict[str, Any]
     libraries: dict[str, str]
     architectures: list[str]
+    dtypes: list[str]
     operators: dict[str, dict[str, str]]
     plans: dict[str, dict[str, Any]] = field(default_factory=dict)
     integrations: dict[str, str] = field(default_factory=dict)
@@ -45,6 +46,7 @@ class Info:
         lines += [f"  not {name}: {reason}" for name, reason in self.build.get("missing", {}).items()]
         lines += [f"library {name}: {state}" for name, state in self.libraries.items()]
         lines.append(f"CUDA architectures: {', '.join(self.architectures) or 'none'}")
+        lines.append(f"CUDA dtypes: {', '.join(self.dtypes) or 'none'}")
         lines.append("integrations: " + "; ".join(f"{name} {state}" for name, state in self.integrations.items()))
         width = max(len(name) for name in self.operators)
         for name, places in self.operators.items():
@@ -105,7 +107,7 @@ def _served_by(name: str, device: torch.device) -> str:
     if reason is not None:
         parts = backend.compiled_parts(name, device)
         return f"{_pytorch(name, device)}; compiled: {'; '.join(parts)}" if parts else f"PyTorch ({reason})"
-    dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in backend.COMPILED_DTYPES)
+    dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in backend.compiled_dtypes(device.type))
     compiled = f"compiled for {dtypes}; PyTorch for other dtypes"
     if name.startswith(("projection", "merge_heads")) and device.type == "cuda":
         compiled += ", and where cuBLAS is expected to be faster (fastgen info --projection)"
@@ -183,9 +185,11 @@ def _projection_plans(sizes: Sequence[int], dtype: torch.dtype) -> dict[str, dic
 
 
 def _require_kernel_dtype(dtype: torch.dtype) -> None:
-    if dtype not in backend.COMPILED_DTYPES:
-        known = ", ".join(str(dtype) for dtype in backend.COMPILED_DTYPES)
-        raise ValueError(f"dtype: expected one of {known}, got {dtype}")
+    built = backend.compiled_dtypes("cuda")
+    if dtype not in built:
+        known = ", ".join(str(dtype) for dtype in built)
+        chosen = "" if built == backend.COMPILED_DTYPES else ", which the CUDA library was built for (FASTGEN_DTYPES)"
+        raise ValueError(f"dtype: expected one of {known}{chosen}, got {dtype}")
 
 
 def info(
@@ -231,6 +235,7 @@ def info(
         build,
         libraries,
         backend.compiled_architectures(),
+        backend.library_for("cuda").build_info().get("dtypes", []),
         {name: {kind.type: _served_by(name, kind) for kind in kinds} for name in names},
         ({} if attention is None else _attention_plans(attention, dtype))
         | ({} if projection is None else _projection_plans(projection, dtype)),

@@ -221,7 +221,7 @@ def compile_wheel(arch: str, nvcc: str, loops: Collection[str] = ()) -> tuple[li
     is counted.
     """
     number, letter = re.fullmatch(r"(?:sm_)?(\d+)([a-z]?)", arch).groups()  # type: ignore[union-attr]
-    environment = {"FASTGEN_BUILD": "cuda", "NVCC_APPEND_FLAGS": "-Xptxas -v"}
+    environment = {"FASTGEN_BUILD": "cuda", "FASTGEN_DTYPES": "", "NVCC_APPEND_FLAGS": "-Xptxas -v"}
     environment["TORCH_CUDA_ARCH_LIST"] = f"{number[:-1]}.{number[-1]}{letter}"
     skipped = shutil.ignore_patterns(".*", "build", "dist", "runs", "site", "*.egg-info", "__pycache__", "*.so")
     with tempfile.TemporaryDirectory() as folder:

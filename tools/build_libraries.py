@@ -6,7 +6,7 @@ than torch's, and writes no dependencies of .cu files under a torch without CUDA
 libraries are read.
 
 Objects stay in build/libraries/, and ninja compiles again what changed. Environment variables: CXX, CXXFLAGS, LDFLAGS;
-CUDA_HOME; TORCH_CUDA_ARCH_LIST; MAX_JOBS; FASTGEN_COMPILER_LAUNCHER, such as ccache; FASTGEN_SANITIZE.
+CUDA_HOME; TORCH_CUDA_ARCH_LIST; FASTGEN_DTYPES; MAX_JOBS; FASTGEN_COMPILER_LAUNCHER, such as ccache; FASTGEN_SANITIZE.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+DTYPES = ("bfloat16", "float16", "float32")  # of the kernels
 DEFAULT_ARCHITECTURES = "8.0;9.0a;10.0+PTX;12.0"
 TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10
 GIB_PER_JOB = 1  # a job peaks at 0.6 GiB
@@ -119,6 +120,18 @@ def cuda_architectures() -> list[str]:
     return architecture_names(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES)
 
 
+def cuda_dtypes() -> tuple[str, ...]:
+    """FASTGEN_DTYPES: dtypes of the CUDA kernels, such as "bfloat16,float32"; by default all."""
+    text = os.environ.get("FASTGEN_DTYPES", "").strip()
+    chosen = [name.strip() for name in text.split(",")] if text else DTYPES
+    for name in chosen:
+        if name not in DTYPES:
+            raise SystemExit(
+                f"FASTGEN_DTYPES: expected names of {', '.join(DTYPES)}, separated by commas, got {name!r} in {text!r}"
+            )
+    return tuple(name for name in DTYPES if name in chosen)
+
+
 def _generate(name: str) -> str:
     """nvcc's flag for an architecture by name: machine code, or PTX."""
     number = name.removesuffix("+PTX")
@@ -174,7 +187,8 @@ def cpu_library(torch: Torch, version: str) -> Library:
         link += f" -fsanitize={sanitizers}"
     flags = f"{_cxx_flags('CPU', torch)} {vectorized}"
     files = _sources("csrc/*/cpu/*.cpp", "csrc/latent/api.cpp", "csrc/plans.cpp", "csrc/common/build_info.cpp")
-    sources = _with_info(dict.fromkeys(files, flags), VERSION=version, TORCH_VERSION=torch.version)
+    info = {"VERSION": version, "TORCH_VERSION": torch.version, "DTYPES": " ".join(DTYPES)}
+    sources = _with_info(dict.fromkeys(files, flags), **info)
     return Library("_cpu", sources, link)
 
 
@@ -184,20 +198,30 @@ def host_compiler(cxx: str) -> str:
     return next(iter(words), "c++")
 
 
-def cuda_library(torch: Torch, version: str, nvcc: str, architectures: list[str]) -> Library:
+def dtype_of(source: str) -> str | None:
+    """The dtype of an instantiation file, which ends its name; None for sources that dispatch by dtype."""
+    last = Path(source).stem.rpartition("_")[2]
+    return last if last in DTYPES else None
+
+
+def cuda_library(
+    torch: Torch, version: str, nvcc: str, architectures: list[str], dtypes: Collection[str] = DTYPES
+) -> Library:
     """The CUDA kernels, with a static CUDA runtime."""
     home = cuda_home(nvcc)
-    flags = f"{_cxx_flags('CUDA', torch)} -isystem {shlex.quote(home)}/include"
+    without = [f"-DFASTGEN_WITHOUT_{name.upper()}" for name in DTYPES if name not in dtypes]
+    flags = " ".join([_cxx_flags("CUDA", torch), f"-isystem {shlex.quote(home)}/include", *without])
     # Line numbers for profilers would triple the machine code: NVCC_APPEND_FLAGS=-lineinfo adds them.
-    device = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc"]
+    device = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc", *without]
     device += [f"-ccbin={host_compiler(os.environ['CXX'])}"] if os.environ.get("CXX") else []
     files = dict.fromkeys(_sources("csrc/*/api.cpp", "csrc/common/*.cpp"), flags)
     info = {"CUDA_VERSION": cuda_release(nvcc), "CUDA_ARCHITECTURES": " ".join(architectures)}
+    info["DTYPES"] = " ".join(name for name in DTYPES if name in dtypes)
     sources = _with_info(files, VERSION=version, TORCH_VERSION=torch.version, **info)
     for source in _sources("csrc/**/*.cu"):
         # Folders called sm90 have the instructions of sm_90a, which no other architecture has.
         names = [name for name in architectures if name == "90a"] if "/sm90/" in source else architectures
-        if names:
+        if names and dtype_of(source) in (None, *dtypes):
             sources[source] = " ".join([*device, *(_generate(name) for name in names)])
     # libtorch brings libtorch_cuda, wherever the torch that loads this has it.
     link = [f"-L{shlex.quote(str(torch.folder / 'lib'))}", "-Wl,--no-as-needed -ltorch"]

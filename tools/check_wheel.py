@@ -271,7 +271,7 @@ def listed_architectures(text: str) -> set[str]:
 
 
 def architectures(wheel: Wheel) -> Iterator[str]:
-    """The code in the CUDA library, and what it says of itself, are as promised."""
+    """The code in the CUDA library, and what it says of itself, are as promised. A wheel serves all dtypes."""
     if not wheel.has_cuda:
         return
     variant = variants.of_version(wheel.version)
@@ -282,6 +282,8 @@ def architectures(wheel: Wheel) -> Iterator[str]:
             yield f"architectures: expected {sorted(promised)}, the library names {sorted(info['architectures'])}"
         if info["cuda"] != variant.cuda:
             yield f"CUDA: expected {variant.cuda}, the library was built with {info['cuda']}"
+        if {*info["dtypes"]} != {*build_libraries.DTYPES}:
+            yield f"dtypes: expected {', '.join(build_libraries.DTYPES)}, the library names {', '.join(info['dtypes'])}"
     except LookupError as error:
         yield str(error)
     if (tool := find_cuobjdump()) is None:

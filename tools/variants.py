@@ -64,6 +64,7 @@ def main(arguments: list[str]) -> int:
         "FASTGEN_BUILD": "cpu" if variant.cuda is None else "cuda",
         "FASTGEN_LOCAL_VERSION": variant.local,
         "TORCH_CUDA_ARCH_LIST": architecture_list(variant),
+        "FASTGEN_DTYPES": "",  # all
         "RELEASE_CUDA": variant.cuda or "",
     }
     print(*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), sep="\n")

@@ -15,14 +15,21 @@ std::string quoted(const std::string& text) {
   return result + "\"";
 }
 
-std::string describe_build() {
-  std::string text = "{\"version\": " + quoted(FASTGEN_VERSION) + ", \"torch\": " + quoted(FASTGEN_TORCH_VERSION);
-#ifdef FASTGEN_CUDA_VERSION
-  text += ", \"cuda\": " + quoted(FASTGEN_CUDA_VERSION) + ", \"architectures\": [";
-  std::istringstream names(FASTGEN_CUDA_ARCHITECTURES);
+// The words of a text as a JSON list.
+std::string listed(const char* words) {
+  std::string text = "[";
+  std::istringstream names(words);
   const char* separator = "";
   for (std::string name; names >> name; separator = ", ") text += separator + quoted(name);
-  text += "]";
+  return text + "]";
+}
+
+std::string describe_build() {
+  std::string text = "{\"version\": " + quoted(FASTGEN_VERSION) + ", \"torch\": " + quoted(FASTGEN_TORCH_VERSION);
+  text += ", \"dtypes\": " + listed(FASTGEN_DTYPES);
+#ifdef FASTGEN_CUDA_VERSION
+  text += ", \"cuda\": " + quoted(FASTGEN_CUDA_VERSION);
+  text += ", \"architectures\": " + listed(FASTGEN_CUDA_ARCHITECTURES);
 #else
   text += ", \"cuda\": null, \"architectures\": []";
 #endif
@@ -36,7 +43,8 @@ std::string describe_build() {
 __attribute__((section("fastgen_version"), used)) static const char kVersion[] = FASTGEN_VERSION;
 #endif
 
-// Keys: version (of fastgen), torch, cuda (of nvcc; null without CUDA), architectures, compiler.
+// Keys: version (of fastgen), torch, dtypes (of the kernels), cuda (of nvcc; null without CUDA), architectures,
+// compiler.
 FASTGEN_EXPORTED const char* fastgen_build_info() {
   static const std::string text = describe_build();
   return text.c_str();

@@ -8,6 +8,7 @@
 
 #include <optional>
 
+#include "common/dispatch.h"
 #include "common/types.h"
 
 // Defined by the build: the namespace and dispatch key of this library's operators.
@@ -25,15 +26,18 @@ using MaybeTensor = std::optional<Tensor>;
 constexpr int64_t kAlignment = 16;  // bytes of one vector access
 
 inline DType dtype_of(const Tensor& tensor, const char* name) {
+  DType dtype = DType::kFloat32;
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Float: break;
+    case ScalarType::Half: dtype = DType::kFloat16; break;
+    case ScalarType::BFloat16: dtype = DType::kBFloat16; break;
     default:
       STD_TORCH_CHECK(false, name, ": expected float32, float16 or bfloat16, got ",
                       torch::headeronly::toString(tensor.scalar_type()));
   }
-  return DType::kFloat32;
+  STD_TORCH_CHECK(is_compiled(dtype), name, ": expected a dtype that this library was built for (FASTGEN_DTYPES), got ",
+                  torch::headeronly::toString(tensor.scalar_type()));
+  return dtype;
 }
 
 inline int64_t element_size(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Float ? 4 : 2; }

@@ -74,8 +74,8 @@ class CompiledLibrary:
     def build_info(self) -> dict[str, Any]:
         """What the library was built from; empty where it is not loaded.
 
-        Keys: ``version`` of fastgen, ``torch``, ``cuda`` (nvcc's version, or None), ``architectures``, such as
-        ``["80", "90a", "120", "120+PTX"]``, and ``compiler``.
+        Keys: ``version`` of fastgen, ``torch``, ``dtypes`` of the kernels, ``cuda`` (nvcc's version, or None),
+        ``architectures``, such as ``["80", "90a", "120", "120+PTX"]``, and ``compiler``.
         """
         if self.handle is None:
             return {}
@@ -129,6 +129,18 @@ def library_for(device_type: str) -> CompiledLibrary:
 def compiled_architectures() -> list[str]:
     """CUDA architectures in the compiled library, such as ``["80", "90a", "120", "120+PTX"]``."""
     return list(library_for("cuda").build_info().get("architectures", []))
+
+
+def compiled_dtypes(device_type: str) -> tuple[torch.dtype, ...]:
+    """Dtypes that the kernels in the library for "cpu" or "cuda" serve: all, unless ``FASTGEN_DTYPES`` chose some when
+    it was built. All where it is not loaded.
+    """
+    built = library_for(device_type).build_info().get("dtypes")
+    return COMPILED_DTYPES if built is None else tuple(d for d in COMPILED_DTYPES if _dtype_name(d) in built)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 _capabilities: dict[torch.device, tuple[int, int]] = {}
@@ -209,5 +221,9 @@ def why_not_compiled(name: str, device: torch.device, dtype: torch.dtype | None 
         return f"only parts of {name} have compiled {device.type} kernels ({'; '.join(parts)})"
     if dtype is not None and dtype not in COMPILED_DTYPES:
         return f"{name} has no compiled kernel for {dtype}"
+    built = compiled_dtypes(device.type)
+    if dtype is not None and dtype not in built:
+        chosen = ",".join(_dtype_name(one) for one in built)
+        return f"{name} has no compiled kernel for {dtype}: the library was built with FASTGEN_DTYPES={chosen}"
     capability = device_capability(device) if device.type == "cuda" else None
     return None if capability is None else _why_not_on(capability)

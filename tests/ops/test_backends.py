@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -163,6 +164,30 @@ def test_a_gpu_that_the_kernels_are_not_compiled_for_takes_pytorch_and_says_so(m
     assert fastgen.environment._served_by(name, cuda) == f"PyTorch ({reason})"
     with fastgen.use_backend("compiled"), pytest.raises(RuntimeError, match="compiled for 80, 90a, not for"):
         backend.select(name, SimpleNamespace(device=cuda, dtype=torch.float16))
+
+
+def test_a_dtype_that_the_library_was_not_built_for_takes_pytorch_and_says_so(monkeypatch):
+    cuda, name = torch.device("cuda", 0), "attention_forward"
+    library = backend.CompiledLibrary("_cuda", "cuda", path=Path("somewhere"))
+    built = {"torch": "2.13.0", "cuda": "13.0", "compiler": "cc", "architectures": ["80"]}
+    monkeypatch.setattr(library, "build_info", lambda: built | {"dtypes": ["bfloat16", "float32"]})
+    monkeypatch.setattr(libraries, "_compiled", [backend.library_for("cpu"), library])
+    monkeypatch.setattr(selection, "_places", {})
+    monkeypatch.setattr(libraries, "has_kernel", lambda *arguments: True)
+    monkeypatch.setattr(libraries, "device_capability", lambda device: (8, 0))
+    reason = "attention_forward has no compiled kernel for torch.float16: the library was built with "
+    reason += "FASTGEN_DTYPES=float32,bfloat16"
+    assert selection._place(name, cuda, torch.float16) == (backend.TORCH, reason)
+    assert selection._place(name, cuda, torch.bfloat16) == (backend.COMPILED, None)
+    with fastgen.use_backend("compiled"), pytest.raises(RuntimeError, match=re.escape(reason)):
+        backend.select(name, SimpleNamespace(device=cuda, dtype=torch.float16))
+    assert "for torch.float64" in str(backend.why_not_compiled(name, cuda, torch.float64))
+    assert "FASTGEN_DTYPES" not in str(backend.why_not_compiled(name, cuda, torch.float64))
+    assert fastgen.environment._served_by(name, cuda) == "compiled for float32, bfloat16; PyTorch for other dtypes"
+    assert "CUDA dtypes: bfloat16, float32\n" in str(fastgen.info())
+    with pytest.raises(ValueError, match=r"dtype: expected one of torch.float32, torch.bfloat16, .*FASTGEN_DTYPES.*16"):
+        fastgen.info((1, 1, 8, 8, 8, 8), torch.float16)
+    assert set(backend.compiled_dtypes("cpu")) == set(backend.COMPILED_DTYPES)
 
 
 def test_the_torch_backend_is_still_accepted_as_reference():

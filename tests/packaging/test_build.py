@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -68,6 +69,72 @@ def test_architecture_lists_become_names():
     assert build_libraries.architecture_names("8.0 8.6") == ["80", "86"]
     with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST: expected entries such as 8\.0.* got 'Hopper'"):
         build_libraries.architecture_names("8.0;Hopper")
+
+
+def test_dtypes_are_those_of_the_variable_and_a_typo_is_an_error_of_every_build(monkeypatch):
+    for text, names in [("", build_libraries.DTYPES), ("float32, bfloat16", ("bfloat16", "float32"))]:
+        monkeypatch.setenv("FASTGEN_DTYPES", text)
+        assert build_libraries.cuda_dtypes() == names
+    message = "FASTGEN_DTYPES: expected names of bfloat16, float16, float32, separated by commas, got '{}'"
+    for text, wrong in [("bfloat", "bfloat"), ("bfloat16,", ""), ("float16;float32", "float16;float32")]:
+        monkeypatch.setenv("FASTGEN_DTYPES", text)
+        with pytest.raises(SystemExit, match=re.escape(message.format(wrong))):
+            build_libraries.cuda_dtypes()
+    done = run([sys.executable, "setup.py", "--version"], ROOT, FASTGEN_DTYPES="half", FASTGEN_BUILD="none")
+    assert done.returncode != 0
+    assert message.format("half") in done.stdout
+
+
+def test_a_library_of_one_dtype_compiles_its_sources_alone(monkeypatch):
+    monkeypatch.setattr(build_libraries, "cuda_home", lambda _: "/cuda")
+    monkeypatch.setattr(build_libraries, "cuda_release", lambda _: "13.0")
+    torch = build_libraries.Torch(ROOT, "2.13.0", None)
+
+    def sources(*dtypes):
+        return build_libraries.cuda_library(torch, "1.0", "nvcc", ["90a"], dtypes).sources
+
+    everything, one = sources(*build_libraries.DTYPES), sources("float16")
+    left_out = {path for path in everything if re.search(r"(\b|_)(bfloat16|float32)\.cu$", path)}
+    assert len(left_out) > 20
+    assert set(one) == set(everything) - left_out
+    assert not any("FASTGEN_WITHOUT" in flags for flags in everything.values())
+    for flags in one.values():  # those that dispatch by dtype, too
+        assert re.findall(r"FASTGEN_WITHOUT_(\w+)", flags) == ["BFLOAT16", "FLOAT32"]
+    assert '-DFASTGEN_DTYPES="float16"' in one["csrc/common/build_info.cpp"]
+    with_instances = {path for path in everything if "/instantiations/" in path}
+    assert with_instances == {path for path in everything if build_libraries.dtype_of(path)}
+
+
+DISPATCH = """
+#include <cstdio>
+#include "common/dispatch.h"
+using namespace fastgen;
+template <typename T> int launcher();  // defined for BFloat16 alone
+template <> int launcher<BFloat16>() { return 3; }
+int main() {
+  const DType dtypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
+  for (const DType dtype : dtypes) {
+    try {
+      dispatch_dtype(dtype, [](auto type) { printf("%d\\n", launcher<typename decltype(type)::type>()); });
+    } catch (const Error& error) {
+      puts(error.what());
+    }
+  }
+}
+"""
+
+
+@pytest.mark.skipif(build_libraries.find_compiler() is None, reason="no C++ compiler")
+def test_dispatch_refers_to_no_launcher_of_a_dtype_that_is_left_out(tmp_path):
+    (tmp_path / "dispatch.cpp").write_text(DISPATCH)
+    command = [*shlex.split(build_libraries.find_compiler()), "-std=c++20", "-Wall", "-Werror", f"-I{ROOT / 'csrc'}"]
+    command += [str(tmp_path / "dispatch.cpp"), "-o", str(tmp_path / "dispatch")]
+    without = [f"-DFASTGEN_WITHOUT_{name}" for name in ("FLOAT32", "FLOAT16")]
+    done = run([*command, *without], tmp_path)
+    assert done.returncode == 0, done.stdout
+    refused = "dtype: this library was built without its kernels (FASTGEN_DTYPES)"
+    assert run([tmp_path / "dispatch"], tmp_path).stdout.splitlines() == [refused, refused, "3"]
+    assert "undefined reference" in run(command, tmp_path).stdout
 
 
 def test_an_environments_torch_is_found_in_an_isolated_build(monkeypatch, tmp_path):

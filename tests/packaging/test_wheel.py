@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import pytest
 
 from tests.packaging.wheels import LIBRARY, Parts, build_info, compile_library
 from tools import check_wheel
-from tools.build_libraries import cuda_home, find_nvcc
+from tools.build_libraries import DTYPES, cuda_home, find_nvcc
 from tools.wheel_files import Wheel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -228,7 +228,9 @@ KERNEL = (
 )
 
 
-def cuda_wheel(parts: Parts, cubin: str | None, named: str = "90a", cuda: str = "12.4") -> Path:
+def cuda_wheel(
+    parts: Parts, cubin: str | None, named: str = "90a", cuda: str = "12.4", dtypes: Sequence[str] = DTYPES
+) -> Path:
     """A wheel of the variant cu12-smoke, whose promise is 90a; without nvcc's part if cubin is None."""
     library, kernel, flags = parts.folder / "_cuda.so", parts.folder / "kernel.cu", []
     if cubin is not None:
@@ -238,7 +240,7 @@ def cuda_wheel(parts: Parts, cubin: str | None, named: str = "90a", cuda: str = 
         subprocess.run([*map(str, command)], check=True, capture_output=True)
         flags = [str(kernel.with_suffix(".o")), *(f"-L{cuda_home(NVCC)}/{folder}" for folder in ("lib64", "lib"))]
         flags += ["-lcudart_static", "-lstdc++", "-ldl", "-lrt", "-lpthread"]
-    compile_library(library, LIBRARY, *flags, info=build_info("cu124", cuda, (named,)))
+    compile_library(library, LIBRARY, *flags, info={**build_info("cu124", cuda, (named,)), "dtypes": [*dtypes]})
     cpu = compile_library(parts.folder / "_cpu.so", LIBRARY, info=build_info("cu124"))
     libraries = {"fastgen/_cpu.so": cpu, "fastgen/_cuda.so": library.read_bytes()}
     return replace(parts, local="cu124", libraries=libraries, files={}).write()
@@ -260,6 +262,8 @@ def test_the_code_of_the_cuda_library_has_to_be_what_is_promised(parts: Parts) -
 def test_the_build_info_of_the_cuda_library_has_to_be_what_is_promised(parts: Parts) -> None:
     assert "the library names ['80']" in faults(cuda_wheel(parts, None, named="80"), "architectures")[0]
     assert "built with 13.0" in faults(cuda_wheel(parts, None, cuda="13.0"), "architectures")[0]
+    fewer = faults(cuda_wheel(parts, None, dtypes=("bfloat16",)), "architectures")[0]
+    assert fewer == "dtypes: expected bfloat16, float16, float32, the library names bfloat16"
     (fault,) = faults(cuda_wheel(parts, None), "architectures")
     assert "the library has code for []" in fault
 

@@ -11,6 +11,8 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tools.build_libraries import DTYPES
+
 TAG = "py3-none-manylinux_2_34_x86_64"
 VERSION = "0.1.0"
 COMPILER = shutil.which("cc") or shutil.which("gcc")
@@ -34,8 +36,8 @@ def compile_library(
 
 
 def build_info(local: str, cuda: str | None = None, architectures: tuple[str, ...] = ()) -> dict[str, object]:
-    version = f"{VERSION}+{local}" if local else VERSION
-    return {"version": version, "torch": "2.13.0", "cuda": cuda, "architectures": [*architectures], "compiler": "cc"}
+    built = {"version": f"{VERSION}+{local}" if local else VERSION, "torch": "2.13.0", "dtypes": [*DTYPES]}
+    return {**built, "cuda": cuda, "architectures": [*architectures], "compiler": "cc"}
 
 
 @dataclass
