@@ -6,6 +6,7 @@ Outputs in build/emulator/:
     <family>.so          a family's .cu files and its api.cpp, unchanged: operators of the namespace fastgen_emulated
     emulated_kernels.so  a Python module: the emulator's controls, unit kernels and samples
     <name>.so            the same for a .cu file of your own, see module_of
+    <family>_<dtype>.so  a family built for one dtype, see register_dtype
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -28,6 +29,7 @@ import torch
 
 from fastgen import backend
 from tests import compile_check
+from tools import build_libraries
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -77,8 +79,11 @@ def families() -> list[str]:
     return [name for name in backend.operators() if any((CSRC / name).rglob("*.cu"))]
 
 
-def manifest(own: Path | None = None) -> str:
-    """build.ninja; with ``own``, that of the emulator and a module with the kernels of this .cu file."""
+def manifest(own: Path | None = None, dtype: str | None = None) -> str:
+    """build.ninja; with ``own``, that of the emulator and a module with the kernels of this .cu file. With ``dtype``,
+    that of the families as FASTGEN_DTYPES=dtype builds them, in a namespace of their own; their kernels are the objects
+    that are built for all dtypes.
+    """
     import pybind11
 
     torch_root = Path(torch.__file__).parent
@@ -119,8 +124,8 @@ def manifest(own: Path | None = None) -> str:
         "  command = $cxx -shared $in -o $out $libs",
     ]
 
-    def library(name: str, sources: list[tuple[Path, str]], libs: str, *after: str) -> None:
-        objects = []
+    def library(name: str, sources: list[tuple[Path, str]], libs: str, *after: str, linked: Sequence[str] = ()) -> None:
+        objects = [*linked]
         for source, extra in sources:
             path = source.relative_to(ROOT)
             objects.append(f"$out_dir/{name}/{path}.o")
@@ -128,6 +133,20 @@ def manifest(own: Path | None = None) -> str:
         needs = " ".join(f"$out_dir/{other}" for other in after)
         lines.extend([f"build $out_dir/{name}.so: link {' '.join(objects)} | {needs}", f"  libs = {libs}"])
 
+    if dtype is not None:
+        without = [f"-DFASTGEN_WITHOUT_{name.upper()}" for name in build_libraries.DTYPES if name != dtype]
+        stable = stable.replace(NAMESPACE, f"{NAMESPACE}_{dtype}")
+        for family in families():
+            paths = [path.relative_to(ROOT) for path in sorted((CSRC / family).rglob("*.cu"))]
+            kernels = [f"$out_dir/{family}/{path}.o" for path in paths if build_libraries.dtype_of(str(path)) == dtype]
+            sources = [(ROOT / path, instrument) for path in paths if build_libraries.dtype_of(str(path)) is None]
+            sources += [
+                (path, f"-O1 {torch_flags} {stable}") for path in (CSRC / family / "api.cpp", HERE / "device_scope.cpp")
+            ]
+            sources = [(path, " ".join([extra, *without])) for path, extra in sources]
+            libs = f"-Wl,-z,defs {origin}{wrap} -lemulator -lemulator_torch {torch_link} -lstdc++"
+            library(f"{family}_{dtype}", sources, libs, linked=kernels)
+        return "\n".join(lines) + "\n"
     library("libemulator", [(path, "-O2") for path in sorted((HERE / "core").glob("*.cpp"))], core_link)
 
     def kernels_module(name: str, kernels: list[Path]) -> None:
@@ -168,7 +187,21 @@ def alone() -> Iterator[None]:
 @cache
 def build(own: Path | None = None) -> Path:
     """The folder with the built libraries; with ``own``, only what this .cu file needs."""
-    path, text = OUT / ("build.ninja" if own is None else f"{own.stem}.ninja"), manifest(own)
+    run_ninja(OUT / ("build.ninja" if own is None else f"{own.stem}.ninja"), manifest(own))
+    return OUT
+
+
+@cache
+def register_dtype(dtype: str) -> str:
+    """Adds a backend with the families as FASTGEN_DTYPES=dtype builds them, and returns its name."""
+    run_ninja(build() / f"{dtype}.ninja", manifest(dtype=dtype))
+    backend.add_backend(f"emulated {dtype}", f"{NAMESPACE}_{dtype}", families())
+    for family in families():
+        torch.ops.load_library(str(OUT / f"{family}_{dtype}.so"))
+    return f"emulated {dtype}"
+
+
+def run_ninja(path: Path, text: str) -> None:
     with alone():
         if not path.is_file() or path.read_text() != text:
             path.write_text(text)
@@ -176,7 +209,6 @@ def build(own: Path | None = None) -> Path:
     if done.returncode != 0:
         complaint = done.stdout[max(done.stdout.find("FAILED"), 0) :]
         raise RuntimeError(f"the emulator does not build:\n{complaint}{done.stderr}")
-    return OUT
 
 
 def load(library: Path) -> ModuleType:
