@@ -195,9 +195,9 @@ def losses_of(attend, kind, dtype, steps):
     ("kind", "dtype", "tolerance"), [("r1", torch.float64, 1e-10), ("wgan-gp", torch.float32, 1e-3)], ids=str
 )
 def test_training_under_a_penalty_takes_the_path_of_plain_attention(kind, dtype, tolerance):
-    """Rounding grows along the path: in 200 steps by less than five digits. With a second derivative that is missing
-    the losses are soon more than 100 % apart."""
-    ours, plain = (losses_of(attend, kind, dtype, 200) for attend in (attention, with_math))
+    """Rounding grows along the path, by less than five digits. With a second derivative that is missing the losses of
+    60 steps are more than 10 % apart."""
+    ours, plain = (losses_of(attend, kind, dtype, 60) for attend in (attention, with_math))
     assert bool(ours.isfinite().all())
     assert float(ours[-20:].mean()) < float(ours[:20].mean()), "it learns"
     scale = float(plain.abs().mean())
