@@ -53,6 +53,7 @@ class Pass(NamedTuple):
 FORWARD = Pass("forward", 1, 1, (1, 1), (1, 1))  # q, k, v; out
 BACKWARD = Pass("backward", 3, 2, (2, 2), (2, 2))  # out and its gradient too; three gradients
 TANGENT = Pass("tangent", 3, 2, (2, 2), (2, 2))  # three tangents and out too; the tangent of out
+FORWARD_TANGENT = Pass("forward and tangent", 3, 3, (2, 2), (2, 2))  # in one sweep, which shares the scores
 SECOND_ORDER = Pass("second order, after the tangent", 7, 3, (3, 3), (3, 3))  # out, out' and the gradient of out; three
 PASSES = (FORWARD, BACKWARD, TANGENT, SECOND_ORDER)
 

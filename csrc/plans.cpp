@@ -140,6 +140,9 @@ FASTGEN_EXPORTED const char* fastgen_attention_plan(int64_t batch, int64_t heads
   if (attention::sm90::tangent_refusal(sizes) == nullptr && shared_limit >= fastgen::kSharedLimit90) {
     result.add("tangent sm90", describe(attention::sm90::tangent_plan90(sizes, multiprocessors)));
   }
+  if (attention::sm90::forward_tangent_refusal(sizes) == nullptr && shared_limit >= fastgen::kSharedLimit90) {
+    result.add("forward tangent sm90", describe(attention::sm90::forward_tangent_plan(sizes, multiprocessors)));
+  }
   result.add("second order query", describe(attention::second_order_query_plan(sizes, gpu)));
   result.add("second order key_value", describe(attention::second_order_key_value_plan(sizes, gpu), false));
   if (mask != nullptr) {

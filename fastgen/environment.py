@@ -114,9 +114,17 @@ def _served_by(name: str, device: torch.device) -> str:
     return compiled + _for_hopper(name, device)
 
 
+_WIDEST_OF_HOPPER = {
+    "attention_forward": 256,
+    "attention_backward": 128,
+    "attention_tangent": 128,
+    "attention_forward_tangent": 64,
+}
+
+
 def _for_hopper(name: str, device: torch.device) -> str:
     """What the kernels for sm_90a serve, where the library has them for the device."""
-    widest = {"attention_forward": 256, "attention_backward": 128, "attention_tangent": 128}.get(name)
+    widest = _WIDEST_OF_HOPPER.get(name)
     has_them = widest is not None and device.type == "cuda" and "90a" in backend.compiled_architectures()
     if not has_them or torch.cuda.get_device_capability(device) != (9, 0):
         return ""
@@ -129,7 +137,7 @@ def _for_hopper(name: str, device: torch.device) -> str:
 def _pytorch(name: str, device: torch.device) -> str:
     if device.type != "cpu" or not name.startswith("attention"):
         return "PyTorch"
-    if name in ("attention_tangent", "attention_second_order"):
+    if name in ("attention_tangent", "attention_forward_tangent", "attention_second_order"):
         return "PyTorch in tiles"
     return "PyTorch, its fused kernel where that fits, else in tiles"
 

@@ -36,6 +36,7 @@ BUDGETS = {
     "attention_backward_key_value_sm90": Budget(registers=168, shared_bytes=1024),
     # The consumers have 240, or 232 with padding.
     "attention_tangent_sm90": Budget(registers=168, shared_bytes=1024),
+    "attention_forward_tangent_sm90": Budget(registers=168, shared_bytes=1024),
     "attention_forward_wide": Budget(registers=255),
     "attention_backward_query_wide": Budget(registers=255),
     "attention_backward_key_value_wide": Budget(registers=255),
@@ -81,6 +82,7 @@ REQUIRED_INSTRUCTIONS = {
     "attention_backward_query_sm90": {"HGMMA": True, "UTMALDG": True, "HMMA": False},
     "attention_backward_key_value_sm90": {"HGMMA": True, "UTMALDG": True, "HMMA": False},
     "attention_tangent_sm90": {"HGMMA": True, "UTMALDG": True, "MUFU.EX2 beside products": True, "HMMA": False},
+    "attention_forward_tangent_sm90": {"HGMMA": True, "UTMALDG": True, "MUFU.EX2 beside products": True, "HMMA": False},
 }
 
 LOOP_KERNELS = [
@@ -109,6 +111,8 @@ LOOP_KERNELS = [
     "attention_tangent_sm90<BFloat16, 64, true>",
     "attention_tangent_sm90<BFloat16, 128, false>",
     "attention_tangent_sm90<BFloat16, 128, true>",
+    "attention_forward_tangent_sm90<BFloat16, 64, false>",
+    "attention_forward_tangent_sm90<BFloat16, 64, true>",
     "attention_backward_query<BFloat16, 64, 64, true>",
     "attention_backward_query<BFloat16, 128, 128, true>",
     "attention_backward_key_value<BFloat16, 64, 64, true>",
@@ -131,7 +135,7 @@ no scores). ``--tighten`` sets the budgets to 3% above what the compiled kernels
         csrc/attention/instantiations/second_order_{query,key_value}_bfloat16.cu \
         csrc/attention/instantiations/backward_{query,key_value,one_tile}_bfloat16.cu
     python tests/compile_check.py --arch 90a --tighten csrc/attention/\
-        csrc/attention/sm90/instantiations/{forward,backward,tangent}_bfloat16.cu
+        csrc/attention/sm90/instantiations/{forward,backward,tangent,forward_tangent}_bfloat16.cu
 
 The CPU library has to be of the same sources: launch plans say how large tiles are.
 """

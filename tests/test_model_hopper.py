@@ -212,6 +212,20 @@ def test_the_tangent_reaches_80_percent_of_the_peak_in_the_model():
     assert min(shares[chip, f"16k, d={dim}"] for chip in ("H100", "H200") for dim in (64, 128)) >= 0.8
 
 
+def test_output_and_tangent_in_one_sweep_are_faster_than_in_two_in_the_model():
+    found = {(row["dim"], row["padded"], row["keys"]) for row in DATA["hopper_forward_tangent_kernels"]}
+    assert found == {(64, False, 96), (64, True, 64)}
+    times = {
+        kind: {(row["chip"], row["shape"]): row["microseconds"] for row in DATA[f"hopper_{kind}predictions"]}
+        for kind in ("", "tangent_", "forward_tangent_")
+    }
+    places = times["forward_tangent_"].keys() & times[""].keys() & times["tangent_"].keys()  # not few queries: "decode"
+    assert {shape for _, shape in places} >= {"image-lm", "transgan-window", "16k, d=64"}
+    for place in places:
+        together = times["forward_tangent_"][place]
+        assert together["forward_tangent"] < times[""][place] + times["tangent_"][place]["tangent"]
+
+
 @pytest.mark.parametrize("one", hopper.FLASH_ATTENTION, ids=lambda one: str(one.dim))
 def test_the_model_is_above_published_speeds(one):
     """It knows neither the power limit nor memory, so what it predicts is divided by how far it is above them."""

@@ -42,6 +42,7 @@ CUDA_OPERATORS = [
     "attention_forward",
     "attention_backward",
     "attention_tangent",
+    "attention_forward_tangent",
     "attention_second_order",
     "latent_forward",
     "latent_backward",

@@ -88,7 +88,7 @@ class Kernel(NamedTuple):
     """A compiled kernel.
 
     Attributes:
-        name: "forward", "backward_query", "backward_key_value" or "tangent".
+        name: "forward", "backward_query", "backward_key_value", "tangent" or "forward_tangent".
         path: instructions of a consumer's warp in one iteration, in order.
         whole: instructions in the loop, executed or not.
         outside: what a tile of queries takes besides its iterations: one key tile, and the output.
@@ -117,7 +117,7 @@ class Kernel(NamedTuple):
     def copied_bytes(self) -> int:
         """Of the tiles that the producer copies in one iteration: of keys and values, or queries and dO, and of the
         tangents."""
-        return (4 if self.name == "tangent" else 2) * self.keys * self.dim * 2
+        return (4 if self.name.endswith("tangent") else 2) * self.keys * self.dim * 2
 
     @property
     def scores_per_lane(self) -> float:

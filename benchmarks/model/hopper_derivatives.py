@@ -1,10 +1,10 @@
 """Backward pass and tangent on Hopper (csrc/attention/sm90/) in the model of :mod:`benchmarks.model.hopper`.
 
-Of the backward pass two kernels run one after the other: one for dQ, whose blocks own 128 queries and iterate tiles of
-keys, and one for dK and dV, whose blocks own 128 keys and iterate tiles of queries. Together they have 7 products per
-score, and TFLOP/s count the 5 that are necessary: the most is 71% of the peak. The tangent has one kernel and 5
-products. What is owned has one buffer, so its copy is counted as a trip to memory for each owned tile; the dQ kernel
-and the tangent read the output, one more.
+Of the backward pass two kernels run one after the other: one for dQ, whose blocks own 128 queries and iterate tiles
+of keys, and one for dK and dV, whose blocks own 128 keys and iterate tiles of queries. Together they have 7 products
+per score, and TFLOP/s count the 5 that are necessary: the most is 71% of the peak. The tangent has one kernel and 5
+products; that of output and tangent has 6. What is owned has one buffer, so its copy is counted as a trip to memory
+for each owned tile; the dQ kernel and the tangent read the output, one more.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from benchmarks.model import hopper, warpgroups
 from benchmarks.model.chips import CHIPS, Chip
 from benchmarks.model.predict import MEMORY_LATENCY
-from benchmarks.roofline import BACKWARD, TANGENT, Pass, cost
+from benchmarks.roofline import BACKWARD, FORWARD_TANGENT, TANGENT, Pass, cost
 from benchmarks.shapes import ATTENTION_SHAPES, AttentionShape
 from fastgen.backend import plans
 
@@ -30,8 +30,14 @@ class Kind(NamedTuple):
 KINDS = {
     "backward": Kind(BACKWARD, {"backward_query": "query sm90", "backward_key_value": "key_value sm90"}),
     "tangent": Kind(TANGENT, {"tangent": "tangent sm90"}),
+    "forward_tangent": Kind(FORWARD_TANGENT, {"forward_tangent": "forward tangent sm90"}),
 }
-TITLES = {"backward_query": "dQ", "backward_key_value": "dK and dV", "tangent": "tangent"}
+TITLES = {
+    "backward_query": "dQ",
+    "backward_key_value": "dK and dV",
+    "tangent": "tangent",
+    "forward_tangent": "output and tangent",
+}
 OWNED = hopper.CONSUMERS * hopper.GROUP_ROWS  # csrc/attention/sm90/backward_plan.h
 
 PUBLISHED = (
@@ -77,7 +83,7 @@ def tiles_of(shape: AttentionShape, name: str, iterated: int) -> Iterator[tuple[
 
 def edge_clocks(kernel: hopper.Kernel, chip: Chip) -> float:
     """Of an owned tile, besides its iterations; of the tangent with what the first of them needs."""
-    trips = 1 if kernel.name == "backward_key_value" else 2
+    trips = 1 if kernel.name in ("backward_key_value", "forward_tangent") else 2
     return trips * MEMORY_LATENCY + warpgroups.simulate(kernel.outside, kernel.consumers, chip).clocks
 
 
@@ -88,7 +94,7 @@ def predict(
     clocks, _ = hopper.iteration_clocks(kernel, simulated)
     masked_more = (kernel.whole - len(kernel.path)) * kernel.consumers
     # The loops of the backward pass are left in the middle: the last iteration counts, though it has no products.
-    in_edge = 1 if kernel.name == "tangent" else 0
+    in_edge = 1 if kernel.name.endswith("tangent") else 0
     blocks = [0.0] * plan["blocks"]
     for number, (iterations, masked) in enumerate(tiles_of(shape, kernel.name, kernel.keys)):
         blocks[number % len(blocks)] += (iterations - in_edge) * clocks + masked * masked_more + edge
@@ -158,6 +164,12 @@ FlashAttention-3 is faster with head dim 128, which adds dQ up with atomics and 
 The same simulation, of one kernel with 5 products: two for the tangent of the scores, two for that of the output. It
 has the most products per exponential, so that they fill the time without turns. The forward pass, which runs first, is
 not included. Nothing is published about the tangents of others.
+""",
+    "forward_tangent": """
+## Attention on Hopper, output and tangent (`csrc/attention/sm90/`): predicted
+
+The same simulation, of the kernel of `scaled_dot_product_attention_jvp` with head dims up to 64: 6 products, in the
+place of the 2 of the forward kernel and the 5 of the tangent, and one softmax. TFLOP/s count 6 products.
 """,
 }
 

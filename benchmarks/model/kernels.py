@@ -13,7 +13,7 @@ SOURCES = (
     "forward", "backward_query", "backward_key_value", "tangent", "second_order_query", "second_order_key_value",
     "decode", "backward_one_tile", "wide", "wide_second_order",
 )  # fmt: skip
-HOPPER_SOURCES = "forward", "backward", "tangent"
+HOPPER_SOURCES = "forward", "backward", "tangent", "forward_tangent"
 
 
 def compiler_version(nvcc: str) -> str:

@@ -7,6 +7,16 @@
 namespace fastgen::attention {
 namespace {
 
+// Allocates the workspace of the forward pass, and launches it.
+void run_forward(ForwardParams& p, const Tensor& query, DType dtype, void* stream) {
+  std::optional<Tensor> parts;
+  if (const int64_t floats = forward_workspace(p.problem, dtype); floats > 0) {
+    parts = torch::stable::new_empty(query, {floats}, ScalarType::Float);
+    p.parts = static_cast<float*>(parts->mutable_data_ptr());
+  }
+  launch_forward(p, dtype, stream);
+}
+
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& mask,
                                    const MaybeTensor& seed, const MaybeTensor& sequences, double dropout_p,
                                    int64_t window_left, int64_t window_right, double scale, double softcap,
@@ -23,12 +33,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   Tensor lse = empty_rows(query);
   p.out = out.result(), p.lse = row_result(lse);
   index_by_row(p.problem, p.query, p.key, p.value, p.out, p.lse);
-  std::optional<Tensor> parts;
-  if (const int64_t floats = lse.numel() > 0 ? forward_workspace(p.problem, dtype) : 0; floats > 0) {
-    parts = torch::stable::new_empty(query, {floats}, ScalarType::Float);
-    p.parts = static_cast<float*>(parts->mutable_data_ptr());
-  }
-  if (lse.numel() > 0) launch_forward(p, dtype, scope.stream());
+  if (lse.numel() > 0) run_forward(p, query, dtype, scope.stream());
   return {out.finish(), lse};
 }
 
@@ -157,6 +162,41 @@ std::tuple<Tensor, Tensor> tangent(const Tensor& query, const Tensor& key, const
   return {tangent_out.finish(), tangent_lse};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_tangent(
+    const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& mask, const MaybeTensor& seed,
+    const MaybeTensor& sequences, const MaybeTensor& tangent_query, const MaybeTensor& tangent_key,
+    const MaybeTensor& tangent_value, const MaybeTensor& tangent_mask, double dropout_p, int64_t window_left,
+    int64_t window_right, double scale, double softcap, bool allow_tf32) {
+  const DType dtype = dtype_of(query, "query");
+  const DeviceScope scope(query);
+  const Read q(query, "query", query), k(key, "key", query), v(value, "value", query);
+  const MaybeTensor read_mask = readable(mask, query);
+  const GivenTangents given(query, key, value, tangent_query, tangent_key, tangent_value, tangent_mask);
+  sm90::ForwardTangentParams both;
+  both.query = q.operand(), both.key = k.operand(), both.value = v.operand(), both.tangents = given.tangents();
+  both.problem = problem_of(query, key, value, q.dim(), v.dim(), read_mask, seed, sequences,
+                            {dropout_p, window_left, window_right, scale, softcap, allow_tf32});
+  Written out(query, value.size(3), rows_first(query)), tangent_out(query, value.size(3), rows_first(query));
+  Tensor lse = empty_rows(query), tangent_lse = empty_rows(query);
+  both.out = out.result(), both.lse = row_result(lse);
+  both.tangent_out = tangent_out.result(), both.tangent_lse = row_result(tangent_lse);
+  index_by_row(both.problem, both.query, both.key, both.value, both.out, both.lse, both.tangents.query,
+               both.tangents.key, both.tangents.value, both.tangent_out, both.tangent_lse);
+  if (lse.numel() > 0 && !launch_forward_tangent(both, dtype, scope.stream())) {
+    ForwardParams p;
+    p.problem = both.problem, p.query = both.query, p.key = both.key, p.value = both.value;
+    p.out = both.out, p.lse = both.lse;
+    run_forward(p, query, dtype, scope.stream());
+    TangentParams t;
+    t.problem = both.problem, t.query = both.query, t.key = both.key, t.value = both.value;
+    t.out = {both.out.data, both.out.batch, both.out.head, both.out.row};
+    t.lse = {both.lse.data, both.lse.batch, both.lse.head, both.lse.row};
+    t.tangents = both.tangents, t.tangent_out = both.tangent_out, t.tangent_lse = both.tangent_lse;
+    launch_tangent(t, dtype, scope.stream());
+  }
+  return {out.finish(), lse, tangent_out.finish(), tangent_lse};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> second_order(
     const Tensor& grad_out, const MaybeTensor& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
     const Tensor& out, const Tensor& lse, const MaybeTensor& mask, const MaybeTensor& seed,
@@ -215,6 +255,7 @@ FASTGEN_LIBRARY_IMPL(FASTGEN_NAMESPACE, FASTGEN_DISPATCH_KEY, m) {
   m.impl("attention_forward", TORCH_BOX(&forward));
   m.impl("attention_backward", TORCH_BOX(&backward));
   m.impl("attention_tangent", TORCH_BOX(&tangent));
+  m.impl("attention_forward_tangent", TORCH_BOX(&forward_tangent));
   m.impl("attention_second_order", TORCH_BOX(&second_order));
 }
 

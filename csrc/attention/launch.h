@@ -60,6 +60,17 @@ inline void launch_tangent(const TangentParams& params, DType dtype, void* strea
     launch_tangent<T>(params, stream);
   });
 }
+// Output and tangent by one kernel; false, with nothing launched, if none takes the problem.
+inline bool launch_forward_tangent(const sm90::ForwardTangentParams& params, DType dtype, void* stream) {
+  bool launched = false;
+  dispatch_dtype(dtype, [&]<typename T>(std::type_identity<T>) {
+    if constexpr (sizeof(T) == 2) {
+      const sm90::ForwardTangentLauncher launcher = sm90::forward_tangent_launcher<T>;
+      launched = launcher != nullptr && sm90::is_wanted() && launcher(params, stream);
+    }
+  });
+  return launched;
+}
 inline void launch_second_order(const SecondOrderParams& params, DType dtype, void* stream) {
   dispatch_dtype(dtype, [&]<typename T>(std::type_identity<T>) {
     launch_second_order_query<T>(params, stream);

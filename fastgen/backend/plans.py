@@ -74,7 +74,8 @@ def attention_plan(
     16 bits; of windows only those of positions. Expanded tensors, with a stride of 0, which the plan does not know, are
     left to "forward". Windows and masks of keys take it too, some with smaller tiles.
     "query sm90" and "key_value sm90", where they are given, take the place of the other kernels of the backward pass in
-    the same way, and "tangent sm90" that of "tangent" if query, key and value all have a tangent.
+    the same way, and "tangent sm90" that of "tangent" if query, key and value all have a tangent. "forward tangent
+    sm90" takes the place of both "forward" and "tangent" where the two are one call.
 
     Args:
         shared_limit: maximum of shared memory of a block, in bytes: one of ``SHARED_LIMITS``. A multiprocessor has

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from fastgen.functional._overrides import refuse_script
 from fastgen.functional.attention import scaled_dot_product_attention
+from fastgen.functional.attention_jvp import scaled_dot_product_attention_jvp
 from fastgen.functional.latent import reparameterize, reparameterize_kl
 from fastgen.functional.packed import varlen_attention
 from fastgen.functional.projection import (
@@ -27,6 +28,7 @@ __all__ = [
     "reparameterize_kl",
     "rotary_embedding",
     "scaled_dot_product_attention",
+    "scaled_dot_product_attention_jvp",
     "varlen_attention",
 ]
 

@@ -38,6 +38,11 @@ def _attention_tangent(query: Shape, key: Shape, value: Shape, *rest: Any, **out
     return _attention(query, key, value, 3, 2)
 
 
+def _attention_forward_tangent(query: Shape, key: Shape, value: Shape, *rest: Any, **out: Any) -> int:
+    """The same and the output: the scores are those of both."""
+    return _attention(query, key, value, 3, 3)
+
+
 def _attention_second_order(
     grad_out: Shape, grad_lse: Shape | None, query: Shape, key: Shape, value: Shape, *rest: Any, **out: Any
 ) -> int:
@@ -67,6 +72,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "attention_forward": _attention_forward,
     "attention_backward": _attention_backward,
     "attention_tangent": _attention_tangent,
+    "attention_forward_tangent": _attention_forward_tangent,
     "attention_second_order": _attention_second_order,
     "projection_forward": _projection_forward,
     "projection_backward": _projection_backward,

@@ -196,7 +196,7 @@ class Fuzzer:
         found = list(tensors_in(result))
         if valid:
             _check_shapes(found, call.shapes)
-            dtype = arguments[0].dtype
+            dtype = next(tensors_in(arguments)).dtype
             if draw.plain and call.expected is not None:
                 for at, (a, b) in enumerate(zip(found, call.expected(), strict=True)):
                     _near(f"result {at}", a, b, dtype)

@@ -81,6 +81,15 @@ def scaled_dot_product_attention(draw: Draw) -> Call:
     return Call([query, key, value, mask, dropout, causal, scale], options, shapes, None if dropout else expected)
 
 
+def scaled_dot_product_attention_jvp(draw: Draw) -> Call:
+    """Without gradients: those of the tangent have none of their own."""
+    arguments, options, shapes, _ = scaled_dot_product_attention(draw)
+    arguments = [t.detach() if isinstance(t, Tensor) else t for t in arguments]
+    primals = tuple(arguments[:3])
+    tangents = tuple(draw.maybe(draw.tensor(*t.shape, dtype=t.dtype)) for t in primals)
+    return Call([primals, tangents, *arguments[3:]], options, [*shapes, *shapes])
+
+
 def varlen_attention(draw: Draw) -> Call:
     dtype, sequences, key_heads = draw.dtype(), draw.one((1, 1, 2, 5)), draw.one((1, 2))
     heads = key_heads * draw.one((1, 2))

@@ -104,6 +104,12 @@ def attention_tangent(draw: Draw) -> Call:
     return Call(arguments, p.shapes)
 
 
+def attention_forward_tangent(draw: Draw) -> Call:
+    p = Attention(draw)
+    arguments = [p.query, p.key, p.value, p.mask, p.seed, None, *p.tangents(), *p.options]
+    return Call(arguments, [*p.shapes, *p.shapes])
+
+
 def attention_second_order(draw: Draw) -> Call:
     p = Attention(draw)
     wanted = p.mask_grad()
@@ -336,6 +342,7 @@ VALID: dict[str, Callable[[Draw], Call]] = {
         attention_forward,
         attention_backward,
         attention_tangent,
+        attention_forward_tangent,
         attention_second_order,
         cpu_attention_forward,
         cpu_attention_backward,

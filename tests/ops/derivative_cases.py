@@ -229,6 +229,21 @@ def attention_case(mask=None, **kwargs):
     return (*both("attention", **kwargs), tensors)
 
 
+def attention_jvp_case():
+    """Of output and tangent, in the primals and one direction."""
+    of_key, of_value = normal(B, H, N, D), normal(B, H, N, 2)
+
+    def ours(*t):
+        return functional.scaled_dot_product_attention_jvp(t[:3], (t[3], of_key, of_value))
+
+    def formula(*t):
+        tangents = t[3], of_key, of_value, None
+        of_out, _ = reference.attention_tangent(*t[:3], None, *tangents, None, -1, -1, D**-0.5)
+        return plain_attention(*t[:3])[0], of_out
+
+    return ours, formula, [normal(B, H, N, D), normal(B, H, N, D), normal(B, H, N, 2), normal(B, H, N, D)]
+
+
 def packed_case():
     """Three sequences, one of them empty."""
     begins = [0, 2, 2, 5]
@@ -331,6 +346,7 @@ CASES = {
     "scaled_dot_product_attention, causal": lambda: attention_case(is_causal=True),
     "scaled_dot_product_attention, window": lambda: attention_case(window=(1, 1)),
     "scaled_dot_product_attention, bias": lambda: attention_case(mask=(H, 1, N)),
+    "scaled_dot_product_attention_jvp": attention_jvp_case,
     "varlen_attention": packed_case,
     "scaled_dot_product_attention, softcap": lambda: attention_case(mask=(H, 1, N), softcap=0.7),
     "scaled_dot_product_attention, dropout": lambda: attention_case(dropout_p=0.4),

@@ -14,6 +14,7 @@ from fastgen.functional import (
     reparameterize,
     reparameterize_kl,
     scaled_dot_product_attention,
+    scaled_dot_product_attention_jvp,
     varlen_attention,
 )
 
@@ -27,6 +28,10 @@ FUNCTIONS = {
     "scaled_dot_product_attention": lambda: (
         lambda q, k, v, m: scaled_dot_product_attention(q, k, v, m, dropout_p=0.1, window=(3, 1), return_lse=True),
         (leaf(2, 4, 5, 8), leaf(2, 4, 6, 8), leaf(2, 4, 6, 3), leaf(4, 1, 6)),
+    ),
+    "scaled_dot_product_attention_jvp": lambda: (
+        lambda q, k, v, t: scaled_dot_product_attention_jvp((q, k, v), (t, None, v), dropout_p=0.1, window=(3, 1)),
+        (leaf(2, 4, 5, 8), leaf(2, 4, 6, 8), leaf(2, 4, 6, 3), leaf(2, 4, 5, 8)),
     ),
     "varlen_attention": lambda: (
         lambda q, k, v: varlen_attention(q, k, v, BEGINS, is_causal=True, enable_gqa=True, return_lse=True),

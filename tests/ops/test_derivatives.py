@@ -60,6 +60,8 @@ def refusal(name, way):
         return "vmap: called random operation while in randomness error mode"
     if name == "varlen_attention" and way == "forward of compiled":  # reads where sequences begin
         return "when making fake tensor call"
+    if name == "scaled_dot_product_attention_jvp":  # itself a derivative
+        return "attention: (expected first or second derivatives, got a third one|forward mode over forward mode)"
     if name.startswith(ATTENTION):
         if way == "forward over forward":
             return "attention: forward mode over forward mode is not supported"

@@ -46,6 +46,8 @@ def cases():
         yield "attention_forward", attention_arguments(**options)
         yield "attention_backward", (*backward_arguments(**options), bool(options.get("masked")))
         yield "attention_tangent", second_order_arguments(**options)[2:]
+        _, _, query, key, value, _, _, *rest = second_order_arguments(**options)
+        yield "attention_forward_tangent", (query, key, value, *rest)
         yield "attention_second_order", (*second_order_arguments(**options), bool(options.get("masked")))
     narrow = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 16)
     causal, bias = (0.0, -1, 0, 0.4), torch.randn(1, 4, 5, 6)

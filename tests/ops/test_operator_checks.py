@@ -46,6 +46,10 @@ def tangent(query=None, key=None, value=None, mask=None):
     return "attention_tangent", (QUERY, KEY, VALUE, OUT, LSE, None, None, None, query, key, value, mask, *PLAIN)
 
 
+def forward_tangent(key=KEY, of_key=None, of_mask=None):
+    return "attention_forward_tangent", (QUERY, key, VALUE, None, None, None, None, of_key, None, of_mask, *PLAIN)
+
+
 def cpu_attention(key=None, value=None, mask=None):
     key = randn(2, 2, 6, 8) if key is None else key
     value = randn(2, 2, 6, 16) if value is None else value
@@ -130,6 +134,9 @@ REFUSED = [
     (lambda: attention_backward(grad_lse=randn(2, 4)), "grad_lse: expected shape"),
     (lambda: tangent(query=randn(2, 4, 5, 7)), "tangent_query: expected shape"),
     (lambda: tangent(mask=torch.ones(1, 1, 5, 6) > 0), "tangent_mask: expected a floating tensor"),
+    (lambda: forward_tangent(key=randn(2, 3, 6, 8)), "key: .*heads that divides query's 4, got 3"),
+    (lambda: forward_tangent(of_key=randn(2, 2, 6, 7)), "tangent_key: expected shape"),
+    (lambda: forward_tangent(of_mask=torch.ones(1, 1, 5, 6) > 0), "tangent_mask: expected a floating tensor"),
     (lambda: cpu_attention(key=randn(2, 0, 6, 8), value=randn(2, 0, 6, 16)), "key: .*number of heads that divides"),
     (lambda: cpu_attention(value=randn(2, 2, 5, 16)), "value: expected shape"),
     (lambda: cpu_attention(mask=randn(2, 3, 5, 6)), "mask: expected"),

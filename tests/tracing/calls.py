@@ -25,6 +25,10 @@ FUNCTIONS: dict[str, Callable[[Make], Any]] = {
     "scaled_dot_product_attention": lambda make: F.scaled_dot_product_attention(
         make(1, 2, 5, 8), make(1, 2, 7, 8), make(1, 2, 7, 8), make(5, 7), 0.1, softcap=2.0, return_lse=True
     ),
+    "scaled_dot_product_attention_jvp": lambda make: F.scaled_dot_product_attention_jvp(
+        (make(1, 2, 5, 8), make(1, 2, 7, 8), make(1, 2, 7, 8)), (make(1, 2, 5, 8), None, make(1, 2, 7, 8)), make(5, 7),
+        attn_mask_tangent=make(5, 7), return_lse=True,
+    ),
     "varlen_attention": lambda make: _packed(make(5, 4, 8), make(7, 2, 8), make(7, 2, 8)),
     "multi_head_projection": lambda make: F.multi_head_projection(make(2, 3, 8), make(16, 8), make(16), num_heads=2),
     "qkv_projection": lambda make: F.qkv_projection(

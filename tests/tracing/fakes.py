@@ -49,7 +49,11 @@ def gradients(outputs: list[Tensor], leaves: list[Tensor]) -> list[Tensor | None
             result[id(node.variable)] = given[0]
             continue
         found = _call(node, [given.get(index) for index in range(len(node._input_metadata))])
-        for (after, index), grad in zip(node.next_functions, found, strict=False):
+        edges = node.next_functions
+        if isinstance(node, torch.autograd.function.BackwardCFunction):  # has edges for tensors only
+            edges = [edge for edge in edges if edge[0] is not None]
+            found = tuple(grad for grad, wanted in zip(found, node.needs_input_grad, strict=False) if wanted)
+        for (after, index), grad in zip(edges, found, strict=False):
             if after is not None and grad is not None:
                 add(after, index, grad)
     return [result.get(id(leaf)) for leaf in leaves]

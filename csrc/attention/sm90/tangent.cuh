@@ -24,12 +24,12 @@ struct TangentMaps {
   device::TensorMap query, key, value, tangent_query, tangent_key, tangent_value;
 };
 
-template <int kDim, bool kPadded>
+template <int kHeadDim, int kKeyCount, int kStageCount>
 struct TangentTiles {
-  static constexpr int kKeys = tangent_shape90(kDim, kPadded).iterated;
-  static constexpr int kStages = tangent_shape90(kDim, kPadded).key_stages, kPanels = kDim / kPanelDim;
+  static constexpr int kDim = kHeadDim, kKeys = kKeyCount, kStages = kStageCount, kPanels = kDim / kPanelDim;
   static_assert(kStages <= kMostStages, "a barrier for each stage");
   static constexpr int kQueryBytes = tile_bytes(BLOCK_M, kDim), kKeyBytes = tile_bytes(kKeys, kDim);
+  static constexpr int kTiles = kKeys / 8, kDepths = kKeys / device::kWgmmaDepth;
 
   static __device__ __forceinline__ unsigned char* query() { return device::dynamic_shared(); }
   static __device__ __forceinline__ unsigned char* tangent_query() { return query() + kQueryBytes; }
@@ -39,23 +39,67 @@ struct TangentTiles {
   static __device__ __forceinline__ unsigned char* tangent_key(int stage) { return key(stage) + kKeyBytes; }
   static __device__ __forceinline__ unsigned char* value(int stage) { return key(stage) + 2 * kKeyBytes; }
   static __device__ __forceinline__ unsigned char* tangent_value(int stage) { return key(stage) + 3 * kKeyBytes; }
+
+  // both = S, W of the consumer's 64 queries.
+  template <typename T>
+  static __device__ __forceinline__ void multiply_keys(float (&both)[2][1][kTiles][4], int group, int stage) {
+    const auto add = [&](float (&to)[kTiles][4], unsigned char* queries, unsigned char* keys, bool first) {
+      const auto query = device::matrix_tile<device::Rows::kOuter>(queries + group * panel_bytes(kGroupRows));
+      const auto key = device::matrix_tile<device::Rows::kOuter>(keys);
+#pragma unroll
+      for (int k = 0; k < kDim; k += device::kWgmmaDepth) {
+        const int panel = k / kPanelDim, across = k % kPanelDim * static_cast<int>(sizeof(T));
+        device::wgmma<T>(to, query.from(panel * panel_bytes(BLOCK_M) + across),
+                         key.from(panel * panel_bytes(kKeys) + across), !first || k > 0);
+      }
+    };
+    add(both[0][0], query(), key(stage), true);
+    add(both[1][0], tangent_query(), key(stage), true);
+    add(both[1][0], query(), tangent_key(stage), false);
+    device::wgmma_commit();
+  }
+
+  // sums += weights values, of the kDepths weights from ``first`` on.
+  template <typename T>
+  static __device__ __forceinline__ void multiply_values(float (&sums)[kDim / 8][4],
+                                                         const uint32_t (&weights)[2 * kDepths][4], int first,
+                                                         unsigned char* values) {
+    const auto value = device::matrix_tile<device::Rows::kDepth>(values, panel_bytes(kKeys));
+#pragma unroll
+    for (int k = 0; k < kDepths; ++k) {
+      device::wgmma<T>(sums, weights[first + k], value.from(k * device::kWgmmaDepth * kPanelRowBytes));
+    }
+  }
+
+  // weights = P, P W as left operands of products.
+  template <typename T>
+  static __device__ __forceinline__ void pack_weights(uint32_t (&weights)[2 * kDepths][4],
+                                                      const float (&both)[2][1][kTiles][4]) {
+#pragma unroll
+    for (int k = 0; k < kDepths; ++k) {
+      Product<T>::from_scores(weights[k], both[0][0] + 2 * k);
+      Product<T>::from_scores(weights[kDepths + k], both[1][0] + 2 * k);
+    }
+  }
 };
+template <int kDim, bool kPadded>
+using TilesOfTangent =
+    TangentTiles<kDim, tangent_shape90(kDim, kPadded).iterated, tangent_shape90(kDim, kPadded).key_stages>;
 
 // The copies of all tiles of the block, by one thread; with padding its whole warp finds them.
-template <typename T, int kDim, bool kPadded>
+template <typename T, typename Tiles, bool kPadded>
 __device__ __forceinline__ void produce_with_tangents(const TangentMaps& maps, const Problem& problem,
                                                       const Schedule& schedule, BackwardBarriers& barriers) {
-  using Tiles = TangentTiles<kDim, kPadded>;
   using TangentWork = Work<T, kPadded, BLOCK_M, Tiles::kKeys>;
   // An operand and its tangent, in successive tiles.
   const auto copy = [](unsigned char* tile, const device::TensorMap& map, const device::TensorMap& tangent, int rows,
                        int row, unsigned head, unsigned batch, device::Mbarrier* full) {
-    device::mbarrier_arrive_expect(full, 2 * tile_bytes(rows, kDim));
+    device::mbarrier_arrive_expect(full, 2 * tile_bytes(rows, Tiles::kDim));
 #pragma unroll
     for (int panel = 0; panel < Tiles::kPanels; ++panel) {
       const int at[] = {panel * kPanelDim, row, static_cast<int>(head), static_cast<int>(batch)};
       device::tensor_load(tile + panel * panel_bytes(rows), map, at, full);
-      device::tensor_load(tile + tile_bytes(rows, kDim) + panel * panel_bytes(rows), tangent, at, full);
+      device::tensor_load(tile + tile_bytes(rows, Tiles::kDim) + panel * panel_bytes(rows), tangent, at, full);
     }
   };
   Position<Tiles::kStages> position;
@@ -87,11 +131,10 @@ __device__ __forceinline__ void produce_with_tangents(const TangentMaps& maps, c
 template <typename T, int kDim, bool kPadded>
 __device__ __forceinline__ void compute_tangent(const TangentParams& p, const Schedule& schedule,
                                                 BackwardBarriers& barriers) {
-  using Tiles = TangentTiles<kDim, kPadded>;
+  using Tiles = TilesOfTangent<kDim, kPadded>;
   using TangentWork = Work<T, kPadded, BLOCK_M, Tiles::kKeys>;
   using Tile = typename TangentWork::Tile;
-  using device::Rows;
-  constexpr int kKeys = Tiles::kKeys, kTiles = kKeys / 8, kDepths = kKeys / device::kWgmmaDepth;
+  constexpr int kKeys = Tiles::kKeys, kTiles = Tiles::kTiles, kDepths = Tiles::kDepths;
   const Problem& problem = p.problem;
   const int group = static_cast<int>(threadIdx.x) / kGroupThreads - 1;
   const int warp_row = group * kGroupRows + static_cast<int>(threadIdx.x % kGroupThreads) / 32 * kFragmentRows;
@@ -103,40 +146,10 @@ __device__ __forceinline__ void compute_tangent(const TangentParams& p, const Sc
   Position<Tiles::kStages> position;  // of the newest key tile
   int parity = 0;                     // of the query tile
 
-  const auto multiply_keys = [&](int stage) {
-    const auto add = [&](float (&to)[kTiles][4], unsigned char* queries, unsigned char* keys, bool first) {
-      const auto query = device::matrix_tile<Rows::kOuter>(queries + group * panel_bytes(kGroupRows));
-      const auto key = device::matrix_tile<Rows::kOuter>(keys);
-#pragma unroll
-      for (int k = 0; k < kDim; k += device::kWgmmaDepth) {
-        const int panel = k / kPanelDim, across = k % kPanelDim * static_cast<int>(sizeof(T));
-        device::wgmma<T>(to, query.from(panel * panel_bytes(BLOCK_M) + across),
-                         key.from(panel * panel_bytes(kKeys) + across), !first || k > 0);
-      }
-    };
-    add(scores[0], Tiles::query(), Tiles::key(stage), true);
-    add(direction[0], Tiles::tangent_query(), Tiles::key(stage), true);
-    add(direction[0], Tiles::query(), Tiles::tangent_key(stage), false);
-    device::wgmma_commit();
-  };
   const auto multiply_values = [&](int stage) {
-    const auto add = [&](int first, unsigned char* values) {
-      const auto value = device::matrix_tile<Rows::kDepth>(values, panel_bytes(kKeys));
-#pragma unroll
-      for (int k = 0; k < kDepths; ++k) {
-        device::wgmma<T>(sums[0], weights[first + k], value.from(k * device::kWgmmaDepth * kPanelRowBytes));
-      }
-    };
-    add(0, Tiles::tangent_value(stage));
-    add(kDepths, Tiles::value(stage));
+    Tiles::template multiply_values<T>(sums[0], weights, 0, Tiles::tangent_value(stage));
+    Tiles::template multiply_values<T>(sums[0], weights, kDepths, Tiles::value(stage));
     device::wgmma_commit();
-  };
-  const auto pack_weights = [&] {
-#pragma unroll
-    for (int k = 0; k < kDepths; ++k) {
-      Product<T>::from_scores(weights[k], scores[0] + 2 * k);
-      Product<T>::from_scores(weights[kDepths + k], direction[0] + 2 * k);
-    }
   };
 
   for (int64_t i = blockIdx.x; i < schedule.tiles; i += gridDim.x) {
@@ -189,11 +202,11 @@ __device__ __forceinline__ void compute_tangent(const TangentParams& p, const Sc
       parity ^= 1;
       device::mbarrier_wait(&barriers.key_full[position.stage], position.parity);
       device::wgmma_fence(both);
-      multiply_keys(position.stage);
+      Tiles::template multiply_keys<T>(both, group, position.stage);
       device::wgmma_wait<0>(both);
       leave(&barriers.key_empty[position.stage]);
       weigh(tile);
-      pack_weights();
+      Tiles::template pack_weights<T>(weights, both);
 
       for (Tile next = work.next(tile); work.contains(next); next = work.next(tile)) {
         const Position<Tiles::kStages> last = position;
@@ -202,7 +215,7 @@ __device__ __forceinline__ void compute_tangent(const TangentParams& p, const Sc
         tile = next;
         device::mbarrier_wait(&barriers.key_full[position.stage], position.parity);
         device::wgmma_fence(both, sums[0], weights);
-        multiply_keys(position.stage);
+        Tiles::template multiply_keys<T>(both, group, position.stage);
         multiply_values(last.stage);
         device::wgmma_wait<1>(both);
         leave(&barriers.key_empty[position.stage]);
@@ -211,7 +224,7 @@ __device__ __forceinline__ void compute_tangent(const TangentParams& p, const Sc
         device::compute_before_wait(fabsf(mean[0]) + fabsf(mean[1]));
         device::wgmma_wait<0>(sums[0], weights);
         leave(&barriers.value_empty[last.stage]);
-        pack_weights();
+        Tiles::template pack_weights<T>(weights, both);
       }
       leave(&barriers.owned_empty);
       wait_for_values(position, tile);
@@ -254,7 +267,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr Registers kRegisters = kPadded ? kPaddedRegisters : kPlainRegisters;
   if (threadIdx.x < kGroupThreads) {
     device::decrease_registers<kRegisters.producer>();
-    if (threadIdx.x < (kPadded ? 32 : 1)) produce_with_tangents<T, kDim, kPadded>(maps, p.problem, schedule, barriers);
+    if (threadIdx.x < (kPadded ? 32 : 1)) {
+      produce_with_tangents<T, TilesOfTangent<kDim, kPadded>, kPadded>(maps, p.problem, schedule, barriers);
+    }
   } else {
     device::increase_registers<kRegisters.consumer>();
     compute_tangent<T, kDim, kPadded>(p, schedule, barriers);

@@ -3,6 +3,7 @@
     attention          its backward is ``backward``, its jvp is ``tangent``
     backward           its backward is the first half of ``second_order``; its jvp adds the other half
     tangent            its backward is the other half of ``second_order``, and ``backward`` for the directions
+    forward_tangent    its backward is those of attention and of tangent, added up
     second_order       raises where it is to be differentiated
 
 since <G, backward(dO)> = <dO, tangent(G)>: see ``fastgen.reference.attention_second_order``. What an operator saves or
@@ -63,6 +64,13 @@ def _run_tangent(saved: Saved, tangents: Tangents) -> tuple[Tensor, ...]:
     return tuple(call(namespace, "attention_tangent", *saved.tensors, *tangents, *saved.options))
 
 
+def _run_forward_tangent(problem: Problem, tangents: Tangents) -> tuple[Tensor, ...]:
+    """O, l, O' and l'."""
+    namespace = _second_order_namespace("attention_forward_tangent", problem)
+    arguments = (*problem[:6], *tangents, *problem.options)
+    return tuple(call(namespace, "attention_forward_tangent", *arguments))
+
+
 def _run_second_order(
     grad_out: Tensor, grad_lse: Tensor | None, saved: Saved, tangents: Tangents, mask_grad: bool
 ) -> tuple[Tensor, ...]:
@@ -71,7 +79,7 @@ def _run_second_order(
     return tuple(call(namespace, "attention_second_order", *arguments))
 
 
-def _second_order_namespace(name: str, saved: Saved) -> str:
+def _second_order_namespace(name: str, saved: Saved | Problem) -> str:
     return select(name, saved.query, refused_heads(saved.query, saved.value), forward=saved.namespace)
 
 
@@ -259,6 +267,46 @@ class _Tangent(Function):
         )
 
 
+class _ForwardTangent(Function):
+    """O, l, O' and l', from a flat Problem with the tangents after its tensors."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return _run_forward_tangent(Problem.of((*inputs[:6], *inputs[10:])), Tangents(*inputs[6:10]))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        query, key, value, *rest, options, namespace = Problem.of((*inputs[:6], *inputs[10:]))
+        _save_tensors(ctx, (query, key, value, *output[:2], *rest, *inputs[6:10]), options, namespace)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        of_out, of_lse, of_tangent, of_tangent_lse = grads
+        tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad
+        saved, tangents = _saved(ctx, tensors[:_TENSORS]), Tangents(*tensors[_TENSORS:])
+        zeros = torch.zeros_like
+        primals: tuple[Tensor | None, ...] = (None,) * 4
+        of_tangents: tuple[Tensor | None, ...] = (None,) * 4
+        if any(wanted[:4]) and not (of_out is None and of_lse is None):
+            primals = backward(zeros(saved.out) if of_out is None else of_out, of_lse, saved, wanted[3])
+        if not (of_tangent is None and of_tangent_lse is None):
+            of_tangent = zeros(saved.out) if of_tangent is None else of_tangent
+            if any(wanted[:4]):
+                more = _second_order(of_tangent, of_tangent_lse, saved, tangents, wanted[3])[2:]
+                pairs = zip(primals, more, strict=True)
+                primals = tuple(a if b is None else b if a is None else a + b for a, b in pairs)
+            if any(wanted[6:10]):
+                of_tangents = backward(of_tangent, of_tangent_lse, saved, wanted[9])
+        results = only_wanted(ctx, 0, *primals, None, None, *of_tangents)
+        return (*results, *(None,) * (len(wanted) - len(results)))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        _Tangent.jvp(ctx)
+
+
 class _SecondOrder(Function):
     """Raises where it is differentiated: there are no operators for third derivatives."""
 
@@ -292,6 +340,16 @@ def attention(problem: Problem) -> tuple[Tensor, Tensor]:
     return result[0], result[1]
 
 
+@in_graph
+def forward_tangent(problem: Problem, tangents: Tangents) -> tuple[Tensor, ...]:
+    """``attention_forward_tangent``: O, l, O' and l', differentiable in reverse mode."""
+    tangents = Tangents(*(t if t is None else _rows(t) for t in tangents))
+    if choose(_ForwardTangent, _ForwardTangent, *problem[:4], *tangents) is None:
+        return _run_forward_tangent(problem, tangents)
+    arguments = (*problem[:6], *tangents, *problem.options, problem.namespace)
+    return tuple(_ForwardTangent.apply(*arguments))  # type: ignore[no-untyped-call]
+
+
 # --------------------------------------------------------------------------------------------------
 # Operators called by name, in exported programs
 
@@ -314,6 +372,7 @@ def _recorded(function: type[Function], arrange: Callable[..., tuple[Any, ...]])
 differentiate("attention_forward", _recorded_forward)
 differentiate("attention_backward", _recorded(_Backward, lambda ns, *args: (*args[:-1], ns, args[-1])))
 differentiate("attention_tangent", _recorded(_Tangent, lambda ns, *args: (*args[:8], *args[12:], ns, *args[8:12])))
+differentiate("attention_forward_tangent", _recorded(_ForwardTangent, lambda ns, *args: (*args, ns)))
 differentiate(
     "attention_second_order",
     _recorded(_SecondOrder, lambda ns, *args: (*args[:10], *args[14:-1], ns, *args[10:14], args[-1])),

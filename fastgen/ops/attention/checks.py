@@ -184,6 +184,19 @@ def attention_tangent(
     _require_tangents(query, key, value, (tangent_query, tangent_key, tangent_value, tangent_mask))
 
 
+def attention_forward_tangent(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    sequences: Tensor | None,
+    *rest: Any,
+) -> None:
+    attention_forward(query, key, value, mask, seed, sequences, *rest[4:])
+    _require_tangents(query, key, value, rest[:4])
+
+
 def attention_second_order(
     grad_out: Tensor,
     grad_lse: Tensor | None,

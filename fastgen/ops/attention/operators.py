@@ -1,4 +1,4 @@
-"""Softmax attention on 4-d tensors: forward with logsumexp, its backward, its tangent, and the gradient of that.
+"""Softmax attention on 4-d tensors: forward with logsumexp, its backward, its tangent, both, and the gradient of that.
 
 query (B, H, N, Dk), key (B, Hk, M, Dk), value (B, Hk, M, Dv), each with a contiguous last dim;
 mask: boolean (True = attend) or floating, 4-d, each dim full or 1; seed (S,) int64, S dividing B, where
@@ -160,6 +160,16 @@ def _run_tangent(saved: Saved, tangents: Tangents) -> tuple[Tensor, Tensor]:
     return results
 
 
+def _forward_tangent(namespace: str, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tensors, tangents, options = args[:6], args[6:10], args[10:]
+    out, lse = _forward(namespace, *tensors, *options)
+    return out, lse, *_tangent(namespace, *tensors[:3], out, lse, *tensors[3:], *tangents, *options)
+
+
+def _forward_tangent_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return *_forward_fake(query, key, value), *_forward_fake(query, key, value)
+
+
 def _second_order(
     namespace: str, grad_out: Tensor, grad_lse: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -261,6 +271,17 @@ define(
     vmap_rule(query_at=0, mask_at=5, tangent_mask_at=11),
     check=checks.attention_tangent,
     parts=_TANGENT_PARTS,
+    takes_namespace=True,
+)
+define(
+    "attention",
+    "attention_forward_tangent(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? seed, "
+    f"Tensor? sequences, {_TANGENTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward_tangent,
+    _forward_tangent_fake,
+    vmap_rule(query_at=0, mask_at=3, tangent_mask_at=9),
+    check=checks.attention_forward_tangent,
+    parts={**_FORWARD_PARTS, **_TANGENT_PARTS},
     takes_namespace=True,
 )
 define(

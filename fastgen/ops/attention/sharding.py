@@ -51,4 +51,5 @@ def _rule(
 shard("attention_forward", _rule(0, 3, -1, lambda own, of_mask: [own] * 2))
 shard("attention_backward", _rule(2, 7, -1, lambda own, of_mask: [own] * 3 + [of_mask]))
 shard("attention_tangent", _rule(0, 5, 11, lambda own, of_mask: [own] * 2))
+shard("attention_forward_tangent", _rule(0, 3, 9, lambda own, of_mask: [own] * 4))
 shard("attention_second_order", _rule(2, 7, 13, lambda own, of_mask: [own] * 5 + [of_mask]))
