@@ -13,6 +13,7 @@
 #include "attention/sm90/backward_plan.h"
 #include "attention/sm90/plan.h"
 #include "attention/sm90/tangent_plan.h"
+#include "attention/sm90/wide_plan.h"
 #include "common/exported.h"
 #include "latent/plan.h"
 #include "projection/plan.h"
@@ -125,6 +126,9 @@ FASTGEN_EXPORTED const char* fastgen_attention_plan(int64_t batch, int64_t heads
   }
   if (attention::sm90::refusal(sizes) == nullptr && shared_limit >= fastgen::kSharedLimit90) {
     result.add("forward sm90", describe(attention::sm90::forward_plan(sizes, multiprocessors)));
+  }
+  if (attention::sm90::wide_refusal(sizes) == nullptr && shared_limit >= fastgen::kSharedLimit90) {
+    result.add("forward wide sm90", describe(attention::sm90::wide_forward_plan90(sizes, gpu)));
   }
   if (attention::sm90::backward_refusal(sizes) == nullptr && shared_limit >= fastgen::kSharedLimit90) {
     result.add("query sm90", describe(attention::sm90::backward_plan(sizes, false, multiprocessors)));

@@ -114,23 +114,23 @@ def _served_by(name: str, device: torch.device) -> str:
     return compiled + _for_hopper(name, device)
 
 
-_WIDEST_OF_HOPPER = {
-    "attention_forward": 256,
-    "attention_backward": 128,
-    "attention_tangent": 128,
-    "attention_forward_tangent": 64,
+_HEADS_OF_HOPPER = {
+    "attention_forward": "40 to 256, or without padding 456 to 512",
+    "attention_backward": "40 to 128",
+    "attention_tangent": "40 to 128",
+    "attention_forward_tangent": "40 to 64",
 }
 
 
 def _for_hopper(name: str, device: torch.device) -> str:
     """What the kernels for sm_90a serve, where the library has them for the device."""
-    widest = _WIDEST_OF_HOPPER.get(name)
-    has_them = widest is not None and device.type == "cuda" and "90a" in backend.compiled_architectures()
+    heads = _HEADS_OF_HOPPER.get(name)
+    has_them = heads is not None and device.type == "cuda" and "90a" in backend.compiled_architectures()
     if not has_them or torch.cuda.get_device_capability(device) != (9, 0):
         return ""
     if os.environ.get("FASTGEN_SM90") != "1":
         return "; FASTGEN_SM90=1 takes those for sm_90a, which have not been measured"
-    served = f"of 16 bits, with no mask but a window or padding, with head dims 40 to {widest}"
+    served = f"of 16 bits, with no mask but a window or padding, with head dims {heads}"
     return f"; {served}, by the kernels for sm_90a"
 
 

@@ -36,6 +36,7 @@ BUDGETS = {
     "attention_backward_key_value_sm90": Budget(registers=168, shared_bytes=1024),
     # The consumers have 240, or 232 with padding.
     "attention_tangent_sm90": Budget(registers=168, shared_bytes=1024),
+    "attention_forward_wide_sm90": Budget(registers=168, shared_bytes=1024),
     "attention_forward_tangent_sm90": Budget(registers=168, shared_bytes=1024),
     "attention_forward_wide": Budget(registers=255),
     "attention_backward_query_wide": Budget(registers=255),
@@ -82,6 +83,7 @@ REQUIRED_INSTRUCTIONS = {
     "attention_backward_query_sm90": {"HGMMA": True, "UTMALDG": True, "HMMA": False},
     "attention_backward_key_value_sm90": {"HGMMA": True, "UTMALDG": True, "HMMA": False},
     "attention_tangent_sm90": {"HGMMA": True, "UTMALDG": True, "MUFU.EX2 beside products": True, "HMMA": False},
+    "attention_forward_wide_sm90": {"HGMMA": True, "UTMALDG": True, "MUFU.EX2 beside products": True, "HMMA": False},
     "attention_forward_tangent_sm90": {"HGMMA": True, "UTMALDG": True, "MUFU.EX2 beside products": True, "HMMA": False},
 }
 
@@ -99,6 +101,7 @@ LOOP_KERNELS = [
     "attention_forward_sm90<BFloat16, 128, 2, 128, true>",
     "attention_forward_sm90<BFloat16, 192, 2, 96, false>",
     "attention_forward_sm90<BFloat16, 256, 2, 80, false>",
+    "attention_forward_wide_sm90<BFloat16>",
     "attention_backward_query_sm90<BFloat16, 64, false>",
     "attention_backward_query_sm90<BFloat16, 64, true>",
     "attention_backward_query_sm90<BFloat16, 128, false>",
@@ -135,7 +138,7 @@ no scores). ``--tighten`` sets the budgets to 3% above what the compiled kernels
         csrc/attention/instantiations/second_order_{query,key_value}_bfloat16.cu \
         csrc/attention/instantiations/backward_{query,key_value,one_tile}_bfloat16.cu
     python tests/compile_check.py --arch 90a --tighten csrc/attention/\
-        csrc/attention/sm90/instantiations/{forward,backward,tangent,forward_tangent}_bfloat16.cu
+        csrc/attention/sm90/instantiations/{forward,forward_wide,backward,tangent,forward_tangent}_bfloat16.cu
 
 The CPU library has to be of the same sources: launch plans say how large tiles are.
 """

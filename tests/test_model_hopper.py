@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.model import hopper, hopper_derivatives, sass, warpgroups
+from benchmarks.model import hopper, hopper_derivatives, hopper_wide, sass, warpgroups
 from benchmarks.model.chips import CHIPS
 from benchmarks.shapes import ATTENTION_SHAPES, AttentionShape
 
@@ -224,6 +224,14 @@ def test_output_and_tangent_in_one_sweep_are_faster_than_in_two_in_the_model():
     for place in places:
         together = times["forward_tangent_"][place]
         assert together["forward_tangent"] < times[""][place] + times["tangent_"][place]["tangent"]
+
+
+def test_the_written_design_of_head_dim_512_is_the_one_with_the_lowest_bounds():
+    written, *others = (hopper_wide.bounds(products) for products in hopper_wide.DESIGNS.values())
+    assert written["tensor"] == 2 * 64 * 64 * (512 + 512) / 4096
+    for other in others:
+        assert written["tensor"] + written["shared memory"] < other["tensor"] + other["shared memory"]
+        assert written["L2"] == other["L2"]
 
 
 @pytest.mark.parametrize("one", hopper.FLASH_ATTENTION, ids=lambda one: str(one.dim))

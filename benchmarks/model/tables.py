@@ -183,7 +183,7 @@ def estimate_lines(estimates: list[dict[str, Any]]) -> list[str]:
 
 def lines(data: dict[str, Any]) -> list[str]:
     """predictions.md."""
-    from benchmarks.model import calibration, estimates, hopper, hopper_derivatives, predict
+    from benchmarks.model import calibration, estimates, hopper, hopper_derivatives, hopper_wide, predict
 
     out = HEADER.format(overlap=predict.OVERLAP, **data).splitlines()
     for one in data["calibration"]:
@@ -209,6 +209,7 @@ def lines(data: dict[str, Any]) -> list[str]:
                 ]
     out += hopper.lines(data)
     out += hopper_derivatives.lines(data)
+    out += hopper_wide.lines()
     out += estimate_lines(data["estimates"])
     out += ["", *estimates.REJECTED.splitlines()]
     out += [

@@ -73,6 +73,8 @@ def attention_plan(
     measured. It is given for head dims of keys and values both in 40 ... 64, 72 ... 128, 136 ... 192 or 200 ... 256, of
     16 bits; of windows only those of positions. Expanded tensors, with a stride of 0, which the plan does not know, are
     left to "forward". Windows and masks of keys take it too, some with smaller tiles.
+    "forward wide sm90" takes the place of "forward" in the same way, with head dims both in 456 ... 512 and no mask of
+    keys; it has as many parts of the keys ("splits").
     "query sm90" and "key_value sm90", where they are given, take the place of the other kernels of the backward pass in
     the same way, and "tangent sm90" that of "tangent" if query, key and value all have a tangent. "forward tangent
     sm90" takes the place of both "forward" and "tangent" where the two are one call.
