@@ -1,4 +1,4 @@
-"""Whether small results hold zeros or NaN, at a fifth of the cost of PyTorch's reductions."""
+"""Whether results hold zeros or NaN, for small ones at a fifth of the cost of PyTorch's reductions."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ ZERO, NAN, NOT_FINITE = 1, 2, 4
 """Bits of ``contents``: an element is 0, is NaN, is infinite or NaN."""
 
 _FEW = 2**16
-"""Elements, up to which one thread that holds the interpreter's lock is no slower than PyTorch's reductions."""
+"""Elements, up to which a call keeps the interpreter's lock: releasing it takes as long as a small call."""
 
 
 _scans: dict[torch.dtype, Callable[[int, int], int]] = {}
+_long_scans: dict[torch.dtype, Callable[[int, int], int]] = {}
 
 
 def use_compiled() -> None:
@@ -25,26 +26,29 @@ def use_compiled() -> None:
     library = library_for("cpu")
     if not library.loaded:
         return
-    functions = ctypes.PyDLL(str(library.path))  # keeps the lock: releasing it takes as long as the call
-    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        scan = functions[f"fastgen_scan_{str(dtype).removeprefix('torch.')}"]
-        scan.restype, scan.argtypes = ctypes.c_int, [ctypes.c_void_p, ctypes.c_int64]
-        _scans[dtype] = scan
+    for scans, functions in (
+        (_scans, ctypes.PyDLL(str(library.path))),  # keeps the lock
+        (_long_scans, ctypes.CDLL(str(library.path))),
+    ):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            scan = functions[f"fastgen_scan_{str(dtype).removeprefix('torch.')}"]
+            scan.restype, scan.argtypes = ctypes.c_int, [ctypes.c_void_p, ctypes.c_int64]
+            scans[dtype] = scan
 
 
 def contents(tensor: Tensor, wanted: int) -> int:
     """Those bits of ``wanted`` that hold for a floating CPU tensor, (B, H, N, D) or (B, H, N); maybe others too."""
     count = tensor.numel()
-    if count <= _FEW and _scans and type(tensor) is Tensor and (tensor.is_contiguous() or _is_dense(tensor)):
-        return _scans[tensor.dtype](tensor.data_ptr(), count)
+    if _scans and type(tensor) is Tensor and (tensor.is_contiguous() or _is_dense(tensor)):
+        return (_scans if count <= _FEW else _long_scans)[tensor.dtype](tensor.data_ptr(), count)
     tensor, found = tensor.detach(), 0
     if wanted & ZERO and tensor.count_nonzero().item() < count:
         found = ZERO
-    if wanted & (NAN | NOT_FINITE):
-        total = tensor.sum(dtype=torch.float64).item()
-        if total - total != 0.0:  # infinite or NaN
+    if wanted & (NAN | NOT_FINITE) and count > 0:
+        smallest, largest = (extreme.item() for extreme in tensor.aminmax())  # NaN if there is one
+        if smallest - smallest != 0.0 or largest - largest != 0.0:
             found |= NOT_FINITE
-            if wanted & NAN and total != total and bool(tensor.isnan().any()):
+            if largest != largest:
                 found |= NAN
     return found
 

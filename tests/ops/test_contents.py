@@ -29,3 +29,18 @@ def test_zeros_and_nan_are_found(monkeypatch, dtype, compiled):
         for view in (tensor, tensor.transpose(1, 2), tensor.expand(2, 2, 3, 4), tensor[..., :3]):
             expected = bits if view.shape[-1] == 4 else 0
             assert _contents.contents(view, ZERO | NAN | NOT_FINITE) == expected
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_zeros_and_nan_of_large_results_are_found_in_every_part(monkeypatch, dtype, compiled):
+    if not compiled:
+        monkeypatch.setattr(_contents, "_scans", {})
+    tensor = torch.full((1, 3, 2**10, 67), 3e38, dtype=dtype)  # sums of it overflow
+    assert tensor.numel() > 3 * _contents._FEW
+    assert _contents.contents(tensor, ZERO | NAN | NOT_FINITE) == 0
+    for value, bits in VALUES:
+        for at in (0, tensor.numel() // 2, tensor.numel() - 1):
+            changed = tensor.clone()
+            changed.view(-1)[at] = value
+            assert _contents.contents(changed, ZERO | NAN | NOT_FINITE) == bits
