@@ -249,7 +249,10 @@ def test_16_bits_are_direct_and_the_same(general, only_direct, name, dtype):
 
     direct = call()
     only_direct()
-    for a, b in zip(direct, general(call), strict=True):
+    wanted = general(call)
+    # Without a gradient another kernel serves so few scores, which rounds its weights to float32, not to 16 bits.
+    torch.testing.assert_close(direct.pop(0), wanted.pop(0), rtol=0, atol=2 * torch.finfo(dtype).eps)
+    for a, b in zip(direct, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 

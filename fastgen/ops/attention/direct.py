@@ -20,6 +20,7 @@ from fastgen.ops._contents import NAN, NOT_FINITE, ZERO, contents
 from fastgen.ops._direct import PLAIN, is_watched
 from fastgen.ops._direct import _autocast as _autocast
 from fastgen.ops._direct import _dispatch_modes as _dispatch_modes
+from fastgen.ops.attention import small
 from fastgen.ops.attention.autograd import backward as any_backward
 from fastgen.ops.attention.fused import FEW_ELEMENTS, SHORTEST_VECTOR_FREE, additive, flash, flash_backward, widens
 from fastgen.ops.attention.problem import Options, Saved
@@ -88,7 +89,19 @@ def attend(
         or (is_causal and of_keys[2] > shape[2])  # every query masks the last keys
     ):
         return None
-    if mask is not None and (is_causal or not _reads(mask, shape, of_keys[2], dtype)):
+    if mask is not None and is_causal:
+        return None
+    if (
+        query.numel() * of_keys[2] <= small.MOST
+        and not (_grad_enabled() and _is_recorded(query, key, value, mask))
+        and forward_ad._current_level < 0
+        and _interpreter() is None
+        and not _is_tracing()
+    ):
+        out = small.attend(query, key, value, mask, is_causal, scale, shape, of_keys)
+        if out is not None:
+            return out
+    if mask is not None and not _reads(mask, shape, of_keys[2], dtype):
         return None
     narrow = dtype not in _DTYPES
     if narrow and (mask is not None or query.numel() >= FEW_ELEMENTS or not _is_small(shape, of_keys)):
@@ -127,6 +140,13 @@ def attend(
     if recorded and not _let_differentiate(out.grad_fn, mask is not None) and mask is not None:
         return None  # the formula's gradients are NaN where a key that every query masks is infinite
     return out
+
+
+def _is_recorded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether a tensor requires a gradient."""
+    return bool(
+        query.requires_grad or key.requires_grad or value.requires_grad or (type(mask) in PLAIN and mask.requires_grad)  # type: ignore[union-attr]
+    )
 
 
 def _with_learned_bias(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor | None:
@@ -304,22 +324,27 @@ class _Backward:
     """Hooks on the backward of torch's kernel, for few scores: torch's gradients, but those of the formula where they
     are to be differentiated, or where a key that every query masks holds NaN.
 
-    A function of Python costs as much as the kernel and its backward. The hooks hold no tensor: they read those that
-    the node saved.
+    A function of Python costs as much as the kernel and its backward, and a hook a tenth of it: without a mask the one
+    after the kernel is registered by the one before it, where it has work to do. The hooks hold no tensor: they read
+    those that the node saved.
     """
 
     @staticmethod
     def before(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
-        """Where the formula serves, keeps the gradient from the kernel, which takes no dual numbers and no batch."""
         # must_be_differentiable, without its calls: this runs in every backward pass.
         if not _grad_enabled() and forward_ad._current_level < 0 and _interpreter() is None:
             return None
-        if grads[0] is None:
-            return None
         node = _current_node()
-        query = node._saved_query
-        node.metadata[_KEPT, _task()] = grads[0]
-        return (torch.zeros(query.shape, dtype=query.dtype), *grads[1:])
+        mine = object()
+        if node.metadata.setdefault(_HOOKED, mine) is mine:  # once, also if two threads differentiate the graph
+            node.register_hook(_after)
+        return _keep(grads, node)
+
+    @staticmethod
+    def before_mask(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
+        if not _grad_enabled() and forward_ad._current_level < 0 and _interpreter() is None:
+            return None
+        return _keep(grads, _current_node())
 
     @staticmethod
     def after(grads: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...]) -> Any:
@@ -337,8 +362,18 @@ class _Backward:
         return _any_order(grads, given)
 
 
-_KEPT = "fastgen: gradient of out"
-_before, _after, _after_mask = _Backward.before, _Backward.after, _Backward.after_mask
+def _keep(grads: tuple[Tensor | None, ...], node: Any) -> tuple[Tensor | None, ...] | None:
+    """Where the formula serves, keeps the gradient from the kernel, which takes no dual numbers and no batch."""
+    if grads[0] is None:
+        return None
+    query = node._saved_query
+    node.metadata[_KEPT, _task()] = grads[0]
+    return (torch.zeros(query.shape, dtype=query.dtype), *grads[1:])
+
+
+_KEPT, _HOOKED = "fastgen: gradient of out", "fastgen: hook after the kernel"
+_before, _before_mask = _Backward.before, _Backward.before_mask
+_after, _after_mask = _Backward.after, _Backward.after_mask
 _nodes: set[type] = set()
 
 
@@ -348,8 +383,11 @@ def _let_differentiate(node: Any, masked: bool) -> bool:
         if type(node).__name__ != "ScaledDotProductFlashAttentionForCpuBackward0":
             return False
         _nodes.add(type(node))
-    node.register_prehook(_before)
-    node.register_hook(_after_mask if masked else _after)
+    if masked:
+        node.register_prehook(_before_mask)
+        node.register_hook(_after_mask)
+    else:
+        node.register_prehook(_before)
     return True
 
 
