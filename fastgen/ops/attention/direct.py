@@ -89,11 +89,15 @@ def attend(
         or (is_causal and of_keys[2] > shape[2])  # every query masks the last keys
     ):
         return None
-    if mask is not None and is_causal:
+    if mask is not None and (is_causal or type(mask) not in PLAIN):
         return None
+    recorded = grad_of_mask = False
+    if _grad_enabled():
+        recorded = query.requires_grad or key.requires_grad or value.requires_grad
+        grad_of_mask = mask is not None and mask.requires_grad
     if (
-        query.numel() * of_keys[2] <= small.MOST
-        and not (_grad_enabled() and _is_recorded(query, key, value, mask))
+        not (recorded or grad_of_mask)
+        and query.numel() * of_keys[2] <= small.MOST
         and forward_ad._current_level < 0
         and _interpreter() is None
         and not _is_tracing()
@@ -110,21 +114,18 @@ def attend(
         if mask is not None or narrow or not has_few_scores(query, key) or not _is_one_jvp():
             return None
         return _out(query, key, value, is_causal, scale)
-    recorded = False
-    if _grad_enabled():
-        if mask is not None and mask.requires_grad:
-            return _with_learned_bias(query, key, value, mask, scale)
-        if query.requires_grad or key.requires_grad or value.requires_grad:
-            recorded = True
-            if _is_tracing():  # the general path says what torch.jit.trace does not record
-                return None
-            if (
-                not _is_small(shape, of_keys)
-                or _saved_tensor_hooks(False) is not None
-                or (mask is not None and not query.requires_grad)
-            ):
-                attend_to_many = _attend_in_16_bits if narrow else _attend_to_many
-                return attend_to_many(query, key, value, mask, is_causal, scale)
+    if grad_of_mask:
+        return _with_learned_bias(query, key, value, mask, scale)
+    if recorded:
+        if _is_tracing():  # the general path says what torch.jit.trace does not record
+            return None
+        if (
+            not _is_small(shape, of_keys)
+            or _saved_tensor_hooks(False) is not None
+            or (mask is not None and not query.requires_grad)
+        ):
+            attend_to_many = _attend_in_16_bits if narrow else _attend_to_many
+            return attend_to_many(query, key, value, mask, is_causal, scale)
     try:
         if scale is None:
             out = torch_attention(query, key, value, mask, 0.0, is_causal)
@@ -142,14 +143,9 @@ def attend(
     return out
 
 
-def _is_recorded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether a tensor requires a gradient."""
-    return bool(
-        query.requires_grad or key.requires_grad or value.requires_grad or (type(mask) in PLAIN and mask.requires_grad)  # type: ignore[union-attr]
-    )
-
-
-def _with_learned_bias(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor | None:
+def _with_learned_bias(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor | None:
     if not has_few_scores(query, key):
         return None
     try:
