@@ -3,7 +3,16 @@
 
 #include "attention/cpu/problem.h"
 #include "attention/cpu/products.h"
+#include "common/cpu/levels.h"
 #include "common/math.h"
+
+// GCC takes builtins of AVX-512 in a function for all levels, which is inlined into that of the level.
+#if FASTGEN_X86_LEVELS && !defined(__clang__)
+#define FASTGEN_SCALE_VECTORS 1
+#include <immintrin.h>
+#else
+#define FASTGEN_SCALE_VECTORS 0
+#endif
 
 namespace fastgen::cpu {
 
@@ -25,21 +34,38 @@ FASTGEN_HOST_DEVICE const Vector<kWidth>& vector_at(const float* data) {
   return *reinterpret_cast<const Vector<kWidth>*>(data);
 }
 
-// x = e^x, as exp_float of common/math.h.
+// x = e^x, as exp_float of common/math.h: inf from 88.7228394 on, 0 up to -87.3365479.
 template <int kWidth>
 FASTGEN_HOST_DEVICE void exp_vector(Vector<kWidth>& x) {
   using Floats = Vector<kWidth>;
-  const Floats shifted = x * 1.44269504088896341f + kRound, n = shifted - kRound;
-  const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  constexpr float kLargest = 88.7228394f, kSmallest = -87.3365479f;
+  Floats bounded = x;
+#if FASTGEN_SCALE_VECTORS
+  // AVX-512 multiplies by 2^n with overflow to infinity, and NaN propagates: three instructions in place of six. An
+  // infinite x, whose n would be infinite too, is replaced by one that overflows.
+  constexpr int kCurrentRounding = 4;
+  if constexpr (kWidth == 16) {
+    bounded = __builtin_ia32_minps512_mask(kLargest + 1.0f - Floats{}, x, Floats{}, 0xffff, kCurrentRounding);
+  }
+#endif
+  const Floats shifted = bounded * 1.44269504088896341f + kRound, n = shifted - kRound;
+  const Floats r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;
   Floats p = 1.9875691500e-4f * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
+#if FASTGEN_SCALE_VECTORS
+  if constexpr (kWidth == 16) {
+    const auto kept = __builtin_ia32_cmpps512_mask(x, kSmallest - Floats{}, _CMP_NLE_UQ, 0xffff, kCurrentRounding);
+    x = __builtin_ia32_scalefps512_mask(p, n, Floats{}, kept, kCurrentRounding);
+    return;
+  }
+#endif
   Floats result = (Floats)((Ints<kWidth>)p + ((Ints<kWidth>)shifted << 23));
-  result = x > 88.7228394f ? kInfinity - Floats{} : result;
-  result = x < -87.3365479f ? Floats{} : result;
+  result = x >= kLargest ? kInfinity - Floats{} : result;
+  result = x <= kSmallest ? Floats{} : result;
   x = x == x ? result : x;
 }
 
