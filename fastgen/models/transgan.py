@@ -256,6 +256,7 @@ class TransGAN(ImageGAN):
     name = "transgan"
     summary = "GAN of two Transformers: attention on grids of tokens, in windows where they are large"
     config_class, sampling_class = TransGANConfig, NoOptions
+    channels_last = True
     train_defaults: ClassVar = {"steps": 2246, "batch_size": 64, "average_decay": 0.998}
     sizes: ClassVar = {
         "medium": Size(5_000, 32, train=LONG, model={"width": 16, "discriminator_depth": 2, "patch_size": 4}),
