@@ -30,8 +30,8 @@ FASTGEN_HOST_DEVICE float exponentials(float x, float& expm1, float& excess) {
   p = tail + r + 1.0f;
   // p is in (0.7, 1.5): n is added to the exponent, which cannot overflow within the bounds.
   float result = bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23));
-  result = x > kLargest ? INFINITY : result;
-  result = x < kSmallest ? 0.0f : result;
+  result = x >= kLargest ? INFINITY : result;
+  result = x <= kSmallest ? 0.0f : result;
   result = x == x ? result : x;
   // n = 0: |x| < 0.35, r = x, and there is no cancellation. Elsewhere e^x - 1 and x are well separated.
   const bool small = n == 0.0f;

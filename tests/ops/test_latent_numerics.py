@@ -156,6 +156,19 @@ def test_a_hessian_has_no_nan_beside_an_overflowed_element():
             assert not bool(block.isnan().any()), (row, column)
 
 
+def test_a_standard_deviation_about_the_largest_and_smallest_number_is_not_nan(latent_place):
+    """ln of the largest float32 is 88.7228391, that of the smallest normal one -87.3365448."""
+    bounds = torch.tensor([88.7228394, -87.3365479])
+    near = torch.stack([torch.nextafter(bounds, -bounds), bounds, torch.nextafter(bounds, 2 * bounds)]).flatten()
+    logvar = (2 * near).repeat(2, 8).to(latent_place)
+    z, kl = reparameterize_kl(torch.zeros_like(logvar), logvar)
+    large = logvar > 0
+    assert not bool(z.isnan().any())
+    assert bool((z[large].abs() > 1e34).all())
+    assert bool((z[~large].abs() < 1e-36).all())
+    assert bool((kl == math.inf).all())
+
+
 def test_a_variance_of_zero_gives_the_mean_and_an_infinite_kl(latent_place):
     mu = torch.randn(3, 5, device=latent_place, requires_grad=True)
     logvar = torch.full_like(mu, -math.inf).requires_grad_()
