@@ -19,7 +19,7 @@ from fastgen.models.stylegan import (
     StyleOptions,
     minibatch_std_map,
 )
-from fastgen.models.transgan import TransGAN, TransGANConfig, embedding
+from fastgen.models.transgan import TransGAN, TransGANConfig
 
 SMALL = {"latent_dim": 8, "width": 8, "style_dim": 8, "mapping_depth": 2}
 
@@ -223,44 +223,3 @@ def test_a_token_of_the_generator_becomes_a_patch() -> None:
         assert gradient[0].abs().sum(dim=0).nonzero().tolist() == [[row // 2, column // 2]]
     first, second = (torch.autograd.grad(out[0, :, 0, i].sum(), x, retain_graph=True)[0] for i in (0, 1))
     assert not torch.allclose(first, second)  # pixels of one patch
-
-
-@pytest.mark.parametrize("convolutions", [False, True])
-def test_patches_overlap_with_convolutions_and_not_with_linear_maps(convolutions: bool) -> None:
-    """Of patches of 4 pixels. Two convolutions of stride 2 read and write 3 pixels more on each side."""
-    torch.manual_seed(0)
-    options = {"image_size": 16, "channels": 3, "width": 4, "patch_size": 4, "generator_patch_size": 4}
-    model = TransGAN(TransGANConfig(**options, convolutions=convolutions))  # type: ignore[arg-type]
-    image = torch.randn(1, 3, 16, 16, generator=seeded(1)).requires_grad_()
-    tokens = torch.randn(1, 16, 4, 4, generator=seeded(2)).requires_grad_()
-    embedded = nn.Sequential(*embedding(model.config))(image)
-    pixels = nn.Sequential(*list(model.generator)[-6 if convolutions else -4 :])(tokens)
-    assert (embedded.shape, pixels.shape) == (tokens.shape, image.shape)
-
-    reached = [*range(1, 11)] if convolutions else [*range(4, 8)]
-    (read,) = torch.autograd.grad(embedded[0, :, 1, 1].sum(), image)
-    assert read[0].abs().sum(dim=(0, 1)).nonzero()[:, 0].tolist() == reached
-    sources = [torch.autograd.grad(pixels[0, :, row].sum(), tokens, retain_graph=True)[0] for row in range(16)]
-    assert [row for row, gradient in enumerate(sources) if gradient[0, :, 1].any()] == reached
-
-
-def test_patches_of_one_pixel_are_linear_maps_with_convolutions_too() -> None:
-    model = TransGAN(TransGANConfig(image_size=16, width=4, latent_dim=4, patch_size=1, convolutions=True))
-    assert model.discriminator(torch.rand(2, 1, 16, 16)).shape == (2,)
-    assert model(torch.randn(2, 4)).shape == (2, 1, 16, 16)
-    assert not [layer for layer in model.modules() if isinstance(layer, nn.ConvTranspose2d)]
-
-
-def test_images_of_all_grids_add_up_with_skips() -> None:
-    torch.manual_seed(0)
-    options = {"image_size": 16, "channels": 3, "width": 4, "latent_dim": 4, "generator_patch_size": 2}
-    model = TransGAN(TransGANConfig(**options, generator_skips=True))  # type: ignore[arg-type]
-    z = torch.randn(2, 4, generator=seeded(0))
-    images: list[Tensor] = []
-    for to_image in model.generator.images:  # type: ignore[union-attr]
-        to_image.register_forward_hook(lambda module, inputs, output: images.append(output))
-    found = model(z)
-    assert [image.shape[2:] for image in images] == [(4, 4), (16, 16)]
-    coarse = F.interpolate(images[0], scale_factor=4.0, mode="bilinear", align_corners=False)
-    torch.testing.assert_close(found, torch.tanh(coarse + images[1]))
-    assert coarse.std() > 0.1
