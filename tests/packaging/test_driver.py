@@ -145,6 +145,7 @@ def package(tmp_path_factory):
     values = {
         "VERSION": fastgen.__version__,
         "TORCH_VERSION": "0",
+        "DTYPES": "bfloat16 float16 float32",
         "CUDA_VERSION": version,
         "CUDA_ARCHITECTURES": "90a 120 120+PTX",
     }
