@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from fastgen.checks import require_count, require_positive, require_positive_number
+from fastgen.checks import require_count, require_positive
 from fastgen.losses.adversarial import AdversarialLoss
 from fastgen.models.adversarial import (
     ImageGAN,
@@ -47,15 +47,6 @@ from fastgen.nn._sublayers import is_fusible
 from fastgen.nn.averaging import recomputed_buffers
 
 NUM_ATTENTION, NUM_PLACES = 8, 6
-
-
-DIVERSE = {
-    "loss": "non-saturating",
-    "score_scale": 4.0,
-    "generator_learning_rate": 5e-4,
-    "discriminator_learning_rate": 5e-4,
-}
-"""With the hinge loss at 1e-3, each class of MNIST became one image."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +78,6 @@ class SAGANConfig:
     latent_dim: int = option(64, "dimension of the latent z")
     classes: int = option(0, "number of classes; 0 for data without labels", from_data=True)
     conditional: bool = option(True, "class conditioning, if the data has classes")
-    score_scale: float = option(1.0, "factor of the discriminator's scores, whose slope spectral normalization bounds")
     width: int = option(16, "number of channels at full resolution; doubled at each downsampling")
     attention_size: int = option(16, "maximum size of the feature map with attention; the largest map up to it is used")
 
@@ -95,7 +85,6 @@ class SAGANConfig:
         check_adversarial_options(self)
         for name in ("latent_dim", "width"):
             require_positive(name, getattr(self, name))
-        require_positive_number(score_scale=self.score_scale)
         require_count("classes", self.classes, 0)
         coarse_size = self.sizes[0]
         if self.attention_size < coarse_size:
@@ -240,16 +229,13 @@ class SAGANDiscriminator(nn.Module):
             last = i == len(sizes) - 1
             layers.append(SAGANDiscriminatorBlock(widths[i], widths[-1 if last else i + 1], downsample=not last))
         self.features = nn.Sequential(*layers, nn.ReLU())
-        self.score_scale = config.score_scale
         self.score = spectral_norm(nn.Linear(widths[-1], 1))
         self.embedding = spectral_norm(nn.Embedding(config.num_classes, widths[-1])) if config.num_classes else None
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         h = self.features(images).sum(dim=(2, 3))
         scores: Tensor = self.score(h)[:, 0]
-        if self.embedding is not None:
-            scores = scores + (self.embedding(labels) * h).sum(dim=1)
-        return scores * self.score_scale
+        return scores if self.embedding is None else scores + (self.embedding(labels) * h).sum(dim=1)
 
 
 @register_model
@@ -271,7 +257,7 @@ class SAGAN(ImageGAN):
     config_class, sampling_class = SAGANConfig, LabelOptions
     train_defaults: ClassVar = {"steps": 1123, "batch_size": 64, "average_decay": 0.998}
     sizes: ClassVar = {
-        "medium": Size(4_000, model={"width": 8, **DIVERSE}),
+        "medium": Size(4_000, model={"width": 8}),
         "large": Size(3_000, 16, train=LONG, model={"width": 8, "attention_size": 32, "penalty_every": 4}),
         "medium, gpu": Size(30_000, train=LONG, model={"width": 32}),
         "large, gpu": Size(60_000, train=LONG, model={"width": 32, "attention_size": 32}),
