@@ -284,6 +284,21 @@ def test_settled_spectral_norms_are_1() -> None:
     assert max_error() == stale
 
 
+def test_without_a_bias_of_the_coarse_map_samples_of_a_class_differ():
+    """Images of 28 and more pixels take this default: as large a bias as training reached made all samples one."""
+    assert not any(size.model.get("canvas_bias", True) for size in SAGAN.sizes.values())
+    spread = {}
+    for canvas_bias in (True, False):
+        torch.manual_seed(0)
+        generator = small_model("sagan", canvas_bias=canvas_bias).generator
+        assert (generator.canvas[0].bias is not None) == canvas_bias
+        for parameter in generator.canvas[0].parameters():
+            if parameter.dim() == 1:
+                torch.nn.init.normal_(parameter, std=20.0)
+        spread[canvas_bias] = generator(torch.randn(32, 8), torch.zeros(32, dtype=torch.long)).std(0).mean().item()
+    assert spread[False] > 3 * spread[True]
+
+
 def test_attention_is_at_the_configured_size_and_initially_the_identity() -> None:
     for options, at in (
         ({"image_size": 64}, 16),
