@@ -1,4 +1,4 @@
-// Asynchronous copies of boxes of a tensor from global to shared memory, by the tensor memory accelerator of sm_90.
+// Asynchronous copies of boxes of a tensor between global and shared memory, by the tensor memory accelerator of sm_90.
 //
 // In shared memory a box has rows of 128 bytes, the innermost dim, with the 128-byte swizzle: bits 4-6 of a byte's
 // address are XORed with bits 7-9. wgmma.cuh reads such tiles.
@@ -29,7 +29,7 @@ struct TensorLayout {
 };
 
 // What the tensor memory accelerator knows of a tensor. A kernel takes it as a parameter that is const and
-// __grid_constant__: tensor_load reads it from there.
+// __grid_constant__: tensor_load and tensor_store read it from there.
 struct TensorMap {
   CUtensorMap map;  // aligned to 64 bytes or more
 };
@@ -74,6 +74,35 @@ __device__ __forceinline__ void tensor_load(void* target, const TensorMap& map, 
       "l"(reinterpret_cast<uint64_t>(&map.map)), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]),
       "r"(shared_address(barrier))
       : "memory");
+}
+
+// Starts the copy of a tile in shared memory, laid out as tensor_load does, to the box at ``at``; elements outside the
+// tensor are not written. It belongs to this thread's current group. Threads that wrote the tile need fence_async_proxy
+// and a barrier before. The tile must not change until tensor_store_wait_read or tensor_store_wait; the block must not
+// end before one of them. Called by one thread. sm_90. PTX ISA, "cp.async.bulk.tensor" (.bulk_group).
+__device__ __forceinline__ void tensor_store(const TensorMap& map, const int (&at)[kTensorDims], const void* source) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(
+                   reinterpret_cast<uint64_t>(&map.map)),
+               "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(shared_address(source))
+               : "memory");
+}
+
+// Closes the group of the stores that this thread has started since the last; it may be empty. Other groups than those
+// of async_copy_commit. sm_90. PTX ISA, "cp.async.bulk.commit_group".
+__device__ __forceinline__ void tensor_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Waits until the tiles of all but the newest kGroups groups of this thread have been read; other threads need a
+// barrier before they write them. sm_90. PTX ISA, "cp.async.bulk.wait_group" (.read).
+template <int kGroups>
+__device__ __forceinline__ void tensor_store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kGroups) : "memory");
+}
+
+// Waits until all but the newest kGroups groups of this thread are complete: what they wrote is visible to it. sm_90.
+// PTX ISA, "cp.async.bulk.wait_group".
+template <int kGroups>
+__device__ __forceinline__ void tensor_store_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
 }  // namespace fastgen::device

@@ -23,16 +23,17 @@ using Three = std::array<unsigned, 3>;
 dim3 to_dim3(const Three& size) { return dim3(size[0], size[1], size[2]); }
 
 // registry.h
-device::TensorMap map_of(const py::array& input, const void* data, int box_rows) {
+device::TensorMap map_of(const py::array& tensor, const void* data, int box_rows, int columns_left_out = 0) {
   device::TensorLayout layout;
   layout.data = data;
   layout.box[0] = device::kSwizzleBytes / 2, layout.box[1] = static_cast<uint32_t>(box_rows);
   uint64_t stride = 2;
   for (int dim = 0; dim < device::kTensorDims; ++dim) {
-    layout.sizes[dim] = dim < input.ndim() ? input.shape(input.ndim() - 1 - dim) : 1;
+    layout.sizes[dim] = dim < tensor.ndim() ? tensor.shape(tensor.ndim() - 1 - dim) : 1;
     stride *= layout.sizes[dim];
     if (dim < device::kTensorDims - 1) layout.strides[dim] = stride;
   }
+  layout.sizes[0] -= static_cast<uint64_t>(columns_left_out);
   return device::tensor_map<Half>(layout);
 }
 
@@ -42,7 +43,7 @@ py::array run(const std::string& name, Kernel kernel, MappedKernel mapped, const
               const std::vector<int>& numbers) {
   MappedArguments arguments;
   if (inputs.size() > std::size(arguments.in) || numbers.size() > std::size(arguments.n)) {
-    throw py::value_error("run: at most 3 inputs and 4 numbers");
+    throw py::value_error("run: at most 3 inputs and 6 numbers");
   }
   std::vector<std::unique_ptr<DeviceMemory>> memory;
   for (size_t i = 0; i < inputs.size(); ++i) {
@@ -62,6 +63,7 @@ py::array run(const std::string& name, Kernel kernel, MappedKernel mapped, const
     for (size_t i = 0; i < inputs.size(); ++i) {
       if (inputs[i].itemsize() == 2) arguments.maps[i] = map_of(inputs[i], arguments.in[i], arguments.n[1 + i]);
     }
+    if (result.itemsize() == 2) arguments.out_map = map_of(result, arguments.out, arguments.n[4], arguments.n[5]);
     device::launch(name.c_str(), mapped, config, arguments);
   }
   target.read(result.mutable_data());

@@ -103,6 +103,15 @@ def chain() -> Call:
     return Call(1, 256, [query, key, value], wanted, (keys, 64, 64, 64), shared_bytes=5 * 64 * 128)
 
 
+def stores() -> Call:
+    """The last tile is clipped, and lies in a tensor that lacks the output's last 8 columns."""
+    rows = 2 * 4 * 8 - 3
+    words = np.random.default_rng(10).integers(0, 2**31, (rows, 32)).astype(np.uint32)
+    wanted = np.concatenate([words + 1, words[:, :4] + 1], axis=1, dtype=np.uint32).view(np.uint16)
+    numbers = (rows, 8, 0, 0, 8, 8)
+    return Call(2, 64, [words.view(np.uint16)], wanted, numbers, shared_bytes=2 * 8 * 128, initial=0 * wanted)
+
+
 SAMPLES = {
     "reverse": reverse,
     "exchange": exchange,
@@ -115,6 +124,7 @@ SAMPLES = {
     "pitfalls": pitfalls,
     "attention": attention,
     "chain": chain,
+    "stores": stores,
 }
 
 # The kernels of tricky.cu: blocks, and the block's two dims.

@@ -39,6 +39,35 @@ def test_tensor_copies_swizzle_rows_and_fill_with_zeros(device, at):
     np.testing.assert_array_equal(got.view(np.uint16).reshape(rows, 64), swizzled(box))
 
 
+@pytest.mark.parametrize(
+    ("group", "empty_groups", "overwritten"), [(1, 0, 4), (1, 1, 5), (5, 0, 0), (5, 1, 5)], ids=str
+)
+@pytest.mark.parametrize("left_out", [0, 6])
+def test_tensor_stores_write_what_lies_in_the_tensor(device, left_out, group, empty_groups, overwritten):
+    """Boxes inside, clipped at both ends of the rows and of the columns, and outside of the tensor."""
+    rng, rows, margin = np.random.default_rng(3), 16, 96
+    coordinates = np.array([(16, 5, 0, 1), (64, 30, 2, 2), (-10, -3, 1, 0), (-8, 21, 0, 1), (0, 0, 3, 1)], np.int32)
+    boxes = rng.integers(1, 2**16, (len(coordinates), rows, 64)).astype(np.uint16)
+    before = rng.integers(1, 2**16, (3, 3, 40, 88)).astype(np.uint16)  # batch, head, row, column
+    wanted = before.copy()
+    for (column, row, head, batch), box in zip(coordinates, boxes, strict=True):
+        if head >= 3:
+            continue
+        padded = np.pad(before[batch, head], margin)
+        padded[margin + row :, margin + column :][:rows, :64] = box
+        inside = padded[margin:-margin, margin:-margin]
+        mask = np.zeros_like(padded, bool)
+        mask[margin + row :, margin + column :][:rows, :64] = True
+        mask = mask[margin:-margin, margin:-margin] & (np.arange(88) < 88 - left_out)
+        wanted[batch, head][mask] = inside[mask]
+    tiles = np.stack([swizzled(box) for box in boxes]).view(np.uint32)
+    numbers = (len(boxes), group, empty_groups, overwritten, rows, left_out)
+    inputs = [tiles, coordinates.view(np.uint32)]
+    shared = boxes.nbytes
+    got = run(device, "tensor_store", inputs, None, numbers, WARPGROUP, shared, before)
+    np.testing.assert_array_equal(got, wanted)
+
+
 def test_a_tensor_without_a_map_is_refused(device):
     """A row of 12 bytes."""
     with pytest.raises(RuntimeError, match="cuTensorMapEncodeTiled: the tensor has no tensor map"):

@@ -129,6 +129,10 @@ void Engine::access_shared(size_t offset, size_t bytes, Touch touch, Stamp now, 
         fail(kind::kAsyncCopy, what + ", which a tensor copy writes", site,
              "started at " + source_of(sites_[conflict.other.site()]) + ", with no wait for its mbarrier since");
       }
+      if (!conflict.other_wrote && conflict.other.thread() >= thread_count + warp_count) {
+        fail(kind::kAsyncCopy, what + ", which a tensor store reads", site,
+             "started at " + source_of(sites_[conflict.other.site()]) + ", with no tensor_store_wait_read since");
+      }
       fail(kind::kRace, what, site,
            std::string(conflict.other_wrote ? "written" : "read") + " by " + accessed_by(conflict.other) +
                ", with no barrier between");
@@ -159,6 +163,10 @@ void Engine::access(const void* address, size_t bytes, Touch touch, Site site, s
     return;
   }
   maybe_preempt(touch == Touch::kWrite ? 0 : begin);
+  access_global(begin, bytes, touch, stamp(site), before(), site);
+}
+
+void Engine::access_global(uintptr_t begin, size_t bytes, Touch touch, Stamp now, const Before& ordered, Site site) {
   Allocation* allocation = global.find(begin);
   if (allocation == nullptr || begin + bytes > allocation->begin + allocation->bytes) {
     if (touch == Touch::kRead && is_constant(begin, bytes)) return;
@@ -186,8 +194,6 @@ void Engine::access(const void* address, size_t bytes, Touch touch, Site site, s
     fail(kind::kMisuse, std::string(verb(touch)) + " an operand that is to be read only, at " + what_memory(), site);
   }
   if (touch != Touch::kRead) check_source_not_in_flight(begin, bytes, site);
-  const Stamp now = stamp(site);
-  const Before ordered = before();
   for (size_t done = 0; done < bytes;) {
     const size_t in_page = Allocation::kPageBytes - (offset + done) % Allocation::kPageBytes;
     const size_t count = std::min(bytes - done, in_page);
@@ -202,7 +208,18 @@ void Engine::access(const void* address, size_t bytes, Touch touch, Site site, s
       }
       fail(kind::kUnwritten, std::string(verb(touch)) + " " + bytes_at(bytes, what_memory()), site);
     }
+    if (conflict.kind == Conflict::kUnfenced) {
+      fail(kind::kProxy, std::string(verb(touch)) + " " + bytes_at(bytes, what_memory()) + " by the asynchronous proxy",
+           site,
+           "written by " + accessed_by(conflict.other) + " in the same launch; fence_async_proxy is for shared memory");
+    }
     if (conflict.kind == Conflict::kRace) {
+      const bool copied = conflict.other.thread() >= thread_count + warp_count;
+      if (copied && conflict.other.block() == block_number % Stamp::kBlocks) {
+        fail(kind::kAsyncCopy,
+             std::string(verb(touch)) + " " + bytes_at(bytes, what_memory()) + ", which a tensor store writes", site,
+             "started at " + source_of(sites_[conflict.other.site()]) + ", with no tensor_store_wait since");
+      }
       fail(kind::kRace, std::string(verb(touch)) + " " + bytes_at(bytes, what_memory()), site,
            std::string(conflict.other_wrote ? "written" : "read") + " by " + accessed_by(conflict.other) +
                ", with no barrier between");

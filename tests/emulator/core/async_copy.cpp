@@ -56,6 +56,7 @@ void Engine::land_some() {
   if (!flying.empty() && chance(4)) land(flying[random_() % flying.size()]);
   if (!events.empty() && chance(16)) happen(random_() % events.size());
   land_some_tensor_pieces();
+  land_some_stored_rows();
   run_some_products();
 }
 

@@ -98,6 +98,9 @@ struct TensorMap {
   uint32_t box[4] = {};
 };
 void tensor_load(void* target, const TensorMap& map, const int* at, const void* mbarrier, Where where);
+void tensor_store(const TensorMap& map, const int* at, const void* source, Where where);
+void tensor_store_commit(Where where);
+void tensor_store_wait(int groups_left, bool written, Where where);  // not written: the sources are read
 
 // The address field of a matrix descriptor.
 uint64_t tile_address(const void* tile, Where where);

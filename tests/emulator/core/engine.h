@@ -43,6 +43,7 @@ struct Thread {
   // Asynchronous copies (indices into Engine::copies): not committed, and committed group by group.
   std::vector<size_t> open_copies;
   std::deque<std::vector<size_t>> groups;
+  TensorStores stores;
   bool polled = false;  // suspended after an unsuccessful poll
   uintptr_t last_looked_at = 0;
   // Local variables as registers of wgmma: those of unfinished products; whether there was a fence in this block, and
@@ -149,6 +150,7 @@ class Engine {
 
   // --- access.cpp
   void access(const void* address, size_t bytes, Touch touch, Site site, size_t alignment);
+  void access_global(uintptr_t begin, size_t bytes, Touch touch, Stamp now, const Before& ordered, Site site);
   uint32_t site_number(Site site);
   Stamp stamp(Site site);
   Before before() const;
@@ -191,13 +193,23 @@ class Engine {
   // --- proxies.cpp
   size_t clock_section() const { return static_cast<size_t>(thread_count + warp_count) + kMostCopiers; }
   void fence_between_proxies(bool mbarriers_only);
+  std::vector<uint32_t> known_to(const Thread& thread) const;
   Before before_asynchronous(const std::vector<uint32_t>& known) const;
+  Before before_asynchronous_global(const std::vector<uint32_t>& known) const;
 
   // --- tensor_copy.cpp
   void tensor_load(char* target, const TensorMap& map, const int* at, const void* barrier, Site site);
   void land_tensor_piece(size_t piece);
   void land_some_tensor_pieces();
   void check_tensor_not_in_flight(uintptr_t address, size_t bytes, Site site);
+
+  // --- tensor_store.cpp
+  void tensor_store(const TensorMap& map, const int* at, const char* source, Site site);
+  void read_stored_row(StoredRow& row);
+  void write_stored_row(const StoredRow& row);
+  void finish_stored_rows(int thread, uint32_t last_group, bool written);
+  void land_some_stored_rows();
+  void check_tensor_stores_are_read();
 
   // --- wgmma.cpp
   void access_registers(const void* address, size_t bytes, Touch touch, Site site);
@@ -238,7 +250,8 @@ class Engine {
   std::vector<Event> events;
   std::vector<TensorCopy> tensor_copies;
   std::vector<TensorPiece> tensor_pieces;  // under way
-  int copiers = 0;                         // mbarriers with tensor copies
+  std::vector<StoredRow> stored_rows;      // under way
+  int copiers = 0;                         // numbers in clocks of tensor copies (proxies.h)
   std::vector<WarpProducts> products;      // by warp
   std::vector<WarpgroupLog> warpgroups;
   std::vector<RegisterShare> register_shares;  // by warp

@@ -17,12 +17,27 @@ void Engine::fence_between_proxies(bool mbarriers_only) {
   ++thread.epoch;  // what it writes from now on comes after the fence
 }
 
+// What comes before an access that the thread starts now.
+std::vector<uint32_t> Engine::known_to(const Thread& thread) const {
+  auto known = thread.knowledge == nullptr ? std::vector<uint32_t>() : *thread.knowledge;
+  if (known.size() < clock_section()) known.resize(clock_section(), 0);
+  known[thread.index] = thread.epoch;
+  return known;
+}
+
 // An access of the asynchronous proxy that is started by who knows ``known``.
 Before Engine::before_asynchronous(const std::vector<uint32_t>& known) const {
   const size_t section = clock_section();
   Before before = {known.data(), -1, block_number % Stamp::kBlocks, std::min(known.size(), section)};
   before.asynchronous = true, before.threads = thread_count;
   before.fenced = known.size() >= 2 * section ? known.data() + section : nullptr;
+  return before;
+}
+
+// The same to global memory: the fences of csrc/device/fence.cuh are for shared memory.
+Before Engine::before_asynchronous_global(const std::vector<uint32_t>& known) const {
+  Before before = before_asynchronous(known);
+  before.fenced = nullptr;
   return before;
 }
 
@@ -41,6 +56,7 @@ void fence_mbarrier_init(Where where) {
 }
 
 void Engine::check_asynchronous_work_is_done() {
+  check_tensor_stores_are_read();
   if (!tensor_pieces.empty()) {
     const TensorCopy& copy = tensor_copies[tensor_pieces.front().copy];
     fail(kind::kAsyncCopy, "the block ends while a tensor copy is still writing its shared memory", copy.site);

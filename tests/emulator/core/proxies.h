@@ -1,9 +1,10 @@
 // The asynchronous proxy of sm_90: tensor copies and products of warpgroups.
 //
-// In clocks, numbers after those of the block's threads stand for the products of a warp and for the tensor copies of
-// an mbarrier: what the proxy did comes before what a thread does now if the thread knows the epoch, of the group of
-// products, or of the mbarrier's phase. Two further sections of a clock have, for each thread, the epoch up to which
-// its writes, and its initializations of mbarriers, come before a fence between the proxies (Engine::clock_section).
+// In clocks, numbers after those of the block's threads stand for the products of a warp, for the tensor loads of an
+// mbarrier, and for the reads and the writes of a thread's tensor stores: what the proxy did comes before what a thread
+// does now if the thread knows the epoch, of the group of products or of stores, or of the mbarrier's phase. Two
+// further sections of a clock have, for each thread, the epoch up to which its writes, and its initializations of
+// mbarriers, come before a fence between the proxies (Engine::clock_section).
 #pragma once
 
 #include <cstdint>
@@ -16,7 +17,7 @@
 
 namespace fastgen::emulator {
 
-constexpr int kMostCopiers = 64;                         // mbarriers of tensor copies in a block
+constexpr int kMostCopiers = 64;                         // mbarriers of tensor loads, and twice the storing threads
 constexpr uint64_t kTensorCopyMark = uint64_t{1} << 59;  // in the cells that a tensor copy is writing, with its index
 
 struct FreeMemory {
@@ -34,6 +35,27 @@ struct TensorPiece {
   size_t copy = 0, target = 0;
   uintptr_t source = 0;
   int first = 0, valid = 0;
+};
+
+// A thread's tensor stores.
+struct TensorStores {
+  int reader = -1;      // the number that stands for their reads in clocks; the next one stands for their writes
+  uint32_t groups = 0;  // committed
+  uint32_t newest = 0;  // of the groups that have stores
+  uint32_t read = 0;    // groups that a wait, of either kind, has covered
+  bool open = false;    // stores after the last commit
+  Site last = 0;        // of the last store
+};
+
+// A row of a box on its way to global memory: ``valid`` bytes from the ``first`` one on.
+struct StoredRow {
+  int owner = 0;
+  uint32_t group = 0;
+  size_t source = 0;
+  uintptr_t target = 0;
+  int first = 0, valid = 0;
+  bool is_read = false;
+  char bytes[128] = {};
 };
 
 // Local variables that are registers of an unfinished product.

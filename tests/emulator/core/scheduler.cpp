@@ -137,7 +137,7 @@ void Engine::reset_block() {
   for (auto& of_warp : meetings) of_warp.clear();
   for (Barrier& barrier : barriers) barrier = {};
   forget_copies();
-  tensor_copies.clear(), tensor_pieces.clear(), copiers = 0;
+  tensor_copies.clear(), tensor_pieces.clear(), stored_rows.clear(), copiers = 0;
   products.assign(warp_count, {});
   warpgroups.assign((warp_count + 3) / 4, {});
   register_shares.assign(warp_count, {launch_registers(warp_count)});
@@ -152,7 +152,7 @@ void Engine::reset_block() {
     const unsigned x = i % blockDim.x, y = i / blockDim.x % blockDim.y, z = i / (blockDim.x * blockDim.y);
     thread.position = dim3(x, y, z);
     thread.knowledge = nullptr, thread.epoch = 1;
-    thread.open_copies.clear(), thread.groups.clear(), thread.polled = false;
+    thread.open_copies.clear(), thread.groups.clear(), thread.stores = {}, thread.polled = false;
     thread.in_flight.clear(), thread.fenced = false, ++thread.fences;
     thread.fiber.start([] { get().thread_main(); });
     wake(i);
@@ -206,6 +206,7 @@ void Engine::run_block(uint64_t number) {
   // Outstanding asynchronous work completes before the block's memory is reused.
   while (!events.empty()) happen(0);
   check_asynchronous_work_is_done();
+  finish_stored_rows(-1, 0, true);
   if (options.count_banks) banks.finish(*counters);
 }
 

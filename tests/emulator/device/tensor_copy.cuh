@@ -48,4 +48,21 @@ __forceinline__ void tensor_load(void* target, const TensorMap& map, const int (
   emulator::tensor_load(target, map.map, at, barrier, where);
 }
 
+__forceinline__ void tensor_store(const TensorMap& map, const int (&at)[kTensorDims], const void* source,
+                                  FASTGEN_WHERE) {
+  emulator::tensor_store(map.map, at, source, where);
+}
+
+__forceinline__ void tensor_store_commit(FASTGEN_WHERE) { emulator::tensor_store_commit(where); }
+
+template <int kGroups>
+__forceinline__ void tensor_store_wait_read(FASTGEN_WHERE) {
+  emulator::tensor_store_wait(kGroups, false, where);
+}
+
+template <int kGroups>
+__forceinline__ void tensor_store_wait(FASTGEN_WHERE) {
+  emulator::tensor_store_wait(kGroups, true, where);
+}
+
 }  // namespace fastgen::device

@@ -3,6 +3,7 @@
 #include "kernels/exchange.cuh"
 #include "kernels/pitfalls.cuh"
 #include "kernels/rings.cuh"
+#include "kernels/stores.cuh"
 #include "kernels/tiles.cuh"
 
 namespace fastgen::kernels {
@@ -156,6 +157,33 @@ const Register kPlanted[] = {
     FASTGEN_PLANT(chain, kNoDecrease, kDeadlock),
     FASTGEN_PLANT(chain, kIncreasesToFewer, kMisuse),
     FASTGEN_PLANT(chain, kOneWarpDecreases, kDivergence),
+    FASTGEN_PLANT(stores, kNoProxyFence, kProxy),
+    FASTGEN_PLANT(stores, kProxyFenceTooEarly, kProxy),
+    FASTGEN_PLANT(stores, kOneThreadFences, kProxy),
+    FASTGEN_PLANT(stores, kWritesTargetBefore, kProxy),
+    FASTGEN_PLANT(stores, kLoadsItsWrites, kProxy),
+    FASTGEN_PLANT(stores, kNoBarrierBeforeStore, kRace),
+    FASTGEN_PLANT(stores, kNoWaitForStage, kAsyncCopy),
+    FASTGEN_PLANT(stores, kNoBarrierAfterWait, kAsyncCopy),
+    FASTGEN_PLANT(stores, kWaitsForTooFew, kAsyncCopy),
+    FASTGEN_PLANT(stores, kOtherThreadWaits, kAsyncCopy),
+    FASTGEN_PLANT(stores, kNoCommit, kAsyncCopy),
+    FASTGEN_PLANT(stores, kWaitsBeforeCommit, kAsyncCopy),
+    FASTGEN_PLANT(stores, kWritesTileAtOnce, kAsyncCopy),
+    FASTGEN_PLANT(stores, kNoCommitOfLast, kAsyncCopy),
+    FASTGEN_PLANT(stores, kEndsBeforeRead, kAsyncCopy),
+    FASTGEN_PLANT(stores, kNoLastWait, kAsyncCopy),
+    FASTGEN_PLANT(stores, kWaitsForReadsOnly, kAsyncCopy),
+    FASTGEN_PLANT(stores, kNoBarrierAfterLastWait, kAsyncCopy),
+    FASTGEN_PLANT(stores, kOverwritesTarget, kAsyncCopy),
+    FASTGEN_PLANT(stores, kStoresTwice, kAsyncCopy),
+    FASTGEN_PLANT(stores, kForgetsBlock, kRace),
+    FASTGEN_PLANT(stores, kMisalignedTile, kMisaligned),
+    FASTGEN_PLANT(stores, kThirdStage, kOutOfBounds),
+    FASTGEN_PLANT(stores, kUnwrittenRow, kUnwritten),
+    FASTGEN_PLANT(stores, kUnswizzledWrite, kWrongResult),
+    FASTGEN_PLANT(stores, kOneRowDown, kRace),
+    FASTGEN_PLANT(stores, kStoresInput, kMisuse),
 };
 
 }  // namespace

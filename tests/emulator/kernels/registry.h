@@ -14,15 +14,15 @@ namespace fastgen::kernels {
 struct Arguments {
   const void* in[3] = {};
   void* out = nullptr;
-  int n[4] = {};
+  int n[6] = {};
 };
 
 using Kernel = void (*)(Arguments);
 
 // The same with a tensor map of each input of 16-bit elements: its last dims are columns and rows, a box has 64 columns
-// and n[1 + input] rows. sm_90.
+// and n[1 + input] rows. Also of the output, with n[4] rows in a box; it lacks the last n[5] columns. sm_90.
 struct MappedArguments : Arguments {
-  device::TensorMap maps[3] = {};
+  device::TensorMap maps[3] = {}, out_map = {};
 };
 using MappedKernel = void (*)(MappedArguments);
 

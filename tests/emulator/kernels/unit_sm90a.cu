@@ -8,6 +8,7 @@
 #include "device/wgmma.cuh"
 #include "kernels/chain.cuh"
 #include "kernels/registry.h"
+#include "kernels/stores.cuh"
 
 namespace fastgen::kernels {
 namespace {
@@ -46,6 +47,33 @@ __global__ void tensor_loads(const __grid_constant__ MappedArguments a) {
   }
 }
 const Register kTensorLoads("tensor_load", tensor_loads);
+
+// in: n[0] tiles of n[4] rows as they lie in shared memory, and the coordinates of each; out: the tensor that has them.
+// A group has n[1] tiles; n[2] empty groups follow. Once all but the newest group are read, the first n[3] tiles are
+// overwritten.
+__global__ void tensor_stores(const __grid_constant__ MappedArguments a) {
+  auto* tiles = reinterpret_cast<uint32_t*>(device::dynamic_shared());
+  const int tile_words = a.n[4] * kRowBytes / 4;
+  for (int i = threadIdx.x; i < a.n[0] * tile_words; i += blockDim.x) tiles[i] = words(a)[i];
+  device::fence_async_proxy();
+  device::sync_block();
+  if (threadIdx.x == 0) {
+    for (int tile = 0; tile < a.n[0]; ++tile) {
+      int at[device::kTensorDims];
+      for (int i = 0; i < device::kTensorDims; ++i) {
+        at[i] = static_cast<int>(words(a, 1)[tile * device::kTensorDims + i]);
+      }
+      device::tensor_store(a.out_map, at, tiles + tile * tile_words);
+      if ((tile + 1) % a.n[1] == 0) device::tensor_store_commit();
+    }
+    for (int i = 0; i < a.n[2]; ++i) device::tensor_store_commit();
+    device::tensor_store_wait_read<1>();
+  }
+  device::sync_block();
+  for (int i = threadIdx.x; i < a.n[3] * tile_words; i += blockDim.x) tiles[i] = 0;
+  if (threadIdx.x == 0) device::tensor_store_wait<0>();
+}
+const Register kTensorStores("tensor_store", tensor_stores);
 
 // in: A (64, 64) and B, the latter (8 kTiles, 64) or with Rows::kDepth (64, 8 kTiles); out: A B, of each thread its
 // fragments. The tile of A is written by the threads.
@@ -135,6 +163,7 @@ __global__ void __launch_bounds__(256, 1) register_shares(Arguments a) {
 const Register kRegisterShares("registers", register_shares);
 
 const Register kChain("chain", chain::kernel<chain::kNone>);
+const Register kStores("stores", stores::kernel<stores::kNone>);
 
 }  // namespace
 }  // namespace fastgen::kernels
