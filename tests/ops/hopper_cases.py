@@ -18,9 +18,9 @@ DERIVATIVE_DIMS = [(64, 40), (96, 72), (128, 128)]
 GROUPS = ((2, 2), (2, 1))
 
 
-def derivative_cases(queries, keys):
-    """Cases with each pair of settings, of the head dims that derivatives are served for."""
-    axes = [DERIVATIVE_DIMS, queries, keys, MASKS, DTYPES, GROUPS, LAYOUTS]
+def derivative_cases(queries, keys, dims=DERIVATIVE_DIMS):
+    """Cases with each pair of settings; ``dims``: head dims of query and value, by default those of the derivatives."""
+    axes = [dims, queries, keys, MASKS, DTYPES, GROUPS, LAYOUTS]
     return [
         Case(dtype, dims, n, m, mask, heads=heads, layout=layout, batch=1 + (n * m < 60))
         for dims, n, m, mask, dtype, heads, layout in covering(axes, lambda point: True)
@@ -44,6 +44,21 @@ def shapes_of(heads, queries, keys, dims, key_heads=None):
     """Of query, key and value, without the batch."""
     key_heads = key_heads or heads
     return [(heads, queries, dims[0]), (key_heads, keys, dims[0]), (key_heads, keys, dims[1])]
+
+
+def operands(heads=2, queries=200, keys=300, dims=(64, 64), dtype=torch.bfloat16, batch=1, key_heads=None):
+    """query, key and value, and a tangent of each."""
+    return [torch.randn(batch, *shape).to(dtype) for shape in 2 * shapes_of(heads, queries, keys, dims, key_heads)]
+
+
+def without_tangents(*absent):
+    """Operands of which some have no tangent."""
+    return [None if place - 3 in absent else t for place, t in enumerate(operands(1, 40, 50))]
+
+
+def with_expanded_tangent():
+    """The tangent of a scalar's broadcast."""
+    return [*operands(1, 40, 50)[:5], torch.ones(64, dtype=torch.bfloat16).expand(1, 1, 50, 64)]
 
 
 def forward_of(query, key, value, mask, options):

@@ -11,37 +11,30 @@ import torch
 import fastgen
 from fastgen import backend, reference
 from fastgen.testing import assert_accurate
-from tests.covering import covering
 from tests.emulator import build
-from tests.ops.attention_cases import LAYOUTS, Case, cancellation_second_order, problem_of
+from tests.ops.attention_cases import cancellation_second_order, problem_of
 from tests.ops.hopper_cases import (
     CAUSAL,
-    DTYPES,
-    GROUPS,
     HOPPER,
-    MASKS,
     assert_equal_results,
     assert_info_says,
+    derivative_cases,
     emulated_hopper,
     launches_of,
-    shapes_of,
+    operands,
+    with_expanded_tangent,
+    without_tangents,
 )
 from tests.ops.test_attention_kernels import PLAIN, assert_no_site_can_be_left_out, needs_module, plan
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 
 KERNEL = "attention_forward_tangent_sm90"
-
-
-def cases(queries, keys):
-    axes = [[(64, 64), (64, 40), (48, 56)], queries, keys, MASKS, DTYPES, GROUPS, LAYOUTS]
-    return [
-        Case(dtype, dims, n, m, mask, heads=heads, layout=layout, batch=1 + (n * m < 60))
-        for dims, n, m, mask, dtype, heads, layout in covering(axes, lambda point: True)
-    ]
-
-
-FEW, MANY = cases((17, 65, 130), (3, 64, 150)), cases((64, 203, 257, 400), (97, 161, 300))
+DIMS = [(64, 64), (64, 40), (48, 56)]
+FEW, MANY = (
+    derivative_cases((17, 65, 130), (3, 64, 150), DIMS),
+    derivative_cases((64, 203, 257, 400), (97, 161, 300), DIMS),
+)
 
 
 @pytest.fixture
@@ -51,11 +44,6 @@ def emulated(emulator, monkeypatch):
 
 def launches(emulator):
     return launches_of(emulator, KERNEL)[0]
-
-
-def operands(heads=2, queries=200, keys=300, dims=(64, 64), dtype=torch.bfloat16, batch=1, key_heads=None):
-    """query, key and value, and a tangent of each."""
-    return [torch.randn(batch, *shape).to(dtype) for shape in 2 * shapes_of(heads, queries, keys, dims, key_heads)]
 
 
 def both(operators, tensors, options=PLAIN, mask=None, tangent_mask=None, seed=None):
@@ -245,16 +233,6 @@ def test_tiles_outside_the_window_are_neither_copied_nor_computed(emulator, emul
 # What it serves
 
 
-def without(*absent):
-    """Operands of which some have no tangent."""
-    return [None if place - 3 in absent else t for place, t in enumerate(operands(1, 40, 50))]
-
-
-def with_expanded_tangent():
-    """The tangent of a scalar's broadcast."""
-    return [*operands(1, 40, 50)[:5], torch.ones(64, dtype=torch.bfloat16).expand(1, 1, 50, 64)]
-
-
 DROPPED = PLAIN._replace(dropout_p=0.4)
 OTHERS = {
     "float32": lambda: (operands(1, 40, 50, dtype=torch.float32),),
@@ -262,10 +240,15 @@ OTHERS = {
     "a softcap": lambda: (operands(1, 40, 50), PLAIN._replace(softcap=0.7)),
     "a mask of scores": lambda: (operands(1, 40, 50), PLAIN, torch.ones(1, 1, 40, 50, dtype=torch.bool)),
     "a float mask of keys": lambda: (operands(1, 40, 50), PLAIN, torch.zeros(1, 1, 1, 50)),
-    "a tangent of the mask": lambda: (operands(1, 40, 50), PLAIN, torch.zeros(1, 1, 1, 50), torch.ones(1, 1, 1, 50)),
-    "no tangent of the query": lambda: (without(0),),
-    "no tangent of key and value": lambda: (without(1, 2),),
-    "no tangent": lambda: (without(0, 1, 2),),
+    "a tangent of the mask": lambda: (
+        operands(1, 40, 50),
+        PLAIN,
+        torch.zeros(1, 1, 1, 50),
+        torch.ones(1, 1, 1, 50),
+    ),
+    "no tangent of the query": lambda: (without_tangents(0),),
+    "no tangent of key and value": lambda: (without_tangents(1, 2),),
+    "no tangent": lambda: (without_tangents(0, 1, 2),),
     "an expanded tangent": lambda: (with_expanded_tangent(),),
     "few queries against many keys": lambda: (operands(1, 1, 200, dtype=torch.float32),),
     "narrow heads": lambda: (operands(1, 40, 50, (32, 64)),),

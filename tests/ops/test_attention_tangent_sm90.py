@@ -22,7 +22,9 @@ from tests.ops.hopper_cases import (
     emulated_hopper,
     forward_of,
     launches_of,
-    shapes_of,
+    operands,
+    with_expanded_tangent,
+    without_tangents,
 )
 from tests.ops.test_attention_kernels import PLAIN, assert_no_site_can_be_left_out, needs_module, plan
 
@@ -39,11 +41,6 @@ def emulated(emulator, monkeypatch):
 
 def launches(emulator):
     return launches_of(emulator, KERNEL)[0]
-
-
-def operands(heads=2, queries=200, keys=300, dims=(64, 64), dtype=torch.bfloat16, batch=1, key_heads=None):
-    """query, key and value, and a tangent of each."""
-    return [torch.randn(batch, *shape).to(dtype) for shape in 2 * shapes_of(heads, queries, keys, dims, key_heads)]
 
 
 def arguments(tensors, options=PLAIN, mask=None, tangent_mask=None):
@@ -251,25 +248,15 @@ def test_tiles_outside_the_window_are_neither_copied_nor_computed(emulator, emul
 # What it serves
 
 
-def without(*absent):
-    """Operands of which some have no tangent."""
-    return [None if place - 3 in absent else t for place, t in enumerate(operands(1, 40, 50))]
-
-
-def with_expanded_tangent():
-    """The tangent of a scalar's broadcast."""
-    return [*operands(1, 40, 50)[:5], torch.ones(64, dtype=torch.bfloat16).expand(1, 1, 50, 64)]
-
-
 OTHERS = {
     "float32": lambda: (operands(1, 40, 50, dtype=torch.float32), PLAIN, None, None),
     "a softcap": lambda: (operands(1, 40, 50), PLAIN._replace(softcap=0.7), None, None),
     "a mask of scores": lambda: (operands(1, 40, 50), PLAIN, torch.ones(1, 1, 40, 50, dtype=torch.bool), None),
     "a float mask of keys": lambda: (operands(1, 40, 50), PLAIN, torch.zeros(1, 1, 1, 50), None),
     "a tangent of the mask": lambda: (operands(1, 40, 50), PLAIN, torch.zeros(1, 1, 1, 50), torch.ones(1, 1, 1, 50)),
-    "no tangent of the query": lambda: (without(0), PLAIN, None, None),
-    "no tangent of the key": lambda: (without(1), PLAIN, None, None),
-    "no tangent of the value": lambda: (without(2), PLAIN, None, None),
+    "no tangent of the query": lambda: (without_tangents(0), PLAIN, None, None),
+    "no tangent of the key": lambda: (without_tangents(1), PLAIN, None, None),
+    "no tangent of the value": lambda: (without_tangents(2), PLAIN, None, None),
     "an expanded tangent": lambda: (with_expanded_tangent(), PLAIN, None, None),
     "narrow heads": lambda: (operands(1, 40, 50, (32, 64)), PLAIN, None, None),
     "heads of different width": lambda: (operands(1, 40, 50, (64, 128)), PLAIN, None, None),
