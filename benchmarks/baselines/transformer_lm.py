@@ -17,7 +17,7 @@ class Block(nn.Module):
     def __init__(self, config) -> None:
         super().__init__()
         width, hidden = config.width, config.hidden_dim
-        self.heads, self.head_dim = config.heads, config.head_dim
+        self.heads, self.head_dim = config.num_heads, config.head_dim
         self.attention_norm = nn.RMSNorm(width, eps=1e-6)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.query_norm = nn.Parameter(torch.ones(config.head_dim))

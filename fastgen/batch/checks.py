@@ -17,12 +17,12 @@ from fastgen.batch.vocabulary import FIRST
 from fastgen.checks import require_shape, require_tensor, shape_of
 from fastgen.ops.transforms import transforms_active
 
-SLACK = 1e-3  # tolerance beyond the ends of a range, for resampling and low precision
+RANGE_TOLERANCE = 1e-3  # tolerance beyond the ends of a range, for resampling and low precision
 NEVER_IGNORED = -(1 << 40)
 """``ignore_index`` of cross-entropies: with torch's default, -100, an invalid target of -100 would have loss 0."""
 
 
-def readable(tensor: Tensor) -> bool:
+def can_read_values(tensor: Tensor) -> bool:
     """Whether the values can be read without synchronizing, a graph break or a failing transform."""
     return (
         tensor.device.type == "cpu"
@@ -34,7 +34,7 @@ def readable(tensor: Tensor) -> bool:
 
 def require_range(name: str, tensor: Tensor, low: float, high: float, meaning: str, hint: str = "") -> None:
     """Raises ValueError where readable values are below low or above high. NaN passes, and makes the result NaN."""
-    if not readable(tensor) or not tensor.numel():
+    if not can_read_values(tensor) or not tensor.numel():
         return
     least, largest = (end.item() for end in tensor.detach().aminmax())
     if least < low or largest > high:
@@ -51,7 +51,14 @@ def require_images(name: str, images: Tensor, channels: int, size: int) -> None:
         )
     require_shape(name, images, (*images.shape[:1], channels, size, size), "(B, C, S, S)")
     _require_some(name, images)
-    require_range(name, images, -SLACK, 1 + SLACK, "pixels in [0, 1]", "; scale them, as x / 255 or (x + 1) / 2 would")
+    require_range(
+        name,
+        images,
+        -RANGE_TOLERANCE,
+        1 + RANGE_TOLERANCE,
+        "pixels in [0, 1]",
+        "; scale them, as x / 255 or (x + 1) / 2 would",
+    )
 
 
 def require_tokens(
@@ -83,7 +90,7 @@ def require_audio(name: str, audio: Tensor, length: int) -> None:
         )
     require_shape(name, audio, (*audio.shape[:1], length), "(B, length)")
     _require_some(name, audio)
-    require_range(name, audio, -1 - SLACK, 1 + SLACK, "samples in [-1, 1]")
+    require_range(name, audio, -1 - RANGE_TOLERANCE, 1 + RANGE_TOLERANCE, "samples in [-1, 1]")
 
 
 def require_same_batch(first_name: str, first: Tensor, name: str, tensor: Tensor) -> None:

@@ -90,7 +90,7 @@ def tokenize(name: str, text: str, vocabulary: Sequence[str]) -> list[int]:
     return tokens
 
 
-def spell(tokens: Tensor | Iterable[int], vocabulary: str) -> str:
+def detokenize(tokens: Tensor | Iterable[int], vocabulary: str) -> str:
     """The text of a source or target sequence (S,), up to its end, without start and padding."""
     text = ""
     for token in tokens.tolist() if isinstance(tokens, Tensor) else tokens:

@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 
 import jsonargparse
 
+from fastgen.batch import current_names
 from fastgen.cli._config import check, nearest, split_config_files
 from fastgen.cli._errors import USAGE, CommandError
 from fastgen.train.folder import RunFolder
@@ -82,6 +83,18 @@ def parse(
             raise CommandError(f"{file}: {error}", USAGE) from error
     given.pop("config", None)
     return given
+
+
+def given_under_current_names(config: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``parse`` with ``defaults`` gives for the fields of a config, without old names.
+
+    Raises:
+        ValueError: an option is given under both names.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    old = {name: given[name] for name in getattr(config, "renamed", {}) if given[name] is not None}
+    as_given = {name: given[name] for name in defaults if given[name] != defaults[name]}
+    return defaults | current_names(config, as_given | old)
 
 
 def _parsed(

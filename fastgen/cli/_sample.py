@@ -8,7 +8,7 @@ from typing import Any
 from fastgen.batch import TRANSLATED
 from fastgen.cli._errors import USAGE, CommandError
 from fastgen.cli._models import add_model_option, given_model, model_class
-from fastgen.cli._options import add_fields, options_parser, parse, run_folder
+from fastgen.cli._options import add_fields, given_under_current_names, options_parser, parse, run_folder
 from fastgen.models import Samples, Texts
 from fastgen.train.errors import UsageError
 from fastgen.train.folder import RunFolder
@@ -88,7 +88,7 @@ def run(argv: list[str]) -> None:
         if out and not single and not Path(out).parent.is_dir():
             raise CommandError(f"out: expected a path in a folder that exists, got {out}", USAGE)
         try:
-            options = trained.model.sampling_class(**given)
+            options = trained.model.sampling_class(**given_under_current_names(trained.model.sampling_class, given))
         except (TypeError, ValueError) as error:
             raise CommandError(str(error), USAGE) from error
         trained.model.to(choose_device(device))

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fastgen.batch import spell
+from fastgen.batch import detokenize
 from fastgen.data._base import Dataset, Items
 from fastgen.data.config import DataConfig
 from fastgen.data.sources import choose_kind, open_source
@@ -149,7 +149,7 @@ def _examples(data: Dataset, train: Items) -> Examples:
     if data.kind == "text":
         return {"text": ["".join(vocabulary[token] for token in row) for row in batch["tokens"].tolist()]}
     if data.kind == "sequences":
-        sides = [[spell(row, vocabulary) for row in batch[side]] for side in ("source", "target")]
+        sides = [[detokenize(row, vocabulary) for row in batch[side]] for side in ("source", "target")]
         return {"pairs": [f"{source} -> {target}" for source, target in zip(*sides, strict=True)]}
     return {name: part for name, part in batch.items() if part.is_floating_point()}
 

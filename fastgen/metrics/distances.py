@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 MAX_ELEMENTS = 2**22  # elements of a block of a distance matrix
-SLACK = 1e-12  # relative tolerance of squared distances, above rounding errors, so that copies have distance 0
+RELATIVE_TOLERANCE = 1e-12  # of squared distances: above rounding errors, so that copies have distance 0
 
 
 def frechet_distance(real: Tensor, generated: Tensor) -> float:
@@ -185,7 +185,7 @@ def neighborhoods(real: Tensor, generated: Tensor, *, k: int = 5) -> Neighborhoo
     covered, spheres = recalled.clone(), []
     block = _block_size(len(real))
     for rows, radii in zip(generated.split(block), generated_radii.split(block), strict=True):
-        distance = _squared_distances(rows, real, slack=SLACK)
+        distance = _squared_distances(rows, real, tolerance=RELATIVE_TOLERANCE)
         inside = distance <= real_radii
         spheres.append(inside.sum(1))
         covered |= inside.any(0)
@@ -213,10 +213,10 @@ def _radii(features: Tensor, k: int) -> Tensor:
     return torch.cat(radii)
 
 
-def _squared_distances(a: Tensor, b: Tensor, slack: float = 0.0) -> Tensor:
-    """|a_i - b_j|^2 up to a relative tolerance ``slack``."""
+def _squared_distances(a: Tensor, b: Tensor, tolerance: float = 0.0) -> Tensor:
+    """|a_i - b_j|^2 up to a relative ``tolerance``."""
     norms = a.square().sum(1)[:, None] + b.square().sum(1)
-    return torch.addmm(norms * (1 - slack), a, b.mT, alpha=-2)
+    return torch.addmm(norms * (1 - tolerance), a, b.mT, alpha=-2)
 
 
 def _block_size(columns: int) -> int:

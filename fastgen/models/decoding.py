@@ -163,24 +163,24 @@ def beam_search(
     length: int,
     *,
     special: tuple[int, int, int],
-    beams: int = 1,
+    num_beams: int = 1,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
     """Decodes (batch, length) int64 tokens: start, tokens, end, padding; a sequence that is too long has no end.
 
-    Beam search keeps the ``beams`` most likely prefixes and returns the most likely finished or cut-off one (Sutskever
-    et al., "Sequence to sequence learning with neural networks", 2014); one beam is greedy search, and sampling where
-    there is a temperature. Neither padding nor start is ever chosen. Every call takes length - 1 steps and does not
-    synchronize until the end, so that distributed processes stay in step.
+    Beam search keeps the ``num_beams`` most likely prefixes and returns the most likely finished or cut-off one
+    (Sutskever et al., "Sequence to sequence learning with neural networks", 2014); one beam is greedy search, and
+    sampling where there is a temperature. Neither padding nor start is ever chosen. Every call takes length - 1 steps
+    and does not synchronize until the end, so that distributed processes stay in step.
 
     Args:
-        next_logits: prefixes (batch * beams, N) -> logits (batch * beams, tokens) of the next token.
-        reorder: receives the row that each prefix continues, (batch * beams,) int64, if there is more than one beam;
-            caches are reordered accordingly.
+        next_logits: prefixes (batch * num_beams, N) -> logits (batch * num_beams, tokens) of the next token.
+        reorder: receives the row that each prefix continues, (batch * num_beams,) int64, if there is more than one
+            beam; caches are reordered accordingly.
         special: the tokens padding, start and end.
-        beams: number of prefixes per item.
+        num_beams: number of prefixes per item.
         temperature: 0: search; otherwise tokens are sampled, with one beam.
         generator: random number generator for a temperature above 0. A CPU generator serves every device.
 
@@ -189,11 +189,11 @@ def beam_search(
     """
     padding, start, end = special
     chooser = Chooser(temperature, generator)
-    text = torch.full((batch * beams, 1), start, device=device)
-    scores = torch.full((batch, beams), -math.inf, device=device)
+    text = torch.full((batch * num_beams, 1), start, device=device)
+    scores = torch.full((batch, num_beams), -math.inf, device=device)
     scores[:, 0] = 0.0  # all beams are equal at first: expand only one
-    ended = torch.zeros(batch * beams, 1, dtype=torch.bool, device=device)
-    first = beams * torch.arange(batch, device=device)[:, None]
+    ended = torch.zeros(batch * num_beams, 1, dtype=torch.bool, device=device)
+    first = num_beams * torch.arange(batch, device=device)[:, None]
     for _ in range(length - 1):
         logits = next_logits(text)
         log_prob = upcast(logits).log_softmax(1)
@@ -204,17 +204,17 @@ def beam_search(
             token = chooser(log_prob)
         else:
             chooser.watch(log_prob)
-            totals = scores.to(log_prob.dtype)[:, :, None] + log_prob.unflatten(0, (batch, beams))
-            scores, best = totals.flatten(1).topk(beams)
+            totals = scores.to(log_prob.dtype)[:, :, None] + log_prob.unflatten(0, (batch, num_beams))
+            scores, best = totals.flatten(1).topk(num_beams)
             rows = (first + best // log_prob.size(1)).flatten()
             token = best.flatten() % log_prob.size(1)
             text, ended = text[rows], ended[rows]
-            if beams > 1:
+            if num_beams > 1:
                 reorder(rows)
         text = torch.cat((text, token[:, None]), 1)
         ended = ended | (token == end)[:, None]
     chooser.check()
-    return text.view(batch, beams, length)[:, 0]
+    return text.view(batch, num_beams, length)[:, 0]
 
 
 @contextmanager

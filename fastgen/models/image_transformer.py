@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen.batch import NEVER_IGNORED, SLACK, caption_tokens, require_labels, require_tokens
+from fastgen.batch import NEVER_IGNORED, RANGE_TOLERANCE, caption_tokens, require_labels, require_tokens
 from fastgen.checks import (
     require_choice,
     require_count,
@@ -42,7 +42,7 @@ from fastgen.checks import (
 from fastgen.models.base import Batch, GenerativeModel, Images, Phase, Samples, StepContext, image_rows, option, upcast
 from fastgen.models.conditioning import LabelOptions, check_labels, wanted_labels
 from fastgen.models.decoding import Chooser, generating
-from fastgen.models.lm_blocks import EPS, CachedBlocks, LMBlock, init_weights
+from fastgen.models.lm_blocks import EPS, RENAMED, CachedBlocks, LMBlock, init_weights
 from fastgen.models.registry import register_model
 from fastgen.models.sizes import LONG, DataSize, Size
 from fastgen.models.variational import check_images
@@ -57,6 +57,7 @@ MAX_VALUES = 4096
 MAX_COMPLETIONS = 16
 AUTOENCODER_LEARNING_RATE = 2e-3
 WIDE: Mapping[str, Any] = {"width": 256, "depth": 8, "dropout": 0.0}
+WIDER = {**WIDE, "width": 384, "num_heads": 6}
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class ImageTransformerConfig:
         ValueError: an option out of range.
     """
 
-    renamed: ClassVar = {"halvings": "num_downsamples", "normalise_heads": "qk_norm"}  # word-lint: ok
+    renamed: ClassVar = {**RENAMED, "halvings": "num_downsamples"}  # word-lint: ok
     image_size: int = option(8, "height and width of the images", from_data=True)
     channels: int = option(1, "number of image channels", from_data=True)
     levels: int = option(17, "number of pixel values: counts 0 .. levels - 1", from_data=True)
@@ -82,7 +83,7 @@ class ImageTransformerConfig:
     tones: int = option(17, "number of pixel classes; neighboring levels share one if there are more levels")
     width: int = option(64, "embedding dimension")
     depth: int = option(4, "number of blocks")
-    heads: int = option(4, "number of attention heads")
+    num_heads: int = option(4, "number of attention heads")
     mlp_width: int = option(0, "hidden dimension of the MLP; 0: 4 times the width, 8/3 for swiglu")
     activation: Activation = option("gelu", "activation of the MLP")
     qk_norm: bool = option(True, "apply QK-norm (RMS) to queries and keys")
@@ -93,7 +94,7 @@ class ImageTransformerConfig:
     beta2: float = option(0.99, "AdamW beta2")
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "channels", "width", "depth", "heads"):
+        for name in ("image_size", "channels", "width", "depth", "num_heads"):
             require_positive(name, getattr(self, name))
         for name in ("levels", "tones"):
             require_count(name, getattr(self, name), 2)
@@ -114,8 +115,8 @@ class ImageTransformerConfig:
             raise ValueError("captions: expected false with conditional, got true")
         if self.conditional and self.classes < 2:
             raise ValueError(f"conditional: expected false, as the data has {self.classes} classes, got true")
-        if self.width % self.heads != 0 or self.width // self.heads % 2 != 0:
-            raise ValueError(f"width: expected an even multiple of heads = {self.heads}, got {self.width}")
+        if self.width % self.num_heads != 0 or self.width // self.num_heads % 2 != 0:
+            raise ValueError(f"width: expected an even multiple of num_heads = {self.num_heads}, got {self.width}")
         require_count("mlp_width", self.mlp_width, 0)
         require_choice("activation", self.activation, get_args(Activation))
         for name in ("dropout", "beta1", "beta2"):
@@ -155,7 +156,7 @@ class ImageTransformerConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.width // self.heads
+        return self.width // self.num_heads
 
     @property
     def hidden_dim(self) -> int:
@@ -215,9 +216,7 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
             3_000, 16, train=LONG, model={"codebook_size": 256, "num_downsamples": 3, "width": 128, "dropout": 0.0}
         ),
         "medium, gpu": Size(30_000, 64, train=LONG, model={"codebook_size": 256, "num_downsamples": 2, **WIDE}),
-        "large, gpu": Size(
-            50_000, 64, train=LONG, model={**WIDE, "codebook_size": 512, "num_downsamples": 3, "width": 384, "heads": 6}
-        ),
+        "large, gpu": Size(50_000, 64, train=LONG, model={"codebook_size": 512, "num_downsamples": 3, **WIDER}),
     }
     pixel_sizes: ClassVar[Mapping[str, Size]] = {
         "medium": Size(1_500, 16, model={"dropout": 0.0}),
@@ -302,7 +301,7 @@ class ImageTransformer(ComputedBuffers, GenerativeModel):
             codes, flaw = self.autoencoder.quantize(images)
             return codes.flatten(1), flaw
         exact = (images.float() * (self.config.levels - 1)).round()
-        impossible = (images < -SLACK) | (images > 1 + SLACK)
+        impossible = (images < -RANGE_TOLERANCE) | (images > 1 + RANGE_TOLERANCE)
         flaw = torch.where(impossible, math.inf, 0 * exact).flatten(1).sum(1)
         counts = exact.long().clamp(0, self.config.levels - 1)
         return self.tone_of_level[counts].movedim(1, -1).flatten(1), flaw

@@ -21,19 +21,21 @@ Tables = tuple[Tensor, Tensor]
 """cos and sin of rotary embeddings."""
 
 EPS = 1e-6
+RENAMED = {"heads": "num_heads", "normalise_heads": "qk_norm"}  # word-lint: ok
+"""Old and new names of options that models of these blocks share."""
 
 
 class LMBlock(nn.Module):
     """Pre-norm Transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
 
     Args:
-        config: width, heads, head_dim, hidden_dim, activation, qk_norm and dropout.
+        config: width, num_heads, head_dim, hidden_dim, activation, qk_norm and dropout.
     """
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         width, hidden = config.width, config.hidden_dim
-        self.heads, self.head_dim, self.dropout = config.heads, config.head_dim, config.dropout
+        self.heads, self.head_dim, self.dropout = config.num_heads, config.head_dim, config.dropout
         self.gated = config.activation == "swiglu"
         self.attention_norm = nn.RMSNorm(width, eps=EPS)
         self.qkv = nn.Linear(width, 3 * width, bias=False)

@@ -238,9 +238,9 @@ class TextPairs(SequenceFormat):
 
     def decode(self, sequences: Tensor) -> Texts:
         """Texts "source -> target". In malformed pairs further ends are "|" and padding between characters is "_"."""
-        return Texts([self.spell(row) for row in to_symbols(sequences)])
+        return Texts([self.detokenize(row) for row in to_symbols(sequences)])
 
-    def spell(self, symbols: list[int]) -> str:
+    def detokenize(self, symbols: list[int]) -> str:
         """The text of one row of symbols."""
         while symbols and symbols[-1] == BLANK:
             symbols = symbols[:-1]

@@ -31,11 +31,11 @@ from fastgen.batch import (
     NEVER_IGNORED,
     PADDING,
     START,
-    readable,
+    can_read_values,
+    detokenize,
     require_characters,
     require_known,
     require_tokens,
-    spell,
 )
 from fastgen.checks import (
     require_count,
@@ -65,11 +65,13 @@ class Seq2SeqConfig:
         ValueError: an option out of range.
     """
 
+    renamed: ClassVar = {"heads": "num_heads"}
+
     vocabulary: str = option(LETTERS, "characters; token 3 + i is character i", from_data=True)
     source_length: int = option(14, "number of tokens of the longest source, with start and end", from_data=True)
     target_length: int = option(14, "number of tokens of the longest target, with start and end", from_data=True)
     width: int = option(96, "embedding dimension")
-    heads: int = option(4, "number of attention heads")
+    num_heads: int = option(4, "number of attention heads")
     encoder_depth: int = option(2, "number of encoder blocks")
     decoder_depth: int = option(2, "number of decoder blocks")
     mlp_width: int = option(0, "hidden dimension of the MLP; 0: 4 times the width")
@@ -85,10 +87,10 @@ class Seq2SeqConfig:
             require_positive(name, getattr(self, name))
             if getattr(self, name) < 3:
                 raise ValueError(f"{name}: expected 3 or more: start, a character, end, got {getattr(self, name)}")
-        for name in ("width", "heads", "encoder_depth", "decoder_depth"):
+        for name in ("width", "num_heads", "encoder_depth", "decoder_depth"):
             require_positive(name, getattr(self, name))
-        if self.width % self.heads != 0 or self.width // self.heads % 2 != 0:
-            raise ValueError(f"width: expected an even multiple of heads = {self.heads}, got {self.width}")
+        if self.width % self.num_heads != 0 or self.width // self.num_heads % 2 != 0:
+            raise ValueError(f"width: expected an even multiple of num_heads = {self.num_heads}, got {self.width}")
         require_count("mlp_width", self.mlp_width, 0)
         for name in ("dropout", "beta1", "beta2"):
             require_probability(name, getattr(self, name))
@@ -97,7 +99,7 @@ class Seq2SeqConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.width // self.heads
+        return self.width // self.num_heads
 
     @property
     def tokens(self) -> int:
@@ -113,17 +115,19 @@ class DecodingOptions:
         ValueError: an option out of range, or several beams with a temperature.
     """
 
+    renamed: ClassVar = {"beams": "num_beams"}
+
     source: str = option("", "source to decode, for every sample; empty: random strings of the vocabulary")
-    beams: int = option(1, "number of beams of beam search; 1: greedy")
+    num_beams: int = option(1, "number of beams of beam search; 1: greedy")
     temperature: float = option(0.0, "sampling temperature; 0: greedy or beam search")
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, str):
             raise ValueError(f"source: expected a string, got {type(self.source).__name__}")
-        require_positive("beams", self.beams)
+        require_positive("num_beams", self.num_beams)
         require_not_negative(temperature=self.temperature)
-        if self.temperature and self.beams > 1:
-            raise ValueError(f"beams: expected 1 with a temperature above 0, got {self.beams}")
+        if self.temperature and self.num_beams > 1:
+            raise ValueError(f"num_beams: expected 1 with a temperature above 0, got {self.num_beams}")
 
 
 class DecoderCache:
@@ -144,7 +148,7 @@ class EncoderBlock(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         width, hidden = config.width, config.mlp_width or 4 * config.width
-        self.heads, self.head_dim, self.dropout = config.heads, config.head_dim, config.dropout
+        self.heads, self.head_dim, self.dropout = config.num_heads, config.head_dim, config.dropout
         self.attention_norm = nn.RMSNorm(width, eps=1e-6)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.merge = nn.Linear(width, width, bias=False)
@@ -224,8 +228,8 @@ class Seq2Seq(GenerativeModel):
     Sources are (B, source_length), targets (B, target_length) int64: 1, characters from 3 on, 2, then padding with 0.
 
     Example:
-        >>> model = Seq2Seq(Seq2SeqConfig(vocabulary="abc", source_length=6, target_length=5, width=16, heads=2))
-        >>> model.decode(torch.tensor([[1, 3, 4, 2, 0, 0]]), DecodingOptions(beams=2)).shape
+        >>> model = Seq2Seq(Seq2SeqConfig(vocabulary="abc", source_length=6, target_length=5, width=16, num_heads=2))
+        >>> model.decode(torch.tensor([[1, 3, 4, 2, 0, 0]]), DecodingOptions(num_beams=2)).shape
         torch.Size([1, 5])
         >>> model.draw(2, DecodingOptions(source="ab")).texts[0][:5]
         'ab ->'
@@ -324,7 +328,7 @@ class Seq2Seq(GenerativeModel):
         logits = upcast(logits)
         nll = F.cross_entropy(logits.flatten(0, 1), next_token.flatten(), reduction="none", ignore_index=NEVER_IGNORED)
         counted = next_token != PADDING
-        if readable(counted) and not bool(counted.any()):
+        if can_read_values(counted) and not bool(counted.any()):
             raise ValueError("target: expected at least one token after the start, got nothing but padding")
         return nll.view(next_token.shape), counted, logits.argmax(2) == next_token
 
@@ -355,7 +359,7 @@ class Seq2Seq(GenerativeModel):
 
         Args:
             source: (B, source_length) int64.
-            options: beams and temperature; default greedy.
+            options: num_beams and temperature; default greedy.
             generator: random number generator for a temperature above 0. A CPU generator serves every device.
 
         Raises:
@@ -370,7 +374,7 @@ class Seq2Seq(GenerativeModel):
             self.train(was_training)
 
     def _search(self, source: Tensor, options: DecodingOptions, generator: torch.Generator | None) -> Tensor:
-        memory, mask = (part.repeat_interleave(options.beams, 0) for part in self._encode(source))
+        memory, mask = (part.repeat_interleave(options.num_beams, 0) for part in self._encode(source))
         caches = self._caches(len(memory))
 
         def reorder(rows: Tensor) -> None:  # beams share their source, hence the memory
@@ -383,7 +387,7 @@ class Seq2Seq(GenerativeModel):
             len(source),
             self.config.target_length,
             special=(PADDING, START, END),
-            beams=options.beams,
+            num_beams=options.num_beams,
             temperature=options.temperature,
             generator=generator,
             device=source.device,
@@ -397,7 +401,7 @@ class Seq2Seq(GenerativeModel):
         config, weight = self.config, next(self.parameters())
         device = weight.device
         dtype = autocast_dtype(weight) or weight.dtype
-        sizes = (batch, config.heads, config.target_length, config.head_dim)
+        sizes = (batch, config.num_heads, config.target_length, config.head_dim)
         return [DecoderCache(KVCache(*sizes, device=device, dtype=dtype)) for _ in range(config.decoder_depth)]
 
     @torch.no_grad()
@@ -427,13 +431,15 @@ class Seq2Seq(GenerativeModel):
         source = source.masked_fill(column > lengths, PADDING).masked_fill(column == lengths + 1, END)
         source[:, 0] = START
         target = self.decode(source.to(self.device), options, generator=generator)
-        sides = ([spell(tokens, config.vocabulary) for tokens in side] for side in (source, target))
+        sides = ([detokenize(tokens, config.vocabulary) for tokens in side] for side in (source, target))
         return Texts([f"{a} -> {b}" for a, b in zip(*sides, strict=True)])
 
     def visualize(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Samples]:
         """Held-out sources, their targets, and the greedily decoded ones."""
         rows = {"source": batch["source"], "expected": batch["target"], "decoded": self.decode(batch["source"])}
-        lines = [[f"{name:9}{spell(tokens, self.config.vocabulary)}" for tokens in side] for name, side in rows.items()]
+        lines = [
+            [f"{name:9}{detokenize(tokens, self.config.vocabulary)}" for tokens in side] for name, side in rows.items()
+        ]
         return {"decoded": Texts(["\n".join(item) for item in zip(*lines, strict=True)])}
 
 

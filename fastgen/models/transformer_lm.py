@@ -39,7 +39,7 @@ from fastgen.checks import (
 from fastgen.models import decoding
 from fastgen.models.base import Batch, GenerativeModel, Phase, StepContext, Texts, option, upcast
 from fastgen.models.decoding import Chooser, Noise, generating, require_top_p
-from fastgen.models.lm_blocks import EPS, CachedBlocks, LMBlock, Tables, init_weights
+from fastgen.models.lm_blocks import EPS, RENAMED, CachedBlocks, LMBlock, Tables, init_weights
 from fastgen.models.registry import register_model
 from fastgen.models.sizes import DataSize, two_digits
 from fastgen.nn import RotaryEmbedding
@@ -60,7 +60,7 @@ class TransformerLMConfig:
         ValueError: an option out of range.
     """
 
-    renamed: ClassVar[Mapping[str, str]] = {"normalise_heads": "qk_norm"}  # word-lint: ok
+    renamed: ClassVar = {**RENAMED, "tied": "tie_embeddings"}
 
     vocabulary: Vocabulary = option(PRINTABLE, "characters, or strings; token i is item i", from_data=True)
     context: int = option(128, "number of tokens that a prediction may depend on")
@@ -68,11 +68,11 @@ class TransformerLMConfig:
     segments: int = option(1, "number of segments of a training text, each as long as the context (Transformer-XL)")
     width: int = option(160, "embedding dimension")
     depth: int = option(4, "number of blocks")
-    heads: int = option(5, "number of attention heads")
+    num_heads: int = option(5, "number of attention heads")
     mlp_width: int = option(0, "hidden dimension of the MLP; 0: 4 times the width, 8/3 for swiglu")
     activation: Activation = option("gelu", "activation of the MLP")
     qk_norm: bool = option(True, "apply QK-norm (RMS) to queries and keys")
-    tied: bool = option(True, "share the weights of embedding and logits")
+    tie_embeddings: bool = option(True, "share the weights of embedding and logits")
     dropout: float = option(0.0, "dropout probability, in attention and after each branch")
     learning_rate: float = option(3e-3, "AdamW learning rate")
     weight_decay: float = option(0.1, "AdamW weight decay, on all weights")
@@ -80,11 +80,11 @@ class TransformerLMConfig:
     beta2: float = option(0.99, "AdamW beta2")
 
     def __post_init__(self) -> None:
-        for name in ("context", "segments", "width", "depth", "heads"):
+        for name in ("context", "segments", "width", "depth", "num_heads"):
             require_positive(name, getattr(self, name))
         object.__setattr__(self, "vocabulary", check_vocabulary(self.vocabulary))
-        if self.width % self.heads != 0 or self.width // self.heads % 2 != 0:
-            raise ValueError(f"width: expected an even multiple of heads = {self.heads}, got {self.width}")
+        if self.width % self.num_heads != 0 or self.width // self.num_heads % 2 != 0:
+            raise ValueError(f"width: expected an even multiple of num_heads = {self.num_heads}, got {self.width}")
         for name in ("window", "mlp_width"):
             require_count(name, getattr(self, name), 0)
         if self.window and self.segments > 1:
@@ -97,7 +97,7 @@ class TransformerLMConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.width // self.heads
+        return self.width // self.num_heads
 
     @property
     def hidden_dim(self) -> int:
@@ -146,7 +146,7 @@ class TransformerLM(ComputedBuffers, GenerativeModel):
     Tokens are (B, N) int64. Without window and segments, N is at most the context.
 
     Example:
-        >>> model = TransformerLM(TransformerLMConfig(vocabulary="abc ", width=16, heads=2, depth=1)).eval()
+        >>> model = TransformerLM(TransformerLMConfig(vocabulary="abc ", width=16, num_heads=2, depth=1)).eval()
         >>> model(torch.zeros(2, 5, dtype=torch.int64)).shape
         torch.Size([2, 5, 4])
         >>> model.draw(2, TextOptions(prompt="ab", length=3)).texts[0][:2]
@@ -181,7 +181,7 @@ class TransformerLM(ComputedBuffers, GenerativeModel):
         self.rotary = RotaryEmbedding(config.head_dim)
         self.decoder = nn.ModuleList(LMBlock(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=EPS)
-        self.logits = None if config.tied else nn.Linear(config.width, len(config.vocabulary), bias=False)
+        self.logits = None if config.tie_embeddings else nn.Linear(config.width, len(config.vocabulary), bias=False)
         init_weights(self, config.width, config.depth)
         self._register_computed()
 

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import functional
-from fastgen.batch import SLACK, readable, require_images
+from fastgen.batch import RANGE_TOLERANCE, can_read_values, require_images
 from fastgen.checks import require_choice, require_count, require_positive, require_shape
 from fastgen.models.base import Batch, GenerativeModel, Images, Samples, StepContext, image_rows, upcast
 from fastgen.models.interpolation import great_circles, row_labels
@@ -252,9 +252,9 @@ def pixels_log_prob(parameters: Tensor, images: Tensor, likelihood: str, levels:
         log_prob = gaussian_log_prob(logits, log_std, counts, levels)
     else:
         log_prob = binomial_log_prob(parameters, counts, levels - 1)
-    if not readable(images):  # else ``check_images`` has checked their values
-        slack = SLACK * (levels - 1)
-        log_prob = log_prob.masked_fill((exact < -slack) | (exact > levels - 1 + slack), -math.inf)
+    if not can_read_values(images):  # else ``check_images`` has checked their values
+        tolerance = RANGE_TOLERANCE * (levels - 1)
+        log_prob = log_prob.masked_fill((exact < -tolerance) | (exact > levels - 1 + tolerance), -math.inf)
     return log_prob.flatten(1).sum(dim=1)
 
 

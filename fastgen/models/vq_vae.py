@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen.batch import NEVER_IGNORED, readable, require_tokens
+from fastgen.batch import NEVER_IGNORED, can_read_values, require_tokens
 from fastgen.checks import require_not_negative, require_positive, require_positive_number, require_probability
 from fastgen.functional._autocast import without_autocast
 from fastgen.models.base import Batch, GenerativeModel, Images, Phase, Samples, StepContext, image_rows, option, upcast
@@ -273,7 +273,7 @@ class Autoencoder(nn.Module):
             ValueError: the features are NaN or infinite; checked on the CPU only, where it costs no synchronization.
         """
         codes, invalid = self.quantize(images)
-        if readable(invalid) and not bool(invalid.isfinite().all()):
+        if can_read_values(invalid) and not bool(invalid.isfinite().all()):
             raise ValueError("images: expected finite features of each, got NaN or infinite ones; are the weights NaN?")
         return codes
 

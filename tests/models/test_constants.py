@@ -23,8 +23,8 @@ from fastgen.models import (
 
 MODELS = {
     "flow-vae": lambda: FlowVAE(FlowVAEConfig(width=4, latent_dim=3, flow_width=5)),
-    "image-transformer": lambda: ImageTransformer(ImageTransformerConfig(levels=40, width=8, heads=2, depth=1)),
-    "transformer-lm": lambda: TransformerLM(TransformerLMConfig(("a", "b", "ab"), 8, width=8, heads=2, depth=1)),
+    "image-transformer": lambda: ImageTransformer(ImageTransformerConfig(levels=40, width=8, num_heads=2, depth=1)),
+    "transformer-lm": lambda: TransformerLM(TransformerLMConfig(("a", "b", "ab"), 8, width=8, num_heads=2, depth=1)),
     "wavenet": lambda: WaveNet(WaveNetConfig(channels=4, skip_channels=4, cycle=2, reach=5)),
 }
 

@@ -18,9 +18,9 @@ from fastgen.models.adversarial import ImageGAN
 from tests.models.saved_models import CASES, SAMPLING, batch_of, config_of, fill
 
 DENSE = {"width": 8, "depth": 1}
-LM = {"width": 16, "depth": 1, "heads": 2, "context": 8}
-SEQ2SEQ = {"width": 16, "heads": 2, "encoder_depth": 1, "decoder_depth": 1}
-PIXELS = {"image_size": 4, "levels": 6, "width": 16, "depth": 1, "heads": 2}
+LM = {"width": 16, "depth": 1, "num_heads": 2, "context": 8}
+SEQ2SEQ = {"width": 16, "num_heads": 2, "encoder_depth": 1, "decoder_depth": 1}
+PIXELS = {"image_size": 4, "levels": 6, "width": 16, "depth": 1, "num_heads": 2}
 CAPTIONS = {"captions": True, "caption_vocabulary": "abc", "caption_length": 3, "caption_examples": ("a", "bc", "cab")}
 WAVENET = {"channels": 4, "skip_channels": 8, "cycle": 3, "reach": 8, "crop": 20}
 RECURRENT = {"generator_width": 8, "critic_width": 8}
@@ -81,14 +81,25 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = CASES | {
         {**VQ_VAE, "image_size": 6, "channels": 3, "num_downsamples": 1, "likelihood": "gaussian"},
     ),
     "vq-vae, binomial": ("vq-vae", {**VQ_VAE, "image_size": 16, "num_downsamples": 3, "likelihood": "binomial"}),
-    "transformer-lm, untied": ("transformer-lm", {**LM, "activation": "swiglu", "tied": False, "dropout": 0.3}),
+    "transformer-lm, untied": (
+        "transformer-lm",
+        {**LM, "activation": "swiglu", "tie_embeddings": False, "dropout": 0.3},
+    ),
     "transformer-lm, no norm of heads": ("transformer-lm", {**LM, "qk_norm": False, "mlp_width": 12}),
-    "transformer-lm, odd sizes": ("transformer-lm", {**LM, "width": 18, "heads": 3, "context": 7}),
+    "transformer-lm, odd sizes": ("transformer-lm", {**LM, "width": 18, "num_heads": 3, "context": 7}),
     "transformer-lm, window": ("transformer-lm", {**LM, "window": 3}),
     "transformer-lm, longer tokens": ("transformer-lm", {**LM, "vocabulary": ("\n", *"abcde", "ab", "cde")}),
     "seq2seq, odd sizes": (
         "seq2seq",
-        {**SEQ2SEQ, "width": 18, "heads": 3, "source_length": 5, "target_length": 9, "mlp_width": 7, "dropout": 0.3},
+        {
+            **SEQ2SEQ,
+            "width": 18,
+            "num_heads": 3,
+            "source_length": 5,
+            "target_length": 9,
+            "mlp_width": 7,
+            "dropout": 0.3,
+        },
     ),
     "image-transformer, unconditional": ("image-transformer", {**PIXELS, "dropout": 0.5}),
     "image-transformer, color": ("image-transformer", {**PIXELS, "image_size": 3, "channels": 3}),

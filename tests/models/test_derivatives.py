@@ -39,9 +39,9 @@ CASES = {
     "flow-vae": ({"width": 6, "latent_dim": 3, "flow_width": 4, "context_dim": 2, "flows": 2}, ""),
     # The gradient passes straight through its quantizer: of the encoder it is none of the loss.
     "vq-vae": ({"width": 4}, "autoencoder.decoder"),
-    "transformer-lm": ({"vocabulary": "abc", "context": 4, "width": 8, "heads": 2, "depth": 1}, ""),
-    "seq2seq": ({"vocabulary": "ab", "source_length": 5, "target_length": 4, "width": 8, "heads": 2}, ""),
-    "image-transformer": ({"image_size": 4, "levels": 4, "width": 8, "heads": 2, "depth": 1}, ""),
+    "transformer-lm": ({"vocabulary": "abc", "context": 4, "width": 8, "num_heads": 2, "depth": 1}, ""),
+    "seq2seq": ({"vocabulary": "ab", "source_length": 5, "target_length": 4, "width": 8, "num_heads": 2}, ""),
+    "image-transformer": ({"image_size": 4, "levels": 4, "width": 8, "num_heads": 2, "depth": 1}, ""),
     "wavenet": ({"sample_rate": 100, "length": 40, "channels": 4, "skip_channels": 4, "cycle": 2, "crop": 8}, ""),
 }  # fmt: skip
 REFUSED = {("recurrent-gan", "forward"): r"call Tensor\.requires_grad_\(\)"}

@@ -43,7 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def small_model(**options: Any) -> ImageTransformer:
     torch.manual_seed(0)
-    config = {"image_size": 4, "levels": 6, "width": 16, "heads": 2, "depth": 2, "dropout": 0.0, **options}
+    config = {"image_size": 4, "levels": 6, "width": 16, "num_heads": 2, "depth": 2, "dropout": 0.0, **options}
     return ImageTransformer(ImageTransformerConfig(**config))
 
 
@@ -252,7 +252,7 @@ CONFIG_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         "image_size: expected a multiple of 4, as num_downsamples = 2, got 6",
     ),
     "no classes": ({"conditional": True}, "conditional: expected false, as the data has 0 classes, got true"),
-    "heads that do not divide": ({"width": 15}, "width: expected an even multiple of heads = 4, got 15"),
+    "heads that do not divide": ({"width": 15}, "width: expected an even multiple of num_heads = 4, got 15"),
     "a negative mlp": ({"mlp_width": -1}, "mlp_width: expected an integer >= 0, got -1"),
     "an unknown activation": ({"activation": "sine"}, "activation: expected one of gelu, swiglu, got 'sine'"),
     "a dropout of 1": ({"dropout": 1.0}, r"dropout: expected a probability in \[0, 1\), got 1.0"),

@@ -37,9 +37,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "cvae": {"width": 8, "classes": 3},
     "flow-vae": {"width": 8},
     "vq-vae": {"width": 4, "prior_width": 8},
-    "image-transformer": {"width": 8, "heads": 2, "depth": 1, "conditional": True, "classes": 3},
-    "transformer-lm": {"vocabulary": "abc", "context": 4, "width": 8, "heads": 2, "depth": 1},
-    "seq2seq": {"vocabulary": "abc", "source_length": 4, "target_length": 4, "width": 8, "heads": 2},
+    "image-transformer": {"width": 8, "num_heads": 2, "depth": 1, "conditional": True, "classes": 3},
+    "transformer-lm": {"vocabulary": "abc", "context": 4, "width": 8, "num_heads": 2, "depth": 1},
+    "seq2seq": {"vocabulary": "abc", "source_length": 4, "target_length": 4, "width": 8, "num_heads": 2},
     "wavenet": {"length": 9, "channels": 4, "skip_channels": 4, "cycle": 2, "reach": 3},
 }
 OF_IMAGES = [name for name in CONFIGS if MODELS[name].kind in ("images", "pairs", "domains")]
@@ -198,7 +198,7 @@ def test_training_raises_an_error_for_invalid_data() -> None:
 def test_pixels_out_of_range_have_no_probability_and_nan_stays_nan(
     monkeypatch: pytest.MonkeyPatch, likelihood: str
 ) -> None:
-    monkeypatch.setattr("fastgen.models.variational.readable", lambda tensor: False)
+    monkeypatch.setattr("fastgen.models.variational.can_read_values", lambda tensor: False)
     count = 1 if likelihood == "binomial" else 2
     parameters = torch.randn(4, count, 2, 2, requires_grad=True)
     images = torch.rand(4, 1, 2, 2)
@@ -218,7 +218,7 @@ def test_pixels_out_of_range_have_no_probability_and_nan_stays_nan(
 def test_scores_of_nan_images_are_nan_where_values_are_not_read(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, int]
 ) -> None:
-    monkeypatch.setattr("fastgen.batch.checks.readable", lambda tensor: False)
+    monkeypatch.setattr("fastgen.batch.checks.can_read_values", lambda tensor: False)
     for name in ("image-transformer", "vq-vae"):
         model = small(name, **options).eval()
         batch = batch_of(model)

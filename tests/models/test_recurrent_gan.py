@@ -80,7 +80,7 @@ def test_a_pair_is_one_sequence_of_one_hot_vectors() -> None:
     assert sequences.shape == (2, 9, 5)
     assert sequences.argmax(2).tolist() == [[2, 3, 4, 2, 1, 4, 1, 0, 0], [3, 1, 2, 2, 3, 1, 0, 0, 0]]
     assert (sequences.sum(2) == 1).all()
-    assert [model.format.spell(row) for row in sequences.argmax(2).tolist()] == ["abca -> c", "b -> aab"]
+    assert [model.format.detokenize(row) for row in sequences.argmax(2).tolist()] == ["abca -> c", "b -> aab"]
 
 
 SPELLED = {
@@ -96,7 +96,7 @@ SPELLED = {
 @pytest.mark.parametrize("case", SPELLED)
 def test_malformed_pairs_are_spelled_with_markers(case: str) -> None:
     symbols, text = SPELLED[case]
-    assert small_model().format.spell(symbols) == text
+    assert small_model().format.detokenize(symbols) == text
 
 
 @pytest.mark.parametrize(

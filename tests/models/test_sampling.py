@@ -137,14 +137,14 @@ def test_gumbel_softmax_at_a_tiny_temperature_is_one_hot_with_a_finite_gradient(
 
 
 def sampling_models() -> dict[str, GenerativeModel]:
-    small: dict[str, int] = {"width": 8, "depth": 1, "heads": 2}
+    small: dict[str, int] = {"width": 8, "depth": 1, "num_heads": 2}
     return {
         "transformer-lm": TransformerLM(TransformerLMConfig(vocabulary="abc", context=4, **small)),  # type: ignore[arg-type]
         "image-transformer": ImageTransformer(ImageTransformerConfig(image_size=4, **small)),  # type: ignore[arg-type]
         "vq-vae": VQVAE(VQVAEConfig(width=4, prior_width=8)),
         "wavenet": WaveNet(WaveNetConfig(length=9, channels=4, skip_channels=4, cycle=2, reach=3)),
         "seq2seq": Seq2Seq(
-            Seq2SeqConfig("abc", 5, 5, width=8, heads=2, encoder_depth=1, decoder_depth=1),
+            Seq2SeqConfig("abc", 5, 5, width=8, num_heads=2, encoder_depth=1, decoder_depth=1),
         ),
         "recurrent-gan": RecurrentGAN(RecurrentGANConfig(kind="text", vocabulary="abc", text_length=4)),
     }

@@ -83,3 +83,22 @@ def test_renamed_options_are_accepted_in_saved_files_and_on_the_command_line(cap
     assert old in json.loads((run / "model" / "config.json").read_text())
     assert GenerativeModel.from_pretrained(run / "model").config.qk_norm
     assert not _request("transformer-lm", [f"--model.{old}", "false"]).model_options["qk_norm"]
+    config = GenerativeModel.from_pretrained(run / "model").config
+    assert (config.num_heads, config.tie_embeddings) == (2, True)
+    options = _request("transformer-lm", ["--model.heads", "3", "--model.tied", "false"]).model_options
+    assert (options["num_heads"], options["tie_embeddings"]) == (3, False)
+
+
+def test_renamed_sampling_options_are_accepted_on_the_command_line() -> None:
+    from fastgen.cli._options import add_fields, given_under_current_names, options_parser, parse
+    from fastgen.models.seq2seq import DecodingOptions
+
+    def given(*words: str) -> dict[str, object]:
+        parser = options_parser("sample", "")
+        add_fields(parser, DecodingOptions)
+        return given_under_current_names(DecodingOptions, parse(parser, list(words), defaults=True))
+
+    assert given() == {"source": "", "num_beams": 1, "temperature": 0.0}
+    assert given("--beams", "3", "--source", "ab") == {"source": "ab", "num_beams": 3, "temperature": 0.0}
+    with pytest.raises(ValueError, match="num_beams: expected one value, got another under its old name beams"):
+        given("--beams", "3", "--num-beams", "2")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgen.batch import END, PADDING, START, spell
+from fastgen.batch import END, PADDING, START, detokenize
 from fastgen.models import seq2seq
 from fastgen.models.base import StepContext, Texts, from_data
 from fastgen.models.seq2seq import DecodingOptions, Seq2Seq, Seq2SeqConfig
@@ -18,14 +18,14 @@ from fastgen.models.seq2seq import DecodingOptions, Seq2Seq, Seq2SeqConfig
 NOW = StepContext(1, 10)
 VARIANTS = {
     "default": {},
-    "odd sizes": {"width": 18, "heads": 3, "source_length": 5, "target_length": 9, "mlp_width": 7},
+    "odd sizes": {"width": 18, "num_heads": 3, "source_length": 5, "target_length": 9, "mlp_width": 7},
     "one block": {"encoder_depth": 1, "decoder_depth": 1},
 }
 
 
 def small_model(**options: object) -> Seq2Seq:
     torch.manual_seed(0)
-    sizes = {"vocabulary": "abcd", "source_length": 7, "target_length": 6, "width": 16, "heads": 2, **options}
+    sizes = {"vocabulary": "abcd", "source_length": 7, "target_length": 6, "width": 16, "num_heads": 2, **options}
     return Seq2Seq(Seq2SeqConfig(**sizes))  # type: ignore[arg-type]
 
 
@@ -95,7 +95,7 @@ def test_training_makes_greedy_decoding_exact() -> None:
         values.append(loss.item())
     assert values[-1] < 0.1 * values[0]
     assert model.score(batch)["exact"].tolist() == [1.0] * 4
-    assert model.draw(1, DecodingOptions(source="abcd", beams=3)).texts == ["abcd -> dcba"]
+    assert model.draw(1, DecodingOptions(source="abcd", num_beams=3)).texts == ["abcd -> dcba"]
     shown = model.visualize(batch)["decoded"]
     assert isinstance(shown, Texts)
     assert shown.texts[0].split() == ["source", "abc", "expected", "cba", "decoded", "cba"]
@@ -114,8 +114,8 @@ class Uncached(Seq2Seq):
 
 DECODINGS = {
     "greedy": DecodingOptions(),
-    "two beams": DecodingOptions(beams=2),
-    "more beams than tokens": DecodingOptions(beams=11),
+    "two beams": DecodingOptions(num_beams=2),
+    "more beams than tokens": DecodingOptions(num_beams=11),
     "sampled": DecodingOptions(temperature=1.5),
 }
 
@@ -173,7 +173,7 @@ def test_beams_for_every_prefix_find_the_most_likely_target() -> None:
         wanted = everything[:, 1:]
         of_tokens = log_prob.gather(2, wanted[..., None])[..., 0].where(wanted != PADDING, 0)
         best.append(everything[of_tokens.sum(1).argmax()])
-    assert torch.equal(model.decode(source, DecodingOptions(beams=64)), torch.stack(best))
+    assert torch.equal(model.decode(source, DecodingOptions(num_beams=64)), torch.stack(best))
 
 
 def test_sources_are_random_texts_of_the_vocabulary_or_the_given_one() -> None:
@@ -185,7 +185,7 @@ def test_sources_are_random_texts_of_the_vocabulary_or_the_given_one() -> None:
     samples = model.draw(20, DecodingOptions(source="ab", temperature=9.0), generator=seeded(7)).texts
     assert len(set(samples)) > 5
     assert all(text.startswith("ab -> ") for text in samples)
-    assert spell([START, 3, 5, END, 4], "abcd") == "ac"
+    assert detokenize([START, 3, 5, END, 4], "abcd") == "ac"
 
 
 def test_decoding_does_not_run_compiled_code() -> None:
@@ -204,7 +204,7 @@ CONFIG_ERRORS = {
     "no characters": ({"vocabulary": ""}, "vocabulary: expected a string of at least one character, got ''"),
     "no room in a target": ({"target_length": 2}, "target_length: expected 3 or more: start, a character, end, got 2"),
     "no encoder": ({"encoder_depth": 0}, "encoder_depth: expected a positive integer, got 0"),
-    "heads of odd size": ({"width": 9, "heads": 3}, "width: expected an even multiple of heads = 3, got 9"),
+    "heads of odd size": ({"width": 9, "num_heads": 3}, "width: expected an even multiple of num_heads = 3, got 9"),
     "a negative mlp": ({"mlp_width": -1}, "mlp_width: expected an integer >= 0, got -1"),
     "certain dropout": ({"dropout": 1.0}, r"dropout: expected a probability in \[0, 1\), got 1.0"),
     "a learning rate of 0": ({"learning_rate": 0.0}, "learning_rate: expected a positive number, got 0.0"),
@@ -212,12 +212,12 @@ CONFIG_ERRORS = {
 }
 OPTION_ERRORS = {
     "a source of bytes": ({"source": b"a"}, "source: expected a string, got bytes"),
-    "no beams": ({"beams": 0}, "beams: expected a positive integer, got 0"),
+    "no beams": ({"num_beams": 0}, "num_beams: expected a positive integer, got 0"),
     "negative temperature": ({"temperature": -1.0}, "temperature: expected a number >= 0, got -1.0"),
     "temperature NaN": ({"temperature": math.nan}, "temperature: .*got nan"),
     "beams with a temperature": (
-        {"beams": 2, "temperature": 1.0},
-        "beams: expected 1 with a temperature above 0, got 2",
+        {"num_beams": 2, "temperature": 1.0},
+        "num_beams: expected 1 with a temperature above 0, got 2",
     ),
 }
 

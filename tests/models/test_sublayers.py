@@ -37,11 +37,11 @@ def seeded():
 
 
 def language_model(**options):
-    return TransformerLM(TransformerLMConfig(vocabulary="abc ", width=16, heads=2, depth=2, **options)).eval()
+    return TransformerLM(TransformerLMConfig(vocabulary="abc ", width=16, num_heads=2, depth=2, **options)).eval()
 
 
 def image_model():
-    return ImageTransformer(ImageTransformerConfig(image_size=4, levels=17, width=16, heads=2, depth=1)).eval()
+    return ImageTransformer(ImageTransformerConfig(image_size=4, levels=17, width=16, num_heads=2, depth=1)).eval()
 
 
 def wavenet():
@@ -53,7 +53,7 @@ DRAWN = {
     "ImageTransformer": (image_model, lambda model: model.draw(2, PixelOptions(), generator=seeded()).pixels),
     "WaveNet": (wavenet, lambda model: model.draw(2, SoundOptions(), generator=seeded()).waves),
     "Seq2Seq": (
-        lambda: Seq2Seq(Seq2SeqConfig(width=16, heads=2, encoder_depth=1, decoder_depth=1)).eval(),
+        lambda: Seq2Seq(Seq2SeqConfig(width=16, num_heads=2, encoder_depth=1, decoder_depth=1)).eval(),
         lambda model: model.decode(torch.full((2, model.config.source_length), 4)),
     ),
     "VQVAE": (
@@ -116,7 +116,7 @@ class AdaptedEmbedding(nn.Module):
 
 TOKENS = torch.tensor([[0, 1, 2, 3]])
 EMBEDDED = {
-    "TransformerLM": (lambda: language_model(tied=True), ("embedding",), lambda model: model(TOKENS)),
+    "TransformerLM": (lambda: language_model(tie_embeddings=True), ("embedding",), lambda model: model(TOKENS)),
     "Seq2Seq": (
         DRAWN["Seq2Seq"][0],
         ("embedding",),

@@ -21,9 +21,9 @@ NOW = StepContext(1, 10)
 VOCABULARY = "\n abcde"
 VARIANTS = {
     "default": {},
-    "swiglu, untied": {"activation": "swiglu", "tied": False},
+    "swiglu, untied": {"activation": "swiglu", "tie_embeddings": False},
     "plain heads, one block": {"qk_norm": False, "depth": 1, "mlp_width": 12},
-    "odd sizes": {"width": 18, "heads": 3, "context": 7},
+    "odd sizes": {"width": 18, "num_heads": 3, "context": 7},
     "window": {"window": 3},
     "segments": {"segments": 3, "context": 4},
     "longer tokens": {"vocabulary": ("\n", " ", "a", "b", "c", "d", "e", "ab", "cde")},
@@ -32,7 +32,7 @@ VARIANTS = {
 
 def small_model(**options: object) -> TransformerLM:
     torch.manual_seed(0)
-    config = {"vocabulary": VOCABULARY, "context": 8, "width": 16, "heads": 2, "depth": 2, **options}
+    config = {"vocabulary": VOCABULARY, "context": 8, "width": 16, "num_heads": 2, "depth": 2, **options}
     return TransformerLM(TransformerLMConfig(**config))  # type: ignore[arg-type]
 
 
@@ -322,8 +322,11 @@ CONFIG_ERRORS = {
     "no segments": ({"segments": 0}, "segments: expected a positive integer, got 0"),
     "a window over segments": ({"segments": 2, "window": 4}, "window: expected 0 with segments = 2, got 4"),
     "no context": ({"context": 0}, "context: expected a positive integer, got 0"),
-    "heads that do not divide": ({"width": 20, "heads": 3}, "width: expected an even multiple of heads = 3, got 20"),
-    "heads of odd size": ({"width": 9, "heads": 3}, "width: expected an even multiple of heads = 3, got 9"),
+    "heads that do not divide": (
+        {"width": 20, "num_heads": 3},
+        "width: expected an even multiple of num_heads = 3, got 20",
+    ),
+    "heads of odd size": ({"width": 9, "num_heads": 3}, "width: expected an even multiple of num_heads = 3, got 9"),
     "a negative mlp": ({"mlp_width": -1}, "mlp_width: expected an integer >= 0, got -1"),
     "an unknown activation": ({"activation": "relu"}, r"activation: expected one of gelu, swiglu, got 'relu'"),
     "certain dropout": ({"dropout": 1.0}, r"dropout: expected a probability in \[0, 1\), got 1.0"),
@@ -400,7 +403,7 @@ def test_blocks_are_named_for_sharding() -> None:
 
 
 def test_mlp_width() -> None:
-    assert [TransformerLMConfig(width=48, heads=2, **o).hidden_dim for o in ({}, {"mlp_width": 5})] == [192, 5]
+    assert [TransformerLMConfig(width=48, num_heads=2, **o).hidden_dim for o in ({}, {"mlp_width": 5})] == [192, 5]
     gated = small_model(width=48, activation="swiglu")
     plain = small_model(width=48)
     sizes = [sum(p.numel() for p in m.decoder[0].parameters()) for m in (gated, plain)]

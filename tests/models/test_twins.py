@@ -18,7 +18,10 @@ CASES = {
     "stylegan": ("stylegan", {"image_size": 16, "width": 4, "latent_dim": 4, "style_dim": 8}),
     "sagan": ("sagan", {"image_size": 16, "width": 8, "latent_dim": 4}),
     "sagan with classes": ("sagan", {"image_size": 8, "width": 8, "latent_dim": 4, "classes": 3}),
-    "transformer-lm": ("transformer-lm", {"vocabulary": "abcd", "context": 12, "width": 16, "heads": 2, "depth": 2}),
+    "transformer-lm": (
+        "transformer-lm",
+        {"vocabulary": "abcd", "context": 12, "width": 16, "num_heads": 2, "depth": 2},
+    ),
 }
 
 

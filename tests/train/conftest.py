@@ -38,14 +38,14 @@ TINY: dict[str, list[str]] = {
     "flow-vae": [*DENSE, "--model.flow-width", "8", "--model.flows", "1"],
     "vq-vae": ["--model.width", "4", "--model.codebook-size", "16", "--model.prior-width", "16", "--batch-size", "32"],
     "transformer-lm": [
-        *("--model.width", "16", "--model.depth", "1", "--model.heads", "2", "--model.context", "16"),
+        *("--model.width", "16", "--model.depth", "1", "--model.num-heads", "2", "--model.context", "16"),
         *("--batch-size", "8", "--evaluate-every", "1000000"),
     ],
     "seq2seq": [
-        *("--model.width", "16", "--model.heads", "2", "--model.encoder-depth", "1", "--model.decoder-depth", "1"),
+        *("--model.width", "16", "--model.num-heads", "2", "--model.encoder-depth", "1", "--model.decoder-depth", "1"),
         *("--batch-size", "8"),
     ],
-    "image-transformer": ["--model.width", "16", "--model.depth", "1", "--model.heads", "2", "--batch-size", "8"],
+    "image-transformer": ["--model.width", "16", "--model.depth", "1", "--model.num-heads", "2", "--batch-size", "8"],
     "wavenet": ["--model.channels", "4", "--model.skip-channels", "8", "--model.cycle", "3", "--batch-size", "4"],
 }
 """Options of models that take a few milliseconds a step."""

@@ -126,7 +126,7 @@ def test_a_mistake_in_an_option_of_sampling_is_one_of_usage(
             ("--top-p", "nan"),
         ],
         "cgan": [("--label", "-2"), ("--label", "10"), ("--label", str(10**30))],
-        "seq2seq": [("--beams", "0"), ("--temperature", "nan")],
+        "seq2seq": [("--num-beams", "0"), ("--temperature", "nan")],
         "wavenet": [("--seconds", "-1"), ("--temperature", "inf")],
         "stylegan": [("--truncation", "nan")],
     }
