@@ -20,6 +20,7 @@
 #include "attention/cpu/memory.h"
 #include "attention/cpu/products.h"
 #include "attention/cpu/rows.h"
+#include "attention/cpu/short.h"
 #include "common/cpu/levels.h"
 #include "common/math.h"
 
@@ -169,8 +170,9 @@ FASTGEN_HOST_DEVICE void run_part(const Shared& s, float* memory, bool load, int
   const Workspace<kWidth, kGroup> w(s, memory);
   if (load) {
     const float *key = p.key.at(batch, key_head, 0), *value = p.value.at(batch, key_head, 0);
-    Product::pack_transposed(key, p.key.strides[2], p.keys, p.key_dim, w.keys_across, p.key_dim * Product::kPanel);
-    Product::pack_transposed(value, p.value.strides[2], p.keys, p.value_dim, w.values_across,
+    Product::pack_transposed(key, p.key.strides[2], p.keys, p.key_dim, 1.0f, w.keys_across,
+                             p.key_dim * Product::kPanel);
+    Product::pack_transposed(value, p.value.strides[2], p.keys, p.value_dim, 1.0f, w.values_across,
                              p.value_dim * Product::kPanel);
     Product::pack_panels(key, p.key.strides[2], p.keys, p.keys, s.sums.padded_keys, p.key_dim, 1.0f, w.keys);
   }
@@ -195,6 +197,7 @@ FASTGEN_HOST_DEVICE void store_keys(const Shared& s, int64_t batch, int64_t key_
 
 void attention_backward(const BackwardParams& params) {
   const Problem& p = params.problem;
+  if (has_short_backward(p)) return short_attention_backward(params);
   const int64_t rows = p.tile_rows(kRows, kRowStep), tiles = ceil_div(p.queries, rows);
   const int64_t parts = parts_of(p, tiles), padded = round_up(p.keys, kTile);
   const KeySums sums(p, parts);

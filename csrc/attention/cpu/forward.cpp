@@ -19,6 +19,7 @@
 #include "attention/cpu/memory.h"
 #include "attention/cpu/products.h"
 #include "attention/cpu/rows.h"
+#include "attention/cpu/short.h"
 #include "common/cpu/levels.h"
 #include "common/math.h"
 
@@ -181,7 +182,7 @@ FASTGEN_HOST_DEVICE void run_part(const Shared& s, float* memory, bool load, int
   const Problem& p = s.p.problem;
   const Workspace<kWidth, kGroup> w(s, memory);
   if (load) {
-    Product::pack_transposed(p.key.at(batch, key_head, 0), p.key.strides[2], p.keys, p.key_dim, w.keys_across,
+    Product::pack_transposed(p.key.at(batch, key_head, 0), p.key.strides[2], p.keys, p.key_dim, 1.0f, w.keys_across,
                              p.key_dim * Product::kPanel);
     Product::pack_panels(p.value.at(batch, key_head, 0), p.value.strides[2], p.keys, p.keys, s.padded_keys, p.value_dim,
                          1.0f, w.values);
@@ -196,6 +197,7 @@ FASTGEN_HOST_DEVICE void run_part(const Shared& s, float* memory, bool load, int
 
 void attention_forward(const ForwardParams& params) {
   const Problem& p = params.problem;
+  if (has_short_forward(p)) return short_attention_forward(params);
   Shared s{params, p.tile_rows(kRows, kRowStep), 0, 0, round_up(p.keys, kTile)};
   s.tiles = ceil_div(p.queries, s.rows), s.parts = parts_of(p, p.heads / p.key_heads * s.tiles);
   const auto part = for_level<run_part<4, kGenericGroup>, run_part<8, 6>, run_part<16, 12>>();

@@ -35,6 +35,11 @@ struct Mask {
 
   explicit operator bool() const { return allowed != nullptr || added != nullptr; }
 
+  // What is added to the scores of one row.
+  FASTGEN_HOST_DEVICE const float* row(int64_t batch, int64_t head, int64_t row) const {
+    return added + batch * strides[0] + head * strides[1] + row * strides[2];
+  }
+
   // Masks ``count`` scores of one row, from key ``first`` on.
   FASTGEN_HOST_DEVICE void apply(int64_t batch, int64_t head, int64_t row, int64_t first, int64_t count,
                                  float* __restrict__ scores) const {

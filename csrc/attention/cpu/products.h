@@ -235,9 +235,9 @@ struct Products {
     }
   }
 
-  // (rows, dim) transposed to Panels of (dim, rows), ``to_panel`` apart, with zeros in the last panel.
+  // (rows, dim) times factor, transposed to Panels of (dim, rows), ``to_panel`` apart, with zeros in the last panel.
   FASTGEN_HOST_DEVICE static void pack_transposed(const float* from, int64_t stride, int64_t rows, int64_t dim,
-                                                  float* to, int64_t to_panel) {
+                                                  float factor, float* to, int64_t to_panel) {
     for (int64_t j = 0; j < rows; j += kPanel, to += to_panel) {
       // The second vector of a panel is read only if it has keys.
       const int64_t end = rows - j > kWidth ? kPanel : round_up(kWidth, 8);
@@ -247,13 +247,14 @@ struct Products {
           Vector<8> columns[8];
           load_columns<8>(from + (j + first) * stride + d, stride, columns);
           FASTGEN_UNROLL
-          for (int c = 0; c < 8; ++c) *reinterpret_cast<Vector<8>*>(to + (d + c) * kPanel + first) = columns[c];
+          for (int c = 0; c < 8; ++c)
+            *reinterpret_cast<Vector<8>*>(to + (d + c) * kPanel + first) = columns[c] * factor;
         }
         if (d == dim) continue;
         const int64_t count = std::clamp<int64_t>(rows - j - first, 0, 8);
         for (; d < dim; ++d) {
           float* __restrict__ column = to + d * kPanel + first;
-          for (int64_t i = 0; i < count; ++i) column[i] = from[(j + first + i) * stride + d];
+          for (int64_t i = 0; i < count; ++i) column[i] = from[(j + first + i) * stride + d] * factor;
           for (int64_t i = count; i < 8; ++i) column[i] = 0.0f;
         }
       }

@@ -277,7 +277,7 @@ FASTGEN_HOST_DEVICE void load_keys(const Shared& s, const Workspace<kWidth, kGro
   const auto load = [&](const Operand& from, int64_t dim, float* across, float* along) __attribute__((always_inline)) {
     if (from.data == nullptr) return;
     const float* data = from.at(batch, head, 0);
-    if (across != nullptr) Product::pack_transposed(data, from.strides[2], p.keys, dim, across, 2 * dim * kPanel);
+    if (across != nullptr) Product::pack_transposed(data, from.strides[2], p.keys, dim, 1.0f, across, 2 * dim * kPanel);
     if (along != nullptr) Product::pack_panels(data, from.strides[2], p.keys, p.keys, s.padded_keys, dim, 1.0f, along);
   };
   load(p.key, p.key_dim, w.keys_across, s.grads ? w.keys : nullptr);
