@@ -20,8 +20,9 @@ from fastgen.ops._contents import NAN, NOT_FINITE, ZERO, contents
 from fastgen.ops._direct import PLAIN, is_watched
 from fastgen.ops._direct import _autocast as _autocast
 from fastgen.ops._direct import _dispatch_modes as _dispatch_modes
-from fastgen.ops.attention import small
+from fastgen.ops.attention import short, small
 from fastgen.ops.attention.autograd import backward as any_backward
+from fastgen.ops.attention.formula import gradients, scores_of
 from fastgen.ops.attention.fused import FEW_ELEMENTS, SHORTEST_VECTOR_FREE, additive, flash, flash_backward, widens
 from fastgen.ops.attention.problem import Options, Saved
 from fastgen.ops.autograd import apply_of, is_wrapped, must_be_differentiable, only_wanted, transforms_active
@@ -107,6 +108,17 @@ def attend(
             return out
     if mask is not None and not _reads(mask, shape, of_keys[2], dtype):
         return None
+    if (
+        dtype == torch.float32
+        and not is_causal
+        and short.takes(shape, of_keys)
+        and forward_ad._current_level < 0
+        and _interpreter() is None
+        and not _is_tracing()
+    ):
+        out = short.attend(query, key, value, mask, scale)
+        if out is not None:
+            return out
     narrow = dtype not in _DTYPES
     if narrow and (mask is not None or query.numel() >= FEW_ELEMENTS or not _is_small(shape, of_keys)):
         return _attend_in_16_bits(query, key, value, mask, is_causal, scale)
@@ -299,7 +311,7 @@ def attend_with_dropout(
     keep = call(COMPILED, "cpu_dropout_keep", seed, *sizes, dropout_p)
     if query.dtype == torch.float64:  # the factor too
         keep = keep.sign().double().div_(1 - dropout_p)
-    scores = _scores(query, key, is_causal, scale)
+    scores = scores_of(query, key, is_causal, scale)
     if mask is None:
         return scores.softmax(-1).mul(keep) @ value
     added: Any = additive(mask, query.dtype)
@@ -400,7 +412,7 @@ def _differentiable(grad_out: Tensor, node: Any) -> tuple[Any, ...]:
     query, key, value, mask = node._saved_query, node._saved_key, node._saved_value, node._saved_attn_mask
     scale = query.size(3) ** -0.5 if node._saved_scale is None else node._saved_scale
     if query.dtype in _DTYPES:
-        return _gradients(grad_out, query, key, value, mask, node._saved_is_causal, scale)
+        return gradients(grad_out, query, key, value, mask, node._saved_is_causal, scale)[:3]
     out, lse = node._saved_output, node._saved_logsumexp
     return _by_operators(grad_out, (query, key, value, out, lse), mask, node._saved_is_causal, scale)
 
@@ -442,7 +454,7 @@ class _Attention(Function):
                 return (*grads, None, None, None)
         if query.dtype in _DTYPES and has_few_scores(query, key) and not transforms_active():
             return (
-                *only_wanted(ctx, 0, *_gradients(grad_out, query, key, value, mask, is_causal, scale)),
+                *only_wanted(ctx, 0, *gradients(grad_out, query, key, value, mask, is_causal, scale)[:3]),
                 *(None,) * 3,
             )
         any_order = _by_operators(grad_out, (query, key, value, out, lse), mask, is_causal, scale)
@@ -452,28 +464,8 @@ class _Attention(Function):
 _apply = apply_of(_Attention)
 
 
-def _scores(query: Tensor, key: Tensor, is_causal: bool, scale: float | None) -> Tensor:
-    scores = (query * (query.size(3) ** -0.5 if scale is None else scale)) @ key.transpose(2, 3)
-    if not is_causal:
-        return scores
-    later = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu_(1)
-    return scores.masked_fill(later, -_INFINITY)
-
-
 def _out(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None) -> Tensor:
     """The formula with a jvp that reverse mode differentiates: that of torch's softmax works in place."""
     if not _grad_enabled():
         return _formula(query, key, value, None, 0.0, is_causal, None, scale=scale)[0]  # type: ignore[no-any-return]
-    return _scores(query, key, is_causal, scale).log_softmax(-1).exp() @ value
-
-
-def _gradients(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value by their formula, which autograd differentiates; (B, H, N, M) in memory."""
-    scores = _scores(query, key, is_causal, scale)
-    # Fully masked rows have weights of 0.
-    weights = scores.softmax(-1) if mask is None else torch._safe_softmax(scores + mask, -1)  # type: ignore[attr-defined]
-    products = weights * (grad @ value.transpose(2, 3))
-    of_scores = (products - weights * products.sum(-1, keepdim=True)) * scale
-    return of_scores @ key, of_scores.transpose(2, 3) @ query, weights.transpose(2, 3) @ grad
+    return scores_of(query, key, is_causal, scale).log_softmax(-1).exp() @ value
