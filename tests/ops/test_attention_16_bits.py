@@ -68,6 +68,9 @@ def test_small_tensors_are_not_converted(dtype, monkeypatch):
     assert not fused.widens(torch.empty(1, 1, 4, 8, dtype=dtype), backward=True)
     assert fused.widens(torch.empty(2, 4, 64, 64, dtype=dtype), backward=True)
     assert not fused.widens(torch.empty(2, 4, 64, 64), backward=True)
+    assert not fused.widens(torch.empty(2, 4, 64, 64, dtype=dtype), backward=False)
+    long = torch.empty(1, 1, 1024, 64, dtype=dtype)
+    assert fused.widens(long, backward=False) == (dtype == torch.float16)
 
 
 def test_products_of_16_bits_are_used_where_the_processor_has_them(monkeypatch):

@@ -20,7 +20,7 @@ constexpr int64_t kShortKeys = 256;
 constexpr int kScoreRow = kShortKeys + 16;  // an odd number of cache lines: a column is in all cache sets
 static_assert(kScoreRow / 16 % 2 == 1, "rows of scores are an odd number of cache lines apart");
 
-// Whether the functions below serve. The backward pass does not share out the queries of a head among tasks.
+// Whether the functions below serve. In the backward pass a head is one task.
 inline bool has_short_forward(const Problem& p) { return p.keys <= kShortKeys; }
 inline bool has_short_backward(const Problem& p) {
   constexpr int64_t kFewQueries = 96;
@@ -129,10 +129,11 @@ struct ShortProducts {
   }
 };
 
-// Query rows of a tile: its scores, ``tiles`` of them, take half of L1 or less.
+// Query rows of a tile: its scores, ``tiles`` of them, take a good half of L1, but of many keys there are 32 rows, for
+// which the operands of keys come from L2 once.
 inline int64_t short_tile_rows(const Problem& p, int64_t tiles) {
-  constexpr int64_t kScores = 8192;
-  return p.tile_rows(std::max<int64_t>(kRowStep, kScores / (tiles * round_up(p.keys, 16))), 4);
+  constexpr int64_t kScores = 8192, kFewestRows = 32;
+  return p.tile_rows(std::max(kFewestRows, kScores / (tiles * round_up(p.keys, 16))), 4);
 }
 
 // Lanes of a row's partial maxima or sums.

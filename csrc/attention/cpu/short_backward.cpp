@@ -10,7 +10,7 @@
 //   epilogue: scale dK, dV
 //
 // The gradient of a mask is a sum over the batch, or the heads, where the mask is broadcast: heads that share it are
-// one task. Batches are shared out among a few tasks, each with a sum of its own, which are added in a fixed order.
+// one task. Batches are divided among a few tasks, each with a sum of its own, which are added in a fixed order.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>

@@ -94,20 +94,23 @@ FEW_ELEMENTS = 2**14
 FEW_QUERIES = 512
 """The backward kernel multiplies 16-bit tiles of fewer queries no faster than float32 ones."""
 
+MANY_QUERIES = 1024
+"""Of fewer, the forward kernel multiplies float16 faster than the operands are converted."""
+
 
 def widens(query: Tensor, backward: bool) -> bool:
     """Whether 16-bit operands go through the kernel in float32, a copy, because it is faster so.
 
     PyTorch's 16-bit products are fast only where the processor has instructions for them: without them its backward
-    kernel takes 6 to 9 times as long as in float32, and the forward kernel 1.5 to 2 times in float16. Converting
-    takes a tenth of what the products take.
+    kernel takes 6 to 9 times as long as in float32, and the forward kernel up to 2 times in float16. Converting takes
+    a tenth of what the products take, and more where keys are few.
     """
     dtype = query.dtype
     if dtype.itemsize != 2 or query.numel() < FEW_ELEMENTS:
         return False
     if has_products(dtype):
         return backward and query.size(2) < FEW_QUERIES
-    return backward or dtype == torch.float16
+    return backward or (dtype == torch.float16 and query.size(2) >= MANY_QUERIES)
 
 
 @functools.cache

@@ -23,6 +23,9 @@ from fastgen.ops.autograd import apply_of, is_wrapped, must_be_differentiable, o
 MOST_KEYS, MOST_DIM = 256, 128
 """PyTorch's kernel is as fast with more keys, or wider heads."""
 
+FEWEST_QUERIES = 16
+"""Keys are packed for all queries of a head."""
+
 FEWEST_HEADS = 32
 """Of all batches: a head is one task for a thread."""
 
@@ -40,6 +43,7 @@ def takes(shape: torch.Size, of_keys: torch.Size) -> bool:
     return (
         keys <= MOST_KEYS
         and dim <= MOST_DIM
+        and queries >= FEWEST_QUERIES
         and batch * heads >= FEWEST_HEADS
         and batch * heads * queries * keys * dim >= LEAST_WORK
     )
