@@ -74,7 +74,7 @@ def attention_rows(unit: dict[str, float], shape: tuple[int, ...]) -> list[str]:
     parts = {  # multiply-adds and exponentials a score
         "forward": (forward, d + v, 1),
         "forward + backward": (step, (d + v) + (3 * d + 2 * v), 2),
-        "R1 step": (penalty, (d + v) + (3 * d + 2 * v) + (7 * d + 4 * v), 3),
+        "R1 step": (penalty, (d + v) + (3 * d + 2 * v) + (7 * d + 5 * v), 3),
     }
     lines = []
     for name, (run, products, exponentials) in parts.items():

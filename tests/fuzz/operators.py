@@ -162,7 +162,7 @@ def cpu_attention_backward(draw: Draw) -> Call:
 
 def cpu_attention_tangent(draw: Draw) -> Call:
     p = _Kernel(draw)
-    arguments = [p.query, p.key, p.value, p.results()[1], p.mask, p.seed, *p.kernel_tangents(), *p.options]
+    arguments = [p.query, p.key, p.value, *p.results(), p.mask, p.seed, *p.kernel_tangents(), *p.options]
     return Call(arguments, p.shapes)
 
 

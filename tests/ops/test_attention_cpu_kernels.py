@@ -134,24 +134,28 @@ def test_the_kernels_of_second_order_are_as_accurate_as_the_plain_formula(case, 
     directions = [None if i in absent else t for i, t in enumerate((*call.directions, call.of_mask))]
     out, lse = call.results()
     rest = call.mask, call.seed, *directions, *call.options
-    tangents = cpu_kernel("cpu_attention_tangent")(*call.tensors, lse, *rest)
+    tangents = cpu_kernel("cpu_attention_tangent")(*call.tensors, out, lse, *rest)
     ours = cpu_kernel("cpu_attention_second_order")(*call.upstream, *call.tensors, out, lse, *rest)
     names = ("grad of grad_out", "grad of grad_lse", "query", "key", "value")
     call.check(ours, reference.attention_second_order, *call.upstream, directions=directions, names=names)
     call.check(tangents, reference.attention_tangent, directions=directions, names=("out", "lse"))
 
 
-def test_directions_with_a_large_part_in_common_lose_no_more_digits_than_in_the_formula():
-    """w is of the size of that part, and what counts is the difference from it."""
-    call = Call((1, 2, 2, 50, 300, 16, 16))
+@pytest.mark.parametrize("window", [(-1, -1), (10, 10)])
+def test_directions_with_a_large_part_in_common_lose_no_more_digits_than_in_the_formula(window):
+    """w is of the size of that part, and what counts is the difference from it. Rows with a window of 21 keys have no
+    weight in the first block of keys of their tile."""
+    call = Call((1, 2, 2, 300, 300, 16, 16))
     call.directions[1] += 100.0
+    call.window = window
     out, lse = call.results()
-    ours = cpu_kernel("cpu_attention_second_order")(
-        *call.upstream, *call.tensors, out, lse, None, None, *call.directions, None, *call.options
-    )
+    rest = out, lse, None, None, *call.directions, None, *call.options
+    ours = cpu_kernel("cpu_attention_second_order")(*call.upstream, *call.tensors, *rest)
+    tangents = cpu_kernel("cpu_attention_tangent")(*call.tensors, *rest)
     names = ("grad of grad_out", "grad of grad_lse", "query", "key", "value")
     directions = [*call.directions, None]
     call.check(ours, reference.attention_second_order, *call.upstream, directions=directions, names=names)
+    call.check(tangents, reference.attention_tangent, directions=directions, names=("out", "lse"))
 
 
 def test_a_row_without_weights_gives_no_gradients():

@@ -58,8 +58,8 @@ def cases():
     yield "cpu_attention_backward", (*upstream, *narrow, *rows, None, None, *causal, False)
     yield "cpu_attention_backward", (upstream[0], None, *narrow, *rows, bias, SEED, 0.3, -1, -1, 0.4, True)
     directions = [torch.randn_like(t) for t in narrow]
-    yield "cpu_attention_tangent", (*narrow, rows[1], None, None, *directions, None, *causal)
-    yield "cpu_attention_tangent", (*narrow, rows[1], bias, SEED, None, *directions[1:], bias, 0.3, -1, -1, 0.4)
+    yield "cpu_attention_tangent", (*narrow, *rows, None, None, *directions, None, *causal)
+    yield "cpu_attention_tangent", (*narrow, *rows, bias, SEED, None, *directions[1:], bias, 0.3, -1, -1, 0.4)
     yield "cpu_attention_second_order", (*upstream, *narrow, *rows, None, None, *directions, None, *causal)
     yield (
         "cpu_attention_second_order",

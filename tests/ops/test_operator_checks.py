@@ -58,7 +58,7 @@ def cpu_attention(key=None, value=None, mask=None):
 
 def cpu_tangent(tangent_key=None, tangent_mask=None):
     tangents = None, tangent_key, None, tangent_mask
-    return "cpu_attention_tangent", (QUERY, KEY, VALUE, LSE, None, None, *tangents, 0.0, -1, -1, 0.25)
+    return "cpu_attention_tangent", (QUERY, KEY, VALUE, OUT, LSE, None, None, *tangents, 0.0, -1, -1, 0.25)
 
 
 def keep(rows_per_seed=60, batches=1, heads=3, length=20, queries=2, keys=9, last_key=8, p=0.3):

@@ -2,17 +2,18 @@
 //
 //   keys in Panels, for the products of both kinds; gradients of the part's keys = 0
 //   for each tile of query rows
-//     for each block of kTile keys      S = Q K^T, W = Gq K^T + Q Gk^T, dP = dO V^T, C = dO Gv^T
-//                                       P = e^(S - lse), sums of the rows
-//     for each row                      w = rowsum(P W), r = rowsum(dO O')
-//     for each block of kTile keys      Pt = P (W - w), dS = P (dP - delta), dS2 = (W - w) dS + P (C - r)
-//                                       O' += Pt V + P Gv, dV += Pt^T dO,
-//                                       dK += dS2^T Q + dS^T Gq, dQ += dS2 K + dS Gk
+//     for each block of kTile keys      S = Q K^T, W = Gq K^T + Q Gk^T
+//                                       P = e^(S - lse), Y = P (W - shift), sums of the rows
+//                                       O' += Y V + P Gv
+//     for each row                      w = shift + rowsum(Y), O' -= (w - shift) O, r = rowsum(dO O')
+//     for each block of kTile keys      dP = dO V^T, C = dO Gv^T
+//                                       Pt = Y - P (w - shift), dS = P (dP - delta), dS2 = Pt (dP - delta) + P (C - r)
+//                                       dV += Pt^T dO, dK += dS2^T Q + dS^T Gq, dQ += dS2 K + dS Gk
 //   epilogue: dK, dV = sums over the parts, in a fixed order
 //
-// w and r are sums over all keys of a row, so the four matrices of a tile have all of them: a tile has as many rows as
-// keep these matrices in a core's share of the last cache. The tangent alone has the matrices S and W and the product
-// O'.
+// Pt V = Y V - (w - shift) P V, and P V is O: the rows of O' need w, a sum over all keys, only at their end. The
+// gradients of keys need it before, so P and Y of all keys of a tile are kept: a tile has as many rows as keep them in
+// L2, or most of them. The tangent alone keeps one block.
 #include "attention/cpu/second_order.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -30,7 +31,7 @@
 namespace fastgen::cpu {
 namespace {
 
-constexpr int64_t kMatrixBytes = 2 * 1024 * 1024;  // of a tile's matrices
+constexpr int64_t kMatrixBytes = 2 * 1024 * 1024;  // of the matrices that a tile keeps
 constexpr int64_t kMostRows = 96;
 
 // State shared by all tasks.
@@ -43,7 +44,7 @@ struct Shared {
   const KeySums* sums;  // of the second order
 
   FASTGEN_HOST_DEVICE const Problem& problem() const { return p.problem; }
-  int64_t matrices() const { return (grads ? (cross ? 4 : 3) : 2) + (p.problem.seeds != nullptr); }
+  int64_t matrices() const { return 2 + (p.problem.seeds != nullptr); }  // of scores that are kept
 };
 
 // Memory of one thread.
@@ -54,8 +55,9 @@ struct Workspace {
   float *keys_across, *values_across, *keys, *tangent_keys, *values, *tangent_values;
   // Rows in Groups: tangent and query; grad_out. In Panels: query, tangent, grad_out.
   float *row_groups, *grad_groups, *queries, *tangent_queries, *grad_out;
-  float *tangent_out, *grad_queries;                 // in Panels
-  float *scores, *direction, *grads, *cross, *keep;  // a tile's matrices, (blocks, rows, kTileRow)
+  float *tangent_out, *grad_queries;  // in Panels
+  float *scores, *direction, *keep;   // (blocks, rows, kTileRow) with gradients, else one block
+  float *grads, *cross;               // one block, (rows, kTileRow); with dropout, also P keep and Y keep
   float *lse, *delta;
   RowSums<kWidth>* sums;
   RowResults* row;
@@ -64,7 +66,8 @@ struct Workspace {
   FASTGEN_HOST_DEVICE Workspace(const Shared& s, float* memory) {
     const Problem& p = s.problem();
     const int64_t key = Product::panels_size(1, p.key_dim), value = Product::panels_size(1, p.value_dim);
-    const int64_t keys_all = s.padded_keys, matrix = s.padded_keys / kTile * s.rows * kTileRow;
+    const int64_t keys_all = s.padded_keys, tile = s.rows * kTileRow;
+    const int64_t matrix = s.grads ? s.padded_keys / kTile * tile : tile;
     Cutter cut(memory);
     keys_across = cut.take(keys_all * 2 * p.key_dim), values_across = cut.take(keys_all * 2 * p.value_dim);
     keys = cut.take(keys_all * key), tangent_keys = cut.take(keys_all * key);
@@ -73,8 +76,8 @@ struct Workspace {
     queries = cut.take(s.rows * key), tangent_queries = cut.take(s.rows * key);
     grad_out = cut.take(s.rows * value), tangent_out = cut.take(s.rows * value), grad_queries = cut.take(s.rows * key);
     scores = cut.take(matrix), direction = cut.take(matrix);
-    grads = s.grads ? cut.take(matrix) : nullptr, cross = s.cross ? cut.take(matrix) : nullptr;
     keep = p.seeds != nullptr ? cut.take(matrix) : nullptr;
+    grads = s.grads ? cut.take(tile) : nullptr, cross = s.grads ? cut.take(tile) : nullptr;
     lse = cut.take(s.rows), delta = cut.take(s.rows);
     sums = cut.template take_of<RowSums<kWidth>>(s.rows), row = cut.template take_of<RowResults>(s.rows);
     size = cut.used();
@@ -94,7 +97,8 @@ struct TileOfRows {
                                  int64_t start)
       : s(shared), w(workspace), batch(b), head(h), first(start) {
     const Problem& p = s.problem();
-    rows = std::min(s.rows, p.queries - first), padded = round_up(rows, kGroup), stride = s.rows * kTileRow;
+    rows = std::min(s.rows, p.queries - first), padded = round_up(rows, kGroup),
+    stride = s.grads ? s.rows * kTileRow : 0;
     const int64_t begin = p.first_key(first), end = p.end_key(first + rows - 1);
     first_block = begin / kTile, blocks = std::max<int64_t>(0, ceil_div(end, kTile) - first_block);
   }
@@ -115,6 +119,7 @@ struct TileOfRows {
     load(s.p.tangent_query, w.row_groups, w.tangent_queries);
     load(p.query, w.row_groups + dim * kGroup, w.queries);
     std::fill_n(w.tangent_out, Product::panels_size(padded, p.value_dim), 0.0f);
+    std::fill_n(w.sums, rows, RowSums<kWidth>());
     for (int64_t i = 0; i < rows; ++i) w.lse[i] = row_lse(s.p.lse, batch, head, first + i);
     if (!s.grads) return;
     std::fill_n(w.grad_queries, Product::panels_size(padded, dim), 0.0f);
@@ -128,133 +133,195 @@ struct TileOfRows {
     }
   }
 
-  FASTGEN_HOST_DEVICE void multiply_to_scores(int64_t block) const {
-    const Problem& p = s.problem();
-    const int64_t dim = p.key_dim, wide = p.value_dim, at = block * stride, key = (first_block + block) * kTile;
-    const bool of_query = s.p.tangent_query.data != nullptr, of_key = s.p.tangent_key.data != nullptr;
-    const float *across = w.keys_across + key * 2 * dim, *values = w.values_across + key * 2 * wide;
-    struct Scores {
-      const float *rows, *keys;     // in Groups and in Panels
-      int64_t group, panel, steps;  // steps: 0 without a direction; two products that are added are one
-      float* matrix;
-    };
-    const int64_t group = 2 * dim * kGroup, panel = 2 * dim * kPanel, wide_panel = 2 * wide * kPanel;
-    const int64_t first_part = of_query ? 0 : dim;
-    const bool ahead = block + 1 < blocks;
-    const Scores all[] = {
-        {w.row_groups + dim * kGroup, across, group, panel, dim, w.scores},
-        {w.row_groups + first_part * kGroup, across + first_part * kPanel, group, panel, (of_query + of_key) * dim,
-         w.direction},
-        {w.grad_groups, values, wide * kGroup, wide_panel, wide, w.grads},
-        {w.grad_groups, values + wide * kPanel, wide * kGroup, wide_panel, wide, w.cross},
-    };
-    for (const Scores& one : all) {  // a loop, since every product is inlined
-      if (one.matrix == nullptr) continue;
-      Product::scores(one.rows, one.group, padded, one.keys, one.panel, keys_of(block), one.steps, one.matrix + at,
-                      ahead);
+  struct Scores {
+    const float *rows, *keys;     // in Groups and in Panels
+    int64_t group, panel, steps;  // steps: 0 without a direction; two products that are added are one
+    float* matrix;
+  };
+  template <int kCount>
+  FASTGEN_HOST_DEVICE void multiply_to_scores(const Scores (&all)[kCount], int64_t count, int64_t block) const {
+    for (int64_t i = 0; i < count; ++i) {  // a loop, since every product is inlined
+      const Scores& one = all[i];
+      Product::scores(one.rows, one.group, padded, one.keys, one.panel, keys_of(block), one.steps, one.matrix,
+                      block + 1 < blocks);
     }
+  }
+
+  FASTGEN_HOST_DEVICE void multiply_to_scores(int64_t block) const {
+    const int64_t dim = s.problem().key_dim, group = 2 * dim * kGroup, panel = 2 * dim * kPanel;
+    const bool of_query = s.p.tangent_query.data != nullptr, of_key = s.p.tangent_key.data != nullptr;
+    const float* across = w.keys_across + (first_block + block) * kTile * 2 * dim;
+    const int64_t first_part = of_query ? 0 : dim;
+    const Scores all[] = {
+        {w.row_groups + dim * kGroup, across, group, panel, dim, w.scores + block * stride},
+        {w.row_groups + first_part * kGroup, across + first_part * kPanel, group, panel, (of_query + of_key) * dim,
+         w.direction + block * stride},
+    };
+    multiply_to_scores(all, 2, block);
+  }
+
+  FASTGEN_HOST_DEVICE void multiply_to_grads(int64_t block) const {
+    const int64_t wide = s.problem().value_dim, group = wide * kGroup, panel = 2 * wide * kPanel;
+    const float* values = w.values_across + (first_block + block) * kTile * 2 * wide;
+    const Scores all[] = {{w.grad_groups, values, group, panel, wide, w.grads},
+                          {w.grad_groups, values + wide * kPanel, group, panel, wide, w.cross}};
+    multiply_to_scores(all, s.cross ? 2 : 1, block);
+  }
+
+  // Keys of a block that row i attends to, relative to the block.
+  struct Range {
+    int64_t begin, end;
+  };
+  FASTGEN_HOST_DEVICE Range attended(int64_t block, int64_t i) const {
+    const Problem& p = s.problem();
+    const int64_t key = (first_block + block) * kTile;
+    const int64_t begin = std::clamp<int64_t>(p.first_key(first + i) - key, 0, kTile);
+    return {begin, std::clamp<int64_t>(p.end_key(first + i) - key, begin, kTile)};
+  }
+
+  FASTGEN_HOST_DEVICE static void clear_others(const Range& range, float* row, float value) {
+    std::fill_n(row, range.begin, value), std::fill(row + range.end, row + kTile, value);
   }
 
   // Masks row i of a block. At keys that it does not attend to, the other matrices are zeros.
   FASTGEN_HOST_DEVICE void mask_row(int64_t block, int64_t i) const {
     const Problem& p = s.problem();
     const int64_t row = first + i, key = (first_block + block) * kTile, at = block * stride + i * kTileRow;
-    const int64_t from = std::clamp<int64_t>(p.first_key(row) - key, 0, kTile);
-    const int64_t to = std::clamp<int64_t>(p.end_key(row) - key, from, kTile);
-    if (p.mask) p.mask.apply(batch, head, row, key + from, to - from, w.scores + at + from);
-    if (s.p.tangent_mask) s.p.tangent_mask.apply(batch, head, row, key + from, to - from, w.direction + at + from);
+    const Range range = attended(block, i);
+    const int64_t from = range.begin, count = range.end - range.begin;
+    if (p.mask) p.mask.apply(batch, head, row, key + from, count, w.scores + at + from);
+    if (s.p.tangent_mask) s.p.tangent_mask.apply(batch, head, row, key + from, count, w.direction + at + from);
     if (w.keep != nullptr) {
       const int64_t keys = keys_of(block);
       p.keep_row(batch, head, row, key, key + keys, w.keep + at);
       std::fill(w.keep + at + keys, w.keep + at + kTile, 0.0f);
     }
-    if (from == 0 && to == kTile) return;
-    const auto clear = [&](float* matrix, float value) __attribute__((always_inline)) {
-      if (matrix == nullptr) return;
-      std::fill_n(matrix + at, from, value);
-      std::fill(matrix + at + to, matrix + at + kTile, value);
-    };
-    clear(w.scores, -kInfinity), clear(w.direction, 0.0f), clear(w.grads, 0.0f), clear(w.cross, 0.0f);
+    if (count == kTile) return;
+    clear_others(range, w.scores + at, -kInfinity), clear_others(range, w.direction + at, 0.0f);
   }
 
-  FASTGEN_HOST_DEVICE RowOfBlock row_of(int64_t block, int64_t i) const {
-    const int64_t at = block * stride + i * kTileRow;
-    const auto of = [&](float* matrix) { return matrix == nullptr ? nullptr : matrix + at; };
-    return {of(w.scores), of(w.direction), of(w.grads), of(w.cross), of(w.keep), written_width(keys_of(block))};
+  // Where O' takes P and Y from.
+  FASTGEN_HOST_DEVICE float* dropped_scores(int64_t block) const {
+    return w.keep != nullptr && s.grads ? w.grads : w.scores + block * stride;
   }
-
-  // work(kKeep, kGrads, kCross), as types.
-  template <typename Work>
-  FASTGEN_HOST_DEVICE void dispatch(Work work) const {
-    constexpr std::true_type yes;
-    constexpr std::false_type no;
-    if (!s.grads) {
-      w.keep != nullptr ? work(yes, no, no) : work(no, no, no);
-    } else if (!s.cross) {
-      w.keep != nullptr ? work(yes, yes, no) : work(no, yes, no);
-    } else {
-      w.keep != nullptr ? work(yes, yes, yes) : work(no, yes, yes);
-    }
+  FASTGEN_HOST_DEVICE float* dropped_direction(int64_t block) const {
+    return w.keep != nullptr && s.grads ? w.cross : w.direction + block * stride;
   }
 
   FASTGEN_HOST_DEVICE void begin_rows(int64_t block) const {
+    const int64_t width = written_width(keys_of(block));
+    const auto row_of = [&](int64_t i) __attribute__((always_inline)) {
+      const int64_t at = block * stride + i * kTileRow;
+      return FirstRow{w.scores + at,
+                      w.direction + at,
+                      w.keep == nullptr ? nullptr : w.keep + at,
+                      dropped_scores(block) + i * kTileRow,
+                      dropped_direction(block) + i * kTileRow,
+                      width};
+    };
     for (int64_t i = 0; i < rows; ++i) mask_row(block, i);
-    dispatch([&](auto keep, auto grads, auto cross) __attribute__((always_inline)) {
-      for (int64_t i = 0; i < rows; ++i) {
-        begin_row<kWidth, keep.value, grads.value, cross.value>(row_of(block, i), block == 0, w.lse[i], w.sums[i]);
-      }
-    });
+    if (w.keep == nullptr) {
+      for (int64_t i = 0; i < rows; ++i) begin_row<kWidth, false>(row_of(i), w.lse[i], w.sums[i]);
+    } else {
+      for (int64_t i = 0; i < rows; ++i) begin_row<kWidth, true>(row_of(i), w.lse[i], w.sums[i]);
+    }
+    for (float* matrix : {dropped_scores(block), dropped_direction(block)}) clear_rows_past_end(matrix);
+  }
+
+  FASTGEN_HOST_DEVICE void clear_rows_past_end(float* matrix) const {
+    std::fill(matrix + rows * kTileRow, matrix + padded * kTileRow, 0.0f);
   }
 
   FASTGEN_HOST_DEVICE void finish_rows() const {
-    for (int64_t i = 0; i < rows; ++i) w.row[i] = blocks > 0 ? finish_row<kWidth>(w.sums[i]) : RowResults{};
+    const Problem& p = s.problem();
+    for (int64_t i = 0; i < rows; ++i) {
+      RowResults& row = w.row[i];
+      row = finish_row<kWidth>(w.sums[i]);
+      const float* __restrict__ out = s.p.out.at(batch, head, first + i);
+      Vector<kWidth> second = {};
+      for (int64_t d = 0; d < p.value_dim; d += kPanel) {
+        float* __restrict__ tangent = w.tangent_out + d * padded + i * kPanel;
+        const int64_t width = std::min<int64_t>(kPanel, p.value_dim - d);
+        if (width == kPanel) {
+          for (int64_t c = 0; c < kPanel; ++c) tangent[c] = tangent[c] * row.inverse - out[d + c] * row.offset;
+        } else {
+          for (int64_t c = 0; c < width; ++c) tangent[c] = tangent[c] * row.inverse - out[d + c] * row.offset;
+        }
+        if (!s.grads) continue;
+        const float* grad = w.grad_out + d * padded + i * kPanel;
+        second += vector_at<kWidth>(tangent) * vector_at<kWidth>(grad);
+        second += vector_at<kWidth>(tangent + kWidth) * vector_at<kWidth>(grad + kWidth);
+      }
+      row.second = fold<kWidth, true>(second);
+    }
   }
 
   FASTGEN_HOST_DEVICE void end_rows(int64_t block) const {
-    dispatch([&](auto keep, auto grads, auto cross) __attribute__((always_inline)) {
+    const int64_t width = written_width(keys_of(block));
+    const auto run = [&](auto keep, auto cross) __attribute__((always_inline)) {
       for (int64_t i = 0; i < rows; ++i) {
-        end_row<kWidth, keep.value, grads.value, cross.value>(row_of(block, i), w.row[i],
-                                                              grads.value ? w.delta[i] : 0.0f);
+        const int64_t at = block * stride + i * kTileRow;
+        const SecondRow row{w.scores + at,          w.keep == nullptr ? nullptr : w.keep + at,
+                            w.direction + at,       w.grads + i * kTileRow,
+                            w.cross + i * kTileRow, width};
+        end_row<kWidth, keep.value, cross.value>(row, w.row[i], w.delta[i]);
       }
-    });
-    for (float* matrix : {w.scores, w.direction, w.grads, w.cross}) {  // rows past the end
-      if (matrix == nullptr) continue;
-      std::fill_n(matrix + block * stride + rows * kTileRow, (padded - rows) * kTileRow, 0.0f);
+    };
+    for (int64_t i = 0; i < rows; ++i) {
+      const Range range = attended(block, i);
+      if (range.begin == 0 && range.end == kTile) continue;
+      clear_others(range, w.grads + i * kTileRow, 0.0f);
+      if (s.cross) clear_others(range, w.cross + i * kTileRow, 0.0f);
+    }
+    constexpr std::true_type yes;
+    constexpr std::false_type no;
+    if (w.keep == nullptr) {
+      s.cross ? run(no, yes) : run(no, no);
+    } else {
+      s.cross ? run(yes, yes) : run(yes, no);
+    }
+    for (float* matrix : {w.direction + block * stride, w.grads, w.cross}) clear_rows_past_end(matrix);
+  }
+
+  struct Sum {
+    bool present;
+    const float *tile, *b;
+    float* c;
+    int64_t dim;
+  };
+  // C += Tile B
+  FASTGEN_HOST_DEVICE void add_to_rows(const Sum (&all)[2], int64_t block) const {
+    for (const Sum& one : all) {
+      if (!one.present) continue;
+      Product::add_product(one.tile, padded, keys_of(block), one.b, s.padded_keys * kPanel, one.dim, one.c,
+                           padded * kPanel, block + 1 < blocks);
     }
   }
 
-  FASTGEN_HOST_DEVICE void multiply_from_scores(int64_t block, float* grad_keys, float* grad_values) const {
-    const Problem& p = s.problem();
-    const int64_t keys = keys_of(block), at = block * stride, key = (first_block + block) * kTile * kPanel;
-    const int64_t all = s.padded_keys * kPanel, tall = padded * kPanel, dim = p.key_dim, wide = p.value_dim;
-    const float *scores = w.scores + at, *direction = w.direction + at;
-    const float* grads = s.grads ? w.grads + at : nullptr;
-    const float* second = s.cross ? w.cross + at : direction;
+  FASTGEN_HOST_DEVICE void add_tangent_out(int64_t block) const {
+    const int64_t key = (first_block + block) * kTile * kPanel, wide = s.problem().value_dim;
+    add_to_rows(
+        {{true, dropped_direction(block), w.values + key, w.tangent_out, wide},
+         {s.p.tangent_value.data != nullptr, dropped_scores(block), w.tangent_values + key, w.tangent_out, wide}},
+        block);
+  }
+
+  FASTGEN_HOST_DEVICE void add_grads(int64_t block, float* grad_keys, float* grad_values) const {
+    const int64_t key = (first_block + block) * kTile * kPanel;
+    const int64_t dim = s.problem().key_dim, wide = s.problem().value_dim;
     const bool of_query = s.p.tangent_query.data != nullptr, of_key = s.p.tangent_key.data != nullptr;
-    const bool ahead = block + 1 < blocks;
-    struct Sum {
-      bool present;
-      const float *tile, *b;
-      float* c;
-      int64_t dim;
-    };
-    const Sum of_rows[] = {
-        {true, scores, w.values + key, w.tangent_out, wide},
-        {s.p.tangent_value.data != nullptr, direction, w.tangent_values + key, w.tangent_out, wide},
-        {s.grads, second, w.keys + key, w.grad_queries, dim},
-        {s.grads && of_key, grads, w.tangent_keys + key, w.grad_queries, dim},
-    };
-    for (const Sum& one : of_rows) {
-      if (one.present) Product::add_product(one.tile, padded, keys, one.b, all, one.dim, one.c, tall, ahead);
-    }
-    if (!s.grads) return;
+    add_to_rows({{true, w.cross, w.keys + key, w.grad_queries, dim},
+                 {of_key, w.grads, w.tangent_keys + key, w.grad_queries, dim}},
+                block);
     const Sum of_keys[] = {
-        {true, scores, w.grad_out, grad_values + key, wide},
-        {true, second, w.queries, grad_keys + key, dim},
-        {of_query, grads, w.tangent_queries, grad_keys + key, dim},
+        {true, w.direction + block * stride, w.grad_out, grad_values + key, wide},
+        {true, w.cross, w.queries, grad_keys + key, dim},
+        {of_query, w.grads, w.tangent_queries, grad_keys + key, dim},
     };
     for (const Sum& one : of_keys) {
-      if (one.present) Product::add_transposed(one.tile, padded, keys, one.b, tall, one.dim, one.c, all, ahead);
+      if (!one.present) continue;
+      Product::add_transposed(one.tile, padded, keys_of(block), one.b, padded * kPanel, one.dim, one.c,
+                              s.padded_keys * kPanel, block + 1 < blocks);
     }
   }
 
@@ -311,11 +378,13 @@ FASTGEN_HOST_DEVICE void run_part(const Shared& s, float* memory, bool load, int
     for (int64_t block = 0; block < tile.blocks; ++block) {
       tile.multiply_to_scores(block);
       tile.begin_rows(block);
+      tile.add_tangent_out(block);
     }
     tile.finish_rows();
-    for (int64_t block = 0; block < tile.blocks; ++block) {
+    for (int64_t block = 0; s.grads && block < tile.blocks; ++block) {
+      tile.multiply_to_grads(block);
       tile.end_rows(block);
-      tile.multiply_from_scores(block, grad_keys, grad_values);
+      tile.add_grads(block, grad_keys, grad_values);
     }
     tile.store_rows();
   }
@@ -332,7 +401,8 @@ void run(const SecondOrderParams& params, bool grads) {
   const int64_t key_heads = p.batch * p.key_heads;
   Shared s{params, grads, grads && params.tangent_value.data != nullptr, 0, 0, 0, round_up(p.keys, kTile), nullptr};
   const int64_t row_bytes = s.matrices() * s.padded_keys / kTile * kTileRow * static_cast<int64_t>(sizeof(float));
-  const int64_t most = std::clamp<int64_t>(kMatrixBytes / row_bytes / kRowStep * kRowStep, kRowStep, kMostRows);
+  const int64_t fit = grads ? kMatrixBytes / row_bytes / kRowStep * kRowStep : kMostRows;
+  const int64_t most = std::clamp<int64_t>(fit, kRowStep, kMostRows);
   s.rows = p.tile_rows(most, kRowStep);
   s.tiles = ceil_div(p.queries, s.rows);
   s.parts = parts_of(p, p.heads / p.key_heads * s.tiles);

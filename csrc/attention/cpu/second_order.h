@@ -9,11 +9,11 @@ struct SecondOrderParams {
   Problem problem;
   Operand tangent_query, tangent_key, tangent_value;  // like query, key, value; absent ones are zero
   Mask tangent_mask;                                  // a float mask
-  Operand lse;                                        // (B, H, N)
+  Operand out, lse;                                   // (B, H, N, Dv), (B, H, N)
   Result tangent_out, tangent_lse;
 
   // Of the second order alone.
-  Operand grad_out, out, grad_lse;  // grad_lse may be absent
+  Operand grad_out, grad_lse;  // grad_lse may be absent
   Result grad_query, grad_key, grad_value;
 };
 

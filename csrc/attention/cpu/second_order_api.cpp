@@ -7,7 +7,7 @@
 namespace fastgen::cpu {
 namespace {
 
-SecondOrderParams read_tangents(const Problem& problem, const Tensor& query, const Tensor& lse,
+SecondOrderParams read_tangents(const Problem& problem, const Tensor& query, const Tensor& out, const Tensor& lse,
                                 const MaybeTensor& tangent_query, const MaybeTensor& tangent_key,
                                 const MaybeTensor& tangent_value, const MaybeTensor& tangent_mask) {
   SecondOrderParams params;
@@ -19,17 +19,18 @@ SecondOrderParams read_tangents(const Problem& problem, const Tensor& query, con
       read_optional(tangent_value, "tangent_value", {p.batch, p.key_heads, p.keys, p.value_dim}, query);
   params.tangent_mask = read_mask(tangent_mask, "tangent_mask", p, query);
   STD_TORCH_CHECK(params.tangent_mask.allowed == nullptr, "tangent_mask: expected a float32 tensor, got a boolean one");
+  params.out = read_operand(out, "out", {p.batch, p.heads, p.queries, p.value_dim}, query);
   params.lse = read_rows(lse, "lse", p, query);
   return params;
 }
 
-std::tuple<Tensor, Tensor> tangent(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& lse,
-                                   const MaybeTensor& mask, const MaybeTensor& seed, const MaybeTensor& tangent_query,
-                                   const MaybeTensor& tangent_key, const MaybeTensor& tangent_value,
-                                   const MaybeTensor& tangent_mask, double dropout_p, int64_t window_left,
-                                   int64_t window_right, double scale) {
+std::tuple<Tensor, Tensor> tangent(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+                                   const Tensor& lse, const MaybeTensor& mask, const MaybeTensor& seed,
+                                   const MaybeTensor& tangent_query, const MaybeTensor& tangent_key,
+                                   const MaybeTensor& tangent_value, const MaybeTensor& tangent_mask, double dropout_p,
+                                   int64_t window_left, int64_t window_right, double scale) {
   const Problem p = read_problem(query, key, value, mask, seed, {dropout_p, window_left, window_right, scale});
-  SecondOrderParams params = read_tangents(p, query, lse, tangent_query, tangent_key, tangent_value, tangent_mask);
+  SecondOrderParams params = read_tangents(p, query, out, lse, tangent_query, tangent_key, tangent_value, tangent_mask);
   Tensor tangent_out = empty_out(p), tangent_lse = empty_lse(p);
   params.tangent_out = result_of(tangent_out), params.tangent_lse = result_of(tangent_lse);
   attention_tangent(params);
@@ -42,9 +43,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> second_order(
     const MaybeTensor& tangent_query, const MaybeTensor& tangent_key, const MaybeTensor& tangent_value,
     const MaybeTensor& tangent_mask, double dropout_p, int64_t window_left, int64_t window_right, double scale) {
   const Problem p = read_problem(query, key, value, mask, seed, {dropout_p, window_left, window_right, scale});
-  SecondOrderParams params = read_tangents(p, query, lse, tangent_query, tangent_key, tangent_value, tangent_mask);
+  SecondOrderParams params = read_tangents(p, query, out, lse, tangent_query, tangent_key, tangent_value, tangent_mask);
   params.grad_out = read_operand(grad_out, "grad_out", {p.batch, p.heads, p.queries, p.value_dim}, query);
-  params.out = read_operand(out, "out", {p.batch, p.heads, p.queries, p.value_dim}, query);
   if (grad_lse) params.grad_lse = read_rows(*grad_lse, "grad_lse", p, query);
   Tensor tangent_out = empty_out(p), tangent_lse = empty_lse(p);
   Tensor grad_query = empty_grad(query), grad_key = empty_grad(key), grad_value = empty_grad(value);

@@ -244,6 +244,7 @@ def cpu_attention_tangent(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    out: Tensor,
     lse: Tensor,
     mask: Tensor | None,
     seed: Tensor | None,
@@ -254,7 +255,7 @@ def cpu_attention_tangent(
     *options: Any,
 ) -> None:
     attention_forward(query, key, value, mask, seed, None, *options, 0.0)
-    _require_results(query, value, lse, None)
+    _require_results(query, value, lse, None, out=out)
     _require_tangents(query, key, value, (tangent_query, tangent_key, tangent_value, tangent_mask))
 
 

@@ -155,8 +155,7 @@ def _run_tangent(saved: Saved, tangents: Tangents) -> tuple[Tensor, Tensor]:
     kernel = native.kernel(saved, "cpu_attention_tangent", tangents.mask)
     if kernel is None:
         return tangent.tangent(saved, tangents)
-    query, key, value, _, lse, mask, seed, _, options, _ = saved
-    results: tuple[Tensor, Tensor] = kernel(query, key, value, lse, mask, seed, *tangents, *options[:4])
+    results: tuple[Tensor, Tensor] = kernel(*saved[:7], *tangents, *saved.options[:4])
     return results
 
 
@@ -199,11 +198,9 @@ def _second_order_fake(
     return *_forward_fake(query, key, value), *_backward_fake(grad_out, grad_lse, query, key, value, *rest)
 
 
-def _cpu_tangent(
-    query: Tensor, key: Tensor, value: Tensor, lse: Tensor, mask: Tensor | None, seed: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    saved = Saved(query, key, value, query, lse, mask, seed, None, Options(*rest[4:]), TORCH)  # out is not read
-    return tangent.tangent(saved, Tangents(*rest[:4]))
+def _cpu_tangent(*args: Any) -> tuple[Tensor, Tensor]:
+    saved, tangents = Saved._make((*args[:7], None, Options(*args[11:]), TORCH)), Tangents(*args[7:11])
+    return tangent.tangent(saved, tangents)
 
 
 def _cpu_second_order(
@@ -315,7 +312,7 @@ define(
 )
 define(
     "helpers",
-    "cpu_attention_tangent(Tensor query, Tensor key, Tensor value, Tensor lse, Tensor? mask, Tensor? seed, "
+    "cpu_attention_tangent(Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor? mask, Tensor? seed, "
     f"{_TANGENTS}, {_WINDOW}) -> (Tensor, Tensor)",
     _cpu_tangent,
     _forward_fake,
