@@ -40,14 +40,12 @@ using Ints __attribute__((vector_size(kWidth * 4))) = int32_t;
 template <int kWidth>
 using Unsigned __attribute__((vector_size(kWidth * 4))) = uint32_t;
 
-// scale * to_uniform(bits), rounded alike for a power of two. Both halves are exact, and their sum is rounded once, as
-// in the conversion of the whole number.
+// Unsigned numbers to floats, without the instruction that AVX-512 has. Both halves are exact, and their sum is rounded
+// once, as in the conversion of the whole number.
 template <int kWidth>
-FASTGEN_HOST_DEVICE void to_uniforms(const Ints<kWidth>& bits, float scale, Floats<kWidth>& uniform) {
+FASTGEN_HOST_DEVICE void convert_halves(const Ints<kWidth>& bits, Floats<kWidth>& whole) {
   const Ints<kWidth> low = bits & 0xffff, high = (Ints<kWidth>)((Unsigned<kWidth>)bits >> 16);
-  const Floats<kWidth> whole =
-      __builtin_convertvector(high, Floats<kWidth>) * 65536.0f + __builtin_convertvector(low, Floats<kWidth>);
-  uniform = whole * (scale * 0x1p-32f) + scale * 0x1p-33f;
+  whole = __builtin_convertvector(high, Floats<kWidth>) * 65536.0f + __builtin_convertvector(low, Floats<kWidth>);
 }
 
 // -2 ln x for normal x > 0: e ln 2 + ln(1 + f) with 1 + f in [sqrt(1/2), sqrt(2)). Minimax polynomial of ln(1 + f) / f,
@@ -78,12 +76,14 @@ FASTGEN_HOST_DEVICE void sines(const Floats<kWidth>& v, Floats<kWidth>& sine) {
 }
 
 // box_muller of common/philox.h to a few ulp, with fewer instructions: 2 u1 = n + v with v in [-1/2, 1/2] is exact, the
-// sine of the angle is (-1)^n sin(pi v), its cosine (-1)^n sin(pi (1/2 - |v|)). ``root``: the square root of a vector.
-template <int kWidth, typename Root>
+// sine of the angle is (-1)^n sin(pi v), its cosine (-1)^n sin(pi (1/2 - |v|)). ``root``: the square root of a vector;
+// ``convert``: unsigned numbers to floats.
+template <int kWidth, typename Root, typename Convert>
 FASTGEN_HOST_DEVICE void box_mullers(const Ints<kWidth>& bits0, const Ints<kWidth>& bits1, Floats<kWidth>& n0,
-                                     Floats<kWidth>& n1, Root root) {
+                                     Floats<kWidth>& n1, Root root, Convert convert) {
   Floats<kWidth> u0, angle, squared, radius, sine, cosine;
-  to_uniforms<kWidth>(bits0, 1.0f, u0), to_uniforms<kWidth>(bits1, 2.0f, angle);
+  convert(bits0, u0), convert(bits1, angle);
+  u0 = u0 * 0x1p-32f + 0x1p-33f, angle = angle * 0x1p-31f + 0x1p-32f;
   minus_two_logs<kWidth>(u0, squared);
   root(squared, radius);
   const Floats<kWidth> shifted = angle + kRound, v = angle - (shifted - kRound);
@@ -94,7 +94,7 @@ FASTGEN_HOST_DEVICE void box_mullers(const Ints<kWidth>& bits0, const Ints<kWidt
 }
 
 FASTGEN_TARGET_AVX2 void normals_avx2(uint64_t seed, uint64_t first, int64_t groups, float* noise) {
-  if (const int64_t alike = PhiloxAvx2::alike(first, groups); alike < groups) {
+  if (const int64_t alike = alike_groups(first, groups); alike < groups) {
     normals_avx2(seed, first + static_cast<uint64_t>(alike), groups - alike, noise + alike * kGroup);
     groups = alike;
   }
@@ -102,13 +102,15 @@ FASTGEN_TARGET_AVX2 void normals_avx2(uint64_t seed, uint64_t first, int64_t gro
   constexpr int kWidth = philox.kLanes;
   const auto root = [](const Floats<kWidth>& x, Floats<kWidth>& y)
                         FASTGEN_TARGET_AVX2 { y = (Floats<kWidth>)_mm256_sqrt_ps((__m256)x); };
+  const auto convert = [](const Ints<kWidth>& bits, Floats<kWidth>& whole)
+                           FASTGEN_TARGET_AVX2 { convert_halves<kWidth>(bits, whole); };
   float last[kWidth * kGroup];
   for (int64_t g = 0; g < groups; g += kWidth) {
     __m256i x[kGroup];
     philox.generate<true>(static_cast<uint32_t>(first) + static_cast<uint32_t>(g), x);
     Floats<kWidth> n[kGroup];
     for (int i = 0; i < kGroup; i += 2) {
-      box_mullers<kWidth>((Ints<kWidth>)x[i], (Ints<kWidth>)x[i + 1], n[i], n[i + 1], root);
+      box_mullers<kWidth>((Ints<kWidth>)x[i], (Ints<kWidth>)x[i + 1], n[i], n[i + 1], root, convert);
     }
     // Four normals of one group are neighbors.
     const __m256 a = _mm256_unpacklo_ps(n[0], n[1]), b = _mm256_unpackhi_ps(n[0], n[1]);
@@ -124,17 +126,23 @@ FASTGEN_TARGET_AVX2 void normals_avx2(uint64_t seed, uint64_t first, int64_t gro
 }
 
 FASTGEN_TARGET_AVX512 void normals_avx512(uint64_t seed, uint64_t first, int64_t groups, float* noise) {
-  const PhiloxAvx512 philox(seed, kNoiseStream);
+  if (const int64_t alike = alike_groups(first, groups); alike < groups) {
+    normals_avx512(seed, first + static_cast<uint64_t>(alike), groups - alike, noise + alike * kGroup);
+    groups = alike;
+  }
+  const PhiloxAvx512 philox(seed, kNoiseStream, static_cast<uint32_t>(first >> 32));
   constexpr int kWidth = philox.kLanes;
   const auto root = [](const Floats<kWidth>& x, Floats<kWidth>& y)
                         FASTGEN_TARGET_AVX512 { y = (Floats<kWidth>)_mm512_sqrt_ps((__m512)x); };
+  const auto convert = [](const Ints<kWidth>& bits, Floats<kWidth>& whole)
+                           FASTGEN_TARGET_AVX512 { whole = (Floats<kWidth>)_mm512_cvtepu32_ps((__m512i)bits); };
   float last[kWidth * kGroup];
   for (int64_t g = 0; g < groups; g += kWidth) {
     __m512i x[kGroup];
-    philox(first + static_cast<uint64_t>(g), x);
+    philox.generate(static_cast<uint32_t>(first) + static_cast<uint32_t>(g), x);
     Floats<kWidth> n[kGroup];
     for (int i = 0; i < kGroup; i += 2) {
-      box_mullers<kWidth>((Ints<kWidth>)x[i], (Ints<kWidth>)x[i + 1], n[i], n[i + 1], root);
+      box_mullers<kWidth>((Ints<kWidth>)x[i], (Ints<kWidth>)x[i + 1], n[i], n[i + 1], root, convert);
     }
     const __m512 a = _mm512_unpacklo_ps(n[0], n[1]), b = _mm512_unpackhi_ps(n[0], n[1]);
     const __m512 c = _mm512_unpacklo_ps(n[2], n[3]), d = _mm512_unpackhi_ps(n[2], n[3]);

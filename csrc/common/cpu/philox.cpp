@@ -26,7 +26,7 @@ FASTGEN_HOST_DEVICE void store(const Vector (&x)[kGroup], int64_t g, uint32_t* c
 
 FASTGEN_TARGET_AVX2 void philox_avx2(uint64_t seed, uint64_t first, int64_t groups, uint32_t stream,
                                      uint32_t* const* bits) {
-  if (const int64_t alike = PhiloxAvx2::alike(first, groups); alike < groups) {
+  if (const int64_t alike = alike_groups(first, groups); alike < groups) {
     uint32_t* const rest[] = {bits[0] + alike, bits[1] + alike, bits[2] + alike, bits[3] + alike};
     philox_avx2(seed, first + static_cast<uint64_t>(alike), groups - alike, stream, rest);
     groups = alike;
@@ -44,11 +44,16 @@ FASTGEN_TARGET_AVX2 void philox_avx2(uint64_t seed, uint64_t first, int64_t grou
 
 FASTGEN_TARGET_AVX512 void philox_avx512(uint64_t seed, uint64_t first, int64_t groups, uint32_t stream,
                                          uint32_t* const* bits) {
-  const PhiloxAvx512 philox(seed, stream);
+  if (const int64_t alike = alike_groups(first, groups); alike < groups) {
+    uint32_t* const rest[] = {bits[0] + alike, bits[1] + alike, bits[2] + alike, bits[3] + alike};
+    philox_avx512(seed, first + static_cast<uint64_t>(alike), groups - alike, stream, rest);
+    groups = alike;
+  }
+  const PhiloxAvx512 philox(seed, stream, static_cast<uint32_t>(first >> 32));
   int64_t g = 0;
   for (; g + philox.kLanes <= groups; g += philox.kLanes) {
     __m512i x[kGroup];
-    philox(first + static_cast<uint64_t>(g), x);
+    philox.generate(static_cast<uint32_t>(first) + static_cast<uint32_t>(g), x);
     store(x, g, bits);
   }
   uint32_t* const rest[] = {bits[0] + g, bits[1] + g, bits[2] + g, bits[3] + g};

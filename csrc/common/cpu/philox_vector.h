@@ -13,32 +13,43 @@
 
 namespace fastgen::cpu {
 
-// All groups have the same high half of the index, ``high``. The stream number and it enter three rounds alike in all
-// groups: these parts are computed once.
+// What enters each round by exclusive or alike in all groups of a call, which have the same high half of the index,
+// ``high``: the keys, and until the third round what the stream number and ``high`` have become.
+struct PhiloxKeys {
+  uint32_t of[kPhiloxRounds][2];
+
+  FASTGEN_HOST_DEVICE PhiloxKeys(uint64_t seed, uint32_t stream, uint32_t high) {
+    FASTGEN_UNROLL
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      of[round][0] = static_cast<uint32_t>(seed) + static_cast<uint32_t>(round) * kPhiloxIncrement0;
+      of[round][1] = static_cast<uint32_t>(seed >> 32) + static_cast<uint32_t>(round) * kPhiloxIncrement1;
+    }
+    // Products of the stream number in the first round, and of what it makes of c0 in the second.
+    const uint64_t first = uint64_t{kPhiloxMultiplier1} * stream;
+    const uint64_t second = uint64_t{kPhiloxMultiplier0} * (static_cast<uint32_t>(first >> 32) ^ high ^ of[0][0]);
+    of[1][0] ^= static_cast<uint32_t>(first);
+    of[1][1] ^= static_cast<uint32_t>(second >> 32);
+    of[2][1] ^= static_cast<uint32_t>(second);
+  }
+};
+
+// How many of ``groups`` groups from ``first`` on have the high half of the first.
+inline int64_t alike_groups(uint64_t first, int64_t groups) {
+  const int64_t most = (int64_t{1} << 32) - static_cast<int64_t>(first & 0xffffffffu);
+  return groups < most ? groups : most;
+}
+
 class PhiloxAvx2 {
  public:
   static constexpr int kLanes = 8;
 
   FASTGEN_TARGET_AVX2 PhiloxAvx2(uint64_t seed, uint32_t stream, uint32_t high) {
-    uint32_t key0[kPhiloxRounds], key1[kPhiloxRounds];
+    const PhiloxKeys keys(seed, stream, high);
+    FASTGEN_UNROLL
     for (int round = 0; round < kPhiloxRounds; ++round) {
-      key0[round] = static_cast<uint32_t>(seed) + static_cast<uint32_t>(round) * kPhiloxIncrement0;
-      key1[round] = static_cast<uint32_t>(seed >> 32) + static_cast<uint32_t>(round) * kPhiloxIncrement1;
-      keys_[round][0] = _mm256_set1_epi32(static_cast<int>(key0[round]));
-      keys_[round][1] = _mm256_set1_epi32(static_cast<int>(key1[round]));
+      FASTGEN_UNROLL
+      for (int i = 0; i < 2; ++i) keys_[round][i] = _mm256_set1_epi32(static_cast<int>(keys.of[round][i]));
     }
-    // Products of the stream number in the first round, and of what it makes of c0 in the second.
-    const uint64_t first = uint64_t{kPhiloxMultiplier1} * stream;
-    const uint64_t second = uint64_t{kPhiloxMultiplier0} * (static_cast<uint32_t>(first >> 32) ^ high ^ key0[0]);
-    keys_[1][0] = _mm256_set1_epi32(static_cast<int>(static_cast<uint32_t>(first) ^ key0[1]));
-    keys_[1][1] = _mm256_set1_epi32(static_cast<int>(static_cast<uint32_t>(second >> 32) ^ key1[1]));
-    keys_[2][1] = _mm256_set1_epi32(static_cast<int>(static_cast<uint32_t>(second) ^ key1[2]));
-  }
-
-  // How many of ``groups`` groups from ``first`` on have the high half of the first.
-  static int64_t alike(uint64_t first, int64_t groups) {
-    const int64_t most = (int64_t{1} << 32) - static_cast<int64_t>(first & 0xffffffffu);
-    return groups < most ? groups : most;
   }
 
   // x[i]: component i of kLanes groups from index ``first`` on (its low half). kSplit: even groups in the low 128 bits,
@@ -94,42 +105,53 @@ class PhiloxAvx2 {
   __m256i keys_[kPhiloxRounds][2];
 };
 
-struct PhiloxAvx512 {
+// The same with vectors of 16 and exclusive ors of three operands.
+class PhiloxAvx512 {
+ public:
   static constexpr int kLanes = 16;
-  __m512i keys[kPhiloxRounds][2], stream;
 
-  FASTGEN_TARGET_AVX512 PhiloxAvx512(uint64_t seed, uint32_t stream_number) : stream(_mm512_set1_epi64(stream_number)) {
-    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+  FASTGEN_TARGET_AVX512 PhiloxAvx512(uint64_t seed, uint32_t stream, uint32_t high) {
+    const PhiloxKeys keys(seed, stream, high);
+    FASTGEN_UNROLL
     for (int round = 0; round < kPhiloxRounds; ++round) {
-      keys[round][0] = _mm512_set1_epi64(key0), keys[round][1] = _mm512_set1_epi64(key1);
-      key0 += kPhiloxIncrement0, key1 += kPhiloxIncrement1;
+      FASTGEN_UNROLL
+      for (int i = 0; i < 2; ++i) keys_[round][i] = _mm512_set1_epi32(static_cast<int>(keys.of[round][i]));
     }
   }
 
-  // x[i]: component i of groups first to first + 15.
-  FASTGEN_TARGET_AVX512 inline void operator()(uint64_t first, __m512i (&x)[kGroup]) const {
+  // x[i]: component i of groups first to first + 15, by the low half of the index.
+  FASTGEN_TARGET_AVX512 inline void generate(uint32_t first, __m512i (&x)[kGroup]) const {
     const __m512i multiplier0 = _mm512_set1_epi64(kPhiloxMultiplier0);
     const __m512i multiplier1 = _mm512_set1_epi64(kPhiloxMultiplier1);
     const __m512i index = _mm512_set1_epi64(static_cast<int64_t>(first));
     const __m512i lanes[2] = {_mm512_set_epi64(13, 12, 9, 8, 5, 4, 1, 0), _mm512_set_epi64(15, 14, 11, 10, 7, 6, 3, 2)};
-    __m512i c0[2], c1[2], c2[2], c3[2];
+    __m512i c0[2], c1[2], c2[2], c3[2], product0[2], product1[2];
+    FASTGEN_UNROLL
     for (int half = 0; half < 2; ++half) {
-      c0[half] = _mm512_add_epi64(index, lanes[half]);
-      c1[half] = _mm512_srli_epi64(c0[half], 32), c2[half] = stream, c3[half] = _mm512_setzero_si512();
+      c3[half] = _mm512_mul_epu32(_mm512_add_epi64(index, lanes[half]), multiplier0);
+      c2[half] = _mm512_xor_si512(high_half(c3[half]), keys_[0][1]);
+      c1[half] = _mm512_mul_epu32(c2[half], multiplier1);
+      c0[half] = _mm512_xor_si512(high_half(c1[half]), keys_[1][0]);
+      c2[half] = _mm512_xor_si512(c3[half], keys_[1][1]);
     }
     FASTGEN_UNROLL
-    for (int round = 0; round < kPhiloxRounds; ++round) {
+    for (int round = 2; round < kPhiloxRounds; ++round) {
       FASTGEN_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const __m512i product0 = _mm512_mul_epu32(c0[half], multiplier0);
-        const __m512i product1 = _mm512_mul_epu32(c2[half], multiplier1);
-        c0[half] = exclusive_or(high_half(product1), c1[half], keys[round][0]);
-        c2[half] = exclusive_or(high_half(product0), c3[half], keys[round][1]);
-        c1[half] = product1, c3[half] = product0;
+        product0[half] = _mm512_mul_epu32(c0[half], multiplier0);
+        product1[half] = _mm512_mul_epu32(c2[half], multiplier1);
+        if (round == kPhiloxRounds - 1) continue;
+        c0[half] = exclusive_or(high_half(product1[half]), c1[half], keys_[round][0]);
+        c2[half] = round == 2 ? _mm512_xor_si512(high_half(product0[half]), keys_[round][1])
+                              : exclusive_or(high_half(product0[half]), c3[half], keys_[round][1]);
+        c1[half] = product1[half], c3[half] = product0[half];
       }
     }
-    x[0] = low_halves(c0[0], c0[1]), x[1] = low_halves(c1[0], c1[1]);
-    x[2] = low_halves(c2[0], c2[1]), x[3] = low_halves(c3[0], c3[1]);
+    constexpr int kLow = _MM_SHUFFLE(2, 0, 2, 0), kHigh = _MM_SHUFFLE(3, 1, 3, 1);
+    x[0] = exclusive_or(join<kHigh>(product1), join<kLow>(c1), keys_[kPhiloxRounds - 1][0]);
+    x[1] = join<kLow>(product1);
+    x[2] = exclusive_or(join<kHigh>(product0), join<kLow>(c3), keys_[kPhiloxRounds - 1][1]);
+    x[3] = join<kLow>(product0);
   }
 
  private:
@@ -140,10 +162,14 @@ struct PhiloxAvx512 {
   FASTGEN_TARGET_AVX512 static inline __m512i exclusive_or(__m512i a, __m512i b, __m512i c) {
     return _mm512_ternarylogic_epi64(a, b, c, 0x96);
   }
-  FASTGEN_TARGET_AVX512 static inline __m512i low_halves(__m512i a, __m512i b) {
+  // The low or the high 32 bits of the lanes of both halves.
+  template <int kWhich>
+  FASTGEN_TARGET_AVX512 static inline __m512i join(const __m512i (&halves)[2]) {
     return _mm512_castps_si512(
-        _mm512_shuffle_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), _MM_SHUFFLE(2, 0, 2, 0)));
+        _mm512_shuffle_ps(_mm512_castsi512_ps(halves[0]), _mm512_castsi512_ps(halves[1]), kWhich));
   }
+
+  __m512i keys_[kPhiloxRounds][2];
 };
 
 }  // namespace fastgen::cpu
