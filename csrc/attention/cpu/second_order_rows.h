@@ -31,17 +31,29 @@ struct FirstRow {
   int64_t width;
 };
 
-// kWeighed: scores are P already.
-template <int kWidth, bool kKeep, bool kWeighed>
-FASTGEN_HOST_DEVICE void offset_row(const FirstRow& t, float lse, RowSums<kWidth>& sums) {
+template <int kWidth, bool kKeep>
+FASTGEN_HOST_DEVICE void begin_row(const FirstRow& t, float lse, RowSums<kWidth>& sums) {
   using Floats = Vector<kWidth>;
+  for (int64_t j = 0; j < t.width; j += kWidth) {
+    Floats weight = vector_at<kWidth>(t.scores + j) - lse;
+    exp_vector<kWidth>(weight);
+    vector_at<kWidth>(t.scores + j) = weight;
+  }
+  if (!sums.shifted) {
+    Floats total = {}, mean = {};
+    for (int64_t j = 0; j < t.width; j += kWidth) {
+      total += vector_at<kWidth>(t.scores + j);
+      mean += vector_at<kWidth>(t.scores + j) * vector_at<kWidth>(t.direction + j);
+    }
+    const float of_block = fold<kWidth, true>(total);
+    if (of_block != 0.0f) sums.shift = fold<kWidth, true>(mean) / of_block, sums.shifted = true;
+  }
   RowSums<kWidth> local = sums;  // in registers
   const auto add = [&](int64_t j, Floats Sums<kWidth>::* half) __attribute__((always_inline)) {
-    Floats weight = vector_at<kWidth>(t.scores + j);
-    if constexpr (!kWeighed) weight -= lse, exp_vector<kWidth>(weight);
+    const Floats weight = vector_at<kWidth>(t.scores + j);
     const Floats offset = weight * (vector_at<kWidth>(t.direction + j) - local.shift);
     local.total.*half += weight, local.offset.*half += offset;
-    vector_at<kWidth>(t.scores + j) = weight, vector_at<kWidth>(t.direction + j) = offset;
+    vector_at<kWidth>(t.direction + j) = offset;
     if constexpr (kKeep) {
       const Floats factor = vector_at<kWidth>(t.keep + j);
       vector_at<kWidth>(t.dropped_scores + j) = weight * factor;
@@ -52,25 +64,6 @@ FASTGEN_HOST_DEVICE void offset_row(const FirstRow& t, float lse, RowSums<kWidth
     add(j, &Sums<kWidth>::even), add(j + kWidth, &Sums<kWidth>::odd);
   }
   sums = local;
-}
-
-template <int kWidth, bool kKeep>
-FASTGEN_HOST_DEVICE void begin_row(const FirstRow& t, float lse, RowSums<kWidth>& sums) {
-  using Floats = Vector<kWidth>;
-  if (!sums.shifted) {
-    Floats total = {}, mean = {};
-    for (int64_t j = 0; j < t.width; j += kWidth) {
-      Floats weight = vector_at<kWidth>(t.scores + j) - lse;
-      exp_vector<kWidth>(weight);
-      vector_at<kWidth>(t.scores + j) = weight;
-      total += weight, mean += weight * vector_at<kWidth>(t.direction + j);
-    }
-    const float of_block = fold<kWidth, true>(total);
-    if (of_block != 0.0f) sums.shift = fold<kWidth, true>(mean) / of_block, sums.shifted = true;
-    offset_row<kWidth, kKeep, true>(t, lse, sums);
-  } else {
-    offset_row<kWidth, kKeep, false>(t, lse, sums);
-  }
 }
 
 template <int kWidth>
