@@ -47,7 +47,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = CASES | {
     ),
     "transgan, windows": (
         "transgan",
-        {"width": 8, "latent_dim": 8, "num_heads": 2, "window": 3, "patch_size": 2, "summary": "mean"},
+        {"width": 8, "latent_dim": 8, "num_heads": 2, "window": 3, "patch_size": 2, "summary": "mean"}
+        | {"generator_patch_size": 2, "convolutions": True},
     ),
     "recurrent-gan, color": ("recurrent-gan", {**RECURRENT, "image_size": 5, "channels": 3, "penalty": "gradient"}),
     "recurrent-gan, soft": (

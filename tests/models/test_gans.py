@@ -52,6 +52,14 @@ MODELS: dict[str, tuple[type[ImageGAN], dict[str, object]]] = {
         {"width": 8, "num_heads": 2, "window": 3, "patch_size": 2, "summary": "mean", "penalty_every": 1},
     ),
     "transgan, patches": (TransGAN, {"width": 8, "num_heads": 2, "generator_patch_size": 2, "penalty_every": 1}),
+    "transgan, convolutions": (
+        TransGAN,
+        {"width": 8, "num_heads": 2, "generator_patch_size": 2, "convolutions": True, "penalty_every": 1},
+    ),
+    "transgan, convolutional discriminator": (
+        TransGAN,
+        {"width": 8, "num_heads": 2, "discriminator": "convolutional", "penalty_every": 1},
+    ),
 }
 CONDITIONAL = [name for name in MODELS if "classes" in MODELS[name][1] and "unconditional" not in name]
 

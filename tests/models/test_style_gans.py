@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen import losses
-from fastgen.models.base import Images, StepContext
+from fastgen.models.base import Images, NoOptions, StepContext
 from fastgen.models.stylegan import (
     AVERAGE_STEP,
     ModulatedConv2d,
@@ -19,7 +19,7 @@ from fastgen.models.stylegan import (
     StyleOptions,
     minibatch_std_map,
 )
-from fastgen.models.transgan import TransGAN, TransGANConfig
+from fastgen.models.transgan import TransGAN, TransGANConfig, embedding
 
 SMALL = {"latent_dim": 8, "width": 8, "style_dim": 8, "mapping_depth": 2}
 
@@ -223,3 +223,59 @@ def test_a_token_of_the_generator_becomes_a_patch() -> None:
         assert gradient[0].abs().sum(dim=0).nonzero().tolist() == [[row // 2, column // 2]]
     first, second = (torch.autograd.grad(out[0, :, 0, i].sum(), x, retain_graph=True)[0] for i in (0, 1))
     assert not torch.allclose(first, second)  # pixels of one patch
+
+
+@pytest.mark.parametrize("convolutions", [False, True])
+def test_patches_overlap_with_convolutions_and_not_with_linear_maps(convolutions: bool) -> None:
+    """Of patches of 4 pixels. Two convolutions of stride 2 read 3 pixels more on each side."""
+    torch.manual_seed(0)
+    config = TransGANConfig(image_size=16, channels=3, width=4, patch_size=4, convolutions=convolutions)
+    image = torch.randn(1, 3, 16, 16, generator=seeded(1)).requires_grad_()
+    tokens = nn.Sequential(*embedding(config))(image)
+    assert tokens.shape == (1, 16, 4, 4)
+    (read,) = torch.autograd.grad(tokens[0, :, 1, 1].sum(), image)
+    reached = range(1, 11) if convolutions else range(4, 8)
+    assert read[0].abs().sum(dim=(0, 1)).nonzero()[:, 0].tolist() == [*reached]
+
+
+def test_the_generator_with_convolutions_adds_images_of_all_grids() -> None:
+    torch.manual_seed(0)
+    options = {"image_size": 16, "channels": 3, "width": 4, "latent_dim": 4, "generator_patch_size": 2}
+    model = TransGAN(TransGANConfig(**options, convolutions=True))  # type: ignore[arg-type]
+    images: list[Tensor] = []
+    for to_image in model.generator.images:  # type: ignore[union-attr]
+        to_image.register_forward_hook(lambda module, inputs, output: images.append(output))
+    found = model(torch.randn(2, 4, generator=seeded(0)))
+    assert [image.shape[2:] for image in images] == [(4, 4), (16, 16)]
+    coarse = F.interpolate(images[0], scale_factor=4.0, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(found, coarse + images[1])
+    assert 0.05 < coarse.std() < 1
+    assert images[1].std() > 0.05
+
+
+def test_patches_of_one_pixel_with_convolutions() -> None:
+    model = TransGAN(TransGANConfig(image_size=16, width=4, latent_dim=4, patch_size=1, convolutions=True))
+    assert model.discriminator(torch.rand(2, 1, 16, 16)).shape == (2,)
+    assert model(torch.randn(2, 4)).shape == (2, 1, 16, 16)
+
+
+def test_a_generator_with_convolutions_is_not_bounded_by_tanh() -> None:
+    """Its samples are clamped to [0, 1]."""
+    model = TransGAN(TransGANConfig(image_size=8, width=4, latent_dim=4, convolutions=True))
+    with torch.no_grad():
+        model.generator.images[-1][-1].bias.fill_(3.0)  # type: ignore[union-attr, index]
+    assert model(torch.randn(2, 4)).max() > 1
+    assert model.draw(2, NoOptions()).pixels.max() == 1
+
+
+def test_a_convolutional_discriminator_has_no_attention() -> None:
+    model = TransGAN(TransGANConfig(image_size=28, width=4, latent_dim=4, patch_size=1, discriminator="convolutional"))
+    kinds = {type(layer) for layer in model.discriminator}
+    assert kinds == {nn.Conv2d, nn.BatchNorm2d, nn.LeakyReLU, nn.Flatten}
+    images = torch.rand(3, 1, 28, 28, generator=seeded(0)).requires_grad_()
+    scores = model.discriminator(images)
+    assert scores.shape == (3,)
+    (gradient,) = torch.autograd.grad(scores[0], images)
+    assert gradient[0].abs().min() > 0
+    with pytest.raises(ValueError, match="discriminator: expected"):
+        TransGANConfig(discriminator="dense")  # type: ignore[arg-type]
