@@ -112,6 +112,13 @@ EMOJI = (
     on("emoji/google", "dcgan", show=DISTANCES, views=(BETWEEN, COPIES)),
     on("emoji/google", "sagan", sample=("--n", "72"), show=CLASSES, views=(COPIES, ATTENDED)),
     on("emoji/google", "stylegan", show=DISTANCES, views=(BETWEEN, COPIES)),
+    on(
+        *("emoji/google/people-body", "stylegan"),
+        name="stylegan, one folder",
+        show=DISTANCES,
+        views=(BETWEEN, COPIES),
+        note="A folder of 386 images without labels, of which 309 are trained on.",
+    ),
     on("emoji/google", "transgan", show=DISTANCES, views=(COPIES,)),
     on("emoji/google", "vq-vae", show=CODES, views=(RECONSTRUCTED,)),
     on(
