@@ -117,7 +117,7 @@ EMOJI = (
         name="stylegan, one folder",
         show=DISTANCES,
         views=(BETWEEN, COPIES),
-        note="A folder of 386 images without labels, of which 309 are trained on.",
+        note="A folder of 386 images without labels, of which 308 are trained on.",
     ),
     on("emoji/google", "transgan", show=DISTANCES, views=(COPIES,)),
     on("emoji/google", "vq-vae", show=CODES, views=(RECONSTRUCTED,)),
