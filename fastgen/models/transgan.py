@@ -11,8 +11,9 @@ class token for the score:
 
 Attention is global on grids up to ``window`` and windowed on larger ones, shifted in every second block (Liu et al.,
 "Swin Transformer", 2021; the paper's windows are not shifted), with a learned relative position bias. Upsampling halves
-the token width by a linear map before the pixel shuffle; the paper quarters it. The paper trains with a gradient penalty
-between images and differentiable augmentation; here R1 is the default, and both are options (see ``adversarial.py``).
+the token width by a linear map before the pixel shuffle; the paper quarters it. The paper trains with a gradient
+penalty between images and differentiable augmentation; here R1 is the default, and both are options (see
+``adversarial.py``).
 
 With ``convolutions`` both networks have convolutions beside the attention:
 
