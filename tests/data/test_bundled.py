@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastgen.batch import spell, tokenize
+from fastgen.batch import detokenize, tokenize
 from fastgen.batch import vocabulary as _vocabulary
 from fastgen.data import SOURCES, DataConfig, Dataset, Items, describe, load_data
 from fastgen.data.text import prose
@@ -145,7 +145,10 @@ def test_held_out_sequences_are_new_and_correct() -> None:
         data = load_data(DataConfig(source=source, items=5000), "sequences")
         vocabulary = data.facts["vocabulary"]
         train, held = (
-            [tuple(spell(row, vocabulary) for row in pair) for pair in zip(*everything(part).values(), strict=True)]
+            [
+                tuple(detokenize(row, vocabulary) for row in pair)
+                for pair in zip(*everything(part).values(), strict=True)
+            ]
             for part in data.splits()
         )
         assert (len(train), len(held)) == (4000, 1000)
@@ -157,7 +160,7 @@ def test_held_out_sequences_are_new_and_correct() -> None:
 
 def test_numbers_of_a_sum_have_one_two_or_three_digits() -> None:
     data = load_data(DataConfig(source="sums", items=3000), "sequences")
-    texts = [spell(row, data.facts["vocabulary"]) for row in everything(data.splits()[0])["source"]]
+    texts = [detokenize(row, data.facts["vocabulary"]) for row in everything(data.splits()[0])["source"]]
     lengths = Counter(len(number) for text in texts for number in text.split("+"))
     assert sorted(lengths) == [1, 2, 3]
     assert min(lengths.values()) > 0.15 * lengths.total()
@@ -180,7 +183,7 @@ def test_windows_of_text_cover_it_and_held_out_ones_come_after() -> None:
     vocabulary = data.facts["vocabulary"]
     assert vocabulary == "".join(sorted(set(text)))
     train, held = (
-        [spell(row + 3, vocabulary) for row in everything(part)["tokens"]] for part in data.splits(length=80)
+        [detokenize(row + 3, vocabulary) for row in everything(part)["tokens"]] for part in data.splits(length=80)
     )
     n_train, n_held = len(data.train), len(data.held_out)
     assert n_held == len(text) // 10

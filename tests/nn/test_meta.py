@@ -33,12 +33,14 @@ WITH_BUFFERS = {
     "WindowAttention2d": lambda: WindowAttention2d(8, 2, (2, 3)),
     "PositionalEncoding": lambda: PositionalEncoding(5, max_len=7),
     "KVCache": lambda: KVCache(2, 2, 4, 3),
-    "TransformerLM": lambda: TransformerLM(TransformerLMConfig(vocabulary=("a", "b", "ab"), width=8, heads=2, depth=1)),
+    "TransformerLM": lambda: TransformerLM(
+        TransformerLMConfig(vocabulary=("a", "b", "ab"), width=8, num_heads=2, depth=1)
+    ),
     "ImageTransformer": lambda: ImageTransformer(
-        ImageTransformerConfig(image_size=4, levels=17, width=8, heads=2, depth=1)
+        ImageTransformerConfig(image_size=4, levels=17, width=8, num_heads=2, depth=1)
     ),
     "ImageTransformer of words": lambda: ImageTransformer(
-        ImageTransformerConfig(image_size=8, levels=17, width=8, heads=2, depth=1, codebook_size=4)
+        ImageTransformerConfig(image_size=8, levels=17, width=8, num_heads=2, depth=1, codebook_size=4)
     ),
     "WaveNet": lambda: WaveNet(WaveNetConfig(length=20, channels=4, skip_channels=4, cycle=3, reach=4)),
     "FlowVAE": lambda: FlowVAE(FlowVAEConfig(image_size=8, width=8, latent_dim=4, flow_width=5)),

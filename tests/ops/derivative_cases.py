@@ -91,7 +91,7 @@ def dcgan_loss(plain):
 def language_case():
     """Of all weights, each of whose gradients passes through attention and projections; the tokens are fixed."""
     torch.manual_seed(0)
-    model = TransformerLM(TransformerLMConfig(vocabulary="abc", context=N, width=2 * D, heads=2, depth=1)).double()
+    model = TransformerLM(TransformerLMConfig(vocabulary="abc", context=N, width=2 * D, num_heads=2, depth=1)).double()
     tokens = torch.tensor([[0, 2, 1, 1], [1, 0, 0, 2]])
     formula = Formula(
         model, lambda layer, tokens: layer.loss("text", {"tokens": tokens}, models.StepContext(1, 1))["loss"]
