@@ -75,7 +75,7 @@ class Generator(nn.Module):
     def __init__(self, config, classes) -> None:
         super().__init__()
         sizes, widths = config.sizes, config.widths
-        canvas = spectral_norm(nn.Linear(config.latent_dim, widths[0] * sizes[0] ** 2))
+        canvas = spectral_norm(nn.Linear(config.latent_dim, widths[0] * sizes[0] ** 2, bias=config.canvas_bias))
         self.canvas = nn.Sequential(canvas, nn.Unflatten(1, (widths[0], sizes[0], sizes[0])))
         self.blocks = nn.ModuleList(GeneratorBlock(*widths[i : i + 2], classes) for i in range(len(widths) - 1))
         self.attention_index = sizes.index(config.attention_at)

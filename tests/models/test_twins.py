@@ -17,6 +17,7 @@ CASES = {
     "dcgan": ("dcgan", {"image_size": 16, "width": 8, "latent_dim": 4}),
     "stylegan": ("stylegan", {"image_size": 16, "width": 4, "latent_dim": 4, "style_dim": 8}),
     "sagan": ("sagan", {"image_size": 16, "width": 8, "latent_dim": 4}),
+    "sagan, no bias of the map": ("sagan", {"image_size": 8, "width": 8, "latent_dim": 4, "canvas_bias": False}),
     "sagan with classes": ("sagan", {"image_size": 8, "width": 8, "latent_dim": 4, "classes": 3}),
     "transformer-lm": (
         "transformer-lm",
