@@ -34,6 +34,20 @@ FASTGEN_HOST_DEVICE const Vector<kWidth>& vector_at(const float* data) {
   return *reinterpret_cast<const Vector<kWidth>*>(data);
 }
 
+// shifted, n and p of e^x = 2^n p: n is x / ln 2 rounded, also in the low bits of shifted (Cephes, expf).
+template <int kWidth>
+FASTGEN_HOST_DEVICE void reduce_exp(const Vector<kWidth>& x, Vector<kWidth>& shifted, Vector<kWidth>& n,
+                                    Vector<kWidth>& p) {
+  shifted = x * 1.44269504088896341f + kRound, n = shifted - kRound;
+  const Vector<kWidth> r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+}
+
 // x = e^x, as exp_float of common/math.h: inf from 88.7228394 on, 0 up to -87.3365479.
 template <int kWidth>
 FASTGEN_HOST_DEVICE void exp_vector(Vector<kWidth>& x) {
@@ -48,14 +62,8 @@ FASTGEN_HOST_DEVICE void exp_vector(Vector<kWidth>& x) {
     bounded = __builtin_ia32_minps512_mask(kLargest + 1.0f - Floats{}, x, Floats{}, 0xffff, kCurrentRounding);
   }
 #endif
-  const Floats shifted = bounded * 1.44269504088896341f + kRound, n = shifted - kRound;
-  const Floats r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;
-  Floats p = 1.9875691500e-4f * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  Floats shifted, n, p;
+  reduce_exp<kWidth>(bounded, shifted, n, p);
 #if FASTGEN_SCALE_VECTORS
   if constexpr (kWidth == 16) {
     const auto kept = __builtin_ia32_cmpps512_mask(x, kSmallest - Floats{}, _CMP_NLE_UQ, 0xffff, kCurrentRounding);
@@ -74,14 +82,8 @@ template <int kWidth>
 FASTGEN_HOST_DEVICE void exp_of_weight(Vector<kWidth>& x) {
   using Floats = Vector<kWidth>;
   constexpr float kSmallest = -87.3365479f;
-  const Floats shifted = x * 1.44269504088896341f + kRound, n = shifted - kRound;
-  const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  Floats p = 1.9875691500e-4f * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  Floats shifted, n, p;
+  reduce_exp<kWidth>(x, shifted, n, p);
 #if FASTGEN_SCALE_VECTORS
   if constexpr (kWidth == 16) {
     constexpr int kCurrentRounding = 4;
