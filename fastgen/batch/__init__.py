@@ -15,7 +15,7 @@ from fastgen.batch.checks import (
     require_tokens,
 )
 from fastgen.batch.kinds import FACTS, KINDS, TRANSLATED, Batch, Kind
-from fastgen.batch.options import current_names, from_data, option
+from fastgen.batch.options import current_names, from_data, option, takes_old_names
 from fastgen.batch.vocabulary import (
     END,
     FIRST,
@@ -59,5 +59,6 @@ __all__ = [
     "require_range",
     "require_same_batch",
     "require_tokens",
+    "takes_old_names",
     "tokenize",
 ]

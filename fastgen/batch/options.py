@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+Config = TypeVar("Config", bound=type)
 
 
 def option(default: Any, help: str, *, from_data: bool = False) -> Any:
@@ -37,3 +40,19 @@ def current_names(config_class: type, saved: Mapping[str, Any]) -> dict[str, Any
         if old in saved and new in saved:
             raise ValueError(f"{new}: expected one value, got another under its old name {old}")
     return {renamed.get(name, name): value for name, value in saved.items()}
+
+
+def takes_old_names(config_class: Config) -> Config:
+    """Class decorator: the constructor takes keyword arguments under old names, too (``current_names``).
+
+    Raises:
+        ValueError: an option is given under both names.
+    """
+    init = config_class.__init__  # type: ignore[misc]
+
+    @functools.wraps(init)
+    def with_current_names(self: Any, *args: Any, **options: Any) -> None:
+        init(self, *args, **current_names(config_class, options))
+
+    config_class.__init__ = with_current_names  # type: ignore[misc]
+    return config_class

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.batch import NEVER_IGNORED, RANGE_TOLERANCE, caption_tokens, require_labels, require_tokens
+from fastgen.batch.options import takes_old_names
 from fastgen.checks import (
     require_choice,
     require_count,
@@ -60,6 +61,7 @@ WIDE: Mapping[str, Any] = {"width": 256, "depth": 8, "dropout": 0.0}
 WIDER = {**WIDE, "width": 384, "num_heads": 6}
 
 
+@takes_old_names
 @dataclass(frozen=True)
 class ImageTransformerConfig:
     """Configuration of an ``ImageTransformer``.

@@ -36,6 +36,7 @@ from fastgen.batch import (
     require_characters,
     require_known,
     require_tokens,
+    takes_old_names,
 )
 from fastgen.checks import (
     require_count,
@@ -57,6 +58,7 @@ Tables = tuple[Tensor, Tensor]
 """cos and sin of rotary embeddings."""
 
 
+@takes_old_names
 @dataclass(frozen=True)
 class Seq2SeqConfig:
     """Configuration of a ``Seq2Seq``.
@@ -107,6 +109,7 @@ class Seq2SeqConfig:
         return FIRST + len(self.vocabulary)
 
 
+@takes_old_names
 @dataclass(frozen=True)
 class DecodingOptions:
     """Decoding options of a ``Seq2Seq``.

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen.batch import NEVER_IGNORED, Vocabulary, check_vocabulary, require_tokens, tokenize
+from fastgen.batch import NEVER_IGNORED, Vocabulary, check_vocabulary, require_tokens, takes_old_names, tokenize
 from fastgen.checks import (
     require_choice,
     require_count,
@@ -52,6 +52,7 @@ USUAL_TOKENS, MOST_LONGER = 1_000_000, 3.0
 MIN_ROOM = 64  # slots of a bounded cache beyond what is attended to, so that its contents seldom move
 
 
+@takes_old_names
 @dataclass(frozen=True)
 class TransformerLMConfig:
     """Configuration of a ``TransformerLM``.

@@ -98,6 +98,11 @@ def test_renamed_sampling_options_are_accepted_on_the_command_line() -> None:
         add_fields(parser, DecodingOptions)
         return given_under_current_names(DecodingOptions, parse(parser, list(words), defaults=True))
 
+    assert DecodingOptions(beams=3).num_beams == 3  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="num_beams: expected one value"):
+        DecodingOptions(beams=3, num_beams=2)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'beam'"):
+        DecodingOptions(beam=3)  # type: ignore[call-arg]
     assert given() == {"source": "", "num_beams": 1, "temperature": 0.0}
     assert given("--beams", "3", "--source", "ab") == {"source": "ab", "num_beams": 3, "temperature": 0.0}
     with pytest.raises(ValueError, match="num_beams: expected one value, got another under its old name beams"):
