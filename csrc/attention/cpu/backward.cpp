@@ -66,7 +66,7 @@ FASTGEN_HOST_DEVICE void softmax_row(int64_t width, float lse, float delta, cons
                                      float* grads) {
   for (int64_t j = 0; j < width; j += kWidth) {
     Vector<kWidth> weight = vector_at<kWidth>(weights + j) - lse, grad = vector_at<kWidth>(grads + j);
-    exp_vector<kWidth>(weight);
+    exp_of_weight<kWidth>(weight);
     if constexpr (kKeep) {
       const Vector<kWidth> factor = vector_at<kWidth>(keep + j);
       vector_at<kWidth>(weights + j) = weight * factor;

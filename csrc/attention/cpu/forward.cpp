@@ -97,7 +97,7 @@ FASTGEN_HOST_DEVICE float softmax_row(const RowOfScores& t, float& row_max, floa
     [[maybe_unused]] const float* keep = kKeep ? t.keep + b * kTile : nullptr;
     for (int64_t j = 0; j < t.width(b); j += 2 * kWidth) {
       Vector<kWidth> even = vector_at<kWidth>(scores + j) - shift, odd = vector_at<kWidth>(scores + j + kWidth) - shift;
-      exp_vector<kWidth>(even), exp_vector<kWidth>(odd);
+      exp_of_weight<kWidth>(even), exp_of_weight<kWidth>(odd);
       sums.add(sums.even, even), sums.add(sums.odd, odd);
       if constexpr (kKeep) even *= vector_at<kWidth>(keep + j), odd *= vector_at<kWidth>(keep + j + kWidth);
       vector_at<kWidth>(scores + j) = even, vector_at<kWidth>(scores + j + kWidth) = odd;

@@ -48,36 +48,8 @@ FASTGEN_HOST_DEVICE void reduce_exp(const Vector<kWidth>& x, Vector<kWidth>& shi
   p = p * (r * r) + r + 1.0f;
 }
 
-// x = e^x, as exp_float of common/math.h: inf from 88.7228394 on, 0 up to -87.3365479.
-template <int kWidth>
-FASTGEN_HOST_DEVICE void exp_vector(Vector<kWidth>& x) {
-  using Floats = Vector<kWidth>;
-  constexpr float kLargest = 88.7228394f, kSmallest = -87.3365479f;
-  Floats bounded = x;
-#if FASTGEN_SCALE_VECTORS
-  // AVX-512 multiplies by 2^n with overflow to infinity, and NaN propagates: three instructions in place of six. An
-  // infinite x, whose n would be infinite too, is replaced by one that overflows.
-  constexpr int kCurrentRounding = 4;
-  if constexpr (kWidth == 16) {
-    bounded = __builtin_ia32_minps512_mask(kLargest + 1.0f - Floats{}, x, Floats{}, 0xffff, kCurrentRounding);
-  }
-#endif
-  Floats shifted, n, p;
-  reduce_exp<kWidth>(bounded, shifted, n, p);
-#if FASTGEN_SCALE_VECTORS
-  if constexpr (kWidth == 16) {
-    const auto kept = __builtin_ia32_cmpps512_mask(x, kSmallest - Floats{}, _CMP_NLE_UQ, 0xffff, kCurrentRounding);
-    x = __builtin_ia32_scalefps512_mask(p, n, Floats{}, kept, kCurrentRounding);
-    return;
-  }
-#endif
-  Floats result = (Floats)((Ints<kWidth>)p + ((Ints<kWidth>)shifted << 23));
-  result = x >= kLargest ? kInfinity - Floats{} : result;
-  result = x <= kSmallest ? Floats{} : result;
-  x = x == x ? result : x;
-}
-
-// x = e^x for x <= 0, or a little above, or NaN: the same values in fewer instructions. Far above 0 it is undefined.
+// x = e^x for x <= 0, or a little above, or NaN, with the values of exp_float of common/math.h: 0 up to -87.3365479.
+// Far above 0 it is undefined.
 template <int kWidth>
 FASTGEN_HOST_DEVICE void exp_of_weight(Vector<kWidth>& x) {
   using Floats = Vector<kWidth>;

@@ -36,7 +36,7 @@ FASTGEN_HOST_DEVICE void begin_row(const FirstRow& t, float lse, RowSums<kWidth>
   using Floats = Vector<kWidth>;
   for (int64_t j = 0; j < t.width; j += kWidth) {
     Floats weight = vector_at<kWidth>(t.scores + j) - lse;
-    exp_vector<kWidth>(weight);
+    exp_of_weight<kWidth>(weight);
     vector_at<kWidth>(t.scores + j) = weight;
   }
   if (!sums.shifted) {
