@@ -105,7 +105,6 @@ MNIST = (
         name="image-transformer, pixels",
         show=PIXELS,
         views=(COMPLETED,),
-        note="256 levels share 17 tones (`--model.tones`): 3.9 of the bits per dimension are the level within a tone.",
     ),
 )
 EMOJI = (

@@ -82,7 +82,7 @@ class ImageTransformerConfig:
     captions: bool = option(False, "condition on captions")
     codebook_size: int = option(0, "number of codebook entries of the VQ autoencoder; 0: model raw pixels")
     num_downsamples: int = option(2, "number of downsamplings of the VQ autoencoder")
-    tones: int = option(17, "number of pixel classes; neighboring levels share one if there are more levels")
+    tones: int = option(256, "largest number of pixel classes; neighboring levels share one if there are more")
     width: int = option(64, "embedding dimension")
     depth: int = option(4, "number of blocks")
     num_heads: int = option(4, "number of attention heads")
