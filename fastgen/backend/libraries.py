@@ -65,9 +65,8 @@ class CompiledLibrary:
             cause = error.__cause__ or error
             return f"{self.path.name} does not load: {str(cause).splitlines()[0].rpartition('/')[2]}"
         needed = ["fastgen_build_info"]
-        needed += (
-            ["fastgen_use_cpu_level", "fastgen_scan_float32", "fastgen_small_attention"] if self.device == "cpu" else []
-        )
+        if self.device == "cpu":
+            needed += ["fastgen_use_cpu_level", "fastgen_scan_float32", "fastgen_small_attention_dropout"]
         if not all(hasattr(handle, name) for name in needed):
             return f"{self.path.name} is of another version of fastgen: build or install fastgen again"
         self.handle = handle

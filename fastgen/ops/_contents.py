@@ -40,7 +40,9 @@ def contents(tensor: Tensor, wanted: int) -> int:
     """Those bits of ``wanted`` that hold for a floating CPU tensor, (B, H, N, D) or (B, H, N); maybe others too."""
     count = tensor.numel()
     if _scans and type(tensor) is Tensor and (tensor.is_contiguous() or _is_dense(tensor)):
-        return (_scans if count <= _FEW else _long_scans)[tensor.dtype](tensor.data_ptr(), count)
+        pointer = tensor.data_ptr()
+        if pointer:  # 0 without elements, and for tensors of zeros without memory
+            return (_scans if count <= _FEW else _long_scans)[tensor.dtype](pointer, count)
     tensor, found = tensor.detach(), 0
     if wanted & ZERO and tensor.count_nonzero().item() < count:
         found = ZERO

@@ -69,15 +69,18 @@ def test_results_and_derivatives_are_the_general_ones(general, name):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("name", ["plain", "boolean", "float"])
 @pytest.mark.parametrize("wanted", range(3))
-def test_one_argument_may_need_the_gradient(general, wanted):
-    leaves = inputs(torch.float64)
+def test_one_argument_may_need_the_gradient(general, wanted, name):
+    leaves, options = inputs(torch.float64), options_of(name, torch.float64)
     leaves[wanted].requires_grad_()
     results = []
     for run in (lambda call: call(), general):
-        out = run(lambda: functional.scaled_dot_product_attention(*leaves))
-        results.append(torch.autograd.grad(out.sin().sum(), leaves[wanted])[0])
-    torch.testing.assert_close(*results)
+        out = run(lambda: functional.scaled_dot_product_attention(*leaves, **options))
+        (grad,) = torch.autograd.grad(out.sin().sum(), leaves[wanted], create_graph=True)
+        results.append([grad, *torch.autograd.grad(grad.square().sum(), leaves[wanted], allow_unused=True)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, torch.zeros_like(b) if a is None else b)
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -301,8 +304,9 @@ def test_dropout_of_few_scores_is_direct_with_the_mask_of_the_operators(general,
     assert direct[0].eq(0).sum() == call()[0].eq(0).sum()
 
 
-def test_dropout_beside_masked_keys_with_nan_uses_one_seed():
-    tensors = inputs(torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_dropout_beside_masked_keys_with_nan_uses_one_seed(dtype):
+    tensors = inputs(dtype)
     mask = (torch.arange(7) < 4).expand(2, 3, 5, 7).contiguous()
     torch.manual_seed(1)
     wanted = functional.scaled_dot_product_attention(*tensors, mask, dropout_p=0.4), torch.rand(1)

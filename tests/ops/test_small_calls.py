@@ -16,15 +16,18 @@ TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 @pytest.fixture
 def served(monkeypatch):
-    """Whether each call of the compiled function gave the result."""
+    """Whether each call of the compiled functions gave the result."""
     found = []
-    kernel = small._kernel
 
-    def run(*arguments):
-        found.append(not kernel(*arguments))
-        return not found[-1]
+    def observed(kernel):
+        def run(*arguments):
+            found.append(not kernel(*arguments))
+            return not found[-1]
 
-    monkeypatch.setattr(small, "_kernel", run)
+        return run
+
+    for name in ("_kernel", "_dropout_kernel"):
+        monkeypatch.setattr(small, name, observed(getattr(small, name)))
     return found
 
 
@@ -54,14 +57,38 @@ def test_small_calls_are_right_at_every_level(name, dtype, rows_first, served):
     assert served == [True] * len(backend.cpu_levels()) or (name == "float" and dtype != torch.float32 and not served)
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_small_calls_with_dropout_drop_the_weights_that_the_operators_drop(name, served, monkeypatch):
+    tensors, options = inputs(keys=5 if name == "causal" else 7), options_of(name, torch.float32)
+
+    def call():
+        torch.manual_seed(3)
+        return attention(*tensors, **options, dropout_p=0.4)
+
+    found = []
+    for level in backend.cpu_levels():
+        with backend.use_cpu_level(level):
+            found.append(call())
+    assert served == [True] * len(found)
+    monkeypatch.setattr(direct, "takes_dropout", lambda *arguments: False)
+    wanted = call()
+    assert len(served) == len(found)
+    for out in found:
+        torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(wanted, attention(*tensors, **options), atol=1e-2)
+
+
 def test_larger_calls_and_those_with_derivatives_are_those_of_pytorch(served):
     tensors = inputs()
     count = tensors[0].numel() * tensors[1].size(2)
     assert count <= small.MOST < count * 8
     attention(*(tensor.repeat(8, 1, 1, 1) for tensor in tensors))
-    assert attention(*(tensor.clone().requires_grad_() for tensor in tensors)).requires_grad
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    assert attention(*leaves).requires_grad
+    assert attention(*leaves, dropout_p=0.1).requires_grad
     learned = torch.zeros(5, 7).view(1, 1, 5, 7).requires_grad_()
     assert attention(*tensors, learned).requires_grad
+    assert attention(*tensors, learned, dropout_p=0.1).requires_grad
     torch.func.vmap(attention)(*(tensor[None] for tensor in tensors))
     torch.func.jvp(attention, tuple(tensors), tuple(tensors))
     assert not served
@@ -85,6 +112,8 @@ def test_what_pytorch_does_not_keep_in_memory_takes_another_path(served):
     torch.testing.assert_close(attention(negated, key, value), attention(dense, key, value))
     zeros = torch._efficientzerotensor(key.shape)
     torch.testing.assert_close(attention(query, zeros, value), attention(query, torch.zeros_like(key), value))
+    leaf, mask = query.clone().requires_grad_(), torch.ones(1, 1, 5, 7, dtype=torch.bool)
+    torch.testing.assert_close(attention(leaf, zeros, value, mask), attention(leaf, torch.zeros_like(key), value, mask))
     apart = torch.stack((value, value), -1)[..., 0]
     torch.testing.assert_close(attention(query, key, apart), attention(query, key, value))
     assert served.count(True) == 3

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "attention/cpu/dropout.h"
 #include "common/cpu/convert.h"
 #include "common/cpu/levels.h"
 #include "common/cpu/sums.h"
@@ -30,6 +31,7 @@ struct SmallParams {
 struct SmallData {
   const void *query, *key, *value, *mask;
   void* out;
+  const DropoutParams* dropout;  // nullptr: none
 };
 
 template <typename T>
@@ -57,7 +59,7 @@ FASTGEN_HOST_DEVICE void mask_scores(const SmallParams& p, const void* mask, int
 // Returns whether the caller has to compute the result otherwise: see fastgen_small_attention.
 template <typename T>
 FASTGEN_HOST_DEVICE bool attend(const SmallParams& p, const SmallData& data) {
-  float query[kMostDim], scores[kMostKeys], out[kMostDim];
+  float query[kMostDim], scores[kMostKeys], keep[kMostKeys], out[kMostDim];
   bool refused = false;
   for (int64_t index = 0; index < p.batch * p.heads * p.queries; ++index) {
     const int64_t row = index % p.queries, head = index / p.queries % p.heads, batch = index / p.queries / p.heads;
@@ -74,6 +76,10 @@ FASTGEN_HOST_DEVICE bool attend(const SmallParams& p, const SmallData& data) {
     const float total = sum_row<kLanes>(p.keys, [&](int64_t j) { return scores[j]; });
     const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
     refused |= total == 0.0f && p.mask_kind == MaskKind::kNone;
+    if (data.dropout != nullptr) {
+      dropout_keep_row(*data.dropout, index, keep);
+      for (int64_t j = 0; j < p.keys; ++j) scores[j] *= keep[j];
+    }
     std::fill_n(out, p.dim, 0.0f);
     for (int64_t j = 0; j < p.keys; ++j) {
       const T* const value = at<T>(data.value, p.value_strides, batch, head, j);
@@ -100,6 +106,13 @@ FASTGEN_HOST_DEVICE bool attend_any(const SmallParams& p, const SmallData& data)
   }
 }
 
+int attend_checked(const void* params, const SmallData& data) {
+  const SmallParams& p = *static_cast<const SmallParams*>(params);
+  if (data.query == nullptr || data.key == nullptr || data.value == nullptr || data.out == nullptr) return 1;
+  if (data.mask == nullptr && p.mask_kind != MaskKind::kNone) return 1;
+  return for_level<attend_any>()(p, data) ? 1 : 0;
+}
+
 }  // namespace
 }  // namespace fastgen::cpu
 
@@ -112,9 +125,17 @@ FASTGEN_EXPORTED int64_t fastgen_small_attention_limit() {
 // weights and without a mask, a NaN beside a mask (masked keys may hold it), or a tensor without memory.
 FASTGEN_EXPORTED int fastgen_small_attention(const void* params, const void* query, const void* key, const void* value,
                                              const void* mask, void* out) {
-  using namespace fastgen::cpu;
-  const SmallParams& p = *static_cast<const SmallParams*>(params);
-  if (query == nullptr || key == nullptr || value == nullptr || out == nullptr) return 1;
-  if (mask == nullptr && p.mask_kind != MaskKind::kNone) return 1;
-  return for_level<attend_any>()(p, SmallData{query, key, value, mask, out}) ? 1 : 0;
+  return fastgen::cpu::attend_checked(params, {query, key, value, mask, out, nullptr});
+}
+
+// The same with dropout, by one seed.
+FASTGEN_EXPORTED int fastgen_small_attention_dropout(const void* params, const void* query, const void* key,
+                                                     const void* value, const void* mask, void* out,
+                                                     const int64_t* seed, double dropout_p) {
+  const auto& p = *static_cast<const fastgen::cpu::SmallParams*>(params);
+  const float factor = 1.0f / static_cast<float>(1.0 - dropout_p);
+  const fastgen::cpu::DropoutParams dropout{
+      seed,   p.batch * p.heads * p.queries, 0,      p.batch, p.heads, p.queries, 0, p.queries, p.keys, 0,
+      p.keys, static_cast<float>(dropout_p), factor, nullptr};
+  return fastgen::cpu::attend_checked(params, {query, key, value, mask, out, &dropout});
 }

@@ -7,6 +7,7 @@ differentiated. Where the scores are few, these, jvps and masks with a gradient 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -36,24 +37,28 @@ _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _is_tracing = torch._C._is_tracing
 _task = torch._C._current_graph_task_id
 _current_node: Any = torch._C._current_autograd_node
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
 _INFINITY = float("inf")
+_BOOLEAN, _FLOAT32 = torch.bool, torch.float32
 
 
 def _reads(mask: Tensor, shape: torch.Size, keys: int, dtype: torch.dtype) -> bool:
     """Whether PyTorch's kernel takes the mask as it is: (B, H, N, M), boolean or like query. ``shape``: query's."""
-    own = mask.shape
+    own, of_mask = mask.shape, mask.dtype
     return (
-        type(mask) in PLAIN
-        and (mask.dtype == torch.bool or mask.dtype == dtype)
-        and mask.is_cpu
+        (of_mask is dtype or of_mask is _BOOLEAN)
         and len(own) == 4
         and own[3] == keys
-        and (own[2] == 1 or own[2] == shape[2])
+        and (own[2] == shape[2] or own[2] == 1)
         and (own[1] == 1 or own[1] == shape[1])
         and (own[0] == 1 or own[0] == shape[0])
-        and mask.stride(3) == 1
+        and mask.is_cpu
+        and (mask.is_contiguous() or mask.stride()[3] == 1)
     )
+
+
+@functools.cache
+def _zero_and_infinity(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.zeros((), dtype=dtype, device="cpu"), torch.full((), -_INFINITY, dtype=dtype, device="cpu")
 
 
 def attend(
@@ -96,33 +101,27 @@ def attend(
     if _grad_enabled():
         recorded = query.requires_grad or key.requires_grad or value.requires_grad
         grad_of_mask = mask is not None and mask.requires_grad
-    if (
-        not (recorded or grad_of_mask)
-        and query.numel() * of_keys[2] <= small.MOST
-        and forward_ad._current_level < 0
-        and _interpreter() is None
-        and not _is_tracing()
-    ):
+    keys = of_keys[2]
+    transformed = forward_ad._current_level >= 0 or _interpreter() is not None
+    if not (recorded or grad_of_mask or transformed) and query.numel() * keys <= small.MOST and not _is_tracing():
         out = small.attend(query, key, value, mask, is_causal, scale, shape, of_keys)
         if out is not None:
             return out
-    if mask is not None and not _reads(mask, shape, of_keys[2], dtype):
+    if mask is not None and not _reads(mask, shape, keys, dtype):
         return None
+    narrow = dtype not in _DTYPES
     if (
-        dtype == torch.float32
-        and not is_causal
+        not (transformed or narrow or is_causal)
         and short.takes(shape, of_keys)
-        and forward_ad._current_level < 0
-        and _interpreter() is None
+        and dtype is _FLOAT32
         and not _is_tracing()
     ):
         out = short.attend(query, key, value, mask, scale)
         if out is not None:
             return out
-    narrow = dtype not in _DTYPES
     if narrow and (mask is not None or query.numel() >= FEW_ELEMENTS or not _is_small(shape, of_keys)):
         return _attend_in_16_bits(query, key, value, mask, is_causal, scale)
-    if forward_ad._current_level >= 0 or _interpreter() is not None:
+    if transformed:
         if mask is not None or narrow or not has_few_scores(query, key) or not _is_one_jvp():
             return None
         return _out(query, key, value, is_causal, scale)
@@ -131,13 +130,14 @@ def attend(
     if recorded:
         if _is_tracing():  # the general path says what torch.jit.trace does not record
             return None
-        if (
-            not _is_small(shape, of_keys)
-            or _saved_tensor_hooks(False) is not None
-            or (mask is not None and not query.requires_grad)
-        ):
+        if not _is_small(shape, of_keys) or _saved_tensor_hooks(False) is not None:
             attend_to_many = _attend_in_16_bits if narrow else _attend_to_many
             return attend_to_many(query, key, value, mask, is_causal, scale)
+        if mask is not None:
+            if contents(key, NOT_FINITE) & NOT_FINITE:
+                return None  # the gradients are NaN where a key that every query masks is infinite
+            if mask.dtype is _BOOLEAN:  # in one operator, where torch's function takes three
+                mask = torch.where(mask, *_zero_and_infinity(dtype))
     try:
         if scale is None:
             out = torch_attention(query, key, value, mask, 0.0, is_causal)
@@ -148,9 +148,9 @@ def attend(
     if mask is not None:
         if contents(out, NAN) & NAN:
             return None
-    elif (narrow or of_keys[2] < SHORTEST_VECTOR_FREE) and contents(out, ZERO) & ZERO:
+    elif (keys < SHORTEST_VECTOR_FREE or narrow) and contents(out, ZERO) & ZERO:
         return None  # the kernel may have lost a NaN, or in 16 bits an infinite score: such a row is 0
-    if recorded and not _let_differentiate(out.grad_fn, mask is not None) and mask is not None:
+    if recorded and not _let_differentiate(out.grad_fn) and mask is not None:
         return None  # the formula's gradients are NaN where a key that every query masks is infinite
     return out
 
@@ -206,10 +206,7 @@ def _attend_in_16_bits(
     mask = mask if mask is None else additive(mask, dtype)
     node_wanted = _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     if node_wanted and (
-        not has_few_scores(query, key)
-        or widens(query, backward=True)
-        or _saved_tensor_hooks(False) is not None
-        or not (mask is None or query.requires_grad)
+        not has_few_scores(query, key) or widens(query, backward=True) or _saved_tensor_hooks(False) is not None
     ):
         try:
             out: Tensor = _apply(query, key, value, mask, is_causal, query.shape[3] ** -0.5 if scale is None else scale)
@@ -223,7 +220,9 @@ def _attend_in_16_bits(
         if _hides_nan(lse, mask):
             return None
         if node_wanted:
-            _let_differentiate(out.grad_fn, mask is not None)
+            if mask is not None and contents(key, NOT_FINITE) & NOT_FINITE:
+                return None
+            _let_differentiate(out.grad_fn)
     return None if mask is not None and contents(out, NAN) & NAN else out
 
 
@@ -305,8 +304,18 @@ def attend_with_dropout(
 ) -> Tensor | None:
     """out by the formula, which autograd differentiates to any order, with the operators' dropout mask; None where
     they have to serve, since a key that every query masks may hold NaN."""
-    batch, heads, queries, _ = query.shape
-    keys = key.shape[2]
+    shape, of_keys = query.shape, key.shape
+    if query.numel() * of_keys[2] <= small.MOST and not (
+        _grad_enabled()
+        and (
+            query.requires_grad or key.requires_grad or value.requires_grad or (mask is not None and mask.requires_grad)
+        )
+    ):
+        small_out = small.attend(query, key, value, mask, is_causal, scale, shape, of_keys, seed, dropout_p)
+        if small_out is not None:
+            return small_out
+    batch, heads, queries, _ = shape
+    keys = of_keys[2]
     sizes = (batch * heads * queries, 0, batch, heads, queries, 0, queries, keys, 0, keys)
     keep = call(COMPILED, "cpu_dropout_keep", seed, *sizes, dropout_p)
     if query.dtype == torch.float64:  # the factor too
@@ -328,74 +337,44 @@ def _is_one_jvp() -> bool:
     return len(stack) == 1 and stack[0].key() == torch._C._functorch.TransformType.Jvp
 
 
-class _Backward:
-    """Hooks on the backward of torch's kernel, for few scores: torch's gradients, but those of the formula where they
-    are to be differentiated, or where a key that every query masks holds NaN.
+def _before(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
+    """Hook before the backward of torch's kernel, for few scores: torch's gradients, but those of the formula where
+    they are to be differentiated.
 
-    A function of Python costs as much as the kernel and its backward, and a hook a tenth of it: without a mask the one
-    after the kernel is registered by the one before it, where it has work to do. The hooks hold no tensor: they read
-    those that the node saved.
+    A function of Python costs as much as the kernel and its backward, and a hook a tenth of it. The hook after the
+    kernel is registered by this one, where it has work to do. They hold no tensor: they read those that the node saved.
     """
-
-    @staticmethod
-    def before(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
-        # must_be_differentiable, without its calls: this runs in every backward pass.
-        if not _grad_enabled() and forward_ad._current_level < 0 and _interpreter() is None:
-            return None
-        node = _current_node()
-        mine = object()
-        if node.metadata.setdefault(_HOOKED, mine) is mine:  # once, also if two threads differentiate the graph
-            node.register_hook(_after)
-        return _keep(grads, node)
-
-    @staticmethod
-    def before_mask(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
-        if not _grad_enabled() and forward_ad._current_level < 0 and _interpreter() is None:
-            return None
-        return _keep(grads, _current_node())
-
-    @staticmethod
-    def after(grads: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...]) -> Any:
-        if not _grad_enabled() and forward_ad._current_level < 0 and _interpreter() is None:
-            return None
-        return _any_order(grads, given)
-
-    @staticmethod
-    def after_mask(grads: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...]) -> Any:
-        if not _grad_enabled() and forward_ad._current_level < 0 and _interpreter() is None:
-            # Of the gradients of query and key, either shows a NaN of the scores' gradient.
-            first = grads[1] if grads[0] is None else grads[0]
-            if first is None or _is_batched(first) or not contents(first, NAN) & NAN:
-                return None
-        return _any_order(grads, given)
-
-
-def _keep(grads: tuple[Tensor | None, ...], node: Any) -> tuple[Tensor | None, ...] | None:
-    """Where the formula serves, keeps the gradient from the kernel, which takes no dual numbers and no batch."""
+    # must_be_differentiable, without its calls: this runs in every backward pass.
+    if not _grad_enabled() and forward_ad._current_level < 0 and _interpreter() is None:
+        return None
+    node = _current_node()
+    mine = object()
+    if node.metadata.setdefault(_HOOKED, mine) is mine:  # once, also if two threads differentiate the graph
+        node.register_hook(_after)
     if grads[0] is None:
         return None
     query = node._saved_query
-    node.metadata[_KEPT, _task()] = grads[0]
+    node.metadata[_KEPT, _task()] = grads[0]  # from the kernel, which takes no dual numbers and no batch
     return (torch.zeros(query.shape, dtype=query.dtype), *grads[1:])
 
 
+def _after(grads: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...]) -> Any:
+    if not _grad_enabled() and forward_ad._current_level < 0 and _interpreter() is None:
+        return None
+    return _any_order(grads, given)
+
+
 _KEPT, _HOOKED = "fastgen: gradient of out", "fastgen: hook after the kernel"
-_before, _before_mask = _Backward.before, _Backward.before_mask
-_after, _after_mask = _Backward.after, _Backward.after_mask
 _nodes: set[type] = set()
 
 
-def _let_differentiate(node: Any, masked: bool) -> bool:
+def _let_differentiate(node: Any) -> bool:
     """Hooks for the node of torch's kernel. False for any other node, which PyTorch differentiates itself."""
     if type(node) not in _nodes:
         if type(node).__name__ != "ScaledDotProductFlashAttentionForCpuBackward0":
             return False
         _nodes.add(type(node))
-    if masked:
-        node.register_prehook(_before_mask)
-        node.register_hook(_after_mask)
-    else:
-        node.register_prehook(_before)
+    node.register_prehook(_before)
     return True
 
 

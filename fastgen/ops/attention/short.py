@@ -41,9 +41,9 @@ def takes(shape: torch.Size, of_keys: torch.Size) -> bool:
     batch, heads, queries, dim = shape
     keys = of_keys[2]
     return (
-        keys <= MOST_KEYS
+        queries >= FEWEST_QUERIES
+        and keys <= MOST_KEYS
         and dim <= MOST_DIM
-        and queries >= FEWEST_QUERIES
         and batch * heads >= FEWEST_HEADS
         and batch * heads * queries * keys * dim >= LEAST_WORK
     )

@@ -33,6 +33,7 @@ class _Params(ctypes.Structure):
 
 
 _kernel: Callable[..., int] | None = None
+_dropout_kernel: Callable[..., int] | None = None
 _limit = 0
 _Plan = tuple[_Params, int]
 _plans: dict[Any, _Plan | None] = {}
@@ -42,7 +43,7 @@ does not serve."""
 
 def use_compiled() -> None:
     """Takes the function of the compiled library, which is loaded after the operators are defined."""
-    global _kernel, _limit
+    global _kernel, _dropout_kernel, _limit
     library = library_for("cpu")
     if not library.loaded:
         return
@@ -52,6 +53,9 @@ def use_compiled() -> None:
     kernel = functions.fastgen_small_attention
     kernel.restype, kernel.argtypes = ctypes.c_int, [ctypes.c_void_p] * 6
     _kernel = kernel
+    kernel = functions.fastgen_small_attention_dropout
+    kernel.restype, kernel.argtypes = ctypes.c_int, [*[ctypes.c_void_p] * 7, ctypes.c_double]
+    _dropout_kernel = kernel
 
 
 def attend(
@@ -63,14 +67,16 @@ def attend(
     scale: float | None,
     shape: torch.Size,
     of_keys: torch.Size,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> Tensor | None:
     """out, (B, H, N, D) in the layout of query; None where another implementation has to serve.
 
     The caller has checked what ``direct.attend`` checks of query, key and value, and that no derivative is wanted.
-    ``shape`` and ``of_keys``: those of query, and of key and value.
+    ``shape`` and ``of_keys``: those of query, and of key and value. ``seed``: of dropout, or None.
     """
-    kernel = _kernel
-    if kernel is None or not (key.is_cpu and value.is_cpu):
+    kernel, dropout_kernel = _kernel, _dropout_kernel
+    if kernel is None or dropout_kernel is None or not (key.is_cpu and value.is_cpu):
         return None
     try:
         options: Any = (is_causal, scale)
@@ -88,7 +94,7 @@ def attend(
         if plan is None or query.is_neg() or key.is_neg() or value.is_neg():
             return None
         out = torch.empty_like(query)
-        refused = kernel(
+        pointers = (
             plan[1],
             query.data_ptr(),
             key.data_ptr(),
@@ -96,6 +102,7 @@ def attend(
             None if mask is None else mask.data_ptr(),
             out.data_ptr(),
         )
+        refused = kernel(*pointers) if seed is None else dropout_kernel(*pointers, seed.data_ptr(), dropout_p)
     except RuntimeError:  # tensors without strides or memory of their own
         return None
     return None if refused else out
