@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,16 +67,26 @@ def multi_head_projection(
         >>> multi_head_projection(torch.randn(2, 5, 6), torch.randn(8, 6), num_heads=4).shape
         torch.Size([2, 4, 5, 2])
     """
+    if (
+        norm is None
+        and rotary is None
+        and channels_first is False
+        and not overridden(x, weight, bias)
+        and _may_be_direct(x)
+    ):
+        common = direct.to_one_part(x, weight, bias, num_heads)
+        if common is not None:
+            return common
     norms = () if norm is None else (norm,)
     if overridden_heads(x, weight, bias, norms, rotary) and (own := relevant(x, weight, bias, norm, *items(rotary))):
         return handle_torch_function(  # type: ignore[no-any-return]
             multi_head_projection, own, x, weight, bias, num_heads=num_heads, channels_first=channels_first, norm=norm,
             norm_eps=norm_eps, rotary=rotary, interleaved=interleaved,
         )  # fmt: skip
-    if norm is None and rotary is None and channels_first is False and not is_dynamo_compiling():
-        common: tuple[Tensor, ...] | None = _front_of(x).to_heads(x, weight, bias, (num_heads,), None)
-        if common is not None:
-            return common[0]
+    if norm is None and rotary is None and channels_first is False and _may_be_an_operator(x):
+        parts = operator_path.to_heads(x, weight, bias, (num_heads,), None)
+        if parts is not None:
+            return parts[0]
     check.require_positive("num_heads", num_heads)
     check.require_tensor("weight", weight)
     if weight.dim() != 2 or weight.size(0) == 0:
@@ -186,13 +195,18 @@ def qkv_projection(
         >>> q.shape, v.shape
         (torch.Size([2, 4, 5, 4]), torch.Size([2, 1, 5, 4]))
     """
+    plain = rotary is None and channels_first is False and type(norms) is tuple and not norms
+    if plain and not overridden(x, weight, bias) and _may_be_direct(x):
+        common = direct.to_heads(x, weight, bias, heads, head_dims)
+        if common is not None:
+            return common
     if overridden_heads(x, weight, bias, norms, rotary) and (own := relevant(x, weight, bias, *items(norms, rotary))):
         return handle_torch_function(  # type: ignore[no-any-return]
             qkv_projection, own, x, weight, bias, heads=heads, head_dims=head_dims, channels_first=channels_first,
             norms=norms, norm_eps=norm_eps, rotary=rotary, rotated=rotated, interleaved=interleaved,
         )  # fmt: skip
-    if rotary is None and channels_first is False and type(norms) is tuple and not norms and not is_dynamo_compiling():
-        common: tuple[Tensor, ...] | None = _front_of(x).to_heads(x, weight, bias, heads, head_dims)
+    if plain and _may_be_an_operator(x):
+        common = operator_path.to_heads(x, weight, bias, heads, head_dims)
         if common is not None:
             return common
     tokens = tokens_of(x, channels_first)
@@ -229,9 +243,14 @@ def qkv_projection(
     return projection(tokens, weight, bias, after, layout, namespace)
 
 
-def _front_of(x: Tensor) -> Any:
-    """The module that serves common calls of tensors like this one."""
-    return direct if selection.backend == "auto" and getattr(x, "is_cpu", True) else operator_path
+def _may_be_direct(x: Tensor) -> bool:
+    """Whether ``direct`` may serve a common call: no backend is forced, on CPU, not traced by Dynamo."""
+    return selection.backend == "auto" and getattr(x, "is_cpu", False) and not is_dynamo_compiling()
+
+
+def _may_be_an_operator(x: Tensor) -> bool:
+    """Whether ``operator_path`` may serve a common call: that of a GPU, or of a forced backend."""
+    return (selection.backend != "auto" or not getattr(x, "is_cpu", True)) and not is_dynamo_compiling()
 
 
 def _select_for_heads(tokens: Tensor, layout: Layout, after: HeadEpilogue) -> str:
@@ -288,8 +307,12 @@ def merge_heads_projection(
         return handle_torch_function(  # type: ignore[no-any-return]
             merge_heads_projection, own, x, weight, bias, residual=residual, gate=gate, channels_first=channels_first
         )
-    if gate is None and channels_first is False and not is_dynamo_compiling():
-        common: Tensor | None = _front_of(x).from_heads(x, weight, bias, residual)
+    if gate is None and channels_first is False:
+        common: Tensor | None = None
+        if _may_be_direct(x):
+            common = direct.from_heads(x, weight, bias, residual)
+        elif _may_be_an_operator(x):
+            common = operator_path.from_heads(x, weight, bias, residual)
         if common is not None:
             return common
     tensors = {"x": x, "weight": weight, "bias": bias, "residual": residual}

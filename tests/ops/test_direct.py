@@ -22,7 +22,7 @@ def general(monkeypatch):
 
     def run(call):
         with monkeypatch.context() as patch:
-            for name in ("to_heads", "from_heads"):
+            for name in ("to_one_part", "to_heads", "from_heads"):
                 patch.setattr(projection_module.direct, name, lambda *arguments: None)
             patch.setattr(module.direct, "attend", lambda *arguments: None)
             patch.setattr(module.direct, "takes_dropout", lambda *arguments: False)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fastgen.checks import FLOATING
-from fastgen.ops._direct import PLAIN, is_common
+from fastgen.ops._direct import PLAIN, _autocast, _dispatch_modes, is_common, is_transformed
 
 _OPTIONAL = PLAIN | {type(None)}
 _SEQUENCES = frozenset((tuple, list))
@@ -33,43 +33,83 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def to_heads(
-    x: Tensor, weight: Tensor, bias: Tensor | None, heads: Sequence[int], head_dims: Sequence[int] | None
-) -> tuple[Tensor, ...] | None:
-    """(B, N, C) to one (B, H, N, D) for each part; None where the function's other path has to serve.
+def to_one_part(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor | None:
+    """(B, N, C) to (B, H, N, D); None where the function's other path has to serve.
 
-    Without ``head_dims`` there is one part, and D follows from the weight.
+    In one function, as ``to_heads`` is, because a call of Python takes a tenth of what the linear map takes.
     """
-    if not _takes(x, weight, bias) or not x.is_contiguous() or type(heads) not in _SEQUENCES or not heads:
-        return None
-    shape, rows = x.shape, weight.shape
-    count, parts = heads[0], len(heads)
-    if type(count) is not int or len(rows) != 2:
-        return None
-    if head_dims is None:
-        dim = rows[0] // max(count, 1)
-    elif type(head_dims) not in _SEQUENCES or len(head_dims) != parts:
-        return None
-    else:
-        dim = head_dims[0]
-        if parts > 1 and (any(h != count for h in heads) or any(d != dim for d in head_dims)):
-            return None
     if (
-        type(dim) is not int
-        or count < 1
-        or dim < 1
-        or len(shape) != 3
-        or rows != (parts * count * dim, shape[2])
-        or (bias is not None and bias.shape != rows[:1])
+        type(x) not in PLAIN
+        or type(weight) not in PLAIN
+        or type(bias) not in _OPTIONAL
+        or type(heads) is not int
+        or heads < 1
+        or _dispatch_modes()
+        or _autocast()
+        or x.dtype not in _DTYPES
+        or not x.is_cpu
+        or not x.is_contiguous()
     ):
         return None
     try:
+        batch, length, channels = x.shape
+        rows, inputs = weight.shape
+        if type(rows) is not int:  # as sizes are while torch.jit.trace records
+            return None
+        if inputs != channels or rows < 1 or rows % heads or (bias is not None and bias.shape != (rows,)):
+            return None
         y = linear(x, weight, bias)
-    except RuntimeError:  # two dtypes or devices
+    except (RuntimeError, ValueError):  # two dtypes or devices, nested tensors; other numbers of dims
         return None
-    if parts == 1:
-        return (y.view(shape[0], shape[1], count, dim).transpose(1, 2),)
-    return y.view(shape[0], shape[1], parts, count, dim).permute(2, 0, 3, 1, 4).unbind(0)
+    dim = rows // heads
+    if y.requires_grad or is_transformed():
+        return y.view(batch, length, heads, dim).transpose(1, 2)
+    return y.as_strided((batch, heads, length, dim), (length * rows, dim, rows, 1))
+
+
+def to_heads(
+    x: Tensor, weight: Tensor, bias: Tensor | None, heads: Sequence[int], head_dims: Sequence[int]
+) -> tuple[Tensor, ...] | None:
+    """(B, N, C) to one (B, H, N, D) for each part; None where the function's other path has to serve, which is where
+    the parts differ in size."""
+    if (
+        type(x) not in PLAIN
+        or type(weight) not in PLAIN
+        or type(bias) not in _OPTIONAL
+        or type(heads) not in _SEQUENCES
+        or type(head_dims) not in _SEQUENCES
+        or not heads
+        or not head_dims
+        or _dispatch_modes()
+        or _autocast()
+        or x.dtype not in _DTYPES
+        or not x.is_cpu
+        or not x.is_contiguous()
+    ):
+        return None
+    count, dim, parts = heads[0], head_dims[0], len(heads)
+    if (
+        type(count) is not int
+        or type(dim) is not int
+        or count < 1
+        or dim < 1
+        or heads.count(count) != parts
+        or len(head_dims) != parts
+        or head_dims.count(dim) != parts
+    ):
+        return None
+    try:
+        batch, length, channels = x.shape
+        rows = parts * count * dim
+        if weight.shape != (rows, channels) or (bias is not None and bias.shape != (rows,)):
+            return None
+        y = linear(x, weight, bias)
+    except (RuntimeError, ValueError):  # two dtypes or devices, nested tensors; other numbers of dims
+        return None
+    if y.requires_grad or is_transformed():
+        return y.view(batch, length, parts, count, dim).permute(2, 0, 3, 1, 4).unbind(0)
+    sizes, strides = (parts, batch, count, length, dim), (count * dim, length * rows, dim, rows, 1)
+    return y.as_strided(sizes, strides).unbind(0)
 
 
 def from_heads(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor | None:
