@@ -9,6 +9,7 @@ import torch
 
 from fastgen import backend, reference
 from fastgen.functional import scaled_dot_product_attention as attention
+from fastgen.ops.attention import direct, short
 from fastgen.testing import assert_accurate
 
 SIZES = [(16, 2, 49, 49, 32), (8, 4, 33, 80, 64), (16, 2, 70, 17, 40), (8, 4, 40, 256, 16)]
@@ -154,3 +155,27 @@ def test_the_gradient_of_a_bias_has_the_same_bits_on_any_number_of_threads():
         torch.set_num_threads(threads)
     for grads in found[1:]:
         torch.testing.assert_close(grads, found[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rows_first", [False, True])
+@pytest.mark.parametrize("kind", ["none", "padding", "boolean", "rows masked"])
+def test_float16_is_computed_in_float32_where_the_processor_has_no_products_of_it(kind, rows_first, monkeypatch):
+    sizes = SIZES[1]
+    tensors, mask = [t.half() for t in make(sizes, rows_first)], mask_of(kind, *sizes[:4])
+    served = []
+    attend = short.attend
+    monkeypatch.setattr(short, "attend", lambda *arguments: served.append(attend(*arguments)) or served[-1])
+    monkeypatch.setattr(direct, "has_products", lambda dtype: True)
+    attention(*tensors, mask)
+    monkeypatch.setattr(direct, "has_products", lambda dtype: False)
+    assert not served
+    exact = formula(*(t.double() for t in tensors), mask)
+    if kind == "padding":
+        hidden = ~mask.squeeze(2).unsqueeze(-1)
+        tensors[1:] = [t.masked_fill(hidden, math.nan) for t in tensors[1:]]
+    out = attention(*tensors, mask)
+    assert [wide.dtype for wide in served] == [torch.float32]
+    assert (out.dtype, out.stride()) == (torch.float16, tensors[0].stride())
+    torch.testing.assert_close(out.double(), exact, rtol=2**-11, atol=1e-6)
+    assert attention(*(t.requires_grad_() for t in tensors), mask).requires_grad
+    assert len(served) == 1
