@@ -18,8 +18,11 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Context manager that disables autocast on the device. Meta tensors have none; torch raises for them."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    """Context manager that disables autocast on the device, if it is enabled. Meta tensors have none; torch raises for
+    them."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def lower(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

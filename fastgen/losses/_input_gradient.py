@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node, get_gradient_edge
 
 from fastgen import checks as check
@@ -89,7 +90,9 @@ def _depends_through_compiled(outputs: Tensor, source: Tensor) -> bool:
     if root is None:  # outputs are source
         return False
     nodes = [root, *(node for node, _ in _edges([root], target.node))]
-    compiled = [node for node in nodes if "CompiledFunctionBackward" in node.name()]
+    compiled = [
+        node for node in nodes if isinstance(node, BackwardCFunction) and "CompiledFunctionBackward" in node.name()
+    ]
     return any(node == target.node and index == target.output_nr for node, index in _edges(compiled, target.node))
 
 

@@ -32,6 +32,7 @@ __all__ = ["discriminator_loss", "generator_loss"]
 
 AdversarialLoss = Literal["minimax", "non-saturating", "least-squares", "hinge", "wasserstein"]
 ADVERSARIAL_LOSSES: tuple[str, ...] = get_args(AdversarialLoss)
+_WIDE = (torch.float32, torch.float64)
 
 
 def _check_kind(kind: str) -> None:
@@ -45,13 +46,13 @@ def _upcast_scores(name: str, scores: Tensor) -> Tensor:
     check.require_floating(name, scores)
     if scores.numel() == 0:
         raise ValueError(f"{name}: expected at least one score, got {check.shape_of(scores)}")
-    upcast = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    return upcast + 0 * upcast.detach()
+    upcast = scores if scores.dtype in _WIDE else scores.float()
+    return upcast.add(upcast.detach(), alpha=0)
 
 
 def _softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x), accurate in float64. (``F.softplus`` is linear above 20.)"""
-    return -F.logsigmoid(-x)
+    """log(1 + e^x), accurate in float64. (``F.softplus`` is linear above 20, which float32 does not tell apart.)"""
+    return F.softplus(x) if x.dtype == torch.float32 else -F.logsigmoid(-x)
 
 
 def discriminator_loss(real_scores: Tensor, fake_scores: Tensor, kind: AdversarialLoss = "non-saturating") -> Tensor:

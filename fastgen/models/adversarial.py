@@ -121,7 +121,8 @@ def discriminator_objective(
                 penalty = losses.gradient_penalty(image_scores, real, fake.to(real.dtype), scaler=context.scaler)
             else:
                 penalty = losses.dragan_penalty(image_scores, real, scaler=context.scaler)
-            penalty = config.penalty_every * penalty
+            if config.penalty_every > 1:
+                penalty = config.penalty_every * penalty
             loss = loss + config.penalty_weight * penalty
             values["penalty"] = penalty.detach()
     return {"loss": loss, **values}
