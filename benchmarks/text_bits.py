@@ -6,7 +6,9 @@ The text is source code of Python's standard library, which everyone has: its fi
 5 MB (``runs/text/stdlib.txt``). It differs between versions of Python. The last tenth is held out; all figures are of
 that part:
 
-    transformer-lm   fastgen train transformer-lm --data runs/text/stdlib.txt --tokens N, then fastgen evaluate
+    transformer-lm   fastgen train transformer-lm --data runs/text/stdlib.txt --tokens N, then fastgen evaluate; with
+                     a context of 128 tokens, and on texts of twice that length as two segments (Transformer-XL) and
+                     with a window of 128 tokens in each block (Longformer), in half as many steps
     n-gram           interpolated modified Kneser-Ney smoothing of characters (ngram.py)
     gzip, bzip2, xz  at their highest levels: how much longer the compressed text is with the held-out part at its end
                      than without, and the held-out part alone
@@ -32,7 +34,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "text-bits.json"
-TEXT, RUN = "runs/text/stdlib.txt", "runs/text/transformer-lm"
+TEXT = "runs/text/stdlib.txt"
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "transformer-lm": (),
+    "transformer-lm, segments": ("--model.segments", "2"),
+    "transformer-lm, window": ("--model.context", "256", "--model.window", "128"),
+}
+"""Options of the trainings. Those with options train on texts of twice the length, in half as many steps."""
 BYTES = 5_000_000
 SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3", "pydoc_data"}
 COMPRESSORS = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lambda data: lzma.compress(data, preset=9)}
@@ -79,17 +87,19 @@ def table(record: dict) -> list[str]:
     return lines
 
 
-def transformer(tokens: int, steps: int) -> tuple[str, str, float, float]:
-    """(command, name, nats per character of the held-out text, CPU minutes) of a training of transformer-lm."""
+def transformer(name: str, tokens: int, steps: int) -> tuple[str, str, float, float]:
+    """(command, name with the size, nats per character of the held-out text, CPU minutes) of one of VARIANTS."""
     from zoo import fastgen
 
-    words = ["train", "transformer-lm", "--data", TEXT, "--tokens", str(tokens), "--steps", str(steps), "--out", RUN]
+    options, run = VARIANTS[name], "runs/text/" + name.replace(", ", "-")
+    words = ["train", "transformer-lm", "--data", TEXT, "--tokens", str(tokens), *options]
+    words += ["--steps", str(steps // 2 if options else steps), "--out", run]
     _, seconds = fastgen(*words, "--overwrite")
-    fastgen("evaluate", RUN)
-    figures = json.loads((ROOT / RUN / "evaluation.json").read_text())["figures"]
+    fastgen("evaluate", run)
+    figures = json.loads((ROOT / run / "evaluation.json").read_text())["figures"]
     nats = next(figure["value"] for figure in figures if figure["name"] == "nats per character")
-    parameters = json.loads((ROOT / RUN / "environment.json").read_text())["parameters"]
-    return f"fastgen {' '.join(words)}", f"transformer-lm, {parameters:,} parameters", nats, seconds / 60
+    parameters = json.loads((ROOT / run / "environment.json").read_text())["parameters"]
+    return f"fastgen {' '.join(words)}", f"{name}, {parameters:,} parameters", nats, seconds / 60
 
 
 def main() -> None:
@@ -116,10 +126,13 @@ def main() -> None:
     models = [[f"{given.order}-gram of characters", nats * per_byte, minutes]]
     print("\n".join(table({"models": models, "compressors": compressors})), flush=True)
 
-    command, name, nats, minutes = transformer(given.tokens, given.steps)
-    models.insert(0, [f"{name}, {given.tokens:,} tokens", nats * per_byte, minutes])
+    commands = []
+    for at, variant in enumerate(VARIANTS):
+        command, name, nats, minutes = transformer(variant, given.tokens, given.steps)
+        commands.append(command)
+        models.insert(at, [f"{name}, {given.tokens:,} tokens", nats * per_byte, minutes])
     record = {
-        "command": command,
+        "commands": commands,
         "python": platform.python_version(),
         "bytes": len(text.encode()),
         "held-out bytes": len(held.encode()),
