@@ -93,7 +93,8 @@ py::array run_planted(size_t index, const Three& grid, const Three& block, size_
 
 }  // namespace
 
-PYBIND11_MODULE(FASTGEN_KERNELS_MODULE, m) {
+// Every module with kernels has this name, so that this file is compiled once for all.
+PYBIND11_MODULE(kernels_module, m) {
   m.def("run", run_kernel);
   m.def("run_planted", run_planted);
   m.def("kernels", [] {

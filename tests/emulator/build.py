@@ -124,12 +124,16 @@ def manifest(own: Path | None = None, dtype: str | None = None) -> str:
         "  command = $cxx -shared $in -o $out $libs",
     ]
 
-    def library(name: str, sources: list[tuple[Path, str]], libs: str, *after: str, linked: Sequence[str] = ()) -> None:
-        objects = [*linked]
+    def compiled(name: str, sources: list[tuple[Path, str]]) -> list[str]:
+        objects = []
         for source, extra in sources:
             path = source.relative_to(ROOT)
             objects.append(f"$out_dir/{name}/{path}.o")
             lines.extend([f"build {objects[-1]}: cc {path}", f"  extra = {extra}"])
+        return objects
+
+    def library(name: str, sources: list[tuple[Path, str]], libs: str, *after: str, linked: Sequence[str] = ()) -> None:
+        objects = [*linked, *compiled(name, sources)]
         needs = " ".join(f"$out_dir/{other}" for other in after)
         lines.extend([f"build $out_dir/{name}.so: link {' '.join(objects)} | {needs}", f"  libs = {libs}"])
 
@@ -150,10 +154,11 @@ def manifest(own: Path | None = None, dtype: str | None = None) -> str:
     library("libemulator", [(path, "-O2") for path in sorted((HERE / "core").glob("*.cpp"))], core_link)
 
     def kernels_module(name: str, kernels: list[Path]) -> None:
-        named = f"-DFASTGEN_KERNELS_MODULE={name} -DFASTGEN_KERNELS_EMULATED"
-        bindings = [(HERE / file, f"-O1 {python} {named}") for file in ("bindings.cpp", "controls.cpp")]
+        # Compiled once for all modules.
+        options = f"-O1 {python} -DFASTGEN_KERNELS_EMULATED"
+        bindings = compiled("bindings", [(HERE / file, options) for file in ("bindings.cpp", "controls.cpp")])
         sources = [(path, instrument) for path in kernels]
-        library(name, sources + bindings, f"{origin}{wrap} -lemulator", "libemulator.so")
+        library(name, sources, f"{origin}{wrap} -lemulator", "libemulator.so", linked=bindings)
 
     if own is not None:
         kernels_module(own.stem, [own])
@@ -212,7 +217,8 @@ def run_ninja(path: Path, text: str) -> None:
 
 
 def load(library: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(library.stem, library)
+    """A library with bindings.cpp, which names each module alike."""
+    spec = importlib.util.spec_from_file_location("kernels_module", library)
     assert spec is not None
     assert spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
@@ -254,7 +260,7 @@ def compile_for_cuda(architecture: str, library: Path) -> None:
     folders = [*compile_check.INCLUDES, pybind11.get_include(), sysconfig.get_paths()["include"]]
     command = [str(compile_check.find_nvcc()), "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
-    options = [*(f"-I{one}" for one in folders), f"-DFASTGEN_KERNELS_MODULE={library.stem}"]
+    options = [f"-I{one}" for one in folders]
 
     def compiled(source: Path) -> str:
         target = library.with_name(f"{library.stem}-{source.stem}.o")
