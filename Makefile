@@ -100,13 +100,16 @@ docs: $(VENV)/.docs
 # spill, on a kernel over its budget (tests/kernel_budgets.py) and on a main loop with too many instructions. The kernels
 # of the last architecture are those of a wheel that is built. Without nvcc the compiler comes from PyPI, and so does the
 # disassembler. make cuda-check SASS=1 counts the instructions of all kernels instead of building a wheel.
+# CUDA_DTYPES="bfloat16 float32" leaves out the sources of float16 where no wheel is built; a wheel has all dtypes.
 CUDA_ARCH ?= 80 90a 120
+CUDA_DTYPES ?=
 CUDA_WHEELS := cuda-toolkit[nvcc,nvvm,crt,cudart,cccl]==13.0.2
 SASS_WHEEL := nvidia-cuda-nvdisasm==13.5.37
 cuda-check: $(VENV)/.dev
 	command -v nvcc >/dev/null || $(PIP) install --quiet '$(CUDA_WHEELS)'
 	$(PIP) install --quiet '$(SASS_WHEEL)'
-	$(BIN)/python tests/compile_check.py $(addprefix --arch ,$(CUDA_ARCH)) $(if $(SASS),--sass,--wheel $(lastword $(CUDA_ARCH)))
+	$(BIN)/python tests/compile_check.py $(addprefix --arch ,$(CUDA_ARCH)) $(addprefix --dtype ,$(CUDA_DTYPES)) \
+		$(if $(SASS),--sass,--wheel $(lastword $(CUDA_ARCH)))
 
 # The wheels of a release that this machine can build, checked: into dist/. On two cores nvcc compiles cu130 in about 25
 # minutes and cu12-smoke in 10; make wheels WHEELS=cpu takes two. PYTHON has to be 3.11 or newer.

@@ -1,6 +1,7 @@
 """Compiles every CUDA source and reports the resources of each kernel; fails on spills and exceeded budgets.
 
-usage: python tests/compile_check.py [--arch 80] [--wheel 90a] [--json FILE] [--sass] [--tighten] [SOURCE ...]
+usage: python tests/compile_check.py [--arch 80] [--wheel 90a] [--dtype bfloat16] [--json FILE] [--sass] [--tighten]
+       [SOURCE ...]
 The first table is the report of ptxas, the second one counts instructions, the third one those of main loops, the last
 one has the CPU time of each source of csrc and its machine code, at most MOST_KIB. Budgets: tests/kernel_budgets.py,
 and tests/loop_budgets.json, which --tighten writes. Requires nvcc (CUDA_HOME, PATH, or PyPI's cuda-toolkit), but no
@@ -381,18 +382,25 @@ def is_sm90a(arch: str) -> bool:
     return arch.removeprefix("sm_") == "90a"
 
 
-def library_sources(arch: str) -> list[Path]:
-    """The library's .cu files for an architecture. Those in folders called sm90 are for sm_90a alone."""
+def library_sources(arch: str, dtypes: Collection[str] | None = None) -> list[Path]:
+    """The library's .cu files for an architecture. Those in folders called sm90 are for sm_90a alone.
+
+    dtypes: of the files with the kernels of one dtype, those of these.
+    """
+    dtype_of = load("tools/build_libraries.py").dtype_of
     sources = sorted((ROOT / "csrc").rglob("*.cu"))
-    return [path for path in sources if is_sm90a(arch) or "sm90" not in path.parts]
+    sources = [path for path in sources if is_sm90a(arch) or "sm90" not in path.parts]
+    return [path for path in sources if dtypes is None or dtype_of(str(path)) in (None, *dtypes)]
 
 
-def all_jobs(architectures: list[str], wheel: str | None) -> list[tuple[Path, str]]:
+def all_jobs(
+    architectures: list[str], wheel: str | None, dtypes: Collection[str] | None = None
+) -> list[tuple[Path, str]]:
     """Every source for every architecture that supports its instructions; the library's not where a wheel has them."""
     return [
         (path, arch)
         for arch in architectures
-        for path in (library_sources(arch) if arch != wheel else []) + unit_kernels(arch)
+        for path in (library_sources(arch, dtypes) if arch != wheel else []) + unit_kernels(arch)
     ]
 
 
@@ -406,6 +414,12 @@ def main(
     parser.add_argument("sources", nargs="*", type=Path, metavar="SOURCE", help="default: all of csrc")
     parser.add_argument("--arch", action="append", help="for example 80 or 90a (the default); may be given repeatedly")
     parser.add_argument("--wheel", help="build a wheel for this architecture, and check the kernels in it")
+    parser.add_argument(
+        "--dtype",
+        action="append",
+        choices=load("tools/build_libraries.py").DTYPES,
+        help="of the sources of one dtype, compile those of this one; a wheel has all (default: all; repeatable)",
+    )
     parser.add_argument("--json", type=Path, help="write the tables there too")
     parser.add_argument("--sass", action="store_true", help="count the instructions of all kernels; so with SOURCE")
     parser.add_argument("--tighten", action="store_true", help="write the budgets of main loops from what is compiled")
@@ -423,7 +437,7 @@ def main(
     loop_budgets = json.loads(loop_file.read_text()) if loop_file.is_file() else {}
     architectures = arguments.arch or ARCHITECTURES
     jobs = [(path.resolve(), arch) for arch in architectures for path in arguments.sources]
-    jobs = jobs or all_jobs(architectures, arguments.wheel)
+    jobs = jobs or all_jobs(architectures, arguments.wheel, arguments.dtype)
     everywhere = arguments.sass or bool(arguments.sources)
     start = time.perf_counter()
     costs: Costs = {}

@@ -383,6 +383,19 @@ def test_sources_for_sm_90a_are_compiled_for_it_alone():
     assert "unit_sm90" not in {path.stem for path in compile_check.unit_kernels("80")}
 
 
+def test_sources_of_one_dtype_can_be_left_out_where_no_wheel_is_built():
+    every, some = compile_check.library_sources("80"), compile_check.library_sources("80", ["bfloat16", "float32"])
+    left_out = set(every) - set(some)
+    assert left_out
+    assert {path.stem.rpartition("_")[2] for path in left_out} == {"float16"}
+    assert any(path.stem == "launch" for path in some)  # of no dtype
+    assert {path.stem for path in some} >= {path.stem.replace("float16", "bfloat16") for path in left_out}
+    jobs = compile_check.all_jobs(["80", "90a"], "90a", ["bfloat16"])
+    assert {arch for path, arch in jobs if "csrc" in path.parts} == {"80"}  # a wheel has all dtypes
+    with pytest.raises(SystemExit):
+        compile_check.main(["--arch", "80", "--dtype", "float64"])
+
+
 def test_a_library_has_the_kernels_for_sm_90a_only_with_that_architecture(monkeypatch):
     builder = compile_check.load("tools/build_libraries.py")
     monkeypatch.setattr(builder, "cuda_home", lambda _: "/cuda")
