@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import DEVICES
 from tests.emulator import build
 from tests.emulator.samples import SAMPLES, TRICKY, from_bfloat16, run_tricky, to_bfloat16
 
@@ -19,7 +20,7 @@ GROUP, IN_GROUP = LANES // 4, LANES % 4  # g and t of csrc/device/mma.cuh
 WARP = (32, 1, 1)
 
 
-@pytest.fixture(params=["emulated", "cuda"])
+@pytest.fixture(params=["emulated", *DEVICES[1:]])
 def device(request):
     if request.param == "emulated":
         return request.getfixturevalue("emulator")

@@ -1,5 +1,6 @@
 // Warp instructions: lanes wait for each other.
 #include <cstring>
+#include <optional>
 
 #include "core/engine.h"
 
@@ -50,8 +51,11 @@ void Engine::meet(const WarpInstruction& instruction, uint64_t operands, uint32_
     if (fits) meeting = candidate;
   }
   // The meeting lives on the stack of its first lane, which waits until it is over.
-  Meeting own = {&instruction, operands, mask, 0, where, site};
-  if (meeting == nullptr) here.push_back(meeting = &own);
+  std::optional<Meeting> own;
+  if (meeting == nullptr) {
+    meeting = &own.emplace(Meeting{&instruction, operands, mask, 0, where, site});
+    here.push_back(meeting);
+  }
   meeting->arrived |= bit;
   meeting->lanes[thread.lane] = lane;
   if (meeting->arrived == (mask & ~exited[thread.warp])) {
