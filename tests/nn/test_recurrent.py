@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from fastgen import losses, nn
 from fastgen.ops.recurrent import autograd as implementation
 from fastgen.testing import assert_accurate
+from tests.conftest import DEVICES
 from tests.nn.recurrent_cases import (
     BOTH,
     CALLS,
@@ -43,10 +44,8 @@ def cudnn(monkeypatch):
     return CALLS
 
 
-@pytest.fixture(params=["cpu", "simulated cuDNN", "cuda"])
+@pytest.fixture(params=["simulated cuDNN", *DEVICES])
 def device(request, monkeypatch):
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     if request.param == "simulated cuDNN":
         simulate_cudnn(monkeypatch)
     return torch.device("cuda" if request.param == "cuda" else "cpu")

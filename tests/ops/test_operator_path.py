@@ -13,7 +13,7 @@ from fastgen.functional import attention as attention_module
 from fastgen.functional import latent as latent_module
 from fastgen.functional import projection as projection_module
 from fastgen.ops.projection import operator_path, plan
-from tests.conftest import place_or_skip
+from tests.conftest import DEVICES, place_or_skip
 
 CALLS = {
     "plain": {},
@@ -27,7 +27,7 @@ CALLS = {
     "logsumexp": {"return_lse": True},
 }
 
-PLACES = [("torch", "cpu"), ("emulated", "cpu"), ("auto", "cuda")]
+PLACES = [place for place in (("torch", "cpu"), ("emulated", "cpu"), ("auto", "cuda")) if place[1] in DEVICES]
 
 
 @pytest.fixture(params=PLACES, ids=lambda place: "-".join(place))
