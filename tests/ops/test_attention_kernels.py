@@ -82,7 +82,7 @@ def property_holds(emulator, case, schedule):
 ANY = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 
 
-@settings(max_examples=100, **ANY)
+@settings(max_examples=40, **ANY)
 @given(case=cases(130), schedule=st.integers(0, 2**32 - 1))
 def test_any_problem_under_any_schedule(emulated, emulator, case, schedule):
     property_holds(emulator, case, schedule)
@@ -98,10 +98,10 @@ def test_very_many_problems_under_any_schedule(emulated, emulator, case, schedul
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "window and dropout", "softcap"])
 def test_every_schedule_gives_the_same_bits(emulator, emulated, options):
     """So nothing needs a deterministic mode: sums have one order, also those of a broadcast mask's gradient."""
-    tensors, mask = operands(batch=2, queries=97), torch.randn(1, 1, 1, 90)
+    tensors, mask = operands(queries=97), torch.randn(1, 1, 1, 90)
     seed = torch.tensor([5]) if options.dropout_p else None
     results = []
-    for schedule in range(5):
+    for schedule in range(3):
         emulator.configure(seed=schedule)
         results.append(torch.cat([t.float().flatten() for t in gradients(emulated, tensors, mask, seed, options)]))
     assert all(torch.equal(result, results[0]) for result in results[1:])
@@ -131,8 +131,11 @@ def test_no_barrier_and_no_wait_can_be_left_out(emulator, emulated, dims):
         assert_no_site_can_be_left_out(emulator, call, "attention_")
 
 
-@pytest.mark.parametrize("dims", [(8, 8), (8, 128)], ids=["two stages", "one stage"])
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 20), (1, 1, 17, 1)], ids=["per key", "per row"])
+@pytest.mark.parametrize(
+    ("dims", "sizes"),
+    [((8, 8), (1, 1, 1, 20)), ((8, 128), (1, 1, 17, 1))],
+    ids=["two stages, per key", "one stage, per row"],
+)
 def test_no_barrier_of_the_mask_gradient_can_be_left_out(emulator, emulated, dims, sizes):
     """More heads than blocks on the emulator's GPU, so that a block takes two."""
     tensors = operands(batch=49, heads=1, queries=17, keys=20, dims=dims)

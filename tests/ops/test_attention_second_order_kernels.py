@@ -87,7 +87,7 @@ def property_holds(emulator, case, schedule):
 ANY = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 
 
-@settings(max_examples=30, **ANY)
+@settings(max_examples=12, **ANY)
 @given(case=cases(70), schedule=st.integers(0, 2**32 - 1))
 def test_any_problem_under_any_schedule(emulated, emulator, case, schedule):  # noqa: F811
     property_holds(emulator, case, schedule)
@@ -102,10 +102,10 @@ def test_very_many_problems_under_any_schedule(emulated, emulator, case, schedul
 
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "window and dropout", "softcap"])
 def test_every_schedule_gives_the_same_bits(emulator, emulated, options):  # noqa: F811
-    tensors, mask = operands(batch=2), torch.randn(1, 1, 1, 90)
+    tensors, mask = operands(), torch.randn(1, 1, 1, 90)
     seed = torch.tensor([5]) if options.dropout_p else None
     results = []
-    for schedule in range(4):
+    for schedule in range(3):
         emulator.configure(seed=schedule)
         results.append(torch.cat([t.float().flatten() for t in second_order(emulated, tensors, mask, seed, options)]))
     assert all(torch.equal(result, results[0]) for result in results[1:])
