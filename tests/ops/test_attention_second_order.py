@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -18,6 +19,7 @@ from fastgen.losses import gradient_penalty, r1_penalty
 from fastgen.ops.attention import blocked as _attention_blocked
 from fastgen.ops.attention import tangent as _attention_tangent
 from fastgen.ops.attention.problem import Options
+from tests.covering import covering
 
 
 def with_math(query, key, value, **kwargs):
@@ -29,14 +31,31 @@ def with_math(query, key, value, **kwargs):
 # Both implementations of the blocked passes, with tiles so small that every loop runs
 
 
-@pytest.mark.parametrize("namespace", ["fastgen", "fastgen_torch"])
-@pytest.mark.parametrize("absent", [(), (2, 3), (0, 1), (0, 1, 2)], ids=str)
-@pytest.mark.parametrize("window", [(-1, -1), (2, 0)], ids=str)
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("mask", ["none", "bool", "float"])
-@pytest.mark.parametrize("softcap", [0.0, 0.7])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+TILED = {
+    "namespace": ["fastgen", "fastgen_torch"],
+    "absent": [(), (2, 3), (0, 1), (0, 1, 2)],
+    "window": [(-1, -1), (2, 0)],
+    "dropout": [0.0, 0.3],
+    "mask": ["none", "bool", "float"],
+    "softcap": [0.0, 0.7],
+    "dtype": [torch.float64, torch.float32],
+}
+
+
+@pytest.mark.parametrize(tuple(TILED), covering([*TILED.values()], lambda point: True), ids=str)
 def test_tiles_give_the_formulas(monkeypatch, namespace, absent, window, dropout, mask, softcap, dtype):
+    check_tiles(monkeypatch, namespace, absent, window, dropout, mask, softcap, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("namespace", TILED["namespace"])
+def test_tiles_give_the_formulas_in_every_combination(monkeypatch, namespace):
+    for point in itertools.product(*[*TILED.values()][1:]):
+        torch.manual_seed(0)
+        check_tiles(monkeypatch, namespace, *point)
+
+
+def check_tiles(monkeypatch, namespace, absent, window, dropout, mask, softcap, dtype):
     for module in (_attention_blocked, _attention_tangent):
         monkeypatch.setattr(module, "TILE_BYTES", 2048)
     shapes = ((2, 4, 21, 3), (2, 2, 33, 3), (2, 2, 33, 5))
