@@ -31,6 +31,9 @@ from tests.ops.attention_cases import (
 )
 
 AXES = [DIMS, LENGTHS, LENGTHS, MASKS, DTYPES, HEADS, LAYOUTS, DROPOUT, SOFTCAPS]
+# In CI: parts of a tile, one tile, and a little more than one and two of the longest.
+FEWER_LENGTHS = (1, 3, 17, 64, 129, 257)
+FIRST_ORDER_AXES = [DIMS, FEWER_LENGTHS, FEWER_LENGTHS, *AXES[3:]]
 
 
 def products(dims: tuple[int, int], queries: int, keys: int) -> int:
@@ -49,7 +52,7 @@ def affordable(point: Sequence[Any]) -> bool:
     """The emulator takes 25 us for a matrix instruction, and float32 needs six times as many: in CI, wide heads meet
     short lengths."""
     dims, queries, keys, _, dtype = point[:5]
-    return products(dims, queries, keys) * (3 if dtype == torch.float32 else 1) <= 24 * 257 * 257
+    return products(dims, queries, keys) * (3 if dtype == torch.float32 else 1) <= 12 * 257 * 257
 
 
 SECOND_ORDER_AXES = [
@@ -73,7 +76,7 @@ def cost(point: Sequence[Any]) -> float:
     return case.batch * case.heads[0] * products(*case[1:4]) * (3 if case.dtype == torch.float32 else 1)
 
 
-PAIRS = [case_of(*point) for point in covering(AXES, affordable, cost)]
+PAIRS = [case_of(*point) for point in covering(FIRST_ORDER_AXES, affordable, cost)]
 SECOND_ORDER_PAIRS = [
     case_of(*point)._replace(batch=1) for point in covering(SECOND_ORDER_AXES, affordable_second_order, cost)
 ]
@@ -118,7 +121,7 @@ def test_the_full_product(attention_place, order):
 
 @pytest.mark.parametrize(
     ("pairs", "axes", "allowed"),
-    [(PAIRS, AXES, affordable), (SECOND_ORDER_PAIRS, SECOND_ORDER_AXES, affordable_second_order)],
+    [(PAIRS, FIRST_ORDER_AXES, affordable), (SECOND_ORDER_PAIRS, SECOND_ORDER_AXES, affordable_second_order)],
     ids=["first order", "second order"],
 )
 def test_the_selection_has_every_pair_that_ci_can_afford(pairs, axes, allowed):
