@@ -281,6 +281,8 @@ COMPILED: dict[str, dict[str, Any]] = {
     "transgan": {"generator_depth": 1},
 }
 """Cases to compile, and the options that they change."""
+RESEMBLING = ("cyclegan, no identity", "vae, free bits", "vae, gaussian", "flow-vae, planar")
+"""Of models that are compiled with other options already."""
 TRACED_BACKWARD = ("conv-vae", "dcgan", "transformer-lm", "transformer-lm, untied")
 """With backend "aot_eager", which traces the gradients too and takes longer. It has no double backward."""
 GRAPH_BREAKS = {"recurrent-gan": ("critic", "generator"), "vq-vae": ("prior",), "wavenet": ("sound",)}
@@ -288,7 +290,9 @@ GRAPH_BREAKS = {"recurrent-gan": ("critic", "generator"), "vq-vae": ("prior",), 
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("case", COMPILED)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in RESEMBLING else case for case in COMPILED]
+)
 def test_compiled_models_have_the_same_losses_gradients_and_buffers(case: str) -> None:
     """The whole loss in one graph; of adversarial models each network in one.
 
