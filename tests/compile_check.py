@@ -418,7 +418,7 @@ def main(
         "--dtype",
         action="append",
         choices=load("tools/build_libraries.py").DTYPES,
-        help="of the sources of one dtype, compile those of this one; a wheel has all (default: all; repeatable)",
+        help="dtype of the sources of one dtype; a wheel has all (default: all; repeatable)",
     )
     parser.add_argument("--json", type=Path, help="write the tables there too")
     parser.add_argument("--sass", action="store_true", help="count the instructions of all kernels; so with SOURCE")
