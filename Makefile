@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Python compiles what is imported, at the first import: compiling all of torch takes pip longer than unpacking it.
+INSTALL := $(PIP) install --quiet --no-compile
 SOURCES := $(shell find csrc -type f) setup.py tools/build_libraries.py pyproject.toml
 
 .DEFAULT_GOAL := help
@@ -20,19 +22,19 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.build: constraints.txt $(SOURCES) | $(BIN)/python
-	$(PIP) install --quiet -c constraints.txt setuptools wheel ninja numpy torch
-	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[train]'
+	$(INSTALL) -c constraints.txt setuptools wheel ninja numpy torch
+	$(INSTALL) -c constraints.txt --no-build-isolation --editable '.[train]'
 	@$(BIN)/fastgen info | grep -E '^(build|  not|library)'
 	touch $@
 
 # fastgen is installed already: pip adds the requirements of its extras and does not build again.
 $(VENV)/.dev: $(VENV)/.build
-	$(PIP) install --quiet -c constraints.txt 'fastgen[test,bench,lint,release]'
+	$(INSTALL) -c constraints.txt 'fastgen[test,bench,lint,release]'
 	touch $@
 
 # The site is built from the sources alone, without PyTorch. The same packages as the extra docs.
 $(VENV)/.docs: constraints.txt | $(BIN)/python
-	$(PIP) install --quiet -c constraints.txt mkdocs-material 'mkdocstrings[python]' ruff
+	$(INSTALL) -c constraints.txt mkdocs-material 'mkdocstrings[python]' ruff
 	touch $@
 
 demo: $(VENV)/.build
@@ -47,7 +49,7 @@ test: $(VENV)/.dev
 # Models of transformers, diffusers, timm and x-transformers, and export to ONNX; make test skips what is not installed.
 # A torchvision that does not match torch breaks transformers too: it is removed, and the tests of timm are skipped.
 $(VENV)/.integrations: $(VENV)/.dev
-	$(PIP) install --quiet -c constraints.txt 'fastgen[integrations]'
+	$(INSTALL) -c constraints.txt 'fastgen[integrations]'
 	$(BIN)/python -c 'import torchvision' 2>/dev/null || $(PIP) uninstall --quiet --yes torchvision
 	touch $@
 
@@ -58,7 +60,7 @@ integrations: $(VENV)/.integrations
 # make pytorch-tests CHECKOUT=../pytorch
 pytorch-tests: $(VENV)/.dev
 	test -d "$(CHECKOUT)" || { echo "make pytorch-tests CHECKOUT=<a checkout of PyTorch>"; exit 1; }
-	$(PIP) install --quiet -c constraints.txt expecttest
+	$(INSTALL) -c constraints.txt expecttest
 	PYTORCH_TESTS='$(abspath $(CHECKOUT))' $(BIN)/python -m pytest -q -s -m slow tests/pytorch
 
 # The scripts of examples/, for a few steps each.
@@ -106,8 +108,8 @@ CUDA_DTYPES ?=
 CUDA_WHEELS := cuda-toolkit[nvcc,nvvm,crt,cudart,cccl]==13.0.2
 SASS_WHEEL := nvidia-cuda-nvdisasm==13.5.37
 cuda-check: $(VENV)/.dev
-	command -v nvcc >/dev/null || $(PIP) install --quiet '$(CUDA_WHEELS)'
-	$(PIP) install --quiet '$(SASS_WHEEL)'
+	command -v nvcc >/dev/null || $(INSTALL) '$(CUDA_WHEELS)'
+	$(INSTALL) '$(SASS_WHEEL)'
 	$(BIN)/python tests/compile_check.py $(addprefix --arch ,$(CUDA_ARCH)) $(addprefix --dtype ,$(CUDA_DTYPES)) \
 		$(if $(SASS),--sass,--wheel $(lastword $(CUDA_ARCH)))
 
