@@ -154,7 +154,9 @@ BUNDLED = (
         ("--n", "8"),
         name="recurrent-gan, text",
         note="It generates words and punctuation, no sentences. Known triples are those of other held-out pieces in the"
-        " same batch, which is why real text is far from 1, too.",
+        " same batch, which is why real text is far from 1, too. GANs of text without pre-training stop there or need"
+        " more than a GAN: for texts of 32 characters, Press et al. (2017) train on texts that become longer step by"
+        " step, and let the generator continue real ones.",
     ),
     Entry("transgan", show=DISTANCES),
     Entry("stylegan", show=DISTANCES),
