@@ -13,6 +13,7 @@ import fastgen
 from fastgen import functional, reference
 from fastgen.functional import attention as module
 from fastgen.functional import projection as projection_module
+from fastgen.ops.attention import direct
 from tests.ops.direct_cases import CALLS, derivatives, inputs, options_of
 
 
@@ -333,3 +334,15 @@ def test_rows_with_an_infinite_score_in_16_bits_are_nan(dtype, masked, grad):
         tensor.requires_grad_(grad)
     out = functional.scaled_dot_product_attention(query, key, value, mask)
     torch.testing.assert_close(out[0, 0].isnan().any(-1), query[0, 0, :, 0] > 0)
+
+
+def test_a_masked_call_in_inference_mode_leaves_nothing_behind():
+    """Constants of a first call in inference mode must serve training."""
+    direct._zero_and_infinity.cache_clear()
+    tensors, mask = inputs(torch.bfloat16, 40), torch.rand(1, 1, 5, 40) > 0.2
+    with torch.inference_mode():
+        functional.scaled_dot_product_attention(*tensors, mask)
+    assert direct._zero_and_infinity.cache_info().currsize == 1
+    assert not any(constant.is_inference() for constant in direct._zero_and_infinity(torch.bfloat16))
+    tensors = [tensor.requires_grad_() for tensor in tensors]
+    functional.scaled_dot_product_attention(*tensors, mask).sum().backward()

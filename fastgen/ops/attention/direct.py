@@ -66,7 +66,8 @@ def _reads(mask: Tensor, shape: torch.Size, keys: int, dtype: torch.dtype) -> bo
 
 @functools.cache
 def _zero_and_infinity(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return torch.zeros((), dtype=dtype, device="cpu"), torch.full((), -_INFINITY, dtype=dtype, device="cpu")
+    with torch.inference_mode(False):  # for later calls in other modes, too
+        return torch.zeros((), dtype=dtype, device="cpu"), torch.full((), -_INFINITY, dtype=dtype, device="cpu")
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
