@@ -47,7 +47,7 @@ def _upcast_scores(name: str, scores: Tensor) -> Tensor:
     if scores.numel() == 0:
         raise ValueError(f"{name}: expected at least one score, got {check.shape_of(scores)}")
     upcast = scores if scores.dtype in _WIDE else scores.float()
-    return upcast.add(upcast.detach(), alpha=0)
+    return upcast + 0 * upcast.detach()
 
 
 def _softplus(x: Tensor) -> Tensor:
