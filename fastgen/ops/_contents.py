@@ -10,8 +10,12 @@ from torch import Tensor
 
 from fastgen.backend import library_for
 
-ZERO, NAN, NOT_FINITE = 1, 2, 4
-"""Bits of ``contents``: an element is 0, is NaN, is infinite or NaN."""
+ZERO, NAN, NOT_FINITE, LARGE = 1, 2, 4, 8
+"""Bits of ``contents``: an element is 0, is NaN, is infinite or NaN, is one of these or so large that products of two
+such numbers, added up, may overflow."""
+
+_LARGE = {torch.float32: 2.0**60, torch.bfloat16: 2.0**60, torch.float64: 2.0**500}
+"""The smallest numbers that are large; none of float16 is, whose products are computed in float32."""
 
 _FEW = 2**16
 """Elements, up to which a call keeps the interpreter's lock: releasing it takes as long as a small call."""
@@ -46,13 +50,20 @@ def contents(tensor: Tensor, wanted: int) -> int:
     tensor, found = tensor.detach(), 0
     if wanted & ZERO and tensor.count_nonzero().item() < count:
         found = ZERO
-    if wanted & (NAN | NOT_FINITE) and count > 0:
+    if wanted & (NAN | NOT_FINITE | LARGE) and count > 0:
         smallest, largest = (extreme.item() for extreme in tensor.aminmax())  # NaN if there is one
         if smallest - smallest != 0.0 or largest - largest != 0.0:
-            found |= NOT_FINITE
+            found |= NOT_FINITE | LARGE
             if largest != largest:
                 found |= NAN
+        elif max(-smallest, largest) >= _LARGE.get(tensor.dtype, float("inf")):
+            found |= LARGE
     return found
+
+
+def may_overflow(key: Tensor, value: Tensor) -> bool:
+    """Whether a key that every query masks, or its value, may turn gradients into NaN: a weight of 0 times infinity."""
+    return bool((contents(key, LARGE) | contents(value, LARGE)) & LARGE)
 
 
 def _is_dense(tensor: Tensor) -> bool:

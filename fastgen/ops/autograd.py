@@ -60,6 +60,20 @@ def must_be_differentiable() -> bool:
     return torch.is_grad_enabled() or transforms_active()
 
 
+def refuse_batched_gradients(*tensors: Tensor | None) -> None:
+    """Raises where a backward that is to be differentiated gets a batch from ``is_grads_batched=True``: PyTorch would
+    lose what a Python function records inside it, and return gradients that nothing depends on."""
+    if any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors):
+        raise RuntimeError(_BATCHED)
+
+
+_BATCHED = (
+    "is_grads_batched: expected False with create_graph=True, got True, for which PyTorch does not record the backward"
+    " of fastgen's functions; call torch.autograd.grad for one vector at a time, or use torch.func.vmap of"
+    " torch.func.vjp (torch.autograd.functional.jacobian: vectorize=False)"
+)
+
+
 def only_wanted(ctx: Any, first: int, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients that the inputs from ``first`` on require; None for the others."""
     wanted = ctx.needs_input_grad[first : first + len(grads)]

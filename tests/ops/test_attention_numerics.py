@@ -111,7 +111,7 @@ PADDED = 40
 
 @pytest.mark.parametrize("kind", ["bool per key", "float per key", "bool", "float", "causal"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("junk", [math.nan, math.inf])
+@pytest.mark.parametrize("junk", [math.nan, math.inf, 1e38])
 def test_keys_that_no_query_attends_to_may_hold_anything(attention_place, dtype, kind, junk):
     """Keys and values from PADDED on contain junk: results equal those of the keys before, their gradients are 0."""
     leaves = tensors(dtype, attention_place)
@@ -168,3 +168,45 @@ def test_nothing_in_gives_nothing_or_zero_out(attention_place, sizes):
     out.sum().backward()
     assert all(bool((leaf.grad == 0).all()) for leaf in (*leaves, bias))
     assert bool((out == 0).all())
+
+
+LARGE_SIZES = {"few": (1, 2, 5, 7, 8), "few keys": (4, 8, 32, 64, 32), "many": (1, 1, 150, 160, 16)}
+LARGE_MASKS = ("bool", "float", "learned")
+
+
+@pytest.mark.parametrize("kind", LARGE_MASKS)
+@pytest.mark.parametrize(
+    ("dtype", "dropout"), [(torch.float32, 0.0), (torch.float32, 0.3), (torch.bfloat16, 0.0)], ids=str
+)
+@pytest.mark.parametrize("sizes", LARGE_SIZES.values(), ids=LARGE_SIZES.keys())
+@pytest.mark.parametrize("junk", [(1e38, 0), (0, 1e38), (-math.inf, 0), (1e38, -1e38)], ids=str)
+def test_a_masked_key_that_overflows_changes_no_derivative_of_any_path(junk, sizes, dtype, kind, dropout):
+    """Finite numbers, too, as uninitialized padding has them: products with them are infinite, their weight is 0."""
+    batch, heads, queries, keys, dim = sizes
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(rows, low=0.0):
+        return (torch.randn(batch, heads, rows, dim, generator=generator).abs() + low).to(dtype)
+
+    query, key, value = leaf(queries, 2.0), leaf(keys), leaf(keys)
+    seen = torch.ones(1, 1, queries, keys, dtype=torch.bool)
+    seen[..., -1] = False
+    mask = seen if kind == "bool" else torch.zeros(1, 1, queries, keys, dtype=dtype).masked_fill_(~seen, -math.inf)
+
+    def results(key_junk, value_junk):
+        leaves = [t.clone() for t in (query, key, value)]
+        leaves[1][:, :, -1], leaves[2][:, :, -1] = key_junk, value_junk
+        leaves = [t.requires_grad_() for t in leaves]
+        own = mask.clone().requires_grad_() if kind == "learned" else mask
+        torch.manual_seed(0)
+        out = attention(*leaves, own, dropout_p=dropout)
+        yield out
+        given = (3 * torch.arange(out.numel(), dtype=torch.float32).view(out.shape).sin()).to(dtype)
+        yield from torch.autograd.grad(out, leaves, given, retain_graph=True)
+        first = torch.autograd.grad(out, leaves[0], given, create_graph=True)[0]
+        yield from torch.autograd.grad(first.square().sum(), leaves)
+
+    tolerance = 0.1 if dtype == torch.bfloat16 else 1e-3
+    for ours, expected in zip(results(*junk), results(0, 0), strict=True):
+        assert bool(expected.isfinite().all())
+        torch.testing.assert_close(ours, expected, atol=tolerance, rtol=tolerance)

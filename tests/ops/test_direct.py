@@ -161,6 +161,49 @@ def test_a_sharing_of_first_and_second_order_is_the_formula():
             torch.testing.assert_close(a, b)
 
 
+HOOKS = {
+    "before": lambda node, hook: node.register_prehook(hook),
+    "after": lambda node, hook: node.register_hook(lambda grads, given: hook(grads)),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("when", HOOKS)
+def test_hooks_of_the_node_see_and_change_gradients_of_any_order(when, masked):
+    query, key, value = (t.requires_grad_() for t in inputs(torch.float32))
+    mask = torch.ones(1, 1, query.size(2), key.size(2), dtype=torch.bool).tril() if masked else None
+    weights, seen = torch.randn(*query.shape[:3], value.size(3)), []
+
+    def twice(grads):
+        seen.append(float(grads[0].detach().abs().sum()))
+        return tuple(grad if grad is None else 2 * grad for grad in grads)
+
+    def gradients(hooked):
+        out = functional.scaled_dot_product_attention(query, key, value, mask)
+        if hooked:
+            HOOKS[when](out.grad_fn, twice)
+        for create_graph in (False, True, True):
+            (grad,) = torch.autograd.grad((out * weights).sum(), query, create_graph=create_graph, retain_graph=True)
+            yield grad.detach()
+        yield torch.autograd.grad(grad.square().sum(), key)[0]
+
+    plain = list(gradients(False))
+    for index, (ours, expected) in enumerate(zip(gradients(True), plain, strict=True)):
+        torch.testing.assert_close(ours, (2 if index < 3 else 4) * expected)
+    assert seen[0] > 0
+    torch.testing.assert_close(seen[:3], [seen[0]] * 3)
+
+
+def test_hooks_before_the_node_that_would_see_zeros_are_refused():
+    query, key, value = (t.requires_grad_() for t in inputs(torch.float32))
+    out = functional.scaled_dot_product_attention(query, key, value)
+    out.grad_fn.register_prehook(lambda grads: grads)
+    with torch.autograd.forward_ad.dual_level():
+        direction = torch.autograd.forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out))
+        with pytest.raises(RuntimeError, match=r"^attention: expected no hooks of grad_fn\.register_prehook under"):
+            torch.autograd.grad(out, query, direction)
+
+
 HEADS = {
     "one part": lambda x, w, b: functional.multi_head_projection(x, w, b, num_heads=4),
     "three parts": lambda x, w, b: functional.qkv_projection(x, w, b, heads=(2, 2, 2), head_dims=[4, 4, 4]),

@@ -93,6 +93,32 @@ def test_bad_arguments_are_named_under_autocast(function, changes, error, text):
         function(**changes)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, weight, out: multi_head_projection(x, weight, num_heads=2),
+        lambda x, weight, out: qkv_projection(x, weight, heads=(1, 1), head_dims=(4, 4)),
+        lambda x, weight, out: qkv_projection(x, weight, heads=(1, 2), head_dims=(4, 2)),
+        lambda x, weight, out: merge_heads_projection(multi_head_projection(x, x[0].new_ones(8, C), num_heads=2), out),
+    ],
+)
+def test_weights_without_memory_are_refused(call, grad):
+    # PyTorch's linear map takes them, and returns memory that was never written.
+    x = torch.randn(B, N, C, requires_grad=grad)
+    weight, out = torch.empty(8, C, device="meta"), torch.empty(5, 8, device="meta")
+    with pytest.raises(ValueError, match=r"^weight: expected the device of x, cpu, got meta"):
+        call(x, weight, out)
+
+
+@pytest.mark.parametrize("name", ["heads", "head_dims"])
+@pytest.mark.parametrize("other", [True, 1.0])
+def test_every_count_is_an_integer(name, other):
+    counts = {"heads": (1, 1), "head_dims": (1, 1), name: (1, other)}
+    with pytest.raises(ValueError, match=f"^{name}: expected a positive integer, got {other!r}$"):
+        qkv_projection(torch.randn(B, N, C), torch.randn(2, C), **counts)
+
+
 # --------------------------------------------------------------------------------------------------
 # Sizes, devices, precision
 

@@ -256,13 +256,14 @@ FASTGEN_HOST_DEVICE void read_kept(const Problem& p, int64_t batch, int64_t head
   std::fill(kept + p.keys, kept + round_up(p.keys, 16), 0);
 }
 
-// Whether ``count`` values, whole vectors, are finite.
+// Whether ``count`` values, whole vectors, are finite, and so small that sums of their products do not overflow.
 template <int kWidth>
-FASTGEN_HOST_DEVICE bool all_finite(const float* data, int64_t count) {
+FASTGEN_HOST_DEVICE bool all_moderate(const float* data, int64_t count) {
+  constexpr float kLargest = 0x1p60f, kFactor = 0x1p127f / kLargest * 2.0f;  // larger ones times it are infinite
   Sums<kWidth> zeros(0.0f);
   for (int64_t i = 0; i < count; i += 2 * kWidth) {
-    zeros.add(zeros.even, vector_at<kWidth>(data + i) * 0.0f);
-    zeros.add(zeros.odd, vector_at<kWidth>(data + i + kWidth) * 0.0f);
+    zeros.add(zeros.even, vector_at<kWidth>(data + i) * kFactor * 0.0f);
+    zeros.add(zeros.odd, vector_at<kWidth>(data + i + kWidth) * kFactor * 0.0f);
   }
   return zeros.result() == 0.0f;
 }
@@ -285,7 +286,7 @@ inline bool is_used(const Problem& p, int64_t batch, int64_t key_head, int64_t k
 // Keys and values of a head as products read them, in Panels. Memory is zero before the first head.
 //
 // Where masks or windows hide a key from every query, whatever it holds is ignored: a weight of zero times NaN is NaN,
-// so these become zeros if there is anything but finite numbers.
+// and a large number may overflow, so these become zeros if there is anything but moderate numbers.
 template <int kWidth, int kGroup>
 struct ShortKeys {
   using Product = Products<kWidth, kGroup>;
@@ -317,9 +318,9 @@ struct ShortKeys {
     }
     if (!p.mask && p.window_left < 0 && p.window_right < 0) return;
     const int64_t padded = round_up(p.keys, kPanel);
-    if (all_finite<kWidth>(keys_across, padded * p.key_dim) &&
-        (values != nullptr ? all_finite<kWidth>(values, Product::panels_size(p.keys, p.value_dim))
-                           : all_finite<kWidth>(values_across, padded * p.value_dim))) {
+    if (all_moderate<kWidth>(keys_across, padded * p.key_dim) &&
+        (values != nullptr ? all_moderate<kWidth>(values, Product::panels_size(p.keys, p.value_dim))
+                           : all_moderate<kWidth>(values_across, padded * p.value_dim))) {
       return;
     }
     for (int64_t key_index = 0; key_index < p.keys; ++key_index) {

@@ -23,7 +23,7 @@ from fastgen import checks as check
 from fastgen.backend import call, differentiate, select
 from fastgen.ops.attention import operators as operators  # defines the operators that are differentiated here
 from fastgen.ops.attention.problem import Options, Problem, Saved, Tangents, refused_heads
-from fastgen.ops.autograd import choose, in_graph, only_wanted, transforms_active
+from fastgen.ops.autograd import choose, in_graph, only_wanted, refuse_batched_gradients, transforms_active
 
 _ANY_ORDER = (
     "fastgen.reference.attention is plain PyTorch, which differentiates it to any order with memory for all N x M"
@@ -41,8 +41,17 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _is_recorded(*tensors: Tensor | None) -> bool:
     """Inside a derivative: whether the result is to be differentiated (``create_graph=True``, torch.func, dual
-    numbers)."""
-    return transforms_active() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+    numbers).
+
+    Raises:
+        RuntimeError: in ``torch.autograd.grad(..., is_grads_batched=True, create_graph=True)``.
+    """
+    if transforms_active():
+        return True
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if recorded:
+        refuse_batched_gradients(*tensors)
+    return recorded
 
 
 # --------------------------------------------------------------------------------------------------

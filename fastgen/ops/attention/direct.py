@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention as torch_attention
 
 from fastgen.backend import COMPILED, call, select
 from fastgen.ops._checks import FLOATS
-from fastgen.ops._contents import NAN, NOT_FINITE, ZERO, contents
+from fastgen.ops._contents import NAN, NOT_FINITE, ZERO, contents, may_overflow
 from fastgen.ops._direct import PLAIN, is_watched
 from fastgen.ops._direct import _autocast as _autocast
 from fastgen.ops._direct import _dispatch_modes as _dispatch_modes
@@ -45,6 +45,7 @@ _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _is_tracing = torch._C._is_tracing
 _task = torch._C._current_graph_task_id
 _current_node: Any = torch._C._current_autograd_node
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 _INFINITY = float("inf")
 _BOOLEAN, _FLOAT32 = torch.bool, torch.float32
 
@@ -151,8 +152,8 @@ def attend(
             attend_to_many = _attend_in_16_bits if narrow else _attend_to_many
             return attend_to_many(query, key, value, mask, is_causal, scale)
         if mask is not None:
-            if contents(key, NOT_FINITE) & NOT_FINITE:
-                return None  # the gradients are NaN where a key that every query masks is infinite
+            if may_overflow(key, value):
+                return None
             mask = _added(mask, dtype)
     try:
         if scale is None:
@@ -167,14 +168,14 @@ def attend(
     elif (keys < SHORTEST_VECTOR_FREE or narrow) and contents(out, ZERO) & ZERO:
         return None  # the kernel may have lost a NaN, or in 16 bits an infinite score: such a row is 0
     if recorded and not _let_differentiate(out.grad_fn) and mask is not None:
-        return None  # the formula's gradients are NaN where a key that every query masks is infinite
+        return None  # the formula's gradients may be NaN where a key that every query masks is large
     return out
 
 
 def _with_learned_bias(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
 ) -> Tensor | None:
-    if not has_few_scores(query, key):
+    if not has_few_scores(query, key) or may_overflow(key, value):
         return None
     try:
         out: Tensor = _formula(query, key, value, mask, 0.0, False, None, scale=scale)[0]
@@ -245,7 +246,7 @@ def _attend_in_16_bits(
         if _hides_nan(lse, mask):
             return None
         if node_wanted:
-            if mask is not None and contents(key, NOT_FINITE) & NOT_FINITE:
+            if mask is not None and may_overflow(key, value):
                 return None
             _let_differentiate(out.grad_fn)
     return None if mask is not None and contents(out, NAN) & NAN else out
@@ -330,15 +331,15 @@ def attend_with_dropout(
     """out by the formula, which autograd differentiates to any order, with the operators' dropout mask; None where
     they have to serve, since a key that every query masks may hold NaN."""
     shape, of_keys = query.shape, key.shape
-    if query.numel() * of_keys[2] <= small.MOST and not (
-        _grad_enabled()
-        and (
-            query.requires_grad or key.requires_grad or value.requires_grad or (mask is not None and mask.requires_grad)
-        )
-    ):
+    recorded = _grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad or (mask is not None and mask.requires_grad)
+    )
+    if query.numel() * of_keys[2] <= small.MOST and not recorded:
         small_out = small.attend(query, key, value, mask, is_causal, scale, shape, of_keys, seed, dropout_p)
         if small_out is not None:
             return small_out
+    if recorded and mask is not None and may_overflow(key, value):
+        return None
     batch, heads, queries, _ = shape
     keys = of_keys[2]
     sizes = (batch * heads * queries, 0, batch, heads, queries, 0, queries, keys, 0, keys)
@@ -375,12 +376,29 @@ def _before(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | Non
     node = _current_node()
     mine = object()
     if node.metadata.setdefault(_HOOKED, mine) is mine:  # once, also if two threads differentiate the graph
-        node.register_hook(_after)
+        hooks = node.register_hook(_after).hooks_dict_ref()
+        for key in list(hooks)[:-1]:  # those of others come after it
+            hooks[key] = hooks.pop(key)
     if grads[0] is None:
         return None
+    if forward_ad._current_level < 0 and _interpreter() is None and not _is_batched(grads[0]):
+        return None  # the hook after the kernel takes the gradient as the hooks of others leave it
+    _refuse_hooks(node)
     query = node._saved_query
     node.metadata[_KEPT, _task()] = grads[0]  # from the kernel, which takes no dual numbers and no batch
     return (torch.zeros(query.shape, dtype=query.dtype), *grads[1:])
+
+
+def _refuse_hooks(node: Any) -> None:
+    """Raises for hooks that would be called after ``_before``, and get zeros."""
+    handle = node.register_prehook(_before)
+    hooks = len(handle.hooks_dict_ref())
+    handle.remove()
+    if hooks > 2:
+        raise RuntimeError(
+            "attention: expected no hooks of grad_fn.register_prehook under torch.func, dual numbers or"
+            " is_grads_batched=True with create_graph=True, got some; take Tensor.register_hook of the output"
+        )
 
 
 def _after(grads: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...]) -> Any:
@@ -456,7 +474,8 @@ class _Attention(Function):
             grads = flash_backward(grad_out, query, key, value, out, lse, mask, is_causal, scale)
             if mask is None or not contents(grads[0], NAN) & NAN:
                 return (*grads, None, None, None)
-        if query.dtype in _DTYPES and has_few_scores(query, key) and not transforms_active():
+        moderate = mask is None or not may_overflow(key, value)
+        if moderate and query.dtype in _DTYPES and has_few_scores(query, key) and not transforms_active():
             return (
                 *only_wanted(ctx, 0, *gradients(grad_out, query, key, value, mask, is_causal, scale)[:3]),
                 *(None,) * 3,

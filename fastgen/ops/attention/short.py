@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastgen.backend import COMPILED, helper
-from fastgen.ops._contents import NOT_FINITE, contents
+from fastgen.ops._contents import may_overflow
 from fastgen.ops.attention.autograd import backward as any_backward
 from fastgen.ops.attention.formula import gradients
 from fastgen.ops.attention.problem import Options, Saved
@@ -110,9 +110,9 @@ def _differentiable(
     mask_grad: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value and mask that autograd differentiates."""
-    finite = mask is None or not (contents(key, NOT_FINITE) | contents(value, NOT_FINITE)) & NOT_FINITE
+    moderate = mask is None or not may_overflow(key, value)
     queries, keys, dim = query.shape[2], key.shape[2], query.shape[3]
-    if finite and queries * keys <= 2 * (queries + keys) * dim and not transforms_active():
+    if moderate and queries * keys <= 2 * (queries + keys) * dim and not transforms_active():
         return gradients(grad_out, query, key, value, mask, False, scale, mask_grad)
     options = Options(dropout_p=0.0, window_left=-1, window_right=-1, scale=scale)
     return any_backward(

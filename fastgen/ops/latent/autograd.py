@@ -19,6 +19,7 @@ from fastgen.ops.autograd import (
     must_be_differentiable,
     only_wanted,
     record,
+    refuse_batched_gradients,
     tangent_formula,
 )
 from fastgen.ops.latent import formulas, operators
@@ -61,6 +62,7 @@ class GaussianLatent(Function):
         if grad_z is None and grad_kl is None:
             return (None,) * 7
         if must_be_differentiable():
+            refuse_batched_gradients(grad_z, grad_kl)
             wide_mu, wide_logvar = upcast(mu, logvar)
             noise = standard_normal(seed, *mu.shape).to(wide_mu.dtype)
             wide_priors, upstream = upcast(prior_mu, prior_logvar), upcast(grad_z, grad_kl)

@@ -15,17 +15,19 @@ from fastgen.checks import FLOATING
 from fastgen.ops._direct import PLAIN, _autocast, _dispatch_modes, is_common, is_transformed
 
 _OPTIONAL = PLAIN | {type(None)}
-_SEQUENCES = frozenset((tuple, list))
+_SEQUENCES, _INTEGERS = frozenset((tuple, list)), frozenset((int,))
 _DTYPES = frozenset(FLOATING)
 
 
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """On CPU, plain tensors; PyTorch checks that their dtypes and devices agree."""
+    """On CPU, plain tensors. PyTorch checks that their dtypes agree, and their devices, but for ``meta``: with a weight
+    there, its linear map returns memory that was never written."""
     return (
         type(x) in PLAIN
         and type(weight) in PLAIN
         and type(bias) in _OPTIONAL
         and x.is_cpu
+        and weight.is_cpu
         and not x.is_nested
         and not weight.is_nested
         and x.dtype in _DTYPES
@@ -48,6 +50,7 @@ def to_one_part(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> T
         or _autocast()
         or x.dtype not in _DTYPES
         or not x.is_cpu
+        or not weight.is_cpu
         or not x.is_contiguous()
     ):
         return None
@@ -84,6 +87,7 @@ def to_heads(
         or _autocast()
         or x.dtype not in _DTYPES
         or not x.is_cpu
+        or not weight.is_cpu
         or not x.is_contiguous()
     ):
         return None
@@ -96,6 +100,8 @@ def to_heads(
         or heads.count(count) != parts
         or len(head_dims) != parts
         or head_dims.count(dim) != parts
+        or not _INTEGERS.issuperset(map(type, heads))  # 1 == True == 1.0
+        or not _INTEGERS.issuperset(map(type, head_dims))
     ):
         return None
     try:
