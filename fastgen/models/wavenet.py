@@ -12,11 +12,12 @@ al., "LP-WaveNet: linear prediction-based WaveNet speech synthesis", 2018): thos
 Coefficients and weights of the first convolution are learned as their cosine transforms: neighboring samples are so
 correlated that gradient steps on the samples' own weights would hardly distinguish pitches.
 
-With ``predictors``, coefficients are constant: the mean is a weighted sum of that many learned linear predictions, each
-of which starts as that of a harmonic sound of one pitch. A prediction weighs the more, the smaller its errors were in
-the last samples; the network adjusts weights and widths of the mixture. A tone then keeps the pitch of one prediction,
-while coefficients that the network computes anew for each sample let the pitch drift. Weighting experts by their past
-errors: Vovk, "Aggregating strategies" (1990).
+With ``predictors``, coefficients are constant: the mean is a weighted sum of that many linear predictions, each that of
+a harmonic sound of one pitch. A prediction weighs the more, the smaller its errors were in the last samples; the
+network adjusts weights and widths of the mixture. A tone then keeps the pitch of one prediction, while coefficients
+that the network computes anew for each sample let the pitch drift, and so do predictions that are trained
+(``trained_predictors``): noise in the samples makes a least-squares prediction damp what it predicts. Weighting experts
+by their past errors: Vovk, "Aggregating strategies" (1990).
 
 Samples before the first one are zeros, in every layer. The loss is the cross-entropy of the levels, in nats per sample.
 
@@ -69,7 +70,13 @@ SCORE_CHUNK = 1 << 16  # samples that are scored at once: their logits are 64 Mi
 COEFFICIENT = 0.1  # coefficient of the linear prediction for an output of 1
 PREDICTOR = 0.3  # the same for a weight of 1 of ``predictors``
 SMALLEST = 1e-8  # mean squared error that counts as none
-SUGGESTED: Mapping[str, Any] = {"steps": 2000, "model.predictors": 64, "model.cycle": 8, "model.onset": 0.5}
+SUGGESTED: Mapping[str, Any] = {
+    "steps": 2000,
+    "model.predictors": 64,
+    "model.trained_predictors": False,
+    "model.cycle": 8,
+    "model.onset": 0.5,
+}
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,8 @@ class WaveNetConfig:
     reach: int = option(80, "number of samples in the first convolution and the linear prediction")
     output: Output = option("logistics", "output distribution: a mixture of logistics, or 256 logits")
     components: int = option(4, "number of mixture components")
-    predictors: int = option(0, "number of learned linear predictions; 0: coefficients from the network")
+    predictors: int = option(0, "number of linear predictions; 0: coefficients from the network")
+    trained_predictors: bool = option(True, "train the linear predictions; false: they stay those of harmonic sounds")
     crop: int = option(1000, "number of predicted samples of each sound per training step; 0: all")
     onset: float = option(
         0.0, "share of training steps that are of the beginnings of sounds, in addition to random ones"
@@ -185,7 +193,8 @@ class WaveNet(ComputedBuffers, GenerativeModel):
 
     @classmethod
     def suggested(cls, data: DataSize, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """As ``GenerativeModel.suggested``: predictors, for a mixture of logistics, and a shorter receptive field.
+        """As ``GenerativeModel.suggested``: predictors that are not trained, for a mixture of logistics, and a shorter
+        receptive field.
 
         The defaults of the config are those of models that were trained before there were predictors.
         """
@@ -204,7 +213,8 @@ class WaveNet(ComputedBuffers, GenerativeModel):
         means = config.predictors or config.reach
         self.numbers = nn.Linear(config.skip_channels, means + 3 * config.components if mixture else LEVELS)
         if config.predictors:
-            self.predictors = nn.Parameter(torch.empty(config.predictors, config.reach))
+            empty = torch.empty(config.predictors, config.reach)
+            self.predictors = nn.Parameter(empty, requires_grad=config.trained_predictors)
             self.errors = nn.Linear(config.predictors + 1, config.channels, bias=False)
             self.sharpness = nn.Parameter(torch.tensor(4.0))
         if config.conditional:

@@ -52,6 +52,7 @@ class _Updater:
                 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor needs torch 2.13
                 self.module = accelerator.prepare_model(caller)
         self.parameters = [weight for network in networks for weight in network.parameters()]
+        self.trained = [weight for weight in self.parameters if weight.requires_grad]  # the others stay as they are
         self.rate = config.learning_rate or phase.learning_rate
         options = {"lr": self.rate, "betas": phase.betas, "weight_decay": phase.weight_decay}
         # Not wrapped by accelerate, whose wrapper searches for other packages' optimizers on disk in every step.
@@ -87,6 +88,13 @@ class Engine:
         for name, weight in model.named_parameters():
             if weight not in updated:
                 raise ValueError(f"{model.name}: expected phases that update every weight, got none for {name}")
+        for updater in self.updaters:
+            if not updater.trained:
+                phase = updater.phase.name
+                raise ValueError(
+                    f"{model.name}: expected a weight to train in phase {phase!r}, got only frozen ones"
+                    " (requires_grad is false)"
+                )
 
     def _floating_state(self, networks: Sequence[str]) -> Values:
         """Weights and statistics of the submodules (default: all), by their names in the model."""
@@ -135,9 +143,9 @@ class Engine:
         """Gradients for this phase's weights only."""
         if len(self.updaters) > 1:
             for other in self.updaters:
-                for weight in other.parameters:
+                for weight in other.trained:
                     weight.requires_grad_(False)
-            for weight in updater.parameters:
+            for weight in updater.trained:
                 weight.requires_grad_(True)
 
     def _update(self, updater: _Updater, number: int, parts: Sequence[Batch], step: int, repeat: int) -> Tensor:

@@ -292,6 +292,14 @@ def test_predictors_are_suggested_unless_levels_are_the_output() -> None:
     assert WaveNetConfig().predictors == 0  # models that were saved before
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_predictors_are_trained_only_where_the_option_says_so(trained: bool) -> None:
+    model = small_model(predictors=3, trained_predictors=trained)
+    model.loss("sound", {"audio": waves(2, model)}, NOW)["loss"].backward()
+    assert (model.predictors.grad is not None) == trained
+    assert all(weight.grad is not None for name, weight in model.named_parameters() if name != "predictors")
+
+
 @pytest.mark.usefixtures("fresh_compiler")
 def test_the_network_compiles_without_graph_breaks() -> None:
     model = small_model()

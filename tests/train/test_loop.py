@@ -263,6 +263,30 @@ class Normalized(GenerativeModel):
         return max(abs(float(torch.linalg.matrix_norm(layer.weight, 2)) - 1) for layer in layers)
 
 
+def test_frozen_weights_stay_as_they_are_in_every_phase(engine_of: Any) -> None:
+    torch.manual_seed(0)
+    model = Pair()
+    model.left = nn.Linear(3, 3)
+    model.left.weight.requires_grad_(False)
+    before = [weight.detach().clone() for weight in model.parameters()]
+    engine, stream = engine_of(model), fixed_batches()
+    for _ in range(2):
+        engine.advance(stream, 1)
+    changed = [not torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True)]
+    assert dict(zip([name for name, _ in model.named_parameters()], changed, strict=True)) == {
+        "left.weight": False,
+        "left.bias": True,
+        "right.weight": True,
+    }
+
+
+def test_a_phase_without_a_weight_to_train_is_an_error(engine_of: Any) -> None:
+    model = Pair()
+    model.left.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"^pair: expected a weight to train in phase 'left', got only frozen ones"):
+        engine_of(model)
+
+
 def test_averaged_weights_are_spectrally_normalized_and_evaluation_does_not_affect_training(
     engine_of: Any, tmp_path: Path
 ) -> None:
