@@ -83,8 +83,10 @@ class VariationalAutoencoder(GenerativeModel):
         return ()
 
     def loss(self, phase: str, batch: Batch, context: StepContext) -> dict[str, Tensor]:
-        """The loss, in which the weight of the KL grows to beta in ``kl_warmup`` steps; mean nll and kl in nats."""
-        beta = self.config.beta * min(1.0, context.step / max(1, self.config.kl_warmup))
+        """The loss, in which the weight of the KL grows to beta in ``kl_warmup`` steps, at most a quarter of all; mean
+        nll and kl in nats."""
+        warmup = min(self.config.kl_warmup, context.steps // 4)
+        beta = self.config.beta * min(1.0, context.step / max(1, warmup))
         out: Bound = self(batch["images"], *self.conditions(batch), beta=beta)
         return {"loss": out.loss, "nll": out.nll.mean(), "kl": out.kl.mean()}
 
