@@ -25,6 +25,31 @@ TRAIN, HELD_OUT = "train", "held-out"
 UNITS = {"nll": "nats", "kl": "nats", "elbo": "nats", "items per second": "1/s"}
 SPEED = "items per second"
 
+EXPLAINED = {
+    "loss": "What a step of training lowers. The losses of a GAN's networks oppose each other: neither has to fall.",
+    "nll": "Negative log-likelihood of an item, given its latent where there is one. Lower is better.",
+    "kl": "KL divergence of the latents from their prior: what they hold. Near 0, the decoder ignores them.",
+    "elbo": "A lower bound of the log-likelihood of an item. Higher is better.",
+    "real": "Mean score of real items by the discriminator.",
+    "fake": "Mean score of generated items. Far below that of real ones, the discriminator tells them apart with ease.",
+    "penalty": "Gradient penalty of the discriminator, before its weight. If it grows many times over, training diverges.",
+    "cycle": "Absolute error of images that were translated there and back.",
+    "cycle error": "Absolute error of images that were translated there and back. Lower is better.",
+    "identity": "Absolute error of images that already are of the style they are translated to.",
+    "identity error": "Absolute error of images that already are of the style they are translated to.",
+    "l1": "Mean absolute error of translations. Lower is better.",
+    "distance": "Squared distance of the encoder's outputs from the codes chosen for them.",
+    "perplexity": "The number of codes in use: of a uniform distribution with the same entropy.",
+    "codebook perplexity": "The number of codes in use: of a uniform distribution with the same entropy.",
+    "squared error": "Squared error of reconstructions. Lower is better.",
+    "accuracy": "Share of tokens that are predicted correctly. Higher is better.",
+    "exact": "Share of sequences that are predicted correctly as a whole. Higher is better.",
+    "nats per token": "Negative log-likelihood of a token, given those before it. Lower is better.",
+    "nats per character": "Negative log-likelihood of the tokens, per character of text. Lower is better.",
+    SPEED: "Training items per second, without evaluation and samples.",
+}
+"""What a curve shows, in a sentence or two, by the name of its panel."""
+
 MOST_PANELS = 24
 MOST_CURVES = 8  # in a panel
 MOST_POINTS = 1000  # of a curve; longer ones are plotted as ranges of so many bins
@@ -53,6 +78,11 @@ class Panel:
     unit: str
     last_step: float
     curves: list[Curve]
+
+    @property
+    def explanation(self) -> str:
+        """A sentence or two for the report; empty for quantities that are not fastgen's."""
+        return EXPLAINED.get(self.name, "")
 
     @property
     def title(self) -> str:

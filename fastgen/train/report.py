@@ -55,6 +55,7 @@ class Tile(NamedTuple):
 
 class Chart(NamedTuple):
     name: str
+    explanation: str
     description: str
     light: str
     dark: str
@@ -96,7 +97,12 @@ def _page(folder: Path) -> str:
         tiles=_tiles(folder, rows, environment, metrics),
         samples=read_samples(folder),
         charts=[
-            Chart(panel.title, describe(panel), *(data_uri("image/png", draw_panel(panel, t)) for t in (LIGHT, DARK)))
+            Chart(
+                panel.title,
+                panel.explanation,
+                describe(panel),
+                *(data_uri("image/png", draw_panel(panel, theme)) for theme in (LIGHT, DARK)),
+            )
             for panel in shown
         ],
         metrics=[_metric(metric) for metric in metrics],

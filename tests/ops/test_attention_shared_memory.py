@@ -117,8 +117,8 @@ def test_keys_of_wide_heads_are_split_where_blocks_are_fewer_than_multiprocessor
 def test_every_architecture_gives_the_same_bits(emulator, emulated, dims, dtype):
     """With a mask, whose tiles are smaller, and without; several blocks, so that the plans differ."""
     tensors = operands(batch=2, queries=130, keys=140, dims=dims, dtype=dtype)
-    mask = torch.randn(1, 1, 130, 140)
-    for mask in (None, mask) if dtype == torch.bfloat16 else (mask,):  # products of float32 take three times as long
+    bias = torch.randn(1, 1, 130, 140)
+    for mask in (None, bias) if dtype == torch.bfloat16 else (bias,):  # products of float32 take three times as long
         results = []
         for limit in SHARED_LIMITS:
             emulator.configure(shared_limit=limit)

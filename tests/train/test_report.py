@@ -101,6 +101,7 @@ def test_the_summary_and_the_table_list_metrics_and_settings(tmp_path: Path) -> 
     )
     table = text[text.index("Evaluation at step 4") :]
     assert "Frechet distance 3.25 2.5 to 4 pixels 1,000 generated, 359 held-out" in table
+    assert "A lower bound of the log-likelihood of an item. Higher is better." in text
     assert "devices cpu, cuda" in text
     assert "torch.version 2.13" in text
     assert "Not evaluated yet" not in text

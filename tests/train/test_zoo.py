@@ -13,6 +13,7 @@ import pytest
 
 from fastgen.cli import main
 from fastgen.models import MODELS
+from fastgen.train.curves import EXPLAINED, panels, read_rows
 from fastgen.train.engine import Engine
 
 Main = Callable[..., int]
@@ -57,6 +58,7 @@ def test_a_model_trains_resumes_bitwise_evaluates_and_samples(
     if MODELS[model].kind == "images":
         assert {"Frechet distance", "recall"} <= names
     assert ("class agreement" in names) == (model in CLASSES)
+    assert {panel.name for panel in panels(read_rows(tmp_path / "halves" / "metrics.jsonl"))} <= {*EXPLAINED}
     capsys.readouterr()
     first, again = (tmp_path / f"{name}{SUFFIX[MODELS[model].kind]}" for name in ("first", "again"))
     for out in (first, again):
