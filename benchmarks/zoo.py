@@ -205,7 +205,14 @@ BUNDLED = (
         show=("negative log-likelihood", "bits per dimension", *CLASSES, "caption agreement"),
         name="image-transformer, captions",
     ),
-    Entry("wavenet", sample=("--n", "4"), show=SOUNDS, note="Spectrogram of four sounds, one after the other."),
+    Entry(
+        "wavenet",
+        sample=("--n", "4"),
+        show=SOUNDS,
+        note="Spectrogram of four sounds, one after the other. Linear predictions that are trained"
+        " (`--model.trained-predictors true --model.predictors 64`) had 0.66 nats per token, and 0.89 of the energy at"
+        " harmonics after 2,000 steps, 0.65 after 4,000: the pitch of sampled sounds drifts.",
+    ),
     Entry(
         "wavenet",
         ("--model.conditional",),

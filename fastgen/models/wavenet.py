@@ -72,7 +72,7 @@ PREDICTOR = 0.3  # the same for a weight of 1 of ``predictors``
 SMALLEST = 1e-8  # mean squared error that counts as none
 SUGGESTED: Mapping[str, Any] = {
     "steps": 2000,
-    "model.predictors": 64,
+    "model.predictors": 192,
     "model.trained_predictors": False,
     "model.cycle": 8,
     "model.onset": 0.5,

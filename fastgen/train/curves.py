@@ -32,7 +32,7 @@ EXPLAINED = {
     "elbo": "A lower bound of the log-likelihood of an item. Higher is better.",
     "real": "Mean score of real items by the discriminator.",
     "fake": "Mean score of generated items. Far below that of real ones, the discriminator tells them apart with ease.",
-    "penalty": "Gradient penalty of the discriminator, before its weight. If it grows many times over, training diverges.",
+    "penalty": "Gradient penalty, before its weight. It grows many times over when training diverges.",
     "cycle": "Absolute error of images that were translated there and back.",
     "cycle error": "Absolute error of images that were translated there and back. Lower is better.",
     "identity": "Absolute error of images that already are of the style they are translated to.",

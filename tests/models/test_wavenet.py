@@ -287,7 +287,7 @@ def test_labels_decide_what_a_conditional_model_predicts_and_samples() -> None:
 
 def test_predictors_are_suggested_unless_levels_are_the_output() -> None:
     size = DataSize("audio", 100)
-    assert WaveNet.suggested(size)["model.predictors"] == 64
+    assert WaveNet.suggested(size)["model.predictors"] == 192
     assert WaveNet.suggested(size, {"model.output": "levels"}) == {}
     assert WaveNetConfig().predictors == 0  # models that were saved before
 
