@@ -249,7 +249,8 @@ class GenerativeModel(nn.Module, Pretrained):
             n: number of samples.
             generator: source of the noise; default torch's global one. A CPU generator gives the same noise on every
                 device.
-            options: fields of ``sampling_class``, for example ``label`` or ``temperature``.
+            options: fields of ``sampling_class``, for example ``label`` or ``temperature``. A label is the number of a
+                class, or its name, one of ``class_names``.
 
         Returns:
             Images (n, C, H, W) in [0, 1], a list of n strings, or waveforms (n, samples) in [-1, 1].
@@ -261,11 +262,21 @@ class GenerativeModel(nn.Module, Pretrained):
         if self.kind in TRANSLATED:
             raise TypeError(f"{self.name}: expected a model that samples; this one translates images: call translate")
         require_options(self.name, options, self.sampling_class)
+        if isinstance(options.get("label"), str):
+            options["label"] = self._number_of(options["label"])
         with torch.no_grad():
             samples = self.draw(n, self.sampling_class(**options), generator=generator)
         if isinstance(samples, Images):
             return samples.pixels
         return samples.texts if isinstance(samples, Texts) else samples.waves
+
+    def _number_of(self, label: str) -> int:
+        """The number of the class with this name."""
+        names = self.class_names
+        if label not in names:
+            known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+            raise ValueError(f"label: expected {known or 'a number, as the model has no class_names'}, got {label!r}")
+        return names.index(label)
 
     def translate(self, batch: Batch, options: Any, *, generator: torch.Generator | None = None) -> Images:
         """The translation of each image of a batch, which needs to hold the inputs only."""

@@ -22,7 +22,7 @@ class LabelOptions:
         ValueError: label is less than -1.
     """
 
-    label: int = option(-1, "class to sample, 0, 1, ...; -1: all classes in turn")
+    label: int = option(-1, "class to sample, by number or name; -1: all classes in turn")
 
     def __post_init__(self) -> None:
         if isinstance(self.label, bool) or not isinstance(self.label, int) or self.label < -1:

@@ -44,6 +44,7 @@ else:
 
 
 CONFIG, WEIGHTS, CARD, MODEL_TYPE = "config.json", "model.safetensors", "README.md", "model_type"
+CLASS_NAMES = "class_names"
 DRAWING = {
     "images": "model.sample(16)  # (16, channels, size, size), in [0, 1]",
     "text": "model.sample(4)  # a list of strings",
@@ -62,6 +63,8 @@ class Pretrained(_HubMixin):
     config_class: ClassVar[type]
     config: Any
     kind: Any
+    class_names: tuple[str, ...] = ()
+    """Names of the classes of the training data; saved with the model."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:
@@ -116,8 +119,10 @@ class Pretrained(_HubMixin):
         if options:
             raise TypeError(f"{cls.__name__}.from_pretrained: expected no further options, got {', '.join(options)}")
         saved = None if dataclasses.is_dataclass(config) else config
+        class_names: tuple[str, ...] = ()
         if saved is not None:
-            saved = {name: value for name, value in saved.items() if name != MODEL_TYPE}
+            class_names = _class_names(model_id, saved)
+            saved = {name: value for name, value in saved.items() if name not in (MODEL_TYPE, CLASS_NAMES)}
             current = current_names(cls.config_class, saved)
             known = {f.name for f in dataclasses.fields(cls.config_class)}
             if unknown := sorted(set(current) - known):
@@ -149,6 +154,7 @@ class Pretrained(_HubMixin):
             load_model(model, file, strict=strict, device=map_location)
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"{file}: expected the weights of a {cls.__name__}, got: {error}") from error
+        model.class_names = class_names
         model.to(map_location)
         model.eval()
         return model
@@ -188,7 +194,8 @@ class Pretrained(_HubMixin):
         file = save_directory / WEIGHTS
         save_model(cast(nn.Module, self), str(file), {**UNSEALED, "config": _config_digest(config)})
         seal_file(file)
-        text = json.dumps({MODEL_TYPE: self.name, **config}, sort_keys=True, indent=2) + "\n"
+        names = {CLASS_NAMES: list(self.class_names)} if self.class_names else {}
+        text = json.dumps({MODEL_TYPE: self.name, **names, **config}, sort_keys=True, indent=2) + "\n"
         (save_directory / CONFIG).write_text(text, encoding="utf-8")
 
     def generate_model_card(self, *, training: str = "", **options: Any) -> Any:
@@ -324,6 +331,13 @@ def _has(model: type[Pretrained], config: Mapping[str, Any]) -> bool:
     return {field.name for field in dataclasses.fields(model.config_class)} == set(
         current_names(model.config_class, config)
     )
+
+
+def _class_names(place: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+    names = config.get(CLASS_NAMES, [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{place}: {CONFIG}: {CLASS_NAMES}: expected a list of names, got {names!r}")
+    return tuple(names)
 
 
 def _config_digest(config: Mapping[str, Any]) -> str:

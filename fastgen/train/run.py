@@ -143,6 +143,7 @@ def _prepare(request: Request, header: Header, data: Dataset, tensors: dict[str,
         check_batch(config, splits[0], accelerator.num_processes, accelerator.device)
         torch.manual_seed(config.seed)
         model = model_class(model_config)
+        model.class_names = tuple(data.classes)
         if config.init_from and tensors is None:
             _start_from(model, config.init_from)
         inspect(model, splits)
@@ -248,6 +249,7 @@ def _reason(error: OSError) -> str:
 def write_pretrained(folder: RunFolder, model: GenerativeModel, weights: Mapping[str, Tensor]) -> None:
     """The averaged weights as ``from_pretrained`` reads them, in the run's folder ``model``, with a model card."""
     unsharded = type(model)(model.config)
+    unsharded.class_names = model.class_names
     unsharded.load_state_dict({name: tensor.cpu() for name, tensor in weights.items()})
     unsharded.save_pretrained(inside(folder.path, folder.pretrained.name))
     write_card(folder, unsharded)

@@ -10,7 +10,18 @@ import pytest
 import torch
 
 import fastgen
-from fastgen.models import CGAN, GAN, MODELS, VAE, GANConfig, GenerativeModel, VAEConfig, pretrained
+from fastgen.models import (
+    CGAN,
+    CVAE,
+    GAN,
+    MODELS,
+    VAE,
+    CVAEConfig,
+    GANConfig,
+    GenerativeModel,
+    VAEConfig,
+    pretrained,
+)
 
 pytest.importorskip("huggingface_hub")
 
@@ -50,6 +61,25 @@ def test_a_config_without_a_model_type_loads_by_its_options(saved: Path) -> None
     (saved / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="expected a model of fastgen"):
         GenerativeModel.from_pretrained(saved)
+
+
+def test_class_names_are_saved_and_select_a_class(tmp_path: Path) -> None:
+    model = CVAE(CVAEConfig(image_size=4, width=4, latent_dim=2, classes=2))
+    with pytest.raises(ValueError, match=r"^label: expected a number, as the model has no class_names, got 'dog'$"):
+        model.sample(1, label="dog")
+    model.class_names = ("cat", "dog")
+    model.save_pretrained(tmp_path)
+    loaded = fastgen.load(tmp_path)
+    assert loaded.class_names == ("cat", "dog")
+    drawn = [loaded.sample(2, label=label, generator=torch.Generator().manual_seed(0)) for label in (1, "dog", "cat")]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    with pytest.raises(ValueError, match=r"^label: expected cat, dog, got 'cow'$"):
+        loaded.sample(1, label="cow")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"class_names": [1]}))
+    with pytest.raises(ValueError, match=r"config\.json: class_names: expected a list of names, got \[1\]$"):
+        fastgen.load(tmp_path)
 
 
 def test_a_model_of_another_class_raises_an_error_with_the_class_that_loads_it(tmp_path: Path) -> None:
