@@ -12,7 +12,7 @@ from fastgen.cli._options import add_fields, options_parser, parse
 from fastgen.data import SOURCES, DataConfig, describe
 from fastgen.models import Images
 from fastgen.train.errors import UsageError
-from fastgen.train.trained import write_samples
+from fastgen.train.trained import check_out, sample_suffixes, write_samples
 
 ABOUT = (
     "Inspect a dataset before training on it: a bundled one, a path, or hf:NAME. Without one, list the bundled ones."
@@ -36,9 +36,9 @@ def run(argv: list[str]) -> None:
     kind, out = given.pop("kind"), given.pop("out")
     if kind and kind not in KINDS:
         raise CommandError(f"kind: expected one of {', '.join(KINDS)}, got {kind}", USAGE)
-    if out and not Path(out).parent.is_dir():
-        raise CommandError(f"out: expected a path in a folder that exists, got {out}", USAGE)
     try:
+        if out:
+            check_out(Path(out), sample_suffixes("images"))
         config = DataConfig(**given)
     except (TypeError, ValueError) as error:
         raise CommandError(str(error), USAGE) from error

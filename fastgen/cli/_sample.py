@@ -12,15 +12,20 @@ from fastgen.cli._options import add_fields, given_under_current_names, options_
 from fastgen.models import Samples, Texts
 from fastgen.train.errors import UsageError
 from fastgen.train.folder import RunFolder
+from fastgen.train.image_files import output_names
 from fastgen.train.run import choose_device
 from fastgen.train.trained import (
+    ARRAYS,
     SUFFIXES,
     Trained,
+    check_out,
+    check_out_folder,
     check_seed,
     input_items,
     is_folder,
     open_run,
     sample,
+    sample_suffixes,
     write_samples,
     write_single_samples,
 )
@@ -82,15 +87,18 @@ def run(argv: list[str]) -> None:
         asked = [name for name in VIEWS if views[name]]
         if len(asked) > 1:
             raise CommandError(f"{', '.join(asked)}: expected one of them, got {len(asked)}", USAGE)
-        items = input_items(trained, folder, given.pop("input", ""))
         n, out, seed, device = (given.pop(name) for name in ("n", "out", "seed", "device"))
-        single = is_folder(out)
-        if out and not single and not Path(out).parent.is_dir():
-            raise CommandError(f"out: expected a path in a folder that exists, got {out}", USAGE)
+        source = given.pop("input", "")
+        single = is_folder(out) and not asked
+        if single:
+            check_out_folder(Path(out))
+        elif out:
+            check_out(Path(out), *_contents(asked[0] if asked else "", trained))
         try:
             options = trained.model.sampling_class(**given_under_current_names(trained.model.sampling_class, given))
         except (TypeError, ValueError) as error:
             raise CommandError(str(error), USAGE) from error
+        items = input_items(trained, folder, source)
         trained.model.to(choose_device(device))
         if asked:
             print(_view(asked[0], views[asked[0]], trained, folder, options, n=n, seed=seed, out=out))
@@ -101,7 +109,7 @@ def run(argv: list[str]) -> None:
             return
         path = Path(out or "samples" + SUFFIXES[type(samples)])
         if single:
-            write_single_samples(samples, path)
+            write_single_samples(samples, path, output_names(items, n))
         else:
             write_samples(samples, path)
     except UsageError as error:
@@ -140,6 +148,19 @@ def _add_views(parser: Any) -> None:
     parser.add_argument(
         "--history", action="store_true", help="animation (.gif) of the samples that were saved during training"
     )
+
+
+def _contents(view: str, trained: Trained) -> tuple[tuple[str, ...], str]:
+    """Suffixes of the files that a view, or "" for samples, can be written to, and what they hold, for messages."""
+    if view == "encode":
+        return (ARRAYS,), "latents"
+    if view == "history":
+        return (".gif",), "a history"
+    if view == "show":  # its type is known when the model has made it
+        return (*SUFFIXES.values(), ARRAYS), ""
+    if view in ("reconstruct", "interpolate", "nearest"):
+        return sample_suffixes("images"), ""
+    return sample_suffixes(trained.model.kind), ""
 
 
 def _view(

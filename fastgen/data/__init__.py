@@ -6,7 +6,7 @@ from fastgen.data._base import Dataset, Items, TensorItems
 from fastgen.data.bundled import BUNDLED, SOURCES
 from fastgen.data.config import DataConfig
 from fastgen.data.describe import Description, describe
-from fastgen.data.folders import read_images
+from fastgen.data.folders import image_paths, read_images
 from fastgen.data.sources import bundled_name, load_data
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "TensorItems",
     "bundled_name",
     "describe",
+    "image_paths",
     "load_data",
     "read_images",
 ]

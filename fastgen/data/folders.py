@@ -307,6 +307,21 @@ def _only(side: ReadImages, kept: list[int]) -> ReadImages:
     return ReadImages(stack, contents, [side.kept[place] for place in places], side.notes)
 
 
+def image_paths(path: Path) -> list[Path]:
+    """The file itself, or the image files below a folder, in the order of their names.
+
+    Raises:
+        FileNotFoundError: no such path. ValueError: no images in the folder.
+    """
+    if not path.is_dir():
+        check_file(path, "an image or a folder of images")
+        return [path]
+    below = files_below(path)
+    if files := [path / file for file in with_suffix(below, SUFFIXES)]:
+        return files
+    raise ValueError(f"{path}: expected images (.png, .jpg, ...) in it, got {describe_suffixes(below)}")
+
+
 def read_images(path: Path, image_size: int, channels: int) -> Tensor:
     """An image file, or all images below a folder, in the order of their names: (N, channels, S, S) uint8.
 
@@ -322,10 +337,6 @@ def read_images(path: Path, image_size: int, channels: int) -> Tensor:
         raise ValueError(f"image_size: expected 1 or more, got {image_size}")
     if channels not in (1, 3):
         raise ValueError(f"channels: expected 1 or 3, got {channels}")
-    if not path.is_dir():
-        check_file(path, "an image or a folder of images")
-    files = [path / file for file in with_suffix(files_below(path), SUFFIXES)] if path.is_dir() else [path]
-    if not files:
-        raise ValueError(f"{path}: expected images (.png, .jpg, ...) in it, got {describe_suffixes(files_below(path))}")
+    files = image_paths(path)
     every = torch.arange(len(files))
     return LazyImages(ImageFiles(files), every, channels, image_size, resize=True)[every]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgen.batch import TRANSLATED
-from fastgen.data import Items, TensorItems, read_images
+from fastgen.batch import TRANSLATED, Kind
+from fastgen.data import Items
 from fastgen.models import GenerativeModel, Images, Samples, Sounds, Texts
 from fastgen.train.checkpoint import Header, load_checkpoint
 from fastgen.train.engine import find
@@ -23,6 +23,7 @@ from fastgen.train.errors import UsageError
 from fastgen.train.evaluation import Thinned
 from fastgen.train.files import cannot_write, make_folder, write_whole
 from fastgen.train.folder import RunFolder
+from fastgen.train.image_files import FileItems
 from fastgen.train.run import choose_device, load_average
 from fastgen.train.sample_files import checked_waves, encode_png, encode_wav, save_samples
 from fastgen.train.settings import ModelClass, configs, data_of, split
@@ -31,6 +32,7 @@ from fastgen.train.stream import to_device
 MOST_SAMPLES = 100_000
 BATCH = 256  # samples generated together
 SUFFIXES: dict[type, str] = {Images: ".png", Texts: ".txt", Sounds: ".wav"}
+ARRAYS = ".npz"  # of images and sounds
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,7 @@ def input_items(trained: Trained, folder: RunFolder, images: str = "") -> Items 
         return split(data_of(trained.header, folder, type(model)), model.config)[1]
     names = ("inputs",) if model.kind == "pairs" else ("a", "b")
     channels = model.config.input_channels if model.kind == "pairs" else model.config.channels
-    stack = read_images(Path(images), model.config.image_size, channels)
-    return TensorItems(dict.fromkeys(names, stack), dict.fromkeys(names, 255.0))
+    return FileItems(Path(images), names, model.config.image_size, channels)
 
 
 def sample(trained: Trained, n: int, options: Any, seed: int = 0, items: Items | None = None) -> Samples:
@@ -150,14 +151,55 @@ def is_folder(out: str) -> bool:
     return bool(out) and (out.endswith(("/", os.sep)) or Path(out).is_dir() or not Path(out).suffix)
 
 
-def write_single_samples(samples: Samples, out: Path) -> None:
+def sample_suffixes(kind: Kind) -> tuple[str, ...]:
+    """The suffixes of files that samples of a model of this kind can be written to, the usual one first."""
+    if kind in ("text", "sequences"):
+        return (SUFFIXES[Texts],)
+    return (SUFFIXES[Sounds if kind == "audio" else Images], ARRAYS)
+
+
+def check_out(out: Path, suffixes: Sequence[str], what: str = "") -> None:
+    """Checks where a file is to be written, before the work that it takes.
+
+    Args:
+        suffixes: those that are possible, the usual one first.
+        what: the contents, for the message: "latents".
+
+    Raises:
+        UsageError: another suffix, or no such folder.
+    """
+    if out.suffix.lower() not in suffixes:
+        purpose = f", for {what}," if what else ","
+        raise UsageError(f"out: expected a path that ends in {suffixes[0]}{purpose} got {out}")
+    if not out.parent.is_dir():
+        raise UsageError(f"out: expected a path in a folder that exists, got {out}")
+    if out.is_dir():
+        raise UsageError(f"out: expected a path of a file, got the folder {out}")
+
+
+def check_out_folder(out: Path) -> None:
+    """Checks where single files are to be written, before the work that they take.
+
+    Raises:
+        FileExistsError: the folder has files, or is a file or in one.
+    """
+    if out.is_dir() and any(out.iterdir()):
+        raise FileExistsError(f"{out}: expected a new or an empty folder, got one with files")
+    above = next(path for path in (out, *out.parents, Path.cwd()) if path.exists())
+    if not above.is_dir():
+        raise FileExistsError(f"{out}: expected a folder, got a file, {above}")
+
+
+def write_single_samples(samples: Samples, out: Path, names: Sequence[str] | None = None) -> None:
     """Write each sample to a file of its own in a folder, which is made if it is missing: 000000.png, ...
+
+    Args:
+        names: of the files, without their suffix, all different; with "/" in a subfolder.
 
     Raises:
         FileExistsError: the folder has files. OSError: a file can't be written; names it, and leaves no part of it.
     """
-    if out.is_dir() and any(out.iterdir()):
-        raise FileExistsError(f"{out}: expected a new or an empty folder, got one with files")
+    check_out_folder(out)
     if isinstance(samples, Images):
         files = [encode_png(image) for image in _bytes(samples, out)]
     elif isinstance(samples, Texts):
@@ -166,8 +208,10 @@ def write_single_samples(samples: Samples, out: Path) -> None:
         waves = _finite_waves(samples, out)
         files = [encode_wav(wave[None], samples.sample_rate) for wave in waves]
     make_folder(out)
-    for number, data in enumerate(files):
-        _write_new(out / f"{number:06}{SUFFIXES[type(samples)]}", data)
+    for name, data in zip(names or [f"{number:06}" for number in range(len(files))], files, strict=True):
+        path = out / (name + SUFFIXES[type(samples)])
+        make_folder(path.parent)
+        _write_new(path, data)
 
 
 def _write_new(path: Path, data: bytes) -> None:
@@ -226,14 +270,11 @@ def write_samples(samples: Samples, out: Path) -> None:
     """Write samples to a file with the suffix of their type, or to .npz.
 
     Raises:
-        UsageError: another suffix. FileNotFoundError: no such folder.
+        UsageError: another suffix, or no such folder.
     """
     suffix = SUFFIXES[type(samples)]
-    if out.suffix.lower() == ".npz":
+    check_out(out, (suffix,) if isinstance(samples, Texts) else (suffix, ARRAYS))
+    if out.suffix.lower() == ARRAYS:
         write_arrays(samples, out)
-        return
-    if out.suffix.lower() != suffix:
-        raise UsageError(f"out: expected a path that ends in {suffix}, got {out}")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"{out}: expected a path in a folder that exists, got one in {out.parent}")
-    save_samples(out.parent, out.name.removesuffix(out.suffix), samples)
+    else:
+        save_samples(out.parent, out.name.removesuffix(out.suffix), samples)

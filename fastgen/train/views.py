@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastgen.data import Items, TensorItems, read_images
+from fastgen.data import Items
 from fastgen.metrics import nearest_training
 from fastgen.models import Images, Samples, Texts
 from fastgen.models.base import image_rows
@@ -21,9 +21,10 @@ from fastgen.train.errors import UsageError
 from fastgen.train.evaluation import VISUALIZED, Thinned, first
 from fastgen.train.files import write_whole
 from fastgen.train.folder import RunFolder
+from fastgen.train.image_files import FileItems, file_names
 from fastgen.train.settings import data_of, split
 from fastgen.train.stream import to_device
-from fastgen.train.trained import BATCH, Trained, joined, sample
+from fastgen.train.trained import ARRAYS, BATCH, Trained, check_out, joined, sample
 
 HELD_OUT = "held-out"
 COLUMNS = 8
@@ -42,7 +43,7 @@ def chosen_items(trained: Trained, folder: RunFolder, source: str) -> Items:
     if source == HELD_OUT:
         return split(data_of(trained.header, folder, type(trained.model)), trained.model.config)[1]
     config = trained.model.config
-    return TensorItems({"images": read_images(Path(source), config.image_size, config.channels)}, {"images": 255.0})
+    return FileItems(Path(source), ("images",), config.image_size, config.channels)
 
 
 def _batches(trained: Trained, items: Items, n: int, options: Any) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
@@ -83,13 +84,12 @@ def reconstructions(trained: Trained, items: Items, n: int, options: Any) -> Ima
 @torch.no_grad()
 def write_latents(trained: Trained, items: Items, options: Any, out: Path) -> None:
     """Write the latents of all items to an .npz file: ``z``, the mean of the posterior (N, D) float32, or codes
-    (N, h, w) int64; and ``labels`` (N,) where the items have classes.
+    (N, h, w) int64; ``labels`` (N,) where the items have classes; ``names`` (N,), paths of the user's files.
 
     Raises:
         UsageError: no autoencoder, another suffix, or no class for images without one.
     """
-    if out.suffix.lower() != ".npz":
-        raise UsageError(f"out: expected a path that ends in .npz, for latents, got {out}")
+    check_out(out, (ARRAYS,), "latents")
     model: Any = trained.model
     latents, labels = [], []
     for images, conditions in _batches(trained, items, len(items), options):
@@ -97,6 +97,8 @@ def write_latents(trained: Trained, items: Items, options: Any, out: Path) -> No
         latents.append((encoded[0] if isinstance(encoded, tuple) else encoded).cpu())
         labels += [each.cpu() for each in conditions]
     arrays = {"z": torch.cat(latents).numpy()} | ({"labels": torch.cat(labels).numpy()} if labels else {})
+    if (names := file_names(items)) is not None:
+        arrays["names"] = np.array(names)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     write_whole(out, buffer.getvalue())
@@ -194,8 +196,7 @@ def write_history(folder: RunFolder, name: str, out: Path) -> None:
     Raises:
         UsageError: another suffix, or no saved samples.
     """
-    if out.suffix.lower() != ".gif":
-        raise UsageError(f"out: expected a path that ends in .gif, for a history, got {out}")
+    check_out(out, (".gif",), "a history")
     files = sorted(
         (folder.path / name).glob("[0-9]*.png"), key=lambda file: int(file.stem) if file.stem.isdigit() else -1
     )

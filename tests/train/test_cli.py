@@ -126,6 +126,7 @@ def test_models_and_data_are_listed(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["models", "dcgn"], 2, "got dcgn; did you mean dcgan?"),
         (["bench", "--rounds", "-1"], 2, "rounds: expected a positive number"),
         (["data", "digits", "--out", "nowhere/a.png"], 2, "out: expected a path in a folder that exists"),
+        (["data", "nowhere", "--out", "a.xyz"], 2, "out: expected a path that ends in .png, got a.xyz"),
         (["train"], 2, "train: expected a model, one of attention-gan, cdcgan, cgan,"),
         (["train", "pix3pix"], 2, "got pix3pix"),
         (["train", "conv-vae", "--epochs", "many"], 2, "epochs: Expected float. Got value: many"),

@@ -75,6 +75,56 @@ def test_latents_are_written_as_arrays(run: Path, tmp_path: Path, fit: Main) -> 
     assert np.load(out)["z"].shape == (40, 2, 2)
 
 
+def pictures(folder: Path, *names: str) -> Path:
+    for shade, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (60 * shade,) * 3).save(folder / name)
+    return folder
+
+
+def test_files_keep_their_names(run: Path, fit: Main, tmp_path: Path) -> None:
+    given, out = pictures(tmp_path / "in", "b.png", "a.png", "a.bmp", "more/c.png"), tmp_path / "z.npz"
+    assert main(["sample", str(run), "--encode", str(given), "--out", str(out)]) == 0
+    assert np.load(out)["names"].tolist() == ["a.bmp", "a.png", "b.png", "more/c.png"]
+    assert main(["sample", str(run), "--encode", str(given / "b.png"), "--out", str(out)]) == 0
+    assert np.load(out)["names"].tolist() == ["b.png"]
+    assert fit(model="pix2pix", name="pairs", steps=1) == 0
+    for n, names in (("9", ["a.bmp.png", "a.png.png", "b.png", "more/c.png"]), ("2", ["a.bmp.png", "more/c.png"])):
+        command = ["sample", str(tmp_path / "pairs"), "--input", str(given), "--n", n, "--out", f"{tmp_path / n}/"]
+        assert main(command) == 0
+        assert sorted(path.relative_to(tmp_path / n).as_posix() for path in (tmp_path / n).rglob("*.png")) == names
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--out", "a.flac"],
+        ["--out", "a.jpg"],
+        ["--out", "full/"],
+        ["--out", "full/a/"],
+        ["--interpolate", "--out", "a.wav"],
+        ["--reconstruct", "held-out", "--out", "a.jpg"],
+        ["--encode", "held-out", "--out", "a.npy"],
+        ["--sweep", "temperature=1", "--out", "a/"],
+        ["--nearest", "--out", "a.txt"],
+        ["--show", "reconstructions", "--out", "a.jpg"],
+        ["--history", "--out", "a.mp4"],
+    ],
+    ids=" ".join,
+)
+def test_where_to_write_is_checked_before_the_work(
+    run: Path, options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run.parent / "full").mkdir()
+    (run.parent / "full" / "a").touch()
+    monkeypatch.chdir(run.parent)
+    for name in ("input_items", "sample", "_view"):
+        monkeypatch.setattr(f"fastgen.cli._sample.{name}", lambda *given, **named: pytest.fail("has begun"))
+    capsys.readouterr()
+    assert main(["sample", str(run), *options]) in (1, 2)
+    assert "expected a" in capsys.readouterr().err
+
+
 def test_a_conditional_autoencoder_asks_for_the_class_of_the_users_images(
     fit: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
