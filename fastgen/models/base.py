@@ -278,8 +278,12 @@ class GenerativeModel(nn.Module, Pretrained):
             raise ValueError(f"label: expected {known or 'a number, as the model has no class_names'}, got {label!r}")
         return names.index(label)
 
-    def translate(self, batch: Batch, options: Any, *, generator: torch.Generator | None = None) -> Images:
-        """The translation of each image of a batch, which needs to hold the inputs only."""
+    def translate(self, batch: Batch, options: Any = None, *, generator: torch.Generator | None = None) -> Images:
+        """The translation of each image of a batch, which needs to hold the inputs only.
+
+        Args:
+            options: a ``sampling_class``; None: its defaults.
+        """
         raise NotImplementedError
 
     def interpolate(self, rows: int, columns: int, options: Any, *, generator: torch.Generator | None = None) -> Images:

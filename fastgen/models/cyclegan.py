@@ -289,8 +289,11 @@ class CycleGAN(GenerativeModel):
         return {"cycle error": cycle / 4, "identity error": identity / 4}
 
     @torch.no_grad()
-    def translate(self, batch: Batch, options: DirectionOptions, *, generator: torch.Generator | None = None) -> Images:
-        """The translated images a or b of a batch, which needs only these; no noise."""
+    def translate(
+        self, batch: Batch, options: DirectionOptions | None = None, *, generator: torch.Generator | None = None
+    ) -> Images:
+        """The translated images a or b of a batch, which needs only these; no noise. Default: a to b."""
+        options = options or DirectionOptions()
         return Images(self(batch[options.direction[0]], options.direction))
 
     @torch.no_grad()

@@ -212,7 +212,7 @@ class Pix2Pix(GenerativeModel):
 
     Example:
         >>> model = Pix2Pix(Pix2PixConfig(image_size=16, width=4, patch_width=4))
-        >>> model.translate({"inputs": torch.rand(5, 1, 16, 16)}, NoOptions()).pixels.shape
+        >>> model.translate({"inputs": torch.rand(5, 1, 16, 16)}).pixels.shape
         torch.Size([5, 3, 16, 16])
     """
 
@@ -278,7 +278,9 @@ class Pix2Pix(GenerativeModel):
         return {"l1": absolute_error(self._generate_eval(inputs, generator), targets) / 2}
 
     @torch.no_grad()
-    def translate(self, batch: Batch, options: NoOptions, *, generator: torch.Generator | None = None) -> Images:
+    def translate(
+        self, batch: Batch, options: NoOptions | None = None, *, generator: torch.Generator | None = None
+    ) -> Images:
         """The translated inputs of a batch, in evaluation mode; the batch needs no targets."""
         inputs = self._checked("inputs", batch["inputs"], self.config.input_channels)
         return Images(to_pixels(self._generate_eval(inputs, generator)))
@@ -286,7 +288,7 @@ class Pix2Pix(GenerativeModel):
     @torch.no_grad()
     def visualize(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Samples]:
         """Rows of held-out inputs, their translations, and their targets."""
-        outputs = self.translate(batch, NoOptions(), generator=generator).pixels
+        outputs = self.translate(batch, generator=generator).pixels
         return {"translations": image_rows(batch["inputs"], outputs, batch["targets"])}
 
     def _pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:

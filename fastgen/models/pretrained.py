@@ -50,8 +50,8 @@ DRAWING = {
     "text": "model.sample(4)  # a list of strings",
     "sequences": "model.sample(4)  # a list of strings",
     "audio": "model.sample(4)  # (4, samples), in [-1, 1]",
-    "pairs": 'model.translate({"inputs": images}, model.sampling_class()).pixels  # images in [0, 1]',
-    "domains": 'model.translate({"a": images}, model.sampling_class()).pixels  # images in [0, 1]',
+    "pairs": 'model.translate({"inputs": images}).pixels  # images in [0, 1]',
+    "domains": 'model.translate({"a": images}).pixels  # images in [0, 1]',
 }
 
 

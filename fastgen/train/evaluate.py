@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 from fastgen import metrics
 from fastgen.batch import TRANSLATED, option
 from fastgen.data import Items
+from fastgen.metrics.bootstrap import MIN_SET_SIZE
+from fastgen.metrics.features import MIN_IMAGES
 from fastgen.models import Images, Sounds
 from fastgen.train.card import write_card
 from fastgen.train.config import TrainConfig
@@ -76,14 +78,19 @@ def evaluate(
         quiet: print no progress.
 
     Raises:
-        FileNotFoundError, ValueError: no run, or a checkpoint that does not fit. UsageError: options or data that do
-        not fit the run.
+        FileNotFoundError, ValueError: no run, a checkpoint that does not fit, or too few images where distances are
+        all that there is to measure; else these are left out, with a note. UsageError: options or data that do not fit
+        the run.
     """
     trained = open_run(folder, config.device, model_class)
     data = data_of(trained.header, folder, type(trained.model))
     train, held_out = split(data, trained.model.config)
     accelerator = make_accelerator(TrainConfig(batch_size=1), trained.model.device)
     stages = Stages("evaluate", quiet=quiet)
+    settings = asdict(config)
+    if lacking := _lacking_for_distances(trained, train, held_out, config):
+        config = replace(config, features="none")
+        stages.note(f"distances are left out: {lacking} (--features none leaves them out)")
     try:
         with torch.no_grad():
             results = _likelihoods(trained, held_out, config, accelerator, stages)
@@ -94,12 +101,37 @@ def evaluate(
                 results += _sounds(trained, held_out, config, stages)
     finally:
         leave(accelerator)
-    kept = {"step": trained.step, "settings": asdict(config), "figures": [asdict(result) for result in results]}
+    if lacking and not results:
+        raise ValueError(f"{trained.model.name} is evaluated by distances alone: {lacking}")
+    kept: dict[str, Any] = {"step": trained.step, "settings": settings}
+    kept |= {"figures": [asdict(result) for result in results]}
+    kept |= {"notes": [f"distances are left out: {lacking}"]} if lacking else {}
     write_whole(folder.evaluation, (json.dumps(kept, indent=2) + "\n").encode())
     write_report(folder.path)
     if folder.pretrained.is_dir():
         write_card(folder, trained.model)
     return results
+
+
+def _lacking_for_distances(trained: Trained, train: Items, held_out: Items, config: EvaluateConfig) -> str:
+    """What distances need more of, as "expected ..., got ..."; "" if there is enough, or they are not wanted."""
+    kind = trained.model.kind
+    if config.features == "none" or (kind != "images" and kind not in TRANSLATED):
+        return ""
+    known = len(train) * (2 if kind == "domains" else 1)  # both domains are one set
+    if config.features != "inception" and known < MIN_IMAGES:
+        return f"expected at least {MIN_IMAGES} training images, to train their feature space on, got {known}"
+    sets = {"held-out images": len(held_out), "training images": len(train)}
+    if kind == "images":
+        sets["samples (--n)"] = config.n
+    for name, count in sets.items():
+        if config.resamples and count < MIN_SET_SIZE:
+            return f"expected at least {MIN_SET_SIZE} {name}, with resamples {config.resamples}, got {count}"
+        if count < 2:
+            return f"expected at least 2 {name}, got {count}"
+        if kind == "images" and name != "training images" and count <= config.k:
+            return f"expected more {name} than k = {config.k}, got {count}"
+    return ""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -152,6 +153,43 @@ def test_evaluation_is_kept_with_its_feature_space(
         assert main(words) == 0
         assert capsys.readouterr().out == printed  # the same again
         assert (tmp_path / "run" / "features.safetensors").stat().st_mtime_ns == features
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "lacking"),
+    [
+        ("pix2pix", ["photos", "--items", "20"], "50 training images, to train their feature space on, got 16"),
+        ("conv-vae", ["few.npz", "--held-out", "12"], "10 held-out images, with resamples 200, got 5"),
+        ("dcgan", ["few.npz", "--held-out", "2"], "50 training images, to train their feature space on, got 30"),
+    ],
+)
+def test_with_few_images_distances_are_left_out_with_the_reason(
+    fit: Main,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model: str,
+    data: list[str],
+    lacking: str,
+) -> None:
+    monkeypatch.setattr("fastgen.train.evaluate.write_report", lambda folder: None)
+    monkeypatch.chdir(tmp_path)
+    np.savez("few.npz", images=np.arange(60 * 64, dtype=np.uint8).reshape(60, 8, 8))
+    assert fit("--data", *data, model=model, steps=1) == 0
+    capsys.readouterr()
+    done = main(["evaluate", str(tmp_path / "run"), "--importance", "0"])
+    printed = capsys.readouterr()
+    assert f"distances are left out: expected at least {lacking} (--features none leaves them out)" in printed.err
+    if model == "dcgan":  # nothing else to measure
+        assert done == 1
+        assert f"dcgan is evaluated by distances alone: expected at least {lacking}" in printed.err
+        return
+    assert done == 0
+    kept = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert kept["notes"] == [f"distances are left out: expected at least {lacking}"]
+    found = {metric["name"] for metric in kept["figures"]}
+    assert "structural similarity" in found if model == "pix2pix" else "ELBO" in found
+    assert not any("distance" in name for name in found)
 
 
 def test_classes_in_turn_keep_their_columns_where_samples_are_many(fit: Main, tmp_path: Path) -> None:
