@@ -14,6 +14,7 @@ from fastgen.batch.checks import (
     require_same_batch,
     require_tokens,
 )
+from fastgen.batch.direction import Direction, is_reversed
 from fastgen.batch.kinds import FACTS, KINDS, TRANSLATED, Batch, Kind
 from fastgen.batch.options import current_names, from_data, option, takes_old_names
 from fastgen.batch.vocabulary import (
@@ -41,6 +42,7 @@ __all__ = [
     "START",
     "TRANSLATED",
     "Batch",
+    "Direction",
     "Kind",
     "Vocabulary",
     "can_read_values",
@@ -50,6 +52,7 @@ __all__ = [
     "current_names",
     "detokenize",
     "from_data",
+    "is_reversed",
     "option",
     "require_audio",
     "require_characters",

@@ -7,10 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from fastgen.batch import option
+from fastgen.batch import Direction, is_reversed, option
 
 Binarize = Literal["none", "static", "dynamic"]
-Direction = Literal["AtoB", "BtoA"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class DataConfig:
         "none", "black and white pixels, drawn with their values as probabilities: once, or in each training step"
     )
     skip_broken: bool = option(False, "images that can't be read are left out, with a warning")
-    direction: Direction = option("AtoB", "direction of translation of pairs; BtoA exchanges inputs and targets")
+    direction: Direction = option("AtoB", "direction of translation of pairs; BtoA or b-to-a exchanges both sides")
     sample_rate: int = option(0, "sample rate that recordings are resampled to (0: the one most of them have)")
 
     def __post_init__(self) -> None:
@@ -47,9 +46,9 @@ class DataConfig:
                 raise TypeError(f"{name}: expected a whole number, got {value!r}")
             if value < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {value}")
-        for name, kind in (("binarize", Binarize), ("direction", Direction)):
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+        if self.binarize not in get_args(Binarize):
+            raise ValueError(f"binarize: expected one of {', '.join(get_args(Binarize))}, got {self.binarize!r}")
+        object.__setattr__(self, "direction", "BtoA" if is_reversed(self.direction) else "AtoB")
         if not isinstance(self.skip_broken, bool):
             raise TypeError(f"skip_broken: expected true or false, got {self.skip_broken!r}")
         for name in ("source", "column", "test_data"):

@@ -31,6 +31,7 @@ from fastgen.checks import (
 from fastgen.losses.adversarial import ADVERSARIAL_LOSSES
 from fastgen.models.augmentation import Augmentation, check_augment_options, parse_augment
 from fastgen.models.base import Batch, GenerativeModel, Images, Phase, StepContext, to_pixels
+from fastgen.models.conditioning import tempered_noise
 from fastgen.models.interpolation import great_circles, row_labels
 from fastgen.models.sizes import FEW_ITEMS, DataSize
 from fastgen.nn.averaging import recomputed_buffers
@@ -195,17 +196,20 @@ class ImageGAN(GenerativeModel):
         )
         return values | augmentation.values()
 
-    def noise(self, n: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
-        """(n, dim) values from N(0, 1). A CPU generator gives the same values on every device."""
+    def noise(self, n: int, dim: int, generator: torch.Generator | None = None, options: Any = None) -> Tensor:
+        """(n, dim) values from N(0, 1), or N(0, temperature^2) with sampling options that have a ``temperature``.
+
+        A CPU generator gives the same values on every device.
+        """
         weight = next(self.generator.parameters())
         device = weight.device if generator is None else generator.device
-        return torch.randn(n, dim, generator=generator, device=device).to(weight)
+        return tempered_noise(torch.randn(n, dim, generator=generator, device=device).to(weight), options)
 
     @torch.no_grad()
     def interpolate(self, rows: int, columns: int, options: Any, *, generator: torch.Generator | None = None) -> Images:
         """As ``GenerativeModel.interpolate``, from noise z to noise z."""
         require_positive("rows", rows)
-        z = great_circles(self.noise(2 * rows, self.config.latent_dim, generator), columns)
+        z = great_circles(self.noise(2 * rows, self.config.latent_dim, generator, options), columns)
         classes = int(getattr(self.config, "num_classes", getattr(self.config, "classes", 0)))
         labels = row_labels(rows, columns, options.label, classes) if classes else None
         with eval_mode(self.generator), recomputed_buffers(self.generator):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fastgen.checks import require_positive
 from fastgen.models.adversarial import ImageGAN, eval_mode, generator_objective
 from fastgen.models.base import Batch, Images, StepContext, option, to_pixels
-from fastgen.models.conditioning import LabelOptions, check_labels, wanted_labels
+from fastgen.models.conditioning import LabeledLatentOptions, check_labels, wanted_labels
 from fastgen.models.dcgan import INITIAL_STD, DCGANConfig, DCGANGenerator, discriminator_features, init_weights
 from fastgen.models.registry import register_model
 from fastgen.models.sizes import LONG, SLOWER, Size
@@ -96,13 +96,13 @@ class CDCGAN(ImageGAN):
         >>> model = CDCGAN(CDCGANConfig(image_size=8, classes=3, width=8))
         >>> model(torch.randn(2, 64), torch.tensor([0, 2])).shape
         torch.Size([2, 1, 8, 8])
-        >>> model.draw(6, LabelOptions(label=2)).pixels.shape
+        >>> model.draw(6, LabeledLatentOptions(label=2)).pixels.shape
         torch.Size([6, 1, 8, 8])
     """
 
     name = "cdcgan"
     summary = "conditional DCGAN: generates images of a given class"
-    config_class, sampling_class = CDCGANConfig, LabelOptions
+    config_class, sampling_class = CDCGANConfig, LabeledLatentOptions
     channels_last = True
     train_defaults: ClassVar = {"steps": 1123, "batch_size": 64, "average_decay": 0.998}
     sizes: ClassVar = {
@@ -144,7 +144,7 @@ class CDCGAN(ImageGAN):
         return self.discriminator_loss(discriminator, images, fake, context)
 
     @torch.no_grad()
-    def draw(self, n: int, options: LabelOptions, *, generator: torch.Generator | None = None) -> Images:
+    def draw(self, n: int, options: LabeledLatentOptions, *, generator: torch.Generator | None = None) -> Images:
         """Samples n images of the class ``options.label``, or of all classes in turn, one class per column.
 
         Raises:
@@ -153,5 +153,5 @@ class CDCGAN(ImageGAN):
         require_positive("n", n)
         labels, columns = wanted_labels(n, options.label, self.config.classes)
         with eval_mode(self.generator):
-            images = self.generator(self.noise(n, self.config.latent_dim, generator), labels.to(self.device))
+            images = self.generator(self.noise(n, self.config.latent_dim, generator, options), labels.to(self.device))
         return Images(to_pixels(images), columns, labels)

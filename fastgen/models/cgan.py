@@ -30,7 +30,7 @@ from fastgen.models.adversarial import (
     generator_objective,
 )
 from fastgen.models.base import Batch, Images, StepContext, option, to_pixels
-from fastgen.models.conditioning import LabelOptions, check_labels, wanted_labels
+from fastgen.models.conditioning import LabeledLatentOptions, check_labels, wanted_labels
 from fastgen.models.registry import register_model
 from fastgen.models.sizes import LONG, Size
 
@@ -134,13 +134,13 @@ class CGAN(ImageGAN):
         >>> model = CGAN(CGANConfig(image_size=8, classes=3, width=16))
         >>> model(torch.randn(2, 64), torch.tensor([0, 2])).shape
         torch.Size([2, 1, 8, 8])
-        >>> model.draw(6, LabelOptions(label=2)).pixels.shape
+        >>> model.draw(6, LabeledLatentOptions(label=2)).pixels.shape
         torch.Size([6, 1, 8, 8])
     """
 
     name = "cgan"
     summary = "conditional GAN of linear layers: generates images of a given class"
-    config_class, sampling_class = CGANConfig, LabelOptions
+    config_class, sampling_class = CGANConfig, LabeledLatentOptions
     train_defaults: ClassVar = {"steps": 3368, "batch_size": 64, "average_decay": 0.998}
     sizes: ClassVar = {
         "medium": Size(20_000, train=LONG),
@@ -178,7 +178,7 @@ class CGAN(ImageGAN):
         return self.discriminator_loss(discriminator, images, fake, context)
 
     @torch.no_grad()
-    def draw(self, n: int, options: LabelOptions, *, generator: torch.Generator | None = None) -> Images:
+    def draw(self, n: int, options: LabeledLatentOptions, *, generator: torch.Generator | None = None) -> Images:
         """Samples n images of the class ``options.label``, or of all classes in turn, one class per column.
 
         Raises:
@@ -187,5 +187,5 @@ class CGAN(ImageGAN):
         require_positive("n", n)
         labels, columns = wanted_labels(n, options.label, self.config.classes)
         with eval_mode(self.generator):
-            images = self.generator(self.noise(n, self.config.latent_dim, generator), labels.to(self.device))
+            images = self.generator(self.noise(n, self.config.latent_dim, generator, options), labels.to(self.device))
         return Images(to_pixels(images), columns, labels)

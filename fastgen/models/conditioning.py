@@ -1,17 +1,19 @@
-"""Class-conditional image models: the labels of a batch, and the sampling option that selects a class."""
+"""Sampling options: the class of a conditional model, the temperature of a latent; the labels of a batch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fastgen.batch import require_labels
+from fastgen.checks import require_not_negative
 from fastgen.models.base import Batch, option
 
 MAX_COLUMNS = 32
+TEMPERATURE = "standard deviation of the latent z; lower: less varied, 0: always the same sample"
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,41 @@ class LabelOptions:
     def __post_init__(self) -> None:
         if isinstance(self.label, bool) or not isinstance(self.label, int) or self.label < -1:
             raise ValueError(f"label: expected a class 0, 1, ... or -1 for all in turn, got {self.label!r}")
+
+
+@dataclass(frozen=True)
+class LatentOptions:
+    """Sampling options of models with a latent z from N(0, 1).
+
+    Raises:
+        ValueError: temperature is negative, infinite or NaN.
+    """
+
+    temperature: float = option(1.0, TEMPERATURE)
+
+    def __post_init__(self) -> None:
+        require_not_negative(temperature=self.temperature)
+
+
+@dataclass(frozen=True)
+class LabeledLatentOptions(LabelOptions):
+    """Sampling options of class-conditional models with a latent z from N(0, 1).
+
+    Raises:
+        ValueError: label is less than -1; temperature is negative, infinite or NaN.
+    """
+
+    temperature: float = option(1.0, TEMPERATURE)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_not_negative(temperature=self.temperature)
+
+
+def tempered_noise(noise: Tensor, options: Any) -> Tensor:
+    """Noise from N(0, 1) with ``options.temperature`` as its standard deviation; as it is for other options."""
+    temperature = getattr(options, "temperature", 1.0)
+    return noise if temperature == 1 else temperature * noise
 
 
 def check_labels(batch: Batch, classes: int) -> Tensor:

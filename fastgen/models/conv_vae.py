@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.checks import require_count, require_not_negative, require_positive
-from fastgen.models.base import Images, NoOptions, Phase, option, upcast
+from fastgen.models.base import Images, Phase, option, upcast
+from fastgen.models.conditioning import LatentOptions
 from fastgen.models.registry import register_model
 from fastgen.models.sizes import DECAY, Size
 from fastgen.models.variational import (
@@ -275,17 +276,17 @@ class ConvVAE(VariationalAutoencoder):
         return log_p - log_q - log_q_details
 
     @torch.no_grad()
-    def draw(self, n: int, options: NoOptions, *, generator: torch.Generator | None = None) -> Images:
+    def draw(self, n: int, options: LatentOptions, *, generator: torch.Generator | None = None) -> Images:
         """The expected pixels of n latents from the prior.
 
         Raises:
             ValueError: n is not a positive integer.
         """
         require_positive("n", n)
-        z = normal_noise((n, self.config.latent_dim), next(self.parameters()), generator)
+        z = normal_noise((n, self.config.latent_dim), next(self.parameters()), generator, options)
         canvas = self.canvas(z)
         mu, logvar = self._detail_prior(canvas)
-        details = mu + normal_noise(tuple(mu.shape), mu, generator) * torch.exp(0.5 * logvar)
+        details = mu + normal_noise(tuple(mu.shape), mu, generator, options) * torch.exp(0.5 * logvar)
         return Images(pixels_mean(self._pixel_parameters(canvas, details), self.config.likelihood))
 
     def _features(self, images: Tensor) -> Tensor:

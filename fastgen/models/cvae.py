@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastgen.batch import require_labels
 from fastgen.checks import require_count, require_not_negative, require_positive, require_positive_number
 from fastgen.models.base import Batch, Images, Phase, Samples, option, upcast
-from fastgen.models.conditioning import LabelOptions, wanted_labels
+from fastgen.models.conditioning import LabeledLatentOptions, wanted_labels
 from fastgen.models.registry import register_model
 from fastgen.models.sizes import DECAY, Size
 from fastgen.models.vae import mlp
@@ -88,13 +88,13 @@ class CVAE(VariationalAutoencoder):
         >>> model = CVAE(CVAEConfig(image_size=8, classes=10))
         >>> model(torch.zeros(5, 1, 8, 8), torch.arange(5)).kl.shape
         torch.Size([5])
-        >>> model.draw(3, LabelOptions(label=7)).pixels.shape
+        >>> model.draw(3, LabeledLatentOptions(label=7)).pixels.shape
         torch.Size([3, 1, 8, 8])
     """
 
     name = "cvae"
     summary = "class-conditional variational autoencoder with fully connected layers"
-    config_class, sampling_class = CVAEConfig, LabelOptions
+    config_class, sampling_class = CVAEConfig, LabeledLatentOptions
     train_defaults: ClassVar = {"steps": 2246, "batch_size": 64, "clip": 100.0, "average_decay": 0.998}
     sizes: ClassVar = {
         "medium": Size(8_000, passes=200, train=DECAY, model={"width": 512}),
@@ -161,7 +161,7 @@ class CVAE(VariationalAutoencoder):
         return self.log_likelihood(self._pixel_parameters(z, labels), images) + log_standard_normal(z) - log_q
 
     @torch.no_grad()
-    def draw(self, n: int, options: LabelOptions, *, generator: torch.Generator | None = None) -> Images:
+    def draw(self, n: int, options: LabeledLatentOptions, *, generator: torch.Generator | None = None) -> Images:
         """The expected pixels of n latents from the prior; if all classes are sampled, each has its own column.
 
         Raises:
@@ -169,7 +169,7 @@ class CVAE(VariationalAutoencoder):
         """
         require_positive("n", n)
         labels, columns = wanted_labels(n, options.label, self.config.classes)
-        z = normal_noise((n, self.config.latent_dim), next(self.decoder.parameters()), generator)
+        z = normal_noise((n, self.config.latent_dim), next(self.decoder.parameters()), generator, options)
         return Images(self.decode(z, labels.to(self.device)), columns, labels)
 
     @torch.no_grad()

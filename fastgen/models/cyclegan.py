@@ -20,14 +20,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fastgen import losses
-from fastgen.batch import require_images, require_same_batch
-from fastgen.checks import require_choice, require_count, require_not_negative, require_positive
+from fastgen.batch import Direction, is_reversed, require_images, require_same_batch
+from fastgen.checks import require_count, require_not_negative, require_positive
 from fastgen.losses.adversarial import AdversarialLoss
 from fastgen.models.adversarial import Penalty, check_adversarial_options, discriminator_objective
 from fastgen.models.base import (
@@ -52,7 +52,6 @@ from fastgen.models.pix2pix import (
 from fastgen.models.registry import register_model
 from fastgen.models.sizes import LONG, Size
 
-Direction = Literal["a-to-b", "b-to-a"]
 # Half the cycle weight, as in the paper's section 5.2. Without it, generators of flat drawings inverted colors.
 KEEP_COLORS: Mapping[str, Any] = {"identity_weight": 2.5}
 
@@ -115,10 +114,10 @@ class DirectionOptions:
         ValueError: unknown direction.
     """
 
-    direction: Direction = option("a-to-b", "direction of the translation")
+    direction: Direction = option("a-to-b", "direction of the translation; AtoB and BtoA mean the same")
 
     def __post_init__(self) -> None:
-        require_choice("direction", self.direction, get_args(Direction))
+        object.__setattr__(self, "direction", "b-to-a" if is_reversed(self.direction) else "a-to-b")
 
 
 def convolution(in_channels: int, out_channels: int, size: int) -> list[nn.Module]:
@@ -236,9 +235,8 @@ class CycleGAN(GenerativeModel):
 
     def forward(self, images: Tensor, direction: Direction = "a-to-b") -> Tensor:
         """Images (B, C, S, S) of one domain in [0, 1] -> images (B, C, S, S) of the other in [0, 1]."""
-        require_choice("direction", direction, get_args(Direction))
-        network = self.a_to_b if direction == "a-to-b" else self.b_to_a
-        return to_pixels(network(self._checked(direction[0], images)))
+        network, source = (self.b_to_a, "b") if is_reversed(direction) else (self.a_to_b, "a")
+        return to_pixels(network(self._checked(source, images)))
 
     def phases(self) -> tuple[Phase, ...]:
         config = self.config

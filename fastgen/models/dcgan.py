@@ -30,7 +30,8 @@ from fastgen.models.adversarial import (
     feature_sizes,
     generator_objective,
 )
-from fastgen.models.base import Batch, Images, NoOptions, StepContext, option, to_pixels
+from fastgen.models.base import Batch, Images, StepContext, option, to_pixels
+from fastgen.models.conditioning import LatentOptions
 from fastgen.models.registry import register_model
 from fastgen.models.sizes import LONG, SLOWER, Size
 
@@ -162,7 +163,7 @@ class DCGAN(ImageGAN):
         >>> model = DCGAN(DCGANConfig(image_size=8, width=8))
         >>> model(torch.randn(3, 64)).shape
         torch.Size([3, 1, 8, 8])
-        >>> model.draw(3, NoOptions()).pixels.shape
+        >>> model.draw(3, LatentOptions()).pixels.shape
         torch.Size([3, 1, 8, 8])
     """
 
@@ -170,7 +171,7 @@ class DCGAN(ImageGAN):
     summary = "deep convolutional generative adversarial network"
     config_class = DCGANConfig
     channels_last = True
-    sampling_class = NoOptions
+    sampling_class = LatentOptions
     train_defaults: ClassVar = {"steps": 3368, "batch_size": 64, "average_decay": 0.998}
     sizes: ClassVar = {
         "medium": Size(12_000, train=LONG, model={"width": 32, **SLOWER}),
@@ -202,7 +203,7 @@ class DCGAN(ImageGAN):
         return self.discriminator_loss(self.discriminator, images, fake, context)
 
     @torch.no_grad()
-    def draw(self, n: int, options: NoOptions, *, generator: torch.Generator | None = None) -> Images:
+    def draw(self, n: int, options: LatentOptions, *, generator: torch.Generator | None = None) -> Images:
         """Samples n images, normalized by the running statistics of training.
 
         Raises:
@@ -210,5 +211,5 @@ class DCGAN(ImageGAN):
         """
         require_positive("n", n)
         with eval_mode(self.generator):
-            images = self.generator(self.noise(n, self.config.latent_dim, generator))
+            images = self.generator(self.noise(n, self.config.latent_dim, generator, options))
         return Images(to_pixels(images))

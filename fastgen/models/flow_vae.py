@@ -31,7 +31,8 @@ from fastgen.checks import (
     require_positive,
     require_positive_number,
 )
-from fastgen.models.base import Images, NoOptions, Phase, option, upcast
+from fastgen.models.base import Images, Phase, option, upcast
+from fastgen.models.conditioning import LatentOptions
 from fastgen.models.registry import register_model
 from fastgen.models.sizes import DECAY, Size
 from fastgen.models.vae import mlp
@@ -181,7 +182,7 @@ class FlowVAE(VariationalAutoencoder):
         >>> model = FlowVAE(FlowVAEConfig(image_size=8, levels=17, flow="planar"))
         >>> model(torch.zeros(5, 1, 8, 8)).kl.shape
         torch.Size([5])
-        >>> model.draw(3, NoOptions()).pixels.shape
+        >>> model.draw(3, LatentOptions()).pixels.shape
         torch.Size([3, 1, 8, 8])
     """
 
@@ -266,14 +267,14 @@ class FlowVAE(VariationalAutoencoder):
         return -nll - kl
 
     @torch.no_grad()
-    def draw(self, n: int, options: NoOptions, *, generator: torch.Generator | None = None) -> Images:
+    def draw(self, n: int, options: LatentOptions, *, generator: torch.Generator | None = None) -> Images:
         """The expected pixels of n latents from the prior.
 
         Raises:
             ValueError: n is not a positive integer.
         """
         require_positive("n", n)
-        z = normal_noise((n, self.config.latent_dim), next(self.decoder.parameters()), generator)
+        z = normal_noise((n, self.config.latent_dim), next(self.decoder.parameters()), generator, options)
         return Images(self.decode(z))
 
     def _nll_and_kl(self, images: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

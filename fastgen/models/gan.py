@@ -28,7 +28,8 @@ from fastgen.models.adversarial import (
     eval_mode,
     generator_objective,
 )
-from fastgen.models.base import Batch, Images, NoOptions, StepContext, option, to_pixels
+from fastgen.models.base import Batch, Images, StepContext, option, to_pixels
+from fastgen.models.conditioning import LatentOptions
 from fastgen.models.dcgan import DCGANConfig, DCGANDiscriminator, init_weights
 from fastgen.models.registry import register_model
 from fastgen.models.sizes import LONG, Size
@@ -138,13 +139,13 @@ class GAN(ImageGAN):
         >>> model = GAN(GANConfig(image_size=9, width=8))
         >>> model(torch.randn(3, 64)).shape
         torch.Size([3, 1, 9, 9])
-        >>> model.draw(3, NoOptions()).pixels.shape
+        >>> model.draw(3, LatentOptions()).pixels.shape
         torch.Size([3, 1, 9, 9])
     """
 
     name = "gan"
     summary = "generative adversarial network of linear layers"
-    config_class, sampling_class = GANConfig, NoOptions
+    config_class, sampling_class = GANConfig, LatentOptions
     train_defaults: ClassVar = {"steps": 3368, "batch_size": 64, "average_decay": 0.998}
     sizes: ClassVar = {
         "medium": Size(20_000, train=LONG),
@@ -178,7 +179,7 @@ class GAN(ImageGAN):
         return self.discriminator_loss(self.discriminator, images, fake, context)
 
     @torch.no_grad()
-    def draw(self, n: int, options: NoOptions, *, generator: torch.Generator | None = None) -> Images:
+    def draw(self, n: int, options: LatentOptions, *, generator: torch.Generator | None = None) -> Images:
         """Samples n images.
 
         Raises:
@@ -186,5 +187,5 @@ class GAN(ImageGAN):
         """
         require_positive("n", n)
         with eval_mode(self.generator):
-            images = self.generator(self.noise(n, self.config.latent_dim, generator))
+            images = self.generator(self.noise(n, self.config.latent_dim, generator, options))
         return Images(to_pixels(images))

@@ -39,7 +39,7 @@ from fastgen.models.adversarial import (
     generator_objective,
 )
 from fastgen.models.base import Batch, Images, Samples, StepContext, option, to_pixels
-from fastgen.models.conditioning import LabelOptions, check_labels, wanted_labels
+from fastgen.models.conditioning import LabeledLatentOptions, check_labels, wanted_labels
 from fastgen.models.registry import register_model
 from fastgen.models.sizes import LONG, Size
 from fastgen.nn import SelfAttention2d
@@ -255,13 +255,13 @@ class SAGAN(ImageGAN):
         >>> model = SAGAN(SAGANConfig(image_size=8, width=8, classes=3))
         >>> model(torch.randn(2, 64), torch.tensor([0, 2])).shape
         torch.Size([2, 1, 8, 8])
-        >>> model.draw(6, LabelOptions()).pixels.shape
+        >>> model.draw(6, LabeledLatentOptions()).pixels.shape
         torch.Size([6, 1, 8, 8])
     """
 
     name = "sagan"
     summary = "GAN with self-attention and spectral normalization, with classes where there are any"
-    config_class, sampling_class = SAGANConfig, LabelOptions
+    config_class, sampling_class = SAGANConfig, LabeledLatentOptions
     train_defaults: ClassVar = {"steps": 1123, "batch_size": 64, "average_decay": 0.998}
     sizes: ClassVar = {
         "medium": Size(4_000, model={"width": 8, **LATENT_ALONE}),
@@ -302,7 +302,7 @@ class SAGAN(ImageGAN):
         return self.discriminator_loss(discriminator, images, fake, context)
 
     @torch.no_grad()
-    def draw(self, n: int, options: LabelOptions, *, generator: torch.Generator | None = None) -> Images:
+    def draw(self, n: int, options: LabeledLatentOptions, *, generator: torch.Generator | None = None) -> Images:
         """Samples n images of the class ``options.label``, or of all classes in turn, one class per column.
 
         The generator's singular vectors are computed for its weights as they are, which are averages over training.
@@ -318,7 +318,7 @@ class SAGAN(ImageGAN):
         elif options.label >= 0:
             raise ValueError(f"label: expected -1 for an unconditional model, got {options.label}")
         with eval_mode(self.generator), recomputed_buffers(self.generator):
-            z = self.noise(n, self.config.latent_dim, generator)
+            z = self.noise(n, self.config.latent_dim, generator, options)
             images = self.generator(z, None if labels is None else labels.to(self.device))
         return Images(to_pixels(images), columns, labels)
 
@@ -330,7 +330,7 @@ class SAGAN(ImageGAN):
         recorded: list[Tensor] = []
         handle = attention.register_forward_pre_hook(lambda module, inputs: recorded.append(inputs[0]))
         try:
-            pixels = self.draw(NUM_ATTENTION, LabelOptions(), generator=generator).pixels
+            pixels = self.draw(NUM_ATTENTION, LabeledLatentOptions(), generator=generator).pixels
         finally:
             handle.remove()
         with eval_mode(self.generator), recomputed_buffers(self.generator):

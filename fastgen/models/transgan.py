@@ -50,7 +50,8 @@ from fastgen.models.adversarial import (
     feature_sizes,
     generator_objective,
 )
-from fastgen.models.base import Batch, Images, NoOptions, StepContext, option, to_pixels, upcast
+from fastgen.models.base import Batch, Images, StepContext, option, to_pixels, upcast
+from fastgen.models.conditioning import LatentOptions
 from fastgen.models.registry import register_model
 from fastgen.models.sizes import LONG, Size
 from fastgen.nn import TransformerEncoderLayer, WindowAttention2d
@@ -355,13 +356,13 @@ class TransGAN(ImageGAN):
         >>> model = TransGAN(TransGANConfig(image_size=8, width=8))
         >>> model(torch.randn(3, 64)).shape
         torch.Size([3, 1, 8, 8])
-        >>> model.draw(3, NoOptions()).pixels.shape
+        >>> model.draw(3, LatentOptions()).pixels.shape
         torch.Size([3, 1, 8, 8])
     """
 
     name = "transgan"
     summary = "GAN of two Transformers: attention on grids of tokens, in windows where they are large"
-    config_class, sampling_class = TransGANConfig, NoOptions
+    config_class, sampling_class = TransGANConfig, LatentOptions
     channels_last = True
     train_defaults: ClassVar = {"steps": 2246, "batch_size": 64, "average_decay": 0.998}
     sizes: ClassVar = {
@@ -399,7 +400,7 @@ class TransGAN(ImageGAN):
         return self.discriminator_loss(self.discriminator, images, fake, context)
 
     @torch.no_grad()
-    def draw(self, n: int, options: NoOptions, *, generator: torch.Generator | None = None) -> Images:
+    def draw(self, n: int, options: LatentOptions, *, generator: torch.Generator | None = None) -> Images:
         """Samples n images.
 
         Raises:
@@ -407,5 +408,5 @@ class TransGAN(ImageGAN):
         """
         require_positive("n", n)
         with eval_mode(self.generator):
-            images = self.generator(self.noise(n, self.config.latent_dim, generator))
+            images = self.generator(self.noise(n, self.config.latent_dim, generator, options))
         return Images(to_pixels(images))

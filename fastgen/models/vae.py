@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.checks import require_count, require_not_negative, require_positive, require_positive_number
-from fastgen.models.base import Images, NoOptions, Phase, option, upcast
+from fastgen.models.base import Images, Phase, option, upcast
+from fastgen.models.conditioning import LatentOptions
 from fastgen.models.registry import register_model
 from fastgen.models.sizes import DECAY, Size
 from fastgen.models.variational import (
@@ -86,7 +87,7 @@ class VAE(VariationalAutoencoder):
         >>> model = VAE(VAEConfig(image_size=8, levels=17))
         >>> model(torch.zeros(5, 1, 8, 8)).kl.shape
         torch.Size([5])
-        >>> model.draw(3, NoOptions()).pixels.shape
+        >>> model.draw(3, LatentOptions()).pixels.shape
         torch.Size([3, 1, 8, 8])
     """
 
@@ -149,14 +150,14 @@ class VAE(VariationalAutoencoder):
         return self.log_likelihood(self._pixel_parameters(z), images) + log_standard_normal(z) - log_q
 
     @torch.no_grad()
-    def draw(self, n: int, options: NoOptions, *, generator: torch.Generator | None = None) -> Images:
+    def draw(self, n: int, options: LatentOptions, *, generator: torch.Generator | None = None) -> Images:
         """The expected pixels of n latents from the prior.
 
         Raises:
             ValueError: n is not a positive integer.
         """
         require_positive("n", n)
-        z = normal_noise((n, self.config.latent_dim), next(self.decoder.parameters()), generator)
+        z = normal_noise((n, self.config.latent_dim), next(self.decoder.parameters()), generator, options)
         return Images(self.decode(z))
 
     def _pixel_parameters(self, z: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from fastgen import functional
 from fastgen.batch import RANGE_TOLERANCE, can_read_values, require_images
 from fastgen.checks import require_choice, require_count, require_positive, require_shape
 from fastgen.models.base import Batch, GenerativeModel, Images, Samples, StepContext, image_rows, upcast
+from fastgen.models.conditioning import tempered_noise
 from fastgen.models.interpolation import great_circles, row_labels
 from fastgen.models.sizes import DataSize
 
@@ -132,7 +133,7 @@ class VariationalAutoencoder(GenerativeModel):
     def interpolate(self, rows: int, columns: int, options: Any, *, generator: torch.Generator | None = None) -> Images:
         """As ``GenerativeModel.interpolate``: expected pixels, from a latent of the prior to another."""
         require_positive("rows", rows)
-        ends = normal_noise((2 * rows, self.config.latent_dim), next(self.parameters()), generator)
+        ends = normal_noise((2 * rows, self.config.latent_dim), next(self.parameters()), generator, options)
         z, label = great_circles(ends, columns), getattr(options, "label", None)
         if label is None:
             return Images(self.decode(z), columns)
@@ -149,10 +150,15 @@ def check_images(images: Tensor, config: Any) -> None:
     require_images("images", images, config.channels, config.image_size)
 
 
-def normal_noise(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """N(0, 1) of ``like``'s dtype and device. A CPU generator gives the same noise on every device."""
+def normal_noise(
+    shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None, options: Any = None
+) -> Tensor:
+    """N(0, 1) of ``like``'s dtype and device, or N(0, temperature^2) with sampling options that have a ``temperature``.
+
+    A CPU generator gives the same noise on every device.
+    """
     device = like.device if generator is None else generator.device
-    return torch.randn(shape, generator=generator, device=device).to(like)
+    return tempered_noise(torch.randn(shape, generator=generator, device=device).to(like), options)
 
 
 # Posteriors

@@ -196,6 +196,8 @@ def resumed_settings(request: Request, saved: Header) -> tuple[Header, Dataset]:
         source = _absolute(_checked(DataConfig, {"source": data_options.pop("source")})).source.removeprefix(BUNDLED)
     if "test_data" in data_options:
         data_options["test_data"] = _absolute(_checked(DataConfig, {"test_data": data_options["test_data"]})).test_data
+    if "direction" in data_options:
+        data_options["direction"] = _checked(DataConfig, {"direction": data_options["direction"]}).direction
     model = saved.model if same_model(request.model, saved.model) else request.model
     pairs: list[tuple[str, Any, Any]] = [("model", model, saved.model)]
     pairs += [(name, value, saved.train_config.get(name)) for name, value in fixed.items()]

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from fastgen import metrics
-from fastgen.models import CycleGAN, CycleGANConfig, GenerativeModel, Images, Pix2Pix, StepContext
+from fastgen.data import DataConfig
+from fastgen.models import (
+    CycleGAN,
+    CycleGANConfig,
+    GenerativeModel,
+    Images,
+    NoOptions,
+    Pix2Pix,
+    Pix2PixConfig,
+    StepContext,
+)
 from fastgen.models.cyclegan import DirectionOptions, History
 from fastgen.models.pix2pix import PatchDiscriminator
 
@@ -141,13 +151,31 @@ def test_invalid_configs_raise_an_error_that_names_the_option(mistake: str) -> N
         small_model(mistake.split(":")[0], **options)
 
 
+def test_directions_have_two_spellings_and_options_of_a_translation_a_default() -> None:
+    torch.manual_seed(0)
+    model = CycleGAN(CycleGANConfig(image_size=16, width=4, blocks=1, patch_width=4)).eval()
+    images = torch.rand(2, 1, 16, 16)
+    for spelling, other in (("AtoB", "a-to-b"), ("BtoA", "b-to-a")):
+        assert DirectionOptions(spelling) == DirectionOptions(other)
+        assert DataConfig(direction=other) == DataConfig(direction=spelling)
+        assert torch.equal(model(images, spelling), model(images, other))
+    batch = {"a": images, "b": images}
+    assert torch.equal(model.translate(batch).pixels, model.translate(batch, DirectionOptions("a-to-b")).pixels)
+    pairs = Pix2Pix(Pix2PixConfig(image_size=16, width=4, patch_width=4)).eval()
+    drawn = [
+        pairs.translate({"inputs": images}, *options, generator=torch.Generator().manual_seed(0)).pixels
+        for options in ((), (NoOptions(),))
+    ]
+    assert torch.equal(*drawn)
+
+
 def test_invalid_images_and_directions_raise_an_error() -> None:
     model = small_model("cyclegan")
     with pytest.raises(ValueError, match=r"b: expected shape \(B, C, S, S\) = \(4, 1, 16, 16\), got \(4, 1, 15, 16\)"):
         model.loss("generator", a_batch(model) | {"b": torch.rand(4, 1, 15, 16)}, NOW)
     with pytest.raises(TypeError, match=r"inputs: expected a floating-point tensor, got torch.uint8"):
         small_model("pix2pix").translate({"inputs": torch.zeros(1, 1, 16, 16, dtype=torch.uint8)}, None)
-    with pytest.raises(ValueError, match="direction: expected one of a-to-b, b-to-a, got 'a-to-c'"):
+    with pytest.raises(ValueError, match="direction: expected one of AtoB, BtoA, a-to-b, b-to-a, got 'a-to-c'"):
         DirectionOptions("a-to-c")  # type: ignore[arg-type]
 
 
@@ -225,7 +253,7 @@ def test_forward_translates_with_gradients() -> None:
     images.sum().backward()
     for model in (cyclegan, pix2pix):
         assert all(p.grad is not None for name in model.averaged for p in model.get_submodule(name).parameters())
-    with pytest.raises(ValueError, match="direction: expected one of a-to-b, b-to-a, got 'c'"):
+    with pytest.raises(ValueError, match="direction: expected one of AtoB, BtoA, a-to-b, b-to-a, got 'c'"):
         cyclegan(a, "c")
 
 
