@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+MOST_LISTED = 50  # broken files that a message names
 
 
 def read_bytes(path: Path) -> bytes:
@@ -48,3 +51,37 @@ def what_is_at(path: Path) -> str:
 def cannot_read(path: Path | str, error: OSError) -> OSError:
     """An error of the same type that names the file."""
     return type(error)(error.errno, f"{path}: expected to read it, got: {error.strerror or error}")
+
+
+def broken_files(
+    name: str, what: str, file: Callable[[int], str], n: int, broken: Mapping[int, str], *, skip: bool
+) -> tuple[str, ...]:
+    """A note of the files that are left out, as they can't be read; () where there are none.
+
+    Args:
+        name: the data, as the user wrote it.
+        what: of what the data consist: "images".
+        file: name of file i of n.
+        broken: file -> its error.
+        skip: leave them out.
+
+    Raises:
+        ValueError: there are some, and ``skip`` is false. Names all of them.
+    """
+    if not broken:
+        return ()
+    shown = [
+        f"{file(i).removeprefix(name).lstrip(os.sep + ': ')} ({message.rpartition(', got ')[2]})"
+        for i, message in list(broken.items())[:MOST_LISTED]
+    ]
+    more = len(broken) - len(shown)
+    listed = ", ".join(shown) + (f" and {more:,} more" if more else "")
+    if skip:
+        return (f"{len(broken):,} files that can't be read were left out: {listed}",)
+    if len(broken) == 1:
+        leave_out = ": --skip-broken leaves it out" if n > 1 else ""
+        raise ValueError(next(iter(broken.values())) + leave_out)
+    raise ValueError(
+        f"{name}: expected {what}, got {len(broken):,} of {n:,} files that can't be read: {listed}: "
+        "--skip-broken leaves them out"
+    )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 
 from fastgen.data._base import Dataset, Source, TensorItems, digest
-from fastgen.data._files import read_bytes
+from fastgen.data._files import broken_files, read_bytes
 from fastgen.data._optional import need
-from fastgen.data.config import DataConfig
+from fastgen.data.config import RATES, DataConfig
 from fastgen.data.splitting import HELD_OUT, at_least, hold_out, hold_out_groups
 from fastgen.data.wav import read_wav
 
@@ -138,32 +139,42 @@ class Recordings(Source):
     """Recordings, cut into consecutive pieces of ``config.seconds``, channels averaged.
 
     They are resampled to ``config.sample_rate``, by default the rate that most of them have. The rest at the end of a
-    recording is dropped; a recording shorter than a piece is padded with silence. ``held`` are held out, if there are
-    any; else of at least 2 ``held_out`` recordings whole ones, and of fewer the last pieces of each.
+    recording is dropped; a recording shorter than a piece is padded with silence. Those of ``test`` are held out, if
+    there is one; else of at least 2 ``held_out`` recordings whole ones, and of fewer the last pieces of each.
+
+    Subfolders are classes, in sorted order, where there are two or more.
+
+    Args:
+        files: path below the folder of this split -> the file.
     """
 
     kinds = ("audio",)
-    options = frozenset(("seconds", "sample_rate"))
+    options = frozenset(("seconds", "sample_rate", "skip_broken", "test_data"))
 
-    def __init__(self, config: DataConfig, paths: list[Path], held: Sequence[Path] = ()) -> None:
-        self.config, self.paths, self.num_held = config, [*paths, *held], len(held)
+    def __init__(self, config: DataConfig, files: Mapping[Path, Path]) -> None:
+        self.config, self.files = config, files
+        self.test: Recordings | None = None
 
     def load(self, kind: str) -> Dataset:
-        """Raises ValueError for a file that is neither PCM nor floats nor FLAC, or truncated."""
+        """Raises ValueError for files that are neither PCM nor floats nor FLAC, or truncated, all of them in one
+        message; recordings both directly in a folder and in subfolders; held-out ones of other classes."""
         name, seconds, every = self.config.source, self.config.seconds, self.config.held_out
-        if self.num_held and every:
+        if self.test and every:
             raise ValueError(
                 f"{name}: held_out: expected 0, as the data have a held-out split of their own, got {every}"
             )
-        pieces, owners = [], []
-        recordings = [read_sound(path) for path in self.paths]
-        for path, (_, own) in zip(self.paths, recordings, strict=True):
-            if not RATES[0] <= own <= RATES[1]:
-                raise ValueError(f"{path}: expected a sample rate from {RATES[0]} to {RATES[1]}, got {own}")
-        rates = Counter(rate for _, rate in recordings)
+        classes = self._classes()
+        names = classes if len(classes) > 1 else []
+        sounds, numbers, notes = self._read(names)
+        trained_on = len(sounds)
+        if self.test:
+            more_sounds, more_numbers, more_notes = self.test._read(names)
+            sounds, numbers, notes = sounds + more_sounds, numbers + more_numbers, notes + more_notes
+        rates = Counter(rate for _, rate in sounds)
         rate = self.config.sample_rate or max(rates, key=lambda each: (rates[each], -each))
         length = _samples(seconds, rate)
-        for number, (samples, own) in enumerate(recordings):
+        pieces, owners = [], []
+        for number, (samples, own) in enumerate(sounds):
             if own != rate:
                 samples = resample(samples, own, rate)
             if len(samples) < length:
@@ -173,18 +184,58 @@ class Recordings(Source):
             owners += [number] * len(cut)
         waves, groups = torch.cat(pieces), torch.tensor(owners)
         at_least(name, len(waves), f"pieces of {seconds:g} s (--seconds)")
-        if self.num_held:
-            is_held = groups >= len(self.paths) - self.num_held
+        own_labels = torch.tensor(numbers) if names else None
+        if self.test:
+            is_held = groups >= trained_on
             train, held = ((~is_held).nonzero()[:, 0], is_held.nonzero()[:, 0])
         else:
-            train, held = _split_recordings(groups, len(self.paths), every)
-        others = ", ".join(f"{n:,} of {own}" for own, n in sorted(rates.items()) if own != rate)
-        notes = (f"recordings resampled to {rate} samples a second: {others}",) if others else ()
-        return dataclasses.replace(audio_dataset(name, waves, rate, train, held, scale=None), warnings=notes)
+            train, held = _split_recordings(groups, len(sounds), every, own_labels)
+        labels = None if own_labels is None else own_labels[groups]
+        if others := ", ".join(f"{n:,} of {own}" for own, n in sorted(rates.items()) if own != rate):
+            notes.append(f"recordings resampled to {rate} samples a second: {others}")
+        data = audio_dataset(name, waves, rate, train, held, scale=None, labels=labels, class_names=names)
+        return dataclasses.replace(data, warnings=tuple(notes))
 
+    def _classes(self) -> list[str]:
+        """Names of the subfolders; [] where the recordings are directly inside."""
+        classes = sorted({file.parts[0] for file in self.files if len(file.parts) > 1})
+        direct = next((file for file in self.files if len(file.parts) == 1), None)
+        if direct and classes:
+            raise ValueError(
+                f"{self.config.source}: expected recordings directly inside or in subfolders, one for each class, "
+                f"got both ({direct} and {classes[0]}{os.sep})"
+            )
+        return classes
 
-RATES = 100, 768_000
-"""Sample rates of recordings, the lowest and the highest."""
+    def _read(self, classes: Sequence[str]) -> tuple[list[tuple[Tensor, int]], list[int], list[str]]:
+        """((samples, samples a second), number of the class) of each recording that can be read, and notes."""
+        name, own = self.config.source, self._classes()
+        if classes and not own:
+            raise ValueError(f"{name}: expected a subfolder for each class, as for training, got none")
+        if classes and (unknown := sorted({*own} - {*classes})):
+            raise ValueError(
+                f"{name}: expected classes of the training data ({', '.join(classes)}), got {', '.join(unknown)}"
+            )
+        number = {each: i for i, each in enumerate(classes)}
+        sounds, numbers, broken = [], [], {}
+        paths = list(self.files.values())
+        for i, (below, path) in enumerate(self.files.items()):
+            try:
+                samples, rate = read_sound(path)
+                if not RATES[0] <= rate <= RATES[1]:
+                    raise ValueError(f"{path}: expected a sample rate from {RATES[0]} to {RATES[1]}, got {rate}")
+            except ValueError as error:
+                broken[i] = str(error)
+                continue
+            sounds.append((samples, rate))
+            numbers.append(number.get(below.parts[0], 0))
+        notes = broken_files(
+            name, "recordings", lambda i: str(paths[i]), len(paths), broken, skip=self.config.skip_broken
+        )
+        if not sounds:
+            raise ValueError(f"{name}: expected recordings, got {len(paths)} files of which none can be read")
+        return sounds, numbers, [*notes]
+
 
 ZEROS, ROLLOFF, KAISER_BETA = 32, 0.95, 9.0
 """Anti-aliasing filter: zero crossings on each side, cutoff as a share of the lower Nyquist frequency, window."""
@@ -224,10 +275,10 @@ def read_sound(path: Path) -> tuple[Tensor, int]:
     return torch.from_numpy(frames.mean(1).astype(np.float32)), int(rate)
 
 
-def _split_recordings(groups: Tensor, recordings: int, every: int) -> tuple[Tensor, Tensor]:
-    """(training, held out) pieces; groups: (N,) the recording of each piece."""
+def _split_recordings(groups: Tensor, recordings: int, every: int, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(training, held out) pieces; groups: (N,) the recording of each piece; labels: (recordings,) their classes."""
     if recordings >= 2 * (every or HELD_OUT):
-        return hold_out_groups(groups, every)
+        return hold_out_groups(groups, every, labels)
     held = torch.zeros(len(groups), dtype=torch.bool)
     for recording in range(recordings):
         own = (groups == recording).nonzero()[:, 0]

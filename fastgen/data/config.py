@@ -11,6 +11,9 @@ from fastgen.batch import Direction, is_reversed, option
 
 Binarize = Literal["none", "static", "dynamic"]
 
+RATES = 100, 768_000
+"""Sample rates of recordings, the lowest and the highest."""
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -35,7 +38,7 @@ class DataConfig:
     binarize: Binarize = option(
         "none", "black and white pixels, drawn with their values as probabilities: once, or in each training step"
     )
-    skip_broken: bool = option(False, "images that can't be read are left out, with a warning")
+    skip_broken: bool = option(False, "images and recordings that can't be read are left out, with a warning")
     direction: Direction = option("AtoB", "direction of translation of pairs; BtoA or b-to-a exchanges both sides")
     sample_rate: int = option(0, "sample rate that recordings are resampled to (0: the one most of them have)")
 
@@ -46,6 +49,8 @@ class DataConfig:
                 raise TypeError(f"{name}: expected a whole number, got {value!r}")
             if value < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {value}")
+        if self.sample_rate and not RATES[0] <= self.sample_rate <= RATES[1]:
+            raise ValueError(f"sample_rate: expected {RATES[0]} to {RATES[1]}, or 0, got {self.sample_rate}")
         if self.binarize not in get_args(Binarize):
             raise ValueError(f"binarize: expected one of {', '.join(get_args(Binarize))}, got {self.binarize!r}")
         object.__setattr__(self, "direction", "BtoA" if is_reversed(self.direction) else "AtoB")

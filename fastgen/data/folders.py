@@ -29,6 +29,7 @@ SPLITS = {
     **dict.fromkeys(("test", "testing"), "test"),
     **dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "val"),
 }
+SPLIT_NAMES = {"test": "test", "val": "validation"}
 DOMAIN_SPLIT = re.compile(r"(train|test|val)([AB])")
 """CycleGAN's folders: trainA, trainB, testA, testB."""
 
@@ -95,7 +96,16 @@ def image_folder(config: DataConfig, tree: Tree, files: Sequence[Path]) -> Image
         folders[split] = ImageFolder(config, tree, members, own, used=used, split=split)
     train = folders["train"]
     test = folders.get("test", folders.get("val"))
-    if "test" in folders and "val" in folders:
+    if config.test_data:
+        chosen = os.path.realpath(config.test_data)
+        for split in sorted({*splits} - {"train"}):
+            inside_of = {file.parts[0] for file in splits[split].values()}
+            if chosen not in {os.path.realpath(tree.place(Path(folder))) for folder in inside_of}:
+                notes.append(
+                    f"{len(splits[split]):,} images of the {SPLIT_NAMES[split]} split were left out: "
+                    "--test-data is held out"
+                )
+    elif "test" in folders and "val" in folders:
         notes.append(
             f"{len(splits['val']):,} images of the validation split were left out: the test split is held out "
             "(--test-data chooses another)"
@@ -153,8 +163,11 @@ def _splits(name: str, files: Sequence[Path]) -> dict[str, dict[Path, Path]]:
     return found if "train" in found else {}
 
 
-def file_splits(name: str, files: Sequence[Path]) -> dict[str, list[Path]]:
+def file_splits(name: str, files: Sequence[Path]) -> dict[str, dict[Path, Path]]:
     """Texts or recordings by split: "train", and "test" for those held out, below test/ or else val/.
+
+    Returns:
+        Split -> {path below the split's folder: file}.
 
     Raises:
         ValueError: folders that would mix the splits.
@@ -162,10 +175,9 @@ def file_splits(name: str, files: Sequence[Path]) -> dict[str, list[Path]]:
     splits = _splits(name, files)
     if not splits:
         _refuse_misplaced_splits(name, files)
-        return {"train": [*files]}
+        return {"train": {file: file for file in files}}
     held = splits.get("test", splits.get("val", {}))
-    found = {"train": [*splits["train"].values()], "test": [*held.values()]}
-    return {split: chosen for split, chosen in found.items() if chosen}
+    return {"train": splits["train"]} | ({"test": held} if held else {})
 
 
 class ImageFolder(ImageSource):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastgen.data._base import Items
-from fastgen.data._files import read_bytes
+from fastgen.data._files import broken_files, read_bytes
 from fastgen.data._optional import need
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
@@ -38,7 +38,6 @@ GRAY_MODES = frozenset(("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I"))
 PHOTOMETRIC = 262  # TIFF's PhotometricInterpretation
 WIDE_MODES = frozenset(("I;16", "I;16B", "I;16L", "I"))
 CHUNK = 4096  # files queued at once
-MOST_LISTED = 50  # broken files that a message names
 
 
 class EncodedImages(ABC):
@@ -323,7 +322,7 @@ def read_stack(
     broken = {i: str(result) for i, result in enumerate(results) if isinstance(result, ValueError)}
     good = [result for result in results if not isinstance(result, ValueError)]
     kept = [i for i in range(len(files)) if i not in broken]
-    notes = _report_broken(name, files, broken) if skip_broken else _raise_broken(name, files, broken)
+    notes = broken_files(name, "images", files.name, len(files), broken, skip=skip_broken)
     if not good:
         raise ValueError(f"{name}: expected images, got {len(files)} files of which none can be decoded")
     headers, decoded = zip(*good, strict=True)
@@ -351,33 +350,6 @@ def read_stack(
     for target, pixels in zip(stack, decoded, strict=True):
         target.copy_(torch.from_numpy(pixels))  # gray pixels fill all three channels
     return ReadImages(stack, contents, kept, notes)
-
-
-def _raise_broken(name: str, files: EncodedImages, broken: dict[int, str]) -> tuple[str, ...]:
-    if len(broken) == 1:
-        raise ValueError(f"{next(iter(broken.values()))}: --skip-broken leaves it out")
-    if broken:
-        raise ValueError(
-            f"{name}: expected images, got {len(broken):,} of {len(files):,} files that can't be read: "
-            f"{_listed(name, files, broken)}: --skip-broken leaves them out"
-        )
-    return ()
-
-
-def _report_broken(name: str, files: EncodedImages, broken: dict[int, str]) -> tuple[str, ...]:
-    if not broken:
-        return ()
-    return (f"{len(broken):,} files that can't be read were left out: {_listed(name, files, broken)}",)
-
-
-def _listed(name: str, files: EncodedImages, broken: dict[int, str]) -> str:
-    """Names of the files with the reasons, "a.png (an empty file), b.png (something else)"."""
-    shown = [
-        f"{files.name(i).removeprefix(name).lstrip(os.sep + ': ')} ({message.rpartition(', got ')[2]})"
-        for i, message in list(broken.items())[:MOST_LISTED]
-    ]
-    more = len(broken) - len(shown)
-    return ", ".join(shown) + (f" and {more:,} more" if more else "")
 
 
 def require_square(name: str, height: int, width: int) -> None:

@@ -83,16 +83,23 @@ def open_source(config: DataConfig) -> Source:
 def _hold_out(source: Source, config: DataConfig) -> None:
     """Opens ``config.test_data`` as the held-out split of a source."""
     test = _find(dataclasses.replace(config, source=config.test_data, test_data=""))
-    ours, theirs = (each.only("text") if isinstance(each, Folder) else each for each in (source, test))
-    for base in (ImageSource, TextFiles):
-        if isinstance(ours, base) and isinstance(theirs, base):
-            if theirs.test is not None:
-                raise ValueError(f"{config.test_data}: test_data: expected one split, got data that have two")
-            if config.held_out:
-                raise ValueError(f"held_out: expected 0, as test_data is held out, got {config.held_out}")
-            ours.test = theirs
-            return
-    raise ValueError(f"{config.test_data}: test_data: expected {source.kinds[0]}, got {test.kinds[0]}")
+    found = False
+    for ours in _sources(source):
+        for theirs in _sources(test):
+            for base in (ImageSource, TextFiles, Recordings):
+                if isinstance(ours, base) and isinstance(theirs, base):
+                    if theirs.test is not None:
+                        raise ValueError(f"{config.test_data}: test_data: expected one split, got data that have two")
+                    if config.held_out:
+                        raise ValueError(f"held_out: expected 0, as test_data is held out, got {config.held_out}")
+                    ours.test, found = theirs, True
+    if not found:
+        raise ValueError(f"{config.test_data}: test_data: expected {source.kinds[0]}, got {test.kinds[0]}")
+
+
+def _sources(source: Source) -> list[Source]:
+    """The sources of a folder, one of images, one of text and one of recordings; else the source itself."""
+    return list(dict.fromkeys(source.sources.values())) if isinstance(source, Folder) else [source]
 
 
 def _find(config: DataConfig) -> Source:
@@ -126,7 +133,7 @@ def _find(config: DataConfig) -> Source:
     if suffix == ".jsonl":
         return JsonLines(config, path)
     if suffix in SOUND_SUFFIXES:
-        return Recordings(config, [path])
+        return Recordings(config, {Path(path.name): path})
     if suffix == ".parquet":
         return hub.Table(config)
     if suffix in SUFFIXES:
@@ -219,15 +226,21 @@ class Folder(Source):
             self.used |= dict.fromkeys(folder.kinds, folder.used)
         if path and texts and "text" not in refused:
             splits = file_splits(tree.name, texts)
-            read = {split: TextFiles(config, [path / file for file in files]) for split, files in splits.items()}
+            read = {
+                split: TextFiles(config, [path / file for file in files.values()]) for split, files in splits.items()
+            }
             self.sources["text"] = read["train"]
             read["train"].test = read.get("test")
-            self.used["text"] = {file for files in splits.values() for file in files}
+            self.used["text"] = {file for files in splits.values() for file in files.values()}
         if path and waves and "audio" not in refused:
             splits = file_splits(tree.name, waves)
-            held = [path / file for file in splits.get("test", [])]
-            self.sources["audio"] = Recordings(config, [path / file for file in splits["train"]], held)
-            self.used["audio"] = {file for files in splits.values() for file in files}
+            recordings = {
+                split: Recordings(config, {below: path / file for below, file in files.items()})
+                for split, files in splits.items()
+            }
+            self.sources["audio"] = recordings["train"]
+            recordings["train"].test = recordings.get("test")
+            self.used["audio"] = {file for files in splits.values() for file in files.values()}
         if not self.sources:
             expected = "images (.png, .jpg, ...), .txt or .wav files in it" if path else "images (.png, .jpg, ...)"
             got = describe_suffixes(self.found)
@@ -237,10 +250,6 @@ class Folder(Source):
             raise ValueError(f"{tree.name}: expected {expected}, got {got}")
         self.kinds = tuple(self.sources)
         self.options = frozenset().union(*(source.options for source in self.sources.values()))
-
-    def only(self, kind: str) -> Source:
-        """The source of the images, or of ``kind`` where there are none."""
-        return self.sources.get("images") or self.sources.get(kind) or self
 
     def load(self, kind: str) -> Dataset:
         return _with_note(self.sources[kind].load(kind), self.found, self.used[kind])

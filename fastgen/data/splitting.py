@@ -26,9 +26,9 @@ def hold_out(n: int, every: int, labels: Tensor | None = None) -> tuple[Tensor, 
     return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
 
 
-def hold_out_groups(groups: Tensor, every: int) -> tuple[Tensor, Tensor]:
-    """As ``hold_out``; items of one group (groups: (n,) int64, 0, 1, ...) stay in one split."""
-    _, held_groups = hold_out(int(groups.max()) + 1, every)
+def hold_out_groups(groups: Tensor, every: int, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As ``hold_out``; items of one group (groups: (n,) int64, 0, 1, ...) stay in one split. labels: of each group."""
+    _, held_groups = hold_out(int(groups.max()) + 1, every, labels)
     held = torch.isin(groups, held_groups)
     return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
 

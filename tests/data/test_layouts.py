@@ -126,6 +126,13 @@ def test_recordings_below_test_are_held_out(tmp_path: Path) -> None:
         load(tmp_path, "audio", held_out=5)
 
 
+def test_a_split_that_test_data_names_is_not_said_to_be_left_out(tmp_path: Path) -> None:
+    for split in ("train", "test", "valid"):
+        save_images(tmp_path / split, GRAY)
+    data = load(tmp_path, test_data=str(tmp_path / "valid"))
+    assert data.warnings == ("12 images of the test split were left out: --test-data is held out",)
+
+
 def test_texts_below_test_are_held_out(tmp_path: Path) -> None:
     for split, letter in (("train", "a"), ("val", "b"), ("test", "c")):
         for i in range(2):

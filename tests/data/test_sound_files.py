@@ -88,3 +88,77 @@ def test_flac_is_read_as_the_same_wav(tmp_path: Path) -> None:
     (tmp_path / "b.flac").write_bytes((tmp_path / "a.flac").read_bytes()[:60])
     with pytest.raises(ValueError, match=r"b\.flac: expected a FLAC file, got one that can't be decoded|with samples"):
         read_sound(tmp_path / "b.flac")
+
+
+def save_classes(folder: Path, **recordings: int) -> None:
+    """Recordings of 3 pieces of 10 samples, whose first sample is the class."""
+    for i, (name, n) in enumerate(recordings.items(), start=1):
+        for j in range(n):
+            save_wav(folder / name / f"{j}.wav", [i] * 31)
+
+
+PIECES = {"seconds": 10 / 8000}
+
+
+def test_subfolders_of_recordings_are_classes_and_whole_recordings_of_each_are_held_out(tmp_path: Path) -> None:
+    save_classes(tmp_path, flute=5, horn=10)
+    data = load(tmp_path, "audio", **PIECES)
+    assert (data.facts["classes"], data.classes) == (2, {"flute": 15, "horn": 30})
+    train, held = (everything(part) for part in data.splits())
+    for part in (train, held):
+        assert torch.equal((part["audio"][:, 0] * 32768).long() - 1, part["labels"])
+    assert held["labels"].bincount().tolist() == [3, 6]
+
+
+def test_one_subfolder_of_recordings_is_no_class(tmp_path: Path) -> None:
+    save_classes(tmp_path / "below", flute=10)
+    data, plain = load(tmp_path / "below", "audio", **PIECES), load(tmp_path / "below/flute", "audio", **PIECES)
+    assert (data.facts["classes"], data.classes) == (0, {})
+    assert data.fingerprint == plain.fingerprint
+
+
+def test_recordings_beside_classes_and_unknown_classes_are_refused(tmp_path: Path) -> None:
+    save_classes(tmp_path / "a", flute=5, horn=5)
+    save_wav(tmp_path / "a" / "top.wav", [0] * 31)
+    with pytest.raises(ValueError, match=r"expected recordings directly inside or in subfolders.*top.wav and flute/"):
+        load(tmp_path / "a", "audio", **PIECES)
+    save_classes(tmp_path / "b" / "train", flute=5, horn=5)
+    save_classes(tmp_path / "b" / "test", reed=2)
+    with pytest.raises(ValueError, match=r"expected classes of the training data \(flute, horn\), got reed"):
+        load(tmp_path / "b", "audio", **PIECES)
+
+
+def test_splits_of_recordings_have_the_classes_of_training(tmp_path: Path) -> None:
+    save_classes(tmp_path / "train", flute=5, horn=5)
+    save_classes(tmp_path / "val", horn=2)
+    save_classes(tmp_path / "else", horn=4)
+    data = load(tmp_path / "train", "audio", test_data=str(tmp_path / "else"), **PIECES)
+    assert everything(data.held_out)["labels"].tolist() == [1] * 12
+    (tmp_path / "else").rename(tmp_path.parent / "moved")
+    data = load(tmp_path, "audio", **PIECES)
+    assert data.classes == {"flute": 15, "horn": 21}
+    assert everything(data.held_out)["labels"].tolist() == [1] * 6
+
+
+def test_broken_recordings_are_listed_at_once_or_left_out(tmp_path: Path) -> None:
+    save_classes(tmp_path, flute=6, horn=6)
+    (tmp_path / "flute" / "1.wav").write_bytes(b"")
+    (tmp_path / "horn" / "2.wav").write_bytes(b"OggS")
+    save_wav(tmp_path / "horn" / "3.wav", [0] * 100, rate=50)
+    with pytest.raises(ValueError, match=r"got 3 of 12 files that can't be read: flute/1.wav \(an empty file") as error:
+        load(tmp_path, "audio", **PIECES)
+    assert "horn/3.wav (50)" in str(error.value)
+    assert str(error.value).endswith("--skip-broken leaves them out")
+    data = load(tmp_path, "audio", skip_broken=True, **PIECES)
+    assert data.classes == {"flute": 15, "horn": 12}
+    assert "3 files that can't be read were left out: flute/1.wav" in data.warnings[0]
+    with pytest.raises(ValueError, match="got 2 files of which none"):
+        (tmp_path / "test").mkdir()
+        for name in ("1", "2"):
+            (tmp_path / "test" / f"{name}.wav").write_bytes(b"")
+        load(tmp_path / "test", "audio", skip_broken=True)
+
+
+def test_a_sample_rate_that_recordings_cannot_have_is_refused() -> None:
+    with pytest.raises(ValueError, match="sample_rate: expected 100 to 768000, or 0, got 3"):
+        DataConfig("tones", sample_rate=3)
