@@ -112,6 +112,10 @@ class Source(ABC):
     def load(self, kind: str) -> Dataset:
         """The dataset as one of ``kinds``."""
 
+    def obstacle(self, kind: str) -> str:
+        """What keeps data that nearly are of a kind from being so, as a message; "" where they are far from it."""
+        return ""
+
 
 def digest(*parts: Any) -> str:
     """A fingerprint of tensors, bytes and objects whose ``repr`` is complete."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 MOST_LISTED = 50  # broken files that a message names
+FEW = 3  # of other names that are too many to list
 
 
 def read_bytes(path: Path) -> bytes:
@@ -51,6 +52,12 @@ def what_is_at(path: Path) -> str:
 def cannot_read(path: Path | str, error: OSError) -> OSError:
     """An error of the same type that names the file."""
     return type(error)(error.errno, f"{path}: expected to read it, got: {error.strerror or error}")
+
+
+def few(names: Collection[object]) -> str:
+    """The first names of a list, for messages: "a, b, c, ... (12)"."""
+    shown = ", ".join(str(name) for name in [*names][:FEW])
+    return shown + (f", ... ({len(names):,})" if len(names) > FEW else "")
 
 
 def broken_files(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgen.data._base import Dataset
-from fastgen.data._files import check_file
+from fastgen.data._files import check_file, few
 from fastgen.data.captions import read_captions
 from fastgen.data.config import DataConfig
 from fastgen.data.image_sets import ImageSource, ImageStack, PairStacks, count_levels
@@ -207,6 +207,8 @@ class ImageFolder(ImageSource):
         self.config, self.tree, self.files, self.captions = config, tree, files, captions
         self.name = tree.place(Path(split)) if split else tree.name
         self.used = {*used, *files.values()}
+        self.unpaired: list[Path] = []
+        nearly = False
         self.class_names = sorted({file.parts[0] for file in files if len(file.parts) > 1})
         direct = [file for file in files if len(file.parts) == 1]
         if direct and self.class_names:
@@ -220,12 +222,20 @@ class ImageFolder(ImageSource):
         elif self.class_names == ["inputs", "targets"]:
             self.kinds = ("pairs", "images", "domains")
         elif len(self.class_names) == 2:
-            sides = [self._stems(name, unique=False).keys() for name in self.class_names]
-            self.kinds = ("images", "domains", "pairs") if sides[0] == sides[1] else ("images", "domains")
+            self.unpaired = self._unpaired()
+            nearly = self._is_nearly_paired()
+            paired = not self.unpaired or (nearly and config.skip_broken)
+            self.kinds = ("images", "domains", "pairs") if paired else ("images", "domains")
         else:
             self.kinds = ("images",)
         self.options = frozenset(("image_size", "binarize", "skip_broken", "test_data"))
-        self.options |= {"direction"} if "pairs" in self.kinds else set()
+        self.options |= {"direction"} if nearly or "pairs" in self.kinds else set()
+
+    def obstacle(self, kind: str) -> str:
+        for each in (self, self.test):
+            if kind == "pairs" and isinstance(each, ImageFolder) and each.unpaired and each._is_nearly_paired():
+                return each._without_counterpart()
+        return ""
 
     def load(self, kind: str) -> Dataset:
         data = super().load(kind)
@@ -255,15 +265,18 @@ class ImageFolder(ImageSource):
 
     def read_pairs(self, like: PairStacks | None = None) -> PairStacks:
         depths = [side.stack.shape[1] for side in like] if like else [0, 0]
+        left_out = ""
         if self.side_by_side:
             files = list(self.files.values())
             both = [self._read(files, depth, half) for half, depth in zip((0, 1), depths, strict=True)]
         else:
             sides = [self._stems(name) for name in self.class_names]
-            for stem in sorted(sides[0].keys() ^ sides[1].keys()):
-                missing = self.class_names[0] if stem in sides[1] else self.class_names[1]
-                raise ValueError(f"{self.name}: expected an image {stem} in {missing}{os.sep} too, got none")
-            stems = sorted(sides[0])
+            unpaired = self._unpaired()
+            if unpaired and not self.config.skip_broken:
+                raise ValueError(self._without_counterpart())
+            if unpaired:
+                left_out = f"{len(unpaired):,} images without a counterpart were left out: {few(unpaired)}"
+            stems = sorted(sides[0].keys() & sides[1].keys())
             both = [
                 self._read([self.files[side[stem]] for stem in stems], depth)
                 for side, depth in zip(sides, depths, strict=True)
@@ -271,6 +284,8 @@ class ImageFolder(ImageSource):
         if like is None:
             at_least(self.name, len(both[0].kept), "pairs")
         stacks = [self._stack(_only(side, other.kept)) for side, other in zip(both, both[::-1], strict=True)]
+        if left_out:
+            stacks[0] = dataclasses.replace(stacks[0], notes=(left_out, *stacks[0].notes))
         if stacks[0].stack.shape[2] != stacks[1].stack.shape[2]:
             raise ValueError(
                 f"{self.name}: expected inputs and targets of one size, got {stacks[0].stack.shape[2]} and "
@@ -297,6 +312,36 @@ class ImageFolder(ImageSource):
                 if other != file and unique:
                     raise ValueError(f"{self.name}: expected one image {side}{os.sep}{stem}, got {other}, {file}")
         return found
+
+    def _unpaired(self) -> list[Path]:
+        """The images of each of two subfolders that have no counterpart in the other."""
+        sides = [self._stems(name, unique=False) for name in self.class_names]
+        return [
+            own[stem]
+            for own, other in zip(sides, sides[::-1], strict=True)
+            for stem in sorted(own.keys() - other.keys())
+        ]
+
+    def _is_nearly_paired(self) -> bool:
+        """Whether more than half of the names are in both subfolders."""
+        sides = [self._stems(name, unique=False).keys() for name in self.class_names]
+        return 2 * len(sides[0] & sides[1]) > len(sides[0] | sides[1])
+
+    def _without_counterpart(self) -> str:
+        """The message that names images without a counterpart."""
+        a, b = self.class_names
+        sides: dict[str, list[Path]] = {a: [], b: []}
+        for file in self._unpaired():
+            sides[b if file.parts[0] == a else a].append(file.relative_to(file.parts[0]).with_suffix(""))
+        missing = [
+            f"{'an image' if len(stems) == 1 else 'images'} {few(stems)} in {side}{os.sep}"
+            for side, stems in sides.items()
+            if stems
+        ]
+        return (
+            f"{self.name}: expected {' and '.join(missing)} too, got none: --skip-broken leaves out images without a "
+            "counterpart"
+        )
 
     def _is_side_by_side(self) -> bool:
         """Whether the first image is twice as wide as high; the others are checked where pairs are read."""

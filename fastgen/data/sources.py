@@ -67,6 +67,8 @@ def choose_kind(config: DataConfig, source: Source, *kinds: str) -> str:
     for kind in kinds:
         if kind in source.kinds:
             return kind
+    if obstacle := next(filter(None, map(source.obstacle, kinds)), ""):
+        raise ValueError(obstacle)
     expected = " or ".join(f"{kind} ({EXAMPLES[kind]})" for kind in kinds)
     raise ValueError(f"{config.source}: expected data of kind {expected}, got {' or '.join(source.kinds)}")
 
@@ -250,6 +252,9 @@ class Folder(Source):
             raise ValueError(f"{tree.name}: expected {expected}, got {got}")
         self.kinds = tuple(self.sources)
         self.options = frozenset().union(*(source.options for source in self.sources.values()))
+
+    def obstacle(self, kind: str) -> str:
+        return next(filter(None, (source.obstacle(kind) for source in self.sources.values())), "")
 
     def load(self, kind: str) -> Dataset:
         return _with_note(self.sources[kind].load(kind), self.found, self.used[kind])

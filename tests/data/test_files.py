@@ -201,6 +201,12 @@ def test_pairs_belong_together_by_name(tmp_path: Path) -> None:
     (tmp_path / "targets" / "03.bmp").unlink()
     with pytest.raises(ValueError, match=r"expected an image 03 in targets. too, got none"):
         load(tmp_path, "pairs")
+    for file in ("inputs/05.png", "inputs/06.png", "targets/07.bmp", "targets/09.bmp", "targets/10.bmp"):
+        (tmp_path / file).unlink()
+    with pytest.raises(
+        ValueError, match=r"expected images 05, 06 in inputs. and images 03, 07, 09, \.\.\. \(4\) in targets. too"
+    ):
+        load(tmp_path, "pairs")
 
 
 def test_one_color_image_makes_all_images_color(tmp_path: Path) -> None:

@@ -311,8 +311,18 @@ def test_pairs_are_folders_with_the_same_names_or_images_side_by_side(
     (tmp_path / "folders" / "train" / "twitter" / "faces" / "03.png").write_bytes(b"")
     assert len(load(tmp_path / "folders", "pairs", skip_broken=True).train) == 11
     (tmp_path / "folders" / "train" / "twitter" / "faces" / "03.png").unlink()
-    with pytest.raises(ValueError, match=r"expected data of kind pairs .*side by side.*, got images or domains"):
-        load(tmp_path / "folders", "pairs")
+    with pytest.raises(ValueError, match=r"train: expected an image faces.03 in twitter. too, got none: --skip-broken"):
+        load(tmp_path / "folders", "pairs", direction="BtoA")
+    data = load(tmp_path / "folders", "pairs", skip_broken=True)
+    assert len(data.train) == 11
+    assert "1 images without a counterpart were left out: google/faces/03.png" in data.warnings
+    for i in range(12):
+        file = tmp_path / "folders" / "train" / "twitter" / "faces" / f"{i:02}.png"
+        if i != 3:
+            file.rename(file.with_name(f"other{i}.png"))
+    for skip in (False, True):
+        with pytest.raises(ValueError, match=r"expected data of kind pairs .*side by side.*, got images or domains"):
+            load(tmp_path / "folders", "pairs", skip_broken=skip)
 
 
 @pytest.mark.parametrize("lazy", [False, True])
