@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 MOST_LISTED = 50  # broken files that a message names
-FEW = 3  # of other names that are too many to list
+FEW, FEW_COLUMNS = 3, 20  # of other names that are too many to list; of those that an option chooses from
 
 
 def read_bytes(path: Path) -> bytes:
@@ -54,10 +54,10 @@ def cannot_read(path: Path | str, error: OSError) -> OSError:
     return type(error)(error.errno, f"{path}: expected to read it, got: {error.strerror or error}")
 
 
-def few(names: Collection[object]) -> str:
+def few(names: Collection[object], most: int = FEW) -> str:
     """The first names of a list, for messages: "a, b, c, ... (12)"."""
-    shown = ", ".join(str(name) for name in [*names][:FEW])
-    return shown + (f", ... ({len(names):,})" if len(names) > FEW else "")
+    shown = ", ".join(str(name) for name in [*names][:most])
+    return shown + (f", ... ({len(names):,})" if len(names) > most else "")
 
 
 def broken_files(

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fastgen.data._files import cannot_read
+from fastgen.data._files import FEW_COLUMNS, cannot_read, few
 from fastgen.data.config import DataConfig
 from fastgen.data.image_sets import ImageSource, ImageStack, check_labels, from_pixels
 from fastgen.data.images import Array
@@ -83,7 +83,7 @@ def read_npz(path: Path, image_size: int, column: str = "") -> Split:
         return train, _stack(path, image_size, test_images, arrays[test_images], arrays.get(test_labels))
     wanted = column or ("arr_0" if "arr_0" in names and "images" not in names else "images")
     if wanted not in names:
-        raise ValueError(f"{path}: expected an array named {wanted!r}, got {', '.join(names) or 'no arrays'}")
+        raise ValueError(f"{path}: expected an array named {wanted!r}, got {few(names, FEW_COLUMNS) or 'no arrays'}")
     stack = _stack(path, image_size, wanted, arrays[wanted], arrays.get("labels"))
     return _noted(stack, {*names} - {wanted, "labels"}), None
 
@@ -91,7 +91,7 @@ def read_npz(path: Path, image_size: int, column: str = "") -> Split:
 def _noted(stack: ImageStack, unused: Set[str]) -> ImageStack:
     if not unused:
         return stack
-    return dataclasses.replace(stack, notes=(f"arrays that are not read: {', '.join(sorted(unused))}",))
+    return dataclasses.replace(stack, notes=(f"arrays that are not read: {few(sorted(unused), FEW_COLUMNS)}",))
 
 
 def read_npy(path: Path, image_size: int) -> Split:
@@ -101,7 +101,7 @@ def read_npy(path: Path, image_size: int) -> Split:
     found = next((file for file in beside if file != path and file.is_file()), None)
     images, labels = (None if file is None else _loaded(file)[1][""] for file in (path, found))
     assert images is not None
-    return _stack(path, image_size, path.name, images, labels), None
+    return _stack(path, image_size, "", images, labels, found), None
 
 
 def _loaded(path: Path, wanted: Set[str] = frozenset()) -> tuple[list[str], dict[str, Array]]:
@@ -122,19 +122,23 @@ def _loaded(path: Path, wanted: Set[str] = frozenset()) -> tuple[list[str], dict
         raise ValueError(f"{path}: expected an {suffix} file of plain arrays, got one that fails: {error}") from error
 
 
-def _stack(path: Path, image_size: int, name: str, images: Array, labels: Array | None) -> ImageStack:
+def _stack(
+    path: Path, image_size: int, name: str, images: Array, labels: Array | None, labels_path: Path | None = None
+) -> ImageStack:
+    """name: of the array in the file, "" of an .npy file; labels_path: the file of the labels, default the same."""
+    place = f"{path}: {name}" if name else str(path)
     if images.dtype != np.uint8:
         bad = int((~np.isfinite(images)).sum()) if np.issubdtype(images.dtype, np.inexact) else 0
         note = f", {bad} of them NaN or infinite" if bad else ""
-        raise TypeError(f"{path}: {name}: expected uint8 pixels from 0 to 255, got {images.dtype}{note}")
-    pixels = torch.from_numpy(np.ascontiguousarray(_channels_first(path, name, images)))
+        raise TypeError(f"{place}: expected uint8 pixels from 0 to 255, got {images.dtype}{note}")
+    pixels = torch.from_numpy(np.ascontiguousarray(_channels_first(place, images)))
     if labels is not None and labels.ndim == 2 and labels.shape[1] == 1:  # Keras' CIFAR
         labels = labels[:, 0]
-    classes = None if labels is None else check_labels(str(path), labels, len(pixels))
+    classes = None if labels is None else check_labels(str(labels_path or path), labels, len(pixels))
     return from_pixels(str(path), pixels, image_size, classes)
 
 
-def _channels_first(path: Path, name: str, images: Array) -> Array:
+def _channels_first(place: str, images: Array) -> Array:
     if images.ndim == 3 and images.size:
         return images[:, None]
     if images.ndim == 4 and images.size and images.shape[1] in (1, 3):
@@ -142,7 +146,7 @@ def _channels_first(path: Path, name: str, images: Array) -> Array:
     if images.ndim == 4 and images.size and images.shape[3] in (1, 3):
         return np.moveaxis(images, 3, 1)
     raise ValueError(
-        f"{path}: {name}: expected shape (N, H, W), (N, C, H, W) or (N, H, W, C) with C 1 or 3, got {images.shape}"
+        f"{place}: expected shape (N, H, W), (N, C, H, W) or (N, H, W, C) with C 1 or 3, got {images.shape}"
     )
 
 
@@ -190,7 +194,7 @@ def idx_files(tree: Tree) -> dict[str, Path]:
         ]
         if len(plain) > 1:
             raise ValueError(
-                f"{tree.name}: expected one IDX file of {split} images, got {', '.join(map(str, plain))}: give one of "
+                f"{tree.name}: expected one IDX file of {split} images, got {few(plain)}: give one of "
                 "them, and --test-data for the other split"
             )
         if plain:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgen.data._base import Dataset, Source, TensorItems, digest
-from fastgen.data._files import broken_files, read_bytes
+from fastgen.data._files import broken_files, few, read_bytes
 from fastgen.data._optional import need
 from fastgen.data.config import RATES, DataConfig
 from fastgen.data.splitting import HELD_OUT, at_least, hold_out, hold_out_groups
@@ -213,9 +213,7 @@ class Recordings(Source):
         if classes and not own:
             raise ValueError(f"{name}: expected a subfolder for each class, as for training, got none")
         if classes and (unknown := sorted({*own} - {*classes})):
-            raise ValueError(
-                f"{name}: expected classes of the training data ({', '.join(classes)}), got {', '.join(unknown)}"
-            )
+            raise ValueError(f"{name}: expected classes of the training data ({few(classes)}), got {few(unknown)}")
         number = {each: i for i, each in enumerate(classes)}
         sounds, numbers, broken = [], [], {}
         paths = list(self.files.values())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgen.data._base import Dataset
-from fastgen.data._files import check_file, few
+from fastgen.data._files import FEW_COLUMNS, check_file, few
 from fastgen.data.captions import read_captions
 from fastgen.data.config import DataConfig
 from fastgen.data.image_sets import ImageSource, ImageStack, PairStacks, count_levels
@@ -65,9 +65,12 @@ def outnumbering(files: list[Path], found: Sequence[Path], stronger: list[Path])
 
 
 def describe_suffixes(files: Collection[Path]) -> str:
-    """How many files there are of each kind, for messages: "3 .jpg, 1 without a suffix"."""
+    """How many files there are of each kind, for messages: "3 .jpg, 1 without a suffix". Of many kinds the frequent
+    ones."""
     counts = Counter(file.suffix.lower() or "without a suffix" for file in files)
-    return ", ".join(f"{n} {suffix}" for suffix, n in sorted(counts.items())) or "no files"
+    found = sorted(counts.items() if len(counts) <= FEW_COLUMNS else counts.most_common(FEW_COLUMNS))
+    more = f", ... ({len(counts)} kinds)" if len(counts) > len(found) else ""
+    return ", ".join(f"{n} {suffix}" for suffix, n in found) + more or "no files"
 
 
 def image_folder(config: DataConfig, tree: Tree, files: Sequence[Path]) -> ImageFolder:
@@ -131,14 +134,14 @@ def _refuse_misplaced_splits(name: str, files: Sequence[Path]) -> None:
     if len(names) > 1 and ("" not in kinds or (len(kinds) > 2 and "train" in kinds)):
         raise ValueError(
             f"{name}: expected subfolders that are classes, or train{os.sep} and test{os.sep} or val{os.sep}, got "
-            f"{', '.join(sorted(names))}: give one of them"
+            f"{few(sorted(names))}: give one of them"
         )
     below = {file.parts[1] for file in files if len(file.parts) > 2}
     inside = {*map(_split_of, below)}
     if len(inside) > 1 and "" not in inside and all(len(file.parts) > 2 for file in files):
         raise ValueError(
             f"{name}: expected train{os.sep} and test{os.sep} or val{os.sep} above the classes, got "
-            f"{', '.join(sorted(below))} below {', '.join(sorted(names))}"
+            f"{few(sorted(below))} below {few(sorted(names))}"
         )
 
 
@@ -255,7 +258,7 @@ class ImageFolder(ImageSource):
             return stack
         if unknown := sorted({*self.class_names} - {*classes}):
             raise ValueError(
-                f"{self.name}: expected classes of the training images ({', '.join(classes)}), got {', '.join(unknown)}"
+                f"{self.name}: expected classes of the training images ({few(classes)}), got {few(unknown)}"
             )
         number = {name: i for i, name in enumerate(classes)}
         if not self.class_names:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastgen.data._base import Dataset
-from fastgen.data._files import read_bytes
+from fastgen.data._files import FEW_COLUMNS, few, read_bytes
 from fastgen.data._optional import need
 from fastgen.data.config import DataConfig
 from fastgen.data.image_sets import ImageSource, ImageStack, check_labels, count_levels
@@ -64,7 +64,7 @@ class Table(ImageSource):
             self.splits = names if "train" in names else []
         self.rows = rows
         if self.column and self.column not in self.rows.column_names:
-            known = ", ".join(self.rows.column_names)
+            known = few(self.rows.column_names, FEW_COLUMNS)
             raise ValueError(f"{self.name}: column: expected one of {known}, got {self.column!r}")
         self.kinds = self._kinds()
         self.options = frozenset(("column",))
@@ -81,7 +81,7 @@ class Table(ImageSource):
             "columns": [name for name in self.rows.column_names if name not in used],
             "splits": [name for name in self.splits if name not in splits],
         }
-        notes = [f"{what} that are not read: {', '.join(names)}" for what, names in left.items() if names]
+        notes = [f"{what} that are not read: {few(names, FEW_COLUMNS)}" for what, names in left.items() if names]
         return dataclasses.replace(data, warnings=(*notes, *data.warnings))
 
     def read(self, like: ImageStack | None = None) -> ImageStack:
@@ -107,9 +107,10 @@ class Table(ImageSource):
                 return next(iter(splits.values())) if len(splits) == 1 else splits
             return self.library.load_from_disk(self.name)
         except Exception as error:
-            raise ValueError(
-                f"{self.name}: expected a Hugging Face dataset, got one that fails: {_one_line(error)}"
-            ) from error
+            expected = "a Hugging Face dataset"
+            if self.parquet:
+                expected = "a Parquet file" if len(self.parquet) == 1 else "Parquet files with the same columns"
+            raise ValueError(f"{self.name}: expected {expected}, got one that fails: {_one_line(error)}") from error
 
     def _table(self, files: Sequence[Path]) -> Any:
         """Parquet files as rows, mapped from disk."""
@@ -124,7 +125,7 @@ class Table(ImageSource):
         if not isinstance(read, dict):
             return read
         if "train" not in read and len(read) != 1:
-            raise ValueError(f"{self.name}: expected a split called train, or only one, got {', '.join(read)}")
+            raise ValueError(f"{self.name}: expected a split called train, or only one, got {few(read, FEW_COLUMNS)}")
         return read["train"] if "train" in read else next(iter(read.values()))
 
     def _columns(self, kind: str) -> list[str]:
@@ -153,8 +154,9 @@ class Table(ImageSource):
         if self._fits("text"):
             found.append("text")
         if not found:
-            types = ", ".join(
-                f"{name} ({getattr(feature, 'dtype', feature)})" for name, feature in self.rows.features.items()
+            types = few(
+                [f"{name} ({getattr(feature, 'dtype', feature)})" for name, feature in self.rows.features.items()],
+                FEW_COLUMNS,
             )
             raise ValueError(f"{self.name}: expected a column of images or of strings, got {types or 'no columns'}")
         return tuple(found)
@@ -168,7 +170,9 @@ class Table(ImageSource):
             return self.column
         columns = self._columns(kind)
         if len(columns) != 1:
-            raise ValueError(f"{self.name}: expected one column of {kind}, got {', '.join(columns)}: --column chooses")
+            raise ValueError(
+                f"{self.name}: expected one column of {kind}, got {few(columns, FEW_COLUMNS)}: --column chooses"
+            )
         return columns[0]
 
     def _text(self) -> Dataset:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastgen.data._base import Dataset, Source
+from fastgen.data._files import FEW_COLUMNS, few
 from fastgen.data.captions import json_lines
 from fastgen.data.config import DataConfig
 from fastgen.data.sequences import Pairs, sequence_dataset
@@ -32,17 +33,23 @@ class JsonLines(Source):
         names = list(self.rows[0][1])
         strings = [name for name in names if isinstance(self.rows[0][1][name], str)]
         if config.column and config.column not in names:
-            raise ValueError(f"{path}: column: expected one of {', '.join(names)}, got {config.column!r}")
+            raise ValueError(f"{path}: column: expected one of {few(names, FEW_COLUMNS)}, got {config.column!r}")
         self.pair = next((pair for pair in PAIR_NAMES if {*pair} <= {*strings}), None)
         known = [name for name in TEXT_NAMES if name in strings] or (strings if len(strings) == 1 else [])
         self.column = config.column or next(iter(known), "")
+        if not (config.column or self.pair or {*TEXT_NAMES} & {*strings}):
+            # A field of a known name that is no string, unless one other field can be the text.
+            pair = next((pair for pair in PAIR_NAMES if {*pair} <= {*names}), ())
+            for name in pair or ([] if known else [name for name in TEXT_NAMES if name in names]):
+                self._string(*self.rows[0], name)
         if config.column:
             self.kinds: tuple[str, ...] = ("text",)
         else:
             self.kinds = (*(("sequences",) if self.pair else ()), *(("text",) if self.column else ()))
         if not self.kinds:
             raise ValueError(
-                f"{path}: expected objects with text, or with source and target, got {', '.join(names) or 'no fields'}"
+                f"{path}: expected objects with text, or with source and target, got "
+                f"{few(names, FEW_COLUMNS) or 'no fields'}"
                 ": --column chooses a field of text"
             )
         self.options = frozenset(("column", "tokens") if "text" in self.kinds else ())

@@ -42,7 +42,7 @@ EXAMPLES = {
     "domains": "textures, a folder with two subfolders of images, images of two classes",
     "text": "prose, a .txt file, a folder of them, .jsonl, hf:NAME, ...",
     "sequences": "reversal, sums, a .tsv or .jsonl file",
-    "audio": "tones, a .wav file, a folder of them",
+    "audio": "tones, a .wav or .flac file, a folder of them",
 }
 """Examples of sources for each kind."""
 
@@ -146,8 +146,8 @@ def _find(config: DataConfig) -> Source:
             "arrays can be saved as .npz"
         )
     raise ValueError(
-        f"{path}: expected a folder, an archive (.zip, .tar), or an .npz, .npy, IDX, .txt, .tsv, .jsonl, .wav or "
-        f".parquet file, got {suffix or 'no suffix'}"
+        f"{path}: expected a folder, an archive (.zip, .tar), or an .npz, .npy, IDX, .txt, .tsv, .jsonl, .wav, "
+        f".flac or .parquet file, got {suffix or 'no suffix'}"
     )
 
 
@@ -244,7 +244,9 @@ class Folder(Source):
             recordings["train"].test = recordings.get("test")
             self.used["audio"] = {file for files in splits.values() for file in files.values()}
         if not self.sources:
-            expected = "images (.png, .jpg, ...), .txt or .wav files in it" if path else "images (.png, .jpg, ...)"
+            expected = (
+                "images (.png, .jpg, ...), .txt, .wav or .flac files in it" if path else "images (.png, .jpg, ...)"
+            )
             got = describe_suffixes(self.found)
             if refused:
                 expected = f"a folder of {expected.removesuffix(' in it')}, or one file"

@@ -31,6 +31,16 @@ def npz(**arrays: Any) -> Callable[[Path], None]:
     return lambda path: np.savez(path, **arrays)
 
 
+def npy(array: Any) -> Callable[[Path], None]:
+    return lambda path: np.save(path, array)
+
+
+def many_sets(path: Path) -> None:
+    path.mkdir()
+    for name in "abcde":
+        (path / f"{name}-train-images-idx3-ubyte").write_bytes(b"")
+
+
 def idx(magic: int, shape: tuple[int, ...], size: int) -> Callable[[Path], Any]:
     return lambda path: path.write_bytes(struct.pack(f">{1 + len(shape)}I", magic, *shape) + bytes(size))
 
@@ -88,13 +98,22 @@ BAD: dict[str, tuple[str, str, Callable[[Path], Any], str]] = {
         *("a.npz", "domains", npz(images=GRAY, labels=np.arange(12) % 2)),
         "images of domain a: expected at least 10 of them, got 6",
     ),
+    "floats alone": ("a.npy", "images", npy(GRAY + 0.5), "a.npy: expected uint8 pixels from 0 to 255, got float64"),
+    "dimensions alone": ("a.npy", "images", npy(GRAY[0]), "a.npy: expected shape (N, H, W), (N, C, H, W) or"),
+    "a number as text": ("a.jsonl", "text", written(b'{"text": 5}'), "line 1: expected a string as text, got int"),
+    "a number in a pair": (
+        *("a.jsonl", "sequences", written(b'{"source": 5, "target": "a"}')),
+        "line 1: expected a string as source, got int",
+    ),
+    "many sets": ("f", "images", many_sets, "a-train-images-idx3-ubyte, b-train-images-idx3-ubyte, c-train-images-"),
+    "many sets, counted": ("f", "images", many_sets, "idx3-ubyte, ... (5): give one"),
     "idx of labels": (IDX, "images", idx(2049, (12,), 12), "expected the magic number 2051 of IDX images, got 2049"),
     "idx too short": (IDX, "images", idx(2051, (12, 8, 8), 767), "expected 768 bytes of images (12x8x8), got 767"),
     "idx too long": (IDX, "images", idx(2051, (12, 8, 8), 769), "expected 768 bytes of images (12x8x8), got more"),
     "idx of nothing": (IDX, "images", idx(2051, (0, 8, 8), 0), "expected images, got none (0x8x8)"),
     "idx empty": (IDX, "images", written(b"\0"), "expected the magic number 2051 of IDX images, got a file of 1 bytes"),
     "idx not zipped": (IDX + ".gz", "images", written(b"hello"), "expected an IDX file, got one that can't be read"),
-    "empty folder": ("f", "images", Path.mkdir, "expected images (.png, .jpg, ...), .txt or .wav files in it, got no"),
+    "empty folder": ("f", "images", Path.mkdir, "...), .txt, .wav or .flac files in it, got no"),
     "other files": ("f", "images", lambda p: folder(p, b"", name="a.md", good=0), "files in it, got 1 .md"),
     "one image": ("f", "images", lambda p: folder(p, good=1), "images: expected at least 10 of them, got 1"),
     "truncated": ("f", "images", lambda p: folder(p, png(COLOR[0])[:90]), "odd.png: expected an image, got one that"),
