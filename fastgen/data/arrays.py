@@ -31,6 +31,7 @@ IDX_TRAIN, IDX_TEST = (
 CIFAR_TRAIN, CIFAR_TEST = re.compile(r"(data_batch_\d|train)\.bin"), re.compile(r"test(_batch)?\.bin")
 CIFAR_PICKLES = frozenset((*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"))
 CIFAR100_PICKLES = frozenset(("train", "test", "meta"))
+COARSE_NAMES = "coarse_label_names.txt"
 CIFAR_PIXELS = 3 * 32 * 32
 TRAIN_AND_TEST = (("x_train", "y_train"), ("x_test", "y_test"))
 """Names of arrays in Keras' mnist.npz and its like."""
@@ -42,19 +43,41 @@ class ImageArrays(ImageSource):
 
     Args:
         images, test: the images, and those of a held-out split, if there is one.
+        label_names: label -> name of the class. The labels that occur are then the classes; {}: 0 to the largest are.
     """
 
     def __init__(
-        self, config: DataConfig, images: ImageStack, test: ImageStack | None = None, options: Sequence[str] = ()
+        self,
+        config: DataConfig,
+        images: ImageStack,
+        test: ImageStack | None = None,
+        options: Sequence[str] = (),
+        label_names: Mapping[int, str] | None = None,
     ) -> None:
-        self.config, self.images = config, images
-        self.test = ImageArrays(config, test) if test else None
+        self.config, self.images, self.label_names = config, images, label_names
+        self.test = ImageArrays(config, test, label_names=label_names) if test else None
         self.options = frozenset(("image_size", "binarize", "test_data", *options))
-        two = images.labels is not None and images.labels.unique().tolist() == [0, 1]
+        labels = self.read().labels
+        two = labels is not None and labels.unique().tolist() == [0, 1]
         self.kinds = ("images", "domains") if two else ("images",)
 
     def read(self, like: ImageStack | None = None) -> ImageStack:
-        return self.images
+        labels, names = self.images.labels, self.label_names
+        if labels is None or names is None or (like and not like.label_values):
+            return self.images
+        values = torch.tensor(like.label_values) if like else labels.unique()
+        unknown = labels[~torch.isin(labels, values)].unique().tolist()
+        if unknown:
+            raise ValueError(
+                f"{self.config.source}: labels: expected those of the training images ({few(values.tolist())}), got "
+                f"{few(unknown)}"
+            )
+        numbers = values.tolist()
+        named = [names.get(number, str(number)) for number in numbers]
+        if not names and numbers == [*range(len(numbers))]:
+            named = []
+        labels = torch.searchsorted(values, labels)
+        return dataclasses.replace(self.images, labels=labels, class_names=named, label_values=tuple(numbers))
 
 
 Split = tuple[ImageStack, ImageStack | None]
@@ -206,9 +229,33 @@ def open_idx(config: DataConfig, tree: Tree, files: Mapping[str, Path]) -> Image
     """MNIST's files: train images with labels, and t10k images, if there are any, as the held-out split."""
     stacks = {split: read_idx(tree, file, config.image_size, tree.name) for split, file in files.items()}
     train = stacks.pop("train", None)
-    source = ImageArrays(config, train or stacks.pop("test"), stacks.get("test"))
+    mapping = next(filter(None, (mapping_beside(tree, file) for file in files.values())), None)
+    names = label_names(tree, mapping)
+    source = ImageArrays(config, train or stacks.pop("test"), stacks.get("test"), label_names=names)
     source.used = {file for image in files.values() for file in (image, labels_beside(tree, image)) if file}
+    source.used |= {mapping} if mapping else set()
     return source
+
+
+def mapping_beside(tree: Tree, file: Path) -> Path | None:
+    """EMNIST's table of labels beside its images, emnist-letters-mapping.txt beside emnist-letters-train-images-..."""
+    mapping = file.with_name(re.split("(?:train|test|t10k)[-_.]images", file.name)[0] + "mapping.txt")
+    return mapping if mapping in tree.files else None
+
+
+def label_names(tree: Tree, mapping: Path | None) -> dict[int, str]:
+    """Label -> character, from EMNIST's table: a label and the codes of its characters, of which the first names it, in
+    each line. {} where there is none, or one of another form."""
+    if mapping is None:
+        return {}
+    try:
+        rows = [
+            [int(cell) for cell in line.split()] for line in tree.read(mapping).decode().splitlines() if line.strip()
+        ]
+        names = {row[0]: chr(row[1]) for row in rows}
+    except (IndexError, OverflowError, ValueError):
+        return {}
+    return names if len({*names.values()}) == len(rows) else {}
 
 
 def _read_idx(tree: Tree, file: Path, magic: int, what: str) -> Array:
@@ -251,7 +298,9 @@ class CifarFiles(NamedTuple):
 
     @property
     def used(self) -> set[Path]:
-        return {*self.train, *self.test, *([self.names] if self.names else [])}
+        """Files that belong to the data; CIFAR-100's names of its coarse labels, which are not read, do too."""
+        names = [self.names, self.names.with_name(COARSE_NAMES)] if self.names else []
+        return {*self.train, *self.test, *names}
 
 
 def cifar_files(tree: Tree) -> CifarFiles | None:

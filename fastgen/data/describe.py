@@ -90,7 +90,7 @@ def describe(config: DataConfig, kind: str | None = None) -> Description:
     warnings = list(data.warnings)
     if train < (TINY_TEXT if text else TINY):
         warnings.append(f"only {train} {unit} to train on")
-    few = [name for name, n in data.classes.items() if n < FEW]
+    few = [name for name, n in data.classes.items() if 0 < n < FEW]
     if few:
         warnings.append(f"classes with fewer than {FEW} items: {_short(', '.join(few))}")
     value_range = None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastgen.batch import caption_tokens
 from fastgen.data._base import Dataset, Items, Source, TensorItems, digest
+from fastgen.data._files import few
 from fastgen.data.binarized import binarize
 from fastgen.data.captions import caption_examples
 from fastgen.data.config import DataConfig
@@ -34,6 +35,7 @@ class ImageStack:
         labels: (N,) int64.
         captions: one for each image. Without them the names of the classes, ``class_captions`` if given, are captions.
         notes: for ``describe``.
+        label_values: the number that each class has in the file, where classes are the numbers that occur there.
     """
 
     name: str
@@ -46,6 +48,7 @@ class ImageStack:
     captions: Sequence[str] = ()
     class_captions: Sequence[str] = ()
     notes: tuple[str, ...] = ()
+    label_values: tuple[int, ...] = ()
 
     @property
     def scale(self) -> float:
@@ -187,7 +190,9 @@ class ImageSource(Source):
                 data = domain_dataset(images, config.held_out, test)
             else:
                 data = image_dataset(images, config.held_out, test)
-            notes = (*images.notes, *(test.notes if test else ()))
+            empty = [name for name, count in data.classes.items() if not count]
+            absent = (f"classes without an item: {few(empty)}",) if empty else ()
+            notes = (*images.notes, *(test.notes if test else ()), *absent)
             data = dataclasses.replace(data, warnings=tuple(dict.fromkeys((*data.warnings, *notes))))
         return data if config.binarize == "none" else binarize(data, dynamic=config.binarize == "dynamic")
 

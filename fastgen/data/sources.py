@@ -19,6 +19,8 @@ from fastgen.data.arrays import (
     ImageArrays,
     cifar_files,
     idx_files,
+    label_names,
+    mapping_beside,
     open_cifar,
     open_idx,
     read_idx,
@@ -117,7 +119,8 @@ def _find(config: DataConfig) -> Source:
     suffix = path.suffix.lower()
     beside = FolderTree(config.source, path.parent, [Path(path.name), *map(Path, _names_beside(path))])
     if IDX_NAME.search(path.name):
-        return ImageArrays(config, read_idx(beside, Path(path.name), config.image_size))
+        names = label_names(beside, mapping_beside(beside, Path(path.name)))
+        return ImageArrays(config, read_idx(beside, Path(path.name), config.image_size), label_names=names)
     if is_archive(path.name):
         return open_folder(config, archive_tree(path))
     if suffix == ".bin":

@@ -156,6 +156,27 @@ def test_idx_files_find_their_labels(tmp_path: Path, ending: str) -> None:
     assert shown == {(int(image.sum()), label) for image, label in zip(GRAY, labels.tolist(), strict=True)}
 
 
+def test_labels_of_idx_files_that_occur_are_the_classes(tmp_path: Path) -> None:
+    def save(name: str, labels: list[int]) -> Path:
+        save_idx(tmp_path / f"{name}-images-idx3-ubyte", GRAY, 2051)
+        save_idx(tmp_path / f"{name}-labels-idx1-ubyte", np.array(labels * 4, np.uint8), 2049)
+        return tmp_path / f"{name}-images-idx3-ubyte"
+
+    letters, some = save("letters-train", [1, 2, 4]), save("more", [4, 4, 1])
+    data = load(tmp_path)
+    assert (data.facts["classes"], data.classes) == (3, {"1": 4, "2": 4, "4": 4})
+    held = load(letters, test_data=str(some)).held_out
+    assert everything(held)["labels"].tolist() == [2, 2, 0] * 4
+    with pytest.raises(ValueError, match=r"labels: expected those of the training images \(1, 4\), got 2"):
+        load(some, test_data=str(letters))
+    (tmp_path / "letters-mapping.txt").write_text("1 65 97\n2 66 98\n3 67 99\n4 68 100\n")
+    data = load(tmp_path)
+    assert data.classes == {"A": 4, "B": 4, "D": 4}
+    assert not any("1 .txt" in warning for warning in data.warnings)
+    np.savez(tmp_path / "a.npz", images=GRAY, labels=np.array([1, 2, 4] * 4))
+    assert "classes without an item: 0, 3" in load(tmp_path / "a.npz").warnings
+
+
 def pixels_of(part: Any) -> tuple[torch.Tensor, list[int]]:
     batch = everything(part)
     return batch["images"].mul(255).round().long(), batch["labels"].tolist()
