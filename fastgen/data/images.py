@@ -31,6 +31,8 @@ SUFFIXES = frozenset(
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "TGA", "AVIF", "JPEG2000", "ICO", "QOI")
 """Formats that Pillow decodes itself, without starting another program."""
 
+ANIMATED = frozenset(("GIF", "PNG", "WEBP", "AVIF", "TIFF"))
+
 MEMORY_LIMIT = 2 << 30
 """Bytes of pixels up to which images are decoded once, into memory; larger sets are decoded batch by batch."""
 
@@ -78,6 +80,7 @@ class Header(NamedTuple):
     height: int
     gray: bool
     digest: bytes
+    frames: int = 1
 
 
 def in_threads(work: Callable[[int], Result], n: int) -> list[Result]:
@@ -137,7 +140,17 @@ def header(data: bytes, name: str, half: int | None = None) -> Header:
                 f"{name}: expected two square images side by side, twice as wide as high, got {width}x{height}"
             )
         width //= 2
-    return Header(width, height, gray, hashlib.sha256(data).digest())
+    return Header(width, height, gray, hashlib.sha256(data).digest(), _frames(image))
+
+
+def _frames(image: Any) -> int:
+    """The number of frames of an animation, or of pages of a TIFF file; what some JPEG files hold beside is none."""
+    if image.format not in ANIMATED:
+        return 1
+    try:
+        return int(getattr(image, "n_frames", 1))
+    except Exception:  # decoding the pixels says what is wrong
+        return 1
 
 
 def _gray_palette(image: Any, name: str) -> bool:
@@ -337,6 +350,8 @@ def read_stack(
         require_square(name, first.height, first.width)
     elif enlarged := sum(min(each.width, each.height) < image_size for each in headers):
         notes += (f"{enlarged:,} of {len(headers):,} images are smaller than {image_size} and were enlarged",)
+    if animated := sum(each.frames > 1 for each in headers):
+        notes += (f"of {animated:,} images with several frames the first one is read",)
     size = image_size or first.width
     colored = next((i for i, each in zip(kept, headers, strict=True) if not each.gray), None)
     if channels == 1 and colored is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,9 @@ from fastgen.data._files import read_bytes
 from fastgen.data._optional import need
 from fastgen.data.config import DataConfig
 from fastgen.data.splitting import HELD_OUT_TEXT, at_least
+
+LONG_LINE = 40
+"""Characters of a line that hardly occurs twice by chance."""
 
 OVERLAP = 8
 """Number of training windows that each token is in."""
@@ -43,8 +47,20 @@ class TextFiles(Source):
                 f"{self.config.source}: held_out: expected 0, as the data have a held-out split of their own, "
                 f"got {self.config.held_out}"
             )
-        test = self.test.read() if self.test else ""
-        return text_dataset(self.config.source, self.read(), self.config.held_out, self.config.tokens, test)
+        text, test = self.read(), self.test.read() if self.test else ""
+        data = text_dataset(self.config.source, text, self.config.held_out, self.config.tokens, test)
+        note = _also_trained_on(text, test)
+        return dataclasses.replace(data, warnings=(note,)) if note else data
+
+
+def _also_trained_on(text: str, test: str) -> str:
+    """A warning where held-out text occurs in the training text; "" where it does not."""
+    if test.strip() and test.strip() in text:
+        return "the held-out text is also trained on"
+    lines = [line for line in test.split("\n") if len(line) >= LONG_LINE]
+    known = {*text.split("\n")} if lines else set()
+    leaked = sum(line in known for line in lines)
+    return f"{leaked:,} of {len(lines):,} long held-out lines are also trained on" if leaked else ""
 
 
 class Windows(Items):

@@ -91,7 +91,11 @@ def new_settings(request: Request) -> tuple[Header, Dataset, Chosen]:
         options = _options_of(given["init_from"], request, model_class, facts) | options
         chosen = Chosen(chosen.size, {name: v for name, v in chosen.options.items() if "." not in name})
     suggested = {name.removeprefix(MODEL): v for name, v in chosen.options.items() if name.startswith(MODEL)}
-    model_config = _checked(model_class.config_class, {**facts, **suggested, **options}, prefix=MODEL)
+    model_options = {**facts, **suggested, **options}
+    try:
+        model_config = _checked(model_class.config_class, model_options, prefix=MODEL)
+    except UsageError as error:
+        raise UsageError(f"{error}{_remedy(str(error), model_class, model_options, data_config)}") from error
     train = {name: value for name, value in chosen.options.items() if not name.startswith(MODEL)}
     config = _checked(TrainConfig, {**model_class.train_defaults, **_no_steps(given), **train, **given})
     kept = asdict(data_config) | {"source": data_config.source.removeprefix(BUNDLED)}
@@ -289,6 +293,30 @@ def _checked(config_class: Any, options: Mapping[str, Any], prefix: str = "") ->
         return config_class(**options)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{prefix}{error}") from error
+
+
+RESIZED = (None, "textures", "photos")  # sources that take --image-size; None: all that are not bundled
+
+
+def _remedy(error: str, model_class: ModelClass, options: Mapping[str, Any], data: DataConfig) -> str:
+    """What to change where the data do not fit the model, as the end of a message: sizes of images, labels."""
+    if error.startswith(f"{MODEL}image_size: ") and bundled_name(data.source) in RESIZED:
+        size = options["image_size"]
+        ways = (range(size - 1, size // 2 - 1, -1), range(size + 1, 2 * size + 1))
+        found = [next((n for n in way if _fits(model_class, {**options, "image_size": n})), 0) for way in ways]
+        sizes = " or ".join(str(n) for n in sorted(filter(None, found), key=lambda n: abs(n - size)))
+        return f": --image-size {sizes} resizes and crops the images" if sizes else ""
+    if options.get("classes") == 0 and error.startswith((f"{MODEL}classes: ", f"{MODEL}conditional: ")):
+        return ": the data have no labels, which are subfolders, one for each class, or an array, a column or a file"
+    return ""
+
+
+def _fits(model_class: ModelClass, options: Mapping[str, Any]) -> bool:
+    try:
+        model_class.config_class(**options)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def settings(header: Header, model_class: ModelClass | None = None) -> dict[str, Any]:

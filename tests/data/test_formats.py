@@ -351,6 +351,15 @@ def test_broken_images_are_listed_at_once_or_left_out(
     assert shown == {tuple(image.flatten().tolist()) for image in GRAY}
 
 
+def test_images_with_several_frames_are_counted(tmp_path: Path) -> None:
+    save_images(tmp_path, GRAY)
+    for i in range(2):
+        frames = [Image.fromarray(GRAY[0]), Image.fromarray(GRAY[1])]
+        frames[0].save(tmp_path / f"a{i}.gif", save_all=True, append_images=frames[1:])
+    Image.fromarray(GRAY[0]).save(tmp_path / "still.gif")
+    assert load(tmp_path).warnings == ("of 2 images with several frames the first one is read",)
+
+
 def test_enlarged_images_are_warned_of(tmp_path: Path) -> None:
     save_images(tmp_path, GRAY)
     Image.fromarray(np.tile(GRAY[0], (4, 4))).save(tmp_path / "99.png")
@@ -469,6 +478,19 @@ def test_held_out_text_is_that_of_test_data(tmp_path: Path, work: str) -> None:
         data = load_data(DataConfig(str(tmp_path / "a.txt"), test_data=str(tmp_path / "b.txt")), "text")
         assert (len(data.train), len(data.held_out)) == (300, 60)
         assert data.facts["vocabulary"] == "abcd"
+        assert not data.warnings
+        line = "a line that is long enough not to occur twice by chance"
+        for name, text in (("c.txt", "short\n" + line), ("d.txt", line + "\nother\n"), ("e.txt", "long " * 9)):
+            (tmp_path / name).write_text(text)
+        found = {
+            test: load(tmp_path / "c.txt", "text", test_data=str(tmp_path / test)).warnings
+            for test in ("c.txt", "d.txt", "e.txt")
+        }
+        assert found == {
+            "c.txt": ("the held-out text is also trained on",),
+            "d.txt": ("1 of 1 long held-out lines are also trained on",),
+            "e.txt": (),
+        }
         return
     with pytest.raises(ValueError, match="tones: test_data: expected '', as this source does not use it"):
         load("tones", "audio", test_data="other")

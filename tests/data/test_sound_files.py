@@ -134,6 +134,8 @@ def test_splits_of_recordings_have_the_classes_of_training(tmp_path: Path) -> No
     save_classes(tmp_path / "else", horn=4)
     data = load(tmp_path / "train", "audio", test_data=str(tmp_path / "else"), **PIECES)
     assert everything(data.held_out)["labels"].tolist() == [1] * 12
+    described = describe(DataConfig(str(tmp_path / "train"), test_data=str(tmp_path / "train"), **PIECES))
+    assert "30 held-out ones are also trained on" in str(described)
     (tmp_path / "else").rename(tmp_path.parent / "moved")
     data = load(tmp_path, "audio", **PIECES)
     assert data.classes == {"flute": 15, "horn": 21}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 
@@ -171,3 +172,18 @@ def test_running_out_of_memory_is_reported_in_one_line(
         monkeypatch.setattr("fastgen.cli._train.train", fail)
         assert fit() == 1
         assert "fastgen: error: out of memory; fewer items, a smaller model" in error_line()
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("dcgan", "got 18: --image-size 16 or 20 resizes and crops the images"),
+        ("vq-vae", "got 18: --image-size 16 or 20 resizes and crops the images"),
+        ("cvae", "got 0: the data have no labels, which are subfolders, one for each class, or an array, a column or"),
+    ],
+)
+def test_what_would_make_the_data_fit_is_named(
+    tmp_path: Path, ends: Callable[..., str], model: str, expected: str
+) -> None:
+    np.savez(tmp_path / "a.npz", images=np.arange(20 * 18 * 18, dtype=np.uint8).reshape(20, 18, 18))
+    assert expected in ends("train", model, "--data", str(tmp_path / "a.npz"), "--out", str(tmp_path / "run"))
