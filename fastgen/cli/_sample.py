@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def run(argv: list[str]) -> None:
                 "--input", type=str, default="", help="image or folder of images to translate; default: held-out items"
             )
         add_fields(parser, trained.model.sampling_class)
-        given = parse(parser, _numbered_label(argv[1:], folder.classes()), defaults=True)
+        given = _parsed(parser, argv[1:], trained, folder)
         del given["model"]
         views = {name: given.pop(name) for name in VIEWS}
         asked = [name for name in VIEWS if views[name]]
@@ -117,6 +118,18 @@ def run(argv: list[str]) -> None:
     print(path)
 
 
+def _parsed(parser: Any, argv: list[str], trained: Trained, folder: RunFolder) -> dict[str, Any]:
+    """The options. CommandError: an invalid one; with an unknown one, the message lists those of the model."""
+    own = [field.name.replace("_", "-") for field in dataclasses.fields(trained.model.sampling_class)]
+    try:
+        return parse(parser, _numbered_label(argv, folder.classes()) if "label" in own else argv, defaults=True)
+    except CommandError as error:
+        if not str(error).startswith("unrecognized arguments"):
+            raise
+        options = f"the sampling options {', '.join('--' + name for name in own)}" if own else "no sampling options"
+        raise CommandError(f"{error}; {trained.model.name} has {options}", error.code) from error
+
+
 def _add_views(parser: Any) -> None:
     parser.add_argument(
         "--reconstruct",
@@ -140,7 +153,7 @@ def _add_views(parser: Any) -> None:
         "--sweep",
         type=str,
         default="",
-        help="OPTION=VALUE,VALUE,...: the same noise with each value, such as temperature=0.5,1",
+        help="OPTION=VALUE,VALUE,...: the same noise with each value of an option of the model that is a number",
     )
     parser.add_argument(
         "--show", type=str, default="", help="visualization of held-out items: attention, completions, styles, ..."
@@ -187,7 +200,7 @@ def _view(
     elif view == "sweep":
         samples = sweep(trained, n, value, options, seed)
     else:
-        samples = shown(trained, folder, value, seed)
+        samples = shown(trained, folder, value, n, seed)
     path = Path(out or view + SUFFIXES[type(samples)])
     write_samples(samples, path)
     return path

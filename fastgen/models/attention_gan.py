@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastgen.checks import require_positive
 from fastgen.models.adversarial import ImageGAN
-from fastgen.models.base import Batch, Images, Samples, option
+from fastgen.models.base import Batch, Samples, at_most, image_rows, option
 from fastgen.models.dcgan import DCGAN, DCGANConfig, DCGANDiscriminator, init_weights
 from fastgen.models.registry import register_model
 from fastgen.models.sizes import LONG, SLOWER, Size
@@ -116,9 +116,8 @@ class AttentionGAN(DCGAN):
         recorded: list[Tensor] = []
         handle = last_gate.map.register_forward_hook(lambda module, inputs, output: recorded.append(output))
         try:
-            pixels = self.draw(NUM_VISUALIZED, self.sampling_class(), generator=generator).pixels
+            pixels = self.draw(at_most(NUM_VISUALIZED, batch), self.sampling_class(), generator=generator).pixels
         finally:
             handle.remove()
         maps = F.interpolate(recorded[0].float().mean(dim=1, keepdim=True), pixels.shape[2:]).expand_as(pixels)
-        rows = [images.unflatten(0, (-1, COLUMNS)) for images in (pixels, maps)]
-        return {"gates": Images(torch.stack(rows, dim=1).flatten(0, 2), COLUMNS)}
+        return {"gates": image_rows(pixels, maps, columns=COLUMNS)}

@@ -132,6 +132,11 @@ def image_rows(*stacks: Tensor, columns: int = 16) -> Images:
     return Images(torch.stack([images.unflatten(0, (-1, columns)) for images in same], dim=1).flatten(0, 2), columns)
 
 
+def at_most(count: int, batch: Batch) -> int:
+    """``count``, or the number of items of a batch where there are fewer."""
+    return min([count, *(len(tensor) for tensor in batch.values())])
+
+
 def require_options(name: str, given: Mapping[str, Any], options_class: type) -> None:
     """Raises TypeError where a given option is not a field of ``options_class``. ``name`` begins the message."""
     known = [field.name for field in dataclasses.fields(options_class)]

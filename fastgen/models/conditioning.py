@@ -66,6 +66,12 @@ def tempered_noise(noise: Tensor, options: Any) -> Tensor:
     return noise if temperature == 1 else temperature * noise
 
 
+def has_classes(config: Any) -> bool:
+    """Whether the model of a config samples the classes of labels."""
+    classes = getattr(config, "num_classes", getattr(config, "classes", 0))
+    return bool(classes and getattr(config, "conditional", True))
+
+
 def check_labels(batch: Batch, classes: int) -> Tensor:
     """The batch's labels. Raises TypeError, ValueError unless they are (B,) int64, from 0 to classes - 1."""
     labels = batch.get("labels")

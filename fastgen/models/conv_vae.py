@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen.checks import require_count, require_not_negative, require_positive
+from fastgen.checks import require_count, require_not_negative, require_positive, require_shape
 from fastgen.models.base import Images, Phase, option, upcast
 from fastgen.models.conditioning import LatentOptions
 from fastgen.models.registry import register_model
@@ -33,6 +33,7 @@ from fastgen.models.variational import (
     Likelihood,
     VariationalAutoencoder,
     check_images,
+    check_latents,
     check_likelihood,
     log_normal,
     log_standard_normal,
@@ -157,7 +158,7 @@ class ConvVAE(VariationalAutoencoder):
 
     name = "conv-vae"
     summary = "convolutional variational autoencoder for images whose pixels are counts"
-    config_class = ConvVAEConfig
+    config_class, sampling_class = ConvVAEConfig, LatentOptions
     train_defaults: ClassVar = {"steps": 1123, "batch_size": 64, "clip": 100.0, "average_decay": 0.998}
     # At the learning rate of small images the posterior of larger ones diverges in the first steps.
     sizes: ClassVar = {
@@ -251,7 +252,14 @@ class ConvVAE(VariationalAutoencoder):
         Args:
             z: (B, latent_dim).
             details: (B, detail_channels, coarse_size, coarse_size); default: the mean of their prior given z.
+
+        Raises:
+            ValueError: z or details of another shape.
         """
+        check_latents(z, self.config)
+        if details is not None:
+            shape = (len(z), self.config.detail_channels, self.config.coarse_size, self.config.coarse_size)
+            require_shape("details", details, shape, "(B, detail_channels, coarse_size, coarse_size)")
         canvas = self.canvas(z)
         details = self._detail_prior(canvas)[0] if details is None else details
         return pixels_mean(self._pixel_parameters(canvas, details), self.config.likelihood)

@@ -29,6 +29,7 @@ from fastgen.models.variational import (
     Likelihood,
     VariationalAutoencoder,
     check_images,
+    check_latents,
     check_likelihood,
     log_standard_normal,
     normal_noise,
@@ -147,7 +148,13 @@ class CVAE(VariationalAutoencoder):
         return mu, logvar
 
     def decode(self, z: Tensor, labels: Tensor) -> Tensor:
-        """z (B, latent_dim), labels (B,) -> expected pixels (B, C, S, S) in [0, 1]."""
+        """z (B, latent_dim), labels (B,) -> expected pixels (B, C, S, S) in [0, 1].
+
+        Raises:
+            TypeError, ValueError: z of another shape, or labels that are none.
+        """
+        check_latents(z, self.config)
+        require_labels("labels", labels, len(z), self.config.classes)
         return pixels_mean(self._pixel_parameters(z, labels), self.config.likelihood)
 
     @torch.no_grad()

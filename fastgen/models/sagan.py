@@ -38,7 +38,7 @@ from fastgen.models.adversarial import (
     feature_sizes,
     generator_objective,
 )
-from fastgen.models.base import Batch, Images, Samples, StepContext, option, to_pixels
+from fastgen.models.base import Batch, Images, Samples, StepContext, at_most, option, to_pixels
 from fastgen.models.conditioning import LabeledLatentOptions, check_labels, wanted_labels
 from fastgen.models.registry import register_model
 from fastgen.models.sizes import LONG, Size
@@ -330,7 +330,7 @@ class SAGAN(ImageGAN):
         recorded: list[Tensor] = []
         handle = attention.register_forward_pre_hook(lambda module, inputs: recorded.append(inputs[0]))
         try:
-            pixels = self.draw(NUM_ATTENTION, LabeledLatentOptions(), generator=generator).pixels
+            pixels = self.draw(at_most(NUM_ATTENTION, batch), LabeledLatentOptions(), generator=generator).pixels
         finally:
             handle.remove()
         with eval_mode(self.generator), recomputed_buffers(self.generator):

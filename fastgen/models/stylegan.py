@@ -44,7 +44,7 @@ from fastgen.models.adversarial import (
     feature_sizes,
     generator_objective,
 )
-from fastgen.models.base import Batch, Images, Samples, StepContext, option, to_pixels, upcast
+from fastgen.models.base import Batch, Images, Samples, StepContext, at_most, option, to_pixels, upcast
 from fastgen.models.interpolation import great_circles
 from fastgen.models.registry import register_model
 from fastgen.models.sizes import LONG, Size
@@ -492,7 +492,7 @@ class StyleGAN(ImageGAN):
     @torch.no_grad()
     def visualize(self, batch: Batch, *, generator: torch.Generator | None = None) -> dict[str, Samples]:
         """Style mixing: coarse styles of one z per row, fine styles of one z per column; no mixing on the diagonal."""
-        n, coarse = NUM_VISUALIZED, self.config.style_layers // 2
+        n, coarse = at_most(NUM_VISUALIZED, batch), self.config.style_layers // 2
         z, noise = self.latents(n, generator)
         with eval_mode(self.generator):
             w = self.generator.styles(z)

@@ -27,6 +27,7 @@ from fastgen.models.variational import (
     Likelihood,
     VariationalAutoencoder,
     check_images,
+    check_latents,
     check_likelihood,
     log_standard_normal,
     normal_noise,
@@ -93,7 +94,7 @@ class VAE(VariationalAutoencoder):
 
     name = "vae"
     summary = "variational autoencoder with fully connected layers"
-    config_class = VAEConfig
+    config_class, sampling_class = VAEConfig, LatentOptions
     train_defaults: ClassVar = {"steps": 3368, "batch_size": 64, "clip": 100.0, "average_decay": 0.998}
     sizes: ClassVar = {
         "medium": Size(8_000, passes=200, train=DECAY, model={"latent_dim": 20, "width": 512}),
@@ -136,7 +137,8 @@ class VAE(VariationalAutoencoder):
         return mu, logvar
 
     def decode(self, z: Tensor) -> Tensor:
-        """z (B, latent_dim) -> expected pixels (B, C, S, S) in [0, 1]."""
+        """z (B, latent_dim) -> expected pixels (B, C, S, S) in [0, 1]. ValueError: another shape."""
+        check_latents(z, self.config)
         return pixels_mean(self._pixel_parameters(z), self.config.likelihood)
 
     @torch.no_grad()

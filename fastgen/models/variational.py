@@ -150,6 +150,11 @@ def check_images(images: Tensor, config: Any) -> None:
     require_images("images", images, config.channels, config.image_size)
 
 
+def check_latents(z: Tensor, config: Any) -> None:
+    """Raises ValueError unless z is (B, latent_dim)."""
+    require_shape("z", z, (*z.shape[:1], config.latent_dim), "(B, latent_dim)")
+
+
 def normal_noise(
     shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None, options: Any = None
 ) -> Tensor:

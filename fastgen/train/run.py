@@ -9,7 +9,7 @@ import time
 import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -291,11 +291,36 @@ def load_average(model: GenerativeModel, tensors: Mapping[str, Tensor]) -> None:
 def _start_from(model: GenerativeModel, init_from: str) -> None:
     """Load the averaged weights of a run. UsageError: they do not fit the model's options."""
     path = RunFolder(Path(init_from)).checkpoint
+    header, tensors = load_checkpoint(path)
     try:
         with torch.no_grad():
-            load_average(model, load_checkpoint(path)[1])
+            load_average(model, tensors)
     except ValueError as error:
-        raise UsageError(f"init_from: expected a run whose weights fit the model's options, got {error}") from error
+        before = configs(path, header, type(model))[1]
+        named = [
+            f"model.{name}: expected {getattr(before, name)!r}, as in {init_from}, got {getattr(model.config, name)!r}"
+            for name in _reshaping(type(model), before, model.config)
+        ]
+        message = "; ".join(named) or f"init_from: expected a run whose weights fit the model's options, got {error}"
+        raise UsageError(message) from error
+
+
+def _reshaping(model_class: type[GenerativeModel], before: Any, after: Any) -> list[str]:
+    """Names of the options that differ between two configs and change names or shapes of weights."""
+
+    def shapes(config: Any) -> dict[str, torch.Size]:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            return {name: weight.shape for name, weight in model_class(config).named_parameters()}
+
+    found = []
+    names = [field.name for field in fields(before) if getattr(before, field.name) != getattr(after, field.name)]
+    for name in names:
+        try:
+            if shapes(replace(before, **{name: getattr(after, name)})) != shapes(before):
+                found.append(name)
+        except (TypeError, ValueError, RuntimeError):  # fits only with the other options, or has to compute weights
+            found.append(name)
+    return found
 
 
 def choose_device(name: str) -> torch.device:

@@ -17,6 +17,7 @@ from fastgen.data import Items
 from fastgen.metrics import nearest_training
 from fastgen.models import Images, Samples, Texts
 from fastgen.models.base import image_rows
+from fastgen.models.conditioning import has_classes
 from fastgen.train.errors import UsageError
 from fastgen.train.evaluation import VISUALIZED, Thinned, first
 from fastgen.train.files import write_whole
@@ -144,7 +145,7 @@ def sweep(trained: Trained, n: int, option: str, options: Any, seed: int) -> Sam
 
     Args:
         n: samples of each value; at most ``MOST_SWEPT`` are made.
-        option: "temperature=0.5,0.8,1".
+        option: "temperature=0.5,0.8,1"; all values are checked before the first is sampled.
 
     Raises:
         UsageError: no such option, or a value that does not fit.
@@ -153,17 +154,20 @@ def sweep(trained: Trained, n: int, option: str, options: Any, seed: int) -> Sam
     name = name.replace("-", "_")
     kinds = get_type_hints(type(options))
     numbers = [each.name for each in dataclasses.fields(options) if kinds[each.name] in (int, float)]
+    if "label" in numbers and not has_classes(trained.model.config):
+        numbers.remove("label")
     if name not in numbers or not values:
         known = ", ".join(numbers) or "none"
         raise UsageError(
             f"sweep: expected OPTION=VALUE,VALUE,... of a number that samples depend on ({known}), got {option!r}"
         )
     rows: list[Samples] = []
-    for value in values.split(","):
+    swept = [(value, _swept_options(options, name, value, kinds[name])) for value in values.split(",")]
+    for value, changed in swept:
         try:
-            row = sample(trained, min(n, MOST_SWEPT), dataclasses.replace(options, **{name: kinds[name](value)}), seed)
+            row = sample(trained, min(n, MOST_SWEPT), changed, seed)
         except (TypeError, ValueError) as error:
-            raise UsageError(f"sweep: {name}: {error}") from error
+            raise UsageError(f"sweep: {error}") from error
         rows.append(Texts([f"{name} {value}\n{text}" for text in row.texts]) if isinstance(row, Texts) else row)
     together = joined(rows)
     if isinstance(together, Images):
@@ -171,16 +175,32 @@ def sweep(trained: Trained, n: int, option: str, options: Any, seed: int) -> Sam
     return together
 
 
+def _swept_options(options: Any, name: str, value: str, kind: type) -> Any:
+    """The options with a value, as the user typed it, for one of them. UsageError: no number, or out of range."""
+    try:
+        number = kind(value)
+    except ValueError as error:
+        expected = "whole numbers" if kind is int else "numbers"
+        raise UsageError(f"sweep: expected {expected} after {name}=, got {value!r}") from error
+    try:
+        return dataclasses.replace(options, **{name: number})
+    except ValueError as error:
+        raise UsageError(f"sweep: {error}") from error
+
+
 @torch.no_grad()
-def shown(trained: Trained, folder: RunFolder, name: str, seed: int) -> Samples:
+def shown(trained: Trained, folder: RunFolder, name: str, n: int, seed: int) -> Samples:
     """One of the visualizations of held-out items by the model: "attention", "completions", ...
+
+    Args:
+        n: number of held-out items, or of samples of models that draw them; at most ``VISUALIZED``.
 
     Raises:
         UsageError: no such visualization, or the data of the run have changed.
     """
     model = trained.model
     held_out = chosen_items(trained, folder, HELD_OUT)
-    batch = first(Thinned(held_out, VISUALIZED), VISUALIZED, model.device)
+    batch = first(Thinned(held_out, min(n, VISUALIZED)), VISUALIZED, model.device)
     found = model.visualize(batch, generator=torch.Generator().manual_seed(seed))
     if name not in found:
         raise UsageError(f"show: expected one of {', '.join(found) or 'none'} for {model.name}, got {name!r}")

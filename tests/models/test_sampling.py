@@ -22,9 +22,11 @@ from fastgen.models import (
     VQVAEConfig,
     WaveNet,
     WaveNetConfig,
+    create_model,
     decoding,
 )
 from fastgen.models.base import GenerativeModel
+from fastgen.models.conditioning import tempered_noise
 from fastgen.models.decoding import Chooser, choose, tempered
 from fastgen.models.recurrent_gan import RecurrentGenerator
 
@@ -172,6 +174,43 @@ def test_samples_at_a_tiny_temperature_are_greedy(name: str) -> None:
     for field, value in samples[0].items():
         other = samples[1][field]
         assert torch.equal(value, other) if isinstance(value, Tensor) else value == other
+
+
+LATENT = {
+    "vae": {"width": 8},
+    "conv-vae": {"width": 4},
+    "cvae": {"width": 8},
+    "flow-vae": {"width": 8},
+    "gan": {"width": 8},
+    "cgan": {"width": 8, "classes": 3},
+    "dcgan": {"width": 4},
+    "cdcgan": {"width": 4, "classes": 3},
+    "sagan": {"width": 8},
+    "attention-gan": {"width": 4},
+    "transgan": {"width": 4},
+}
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_the_temperature_of_a_latent_scales_its_noise(name: str) -> None:
+    torch.manual_seed(0)
+    model = create_model(name, image_size=8, **LATENT[name]).eval()
+    label = {"label": 1} if hasattr(model.sampling_class(), "label") and name != "sagan" else {}
+
+    def pixels(temperature: float) -> Tensor:
+        return model.sample(3, generator=seeded(), temperature=temperature, **label)  # type: ignore[return-value]
+
+    usual = pixels(1.0)
+    assert torch.equal(model.sample(3, generator=seeded(), **label), usual)  # type: ignore[arg-type]
+    assert not torch.equal(pixels(0.5), usual)
+    assert torch.equal(tempered_noise(usual, model.sampling_class(temperature=0.5, **label)), 0.5 * usual)
+    same = pixels(0.0)
+    torch.testing.assert_close(same, same[:1].expand_as(same))
+    options = model.sampling_class(temperature=0.0, **label)
+    path = model.interpolate(1, 3, options, generator=seeded()).pixels
+    torch.testing.assert_close(path, path[:1].expand_as(path))
+    with pytest.raises(ValueError, match="temperature: expected a number >= 0, got -1"):
+        pixels(-1.0)
 
 
 def test_examples_in_docstrings_run() -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.models import MODELS as ZOO
-from fastgen.models import cvae, flow_vae, vae
+from fastgen.models import create_model, cvae, flow_vae, vae
 from fastgen.models.base import Images, StepContext, from_data
 from fastgen.models.conditioning import LabelOptions
 from fastgen.models.cvae import CVAE, CVAEConfig
@@ -92,6 +92,22 @@ def test_expected_pixels_are_between_0_and_1(likelihood: str) -> None:
     assert mean.shape == (2, 3, 5, 5)
     assert ((mean > 0) & (mean < 1)).all()
     assert pixels_log_prob(parameters, mean.round(), likelihood, 17).shape == (2,)
+
+
+@pytest.mark.parametrize("name", ["vae", "cvae", "conv-vae", "flow-vae"])
+def test_latents_of_another_size_are_named(name: str) -> None:
+    model = create_model(name, width=4)
+    labels = (torch.tensor([0, 1, 2]),) if name == "cvae" else ()
+    expected = model.config.latent_dim
+    with pytest.raises(ValueError, match=rf"z: expected shape \(B, latent_dim\) = \(3, {expected}\), got \(3, 5\)"):
+        model.decode(torch.rand(3, 5), *labels)
+    z = torch.rand(3, expected)
+    if labels:
+        with pytest.raises(ValueError, match="labels: expected"):
+            model.decode(z, labels[0] + 8)
+    if name == "conv-vae":
+        with pytest.raises(ValueError, match="details: expected shape"):
+            model.decode(z, torch.rand(3, 1, 4, 4))
 
 
 @pytest.mark.parametrize("which", MODELS)

@@ -184,6 +184,7 @@ def test_tracebacks_come_only_with_debug(tmp_path: Path, capsys: pytest.CaptureF
         (["--out", "nowhere/grid.png"], "out: expected a path in a folder that exists, got nowhere/grid.png"),
         (["--out", "grid.jpg"], "out: expected a path that ends in .png, got grid.jpg"),
         (["--device", "abacus"], "device: expected one that this machine has, got 'abacus'"),
+        (["--label", "cat"], "conv-vae has the sampling options --temperature"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

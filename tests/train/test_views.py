@@ -167,6 +167,8 @@ def test_a_models_own_pictures_are_shown_by_name(fit: Main, tmp_path: Path) -> N
     out = tmp_path / "out.png"
     assert main(["sample", str(tmp_path / "run"), "--show", "attention", "--out", str(out)]) == 0
     assert cells(out) == (7, 16)
+    assert main(["sample", str(tmp_path / "run"), "--show", "attention", "--n", "3", "--out", str(out)]) == 0
+    assert cells(out) == (7, 6)
 
 
 def test_the_history_is_an_animation_of_the_saved_samples(run: Path, tmp_path: Path) -> None:
@@ -187,8 +189,8 @@ def test_the_history_is_an_animation_of_the_saved_samples(run: Path, tmp_path: P
         (["--history", "--out", "h.png"], "out: expected a path that ends in .gif, for a history, got h.png"),
         (["--show", "attention"], "show: expected one of reconstructions for conv-vae, got 'attention'"),
         (
-            ["--sweep", "temperature=1"],
-            "sweep: expected OPTION=VALUE,VALUE,... of a number that samples depend on (none)",
+            ["--sweep", "label=1"],
+            "sweep: expected OPTION=VALUE,VALUE,... of a number that samples depend on (temperature), got 'label=1'",
         ),
         (["--interpolate", "--n", "0"], "n: expected a positive number of samples, got 0"),
     ],
@@ -207,8 +209,10 @@ def test_models_without_latents_are_refused(fit: Main, tmp_path: Path, capsys: p
     for option, message in (
         (["--interpolate"], "interpolate: image-transformer: expected a model with a continuous latent"),
         (["--reconstruct", "held-out"], "reconstruct, encode: expected an autoencoder, got image-transformer"),
-        (["--sweep", "temperature=cold"], "sweep: temperature: could not convert string to float: 'cold'"),
-        (["--sweep", "temperature=-1"], "sweep: temperature: temperature: expected"),
+        (["--sweep", "temperature=cold"], "sweep: expected numbers after temperature=, got 'cold'"),
+        (["--sweep", "temperature=0.5,x"], "sweep: expected numbers after temperature=, got 'x'"),
+        (["--sweep", "label=0"], "of a number that samples depend on (temperature), got 'label=0'"),
+        (["--sweep", "temperature=-1"], "sweep: temperature: expected"),
     ):
         capsys.readouterr()
         assert main(["sample", run, *option]) == 2
