@@ -330,10 +330,11 @@ def test_attention_is_at_the_configured_size_and_initially_the_identity() -> Non
 
 def test_attention_maps_are_visualized_below_their_samples() -> None:
     model = small_model("attention-gan", image_size=10, channels=3)
-    rows = model.visualize(a_batch(model), generator=seeded(7))["gates"]
+    batch = a_batch(model)
+    rows = model.visualize(batch, generator=seeded(7))["gates"]
     assert isinstance(rows, Images)
     samples, maps = rows.pixels.unflatten(0, (-1, 2, rows.columns)).unbind(1)
-    torch.testing.assert_close(samples.flatten(0, 1), sampled(model, 32))
+    torch.testing.assert_close(samples.flatten(0, 1), sampled(model, len(batch["images"])))
     assert ((maps > 0) & (maps < 1)).all()
 
 
