@@ -98,7 +98,7 @@ def test_stray_files_beside_the_data_change_nothing(tmp_path: Path) -> None:
         (
             ["batches.meta.txt", *(f"part_{i}.bin" for i in range(6)), "readme.html"],
             "text",
-            "or .wav files, or one file, got 1 text files beside 6 .bin",
+            ".wav or .flac files, or one file, got 1 text files beside 6 .bin",
         ),
         ([*(f"{i}.heic" for i in range(20)), "a.jpg"], "images", "got 1 image files beside 20 .heic"),
         ([*(f"{i}.mp3" for i in range(20)), "a.wav"], "audio", "got 1 audio files beside 20 .mp3"),

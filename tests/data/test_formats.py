@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import pickle
-import re
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -18,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgen.data import DataConfig, describe, load_data
+from fastgen.data import DataConfig, describe
 from fastgen.data.image_sets import LazyItems
 from fastgen.data.images import LazyImages
 from fastgen.data.trees import _opened_zip
@@ -408,92 +406,6 @@ def test_binarized_images_are_drawn_with_their_values_as_probabilities(tmp_path:
         DataConfig("digits", binarize="on")
     with pytest.raises(ValueError, match="prose: binarize: expected 'none', as this source does not use it"):
         load("prose", "text", binarize="static")
-
-
-def test_json_lines_are_text_or_pairs_of_sequences(tmp_path: Path) -> None:
-    def write(name: str, *rows: object, end: str = "\n") -> Path:
-        (tmp_path / name).write_bytes(end.join(map(json.dumps, rows)).encode())
-        return tmp_path / name
-
-    path = write("a.jsonl", *({"text": f"line {i} of some text", "id": i} for i in range(20)), end="\r\n")
-    data = load(path, "text")
-    assert len(data.train) + len(data.held_out) == sum(len(f"line {i} of some text") for i in range(20)) + 19
-    pairs = load(write("b.jsonl", *({"input": f"{i}+1", "output": str(i + 1)} for i in range(20))), "sequences")
-    assert pairs.facts["vocabulary"] == "+0123456789"
-    column = write("c.jsonl", *({"a": "x" * 30, "b": "y"} for _ in range(20)))
-    with pytest.raises(ValueError, match=r"c\.jsonl: expected objects with text, or with source and target, got a, b"):
-        load(column, "text")
-    assert load(column, "text", column="a").facts["vocabulary"] == "\nx"
-    for rows, message in (
-        ('{"text": "a"}\n{"text": 3}', "line 2: expected a string as text, got int"),
-        ('{"text": "a"}\n{"text"', "line 2: expected a JSON object, got one that fails"),
-        ("[1]", "line 1: expected a JSON object, got list"),
-    ):
-        (tmp_path / "bad.jsonl").write_text(rows)
-        with pytest.raises(ValueError, match=rf"bad\.jsonl: {re.escape(message)}"):
-            load(tmp_path / "bad.jsonl", "text")
-
-
-def encoded(image: Any) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize("column", ["struct", "bytes"])
-def test_a_folder_of_parquet_shards_is_one_dataset(tmp_path: Path, column: str) -> None:
-    pytest.importorskip("datasets")
-    pa = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    for name, part in (("train-00000-of-2", GRAY[:6]), ("train-00001-of-2", GRAY[6:]), ("test-00000-of-1", GRAY[:3])):
-        cells = [{"bytes": encoded(g), "path": None} if column == "struct" else encoded(g) for g in part]
-        table = pa.table({"image": cells, "label": [i % 3 for i in range(len(part))]})
-        (tmp_path / "data").mkdir(exist_ok=True)
-        parquet.write_table(table, tmp_path / "data" / f"{name}.parquet")
-    data = load(tmp_path)
-    assert (len(data.train), len(data.held_out)) == (12, 3)
-    assert np.array_equal(pixels(data.train)[:, 0], GRAY)
-    assert data.facts["classes"] == 3
-
-
-def test_parquet_without_pyarrow_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    import fastgen.data._optional as optional
-
-    def missing(module: str) -> Any:
-        raise ModuleNotFoundError(f"No module named {module!r}", name=module.partition(".")[0])
-
-    monkeypatch.setattr(optional.importlib, "import_module", missing)
-    for source in (tmp_path, tmp_path / "a.parquet"):
-        with pytest.raises(ImportError, match=r"expected pyarrow to be installed, got none: pip install 'fastgen"):
-            load(source)
-
-
-@pytest.mark.parametrize("work", ["text", "recordings"])
-def test_held_out_text_is_that_of_test_data(tmp_path: Path, work: str) -> None:
-    if work == "text":
-        (tmp_path / "a.txt").write_text("abc" * 100)
-        (tmp_path / "b.txt").write_text("bcd" * 20)
-        data = load_data(DataConfig(str(tmp_path / "a.txt"), test_data=str(tmp_path / "b.txt")), "text")
-        assert (len(data.train), len(data.held_out)) == (300, 60)
-        assert data.facts["vocabulary"] == "abcd"
-        assert not data.warnings
-        line = "a line that is long enough not to occur twice by chance"
-        for name, text in (("c.txt", "short\n" + line), ("d.txt", line + "\nother\n"), ("e.txt", "long " * 9)):
-            (tmp_path / name).write_text(text)
-        found = {
-            test: load(tmp_path / "c.txt", "text", test_data=str(tmp_path / test)).warnings
-            for test in ("c.txt", "d.txt", "e.txt")
-        }
-        assert found == {
-            "c.txt": ("the held-out text is also trained on",),
-            "d.txt": ("1 of 1 long held-out lines are also trained on",),
-            "e.txt": (),
-        }
-        return
-    with pytest.raises(ValueError, match="tones: test_data: expected '', as this source does not use it"):
-        load("tones", "audio", test_data="other")
 
 
 def test_lazy_images_are_decoded_by_forked_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
