@@ -6,8 +6,8 @@ from fastgen.data._base import Dataset, Items, TensorItems
 from fastgen.data.bundled import BUNDLED, SOURCES
 from fastgen.data.config import DataConfig
 from fastgen.data.describe import Description, describe
-from fastgen.data.folders import image_paths, read_images
-from fastgen.data.sources import bundled_name, load_data
+from fastgen.data.folders import image_paths
+from fastgen.data.sources import bundled_name, load_data, read_images
 
 __all__ = [
     "BUNDLED",

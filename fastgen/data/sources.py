@@ -10,7 +10,10 @@ import os
 from collections.abc import Sequence, Set
 from pathlib import Path
 
-from fastgen.data import hub
+import torch
+from torch import Tensor
+
+from fastgen.data import folders, hub
 from fastgen.data._base import Dataset, Source
 from fastgen.data._files import check_file
 from fastgen.data.arrays import (
@@ -36,7 +39,7 @@ from fastgen.data.images import SUFFIXES
 from fastgen.data.json_lines import JsonLines
 from fastgen.data.sequences import PairsFile
 from fastgen.data.text import TextFiles
-from fastgen.data.trees import FolderTree, Tree, archive_tree, folder_tree, is_archive
+from fastgen.data.trees import FolderTree, Tree, archive_tree, files_below, folder_tree, is_archive
 
 EXAMPLES = {
     "images": "digits, textures, photos, a folder or archive of images, .npz, IDX, CIFAR, hf:NAME, ...",
@@ -82,6 +85,37 @@ def open_source(config: DataConfig) -> Source:
     if config.test_data:
         _hold_out(source, config)
     return source
+
+
+def read_images(path: Path, image_size: int, channels: int) -> Tensor:
+    """Images of any source: (N, channels, S, S) uint8. An image file or a folder of images as by ``folders``, in the
+    order of their names; else those of arrays, IDX or CIFAR files or an archive, without their test split.
+
+    Args, errors: as of ``folders.read_images``; also ValueError for colors where ``channels`` is 1.
+    """
+    folder = path.is_dir()
+    if not path.exists() or path.suffix.lower() in SUFFIXES or (folder and with_suffix(files_below(path), SUFFIXES)):
+        return folders.read_images(path, image_size, channels)
+    try:
+        source = _find(DataConfig(str(path), image_size=image_size))
+    except ValueError:
+        if not folder and not _holds_images(path):
+            return folders.read_images(path, image_size, channels)  # an image whose name does not say so
+        raise
+    images = next((each for each in _sources(source) if isinstance(each, ImageSource)), None)
+    if images is None:
+        raise ValueError(f"{path}: expected images, got {source.kinds[0]}")
+    found = images.read()
+    stack = found.stack[torch.arange(len(found.stack))]
+    if stack.shape[1] > channels:
+        raise ValueError(f"{path}: expected gray images, as those of the training, got images in color")
+    pixels = (stack.float() * (255 / found.scale)).round().to(torch.uint8)
+    return pixels.expand(-1, channels, -1, -1).contiguous()
+
+
+def _holds_images(path: Path) -> bool:
+    """Whether the name is that of a file of many images."""
+    return bool(IDX_NAME.search(path.name)) or is_archive(path.name) or path.suffix.lower() in (".npz", ".npy", ".bin")
 
 
 def _hold_out(source: Source, config: DataConfig) -> None:

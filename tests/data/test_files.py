@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgen.data import DataConfig, Dataset, TensorItems, describe, load_data
+from fastgen.data import DataConfig, Dataset, TensorItems, describe, load_data, read_images
 from tests.data.test_bundled import check_contract, everything
 
 RANDOM = np.random.RandomState(0)
@@ -438,3 +438,22 @@ def test_a_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(FileNotFoundError, match=r"hf:someone/pets: expected a dataset of .* got: no network"):
         load("hf:someone/pets")
+
+
+def test_images_to_encode_are_read_from_arrays_and_archives(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images=GRAY)
+    np.save(tmp_path / "b.npy", (GRAY > 127).astype(np.uint8))
+    (tmp_path / "set").mkdir()
+    save_idx(tmp_path / "set" / "train-images-idx3-ubyte", GRAY, 2051)
+    save_images(tmp_path / "pictures", GRAY)
+    expected = read_images(tmp_path / "pictures", 8, 3)
+    for name in ("a.npz", "set", "set/train-images-idx3-ubyte"):
+        assert torch.equal(read_images(tmp_path / name, 8, 3), expected), name
+    assert read_images(tmp_path / "b.npy", 8, 1).unique().tolist() == [0, 255]
+    assert read_images(tmp_path / "a.npz", 4, 1).shape == (12, 1, 4, 4)
+    np.save(tmp_path / "c.npy", COLOR)
+    with pytest.raises(ValueError, match="expected gray images, as those of the training, got images in color"):
+        read_images(tmp_path / "c.npy", 8, 1)
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(ValueError, match=r"a\.txt: expected images, got text"):
+        read_images(tmp_path / "a.txt", 8, 1)
