@@ -88,6 +88,9 @@ def test_files_keep_their_names(run: Path, fit: Main, tmp_path: Path) -> None:
     assert np.load(out)["names"].tolist() == ["a.bmp", "a.png", "b.png", "more/c.png"]
     assert main(["sample", str(run), "--encode", str(given / "b.png"), "--out", str(out)]) == 0
     assert np.load(out)["names"].tolist() == ["b.png"]
+    np.save(tmp_path / "several.npy", np.zeros((3, 8, 8), dtype=np.uint8))
+    assert main(["sample", str(run), "--encode", str(tmp_path / "several.npy"), "--out", str(out)]) == 0
+    assert {name: len(array) for name, array in np.load(out).items()} == {"z": 3}
     assert fit(model="pix2pix", name="pairs", steps=1) == 0
     for n, names in (("9", ["a.bmp.png", "a.png.png", "b.png", "more/c.png"]), ("2", ["a.bmp.png", "more/c.png"])):
         command = ["sample", str(tmp_path / "pairs"), "--input", str(given), "--n", n, "--out", f"{tmp_path / n}/"]
