@@ -24,6 +24,7 @@ FREE_ON_RESUME = (
     "nan_limit",
     "log_every",
     "evaluate_every",
+    "distance_samples",
     "sample_every",
     "checkpoint_every",
     "trackers",
@@ -33,7 +34,7 @@ schedule is stretched, epochs and steps."""
 
 COUNTS = (
     *("batch_size", "accumulate", "nan_limit", "log_every", "steps", "warmup", "threads", "workers"),
-    *("evaluate_every", "sample_every", "checkpoint_every"),
+    *("evaluate_every", "distance_samples", "sample_every", "checkpoint_every"),
 )
 MOST = {"threads": 1024, "workers": 1024}
 MOST_STEPS = 2**53
@@ -75,6 +76,7 @@ class TrainConfig:
     nan_limit: int = option(20, "consecutive steps with a NaN or infinite gradient after which training stops")
     log_every: int = option(10, "steps between lines of metrics.jsonl")
     evaluate_every: int = option(0, f"steps between evaluations; 0: {PARTS_OF_A_RUN} evaluations per run")
+    distance_samples: int = option(0, "samples for the Frechet distance of each evaluation of images; 0: none")
     sample_every: int = option(0, f"steps between samples; 0: {PARTS_OF_A_RUN} times per run")
     checkpoint_every: int = option(0, f"steps between checkpoints; 0: {PARTS_OF_A_RUN} checkpoints per run")
     trackers: str = option(
@@ -90,7 +92,7 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected at most {most}, got {value}")
         for name in ("batch_size", "accumulate", "nan_limit", "log_every"):
             require_positive(name, getattr(self, name))
-        for name in ("steps", "warmup", "threads", "workers", "evaluate_every", "sample_every", "checkpoint_every"):
+        for name in ("steps", "warmup", "threads", "workers", *COUNTS[-4:]):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
         if not 0 < self.epochs < math.inf:

@@ -46,6 +46,7 @@ EXPLAINED = {
     "exact": "Share of sequences that are predicted correctly as a whole. Higher is better.",
     "nats per token": "Negative log-likelihood of a token, given those before it. Lower is better.",
     "nats per character": "Negative log-likelihood of the tokens, per character of text. Lower is better.",
+    "Frechet distance": "Distance of samples from held-out images, in features of the data. Lower is better.",
     SPEED: "Training items per second, without evaluation and samples.",
 }
 """What a curve shows, in a sentence or two, by the name of its panel."""

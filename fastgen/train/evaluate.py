@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
@@ -19,7 +18,7 @@ from fastgen.metrics.features import MIN_IMAGES
 from fastgen.models import Images, Sounds
 from fastgen.train.card import write_card
 from fastgen.train.config import TrainConfig
-from fastgen.train.evaluation import Thinned, scores
+from fastgen.train.evaluation import MOST, Thinned, all_items, scores
 from fastgen.train.feature_space import Space, feature_space
 from fastgen.train.files import write_whole
 from fastgen.train.folder import RunFolder
@@ -29,7 +28,6 @@ from fastgen.train.settings import ModelClass, data_of, split
 from fastgen.train.sharding import leave, make_accelerator
 from fastgen.train.trained import Trained, check_seed, joined, open_run
 
-MOST = 10_000  # items of a split that are evaluated
 MOST_EACH = 10**6  # upper limit of n, k, batch size, importance samples and resamples
 SOUNDS = 32  # sampled at most: each takes seconds
 
@@ -148,11 +146,14 @@ class _Evaluation:
 
     def images(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Held-out and training items on the CPU."""
-        return _all(self.held_out, self.config), _all(self.train, self.config)
+        return all_items(self.held_out, self.config.batch_size), all_items(self.train, self.config.batch_size)
 
     def space(self, known: dict[str, Tensor], real: dict[str, Tensor]) -> metrics.FeatureSpace:
         """The feature space of the data, trained on known items if it is a network of its own."""
-        return feature_space(self.config.features, self.data, known, real, self.folder, self.trained, self.stages)
+        fingerprint, device = self.trained.header.fingerprint, self.trained.model.device
+        return feature_space(
+            self.config.features, self.data, known, real, self.folder, fingerprint, device, self.stages
+        )
 
     def translated(self, options: Any) -> Tensor:
         """Translations of the held-out items that ``images`` returns, on the CPU."""
@@ -222,7 +223,7 @@ def _captions(of: _Evaluation, space: metrics.FeatureSpace) -> list[metrics.Metr
     model, config = of.trained.model, of.config
     if not getattr(model.config, "captions", False):
         return []
-    real = _all(Thinned(of.held_out, config.n), config)
+    real = all_items(Thinned(of.held_out, config.n), config.batch_size)
     images, captions = real["images"], real["caption"]
     if len(captions.unique(dim=0)) < 2:
         return []
@@ -284,7 +285,7 @@ def _sounds(trained: Trained, held_out: Items, config: EvaluateConfig, stages: S
     stages.begin("samples")
     generated = joined(list(trained.draw(min(config.n, SOUNDS), trained.model.sampling_class(), generator)))
     assert isinstance(generated, Sounds)
-    real = _all(Thinned(held_out, SOUNDS), config)["audio"]
+    real = all_items(Thinned(held_out, SOUNDS), config.batch_size)["audio"]
     return metrics.evaluate_sounds(
         real, generated.waves, generated.sample_rate, resamples=config.resamples, seed=config.seed
     )
@@ -294,15 +295,3 @@ def _as_classes(domains: dict[str, Tensor]) -> dict[str, Tensor]:
     """Images of both domains, a as class 0."""
     labels = torch.arange(2).repeat_interleave(torch.tensor([len(domains["a"]), len(domains["b"])]))
     return {"images": torch.cat([domains["a"], domains["b"]]), "labels": labels}
-
-
-def _all(items: Items, config: EvaluateConfig) -> dict[str, Tensor]:
-    """All items on the CPU; of large sets ``MOST``, evenly spaced."""
-    items = Thinned(items, MOST)
-
-    def blocks() -> Iterator[dict[str, Tensor]]:
-        for indices in torch.arange(len(items)).split(config.batch_size):
-            yield {name: tensor.cpu() for name, tensor in items.batch(indices).items()}
-
-    found = list(blocks())
-    return {name: torch.cat([block[name] for block in found]) for name in found[0]}

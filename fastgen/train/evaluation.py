@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from fastgen.batch import Batch
 from fastgen.data import Items
 from fastgen.train.stream import NOISE, seed_of, to_device
 
+MOST = 10_000  # items of a split that distances take
 VISUALIZED = 64  # held-out items that ``visualize`` receives
 Scores = dict[str, Tensor]
 
@@ -31,6 +32,18 @@ class Thinned(Items):
 
     def batch(self, indices: Tensor) -> Batch:
         return self.items.batch(self.chosen[indices.cpu()])
+
+
+def all_items(items: Items, batch_size: int) -> dict[str, Tensor]:
+    """All items on the CPU; of large sets ``MOST``, evenly spaced."""
+    items = Thinned(items, MOST)
+
+    def blocks() -> Iterator[dict[str, Tensor]]:
+        for indices in torch.arange(len(items)).split(batch_size):
+            yield {name: tensor.cpu() for name, tensor in items.batch(indices).items()}
+
+    found = list(blocks())
+    return {name: torch.cat([block[name] for block in found]) for name in found[0]}
 
 
 def first(items: Items, count: int, device: torch.device) -> Batch:

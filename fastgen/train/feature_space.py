@@ -18,7 +18,6 @@ from fastgen.train.errors import UsageError
 from fastgen.train.files import write_whole
 from fastgen.train.folder import RunFolder
 from fastgen.train.progress import Stages
-from fastgen.train.trained import Trained
 
 Space = Literal["auto", "classifier", "rotations", "inception", "none"]
 FEATURES_FORMAT = "fastgen-features"
@@ -30,16 +29,18 @@ def feature_space(
     known: dict[str, Tensor],
     real: dict[str, Tensor],
     folder: RunFolder,
-    trained: Trained,
+    fingerprint: str,
+    device: torch.device,
     stages: Stages,
 ) -> metrics.FeatureSpace:
-    """The feature space on the model's device: the one in the run's folder, or in that of a run beside it on the same
+    """The feature space on a device: the one in the run's folder, or in that of a run beside it on the same
     data; else it is trained. It is then in the run's folder.
 
     Args:
         kind: a classifier, rotations, or whichever the data have labels for.
         name: of the data.
         known, real: training and held-out images, with labels where there are classes.
+        fingerprint: of the dataset.
 
     Raises:
         UsageError: a classifier of data without classes. ValueError: the run's file is damaged.
@@ -50,12 +51,12 @@ def feature_space(
     if kind == "classifier" and "labels" not in known:
         raise UsageError(f"features: expected rotations or inception for {name}, which has no classes, got classifier")
     if kind == "inception":
-        return metrics.inception_features().to(trained.model.device)
-    expected = {"format": FEATURES_FORMAT, "kind": kind, "fingerprint": trained.header.fingerprint}
-    saved = _saved_space(folder, expected, known["images"], trained.model.device)
+        return metrics.inception_features().to(device)
+    expected = {"format": FEATURES_FORMAT, "kind": kind, "fingerprint": fingerprint}
+    saved = _saved_space(folder, expected, known["images"], device)
     if saved is not None:
         return saved
-    space = _space_beside(folder, expected, known["images"], trained.model.device)
+    space = _space_beside(folder, expected, known["images"], device)
     if space is None:
         what = "a classifier" if kind == "classifier" else "a network that recognizes rotations"
         stages.note(f"training {what} of {name} for the distances, once for these data")
@@ -63,7 +64,7 @@ def feature_space(
     tensors, meta = space.state()
     data = safetensors.torch.save(tensors, {**expected, "meta": json.dumps(meta), **UNSEALED})
     write_whole(folder.features, seal(data))
-    return space.to(trained.model.device)
+    return space.to(device)
 
 
 def _trained_space(kind: str, name: str, known: dict[str, Tensor], real: dict[str, Tensor]) -> metrics.FeatureSpace:

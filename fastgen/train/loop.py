@@ -14,6 +14,7 @@ from fastgen.data import Items
 from fastgen.models import Images, Samples
 from fastgen.train.checkpoint import Header, save_checkpoint
 from fastgen.train.curves import read_rows, write_curves
+from fastgen.train.distances import Distances
 from fastgen.train.engine import Engine
 from fastgen.train.errors import StoppedError
 from fastgen.train.estimate import STEP, Costs
@@ -70,6 +71,9 @@ class Trainer:
         self._evaluate_every, self._sample_every, self._save_every = every.values()
         self.costs = Costs(engine.total, every)
         self.held_out = Thinned(splits[1], self._items_to_evaluate())
+        self.distances: Distances | None = None
+        if config.distance_samples:
+            self.distances = Distances(engine, header, folder, splits, config.distance_samples)
         self._sampling = 0.0  # seconds spent on samples
         self._began = time.perf_counter() - self._seconds_before()
         self._training = 0.0  # seconds spent in steps since the last line of metrics
@@ -211,6 +215,8 @@ class Trainer:
         engine = self.engine
         with engine.averaged() as module:
             found = mean_scores(scores(module, self.held_out, self.config.batch_size, engine.accelerator))
+            if self.distances is not None:
+                found = found | self.distances.measure()
         if found:
             progress.held_out = found
             self._write("held-out", {"values": found, "seconds": time.perf_counter() - self._began})

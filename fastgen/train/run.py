@@ -26,6 +26,7 @@ from fastgen.train.card import write_card
 from fastgen.train.checkpoint import Header, load_checkpoint
 from fastgen.train.config import TrainConfig
 from fastgen.train.curves import read_rows
+from fastgen.train.distances import check_distances
 from fastgen.train.engine import Engine, find
 from fastgen.train.errors import StoppedError, UsageError
 from fastgen.train.estimate import Plan, peak_memory
@@ -147,6 +148,7 @@ def _prepare(request: Request, header: Header, data: Dataset, tensors: dict[str,
         if config.init_from and tensors is None:
             _start_from(model, config.init_from)
         inspect(model, splits)
+        check_distances(config.distance_samples, model, splits, accelerator.num_processes)
         parameters = sum(weight.numel() for weight in model.parameters())
         batches_per_step = max(phase.repeats for phase in model.phases())
         total = config.total_steps(len(splits[0]), batches_per_step)
