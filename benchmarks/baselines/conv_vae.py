@@ -77,6 +77,5 @@ class ConvVAETwin(nn.Module):
         total = total + kl(detail_mu, detail_logvar, prior_mu, prior_logvar)
         logits, spread = self.decoder(canvas + self.add_details(details)).chunk(2, dim=1)
         nll = -counts_log_prob(logits, spread, images, self.config.levels - 1).flatten(1).sum(1)
-        warmup = max(1, min(self.config.kl_warmup, context.steps // 4))
-        warm = self.config.beta * min(1.0, context.step / warmup)
+        warm = self.config.beta * min(1.0, context.step / max(1, self.config.kl_warmup))
         return {"loss": nll.mean() + warm * total.mean(), "nll": nll.mean(), "kl": total.mean()}

@@ -51,6 +51,5 @@ class VAETwin(nn.Module):
         logits, spread = parameters.chunk(2, dim=1)
         log_prob = counts_log_prob(logits, spread, images, trials)
         nll = -log_prob.flatten(1).sum(1)
-        warmup = max(1, min(self.config.kl_warmup, context.steps // 4))
-        warm = self.config.beta * min(1.0, context.step / warmup)
+        warm = self.config.beta * min(1.0, context.step / max(1, self.config.kl_warmup))
         return {"loss": nll.mean() + warm * kl.mean(), "nll": nll.mean(), "kl": kl.mean()}

@@ -62,9 +62,7 @@ class ConvVAEConfig:
     likelihood: Likelihood = option("beta-binomial", "distribution of a pixel; bernoulli requires two levels")
     beta: float = option(1.0, "weight of the KL in the loss")
     free_bits: float = option(0.0, "minimum of the mean KL of each latent channel in the loss, in nats")
-    kl_warmup: int = option(
-        230, "number of steps over which the weight of the KL grows to beta; at most a quarter of all"
-    )
+    kl_warmup: int = option(230, "number of steps over which the weight of the KL grows to beta")
     latent_dim: int = option(4, "dimension of z")
     detail_channels: int = option(2, "channels of the map of details")
     width: int = option(16, "channels at full resolution; doubled at each downsampling")

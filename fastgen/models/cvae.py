@@ -56,9 +56,7 @@ class CVAEConfig:
     likelihood: Likelihood = option("beta-binomial", "distribution of a pixel; bernoulli requires two levels")
     beta: float = option(1.0, "weight of the KL in the loss")
     free_bits: float = option(0.0, "minimum of each latent dimension's mean KL in the loss, in nats")
-    kl_warmup: int = option(
-        230, "number of steps over which the weight of the KL grows to beta; at most a quarter of all"
-    )
+    kl_warmup: int = option(230, "number of steps over which the weight of the KL grows to beta")
     latent_dim: int = option(8, "latent dimension")
     width: int = option(256, "units of each hidden layer")
     depth: int = option(2, "number of hidden layers of the encoder and of the decoder")

@@ -75,19 +75,23 @@ class VariationalAutoencoder(GenerativeModel):
 
     @classmethod
     def suggested(cls, data: DataSize, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """As ``GenerativeModel.suggested``; pixels of two levels have the Bernoulli likelihood, which costs less."""
-        black_and_white = data.scale != "small" and data.levels == 2
-        return super().suggested(data, given) | ({"model.likelihood": "bernoulli"} if black_and_white else {})
+        """As ``GenerativeModel.suggested``; pixels of two levels have the Bernoulli likelihood, which costs less. The
+        warm-up of the KL takes at most a quarter of the steps that are suggested."""
+        found = super().suggested(data, given)
+        if data.scale != "small" and data.levels == 2:
+            found["model.likelihood"] = "bernoulli"
+        steps, warmup = found.get("steps"), cls.config_class.kl_warmup  # type: ignore[attr-defined]
+        if steps and steps < 4 * warmup:
+            found["model.kl_warmup"] = steps // 4
+        return found
 
     def conditions(self, batch: Batch) -> tuple[Tensor, ...]:
         """The tensors of a batch that the networks receive besides the images."""
         return ()
 
     def loss(self, phase: str, batch: Batch, context: StepContext) -> dict[str, Tensor]:
-        """The loss, in which the weight of the KL grows to beta in ``kl_warmup`` steps, at most a quarter of all; mean
-        nll and kl in nats."""
-        warmup = min(self.config.kl_warmup, context.steps // 4)
-        beta = self.config.beta * min(1.0, context.step / max(1, warmup))
+        """The loss, in which the weight of the KL grows to beta in ``kl_warmup`` steps; mean nll and kl in nats."""
+        beta = self.config.beta * min(1.0, context.step / max(1, self.config.kl_warmup))
         out: Bound = self(batch["images"], *self.conditions(batch), beta=beta)
         return {"loss": out.loss, "nll": out.nll.mean(), "kl": out.kl.mean()}
 

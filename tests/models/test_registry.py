@@ -49,7 +49,7 @@ def test_an_unknown_name_or_option_raises_an_error() -> None:
         create_model("dcgan", size=3)
     with pytest.raises(ValueError, match="width: expected a positive integer, got 0"):
         create_model("dcgan", width=0)
-    with pytest.raises(TypeError, match=r"dcgan: expected no options, got label"):
+    with pytest.raises(TypeError, match=r"dcgan: expected options among temperature, got label"):
         create_model("dcgan", width=4).sample(1, label=3)
 
 

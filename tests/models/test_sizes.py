@@ -78,6 +78,14 @@ def test_vaes_of_black_and_white_pixels_are_bernoulli() -> None:
     assert MODELS["vae"].suggested(DataSize("images", 1437, 8, 1, 2)) == {}
 
 
+@pytest.mark.parametrize("name", ["vae", "conv-vae", "cvae", "flow-vae"])
+def test_the_warm_up_of_the_kl_takes_at_most_a_quarter_of_the_steps(name: str) -> None:
+    found = MODELS[name].suggested(DataSize("images", 32, 28, 1))
+    assert found["model.kl_warmup"] == found["steps"] // 4 < 230
+    for items in (8000, 100_000):
+        assert "model.kl_warmup" not in MODELS[name].suggested(DataSize("images", items, 28, 1))
+
+
 def test_long_texts_are_trained_longer() -> None:
     model = MODELS["transformer-lm"]
     assert model.suggested(DataSize("text", 1_000_000)) == {}

@@ -167,9 +167,9 @@ def test_training_steps_lower_the_loss(which: str) -> None:
 def test_beta_and_its_warmup_weight_the_kl(which: str) -> None:
     model = perturbed(small_model(which, beta=3.0, kl_warmup=10))
     batch = random_batch(6, model.config)
-    for step, total, weight in ((1, 100, 0.3), (5, 100, 1.5), (10, 100, 3.0), (99, 100, 3.0), (1, 8, 1.5), (2, 8, 3.0)):
+    for step, weight in ((1, 0.3), (5, 1.5), (10, 3.0), (99, 3.0)):
         torch.manual_seed(step)
-        values = model.loss("model", batch, StepContext(step, total))
+        values = model.loss("model", batch, StepContext(step, 100))
         torch.testing.assert_close(values["loss"], values["nll"] + weight * values["kl"])
     scores = model.score(batch, generator=seeded(0))
     torch.testing.assert_close(scores["elbo"], -scores["nll"] - scores["kl"])
