@@ -211,7 +211,7 @@ BUNDLED = (
         show=SOUNDS,
         note="Spectrogram of four sounds, one after the other. Linear predictions that are trained"
         " (`--model.trained-predictors true --model.predictors 64`) had 0.66 nats per token, and 0.89 of the energy at"
-        " harmonics after 2,000 steps, 0.65 after 4,000: the pitch of sampled sounds drifts.",
+        " harmonics after 2,000 steps, 0.65 after 4,000.",
     ),
     Entry(
         "wavenet",

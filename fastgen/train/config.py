@@ -32,9 +32,11 @@ FREE_ON_RESUME = (
 """Options that may change when a run is resumed. Only some affect what a step computes: the learning rate and, as its
 schedule is stretched, epochs and steps."""
 
+INTERVALS = ("evaluate_every", "sample_every", "checkpoint_every")
 COUNTS = (
     *("batch_size", "accumulate", "nan_limit", "log_every", "steps", "warmup", "threads", "workers"),
-    *("evaluate_every", "distance_samples", "sample_every", "checkpoint_every"),
+    *INTERVALS,
+    "distance_samples",
 )
 MOST = {"threads": 1024, "workers": 1024}
 MOST_STEPS = 2**53
@@ -92,7 +94,7 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected at most {most}, got {value}")
         for name in ("batch_size", "accumulate", "nan_limit", "log_every"):
             require_positive(name, getattr(self, name))
-        for name in ("steps", "warmup", "threads", "workers", *COUNTS[-4:]):
+        for name in ("steps", "warmup", "threads", "workers", *INTERVALS, "distance_samples"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
         if not 0 < self.epochs < math.inf:

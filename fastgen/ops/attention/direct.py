@@ -474,8 +474,12 @@ class _Attention(Function):
             grads = flash_backward(grad_out, query, key, value, out, lse, mask, is_causal, scale)
             if mask is None or not contents(grads[0], NAN) & NAN:
                 return (*grads, None, None, None)
-        moderate = mask is None or not may_overflow(key, value)
-        if moderate and query.dtype in _DTYPES and has_few_scores(query, key) and not transforms_active():
+        if (
+            query.dtype in _DTYPES
+            and has_few_scores(query, key)
+            and not transforms_active()
+            and (mask is None or not may_overflow(key, value))
+        ):
             return (
                 *only_wanted(ctx, 0, *gradients(grad_out, query, key, value, mask, is_causal, scale)[:3]),
                 *(None,) * 3,

@@ -110,9 +110,9 @@ def _differentiable(
     mask_grad: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value and mask that autograd differentiates."""
-    moderate = mask is None or not may_overflow(key, value)
     queries, keys, dim = query.shape[2], key.shape[2], query.shape[3]
-    if moderate and queries * keys <= 2 * (queries + keys) * dim and not transforms_active():
+    few = queries * keys <= 2 * (queries + keys) * dim
+    if few and not transforms_active() and (mask is None or not may_overflow(key, value)):
         return gradients(grad_out, query, key, value, mask, False, scale, mask_grad)
     options = Options(dropout_p=0.0, window_left=-1, window_right=-1, scale=scale)
     return any_backward(
