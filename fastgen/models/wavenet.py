@@ -15,9 +15,9 @@ correlated that gradient steps on the samples' own weights would hardly distingu
 With ``predictors``, coefficients are constant: the mean is a weighted sum of that many linear predictions, each that of
 a harmonic sound of one pitch. A prediction weighs the more, the smaller its errors were in the last samples; the
 network adjusts weights and widths of the mixture. A tone then keeps the pitch of one prediction, while coefficients
-that the network computes anew for each sample let the pitch drift; predictions that are trained (``trained_predictors``) have a
-better likelihood, and sampled sounds of less energy at the harmonics of one pitch. Weighting experts by their past
-errors: Vovk, "Aggregating strategies" (1990).
+that the network computes anew for each sample let the pitch drift. Predictions that are trained
+(``trained_predictors``) have a better likelihood, and sampled sounds less energy at the harmonics of one pitch.
+Weighting experts by their past errors: Vovk, "Aggregating strategies" (1990).
 
 Samples before the first one are zeros, in every layer. The loss is the cross-entropy of the levels, in nats per sample.
 
